@@ -1,0 +1,25 @@
+# make demo: build tiny-chat and answer one question in every mode.  make test: every check.
+PYTHON ?= python3.11
+VENV ?= .venv
+
+.PHONY: demo test clean
+
+demo: $(VENV)/demo
+	VENV=$(VENV) scripts/demo
+
+test: $(VENV)/dev
+	VENV=$(VENV) scripts/check
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/demo

@@ -1,0 +1,5 @@
+"""`python -m nemodiff` is the `nemodiff` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,91 @@
+"""Streams a checkpoint's tensors into the engine's external data file.
+
+In: the checkpoint's tensors (maps of their files) and the graph's list of weights. Out: one file in the graph's order,
+each weight converted, projections transposed to (in, out), with the file's sha256. Works in pieces of at most
+`PIECE` bytes, so memory stays flat whatever the model's size. The surprising fact: transposing is done by gathering a
+band of columns from the map, which is why a large head is read through the page cache several times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import BuildError, CheckpointError
+from .checkpoint import Tensor
+from .graph import Graph, Weight
+
+PIECE = 128 * 2**20  # bytes of f32 per step; about three times this is held at once
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def match(graph: Graph, tensors: Mapping[str, Tensor], config_file: Path) -> None:
+    """Check that graph and checkpoint name the same tensors with the same shapes. Raises CheckpointError."""
+    wanted = {w.source: w.shape[::-1] if w.transposed else w.shape for w in graph.weights}
+    again = f"check that {config_file} belongs to these weights, or download the checkpoint again"
+    somewhere = next((t.file for t in tensors.values()), config_file)
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{somewhere}: tensor {name} of shape {list(shape)} is missing; {again}")
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{tensors[name].file}: tensor {name} has shape {list(tensors[name].shape)}, "
+                f"allowed: {list(shape)}; {again}"
+            )
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            raise CheckpointError(f"{tensor.file}: tensor {name} is not part of this architecture; {again}")
+
+
+def write_weights(graph: Graph, tensors: Mapping[str, Tensor], path: Path, advance: Callable[[int], object]) -> str:
+    """Write the external data file and return its sha256; `advance` is called with each number of bytes written."""
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for weight in graph.weights:
+            gap = bytes(weight.offset - out.tell())
+            out.write(gap)
+            digest.update(gap)
+            for piece in _pieces(weight, tensors[weight.source], graph.dtype):
+                view = piece.reshape(-1).view(np.uint8).data
+                out.write(view)
+                digest.update(view)
+                advance(len(view))
+    return digest.hexdigest()
+
+
+def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+    """The weight as it is stored, in bands of its first axis."""
+    source = tensor.array()
+    if weight.transposed:
+        source = source.T
+    step = max(1, PIECE // 4 // max(1, int(np.prod(weight.shape[1:]))))
+    for start in range(0, weight.shape[0], step):
+        values = _to_f32(np.ascontiguousarray(source[start : start + step]))
+        if not np.isfinite(values).all():
+            at = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name} holds {values[at]} near {[start + at[0], *at[1:]]}, allowed: "
+                "finite numbers; download the file again or use another checkpoint"
+            )
+        if weight.scale != 1.0:
+            values = values * np.float32(weight.scale)
+        with np.errstate(over="ignore"):
+            stored = values.astype(dtype, copy=False)
+        if dtype == np.float16 and not np.isfinite(stored).all():
+            raise BuildError(
+                f"{tensor.file}: tensor {tensor.name} holds {np.abs(values).max():.6g}, f16 allowed: up to 65504; "
+                "build with --dtype f32"
+            )
+        yield stored
+
+
+def _to_f32(values: np.ndarray) -> np.ndarray:
+    """Exact f32 copy; bf16 by a shift, which is several times faster than ml_dtypes' cast."""
+    if values.dtype == _BF16:
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)

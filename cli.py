@@ -1,0 +1,284 @@
+"""The `nemodiff` command: build, run, chat.
+ Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
+line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
+that take time to import are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .contract import ITEMSIZE, MAX_BLOCK, MODES
+from .errors import NemodiffError, RequestError
+
+if TYPE_CHECKING:
+    from .runtime.generate import Generation, LoadedEngine
+
+Command = Callable[..., None]
+
+
+class _Group(click.Group):
+    """Turns every problem a user can cause into one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NemodiffError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise click.ClickException(f"{error.filename or 'input/output'}: {error.strerror or error}") from None
+        except MemoryError:
+            raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
+
+
+@click.group(
+    cls=_Group,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
+        "max_content_width": 100,
+    },
+)
+@click.version_option(package_name="nemodiff")
+def main() -> None:
+    """Compile tri-mode language models into one engine and decode with it in every mode."""
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine folder to write.")
+@click.option(
+    "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of weights and cache."
+)
+@click.option("--max-seq-len", type=int, help="Prompt plus generated tokens. [default: 32768 or the model's limit]")
+@click.option("--max-batch-size", type=int, default=8, show_default=True, help="Rows that may share a forward.")
+@click.option("--block-length", type=int, help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]")
+@click.option("--dry-run", is_flag=True, help="Print what would be built and what fits; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
+def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices: Any) -> None:
+    """Build CHECKPOINT into an engine folder.
+
+    CHECKPOINT is a folder with config.json and safetensors, or a hub id such as nvidia/Nemotron-Labs-Diffusion-8B,
+    optionally with @REVISION.
+    """
+    from tqdm import tqdm
+
+    from .builder.build import Builder
+
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run; the build itself prints nothing but its progress")
+    builder = Builder(checkpoint, output, **choices)
+    plan = builder.plan()
+    if dry_run:
+        click.echo(json.dumps(plan.as_dict(), indent=2) if as_json else "\n".join(plan.lines(checkpoint, output)))
+        return
+    for line in plan.lines(checkpoint, output):
+        click.echo(line, err=True)
+    bar = tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing", disable=None, file=sys.stderr)
+    with bar:
+        builder.run(bar.update)
+    click.echo(f"built        {output}; try: nemodiff run {output} -p 'Hello'", err=True)
+
+
+def _decoding_options(command: Command) -> Command:
+    """The options that `run` and `chat` share."""
+    options = [
+        click.option(
+            "--mode", type=click.Choice(MODES), default="linear_spec", show_default=True, help="Decoding mode."
+        ),
+        click.option("--block-length", type=int, help=f"Tokens per block, 1..{MAX_BLOCK}. [default: the engine's]"),
+        click.option(
+            "--threshold", type=float, help="Confidence that commits a mask. [default: diffusion 0.9, draft 0]"
+        ),
+        click.option("--max-new-tokens", type=int, help="Limit on generated tokens. [default: 512 or what fits]"),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; more is for ar only."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling noise."),
+        click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        click.option("--system", help="System text."),
+        click.option("--thinking", is_flag=True, help="Let the model think first."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
+        click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="The prompt. [default: standard input]")
+@click.option(
+    "--input-file", type=click.Path(path_type=Path), help='JSON lines of {"prompt": ...} or {"messages": [...]}.'
+)
+@click.option(
+    "--batch-size", type=int, default=1, show_default=True, help="With --input-file: prompts decoded together."
+)
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
+@_decoding_options
+@click.option("--stream", is_flag=True, help="Print text as it is decided.")
+@click.option("--show-denoise", is_flag=True, help="Show blocks filling in, a line per pass, on standard error.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object (per line of --input-file) instead of text."
+)
+def run(
+    engine: Path,
+    prompt: str | None,
+    input_file: Path | None,
+    batch_size: int,
+    raw: bool,
+    threads: int | None,
+    stats: bool,
+    stream: bool,
+    show_denoise: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer a prompt with ENGINE."""
+    if prompt is not None and input_file is not None:
+        raise click.UsageError("give --prompt or --input-file, not both")
+    if input_file is None and batch_size != 1:
+        raise click.UsageError("--batch-size goes with --input-file")
+    if stream and as_json:
+        raise click.UsageError("give --stream or --json, not both")
+    if input_file is not None and (stream or show_denoise):
+        raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
+    from .runtime.generate import generate_many, load
+
+    options["chat"] = not raw
+    if input_file is not None:
+        prompts = _read_prompts(input_file)
+        loaded = load(engine, threads=threads)
+        for answer in generate_many(loaded, prompts, rows=batch_size, **options):
+            click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
+            _print_stats(answer, stats)
+        return
+    text = prompt if prompt is not None else _read_stdin()
+    _answer(load(engine, threads=threads), text, stream, show_denoise, as_json, stats, options)
+
+
+def _answer(
+    loaded: LoadedEngine,
+    prompt: Any,
+    streaming: bool,
+    show_denoise: bool,
+    as_json: bool,
+    stats: bool,
+    options: dict[str, Any],
+) -> Generation:
+    """Generate one answer and print it as asked."""
+    from .runtime.generate import Step, Text, stream
+    from .runtime.view import line
+
+    for event in stream(loaded, prompt, steps=show_denoise, **options):
+        if isinstance(event, Step):
+            click.echo(line(loaded, event), err=True)
+        elif isinstance(event, Text):
+            if streaming:
+                click.echo(event.text, nl=False)
+        else:
+            answer = event
+    if as_json:
+        click.echo(json.dumps(answer.as_dict()))
+    else:
+        click.echo("" if streaming else answer.text)
+    _print_stats(answer, stats)
+    return answer
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@_decoding_options
+def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None:
+    """Talk with ENGINE; the conversation is kept. /reset forgets it, /exit or end of input leaves."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing for input())
+    from .runtime.generate import load
+    from .runtime.text import Message
+
+    loaded = load(engine, threads=threads)
+    messages: list[Message] = []
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if said in ("/exit", "/quit"):
+            return
+        if said == "/reset":
+            messages = []
+        elif said.startswith("/"):
+            click.echo(f"unknown command {said.split()[0]}; allowed: /reset, /exit", err=True)
+        elif said:
+            turn: list[Message] = [*messages, {"role": "user", "content": said}]
+            try:
+                answer = _answer(loaded, turn, True, False, False, stats, options)
+            except RequestError as error:
+                click.echo(f"Error: {error}; /reset starts over", err=True)
+            else:
+                messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        raise click.UsageError("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """The prompts of a JSON-lines file; all lines are checked before the first is run."""
+    return list(_parse_prompts(path))
+
+
+def _parse_prompts(path: Path) -> Iterator[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"{path}, line {number}: not JSON ({error}); one object per line is allowed") from None
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+            yield value["prompt"]
+        elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
+            yield value["messages"]
+        else:
+            raise RequestError(
+                f'{path}, line {number}: allowed: an object with "prompt" (text) or "messages" (a list of role and '
+                "content); fix the line"
+            )
+
+
+def _print_stats(answer: Generation, wanted: bool) -> None:
+    if not wanted:
+        return
+    passes = ", ".join(f"{count} {kind}" for kind, count in answer.nfe.items() if count)
+    ms = answer.timings_ms
+    rate = len(answer.token_ids) / ms["total"] * 1e3
+    tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
+    kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
+    click.echo(
+        f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}) in {passes}; "
+        f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "
+        f"{rate:.0f} tokens/s",
+        err=True,
+    )

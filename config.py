@@ -1,0 +1,245 @@
+"""What a checkpoint's config.json says, parsed strictly into frozen dataclasses.
+
+In: the decoded JSON objects of `config.json` and, if there, `generation_config.json`. Out: `ModelConfig`. Every number
+that changes the maths is read from the file and none is assumed; a field that would change the maths in a way the graph
+does not have (biases, sliding windows, other activations) is an error. The surprising fact: the YaRN factor of released
+checkpoints is sometimes below one (0.25 in 3B-Base), so it must never be derived from the position limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError
+
+# Fields whose only supported value is the one given: anything else would need another graph.
+_FIXED: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "dlm_paradigm": "bidirectional",
+}
+# Fields without influence on what the engine computes.
+_IGNORED = frozenset(
+    {
+        "attention_dropout",
+        "initializer_range",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "attn_implementation",
+        "_attn_implementation",
+        "ar_loss_weight",
+        "dlm_loss_weight",
+        "dp_varying_mask_ratio",
+        "bos_token_id",
+        "pad_token_id",
+        "transformers_version",
+        "auto_map",
+        "rope_scaling",
+        "rope_theta",
+        "_name_or_path",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `default` or `yarn`, and the llama-4 query scale (beta 0 means none)."""
+
+    rope_type: str
+    theta: float
+    factor: float = 1.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+    llama_4_scaling_beta: float = 0.0
+
+    def inv_freq(self, head_dim: int) -> np.ndarray:
+        """Radians per position of each rotated pair, (head_dim / 2,) f32.
+
+        Source: YaRN, arXiv 2309.00071, with the correction range rounded outwards unless `truncate` is false.
+        """
+        period = self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.rope_type == "default":
+            return np.asarray(1.0 / period, np.float32)
+
+        def pair_turning(turns: float) -> float:
+            return head_dim * math.log(self.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = pair_turning(self.beta_fast), pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        return np.asarray((1 - ramp) / period + ramp / (self.factor * period), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything about the model that the graph and the loops need."""
+
+    hidden_size: int
+    num_layers: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position: int
+    mask_id: int
+    block_length: int
+    eos_ids: tuple[int, ...]
+    rope: RopeConfig
+    unknown_fields: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, the drafter adapter not counted."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of K and V that one token occupies over all layers, for elements of `itemsize` bytes."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+class _Fields:
+    """Reads typed fields of one JSON object, remembers which were read, and names the file in every message."""
+
+    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
+        self.where, self.values = where, values
+        self.read: set[str] = set()
+
+    def fail(self, key: str, got: object, allowed: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where}: {key} is {got!r}, allowed: {allowed}; fix the file or use another checkpoint"
+        )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return self.values.get(key, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.fail(key, value if key in self.values else "missing", "a finite number")
+        return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.fail(key, value, "a number over 0")
+        return value
+
+    def integer(self, key: str, low: int = 1) -> int:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self.fail(key, value if key in self.values else "missing", f"an integer of {low} or more")
+        return value
+
+    def one_of(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
+        value = self.get(key, default)
+        if value not in allowed:
+            raise self.fail(key, value, " or ".join(map(repr, allowed)))
+        return value
+
+
+def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Read `config.json` (and `generation_config.json`, which wins for the EOS ids). Raises CheckpointError."""
+    fields = _Fields("config.json", values)
+    fields.one_of("architectures", (["NemotronLabsDiffusionModel"],), "missing")
+    fields.one_of("model_type", ("nemotron_labs_diffusion",), "missing")
+    for key, allowed in _FIXED.items():
+        fields.one_of(key, (allowed,), allowed)
+    rope = _parse_rope(fields)
+    config = ModelConfig(
+        hidden_size=fields.integer("hidden_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_heads=fields.integer("num_attention_heads"),
+        num_kv_heads=fields.integer("num_key_value_heads"),
+        head_dim=fields.integer("head_dim", 2),
+        vocab_size=fields.integer("vocab_size", 2),
+        rms_norm_eps=fields.positive("rms_norm_eps"),
+        max_position=fields.integer("max_position_embeddings"),
+        mask_id=fields.integer("mask_token_id", 0),
+        block_length=fields.integer("block_size"),
+        eos_ids=_eos_ids(fields, generation or {}),
+        rope=rope,
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise fields.fail("num_key_value_heads", config.num_kv_heads, f"a divisor of {config.num_heads}")
+    if config.head_dim % 2:
+        raise fields.fail("head_dim", config.head_dim, "an even number")
+    for name, ids in (("mask_token_id", [config.mask_id]), ("eos_token_id", list(config.eos_ids))):
+        if max(ids) >= config.vocab_size:
+            raise fields.fail(name, ids, f"ids below vocab_size {config.vocab_size}")
+    if config.mask_id in config.eos_ids:
+        raise fields.fail("mask_token_id", config.mask_id, "an id that is not an EOS")
+    unknown = set(values) - fields.read - _IGNORED
+    return dataclasses.replace(config, unknown_fields=tuple(sorted(unknown)))
+
+
+def _eos_ids(fields: _Fields, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json first, config.json where it is silent."""
+    value, where = fields.get("eos_token_id"), fields
+    if generation.get("eos_token_id") is not None:
+        value, where = generation["eos_token_id"], _Fields("generation_config.json", generation)
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise where.fail("eos_token_id", value, "an id or a list of ids")
+    return tuple(ids)
+
+
+def _parse_rope(outer: _Fields) -> RopeConfig:
+    """`rope_parameters`, or `rope_scaling` (its older name) with `rope_theta` beside it."""
+    values = outer.get("rope_parameters") or outer.get("rope_scaling")
+    if not isinstance(values, Mapping):
+        raise outer.fail("rope_parameters", values, "an object with rope_type and rope_theta")
+    outside = {"rope_theta": outer.get("rope_theta")} if "rope_theta" in outer.values else {}
+    fields = _Fields("config.json: rope_parameters", {**outside, **values})
+    kind = fields.one_of("rope_type", ("yarn", "default"), fields.get("type", "missing"))
+    theta = fields.number("rope_theta")
+    if theta <= 1:
+        raise fields.fail("rope_theta", theta, "a number over 1")
+    beta = fields.number("llama_4_scaling_beta", 0.0)
+    rope = RopeConfig(kind, theta, llama_4_scaling_beta=beta)
+    if kind == "yarn" or beta:
+        original = fields.integer("original_max_position_embeddings")
+        rope = dataclasses.replace(rope, original_max_position=original)
+    if kind == "yarn":
+        factor = fields.positive("factor")
+        rope = dataclasses.replace(
+            rope,
+            factor=factor,
+            beta_fast=fields.positive("beta_fast", 32.0),
+            beta_slow=fields.positive("beta_slow", 1.0),
+            attention_factor=_attention_factor(fields, factor),
+            truncate=fields.one_of("truncate", (True, False), True),
+        )
+    for key in set(fields.values) - fields.read:
+        raise fields.fail(key, fields.values[key], f"no such field for rope_type {kind!r}")
+    return rope
+
+
+def _attention_factor(fields: _Fields, factor: float) -> float:
+    """What cos and sin are multiplied by: 1 in every released checkpoint, as mscale equals mscale_all_dim."""
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, all_dim = fields.number("mscale", 0.0), fields.number("mscale_all_dim", 0.0)
+    natural = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude(1.0)
+    return fields.positive("attention_factor", natural)

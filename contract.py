@@ -1,0 +1,195 @@
+"""What builder and runtime agree on: the graph's bindings and the engine folder.
+ `inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
+runtime allocates them from the same list. `EngineInfo` is an engine folder's description, written by the builder and
+read by the runtime before anything heavy is loaded. The surprising fact: an ONNX graph cannot give an output the name
+of an input, so the in-place caches are bound twice, as `k_cache_0` and as `k_cache_0_out`, over the same memory.
+
+Letters in shapes: B rows, S tokens this pass, R of them that are predicted, T cache capacity, V vocabulary; G key/value
+heads and D head size are numbers of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import ModelConfig, parse_config
+from .errors import CheckpointError, EngineError
+
+SCHEMA = 1  # of the engine folder; a reader refuses a newer one
+DOMAIN = "nemodiff"  # of the custom ops
+MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
+PREFILL_CHUNK = 512  # tokens; the prefill profile is 1..512
+MODES = ("ar", "diffusion", "linear_spec")
+
+MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "manifest.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+
+Dtype = Literal["f32", "f16"]
+ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2}
+Kind = Literal["i32", "f32", "compute"]  # compute: the engine's dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One input or output of the graph; letters in `shape` are dynamic."""
+
+    name: str
+    kind: Kind
+    shape: tuple[str | int, ...]
+
+
+def cache_names(layers: int) -> list[str]:
+    """The cache inputs in order; the output over the same memory is `NAME_out`."""
+    return [f"{kind}_cache_{layer}" for layer in range(layers) for kind in "kv"]
+
+
+def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
+    """Inputs of an engine.
+
+    `visible` holds `(prefix_end, span_begin, span_end)` per query: it sees cache slots `[0, prefix_end)` and
+    `[span_begin, span_end)`, after this pass has written its own K/V at `[write_at, write_at + S)`. `rows` picks the
+    tokens that get the head. `adapter` is 1 where the drafter LoRA acts, present only if the engine has one.
+    """
+    cache = ("B", model.num_kv_heads, "T", model.head_dim)
+    gate = [Binding("adapter", "f32", ("B", "S"))] if adapter else []
+    return [
+        Binding("ids", "i32", ("B", "S")),
+        Binding("pos", "i32", ("B", "S")),
+        Binding("write_at", "i32", ("B",)),
+        Binding("visible", "i32", ("B", "S", 3)),
+        Binding("rows", "i32", ("B", "R")),
+        *gate,
+        Binding("threshold", "f32", ("B",)),
+        *(Binding(name, "compute", cache) for name in cache_names(model.num_layers)),
+    ]
+
+
+def outputs(model: ModelConfig) -> list[Binding]:
+    """Outputs of an engine.
+
+    `token` and `confidence`: best vocabulary entry (never the mask id) and its probability among all others.
+    `next_ids`: the picked ids after the commit rule. `masks_left`: masks remaining among them. `logits` is bound only
+    by who needs it (sampling, logprobs, debugging) and otherwise never leaves the device.
+    """
+    cache = ("B", model.num_kv_heads, "T", model.head_dim)
+    return [
+        Binding("token", "i32", ("B", "R")),
+        Binding("confidence", "f32", ("B", "R")),
+        Binding("next_ids", "i32", ("B", "R")),
+        Binding("masks_left", "i32", ("B",)),
+        Binding("logits", "f32", ("B", "R", "V")),
+        *(Binding(f"{name}_out", "compute", cache) for name in cache_names(model.num_layers)),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """The choices an engine was built with."""
+
+    dtype: Dtype
+    max_seq_len: int
+    max_batch_size: int
+    block_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Where an engine comes from and what must be here to run it. File entries: `{name: {bytes, sha256}}`."""
+
+    schema: int
+    backend: str
+    versions: dict[str, str]
+    checkpoint: dict[str, Any]
+    adapter: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """An engine folder's description. `pretrained` is the checkpoint's config.json as it was."""
+
+    model: ModelConfig
+    build: BuildConfig
+    manifest: Manifest
+    pretrained: Mapping[str, Any]
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.manifest.adapter is not None
+
+    def write(self, folder: Path) -> None:
+        """Write config.json and manifest.json."""
+        config = {"pretrained_config": self.pretrained, "build_config": dataclasses.asdict(self.build)}
+        for name, values in ((CONFIG_FILE, config), (MANIFEST_FILE, dataclasses.asdict(self.manifest))):
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def is_engine(folder: Path) -> bool:
+    """Whether a folder claims to be an engine (it may still be a broken one)."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def read_engine(folder: Path) -> EngineInfo:
+    """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
+    again = f"build it again: nemodiff build CHECKPOINT -o {folder}"
+    if not folder.is_dir():
+        raise EngineError(
+            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"
+        )
+    if not is_engine(folder):
+        hint = (
+            f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
+            if any(folder.glob("*.safetensors"))
+            else again
+        )
+        raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
+    manifest = _read_object(folder / MANIFEST_FILE, again)
+    schema = manifest.get("schema")
+    if not isinstance(schema, int) or schema < 1:
+        raise EngineError(f"{folder / MANIFEST_FILE}: schema is {schema!r}, allowed: 1 to {SCHEMA}; {again}")
+    if schema > SCHEMA:
+        raise EngineError(
+            f"{folder}: written with engine schema {schema}, this nemodiff reads up to {SCHEMA}; "
+            f"update nemodiff or {again}"
+        )
+    config = _read_object(folder / CONFIG_FILE, again)
+    try:
+        build = BuildConfig(**config["build_config"])
+        generation = folder / GENERATION_FILE
+        model = parse_config(
+            config["pretrained_config"], _read_object(generation, again) if generation.is_file() else None
+        )
+        info = EngineInfo(model, build, Manifest(**manifest), config["pretrained_config"])
+        sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
+    except CheckpointError as error:
+        raise EngineError(f"{folder}: {error}; {again}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
+    for name, size in sizes.items():
+        got = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if got != size:
+            found = "missing" if got is None else f"{got} bytes"
+            raise EngineError(f"{folder / name}: {found}, the manifest says {size} bytes; copy it whole or {again}")
+    return info
+
+
+def _read_object(path: Path, again: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(f"{path}: missing; {again}") from None
+    except (ValueError, OSError) as error:
+        raise EngineError(f"{path}: not readable as JSON ({error}); {again}") from None
+    if not isinstance(values, dict):
+        raise EngineError(f"{path}: holds a {type(values).__name__}, expected a JSON object; {again}")
+    return values

@@ -1,0 +1,25 @@
+"""The errors a user can cause.
+
+Every one is a single sentence that says what is wrong, what was found, what is allowed and what to do next. The command
+line prints it on standard error and exits; a traceback is only ever shown for a defect of nemodiff itself.
+"""
+
+
+class NemodiffError(Exception):
+    """A problem the user can fix; `str(error)` is the one line shown to them. Command-line exit code: 1."""
+
+
+class CheckpointError(NemodiffError):
+    """The checkpoint folder cannot be built from: a file is missing, broken, or says something unsupported."""
+
+
+class BuildError(NemodiffError):
+    """The engine cannot be written: the output is no engine, the disk is full, a value does not fit the dtype."""
+
+
+class EngineError(NemodiffError):
+    """The engine folder cannot be loaded: not an engine, a newer schema, files missing or changed."""
+
+
+class RequestError(NemodiffError):
+    """A request cannot be served: a value out of range, a prompt that does not fit, an unsupported combination."""

@@ -1,0 +1,97 @@
+"""What a decoding loop asks of an engine, whatever the backend.
+
+A loop yields a `Pass` for its row and gets a `Prediction` back. An `Engine` opens a `Cache` of some rows; one `forward`
+serves the passes of rows 0..b-1 together, each with its own tokens, positions and visibility. The surprising fact: a
+forward never moves a row's length. Every pass writes its K/V where it says, and what lies past the length a loop keeps
+in mind is scratch, so a rejected draft costs nothing to undo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ..contract import EngineInfo
+
+PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
+PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
+
+_RAMP = np.arange(4096, dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pass:
+    """One row's part of a forward; see `contract.inputs` for the meaning of each field."""
+
+    kind: PassKind
+    ids: np.ndarray  # (S,) i32
+    pos: np.ndarray  # (S,) i32
+    write_at: int
+    visible: np.ndarray  # (S, 3) i32
+    rows: np.ndarray  # (R,) i32
+    threshold: float = 0.0
+    adapter: bool = False
+    logits: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prediction:
+    """One row's results. The arrays are views that the next forward overwrites; copy what must last."""
+
+    token: np.ndarray  # (R,) i32
+    confidence: np.ndarray  # (R,) f32
+    next_ids: np.ndarray  # (R,) i32
+    logits: np.ndarray | None  # (R, V) f32, if the pass asked for them
+
+
+class Cache(Protocol):
+    """K/V of some rows of one engine, with the buffers of its forwards."""
+
+    seconds: float  # spent inside the backend's forward since the cache was opened
+
+    def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
+        """Run one forward; `passes[i]` reads and writes row i."""
+        ...
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over another, so that rows stay dense when one has finished."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded engine."""
+
+    info: EngineInfo
+    load_seconds: float
+
+    def open(self, rows: int) -> Cache:
+        """Allocate a cache of `rows` rows, each of length 0."""
+        ...
+
+
+def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = False, logits: bool = False) -> Pass:
+    """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
+    size = len(ids)
+    pos = _ramp(start, size)
+    visible = np.zeros((size, 3), np.int32)
+    np.add(pos, 1, out=visible[:, 0])
+    rows = _ramp(0, size) if every_row else _ramp(size - 1, 1)
+    return Pass(kind, np.array(ids, np.int32), pos, start, visible, rows, logits=logits)
+
+
+def bidirectional(kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False) -> Pass:
+    """A pass in which every token of the block at `start` sees the cache before it and the whole block."""
+    size = len(ids)
+    visible = np.zeros((size, 3), np.int32)
+    visible[:, 0] = start + size
+    return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, _ramp(0, size), threshold, adapter)
+
+
+def _ramp(start: int, size: int) -> np.ndarray:
+    """start, start + 1, ... as (size,) i32; the common short cases come from one shared array."""
+    if start + size <= _RAMP.size:
+        return _RAMP[start : start + size]
+    return np.arange(start, start + size, dtype=np.int32)

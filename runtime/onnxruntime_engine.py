@@ -1,0 +1,176 @@
+"""The CPU engine: ONNX Runtime over the graph, with caches updated in place.
+ In: an engine folder. Out: an `Engine`. All inputs and outputs of a forward live in numpy arrays bound once per
+shape, so a step writes a few integers, runs, and reads a few integers. The capacity T is dynamic here: it starts
+small and doubles, so cost follows the length in use. The surprising fact: a cache is bound as input and as output
+over the same memory, and ONNX Runtime's TensorScatter then skips its copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..contract import MODEL_FILE, Binding, EngineInfo, cache_names, inputs, outputs
+from ..errors import EngineError
+from .engine import Pass, Prediction
+
+FIRST_CAPACITY = 256  # tokens
+_KEPT_FORWARDS = 64  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
+_NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
+
+
+class OnnxRuntimeEngine:
+    """An engine folder loaded on the CPU.
+
+    Args:
+        folder: the engine folder.
+        info: its description, from `contract.read_engine`.
+        threads: CPU threads of a forward; None lets ONNX Runtime take one per physical core.
+
+    Raises:
+        EngineError: the graph cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
+        import onnxruntime
+
+        started = time.perf_counter()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(
+                folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises classes of its own without a common base
+            reason = str(error).strip().splitlines()[0]
+            raise EngineError(
+                f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
+                f"build it again: nemodiff build CHECKPOINT -o {folder}"
+            ) from None
+        self.info = info
+        self.load_seconds = time.perf_counter() - started
+
+    def open(self, rows: int) -> OnnxRuntimeCache:
+        """Allocate a cache of `rows` rows."""
+        return OnnxRuntimeCache(self, rows)
+
+
+class OnnxRuntimeCache:
+    """K/V arrays (rows, G, T, D) per layer and the bound forwards over them."""
+
+    def __init__(self, engine: OnnxRuntimeEngine, rows: int) -> None:
+        model = engine.info.model
+        self.seconds = 0.0
+        self._session, self._info = engine.session, engine.info
+        self._shape = (rows, model.num_kv_heads, 0, model.head_dim)
+        self._pad_id = int(model.mask_id == 0)  # any id but the mask
+        self._caches: dict[str, np.ndarray] = {
+            name: np.zeros(self._shape, _NUMPY[engine.info.build.dtype]) for name in cache_names(model.num_layers)
+        }
+        self._forwards: dict[tuple[int, int, int, bool], _Forward] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row now allocated."""
+        return self._shape[2]
+
+    def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
+        """See `engine.Cache.forward`."""
+        size = max(p.ids.size for p in passes)
+        picked = max(p.rows.size for p in passes)
+        logits = any(p.logits for p in passes)
+        self._reserve(max(p.write_at for p in passes) + size)
+        key = (len(passes), size, picked, logits)
+        bound = self._forwards.get(key)
+        if bound is None:
+            bound = self._bind(key)
+        for row, p in enumerate(passes):
+            bound.fill(row, p, self._pad_id)
+        started = time.perf_counter()
+        self._session.run_with_iobinding(bound.binding)
+        self.seconds += time.perf_counter() - started
+        return [bound.prediction(row, p) for row, p in enumerate(passes)]
+
+    def move(self, source: int, target: int) -> None:
+        """See `engine.Cache.move`."""
+        for cache in self._caches.values():
+            cache[target] = cache[source]
+
+    def _reserve(self, slots: int) -> None:
+        """Grow every cache to at least `slots` by doubling."""
+        if slots <= self.capacity:
+            return
+        rows, heads, old, width = self._shape
+        new = max(old, FIRST_CAPACITY)
+        while new < slots:
+            new *= 2
+        self._forwards.clear()
+        self._shape = (rows, heads, new, width)
+        for name, cache in self._caches.items():
+            self._caches[name] = np.zeros(self._shape, cache.dtype)
+            self._caches[name][:, :, :old] = cache
+
+    def _bind(self, key: tuple[int, int, int, bool]) -> _Forward:
+        while len(self._forwards) >= _KEPT_FORWARDS:
+            del self._forwards[next(iter(self._forwards))]
+        forward = _Forward(self._session, self._info, self._caches, key)
+        self._forwards[key] = forward
+        return forward
+
+
+class _Forward:
+    """The arrays and the IOBinding of one shape (rows, S, R, with logits or not)."""
+
+    def __init__(
+        self, session: Any, info: EngineInfo, caches: dict[str, np.ndarray], key: tuple[int, int, int, bool]
+    ) -> None:
+        import onnxruntime
+
+        rows, size, picked, with_logits = key
+        lengths = {"B": rows, "S": size, "R": picked, "V": info.model.vocab_size}
+        self.binding = session.io_binding()
+        self.arrays: dict[str, np.ndarray] = {}
+        self._values: list[Any] = []  # keeps what the binding points to alive
+
+        def bind(names: list[Binding], into: Any) -> None:
+            for b in names:
+                if b.kind == "compute":
+                    array = caches[b.name.removesuffix("_out")][:rows]
+                elif b.name == "logits" and not with_logits:
+                    continue
+                else:
+                    shape = [lengths[d] if isinstance(d, str) else d for d in b.shape]
+                    array = self.arrays[b.name] = np.zeros(shape, _NUMPY[b.kind])
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                self._values.append((array, value))
+                into(b.name, value)
+
+        bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
+        bind(outputs(info.model), self.binding.bind_ortvalue_output)
+
+    def fill(self, row: int, p: Pass, pad_id: int) -> None:
+        """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
+        a, size, picked = self.arrays, p.ids.size, p.rows.size
+        ids, pos, visible, rows = a["ids"][row], a["pos"][row], a["visible"][row], a["rows"][row]
+        ids[:size], pos[:size], visible[:size], rows[:picked] = p.ids, p.pos, p.visible, p.rows
+        a["write_at"][row] = p.write_at
+        a["threshold"][row] = p.threshold
+        if "adapter" in a:
+            a["adapter"][row] = p.adapter
+        if size < ids.size:
+            own = np.arange(p.write_at + size, p.write_at + ids.size)
+            ids[size:], pos[size:] = pad_id, own
+            visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+        rows[picked:] = ids.size - 1
+
+    def prediction(self, row: int, p: Pass) -> Prediction:
+        """One row's results as views."""
+        a, picked = self.arrays, p.rows.size
+        logits = a["logits"][row, :picked] if p.logits else None
+        return Prediction(a["token"][row, :picked], a["confidence"][row, :picked], a["next_ids"][row, :picked], logits)

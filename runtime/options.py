@@ -1,0 +1,98 @@
+"""What a request may choose, and what it gets.
+ In: keyword arguments of the front door. Out: `Options`, as the user said it, and `Settings`, with every default
+filled in and every range checked against the engine. A wrong value is one `RequestError` that names what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
+from ..errors import RequestError
+
+THRESHOLDS = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0}  # defaults, the published ones
+DEFAULT_NEW_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a request may choose; None means the engine's or the mode's default.
+
+    mode: ar, diffusion or linear_spec. max_new_tokens: limit, default 512 or what fits. block_length: tokens, 1..64.
+    threshold: confidence at which a mask is committed, 0 or more (over 1: one token per pass). temperature: 0 is
+    greedy; more is for `ar` only. seed: of the sampling noise. stop: strings that end the answer. chat: apply the chat
+    template. system: system text. thinking: let the template open a think block. prefill_chunk: tokens per prefill
+    pass.
+    """
+
+    mode: str = "linear_spec"
+    max_new_tokens: int | None = None
+    block_length: int | None = None
+    threshold: float | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    chat: bool = True
+    system: str | None = None
+    thinking: bool = False
+    prefill_chunk: int = PREFILL_CHUNK
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one request is decoded; made and checked by `settle`."""
+
+    mode: str
+    max_new_tokens: int
+    block_length: int
+    threshold: float
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+
+
+def make_options(values: dict[str, Any]) -> Options:
+    """Options from keyword arguments; an unknown name or a wrong type is a RequestError."""
+    names = [f.name for f in dataclasses.fields(Options)]
+    for name in values:
+        if name not in names:
+            raise RequestError(f"unknown option {name!r}; allowed: {', '.join(names)}")
+    stop = values.get("stop", ())
+    return Options(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+
+def settle(info: EngineInfo, prompt_tokens: int, options: Options) -> Settings:
+    """Fill in defaults and check ranges. Raises RequestError."""
+    o, limit = options, info.build.max_seq_len
+    if o.mode not in MODES:
+        raise RequestError(f"mode is {o.mode!r}, allowed: {', '.join(MODES)}")
+    room = limit - prompt_tokens
+    wanted = o.max_new_tokens if o.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+    if wanted < 1:
+        raise RequestError(f"max_new_tokens is {wanted}, allowed: 1 or more")
+    if wanted > room:
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {wanted}, together {prompt_tokens + wanted}; "
+            f"the engine's max_seq_len is {limit}: shorten the prompt"
+            + (f", ask for at most {room} tokens" if room > 0 else "")
+            + " or build with a larger --max-seq-len"
+        )
+    block = o.block_length if o.block_length is not None else info.build.block_length
+    if not 1 <= block <= MAX_BLOCK:
+        raise RequestError(f"block_length is {block}, allowed: 1 to {MAX_BLOCK}")
+    threshold = o.threshold if o.threshold is not None else THRESHOLDS[o.mode]
+    if not threshold >= 0:
+        raise RequestError(f"threshold is {threshold}, allowed: 0 or more (over 1 commits one token per pass)")
+    if not 0 <= o.temperature < float("inf"):
+        raise RequestError(f"temperature is {o.temperature}, allowed: 0 or more")
+    if o.temperature > 0 and o.mode != "ar":
+        raise RequestError(f"temperature is {o.temperature}, but mode {o.mode} is greedy so far; use 0 or --mode ar")
+    if not 0 <= o.seed < 2**64:
+        raise RequestError(f"seed is {o.seed}, allowed: 0 to 2**64 - 1")
+    if o.prefill_chunk < 1:
+        raise RequestError(f"prefill_chunk is {o.prefill_chunk}, allowed: 1 or more")
+    if any(not s for s in o.stop):
+        raise RequestError("a stop string is empty; give at least one character")
+    return Settings(o.mode, wanted, block, threshold, o.temperature, o.seed, o.stop, o.prefill_chunk)

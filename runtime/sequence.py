@@ -1,0 +1,64 @@
+"""One request as it is decoded: its settings, what it has emitted, and what it has cost.
+ In: prompt ids and `Settings`. Out: `Sequence`, which a loop feeds with `emit`. Emission alone decides when a request
+stops (EOS, limit, stop string), so every mode stops by the same rule. The surprising fact: `length`, the number of
+valid cache slots, is the only decoding state a row has.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from ..config import ModelConfig
+from .engine import PASS_KINDS, PassKind
+from .options import Settings
+from .text import Transcript
+
+FinishReason = Literal["stop", "length"]
+
+
+class Sequence:
+    """One request's state."""
+
+    def __init__(self, model: ModelConfig, prompt: list[int], settings: Settings, transcript: Transcript) -> None:
+        self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self.length = 0  # committed tokens: cache slots that hold valid K/V
+        self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
+        self.accepted: list[int] = []  # tokens emitted by each verify
+        self.started = time.perf_counter()
+        self.first_token = self.ended = 0.0
+        self._eos = frozenset(model.eos_ids)
+        self._watch_text = bool(settings.stop)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still wanted."""
+        return self.settings.max_new_tokens - len(self.tokens)
+
+    def emit(self, token: int) -> bool:
+        """Append one final token; returns whether the request has now finished."""
+        if not self.tokens:
+            self.first_token = time.perf_counter()
+        self.tokens.append(token)
+        if token in self._eos or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.settings.max_new_tokens:
+            self.finish = "length"
+        return self.finish is not None
+
+    def emit_all(self, tokens: list[int]) -> int:
+        """Emit tokens until the request finishes; returns how many were emitted."""
+        for count, token in enumerate(tokens, 1):
+            if self.emit(token):
+                return count
+        return len(tokens)
+
+    def close_after_eos(self, block: list[int]) -> list[int]:
+        """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
+        for i, token in enumerate(block):
+            if token in self._eos:
+                rest = [token if t == self.model.mask_id else t for t in block[i + 1 :]]
+                return [*block[: i + 1], *rest]
+        return block

@@ -1,0 +1,198 @@
+"""Between text and token ids: prompts in, answers out.
+ In: an engine folder's tokenizer and chat template. Out: prompt ids, and `Transcript`, the text of one answer as it
+grows without ever splitting a character or taking text back. The surprising fact: a user's prompt may hold the
+literal text of a special token; it is encoded as plain text, because only specials written by the template are looked
+for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..contract import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from ..errors import EngineError, RequestError
+
+Message = Mapping[str, str]
+_SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class TextCodec:
+    """Tokenizer and chat template of one engine. Raises EngineError if a file is missing or broken."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / TOKENIZER_FILE
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise EngineError(f"{path}: not a tokenizer ({error}); build the engine again") from None
+        self._tokenizer.encode_special_tokens = True  # text is text: specials are added by id
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
+        longest_first = sorted(map(re.escape, self._special), key=len, reverse=True)
+        self._any_special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self._hidden_ids = frozenset(i for token, i in self._special.items() if token not in _SHOWN)
+        config = folder / TOKENIZER_CONFIG_FILE
+        self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        self._template = self._load_template(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, as a raw prompt; starts with the BOS only if the tokenizer says so."""
+        bos = self._special.get(str(self._config.get("bos_token")))
+        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self._plain(text)
+
+    def encode_chat(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
+        """Ids of a conversation that ends with the start of the assistant's turn.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` in order.
+            thinking: whether the template opens a think block.
+
+        Raises:
+            RequestError: a message is malformed, the template refuses it, or there is no template.
+        """
+        if self._template is None:
+            raise RequestError("the engine has no chat template; use --raw (chat=False) for plain completion")
+        for message in messages:
+            if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+                raise RequestError(
+                    f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
+                )
+        breaker = self._breaker("".join(m["content"] for m in messages))
+        # An assistant's earlier turn is the model's own text and keeps its think markers.
+        safe = [
+            m if m["role"] == "assistant" else {**m, "content": self._defuse(m["content"], breaker)} for m in messages
+        ]
+        try:
+            text = self._template.render(
+                messages=safe,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+                bos_token=self._config.get("bos_token", ""),
+                eos_token=self._config.get("eos_token", ""),
+            )
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the chat template refuses the conversation: {error}") from None
+        return self._with_specials(text, breaker)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens other than the think markers left out."""
+        return str(self._tokenizer.decode(self._visible(ids), skip_special_tokens=False))
+
+    def piece(self, token: int) -> str:
+        """One token as text, for displays."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def transcript(self, stop: Sequence[str] = ()) -> Transcript:
+        """A new answer's text."""
+        return Transcript(self, stop)
+
+    def _visible(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i not in self._hidden_ids]
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _breaker(self, content: str) -> str:
+        """A character that the content does not hold, to break up the literal text of special tokens in it."""
+        return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in content)
+
+    def _defuse(self, content: str, breaker: str) -> str:
+        return self._any_special.sub(lambda found: found[0][0] + breaker + found[0][1:], content)
+
+    def _with_specials(self, text: str, breaker: str) -> list[int]:
+        """Ids of rendered text: specials by id, and between them plain text with the breaker taken out."""
+        ids: list[int] = []
+        for i, part in enumerate(self._any_special.split(text)):  # odd parts are the specials
+            ids += [self._special[part]] if i % 2 else self._plain(part.replace(breaker, ""))
+        return ids
+
+    def _load_template(self, folder: Path) -> jinja2.Template | None:
+        path = folder / TEMPLATE_FILE
+        source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        if not isinstance(source, str):
+            return None
+
+        def refuse(message: str) -> str:
+            raise jinja2.TemplateError(message)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise EngineError(f"{path}: not a chat template ({error}); build the engine again") from None
+
+
+class Transcript:
+    """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
+        self._codec, self._stop = codec, tuple(stop)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._seen = 0  # ids consumed
+        self._text = ""  # whole characters of them
+        self._sent = 0  # characters handed out
+        self._cut: int | None = None  # where a stop string begins
+
+    def reaches_stop(self, ids: Sequence[int]) -> bool:
+        """Take in new ids (all so far are given) and say whether a stop string is complete."""
+        self._take(ids)
+        return self._cut is not None
+
+    def push(self, ids: Sequence[int], final: bool) -> str:
+        """New text that is safe to show; all ids so far are given, and `final` releases what was held back."""
+        self._take(ids)
+        if final:
+            safe = len(self.text(ids))
+            new = self.text(ids)[self._sent :]
+        else:
+            safe = len(self._text) if self._cut is None else self._cut
+            safe -= self._held_back()
+            new = self._text[self._sent : safe]
+        self._sent = max(self._sent, safe)
+        return new
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer's text once all its ids are known, cut before the stop string."""
+        text = self._codec.decode(ids)
+        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
+        return text[: min(ends)] if ends else text
+
+    def _take(self, ids: Sequence[int]) -> None:
+        for token in self._codec._visible(ids[self._seen :]):
+            new = self._stream.step(self._codec._tokenizer, token)
+            if new is None:
+                continue
+            start = max(0, len(self._text) - max(map(len, self._stop), default=0))
+            self._text += new
+            ends = [at for at in (self._text.find(s, start) for s in self._stop) if at >= 0]
+            if ends and self._cut is None:
+                self._cut = min(ends)
+        self._seen = len(ids)
+
+    def _held_back(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        if self._cut is not None:
+            return 0
+        return max(
+            (
+                n
+                for s in self._stop
+                for n in range(min(len(s) - 1, len(self._text)), 0, -1)
+                if self._text.endswith(s[:n])
+            ),
+            default=0,
+        )

@@ -1,0 +1,52 @@
+"""The block filling in, as lines for a terminal.
+
+In: `Step` events. Out: one line per pass: tokens decided in this pass are coloured by confidence, masks are shaded, and
+after a verify the drafts it kept and refused can be told apart without colour too.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .generate import LoadedEngine, Step
+from .self_spec import matching_prefix
+
+MASK = "░"
+
+
+def line(engine: LoadedEngine, step: Step) -> str:
+    """One pass as one line, with ANSI colours (`click.echo` removes them where there is no terminal)."""
+    if step.kind in ("denoise", "draft"):
+        body = _filling(engine, step)
+    elif step.kind == "verify":
+        body = _verdict(engine, step)
+    else:
+        body = click.style(f"{len(step.before)} tokens -> {_shown(engine, step.after[-1])!r}", dim=True)
+    return f"{step.kind:>8} {step.start:>5} | {body}"
+
+
+def _filling(engine: LoadedEngine, step: Step) -> str:
+    mask, parts = engine.info.model.mask_id, []
+    for before, after, confidence in zip(step.before, step.after, step.confidence, strict=True):
+        if after == mask:
+            parts.append(click.style(MASK, dim=True))
+        elif before == mask:
+            colour = "green" if confidence >= 0.9 else "yellow" if confidence >= 0.5 else "red"
+            parts.append(click.style(_shown(engine, after), fg=colour, bold=True))
+        else:
+            parts.append(_shown(engine, after))
+    return "".join(parts)
+
+
+def _verdict(engine: LoadedEngine, step: Step) -> str:
+    kept = matching_prefix(step.before[1:], step.after)
+    parts = [_shown(engine, step.before[0])]
+    parts += [click.style(_shown(engine, t), fg="green") for t in step.before[1 : kept + 1]]
+    parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
+    refused = "".join(_shown(engine, t) for t in step.before[kept + 1 :])
+    return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")
+
+
+def _shown(engine: LoadedEngine, token: int) -> str:
+    """A token on one line."""
+    return engine.text.piece(token).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
