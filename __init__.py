@@ -5,6 +5,7 @@ engine = nemodiff.load("engines/tiny-chat")
 nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 """
 
+from .contract import MODES
 from .errors import BuildError, CheckpointError, EngineError, NemodiffError, RequestError
 from .runtime.generate import (
     Acceptance,
@@ -20,6 +21,7 @@ from .runtime.generate import (
 from .runtime.options import Options
 
 __all__ = [
+    "MODES",
     "Acceptance",
     "BuildError",
     "CheckpointError",

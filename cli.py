@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,13 +45,16 @@ class _Group(click.Group):
     cls=_Group,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
+        "token_normalize_func": lambda token: token.replace("_", "-"),
         "max_content_width": 100,
     },
 )
 @click.version_option(package_name="nemodiff")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Compile tri-mode language models into one engine and decode with it in every mode."""
+    if os.environ.get("NO_COLOR"):  # no-color.org; click itself does not look at it
+        ctx.color = False
 
 
 @main.command()

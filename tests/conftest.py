@@ -1,0 +1,97 @@
+"""What several test files share: one built engine, a small checkpoint to break, and what a refusal looks like.
+
+`refused` runs the command in this process and checks the manners that every refusal owes: one line, no traceback, and
+below `tmp_path` exactly the files that were there before.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from nemodiff.builder.build import Builder
+from nemodiff.cli import main
+
+TINY_CHAT = Path(__file__).parents[1] / "examples" / "tiny-chat"
+PLAN = re.compile(r"(checkpoint|parameters|engine|disk|KV cache|memory|fits here|ignored) {2,}")
+SUBJECT = re.compile(
+    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|temperature|threshold)\b"
+)
+REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/tiny-chat as an engine; read it, never change it."""
+    return Builder(TINY_CHAT, tmp_path_factory.mktemp("engines") / "tiny-chat").run()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A small random checkpoint of 2 layers and vocabulary 891 with an adapter of rank 4, fresh for each test."""
+    from checkpoints import write_checkpoint  # it imports this file
+
+    folder = write_checkpoint(tmp_path / "checkpoint", dtype="f32")
+    lora = folder / "linear_spec_lora"
+    lora.mkdir()
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["o_proj"]}
+    (lora / "adapter_config.json").write_text(json.dumps(values))
+    tensors = {}
+    for layer in range(2):
+        key = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
+        tensors[f"{key}.lora_A.weight"] = np.full((4, 64), 0.01, np.float32)
+        tensors[f"{key}.lora_B.weight"] = np.full((32, 4), 0.01, np.float32)
+    save_file(tensors, lora / "adapter_model.safetensors")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file below a folder, by path; folders count by name."""
+    files = {p: p.lstat() for p in folder.rglob("*")}
+    return {str(p): (s.st_size, s.st_mtime_ns) if p.is_file() else (0, 0) for p, s in files.items()}
+
+
+def assert_one_line(stderr: str, *fragments: str, code: int = 1) -> str:
+    """Check that standard error is a well-mannered refusal that holds the fragments, and return its line."""
+    assert stderr.endswith("\n")
+    assert "Traceback" not in stderr
+    *before, line = stderr[:-1].split("\n")
+    assert line.startswith("Error: ")
+    assert line.isprintable()
+    for fragment in fragments:
+        assert fragment in line
+    assert SUBJECT.search(line), "names neither file nor flag"
+    if code == 2:  # a wrong flag: click's usage and the pointer to --help stand before it
+        assert before[0].startswith("Usage: ")
+        assert "--help" in before[1]
+    else:  # the plan may have been shown already, nothing else
+        assert all(PLAN.match(other) for other in before), before
+        assert REMEDY.search(line), "says neither what is allowed nor what to do next"
+    return line
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """Run the command, check that it refuses as it should and changes no file, and return the line."""
+
+    def run(arguments: list[str], *fragments: str, code: int = 1, stdin: str | bytes = b"") -> str:
+        before = snapshot(tmp_path)
+        result = CliRunner().invoke(main, arguments, input=stdin, prog_name="nemodiff")
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert snapshot(tmp_path) == before
+        assert result.stdout == ""
+        line = assert_one_line(result.stderr, *fragments, code=code)
+        assert result.exit_code == code
+        return line
+
+    return run

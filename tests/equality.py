@@ -1,0 +1,229 @@
+"""Compares every mode with the oracles, prompt by prompt and token for token.
+
+`compare_prompt` is what the test suite runs on a sample and what this file, run as a command, runs over the whole grid:
+
+    python tests/equality.py --prompts 300 --output benchmarks/results/equality.json
+
+In: tiny-chat, with and without a random drafter adapter. Out: how many requests were equal, and each one that was not
+with the smallest logit margin along its AR text. The surprising fact: diffusion and drafting have an oracle of their
+own, so passes are counted too, which is what shows that an adapter acts where it should and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import reference
+from safetensors.numpy import save_file
+
+import nemodiff
+from nemodiff.builder.build import Builder
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "examples" / "tiny-chat"
+BLOCKS = (2, 5, 8, 16, 32)
+THRESHOLDS = (0.0, 0.7, 0.95)
+LIMITS = (1, 7, 32, 100)
+SEED = 2026  # not one of the seeds tiny-chat was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One request of the grid."""
+
+    mode: str  # ar, diffusion, linear_spec, linear_spec+adapter
+    block_length: int
+    threshold: float
+    max_new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A request that was not equal."""
+
+    case: Case
+    prompt: str
+    expected: object
+    got: object
+    margin: float  # of AR's own choices, in logits; near 0 means rounding decides
+
+
+def load_make_data() -> ModuleType:
+    """The example's data generator, which is not part of any package."""
+    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", CHECKPOINT / "make_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def questions(count: int) -> list[str]:
+    """Distinct held-out questions over all tasks."""
+    data, rng = load_make_data(), random.Random(SEED)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[data.example(rng)[1]] = None
+    return list(found)
+
+
+def write_random_adapter(folder: Path, rank: int = 8, seed: int = 5) -> Path:
+    """tiny-chat with a random drafter adapter strong enough to spoil the drafts."""
+    shutil.copytree(CHECKPOINT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    lora = folder / "linear_spec_lora"
+    lora.mkdir()
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 4 * rank, "bias": "none", "target_modules": ["o_proj"]}
+    (lora / "adapter_config.json").write_text(json.dumps(values))
+    rng, size = np.random.default_rng(seed), config["num_attention_heads"] * config["head_dim"]
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        key = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
+        tensors[f"{key}.lora_A.weight"] = rng.normal(0, 0.2, (rank, size)).astype(np.float32)
+        tensors[f"{key}.lora_B.weight"] = rng.normal(0, 0.2, (config["hidden_size"], rank)).astype(np.float32)
+    save_file(tensors, lora / "adapter_model.safetensors")
+    return folder
+
+
+@dataclasses.dataclass
+class Setup:
+    """Engines and oracles, with and without the adapter."""
+
+    plain: nemodiff.LoadedEngine
+    adapted: nemodiff.LoadedEngine
+    model: reference.ReferenceModel
+    adapted_model: reference.ReferenceModel
+
+    @classmethod
+    def make(cls, folder: Path, threads: int | None = None) -> Setup:
+        """Build both engines below `folder`."""
+        with_adapter = write_random_adapter(folder / "checkpoint")
+        for checkpoint, name in ((CHECKPOINT, "plain"), (with_adapter, "adapted")):
+            Builder(checkpoint, folder / name).run()
+        return cls(
+            nemodiff.load(folder / "plain", threads=threads),
+            nemodiff.load(folder / "adapted", threads=threads),
+            reference.ReferenceModel.load(CHECKPOINT),
+            reference.ReferenceModel.load(with_adapter),
+        )
+
+
+def grid(
+    blocks: tuple[int, ...] = BLOCKS, thresholds: tuple[float, ...] = THRESHOLDS, limits: tuple[int, ...] = LIMITS
+) -> list[Case]:
+    """All cases of one prompt."""
+    modes = ("diffusion", "linear_spec", "linear_spec+adapter")
+    return [Case("ar", 1, 0.0, limit) for limit in limits] + [
+        Case(*values) for values in itertools.product(modes, blocks, thresholds, limits)
+    ]
+
+
+def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[tuple[Case, Difference | None]]:
+    """Run one prompt through every case."""
+    prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
+    eos = setup.model.eos
+    setup.model.clear()
+    setup.adapted_model.clear()
+    longest = reference.ar(setup.model, prompt, max(c.max_new_tokens for c in cases), eos)
+    for case in cases:
+        adapter = case.mode.endswith("+adapter")
+        engine = setup.adapted if adapter else setup.plain
+        mode = case.mode.removesuffix("+adapter")
+        answer = nemodiff.generate(
+            engine,
+            prompt,
+            mode=mode,
+            block_length=case.block_length,
+            threshold=case.threshold,
+            max_new_tokens=case.max_new_tokens,
+        )
+        arguments = (prompt, case.max_new_tokens, case.block_length, case.threshold, eos)
+        if mode == "ar":
+            oracle = reference.ar(setup.model, prompt, case.max_new_tokens, eos)
+        elif mode == "diffusion":
+            oracle = reference.diffusion(setup.model, *arguments)
+        elif adapter:
+            oracle = reference.linear_spec(setup.adapted_model, *arguments, adapter=True)
+        else:
+            oracle = reference.linear_spec(setup.model, *arguments)
+        expected = dataclasses.asdict(oracle)
+        got = {
+            "tokens": answer.token_ids,
+            "finish_reason": answer.finish_reason,
+            "nfe": answer.nfe,
+            "acceptance": answer.acceptance.lengths,
+        }
+        equal = got == expected
+        if mode != "diffusion":  # the causal modes owe AR's tokens, whatever their own oracle says
+            equal = equal and answer.token_ids == longest.tokens[: case.max_new_tokens]
+        margin = 0.0 if equal else reference.ar_margin(setup.model, prompt, longest.tokens)
+        yield case, None if equal else Difference(case, question, expected, got, margin)
+
+
+def _work(arguments: tuple[list[str], Path]) -> list[tuple[Case, Difference | None]]:
+    chunk, folder = arguments
+    setup = Setup.make(folder, threads=1)
+    done: list[tuple[Case, Difference | None]] = []
+    for i, question in enumerate(chunk, 1):
+        done += compare_prompt(setup, question, grid())
+        print(f"{i} of {len(chunk)} prompts, {sum(d is not None for _, d in done)} differences", file=sys.stderr)
+    return done
+
+
+def main() -> None:
+    """Run the whole grid in two processes and write the result file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: each process has one core's worth of work
+    started, asked = time.time(), questions(options.prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [(asked[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
+        for _, part in parts:
+            part.mkdir()
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            done = [pair for part in pool.map(_work, parts) for pair in part]
+    counts = collections.Counter(case.mode for case, _ in done)
+    differences = [d for _, d in done if d is not None]
+    values = {
+        "command": f"python tests/equality.py --prompts {options.prompts}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"numpy": np.__version__, "onnxruntime": _version("onnxruntime"), "nemodiff": _version("nemodiff")},
+        "grid": {"block_lengths": BLOCKS, "thresholds": THRESHOLDS, "max_new_tokens": LIMITS},
+        "compared": "token ids, finish reason, passes by kind, tokens accepted by each verify",
+        "prompts": len(asked),
+        "seconds": round(time.time() - started),
+        "requests": dict(counts),
+        "equal": {m: n - sum(d.case.mode == m for d in differences) for m, n in counts.items()},
+        "differences": [dataclasses.asdict(d) for d in differences],
+    }
+    options.output.write_text(json.dumps(values, indent=1) + "\n")
+    print(json.dumps({k: values[k] for k in ("prompts", "requests", "equal", "seconds")}, indent=1))
+    sys.exit(bool(differences))
+
+
+def _version(name: str) -> str:
+    return importlib.metadata.version(name)
+
+
+if __name__ == "__main__":
+    main()
