@@ -8,9 +8,8 @@ in mind is scratch, so a rejected draft costs nothing to undo.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,11 +18,12 @@ from ..contract import EngineInfo
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
 
+# Slices of these two serve every position below 4096 without an allocation.
 _RAMP = np.arange(4096, dtype=np.int32)
+_CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """One row's part of a forward; see `contract.inputs` for the meaning of each field."""
 
     kind: PassKind
@@ -37,8 +37,7 @@ class Pass:
     logits: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """One row's results. The arrays are views that the next forward overwrites; copy what must last."""
 
     token: np.ndarray  # (R,) i32
@@ -60,6 +59,10 @@ class Cache(Protocol):
         """Copy a row over another, so that rows stay dense when one has finished."""
         ...
 
+    def close(self) -> None:
+        """Give the cache back to its engine; it must not be used afterwards."""
+        ...
+
 
 class Engine(Protocol):
     """A loaded engine."""
@@ -68,7 +71,7 @@ class Engine(Protocol):
     load_seconds: float
 
     def open(self, rows: int) -> Cache:
-        """Allocate a cache of `rows` rows, each of length 0."""
+        """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
         ...
 
 
@@ -76,10 +79,8 @@ def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = 
     """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
     size = len(ids)
     pos = _ramp(start, size)
-    visible = np.zeros((size, 3), np.int32)
-    np.add(pos, 1, out=visible[:, 0])
     rows = _ramp(0, size) if every_row else _ramp(size - 1, 1)
-    return Pass(kind, np.array(ids, np.int32), pos, start, visible, rows, logits=logits)
+    return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), rows, logits=logits)
 
 
 def bidirectional(kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False) -> Pass:
@@ -95,3 +96,10 @@ def _ramp(start: int, size: int) -> np.ndarray:
     if start + size <= _RAMP.size:
         return _RAMP[start : start + size]
     return np.arange(start, start + size, dtype=np.int32)
+
+
+def _causal_visible(start: int, size: int) -> np.ndarray:
+    """(pos + 1, 0, 0) for each position, (size, 3) i32."""
+    if start + size <= len(_CAUSAL):
+        return _CAUSAL[start : start + size]
+    return np.stack([_ramp(start + 1, size), np.zeros(size, np.int32), np.zeros(size, np.int32)], axis=1)

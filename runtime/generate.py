@@ -18,7 +18,7 @@ from ..contract import EngineInfo, read_engine
 from ..errors import EngineError, RequestError
 from .ar import Loop, ar
 from .diffusion import diffusion
-from .engine import Engine, Pass, PassKind, Prediction
+from .engine import Cache, Engine, Pass, PassKind, Prediction
 from .options import Options, make_options, settle
 from .self_spec import linear_spec
 from .sequence import FinishReason, Sequence
@@ -183,8 +183,14 @@ def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator
 
     The prediction's arrays are overwritten by the next forward.
     """
-    waiting = iter(sequences)
     cache = engine.open(rows)
+    try:
+        yield from _decode(cache, iter(sequences), rows)
+    finally:
+        cache.close()
+
+
+def _decode(cache: Cache, waiting: Iterator[Sequence], rows: int) -> Iterator[tuple[Sequence, Pass, Prediction]]:
     active: list[tuple[Sequence, Loop, Pass]] = []
     while True:
         while len(active) < rows and (sequence := next(waiting, None)) is not None:

@@ -20,6 +20,7 @@ from .engine import Pass, Prediction
 
 FIRST_CAPACITY = 256  # tokens
 _KEPT_FORWARDS = 64  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
+_KEPT_CACHES = 4  # closed ones; binding a shape anew costs as much as a small model's forward
 _NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
 
 
@@ -55,10 +56,21 @@ class OnnxRuntimeEngine:
             ) from None
         self.info = info
         self.load_seconds = time.perf_counter() - started
+        self._closed: list[OnnxRuntimeCache] = []
 
     def open(self, rows: int) -> OnnxRuntimeCache:
-        """Allocate a cache of `rows` rows."""
+        """A cache of `rows` rows: a closed one with its bound forwards if there is one, else a new one."""
+        for cache in self._closed:
+            if cache.rows == rows:
+                self._closed.remove(cache)
+                cache.seconds = 0.0
+                return cache
         return OnnxRuntimeCache(self, rows)
+
+    def take_back(self, cache: OnnxRuntimeCache) -> None:
+        """Keep a closed cache for the next request, unless it has grown: cost follows a cache's capacity."""
+        if cache.capacity <= FIRST_CAPACITY:
+            self._closed = [*self._closed, cache][-_KEPT_CACHES:]
 
 
 class OnnxRuntimeCache:
@@ -66,7 +78,7 @@ class OnnxRuntimeCache:
 
     def __init__(self, engine: OnnxRuntimeEngine, rows: int) -> None:
         model = engine.info.model
-        self.seconds = 0.0
+        self.rows, self.seconds, self._engine = rows, 0.0, engine
         self._session, self._info = engine.session, engine.info
         self._shape = (rows, model.num_kv_heads, 0, model.head_dim)
         self._pad_id = int(model.mask_id == 0)  # any id but the mask
@@ -82,14 +94,15 @@ class OnnxRuntimeCache:
 
     def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        size = max(p.ids.size for p in passes)
-        picked = max(p.rows.size for p in passes)
-        logits = any(p.logits for p in passes)
-        self._reserve(max(p.write_at for p in passes) + size)
-        key = (len(passes), size, picked, logits)
-        bound = self._forwards.get(key)
+        size = picked = end = 0
+        logits = False
+        for p in passes:
+            size, picked = max(size, p.ids.size), max(picked, p.rows.size)
+            end, logits = max(end, p.write_at), logits or p.logits
+        self._reserve(end + size)
+        bound = self._forwards.get((len(passes), size, picked, logits))
         if bound is None:
-            bound = self._bind(key)
+            bound = self._bind((len(passes), size, picked, logits))
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
         started = time.perf_counter()
@@ -101,6 +114,10 @@ class OnnxRuntimeCache:
         """See `engine.Cache.move`."""
         for cache in self._caches.values():
             cache[target] = cache[source]
+
+    def close(self) -> None:
+        """See `engine.Cache.close`."""
+        self._engine.take_back(self)
 
     def _reserve(self, slots: int) -> None:
         """Grow every cache to at least `slots` by doubling."""
@@ -153,24 +170,32 @@ class _Forward:
 
         bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
         bind(outputs(info.model), self.binding.bind_ortvalue_output)
+        names = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
+        self._inputs = [self._row(row, names) for row in range(rows)]
+        self._outputs = [self._row(row, ("token", "confidence", "next_ids", "logits")) for row in range(rows)]
+
+    def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
+        """Views of one row of some arrays, (1,) where a row is a single number, None where there is no array."""
+        arrays = [self.arrays.get(name) for name in names]
+        return [None if a is None else a[row] if a.ndim > 1 else a[row : row + 1] for a in arrays]
 
     def fill(self, row: int, p: Pass, pad_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-        a, size, picked = self.arrays, p.ids.size, p.rows.size
-        ids, pos, visible, rows = a["ids"][row], a["pos"][row], a["visible"][row], a["rows"][row]
+        ids, pos, visible, rows, write_at, threshold, adapter = self._inputs[row]
+        size, picked = p.ids.size, p.rows.size
         ids[:size], pos[:size], visible[:size], rows[:picked] = p.ids, p.pos, p.visible, p.rows
-        a["write_at"][row] = p.write_at
-        a["threshold"][row] = p.threshold
-        if "adapter" in a:
-            a["adapter"][row] = p.adapter
+        write_at[0], threshold[0] = p.write_at, p.threshold
+        if adapter is not None:
+            adapter[:] = p.adapter
         if size < ids.size:
             own = np.arange(p.write_at + size, p.write_at + ids.size)
             ids[size:], pos[size:] = pad_id, own
             visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
-        rows[picked:] = ids.size - 1
+        if picked < rows.size:
+            rows[picked:] = ids.size - 1
 
     def prediction(self, row: int, p: Pass) -> Prediction:
         """One row's results as views."""
-        a, picked = self.arrays, p.rows.size
-        logits = a["logits"][row, :picked] if p.logits else None
-        return Prediction(a["token"][row, :picked], a["confidence"][row, :picked], a["next_ids"][row, :picked], logits)
+        token, confidence, next_ids, logits = self._outputs[row]
+        n = p.rows.size
+        return Prediction(token[:n], confidence[:n], next_ids[:n], logits[:n] if p.logits else None)

@@ -1,6 +1,6 @@
 """The engine contract on the CPU backend, below the loops: batches, visibility, caches in place, long positions."""
 
-import dataclasses
+import concurrent.futures
 import json
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,43 @@ def test_cache_grows_by_doubling_and_keeps_what_it_holds(engine: nemodiff.Loaded
     np.testing.assert_allclose(got.confidence, expected.confidence, atol=1e-5)
 
 
+def test_a_closed_cache_is_used_again_unless_it_has_grown(tiny_engine: Path) -> None:
+    backend = nemodiff.load(tiny_engine).backend
+    first = backend.open(1)
+    first.forward([causal("prefill", PROMPT, 0)])
+    first.close()
+    assert backend.open(2) is not first
+    again = backend.open(1)
+    assert again is first
+    again.forward([causal("prefill", (PROMPT * 40)[:300], 0)])
+    again.close()
+    assert backend.open(1) is not first  # attention costs by capacity, so a grown one would slow short texts down
+
+
+def test_requests_leave_nothing_behind(tiny_engine: Path) -> None:
+    """Answers do not depend on what ran before or runs beside, and memory returns to its start."""
+    engine = nemodiff.load(tiny_engine, threads=1)
+    questions = ["Count from 3 to 9.", "Sort these numbers: 4, 2, 9.", "Show the times table of 3 up to 5."]
+
+    def ask(number: int) -> list[int]:
+        mode = nemodiff.MODES[number // 3 % 3]
+        return nemodiff.generate(engine, questions[number % 3], mode=mode, max_new_tokens=20).token_ids
+
+    expected = [ask(n) for n in range(9)]
+    assert [ask(n) for n in reversed(range(9))] == expected[::-1]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, [*range(9)] * 3)) == expected * 3
+    before = _resident()
+    for n in range(100):
+        ask(n)
+    assert _resident() - before < 8 * 2**20
+
+
+def _resident() -> int:
+    """Bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None:
     cache = engine.backend.open(2)
     cache.forward([causal("prefill", PROMPT[:5], 0), causal("prefill", PROMPT, 0)])
@@ -311,4 +348,4 @@ def test_broken_numbers_end_a_request_with_a_sentence(engine: nemodiff.LoadedEng
 
 
 def _copy(prediction: Prediction) -> Prediction:
-    return dataclasses.replace(prediction, token=prediction.token.copy(), confidence=prediction.confidence.copy())
+    return prediction._replace(token=prediction.token.copy(), confidence=prediction.confidence.copy())
