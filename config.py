@@ -17,6 +17,7 @@ import numpy as np
 
 from .errors import CheckpointError
 
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 1e-30
 # Fields whose only supported value is the one given: anything else would need another graph.
 _FIXED: dict[str, object] = {
     "hidden_act": "silu",
@@ -133,20 +134,20 @@ class _Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.fail(key, value if key in self.values else "missing", "a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+            raise self.fail(key, value if key in self.values else "missing", "a finite f32 number")
         return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = self.number(key, default)
-        if value <= 0:
-            raise self.fail(key, value, "a number over 0")
+        if value < _SMALLEST:  # a smaller divisor would overflow
+            raise self.fail(key, value, f"{_SMALLEST:g} or more")
         return value
 
-    def integer(self, key: str, low: int = 1) -> int:
+    def integer(self, key: str, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.fail(key, value if key in self.values else "missing", f"an integer of {low} or more")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.fail(key, value if key in self.values else "missing", f"an integer from {low} to {high}")
         return value
 
     def one_of(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
@@ -166,11 +167,11 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     rope = _parse_rope(fields)
     config = ModelConfig(
         hidden_size=fields.integer("hidden_size"),
-        num_layers=fields.integer("num_hidden_layers"),
+        num_layers=fields.integer("num_hidden_layers", high=1000),
         intermediate_size=fields.integer("intermediate_size"),
         num_heads=fields.integer("num_attention_heads"),
         num_kv_heads=fields.integer("num_key_value_heads"),
-        head_dim=fields.integer("head_dim", 2),
+        head_dim=fields.integer("head_dim", 2, 4096),
         vocab_size=fields.integer("vocab_size", 2),
         rms_norm_eps=fields.positive("rms_norm_eps"),
         max_position=fields.integer("max_position_embeddings"),

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from ..config import ModelConfig, parse_config
 from ..contract import CONFIG_FILE, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -97,7 +98,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder / TOKENIZER_FILE}: missing; an engine carries its tokenizer, so download the checkpoint again"
         )
+    _check_tokenizer(folder, model.vocab_size)
     return Checkpoint(folder, config, model, _open_weights(folder), _open_adapter(folder))
+
+
+def _check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Refuse here what the engine could only refuse once it is built."""
+    path = folder / TOKENIZER_FILE
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise CheckpointError(f"{path}: not a tokenizer ({error}); download the file again") from None
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
+        raise CheckpointError(
+            f"{path}: holds token id {highest}, allowed: ids below vocab_size {vocab_size} of {CONFIG_FILE}; "
+            "download the checkpoint again"
+        )
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        read_json(folder / TOKENIZER_CONFIG_FILE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; give a complete checkpoint folder") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); download the file again") from None
     if not isinstance(values, dict):
         raise CheckpointError(
@@ -205,7 +224,7 @@ def _open_adapter(folder: Path) -> Adapter | None:
 
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     require("r", rank, isinstance(rank, int) and not isinstance(rank, bool) and rank > 0, "a positive integer")
-    require("lora_alpha", alpha, isinstance(alpha, (int, float)) and alpha > 0, "a number over 0")
+    require("lora_alpha", alpha, isinstance(alpha, (int, float)) and 0 < alpha < 1e30, "a number over 0, below 1e30")
     require("target_modules", targets, targets in (["o_proj"], "o_proj"), "['o_proj']")
     require("bias", config.get("bias", "none"), config.get("bias", "none") == "none", "'none'")
     for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
@@ -216,4 +235,11 @@ def _open_adapter(folder: Path) -> Adapter | None:
         )
     assert isinstance(rank, int)
     assert isinstance(alpha, (int, float))
-    return Adapter(rank, float(alpha) / rank, _read_header(folder / ADAPTER_WEIGHTS))
+    tensors = _read_header(folder / ADAPTER_WEIGHTS)
+    for name in tensors:
+        if not name.startswith("base_model."):
+            raise CheckpointError(
+                f"{folder / ADAPTER_WEIGHTS}: tensor {name} is not an adapter's, allowed: names that start with "
+                "base_model.; use the adapter shipped with the model"
+            )
+    return Adapter(rank, float(alpha) / rank, tensors)

@@ -72,14 +72,15 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
                 f"{tensor.file}: tensor {tensor.name} holds {values[at]} near {[start + at[0], *at[1:]]}, allowed: "
                 "finite numbers; download the file again or use another checkpoint"
             )
-        if weight.scale != 1.0:
-            values = values * np.float32(weight.scale)
         with np.errstate(over="ignore"):
+            if weight.scale != 1.0:
+                values = values * np.float32(weight.scale)
             stored = values.astype(dtype, copy=False)
-        if dtype == np.float16 and not np.isfinite(stored).all():
+        if not np.isfinite(stored).all():
+            name, remedy = ("f16", "build with --dtype f32") if dtype == np.float16 else ("f32", "use another adapter")
             raise BuildError(
-                f"{tensor.file}: tensor {tensor.name} holds {np.abs(values).max():.6g}, f16 allowed: up to 65504; "
-                "build with --dtype f32"
+                f"{tensor.file}: tensor {tensor.name} holds {np.abs(values).max():.6g}, {name} allowed: "
+                f"up to {np.finfo(dtype).max:.6g}; {remedy}"
             )
         yield stored
 

@@ -11,7 +11,7 @@ import click
 from .generate import LoadedEngine, Step
 from .self_spec import matching_prefix
 
-MASK = "░"
+MASK, END = "░", "■"
 
 
 def line(engine: LoadedEngine, step: Step) -> str:
@@ -39,9 +39,13 @@ def _filling(engine: LoadedEngine, step: Step) -> str:
 
 
 def _verdict(engine: LoadedEngine, step: Step) -> str:
+    """The drafts the verify kept, its own next token in brackets, and after an x the drafts it refused."""
     kept = matching_prefix(step.before[1:], step.after)
     parts = [_shown(engine, step.before[0])]
-    parts += [click.style(_shown(engine, t), fg="green") for t in step.before[1 : kept + 1]]
+    for token in step.before[1 : kept + 1]:
+        parts.append(click.style(_shown(engine, token), fg="green"))
+        if token in engine.info.model.eos_ids:  # the answer ends here; what follows was never asked
+            return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
     refused = "".join(_shown(engine, t) for t in step.before[kept + 1 :])
     return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")
@@ -49,4 +53,6 @@ def _verdict(engine: LoadedEngine, step: Step) -> str:
 
 def _shown(engine: LoadedEngine, token: int) -> str:
     """A token on one line."""
+    if token in engine.info.model.eos_ids:
+        return END
     return engine.text.piece(token).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
