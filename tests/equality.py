@@ -3,6 +3,7 @@
 `compare_prompt` is what the test suite runs on a sample and what this file, run as a command, runs over the whole grid:
 
     python tests/equality.py --prompts 300 --output benchmarks/results/equality.json
+    python tests/equality.py --prompts 200 --against transformers --output benchmarks/results/equality_transformers.json
 
 In: tiny-chat, with and without a random drafter adapter. Out: how many requests were equal, and each one that was not
 with the smallest logit margin along its AR text. The surprising fact: diffusion and drafting have an oracle of their
@@ -18,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -177,6 +179,20 @@ def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[t
         yield case, None if equal else Difference(case, question, expected, got, margin)
 
 
+def compare_with_transformers(
+    engine: nemodiff.LoadedEngine, asked: list[str]
+) -> Iterator[tuple[Case, Difference | None]]:
+    """Run every prompt through AR and through transformers' generate on the same weights."""
+    import transformers_oracle
+
+    model, case = transformers_oracle.load(CHECKPOINT), Case("ar", 1, 0.0, max(LIMITS))
+    for question in asked:
+        prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+        expected = transformers_oracle.greedy(model, prompt, case.max_new_tokens, sorted(engine.info.model.eos_ids))
+        got = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=case.max_new_tokens).token_ids
+        yield case, None if got == expected else Difference(case, question, expected, got, math.nan)
+
+
 def _work(arguments: tuple[list[str], Path]) -> list[tuple[Case, Difference | None]]:
     chunk, folder = arguments
     setup = Setup.make(folder, threads=1)
@@ -187,29 +203,44 @@ def _work(arguments: tuple[list[str], Path]) -> list[tuple[Case, Difference | No
     return done
 
 
+def _run_grid(asked: list[str], processes: int, folder: Path) -> list[tuple[Case, Difference | None]]:
+    """The whole grid, the prompts dealt out to processes of one thread each."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
+    parts = [(asked[i::processes], folder / str(i)) for i in range(processes)]
+    for _, part in parts:
+        part.mkdir()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return [pair for part in pool.map(_work, parts) for pair in part]
+
+
 def main() -> None:
-    """Run the whole grid in two processes and write the result file."""
+    """Run the comparison and write the result file; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--against", choices=["reference", "transformers"], default="reference")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: each process has one core's worth of work
     started, asked = time.time(), questions(options.prompts)
+    packages = ["nemodiff", "numpy", "onnxruntime"]
     with tempfile.TemporaryDirectory() as folder:
-        parts = [(asked[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
-        for _, part in parts:
-            part.mkdir()
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            done = [pair for part in pool.map(_work, parts) for pair in part]
+        if options.against == "reference":
+            done = _run_grid(asked, options.processes, Path(folder))
+        else:
+            packages += ["torch", "transformers"]
+            engine = nemodiff.load(Builder(CHECKPOINT, Path(folder) / "plain").run())
+            done = list(compare_with_transformers(engine, asked))
     counts = collections.Counter(case.mode for case, _ in done)
     differences = [d for _, d in done if d is not None]
     values = {
-        "command": f"python tests/equality.py --prompts {options.prompts}",
+        "command": f"python tests/equality.py --prompts {options.prompts} --against {options.against}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"numpy": np.__version__, "onnxruntime": _version("onnxruntime"), "nemodiff": _version("nemodiff")},
-        "grid": {"block_lengths": BLOCKS, "thresholds": THRESHOLDS, "max_new_tokens": LIMITS},
-        "compared": "token ids, finish reason, passes by kind, tokens accepted by each verify",
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "block_lengths": sorted({c.block_length for c, _ in done}),
+        "thresholds": sorted({c.threshold for c, _ in done}),
+        "max_new_tokens": sorted({c.max_new_tokens for c, _ in done}),
+        "compared": "token ids"
+        + (", finish reason, passes by kind, acceptance" if options.against == "reference" else ""),
         "prompts": len(asked),
         "seconds": round(time.time() - started),
         "requests": dict(counts),
@@ -219,10 +250,6 @@ def main() -> None:
     options.output.write_text(json.dumps(values, indent=1) + "\n")
     print(json.dumps({k: values[k] for k in ("prompts", "requests", "equal", "seconds")}, indent=1))
     sys.exit(bool(differences))
-
-
-def _version(name: str) -> str:
-    return importlib.metadata.version(name)
 
 
 if __name__ == "__main__":
