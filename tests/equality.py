@@ -106,12 +106,11 @@ def write_random_adapter(folder: Path, rank: int = 8, seed: int = 5) -> Path:
 
 @dataclasses.dataclass
 class Setup:
-    """Engines and oracles, with and without the adapter."""
+    """Engines with and without the adapter, and one oracle for both: it uses the adapter only when told to."""
 
     plain: nemodiff.LoadedEngine
     adapted: nemodiff.LoadedEngine
     model: reference.ReferenceModel
-    adapted_model: reference.ReferenceModel
 
     @classmethod
     def make(cls, folder: Path, threads: int | None = None) -> Setup:
@@ -122,7 +121,6 @@ class Setup:
         return cls(
             nemodiff.load(folder / "plain", threads=threads),
             nemodiff.load(folder / "adapted", threads=threads),
-            reference.ReferenceModel.load(CHECKPOINT),
             reference.ReferenceModel.load(with_adapter),
         )
 
@@ -142,7 +140,6 @@ def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[t
     prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
     eos = setup.model.eos
     setup.model.clear()
-    setup.adapted_model.clear()
     longest = reference.ar(setup.model, prompt, max(c.max_new_tokens for c in cases), eos)
     for case in cases:
         adapter = case.mode.endswith("+adapter")
@@ -161,10 +158,8 @@ def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[t
             oracle = reference.ar(setup.model, prompt, case.max_new_tokens, eos)
         elif mode == "diffusion":
             oracle = reference.diffusion(setup.model, *arguments)
-        elif adapter:
-            oracle = reference.linear_spec(setup.adapted_model, *arguments, adapter=True)
         else:
-            oracle = reference.linear_spec(setup.model, *arguments)
+            oracle = reference.linear_spec(setup.model, *arguments, adapter=adapter)
         expected = dataclasses.asdict(oracle)
         got = {
             "tokens": answer.token_ids,

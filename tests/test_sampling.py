@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 
 import nemodiff
-from nemodiff.runtime.sampling import gumbel, sample
+from nemodiff.runtime.sampling import gumbel, philox, sample
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
     return nemodiff.load(tiny_engine)
+
+
+def test_philox_gives_the_published_words() -> None:
+    """The known answers of the Random123 library for philox4x32-10."""
+    zeros = philox(0, (np.zeros(1), 0, 0, 0))
+    assert [hex(w) for w in zeros[0]] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    word = 0xFFFFFFFF
+    ones = philox(2**64 - 1, (np.full(1, word), word, word, word))
+    assert [hex(w) for w in ones[0]] == ["0x408f276d", "0x41c83b0e", "0xa20bc7c6", "0x6d5451fd"]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -42,7 +51,8 @@ def test_same_seed_gives_the_same_text_however_it_is_run(engine: nemodiff.Loaded
     alone = [nemodiff.generate(engine, p, **options).token_ids for p in prompts]
     assert [nemodiff.generate(engine, p, **options, prefill_chunk=5).token_ids for p in prompts] == alone
     assert [a.token_ids for a in nemodiff.generate_many(engine, prompts, rows=3, **options)] == alone
-    assert nemodiff.generate(engine, prompts[0], **{**options, "seed": 12}).token_ids != alone[0]
+    seeds = [nemodiff.generate(engine, prompts[1], **{**options, "seed": n}).token_ids for n in range(4)]
+    assert all(a != b for i, a in enumerate(seeds) for b in seeds[:i])
 
 
 def test_low_temperature_is_nearly_greedy(engine: nemodiff.LoadedEngine) -> None:
