@@ -18,6 +18,7 @@ import click
 
 from .contract import ITEMSIZE, MAX_BLOCK, MODES
 from .errors import NemodiffError, RequestError
+from .runtime.options import check_text
 
 if TYPE_CHECKING:
     from .runtime.generate import Generation, LoadedEngine
@@ -32,13 +33,19 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except NemodiffError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(_printable(str(error))) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            raise click.ClickException(f"{error.filename or 'input/output'}: {error.strerror or error}") from None
+            text = f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and its disk"
+            raise click.ClickException(_printable(text)) from None
         except MemoryError:
             raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
+
+
+def _printable(text: str) -> str:
+    """The text as one line: names out of a file may hold line ends and terminal controls."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @click.group(
@@ -63,9 +70,13 @@ def main(ctx: click.Context) -> None:
 @click.option(
     "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of weights and cache."
 )
-@click.option("--max-seq-len", type=int, help="Prompt plus generated tokens. [default: 32768 or the model's limit]")
+@click.option(
+    "--max-seq-len", type=click.IntRange(1), help="Prompt plus generated tokens. [default: 32768 or the model's limit]"
+)
 @click.option("--max-batch-size", type=int, default=8, show_default=True, help="Rows that may share a forward.")
-@click.option("--block-length", type=int, help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]")
+@click.option(
+    "--block-length", type=click.IntRange(1), help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]"
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be built and what fits; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
 def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices: Any) -> None:
@@ -168,6 +179,7 @@ def run(
             _print_stats(answer, stats)
         return
     text = prompt if prompt is not None else _read_stdin()
+    check_text(text, "--prompt")
     _answer(load(engine, threads=threads), text, stream, show_denoise, as_json, stats, options)
 
 
@@ -212,6 +224,8 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
     from .runtime.generate import load
     from .runtime.text import Message
 
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
     loaded = load(engine, threads=threads)
     messages: list[Message] = []
     while True:
@@ -219,6 +233,8 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
             said = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
         if said in ("/exit", "/quit"):
             return
         if said == "/reset":
@@ -230,18 +246,19 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
             try:
                 answer = _answer(loaded, turn, True, False, False, stats, options)
             except RequestError as error:
-                click.echo(f"Error: {error}; /reset starts over", err=True)
+                click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
             else:
                 messages = [*turn, {"role": "assistant", "content": answer.text}]
 
 
 def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        raise click.UsageError("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    try:  # standard input is None where it was closed
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
+    if not text.strip():
+        raise click.UsageError("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
+    return text.removesuffix("\n")
 
 
 def _read_prompts(path: Path) -> list[Any]:
@@ -251,20 +268,24 @@ def _read_prompts(path: Path) -> list[Any]:
 
 def _parse_prompts(path: Path) -> Iterator[Any]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from None
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}; give a file of JSON lines") from None
     for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}, line {number}: not JSON ({error}); one object per line is allowed") from None
+        check_text(json.dumps(value, ensure_ascii=False), f"{path}, line {number}")
+        messages = value.get("messages") if isinstance(value, dict) else None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str):
             yield value["prompt"]
-        elif isinstance(value, dict) and isinstance(value.get("messages"), list) and value["messages"]:
-            yield value["messages"]
+        elif isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+            yield messages
         else:
             raise RequestError(
                 f'{path}, line {number}: allowed: an object with "prompt" (text) or "messages" (a list of role and '

@@ -125,7 +125,7 @@ class _Fields:
 
     def fail(self, key: str, got: object, allowed: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.where}: {key} is {got!r}, allowed: {allowed}; fix the file or use another checkpoint"
+            f"{self.where}: {key} is {got!r:.100}, allowed: {allowed}; fix the file or use another checkpoint"
         )
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -155,7 +155,7 @@ def read_engine(folder: Path) -> EngineInfo:
         raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
     manifest = _read_object(folder / MANIFEST_FILE, again)
     schema = manifest.get("schema")
-    if not isinstance(schema, int) or schema < 1:
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
         raise EngineError(f"{folder / MANIFEST_FILE}: schema is {schema!r}, allowed: 1 to {SCHEMA}; {again}")
     if schema > SCHEMA:
         raise EngineError(
@@ -175,12 +175,25 @@ def read_engine(folder: Path) -> EngineInfo:
         raise EngineError(f"{folder}: {error}; {again}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
+    _check_build(build, folder / CONFIG_FILE, again)
     for name, size in sizes.items():
         got = (folder / name).stat().st_size if (folder / name).is_file() else None
         if got != size:
             found = "missing" if got is None else f"{got} bytes"
             raise EngineError(f"{folder / name}: {found}, the manifest says {size} bytes; copy it whole or {again}")
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        _read_object(folder / TOKENIZER_CONFIG_FILE, again)
     return info
+
+
+def _check_build(build: BuildConfig, path: Path, again: str) -> None:
+    if build.dtype not in tuple(ITEMSIZE):
+        raise EngineError(f"{path}: dtype is {build.dtype!r}, allowed: {', '.join(ITEMSIZE)}; {again}")
+    limits = {"max_seq_len": 2**31 - 1, "max_batch_size": 4096, "block_length": MAX_BLOCK}
+    for name, high in limits.items():
+        value = getattr(build, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise EngineError(f"{path}: {name} is {value!r}, allowed: 1 to {high}; {again}")
 
 
 def _read_object(path: Path, again: str) -> dict[str, Any]:
@@ -188,7 +201,7 @@ def _read_object(path: Path, again: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(f"{path}: missing; {again}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise EngineError(f"{path}: not readable as JSON ({error}); {again}") from None
     if not isinstance(values, dict):
         raise EngineError(f"{path}: holds a {type(values).__name__}, expected a JSON object; {again}")

@@ -1,9 +1,9 @@
 """Finds a checkpoint by its name: a folder here, or a repository of the Hugging Face hub.
 
 In: what the user typed. Out: a local folder and the identity to write into the manifest. Downloads go through
-huggingface_hub's cache (resumable, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere) and take only the
-files an engine is made from. The surprising fact: the patterns name the adapter's folder on its own, because a plain
-`*.safetensors` also matches inside subfolders.
+huggingface_hub's cache (`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere) and take only the files an
+engine is made from. A cut connection is resumed inside a file; a new command keeps whole files only. The surprising
+fact: the patterns name the adapter's folder on its own, because a plain `*.safetensors` also matches inside subfolders.
 """
 
 from __future__ import annotations
@@ -49,13 +49,7 @@ def resolve(checkpoint: str) -> Source:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -75,10 +69,12 @@ def _download(repo: str, revision: str | None) -> Path:
         raise CheckpointError(f"{where}: the hub has no revision {revision!r}; leave it out for the newest") from None
     except RepositoryNotFoundError:
         raise CheckpointError(
-            f"{where}: no such folder here, and the hub has no such repository (or it is private: set HF_TOKEN)"
+            f"{where}: no such folder here, and the hub has no such repository; check the name, or set HF_TOKEN if it "
+            "is private"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the library lets through its HTTP client's errors, which have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{where}: the download failed ({reason}); run the same command again to resume it, or give a folder"
+            f"{where}: the download failed ({reason}); run the same command again, whole files are kept, or give a "
+            "folder"
         ) from None

@@ -6,6 +6,7 @@ filled in and every range checked against the engine. A wrong value is one `Requ
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 from ..contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
@@ -59,8 +60,44 @@ def make_options(values: dict[str, Any]) -> Options:
     for name in values:
         if name not in names:
             raise RequestError(f"unknown option {name!r}; allowed: {', '.join(names)}")
-    stop = values.get("stop", ())
-    return Options(**{**values, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+    return Options(**{name: _typed(name, value) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any) -> Any:
+    """The value as its option's plain type, numbers of numpy included. Raises RequestError."""
+
+    def require(right: bool, allowed: str) -> None:
+        if not right:
+            raise RequestError(f"{name} is {value!r}, allowed: {allowed}")
+
+    if value is None and name in ("max_new_tokens", "block_length", "threshold", "system"):
+        return None
+    if name in ("max_new_tokens", "block_length", "seed", "prefill_chunk"):
+        require(isinstance(value, numbers.Integral) and not isinstance(value, bool), "an integer")
+        return int(value)
+    if name in ("threshold", "temperature"):
+        require(isinstance(value, numbers.Real) and not isinstance(value, bool), "a number")
+        return float(value)
+    if name in ("chat", "thinking"):
+        require(isinstance(value, bool), "True or False")
+    if name == "stop":
+        texts = (value,) if isinstance(value, str) else value
+        right = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
+        require(right, "text or a list of texts")
+        check_text("".join(texts), name)
+        return tuple(texts)
+    if name == "system":
+        require(isinstance(value, str), "text")
+        check_text(value, name)
+    return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs: JSON spells them and a shell passes them on, but no tokenizer takes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where}: not UTF-8 text at character {error.start}; convert it first") from None
 
 
 def settle(info: EngineInfo, prompt_tokens: int, options: Options) -> Settings:

@@ -1,0 +1,279 @@
+"""Wrong requests, on the command line and in Python: each is refused with one line before a token is decoded.
+
+Surprising: a prompt can be wrong without any wrong flag. JSON spells halves of surrogate pairs, a shell passes on bytes
+that are no text, and a valid JSON line may hold a line end of Unicode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Refused, assert_one_line
+
+import nemodiff
+
+NEMODIFF = Path(sys.executable).with_name("nemodiff")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        pytest.param(["--mode", "fast"], ["'--mode': 'fast' is not one of 'ar', 'diffusion', "], id="mode"),
+        pytest.param(["--beams", "4"], ["No such option", "--beams"], id="unknown flag"),
+        pytest.param(["--input-file", "x.jsonl"], ["--prompt or --input-file, not both"], id="two prompts"),
+        pytest.param(["--batch-size", "2"], ["--batch-size goes with --input-file"], id="batch of one prompt"),
+        pytest.param(["--stream", "--json"], ["--stream or --json, not both"], id="stream and json"),
+        pytest.param(["--threads", "0"], ["'--threads': 0"], id="no threads"),
+        pytest.param(["--max-new-tokens", "many"], ["'--max-new-tokens': 'many'"], id="limit is text"),
+        pytest.param(["--temperature", "warm"], ["'--temperature': 'warm'"], id="temperature is text"),
+        pytest.param(["--seed", "1.5"], ["'--seed': '1.5'"], id="seed is no integer"),
+        pytest.param(["--max-new-tokens"], ["'--max-new-tokens' requires an argument"], id="flag without value"),
+    ],
+)
+def test_wrong_flags_are_refused(tiny_engine: Path, refused: Refused, flags: list[str], fragments: list[str]) -> None:
+    refused(["run", str(tiny_engine), "-p", "x", *flags], *fragments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        pytest.param(["--max-new-tokens", "0"], ["max_new_tokens is 0, allowed: 1 or more"], id="0 tokens"),
+        pytest.param(["--max-new-tokens", "-1"], ["max_new_tokens is -1, allowed: 1 or more"], id="-1 tokens"),
+        pytest.param(
+            ["--max-new-tokens", "32768"],
+            [
+                "the prompt has ",
+                "max_new_tokens is 32768, together 327",
+                "max_seq_len is 32768: shorten",
+                "at most 327",
+            ],
+            id="too many tokens",
+        ),
+        pytest.param(["--threshold", "-0.1"], ["threshold is -0.1, allowed: 0 or more"], id="threshold negative"),
+        pytest.param(["--threshold", "nan"], ["threshold is nan, allowed"], id="threshold nan"),
+        pytest.param(
+            ["--temperature", "0.7"],
+            ["temperature is 0.7, but mode linear_spec is greedy", "--mode ar"],
+            id="warm spec",
+        ),
+        pytest.param(
+            ["--temperature", "0.7", "--mode", "diffusion"],
+            ["mode diffusion is greedy", "--mode ar"],
+            id="warm diffusion",
+        ),
+        pytest.param(["--mode", "ar", "--temperature", "-1"], ["temperature is -1.0, allowed: 0 or more"], id="cold"),
+        pytest.param(["--mode", "ar", "--temperature", "nan"], ["temperature is nan, allowed"], id="temperature nan"),
+        pytest.param(["--mode", "ar", "--temperature", "inf"], ["temperature is inf, allowed"], id="temperature inf"),
+        pytest.param(["--block-length", "0"], ["block_length is 0, allowed: 1 to 64"], id="block 0"),
+        pytest.param(["--block-length", "65"], ["block_length is 65, allowed: 1 to 64"], id="block 65"),
+        pytest.param(["--seed", "-1"], ["seed is -1, allowed: 0 to 2**64 - 1"], id="seed negative"),
+        pytest.param(["--seed", str(2**64)], [f"seed is {2**64}, allowed"], id="seed too large"),
+        pytest.param(["--stop", ""], ["a stop string is empty; give at least one character"], id="empty stop"),
+        pytest.param(["--stop", "\udcff"], ["stop", "not UTF-8 text"], id="stop is not text"),
+        pytest.param(["--system", "\udcff"], ["system", "not UTF-8 text"], id="system is not text"),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    tiny_engine: Path, refused: Refused, flags: list[str], fragments: list[str]
+) -> None:
+    refused(["run", str(tiny_engine), "-p", "x", *flags], *fragments)
+
+
+def test_prompt_that_does_not_fit_is_refused_with_the_numbers(tiny_engine: Path, refused: Refused) -> None:
+    line = refused(["run", str(tiny_engine)], "max_seq_len is 32768: shorten the prompt or build", stdin="9 " * 40000)
+    assert "at most" not in line
+
+
+@pytest.mark.parametrize("stdin", [b"", b"\n", b" \t\n"])
+def test_empty_standard_input_is_no_prompt(tiny_engine: Path, refused: Refused, stdin: bytes) -> None:
+    refused(["run", str(tiny_engine)], "no prompt: give --prompt TEXT, --input-file FILE", code=2, stdin=stdin)
+
+
+def test_empty_raw_prompt_is_refused(tiny_engine: Path, refused: Refused) -> None:
+    refused(["run", str(tiny_engine), "--raw", "-p", ""], "the prompt is empty; give at least one token")
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_standard_input_that_is_not_text(tiny_engine: Path, refused: Refused, command: str) -> None:
+    refused([command, str(tiny_engine)], "standard input: not UTF-8 at byte 3; convert it first", stdin=b"caf\xe9\n")
+
+
+def test_prompt_that_is_not_text(tiny_engine: Path, refused: Refused) -> None:
+    refused(["run", str(tiny_engine), "-p", "caf\udce9"], "--prompt: not UTF-8 text at character 3; convert it")
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        pytest.param("{", ["line 2: not JSON", "one object per line is allowed"], id="not JSON"),
+        pytest.param("[" * 100_000, ["line 2: not JSON"], id="nested too deeply"),
+        pytest.param('"text"', ["line 2: allowed: an object with", "fix the line"], id="text"),
+        pytest.param("{}", ["line 2: allowed"], id="empty object"),
+        pytest.param('{"prompt": 7}', ["line 2: allowed"], id="prompt is a number"),
+        pytest.param('{"messages": []}', ["line 2: allowed"], id="no messages"),
+        pytest.param('{"messages": [5, 6]}', ["line 2: allowed"], id="messages are numbers"),
+        pytest.param('{"messages": [{"role": "user", "content": "x"}, 6]}', ["line 2: allowed"], id="one is a number"),
+        pytest.param(r'{"prompt": "\ud800"}', ["line 2: not UTF-8 text at character"], id="half a surrogate pair"),
+        pytest.param(b'{"prompt": "\xff"}', ["not UTF-8 at byte 28; convert"], id="not UTF-8"),
+    ],
+)
+def test_wrong_lines_are_refused_before_any_is_run(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, line: str | bytes, fragments: list[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "x"}\n' + (line if isinstance(line, bytes) else line.encode()))
+    refused(["run", str(tiny_engine), "--input-file", str(path)], str(path), *fragments)
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        pytest.param({"messages": [{"role": "user"}]}, ["malformed; allowed: role (system, user"], id="no content"),
+        pytest.param({"messages": [{"role": "boss", "content": "x"}]}, ["malformed; allowed"], id="unknown role"),
+        pytest.param({"messages": [{"role": "user", "content": ["x"]}]}, ["content as text"], id="content is a list"),
+    ],
+)
+def test_malformed_messages_are_refused(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, line: object, fragments: list[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line))
+    refused(["run", str(tiny_engine), "--input-file", str(tmp_path / "prompts.jsonl")], *fragments)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "."])
+def test_input_file_that_cannot_be_read(tiny_engine: Path, tmp_path: Path, refused: Refused, path: str) -> None:
+    path = str(tmp_path / path)
+    refused(["run", str(tiny_engine), "--input-file", path], f"{path}: ", "give a file of JSON lines")
+
+
+@pytest.mark.parametrize("rows", ["0", "9"])
+def test_batch_beyond_the_engine_is_refused(tiny_engine: Path, tmp_path: Path, refused: Refused, rows: str) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "x"}')
+    arguments = ["run", str(tiny_engine), "--input-file", str(tmp_path / "x.jsonl"), "--batch-size", rows]
+    refused(arguments, f"rows is {rows}, allowed: 1 to 8", "--max-batch-size")
+
+
+def test_line_ends_of_unicode_do_not_end_a_line(tiny_engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"prompt": "Count\u2028from 3\x85to 5."}\r\n\r\n', encoding="utf-8", newline="")
+    command = [NEMODIFF, "run", tiny_engine, "--input-file", tmp_path / "x.jsonl", "--max-new-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "fragment"),
+    [
+        pytest.param("run", "no prompt: give --prompt", id="run"),
+        pytest.param("chat", "standard input is closed", id="chat"),
+    ],
+)
+def test_closed_standard_input(tiny_engine: Path, command: str, fragment: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", NEMODIFF, command, tiny_engine], capture_output=True, text=True, check=False
+    )
+    assert_one_line(done.stderr, fragment, code=2)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_bytes_that_are_no_text_in_a_real_shell(tiny_engine: Path) -> None:
+    done = subprocess.run(
+        [NEMODIFF, "run", tiny_engine, "-p", os.fsdecode(b"\xff")], capture_output=True, text=True, check=False
+    )
+    assert_one_line(done.stderr, "--prompt: not UTF-8 text at character")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        pytest.param({"beams": 4}, ["unknown option 'beams'; allowed: mode, max_new_tokens"], id="unknown"),
+        pytest.param({"mode": None}, ["mode is None, allowed: ar, diffusion"], id="mode None"),
+        pytest.param({"mode": ["ar"]}, ["mode is ['ar'], allowed"], id="mode is a list"),
+        pytest.param({"max_new_tokens": "7"}, ["max_new_tokens is '7', allowed: an integer"], id="limit is text"),
+        pytest.param({"max_new_tokens": 7.5}, ["max_new_tokens is 7.5, allowed: an integer"], id="limit is a float"),
+        pytest.param({"max_new_tokens": True}, ["max_new_tokens is True, allowed: an integer"], id="limit is a bool"),
+        pytest.param({"block_length": "8"}, ["block_length is '8', allowed: an integer"], id="block is text"),
+        pytest.param({"threshold": "x"}, ["threshold is 'x', allowed: a number"], id="threshold is text"),
+        pytest.param({"temperature": None}, ["temperature is None, allowed: a number"], id="temperature None"),
+        pytest.param({"temperature": 1j, "mode": "ar"}, ["temperature is 1j, allowed"], id="temperature is complex"),
+        pytest.param({"seed": 1.5}, ["seed is 1.5, allowed: an integer"], id="seed is a float"),
+        pytest.param({"stop": 5}, ["stop is 5, allowed: text or a list of texts"], id="stop is a number"),
+        pytest.param({"stop": ["x", 5]}, ["stop is ['x', 5], allowed"], id="stop holds a number"),
+        pytest.param({"stop": None}, ["stop is None, allowed"], id="stop None"),
+        pytest.param({"chat": "no"}, ["chat is 'no', allowed: True or False"], id="chat is text"),
+        pytest.param({"thinking": 1}, ["thinking is 1, allowed: True or False"], id="thinking is a number"),
+        pytest.param({"system": 5}, ["system is 5, allowed: text"], id="system is a number"),
+        pytest.param({"prefill_chunk": 0}, ["prefill_chunk is 0, allowed: 1 or more"], id="chunk 0"),
+        pytest.param({"prefill_chunk": "x"}, ["prefill_chunk is 'x', allowed: an integer"], id="chunk is text"),
+    ],
+)
+@pytest.mark.parametrize("door", [nemodiff.generate, nemodiff.stream])
+def test_wrong_options_in_python(
+    engine: nemodiff.LoadedEngine, door: Any, options: dict[str, Any], fragments: list[str]
+) -> None:
+    with pytest.raises(nemodiff.RequestError) as caught:
+        door(engine, "x", **options)
+    assert "\n" not in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fragment"),
+    [
+        pytest.param([5, 891], "prompt holds token id 891, allowed: 0 to 890", id="id too large"),
+        pytest.param([-1], "prompt holds token id -1, allowed", id="id negative"),
+        pytest.param([5, "x"], "prompt is a mixed list; allowed", id="mixed"),
+        pytest.param([{"role": "user", "content": "x"}, 5], "prompt is a mixed list; allowed", id="message and id"),
+        pytest.param([], "the prompt is empty; give at least one token", id="empty"),
+        pytest.param([{"role": "user"}], "malformed; allowed: role", id="no content"),
+        pytest.param([{"content": "x"}], "malformed; allowed: role", id="no role"),
+    ],
+)
+def test_wrong_prompts_in_python(engine: nemodiff.LoadedEngine, prompt: Any, fragment: str) -> None:
+    with pytest.raises(nemodiff.RequestError) as caught:
+        nemodiff.generate(engine, prompt)
+    assert fragment in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(engine: nemodiff.LoadedEngine) -> None:
+    answer = nemodiff.generate(
+        engine, "x", max_new_tokens=np.int64(3), block_length=np.int32(4), threshold=np.float32(0.5), seed=np.uint8(1)
+    )
+    assert len(answer.token_ids) <= 3
+    assert json.loads(json.dumps(answer.as_dict()))["threshold"] == 0.5
+
+
+def test_infinite_threshold_commits_one_token_per_pass(engine: nemodiff.LoadedEngine) -> None:
+    answer = nemodiff.generate(
+        engine, [5, 6, 7], mode="diffusion", threshold=math.inf, block_length=4, max_new_tokens=4
+    )
+    assert answer.nfe["denoise"] == 3 or answer.finish_reason == "stop"
+
+
+def test_chat_survives_a_refused_turn(tiny_engine: Path) -> None:
+    done = subprocess.run(
+        [NEMODIFF, "chat", tiny_engine, "--max-new-tokens", "32760"],
+        input="/nonsense\nHello\n/exit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.splitlines()
+    assert lines[0] == "unknown command /nonsense; allowed: /reset, /exit"
+    assert lines[1].startswith("Error: the prompt has ")
+    assert lines[1].endswith("; /reset starts over")
+    assert (done.returncode, len(lines)) == (0, 2)
