@@ -52,7 +52,7 @@ def _printable(text: str) -> str:
     cls=_Group,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace("_", "-"),
+        "token_normalize_func": lambda token: token if token in MODES else token.replace("_", "-"),
         "max_content_width": 100,
     },
 )
@@ -91,7 +91,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; the build itself prints nothing but its progress")
-    builder = Builder(checkpoint, output, **choices)
+    builder = Builder(checkpoint, output, headers_only=dry_run, **choices)
     plan = builder.plan()
     if dry_run:
         click.echo(json.dumps(plan.as_dict(), indent=2) if as_json else "\n".join(plan.lines(checkpoint, output)))

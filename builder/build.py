@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx
 
 from ..contract import (
+    ITEMSIZE,
     MAX_BLOCK,
     MODEL_FILE,
     SCHEMA,
@@ -49,6 +50,7 @@ class Builder:
         max_seq_len: limit on prompt plus generated tokens; default 32768 or the model's own limit if smaller.
         max_batch_size: limit on rows of a forward.
         block_length: default block length of the engine, 1..64; default the checkpoint's.
+        headers_only: of a hub id fetch no weights, which is enough for `plan()`.
 
     Raises:
         CheckpointError, BuildError: one line that says what to do.
@@ -63,17 +65,18 @@ class Builder:
         max_seq_len: int | None = None,
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         block_length: int | None = None,
+        headers_only: bool = False,
     ) -> None:
         self.output = Path(output)
         check_target(self.output)
-        self.source: Source = resolve(str(checkpoint))
+        self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
         self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
         model = self.checkpoint.model
         self.config = BuildConfig(
             dtype=dtype,
-            max_seq_len=max_seq_len or min(DEFAULT_MAX_SEQ_LEN, model.max_position),
+            max_seq_len=min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len,
             max_batch_size=max_batch_size,
-            block_length=block_length or min(model.block_length, MAX_BLOCK),
+            block_length=min(model.block_length, MAX_BLOCK) if block_length is None else block_length,
         )
         self._check_config()
         adapter = self.checkpoint.adapter
@@ -83,13 +86,15 @@ class Builder:
 
     def _check_config(self) -> None:
         config, model = self.config, self.checkpoint.model
+        if config.dtype not in ITEMSIZE:
+            raise BuildError(f"--dtype is {config.dtype!r}, allowed: {', '.join(ITEMSIZE)}; choose one of them")
         for flag, value, high, why in (
             ("--max-seq-len", config.max_seq_len, model.max_position, "the model's max_position_embeddings"),
             ("--max-batch-size", config.max_batch_size, 4096, "rows of one forward"),
             ("--block-length", config.block_length, MAX_BLOCK, "the longest block of an engine"),
         ):
-            if not 1 <= value <= high:
-                raise BuildError(f"{flag} is {value}, allowed: 1 to {high} ({why}); choose a value in that range")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+                raise BuildError(f"{flag} is {value!r}, allowed: 1 to {high} ({why}); choose a value in that range")
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""
@@ -97,6 +102,8 @@ class Builder:
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
+        if self.source.headers_only:
+            raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to build")
         need, free = self.graph.weight_bytes + _SLACK, disk_free(self.output)
         if free < need:
             raise BuildError(

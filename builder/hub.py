@@ -8,16 +8,23 @@ fact: the patterns name the adapter's folder on its own, because a plain `*.safe
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import fnmatch
+import json
 import re
+import shutil
+import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS, read_json
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
-_WANTED = ["config.json", *CARRIED, WEIGHTS, INDEX, "model-*-of-*.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+_SMALL = ["config.json", *CARRIED, INDEX, ADAPTER_CONFIG]
+_LARGE = [WEIGHTS, "model-*-of-*.safetensors", ADAPTER_WEIGHTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +34,14 @@ class Source:
     folder: Path
     name: str
     revision: str | None  # commit hash on the hub, None for a plain folder
+    headers_only: bool = False  # the weight files are there by name and header, without their data
 
 
-def resolve(checkpoint: str) -> Source:
+def resolve(checkpoint: str, *, headers_only: bool = False) -> Source:
     """Return the folder of a checkpoint, downloading it if it is a hub id `OWNER/NAME[@REVISION]`.
 
-    Raises CheckpointError when neither a folder nor a repository of that name can be had.
+    With `headers_only` a repository's weight files are fetched as headers alone, into a folder that lasts as long as
+    the process. Raises CheckpointError when neither a folder nor a repository of that name can be had.
     """
     folder = Path(checkpoint)
     if folder.exists():
@@ -43,11 +52,11 @@ def resolve(checkpoint: str) -> Source:
             f"{checkpoint}: no such folder; give a checkpoint folder or a hub id like "
             "nvidia/Nemotron-Labs-Diffusion-8B or OWNER/NAME@REVISION"
         )
-    local = _download(match["repo"], match["revision"])
-    return Source(local, match["repo"], local.name)
+    local = _download(match["repo"], match["revision"], headers_only)
+    return Source(local, match["repo"], local.name, headers_only)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, headers_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     from tqdm import tqdm
@@ -62,7 +71,9 @@ def _download(repo: str, revision: str | None) -> Path:
 
     where = f"{repo}@{revision}" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED, tqdm_class=Bar))
+        wanted = _SMALL if headers_only else _SMALL + _LARGE
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=Bar))
+        return _with_headers(repo, folder) if headers_only and not _has_weights(folder) else folder
     except GatedRepoError:
         raise CheckpointError(f"{where}: the hub asks for access; accept its terms there and set HF_TOKEN") from None
     except RevisionNotFoundError:
@@ -78,3 +89,35 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{where}: the download failed ({reason}); run the same command again, whole files are kept, or give a "
             "folder"
         ) from None
+
+
+def _has_weights(snapshot: Path) -> bool:
+    """Whether an earlier download has left all weights in the cache."""
+    wanted = {WEIGHTS}
+    if (snapshot / INDEX).is_file():
+        wanted = set(read_json(snapshot / INDEX).get("weight_map", {}).values())
+    if (snapshot / ADAPTER_CONFIG).is_file():
+        wanted.add(ADAPTER_WEIGHTS)
+    return all((snapshot / name).is_file() for name in wanted)
+
+
+def _with_headers(repo: str, snapshot: Path) -> Path:
+    """A copy of a snapshot in which each weight file has its header and, as a hole, the length of its data."""
+    from huggingface_hub import HfApi
+
+    api, revision = HfApi(), snapshot.name
+    parent = Path(tempfile.mkdtemp(prefix="nemodiff-headers-"))
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    folder = parent / revision  # a source's revision is its folder's name
+    shutil.copytree(snapshot, folder)
+    for name in api.list_repo_files(repo, revision=revision):
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _LARGE):
+            continue
+        tensors = api.parse_safetensors_file_metadata(repo, name, revision=revision).tensors
+        header = {n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for n, t in tensors.items()}
+        text = json.dumps(header).encode()
+        (folder / name).parent.mkdir(exist_ok=True)
+        with (folder / name).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(out.tell() + max((t.data_offsets[1] for t in tensors.values()), default=0))
+    return folder

@@ -19,7 +19,7 @@ from ..errors import EngineError, RequestError
 from .ar import Loop, ar
 from .diffusion import diffusion
 from .engine import Cache, Engine, Pass, PassKind, Prediction
-from .options import Options, make_options, settle
+from .options import Options, check_text, make_options, settle
 from .self_spec import linear_spec
 from .sequence import FinishReason, Sequence
 from .text import Message, TextCodec
@@ -101,8 +101,11 @@ def load(path: str | Path, *, threads: int | None = None) -> LoadedEngine:
 
     Raises:
         EngineError: with the command that fixes it.
+        RequestError: threads is out of range.
     """
     started = time.perf_counter()
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise RequestError(f"threads is {threads!r}, allowed: 1 or more, or None for one per core")
     folder = Path(path)
     info = read_engine(folder)
     text = TextCodec(folder)
@@ -143,8 +146,8 @@ def generate_many(
     """
     chosen = make_options(options)
     limit = engine.info.build.max_batch_size
-    if not 1 <= rows <= limit:
-        raise RequestError(f"rows is {rows}, allowed: 1 to {limit}; build the engine with a larger --max-batch-size")
+    if not isinstance(rows, int) or not 1 <= rows <= limit:
+        raise RequestError(f"rows is {rows!r}, allowed: 1 to {limit}; build the engine with a larger --max-batch-size")
     pending: collections.deque[Sequence] = collections.deque()
 
     def sequences() -> Iterator[Sequence]:
@@ -225,21 +228,24 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
     """The prompt's token ids. Raises RequestError."""
-    vocab = engine.info.model.vocab_size
     if isinstance(prompt, str):
+        check_text(prompt, "prompt")
         if not options.chat:
             return _not_empty(engine.text.encode(prompt))
         messages: list[Message] = [{"role": "user", "content": prompt}]
-    elif all(isinstance(i, int) for i in prompt):
+    elif isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        vocab = engine.info.model.vocab_size
         ids = [i for i in prompt if isinstance(i, int)]
         wrong = next((i for i in ids if not 0 <= i < vocab), None)
         if wrong is not None:
             raise RequestError(f"prompt holds token id {wrong}, allowed: 0 to {vocab - 1}")
         return _not_empty(ids)
-    else:
+    elif isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt):
         messages = [m for m in prompt if isinstance(m, Mapping)]
-        if len(messages) < len(prompt):
-            raise RequestError("prompt is a mixed list; allowed: text, messages (role and content), or token ids")
+    else:
+        raise RequestError(
+            f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
+        )
     if options.system is not None:
         messages = [{"role": "system", "content": options.system}, *messages]
     return _not_empty(engine.text.encode_chat(messages, options.thinking))

@@ -54,6 +54,15 @@ class OnnxRuntimeEngine:
                 f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
                 f"build it again: nemodiff build CHECKPOINT -o {folder}"
             ) from None
+        wanted, got = (
+            {b.name for b in inputs(info.model, info.has_adapter)},
+            {i.name for i in self.session.get_inputs()},
+        )
+        if wanted != got:
+            raise EngineError(
+                f"{folder / MODEL_FILE}: its inputs are not those of the engine's description (one of "
+                f"{', '.join(sorted(wanted ^ got)[:3])}); build it again: nemodiff build CHECKPOINT -o {folder}"
+            )
         self.info = info
         self.load_seconds = time.perf_counter() - started
         self._closed: list[OnnxRuntimeCache] = []

@@ -21,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 
 from ..contract import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ..errors import EngineError, RequestError
+from .options import check_text
 
 Message = Mapping[str, str]
 _SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
@@ -64,7 +65,10 @@ class TextCodec:
         if self._template is None:
             raise RequestError("the engine has no chat template; use --raw (chat=False) for plain completion")
         for message in messages:
-            if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+            content = message.get("content")
+            if isinstance(content, str):
+                check_text(content, "message")
+            if message.get("role") not in _ROLES or not isinstance(content, str):
                 raise RequestError(
                     f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
                 )
@@ -81,8 +85,10 @@ class TextCodec:
                 bos_token=self._config.get("bos_token", ""),
                 eos_token=self._config.get("eos_token", ""),
             )
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program: it can divide by zero
+            raise RequestError(
+                f"the chat template refuses the conversation ({error}); change the messages, or use --raw (chat=False)"
+            ) from None
         return self._with_specials(text, breaker)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -119,7 +125,10 @@ class TextCodec:
 
     def _load_template(self, folder: Path) -> jinja2.Template | None:
         path = folder / TEMPLATE_FILE
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        try:
+            source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{path}: not UTF-8 at byte {error.start}; build the engine again") from None
         if not isinstance(source, str):
             return None
 

@@ -7,10 +7,15 @@ below `tmp_path` exactly the files that were there before.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+# Before numpy comes in: idle BLAS threads spin, which made the oracle 20 times slower beside another busy process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import hypothesis
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -27,6 +32,9 @@ SUBJECT = re.compile(
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
 
 Refused = Callable[..., str]
+
+hypothesis.settings.register_profile("nemodiff", database=None, deadline=None)  # no file outside a temporary folder
+hypothesis.settings.load_profile("nemodiff")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from conftest import Refused
 from safetensors.numpy import load_file, save_file
 
 from nemodiff.builder.build import Builder
-from nemodiff.errors import CheckpointError
+from nemodiff.errors import BuildError, CheckpointError
 
 Break = Callable[[Path], object]
 
@@ -472,3 +472,19 @@ def test_unknown_fields_are_told_and_unbroken_checkpoint_builds(checkpoint: Path
     builder = Builder(checkpoint, checkpoint.parent / "engine")
     assert builder.plan().unknown_fields == ("flux_capacitor",)
     assert (builder.run() / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("choices", "fragment"),
+    [
+        ({"block_length": 0}, "--block-length is 0, allowed: 1 to 64"),
+        ({"block_length": "8"}, "--block-length is '8', allowed"),
+        ({"max_seq_len": 0}, "--max-seq-len is 0, allowed"),
+        ({"max_batch_size": True}, "--max-batch-size is True, allowed"),
+        ({"dtype": "f64"}, "--dtype is 'f64', allowed: f32, f16"),
+    ],
+)
+def test_wrong_choices_in_python(checkpoint: Path, choices: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(BuildError) as caught:
+        Builder(checkpoint, checkpoint.parent / "engine", **choices)
+    assert fragment in str(caught.value)

@@ -236,9 +236,15 @@ def test_wrong_options_in_python(
     [
         pytest.param([5, 891], "prompt holds token id 891, allowed: 0 to 890", id="id too large"),
         pytest.param([-1], "prompt holds token id -1, allowed", id="id negative"),
-        pytest.param([5, "x"], "prompt is a mixed list; allowed", id="mixed"),
-        pytest.param([{"role": "user", "content": "x"}, 5], "prompt is a mixed list; allowed", id="message and id"),
+        pytest.param([5, "x"], "allowed: text, a list of messages", id="mixed"),
+        pytest.param([{"role": "user", "content": "x"}, 5], "allowed: text, a list of messages", id="message and id"),
         pytest.param([], "the prompt is empty; give at least one token", id="empty"),
+        pytest.param(None, "prompt is None, allowed: text", id="none"),
+        pytest.param(5, "prompt is 5, allowed: text", id="number"),
+        pytest.param(b"Hello", "prompt is b'Hello', allowed: text", id="bytes"),
+        pytest.param([True], "prompt is [True], allowed: text", id="bool"),
+        pytest.param("a\ud800", "prompt: not UTF-8 text at character 1", id="surrogate"),
+        pytest.param([{"role": "user", "content": "\ud800"}], "message: not UTF-8 text", id="surrogate in a message"),
         pytest.param([{"role": "user"}], "malformed; allowed: role", id="no content"),
         pytest.param([{"content": "x"}], "malformed; allowed: role", id="no role"),
     ],
@@ -277,3 +283,15 @@ def test_chat_survives_a_refused_turn(tiny_engine: Path) -> None:
     assert lines[1].startswith("Error: the prompt has ")
     assert lines[1].endswith("; /reset starts over")
     assert (done.returncode, len(lines)) == (0, 2)
+
+
+@pytest.mark.parametrize("rows", [0, 9, "2", None])
+def test_wrong_rows_in_python(engine: nemodiff.LoadedEngine, rows: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"rows is .*, allowed: 1 to 8; build the engine"):
+        list(nemodiff.generate_many(engine, ["x"], rows=rows))
+
+
+@pytest.mark.parametrize("threads", [0, -1, "x"])
+def test_wrong_threads_in_python(tiny_engine: Path, threads: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"threads is .*, allowed: 1 or more"):
+        nemodiff.load(tiny_engine, threads=threads)

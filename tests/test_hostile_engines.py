@@ -149,6 +149,12 @@ def scramble(folder: Path) -> None:
             id="broken template",
         ),
         pytest.param(
+            write("chat_template.jinja", b"\xff"), ["chat_template.jinja: not UTF-8 at byte 0"], id="template not UTF-8"
+        ),
+        pytest.param(
+            edit("manifest.json", adapter={"rank": 4}), ["inputs are not those", "one of adapter"], id="no such adapter"
+        ),
+        pytest.param(
             write("generation_config.json", "{"), ["generation_config.json: not readable"], id="broken generation"
         ),
         pytest.param(
@@ -174,7 +180,16 @@ def test_engine_without_template_needs_raw(tiny_engine: Path, tmp_path: Path, re
 def test_refusal_of_a_template_is_one_line(engine: Path) -> None:
     write("chat_template.jinja", "{{ raise_exception('no\\nway') }}")(engine)
     result = CliRunner().invoke(main, ["run", str(engine), "-p", "x"])
-    assert result.stderr == "Error: the chat template refuses the conversation: no\\nway\n"
+    line = (
+        "Error: the chat template refuses the conversation (no\\nway); change the messages, or use --raw (chat=False)\n"
+    )
+    assert result.stderr == line
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ 1 + 'a' }}", "{{ range(10**9) | list }}"])
+def test_a_template_that_fails_is_one_line(engine: Path, refused: Refused, template: str) -> None:
+    write("chat_template.jinja", template)(engine)
+    refused(["run", str(engine), "-p", "x"], "the chat template refuses the conversation (", "or use --raw")
 
 
 def test_checkpoint_is_not_an_engine(tmp_path: Path, checkpoint: Path, refused: Refused) -> None:

@@ -25,9 +25,11 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint
+from click.testing import CliRunner
 from conftest import assert_one_line, snapshot
 
 import nemodiff
+from nemodiff.cli import main
 
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 REPO, COMMIT = "acme/tri-mode", "c0ffee00" * 5
@@ -95,11 +97,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(200, content, headers)
         asked = self.headers.get("Range")
         self.hub.downloads.append((name, asked))
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups() if asked else ("0", "")
+        start, total = int(first), len(content)
+        content = content[: int(last) + 1] if last else content
+        if start or last:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{total}"
         fault = self.hub.faults.pop(0) if name == "model.safetensors" and self.hub.faults else None
-        return self.answer(206 if start else 200, content[start:], headers, fault)
+        return self.answer(206 if start or last else 200, content[start:], headers, fault)
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, fault: str | None = None) -> None:
         self.send_response(status)
@@ -195,6 +199,25 @@ def test_only_wanted_files_are_fetched_and_the_revision_is_recorded(hub: Hub, sh
     assert set(manifest["checkpoint"]["files"]) == wanted - {"model.safetensors.index.json"}
     assert manifest["adapter"] == {"name": "linear_spec_lora", "rank": 4, "scale": 2.0, "acts_in": ["draft"]}
     assert nemodiff.generate(nemodiff.load(engine), [130, 131], max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_dry_run_fetches_headers_alone(hub: Hub, shards: int) -> None:
+    large(hub)
+    if shards > 1:
+        shutil.rmtree(hub.folder)
+        write_checkpoint(hub.folder, dtype="f32", intermediate_size=20_000, shards=shards)
+    process = start_build(hub, REPO, "--dry-run", "--json")
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    weights = [asked for name, asked in hub.downloads if name.endswith(".safetensors")]
+    assert len(weights) == shards
+    assert set(weights) == {"bytes=0-100000"}
+    local = CliRunner().invoke(main, ["build", str(hub.folder), "-o", "engine", "--dry-run", "--json"])
+    plan = json.loads(stdout)
+    assert plan["checkpoint_bytes"] > SENT
+    ours = {k: v for k, v in plan.items() if k != "disk_free"}
+    assert ours == {k: v for k, v in json.loads(local.stdout).items() if k != "disk_free"}
 
 
 def test_a_cached_checkpoint_needs_no_hub(hub: Hub) -> None:
