@@ -8,6 +8,7 @@ in mind is scratch, so a rejected draft costs nothing to undo.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -79,7 +80,7 @@ def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = 
     """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
     size = len(ids)
     pos = _ramp(start, size)
-    rows = _ramp(0, size) if every_row else _ramp(size - 1, 1)
+    rows = every_token(size) if every_row else _last_token(size)
     return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), rows, logits=logits)
 
 
@@ -89,6 +90,18 @@ def bidirectional(kind: PassKind, ids: Sequence[int], start: int, threshold: flo
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size
     return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, _ramp(0, size), threshold, adapter)
+
+
+# Cached, so that a backend can tell by identity that a row asks for the same tokens as before.
+@functools.lru_cache(maxsize=1024)
+def every_token(size: int) -> np.ndarray:
+    """The `rows` of a pass that wants every token's prediction."""
+    return _ramp(0, size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _last_token(size: int) -> np.ndarray:
+    return _ramp(size - 1, 1)
 
 
 def _ramp(start: int, size: int) -> np.ndarray:

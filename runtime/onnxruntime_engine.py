@@ -7,6 +7,7 @@ over the same memory, and ONNX Runtime's TensorScatter then skips its copy.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,20 +67,23 @@ class OnnxRuntimeEngine:
         self.info = info
         self.load_seconds = time.perf_counter() - started
         self._closed: list[OnnxRuntimeCache] = []
+        self._lock = threading.Lock()  # of _closed: requests may run in several threads
 
     def open(self, rows: int) -> OnnxRuntimeCache:
         """A cache of `rows` rows: a closed one with its bound forwards if there is one, else a new one."""
-        for cache in self._closed:
-            if cache.rows == rows:
-                self._closed.remove(cache)
-                cache.seconds = 0.0
-                return cache
+        with self._lock:
+            for cache in self._closed:
+                if cache.rows == rows:
+                    self._closed.remove(cache)
+                    cache.seconds = 0.0
+                    return cache
         return OnnxRuntimeCache(self, rows)
 
     def take_back(self, cache: OnnxRuntimeCache) -> None:
         """Keep a closed cache for the next request, unless it has grown: cost follows a cache's capacity."""
         if cache.capacity <= FIRST_CAPACITY:
-            self._closed = [*self._closed, cache][-_KEPT_CACHES:]
+            with self._lock:
+                self._closed = [*self._closed, cache][-_KEPT_CACHES:]
 
 
 class OnnxRuntimeCache:
@@ -181,7 +185,11 @@ class _Forward:
         bind(outputs(info.model), self.binding.bind_ortvalue_output)
         names = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
         self._inputs = [self._row(row, names) for row in range(rows)]
-        self._outputs = [self._row(row, ("token", "confidence", "next_ids", "logits")) for row in range(rows)]
+        outs = ("token", "confidence", "next_ids", "logits")
+        self._whole = [Prediction(*self._row(row, outs)) for row in range(rows)]
+        # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
+        self._picked: list[np.ndarray | None] = [None] * rows
+        self._threshold = [0.0] * rows
 
     def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
         """Views of one row of some arrays, (1,) where a row is a single number, None where there is no array."""
@@ -191,20 +199,24 @@ class _Forward:
     def fill(self, row: int, p: Pass, pad_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
         ids, pos, visible, rows, write_at, threshold, adapter = self._inputs[row]
-        size, picked = p.ids.size, p.rows.size
-        ids[:size], pos[:size], visible[:size], rows[:picked] = p.ids, p.pos, p.visible, p.rows
-        write_at[0], threshold[0] = p.write_at, p.threshold
+        size = p.ids.size
+        ids[:size], pos[:size], visible[:size], write_at[0] = p.ids, p.pos, p.visible, p.write_at
+        if p.rows is not self._picked[row]:
+            rows[: p.rows.size], rows[p.rows.size :] = p.rows, ids.size - 1
+            self._picked[row] = p.rows
+        if p.threshold != self._threshold[row]:
+            threshold[0] = self._threshold[row] = p.threshold
         if adapter is not None:
             adapter[:] = p.adapter
         if size < ids.size:
             own = np.arange(p.write_at + size, p.write_at + ids.size)
             ids[size:], pos[size:] = pad_id, own
             visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
-        if picked < rows.size:
-            rows[picked:] = ids.size - 1
 
     def prediction(self, row: int, p: Pass) -> Prediction:
         """One row's results as views."""
-        token, confidence, next_ids, logits = self._outputs[row]
-        n = p.rows.size
-        return Prediction(token[:n], confidence[:n], next_ids[:n], logits[:n] if p.logits else None)
+        whole, n = self._whole[row], p.rows.size
+        if n == whole.token.size and p.logits == (whole.logits is not None):
+            return whole
+        logits = whole.logits[:n] if p.logits and whole.logits is not None else None
+        return Prediction(whole.token[:n], whole.confidence[:n], whole.next_ids[:n], logits)

@@ -1,0 +1,118 @@
+"""How much memory `nemodiff build` takes for a checkpoint of billions of parameters.
+
+In: a size; the checkpoint is made up on the spot. Out: a table and `results/build_memory_SIZE.json` with peaks, times
+and sizes for each dtype. The build runs as its own process and /proc is sampled every 20 ms. The surprising fact: only
+anonymous memory counts against the goal; the pages of the mapped checkpoint (RssFile) are the system's page cache,
+which it takes back whenever anyone needs the room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+import record
+
+GOAL = 2 * 2**30  # bytes of anonymous memory
+PERIOD = 0.02  # seconds between samples
+FIELDS = ("RssAnon", "RssFile", "VmHWM")  # bytes after sampling
+
+
+def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:
+    """Build once as a subprocess; peaks in bytes, time in seconds."""
+    command = [sys.executable, "-m", "nemodiff", "build", str(checkpoint), "-o", str(engine), "--dtype", dtype]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    peaks, samples = dict.fromkeys(FIELDS, 0), 0
+    while process.poll() is None:
+        status = _status(process.pid)
+        samples += bool(status)
+        for name, value in status.items():
+            peaks[name] = max(peaks[name], value)
+        time.sleep(PERIOD)
+    seconds = time.perf_counter() - started
+    assert process.stderr is not None
+    if process.returncode:
+        raise SystemExit(f"nemodiff build failed:\n{process.stderr.read()}")
+    return {
+        "dtype": dtype,
+        "seconds": round(seconds, 1),
+        "peak_anonymous_bytes": peaks["RssAnon"],
+        "peak_file_bytes": peaks["RssFile"],
+        "peak_resident_bytes": peaks["VmHWM"],
+        "samples": samples,
+        "checkpoint_bytes": _size(checkpoint),
+        "engine_bytes": _size(engine),
+    }
+
+
+def _status(pid: int) -> dict[str, int]:
+    """The sampled fields in bytes; empty once the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in FIELDS}
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the memory of nemodiff build.")
+    parser.add_argument("--size", choices=list(make_checkpoint.SIZES), default="3b", help="default 3b")
+    parser.add_argument("--layers", type=int, help="cut the network; for a quick try, writes no result")
+    parser.add_argument("--dtype", choices=("f16", "f32"), nargs="+", default=["f16", "f32"], help="default both")
+    parser.add_argument("--adapter", action="store_true", help="with a drafter adapter")
+    parser.add_argument("--workdir", type=Path, help="folder for checkpoint and engine; default a temporary one")
+    arguments = parser.parse_args()
+    origin = record.origin(("nemodiff", "numpy", "onnx", "ml_dtypes", "safetensors"), None)
+    work = Path(tempfile.mkdtemp(prefix="nemodiff-build-memory-", dir=arguments.workdir))
+    try:
+        checkpoint = work / "checkpoint"
+        changes = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
+        started = time.perf_counter()
+        make_checkpoint.write_checkpoint(checkpoint, arguments.size, changes, adapter=arguments.adapter)
+        print(
+            f"checkpoint of {_size(checkpoint) / 1e9:.2f} GB made in {time.perf_counter() - started:.0f} s", flush=True
+        )
+        runs = []
+        for dtype in arguments.dtype:
+            run = build(checkpoint, work / "engine", dtype)
+            shutil.rmtree(work / "engine")
+            runs.append(run)
+            print(
+                f"{dtype}: anonymous {run['peak_anonymous_bytes'] / 2**20:.0f} MiB, mapped files "
+                f"{run['peak_file_bytes'] / 2**20:.0f} MiB, {run['seconds']:.0f} s, "
+                f"engine {run['engine_bytes'] / 1e9:.2f} GB",
+                flush=True,
+            )
+    finally:
+        shutil.rmtree(work)
+    if arguments.layers:
+        return
+    goals = [
+        record.goal(
+            f"peak anonymous memory, {arguments.size} {run['dtype']}",
+            round(run["peak_anonymous_bytes"] / 2**30, 3),
+            "at most",
+            GOAL / 2**30,
+            "GiB",
+        )
+        for run in runs
+    ]
+    figures = {"size": arguments.size, "adapter": arguments.adapter, "sample_seconds": PERIOD, "runs": runs}
+    record.write(f"build_memory_{arguments.size}", origin, goals, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Write a checkpoint of a released size with random weights, in the released file layout.
+
+In: a size (3b, 8b, 14b) and perhaps a cut. Out: a folder with config.json, safetensors (shards of at most 5 GB behind
+an index where one file would be larger) and the tokenizer files of tiny-chat, whose ids all lie below the vocabulary's
+end. The surprising fact: all tensors are slices of one pool of random numbers, so memory stays flat and 27 GB are
+written at the speed of the disk; the pool's odd length keeps rows of a matrix from repeating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+TINY_CHAT = Path(__file__).resolve().parents[1] / "examples" / "tiny-chat"
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+SHARD = 5 * 10**9  # bytes; what save_pretrained writes by default
+POOL = 2**24 - 3  # numbers; prime to every width of the family
+STD = 0.02
+RANK, ALPHA = 128, 512  # of the released drafter adapters
+
+COMMON: dict[str, int] = {"vocab_size": 131072, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+SIZES: dict[str, dict[str, int]] = {
+    "3b": {**COMMON, "hidden_size": 3072, "num_hidden_layers": 26, "intermediate_size": 9216},
+    "8b": {**COMMON, "hidden_size": 4096, "num_hidden_layers": 34, "intermediate_size": 14336},
+    "14b": {**COMMON, "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 16384},
+}
+ROPE_THETA = {"3b": 1e6, "8b": 1e6, "14b": 1e9}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def config(size: str, changes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """config.json of a size; `changes` replace fields, for cuts. All other fields are tiny-chat's, as released."""
+    values: dict[str, Any] = json.loads((TINY_CHAT / "config.json").read_text(encoding="utf-8"))
+    values["rope_parameters"]["rope_theta"] = ROPE_THETA[size]
+    return {**values, **SIZES[size], **(changes or {})}
+
+
+def shapes(values: Mapping[str, Any]) -> Shapes:
+    """All tensors of a config, (out, in) for matrices."""
+    hidden, ffn, vocab = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    queries = values["num_attention_heads"] * values["head_dim"]
+    keys = values["num_key_value_heads"] * values["head_dim"]
+    found: Shapes = {"encoder.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(values["num_hidden_layers"]):
+        parts: Shapes = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+        found |= {f"encoder.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
+    return {**found, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (vocab, hidden)}
+
+
+def adapter_shapes(values: Mapping[str, Any]) -> Shapes:
+    """The drafter LoRA on every o_proj."""
+    found: Shapes = {}
+    for layer in range(values["num_hidden_layers"]):
+        name = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj.lora"
+        found[f"{name}_A.weight"] = (RANK, values["num_attention_heads"] * values["head_dim"])
+        found[f"{name}_B.weight"] = (values["hidden_size"], RANK)
+    return found
+
+
+class Pool:
+    """Random numbers that are handed out over and over, from where the last tensor stopped."""
+
+    def __init__(self, seed: int, dtype: Any) -> None:
+        values = np.random.default_rng(seed).standard_normal(POOL, np.float32) * np.float32(STD)
+        self._values = values.astype(dtype)
+        self._ones = np.ones(1, dtype)
+        self._at = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per number."""
+        return int(self._values.itemsize)
+
+    def write(self, stream: BinaryIO, shape: tuple[int, ...]) -> None:
+        """Write one tensor; a vector is a norm's weight and stays 1, as random gains would blow activations up."""
+        left = math.prod(shape)
+        if len(shape) == 1:
+            stream.write(np.repeat(self._ones, left).view(np.uint8).data)
+            return
+        while left:
+            part = self._values[self._at : self._at + left]
+            stream.write(part.view(np.uint8).data)
+            left -= part.size
+            self._at = (self._at + part.size) % POOL
+
+
+def write_safetensors(path: Path, tensors: Shapes, dtype: str, pool: Pool) -> None:
+    """Write one safetensors file, header first, then tensor after tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + math.prod(shape) * pool.itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for shape in tensors.values():
+            pool.write(stream, shape)
+
+
+def write_weights(folder: Path, tensors: Shapes, pool: Pool) -> None:
+    """Write model.safetensors, or shards and their index."""
+    groups: list[Shapes] = [{}]
+    filled = total = 0
+    for name, shape in tensors.items():
+        nbytes = math.prod(shape) * pool.itemsize
+        if filled and filled + nbytes > SHARD:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = shape
+        filled, total = filled + nbytes, total + nbytes
+    if len(groups) == 1:
+        write_safetensors(folder / "model.safetensors", tensors, "BF16", pool)
+        return
+    placed: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        shard = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        write_safetensors(folder / shard, group, "BF16", pool)
+        placed |= dict.fromkeys(group, shard)
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(
+    folder: Path, size: str, changes: Mapping[str, int] | None = None, *, adapter: bool = False, seed: int = 0
+) -> None:
+    """Write the whole folder; `changes` replace fields of config.json."""
+    values = config(size, changes)
+    folder.mkdir(parents=True)  # an existing folder is an error: stray shards in it would be taken for weights
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for name in CARRIED:
+        shutil.copyfile(TINY_CHAT / name, folder / name)
+    write_weights(folder, shapes(values), Pool(seed, ml_dtypes.bfloat16))
+    if adapter:
+        lora = folder / "linear_spec_lora"
+        lora.mkdir()
+        about = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "target_modules": ["o_proj"]}
+        (lora / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(lora / "adapter_model.safetensors", adapter_shapes(values), "F32", Pool(seed + 1, np.float32))
+
+
+def _change(text: str) -> tuple[str, int]:
+    key, _, value = text.partition("=")
+    if key not in SIZES["3b"] or not value.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: FIELD=NUMBER with FIELD of {', '.join(SIZES['3b'])}")
+    return key, int(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a checkpoint of a released size with random weights.")
+    parser.add_argument("folder", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--size", choices=list(SIZES), default="3b", help="default 3b")
+    parser.add_argument("--layers", type=int, help="cut the network to this many layers")
+    parser.add_argument(
+        "--set", type=_change, action="append", default=[], metavar="FIELD=NUMBER", help="replace a config field"
+    )
+    parser.add_argument("--adapter", action="store_true", help="add a random drafter adapter, linear_spec_lora/")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.folder.exists():
+        parser.error(f"{arguments.folder} exists; choose another folder or remove it")
+    changes = dict(arguments.set) | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    write_checkpoint(arguments.folder, arguments.size, changes, adapter=arguments.adapter, seed=arguments.seed)
+    count = sum(math.prod(shape) for shape in shapes(config(arguments.size, changes)).values())
+    print(f"wrote {arguments.folder}: {count:,} parameters")
+
+
+if __name__ == "__main__":
+    main()
