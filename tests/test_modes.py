@@ -24,9 +24,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
 
 @pytest.mark.parametrize("number", range(10))
 def test_sample_of_the_grid_equals_the_oracles(setup: equality.Setup, number: int) -> None:
-    cases = random.Random(number).sample(equality.grid(), 8)
+    cases = random.Random(number).sample(equality.grid(), 14)
     done = list(equality.compare_prompt(setup, QUESTIONS[number], cases))
-    assert len(done) == 8
+    assert len(done) == 14
     assert [d for _, d in done if d is not None] == []
 
 
