@@ -18,7 +18,7 @@ import click
 
 from .contract import ITEMSIZE, MAX_BLOCK, MODES
 from .errors import NemodiffError, RequestError
-from .runtime.options import check_text
+from .runtime.options import GROUPS, check_text
 
 if TYPE_CHECKING:
     from .runtime.generate import Generation, LoadedEngine
@@ -111,6 +111,9 @@ def _decoding_options(command: Command) -> Command:
             "--mode", type=click.Choice(MODES), default="linear_spec", show_default=True, help="Decoding mode."
         ),
         click.option("--block-length", type=int, help=f"Tokens per block, 1..{MAX_BLOCK}. [default: the engine's]"),
+        click.option(
+            "--groups", type=click.Choice(GROUPS), default="auto", show_default=True, help="Drafts of quadratic_spec."
+        ),
         click.option(
             "--threshold", type=float, help="Confidence that commits a mask. [default: diffusion 0.9, draft 0]"
         ),

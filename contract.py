@@ -23,7 +23,7 @@ SCHEMA = 1  # of the engine folder; a reader refuses a newer one
 DOMAIN = "nemodiff"  # of the custom ops
 MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
 PREFILL_CHUNK = 512  # tokens; the prefill profile is 1..512
-MODES = ("ar", "diffusion", "linear_spec")
+MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"

@@ -6,7 +6,7 @@ See docs/semantics.md.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 from .engine import Pass, Prediction, causal
 from .sampling import sample
@@ -15,12 +15,17 @@ from .sequence import Sequence
 Loop = Generator[Pass, Prediction, None]
 
 
-def prefill(sequence: Sequence) -> Generator[Pass, Prediction, int]:
-    """Write the prompt's K/V in chunks and return the seed, the token after the prompt."""
+def prompt_parts(sequence: Sequence) -> Iterator[tuple[list[int], int]]:
+    """The prompt in chunks, each with its position."""
     prompt, chunk = sequence.prompt, sequence.settings.prefill_chunk
     for start in range(0, len(prompt), chunk):
-        part = prompt[start : start + chunk]
-        sampled = sequence.settings.temperature > 0
+        yield prompt[start : start + chunk], start
+
+
+def prefill(sequence: Sequence) -> Generator[Pass, Prediction, int]:
+    """Write the prompt's K/V and return the seed, the token after the prompt."""
+    sampled = sequence.settings.temperature > 0
+    for part, start in prompt_parts(sequence):
         prediction = yield causal("prefill", part, start, logits=sampled)
         sequence.length += len(part)
     return _choose(sequence, prediction)

@@ -34,7 +34,7 @@ class Pass(NamedTuple):
     visible: np.ndarray  # (S, 3) i32
     rows: np.ndarray  # (R,) i32
     threshold: float = 0.0
-    adapter: bool = False
+    adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
     logits: bool = False
 
 

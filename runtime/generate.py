@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,16 +18,23 @@ from typing import Any
 from ..contract import EngineInfo, read_engine
 from ..errors import EngineError, RequestError
 from .ar import Loop, ar
+from .cost import CostCurve, measure
 from .diffusion import diffusion
 from .engine import Cache, Engine, Pass, PassKind, Prediction
 from .options import Options, check_text, make_options, settle
+from .quadratic import quadratic_spec
 from .self_spec import linear_spec
 from .sequence import FinishReason, Sequence
 from .text import Message, TextCodec
 
 Prompt = str | list[int] | list[Message]
 
-LOOPS: dict[str, Callable[[Sequence], Loop]] = {"ar": ar, "diffusion": diffusion, "linear_spec": linear_spec}
+LOOPS: dict[str, Callable[[Sequence], Loop]] = {
+    "ar": ar,
+    "diffusion": diffusion,
+    "linear_spec": linear_spec,
+    "quadratic_spec": quadratic_spec,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,11 @@ class LoadedEngine:
     def info(self) -> EngineInfo:
         """The engine's description: model, build choices, manifest."""
         return self.backend.info
+
+    @functools.cached_property
+    def cost(self) -> CostCurve:
+        """Seconds of a forward by its tokens, measured at the first use."""
+        return measure(self.backend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +236,9 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids = encode(engine, prompt, options)
     settings = settle(engine.info, len(ids), options)
-    return Sequence(engine.info.model, ids, settings, engine.text.transcript(settings.stop))
+    budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
+    transcript = engine.text.transcript(settings.stop)
+    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:

@@ -207,7 +207,7 @@ class _Forward:
         if p.threshold != self._threshold[row]:
             threshold[0] = self._threshold[row] = p.threshold
         if adapter is not None:
-            adapter[:] = p.adapter
+            adapter[:size], adapter[size:] = p.adapter, 0
         if size < ids.size:
             own = np.arange(p.write_at + size, p.write_at + ids.size)
             ids[size:], pos[size:] = pad_id, own

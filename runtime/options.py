@@ -12,15 +12,19 @@ from typing import Any
 from ..contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
 from ..errors import RequestError
 
-THRESHOLDS = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0}  # defaults, the published ones
+THRESHOLDS = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0}  # defaults, the published ones
 DEFAULT_NEW_TOKENS = 512
+GROUPS = ("auto", "all")
+_FULL_BLOCK = 16  # the published block length of quadratic self-speculation
+_LONGEST_FULL_BLOCK = max(n for n in range(1, MAX_BLOCK) if n * (n + 1) <= PREFILL_CHUNK)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a request may choose; None means the engine's or the mode's default.
 
-    mode: ar, diffusion or linear_spec. max_new_tokens: limit, default 512 or what fits. block_length: tokens, 1..64.
+    mode: ar, diffusion, linear_spec or quadratic_spec. max_new_tokens: limit, default 512 or what fits. block_length:
+    tokens, 1..64. groups: of quadratic_spec, `auto` (those that pay by the measured cost of a pass) or `all`.
     threshold: confidence at which a mask is committed, 0 or more (over 1: one token per pass). temperature: 0 is
     greedy; more is for `ar` only. seed: of the sampling noise. stop: strings that end the answer. chat: apply the chat
     template. system: system text. thinking: let the template open a think block. prefill_chunk: tokens per prefill
@@ -30,6 +34,7 @@ class Options:
     mode: str = "linear_spec"
     max_new_tokens: int | None = None
     block_length: int | None = None
+    groups: str = "auto"
     threshold: float | None = None
     temperature: float = 0.0
     seed: int = 0
@@ -48,6 +53,7 @@ class Settings:
     max_new_tokens: int
     block_length: int
     threshold: float
+    groups: str = "auto"
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
@@ -116,7 +122,16 @@ def settle(info: EngineInfo, prompt_tokens: int, options: Options) -> Settings:
             + (f", ask for at most {room} tokens" if room > 0 else "")
             + " or build with a larger --max-seq-len"
         )
-    block = o.block_length if o.block_length is not None else info.build.block_length
+    if o.groups not in GROUPS:
+        raise RequestError(f"groups is {o.groups!r}, allowed: {', '.join(GROUPS)}")
+    every_group = o.mode == "quadratic_spec" and o.groups == "all"
+    default = info.build.block_length if not every_group else min(info.build.block_length, _FULL_BLOCK)
+    block = o.block_length if o.block_length is not None else default
+    if every_group and block * (block + 1) > PREFILL_CHUNK:
+        raise RequestError(
+            f"block_length is {block}, allowed with all groups: 1 to {_LONGEST_FULL_BLOCK}, because a pass of "
+            f"{block * (block + 1)} tokens exceeds {PREFILL_CHUNK}; use a shorter block or groups auto"
+        )
     if not 1 <= block <= MAX_BLOCK:
         raise RequestError(f"block_length is {block}, allowed: 1 to {MAX_BLOCK}")
     threshold = o.threshold if o.threshold is not None else THRESHOLDS[o.mode]
@@ -132,4 +147,4 @@ def settle(info: EngineInfo, prompt_tokens: int, options: Options) -> Settings:
         raise RequestError(f"prefill_chunk is {o.prefill_chunk}, allowed: 1 or more")
     if any(not s for s in o.stop):
         raise RequestError("a stop string is empty; give at least one character")
-    return Settings(o.mode, wanted, block, threshold, o.temperature, o.seed, o.stop, o.prefill_chunk)
+    return Settings(o.mode, wanted, block, threshold, o.groups, o.temperature, o.seed, o.stop, o.prefill_chunk)

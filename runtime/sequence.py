@@ -10,6 +10,7 @@ import time
 from typing import Literal
 
 from ..config import ModelConfig
+from .cost import CostCurve
 from .engine import PASS_KINDS, PassKind
 from .options import Settings
 from .text import Transcript
@@ -20,8 +21,16 @@ FinishReason = Literal["stop", "length"]
 class Sequence:
     """One request's state."""
 
-    def __init__(self, model: ModelConfig, prompt: list[int], settings: Settings, transcript: Transcript) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        prompt: list[int],
+        settings: Settings,
+        transcript: Transcript,
+        cost: CostCurve | None = None,
+    ) -> None:
         self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
+        self.cost = cost  # None: a loop that could save work by it does not
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.length = 0  # committed tokens: cache slots that hold valid K/V

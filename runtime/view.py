@@ -47,7 +47,8 @@ def _verdict(engine: LoadedEngine, step: Step) -> str:
         if token in engine.info.model.eos_ids:  # the answer ends here; what follows was never asked
             return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
-    refused = "".join(_shown(engine, t) for t in step.before[kept + 1 :])
+    mask = engine.info.model.mask_id  # in a quadratic pass the next draft's masks stand behind
+    refused = "".join(_shown(engine, t) for t in step.before[kept + 1 :] if t != mask)
     return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")
 
 

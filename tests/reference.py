@@ -289,6 +289,44 @@ def linear_spec(
     return out.result(acceptance)
 
 
+def quadratic_spec(
+    model: Predictor,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    block_length: int,
+    eos: Collection[int],
+    adapter: bool = False,
+) -> Reference:
+    """Quadratic self-speculation with all groups; each group is computed alone, as a pass after its heads."""
+    out = _Emission(max_new_tokens, eos)
+    acceptance = []
+
+    def propose(context: Sequence[int], emitted: int) -> list[int]:
+        size = min(block_length, max_new_tokens - len(out.tokens) - emitted)
+        if size < 2:
+            return []
+        token, _ = model.forward(context, [model.mask_id] * size, bidirectional=True, adapter=adapter)
+        tokens = [int(t) for t in token[1:]]
+        return tokens[: next((i for i, t in enumerate(tokens) if t in eos), len(tokens))]
+
+    draft = propose(prompt, 0)
+    out.emit(out.prefill(model, prompt))
+    while not out.stopped:
+        committed = [*prompt, *out.tokens[:-1]]
+        heads = [out.tokens[-1], *draft][: max_new_tokens - len(out.tokens)]
+        token, _ = model.forward(committed, heads, bidirectional=False)
+        out.nfe["verify"] += 1
+        accepted = 1
+        while accepted < len(heads) and token[accepted - 1] == heads[accepted]:
+            accepted += 1
+        draft = propose([*committed, *heads[:accepted]], accepted)
+        before = len(out.tokens)
+        for i in range(accepted):
+            out.emit(int(token[i]))
+        acceptance.append(len(out.tokens) - before)
+    return out.result(acceptance)
+
+
 def ar_margin(model: ReferenceModel, prompt: Sequence[int], tokens: Sequence[int]) -> float:
     """Smallest lead, in logits, of AR's choices over their runners-up along `tokens`.
 

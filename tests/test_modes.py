@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemodiff
+from nemodiff.contract import PREFILL_CHUNK
+from nemodiff.runtime import generate
 
 QUESTIONS = equality.questions(40)
 
@@ -33,6 +35,69 @@ def test_sample_of_the_grid_equals_the_oracles(setup: equality.Setup, number: in
 def test_grid_is_the_promised_one() -> None:
     cases = equality.grid()
     assert len(cases) == len(set(cases)) == 4 + 3 * 5 * 3 * 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    question=st.sampled_from(QUESTIONS),
+    block=st.sampled_from([1, 2, 5, 8, 16, 22]),
+    limit=st.sampled_from([1, 2, 7, 32, 60]),
+    adapter=st.booleans(),
+    chunk=st.integers(5, 60),
+)
+def test_quadratic_with_all_groups_equals_the_oracle(
+    setup: equality.Setup, question: str, block: int, limit: int, adapter: bool, chunk: int
+) -> None:
+    engine = setup.adapted if adapter else setup.plain
+    prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+    options = {"mode": "quadratic_spec", "groups": "all", "block_length": block, "max_new_tokens": limit}
+    answer = nemodiff.generate(engine, prompt, prefill_chunk=chunk, **options)
+    oracle = reference.quadratic_spec(setup.model, prompt, limit, block, setup.model.eos, adapter)
+    assert answer.token_ids == oracle.tokens == reference.ar(setup.model, prompt, limit, setup.model.eos).tokens
+    assert (answer.nfe["verify"], answer.acceptance.lengths) == (oracle.nfe["verify"], oracle.acceptance)
+
+
+class Flat:
+    """A cost curve: a pass costs `base` and `slope` per token."""
+
+    def __init__(self, base: float, slope: float) -> None:
+        self.base, self.slope, self.asked = base, slope, list[int]()
+
+    def seconds(self, size: int) -> float:
+        self.asked.append(size)
+        return self.base + self.slope * size
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    question=st.sampled_from(QUESTIONS),
+    block=st.integers(1, 32),
+    limit=st.integers(1, 60),
+    base=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+)
+def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
+    setup: equality.Setup, question: str, block: int, limit: int, base: float
+) -> None:
+    prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
+    options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
+    sequence = generate.prepare(setup.plain, prompt, options)
+    sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
+    sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)]
+    assert sequence.tokens == nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=limit).token_ids
+    assert max(sizes[1:], default=0) <= PREFILL_CHUNK
+
+
+def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
+    """Where tokens are free all likely groups are taken, where they are dear hardly any."""
+    prompt = setup.plain.text.encode_chat([{"role": "user", "content": QUESTIONS[0]}])
+    means = []
+    for base in (0.0, 10_000.0):
+        options = nemodiff.Options(mode="quadratic_spec", block_length=16, max_new_tokens=40)
+        sequence = generate.prepare(setup.plain, prompt, options)
+        sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
+        sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)][1:]
+        means.append(sum(sizes) / len(sizes))
+    assert means[0] * 3 < means[1]
 
 
 @pytest.mark.torch

@@ -1,0 +1,51 @@
+"""What a pass costs on this machine, by its number of tokens.
+
+In: a loaded backend. Out: `CostCurve`, seconds of a forward as a function of S, measured once per process at the first
+request that needs it. The surprising fact: the shape differs by machine and decides what speculation is worth. On a CPU
+32 tokens cost three to four times as much as one, on a GPU about the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import time
+
+from .engine import Engine, causal
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_REPEATS = 5
+_LIMIT = 1.0  # seconds for all of it; longer passes are extrapolated
+
+
+@dataclasses.dataclass(frozen=True)
+class CostCurve:
+    """Seconds of a forward at some sizes, linear between them and beyond."""
+
+    sizes: tuple[int, ...]
+    times: tuple[float, ...]
+
+    def seconds(self, size: int) -> float:
+        """Expected seconds of a forward of `size` tokens in one row."""
+        at = min(max(bisect.bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
+        (a, b), (low, high) = self.sizes[at - 1 : at + 1], self.times[at - 1 : at + 1]
+        return low + (high - low) * (size - a) / (b - a)
+
+
+def measure(engine: Engine) -> CostCurve:
+    """Time forwards of growing size, the least of some repeats each, until the time for it is used up."""
+    cache, times, started = engine.open(1), list[float](), time.perf_counter()
+    token = int(engine.info.model.mask_id == 0)
+    for size in SIZES:
+        asked = causal("verify", [token] * size, 0, every_row=True)
+        cache.forward([asked])  # binds the shape
+        seconds = []
+        for _ in range(_REPEATS):
+            before = cache.seconds
+            cache.forward([asked])
+            seconds.append(cache.seconds - before)
+        times.append(max(min(seconds), times[-1] if times else 0.0))
+        if len(times) > 1 and time.perf_counter() - started > _LIMIT:
+            break
+    cache.close()
+    return CostCurve(SIZES[: len(times)], tuple(times))

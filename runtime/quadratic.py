@@ -1,0 +1,157 @@
+"""Quadratic self-speculation: one pass verifies a draft and makes the next one for every way the verdict may fall.
+
+See docs/semantics.md. The pass holds the draft's tokens, the heads, as a causal chain, and after them a group of masks
+for each number of heads that may be accepted; the group of the number that was accepted is the next draft. The
+surprising fact: heads come first and groups after them, so what is kept lies contiguous in the cache and nothing is
+moved, and a group left out to save work costs a short next pass and never a wrong token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Generator
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from ..contract import PREFILL_CHUNK
+from .ar import Loop, prompt_parts
+from .cost import CostCurve
+from .engine import Pass, Prediction, causal
+from .self_spec import matching_prefix
+from .sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Proposed tokens after the seed, up to the first EOS, and the probability the draft gave each."""
+
+    tokens: list[int]
+    confidence: list[float]
+
+
+def quadratic_spec(sequence: Sequence) -> Loop:
+    """Decode with one pass per cycle; the output is AR's, token for token."""
+    seed, draft = yield from _prefill_and_draft(sequence)
+    sequence.emit(seed)
+    while not sequence.finish:
+        layout = _plan(sequence, draft)
+        heads = [seed, *draft.tokens][: layout.heads]
+        prediction = yield layout.ask(sequence, heads)
+        verdict: list[int] = prediction.token[: layout.heads].tolist()
+        accepted = matching_prefix(heads[1:], verdict) + 1
+        sequence.length += accepted
+        sequence.accepted.append(sequence.emit_all(verdict[:accepted]))
+        seed, draft = verdict[accepted - 1], layout.draft(sequence, prediction, accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A pass of `heads` tokens and, in order, the mask groups `{accepted: size}`."""
+
+    heads: int
+    groups: dict[int, int]
+
+    def ask(self, sequence: Sequence, heads: list[int]) -> Pass:
+        """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
+        start, mask = sequence.length, sequence.model.mask_id
+        ids, adapter = np.full(self.tokens, mask, np.int32), np.ones(self.tokens, np.float32)
+        ids[: self.heads], adapter[: self.heads] = heads, 0
+        pos = np.empty(self.tokens, np.int32)
+        visible = np.zeros((self.tokens, 3), np.int32)
+        pos[: self.heads] = np.arange(start, start + self.heads)
+        visible[: self.heads, 0] = pos[: self.heads] + 1
+        at = self.heads
+        for accepted, size in self.groups.items():
+            pos[at : at + size] = np.arange(start + accepted, start + accepted + size)
+            visible[at : at + size] = (start + accepted, start + at, start + at + size)
+            at += size
+        rows = np.arange(self.tokens, dtype=np.int32)
+        return Pass("verify", ids, pos, start, visible, rows, adapter=adapter)
+
+    def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
+        """What the group of `accepted` proposes; nothing if that group was left out."""
+        at = self.heads
+        for number, size in self.groups.items():
+            if number == accepted:
+                return _proposals(sequence, prediction, at, size)
+            at += size
+        return Draft([], [])
+
+    @property
+    def tokens(self) -> int:
+        return self.heads + sum(self.groups.values())
+
+
+def _prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[int, Draft]]:
+    """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft."""
+    size = _group_size(sequence, 0)
+    for part, start in prompt_parts(sequence):
+        asked = causal("prefill", part, start)
+        last = start + len(part) == len(sequence.prompt)
+        prediction = yield _with_masks(asked, size, sequence.model.mask_id) if last and size else asked
+        sequence.length += len(part)
+    return int(prediction.token[0]), _proposals(sequence, prediction, 1, size)
+
+
+def _with_masks(asked: Pass, size: int, mask_id: int) -> Pass:
+    """A causal pass and a group of masks behind it that sees all of it."""
+    count = asked.ids.size
+    end = asked.write_at + count
+    visible = np.zeros((size, 3), np.int32)
+    visible[:, 0] = end + size
+    return asked._replace(
+        ids=np.append(asked.ids, np.full(size, mask_id, np.int32)),
+        pos=np.append(asked.pos, np.arange(end, end + size, dtype=np.int32)),
+        visible=np.concatenate([asked.visible, visible]),
+        rows=np.arange(count - 1, count + size, dtype=np.int32),
+        adapter=np.repeat(np.array([0, 1], np.float32), [count, size]),
+    )
+
+
+def _proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
+    """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
+    tokens: list[int] = prediction.token[at + 1 : at + size].tolist()
+    ids = sequence.model.eos_ids
+    length = next((i for i, token in enumerate(tokens) if token in ids), len(tokens))
+    return Draft(tokens[:length], prediction.confidence[at + 1 : at + 1 + length].tolist())
+
+
+def _group_size(sequence: Sequence, emitted: int) -> int:
+    """Masks of a group that `emitted` more tokens come before; 0 where no draft is needed any more."""
+    size = min(sequence.settings.block_length, sequence.remaining - emitted)
+    return size if size > 1 else 0
+
+
+def _plan(sequence: Sequence, draft: Draft) -> _Layout:
+    """All heads and groups, or those that promise the most tokens per second."""
+    most = min(1 + len(draft.tokens), sequence.remaining)
+    sizes = {j: size for j in range(1, most + 1) if (size := _group_size(sequence, j))}
+    if sequence.cost is None:
+        return _Layout(most, sizes)
+    reached = [1.0, *itertools.accumulate(draft.confidence, lambda a, b: a * b)][:most]
+    return _best(reached, sizes, sequence.accepted, sequence.cost)
+
+
+def _best(reached: Tokens[float], sizes: dict[int, int], history: list[int], cost: CostCurve) -> _Layout:
+    """The layout of highest expected tokens per second over this pass and the next.
+
+    `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
+    is needed times what a draft is worth: the mean number of tokens that passes with a draft have given so far.
+    """
+    best, best_rate = _Layout(1, {}), 0.0
+    useful = history[-16:] or [round(sum(reached))]
+    worth = sum(useful) / len(useful) - 1
+    for heads in range(1, len(reached) + 1):
+        chance = {j: reached[j - 1] - (reached[j] if j < heads else 0) for j in range(1, heads + 1) if j in sizes}
+        tokens, size, groups = sum(reached[:heads]) + 1, heads, dict[int, int]()
+        for j in [0, *sorted(chance, key=lambda j: -chance[j])]:
+            if j:
+                size, tokens = size + sizes[j], tokens + chance[j] * worth
+                groups[j] = sizes[j]
+            if size > PREFILL_CHUNK:
+                break
+            if (rate := tokens / (cost.seconds(size) + cost.seconds(heads))) > best_rate:
+                best, best_rate = _Layout(heads, dict(groups)), rate
+    return best
