@@ -25,7 +25,6 @@ _FIXED: dict[str, object] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
     "sliding_window": None,
-    "dlm_paradigm": "bidirectional",
 }
 # Fields without influence on what the engine computes.
 _IGNORED = frozenset(
@@ -133,7 +132,9 @@ class _Fields:
         return self.values.get(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
+        value = self.get(key)
+        if value is None:  # a field written as null is a field left out
+            value = default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             raise self.fail(key, value if key in self.values else "missing", "a finite f32 number")
         return float(value)
@@ -164,6 +165,8 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
     fields.one_of("model_type", ("nemotron_labs_diffusion",), "missing")
     for key, allowed in _FIXED.items():
         fields.one_of(key, (allowed,), allowed)
+    # How it was trained; the mask is chosen per request, so an engine is the same for each.
+    fields.one_of("dlm_paradigm", ("bidirectional", "block_diff", "autoregressive"), "bidirectional")
     rope = _parse_rope(fields)
     config = ModelConfig(
         hidden_size=fields.integer("hidden_size"),

@@ -349,3 +349,15 @@ def test_broken_numbers_end_a_request_with_a_sentence(engine: nemodiff.LoadedEng
 
 def _copy(prediction: Prediction) -> Prediction:
     return prediction._replace(token=prediction.token.copy(), confidence=prediction.confidence.copy())
+
+
+@pytest.mark.parametrize("paradigm", ["bidirectional", "block_diff", "autoregressive"])
+def test_config_fields_written_as_null_or_by_a_trainer_are_understood(paradigm: str) -> None:
+    plain, rope = (
+        published_config(),
+        {"attention_factor": None, "beta_fast": None, "mscale": None, "mscale_all_dim": None},
+    )
+    assert plain.rope.attention_factor == 1.0
+    assert published_config(**rope).rope.attention_factor == pytest.approx(0.1 * np.log(16) + 1)
+    values = json.loads((TINY_CHAT / "config.json").read_text())
+    assert parse_config(values | {"dlm_paradigm": paradigm}) == parse_config(values)

@@ -163,7 +163,9 @@ CONFIGS = [
     pytest.param(config(mlp_bias=True), ["mlp_bias is True, allowed: False"], id="mlp bias"),
     pytest.param(config(sliding_window=4096), ["sliding_window is 4096, allowed: None"], id="sliding window"),
     pytest.param(config(tie_word_embeddings=True), ["tie_word_embeddings is True"], id="tied embeddings"),
-    pytest.param(config(dlm_paradigm="autoregressive"), ["dlm_paradigm", "allowed: 'bidirectional'"], id="paradigm"),
+    pytest.param(
+        config(dlm_paradigm="causal"), ["dlm_paradigm", "allowed: 'bidirectional' or 'block_diff'"], id="paradigm"
+    ),
     pytest.param(config(num_key_value_heads=3), ["num_key_value_heads is 3, allowed: a divisor of 4"], id="kv heads"),
     pytest.param(config(head_dim=15), ["head_dim is 15, allowed: an even number"], id="odd head"),
     pytest.param(
