@@ -68,7 +68,7 @@ def main(ctx: click.Context) -> None:
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine folder to write.")
 @click.option(
-    "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of weights and cache."
+    "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of stored weights and cache."
 )
 @click.option(
     "--max-seq-len", type=click.IntRange(1), help="Prompt plus generated tokens. [default: 32768 or the model's limit]"

@@ -46,7 +46,7 @@ class Builder:
     Args:
         checkpoint: folder or hub id `OWNER/NAME[@REVISION]`.
         output: the engine folder to write; an engine already there is replaced.
-        dtype: `f32`, or `f16` for half the memory.
+        dtype: `f32`, or `f16` for half the disk and half the K/V cache.
         max_seq_len: limit on prompt plus generated tokens; default 32768 or the model's own limit if smaller.
         max_batch_size: limit on rows of a forward.
         block_length: default block length of the engine, 1..64; default the checkpoint's.

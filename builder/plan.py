@@ -1,7 +1,9 @@
 """What a build will make and what it will need, from config and tensor headers alone.
 
 In: a checkpoint's description and the build's choices. Out: `Plan`, numbers in bytes, and `lines()` for people. The
-surprising fact: on the CPU engine the cache grows with use, so `max_seq_len` costs nothing until a text is that long.
+surprising facts: on the CPU engine the cache grows with use, so `max_seq_len` costs nothing until a text is that long;
+and f16 weights take f32's memory once loaded, because ONNX Runtime converts them where the processor has no f16
+arithmetic that it uses (measured by benchmarks/build_memory.py).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Plan:
     weight_bytes: int
     disk_free: int
     kv_bytes_per_token: int
+    memory_loaded: int
     memory_here: int
     build: BuildConfig
     rows_that_fit: dict[int, int]
@@ -51,7 +54,7 @@ class Plan:
             f"engine       {b.dtype}, block length {b.block_length}, {limits}",
             f"disk         {size(self.weight_bytes)} to write under {output}, {size(self.disk_free)} free",
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {b.max_seq_len}",
-            f"memory       {size(self.weight_bytes)} of weights; this machine has {size(self.memory_here)}",
+            f"memory       {size(self.memory_loaded)} of weights when loaded; this machine has {size(self.memory_here)}",
             f"fits here    {fits or 'nothing'}" + (" (rows x tokens)" if fits else ""),
             *([f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"] if self.unknown_fields else []),
         ]
@@ -63,7 +66,8 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
     everything = [*checkpoint.tensors.values(), *(checkpoint.adapter.tensors.values() if checkpoint.adapter else ())]
     per_token = model.kv_bytes_per_token(ITEMSIZE[build.dtype])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    spare = max(0, memory - graph.weight_bytes)
+    loaded = (model.parameters - model.vocab_size * model.hidden_size) * ITEMSIZE["f32"]  # the embedding stays mapped
+    spare = max(0, memory - loaded)
     lengths = [n for n in LENGTHS if n < build.max_seq_len] + [build.max_seq_len]
     return Plan(
         tensors=len(everything),
@@ -73,6 +77,7 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
         weight_bytes=graph.weight_bytes,
         disk_free=disk_free(output),
         kv_bytes_per_token=per_token,
+        memory_loaded=loaded,
         memory_here=memory,
         build=build,
         rows_that_fit={n: min(build.max_batch_size, spare // (per_token * n)) for n in lengths},
