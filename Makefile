@@ -1,5 +1,5 @@
 # make demo: build tiny-chat and answer one question in every mode.  make test: every check.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 
 .PHONY: demo test clean

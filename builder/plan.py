@@ -54,7 +54,7 @@ class Plan:
             f"engine       {b.dtype}, block length {b.block_length}, {limits}",
             f"disk         {size(self.weight_bytes)} to write under {output}, {size(self.disk_free)} free",
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {b.max_seq_len}",
-            f"memory       {size(self.memory_loaded)} of weights when loaded; this machine has {size(self.memory_here)}",
+            f"memory       {size(self.memory_loaded)} of loaded weights; this machine has {size(self.memory_here)}",
             f"fits here    {fits or 'nothing'}" + (" (rows x tokens)" if fits else ""),
             *([f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"] if self.unknown_fields else []),
         ]
