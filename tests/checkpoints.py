@@ -7,9 +7,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from conftest import TINY_CHAT
 from safetensors.numpy import save_file
 
+TINY_CHAT = Path(__file__).parents[1] / "examples" / "tiny-chat"
 DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -39,22 +39,47 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape for name, shape in named.items()}
 
 
-def write_checkpoint(folder: Path, *, seed: int = 0, dtype: str = "bf16", shards: int = 1, **changes: Any) -> Path:
-    """Write a checkpoint with random weights and tiny-chat's tokenizer; `changes` go into config.json.
+def random_tensors(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """Weights in f32, large enough that the layers, and not the embedding alone, decide the predictions."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.normal(1 if len(shape) == 1 else 0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes(config).items()
+    }
 
-    The weights are large enough that the layers, and not the embedding alone, decide the predictions.
-    """
+
+def random_adapter(config: dict[str, Any], rank: int, strength: float, seed: int) -> dict[str, np.ndarray]:
+    """A drafter adapter on every o_proj, in f32."""
+    rng = np.random.default_rng(seed)
+    sides = (("A", (rank, config["num_attention_heads"] * config["head_dim"])), ("B", (config["hidden_size"], rank)))
+    return {
+        f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora_{side}.weight": rng.normal(
+            0, strength, shape
+        ).astype(np.float32)
+        for n in range(config["num_hidden_layers"])
+        for side, shape in sides
+    }
+
+
+def write_adapter(checkpoint: Path, *, rank: int, alpha: float, strength: float) -> None:
+    """Add a random drafter adapter to a checkpoint folder."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    folder = checkpoint / "linear_spec_lora"
+    folder.mkdir()
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "bias": "none", "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    save_file(random_adapter(config, rank, strength, seed=5), folder / "adapter_model.safetensors")
+
+
+def write_checkpoint(folder: Path, *, seed: int = 0, dtype: str = "bf16", shards: int = 1, **changes: Any) -> Path:
+    """Write a checkpoint with random weights and tiny-chat's tokenizer; `changes` go into config.json."""
     folder.mkdir(parents=True)
     for path in TINY_CHAT.glob("*.json*"):
         shutil.copy(path, folder)
     shutil.copy(TINY_CHAT / "chat_template.jinja", folder)
     config = json.loads((TINY_CHAT / "config.json").read_text()) | SMALL | changes
     (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(seed)
-    tensors = {
-        name: rng.normal(1 if len(shape) == 1 else 0, 0.3, shape).astype(DTYPES[dtype])
-        for name, shape in shapes(config).items()
-    }
+    tensors = {name: t.astype(DTYPES[dtype]) for name, t in random_tensors(config, seed).items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder

@@ -6,7 +6,6 @@ below `tmp_path` exactly the files that were there before.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -16,15 +15,13 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
-import numpy as np
 import pytest
+from checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from click.testing import CliRunner
-from safetensors.numpy import save_file
 
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 
-TINY_CHAT = Path(__file__).parents[1] / "examples" / "tiny-chat"
 PLAN = re.compile(r"(checkpoint|parameters|engine|disk|KV cache|memory|fits here|ignored) {2,}")
 SUBJECT = re.compile(
     r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|system|temperature|threshold)\b"
@@ -46,19 +43,8 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A small random checkpoint of 2 layers and vocabulary 891 with an adapter of rank 4, fresh for each test."""
-    from checkpoints import write_checkpoint  # it imports this file
-
     folder = write_checkpoint(tmp_path / "checkpoint", dtype="f32")
-    lora = folder / "linear_spec_lora"
-    lora.mkdir()
-    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["o_proj"]}
-    (lora / "adapter_config.json").write_text(json.dumps(values))
-    tensors = {}
-    for layer in range(2):
-        key = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
-        tensors[f"{key}.lora_A.weight"] = np.full((4, 64), 0.01, np.float32)
-        tensors[f"{key}.lora_B.weight"] = np.full((32, 4), 0.01, np.float32)
-    save_file(tensors, lora / "adapter_model.safetensors")
+    write_adapter(folder, rank=4, alpha=8, strength=0.01)
     return folder
 
 

@@ -31,15 +31,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import reference
-from safetensors.numpy import save_file
+from checkpoints import TINY_CHAT, write_adapter
 
 import nemodiff
 from nemodiff.builder.build import Builder
 
-ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "examples" / "tiny-chat"
 BLOCKS = (2, 5, 8, 16, 32)
 THRESHOLDS = (0.0, 0.7, 0.95)
 LIMITS = (1, 7, 32, 100)
@@ -74,7 +71,7 @@ class Difference:
 
 def load_make_data() -> ModuleType:
     """The example's data generator, which is not part of any package."""
-    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", CHECKPOINT / "make_data.py")
+    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", TINY_CHAT / "make_data.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -91,24 +88,6 @@ def questions(count: int) -> list[str]:
     return list(found)
 
 
-def write_random_adapter(folder: Path, rank: int = 8, seed: int = 5) -> Path:
-    """tiny-chat with a random drafter adapter strong enough to spoil the drafts."""
-    shutil.copytree(CHECKPOINT, folder)
-    config = json.loads((folder / "config.json").read_text())
-    lora = folder / "linear_spec_lora"
-    lora.mkdir()
-    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 4 * rank, "bias": "none", "target_modules": ["o_proj"]}
-    (lora / "adapter_config.json").write_text(json.dumps(values))
-    rng, size = np.random.default_rng(seed), config["num_attention_heads"] * config["head_dim"]
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        key = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj"
-        tensors[f"{key}.lora_A.weight"] = rng.normal(0, 0.2, (rank, size)).astype(np.float32)
-        tensors[f"{key}.lora_B.weight"] = rng.normal(0, 0.2, (config["hidden_size"], rank)).astype(np.float32)
-    save_file(tensors, lora / "adapter_model.safetensors")
-    return folder
-
-
 @dataclasses.dataclass
 class Setup:
     """Engines with and without the adapter, and one oracle for both: it uses the adapter only when told to."""
@@ -120,8 +99,10 @@ class Setup:
     @classmethod
     def make(cls, folder: Path, threads: int | None = None) -> Setup:
         """Build both engines below `folder`."""
-        with_adapter = write_random_adapter(folder / "checkpoint")
-        for checkpoint, name in ((CHECKPOINT, "plain"), (with_adapter, "adapted")):
+        with_adapter = folder / "checkpoint"
+        shutil.copytree(TINY_CHAT, with_adapter)
+        write_adapter(with_adapter, rank=8, alpha=32, strength=0.2)  # strong enough to spoil the drafts
+        for checkpoint, name in ((TINY_CHAT, "plain"), (with_adapter, "adapted")):
             Builder(checkpoint, folder / name).run()
         return cls(
             nemodiff.load(folder / "plain", threads=threads),
@@ -192,7 +173,7 @@ def compare_with_transformers(
     """Run every prompt through AR and through transformers' generate on the same weights."""
     import transformers_oracle
 
-    model, case = transformers_oracle.load(CHECKPOINT), Case("ar", 1, 0.0, max(LIMITS))
+    model, case = transformers_oracle.load(TINY_CHAT), Case("ar", 1, 0.0, max(LIMITS))
     for question in asked:
         prompt = engine.text.encode_chat([{"role": "user", "content": question}])
         expected = transformers_oracle.greedy(model, prompt, case.max_new_tokens, sorted(engine.info.model.eos_ids))
@@ -235,7 +216,7 @@ def main() -> None:
             done = _run_grid(asked, options.processes, Path(folder))
         else:
             packages += ["torch", "transformers"]
-            engine = nemodiff.load(Builder(CHECKPOINT, Path(folder) / "plain").run())
+            engine = nemodiff.load(Builder(TINY_CHAT, Path(folder) / "plain").run())
             done = list(compare_with_transformers(engine, asked))
     counts = collections.Counter(case.mode for case, _ in done)
     differences = [d for _, d in done if d is not None]

@@ -10,8 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import reference
-from checkpoints import write_checkpoint
-from conftest import TINY_CHAT
+from checkpoints import TINY_CHAT, write_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder

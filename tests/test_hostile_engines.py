@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import TINY_CHAT
 from click.testing import CliRunner
-from conftest import TINY_CHAT, Refused, assert_one_line
+from conftest import Refused, assert_one_line
 
 import nemodiff
 from nemodiff.builder.build import Builder

@@ -9,6 +9,7 @@ from pathlib import Path
 import equality
 import pytest
 import reference
+from checkpoints import TINY_CHAT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,7 +106,7 @@ def test_ar_equals_transformers(setup: equality.Setup) -> None:
     pytest.importorskip("transformers")
     import transformers_oracle
 
-    model = transformers_oracle.load(equality.CHECKPOINT)
+    model = transformers_oracle.load(TINY_CHAT)
     eos = sorted(setup.model.eos)
     for question in QUESTIONS[:12]:
         prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
@@ -181,8 +182,8 @@ def test_rows_of_a_batch_do_not_touch_each_other(
 def test_f16_engine_answers(tmp_path: Path) -> None:
     from nemodiff.builder.build import Builder
 
-    engine = nemodiff.load(Builder(equality.CHECKPOINT, tmp_path / "f16", dtype="f16").run())
-    model = reference.ReferenceModel.load(equality.CHECKPOINT)
+    engine = nemodiff.load(Builder(TINY_CHAT, tmp_path / "f16", dtype="f16").run())
+    model = reference.ReferenceModel.load(TINY_CHAT)
     same = 0
     for question in QUESTIONS[:3]:
         prompt = engine.text.encode_chat([{"role": "user", "content": question}])

@@ -8,13 +8,13 @@ Surprising: a random model is the harder test of speculation, since hardly any o
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
+from checkpoints import TINY_CHAT, random_adapter, random_tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -31,7 +31,6 @@ from reference import (
 )
 from tokenizers import Tokenizer
 
-FOLDER = Path(__file__).parents[1] / "examples/tiny-chat"
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e6,
@@ -65,55 +64,19 @@ EOS = frozenset({3, 11})
 NEAR_TIE = 1e-4
 
 
-def random_tensors(seed: int) -> dict[str, NDArray[np.float32]]:
-    """Weights of SMALL, large enough that the layers, and not the embedding alone, decide the predictions."""
-    rng = np.random.default_rng(seed)
-    e, f, v = SMALL["hidden_size"], SMALL["intermediate_size"], SMALL["vocab_size"]
-    h, g = (SMALL[f"num_{k}_heads"] * SMALL["head_dim"] for k in ("attention", "key_value"))
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.embed_tokens": (v, e),
-        "encoder.norm": (e,),
-        "diffusion_head": (v, e),
-    }
-    for n in range(SMALL["num_hidden_layers"]):
-        layer = f"encoder.layers.{n}"
-        shapes |= {f"{layer}.{name}_layernorm": (e,) for name in ("input", "post_attention")}
-        shapes |= {
-            f"{layer}.self_attn.{name}_proj": shape for name, shape in zip("qkv", [(h, e), (g, e), (g, e)], strict=True)
-        }
-        shapes |= {f"{layer}.self_attn.o_proj": (e, h), f"{layer}.mlp.down_proj": (e, f)}
-        shapes |= {f"{layer}.mlp.{name}_proj": (f, e) for name in ("gate", "up")}
-    return {
-        f"{name}.weight": (rng.normal(1 if len(shape) == 1 else 0, 0.3, shape)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
-
-
-def random_adapter(seed: int) -> dict[str, NDArray[np.float32]]:
-    rng = np.random.default_rng(seed)
-    e, h = SMALL["hidden_size"], SMALL["num_attention_heads"] * SMALL["head_dim"]
-    return {
-        f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora_{part}.weight": rng.normal(0, 0.3, shape).astype(
-            np.float32
-        )
-        for n in range(SMALL["num_hidden_layers"])
-        for part, shape in (("A", (4, h)), ("B", (e, 4)))
-    }
-
-
 @pytest.fixture(scope="module")
 def chat() -> ReferenceModel:
-    return ReferenceModel.load(FOLDER)
+    return ReferenceModel.load(TINY_CHAT)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    spec = importlib.util.spec_from_file_location("make_data", FOLDER / "make_data.py")
+    spec = importlib.util.spec_from_file_location("make_data", TINY_CHAT / "make_data.py")
     assert spec is not None
     assert spec.loader is not None
     data = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(data)
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
     rng = random.Random(2)
     questions = [data.example(rng)[1] for _ in range(10)]
     return [tokenizer.encode(data.prompt(q), add_special_tokens=False).ids for q in questions]
@@ -128,7 +91,7 @@ def oracle() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def peer(oracle: ModuleType) -> Any:
-    return oracle.load(FOLDER)
+    return oracle.load(TINY_CHAT)
 
 
 # ---- the maths ----
@@ -160,7 +123,7 @@ def test_llama4_values() -> None:
 
 
 def test_the_mask_id_is_in_neither_argmax_nor_denominator() -> None:
-    tensors = random_tensors(0)
+    tensors = random_tensors(SMALL, 0)
     ids, visible = [5, 6, 9], [i for i in range(SMALL["vocab_size"]) if i != MASK]
     logits = ReferenceModel(SMALL, tensors).logits([], ids, True)
     # Twice the winner's row gives twice its logit, so the mask id would win.
@@ -175,7 +138,7 @@ def test_the_mask_id_is_in_neither_argmax_nor_denominator() -> None:
 
 def test_no_row_of_the_prefix_sees_the_pass() -> None:
     """Any split of a causal sequence gives the same rows, and a bidirectional pass looks back as a causal one does."""
-    model = ReferenceModel(SMALL, random_tensors(1))
+    model = ReferenceModel(SMALL, random_tensors(SMALL, 1))
     ids = list(range(20))
     whole = model.logits([], ids, False)
     for p in (1, 7, 19):
@@ -185,7 +148,7 @@ def test_no_row_of_the_prefix_sees_the_pass() -> None:
 
 
 def test_adapter_does_nothing_where_there_is_none() -> None:
-    model = ReferenceModel(SMALL, random_tensors(2))
+    model = ReferenceModel(SMALL, random_tensors(SMALL, 2))
     np.testing.assert_array_equal(model.logits([1], [2, 3], True, adapter=True), model.logits([1], [2, 3], True))
 
 
@@ -220,7 +183,7 @@ def test_chat_logits_equal_transformers(
 def test_small_logits_equal_transformers_past_the_original_length(oracle: ModuleType, rope: dict[str, float]) -> None:
     """64 tokens: four steps of the query scale; every kind of pass, with and without adapter."""
     config = SMALL | {"rope_parameters": SMALL["rope_parameters"] | rope}
-    tensors, adapter, p, n = random_tensors(3), random_adapter(4), 50, 64
+    tensors, adapter, p, n = random_tensors(SMALL, 3), random_adapter(SMALL, 4, 0.3, 4), 50, 64
     model, theirs = ReferenceModel(config, tensors, adapter, 2.0), oracle.build(config, tensors)
     ids = np.random.default_rng(5).integers(0, SMALL["vocab_size"], n).tolist()
     np.testing.assert_allclose(model.logits([], ids, False), oracle.logits(theirs, ids), atol=1e-4)
@@ -263,7 +226,7 @@ def test_chat_ar_equals_transformers_greedy(
 
 @pytest.mark.torch
 def test_transformers_greedy_never_gives_the_mask_id(oracle: ModuleType) -> None:
-    tensors, prompt = random_tensors(6), [5, 6, 9]
+    tensors, prompt = random_tensors(SMALL, 6), [5, 6, 9]
     winner = ReferenceModel(SMALL, tensors).logits([], prompt, False)[-1].argmax()
     tensors["diffusion_head.weight"][MASK] = 2 * tensors["diffusion_head.weight"][winner]
     theirs = oracle.build(SMALL, tensors)
@@ -392,7 +355,9 @@ def test_chat_diffusion_makes_several_tokens_per_pass(chat: ReferenceModel, prom
         assert 2 * (result.nfe["denoise"] + result.nfe["commit"]) < len(result.tokens)
 
 
-SMALL_MODELS = [ReferenceModel(SMALL, random_tensors(seed), random_adapter(seed), 2.0) for seed in range(3)]
+SMALL_MODELS = [
+    ReferenceModel(SMALL, random_tensors(SMALL, seed), random_adapter(SMALL, 4, 0.3, seed), 2.0) for seed in range(3)
+]
 requests = st.tuples(
     st.sampled_from(SMALL_MODELS),
     st.lists(st.integers(0, 23), min_size=1, max_size=12),
@@ -443,7 +408,7 @@ def test_a_smaller_limit_gives_a_prefix(
 
 
 def test_remembered_passes_are_the_computed_ones() -> None:
-    model = ReferenceModel(SMALL, random_tensors(8), random_adapter(8))
+    model = ReferenceModel(SMALL, random_tensors(SMALL, 8), random_adapter(SMALL, 4, 0.3, 8))
     passes = [([1, 2], [7, 7], bidi, adapter) for bidi in (False, True) for adapter in (False, True)]
     first = [model.forward(*call) for call in passes]
     model.clear()

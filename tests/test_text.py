@@ -7,7 +7,7 @@ from pathlib import Path
 
 import equality
 import pytest
-from conftest import TINY_CHAT
+from checkpoints import TINY_CHAT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
