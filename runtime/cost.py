@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import time
 
 from .engine import Engine, causal
@@ -27,6 +28,14 @@ class CostCurve:
 
     def seconds(self, size: int) -> float:
         """Expected seconds of a forward of `size` tokens in one row."""
+        return self._table[size] if size < len(self._table) else self._between(size)
+
+    @functools.cached_property
+    def _table(self) -> list[float]:
+        """Seconds by size up to the largest pass; planning looks up dozens of sizes per pass."""
+        return [self._between(size) for size in range(SIZES[-1] + 1)]
+
+    def _between(self, size: int) -> float:
         at = min(max(bisect.bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
         (a, b), (low, high) = self.sizes[at - 1 : at + 1], self.times[at - 1 : at + 1]
         return low + (high - low) * (size - a) / (b - a)

@@ -22,6 +22,8 @@ from .engine import Pass, Prediction, causal
 from .self_spec import matching_prefix
 from .sequence import Sequence
 
+_UNLIKELY = 0.02  # heads that are reached more rarely than this are not worth a look
+
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
@@ -135,23 +137,30 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
 
 
 def _best(reached: Tokens[float], sizes: dict[int, int], history: list[int], cost: CostCurve) -> _Layout:
-    """The layout of highest expected tokens per second over this pass and the next.
+    """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
     is needed times what a draft is worth: the mean number of tokens that passes with a draft have given so far.
     """
-    best, best_rate = _Layout(1, {}), 0.0
     useful = history[-16:] or [round(sum(reached))]
     worth = sum(useful) / len(useful) - 1
-    for heads in range(1, len(reached) + 1):
-        chance = {j: reached[j - 1] - (reached[j] if j < heads else 0) for j in range(1, heads + 1) if j in sizes}
-        tokens, size, groups = sum(reached[:heads]) + 1, heads, dict[int, int]()
-        for j in [0, *sorted(chance, key=lambda j: -chance[j])]:
-            if j:
-                size, tokens = size + sizes[j], tokens + chance[j] * worth
-                groups[j] = sizes[j]
-            if size > PREFILL_CHUNK:
+    best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
+    earlier: list[tuple[float, int]] = []  # chance and number of the groups before the last head
+    for heads, chance_of_all in enumerate(reached, 1):
+        if chance_of_all < _UNLIKELY:
+            break
+        tokens_of_heads += chance_of_all
+        next_pass, size, tokens, taken = cost.seconds(heads), heads, tokens_of_heads, 0
+        rate = tokens / (cost.seconds(size) + next_pass)
+        ranked = sorted([*earlier, (chance_of_all, heads)], reverse=True) if heads in sizes else []
+        for chance, number in ranked:
+            size, tokens = size + sizes[number], tokens + chance * worth
+            if size > PREFILL_CHUNK or (longer := tokens / (cost.seconds(size) + next_pass)) <= rate:
                 break
-            if (rate := tokens / (cost.seconds(size) + cost.seconds(heads))) > best_rate:
-                best, best_rate = _Layout(heads, dict(groups)), rate
+            rate, taken = longer, taken + 1
+        if rate > best_rate:
+            best = _Layout(heads, {number: sizes[number] for _, number in ranked[:taken]})
+            best_rate = rate
+        if heads < len(reached) and heads in sizes:
+            earlier.append((chance_of_all - reached[heads], heads))
     return best

@@ -227,8 +227,7 @@ def main() -> None:
         "block_lengths": sorted({c.block_length for c, _ in done}),
         "thresholds": sorted({c.threshold for c, _ in done}),
         "max_new_tokens": sorted({c.max_new_tokens for c, _ in done}),
-        "compared": "token ids"
-        + (", finish reason, passes by kind, acceptance" if options.against == "reference" else ""),
+        "compared": COMPARED[options.against],
         "prompts": len(asked),
         "seconds": round(time.time() - started),
         "requests": dict(counts),
