@@ -18,7 +18,7 @@ import onnx
 import onnx.parser
 
 # The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
-_BODY = """
+BODY = """
 <domain: "nemodiff", opset_import: ["" : 24]>
 BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
 {
@@ -41,7 +41,7 @@ BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
 
 def function() -> onnx.FunctionProto:
     """The op as an ONNX local function of standard opset-24 ops."""
-    return onnx.parser.parse_function(_BODY)
+    return onnx.parser.parse_function(BODY)
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:

@@ -18,11 +18,11 @@ import numpy as np
 from ..contract import PREFILL_CHUNK
 from .ar import Loop, prompt_parts
 from .cost import CostCurve
-from .engine import Pass, Prediction, causal
+from .engine import Pass, Prediction, causal, every_token
 from .self_spec import matching_prefix
 from .sequence import Sequence
 
-_UNLIKELY = 0.02  # heads that are reached more rarely than this are not worth a look
+_UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,9 @@ class _Layout:
 
     def ask(self, sequence: Sequence, heads: list[int]) -> Pass:
         """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
-        start, mask = sequence.length, sequence.model.mask_id
-        ids, adapter = np.full(self.tokens, mask, np.int32), np.ones(self.tokens, np.float32)
-        ids[: self.heads], adapter[: self.heads] = heads, 0
-        pos = np.empty(self.tokens, np.int32)
-        visible = np.zeros((self.tokens, 3), np.int32)
+        start, count = sequence.length, self.tokens
+        ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
+        pos, visible = np.empty(count, np.int32), np.zeros((count, 3), np.int32)
         pos[: self.heads] = np.arange(start, start + self.heads)
         visible[: self.heads, 0] = pos[: self.heads] + 1
         at = self.heads
@@ -69,8 +67,8 @@ class _Layout:
             pos[at : at + size] = np.arange(start + accepted, start + accepted + size)
             visible[at : at + size] = (start + accepted, start + at, start + at + size)
             at += size
-        rows = np.arange(self.tokens, dtype=np.int32)
-        return Pass("verify", ids, pos, start, visible, rows, adapter=adapter)
+        adapter = np.repeat(np.array([0, 1], np.float32), [self.heads, count - self.heads])
+        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter)
 
     def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
         """What the group of `accepted` proposes; nothing if that group was left out."""
