@@ -171,19 +171,40 @@ def run(
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
-    from .runtime.generate import generate_many, load
+    from .runtime.generate import load
 
     options["chat"] = not raw
     if input_file is not None:
-        prompts = _read_prompts(input_file)
-        loaded = load(engine, threads=threads)
-        for answer in generate_many(loaded, prompts, rows=batch_size, **options):
-            click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
-            _print_stats(answer, stats)
+        lines = list(_parse_prompts(input_file))
+        _answer_lines(load(engine, threads=threads), input_file, lines, batch_size, as_json, stats, options)
         return
     text = prompt if prompt is not None else _read_stdin()
     check_text(text, "--prompt")
     _answer(load(engine, threads=threads), text, stream, show_denoise, as_json, stats, options)
+
+
+def _answer_lines(
+    loaded: LoadedEngine,
+    path: Path,
+    lines: list[tuple[int, Any]],
+    rows: int,
+    as_json: bool,
+    stats: bool,
+    options: dict[str, Any],
+) -> None:
+    """Answer the prompts of a file, by line number; all of them are checked before the first is run."""
+    from .runtime.generate import generate_many, prepare
+    from .runtime.options import make_options
+
+    chosen = make_options(options)
+    for number, prompt in lines:
+        try:
+            prepare(loaded, prompt, chosen)
+        except RequestError as error:
+            raise RequestError(f"{path}, line {number}: {error}") from None
+    for answer in generate_many(loaded, [prompt for _, prompt in lines], rows=rows, **options):
+        click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
+        _print_stats(answer, stats)
 
 
 def _answer(
@@ -264,12 +285,8 @@ def _read_stdin() -> str:
     return text.removesuffix("\n")
 
 
-def _read_prompts(path: Path) -> list[Any]:
-    """The prompts of a JSON-lines file; all lines are checked before the first is run."""
-    return list(_parse_prompts(path))
-
-
-def _parse_prompts(path: Path) -> Iterator[Any]:
+def _parse_prompts(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and prompt (text or messages) of each line of a JSON-lines file."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -286,9 +303,9 @@ def _parse_prompts(path: Path) -> Iterator[Any]:
         check_text(json.dumps(value, ensure_ascii=False), f"{path}, line {number}")
         messages = value.get("messages") if isinstance(value, dict) else None
         if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-            yield value["prompt"]
+            yield number, value["prompt"]
         elif isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-            yield messages
+            yield number, messages
         else:
             raise RequestError(
                 f'{path}, line {number}: allowed: an object with "prompt" (text) or "messages" (a list of role and '

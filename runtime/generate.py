@@ -262,6 +262,8 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
             f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
         )
     if options.system is not None:
+        if messages and messages[0].get("role") == "system":
+            raise RequestError("system text is given as an option and as the first message too; give it once")
         messages = [{"role": "system", "content": options.system}, *messages]
     return _not_empty(engine.text.encode_chat(messages, options.thinking))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
+import hypothesis.configuration
 import pytest
 from checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from click.testing import CliRunner
@@ -30,8 +32,15 @@ REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
 
 Refused = Callable[..., str]
 
-hypothesis.settings.register_profile("nemodiff", database=None, deadline=None)  # no file outside a temporary folder
+hypothesis.settings.register_profile("nemodiff", database=None, deadline=None)
 hypothesis.settings.load_profile("nemodiff")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis keeps tables of characters and of constants in a folder: a temporary one, not the repository."""
+    folder = tempfile.TemporaryDirectory(prefix="nemodiff-hypothesis-")
+    config.add_cleanup(folder.cleanup)
+    hypothesis.configuration.set_hypothesis_home_dir(folder.name)
 
 
 @pytest.fixture(scope="session")

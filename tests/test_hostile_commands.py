@@ -295,3 +295,19 @@ def test_wrong_rows_in_python(engine: nemodiff.LoadedEngine, rows: Any) -> None:
 def test_wrong_threads_in_python(tiny_engine: Path, threads: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"threads is .*, allowed: 1 or more"):
         nemodiff.load(tiny_engine, threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("line", "fragment"),
+    [
+        ({"prompt": "word " * 40_000}, "line 2: the prompt has "),
+        ({"messages": [{"role": "user"}]}, "line 2: message {'role': 'user'} is malformed"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "line 2: system text is given as an option and"),
+    ],
+)
+def test_every_line_of_a_file_is_checked_before_the_first_is_answered(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, line: dict[str, Any], fragment: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps(line))
+    refused(["run", str(tiny_engine), "--input-file", str(file), "--system", "Be brief."], fragment)
