@@ -215,21 +215,21 @@ def _decode(cache: Cache, waiting: Iterator[Sequence], rows: int) -> Iterator[tu
             active.append((sequence, loop, next(loop)))
         if not active:
             return
-        predictions = cache.forward([asked for _, _, asked in active])
-        served = list(zip(active, predictions, strict=True))
-        for row in reversed(range(len(served))):
-            (sequence, loop, asked), prediction = served[row]
+        served = active.copy()
+        predictions = cache.forward([asked for _, _, asked in served])
+        for row in range(len(served) - 1, -1, -1):
+            sequence, loop, asked = served[row]
             sequence.nfe[asked.kind] += 1
             try:
-                active[row] = (sequence, loop, loop.send(prediction))
+                active[row] = (sequence, loop, loop.send(predictions[row]))
             except StopIteration:
                 sequence.ended = time.perf_counter()
                 last = active.pop()
                 if row < len(active):
                     cache.move(len(active), row)
                     active[row] = last
-        for (sequence, _, asked), prediction in served:
-            yield sequence, asked, prediction
+        for row, prediction in enumerate(predictions):
+            yield served[row][0], served[row][2], prediction
 
 
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:

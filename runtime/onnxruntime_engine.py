@@ -93,17 +93,13 @@ class OnnxRuntimeCache:
         model = engine.info.model
         self.rows, self.seconds, self._engine = rows, 0.0, engine
         self._session, self._info = engine.session, engine.info
+        self.capacity = 0  # slots per row now allocated
         self._shape = (rows, model.num_kv_heads, 0, model.head_dim)
         self._pad_id = int(model.mask_id == 0)  # any id but the mask
         self._caches: dict[str, np.ndarray] = {
             name: np.zeros(self._shape, _NUMPY[engine.info.build.dtype]) for name in cache_names(model.num_layers)
         }
         self._forwards: dict[tuple[int, int, int, bool], _Forward] = {}
-
-    @property
-    def capacity(self) -> int:
-        """Slots per row now allocated."""
-        return self._shape[2]
 
     def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
         """See `engine.Cache.forward`."""
@@ -112,7 +108,8 @@ class OnnxRuntimeCache:
         for p in passes:
             size, picked = max(size, p.ids.size), max(picked, p.rows.size)
             end, logits = max(end, p.write_at), logits or p.logits
-        self._reserve(end + size)
+        if end + size > self.capacity:
+            self._reserve(end + size)
         bound = self._forwards.get((len(passes), size, picked, logits))
         if bound is None:
             bound = self._bind((len(passes), size, picked, logits))
@@ -134,14 +131,12 @@ class OnnxRuntimeCache:
 
     def _reserve(self, slots: int) -> None:
         """Grow every cache to at least `slots` by doubling."""
-        if slots <= self.capacity:
-            return
         rows, heads, old, width = self._shape
         new = max(old, FIRST_CAPACITY)
         while new < slots:
             new *= 2
         self._forwards.clear()
-        self._shape = (rows, heads, new, width)
+        self._shape, self.capacity = (rows, heads, new, width), new
         for name, cache in self._caches.items():
             self._caches[name] = np.zeros(self._shape, cache.dtype)
             self._caches[name][:, :, :old] = cache
