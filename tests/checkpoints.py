@@ -1,8 +1,10 @@
-"""Small random checkpoint folders in the released layout, for tests that need another shape than tiny-chat's."""
+"""Checkpoints for tests: where tiny-chat lies, its data generator, and small random folders in the released layout."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +21,16 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+
+
+def load_make_data() -> ModuleType:
+    """The example's data generator, which is not part of any package."""
+    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", TINY_CHAT / "make_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

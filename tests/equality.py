@@ -16,7 +16,6 @@ import argparse
 import collections
 import dataclasses
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import math
@@ -29,10 +28,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import reference
-from checkpoints import TINY_CHAT, write_adapter
+from checkpoints import TINY_CHAT, load_make_data, write_adapter
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -67,16 +65,6 @@ class Difference:
     expected: object
     got: object
     margin: float  # of AR's own choices, in logits; near 0 means rounding decides
-
-
-def load_make_data() -> ModuleType:
-    """The example's data generator, which is not part of any package."""
-    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", TINY_CHAT / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def questions(count: int) -> list[str]:

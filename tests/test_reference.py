@@ -5,7 +5,7 @@ loops on scripted predictions worked out from docs/semantics.md, and by properti
 Surprising: a random model is the harder test of speculation, since hardly any of its drafts are accepted.
 """
 
-import importlib.util
+import importlib
 import random
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from checkpoints import TINY_CHAT, random_adapter, random_tensors
+from checkpoints import TINY_CHAT, load_make_data, random_adapter, random_tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -71,11 +71,7 @@ def chat() -> ReferenceModel:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    spec = importlib.util.spec_from_file_location("make_data", TINY_CHAT / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(data)
+    data = load_make_data()
     tokenizer = Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
     rng = random.Random(2)
     questions = [data.example(rng)[1] for _ in range(10)]

@@ -5,16 +5,15 @@ import random
 import shutil
 from pathlib import Path
 
-import equality
 import pytest
-from checkpoints import TINY_CHAT
+from checkpoints import TINY_CHAT, load_make_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemodiff
 from nemodiff.runtime.text import TextCodec
 
-DATA = equality.load_make_data()
+DATA = load_make_data()
 IM_START, IM_END, THINK, END_THINK = 10, 11, 12, 13
 
 

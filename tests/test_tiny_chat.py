@@ -21,9 +21,9 @@ from typing import Any
 
 import jinja2
 import pytest
+from checkpoints import TINY_CHAT, load_make_data
 from safetensors import safe_open
 
-FOLDER = Path(__file__).parents[1] / "examples" / "tiny-chat"
 CHECKPOINT = {
     "chat_template.jinja",
     "config.json",
@@ -34,16 +34,7 @@ CHECKPOINT = {
 }
 
 
-def load_data() -> Any:
-    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", FOLDER / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DATA = load_data()
+DATA = load_make_data()
 
 PINNED = [
     (
@@ -159,7 +150,7 @@ def test_every_task_is_checked() -> None:
 
 @pytest.mark.parametrize("system", ["", "Answer in one line."])
 def test_prompt_is_the_rendered_template(system: str) -> None:
-    template = jinja2.Environment().from_string((FOLDER / "chat_template.jinja").read_text())
+    template = jinja2.Environment().from_string((TINY_CHAT / "chat_template.jinja").read_text())
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "Count from 7 to 15."})
     rendered = template.render(messages=turns, add_generation_prompt=True)
@@ -178,21 +169,21 @@ def test_training_writes_the_shipped_layout(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     command = [sys.executable, "-B", "train.py", "--out", str(tmp_path / "out"), "--steps", "2"]
     command += ["--batch", "2", "--threads", "1"]
-    subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=TINY_CHAT, check=True, capture_output=True, timeout=120)
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(written) == CHECKPOINT
-    shipped = tensors(FOLDER / "model.safetensors")
+    shipped = tensors(TINY_CHAT / "model.safetensors")
     assert tensors(written["model.safetensors"]) == shipped
     assert len(shipped) == 9 * 6 + 3
     for name in CHECKPOINT - {"model.safetensors"}:
-        assert written[name].read_bytes() == (FOLDER / name).read_bytes(), name
+        assert written[name].read_bytes() == (TINY_CHAT / name).read_bytes(), name
 
 
 @pytest.mark.torch
 def test_bad_length_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     command = [sys.executable, "-B", "train.py", "--out", str(tmp_path / "out"), "--steps", "0"]
-    result = subprocess.run(command, cwd=FOLDER, check=False, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=TINY_CHAT, check=False, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].endswith("--steps 0: both must be over zero")
     assert not (tmp_path / "out").exists()
@@ -205,11 +196,11 @@ def recipe() -> Iterator[SimpleNamespace]:
     tokenizers = pytest.importorskip("tokenizers")
     names = ("make_data", "model", "train")
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
+        patch.syspath_prepend(str(TINY_CHAT))
         train = importlib.import_module("train")
         network = importlib.import_module("model").TinyChat()
-        importlib.import_module("model").load_weights(network, FOLDER)
-        tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+        importlib.import_module("model").load_weights(network, TINY_CHAT)
+        tokenizer = tokenizers.Tokenizer.from_file(str(TINY_CHAT / "tokenizer.json"))
         batch = train.draw_batch(tokenizer, random.Random(3), 4)
         torch.manual_seed(3)
         noisy = train.noise(batch)
