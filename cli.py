@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, run, chat.
+"""The `nemodiff` command: build, inspect, run, chat.
  Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
 that take time to import are imported by the command that needs them.
@@ -234,6 +234,17 @@ def _answer(
         click.echo("" if streaming else answer.text)
     _print_stats(answer, stats)
     return answer
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(engine: Path, as_json: bool) -> None:
+    """Show what ENGINE is, without loading it."""
+    from .builder.inspect import describe, lines
+
+    described = describe(engine)
+    click.echo(json.dumps(described, indent=2) if as_json else "\n".join(lines(described)))
 
 
 @main.command()

@@ -121,8 +121,25 @@ def test_build_dry_run_writes_nothing(tmp_path: Path) -> None:
     }
 
 
+def test_inspect_tells_what_an_engine_is(tiny_engine: Path) -> None:
+    shown = run("inspect", tiny_engine).stdout
+    for text in (
+        "onnxruntime, f32",
+        "tiny-chat",
+        "4,588,288, no drafter",
+        "yarn, theta 1e+06, factor 16",
+        "6,144 bytes",
+    ):
+        assert text in shown
+    value = answers(run("inspect", tiny_engine, "--json"))
+    assert value["graph"]["plugins"] == {"BlockAttention": 6, "ConfidenceCommit": 1}
+    assert value["graph"]["ops"]["TensorScatter"] == 12
+    assert value["files"]["model.onnx.data"] == (tiny_engine / "model.onnx.data").stat().st_size
+    assert (value["model"]["mask_id"], value["model"]["eos_ids"]) == (100, [11])
+
+
 def test_help_and_version() -> None:
-    for command in ([], ["build"], ["run"], ["chat"]):
+    for command in ([], ["build"], ["inspect"], ["run"], ["chat"]):
         result = run(*command, "--help")
         assert result.exit_code == 0
         assert "Usage:" in result.stdout

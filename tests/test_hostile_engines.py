@@ -193,6 +193,13 @@ def test_a_template_that_fails_is_one_line(engine: Path, refused: Refused, templ
     refused(["run", str(engine), "-p", "x"], "the chat template refuses the conversation (", "or use --raw")
 
 
+def test_inspect_refuses_what_is_no_engine(engine: Path, refused: Refused) -> None:
+    scramble(engine)
+    refused(["inspect", str(engine)], "model.onnx: not an ONNX file (", "build the engine again")
+    (engine / "manifest.json").unlink()
+    refused(["inspect", str(engine)], "not an engine, manifest.json is missing")
+
+
 def test_checkpoint_is_not_an_engine(tmp_path: Path, checkpoint: Path, refused: Refused) -> None:
     fragments = [f"{checkpoint}: not an engine, manifest.json is missing", "looks like a checkpoint, so build it first"]
     refused(["run", str(checkpoint), "-p", "x"], *fragments)

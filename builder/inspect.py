@@ -1,0 +1,90 @@
+"""`nemodiff inspect`: what an engine is, from its description and its graph, without loading a weight.
+
+In: an engine folder. Out: one JSON-like object, and lines for people. Everything here works on any machine, also one
+that could not run the engine.
+"""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..contract import DOMAIN, ITEMSIZE, MODEL_FILE, read_engine
+from ..errors import EngineError
+from .plan import size
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything about an engine; sizes in bytes. Raises EngineError."""
+    info = read_engine(folder)
+    path = folder / MODEL_FILE
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's errors have no common base that onnx exports
+        raise EngineError(f"{path}: not an ONNX file ({error}); build the engine again") from None
+    model, build, manifest = info.model, info.build, info.manifest
+    ops = collections.Counter(node.op_type for node in graph.node if node.domain != DOMAIN)
+    plugins = collections.Counter(node.op_type for node in graph.node if node.domain == DOMAIN)
+    return {
+        "engine": {
+            "backend": manifest.backend,
+            "schema": manifest.schema,
+            "dtype": build.dtype,
+            "max_seq_len": build.max_seq_len,
+            "max_batch_size": build.max_batch_size,
+            "block_length": build.block_length,
+            "versions": manifest.versions,
+        },
+        "checkpoint": {key: manifest.checkpoint.get(key) for key in ("name", "revision")},
+        "adapter": manifest.adapter,
+        "model": {
+            "parameters": model.parameters,
+            "layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "heads": [model.num_heads, model.num_kv_heads, model.head_dim],
+            "vocab_size": model.vocab_size,
+            "mask_id": model.mask_id,
+            "eos_ids": list(model.eos_ids),
+            "rope": [model.rope.rope_type, model.rope.theta, model.rope.factor],
+            "max_position": model.max_position,
+        },
+        "kv_bytes_per_token": model.kv_bytes_per_token(ITEMSIZE[build.dtype]),
+        "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
+        "graph": {
+            "nodes": len(graph.node),
+            "plugins": dict(plugins),
+            "ops": dict(ops.most_common()),
+            "inputs": [value.name for value in graph.input],
+            "outputs": [value.name for value in graph.output],
+        },
+    }
+
+
+def lines(described: dict[str, Any]) -> list[str]:
+    """The description for people."""
+    engine, model, graph = described["engine"], described["model"], described["graph"]
+    heads, kv_heads, head_dim = model["heads"]
+    kind, theta, factor = model["rope"]
+    source, adapter = described["checkpoint"], described["adapter"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    rank = f"drafter LoRA of rank {adapter['rank']}" if adapter else "no drafter adapter"
+    limits = f"up to {engine['max_batch_size']} rows of {engine['max_seq_len']} tokens"
+    plugins = ", ".join(f"{count} {name}" for name, count in graph["plugins"].items())
+    common = ", ".join(f"{count} {name}" for name, count in list(graph["ops"].items())[:6])
+    files = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in described["files"].items())
+    return [
+        f"engine       {engine['backend']}, {engine['dtype']}, block length {engine['block_length']}, {limits}",
+        f"checkpoint   {source['name']}{revision}",
+        f"parameters   {model['parameters']:,}, {rank}",
+        f"model        {model['layers']} layers, hidden {model['hidden_size']}, {heads} heads on {kv_heads} key/value "
+        f"heads of {head_dim}, vocabulary {model['vocab_size']}",
+        f"positions    {kind}, theta {theta:g}, factor {factor:g}, up to {model['max_position']}",
+        f"ids          mask {model['mask_id']}, end of sequence {', '.join(map(str, model['eos_ids']))}",
+        f"KV cache     {described['kv_bytes_per_token']:,} bytes per token",
+        f"graph        {graph['nodes']} nodes: {plugins}; {common}, ...",
+        f"files        {files}",
+        f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",
+    ]
