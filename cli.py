@@ -1,5 +1,6 @@
 """The `nemodiff` command: build, inspect, run, chat.
- Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
+
+Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
 that take time to import are imported by the command that needs them.
 """
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .contract import ITEMSIZE, MAX_BLOCK, MODES
+from .contract import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_SEQ_LEN, ITEMSIZE, MAX_BLOCK, MODES
 from .errors import NemodiffError, RequestError
-from .runtime.options import GROUPS, check_text
+from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
 if TYPE_CHECKING:
     from .runtime.generate import Generation, LoadedEngine
@@ -71,9 +72,17 @@ def main(ctx: click.Context) -> None:
     "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of stored weights and cache."
 )
 @click.option(
-    "--max-seq-len", type=click.IntRange(1), help="Prompt plus generated tokens. [default: 32768 or the model's limit]"
+    "--max-seq-len",
+    type=click.IntRange(1),
+    help=f"Prompt plus generated tokens. [default: {DEFAULT_MAX_SEQ_LEN} or the model's limit]",
 )
-@click.option("--max-batch-size", type=int, default=8, show_default=True, help="Rows that may share a forward.")
+@click.option(
+    "--max-batch-size",
+    type=int,
+    default=DEFAULT_MAX_BATCH_SIZE,
+    show_default=True,
+    help="Rows that may share a forward.",
+)
 @click.option(
     "--block-length", type=click.IntRange(1), help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]"
 )
@@ -117,7 +126,11 @@ def _decoding_options(command: Command) -> Command:
         click.option(
             "--threshold", type=float, help="Confidence that commits a mask. [default: diffusion 0.9, draft 0]"
         ),
-        click.option("--max-new-tokens", type=int, help="Limit on generated tokens. [default: 512 or what fits]"),
+        click.option(
+            "--max-new-tokens",
+            type=int,
+            help=f"Limit on generated tokens. [default: {DEFAULT_NEW_TOKENS} or what fits]",
+        ),
         click.option(
             "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; more is for ar only."
         ),
@@ -196,13 +209,13 @@ def _answer_lines(
     from .runtime.generate import generate_many, prepare
     from .runtime.options import make_options
 
-    chosen = make_options(options)
+    chosen, prompts = make_options(options), list[Any]()
     for number, prompt in lines:
         try:
-            prepare(loaded, prompt, chosen)
+            prompts.append(prepare(loaded, prompt, chosen).prompt)
         except RequestError as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
-    for answer in generate_many(loaded, [prompt for _, prompt in lines], rows=rows, **options):
+    for answer in generate_many(loaded, prompts, rows=rows, **options):
         click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
         _print_stats(answer, stats)
 
@@ -217,10 +230,12 @@ def _answer(
     options: dict[str, Any],
 ) -> Generation:
     """Generate one answer and print it as asked."""
-    from .runtime.generate import Step, Text, stream
+    from .runtime.generate import Step, Text, generate, stream
     from .runtime.view import line
 
-    for event in stream(loaded, prompt, steps=show_denoise, **options):
+    watched = streaming or show_denoise
+    events = stream(loaded, prompt, steps=show_denoise, **options) if watched else [generate(loaded, prompt, **options)]
+    for event in events:
         if isinstance(event, Step):
             click.echo(line(loaded, event), err=True)
         elif isinstance(event, Text):

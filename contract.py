@@ -1,5 +1,6 @@
 """What builder and runtime agree on: the graph's bindings and the engine folder.
- `inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
+
+`inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
 runtime allocates them from the same list. `EngineInfo` is an engine folder's description, written by the builder and
 read by the runtime before anything heavy is loaded. The surprising fact: an ONNX graph cannot give an output the name
 of an input, so the in-place caches are bound twice, as `k_cache_0` and as `k_cache_0_out`, over the same memory.
@@ -22,6 +23,9 @@ from .errors import CheckpointError, EngineError
 SCHEMA = 1  # of the engine folder; a reader refuses a newer one
 DOMAIN = "nemodiff"  # of the custom ops
 MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
+MAX_BATCH = 4096  # rows of one forward
+DEFAULT_MAX_SEQ_LEN = 32768
+DEFAULT_MAX_BATCH_SIZE = 8
 PREFILL_CHUNK = 512  # tokens; the prefill profile is 1..512
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 
@@ -189,7 +193,7 @@ def read_engine(folder: Path) -> EngineInfo:
 def _check_build(build: BuildConfig, path: Path, again: str) -> None:
     if build.dtype not in tuple(ITEMSIZE):
         raise EngineError(f"{path}: dtype is {build.dtype!r}, allowed: {', '.join(ITEMSIZE)}; {again}")
-    limits = {"max_seq_len": 2**31 - 1, "max_batch_size": 4096, "block_length": MAX_BLOCK}
+    limits = {"max_seq_len": 2**31 - 1, "max_batch_size": MAX_BATCH, "block_length": MAX_BLOCK}
     for name, high in limits.items():
         value = getattr(build, name)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:

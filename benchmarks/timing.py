@@ -45,7 +45,6 @@ class Recorder:
     def __init__(self, engine: LoadedEngine) -> None:
         self._backend = engine.backend
         self.info: EngineInfo = engine.info
-        self.load_seconds = engine.backend.load_seconds
         self.caches: list[Cache] = []
 
     def open(self, rows: int) -> Cache:

@@ -16,7 +16,10 @@ from pathlib import Path
 import onnx
 
 from ..contract import (
+    DEFAULT_MAX_BATCH_SIZE,
+    DEFAULT_MAX_SEQ_LEN,
     ITEMSIZE,
+    MAX_BATCH,
     MAX_BLOCK,
     MODEL_FILE,
     SCHEMA,
@@ -34,8 +37,6 @@ from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
 from .weights import match, write_weights
 
-DEFAULT_MAX_SEQ_LEN = 32768
-DEFAULT_MAX_BATCH_SIZE = 8
 _VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
 _SLACK = 64 * 2**20  # bytes kept free beside the weights: model file, tokenizer, file system
 
@@ -90,7 +91,7 @@ class Builder:
             raise BuildError(f"--dtype is {config.dtype!r}, allowed: {', '.join(ITEMSIZE)}; choose one of them")
         for flag, value, high, why in (
             ("--max-seq-len", config.max_seq_len, model.max_position, "the model's max_position_embeddings"),
-            ("--max-batch-size", config.max_batch_size, 4096, "rows of one forward"),
+            ("--max-batch-size", config.max_batch_size, MAX_BATCH, "rows of one forward"),
             ("--block-length", config.block_length, MAX_BLOCK, "the longest block of an engine"),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:

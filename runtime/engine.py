@@ -22,6 +22,7 @@ PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "ve
 # Slices of these two serve every position below 4096 without an allocation.
 _RAMP = np.arange(4096, dtype=np.int32)
 _CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
+_RAMP.flags.writeable = _CAUSAL.flags.writeable = False
 
 
 class Pass(NamedTuple):
@@ -69,7 +70,6 @@ class Engine(Protocol):
     """A loaded engine."""
 
     info: EngineInfo
-    load_seconds: float
 
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
@@ -89,7 +89,9 @@ def bidirectional(kind: PassKind, ids: Sequence[int], start: int, threshold: flo
     size = len(ids)
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size
-    return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, _ramp(0, size), threshold, adapter)
+    return Pass(
+        kind, np.array(ids, np.int32), _ramp(start, size), start, visible, every_token(size), threshold, adapter
+    )
 
 
 # Cached, so that a backend can tell by identity that a row asks for the same tokens as before.

@@ -1,5 +1,6 @@
 """The CPU engine: ONNX Runtime over the graph, with caches updated in place.
- In: an engine folder. Out: an `Engine`. All inputs and outputs of a forward live in numpy arrays bound once per
+
+In: an engine folder. Out: an `Engine`. All inputs and outputs of a forward live in numpy arrays bound once per
 shape, so a step writes a few integers, runs, and reads a few integers. The capacity T is dynamic here: it starts
 small and doubles, so cost follows the length in use. The surprising fact: a cache is bound as input and as output
 over the same memory, and ONNX Runtime's TensorScatter then skips its copy.
@@ -40,7 +41,6 @@ class OnnxRuntimeEngine:
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
         import onnxruntime
 
-        started = time.perf_counter()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         if threads is not None:
@@ -65,7 +65,6 @@ class OnnxRuntimeEngine:
                 f"{', '.join(sorted(wanted ^ got)[:3])}); build it again: nemodiff build CHECKPOINT -o {folder}"
             )
         self.info = info
-        self.load_seconds = time.perf_counter() - started
         self._closed: list[OnnxRuntimeCache] = []
         self._lock = threading.Lock()  # of _closed: requests may run in several threads
 

@@ -1,5 +1,6 @@
 """What a request may choose, and what it gets.
- In: keyword arguments of the front door. Out: `Options`, as the user said it, and `Settings`, with every default
+
+In: keyword arguments of the front door. Out: `Options`, as the user said it, and `Settings`, with every default
 filled in and every range checked against the engine. A wrong value is one `RequestError` that names what is allowed.
 """
 
@@ -57,7 +58,7 @@ class Settings:
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
 
 
 def make_options(values: dict[str, Any]) -> Options:

@@ -1,5 +1,6 @@
 """One request as it is decoded: its settings, what it has emitted, and what it has cost.
- In: prompt ids and `Settings`. Out: `Sequence`, which a loop feeds with `emit`. Emission alone decides when a request
+
+In: prompt ids and `Settings`. Out: `Sequence`, which a loop feeds with `emit`. Emission alone decides when a request
 stops (EOS, limit, stop string), so every mode stops by the same rule. The surprising fact: `length`, the number of
 valid cache slots, is the only decoding state a row has.
 """

@@ -1,5 +1,6 @@
 """Between text and token ids: prompts in, answers out.
- In: an engine folder's tokenizer and chat template. Out: prompt ids, and `Transcript`, the text of one answer as it
+
+In: an engine folder's tokenizer and chat template. Out: prompt ids, and `Transcript`, the text of one answer as it
 grows without ever splitting a character or taking text back. The surprising fact: a user's prompt may hold the
 literal text of a special token; it is encoded as plain text, because only specials written by the template are looked
 for.
@@ -165,8 +166,8 @@ class Transcript:
         """New text that is safe to show; all ids so far are given, and `final` releases what was held back."""
         self._take(ids)
         if final:
-            safe = len(self.text(ids))
-            new = self.text(ids)[self._sent :]
+            text = self.text(ids)
+            safe, new = len(text), text[self._sent :]
         else:
             safe = len(self._text) if self._cut is None else self._cut
             safe -= self._held_back()
