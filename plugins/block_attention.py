@@ -4,7 +4,7 @@
 
 q (B, H, S, D), k and v (B, G, T, D) in f32, f16 or bf16; visible (B, S, 3) i32; slots (T,) i32; y like q. Query head
 `h` reads key/value head `h * G // H`. A query with `visible = (prefix_end, span_begin, span_end)` sees cache slots
-`[0, prefix_end)` and `[span_begin, span_end)`; one that sees nothing gets the mean of all slots, which nobody reads.
+`[0, prefix_end)` and `[span_begin, span_end)`; what one gets that sees nothing is finite and otherwise unspecified.
 
 `slots` is 0..T-1, made once per graph. A fused kernel does not need it; the function body does, because masks built
 from one shared tensor are merged into one by ONNX Runtime, where masks built from each layer's own cache shape are
@@ -13,9 +13,19 @@ not.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
+
+from ..config import ModelConfig
+from .op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+SPLITS = 16  # shares of the cache at most
+PROGRAMS = 256  # that keep a card busy: two for each of an H100's 132 multiprocessors
+LEAST_TILES = 4  # of the cache for one split; fewer are not worth the merge
+BLOCK_M, BLOCK_N = 64, 64  # rows and cache slots of a tile
 
 # The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
 BODY = """
@@ -57,3 +67,77 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, 
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     y: np.ndarray = weights / weights.sum(-1, keepdims=True) @ values
     return y.astype(q.dtype)
+
+
+def _block_d(model: ModelConfig) -> int:
+    """The head size as a tile: a power of two that a tensor core takes."""
+    return max(16, 1 << (model.head_dim - 1).bit_length())
+
+
+def _split_constants(model: ModelConfig) -> Constants:
+    heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
+    splits = {"SPLITS": SPLITS, "PROGRAMS": PROGRAMS, "LEAST": LEAST_TILES}
+    return {**heads, **splits, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": _block_d(model)}
+
+
+def _split_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+    group = int(constants["H"]) // int(constants["G"])
+    return ceil(dims["S"] * group, BLOCK_M), dims["B"] * int(constants["G"]), SPLITS
+
+
+def _merge_constants(model: ModelConfig) -> Constants:
+    return {"H": model.num_heads, "D": model.head_dim, "SPLITS": SPLITS, "BLOCK_D": _block_d(model)}
+
+
+def _merge_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+    return dims["S"], dims["B"] * int(constants["H"]), 1
+
+
+def _split() -> Any:
+    from . import block_attention_kernel
+
+    return block_attention_kernel.split
+
+
+def _merge() -> Any:
+    from . import block_attention_kernel
+
+    return block_attention_kernel.merge
+
+
+OP = Op(
+    "BlockAttention",
+    inputs=(
+        Arg("q", "compute", ("B", "H", "S", "D")),
+        Arg("k", "compute", ("B", "G", "T", "D")),
+        Arg("v", "compute", ("B", "G", "T", "D")),
+        Arg("visible", "i32", ("B", "S", 3)),
+        Arg("slots", "i32", ("T",)),
+    ),
+    outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),
+    attributes=(("scale", float),),
+    stages=(
+        Stage(
+            "BlockAttentionSplit",
+            _split,
+            inputs=("q", "k", "v", "visible"),
+            scalars=("S", "T"),
+            outputs=(
+                Arg("part", "f32", ("B", "H", "S", "SPLITS", "D")),
+                Arg("stats", "f32", ("B", "H", "S", "SPLITS", 2)),
+            ),
+            constants=_split_constants,
+            grid=_split_grid,
+        ),
+        Stage(
+            "BlockAttentionMerge",
+            _merge,
+            inputs=("part", "stats"),
+            scalars=("S",),
+            outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),
+            constants=_merge_constants,
+            grid=_merge_grid,
+            num_warps=2,
+        ),
+    ),
+)

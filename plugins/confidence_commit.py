@@ -6,13 +6,27 @@ logits (B, R, V) f32; ids (B, R) i32; threshold (B) f32 -> token (B, R) i32, con
 masks_left (B) i32. `token` is the best entry and `confidence` its softmax probability, both with the mask id left out
 (the smallest id wins a tie). Among the positions whose id is the mask, every one with confidence at or over the row's
 threshold takes its token, and always the most confident one does (the leftmost of equals), so each pass makes progress.
+
+`SAMPLED` is the same op with three inputs more, temperature (B) f32, seed (B, 2) i32 (low and high word) and position
+(B, R) i32: where a row's temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise that
+`runtime/sampling.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only and has no
+function body: on a CPU the host samples.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
+
+from ..config import ModelConfig
+from .op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+SPLITS = 16  # shares of the vocabulary
+BLOCK = 2048  # vocabulary entries of a step, a multiple of 4
+BLOCK_R = 16  # positions of a step of the commit rule
 
 # -1e30 rather than -inf: TensorRT's f16 paths and exp(-inf - -inf) are both safe with it.
 _BODY = """
@@ -80,3 +94,96 @@ def reference(
             commit = np.union1d(sure, first)
             next_ids[row, commit] = token[row, commit]
     return token, confidence, next_ids, (next_ids == mask_id).sum(1).astype(np.int32)
+
+
+def _scan_constants(model: ModelConfig) -> Constants:
+    return {"V": model.vocab_size, "MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK": BLOCK}
+
+
+def _scan_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+    return dims["B"] * dims["R"], SPLITS, 1
+
+
+def _commit_constants(model: ModelConfig) -> Constants:
+    return {"MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK_R": BLOCK_R}
+
+
+def _commit_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+    return dims["B"], 1, 1
+
+
+def _scan() -> Any:
+    from . import confidence_commit_kernel
+
+    return confidence_commit_kernel.scan
+
+
+def _sampled_scan() -> Any:
+    from . import confidence_commit_kernel
+
+    return confidence_commit_kernel.sampled_scan
+
+
+def _commit() -> Any:
+    from . import confidence_commit_kernel
+
+    return confidence_commit_kernel.commit
+
+
+_FOUND = (Arg("part", "f32", ("B", "R", "SPLITS", 4)), Arg("best", "i32", ("B", "R", "SPLITS")))
+_OUTPUTS = (
+    Arg("token", "i32", ("B", "R")),
+    Arg("confidence", "f32", ("B", "R")),
+    Arg("next_ids", "i32", ("B", "R")),
+    Arg("masks_left", "i32", ("B",)),
+)
+_COMMIT = Stage(
+    "ConfidenceCommitRule",
+    _commit,
+    inputs=("part", "best", "ids", "threshold"),
+    scalars=("R",),
+    outputs=_OUTPUTS,
+    constants=_commit_constants,
+    grid=_commit_grid,
+    num_warps=1,
+)
+_INPUTS = (
+    Arg("logits", "logits", ("B", "R", "V")),
+    Arg("ids", "i32", ("B", "R")),
+    Arg("threshold", "f32", ("B",)),
+)
+_NOISE = (
+    Arg("temperature", "f32", ("B",)),
+    Arg("seed", "i32", ("B", 2)),
+    Arg("position", "i32", ("B", "R")),
+)
+
+OP = Op(
+    "ConfidenceCommit",
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    attributes=(("mask_id", int),),
+    stages=(
+        Stage("ConfidenceCommitScan", _scan, ("logits",), (), _FOUND, _scan_constants, _scan_grid),
+        _COMMIT,
+    ),
+)
+
+SAMPLED = Op(
+    "SampledCommit",
+    inputs=(*_INPUTS, *_NOISE),
+    outputs=_OUTPUTS,
+    attributes=(("mask_id", int),),
+    stages=(
+        Stage(
+            "SampledCommitScan",
+            _sampled_scan,
+            inputs=("logits", "temperature", "seed", "position"),
+            scalars=("R",),
+            outputs=_FOUND,
+            constants=_scan_constants,
+            grid=_scan_grid,
+        ),
+        _COMMIT,
+    ),
+)

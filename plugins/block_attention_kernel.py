@@ -1,0 +1,106 @@
+"""BlockAttention on a GPU, in two kernels: every split of the cache by itself, then the merge.
+
+In and out: see `block_attention.OP`. The query heads that share a key/value head are packed with the queries into one
+tile of rows, so a few queries fill a tensor core and K/V are read once for all of them. A program finds the slots its
+rows can see at all, on the device, and takes its split's share of those, so work follows the length in use and not the
+capacity. The surprising fact: slots that no row of a tile sees are loaded as zeros, because they are scratch memory and
+zero times NaN is NaN.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split(
+    q, k, v, visible, S, T, part, stats,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """q (B, H, S, D), k and v (B, G, T, D), visible (B, S, 3) -> part (B, H, S, SPLITS, D), stats (B, H, S, SPLITS, 2).
+
+    `part` is the split's sum of exp(score - highest) * v and `stats` holds (highest, sum of exp(score - highest)), in
+    base 2; a split with nothing to see has sum 0 and leaves its `part` undefined.
+    """
+    group: tl.constexpr = H // G
+    row = tl.program_id(1) // G
+    kv_head = tl.program_id(1) % G
+    share = tl.program_id(2)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = m // group
+    real = query < S
+    head = kv_head * group + m % group
+    d = tl.arange(0, BLOCK_D)
+    in_head = d < D
+
+    seen = visible + (row * S + query) * 3
+    prefix_end = tl.minimum(tl.load(seen, mask=real, other=0), T)
+    begin = tl.maximum(tl.load(seen + 1, mask=real, other=0), 0)
+    end = tl.minimum(tl.load(seen + 2, mask=real, other=0), T)
+    # Tiles of slots, numbered without those that no row of this program sees: the prefix's, then the span's beyond it.
+    prefix_tiles = tl.cdiv(tl.maximum(tl.max(prefix_end, 0), 0), BLOCK_N)
+    first = tl.maximum(tl.min(tl.where(end > begin, begin, T), 0) // BLOCK_N, prefix_tiles)
+    last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), BLOCK_N)
+    tiles = prefix_tiles + tl.maximum(last - first, 0)
+    # Splitting costs a merge, so only as many splits as keep the card busy, each with LEAST tiles or more.
+    wanted = tl.minimum(tl.cdiv(PROGRAMS, tl.num_programs(0) * tl.num_programs(1)), SPLITS)
+    splits = tl.maximum(tl.minimum(wanted, tiles // LEAST), 1)
+    each = tl.cdiv(tiles, splits)
+    at = share * each
+    until = tl.minimum(at + each, tiles)
+
+    rows = (row * H + head).to(tl.int64) * S + query
+    query_tile = tl.load(
+        q + rows[:, None] * D + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0
+    )  # (M, D) compute
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    cache = (row * G + kv_head).to(tl.int64) * T
+    for number in range(at, until):
+        tile = tl.where(number < prefix_tiles, number, first + number - prefix_tiles)
+        slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        sees = slot[None, :] < prefix_end[:, None]
+        sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
+        used = tl.max(sees.to(tl.int32), 0) > 0
+        place = (cache + slot)[:, None] * D + d[None, :]
+        loaded = used[:, None] & in_head[None, :]
+        keys = tl.load(k + place, mask=loaded, other=0.0)  # (N, D) compute
+        scores = tl.dot(query_tile, tl.trans(keys), input_precision="ieee") * (SCALE * 1.4426950408889634)
+        scores = tl.where(sees, scores, float("-inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        safe = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
+        weight = tl.exp2(scores - safe[:, None])
+        shrink = tl.exp2(highest - safe)
+        values = tl.load(v + place, mask=loaded, other=0.0)
+        sum_v = sum_v * shrink[:, None] + tl.dot(weight.to(values.dtype), values, input_precision="ieee")
+        total = total * shrink + tl.sum(weight, 1)
+        highest = above
+
+    place = rows * SPLITS + share
+    tl.store(stats + place * 2, highest, mask=real)
+    tl.store(stats + place * 2 + 1, total, mask=real)
+    if at < until:
+        tl.store(part + place[:, None] * D + d[None, :], sum_v, mask=real[:, None] & in_head[None, :])
+
+
+@triton.jit
+def merge(
+    part, stats, S, y, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """part and stats of `split` -> y (B, H, S, D), 0 for a query that sees nothing. One program per query and head."""
+    at = tl.program_id(1).to(tl.int64) * S + tl.program_id(0)
+    share = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    place = at * SPLITS + share
+    highest = tl.load(stats + place * 2)
+    total = tl.load(stats + place * 2 + 1)
+    above = tl.max(highest, 0)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    weight = tl.exp2(highest - safe)  # (N,) f32
+    filled = total != 0.0  # NaN counts as filled
+    sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=filled[:, None] & (d < D)[None, :], other=0.0)
+    bottom = tl.sum(weight * total, 0)
+    out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+    tl.store(y + at * D + d, out.to(y.dtype.element_ty), mask=d < D)
