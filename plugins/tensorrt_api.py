@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,11 +66,11 @@ class ParserError(Protocol):
 
 
 class Parser(Protocol):
-    """The ONNX parser; external weights are found beside the file."""
+    """The ONNX parser; external weights are found beside `path`."""
 
     num_errors: int
 
-    def parse_from_file(self, path: str) -> bool: ...
+    def parse(self, model: bytes, path: str) -> bool: ...
     def get_error(self, index: int) -> ParserError: ...
 
 
@@ -251,14 +252,28 @@ def _logger(module: Any, messages: list[tuple[str, str]]) -> Any:
     return Logger()
 
 
+def device_sm() -> int | None:
+    """Compute capability of the first GPU (89 is 8.9), None without a driver or a GPU."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        if int(driver.cuInit(0)[0]):
+            return None
+        attribute = driver.CUdevice_attribute
+        major, minor = (
+            int(driver.cuDeviceGetAttribute(getattr(attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"), 0)[1])
+            for part in ("MAJOR", "MINOR")
+        )
+    except (ImportError, RuntimeError):  # no package; no driver library
+        return None
+    return 10 * major + minor
+
+
 def library_folder(folder: Path) -> dict[str, str]:
     """Fill `folder` so that a process with the environment variables given back can parse plugins in TensorRT-RTX.
 
     The parser calls dlopen("libtensorrt_rtx.so"), and the wheel holds only libtensorrt_rtx.so.1 (TensorRT-RTX 1.7.1,
     2026-11-23). The loader reads LD_LIBRARY_PATH when a process starts, so this is for a child process.
     """
-    import os
-
     try:
         libraries = importlib.import_module("tensorrt_rtx_libs")
     except ImportError:  # an installation from the archive, which has both names
