@@ -7,6 +7,7 @@ that take time to import are imported by the command that needs them.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .contract import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_SEQ_LEN, ITEMSIZE, MAX_BLOCK, MODES
+from .contract import (
+    BACKEND_DTYPES,
+    DEFAULT_MAX_BATCH_SIZE,
+    DEFAULT_MAX_SEQ_LEN,
+    ITEMSIZE,
+    MAX_BLOCK,
+    MODES,
+    PREFILL_CHUNK,
+)
 from .errors import NemodiffError, RequestError
 from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
@@ -69,7 +78,10 @@ def main(ctx: click.Context) -> None:
 @click.argument("checkpoint")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Engine folder to write.")
 @click.option(
-    "--dtype", type=click.Choice(list(ITEMSIZE)), default="f32", show_default=True, help="Of stored weights and cache."
+    "--backend", type=click.Choice(list(BACKEND_DTYPES)), default="onnxruntime", show_default=True, help="What runs it."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(ITEMSIZE)), help="Of weights and cache. [default: f32, or bf16 on TensorRT]"
 )
 @click.option(
     "--max-seq-len",
@@ -86,9 +98,19 @@ def main(ctx: click.Context) -> None:
 @click.option(
     "--block-length", type=click.IntRange(1), help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]"
 )
+@click.option("--max-input-len", type=int, help=f"Tokens of a prefill pass; TensorRT. [default: {PREFILL_CHUNK}]")
+@click.option("--logits/--no-logits", default=True, help="Leave out what sampling needs; TensorRT.")
+@click.option("--sm", help="GPUs to compile for; tensorrt-rtx. [default: 80,86,89,120]")
+@click.option("--plugins", is_flag=True, help="Use nemodiff's own kernels instead of TensorRT's layers; TensorRT.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="File of measured tactics; tensorrt.")
+@click.option("--workspace", type=int, metavar="MIB", help="Scratch memory a layer may use; TensorRT.")
+@click.option("--opt-level", type=int, help="0 (fast build) to 5 (fast engine); TensorRT.")
+@click.option("--strip-weights", is_flag=True, help="An engine whose weights are put in when it loads; TensorRT.")
+@click.option("--refit", is_flag=True, help="An engine whose weights can be replaced; TensorRT.")
+@click.option("--version-compatible", is_flag=True, help="Runs in later TensorRT versions too; tensorrt.")
 @click.option("--dry-run", is_flag=True, help="Print what would be built and what fits; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
-def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices: Any) -> None:
+def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str | None, **options: Any) -> None:
     """Build CHECKPOINT into an engine folder.
 
     CHECKPOINT is a folder with config.json and safetensors, or a hub id such as nvidia/Nemotron-Labs-Diffusion-8B,
@@ -97,10 +119,13 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices
     from tqdm import tqdm
 
     from .builder.build import Builder
+    from .builder.tensorrt import Choices
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; the build itself prints nothing but its progress")
-    builder = Builder(checkpoint, output, headers_only=dry_run, **choices)
+    compiled = {field.name: options.pop(field.name) for field in dataclasses.fields(Choices) if field.name != "sm"}
+    choices = Choices(sm=_parse_sms(sm), **compiled)
+    builder = Builder(checkpoint, output, headers_only=dry_run, choices=choices, **options)
     plan = builder.plan()
     if dry_run:
         click.echo(json.dumps(plan.as_dict(), indent=2) if as_json else "\n".join(plan.lines(checkpoint, output)))
@@ -111,6 +136,16 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices
     with bar:
         builder.run(bar.update)
     click.echo(f"built        {output}; try: nemodiff run {output} -p 'Hello'", err=True)
+
+
+def _parse_sms(text: str | None) -> tuple[int, ...] | None:
+    """`80,8.9` -> (80, 89)."""
+    if text is None:
+        return None
+    parts = [part.strip().removeprefix("sm_").replace(".", "") for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise click.UsageError(f"--sm is {text!r}; give compute capabilities like 80,86,89")
+    return tuple(map(int, parts))
 
 
 def _decoding_options(command: Command) -> Command:

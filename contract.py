@@ -20,15 +20,17 @@ from typing import Any, Literal
 from .config import ModelConfig, parse_config
 from .errors import CheckpointError, EngineError
 
-SCHEMA = 1  # of the engine folder; a reader refuses a newer one
+SCHEMA = 2  # of the engine folder; a reader refuses a newer one, and reads 1 (without max_input_len, tensorrt)
 DOMAIN = "nemodiff"  # of the custom ops
 MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
 MAX_BATCH = 4096  # rows of one forward
 DEFAULT_MAX_SEQ_LEN = 32768
 DEFAULT_MAX_BATCH_SIZE = 8
-PREFILL_CHUNK = 512  # tokens; the prefill profile is 1..512
+PREFILL_CHUNK = 512  # tokens of a prefill pass unless another --max-input-len is built
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 
+ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
+KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 CONFIG_FILE = "config.json"
@@ -38,8 +40,15 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-Dtype = Literal["f32", "f16"]
-ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2}
+Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Dtype = Literal["f32", "f16", "bf16"]
+ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
+# What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
+BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
+    "onnxruntime": ("f32", "f16"),
+    "tensorrt-rtx": ("bf16", "f16"),
+    "tensorrt": ("bf16", "f16"),
+}
 Kind = Literal["i32", "f32", "compute"]  # compute: the engine's dtype
 
 
@@ -78,8 +87,8 @@ def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
     ]
 
 
-def outputs(model: ModelConfig) -> list[Binding]:
-    """Outputs of an engine.
+def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:
+    """Outputs of an engine; `logits` is missing from one built for greedy decoding only.
 
     `token` and `confidence`: best vocabulary entry (never the mask id) and its probability among all others.
     `next_ids`: the picked ids after the commit rule. `masks_left`: masks remaining among them. `logits` is bound only
@@ -91,24 +100,63 @@ def outputs(model: ModelConfig) -> list[Binding]:
         Binding("confidence", "f32", ("B", "R")),
         Binding("next_ids", "i32", ("B", "R")),
         Binding("masks_left", "i32", ("B",)),
-        Binding("logits", "f32", ("B", "R", "V")),
+        *([Binding("logits", "f32", ("B", "R", "V"))] if logits else []),
         *(Binding(f"{name}_out", "compute", cache) for name in cache_names(model.num_layers)),
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildConfig:
-    """The choices an engine was built with."""
+    """The choices an engine was built with, in TensorRT-LLM's spelling where it has one.
+
+    `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; on ONNX Runtime it is a default.
+    In a TensorRT engine T of the caches is `max_seq_len`. Without `gather_generation_logits` there is no output
+    `logits`, so the engine cannot sample.
+    """
 
     dtype: Dtype
     max_seq_len: int
     max_batch_size: int
     block_length: int
+    max_input_len: int = PREFILL_CHUNK
+    gather_generation_logits: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One optimization profile of a TensorRT engine: a pass fits if its B, S and R are at most these."""
+
+    name: str  # block or prefill
+    max_batch_size: int  # B
+    max_tokens: int  # S
+    max_rows: int  # R
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTInfo:
+    """What a TensorRT engine is and what must be here to run it.
+
+    `profiles` are in the engine's order. `layers` counts what was found after parsing, by `native` or `plugin` and the
+    op's name. `kernels` are the records of `builder/kernels.py` about the files in `kernels/`.
+    """
+
+    module: str  # Python module that built it: tensorrt_rtx or tensorrt
+    version: str  # of that module
+    sms: tuple[int, ...]  # compute capabilities: 89 is 8.9
+    profiles: tuple[Profile, ...]
+    implementation: Literal["native", "plugin"]
+    layers: dict[str, dict[str, int]]
+    flags: tuple[str, ...]
+    engine_bytes: int
+    kernels: tuple[dict[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Where an engine comes from and what must be here to run it. File entries: `{name: {bytes, sha256}}`."""
+    """Where an engine comes from and what must be here to run it.
+
+    File entries: `{name: {bytes, sha256}}`, names relative to the folder. `tensorrt` is there for its backends only.
+    """
 
     schema: int
     backend: str
@@ -116,6 +164,7 @@ class Manifest:
     checkpoint: dict[str, Any]
     adapter: dict[str, Any] | None
     files: dict[str, dict[str, Any]]
+    tensorrt: TensorRTInfo | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,13 +222,15 @@ def read_engine(folder: Path) -> EngineInfo:
         model = parse_config(
             config["pretrained_config"], _read_object(generation, again) if generation.is_file() else None
         )
-        info = EngineInfo(model, build, Manifest(**manifest), config["pretrained_config"])
+        checked = Manifest(**{**manifest, "tensorrt": _parse_tensorrt(manifest.get("tensorrt"))})
+        info = EngineInfo(model, build, checked, config["pretrained_config"])
         sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
     except CheckpointError as error:
         raise EngineError(f"{folder}: {error}; {again}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
     _check_build(build, folder / CONFIG_FILE, again)
+    _check_backend(info, folder, again)
     for name, size in sizes.items():
         got = (folder / name).stat().st_size if (folder / name).is_file() else None
         if got != size:
@@ -193,11 +244,42 @@ def read_engine(folder: Path) -> EngineInfo:
 def _check_build(build: BuildConfig, path: Path, again: str) -> None:
     if build.dtype not in tuple(ITEMSIZE):
         raise EngineError(f"{path}: dtype is {build.dtype!r}, allowed: {', '.join(ITEMSIZE)}; {again}")
-    limits = {"max_seq_len": 2**31 - 1, "max_batch_size": MAX_BATCH, "block_length": MAX_BLOCK}
+    limits = {
+        "max_seq_len": 2**31 - 1,
+        "max_batch_size": MAX_BATCH,
+        "block_length": MAX_BLOCK,
+        "max_input_len": 2**31 - 1,
+    }
     for name, high in limits.items():
         value = getattr(build, name)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
             raise EngineError(f"{path}: {name} is {value!r}, allowed: 1 to {high}; {again}")
+
+
+def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
+    backend, dtype = info.manifest.backend, info.build.dtype
+    dtypes = {str(name): allowed for name, allowed in BACKEND_DTYPES.items()}.get(backend)
+    if dtypes is None:
+        raise EngineError(f"{folder}: built for backend {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; {again}")
+    if dtype not in dtypes:
+        raise EngineError(f"{folder}: dtype is {dtype} on {backend}, allowed: {', '.join(dtypes)}; {again}")
+    if (info.manifest.tensorrt is None) != (backend == "onnxruntime"):
+        raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
+
+
+def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
+    """The manifest's object as dataclasses. Raises TypeError, ValueError."""
+    if values is None:
+        return None
+    return TensorRTInfo(
+        **{
+            **values,
+            "sms": tuple(map(int, values["sms"])),
+            "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
+            "flags": tuple(values["flags"]),
+            "kernels": tuple(values.get("kernels", ())),
+        }
+    )
 
 
 def _read_object(path: Path, again: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 In: a checkpoint folder or hub id and the build's choices. Out: an engine folder, put in place in one step, or with
 `plan` nothing but numbers. Everything that can be refused is refused from config and headers, before a byte is written.
+For the TensorRT backends the same graph and weights are written, compiled into `rank0.engine`, and the weights removed.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ from pathlib import Path
 import onnx
 
 from ..contract import (
+    BACKEND_DTYPES,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
-    ITEMSIZE,
+    ENGINE_FILE,
     MAX_BATCH,
     MAX_BLOCK,
     MODEL_FILE,
+    PREFILL_CHUNK,
     SCHEMA,
     WEIGHTS_FILE,
+    Backend,
     BuildConfig,
     Dtype,
     EngineInfo,
     Manifest,
+    Profile,
+    TensorRTInfo,
 )
 from ..errors import BuildError
+from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
 from .graph import Graph, build_graph
 from .hub import Source, resolve
@@ -47,10 +54,14 @@ class Builder:
     Args:
         checkpoint: folder or hub id `OWNER/NAME[@REVISION]`.
         output: the engine folder to write; an engine already there is replaced.
-        dtype: `f32`, or `f16` for half the disk and half the K/V cache.
+        backend: `onnxruntime`, `tensorrt-rtx` or `tensorrt`.
+        dtype: default `f32` on onnxruntime, where `f16` halves disk and K/V cache, else `bf16`.
         max_seq_len: limit on prompt plus generated tokens; default 32768 or the model's own limit if smaller.
         max_batch_size: limit on rows of a forward.
         block_length: default block length of the engine, 1..64; default the checkpoint's.
+        max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
+        logits: False leaves out the output that sampling needs, TensorRT only.
+        choices: flags that only a TensorRT backend has.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
 
     Raises:
@@ -62,75 +73,136 @@ class Builder:
         checkpoint: str | Path,
         output: str | Path,
         *,
-        dtype: Dtype = "f32",
+        backend: Backend = "onnxruntime",
+        dtype: Dtype | None = None,
         max_seq_len: int | None = None,
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         block_length: int | None = None,
+        max_input_len: int | None = None,
+        logits: bool = True,
+        choices: tensorrt.Choices = tensorrt.Choices(),  # noqa: B008  (frozen)
         headers_only: bool = False,
     ) -> None:
-        self.output = Path(output)
+        self.output, self.backend, self.choices = Path(output), backend, choices
+        self._check_backend(dtype, max_input_len, logits)
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
         self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
         model = self.checkpoint.model
+        length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         self.config = BuildConfig(
-            dtype=dtype,
-            max_seq_len=min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len,
+            dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
+            max_seq_len=length,
             max_batch_size=max_batch_size,
             block_length=min(model.block_length, MAX_BLOCK) if block_length is None else block_length,
+            max_input_len=min(PREFILL_CHUNK, length) if max_input_len is None else max_input_len,
+            gather_generation_logits=logits,
         )
         self._check_config()
+        compiled = backend != "onnxruntime"
+        self.profiles: tuple[Profile, ...] = tensorrt.profiles(model, self.config) if compiled else ()
         adapter = self.checkpoint.adapter
-        self.graph: Graph = build_graph(model, dtype, adapter.rank if adapter else 0, adapter.scale if adapter else 1.0)
+        self.graph: Graph = build_graph(
+            model,
+            self.config.dtype,
+            adapter.rank if adapter else 0,
+            adapter.scale if adapter else 1.0,
+            capacity=length if compiled else None,
+            logits=logits,
+        )
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(adapter.tensors if adapter else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
 
+    def _check_backend(self, dtype: Dtype | None, max_input_len: int | None, logits: bool) -> None:
+        if self.backend not in BACKEND_DTYPES:
+            raise BuildError(f"--backend is {self.backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; choose one of them")
+        tensorrt.check(self.backend, self.choices)
+        allowed = BACKEND_DTYPES[self.backend]
+        if dtype is not None and dtype not in allowed:
+            raise BuildError(
+                f"--dtype is {dtype!r}, allowed on {self.backend}: {', '.join(allowed)}; use --dtype {allowed[0]}"
+            )
+        if self.backend == "onnxruntime" and (max_input_len is not None or not logits):
+            flag = "--no-logits" if max_input_len is None else "--max-input-len"
+            raise BuildError(
+                f"{flag}: not a choice of --backend onnxruntime, allowed: tensorrt-rtx or tensorrt; leave it out or "
+                "add --backend tensorrt-rtx"
+            )
+
     def _check_config(self) -> None:
         config, model = self.config, self.checkpoint.model
-        if config.dtype not in ITEMSIZE:
-            raise BuildError(f"--dtype is {config.dtype!r}, allowed: {', '.join(ITEMSIZE)}; choose one of them")
         for flag, value, high, why in (
             ("--max-seq-len", config.max_seq_len, model.max_position, "the model's max_position_embeddings"),
             ("--max-batch-size", config.max_batch_size, MAX_BATCH, "rows of one forward"),
             ("--block-length", config.block_length, MAX_BLOCK, "the longest block of an engine"),
+            ("--max-input-len", config.max_input_len, config.max_seq_len, "--max-seq-len"),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
                 raise BuildError(f"{flag} is {value!r}, allowed: 1 to {high} ({why}); choose a value in that range")
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""
-        return make_plan(self.checkpoint, self.graph, self.config, self.output)
+        return make_plan(self.checkpoint, self.graph, self.config, self.output, self.backend)
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
         if self.source.headers_only:
             raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to build")
-        need, free = self.graph.weight_bytes + _SLACK, disk_free(self.output)
+        compiled = self.backend != "onnxruntime"
+        if compiled:
+            tensorrt.require(self.backend)
+        sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
+        self._check_room()
+        keep = not compiled or self.choices.keeps_weights
+        with staged(self.output) as stage:
+            weights, info = stage / WEIGHTS_FILE, None
+            hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, weights, advance, hashed=keep)}
+            onnx.save(self.graph.proto, stage / MODEL_FILE)
+            if compiled:
+                layers = self.checkpoint.model.num_layers
+                made = tensorrt.compile_engine(
+                    self.backend, self.choices, sms, self.profiles, layers, stage / MODEL_FILE, stage / ENGINE_FILE
+                )
+                info, hashes[ENGINE_FILE] = made.info, made.sha256
+            if not keep:
+                weights.unlink()
+            for name in CARRIED:
+                if (self.source.folder / name).is_file():
+                    shutil.copyfile(self.source.folder / name, stage / name)
+            written = {str(p.relative_to(stage)): p for p in sorted(stage.rglob("*")) if p.is_file()}
+            files = {name: _file_entry(p, hashes.get(name)) for name, p in written.items()}
+            manifest = self._manifest(files, info)
+            EngineInfo(self.checkpoint.model, self.config, manifest, self.checkpoint.config).write(stage)
+        return self.output
+
+    def _check_room(self) -> None:
+        """Refuse a build that the disk or, for TensorRT, the memory cannot hold."""
+        weights, compiled = self.graph.weight_bytes, self.backend != "onnxruntime"
+        need, free = weights * (2 if compiled else 1) + _SLACK, disk_free(self.output)
         if free < need:
             raise BuildError(
                 f"{self.output}: the engine needs {size(need)} of disk, {size(free)} are free; free some space, choose "
                 "another --output" + (" or build with --dtype f16" if self.config.dtype == "f32" else "")
             )
-        with staged(self.output) as stage:
-            hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, stage / WEIGHTS_FILE, advance)}
-            onnx.save(self.graph.proto, stage / MODEL_FILE)
-            for name in CARRIED:
-                if (self.source.folder / name).is_file():
-                    shutil.copyfile(self.source.folder / name, stage / name)
-            files = {p.name: _file_entry(p, hashes.get(p.name)) for p in sorted(stage.iterdir())}
-            EngineInfo(self.checkpoint.model, self.config, self._manifest(files), self.checkpoint.config).write(stage)
-        return self.output
+        memory, here = tensorrt.memory_needed(weights), tensorrt.memory_free()
+        if compiled and here is not None and here < memory:
+            raise BuildError(
+                f"--backend {self.backend}: compiling needs about {size(memory)} of memory, {size(here)} are free; "
+                "close other programs or build on a larger machine"
+            )
 
-    def _manifest(self, files: dict[str, dict[str, object]]) -> Manifest:
+    def _manifest(self, files: dict[str, dict[str, object]], info: TensorRTInfo | None) -> Manifest:
         folder, adapter = self.source.folder, self.checkpoint.adapter
         identity = {os.path.relpath(p, folder): _file_entry(p) for p in self.checkpoint.files}
         return Manifest(
             schema=SCHEMA,
-            backend="onnxruntime",
-            versions={name: importlib.metadata.version(name) for name in _VERSIONS},
+            backend=self.backend,
+            versions={name: importlib.metadata.version(name) for name in _VERSIONS}
+            | ({info.module: info.version} if info else {}),
             checkpoint={"name": self.source.name, "revision": self.source.revision, "files": identity},
             adapter=_adapter_entry(adapter) if adapter else None,
             files=files,
+            tensorrt=info,
         )
 
 

@@ -1,9 +1,10 @@
 """The decoder as one ONNX opset-24 graph, for every backend and every mode.
 
-In: the model's config, the dtype, the adapter's rank. Out: the ModelProto with its bindings as `contract.py` lists them
-and the custom ops as local functions, and the list of weights with their places in the external data file; no weight is
-read here. Nodes carry the names of the checkpoint's modules (`layers.3.self_attn.q_proj`). The surprising fact: cos and
-sin are computed from `pos` inside the graph, so no table bounds the sequence length.
+In: the model's config, the dtype, the adapter's rank, for TensorRT the cache's capacity. Out: the ModelProto with its
+bindings as `contract.py` lists them and the custom ops as local functions, and the list of weights with their places in
+the external data file; no weight is read here. Nodes carry the names of the checkpoint's modules
+(`layers.3.self_attn.q_proj`). The surprising fact: cos and sin are computed from `pos` inside the graph, so no table
+bounds the sequence length.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -21,8 +23,17 @@ from ..plugins import block_attention, confidence_commit
 
 OPSET = 24
 ALIGNMENT = 4096  # bytes; runtimes map external data by page
-_TENSOR_TYPE = {"f32": TensorProto.FLOAT, "f16": TensorProto.FLOAT16, "i32": TensorProto.INT32}
-_NUMPY_TYPE: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
+_TENSOR_TYPE = {
+    "f32": TensorProto.FLOAT,
+    "f16": TensorProto.FLOAT16,
+    "bf16": TensorProto.BFLOAT16,
+    "i32": TensorProto.INT32,
+}
+_NUMPY_TYPE: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +110,20 @@ class _Writer:
         return self.node("Cast", [x], name, to=helper.np_dtype_to_tensor_dtype(self.dtype))
 
 
-def build_graph(model: ModelConfig, dtype: Dtype, adapter_rank: int = 0, adapter_scale: float = 1.0) -> Graph:
-    """Write the graph. `adapter_rank` 0 means no drafter adapter; `adapter_scale` is folded into its B matrices."""
+def build_graph(
+    model: ModelConfig,
+    dtype: Dtype,
+    adapter_rank: int = 0,
+    adapter_scale: float = 1.0,
+    *,
+    capacity: int | None = None,
+    logits: bool = True,
+) -> Graph:
+    """Write the graph. `adapter_rank` 0 means no drafter adapter; `adapter_scale` is folded into its B matrices.
+
+    `capacity` fixes T: TensorRT updates a cache in place only where its length is static. `logits` False leaves that
+    output out.
+    """
     w = _Writer(dtype)
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
@@ -112,12 +135,13 @@ def build_graph(model: ModelConfig, dtype: Dtype, adapter_rank: int = 0, adapter
     _head(w, model, x)
     functions = [block_attention.function(), confidence_commit.function()]
     adapter = bool(adapter_rank)
+    sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
     proto = helper.make_model(
         helper.make_graph(
             w.nodes,
             "nemodiff",
-            [_value_info(b, dtype) for b in inputs(model, adapter)],
-            [_value_info(b, dtype, model.vocab_size) for b in outputs(model)],
+            [_value_info(b, dtype, sizes) for b in inputs(model, adapter)],
+            [_value_info(b, dtype, sizes) for b in outputs(model, logits)],
             w.initializers,
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
@@ -128,9 +152,9 @@ def build_graph(model: ModelConfig, dtype: Dtype, adapter_rank: int = 0, adapter
     return Graph(proto, tuple(w.weights), w.dtype)
 
 
-def _value_info(binding: Binding, dtype: Dtype, vocab: int = 0) -> onnx.ValueInfoProto:
+def _value_info(binding: Binding, dtype: Dtype, sizes: dict[str, int]) -> onnx.ValueInfoProto:
     kind = dtype if binding.kind == "compute" else binding.kind
-    shape = [vocab if d == "V" else d for d in binding.shape]
+    shape = [sizes.get(d, d) if isinstance(d, str) else d for d in binding.shape]
     return helper.make_tensor_value_info(binding.name, _TENSOR_TYPE[kind], shape)
 
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..contract import CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, is_engine
+from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, is_engine
 from ..errors import BuildError
 from .checkpoint import CARRIED
 
@@ -52,11 +52,12 @@ def check_target(target: Path) -> None:
 
 def _strangers(target: Path) -> list[str]:
     """Names in an engine folder that are not the engine's."""
-    known = {CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED}
+    known = {CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED}
     with contextlib.suppress(
         OSError, ValueError, RecursionError, TypeError, KeyError
     ):  # a broken engine is replaced too
-        known |= set(json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))["files"])
+        files = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        known |= {name.partition("/")[0] for name in files}
     return sorted({path.name for path in target.iterdir()} - known)
 
 
@@ -93,7 +94,7 @@ def staged(target: Path) -> Iterator[Path]:
 
 def _publish(stage: Path, target: Path, replaced: Path) -> None:
     """Flush the stage to disk and rename it; an engine already there is moved to `replaced` first and removed after."""
-    for path in [*stage.iterdir(), stage]:
+    for path in [*stage.rglob("*"), stage]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -104,9 +104,9 @@ def scramble(folder: Path) -> None:
             write("manifest.json", "[]", False), ["manifest.json: holds a list, expected"], id="manifest a list"
         ),
         pytest.param(
-            edit("manifest.json", schema=2), ["engine schema 2, this nemodiff reads up to 1"], id="newer schema"
+            edit("manifest.json", schema=3), ["engine schema 3, this nemodiff reads up to 2"], id="newer schema"
         ),
-        pytest.param(edit("manifest.json", schema=None), ["schema is None, allowed: 1 to 1"], id="no schema"),
+        pytest.param(edit("manifest.json", schema=None), ["schema is None, allowed: 1 to 2"], id="no schema"),
         pytest.param(edit("manifest.json", schema="1"), ["schema is '1', allowed"], id="schema is text"),
         pytest.param(edit("manifest.json", schema=True), ["schema is True, allowed"], id="schema is a bool"),
         pytest.param(
@@ -116,7 +116,9 @@ def scramble(folder: Path) -> None:
         pytest.param(edit("manifest.json", files=[1]), ["are incomplete"], id="files are a list"),
         pytest.param(edit("manifest.json", surplus=1), ["are incomplete", "surplus"], id="unknown field"),
         pytest.param(
-            edit("manifest.json", backend="tensorrt"), ["backend 'tensorrt', this nemodiff runs"], id="backend"
+            edit("manifest.json", backend="torch"),
+            ["backend 'torch', allowed: onnxruntime, tensorrt-rtx"],
+            id="backend",
         ),
         pytest.param(gone("config.json"), ["config.json: missing; build it again"], id="no config"),
         pytest.param(edit("config.json", build_config=None), ["incomplete ('build_config')"], id="no build config"),
