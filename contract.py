@@ -133,11 +133,34 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel of an engine: a stage of an op (`plugins/op.py`) for one compute capability.
+
+    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton's kernels
+    may ask for and these do not. `registers` and `spill_bytes` (stored to memory for want of registers) are per thread,
+    `shared_bytes` per block.
+    """
+
+    stage: str
+    sm: int
+    entry: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    arguments: tuple[str, ...]
+
+    def file(self, suffix: Literal["ptx", "cubin"]) -> str:
+        """Its file, relative to the engine folder."""
+        return f"{KERNELS_FOLDER}/{self.stage}.sm{self.sm}.{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorRTInfo:
     """What a TensorRT engine is and what must be here to run it.
 
     `profiles` are in the engine's order. `layers` counts what was found after parsing, by `native` or `plugin` and the
-    op's name. `kernels` are the records of `builder/kernels.py` about the files in `kernels/`.
+    op's name.
     """
 
     module: str  # Python module that built it: tensorrt_rtx or tensorrt
@@ -148,7 +171,7 @@ class TensorRTInfo:
     layers: dict[str, dict[str, int]]
     flags: tuple[str, ...]
     engine_bytes: int
-    kernels: tuple[dict[str, Any], ...] = ()
+    kernels: tuple[Kernel, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +300,7 @@ def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
             "sms": tuple(map(int, values["sms"])),
             "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
             "flags": tuple(values["flags"]),
-            "kernels": tuple(values.get("kernels", ())),
+            "kernels": tuple(Kernel(**{**k, "arguments": tuple(k["arguments"])}) for k in values.get("kernels", ())),
         }
     )
 

@@ -25,7 +25,7 @@ from .op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 SPLITS = 16  # shares of the cache at most
 PROGRAMS = 256  # that keep a card busy: two for each of an H100's 132 multiprocessors
 LEAST_TILES = 4  # of the cache for one split; fewer are not worth the merge
-BLOCK_M, BLOCK_N = 64, 64  # rows and cache slots of a tile
+BLOCK_M, BLOCK_N = 64, 64  # rows and cache slots of a tile; with 8 warps nothing spills (benchmarks/kernels.py)
 
 # The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
 BODY = """
@@ -128,6 +128,7 @@ OP = Op(
             ),
             constants=_split_constants,
             grid=_split_grid,
+            num_warps=8,
         ),
         Stage(
             "BlockAttentionMerge",

@@ -57,14 +57,16 @@ def split(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    cache = (row * G + kv_head).to(tl.int64) * T
+    cache = (row * G + kv_head).to(tl.int64) * T * D
+    k += cache  # offsets within one head's cache fit 32 bits, which halves the registers they take
+    v += cache
     for number in range(at, until):
         tile = tl.where(number < prefix_tiles, number, first + number - prefix_tiles)
         slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         sees = slot[None, :] < prefix_end[:, None]
         sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
         used = tl.max(sees.to(tl.int32), 0) > 0
-        place = (cache + slot)[:, None] * D + d[None, :]
+        place = slot[:, None] * D + d[None, :]
         loaded = used[:, None] & in_head[None, :]
         keys = tl.load(k + place, mask=loaded, other=0.0)  # (N, D) compute
         scores = tl.dot(query_tile, tl.trans(keys), input_precision="ieee") * (SCALE * 1.4426950408889634)

@@ -164,7 +164,7 @@ OP = Op(
     outputs=_OUTPUTS,
     attributes=(("mask_id", int),),
     stages=(
-        Stage("ConfidenceCommitScan", _scan, ("logits",), (), _FOUND, _scan_constants, _scan_grid),
+        Stage("ConfidenceCommitScan", _scan, ("logits",), (), _FOUND, _scan_constants, _scan_grid, num_warps=8),
         _COMMIT,
     ),
 )
@@ -183,6 +183,7 @@ SAMPLED = Op(
             outputs=_FOUND,
             constants=_scan_constants,
             grid=_scan_grid,
+            num_warps=8,
         ),
         _COMMIT,
     ),

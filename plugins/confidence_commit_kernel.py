@@ -1,9 +1,9 @@
 """ConfidenceCommit on a GPU, in two kernels: scans of the vocabulary in splits, then the commit rule per row.
 
-In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form adds
-Gumbel noise to the logits over the temperature before the argmax, from the same Philox words as `runtime/sampling.py`,
-with f32 logarithms where that takes f64. The surprising fact: the noise of a word near 2^32 must be computed from its
-distance to 2^32, or its f32 rounding would be infinite noise once in a few passes.
+In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form
+adds Gumbel noise to the logits over the temperature before the argmax, from the same Philox words as
+`runtime/sampling.py`, with f32 logarithms where that takes f64. The surprising fact: the noise of a word near 2^32 must
+be computed from its distance to 2^32, or its f32 rounding would be infinite noise once in a few passes.
 """
 
 import triton
@@ -54,7 +54,7 @@ def _scan(
         total = total * tl.exp(highest - safe) + tl.sum(tl.exp(x - safe), 0)
         highest = above
         score = x
-        if SAMPLED:
+        if SAMPLED:  # noqa: SIM102 (decided when compiling, the inner one on the device)
             if temperature > 0:
                 score = x / temperature + noise(low, high, position, start, BLOCK)
                 score = tl.where(ids == MASK_ID, -1e30, tl.where(inside, score, float("-inf")))

@@ -2,12 +2,12 @@
 
 An `Op` lists its arguments and the `Stage`s of its GPU implementation: one kernel launch each, in order, whose outputs
 that are not the op's own are scratch for a later stage. From it come the ahead-of-time compiler
-(`builder/kernels.py`), the TensorRT plugins (`registration.py`) and plain launches (`run`). The surprising fact: a kernel's
-arguments have a fixed order, input pointers, i32 scalars, output pointers, constants, because TensorRT's ahead-of-time
-plugins pass them so, and the scalars may depend on shapes but never on what a tensor holds.
+(`builder/kernels.py`), the TensorRT plugins (`registration.py`) and plain launches (`run`). The surprising fact: a
+kernel's arguments have a fixed order, input pointers, i32 scalars, output pointers, constants, because TensorRT's
+ahead-of-time plugins pass them so, and the scalars may depend on shapes but never on what a tensor holds.
 
-Letters in shapes: B rows, S tokens, R of them predicted, T cache slots are known at run time; H query heads, G key/value
-heads, D head size, V vocabulary belong to the model.
+Letters in shapes: B rows, S tokens, R of them predicted, T cache slots are known at run time; H query heads, G
+key/value heads, D head size, V vocabulary belong to the model.
 """
 
 from __future__ import annotations
