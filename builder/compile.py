@@ -158,7 +158,7 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
             if -1 in tuple(tensor.shape):
-                shapes.set_shape(tensor.name, *(shape(tensor.name, tensor.shape, p) for p in _corners(profile)))
+                shapes.set_shape(tensor.name, *(shape(tensor.name, tensor.shape, p) for p in corners(profile)))
         config.add_optimization_profile(shapes)
     if job.backend == "tensorrt-rtx":  # the full TensorRT builds for the GPU at hand
         config.num_compute_capabilities = len(job.sms)
@@ -190,7 +190,7 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
     return config
 
 
-def _corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
+def corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
     """(B, S, R) at least, at best and at most. One row decodes a block, or prefills and wants one prediction."""
     best = (1, profile.max_tokens, 1 if profile.name == "prefill" else profile.max_rows)
     return (1, 1, 1), best, (profile.max_batch_size, profile.max_tokens, profile.max_rows)
