@@ -135,7 +135,8 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     bar = tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing", disable=None, file=sys.stderr)
     with bar:
         builder.run(bar.update)
-    click.echo(f"built        {output}; try: nemodiff run {output} -p 'Hello'", err=True)
+    where = "try" if builder.backend == "onnxruntime" else "where such a GPU is"
+    click.echo(f"built        {output}; {where}: nemodiff run {output} -p 'Hello'", err=True)
 
 
 def _parse_sms(text: str | None) -> tuple[int, ...] | None:

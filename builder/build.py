@@ -85,6 +85,8 @@ class Builder:
     ) -> None:
         self.output, self.backend, self.choices = Path(output), backend, choices
         self._check_backend(dtype, max_input_len, logits)
+        if backend != "onnxruntime" and not headers_only:
+            tensorrt.require(backend)
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
         self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
@@ -149,8 +151,6 @@ class Builder:
         if self.source.headers_only:
             raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to build")
         compiled = self.backend != "onnxruntime"
-        if compiled:
-            tensorrt.require(self.backend)
         sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
         self._check_room()
         keep = not compiled or self.choices.keeps_weights

@@ -70,7 +70,8 @@ def compile_job(job: Job) -> dict[str, Any]:
 
         done = builder.build_serialized_network_to_stream(network, config, api.stream_writer(write))
     if not done or not written:
-        raise BuildError(f"--backend {job.backend}: building failed ({_reason(api)}); try other flags or report it")
+        remedy = "report it with this line" if job.workspace is None else "use a larger --workspace or leave it out"
+        raise BuildError(f"--backend {job.backend}: building failed ({_reason(api)}); {remedy}")
     if job.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
         Path(job.timing_cache).write_bytes(bytes(cache.serialize()))
     return {
@@ -157,9 +158,9 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
             if -1 in tuple(tensor.shape):
-                shapes.set_shape(tensor.name, *(shape(tensor.name, tensor.shape, p) for p in _corners(profile)))
+                shapes.set_shape(tensor.name, *(shape(tensor.name, tensor.shape, p) for p in corners(profile)))
         config.add_optimization_profile(shapes)
-    if api.sms():  # TensorRT-RTX; the full TensorRT builds for the GPU at hand
+    if job.backend == "tensorrt-rtx":  # the full TensorRT builds for the GPU at hand
         config.num_compute_capabilities = len(job.sms)
         for index, sm in enumerate(job.sms):
             if sm not in api.sms():
@@ -189,7 +190,7 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
     return config
 
 
-def _corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
+def corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
     """(B, S, R) at least, at best and at most. One row decodes a block, or prefills and wants one prediction."""
     best = (1, profile.max_tokens, 1 if profile.name == "prefill" else profile.max_rows)
     return (1, 1, 1), best, (profile.max_batch_size, profile.max_tokens, profile.max_rows)

@@ -1,19 +1,23 @@
 """`nemodiff inspect`: what an engine is, from its description and its graph, without loading a weight.
 
 In: an engine folder. Out: one JSON-like object, and lines for people. Everything here works on any machine, also one
-that could not run the engine.
+that could not run the engine; only a TensorRT engine's own view of its layers needs a GPU, and is None without one.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import json
+import mmap
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ..contract import DOMAIN, ITEMSIZE, MODEL_FILE, read_engine
+from ..contract import DOMAIN, ENGINE_FILE, ITEMSIZE, MODEL_FILE, EngineInfo, read_engine
 from ..errors import EngineError
+from ..plugins.tensorrt_api import device_sm, load
 from .plan import size
 
 
@@ -36,6 +40,8 @@ def describe(folder: Path) -> dict[str, Any]:
             "max_seq_len": build.max_seq_len,
             "max_batch_size": build.max_batch_size,
             "block_length": build.block_length,
+            "max_input_len": build.max_input_len,
+            "logits": build.gather_generation_logits,
             "versions": manifest.versions,
         },
         "checkpoint": {key: manifest.checkpoint.get(key) for key in ("name", "revision")},
@@ -52,6 +58,8 @@ def describe(folder: Path) -> dict[str, Any]:
             "max_position": model.max_position,
         },
         "kv_bytes_per_token": model.kv_bytes_per_token(ITEMSIZE[build.dtype]),
+        "tensorrt": dataclasses.asdict(manifest.tensorrt) if manifest.tensorrt else None,
+        "engine_layers": engine_layers(folder, info),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "graph": {
             "nodes": len(graph.node),
@@ -61,6 +69,52 @@ def describe(folder: Path) -> dict[str, Any]:
             "outputs": [value.name for value in graph.output],
         },
     }
+
+
+def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
+    """What the engine says about its layers, profile by profile; None without a GPU that it was built for.
+
+    Never executed: no GPU has been at hand (docs/log.md).
+    """
+    about, sm = info.manifest.tensorrt, device_sm()
+    if about is None or sm not in about.sms or about.implementation == "plugin":
+        return None
+    api = load("tensorrt-rtx" if about.module == "tensorrt_rtx" else "tensorrt", EngineError)
+    with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        engine = api.runtime().deserialize_cuda_engine(data)
+    if engine is None:
+        raise EngineError(f"{folder / ENGINE_FILE}: cannot be loaded here ({api.errors()}); build the engine again")
+    text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
+    found: list[Any] = json.loads(text).get("Layers", [])
+    return found
+
+
+def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
+    about, layers = described["tensorrt"], described["engine_layers"]
+    if about is None:
+        return []
+    profiles = "; ".join(
+        f"{p['name']} up to {p['max_batch_size']} rows of {p['max_tokens']} tokens, {p['max_rows']} predicted"
+        for p in about["profiles"]
+    )
+    counted = "; ".join(
+        f"{kind} {', '.join(f'{count} {name}' for name, count in found.items())}"
+        for kind, found in about["layers"].items()
+        if found
+    )
+    by_sm: dict[Any, list[str]] = {}
+    for kernel in about["kernels"]:
+        figures = ", ".join(f"{v} {k}" for k, v in kernel.items() if isinstance(v, int) and k not in ("sm", "bytes"))
+        by_sm.setdefault(kernel.get("sm"), []).append(f"{kernel.get('name')} ({figures})")
+    flags = f", {' '.join(about['flags'])}" if about["flags"] else ""
+    return [
+        f"compiled     {about['module']} {about['version']} for SM {', '.join(map(str, about['sms']))}, "
+        f"{size(about['engine_bytes'])}{flags}",
+        f"profiles     {profiles}",
+        f"layers       {counted}",
+        *(f"kernels      SM {sm}: {', '.join(names)}" for sm, names in by_sm.items()),
+        *([f"in engine    {len(layers)} layers"] if layers is not None else []),
+    ]
 
 
 def lines(described: dict[str, Any]) -> list[str]:
@@ -84,6 +138,7 @@ def lines(described: dict[str, Any]) -> list[str]:
         f"positions    {kind}, theta {theta:g}, factor {factor:g}, up to {model['max_position']}",
         f"ids          mask {model['mask_id']}, end of sequence {', '.join(map(str, model['eos_ids']))}",
         f"KV cache     {described['kv_bytes_per_token']:,} bytes per token",
+        *_tensorrt_lines(described),
         f"graph        {graph['nodes']} nodes: {plugins}; {common}, ...",
         f"files        {files}",
         f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",

@@ -25,7 +25,8 @@ from ..plugins.tensorrt_api import device_sm, library_folder, load
 
 RTX_SMS = (80, 86, 89, 120, 121)  # that TensorRT-RTX 1.7 compiles bf16 for; it knows no 90 and no 100
 DEFAULT_SMS = (80, 86, 89, 120)
-LARGEST_TENSOR = 2**31 - 1  # elements
+# Elements. TensorRT names this limit; TensorRT-RTX 1.7 builds past it without a word (2026-11-24), and nothing has run.
+LARGEST_TENSOR = 2**31 - 1
 PREFILL_LOGITS = 2**30  # bytes of f32; a prefill pass has as many rows as keep its logits below
 MEMORY = (1.6, 2**29)  # factor on the weights' bytes and bytes on top; benchmarks/build_tensorrt.py
 CREATORS = "nemodiff.plugins.registration:register"  # called with the facade before plugins are parsed

@@ -219,8 +219,12 @@ class TensorRT:
         return Writer()
 
     def errors(self) -> str:
-        """The errors the library has logged, as one line; empty if there is none."""
-        return " | ".join(" ".join(text.split()) for severity, text in self.messages if severity.endswith("ERROR"))
+        """The errors the library has logged, as one line; empty if there is none.
+
+        That the driver is missing is logged with every error of a build that needs none, so it is left out.
+        """
+        logged = [text for severity, text in self.messages if severity.endswith("ERROR")]
+        return " | ".join(" ".join(text.split()) for text in logged if "cudaError 35" not in text)
 
 
 def load(backend: Backend, error: type[NemodiffError]) -> TensorRT:

@@ -26,7 +26,7 @@ from nemodiff.config import parse_config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
-SCRIPTS = ("accuracy", "build_memory", "make_checkpoint", "mask_lowering", "speed")
+SCRIPTS = ("accuracy", "build_memory", "build_tensorrt", "make_checkpoint", "mask_lowering", "speed")
 PUBLISHED = {"3b": (3_831_659_520, 237), "8b": (8_489_553_920, 309), "14b": (13_506_073_600, 363)}
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1024}
 
@@ -106,6 +106,21 @@ def test_scripts_explain_themselves(name: str) -> None:
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     assert shown.startswith("usage: ")
+
+
+@pytest.mark.trt
+def test_compiling_is_measured_against_the_bare_builder(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "build_tensorrt.py"), "--layers=1", "--hidden=64", f"--workdir={tmp_path}"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    _, alone, whole = shown.splitlines()
+    figures = re.compile(r": \d+\.\d s, (\d+\.\d+) GiB anonymous .*, engine (\d+\.\d+) GiB")
+    for line, name in ((alone, "parser and builder alone"), (whole, "nemodiff build")):
+        assert line.startswith(name)
+        found = figures.search(line)
+        assert found is not None
+        assert float(found[1]) > 0.05  # GiB, of the library alone: children are counted
+        assert float(found[2]) > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_questions_repeat_and_cover_every_task() -> None:
