@@ -24,7 +24,7 @@ from ..config import ModelConfig, RopeConfig
 from ..contract import KERNELS_FOLDER, Dtype, Kernel
 from ..errors import BuildError
 from ..plugins import block_attention, confidence_commit
-from ..plugins.op import Arg, Op, Stage
+from ..plugins.op import Op, Stage
 
 OPS = (block_attention.OP, confidence_commit.OP, confidence_commit.SAMPLED)
 SMS = (80, 86, 89, 90, 100, 120)
@@ -76,11 +76,10 @@ def stages() -> list[tuple[Op, Stage]]:
 
 def _arguments(op: Op, stage: Stage, dtype: Dtype) -> dict[str, str]:
     """Types of a stage's parameters by name, in order, as Triton spells them."""
-    known: dict[str, Arg] = {arg.name: arg for arg in (*op.inputs, *op.scratch(), *op.outputs)}
     types = {"compute": dtype, "logits": "f32"}
 
     def pointer(name: str) -> str:
-        return _POINTER[types.get(known[name].dtype, known[name].dtype)]
+        return _POINTER[types.get(op.args[name].dtype, op.args[name].dtype)]
 
     return {
         **{name: pointer(name) for name in stage.inputs},

@@ -69,28 +69,30 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, 
     return y.astype(q.dtype)
 
 
-def _block_d(model: ModelConfig) -> int:
-    """The head size as a tile: a power of two that a tensor core takes."""
-    return max(16, 1 << (model.head_dim - 1).bit_length())
-
-
-def _split_constants(model: ModelConfig) -> Constants:
+def _constants(model: ModelConfig) -> Constants:
     heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
     splits = {"SPLITS": SPLITS, "PROGRAMS": PROGRAMS, "LEAST": LEAST_TILES}
-    return {**heads, **splits, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": _block_d(model)}
+    # A tensor core takes a power of two of 16 or more.
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": max(16, 1 << (model.head_dim - 1).bit_length())}
+    return {**heads, **splits, **tile}
 
 
-def _split_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
-    group = int(constants["H"]) // int(constants["G"])
-    return ceil(dims["S"] * group, BLOCK_M), dims["B"] * int(constants["G"]), SPLITS
+def _tiles(dims: Dims, ceil: Ceil) -> Any:
+    """Tiles of rows over the whole batch: each is a program for each split."""
+    return ceil(dims["S"] * (dims["H"] // dims["G"]), BLOCK_M) * dims["B"] * dims["G"]
 
 
-def _merge_constants(model: ModelConfig) -> Constants:
-    return {"H": model.num_heads, "D": model.head_dim, "SPLITS": SPLITS, "BLOCK_D": _block_d(model)}
+def _parts(dims: Dims, ceil: Ceil) -> Any:
+    """Room for every tile's splits: with x tiles there are at most PROGRAMS / x + 1 splits of each."""
+    return _tiles(dims, ceil) + PROGRAMS
 
 
-def _merge_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
-    return dims["S"], dims["B"] * int(constants["H"]), 1
+def _split_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return ceil(dims["S"] * (dims["H"] // dims["G"]), BLOCK_M), dims["B"] * dims["G"], SPLITS
+
+
+def _merge_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["S"], dims["B"] * dims["H"], 1
 
 
 def _split() -> Any:
@@ -123,20 +125,20 @@ OP = Op(
             inputs=("q", "k", "v", "visible"),
             scalars=("S", "T"),
             outputs=(
-                Arg("part", "f32", ("B", "H", "S", "SPLITS", "D")),
-                Arg("stats", "f32", ("B", "H", "S", "SPLITS", 2)),
+                Arg("part", "f32", (_parts, BLOCK_M, "D")),
+                Arg("stats", "f32", (_parts, BLOCK_M, 2)),
             ),
-            constants=_split_constants,
+            constants=_constants,
             grid=_split_grid,
             num_warps=8,
         ),
         Stage(
             "BlockAttentionMerge",
             _merge,
-            inputs=("part", "stats"),
+            inputs=("q", "part", "stats"),  # q for its shape
             scalars=("S",),
             outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),
-            constants=_merge_constants,
+            constants=_constants,
             grid=_merge_grid,
             num_warps=2,
         ),

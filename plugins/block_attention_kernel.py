@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """BlockAttention on a GPU, in two kernels: every split of the cache by itself, then the merge.
 
 In and out: see `block_attention.OP`. The query heads that share a key/value head are packed with the queries into one
@@ -12,21 +13,30 @@ import triton.language as tl
 
 
 @triton.jit
+def _splits(tiles, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Splits of each tile of rows: splitting costs a merge, so only as many as keep the card busy."""
+    return tl.minimum(tl.cdiv(PROGRAMS, tiles), SPLITS)
+
+
+@triton.jit
 def split(
     q, k, v, visible, S, T, part, stats,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """q (B, H, S, D), k and v (B, G, T, D), visible (B, S, 3) -> part (B, H, S, SPLITS, D), stats (B, H, S, SPLITS, 2).
+    """q (B, H, S, D), k and v (B, G, T, D), visible (B, S, 3) -> part (N, BLOCK_M, D), stats (N, BLOCK_M, 2).
 
-    `part` is the split's sum of exp(score - highest) * v and `stats` holds (highest, sum of exp(score - highest)), in
-    base 2; a split with nothing to see has sum 0 and leaves its `part` undefined.
+    N counts tiles of rows and their splits. `part` is a split's sum of exp(score - highest) * v and `stats` holds
+    (highest, sum of exp(score - highest)), in base 2; where it sees nothing the sum is 0 and `part` undefined.
     """
     group: tl.constexpr = H // G
     row = tl.program_id(1) // G
     kv_head = tl.program_id(1) % G
     share = tl.program_id(2)
+    number_of_splits = _splits(tl.num_programs(0) * tl.num_programs(1), SPLITS, PROGRAMS)
+    if share >= number_of_splits:
+        return
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     query = m // group
     real = query < S
@@ -43,10 +53,8 @@ def split(
     first = tl.maximum(tl.min(tl.where(end > begin, begin, T), 0) // BLOCK_N, prefix_tiles)
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), BLOCK_N)
     tiles = prefix_tiles + tl.maximum(last - first, 0)
-    # Splitting costs a merge, so only as many splits as keep the card busy, each with LEAST tiles or more.
-    wanted = tl.minimum(tl.cdiv(PROGRAMS, tl.num_programs(0) * tl.num_programs(1)), SPLITS)
-    splits = tl.maximum(tl.minimum(wanted, tiles // LEAST), 1)
-    each = tl.cdiv(tiles, splits)
+    # A share of LEAST tiles or more; the splits beyond have none.
+    each = tl.cdiv(tiles, tl.maximum(tl.minimum(number_of_splits, tiles // LEAST), 1))
     at = share * each
     until = tl.minimum(at + each, tiles)
 
@@ -80,7 +88,8 @@ def split(
         total = total * shrink + tl.sum(weight, 1)
         highest = above
 
-    place = rows * SPLITS + share
+    tile_of_rows = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    place = (tile_of_rows * number_of_splits + share) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(stats + place * 2, highest, mask=real)
     tl.store(stats + place * 2 + 1, total, mask=real)
     if at < until:
@@ -89,20 +98,32 @@ def split(
 
 @triton.jit
 def merge(
-    part, stats, S, y, H: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
+    q, part, stats, S, y,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    SPLITS: tl.constexpr, PROGRAMS: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """part and stats of `split` -> y (B, H, S, D), 0 for a query that sees nothing. One program per query and head."""
-    at = tl.program_id(1).to(tl.int64) * S + tl.program_id(0)
+    group: tl.constexpr = H // G
+    query = tl.program_id(0)
+    row = tl.program_id(1) // H
+    head = tl.program_id(1) % H
+    tiles = tl.cdiv(S * group, BLOCK_M)
+    m = query * group + head % group
+    tile_of_rows = (row * G + head // group) * tiles + m // BLOCK_M
+    number_of_splits = _splits(tiles * (tl.num_programs(1) // group), SPLITS, PROGRAMS)
     share = tl.arange(0, SPLITS)
+    real = share < number_of_splits
     d = tl.arange(0, BLOCK_D)
-    place = at * SPLITS + share
-    highest = tl.load(stats + place * 2)
-    total = tl.load(stats + place * 2 + 1)
+    place = (tile_of_rows * number_of_splits + share) * BLOCK_M + m % BLOCK_M
+    highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
+    total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
     above = tl.max(highest, 0)
     safe = tl.where(above == float("-inf"), 0.0, above)
-    weight = tl.exp2(highest - safe)  # (N,) f32
-    filled = total != 0.0  # NaN counts as filled
+    weight = tl.exp2(highest - safe)  # (SPLITS,) f32
+    filled = real & (total != 0.0)  # NaN counts as filled
     sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=filled[:, None] & (d < D)[None, :], other=0.0)
     bottom = tl.sum(weight * total, 0)
     out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+    at = tl.program_id(1).to(tl.int64) * S + query
     tl.store(y + at * D + d, out.to(y.dtype.element_ty), mask=d < D)

@@ -100,7 +100,7 @@ def _scan_constants(model: ModelConfig) -> Constants:
     return {"V": model.vocab_size, "MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK": BLOCK}
 
 
-def _scan_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+def _scan_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"] * dims["R"], SPLITS, 1
 
 
@@ -108,7 +108,7 @@ def _commit_constants(model: ModelConfig) -> Constants:
     return {"MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK_R": BLOCK_R}
 
 
-def _commit_grid(dims: Dims, constants: Constants, ceil: Ceil) -> Grid:
+def _commit_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"], 1, 1
 
 
@@ -130,7 +130,7 @@ def _commit() -> Any:
     return confidence_commit_kernel.commit
 
 
-_FOUND = (Arg("part", "f32", ("B", "R", "SPLITS", 4)), Arg("best", "i32", ("B", "R", "SPLITS")))
+_FOUND = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
 _OUTPUTS = (
     Arg("token", "i32", ("B", "R")),
     Arg("confidence", "f32", ("B", "R")),

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """ConfidenceCommit on a GPU, in two kernels: scans of the vocabulary in splits, then the commit rule per row.
 
 In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form

@@ -19,24 +19,29 @@ from typing import Any, Literal
 from ..config import ModelConfig
 
 Dtype = Literal["compute", "logits", "f32", "i32"]  # compute: the engine's; logits: f32, or what the head gives
-Dims = Mapping[str, Any]  # a size per letter: int, or an expression of TensorRT with + * and a ceiling division
+Dims = Mapping[str, Any]  # a size per letter: int, or an expression of TensorRT with + * //
 Ceil = Callable[[Any, int], Any]  # ceiling division of such a size
+Size = str | int | Callable[[Dims, Ceil], Any]
 Constants = Mapping[str, int | float]
 Grid = tuple[Any, Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arg:
-    """A tensor: its shape in letters of the module's docstring and names of the stage's constants."""
+    """A tensor; its shape in letters of the module's docstring, numbers, and functions of the letters' sizes."""
 
     name: str
     dtype: Dtype
-    shape: tuple[str | int, ...]
+    shape: tuple[Size, ...]
+
+    def sizes(self, dims: Dims, ceil: Ceil) -> tuple[Any, ...]:
+        """The shape for some sizes of the letters."""
+        return tuple(dims[d] if isinstance(d, str) else d if isinstance(d, int) else d(dims, ceil) for d in self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One kernel launch. `kernel` imports and returns the Triton function; `grid` gets sizes, constants and `Ceil`."""
+    """One kernel launch. `kernel` imports and returns the Triton function, `grid` is its number of programs."""
 
     name: str
     kernel: Callable[[], Any]
@@ -44,13 +49,9 @@ class Stage:
     scalars: tuple[str, ...]  # letters, passed as i32
     outputs: tuple[Arg, ...]
     constants: Callable[[ModelConfig], Constants]
-    grid: Callable[[Dims, Constants, Ceil], Grid]
+    grid: Callable[[Dims, Ceil], Grid]
     num_warps: int = 4
     num_stages: int = 2
-
-    def output_shape(self, arg: Arg, dims: Dims, constants: Constants) -> tuple[Any, ...]:
-        """The sizes of one output."""
-        return tuple(constants[d] if d in constants else dims[d] if isinstance(d, str) else d for d in arg.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +64,24 @@ class Op:
     attributes: tuple[tuple[str, type], ...]
     stages: tuple[Stage, ...]
 
-    def dims(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """Each letter's size, from the shapes of the inputs by name."""
-        found: dict[str, Any] = {}
-        for arg in self.inputs:
-            if arg.name in shapes:
-                found.update(
-                    {d: size for d, size in zip(arg.shape, shapes[arg.name], strict=True) if isinstance(d, str)}
-                )
-        return found
-
+    @property
     def scratch(self) -> list[Arg]:
         """Outputs of stages that are not the op's own."""
         own = {arg.name for arg in self.outputs}
         return [arg for stage in self.stages for arg in stage.outputs if arg.name not in own]
+
+    @property
+    def args(self) -> dict[str, Arg]:
+        """Every tensor of the op by name."""
+        return {arg.name: arg for arg in (*self.inputs, *self.scratch, *self.outputs)}
+
+    def dims(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Each letter's size, from the shapes of tensors by name."""
+        found: dict[str, Any] = {}
+        for name, shape in shapes.items():
+            pairs = zip(self.args[name].shape, shape, strict=True)
+            found.update({letter: size for letter, size in pairs if isinstance(letter, str)})
+        return found
 
 
 def ceil_div(size: int, step: int) -> int:
@@ -98,8 +103,8 @@ def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Ar
     for stage in op.stages:
         constants = stage.constants(model)
         for arg in stage.outputs:
-            tensors[arg.name] = new(arg, stage.output_shape(arg, dims, constants))
-        stage.kernel()[stage.grid(dims, constants, ceil_div)](
+            tensors[arg.name] = new(arg, arg.sizes(dims, ceil_div))
+        stage.kernel()[stage.grid(dims, ceil_div)](
             *(tensors[name] for name in stage.inputs),
             *(dims[letter] for letter in stage.scalars),
             *(tensors[arg.name] for arg in stage.outputs),
