@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ def compile_job(job: Job) -> dict[str, Any]:
     layers = check_layers(network, proto, job)
     config = _configure(api, builder, network, job)
     digest, written = hashlib.sha256(), 0
-    with Path(job.engine).open("wb") as out:
+    with Path(job.engine).open("wb") as out, ThreadPoolExecutor(1) as pool:
 
         def write(data: memoryview) -> int:
             nonlocal written
-            digest.update(data)
+            hashed = pool.submit(digest.update, data)
             out.write(data)
+            hashed.result()
             written += data.nbytes
             return data.nbytes
 

@@ -239,12 +239,13 @@ def compile_engine(
 
 def _run(job: Job, work: Path) -> dict[str, Any]:
     """Run the child with a job and return its result. `work` is an empty folder."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # The child imports what this process would, and nothing from the folder it happens to stand in.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     if job.plugins:
         environment |= library_folder(work)
     (work / "job.json").write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     output = work / "output"
-    command = [sys.executable, "-m", "nemodiff.builder.compile", str(work)]
+    command = [sys.executable, "-P", "-m", "nemodiff.builder.compile", str(work)]
     with output.open("wb") as stream:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment)
         try:

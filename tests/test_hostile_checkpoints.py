@@ -405,7 +405,7 @@ def test_numbers_beyond_f16_are_refused_with_the_dtype_that_fits(
         pytest.param(["--max-batch-size", "0"], 1, ["--max-batch-size is 0, allowed: 1 to 4096"], id="no rows"),
         pytest.param(["--dtype", "int8"], 2, ["'int8'", "'f32', 'f16'"], id="dtype"),
         pytest.param(["--json"], 2, ["--json goes with --dry-run"], id="json without dry run"),
-        pytest.param(["--workspace", "1"], 2, ["No such option", "--workspace"], id="unknown flag"),
+        pytest.param(["--tokens", "1"], 2, ["No such option", "--tokens"], id="unknown flag"),
     ],
 )
 def test_wrong_build_flags_are_refused(
