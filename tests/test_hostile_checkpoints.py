@@ -483,7 +483,7 @@ def test_unknown_fields_are_told_and_unbroken_checkpoint_builds(checkpoint: Path
         ({"block_length": "8"}, "--block-length is '8', allowed"),
         ({"max_seq_len": 0}, "--max-seq-len is 0, allowed"),
         ({"max_batch_size": True}, "--max-batch-size is True, allowed"),
-        ({"dtype": "f64"}, "--dtype is 'f64', allowed: f32, f16"),
+        ({"dtype": "f64"}, "--dtype is 'f64', allowed on onnxruntime: f32, f16"),
     ],
 )
 def test_wrong_choices_in_python(checkpoint: Path, choices: dict[str, Any], fragment: str) -> None:
