@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -45,6 +46,7 @@ from .staging import check_target, staged
 from .weights import match, write_weights
 
 _VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
+_Entry = dict[str, object]  # bytes and sha256 of a file
 _SLACK = 64 * 2**20  # bytes kept free beside the weights: model file, tokenizer, file system
 
 
@@ -154,7 +156,11 @@ class Builder:
         sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
-        with staged(self.output) as stage:
+        # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
+        with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
+            hashing = {
+                os.path.relpath(p, self.source.folder): pool.submit(_file_entry, p) for p in self.checkpoint.files
+            }
             weights, info = stage / WEIGHTS_FILE, None
             hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, weights, advance, hashed=keep)}
             onnx.save(self.graph.proto, stage / MODEL_FILE)
@@ -171,7 +177,7 @@ class Builder:
                     shutil.copyfile(self.source.folder / name, stage / name)
             written = {str(p.relative_to(stage)): p for p in sorted(stage.rglob("*")) if p.is_file()}
             files = {name: _file_entry(p, hashes.get(name)) for name, p in written.items()}
-            manifest = self._manifest(files, info)
+            manifest = self._manifest({name: entry.result() for name, entry in hashing.items()}, files, info)
             EngineInfo(self.checkpoint.model, self.config, manifest, self.checkpoint.config).write(stage)
         return self.output
 
@@ -191,9 +197,8 @@ class Builder:
                 "close other programs or build on a larger machine"
             )
 
-    def _manifest(self, files: dict[str, dict[str, object]], info: TensorRTInfo | None) -> Manifest:
-        folder, adapter = self.source.folder, self.checkpoint.adapter
-        identity = {os.path.relpath(p, folder): _file_entry(p) for p in self.checkpoint.files}
+    def _manifest(self, identity: dict[str, _Entry], files: dict[str, _Entry], info: TensorRTInfo | None) -> Manifest:
+        adapter = self.checkpoint.adapter
         return Manifest(
             schema=SCHEMA,
             backend=self.backend,
@@ -210,7 +215,7 @@ def _adapter_entry(adapter: Adapter) -> dict[str, object]:
     return {"name": "linear_spec_lora", "rank": adapter.rank, "scale": adapter.scale, "acts_in": ["draft"]}
 
 
-def _file_entry(path: Path, sha256: str | None = None) -> dict[str, object]:
+def _file_entry(path: Path, sha256: str | None = None) -> _Entry:
     if sha256 is None:
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()

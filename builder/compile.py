@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import onnx.inliner
 from ..contract import DOMAIN, Profile
 from ..errors import BuildError
 from ..plugins.tensorrt_api import Builder, Config, Network, TensorRT, load
+from .stages import split
 from .tensorrt import Job
 
 _NATIVE = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
@@ -49,22 +51,25 @@ def _die_with_parent() -> None:
 def compile_job(job: Job) -> dict[str, Any]:
     """Parse, check, build; the facts for the manifest. Raises BuildError."""
     api = load(job.backend, BuildError)
+    proto = onnx.load(job.model, load_external_data=False)
     if job.plugins:
-        _register(api, job.creators)
+        _find(job.creators)(api)
+        if job.backend == "tensorrt":
+            proto = split(proto, _find(job.chains)())
     builder = api.builder()
     network = api.network(builder)
-    proto = onnx.load(job.model, load_external_data=False)
     _parse(api, network, proto, job)
     check_inputs(network)
     layers = check_layers(network, proto, job)
     config = _configure(api, builder, network, job)
     digest, written = hashlib.sha256(), 0
-    with Path(job.engine).open("wb") as out:
+    with Path(job.engine).open("wb") as out, ThreadPoolExecutor(1) as pool:
 
         def write(data: memoryview) -> int:
             nonlocal written
-            digest.update(data)
+            hashed = pool.submit(digest.update, data)
             out.write(data)
+            hashed.result()
             written += data.nbytes
             return data.nbytes
 
@@ -83,14 +88,13 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _register(api: TensorRT, creators: str) -> None:
-    """Call `module:function` with the facade; it registers the creators of both ops."""
-    module, _, function = creators.partition(":")
+def _find(place: str) -> Any:
+    """The function at `module:function`."""
+    module, _, function = place.partition(":")
     try:
-        register = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise BuildError(f"--plugins: {module} cannot be imported ({error}); leave --plugins out") from None
-    register(api)
 
 
 def _parse(api: TensorRT, network: Network, proto: onnx.ModelProto, job: Job) -> None:

@@ -30,6 +30,7 @@ LARGEST_TENSOR = 2**31 - 1
 PREFILL_LOGITS = 2**30  # bytes of f32; a prefill pass has as many rows as keep its logits below
 MEMORY = (1.6, 2**29)  # factor on the weights' bytes and bytes on top; benchmarks/build_tensorrt.py
 CREATORS = "nemodiff.plugins.registration:register"  # called with the facade before plugins are parsed
+CHAINS = "nemodiff.plugins.registration:chains"  # gives each op's stages.Chain, for the full TensorRT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Job:
     profiles: tuple[Profile, ...]
     layers: int  # decoder layers: that many attentions, and twice as many cache updates
     creators: str
+    chains: str
     plugins: bool
     timing_cache: str | None
     workspace: int | None
@@ -213,6 +215,7 @@ def compile_engine(
         found,
         layers,
         CREATORS,
+        CHAINS,
         choices.plugins,
         str(choices.timing_cache.absolute()) if choices.timing_cache else None,
         choices.workspace,
@@ -239,12 +242,13 @@ def compile_engine(
 
 def _run(job: Job, work: Path) -> dict[str, Any]:
     """Run the child with a job and return its result. `work` is an empty folder."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # The child imports what this process would, and nothing from the folder it happens to stand in.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     if job.plugins:
         environment |= library_folder(work)
     (work / "job.json").write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     output = work / "output"
-    command = [sys.executable, "-m", "nemodiff.builder.compile", str(work)]
+    command = [sys.executable, "-P", "-m", "nemodiff.builder.compile", str(work)]
     with output.open("wb") as stream:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment)
         try:

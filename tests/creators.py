@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemodiff.builder.stages import Chain, Part
+
 KEPT: list[Any] = []  # the registry holds bare pointers
 
 
@@ -27,6 +29,27 @@ def register(api: Any) -> None:
     commit = (trt.int32, trt.float32, trt.int32, trt.int32)
     _add(trt, "BlockAttention", like_query, lambda types: [types[0]])
     _add(trt, "ConfidenceCommit", like_ids, lambda types: list(commit))
+
+
+def register_parts(api: Any) -> None:
+    """BlockAttention in two stages, the first of which makes scratch; ConfidenceCommit in one."""
+    trt = api.module
+    same = lambda types: [types[0]]  # noqa: E731
+    _add(trt, "Split", lambda given, *_: [trt.DimsExprs(given[0])], same)
+    _add(trt, "Join", lambda given, *_: [trt.DimsExprs(given[1])], same)
+    commit = (trt.int32, trt.float32, trt.int32, trt.int32)
+    ids = lambda given, *_: [trt.DimsExprs(given[i]) for i in (1, 1, 1, 2)]  # noqa: E731
+    _add(trt, "Commit", ids, lambda types: list(commit))
+
+
+def chains() -> dict[str, Chain]:
+    attention, commit = ("q", "k", "v", "visible", "slots"), ("logits", "ids", "threshold")
+    made = ("token", "confidence", "next_ids", "masks_left")
+    parts = (Part("Split", attention[:4], ("scratch",)), Part("Join", ("scratch", "q", "visible"), ("y",)))
+    return {
+        "BlockAttention": Chain(attention, ("y",), parts),
+        "ConfidenceCommit": Chain(commit, made, (Part("Commit", commit, made),)),
+    }
 
 
 def only_attention(api: Any) -> None:
@@ -59,7 +82,7 @@ def _add(trt: Any, name: str, shapes: Any, types: Any) -> None:
         def __init__(self) -> None:
             for base in bases:
                 base.__init__(self)
-            self.num_outputs = 1 if name == "BlockAttention" else 4
+            self.num_outputs = 4 if "Commit" in name else 1
             self.plugin_namespace, self.plugin_name, self.plugin_version = "nemodiff", name, "1"
             self.timing_cache_id = ""
 

@@ -113,7 +113,14 @@ def test_build_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert built.stdout == ""
     assert (tmp_path / "engine" / "model.onnx.data").stat().st_size == plan["weight_bytes"]
     config = json.loads((tmp_path / "engine" / "config.json").read_text())
-    assert config["build_config"] == {"dtype": "f16", "max_seq_len": 1000, "max_batch_size": 8, "block_length": 32}
+    assert config["build_config"] == {
+        "dtype": "f16",
+        "max_seq_len": 1000,
+        "max_batch_size": 8,
+        "block_length": 32,
+        "max_input_len": 512,
+        "gather_generation_logits": True,
+    }
     manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
     assert set(manifest["files"]) == {p.name for p in (tmp_path / "engine").iterdir()} - {
         "config.json",

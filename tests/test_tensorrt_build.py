@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import creators
 import ml_dtypes
 import numpy as np
 import onnx
@@ -31,6 +32,7 @@ import nemodiff
 from nemodiff.builder import build, compile, tensorrt
 from nemodiff.builder.build import Builder
 from nemodiff.builder.inspect import describe
+from nemodiff.builder.stages import split
 from nemodiff.builder.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.cli import main
 from nemodiff.contract import Profile, inputs, outputs, read_engine
@@ -386,6 +388,36 @@ def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.
     assert (info.manifest.backend, about.sms) == ("tensorrt", (90,))
     assert about.flags == ("--timing-cache", "--workspace", "--opt-level")
     assert cache.stat().st_size > 0
+
+
+def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(checkpoint.parent, monkeypatch)
+    monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
+    monkeypatch.setattr(tensorrt, "CREATORS", "creators:register_parts")
+    monkeypatch.setattr(tensorrt, "CHAINS", "creators:chains")
+    folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
+    folder.mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", tensorrt.library_folder(folder)["LD_LIBRARY_PATH"])
+    about = read_engine(small(checkpoint, backend="tensorrt", choices=PLUGINS).run()).manifest.tensorrt
+    assert about is not None
+    assert about.layers["plugin"] == {"Split": 2, "Join": 2, "Commit": 1}
+    assert about.layers["native"] == {"KV_CACHE_UPDATE": 4, "ROTARY_EMBEDDING": 4}
+
+
+def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
+    graph = split(small(checkpoint).graph.proto, creators.chains()).graph
+    nodes = {node.name: node for node in graph.node}
+    first, second = nodes["layers.1.self_attn.Split"], nodes["layers.1.self_attn.Join"]
+    assert list(first.input[1:3]) == ["k_cache_1_out", "v_cache_1_out"]
+    assert list(first.output) == ["layers.1.self_attn.scratch"] == [second.input[0]]
+    assert list(second.input) == [first.output[0], first.input[0], "visible"]
+    assert list(second.output) == ["layers.1.self_attn"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in second.attribute}
+    assert attributes == {"scale": 0.25, "plugin_namespace": b"nemodiff", "aot": 1}
+    made = {"", *(v.name for v in graph.input), *(t.name for t in graph.initializer)}
+    for node in graph.node:  # still in order
+        assert set(node.input) <= made, node.name
+        made |= set(node.output)
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
