@@ -27,6 +27,7 @@ MAX_BATCH = 4096  # rows of one forward
 DEFAULT_MAX_SEQ_LEN = 32768
 DEFAULT_MAX_BATCH_SIZE = 8
 PREFILL_CHUNK = 512  # tokens; the prefill profile is 1..512
+EXPORT_FORMATS = ("ministral3",)
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 
 MODEL_FILE = "model.onnx"
