@@ -100,9 +100,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.questions = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
     folder: Path = arguments.twin
-    if not (folder / "export.json").is_file():
+    if not (folder / "nemodiff_export.json").is_file():
         sys.exit(NO_TWIN.format(folder=folder))
-    exported = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    exported = json.loads((folder / "nemodiff_export.json").read_text(encoding="utf-8"))
     eos = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     end, *others = eos if isinstance(eos, list) else [eos]
     try:

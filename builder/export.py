@@ -27,7 +27,7 @@ from .plan import disk_free, size
 from .staging import Kind, check_target, staged
 from .weights import match
 
-EXPORT_FILE = "export.json"  # tells an export; no loader reads it
+EXPORT_FILE = "nemodiff_export.json"  # tells an export; no loader reads it
 EXPORT = Kind("export", EXPORT_FILE, frozenset({EXPORT_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED}))
 PIECE = 16 * 2**20  # bytes copied at once
 _SLACK = 64 * 2**20  # bytes kept free beside the weights: headers, tokenizer, file system

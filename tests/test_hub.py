@@ -229,7 +229,7 @@ def test_export_takes_a_hub_id_and_its_dry_run_fetches_headers_alone(hub: Hub) -
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 0
     twin = hub.folder.parent / "engine"
-    origin = json.loads((twin / "export.json").read_text())
+    origin = json.loads((twin / "nemodiff_export.json").read_text())
     assert origin["checkpoint"] == {"name": REPO, "revision": COMMIT}
     assert (twin / "model.safetensors").stat().st_size > SENT
 
