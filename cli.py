@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, inspect, run, chat.
+"""The `nemodiff` command: build, export, inspect, run, chat.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -22,6 +22,7 @@ from .contract import (
     BACKEND_DTYPES,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
+    EXPORT_FORMATS,
     ITEMSIZE,
     MAX_BLOCK,
     MODES,
@@ -147,6 +148,40 @@ def _parse_sms(text: str | None) -> tuple[int, ...] | None:
     if not all(part.isdecimal() and part.isascii() for part in parts):
         raise click.UsageError(f"--sm is {text!r}; give compute capabilities like 80,86,89")
     return tuple(map(int, parts))
+
+
+@main.command()
+@click.argument("checkpoint")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(EXPORT_FORMATS),
+    default=EXPORT_FORMATS[0],
+    show_default=True,
+    help="Layout of the folder.",
+)
+@click.option("--dry-run", is_flag=True, help="Print what would be written; write nothing.")
+def export(checkpoint: str, output: Path, layout: str, dry_run: bool) -> None:
+    """Write the autoregressive twin of CHECKPOINT for other engines.
+
+    CHECKPOINT is a folder or a hub id, as for build. The twin is a plain Ministral-3 folder with the same weights,
+    bit for bit, which decodes as mode ar does.
+    """
+    from tqdm import tqdm
+
+    from .builder.export import Exporter
+
+    exporter = Exporter(checkpoint, output, layout=layout, headers_only=dry_run)
+    plan = exporter.plan()
+    for line in plan.lines(checkpoint, output):
+        click.echo(line, err=not dry_run)
+    if dry_run:
+        return
+    bar = tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing", disable=None, file=sys.stderr)
+    with bar:
+        exporter.run(bar.update)
+    click.echo(f"exported     {output}; load it with transformers' AutoModelForCausalLM.from_pretrained", err=True)
 
 
 def _decoding_options(command: Command) -> Command:

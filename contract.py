@@ -27,6 +27,7 @@ MAX_BATCH = 4096  # rows of one forward
 DEFAULT_MAX_SEQ_LEN = 32768
 DEFAULT_MAX_BATCH_SIZE = 8
 PREFILL_CHUNK = 512  # tokens of a prefill pass unless another --max-input-len is built
+EXPORT_FORMATS = ("ministral3",)
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends

@@ -1,14 +1,15 @@
 """Puts a finished folder in place in one step, and leaves nothing behind when it is not finished.
 
 `staged(target)` yields a hidden sibling folder; leaving the block renames it to the target, an exception removes it. A
-small child process holds the other end of a pipe and, when the builder dies, even from kill -9, puts back the engine
-that was being replaced and removes the sibling. The surprising fact: after a success the child does the same, on names
-that no longer exist.
+small child process holds the other end of a pipe and, when the builder dies, even from kill -9, puts back the folder
+that was being replaced and removes the sibling. Only a folder of the same `Kind` is ever replaced. The surprising fact:
+after a success the child does the same, on names that no longer exist.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, is_engine
+from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE
 from ..errors import BuildError
 from .checkpoint import CARRIED
 
@@ -33,39 +34,52 @@ for folder in (stage, replaced):
 """
 
 
-def check_target(target: Path) -> None:
-    """Refuse an output that would destroy something other than an engine. Raises BuildError."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of folder that may be replaced by a new one."""
+
+    name: str  # as in "not an engine"
+    marker: str  # JSON file that tells it; its "files" are names of the folder's own too
+    files: frozenset[str]
+
+
+ENGINE = Kind("engine", MANIFEST_FILE, frozenset({CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED}))
+
+
+def check_target(target: Path, kind: Kind = ENGINE) -> None:
+    """Refuse an output that would destroy something other than a folder of this kind. Raises BuildError."""
     if target.is_dir():
-        if not is_engine(target) and any(target.iterdir()):
+        ours = (target / kind.marker).is_file()
+        if not ours and any(target.iterdir()):
             raise BuildError(
-                f"{target}: exists and is not an engine ({MANIFEST_FILE} is missing), allowed: a new or empty folder "
-                "or an engine to replace; choose another --output"
+                f"{target}: exists and is not an {kind.name} ({kind.marker} is missing), allowed: a new or empty "
+                f"folder or an {kind.name} to replace; choose another --output"
             )
-        if is_engine(target) and (strangers := _strangers(target)):
+        if ours and (strangers := _strangers(target, kind)):
             raise BuildError(
-                f"{target}: replacing this engine would remove {strangers[0]!r}, which no build has put there; "
+                f"{target}: replacing this {kind.name} would remove {strangers[0]!r}, which is not its own; "
                 "move it away or choose another --output"
             )
     elif target.exists() or target.is_symlink():
         raise BuildError(f"{target}: exists and is not a folder; choose another --output")
 
 
-def _strangers(target: Path) -> list[str]:
-    """Names in an engine folder that are not the engine's."""
-    known = {CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED}
+def _strangers(target: Path, kind: Kind) -> list[str]:
+    """Names in a folder of this kind that are not its own."""
+    known = set(kind.files)
     with contextlib.suppress(
         OSError, ValueError, RecursionError, TypeError, KeyError
-    ):  # a broken engine is replaced too
-        files = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    ):  # a broken folder is replaced too
+        files = json.loads((target / kind.marker).read_text(encoding="utf-8"))["files"]
         known |= {name.partition("/")[0] for name in files}
     return sorted({path.name for path in target.iterdir()} - known)
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` at the end. Raises BuildError."""
     target = target.absolute()
-    check_target(target)
+    check_target(target, kind)
     stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     replaced = stage.with_name(f"{stage.name}-replaced")
     reaper = subprocess.Popen(  # started first: from here on nothing can be left behind
@@ -80,7 +94,7 @@ def staged(target: Path) -> Iterator[Path]:
         except OSError as error:
             raise BuildError(f"{target}: cannot be written ({error.strerror}); choose another --output") from None
         yield stage
-        _publish(stage, target, replaced)
+        _publish(stage, target, replaced, kind)
     except OSError as error:
         raise BuildError(
             f"{target}: writing failed ({error.strerror or error}); free some space or choose another --output"
@@ -92,8 +106,8 @@ def staged(target: Path) -> Iterator[Path]:
         reaper.wait()
 
 
-def _publish(stage: Path, target: Path, replaced: Path) -> None:
-    """Flush the stage to disk and rename it; an engine already there is moved to `replaced` first and removed after."""
+def _publish(stage: Path, target: Path, replaced: Path, kind: Kind) -> None:
+    """Flush the stage to disk and rename it; a folder already there is moved to `replaced` first and removed after."""
     for path in [*stage.rglob("*"), stage]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -101,14 +115,14 @@ def _publish(stage: Path, target: Path, replaced: Path) -> None:
     if not target.exists():
         stage.rename(target)
         return
-    check_target(target)
+    check_target(target, kind)
     target.rename(replaced)
     try:
         stage.rename(target)
     except OSError:
-        with contextlib.suppress(OSError):  # another build may have come first
+        with contextlib.suppress(OSError):  # another process may have come first
             replaced.rename(target)
         raise
     finally:
-        if target.exists():  # else the child puts the old engine back
+        if target.exists():  # else the child puts the old one back
             replaced.unlink() if replaced.is_symlink() else shutil.rmtree(replaced, ignore_errors=True)

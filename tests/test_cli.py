@@ -146,7 +146,7 @@ def test_inspect_tells_what_an_engine_is(tiny_engine: Path) -> None:
 
 
 def test_help_and_version() -> None:
-    for command in ([], ["build"], ["inspect"], ["run"], ["chat"]):
+    for command in ([], ["build"], ["export"], ["inspect"], ["run"], ["chat"]):
         result = run(*command, "--help")
         assert result.exit_code == 0
         assert "Usage:" in result.stdout

@@ -152,11 +152,11 @@ def large(hub: Hub) -> None:
     assert (hub.folder / "model.safetensors").stat().st_size > SENT
 
 
-def start_build(hub: Hub, name: str, *flags: str, **environment: str) -> subprocess.Popen[str]:
+def start_build(hub: Hub, name: str, *flags: str, command: str = "build", **environment: str) -> subprocess.Popen[str]:
     root = hub.folder.parent
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     return subprocess.Popen(
-        [NEMODIFF, "build", name, "-o", root / "engine", *flags],
+        [NEMODIFF, command, name, "-o", root / "engine", *flags],
         env=inherited | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(root / "hf")} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -218,6 +218,20 @@ def test_dry_run_fetches_headers_alone(hub: Hub, shards: int) -> None:
     assert plan["checkpoint_bytes"] > SENT
     ours = {k: v for k, v in plan.items() if k != "disk_free"}
     assert ours == {k: v for k, v in json.loads(local.stdout).items() if k != "disk_free"}
+
+
+def test_export_takes_a_hub_id_and_its_dry_run_fetches_headers_alone(hub: Hub) -> None:
+    large(hub)
+    stdout, stderr = start_build(hub, REPO, "--dry-run", command="export").communicate(timeout=60)
+    assert "twin         Ministral3ForCausalLM" in stdout, stderr
+    assert [asked for name, asked in hub.downloads if name.endswith(".safetensors")] == ["bytes=0-100000"]
+    process = start_build(hub, f"{REPO}@v1", command="export")
+    assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == 0
+    twin = hub.folder.parent / "engine"
+    origin = json.loads((twin / "nemodiff_export.json").read_text())
+    assert origin["checkpoint"] == {"name": REPO, "revision": COMMIT}
+    assert (twin / "model.safetensors").stat().st_size > SENT
 
 
 def test_a_cached_checkpoint_needs_no_hub(hub: Hub) -> None:
