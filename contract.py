@@ -301,9 +301,14 @@ def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
             "sms": tuple(map(int, values["sms"])),
             "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
             "flags": tuple(values["flags"]),
-            "kernels": tuple(Kernel(**{**k, "arguments": tuple(k["arguments"])}) for k in values.get("kernels", ())),
+            "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
         }
     )
+
+
+def parse_kernel(values: dict[str, Any]) -> Kernel:
+    """A kernel's record out of JSON. Raises TypeError, KeyError."""
+    return Kernel(**{**values, "arguments": tuple(values["arguments"])})
 
 
 def _read_object(path: Path, again: str) -> dict[str, Any]:

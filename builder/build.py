@@ -41,6 +41,7 @@ from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
 from .graph import Graph, build_graph
 from .hub import Source, resolve
+from .kernels import compile_kernels
 from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
 from .weights import match, write_weights
@@ -165,9 +166,17 @@ class Builder:
             hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, weights, advance, hashed=keep)}
             onnx.save(self.graph.proto, stage / MODEL_FILE)
             if compiled:
-                layers = self.checkpoint.model.num_layers
+                model = self.checkpoint.model
+                kernels = compile_kernels(model, self.config.dtype, sms, stage) if self.choices.plugins else ()
                 made = tensorrt.compile_engine(
-                    self.backend, self.choices, sms, self.profiles, layers, stage / MODEL_FILE, stage / ENGINE_FILE
+                    self.backend,
+                    self.choices,
+                    sms,
+                    self.profiles,
+                    model.num_layers,
+                    kernels,
+                    stage / MODEL_FILE,
+                    stage / ENGINE_FILE,
                 )
                 info, hashes[ENGINE_FILE] = made.info, made.sha256
             if not keep:

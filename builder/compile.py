@@ -22,8 +22,10 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from ..contract import DOMAIN, Profile
+from ..contract import DOMAIN, Profile, parse_kernel
 from ..errors import BuildError
+from ..plugins import OPS
+from ..plugins.launch import Kernels
 from ..plugins.tensorrt_api import Builder, Config, Network, TensorRT, load
 from .stages import split
 from .tensorrt import Job
@@ -36,6 +38,7 @@ def main(folder: Path) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     values |= {"sms": tuple(values["sms"]), "profiles": tuple(Profile(**p) for p in values["profiles"])}
+    values |= {"kernels": tuple(parse_kernel(k) for k in values["kernels"])}
     try:
         result = compile_job(Job(**values))
     except BuildError as error:
@@ -53,9 +56,11 @@ def compile_job(job: Job) -> dict[str, Any]:
     api = load(job.backend, BuildError)
     proto = onnx.load(job.model, load_external_data=False)
     if job.plugins:
-        _find(job.creators)(api)
-        if job.backend == "tensorrt":
-            proto = split(proto, _find(job.chains)())
+        quick = job.backend == "tensorrt"
+        kernels = Kernels(Path(job.engine).parent, job.kernels, job.sms[0]) if quick else None
+        _find(job.creators)(api, kernels)
+        if quick:
+            proto = split(proto, OPS)
     builder = api.builder()
     network = api.network(builder)
     _parse(api, network, proto, job)

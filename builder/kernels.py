@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig, RopeConfig
-from ..contract import KERNELS_FOLDER, Dtype, Kernel
+from ..contract import KERNELS_FOLDER, Dtype, Kernel, parse_kernel
 from ..errors import BuildError
-from ..plugins import block_attention, confidence_commit
+from ..plugins import OPS, confidence_commit
 from ..plugins.op import Op, Stage
 
-OPS = (block_attention.OP, confidence_commit.OP, confidence_commit.SAMPLED)
 SMS = (80, 86, 89, 90, 100, 120)
-PTX_VERSION = 87  # 8.7, of CUDA 12.8: the first that knows SM 120
+PTX_VERSION = 88  # 8.8, of CUDA 12.9: the first that knows SM 121
 _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
@@ -65,12 +64,12 @@ def compile_kernels(model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], fold
             f"the plugin kernels cannot be compiled ({said:.300}); install Triton with: pip install 'nemodiff[trt]', "
             "or leave out --plugins"
         )
-    return tuple(Kernel(**{**record, "arguments": tuple(record["arguments"])}) for record in json.loads(child.stdout))
+    return tuple(parse_kernel(record) for record in json.loads(child.stdout))
 
 
 def stages() -> list[tuple[Op, Stage]]:
     """Every stage once, with an op that has it."""
-    found = {stage.name: (op, stage) for op in OPS for stage in op.stages}
+    found = {stage.name: (op, stage) for op in (*OPS, confidence_commit.SAMPLED) for stage in op.stages}
     return list(found.values())
 
 

@@ -43,7 +43,9 @@ class Kind:
     files: frozenset[str]
 
 
-ENGINE = Kind("engine", MANIFEST_FILE, frozenset({CONFIG_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED}))
+ENGINE = Kind(
+    "engine", MANIFEST_FILE, frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED})
+)
 
 
 def check_target(target: Path, kind: Kind = ENGINE) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
-from ..contract import MAX_BLOCK, Backend, BuildConfig, Profile, TensorRTInfo
+from ..contract import MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo
 from ..errors import BuildError
 from ..plugins.tensorrt_api import device_sm, library_folder, load
 
@@ -29,8 +29,7 @@ DEFAULT_SMS = (80, 86, 89, 120)
 LARGEST_TENSOR = 2**31 - 1
 PREFILL_LOGITS = 2**30  # bytes of f32; a prefill pass has as many rows as keep its logits below
 MEMORY = (1.6, 2**29)  # factor on the weights' bytes and bytes on top; benchmarks/build_tensorrt.py
-CREATORS = "nemodiff.plugins.registration:register"  # called with the facade before plugins are parsed
-CHAINS = "nemodiff.plugins.registration:chains"  # gives each op's stages.Chain, for the full TensorRT
+CREATORS = "nemodiff.plugins.registration:register"  # called with the facade and kernels before plugins are parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +178,7 @@ class Job:
     profiles: tuple[Profile, ...]
     layers: int  # decoder layers: that many attentions, and twice as many cache updates
     creators: str
-    chains: str
+    kernels: tuple[Kernel, ...]
     plugins: bool
     timing_cache: str | None
     workspace: int | None
@@ -203,10 +202,11 @@ def compile_engine(
     sms: tuple[int, ...],
     found: tuple[Profile, ...],
     layers: int,
+    kernels: tuple[Kernel, ...],
     model: Path,
     engine: Path,
 ) -> Compiled:
-    """Compile `model` into `engine` in a child process. Raises BuildError."""
+    """Compile `model` into `engine` in a child process; the files of `kernels` lie beside it. Raises BuildError."""
     job = Job(
         backend,
         str(model),
@@ -215,7 +215,7 @@ def compile_engine(
         found,
         layers,
         CREATORS,
-        CHAINS,
+        kernels,
         choices.plugins,
         str(choices.timing_cache.absolute()) if choices.timing_cache else None,
         choices.workspace,
@@ -236,6 +236,7 @@ def compile_engine(
         layers=result["layers"],
         flags=tuple(flags),
         engine_bytes=result["bytes"],
+        kernels=kernels,
     )
     return Compiled(info, result["sha256"])
 

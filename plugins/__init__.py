@@ -1,5 +1,7 @@
-"""The `nemodiff` ops. Each file holds one op: its specification, numpy reference and ONNX function body."""
+"""The `nemodiff` ops. Each file holds one op: its specification, numpy reference, ONNX function body and GPU stages."""
 
 from . import block_attention, confidence_commit
 
-__all__ = ["block_attention", "confidence_commit"]
+OPS = (block_attention.OP, confidence_commit.OP)  # those of the graph
+
+__all__ = ["OPS", "block_attention", "confidence_commit"]

@@ -26,9 +26,7 @@ from click.testing import CliRunner
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 
-PLAN = re.compile(
-    r"(checkpoint|parameters|twin|left out|engine|disk|KV cache|memory|fits( here)?|ignored) {2,}"
-)
+PLAN = re.compile(r"(checkpoint|parameters|twin|left out|engine|disk|KV cache|memory|fits( here)?|ignored) {2,}")
 SUBJECT = re.compile(
     r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|system|temperature|threshold)\b"
 )

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import creators
 import ml_dtypes
 import numpy as np
 import onnx
@@ -37,19 +36,15 @@ from nemodiff.builder.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.cli import main
 from nemodiff.contract import Profile, inputs, outputs, read_engine
 from nemodiff.errors import BuildError, EngineError
+from nemodiff.plugins import OPS
 from nemodiff.plugins.tensorrt_api import device_sm, load
 
 pytestmark = [
     pytest.mark.trt,
     pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra"),
 ]
-PLUGINS = Choices(plugins=True)
+PLUGINS = Choices(plugins=True, sm=(89,))
 NO_DRIVER = pytest.mark.skipif(device_sm() is not None, reason="needs a machine without a GPU")
-
-
-@pytest.fixture(autouse=True)
-def minimal_creators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "CREATORS", "creators:register")
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +212,14 @@ def test_a_plugin_that_nobody_asked_for_is_refused(checkpoint: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(f.name for f in Job.__dataclass_fields__.values())
     values |= {"backend": "tensorrt-rtx", "model": str(path), "layers": 2, "plugins": False}
     code = f"""
-import creators, onnx
+import onnx
+from nemodiff.plugins.registration import register
 from nemodiff.builder.compile import check_layers
 from nemodiff.builder.tensorrt import Job
 from nemodiff.plugins.tensorrt_api import load
 from nemodiff.errors import BuildError
 api = load("tensorrt-rtx", BuildError)
-creators.register(api)
+register(api)
 network = api.network(builder := api.builder())
 proto = onnx.load({str(path)!r}, load_external_data=False)
 assert api.parser(network).parse(proto.SerializeToString(), {str(path)!r})
@@ -393,24 +389,28 @@ def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.
 def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(checkpoint.parent, monkeypatch)
     monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
-    monkeypatch.setattr(tensorrt, "CREATORS", "creators:register_parts")
-    monkeypatch.setattr(tensorrt, "CHAINS", "creators:chains")
+    monkeypatch.setattr(tensorrt, "CREATORS", "creators:stages")
     folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
     folder.mkdir()
     monkeypatch.setenv("LD_LIBRARY_PATH", tensorrt.library_folder(folder)["LD_LIBRARY_PATH"])
     about = read_engine(small(checkpoint, backend="tensorrt", choices=PLUGINS).run()).manifest.tensorrt
     assert about is not None
-    assert about.layers["plugin"] == {"Split": 2, "Join": 2, "Commit": 1}
+    assert about.layers["plugin"] == {
+        "BlockAttentionSplit": 2,
+        "BlockAttentionMerge": 2,
+        "ConfidenceCommitScan": 1,
+        "ConfidenceCommitRule": 1,
+    }
     assert about.layers["native"] == {"KV_CACHE_UPDATE": 4, "ROTARY_EMBEDDING": 4}
 
 
 def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
-    graph = split(small(checkpoint).graph.proto, creators.chains()).graph
+    graph = split(small(checkpoint).graph.proto, OPS).graph
     nodes = {node.name: node for node in graph.node}
-    first, second = nodes["layers.1.self_attn.Split"], nodes["layers.1.self_attn.Join"]
-    assert list(first.input[1:3]) == ["k_cache_1_out", "v_cache_1_out"]
-    assert list(first.output) == ["layers.1.self_attn.scratch"] == [second.input[0]]
-    assert list(second.input) == [first.output[0], first.input[0], "visible"]
+    first, second = (nodes[f"layers.1.self_attn.BlockAttention{part}"] for part in ("Split", "Merge"))
+    assert list(first.input[1:]) == ["k_cache_1_out", "v_cache_1_out", "visible"]
+    assert list(first.output) == ["layers.1.self_attn.part", "layers.1.self_attn.stats"]
+    assert list(second.input) == [first.input[0], *first.output]
     assert list(second.output) == ["layers.1.self_attn"]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in second.attribute}
     assert attributes == {"scale": 0.25, "plugin_namespace": b"nemodiff", "aot": 1}
