@@ -8,6 +8,7 @@ multiprocessor are an upper bound from registers, shared memory and warps; how f
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -33,7 +34,8 @@ def blocks(kernel: Kernel) -> int:
 
 
 def main() -> None:
-    origin = record.origin(("triton",), None)
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD)
     with tempfile.TemporaryDirectory() as folder:
         kernels = compile_kernels(model, "bf16", SMS, Path(folder))

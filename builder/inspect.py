@@ -102,10 +102,12 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
         for kind, found in about["layers"].items()
         if found
     )
-    by_sm: dict[Any, list[str]] = {}
+    by_sm: dict[int, list[str]] = {}
     for kernel in about["kernels"]:
-        figures = ", ".join(f"{v} {k}" for k, v in kernel.items() if isinstance(v, int) and k not in ("sm", "bytes"))
-        by_sm.setdefault(kernel.get("sm"), []).append(f"{kernel.get('name')} ({figures})")
+        by_sm.setdefault(kernel["sm"], []).append(
+            f"{kernel['stage']} ({kernel['registers']} registers, {kernel['shared_bytes']} bytes shared, "
+            f"{kernel['spill_bytes']} spilled)"
+        )
     flags = f", {' '.join(about['flags'])}" if about["flags"] else ""
     return [
         f"compiled     {about['module']} {about['version']} for SM {', '.join(map(str, about['sms']))}, "

@@ -7,6 +7,7 @@ without the library's second name the parser does not fail, it ends the process.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ from nemodiff.builder.inspect import describe
 from nemodiff.builder.stages import split
 from nemodiff.builder.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.cli import main
-from nemodiff.contract import Profile, inputs, outputs, read_engine
+from nemodiff.contract import Kernel, Profile, inputs, outputs, read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import OPS
 from nemodiff.plugins.tensorrt_api import device_sm, load
@@ -393,7 +394,7 @@ def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monke
     folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
     folder.mkdir()
     monkeypatch.setenv("LD_LIBRARY_PATH", tensorrt.library_folder(folder)["LD_LIBRARY_PATH"])
-    about = read_engine(small(checkpoint, backend="tensorrt", choices=PLUGINS).run()).manifest.tensorrt
+    about = read_engine(small(checkpoint, backend="tensorrt", choices=Choices(plugins=True)).run()).manifest.tensorrt
     assert about is not None
     assert about.layers["plugin"] == {
         "BlockAttentionSplit": 2,
@@ -469,14 +470,12 @@ def test_inspect(engine: Path) -> None:
 
 def test_inspect_shows_kernels_by_target(copy: Path) -> None:
     about = json.loads((copy / "manifest.json").read_text())["tensorrt"]
-    about["kernels"] = [
-        {"name": "block_attention", "sm": sm, "registers": 96, "shared": 4096, "spills": 0, "file": "x"}
-        for sm in (80, 89)
-    ]
+    kernel = Kernel("BlockAttentionSplit", 80, "split", 8, 4096, 96, 0, ("*bf16 q", "i32 S"))
+    about["kernels"] = [dataclasses.asdict(dataclasses.replace(kernel, sm=sm)) for sm in (80, 89)]
     edit(copy, "manifest.json", tensorrt=about)
-    text = CliRunner().invoke(main, ["inspect", str(copy)]).stdout
-    assert "kernels      SM 80: block_attention (96 registers, 4096 shared, 0 spills)\n" in text
-    assert "kernels      SM 89: block_attention" in text
+    text = CliRunner().invoke(main, ["inspect", str(copy)], catch_exceptions=False).stdout
+    assert "kernels      SM 80: BlockAttentionSplit (96 registers, 4096 bytes shared, 0 spilled)\n" in text
+    assert "kernels      SM 89: " in text
 
 
 @NO_DRIVER
