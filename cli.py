@@ -86,6 +86,11 @@ def main(ctx: click.Context) -> None:
 @click.option(
     "--block-length", type=click.IntRange(1), help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]"
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Folder of a drafter adapter. [default: the checkpoint's linear_spec_lora]",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be built and what fits; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON.")
 def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, **choices: Any) -> None:
@@ -347,6 +352,7 @@ def _print_stats(answer: Generation, wanted: bool) -> None:
     rate = len(answer.token_ids) / ms["total"] * 1e3
     tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
     kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
+    kept += f", drafter adapter on {answer.adapter_tokens} tokens" if answer.adapter_tokens else ""
     click.echo(
         f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}) in {passes}; "
         f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "

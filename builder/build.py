@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +50,7 @@ class Builder:
         max_seq_len: limit on prompt plus generated tokens; default 32768 or the model's own limit if smaller.
         max_batch_size: limit on rows of a forward.
         block_length: default block length of the engine, 1..64; default the checkpoint's.
+        adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
 
     Raises:
@@ -66,12 +66,13 @@ class Builder:
         max_seq_len: int | None = None,
         max_batch_size: int = DEFAULT_MAX_BATCH_SIZE,
         block_length: int | None = None,
+        adapter: str | Path | None = None,
         headers_only: bool = False,
     ) -> None:
         self.output = Path(output)
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
-        self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
+        self.checkpoint: Checkpoint = open_checkpoint(self.source.folder, None if adapter is None else Path(adapter))
         model = self.checkpoint.model
         self.config = BuildConfig(
             dtype=dtype,
@@ -80,9 +81,9 @@ class Builder:
             block_length=min(model.block_length, MAX_BLOCK) if block_length is None else block_length,
         )
         self._check_config()
-        adapter = self.checkpoint.adapter
-        self.graph: Graph = build_graph(model, dtype, adapter.rank if adapter else 0, adapter.scale if adapter else 1.0)
-        self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(adapter.tensors if adapter else {})}
+        lora = self.checkpoint.adapter
+        self.graph: Graph = build_graph(model, dtype, lora.rank if lora else 0, lora.scale if lora else 1.0)
+        self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
 
     def _check_config(self) -> None:
@@ -122,8 +123,8 @@ class Builder:
         return self.output
 
     def _manifest(self, files: dict[str, dict[str, object]]) -> Manifest:
-        folder, adapter = self.source.folder, self.checkpoint.adapter
-        identity = {os.path.relpath(p, folder): _file_entry(p) for p in self.checkpoint.files}
+        adapter = self.checkpoint.adapter
+        identity = {name: _file_entry(path) for name, path in self.checkpoint.files.items()}
         return Manifest(
             schema=SCHEMA,
             backend="onnxruntime",
