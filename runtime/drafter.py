@@ -28,8 +28,8 @@ def check_gate(engine: Engine, folder: Path) -> None:
     cache.close()
     if not acts:
         raise EngineError(
-            f"{folder}: the drafter adapter changes nothing, its gate is stuck or its weights are zero; build the engine "
-            "again with an adapter that was trained, or from a checkpoint without one"
+            f"{folder}: the drafter adapter changes nothing, its gate is stuck or its weights are zero; build the "
+            "engine again with an adapter that was trained, or from a checkpoint without one"
         )
 
 
