@@ -99,6 +99,11 @@ def main(ctx: click.Context) -> None:
 @click.option(
     "--block-length", type=click.IntRange(1), help=f"Default block length, 1..{MAX_BLOCK}. [default: the checkpoint's]"
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Folder of a drafter adapter. [default: the checkpoint's linear_spec_lora]",
+)
 @click.option("--max-input-len", type=int, help=f"Tokens of a prefill pass; TensorRT. [default: {PREFILL_CHUNK}]")
 @click.option("--logits/--no-logits", default=True, help="Leave out what sampling needs; TensorRT.")
 @click.option("--sm", help="GPUs to compile for; tensorrt-rtx. [default: 80,86,89,120]")
@@ -418,6 +423,7 @@ def _print_stats(answer: Generation, wanted: bool) -> None:
     rate = len(answer.token_ids) / ms["total"] * 1e3
     tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
     kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
+    kept += f", drafter adapter on {answer.adapter_tokens} tokens" if answer.adapter_tokens else ""
     click.echo(
         f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}) in {passes}; "
         f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +64,7 @@ class Builder:
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
         choices: flags that only a TensorRT backend has.
+        adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
 
     Raises:
@@ -84,6 +84,7 @@ class Builder:
         max_input_len: int | None = None,
         logits: bool = True,
         choices: tensorrt.Choices = tensorrt.Choices(),  # noqa: B008  (frozen)
+        adapter: str | Path | None = None,
         headers_only: bool = False,
     ) -> None:
         self.output, self.backend, self.choices = Path(output), backend, choices
@@ -92,7 +93,7 @@ class Builder:
             tensorrt.require(backend)
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
-        self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
+        self.checkpoint: Checkpoint = open_checkpoint(self.source.folder, None if adapter is None else Path(adapter))
         model = self.checkpoint.model
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         self.config = BuildConfig(
@@ -106,16 +107,16 @@ class Builder:
         self._check_config()
         compiled = backend != "onnxruntime"
         self.profiles: tuple[Profile, ...] = tensorrt.profiles(model, self.config) if compiled else ()
-        adapter = self.checkpoint.adapter
+        lora = self.checkpoint.adapter
         self.graph: Graph = build_graph(
             model,
             self.config.dtype,
-            adapter.rank if adapter else 0,
-            adapter.scale if adapter else 1.0,
+            lora.rank if lora else 0,
+            lora.scale if lora else 1.0,
             capacity=length if compiled else None,
             logits=logits,
         )
-        self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(adapter.tensors if adapter else {})}
+        self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
 
     def _check_backend(self, dtype: Dtype | None, max_input_len: int | None, logits: bool) -> None:
@@ -159,9 +160,7 @@ class Builder:
         keep = not compiled or self.choices.keeps_weights
         # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
         with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
-            hashing = {
-                os.path.relpath(p, self.source.folder): pool.submit(_file_entry, p) for p in self.checkpoint.files
-            }
+            hashing = {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
             weights, info = stage / WEIGHTS_FILE, None
             hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, weights, advance, hashed=keep)}
             onnx.save(self.graph.proto, stage / MODEL_FILE)

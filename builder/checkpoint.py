@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder, opened strictly and read from headers alone.
 
-In: a folder with `config.json` and safetensors (one file, or shards behind an index), perhaps `linear_spec_lora/`.
+In: a folder with `config.json` and safetensors (one file, or shards behind an index), perhaps `linear_spec_lora/`, or
+an adapter's folder elsewhere.
 Out: `Checkpoint`, which knows where each tensor lies; `Tensor.array()` maps one tensor without reading it. The
 surprising fact: the drafter adapter's own safetensors lie in a subfolder and must never be taken for base weights.
 """
@@ -25,8 +26,8 @@ from ..errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_FOLDER = "linear_spec_lora"
-ADAPTER_CONFIG = f"{ADAPTER_FOLDER}/adapter_config.json"
-ADAPTER_WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = (f"{ADAPTER_FOLDER}/{name}" for name in _ADAPTER_FILES)
 # Files carried into the engine as they are; the first one must be there.
 CARRIED = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE)
 
@@ -61,6 +62,7 @@ class Tensor:
 class Adapter:
     """The drafter LoRA on every o_proj: y += scale * (x A^T) B^T."""
 
+    folder: Path
     rank: int
     scale: float
     tensors: dict[str, Tensor]
@@ -77,16 +79,21 @@ class Checkpoint:
     adapter: Adapter | None
 
     @property
-    def files(self) -> list[Path]:
-        """The files the engine is made from, in a fixed order."""
-        tensors = list(self.tensors.values()) + (list(self.adapter.tensors.values()) if self.adapter else [])
-        extra = [ADAPTER_CONFIG] if self.adapter else []
-        present = [self.folder / name for name in (CONFIG_FILE, *CARRIED, *extra)]
-        return sorted({t.file for t in tensors} | {p for p in present if p.is_file()})
+    def files(self) -> dict[str, Path]:
+        """The files the engine is made from, by the names they have in a whole checkpoint, in a fixed order."""
+        present = [self.folder / name for name in (CONFIG_FILE, *CARRIED)]
+        base = {t.file for t in self.tensors.values()} | {p for p in present if p.is_file()}
+        named = {path.name: path for path in base}
+        if self.adapter:
+            named |= {f"{ADAPTER_FOLDER}/{name}": self.adapter.folder / name for name in _ADAPTER_FILES}
+        return dict(sorted(named.items()))
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and tensor headers of a checkpoint folder. Raises CheckpointError."""
+def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
+    """Read config and tensor headers of a checkpoint folder, and its drafter adapter, or that of the folder `adapter`.
+
+    Raises CheckpointError.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; give a checkpoint folder or a hub id like nvidia/Nemotron-Labs-Diffusion-8B"
@@ -99,7 +106,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / TOKENIZER_FILE}: missing; an engine carries its tokenizer, so download the checkpoint again"
         )
     _check_tokenizer(folder, model.vocab_size)
-    return Checkpoint(folder, config, model, _open_weights(folder), _open_adapter(folder))
+    return Checkpoint(folder, config, model, _open_weights(folder), _open_adapter(folder, adapter))
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -208,18 +215,21 @@ def _read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_adapter(folder: Path) -> Adapter | None:
-    """The drafter adapter, if the folder has one."""
-    if not (folder / ADAPTER_FOLDER).is_dir():
-        return None
-    path = folder / ADAPTER_CONFIG
+def _open_adapter(checkpoint: Path, chosen: Path | None) -> Adapter | None:
+    """The drafter adapter: the chosen one, or the checkpoint's if it has one."""
+    folder = checkpoint / ADAPTER_FOLDER if chosen is None else chosen
+    if not folder.is_dir():
+        if chosen is None:
+            return None
+        raise CheckpointError(f"{folder}: no such folder; give --adapter a folder with {' and '.join(_ADAPTER_FILES)}")
+    path, weights = (folder / name for name in _ADAPTER_FILES)
     config = read_json(path)
 
     def require(key: str, got: object, right: bool, allowed: str) -> None:
         if not right:
             raise CheckpointError(
-                f"{path}: {key} is {got!r}, allowed: {allowed}; use the adapter shipped with the model, or remove "
-                f"{ADAPTER_FOLDER}/ to build without one"
+                f"{path}: {key} is {got!r}, allowed: {allowed}; use the adapter shipped with the model, or "
+                + ("build without --adapter" if chosen else f"remove {ADAPTER_FOLDER}/ to build without one")
             )
 
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
@@ -229,17 +239,17 @@ def _open_adapter(folder: Path) -> Adapter | None:
     require("bias", config.get("bias", "none"), config.get("bias", "none") == "none", "'none'")
     for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
         require(key, config.get(key), not config.get(key), "unset")
-    if not (folder / ADAPTER_WEIGHTS).is_file() and list((folder / ADAPTER_FOLDER).glob("*.bin")):
+    if not weights.is_file() and list(folder.glob("*.bin")):
         raise CheckpointError(
-            f"{folder / ADAPTER_FOLDER}: holds a pickle file, allowed: {ADAPTER_WEIGHTS}; convert it to safetensors"
+            f"{folder}: holds a pickle file, allowed: {folder.name}/{weights.name}; convert it to safetensors"
         )
     assert isinstance(rank, int)
     assert isinstance(alpha, (int, float))
-    tensors = _read_header(folder / ADAPTER_WEIGHTS)
+    tensors = _read_header(weights)
     for name in tensors:
         if not name.startswith("base_model."):
             raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS}: tensor {name} is not an adapter's, allowed: names that start with "
+                f"{weights}: tensor {name} is not an adapter's, allowed: names that start with "
                 "base_model.; use the adapter shipped with the model"
             )
-    return Adapter(rank, float(alpha) / rank, tensors)
+    return Adapter(folder, rank, float(alpha) / rank, tensors)

@@ -20,6 +20,7 @@ from ..errors import EngineError, RequestError
 from .ar import Loop, ar
 from .cost import CostCurve, measure
 from .diffusion import diffusion
+from .drafter import adapted, check_gate
 from .engine import Cache, Engine, Pass, PassKind, Prediction
 from .options import Options, check_text, make_options, settle
 from .quadratic import quadratic_spec
@@ -80,6 +81,7 @@ class Generation:
     decode_tpf: float | None
     e2e_tpf: float | None
     acceptance: Acceptance
+    adapter_tokens: int
     timings_ms: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,6 +132,8 @@ def load(path: str | Path, *, threads: int | None = None) -> LoadedEngine:
     from .onnxruntime_engine import OnnxRuntimeEngine
 
     backend = OnnxRuntimeEngine(folder, info, threads)
+    if info.has_adapter:
+        check_gate(backend, folder)
     return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3)
 
 
@@ -220,6 +224,7 @@ def _decode(cache: Cache, waiting: Iterator[Sequence], rows: int) -> Iterator[tu
         for row in range(len(served) - 1, -1, -1):
             sequence, loop, asked = served[row]
             sequence.nfe[asked.kind] += 1
+            sequence.adapter_tokens += adapted(asked)
             try:
                 active[row] = (sequence, loop, loop.send(predictions[row]))
             except StopIteration:
@@ -292,6 +297,7 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
         decode_tpf=emitted / decoding if decoding else None,
         e2e_tpf=emitted / passes if passes else None,
         acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths),
+        adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
         timings_ms={
             "load": engine.load_ms,
             "prefill": (sequence.first_token - sequence.started) * 1e3,

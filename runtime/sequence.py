@@ -37,6 +37,7 @@ class Sequence:
         self.length = 0  # committed tokens: cache slots that hold valid K/V
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
+        self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.started = time.perf_counter()
         self.first_token = self.ended = 0.0
         self._eos = frozenset(model.eos_ids)
