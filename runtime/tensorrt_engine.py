@@ -8,8 +8,6 @@ first tokens do not see its last, so a long prompt needs no loop that knows the 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import threading
 import time
 from collections.abc import Sequence
@@ -18,17 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import ENGINE_FILE, ITEMSIZE, Binding, EngineInfo, Profile, cache_names, inputs, outputs
+from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names
 from ..errors import EngineError, RequestError
 from ..plugins.tensorrt_api import Context, TensorRT, load
-from .device import ALIGNMENT, Device, Graph, Memory, Pinned
+from .device import Device, Memory, Pinned
 from .engine import Pass, Prediction
 from .tensorrt_checks import MODEL_INPUT, check_here, check_memory, deserialize
+from .tensorrt_forward import Forward, Key, layouts
 
 _KEPT_FORWARDS = 48  # shapes kept per cache, each with an execution context and perhaps a graph
 _KEPT_CACHES = 4  # closed ones
-_NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32}
-_Key = tuple[int, int, int, int]  # first row, rows, S, R
 
 
 class TensorRTEngine:
@@ -82,7 +79,7 @@ class TensorRTEngine:
         self._config = self._runtime_config()
         self._closed: list[TensorRTCache] = []
         self.lock = threading.RLock()  # of the stream, the scratch memory and _closed
-        self.eager_shapes: dict[_Key, str] = {}  # shapes that cannot be captured, and why
+        self.eager_shapes: dict[Key, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made since the engine was loaded
 
     def open(self, rows: int) -> TensorRTCache:
@@ -152,14 +149,14 @@ class TensorRTCache:
         self.caches = {name: device.allocate(rows * self.row_bytes) for name in names}
         for memory in self.caches.values():  # slots that a query does not see are multiplied by 0, and must not be NaN
             device.zero(memory.address, memory.nbytes)
-        sizes = [_layouts(engine, min(rows, p.max_batch_size), p.max_tokens, p.max_rows) for p in engine.profiles]
+        sizes = [layouts(engine, min(rows, p.max_batch_size), p.max_tokens, p.max_rows) for p in engine.profiles]
         self.given = device.pinned(max(given.nbytes for given, _ in sizes))
         self.taken = device.pinned(max(taken.nbytes for _, taken in sizes))
         self.given_there = device.allocate(self.given.array.size)
         self.taken_there = device.allocate(self.taken.array.size)
         device.wait()
         self._logits: Pinned | None = None
-        self._forwards: dict[_Key, _Forward] = {}
+        self._forwards: dict[Key, Forward] = {}
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
@@ -252,8 +249,8 @@ class TensorRTCache:
             found += map(_copy, self._run(number, some, (first + at, len(some), tokens, wanted)))
         return found
 
-    def _run(self, profile: int, passes: Sequence[Pass], key: _Key) -> list[Prediction]:
-        forward = self._forwards.pop(key, None) or _Forward(self._engine, self, profile, key)
+    def _run(self, profile: int, passes: Sequence[Pass], key: Key) -> list[Prediction]:
+        forward = self._forwards.pop(key, None) or Forward(self._engine, self, profile, key)
         self._forwards[key] = forward  # the last used comes last
         while len(self._forwards) > _KEPT_FORWARDS:
             del self._forwards[next(iter(self._forwards))]
@@ -268,7 +265,7 @@ class TensorRTCache:
         self.seconds += time.perf_counter() - started
         return [forward.prediction(row, p.rows.size, logits.get(row)) for row, p in enumerate(passes)]
 
-    def _read_logits(self, asked: list[int], passes: Sequence[Pass], key: _Key) -> dict[int, np.ndarray]:
+    def _read_logits(self, asked: list[int], passes: Sequence[Pass], key: Key) -> dict[int, np.ndarray]:
         """Start copying the rows of logits that were asked for; views of where they will be, (R, V) f32."""
         source, vocab = self._engine.logits, self._engine.info.model.vocab_size
         assert source is not None
@@ -283,122 +280,6 @@ class TensorRTCache:
             found[row] = self._logits.array[at : at + nbytes].view(np.float32).reshape(count, vocab)
             at += nbytes
         return found
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """Where the small bindings of one shape lie in one buffer: name -> (offset, dtype, shape)."""
-
-    places: dict[str, tuple[int, type, tuple[int, ...]]]
-    nbytes: int
-
-    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """Each binding as an array over the buffer, (nbytes,) u8."""
-        return {
-            name: buffer[at : at + 4 * math.prod(shape)].view(dtype).reshape(shape)
-            for name, (at, dtype, shape) in self.places.items()
-        }
-
-
-def _layouts(engine: TensorRTEngine, rows: int, size: int, picked: int) -> tuple[_Layout, _Layout]:
-    """The layouts of what a pass is given and of what is taken from it."""
-    info = engine.info
-    lengths = {"B": rows, "S": size, "R": picked}
-
-    def layout(bindings: list[Binding]) -> _Layout:
-        places, end = {}, 0
-        for b in bindings:
-            if b.kind != "compute" and b.name != "logits":
-                shape = tuple(lengths[d] if isinstance(d, str) else d for d in b.shape)
-                places[b.name] = (end, _NUMPY[b.kind], shape)
-                end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
-        return _Layout(places, end)
-
-    return layout(inputs(info.model, info.has_adapter)), layout(outputs(info.model))
-
-
-class _Forward:
-    """One shape (first row, rows, S, R): its context, its views of the cache's buffers, perhaps its graph."""
-
-    def __init__(self, engine: TensorRTEngine, cache: TensorRTCache, profile: int, key: _Key) -> None:
-        first, rows, self._size, picked = self._key = key
-        self._engine, self._runs = engine, 0
-        self._graph: Graph | None = None
-        given, taken = _layouts(engine, rows, self._size, picked)
-        self._inputs, self._outputs = given.views(cache.given.array), taken.views(cache.taken.array)
-        self._upload = (cache.given_there.address, cache.given.address, given.nbytes)
-        self._download = (cache.taken.address, cache.taken_there.address, taken.nbytes)
-        addresses = {name: cache.given_there.address + at for name, (at, _, _) in given.places.items()}
-        addresses |= {name: cache.taken_there.address + at for name, (at, _, _) in taken.places.items()}
-        shapes = {name: shape for name, (_, _, shape) in given.places.items()}
-        model = engine.info.model
-        for name, memory in cache.caches.items():
-            addresses[name] = addresses[f"{name}_out"] = memory.address + first * cache.row_bytes
-            shapes[name] = (rows, model.num_kv_heads, engine.capacity, model.head_dim)
-        if engine.logits is not None:
-            addresses["logits"] = engine.logits.address
-        self._context = engine.context(profile)
-        done = all(self._context.set_input_shape(name, shape) for name, shape in shapes.items())
-        done = done and all(self._context.set_tensor_address(name, address) for name, address in addresses.items())
-        if not done or self._context.infer_shapes():
-            raise EngineError(
-                f"{engine.folder / ENGINE_FILE}: does not take {rows} row(s) of {self._size} tokens "
-                f"({engine.api.errors()}); build it again: nemodiff build CHECKPOINT -o {engine.folder}"
-            )
-
-    def fill(self, row: int, p: Pass, pad_id: int) -> None:
-        """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-        given, size, picked = self._inputs, p.ids.size, p.rows.size
-        given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
-        given["visible"][row, :size], given["write_at"][row] = p.visible, p.write_at
-        given["rows"][row, :picked], given["rows"][row, picked:] = p.rows, self._size - 1
-        given["threshold"][row] = p.threshold
-        if "adapter" in given:
-            given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0
-        if size < self._size:
-            own = np.arange(p.write_at + size, p.write_at + self._size, dtype=np.int32)
-            given["ids"][row, size:], given["pos"][row, size:] = pad_id, own
-            given["visible"][row, size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
-
-    def enqueue(self) -> None:
-        """Upload, run, download: eagerly at first, captured the second time, replayed from then on."""
-        engine = self._engine
-        self._runs += 1
-        if self._runs == 2 and engine.graphs:
-            self._capture()
-        if self._graph is not None:
-            engine.device.launch(self._graph)
-        elif not self._work():
-            raise EngineError(
-                f"{engine.folder / ENGINE_FILE}: a pass failed ({engine.api.errors()}); load the engine again, and "
-                "report it if that does not help"
-            )
-
-    def _capture(self) -> None:
-        capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX alone
-        if capturable is not None and not capturable(self._engine.device.stream):
-            made: Graph | str = "the backend says that it cannot be captured"
-        else:
-            made = self._engine.device.capture(self._work)
-        if isinstance(made, str):
-            self._engine.eager_shapes[self._key] = made
-        else:
-            self._graph = made
-            self._engine.captured += 1
-
-    def _work(self) -> bool:
-        device = self._engine.device
-        device.upload(*self._upload)
-        done = self._context.execute_async_v3(device.stream)
-        device.download(*self._download)
-        return done
-
-    def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
-        """One row's results as views."""
-        taken = self._outputs
-        return Prediction(
-            taken["token"][row, :count], taken["confidence"][row, :count], taken["next_ids"][row, :count], logits
-        )
 
 
 def _rounded(number: int, limit: int) -> int:

@@ -66,7 +66,7 @@ class Driver:
                 return np.frombuffer(memory, np.uint8, nbytes, address - start)
         raise AssertionError(f"{nbytes} bytes at {address} are not allocated")
 
-    def cuInit(self, flags: int) -> tuple[int]:
+    def cuInit(self, Flags: int) -> tuple[int]:
         return (OK if self.count else NO_DEVICE,)
 
     def cuDeviceGetCount(self) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class Driver:
     def cuCtxSetCurrent(self, ctx: int) -> tuple[int]:
         return (OK if ctx == CONTEXT else INVALID_VALUE,)
 
-    def cuStreamCreate(self, flags: int) -> tuple[int, int]:
+    def cuStreamCreate(self, Flags: int) -> tuple[int, int]:
         return OK, STREAM
 
     def cuMemGetInfo(self) -> tuple[int, int, int]:
@@ -96,7 +96,7 @@ class Driver:
     def cuMemAlloc(self, bytesize: int) -> tuple[int, int]:
         return self._new(self.device, bytesize, self.total - self.used)
 
-    def cuMemHostAlloc(self, bytesize: int, flags: int) -> tuple[int, int]:
+    def cuMemHostAlloc(self, bytesize: int, Flags: int) -> tuple[int, int]:
         return self._new(self.host, bytesize, bytesize)
 
     def _new(self, places: dict[int, Any], bytesize: int, free: int) -> tuple[int, int]:
