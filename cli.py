@@ -215,6 +215,7 @@ def _decoding_options(command: Command) -> Command:
         click.option("--system", help="System text."),
         click.option("--thinking", is_flag=True, help="Let the model think first."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
+        click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT."),
         click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),
     ]
     for option in reversed(options):
@@ -245,6 +246,7 @@ def run(
     batch_size: int,
     raw: bool,
     threads: int | None,
+    device: int,
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -265,11 +267,13 @@ def run(
     options["chat"] = not raw
     if input_file is not None:
         lines = list(_parse_prompts(input_file))
-        _answer_lines(load(engine, threads=threads), input_file, lines, batch_size, as_json, stats, options)
+        _answer_lines(
+            load(engine, threads=threads, device=device), input_file, lines, batch_size, as_json, stats, options
+        )
         return
     text = prompt if prompt is not None else _read_stdin()
     check_text(text, "--prompt")
-    _answer(load(engine, threads=threads), text, stream, show_denoise, as_json, stats, options)
+    _answer(load(engine, threads=threads, device=device), text, stream, show_denoise, as_json, stats, options)
 
 
 def _answer_lines(
@@ -341,7 +345,7 @@ def inspect(engine: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @_decoding_options
-def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None:
+def chat(engine: Path, threads: int | None, device: int, stats: bool, **options: Any) -> None:
     """Talk with ENGINE; the conversation is kept. /reset forgets it, /exit or end of input leaves."""
     import contextlib
 
@@ -352,7 +356,7 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
-    loaded = load(engine, threads=threads)
+    loaded = load(engine, threads=threads, device=device)
     messages: list[Message] = []
     while True:
         try:

@@ -8,19 +8,18 @@ CUDA driver for those of TensorRT-RTX and for what runs after an engine. The sur
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..contract import EngineInfo, Kernel
+from ..contract import Kernel
 from ..errors import EngineError
 from .op import Grid
 
 
 class Kernels:
-    """Kernels of `sm` in an engine folder; nothing is loaded yet.
+    """Kernels of `sm` in an engine folder, whose files the caller has checked; nothing is loaded yet.
 
     Raises:
         EngineError: the engine has no kernels for the card.
@@ -35,22 +34,6 @@ class Kernels:
                 f"{folder}: has no plugin kernels for SM {sm}, allowed: {built}; build it again with --plugins and "
                 f"--sm {sm}"
             )
-
-    @classmethod
-    def of(cls, folder: Path, info: EngineInfo, sm: int) -> Kernels:
-        """Those of an engine; raises EngineError too if a file is not the one that was built."""
-        about = info.manifest.tensorrt
-        found = cls(folder, about.kernels if about else (), sm)
-        for kernel in found.records.values():
-            for name in (kernel.file("ptx"), kernel.file("cubin")):
-                path = folder / name
-                sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-                if sha256 is None or sha256 != info.manifest.files.get(name, {}).get("sha256"):
-                    raise EngineError(
-                        f"{path}: {'missing' if sha256 is None else 'not the file that was built'}; copy the engine "
-                        f"folder whole or build it again: nemodiff build CHECKPOINT -o {folder}"
-                    )
-        return found
 
     def ptx(self, stage: str) -> tuple[Kernel, str]:
         """A kernel's record and its PTX."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import EngineInfo, read_engine
-from ..errors import EngineError, RequestError
+from ..errors import RequestError
 from .ar import Loop, ar
 from .cost import CostCurve, measure
 from .diffusion import diffusion
@@ -107,16 +107,17 @@ class Text:
     text: str
 
 
-def load(path: str | Path, *, threads: int | None = None) -> LoadedEngine:
-    """Load an engine folder.
+def load(path: str | Path, *, threads: int | None = None, device: int = 0) -> LoadedEngine:
+    """Load an engine folder, for the backend it was built for.
 
     Args:
         path: a folder made by `nemodiff build`.
-        threads: CPU threads; None takes one per physical core.
+        threads: CPU threads of an ONNX Runtime engine; None takes one per physical core.
+        device: the GPU of a TensorRT engine, by CUDA's number.
 
     Raises:
         EngineError: with the command that fixes it.
-        RequestError: threads is out of range.
+        RequestError: threads or device is out of range.
     """
     started = time.perf_counter()
     if threads is not None and (not isinstance(threads, int) or threads < 1):
@@ -124,14 +125,15 @@ def load(path: str | Path, *, threads: int | None = None) -> LoadedEngine:
     folder = Path(path)
     info = read_engine(folder)
     text = TextCodec(folder)
-    if info.manifest.backend != "onnxruntime":
-        raise EngineError(
-            f"{folder}: built for backend {info.manifest.backend!r}, this nemodiff runs 'onnxruntime'; build it again: "
-            f"nemodiff build CHECKPOINT -o {folder}"
-        )
-    from .onnxruntime_engine import OnnxRuntimeEngine
+    backend: Engine
+    if info.manifest.backend == "onnxruntime":
+        from .onnxruntime_engine import OnnxRuntimeEngine
 
-    backend = OnnxRuntimeEngine(folder, info, threads)
+        backend = OnnxRuntimeEngine(folder, info, threads)
+    else:
+        from .tensorrt_engine import TensorRTEngine
+
+        backend = TensorRTEngine(folder, info, device)
     if info.has_adapter:
         check_gate(backend, folder)
     return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3)

@@ -28,7 +28,7 @@ from nemodiff.cli import main
 
 PLAN = re.compile(r"(checkpoint|parameters|twin|left out|engine|disk|KV cache|memory|fits( here)?|ignored) {2,}")
 SUBJECT = re.compile(
-    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|system|temperature|threshold)\b"
+    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(device|mode|prompt|message|option|seed|standard|stop|system|temperature|threshold)\b"
 )
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
 

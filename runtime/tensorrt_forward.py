@@ -1,0 +1,167 @@
+"""One shape of a pass on a GPU: its buffers' layout, its execution context, perhaps its CUDA graph.
+
+In: an engine, a cache's buffers and a shape (first row, rows, S, R). Out: `Forward`, which fills the inputs, runs them,
+and hands out views of the results. The surprising fact: a shape has an execution context of its own, because TensorRT
+ties a captured graph to the state of the context it was captured from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..contract import ENGINE_FILE, Binding, EngineInfo, inputs, outputs
+from ..errors import EngineError
+from ..plugins.tensorrt_api import Context, TensorRT
+from .device import ALIGNMENT, Device, Graph, Memory, Pinned
+from .engine import Pass, Prediction
+
+_NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32}
+Key = tuple[int, int, int, int]  # first row, rows, S, R
+
+
+class Owner(Protocol):
+    """What a forward uses of its engine."""
+
+    info: EngineInfo
+    folder: Path
+    device: Device
+    api: TensorRT
+    graphs: bool
+    capacity: int
+    captured: int
+    eager_shapes: dict[Key, str]
+    logits: Memory | None
+
+    def context(self, profile: int) -> Context: ...
+
+
+class Buffers(Protocol):
+    """What a forward uses of its cache."""
+
+    caches: dict[str, Memory]
+    row_bytes: int
+    given: Pinned
+    taken: Pinned
+    given_there: Memory
+    taken_there: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the small bindings of one shape lie in one buffer: name -> (offset, dtype, shape)."""
+
+    places: dict[str, tuple[int, type, tuple[int, ...]]]
+    nbytes: int
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Each binding as an array over the buffer, (nbytes,) u8."""
+        return {
+            name: buffer[at : at + 4 * math.prod(shape)].view(dtype).reshape(shape)
+            for name, (at, dtype, shape) in self.places.items()
+        }
+
+
+def layouts(engine: Owner, rows: int, size: int, picked: int) -> tuple[Layout, Layout]:
+    """The layouts of what a pass is given and of what is taken from it."""
+    info = engine.info
+    lengths = {"B": rows, "S": size, "R": picked}
+
+    def layout(bindings: list[Binding]) -> Layout:
+        places, end = {}, 0
+        for b in bindings:
+            if b.kind != "compute" and b.name != "logits":
+                shape = tuple(lengths[d] if isinstance(d, str) else d for d in b.shape)
+                places[b.name] = (end, _NUMPY[b.kind], shape)
+                end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        return Layout(places, end)
+
+    return layout(inputs(info.model, info.has_adapter)), layout(outputs(info.model))
+
+
+class Forward:
+    """One shape (first row, rows, S, R): its context, its views of the cache's buffers, perhaps its graph."""
+
+    def __init__(self, engine: Owner, cache: Buffers, profile: int, key: Key) -> None:
+        first, rows, self._size, picked = self._key = key
+        self._engine, self._runs = engine, 0
+        self._graph: Graph | None = None
+        given, taken = layouts(engine, rows, self._size, picked)
+        self._inputs, self._outputs = given.views(cache.given.array), taken.views(cache.taken.array)
+        self._upload = (cache.given_there.address, cache.given.address, given.nbytes)
+        self._download = (cache.taken.address, cache.taken_there.address, taken.nbytes)
+        addresses = {name: cache.given_there.address + at for name, (at, _, _) in given.places.items()}
+        addresses |= {name: cache.taken_there.address + at for name, (at, _, _) in taken.places.items()}
+        shapes = {name: shape for name, (_, _, shape) in given.places.items()}
+        model = engine.info.model
+        for name, memory in cache.caches.items():
+            addresses[name] = addresses[f"{name}_out"] = memory.address + first * cache.row_bytes
+            shapes[name] = (rows, model.num_kv_heads, engine.capacity, model.head_dim)
+        if engine.logits is not None:
+            addresses["logits"] = engine.logits.address
+        self._context = engine.context(profile)
+        done = all(self._context.set_input_shape(name, shape) for name, shape in shapes.items())
+        done = done and all(self._context.set_tensor_address(name, address) for name, address in addresses.items())
+        if not done or self._context.infer_shapes():
+            raise EngineError(
+                f"{engine.folder / ENGINE_FILE}: does not take {rows} row(s) of {self._size} tokens "
+                f"({engine.api.errors()}); build it again: nemodiff build CHECKPOINT -o {engine.folder}"
+            )
+
+    def fill(self, row: int, p: Pass, pad_id: int) -> None:
+        """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
+        given, size, picked = self._inputs, p.ids.size, p.rows.size
+        given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
+        given["visible"][row, :size], given["write_at"][row] = p.visible, p.write_at
+        given["rows"][row, :picked], given["rows"][row, picked:] = p.rows, self._size - 1
+        given["threshold"][row] = p.threshold
+        if "adapter" in given:
+            given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0
+        if size < self._size:
+            own = np.arange(p.write_at + size, p.write_at + self._size, dtype=np.int32)
+            given["ids"][row, size:], given["pos"][row, size:] = pad_id, own
+            given["visible"][row, size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+
+    def enqueue(self) -> None:
+        """Upload, run, download: eagerly at first, captured the second time, replayed from then on."""
+        engine = self._engine
+        self._runs += 1
+        if self._runs == 2 and engine.graphs:
+            self._capture()
+        if self._graph is not None:
+            engine.device.launch(self._graph)
+        elif not self._work():
+            raise EngineError(
+                f"{engine.folder / ENGINE_FILE}: a pass failed ({engine.api.errors()}); load the engine again, and "
+                "report it if that does not help"
+            )
+
+    def _capture(self) -> None:
+        capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX alone
+        if capturable is not None and not capturable(self._engine.device.stream):
+            made: Graph | str = "the backend says that it cannot be captured"
+        else:
+            made = self._engine.device.capture(self._work)
+        if isinstance(made, str):
+            self._engine.eager_shapes[self._key] = made
+        else:
+            self._graph = made
+            self._engine.captured += 1
+
+    def _work(self) -> bool:
+        device = self._engine.device
+        device.upload(*self._upload)
+        done = self._context.execute_async_v3(device.stream)
+        device.download(*self._download)
+        return done
+
+    def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
+        """One row's results as views."""
+        taken = self._outputs
+        return Prediction(
+            taken["token"][row, :count], taken["confidence"][row, :count], taken["next_ids"][row, :count], logits
+        )
