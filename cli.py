@@ -22,7 +22,8 @@ from .errors import NemodiffError, RequestError
 from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
 if TYPE_CHECKING:
-    from .runtime.generate import Generation, LoadedEngine
+    from .runtime.generate import LoadedEngine
+    from .runtime.request import Generation
 
 Command = Callable[..., None]
 
@@ -162,6 +163,12 @@ def _decoding_options(command: Command) -> Command:
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object (per line of --input-file) instead of text."
 )
+@click.option("--no-prefix-reuse", is_flag=True, help="With --input-file: compute what prompts share for each of them.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every event to FILE: JSON lines, or for Perfetto if it ends in .json.",
+)
 def run(
     engine: Path,
     prompt: str | None,
@@ -173,6 +180,8 @@ def run(
     stream: bool,
     show_denoise: bool,
     as_json: bool,
+    no_prefix_reuse: bool,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Answer a prompt with ENGINE."""
@@ -180,6 +189,8 @@ def run(
         raise click.UsageError("give --prompt or --input-file, not both")
     if input_file is None and batch_size != 1:
         raise click.UsageError("--batch-size goes with --input-file")
+    if input_file is None and no_prefix_reuse:
+        raise click.UsageError("--no-prefix-reuse goes with --input-file")
     if stream and as_json:
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
@@ -187,13 +198,18 @@ def run(
     from .runtime.generate import load
 
     options["chat"] = not raw
+
+    def show(answer: Generation) -> None:
+        click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+        _print_stats(answer, stats)
+
     if input_file is not None:
-        lines = list(_parse_prompts(input_file))
-        _answer_lines(load(engine, threads=threads), input_file, lines, batch_size, as_json, stats, options)
+        lines, reuse = list(_parse_prompts(input_file)), not no_prefix_reuse
+        _answer_lines(load(engine, threads=threads), input_file, lines, batch_size, reuse, trace, show, options)
         return
     text = prompt if prompt is not None else _read_stdin()
     check_text(text, "--prompt")
-    _answer(load(engine, threads=threads), text, stream, show_denoise, as_json, stats, options)
+    show(_answer(load(engine, threads=threads), text, stream, show_denoise, trace, options))
 
 
 def _answer_lines(
@@ -201,13 +217,17 @@ def _answer_lines(
     path: Path,
     lines: list[tuple[int, Any]],
     rows: int,
-    as_json: bool,
-    stats: bool,
+    prefix_reuse: bool,
+    trace: Path | None,
+    show: Callable[[Generation], None],
     options: dict[str, Any],
 ) -> None:
-    """Answer the prompts of a file, by line number; all of them are checked before the first is run."""
-    from .runtime.generate import generate_many, prepare
+    """Answer the prompts of a file, in its order; all of them are checked before the first is run."""
+    from .runtime.events import answers
+    from .runtime.generate import events
     from .runtime.options import make_options
+    from .runtime.request import prepare
+    from .runtime.trace import record
 
     chosen, prompts = make_options(options), list[Any]()
     for number, prompt in lines:
@@ -215,9 +235,11 @@ def _answer_lines(
             prompts.append(prepare(loaded, prompt, chosen).prompt)
         except RequestError as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
-    for answer in generate_many(loaded, prompts, rows=rows, **options):
-        click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
-        _print_stats(answer, stats)
+    traced = trace is not None
+    told = events(loaded, prompts, rows=rows, prefix_reuse=prefix_reuse, steps=traced, text=traced, **options)
+    with record(trace, loaded) as write:
+        for answer in answers(write(event) for event in told):
+            show(answer)
 
 
 def _answer(
@@ -225,30 +247,27 @@ def _answer(
     prompt: Any,
     streaming: bool,
     show_denoise: bool,
-    as_json: bool,
-    stats: bool,
+    trace: Path | None,
     options: dict[str, Any],
 ) -> Generation:
-    """Generate one answer and print it as asked."""
-    from .runtime.generate import Step, Text, generate, stream
+    """Generate one answer and show it as it grows, if asked to."""
+    from .runtime.events import Finished, Step, Text
+    from .runtime.generate import events
+    from .runtime.trace import record
     from .runtime.view import line
 
-    watched = streaming or show_denoise
-    events = stream(loaded, prompt, steps=show_denoise, **options) if watched else [generate(loaded, prompt, **options)]
-    for event in events:
-        if isinstance(event, Step):
-            click.echo(line(loaded, event), err=True)
-        elif isinstance(event, Text):
-            if streaming:
+    traced = trace is not None
+    told = events(loaded, [prompt], steps=show_denoise or traced, text=streaming or traced, **options)
+    with record(trace, loaded) as write:
+        for event in told:
+            write(event)
+            if isinstance(event, Step) and show_denoise:
+                click.echo(line(loaded, event), err=True)
+            elif isinstance(event, Text) and streaming:
                 click.echo(event.text, nl=False)
-        else:
-            answer = event
-    if as_json:
-        click.echo(json.dumps(answer.as_dict()))
-    else:
-        click.echo("" if streaming else answer.text)
-    _print_stats(answer, stats)
-    return answer
+            elif isinstance(event, Finished):
+                return event.generation
+    raise AssertionError("a request without an end")
 
 
 @main.command()
@@ -294,10 +313,12 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
         elif said:
             turn: list[Message] = [*messages, {"role": "user", "content": said}]
             try:
-                answer = _answer(loaded, turn, True, False, False, stats, options)
+                answer = _answer(loaded, turn, True, False, None, options)
             except RequestError as error:
                 click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
             else:
+                click.echo()
+                _print_stats(answer, stats)
                 messages = [*turn, {"role": "assistant", "content": answer.text}]
 
 

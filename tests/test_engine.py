@@ -243,7 +243,7 @@ def _resident() -> int:
 def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None:
     cache = engine.backend.open(2)
     cache.forward([causal("prefill", PROMPT[:5], 0), causal("prefill", PROMPT, 0)])
-    cache.move(1, 0)
+    cache.move(1, 0, len(PROMPT))
     got = _copy(cache.forward([causal("decode", [300], 20)])[0])
     alone = engine.backend.open(1)
     alone.forward([causal("prefill", PROMPT, 0)])
@@ -338,7 +338,7 @@ def test_broken_numbers_end_a_request_with_a_sentence(engine: nemodiff.LoadedEng
     """A pass that commits nothing would loop for ever."""
     cache = type(engine.backend.open(1))
 
-    def stuck(self: Any, passes: list[Pass]) -> list[Prediction]:
+    def stuck(self: Any, passes: list[Pass], first: int) -> list[Prediction]:
         return [Prediction(p.ids, np.zeros(p.ids.size), p.ids, None) for p in passes]
 
     monkeypatch.setattr(cache, "forward", stuck)
