@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, inspect, run, chat.
+"""The `nemodiff` command: build, inspect, run, chat, trace.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .errors import NemodiffError, RequestError
 from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
 if TYPE_CHECKING:
+    from .runtime.events import Event
     from .runtime.generate import LoadedEngine
     from .runtime.request import Generation
 
@@ -195,7 +196,8 @@ def run(
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
-    from .runtime.generate import load
+    from .runtime.generate import events, load
+    from .runtime.trace import record
 
     options["chat"] = not raw
 
@@ -209,7 +211,10 @@ def run(
         return
     text = prompt if prompt is not None else _read_stdin()
     check_text(text, "--prompt")
-    show(_answer(load(engine, threads=threads), text, stream, show_denoise, trace, options))
+    loaded, traced = load(engine, threads=threads), trace is not None
+    told = events(loaded, [text], steps=show_denoise or traced, text=stream or traced, **options)
+    with record(trace, loaded) as write:
+        show(_follow(loaded, map(write, told), stream, show_denoise))
 
 
 def _answer_lines(
@@ -238,35 +243,22 @@ def _answer_lines(
     traced = trace is not None
     told = events(loaded, prompts, rows=rows, prefix_reuse=prefix_reuse, steps=traced, text=traced, **options)
     with record(trace, loaded) as write:
-        for answer in answers(write(event) for event in told):
+        for answer in answers(map(write, told)):
             show(answer)
 
 
-def _answer(
-    loaded: LoadedEngine,
-    prompt: Any,
-    streaming: bool,
-    show_denoise: bool,
-    trace: Path | None,
-    options: dict[str, Any],
-) -> Generation:
-    """Generate one answer and show it as it grows, if asked to."""
+def _follow(loaded: LoadedEngine, told: Iterable[Event], streaming: bool, show_denoise: bool) -> Generation:
+    """Show one answer as it grows, if asked to, and return it."""
     from .runtime.events import Finished, Step, Text
-    from .runtime.generate import events
-    from .runtime.trace import record
     from .runtime.view import line
 
-    traced = trace is not None
-    told = events(loaded, [prompt], steps=show_denoise or traced, text=streaming or traced, **options)
-    with record(trace, loaded) as write:
-        for event in told:
-            write(event)
-            if isinstance(event, Step) and show_denoise:
-                click.echo(line(loaded, event), err=True)
-            elif isinstance(event, Text) and streaming:
-                click.echo(event.text, nl=False)
-            elif isinstance(event, Finished):
-                return event.generation
+    for event in told:
+        if isinstance(event, Step) and show_denoise:
+            click.echo(line(loaded, event), err=True)
+        elif isinstance(event, Text) and streaming:
+            click.echo(event.text, nl=False)
+        elif isinstance(event, Finished):
+            return event.generation
     raise AssertionError("a request without an end")
 
 
@@ -291,35 +283,51 @@ def chat(engine: Path, threads: int | None, stats: bool, **options: Any) -> None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     from .runtime.generate import load
+    from .runtime.scheduler import Scheduler
     from .runtime.text import Message
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
     loaded = load(engine, threads=threads)
-    messages: list[Message] = []
-    while True:
-        try:
-            said = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
-        if said in ("/exit", "/quit"):
-            return
-        if said == "/reset":
-            messages = []
-        elif said.startswith("/"):
-            click.echo(f"unknown command {said.split()[0]}; allowed: /reset, /exit", err=True)
-        elif said:
-            turn: list[Message] = [*messages, {"role": "user", "content": said}]
+    with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
+        messages: list[Message] = []
+        while True:
             try:
-                answer = _answer(loaded, turn, True, False, None, options)
-            except RequestError as error:
-                click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
-            else:
+                said = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except UnicodeDecodeError as error:
+                raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
+            if said in ("/exit", "/quit"):
+                return
+            if said == "/reset":
+                messages = []
+            elif said.startswith("/"):
+                click.echo(f"unknown command {said.split()[0]}; allowed: /reset, /exit", err=True)
+            elif said:
+                turn: list[Message] = [*messages, {"role": "user", "content": said}]
+                try:
+                    answer = _follow(loaded, scheduler.submit(turn, **options), True, False)
+                except RequestError as error:
+                    click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
+                    continue
                 click.echo()
                 _print_stats(answer, stats)
                 messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+@main.group()
+def trace() -> None:
+    """Look at what `run --trace` has written."""
+
+
+@trace.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+def trace_show(file: Path) -> None:
+    """Sum up FILE, JSON lines of events: per request its passes, times and drafts."""
+    from .runtime.trace import read, summary
+
+    click.echo("\n".join(summary(read(file))))
 
 
 def _read_stdin() -> str:

@@ -121,9 +121,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not right:
         raise RequestError(f"{path}: not JSON lines of events; write them with: nemodiff run --trace FILE.jsonl")
     if header["schema"] != SCHEMA:
-        raise RequestError(
-            f"{path}: schema is {header['schema']!r}, allowed: {SCHEMA}; write it again"
-        )
+        raise RequestError(f"{path}: schema is {header['schema']!r}, allowed: {SCHEMA}; write it again")
     return lines[1:]
 
 
