@@ -220,11 +220,11 @@ class Scheduler:
     def _refuse_if_busy(self) -> None:
         if self._closed:
             raise BusyError("the scheduler is closed; give the request to a new one")
-        free = self._rows - len(self._running)  # rows that the worker is about to fill
-        if len(self._waiting) >= self._most_waiting + free:
+        present = len(self._waiting) + len(self._running)  # a free row is about to be filled, so it counts as room
+        if present >= self._most_waiting + self._rows:
             raise BusyError(
-                f"{len(self._waiting)} requests wait already, allowed: {self._most_waiting}; try again later, or make "
-                "the scheduler with more rows or a longer queue"
+                f"{present} requests run or wait, allowed: {self._rows} and {self._most_waiting}; try again later, or "
+                "make the scheduler with more rows or a longer queue"
             )
 
     def _cancel(self, handle: Handle) -> None:

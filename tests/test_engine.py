@@ -250,6 +250,25 @@ def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None
     assert got.token.tolist() == alone.forward([causal("decode", [300], 20)])[0].token.tolist()
 
 
+def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.LoadedEngine) -> None:
+    cache, alone = engine.backend.open(4), engine.backend.open(1)
+    prompts = [PROMPT[i:] for i in range(4)]
+    cache.forward([causal("prefill", p, 0) for p in prompts])
+    cache.forward([causal("verify", [301] * 9, len(p), every_row=True) for p in prompts[1:3]], 1)
+    expected = []
+    for prompt in prompts:
+        alone.forward([causal("prefill", prompt, 0)])
+        ids = [301] * 9 if prompt in prompts[1:3] else []
+        if ids:
+            alone.forward([causal("verify", ids, len(prompt), every_row=True)])
+        expected.append(alone.forward([causal("decode", [302], len(prompt) + len(ids))])[0].confidence.item())
+    lengths = [len(p) + (9 if 0 < i < 3 else 0) for i, p in enumerate(prompts)]
+    got = [cache.forward([causal("decode", [302], n)], row)[0].confidence.item() for row, n in enumerate(lengths)]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    cache.move(3, 0, lengths[3])
+    np.testing.assert_allclose(cache.forward([causal("decode", [302], lengths[3])])[0].confidence, got[3], atol=1e-6)
+
+
 def test_logits_are_there_for_who_asks(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel) -> None:
     cache = engine.backend.open(1)
     assert cache.forward([causal("prefill", PROMPT, 0)])[0].logits is None
