@@ -156,6 +156,8 @@ def test_any_schedule_gives_what_each_request_gives_alone(
             check(engine, running.pop(done), result(engine, done))
         assert len(batch) == len(running)
         assert batch.slots == sum(s.length for s in running)
+        widths = [lane.width for lane in batch._lanes]
+        assert widths == sorted(widths)  # rows that ask for equally many tokens are neighbours
     batch.close()
     assert backend(engine).open_caches == before
 
