@@ -6,33 +6,36 @@ nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 """
 
 from .contract import MODES
-from .errors import BuildError, CheckpointError, EngineError, NemodiffError, RequestError
-from .runtime.generate import (
-    Acceptance,
-    Generation,
-    LoadedEngine,
-    Step,
-    Text,
-    generate,
-    generate_many,
-    load,
-    stream,
-)
+from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
+from .runtime.events import BlockStarted, Committed, Event, Finished, Started, Step, Text
+from .runtime.generate import LoadedEngine, events, generate, generate_many, load, stream
 from .runtime.options import Options
+from .runtime.request import Acceptance, Generation
+from .runtime.scheduler import Handle, Scheduler, Statistics
 
 __all__ = [
     "MODES",
     "Acceptance",
+    "BlockStarted",
     "BuildError",
+    "BusyError",
     "CheckpointError",
+    "Committed",
     "EngineError",
+    "Event",
+    "Finished",
     "Generation",
+    "Handle",
     "LoadedEngine",
     "NemodiffError",
     "Options",
     "RequestError",
+    "Scheduler",
+    "Started",
+    "Statistics",
     "Step",
     "Text",
+    "events",
     "generate",
     "generate_many",
     "load",

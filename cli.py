@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat.
+"""The `nemodiff` command: build, export, inspect, run, chat, trace.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,9 @@ from .errors import NemodiffError, RequestError
 from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
 if TYPE_CHECKING:
-    from .runtime.generate import Generation, LoadedEngine
+    from .runtime.events import Event
+    from .runtime.generate import LoadedEngine
+    from .runtime.request import Generation
 
 Command = Callable[..., None]
 
@@ -239,6 +241,12 @@ def _decoding_options(command: Command) -> Command:
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object (per line of --input-file) instead of text."
 )
+@click.option("--no-prefix-reuse", is_flag=True, help="With --input-file: compute what prompts share for each of them.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every event to FILE: JSON lines, or for Perfetto if it ends in .json.",
+)
 def run(
     engine: Path,
     prompt: str | None,
@@ -251,6 +259,8 @@ def run(
     stream: bool,
     show_denoise: bool,
     as_json: bool,
+    no_prefix_reuse: bool,
+    trace: Path | None,
     **options: Any,
 ) -> None:
     """Answer a prompt with ENGINE."""
@@ -258,22 +268,33 @@ def run(
         raise click.UsageError("give --prompt or --input-file, not both")
     if input_file is None and batch_size != 1:
         raise click.UsageError("--batch-size goes with --input-file")
+    if input_file is None and no_prefix_reuse:
+        raise click.UsageError("--no-prefix-reuse goes with --input-file")
     if stream and as_json:
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
-    from .runtime.generate import load
+    from .runtime.generate import events, load
+    from .runtime.trace import record
 
     options["chat"] = not raw
+
+    def show(answer: Generation) -> None:
+        click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+        _print_stats(answer, stats)
+
     if input_file is not None:
-        lines = list(_parse_prompts(input_file))
+        lines, reuse = list(_parse_prompts(input_file)), not no_prefix_reuse
         _answer_lines(
-            load(engine, threads=threads, device=device), input_file, lines, batch_size, as_json, stats, options
+            load(engine, threads=threads, device=device), input_file, lines, batch_size, reuse, trace, show, options
         )
         return
     text = prompt if prompt is not None else _read_stdin()
     check_text(text, "--prompt")
-    _answer(load(engine, threads=threads, device=device), text, stream, show_denoise, as_json, stats, options)
+    loaded, traced = load(engine, threads=threads, device=device), trace is not None
+    told = events(loaded, [text], steps=show_denoise or traced, text=stream or traced, **options)
+    with record(trace, loaded) as write:
+        show(_follow(loaded, map(write, told), stream, show_denoise))
 
 
 def _answer_lines(
@@ -281,13 +302,17 @@ def _answer_lines(
     path: Path,
     lines: list[tuple[int, Any]],
     rows: int,
-    as_json: bool,
-    stats: bool,
+    prefix_reuse: bool,
+    trace: Path | None,
+    show: Callable[[Generation], None],
     options: dict[str, Any],
 ) -> None:
-    """Answer the prompts of a file, by line number; all of them are checked before the first is run."""
-    from .runtime.generate import generate_many, prepare
+    """Answer the prompts of a file, in its order; all of them are checked before the first is run."""
+    from .runtime.events import answers
+    from .runtime.generate import events
     from .runtime.options import make_options
+    from .runtime.request import prepare
+    from .runtime.trace import record
 
     chosen, prompts = make_options(options), list[Any]()
     for number, prompt in lines:
@@ -295,40 +320,26 @@ def _answer_lines(
             prompts.append(prepare(loaded, prompt, chosen).prompt)
         except RequestError as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
-    for answer in generate_many(loaded, prompts, rows=rows, **options):
-        click.echo(json.dumps(answer.as_dict()) if as_json else answer.text)
-        _print_stats(answer, stats)
+    traced = trace is not None
+    told = events(loaded, prompts, rows=rows, prefix_reuse=prefix_reuse, steps=traced, text=traced, **options)
+    with record(trace, loaded) as write:
+        for answer in answers(map(write, told)):
+            show(answer)
 
 
-def _answer(
-    loaded: LoadedEngine,
-    prompt: Any,
-    streaming: bool,
-    show_denoise: bool,
-    as_json: bool,
-    stats: bool,
-    options: dict[str, Any],
-) -> Generation:
-    """Generate one answer and print it as asked."""
-    from .runtime.generate import Step, Text, generate, stream
+def _follow(loaded: LoadedEngine, told: Iterable[Event], streaming: bool, show_denoise: bool) -> Generation:
+    """Show one answer as it grows, if asked to, and return it."""
+    from .runtime.events import Finished, Step, Text
     from .runtime.view import line
 
-    watched = streaming or show_denoise
-    events = stream(loaded, prompt, steps=show_denoise, **options) if watched else [generate(loaded, prompt, **options)]
-    for event in events:
-        if isinstance(event, Step):
+    for event in told:
+        if isinstance(event, Step) and show_denoise:
             click.echo(line(loaded, event), err=True)
-        elif isinstance(event, Text):
-            if streaming:
-                click.echo(event.text, nl=False)
-        else:
-            answer = event
-    if as_json:
-        click.echo(json.dumps(answer.as_dict()))
-    else:
-        click.echo("" if streaming else answer.text)
-    _print_stats(answer, stats)
-    return answer
+        elif isinstance(event, Text) and streaming:
+            click.echo(event.text, nl=False)
+        elif isinstance(event, Finished):
+            return event.generation
+    raise AssertionError("a request without an end")
 
 
 @main.command()
@@ -352,33 +363,51 @@ def chat(engine: Path, threads: int | None, device: int, stats: bool, **options:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     from .runtime.generate import load
+    from .runtime.scheduler import Scheduler
     from .runtime.text import Message
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
     loaded = load(engine, threads=threads, device=device)
-    messages: list[Message] = []
-    while True:
-        try:
-            said = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
-        if said in ("/exit", "/quit"):
-            return
-        if said == "/reset":
-            messages = []
-        elif said.startswith("/"):
-            click.echo(f"unknown command {said.split()[0]}; allowed: /reset, /exit", err=True)
-        elif said:
-            turn: list[Message] = [*messages, {"role": "user", "content": said}]
+    with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
+        messages: list[Message] = []
+        while True:
             try:
-                answer = _answer(loaded, turn, True, False, False, stats, options)
-            except RequestError as error:
-                click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
-            else:
+                said = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except UnicodeDecodeError as error:
+                raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
+            if said in ("/exit", "/quit"):
+                return
+            if said == "/reset":
+                messages = []
+            elif said.startswith("/"):
+                click.echo(f"unknown command {said.split()[0]}; allowed: /reset, /exit", err=True)
+            elif said:
+                turn: list[Message] = [*messages, {"role": "user", "content": said}]
+                try:
+                    answer = _follow(loaded, scheduler.submit(turn, **options), True, False)
+                except RequestError as error:
+                    click.echo(f"Error: {_printable(str(error))}; /reset starts over", err=True)
+                    continue
+                click.echo()
+                _print_stats(answer, stats)
                 messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+@main.group()
+def trace() -> None:
+    """Look at what `run --trace` has written."""
+
+
+@trace.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+def trace_show(file: Path) -> None:
+    """Sum up FILE, JSON lines of events: per request its passes, times and drafts."""
+    from .runtime.trace import read, summary
+
+    click.echo("\n".join(summary(read(file))))
 
 
 def _read_stdin() -> str:

@@ -23,3 +23,7 @@ class EngineError(NemodiffError):
 
 class RequestError(NemodiffError):
     """A request cannot be served: a value out of range, a prompt that does not fit, an unsupported combination."""
+
+
+class BusyError(NemodiffError):
+    """A request comes when too many wait already, or when the scheduler is closed; it may be sent again later."""

@@ -19,7 +19,8 @@ import record
 from questions import Question
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.generate import Generation, LoadedEngine, generate_many, load
+from nemodiff.runtime.generate import LoadedEngine, generate_many, load
+from nemodiff.runtime.request import Generation
 
 BLOCKS = (32, 16, 8)
 THRESHOLDS = (0.7, 0.9, 0.95, 0.99)

@@ -18,8 +18,9 @@ from typing import Any
 
 from nemodiff.contract import MODES, EngineInfo
 from nemodiff.runtime.engine import Cache, bidirectional, causal
-from nemodiff.runtime.generate import LoadedEngine, decode, prepare
+from nemodiff.runtime.generate import LoadedEngine, decode
 from nemodiff.runtime.options import make_options
+from nemodiff.runtime.request import prepare
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXT = 128  # tokens before the block of the cost curve

@@ -16,9 +16,9 @@ Loop = Generator[Pass, Prediction, None]
 
 
 def prompt_parts(sequence: Sequence) -> Iterator[tuple[list[int], int]]:
-    """The prompt in chunks, each with its position."""
+    """What the cache does not hold of the prompt yet, in chunks, each with its position."""
     prompt, chunk = sequence.prompt, sequence.settings.prefill_chunk
-    for start in range(0, len(prompt), chunk):
+    for start in range(sequence.length, len(prompt), chunk):
         yield prompt[start : start + chunk], start
 
 

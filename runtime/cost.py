@@ -58,3 +58,20 @@ def measure(engine: Engine) -> CostCurve:
             break
     cache.close()
     return CostCurve(SIZES[: len(times)], tuple(times))
+
+
+@functools.lru_cache(maxsize=4096)
+def split(sizes: tuple[int, ...], cost: CostCurve) -> list[int]:
+    """Where to cut neighbouring rows of these sizes into forwards so that they take the least time together.
+
+    A forward of some rows costs what one row of all its tokens costs, padding included. Returned are the ends of the
+    forwards. Cuts are only ever between rows of different size.
+    """
+    ends = [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]] + [len(sizes)]
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for end in ends:
+        best[end] = min(
+            (spent + cost.seconds(max(sizes[start:end]) * (end - start)), [*cuts, end])
+            for start, (spent, cuts) in best.items()
+        )
+    return best[len(sizes)][1]

@@ -1,9 +1,9 @@
 """What a decoding loop asks of an engine, whatever the backend.
 
 A loop yields a `Pass` for its row and gets a `Prediction` back. An `Engine` opens a `Cache` of some rows; one `forward`
-serves the passes of rows 0..b-1 together, each with its own tokens, positions and visibility. The surprising fact: a
-forward never moves a row's length. Every pass writes its K/V where it says, and what lies past the length a loop keeps
-in mind is scratch, so a rejected draft costs nothing to undo.
+serves the passes of consecutive rows together, each with its own tokens, positions and visibility. The surprising fact:
+a forward never moves a row's length. Every pass writes its K/V where it says, and what lies past the length a loop
+keeps in mind is scratch, so a rejected draft costs nothing to undo.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Cache(Protocol):
 
     seconds: float  # spent inside the backend's forward since the cache was opened
 
-    def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
-        """Run one forward; `passes[i]` reads and writes row i."""
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        """Run one forward; `passes[i]` reads and writes row `first + i`, no other row is touched."""
         ...
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a row over another, so that rows stay dense when one has finished."""
+    def move(self, source: int, target: int, slots: int) -> None:
+        """Copy the first `slots` slots of a row over those of another."""
         ...
 
     def close(self) -> None:

@@ -1,41 +1,30 @@
 """The front door: load an engine, generate from it, stream from it.
 
-In: an engine folder, prompts and options. Out: `Generation`, or a stream of events that ends with one. CLI, servers and
-tests all come through here. The surprising fact: one request and many are the same code; `decode` keeps as many rows
-busy as it is given, and a finished row's place is taken by the last row, then by the next request.
+In: an engine folder, prompts and options. Out: `Generation`, or a stream of events that ends with one. The command line
+and the tests come through here; servers through `scheduler.Scheduler`, which adds a thread and a queue to the same
+`Batch`. The surprising fact: one request and many are the same code.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..contract import EngineInfo, read_engine
 from ..errors import RequestError
-from .ar import Loop, ar
+from .batch import KEPT_PREFIXES, Batch, Served
 from .cost import CostCurve, measure
-from .diffusion import diffusion
-from .drafter import adapted, check_gate
-from .engine import Cache, Engine, Pass, PassKind, Prediction
-from .options import Options, check_text, make_options, settle
-from .quadratic import quadratic_spec
-from .self_spec import linear_spec
-from .sequence import FinishReason, Sequence
-from .text import Message, TextCodec
-
-Prompt = str | list[int] | list[Message]
-
-LOOPS: dict[str, Callable[[Sequence], Loop]] = {
-    "ar": ar,
-    "diffusion": diffusion,
-    "linear_spec": linear_spec,
-    "quadratic_spec": quadratic_spec,
-}
+from .drafter import check_gate
+from .engine import Engine, Pass, Prediction
+from .events import BlockStarted, Event, Finished, Reporter, Started, Step, Text, answers
+from .options import make_options
+from .request import Generation, Prompt, prepare
+from .sequence import Sequence
+from .text import TextCodec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,57 +47,8 @@ class LoadedEngine:
         return measure(self.backend)
 
 
-@dataclasses.dataclass(frozen=True)
-class Acceptance:
-    """Tokens emitted by each verify pass, bonus included; `mean` is None without a verify pass."""
-
-    mean: float | None
-    lengths: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: FinishReason
-    mode: str
-    block_length: int
-    threshold: float
-    nfe: dict[PassKind, int]
-    decode_tpf: float | None
-    e2e_tpf: float | None
-    acceptance: Acceptance
-    adapter_tokens: int
-    timings_ms: dict[str, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """As one JSON object."""
-        return dataclasses.asdict(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One pass of the request, for displays: the ids before and after it, and the confidence of each prediction."""
-
-    kind: PassKind
-    start: int
-    before: list[int]
-    after: list[int]
-    confidence: list[float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """New text of the answer; it is never taken back."""
-
-    text: str
-
-
 def load(path: str | Path, *, threads: int | None = None, device: int = 0) -> LoadedEngine:
-    """Load an engine folder, for the backend it was built for.
+    """Load an engine folder.
 
     Args:
         path: a folder made by `nemodiff build`.
@@ -153,51 +93,77 @@ def generate(engine: LoadedEngine, prompt: Prompt, **options: Any) -> Generation
     Raises:
         RequestError: an option is out of range or the prompt does not fit.
     """
-    return next(iter(generate_many(engine, [prompt], **options)))
+    return next(generate_many(engine, [prompt], prefix_reuse=False, **options))
 
 
 def generate_many(
-    engine: LoadedEngine, prompts: Iterable[Prompt], *, rows: int = 1, **options: Any
+    engine: LoadedEngine, prompts: Iterable[Prompt], *, rows: int = 1, prefix_reuse: bool = True, **options: Any
 ) -> Iterator[Generation]:
-    """Generate answers in the order of the prompts, up to `rows` of them sharing each forward.
+    """Generate answers in the order of the prompts, up to `rows` of them at a time.
 
-    `rows` is at most the engine's max_batch_size. Each answer is what `generate` gives alone. Raises RequestError.
+    `rows` is at most the engine's max_batch_size. `prefix_reuse` copies the K/V of a prompt's beginning from an earlier
+    prompt that begins alike. Each answer is what `generate` gives alone. Raises RequestError.
     """
-    chosen = make_options(options)
-    limit = engine.info.build.max_batch_size
-    if not isinstance(rows, int) or not 1 <= rows <= limit:
-        raise RequestError(f"rows is {rows!r}, allowed: 1 to {limit}; build the engine with a larger --max-batch-size")
-    pending: collections.deque[Sequence] = collections.deque()
-
-    def sequences() -> Iterator[Sequence]:
-        for prompt in prompts:
-            pending.append(prepare(engine, prompt, chosen))
-            yield pending[-1]
-
-    for _ in decode(engine.backend, sequences(), rows):
-        while pending and pending[0].ended:
-            yield result(engine, pending.popleft())
+    told = events(engine, prompts, rows=rows, prefix_reuse=prefix_reuse, text=False, **options)
+    return answers(told)
 
 
 def stream(
     engine: LoadedEngine, prompt: Prompt, *, steps: bool = False, **options: Any
-) -> Iterator[Text | Step | Generation]:
-    """Generate one answer as it grows: `Text` events, with `steps` a `Step` after each pass, at last the `Generation`.
+) -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+    """Generate one answer as it grows: `Text` events, with `steps` all others too, at last the `Generation`.
 
     The texts joined are the generation's text. Raises RequestError as `generate` does, before the first event.
     """
-    sequence = prepare(engine, prompt, make_options(options))
+    told = events(engine, [prepare(engine, prompt, make_options(options)).prompt], steps=steps, **options)
 
-    def events() -> Iterator[Text | Step | Generation]:
-        for _, asked, prediction in decode(engine.backend, [sequence], 1):
-            if steps:
-                yield _step(asked, prediction)
-            new = sequence.transcript.push(sequence.tokens, final=sequence.finish is not None)
-            if new:
-                yield Text(new)
-        yield result(engine, sequence)
+    def chosen() -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+        for event in told:
+            if isinstance(event, Finished):
+                yield event.generation
+            elif steps or isinstance(event, Text):
+                yield event
 
-    return events()
+    return chosen()
+
+
+def events(
+    engine: LoadedEngine,
+    prompts: Iterable[Prompt],
+    *,
+    rows: int = 1,
+    prefix_reuse: bool = False,
+    steps: bool = False,
+    text: bool = True,
+    **options: Any,
+) -> Iterator[Event]:
+    """All events of some requests as they happen; a request's number is its prompt's place, from 0.
+
+    The arguments are those of `generate_many`; `steps` tells of every pass, `text` of text before a request's end.
+    Prompts are taken as rows become free. Raises RequestError.
+    """
+    chosen = make_options(options)
+    check_rows(engine, rows)
+    reporters: dict[Sequence, Reporter] = {}
+
+    def sequences() -> Iterator[Sequence]:
+        for number, prompt in enumerate(prompts):
+            sequence = prepare(engine, prompt, chosen)
+            reporters[sequence] = Reporter(number, sequence, steps=steps, text=text)
+            yield sequence
+
+    batch = Batch(engine.backend, rows, cost=lambda: engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
+    for served in _drive(batch, sequences()):
+        yield from reporters[served.sequence].passed(served)
+        if served.sequence.ended:
+            yield from reporters.pop(served.sequence).finished(engine)
+
+
+def check_rows(engine: LoadedEngine, rows: object) -> None:
+    """Refuse a number of rows that the engine was not built for. Raises RequestError."""
+    limit = engine.info.build.max_batch_size
+    if not isinstance(rows, int) or not 1 <= rows <= limit:
+        raise RequestError(f"rows is {rows!r}, allowed: 1 to {limit}; build the engine with a larger --max-batch-size")
 
 
 def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator[tuple[Sequence, Pass, Prediction]]:
@@ -205,110 +171,20 @@ def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator
 
     The prediction's arrays are overwritten by the next forward.
     """
-    cache = engine.open(rows)
+    for served in _drive(Batch(engine, rows), iter(sequences)):
+        yield served.sequence, served.asked, served.prediction
+
+
+def _drive(batch: Batch, waiting: Iterator[Sequence]) -> Iterator[Served]:
     try:
-        yield from _decode(cache, iter(sequences), rows)
+        while True:
+            while len(batch) < batch.rows and (sequence := next(waiting, None)) is not None:
+                batch.add(sequence)
+            if not len(batch):
+                return
+            for served in batch.step():
+                if served.error is not None:
+                    raise served.error
+                yield served
     finally:
-        cache.close()
-
-
-def _decode(cache: Cache, waiting: Iterator[Sequence], rows: int) -> Iterator[tuple[Sequence, Pass, Prediction]]:
-    active: list[tuple[Sequence, Loop, Pass]] = []
-    while True:
-        while len(active) < rows and (sequence := next(waiting, None)) is not None:
-            sequence.started = time.perf_counter()
-            loop = LOOPS[sequence.settings.mode](sequence)
-            active.append((sequence, loop, next(loop)))
-        if not active:
-            return
-        served = active.copy()
-        predictions = cache.forward([asked for _, _, asked in served])
-        for row in range(len(served) - 1, -1, -1):
-            sequence, loop, asked = served[row]
-            sequence.nfe[asked.kind] += 1
-            sequence.adapter_tokens += adapted(asked)
-            try:
-                active[row] = (sequence, loop, loop.send(predictions[row]))
-            except StopIteration:
-                sequence.ended = time.perf_counter()
-                last = active.pop()
-                if row < len(active):
-                    cache.move(len(active), row)
-                    active[row] = last
-        for row, prediction in enumerate(predictions):
-            yield served[row][0], served[row][2], prediction
-
-
-def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
-    """Encode a prompt and check every option against the engine. Raises RequestError."""
-    ids = encode(engine, prompt, options)
-    settings = settle(engine.info, len(ids), options)
-    budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
-    transcript = engine.text.transcript(settings.stop)
-    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
-
-
-def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
-    """The prompt's token ids. Raises RequestError."""
-    if isinstance(prompt, str):
-        check_text(prompt, "prompt")
-        if not options.chat:
-            return _not_empty(engine.text.encode(prompt))
-        messages: list[Message] = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-        vocab = engine.info.model.vocab_size
-        ids = [i for i in prompt if isinstance(i, int)]
-        wrong = next((i for i in ids if not 0 <= i < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"prompt holds token id {wrong}, allowed: 0 to {vocab - 1}")
-        return _not_empty(ids)
-    elif isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt):
-        messages = [m for m in prompt if isinstance(m, Mapping)]
-    else:
-        raise RequestError(
-            f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
-        )
-    if options.system is not None:
-        if messages and messages[0].get("role") == "system":
-            raise RequestError("system text is given as an option and as the first message too; give it once")
-        messages = [{"role": "system", "content": options.system}, *messages]
-    return _not_empty(engine.text.encode_chat(messages, options.thinking))
-
-
-def _not_empty(ids: list[int]) -> list[int]:
-    if not ids:
-        raise RequestError("the prompt is empty; give at least one token")
-    return ids
-
-
-def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
-    """The finished request with its figures."""
-    assert sequence.finish is not None
-    emitted, passes = len(sequence.tokens), sum(sequence.nfe.values())
-    decoding = passes - sequence.nfe["prefill"]
-    lengths = sequence.accepted
-    return Generation(
-        text=sequence.transcript.text(sequence.tokens),
-        token_ids=sequence.tokens,
-        prompt_tokens=len(sequence.prompt),
-        finish_reason=sequence.finish,
-        mode=sequence.settings.mode,
-        block_length=sequence.settings.block_length,
-        threshold=sequence.settings.threshold,
-        nfe=sequence.nfe,
-        decode_tpf=emitted / decoding if decoding else None,
-        e2e_tpf=emitted / passes if passes else None,
-        acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths),
-        adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
-        timings_ms={
-            "load": engine.load_ms,
-            "prefill": (sequence.first_token - sequence.started) * 1e3,
-            "decode": (sequence.ended - sequence.first_token) * 1e3,
-            "total": (sequence.ended - sequence.started) * 1e3,
-        },
-    )
-
-
-def _step(asked: Pass, prediction: Prediction) -> Step:
-    after = prediction.next_ids if asked.kind in ("denoise", "draft") else prediction.token
-    return Step(asked.kind, asked.write_at, asked.ids.tolist(), after.tolist(), prediction.confidence.tolist())
+        batch.close()

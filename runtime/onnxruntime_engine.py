@@ -21,8 +21,11 @@ from ..errors import EngineError
 from .engine import Pass, Prediction
 
 FIRST_CAPACITY = 256  # tokens
-_KEPT_FORWARDS = 64  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
+_KEPT_FORWARDS = 256  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
+_KEPT_WITH_LOGITS = 16  # of those, shapes whose arrays hold a vocabulary per token
 _KEPT_CACHES = 4  # closed ones; binding a shape anew costs as much as a small model's forward
+_Shape = tuple[int, int, int, int, bool]  # first row, rows, S, R, with logits or not
+_BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: the array and its OrtValue
 _NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
 
 
@@ -98,9 +101,10 @@ class OnnxRuntimeCache:
         self._caches: dict[str, np.ndarray] = {
             name: np.zeros(self._shape, _NUMPY[engine.info.build.dtype]) for name in cache_names(model.num_layers)
         }
-        self._forwards: dict[tuple[int, int, int, bool], _Forward] = {}
+        self._forwards: dict[_Shape, _Forward] = {}
+        self._bound_rows: dict[tuple[int, int], _BoundRows] = {}
 
-    def forward(self, passes: Sequence[Pass]) -> list[Prediction]:
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
         size = picked = end = 0
         logits = False
@@ -109,9 +113,9 @@ class OnnxRuntimeCache:
             end, logits = max(end, p.write_at), logits or p.logits
         if end + size > self.capacity:
             self._reserve(end + size)
-        bound = self._forwards.get((len(passes), size, picked, logits))
+        bound = self._forwards.get((first, len(passes), size, picked, logits))
         if bound is None:
-            bound = self._bind((len(passes), size, picked, logits))
+            bound = self._bind((first, len(passes), size, picked, logits))
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
         started = time.perf_counter()
@@ -119,10 +123,10 @@ class OnnxRuntimeCache:
         self.seconds += time.perf_counter() - started
         return [bound.prediction(row, p) for row, p in enumerate(passes)]
 
-    def move(self, source: int, target: int) -> None:
+    def move(self, source: int, target: int, slots: int) -> None:
         """See `engine.Cache.move`."""
         for cache in self._caches.values():
-            cache[target] = cache[source]
+            cache[target, :, :slots] = cache[source, :, :slots]
 
     def close(self) -> None:
         """See `engine.Cache.close`."""
@@ -135,44 +139,55 @@ class OnnxRuntimeCache:
         while new < slots:
             new *= 2
         self._forwards.clear()
+        self._bound_rows.clear()
         self._shape, self.capacity = (rows, heads, new, width), new
         for name, cache in self._caches.items():
             self._caches[name] = np.zeros(self._shape, cache.dtype)
             self._caches[name][:, :, :old] = cache
 
-    def _bind(self, key: tuple[int, int, int, bool]) -> _Forward:
-        while len(self._forwards) >= _KEPT_FORWARDS:
-            del self._forwards[next(iter(self._forwards))]
-        forward = _Forward(self._session, self._info, self._caches, key)
-        self._forwards[key] = forward
+    def _bind(self, shape: _Shape) -> _Forward:
+        kept = [other for other in self._forwards if other[-1] == shape[-1]]
+        if len(kept) >= (_KEPT_WITH_LOGITS if shape[-1] else _KEPT_FORWARDS):
+            del self._forwards[kept[0]]
+        forward = _Forward(self._session, self._info, self._rows(shape[0], shape[1]), shape)
+        self._forwards[shape] = forward
         return forward
+
+    def _rows(self, first: int, count: int) -> _BoundRows:
+        """Each cache's rows as ONNX Runtime sees them, made once: they are most of what a new shape binds."""
+        import onnxruntime
+
+        found = self._bound_rows.get((first, count))
+        if found is None:
+            views = {name: cache[first : first + count] for name, cache in self._caches.items()}
+            found = {name: (view, onnxruntime.OrtValue.ortvalue_from_numpy(view)) for name, view in views.items()}
+            self._bound_rows[first, count] = found
+        return found
 
 
 class _Forward:
-    """The arrays and the IOBinding of one shape (rows, S, R, with logits or not)."""
+    """The arrays and the IOBinding of one shape (first row, rows, S, R, with logits or not)."""
 
-    def __init__(
-        self, session: Any, info: EngineInfo, caches: dict[str, np.ndarray], key: tuple[int, int, int, bool]
-    ) -> None:
+    def __init__(self, session: Any, info: EngineInfo, cached: _BoundRows, shape: _Shape) -> None:
         import onnxruntime
 
-        rows, size, picked, with_logits = key
+        _, rows, size, picked, with_logits = shape
         lengths = {"B": rows, "S": size, "R": picked, "V": info.model.vocab_size}
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
-        self._values: list[Any] = []  # keeps what the binding points to alive
+        self._values: list[Any] = [cached]  # keeps what the binding points to alive
 
         def bind(names: list[Binding], into: Any) -> None:
             for b in names:
                 if b.kind == "compute":
-                    array = caches[b.name.removesuffix("_out")][:rows]
-                elif b.name == "logits" and not with_logits:
+                    into(b.name, cached[b.name.removesuffix("_out")][1])
                     continue
-                else:
-                    shape = [lengths[d] if isinstance(d, str) else d for d in b.shape]
-                    array = self.arrays[b.name] = np.zeros(shape, _NUMPY[b.kind])
+                if b.name == "logits" and not with_logits:
+                    continue
+                of = [lengths[d] if isinstance(d, str) else d for d in b.shape]
+                array = self.arrays[b.name] = np.zeros(of, _NUMPY[b.kind])
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
-                self._values.append((array, value))
+                self._values.append(value)
                 into(b.name, value)
 
         bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)

@@ -16,7 +16,7 @@ from .engine import PASS_KINDS, PassKind
 from .options import Settings
 from .text import Transcript
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Sequence:
@@ -35,10 +35,11 @@ class Sequence:
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.length = 0  # committed tokens: cache slots that hold valid K/V
+        self.reused = 0  # of the prompt, tokens whose K/V were copied from another row
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
-        self.started = time.perf_counter()
+        self.submitted = self.started = time.perf_counter()
         self.first_token = self.ended = 0.0
         self._eos = frozenset(model.eos_ids)
         self._watch_text = bool(settings.stop)

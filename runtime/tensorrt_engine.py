@@ -83,12 +83,10 @@ class TensorRTEngine:
         self.captured = 0  # graphs made since the engine was loaded
 
     def open(self, rows: int) -> TensorRTCache:
-        """A cache of at least `rows` rows: a closed one if there is one, else a new one. Raises EngineError."""
-        limit = self.profiles[0].max_batch_size
-        if rows > limit:
-            raise EngineError(
-                f"{self.folder}: {rows} rows asked for, allowed: {limit}; build it again with --max-batch-size {rows}"
-            )
+        """A cache of at least `rows` rows: a closed one if there is one, else a new one. Raises EngineError.
+
+        It may have more rows than a forward: those that only keep K/V for later are in no forward.
+        """
         with self.lock:
             for cache in sorted(self._closed, key=lambda c: c.rows):
                 if cache.rows >= rows:

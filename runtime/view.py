@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import click
 
-from .generate import LoadedEngine, Step
-from .self_spec import matching_prefix
+from .events import Step
+from .generate import LoadedEngine
 
 MASK, END = "░", "■"
 
@@ -40,15 +40,14 @@ def _filling(engine: LoadedEngine, step: Step) -> str:
 
 def _verdict(engine: LoadedEngine, step: Step) -> str:
     """The drafts the verify kept, its own next token in brackets, and after an x the drafts it refused."""
-    kept = matching_prefix(step.before[1:], step.after)
+    kept = step.kept or 0
     parts = [_shown(engine, step.before[0])]
     for token in step.before[1 : kept + 1]:
         parts.append(click.style(_shown(engine, token), fg="green"))
         if token in engine.info.model.eos_ids:  # the answer ends here; what follows was never asked
             return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
-    mask = engine.info.model.mask_id  # in a quadratic pass the next draft's masks stand behind
-    refused = "".join(_shown(engine, t) for t in step.before[kept + 1 :] if t != mask)
+    refused = "".join(_shown(engine, token) for token in step.refused)
     return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")
 
 

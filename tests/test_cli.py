@@ -17,8 +17,8 @@ import nemodiff
 from nemodiff.cli import main
 
 QUESTION = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
-KEYS = ["text", "token_ids", "prompt_tokens", "finish_reason", "mode", "block_length", "threshold"]
-KEYS += ["nfe", "decode_tpf", "e2e_tpf", "acceptance", "timings_ms"]
+KEYS = ["text", "token_ids", "prompt_tokens", "reused_tokens", "finish_reason", "mode", "block_length", "threshold"]
+KEYS += ["nfe", "decode_tpf", "e2e_tpf", "acceptance", "adapter_tokens", "timings_ms"]
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> click.testing.Result:
@@ -46,7 +46,7 @@ def test_json_has_the_promised_shape(tiny_engine: Path) -> None:
     assert list(value) == KEYS
     assert list(value["nfe"]) == ["prefill", "decode", "denoise", "draft", "verify", "commit"]
     assert list(value["acceptance"]) == ["mean", "lengths"]
-    assert list(value["timings_ms"]) == ["load", "prefill", "decode", "total"]
+    assert list(value["timings_ms"]) == ["load", "queued", "prefill", "decode", "total"]
     assert (value["finish_reason"], len(value["token_ids"]), value["mode"]) == ("length", 20, "linear_spec")
 
 

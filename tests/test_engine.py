@@ -243,11 +243,30 @@ def _resident() -> int:
 def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None:
     cache = engine.backend.open(2)
     cache.forward([causal("prefill", PROMPT[:5], 0), causal("prefill", PROMPT, 0)])
-    cache.move(1, 0)
+    cache.move(1, 0, len(PROMPT))
     got = _copy(cache.forward([causal("decode", [300], 20)])[0])
     alone = engine.backend.open(1)
     alone.forward([causal("prefill", PROMPT, 0)])
     assert got.token.tolist() == alone.forward([causal("decode", [300], 20)])[0].token.tolist()
+
+
+def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.LoadedEngine) -> None:
+    cache, alone = engine.backend.open(4), engine.backend.open(1)
+    prompts = [PROMPT[i:] for i in range(4)]
+    cache.forward([causal("prefill", p, 0) for p in prompts])
+    cache.forward([causal("verify", [301] * 9, len(p), every_row=True) for p in prompts[1:3]], 1)
+    expected = []
+    for prompt in prompts:
+        alone.forward([causal("prefill", prompt, 0)])
+        ids = [301] * 9 if prompt in prompts[1:3] else []
+        if ids:
+            alone.forward([causal("verify", ids, len(prompt), every_row=True)])
+        expected.append(alone.forward([causal("decode", [302], len(prompt) + len(ids))])[0].confidence.item())
+    lengths = [len(p) + (9 if 0 < i < 3 else 0) for i, p in enumerate(prompts)]
+    got = [cache.forward([causal("decode", [302], n)], row)[0].confidence.item() for row, n in enumerate(lengths)]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    cache.move(3, 0, lengths[3])
+    np.testing.assert_allclose(cache.forward([causal("decode", [302], lengths[3])])[0].confidence, got[3], atol=1e-6)
 
 
 def test_logits_are_there_for_who_asks(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel) -> None:
@@ -338,7 +357,7 @@ def test_broken_numbers_end_a_request_with_a_sentence(engine: nemodiff.LoadedEng
     """A pass that commits nothing would loop for ever."""
     cache = type(engine.backend.open(1))
 
-    def stuck(self: Any, passes: list[Pass]) -> list[Prediction]:
+    def stuck(self: Any, passes: list[Pass], first: int) -> list[Prediction]:
         return [Prediction(p.ids, np.zeros(p.ids.size), p.ids, None) for p in passes]
 
     monkeypatch.setattr(cache, "forward", stuck)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
-from nemodiff.runtime import generate
+from nemodiff.runtime import generate, request
 
 QUESTIONS = equality.questions(40)
 
@@ -81,7 +81,7 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
 ) -> None:
     prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
     options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
-    sequence = generate.prepare(setup.plain, prompt, options)
+    sequence = request.prepare(setup.plain, prompt, options)
     sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
     sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)]
     assert sequence.tokens == nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=limit).token_ids
@@ -94,7 +94,7 @@ def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
     means = []
     for base in (0.0, 10_000.0):
         options = nemodiff.Options(mode="quadratic_spec", block_length=16, max_new_tokens=40)
-        sequence = generate.prepare(setup.plain, prompt, options)
+        sequence = request.prepare(setup.plain, prompt, options)
         sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
         sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)][1:]
         means.append(sum(sizes) / len(sizes))

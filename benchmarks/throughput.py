@@ -1,0 +1,203 @@
+"""Tokens per second and latency of many requests on tiny-chat: one at a time, in static batches, scheduled.
+
+In: mixed requests: all modes, short answers and long, most with one system prompt, now and then a long prompt. Out: per
+way of serving them, tokens per second, time to the first token, gaps between tokens, forwards and padding;
+`results/throughput.json` and `.md`. All ways take turns in every round, so noise falls on all of them alike, and must
+give the same tokens. The surprising fact: on a CPU a forward costs nearly as much as its tokens, so batching gains
+little and padding loses much; the gain is that of prefixes and of not waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import questions
+import record
+
+from nemodiff.builder.build import Builder
+from nemodiff.contract import MODES
+from nemodiff.runtime.batch import KEPT_PREFIXES, Batch, Counts
+from nemodiff.runtime.events import Finished, Reporter
+from nemodiff.runtime.generate import LoadedEngine, load
+from nemodiff.runtime.options import Options
+from nemodiff.runtime.request import prepare
+from nemodiff.runtime.sequence import Sequence
+
+SYSTEM = "You answer questions about lists, numbers, functions and people. " * 4
+BASE = "one at a time"
+PACKAGES = ("nemodiff", "onnxruntime", "numpy")
+
+Requests = list[tuple[Any, Options]]
+
+
+@dataclasses.dataclass
+class Served:
+    """One round of one way."""
+
+    seconds: float
+    answers: list[Finished]
+    counts: Counts
+
+
+def requests(count: int, seed: int = questions.SEED) -> Requests:
+    """`count` requests; quadratic_spec takes all groups, because a budget follows the clock and the passes with it."""
+    rng, found = random.Random(seed), Requests()
+    asked = questions.draw(-(-count // len(questions.TASKS)), seed)[:count]
+    for number, question in enumerate(asked):
+        text = question.text
+        if number % 8 == 7:
+            text = "Notes: " + " ".join(q.text for q in questions.draw(2, number)) + "\n" + text
+        messages = [{"role": "user", "content": text}]
+        if rng.random() < 0.75:
+            messages = [{"role": "system", "content": SYSTEM}, *messages]
+        mode = MODES[number % len(MODES)]
+        options = Options(
+            mode, rng.choice([16, 48, 96]), block_length=8 if mode == "quadratic_spec" else 16, groups="all"
+        )
+        found.append((messages, options))
+    return found
+
+
+def serve(engine: LoadedEngine, asked: Requests, rows: int, *, static: bool, grouped: bool, reuse: bool) -> Served:
+    """All requests, there from the start, through one batch; a static one takes new ones only when it is empty."""
+    started = time.perf_counter()
+    cost = (lambda: engine.cost) if grouped else None
+    batch = Batch(engine.backend, rows, cost=cost, kept=KEPT_PREFIXES if reuse else None)
+    waiting = iter([prepare(engine, prompt, options) for prompt, options in asked])
+    reporters: dict[Sequence, Reporter] = {}
+    done: dict[int, Finished] = {}
+    while len(done) < len(asked):
+        if not (static and len(batch)):
+            _fill(batch, waiting, reporters)
+        for served in batch.step():
+            reporter = reporters[served.sequence]
+            reporter.passed(served)
+            if served.sequence.ended:
+                end = reporter.finished(engine)[-1]
+                assert isinstance(end, Finished)
+                done[reporter.number] = end
+    batch.close()
+    return Served(time.perf_counter() - started, [done[i] for i in range(len(asked))], batch.counts)
+
+
+def _fill(batch: Batch, waiting: Iterator[Sequence], reporters: dict[Sequence, Reporter]) -> None:
+    while len(batch) < batch.rows and (sequence := next(waiting, None)) is not None:
+        reporters[sequence] = Reporter(len(reporters), sequence, steps=False)
+        batch.add(sequence)
+
+
+def ways(engine: LoadedEngine, asked: Requests, rows: int) -> dict[str, Callable[[], Served]]:
+    """The contenders."""
+
+    def way(rows: int, static: bool, grouped: bool, reuse: bool) -> Callable[[], Served]:
+        return lambda: serve(engine, asked, rows, static=static, grouped=grouped, reuse=reuse)
+
+    return {
+        BASE: way(1, True, False, False),
+        "one at a time, prefixes reused": way(1, True, False, True),
+        f"static batches of {rows}": way(rows, True, False, False),
+        f"scheduled, {rows} rows, padded": way(rows, False, False, False),
+        f"scheduled, {rows} rows, by size": way(rows, False, True, False),
+        f"scheduled, {rows} rows, by size, prefixes reused": way(rows, False, True, True),
+    }
+
+
+def compare(found: dict[str, Callable[[], Served]], rounds: int) -> dict[str, Any]:
+    """Figures by way; the first round is run and dropped."""
+    done: dict[str, list[Served]] = {name: [] for name in found}
+    for turn in range(rounds + 1):
+        for name, run in found.items():
+            served = run()
+            if turn:
+                done[name].append(served)
+    expected = [f.generation.token_ids for f in done[BASE][0].answers]
+    return {name: _figures(done[name], done[BASE], expected) for name in found}
+
+
+def _figures(rounds: list[Served], base: list[Served], expected: list[list[int]]) -> dict[str, Any]:
+    def median(values: list[float]) -> float:
+        return statistics.median(values)
+
+    def each(pick: Callable[[Finished], float | None]) -> list[float]:
+        return [value for served in rounds for f in served.answers if (value := pick(f)) is not None]
+
+    tokens = sum(map(len, expected))
+    ratios = [b.seconds / r.seconds for r, b in zip(rounds, base, strict=True)]
+    last = rounds[-1]
+    return {
+        "tokens_per_second": round(tokens / median([r.seconds for r in rounds]), 1),
+        "ratio": round(median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+        "first_token_ms": round(median(each(lambda f: f.ttft_ms)), 1),
+        "between_tokens_ms": round(median(each(lambda f: f.itl_ms)), 2),
+        "longest_gap_ms": round(max(each(lambda f: f.longest_gap_ms)), 1),
+        "forwards": last.counts.forwards,
+        "tokens_computed": last.counts.tokens,
+        "padding": last.counts.padding,
+        "reused": last.counts.reused,
+        "other_answers": sum(f.generation.token_ids != e for f, e in zip(last.answers, expected, strict=True)),
+    }
+
+
+def table(figures: dict[str, Any], title: str) -> str:
+    """The figures in Markdown, ratios first."""
+    heads = ["", "ratio (min..max)", "tokens/s", "first token", "between tokens", "longest gap"]
+    heads += ["forwards", "padding", "reused", "other answers"]
+    lines = [f"# Throughput\n\n{title}\n", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, f in figures.items():
+        cells = [
+            name,
+            f"{f['ratio']:.2f} ({f['ratio_min']:.2f}..{f['ratio_max']:.2f})",
+            f"{f['tokens_per_second']:.0f}",
+        ]
+        cells += [f"{f[key]:.1f} ms" for key in ("first_token_ms", "between_tokens_ms", "longest_gap_ms")]
+        cells += [str(f["forwards"]), f"{f['padding'] / (f['padding'] + f['tokens_computed']):.0%}"]
+        cells += [f"{f['reused']} tokens", str(f["other_answers"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure many mixed requests at once.")
+    parser.add_argument("--requests", type=int, default=64, help="default 64")
+    parser.add_argument("--rows", type=int, default=8, help="requests at a time, default 8")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds after a dropped one, default 5")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, default 2")
+    arguments = parser.parse_args()
+    origin = record.origin(PACKAGES, arguments.threads)
+    asked = requests(arguments.requests)
+    with tempfile.TemporaryDirectory(prefix="nemodiff-throughput-") as work:
+        folder = Builder(record.TINY_CHAT, Path(work) / "engine", max_batch_size=arguments.rows).run()
+        engine = load(folder, threads=arguments.threads)
+        curve = engine.cost
+        figures = compare(ways(engine, asked, arguments.rows), arguments.rounds)
+    title = (
+        f"`{origin['command']}`, {origin['date'][:10]}: {len(asked)} mixed requests that are all there at the start, "
+        f"{arguments.threads} threads; times are medians over requests, the longest gap is the worst of all."
+    )
+    page = table(figures, title)
+    print(page)
+    names = list(figures)
+    scheduled, padded, static = (figures[names[i]]["tokens_per_second"] for i in (5, 3, 2))
+    goals = [
+        record.goal("scheduler over static batches", round(scheduled / static, 2), "at least", 1.0, "x"),
+        record.goal("grouping by size over padding", round(scheduled / padded, 2), "at least", 1.0, "x"),
+        record.goal("other answers", sum(f["other_answers"] for f in figures.values()), "at most", 0, "requests"),
+    ]
+    shape = {size: round(seconds * 1e3, 3) for size, seconds in zip(curve.sizes, curve.times, strict=True)}
+    values = {"requests": len(asked), "rows": arguments.rows, "rounds": arguments.rounds, "cost_ms": shape}
+    record.write("throughput", origin, goals, {**values, "ways": figures})
+    (record.RESULTS / "throughput.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

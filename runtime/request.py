@@ -1,0 +1,132 @@
+"""One request from the outside: its prompt on the way in, its answer on the way out.
+
+In: a prompt (text, messages or token ids) and `Options`. Out: `prepare` makes the `Sequence` that is decoded, `result`
+turns the finished one into a `Generation` with its counts and times. The surprising fact: everything a user can get
+wrong is refused here, before a row is taken; a request that runs can only end, be cancelled or meet a broken engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from .engine import PassKind
+from .options import Options, check_text, settle
+from .sequence import FinishReason, Sequence
+from .text import Message
+
+if TYPE_CHECKING:
+    from .generate import LoadedEngine
+
+Prompt = str | list[int] | list[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance:
+    """Tokens emitted by each verify pass, bonus included; `mean` is None without a verify pass."""
+
+    mean: float | None
+    lengths: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts.
+
+    reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
+    or `cancelled`, and then the text is what had been decided by then.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    reused_tokens: int
+    finish_reason: FinishReason
+    mode: str
+    block_length: int
+    threshold: float
+    nfe: dict[PassKind, int]
+    decode_tpf: float | None
+    e2e_tpf: float | None
+    acceptance: Acceptance
+    adapter_tokens: int
+    timings_ms: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As one JSON object."""
+        return dataclasses.asdict(self)
+
+
+def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
+    """Encode a prompt and check every option against the engine. Raises RequestError."""
+    ids = encode(engine, prompt, options)
+    settings = settle(engine.info, len(ids), options)
+    budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
+    transcript = engine.text.transcript(settings.stop)
+    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
+
+
+def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
+    """The prompt's token ids. Raises RequestError."""
+    if isinstance(prompt, str):
+        check_text(prompt, "prompt")
+        if not options.chat:
+            return _not_empty(engine.text.encode(prompt))
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        vocab = engine.info.model.vocab_size
+        ids = [i for i in prompt if isinstance(i, int)]
+        wrong = next((i for i in ids if not 0 <= i < vocab), None)
+        if wrong is not None:
+            raise RequestError(f"prompt holds token id {wrong}, allowed: 0 to {vocab - 1}")
+        return _not_empty(ids)
+    elif isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt):
+        messages = [m for m in prompt if isinstance(m, Mapping)]
+    else:
+        raise RequestError(
+            f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
+        )
+    if options.system is not None:
+        if messages and messages[0].get("role") == "system":
+            raise RequestError("system text is given as an option and as the first message too; give it once")
+        messages = [{"role": "system", "content": options.system}, *messages]
+    return _not_empty(engine.text.encode_chat(messages, options.thinking))
+
+
+def _not_empty(ids: list[int]) -> list[int]:
+    if not ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    return ids
+
+
+def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
+    """The finished request with its figures."""
+    assert sequence.finish is not None
+    emitted, passes = len(sequence.tokens), sum(sequence.nfe.values())
+    decoding = passes - sequence.nfe["prefill"]
+    lengths = sequence.accepted
+    first = sequence.first_token if sequence.tokens else sequence.ended
+    return Generation(
+        text=sequence.transcript.text(sequence.tokens),
+        token_ids=sequence.tokens,
+        prompt_tokens=len(sequence.prompt),
+        reused_tokens=sequence.reused,
+        finish_reason=sequence.finish,
+        mode=sequence.settings.mode,
+        block_length=sequence.settings.block_length,
+        threshold=sequence.settings.threshold,
+        nfe=sequence.nfe,
+        decode_tpf=emitted / decoding if decoding else None,
+        e2e_tpf=emitted / passes if passes else None,
+        acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths),
+        adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
+        timings_ms={
+            "load": engine.load_ms,
+            "queued": (sequence.started - sequence.submitted) * 1e3,
+            "prefill": (first - sequence.started) * 1e3,
+            "decode": (sequence.ended - first) * 1e3,
+            "total": (sequence.ended - sequence.started) * 1e3,
+        },
+    )

@@ -1,0 +1,353 @@
+"""Many requests from many threads over one engine.
+
+In: `submit` from any thread. Out: a `Handle` per request, whose events arrive as they happen. One worker thread owns
+the `Batch`: before each step it removes cancelled requests and takes in waiting ones in the order they came. Fairness:
+the oldest waiting request gets the next free row, every decoding row gets one pass in every step, and prompts share a
+budget of tokens per step in order of arrival, so a request waits for nothing but the bounded work of those before it.
+The surprising fact: only the worker touches sequences and cache, so there is one lock, and it is never held in a step.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ..contract import PREFILL_CHUNK
+from ..errors import BusyError, EngineError, NemodiffError, RequestError
+from .batch import KEPT_PREFIXES, Batch, Counts
+from .engine import PASS_KINDS, PassKind
+from .events import Event, Finished, Reporter
+from .generate import check_rows
+from .options import make_options
+from .request import Generation, Prompt, prepare
+from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .generate import LoadedEngine
+
+QUEUE = 64  # waiting requests, unless said otherwise
+_SMALL = 256  # slots per row that may stay allocated for nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a scheduler does and has done; taken at one moment, while a step may be under way.
+
+    running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes. The rest count
+    from the start: requests by their end; tokens of prompts, of these reused, and emitted; passes of ended requests by
+    kind; steps, forwards, tokens computed in them and padding beside those.
+    """
+
+    rows: int
+    running: int
+    waiting: int
+    slots: int
+    kept_prefixes: int
+    kept_slots: int
+    finished: int
+    cancelled: int
+    failed: int
+    prompt_tokens: int
+    reused_tokens: int
+    emitted_tokens: int
+    nfe: dict[PassKind, int]
+    steps: int
+    forwards: int
+    computed_tokens: int
+    padding_tokens: int
+
+
+class Handle:
+    """One submitted request. Iterate over it for its events; `result` waits for its end without them."""
+
+    def __init__(self, scheduler: Scheduler, number: int, sequence: Sequence, steps: bool) -> None:
+        self.number, self._scheduler, self._sequence = number, scheduler, sequence
+        self._reporter = Reporter(number, sequence, steps=steps)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events as they come, `Finished` last; each is given once. Raises NemodiffError if the request failed."""
+        while (event := self._events.get()) is not None:
+            yield event
+        self._events.put(None)  # for who iterates again
+        self._future.result()
+
+    def cancel(self) -> None:
+        """End the request: a waiting one now, a running one before the next step. It finishes as `cancelled`."""
+        self._scheduler._cancel(self)
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the end. Raises NemodiffError if the request failed, TimeoutError after `timeout` seconds."""
+        return self._future.result(timeout).generation
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, in whatever way."""
+        return self._future.done()
+
+    def _tell(self, events: list[Event]) -> None:
+        for event in events:
+            self._events.put(event)
+
+    def _end(self, outcome: Finished | NemodiffError) -> None:
+        if isinstance(outcome, Finished):
+            self._future.set_result(outcome)
+        else:
+            self._future.set_exception(outcome)
+        self._events.put(None)
+
+
+class Scheduler:
+    """Decodes many requests at once; a context manager that lets running and waiting requests finish when it closes.
+
+    Args:
+        engine: from `load`.
+        rows: requests at a time; None takes the engine's max_batch_size.
+        waiting: requests that may wait for a row before `submit` refuses.
+        prefix_reuse: copy the K/V of a prompt's beginning from an earlier prompt that begins alike.
+        prefill_tokens: prompt tokens computed in one step; fewer let a long prompt delay running requests less.
+
+    Raises:
+        RequestError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        engine: LoadedEngine,
+        *,
+        rows: int | None = None,
+        waiting: int = QUEUE,
+        prefix_reuse: bool = True,
+        prefill_tokens: int = PREFILL_CHUNK,
+    ) -> None:
+        self._rows = engine.info.build.max_batch_size if rows is None else rows
+        check_rows(engine, self._rows)
+        for name, value in (("waiting", waiting), ("prefill_tokens", prefill_tokens)):
+            if not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} is {value!r}, allowed: 1 or more")
+        if self._rows > 1:
+            engine.cost  # noqa: B018  (measured before the first request, not in the middle of it)
+        self._engine, self._most_waiting = engine, waiting
+        self._kept = KEPT_PREFIXES if prefix_reuse else None
+        self._prefill_tokens = prefill_tokens
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()  # over all below
+        self._waiting: collections.deque[Handle] = collections.deque()
+        self._running: dict[Sequence, Handle] = {}
+        self._cancelled: list[Handle] = []
+        self._closed = False
+        self._batch: Batch | None = None
+        self._past = Counts()  # of batches that were given back
+        self._ends = {"finished": 0, "cancelled": 0, "failed": 0}
+        self._prompt_tokens = self._emitted = 0
+        self._nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
+        self._worker = threading.Thread(target=self._work, name="nemodiff-scheduler", daemon=True)
+        self._worker.start()
+
+    def submit(self, prompt: Prompt, *, steps: bool = False, **options: Any) -> Handle:
+        """Queue a request; any thread may.
+
+        Args:
+            prompt: as in `generate`.
+            steps: whether the events tell of every pass.
+            options: fields of `Options`.
+
+        Raises:
+            RequestError: an option is out of range or the prompt does not fit.
+            BusyError: too many requests wait already, or the scheduler is closed.
+        """
+        self._refuse_if_busy()
+        sequence = prepare(self._engine, prompt, make_options(options))
+        chunk = min(sequence.settings.prefill_chunk, self._prefill_tokens)
+        sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
+        with self._changed:
+            self._refuse_if_busy()
+            handle = Handle(self, next(self._numbers), sequence, steps)
+            self._waiting.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the scheduler does and has done."""
+        with self._changed:
+            batch, counts = self._batch, self._counts()
+            prefixes = batch.prefixes if batch is not None else None
+            return Statistics(
+                rows=self._rows,
+                running=len(self._running),
+                waiting=len(self._waiting),
+                slots=sum(sequence.length for sequence in self._running),
+                kept_prefixes=prefixes.count if prefixes is not None else 0,
+                kept_slots=prefixes.tokens if prefixes is not None else 0,
+                **self._ends,
+                prompt_tokens=self._prompt_tokens,
+                reused_tokens=counts.reused,
+                emitted_tokens=self._emitted + sum(len(sequence.tokens) for sequence in self._running),
+                nfe=dict(self._nfe),
+                steps=counts.steps,
+                forwards=counts.forwards,
+                computed_tokens=counts.tokens,
+                padding_tokens=counts.padding,
+            )
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests and wait for the worker: until all have finished, or with drain=False cancelled."""
+        with self._changed:
+            self._closed = True
+            if not drain:
+                self._cancelled += [*self._waiting, *self._running.values()]
+            self._changed.notify_all()
+        self._worker.join()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def _refuse_if_busy(self) -> None:
+        if self._closed:
+            raise BusyError("the scheduler is closed; give the request to a new one")
+        present = len(self._waiting) + len(self._running)  # a free row is about to be filled, so it counts as room
+        if present >= self._most_waiting + self._rows:
+            raise BusyError(
+                f"{present} requests run or wait, allowed: {self._rows} and {self._most_waiting}; try again later, or "
+                "make the scheduler with more rows or a longer queue"
+            )
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._changed:
+            self._cancelled.append(handle)
+            self._changed.notify_all()
+
+    # --- the worker ---
+
+    def _work(self) -> None:
+        while True:
+            try:
+                if not self._take_in():
+                    break
+                self._step()
+            except Exception as error:  # whatever a backend raises: nobody may be left waiting for an answer
+                self._abandon(error)
+        with self._changed:
+            self._give_back()
+
+    def _take_in(self) -> bool:
+        """Wait for work, drop what was cancelled and fill free rows; False once closed and empty."""
+        with self._changed:
+            while True:
+                self._drop_cancelled()
+                while self._waiting and len(self._running) < self._rows:
+                    self._start(self._waiting.popleft())
+                if self._running:
+                    return True
+                if self._closed:
+                    return False
+                self._rest()
+                self._changed.wait()
+
+    def _start(self, handle: Handle) -> None:
+        self._running[handle._sequence] = handle
+        self._prompt_tokens += len(handle._sequence.prompt)
+        if self._batch is None:
+            self._batch = Batch(
+                self._engine.backend,
+                self._rows,
+                cost=lambda: self._engine.cost,
+                kept=self._kept,
+                prefill_tokens=self._prefill_tokens,
+            )
+        self._batch.add(handle._sequence)
+
+    def _drop_cancelled(self) -> None:
+        for handle in self._cancelled:
+            sequence = handle._sequence
+            if sequence in self._running and self._batch is not None:
+                self._batch.remove(sequence)
+            elif handle in self._waiting:
+                self._waiting.remove(handle)
+                sequence.started = time.perf_counter()
+            else:
+                continue  # it has ended already
+            sequence.finish, sequence.ended = "cancelled", time.perf_counter()
+            self._finish(handle)
+        self._cancelled.clear()
+
+    def _step(self) -> None:
+        assert self._batch is not None
+        for served in self._batch.step():
+            handle = self._running[served.sequence]
+            if served.error is not None:
+                self._fail(handle, served.error)
+                continue
+            handle._tell(handle._reporter.passed(served))
+            if served.sequence.ended:
+                with self._changed:
+                    self._finish(handle)
+
+    def _finish(self, handle: Handle) -> None:
+        """Count a request that has ended and say so."""
+        sequence = handle._sequence
+        self._running.pop(sequence, None)
+        self._ends["cancelled" if sequence.finish == "cancelled" else "finished"] += 1
+        self._count(sequence)
+        events = handle._reporter.finished(self._engine)
+        handle._tell(events)
+        assert isinstance(events[-1], Finished)
+        handle._end(events[-1])
+
+    def _fail(self, handle: Handle, error: Exception) -> None:
+        with self._changed:
+            self._running.pop(handle._sequence, None)
+            self._ends["failed"] += 1
+            self._count(handle._sequence)
+        handle._end(error if isinstance(error, NemodiffError) else _one_line(error))
+
+    def _count(self, sequence: Sequence) -> None:
+        self._emitted += len(sequence.tokens)
+        for kind, passes in sequence.nfe.items():
+            self._nfe[kind] += passes
+
+    def _abandon(self, error: Exception) -> None:
+        """Fail all that run, and the cache with them; those that wait get a new one."""
+        with self._changed:
+            self._past, self._batch = self._counts(), None
+        for handle in list(self._running.values()):
+            self._fail(handle, error)
+
+    def _rest(self) -> None:
+        """Give a cache back that nobody needs: nothing is kept in it, or it has grown far beyond what is kept."""
+        batch = self._batch
+        if batch is not None and (batch.prefixes is None or batch.reach > max(_SMALL, 2 * batch.prefixes.longest)):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._batch is not None:
+            self._past = self._counts()
+            self._batch.close()
+            self._batch = None
+
+    def _counts(self) -> Counts:
+        """Of all batches so far."""
+        if self._batch is None:
+            return self._past
+        now = dataclasses.asdict(self._batch.counts)
+        return Counts(**{name: value + now[name] for name, value in dataclasses.asdict(self._past).items()})
+
+
+def _one_line(error: Exception) -> EngineError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EngineError(f"the engine failed ({reason}); the request may be sent again")
