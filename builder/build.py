@@ -35,6 +35,7 @@ from ..contract import (
     Manifest,
     Profile,
     TensorRTInfo,
+    cache_slots,
 )
 from ..errors import BuildError
 from . import tensorrt
@@ -111,7 +112,7 @@ class Builder:
             self.config.dtype,
             adapter.rank if adapter else 0,
             adapter.scale if adapter else 1.0,
-            capacity=length if compiled else None,
+            capacity=cache_slots(self.config) if compiled else None,
             logits=logits,
         )
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(adapter.tensors if adapter else {})}

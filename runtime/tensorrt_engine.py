@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names
+from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names, cache_slots
 from ..errors import EngineError, RequestError
 from ..plugins.tensorrt_api import Context, TensorRT, load
 from .device import Device, Memory, Pinned
@@ -66,7 +66,7 @@ class TensorRTEngine:
         model, has_logits = info.model, info.build.gather_generation_logits
         picked = max(p.max_batch_size * p.max_rows for p in self.profiles)
         logits_bytes = 4 * picked * model.vocab_size if has_logits else 0
-        row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * info.build.max_seq_len
+        row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
         check_memory(folder, self.device, {"weights": about.engine_bytes, "logits": logits_bytes, "one row": row})
         self._engine = deserialize(folder, info, self.api, self.device)
         self.capacity = int(self._engine.get_tensor_shape(MODEL_INPUT)[2])  # slots per row

@@ -88,6 +88,18 @@ def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
     return dataclasses.replace(info, manifest=dataclasses.replace(info.manifest, tensorrt=about))
 
 
+def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
+    """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
+    engine, backend, _, _ = setup.load()
+    assert backend.capacity == contract.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64)) == CAPACITY
+    prompts: list[Any] = [(PROMPT * 13)[: LENGTH - 3], PROMPT * 2]
+    for mode in nemodiff.MODES:
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 3, "rows": 2, "block_length": 24}
+        options |= {"groups": "all", "block_length": 5} if mode == "quadratic_spec" else {}
+        expected, got = (list(nemodiff.generate_many(e, prompts, **options)) for e in (setup.plain, engine))
+        assert [(g.token_ids, g.nfe) for g in got] == [(e.token_ids, e.nfe) for e in expected]
+
+
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_every_mode_equals_the_onnxruntime_engine(setup: Setup, mode: str, graphs: bool) -> None:
