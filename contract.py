@@ -111,7 +111,7 @@ class BuildConfig:
     """The choices an engine was built with, in TensorRT-LLM's spelling where it has one.
 
     `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; on ONNX Runtime it is a default.
-    In a TensorRT engine T of the caches is `max_seq_len`. Without `gather_generation_logits` there is no output
+    In a TensorRT engine T of the caches is `cache_slots`. Without `gather_generation_logits` there is no output
     `logits`, so the engine cannot sample.
     """
 
@@ -121,6 +121,15 @@ class BuildConfig:
     block_length: int
     max_input_len: int = PREFILL_CHUNK
     gather_generation_logits: bool = True
+
+
+def cache_slots(build: BuildConfig) -> int:
+    """T of a TensorRT engine: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
+
+    A block, a group of masks or a batch's padding may reach past the request's end. In whole pieces of 64, so that
+    every row begins at an address that TensorRT takes.
+    """
+    return -(-(build.max_seq_len + max(MAX_BLOCK, build.max_input_len)) // 64) * 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from ..contract import (
     Manifest,
     Profile,
     TensorRTInfo,
+    cache_slots,
 )
 from ..errors import BuildError
 from . import tensorrt
@@ -113,7 +114,7 @@ class Builder:
             self.config.dtype,
             lora.rank if lora else 0,
             lora.scale if lora else 1.0,
-            capacity=length if compiled else None,
+            capacity=cache_slots(self.config) if compiled else None,
             logits=logits,
         )
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}

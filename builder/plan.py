@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..contract import ITEMSIZE, Backend, BuildConfig
+from ..contract import ITEMSIZE, Backend, BuildConfig, cache_slots
 from .checkpoint import Checkpoint
 from .graph import Graph
 from .tensorrt import memory_needed
@@ -65,7 +65,7 @@ class Plan:
             ]
         else:
             fits = _first_cards(self.rows_that_fit, b.max_batch_size)
-            full = size(self.memory_loaded + b.max_batch_size * self.kv_bytes_per_token * b.max_seq_len)
+            full = size(self.memory_loaded + b.max_batch_size * self.kv_bytes_per_token * cache_slots(b))
             memory = [
                 f"memory       {full} of GPU memory for weights and all rows; to compile about "
                 f"{size(self.build_memory)} here, this machine has {size(self.memory_here)}",
@@ -97,7 +97,7 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiled = backend != "onnxruntime"
     if compiled:
-        loaded, row = graph.weight_bytes, per_token * build.max_seq_len
+        loaded, row = graph.weight_bytes, per_token * cache_slots(build)
         room = {card: max(0, card * 2**30 - loaded - CARD_RESERVE) // row for card in CARDS}
     else:
         loaded = (model.parameters - model.vocab_size * model.hidden_size) * ITEMSIZE["f32"]  # embedding stays mapped

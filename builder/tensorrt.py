@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
-from ..contract import MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo
+from ..contract import MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo, cache_slots
 from ..errors import BuildError
 from ..plugins.tensorrt_api import device_sm, library_folder, load
 
@@ -125,11 +125,11 @@ def profiles(model: ModelConfig, build: BuildConfig) -> tuple[Profile, ...]:
     `block` is for decoding, `prefill` for longer passes: chunks of a prompt, and quadratic self-speculation, which
     wants a prediction of every token. With `max_input_len` no longer than a block there is only the first.
     """
-    length = min(max(MAX_BLOCK, build.block_length), build.max_seq_len)
+    length, slots = min(max(MAX_BLOCK, build.block_length), build.max_seq_len), cache_slots(build)
     rows = build.max_batch_size
     widest = {
-        "the K/V cache": model.num_kv_heads * build.max_seq_len * model.head_dim,
-        "the attention mask": length * build.max_seq_len,
+        "the K/V cache": model.num_kv_heads * slots * model.head_dim,
+        "the attention mask": length * slots,
         "the logits": length * model.vocab_size,
     }
     name, most = max(widest.items(), key=lambda pair: pair[1])
@@ -143,7 +143,7 @@ def profiles(model: ModelConfig, build: BuildConfig) -> tuple[Profile, ...]:
     chunk = build.max_input_len
     if chunk <= length:
         return (block,)
-    per_row = max(4 * chunk * model.vocab_size / PREFILL_LOGITS, chunk * build.max_seq_len / LARGEST_TENSOR)
+    per_row = max(4 * chunk * model.vocab_size / PREFILL_LOGITS, chunk * slots / LARGEST_TENSOR)
     if per_row > 1:
         raise BuildError(
             f"--max-input-len is {chunk}: the logits of one such pass would take {4 * chunk * model.vocab_size:,} "

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names
+from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names, cache_slots
 from ..errors import EngineError, RequestError
 from ..plugins.tensorrt_api import Context, TensorRT, load
 from .device import Device, Memory, Pinned
@@ -66,12 +66,12 @@ class TensorRTEngine:
         model, has_logits = info.model, info.build.gather_generation_logits
         picked = max(p.max_batch_size * p.max_rows for p in self.profiles)
         logits_bytes = 4 * picked * model.vocab_size if has_logits else 0
-        row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * info.build.max_seq_len
+        row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
         check_memory(folder, self.device, {"weights": about.engine_bytes, "logits": logits_bytes, "one row": row})
-        self._engine = deserialize(folder, info, self.api, self.device)
-        self.capacity = int(self._engine.get_tensor_shape(MODEL_INPUT)[2])  # slots per row
-        numbers = range(self._engine.num_optimization_profiles)
-        scratch = max(self._engine.get_device_memory_size_for_profile_v2(number) for number in numbers)
+        self.engine = deserialize(folder, info, self.api, self.device)
+        self.capacity = int(self.engine.get_tensor_shape(MODEL_INPUT)[2])  # slots per row
+        numbers = range(self.engine.num_optimization_profiles)
+        scratch = max(self.engine.get_device_memory_size_for_profile_v2(number) for number in numbers)
         check_memory(folder, self.device, {"scratch memory": scratch, "logits": logits_bytes})
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
@@ -111,7 +111,7 @@ class TensorRTEngine:
     def context(self, profile: int) -> Context:
         """A context of its own for every shape, as a captured graph needs; the scratch memory is shared."""
         strategy = self.api.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        made = self._engine.create_execution_context(strategy if self._config is None else self._config)
+        made = self.engine.create_execution_context(strategy if self._config is None else self._config)
         if made is None or not made.set_optimization_profile_async(profile, self.device.stream):
             raise EngineError(f"{self.folder}: no execution context ({self.api.errors()}); free memory on the GPU")
         made.set_device_memory(self._scratch.address, self._scratch.nbytes)
@@ -125,7 +125,7 @@ class TensorRTEngine:
         strategies = getattr(self.api.module, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is None:
             return None
-        config = self._engine.create_runtime_config()
+        config = self.engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         config.set_execution_context_allocation_strategy(
             self.api.module.ExecutionContextAllocationStrategy.USER_MANAGED

@@ -30,6 +30,7 @@ SCRIPTS = (
     "accuracy",
     "build_memory",
     "build_tensorrt",
+    "gpu",
     "kernels",
     "make_checkpoint",
     "mask_lowering",

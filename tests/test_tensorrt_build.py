@@ -35,7 +35,7 @@ from nemodiff.builder.inspect import describe
 from nemodiff.builder.stages import split
 from nemodiff.builder.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.cli import main
-from nemodiff.contract import Kernel, Profile, inputs, outputs, read_engine
+from nemodiff.contract import BuildConfig, Kernel, Profile, cache_slots, inputs, outputs, read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import OPS
 from nemodiff.plugins.tensorrt_api import device_sm, load
@@ -106,7 +106,7 @@ def test_folder_holds_what_runs_and_nothing_else(engine: Path) -> None:
     assert [v.name for v in graph.output] == [b.name for b in outputs(info.model)]
     cache = graph.input[-1].type.tensor_type
     assert cache.elem_type == TensorProto.BFLOAT16
-    assert [d.dim_value for d in cache.shape.dim[1:]] == [2, info.build.max_seq_len, 64]
+    assert [d.dim_value for d in cache.shape.dim[1:]] == [2, cache_slots(info.build), 64]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -322,7 +322,7 @@ RTX = ["--backend", "tensorrt-rtx"]
         pytest.param([*RTX, "--max-batch-size", "3000"], ["the K/V cache of that many rows", "use --max-b"], id="rows"),
         pytest.param(
             [*RTX, "--max-seq-len", "262144", "--max-input-len", "262144", "--max-batch-size", "1"],
-            ["--max-input-len is 262144", "use --max-input-len 8191 or less"],
+            ["--max-input-len is 262144", "use --max-input-len 4095 or less"],
             id="tokens of a pass",
         ),
         pytest.param(
@@ -437,7 +437,7 @@ def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--json"])
     plan = json.loads(result.stdout)
     weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes
-    row = plan["kv_bytes_per_token"] * plan["build"]["max_seq_len"]
+    row = plan["kv_bytes_per_token"] * cache_slots(BuildConfig(**plan["build"]))
     assert plan["kv_bytes_per_token"] == 2 * 6 * 2 * 64 * 2
     assert (plan["memory_loaded"], plan["disk_needed"]) == (weights, 2 * weights)
     assert plan["build_memory"] > weights

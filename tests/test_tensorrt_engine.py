@@ -88,6 +88,18 @@ def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
     return dataclasses.replace(info, manifest=dataclasses.replace(info.manifest, tensorrt=about))
 
 
+def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
+    """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
+    engine, backend, _, _ = setup.load()
+    assert backend.capacity == contract.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64)) == CAPACITY
+    prompts: list[Any] = [(PROMPT * 13)[: LENGTH - 3], PROMPT * 2]
+    for mode in nemodiff.MODES:
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 3, "rows": 2, "block_length": 24}
+        options |= {"groups": "all", "block_length": 5} if mode == "quadratic_spec" else {}
+        expected, got = (list(nemodiff.generate_many(e, prompts, **options)) for e in (setup.plain, engine))
+        assert [(g.token_ids, g.nfe) for g in got] == [(e.token_ids, e.nfe) for e in expected]
+
+
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_every_mode_equals_the_onnxruntime_engine(setup: Setup, mode: str, graphs: bool) -> None:
@@ -347,3 +359,61 @@ def test_load_takes_the_backend_of_the_manifest(
         refused(["run", str(folder), "-p", "Hello"], "needs an NVIDIA driver", "--backend onnxruntime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     refused(["run", str(folder), "-p", "Hello"], "needs the package cuda-bindings", "pip install 'nemodiff[trt]'")
+
+
+def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logic over the stand-in at tiny sizes; its times mean nothing here."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    for name, values in {"SIZES": (1, 4), "PREFILLS": (64, 512), "ROWS": (1, 3, 8), "CONTEXTS": (0, 100, 999)}.items():
+        monkeypatch.setattr(gpu, name, values)
+    driver = gpu_stand_in.Driver()
+    made: list[TensorRTEngine] = []
+
+    def make(graphs: bool) -> TensorRTEngine:
+        made.append(setup.load(driver, graphs=graphs)[1])
+        return made[-1]
+
+    found = gpu.measure(make, setup.folder, QUESTIONS[:1], 2, 2**16)
+    shapes = [(rows, context, size) for rows in (1, 3) for context in (0, 100) for size in (1, 4, 64)]
+    assert [(f["rows"], f["context"], f["tokens"]) for f in found["forward"]] == shapes
+    per_token = setup.info.model.kv_bytes_per_token(4)
+    for f in found["forward"]:
+        assert f["bytes"] == 22 + f["rows"] * (f["context"] + f["tokens"]) * per_token
+        rate = f["bytes"] / f["us"] * 1e6
+        assert f["ratio_to_ceiling"] == pytest.approx(rate / found["copy_ceiling_bytes_per_second"])
+        assert f["eager_over_graph"] == pytest.approx(f["eager_us"] / f["us"])
+        assert f["host_gap_us"] > 0
+    assert [engine.graphs for engine in made] == [True, False]
+    assert found["graphs_captured"] == made[0].captured > 0 == made[1].captured
+    assert found["shapes_not_captured"] == {}
+    assert 0 < found["memory_used_bytes"] < found["device"]["memory_bytes"]
+    assert {mode: m["answers_unlike_ar"] for mode, m in found["modes"].items() if mode != "diffusion"} == {
+        "ar": 0,
+        "linear_spec": 0,
+        "quadratic_spec": 0,
+    }
+    assert [g["got"] for g in gpu.goals(found)][1] == 0
+    text = gpu.table(found)
+    assert text.count("\n| ") == 2 + len(shapes) + 4
+
+
+@pytest.mark.trt
+def test_tensorrt_rtx_has_what_the_engine_calls() -> None:
+    """Names only: none of it can run without a GPU."""
+    trt: Any = pytest.importorskip("tensorrt_rtx")
+    used = {
+        "IRuntimeConfig": "dynamic_shapes_kernel_specialization_strategy set_execution_context_allocation_strategy "
+        "create_runtime_cache set_runtime_cache",
+        "IExecutionContext": "set_optimization_profile_async set_device_memory set_input_shape set_tensor_address "
+        "infer_shapes execute_async_v3 is_stream_capturable",
+        "ICudaEngine": "create_execution_context create_runtime_config get_device_memory_size_for_profile_v2 "
+        "get_tensor_name get_tensor_shape get_aliased_input_tensor num_io_tensors num_optimization_profiles",
+        "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
+        "OnnxParserRefitter": "refit_from_file",
+        "Refitter": "refit_cuda_engine",
+        "DynamicShapesKernelSpecializationStrategy": "EAGER",
+        "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    }
+    for kind, names in used.items():
+        assert [name for name in names.split() if not hasattr(getattr(trt, kind), name)] == []
