@@ -265,7 +265,7 @@ import sys
 from nemodiff.builder import tensorrt
 from nemodiff.builder.build import Builder
 tensorrt.CREATORS = "creators:wait"
-Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choices(plugins=True)).run()
+Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choices(plugins=True, sm=(89,))).run()
 """
     pid_file = checkpoint.parent / "pid"
     before = {p.name for p in checkpoint.parent.iterdir()}
@@ -284,7 +284,7 @@ Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choic
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
