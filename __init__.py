@@ -18,7 +18,9 @@ from .runtime.generate import (
     load,
     stream,
 )
+from .runtime.infill import Filled, fill, infill
 from .runtime.options import Options
+from .runtime.revise import Revised, revise
 
 __all__ = [
     "MODES",
@@ -26,15 +28,20 @@ __all__ = [
     "BuildError",
     "CheckpointError",
     "EngineError",
+    "Filled",
     "Generation",
     "LoadedEngine",
     "NemodiffError",
     "Options",
     "RequestError",
+    "Revised",
     "Step",
     "Text",
+    "fill",
     "generate",
     "generate_many",
+    "infill",
     "load",
+    "revise",
     "stream",
 ]
