@@ -9,8 +9,10 @@ from .contract import MODES
 from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
 from .runtime.events import BlockStarted, Committed, Event, Finished, Started, Step, Text
 from .runtime.generate import LoadedEngine, events, generate, generate_many, load, stream
+from .runtime.infill import Filled, fill, infill
 from .runtime.options import Options
 from .runtime.request import Acceptance, Generation
+from .runtime.revise import Revised, revise
 from .runtime.scheduler import Handle, Scheduler, Statistics
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Committed",
     "EngineError",
     "Event",
+    "Filled",
     "Finished",
     "Generation",
     "Handle",
@@ -30,14 +33,18 @@ __all__ = [
     "NemodiffError",
     "Options",
     "RequestError",
+    "Revised",
     "Scheduler",
     "Started",
     "Statistics",
     "Step",
     "Text",
     "events",
+    "fill",
     "generate",
     "generate_many",
+    "infill",
     "load",
+    "revise",
     "stream",
 ]

@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat, trace.
+"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, trace.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -29,6 +29,7 @@ from .contract import (
     PREFILL_CHUNK,
 )
 from .errors import NemodiffError, RequestError
+from .runtime.infill import METHODS
 from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
 
 if TYPE_CHECKING:
@@ -410,13 +411,93 @@ def trace_show(file: Path) -> None:
     click.echo("\n".join(summary(read(file))))
 
 
-def _read_stdin() -> str:
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--prefix", help="Text before the hole.")
+@click.option("--suffix", default="", help="Text behind the hole.")
+@click.option("--length", type=int, help="Tokens of the hole. [default: a length that fits]")
+@click.option("--template", help="Text with {hole} or {hole:12} where text is missing, instead of the three above.")
+@click.option("-p", "--prompt", help="What the text is an answer to. [default: the text stands alone]")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default=METHODS[0],
+    show_default=True,
+    help="search is better, block faster.",
+)
+@click.option("--width", type=int, default=8, show_default=True, help="Fillings that a search keeps.")
+@click.option(
+    "--threshold", type=float, default=0.9, show_default=True, help="Confidence that commits a mask of a block."
+)
+@click.option("--block-length", type=int, help="Tokens of a block, hole included. [default: the engine's]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def infill(
+    engine: Path,
+    prefix: str | None,
+    suffix: str,
+    length: int | None,
+    template: str | None,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fill holes of a text with ENGINE, seeing what stands before and behind them."""
+    import dataclasses
+
+    from .runtime.generate import load
+    from .runtime.infill import fill, parse_template
+
+    if (template is None) == (prefix is None):
+        raise click.UsageError("give --prefix (with --suffix and --length) or --template")
+    if template is not None and (suffix or length is not None):
+        raise click.UsageError("--suffix and --length go with --prefix; a template says them itself")
+    parts = parse_template(template) if template is not None else [prefix, length, suffix]
+    filled = fill(load(engine, threads=threads), parts, **options)
+    click.echo(json.dumps(dataclasses.asdict(filled)) if as_json else filled.text)
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--text", help="The text to revise. [default: standard input]")
+@click.option("--file", type=click.Path(path_type=Path), help="File with the text to revise.")
+@click.option("-p", "--prompt", help="What the text is an answer to. [default: the text stands alone]")
+@click.option("--keep", type=float, default=0.05, show_default=True, help="Causal probability that keeps a token.")
+@click.option("--rounds", type=int, default=4, show_default=True, help="Most looks at a block.")
+@click.option("--threshold", type=float, default=0.9, show_default=True, help="Confidence that commits a mask.")
+@click.option("--block-length", type=int, help="Tokens looked at together. [default: the engine's]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def revise(
+    engine: Path, text: str | None, file: Path | None, threads: int | None, as_json: bool, **options: Any
+) -> None:
+    """Decode again with ENGINE what is improbable in a text."""
+    import dataclasses
+
+    from .runtime.generate import load
+    from .runtime.revise import revise as run_revise
+
+    if text is not None and file is not None:
+        raise click.UsageError("give --text or --file, not both")
+    if file is not None:
+        try:
+            text = file.read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{file}: not UTF-8 at byte {error.start}; convert it first") from None
+    given = (
+        text if text is not None else _read_stdin("no text: give --text TEXT, --file FILE, or text on standard input")
+    )
+    revised = run_revise(load(engine, threads=threads), given, **options)
+    click.echo(json.dumps(dataclasses.asdict(revised)) if as_json else revised.text)
+
+
+def _read_stdin(missing: str = "no prompt: give --prompt TEXT, --input-file FILE, or text on standard input") -> str:
     try:  # standard input is None where it was closed
         text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input: not UTF-8 at byte {error.start}; convert it first") from None
     if not text.strip():
-        raise click.UsageError("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
+        raise click.UsageError(missing)
     return text.removesuffix("\n")
 
 

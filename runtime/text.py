@@ -51,7 +51,11 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, as a raw prompt; starts with the BOS only if the tokenizer says so."""
         bos = self._special.get(str(self._config.get("bos_token")))
-        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self._plain(text)
+        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.plain(text)
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a piece of text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_chat(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
         """Ids of a conversation that ends with the start of the assistant's turn.
@@ -107,9 +111,6 @@ class TextCodec:
     def _visible(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i not in self._hidden_ids]
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
     def _breaker(self, content: str) -> str:
         """A character that the content does not hold, to break up the literal text of special tokens in it."""
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in content)
@@ -121,7 +122,7 @@ class TextCodec:
         """Ids of rendered text: specials by id, and between them plain text with the breaker taken out."""
         ids: list[int] = []
         for i, part in enumerate(self._any_special.split(text)):  # odd parts are the specials
-            ids += [self._special[part]] if i % 2 else self._plain(part.replace(breaker, ""))
+            ids += [self._special[part]] if i % 2 else self.plain(part.replace(breaker, ""))
         return ids
 
     def _load_template(self, folder: Path) -> jinja2.Template | None:

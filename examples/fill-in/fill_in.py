@@ -1,0 +1,35 @@
+"""Fill holes of an answer and repair a wrong one, with an engine of tiny-chat.
+
+    nemodiff build examples/tiny-chat -o engines/tiny-chat
+    python examples/fill-in/fill_in.py engines/tiny-chat
+
+The surprising fact: what tiny-chat fills in it knows from the question; it never learned to look ahead, and without a
+question its fillings rarely fit the text behind them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import nemodiff
+
+QUESTION = "Write a Python function that returns the sum of a and b."
+WRONG = 'def add(a, b):\n    """Return the sum of a and b."""\n    result = a * b\n    return result'
+
+
+def main() -> None:
+    engine = nemodiff.load(sys.argv[1])
+    # Two holes in one text: three tokens, and as many as fit.
+    filled = nemodiff.fill(engine, ["def add(", 3, '):\n    """Return the', None, ' of a and b."""'], prompt=QUESTION)
+    print(f"{filled.text}\n-- filled in: {filled.holes}, {sum(filled.nfe.values())} passes\n")
+    # One hole of 16 tokens in a bidirectional block, with the text behind it in the same block.
+    between = nemodiff.infill(
+        engine, "def add(a, b):", "\n    return result", length=16, prompt=QUESTION, method="block"
+    )
+    print(f"{between.text}\n-- filled in: 16 tokens, {sum(between.nfe.values())} passes\n")
+    revised = nemodiff.revise(engine, WRONG, prompt=QUESTION)
+    print(f"{revised.text}\n-- revised: {revised.changed} of {len(revised.token_ids)} tokens changed")
+
+
+if __name__ == "__main__":
+    main()
