@@ -18,7 +18,7 @@ from nemodiff.cli import main
 
 QUESTION = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
 KEYS = ["text", "token_ids", "prompt_tokens", "finish_reason", "mode", "block_length", "threshold"]
-KEYS += ["nfe", "decode_tpf", "e2e_tpf", "acceptance", "timings_ms"]
+KEYS += ["nfe", "decode_tpf", "e2e_tpf", "acceptance", "adapter_tokens", "timings_ms"]
 
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> click.testing.Result:
