@@ -77,7 +77,7 @@ class Batch:
     Args:
         backend: the engine.
         rows: sequences at a time.
-        cost: gives the cost curve, asked for when rows of different size meet; None never splits a step.
+        cost: gives the cost curve, asked for when rows meet; None never splits a step.
         kept: rows for K/V of finished prompts; None switches the reuse of prefixes off, 0 reuses running rows only.
         prefill_tokens: prompt tokens of one step, over all rows; one pass is always served.
     """
@@ -187,7 +187,7 @@ class Batch:
             while end < len(served) and served[end] == served[end - 1] + 1:
                 end += 1
             sizes = tuple(self._size(row) for row in served[first:end])
-            cuts = [end - first] if self._cost is None or len(set(sizes)) == 1 else split(sizes, self._cost())
+            cuts = [end - first] if self._cost is None or len(sizes) == 1 else split(sizes, self._cost())
             start = 0
             for cut in cuts:
                 ranges.append((served[first] + start, served[first] + cut))

@@ -67,13 +67,15 @@ def split(sizes: tuple[int, ...], cost: CostCurve) -> list[int]:
     """Where to cut neighbouring rows of these sizes into forwards so that they take the least time together.
 
     A forward of some rows costs what one row of all its tokens costs, padding included. Returned are the ends of the
-    forwards. Cuts are only ever between rows of different size.
+    forwards.
     """
-    ends = [i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]] + [len(sizes)]
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for end in ends:
-        best[end] = min(
-            (spent + cost.seconds(max(sizes[start:end]) * (end - start)), [*cuts, end])
-            for start, (spent, cuts) in best.items()
-        )
-    return best[len(sizes)][1]
+    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    for end in range(1, len(sizes) + 1):
+        widest, found = 0, (float("inf"), list[int]())
+        for start in range(end - 1, -1, -1):
+            widest = max(widest, sizes[start])
+            spent = best[start][0] + cost.seconds(widest * (end - start))
+            if spent < found[0]:
+                found = (spent, [*best[start][1], end])
+        best.append(found)
+    return best[-1][1]
