@@ -88,11 +88,11 @@ class TensorRTEngine:
         It may have more rows than a forward: those that only keep K/V for later are in no forward.
         """
         with self.lock:
-            for cache in sorted(self._closed, key=lambda c: c.rows):
-                if cache.rows >= rows:
-                    self._closed.remove(cache)
-                    cache.seconds = 0.0
-                    return cache
+            found = min((c for c in self._closed if c.rows >= rows), key=lambda c: c.rows, default=None)
+            if found is not None:
+                self._closed.remove(found)
+                found.seconds = 0.0
+                return found
             if self.device.memory()[0] < self.cache_bytes(rows):
                 self._closed.clear()
             check_memory(self.folder, self.device, {f"K/V of {rows} row(s)": self.cache_bytes(rows)})

@@ -144,6 +144,13 @@ def test_batches_with_padding_and_row_moves(setup: Setup) -> None:
     assert max(rows for profile, rows, *_ in made.executed if profile == 0) == 4
 
 
+def test_closed_caches_make_room_for_a_larger_one(setup: Setup) -> None:
+    _, backend, driver, _ = setup.load()
+    backend.open(2).close()
+    driver.total = driver.used + backend.cache_bytes(2)  # three rows fit only without the closed cache
+    backend.open(3).close()
+
+
 def test_a_forward_of_more_rows_than_its_profile_takes_runs_in_parts(setup: Setup) -> None:
     _, backend, _, made = setup.load()
     passes = [causal("prefill", (PROMPT * 3)[: 40 + row], 0) for row in range(3)]
