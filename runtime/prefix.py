@@ -45,10 +45,13 @@ class Prefixes:
         return max((len(kept.ids) for kept in self._kept), default=0)
 
     def find(self, ids: list[int]) -> tuple[int, int]:
-        """Row and length of the kept prefix that shares the most with `ids`; the length may be 0."""
+        """Row and length of the kept prefix that shares the most with `ids`; length 0 if none is worth a copy.
+
+        A shorter one is no use of it either, or it would outlive prefixes that are used.
+        """
         best, length = None, 0
         for kept in self._kept:
-            if (shared := common(kept.ids, ids)) > length:
+            if (shared := common(kept.ids, ids)) > max(length, SHORTEST - 1):
                 best, length = kept, shared
         if best is None:
             return 0, 0
