@@ -132,8 +132,7 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
         "",
         "![accuracy against tokens per pass](accuracy.png)",
         "",
-        f"{origin['date']}, `{origin['command']}`, nemodiff {origin['versions']['nemodiff']}, ONNX Runtime "
-        f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, {origin['threads']} thread(s).",
+        record.footer(origin),
     ]
     return "\n".join(lines) + "\n"
 

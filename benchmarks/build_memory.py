@@ -69,7 +69,7 @@ def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        status = _status(process.pid)
+        status = record.memory(process.pid, FIELDS)
         samples += bool(status)
         for name, value in status.items():
             peaks[name] = max(peaks[name], value)
@@ -88,16 +88,6 @@ def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:
         "checkpoint_bytes": _size(checkpoint),
         "engine_bytes": _size(engine),
     }
-
-
-def _status(pid: int) -> dict[str, int]:
-    """The sampled fields in bytes; empty once the process is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in FIELDS}
 
 
 def _size(folder: Path) -> int:

@@ -69,7 +69,7 @@ def watch(command: list[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        found = [_status(pid) for pid in _family(process.pid)]
+        found = [record.memory(pid, FIELDS) for pid in _family(process.pid)]
         samples += 1
         for name in FIELDS:
             peaks[name] = max(peaks[name], sum(status.get(name, 0) for status in found))
@@ -99,16 +99,6 @@ def _family(pid: int) -> list[int]:
     except OSError:
         return []
     return [pid, *(descendant for child in children for descendant in _family(int(child)))]
-
-
-def _status(pid: int) -> dict[str, int]:
-    """The sampled fields in bytes; empty once the process is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in FIELDS}
 
 
 def bare(builder: Builder, folder: Path) -> dict[str, Any]:

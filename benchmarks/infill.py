@@ -195,8 +195,7 @@ def markdown(given: list[dict[str, Any]], revised: list[dict[str, Any]], origin:
         lines.append(f"| {wrong} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"{origin['date']}, `{origin['command']}`, nemodiff {origin['versions']['nemodiff']}, ONNX Runtime "
-        f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, {origin['threads']} thread(s).",
+        record.footer(origin),
     ]
     return "\n".join(lines) + "\n"
 

@@ -43,6 +43,24 @@ def origin(packages: Sequence[str], threads: int | Sequence[int] | None) -> dict
     }
 
 
+def footer(origin: dict[str, Any]) -> str:
+    """The line under a table that says where it comes from."""
+    return (
+        f"{origin['date']}, `{origin['command']}`, nemodiff {origin['versions']['nemodiff']}, ONNX Runtime "
+        f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, {origin['threads']} thread(s)."
+    )
+
+
+def memory(pid: int, fields: Sequence[str]) -> dict[str, int]:
+    """Fields of a process's status in bytes; empty once it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in fields}
+
+
 def write(name: str, origin: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
     """Write the result file and print the verdicts."""
     RESULTS.mkdir(exist_ok=True)

@@ -94,7 +94,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
 
     arguments, constants = _arguments(op, stage, dtype), stage.constants(model)
     source = triton.compiler.ASTSource(
-        fn=stage.kernel(),
+        fn=stage.load(),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
         constexprs=dict(constants),
         # Every tensor that TensorRT or an allocator hands out starts at a multiple of 16 bytes.

@@ -95,18 +95,6 @@ def _merge_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["S"], dims["B"] * dims["H"], 1
 
 
-def _split() -> Any:
-    from . import block_attention_kernel
-
-    return block_attention_kernel.split
-
-
-def _merge() -> Any:
-    from . import block_attention_kernel
-
-    return block_attention_kernel.merge
-
-
 OP = Op(
     "BlockAttention",
     inputs=(
@@ -121,7 +109,7 @@ OP = Op(
     stages=(
         Stage(
             "BlockAttentionSplit",
-            _split,
+            "block_attention_kernel.split",
             inputs=("q", "k", "v", "visible"),
             scalars=("S", "T"),
             outputs=(
@@ -134,7 +122,7 @@ OP = Op(
         ),
         Stage(
             "BlockAttentionMerge",
-            _merge,
+            "block_attention_kernel.merge",
             inputs=("q", "part", "stats"),  # q for its shape
             scalars=("S",),
             outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),

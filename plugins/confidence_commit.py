@@ -15,8 +15,6 @@ function body: on a CPU the host samples.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 import onnx.parser
@@ -112,24 +110,6 @@ def _commit_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"], 1, 1
 
 
-def _scan() -> Any:
-    from . import confidence_commit_kernel
-
-    return confidence_commit_kernel.scan
-
-
-def _sampled_scan() -> Any:
-    from . import confidence_commit_kernel
-
-    return confidence_commit_kernel.sampled_scan
-
-
-def _commit() -> Any:
-    from . import confidence_commit_kernel
-
-    return confidence_commit_kernel.commit
-
-
 _FOUND = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
 _OUTPUTS = (
     Arg("token", "i32", ("B", "R")),
@@ -139,7 +119,7 @@ _OUTPUTS = (
 )
 _COMMIT = Stage(
     "ConfidenceCommitRule",
-    _commit,
+    "confidence_commit_kernel.commit",
     inputs=("part", "best", "ids", "threshold"),
     scalars=("R",),
     outputs=_OUTPUTS,
@@ -164,7 +144,16 @@ OP = Op(
     outputs=_OUTPUTS,
     attributes=(("mask_id", int),),
     stages=(
-        Stage("ConfidenceCommitScan", _scan, ("logits",), (), _FOUND, _scan_constants, _scan_grid, num_warps=8),
+        Stage(
+            "ConfidenceCommitScan",
+            "confidence_commit_kernel.scan",
+            ("logits",),
+            (),
+            _FOUND,
+            _scan_constants,
+            _scan_grid,
+            num_warps=8,
+        ),
         _COMMIT,
     ),
 )
@@ -177,7 +166,7 @@ SAMPLED = Op(
     stages=(
         Stage(
             "SampledCommitScan",
-            _sampled_scan,
+            "confidence_commit_kernel.sampled_scan",
             inputs=("logits", "temperature", "seed", "position"),
             scalars=("R",),
             outputs=_FOUND,

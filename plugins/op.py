@@ -13,6 +13,7 @@ key/value heads, D head size, V vocabulary belong to the model.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -41,10 +42,10 @@ class Arg:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One kernel launch. `kernel` imports and returns the Triton function, `grid` is its number of programs."""
+    """One kernel launch. `kernel` is `module.function` beside this file, `grid` its number of programs."""
 
     name: str
-    kernel: Callable[[], Any]
+    kernel: str
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]  # letters, passed as i32
     outputs: tuple[Arg, ...]
@@ -52,6 +53,11 @@ class Stage:
     grid: Callable[[Dims, Ceil], Grid]
     num_warps: int = 4
     num_stages: int = 2
+
+    def load(self) -> Any:
+        """The Triton function; imports Triton."""
+        module, function = self.kernel.split(".")
+        return getattr(importlib.import_module(f".{module}", __package__), function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +110,7 @@ def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Ar
         constants = stage.constants(model)
         for arg in stage.outputs:
             tensors[arg.name] = new(arg, arg.sizes(dims, ceil_div))
-        stage.kernel()[stage.grid(dims, ceil_div)](
+        stage.load()[stage.grid(dims, ceil_div)](
             *(tensors[name] for name in stage.inputs),
             *(dims[letter] for letter in stage.scalars),
             *(tensors[arg.name] for arg in stage.outputs),

@@ -102,7 +102,7 @@ def register_v3(api: TensorRT, op: Op, kernels: Kernels | None) -> Any:
             pass
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return sum(size for _, size in _scratch(op, [d.max for d in inputs]))
+            return workspace_size(op, [d.max for d in inputs])
 
         def get_fields_to_serialize(self) -> Any:
             return fields(self.values)
