@@ -15,10 +15,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from ..runtime.engine import PassKind
 from ..runtime.events import Finished
 from ..runtime.scheduler import Statistics
 
 Kind = Literal["counter", "gauge", "histogram"]
+Values = Mapping[str, float] | Mapping[PassKind, int]
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _PER_TOKEN = tuple(s / 10 for s in _SECONDS[:-3])
@@ -37,12 +39,12 @@ class Metric:
     kind: Kind
     help: str
     label: str | None = None
-    read: Callable[[Statistics], Mapping[str, float]] | None = None
+    read: Callable[[Statistics], Values] | None = None
     observe: Callable[[Finished], Iterable[float]] | None = None
     buckets: tuple[float, ...] = ()
 
 
-def _counter(name: str, help: str, read: Callable[[Statistics], Mapping[str, float]], label: str) -> Metric:
+def _counter(name: str, help: str, read: Callable[[Statistics], Values], label: str) -> Metric:
     return Metric(name, "counter", help, label, read)
 
 
@@ -85,7 +87,7 @@ METRICS = (
     _count("nemodiff_prompt_tokens_total", "Tokens of prompts", lambda s: s.prompt_tokens),
     _count("nemodiff_reused_tokens_total", "Tokens of prompts whose K/V were copied", lambda s: s.reused_tokens),
     _count("nemodiff_generation_tokens_total", "Tokens emitted", lambda s: s.emitted_tokens),
-    _counter("nemodiff_nfe_total", "Passes of ended requests by kind", lambda s: {**s.nfe}, "kind"),
+    _counter("nemodiff_nfe_total", "Passes of ended requests by kind", lambda s: s.nfe, "kind"),
     _count("nemodiff_steps_total", "Steps of the scheduler", lambda s: s.steps),
     _count("nemodiff_forwards_total", "Forwards of the engine, each over one or more rows", lambda s: s.forwards),
     _count("nemodiff_computed_tokens_total", "Tokens computed in forwards", lambda s: s.computed_tokens),
