@@ -18,13 +18,15 @@ from typing import Any
 from ..contract import EngineInfo, read_engine
 from ..errors import EngineError, RequestError
 from .ar import Loop, ar
+from .chooser import TokenLogprobs
 from .cost import CostCurve, measure
 from .diffusion import diffusion
 from .engine import Cache, Engine, Pass, PassKind, Prediction
-from .options import Options, check_text, make_options, settle
+from .options import Options, check_text, make_options
 from .quadratic import quadratic_spec
 from .self_spec import linear_spec
 from .sequence import FinishReason, Sequence
+from .settings import settle
 from .text import Message, TextCodec
 
 Prompt = str | list[int] | list[Message]
@@ -67,7 +69,10 @@ class Acceptance:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts."""
+    """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts.
+
+    logprobs, confidences: one per token, None unless asked for.
+    """
 
     text: str
     token_ids: list[int]
@@ -81,10 +86,13 @@ class Generation:
     e2e_tpf: float | None
     acceptance: Acceptance
     timings_ms: dict[str, float]
+    logprobs: list[TokenLogprobs] | None = None
+    confidences: list[float | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As one JSON object."""
-        return dataclasses.asdict(self)
+        """As one JSON object; what was not asked for is left out."""
+        unasked = [name for name in ("logprobs", "confidences") if getattr(self, name) is None]
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unasked}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +243,9 @@ def _decode(cache: Cache, waiting: Iterator[Sequence], rows: int) -> Iterator[tu
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids = encode(engine, prompt, options)
-    settings = settle(engine.info, len(ids), options)
+    settings = settle(engine.info, engine.text, len(ids), options)
     budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
-    transcript = engine.text.transcript(settings.stop)
+    transcript = engine.text.transcript(settings.stop, settings.stop_token_ids)
     return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
 
 
@@ -298,6 +306,8 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
             "decode": (sequence.ended - sequence.first_token) * 1e3,
             "total": (sequence.ended - sequence.started) * 1e3,
         },
+        logprobs=None if sequence.settings.logprobs is None else sequence.chooser.logprobs,
+        confidences=sequence.confidences[:emitted] if sequence.settings.confidences else None,
     )
 
 
