@@ -26,7 +26,7 @@ from nemodiff.config import parse_config
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
-SCRIPTS = ("accuracy", "build_memory", "make_checkpoint", "mask_lowering", "speed")
+SCRIPTS = ("accuracy", "build_memory", "make_checkpoint", "mask_lowering", "sampling", "speed")
 PUBLISHED = {"3b": (3_831_659_520, 237), "8b": (8_489_553_920, 309), "14b": (13_506_073_600, 363)}
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1024}
 
