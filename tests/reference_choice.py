@@ -1,7 +1,7 @@
 """The oracle's choice of a token and of the masks to commit, written from docs/semantics.md and nothing else.
 
 In: one row of logits, what has been said, and what the request asks for. Out: one id, or the masks of a block that
-become tokens. It follows the page literally: sets and sums over all pairs of ids where the product sorts and prunes,
+become tokens. It follows the page literally: sets and sums where the product prunes and keeps counts,
 and Philox in plain integers. Surprising: it is fast enough, because noise is remembered by seed and position.
 """
 
@@ -101,7 +101,10 @@ def choose(logits: Floats, law: Law, said: Sequence[int], mask_id: int) -> int:
 
 def _betters(score: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """For each id the total weight of those with a higher score."""
-    total: NDArray[np.float64] = (score[None, :] > score[:, None]) @ weight
+    values, number = np.unique(score, return_inverse=True)  # ascending
+    by_value = np.bincount(number, weight, values.size)
+    higher = np.append(by_value[::-1].cumsum()[::-1][1:], 0.0)
+    total: NDArray[np.float64] = higher[number]
     return total
 
 

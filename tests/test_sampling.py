@@ -164,7 +164,6 @@ def test_choice_equals_the_oracle(row: Row, prompt: list[int]) -> None:
 @settings(max_examples=6)
 @given(rows(9000))
 def test_choice_over_a_large_vocabulary_equals_the_oracle(row: Row) -> None:
-    # The oracle compares every pair of ids; a spread of logits keeps its 9000 squared in bounds.
     check(row, [1, 2, 8999])
 
 
@@ -203,7 +202,7 @@ def test_drafts_and_passes_equal_the_oracle(setup: equality.Setup, law: str) -> 
 
 @pytest.mark.parametrize("number", range(4))
 def test_diffusion_equals_the_oracle(setup: equality.Setup, number: int) -> None:
-    cases = random.Random(number).sample(equality_sampled.diffusion_cases(), 6) + [(None, "entropy")]
+    cases = [*random.Random(number).sample(equality_sampled.diffusion_cases(), 4), (None, "entropy")]
     for name, way in cases:
         difference = equality_sampled.compare_diffusion(setup, QUESTIONS[10 + number], name, way, number, 8)
         assert difference is None
