@@ -19,8 +19,8 @@ import click
 
 from .contract import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_SEQ_LEN, ITEMSIZE, MAX_BLOCK, MODES
 from .errors import NemodiffError, RequestError
-from .runtime.options import DEFAULT_NEW_TOKENS, check_text
 from .runtime.commit import POLICIES
+from .runtime.options import DEFAULT_NEW_TOKENS, check_text
 from .runtime.settings import GROUPS
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _decoding_options(command: Command) -> Command:
         ),
         click.option("--per-step", type=int, help="Masks that policy topk commits per pass."),
         click.option("--entropy-bound", type=float, help="Nats up to which policy entropy commits."),
-        click.option("--steps", type=int, help="Most passes of diffusion per block."),
+        click.option("--steps", "block_steps", type=int, help="Most passes of diffusion per block."),
         click.option("--merge-commit", is_flag=True, help="Diffusion: commit a block and begin the next in one pass."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
         click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),

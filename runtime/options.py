@@ -40,7 +40,7 @@ class Options:
     the answer must follow. regex: pattern that the whole answer must match.
 
     Of diffusion alone: policy: `threshold`, `topk`, `entropy` or `left_to_right`. per_step: masks that topk commits per
-    pass. entropy_bound: nats up to which entropy commits. steps: most passes per block. merge_commit: the pass that
+    pass. entropy_bound: nats up to which entropy commits. block_steps: most passes per block. merge_commit: the pass that
     commits a block also denoises the next. confidences: report the confidence of each token.
 
     prefill_chunk: tokens per prefill pass.
@@ -74,7 +74,7 @@ class Options:
     policy: str = "threshold"
     per_step: int | None = None
     entropy_bound: float | None = None
-    steps: int | None = None
+    block_steps: int | None = None
     merge_commit: bool = False
     confidences: bool = False
     prefill_chunk: int = PREFILL_CHUNK
@@ -124,7 +124,7 @@ def _typed(name: str, value: Any) -> Any:
     if kind == "tuple[int, ...]":
         require(isinstance(value, (list, tuple)) and all(map(_is_integer, value)), "a list of token ids")
         return tuple(map(int, value))
-    if kind == "str":
+    if kind == "str" and _FIELDS[name].default is None:  # the others are checked against a list, by `settle`
         require(isinstance(value, str), "text")
         check_text(value, name)
     return value

@@ -98,7 +98,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         end_think=text.end_think,
         logprobs=o.logprobs,
         grammar=grammar,
-        policy=Policy(o.policy, threshold, o.per_step or 1, o.entropy_bound or 0.0, o.steps),
+        policy=Policy(o.policy, threshold, o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
         merge_commit=o.merge_commit,
         confidences=o.confidences,
         prefill_chunk=o.prefill_chunk,
@@ -173,10 +173,10 @@ def _check_diffusion(o: Options) -> None:
             raise RequestError(f"{name} is {value}, allowed: {least} or more")
     if o.threshold is not None and o.policy in ("topk", "entropy"):
         raise RequestError(f"threshold is {o.threshold}, but policy {o.policy} has none; leave one of them out")
-    if o.steps is not None:
-        _at_least("steps", o.steps, 1)
+    if o.block_steps is not None:
+        _at_least("block_steps", o.block_steps, 1)
     if o.mode != "diffusion":
-        for name in ("policy", "steps", "merge_commit", "confidences"):
+        for name in ("policy", "block_steps", "merge_commit", "confidences"):
             value = getattr(o, name)
             if value not in (None, False, "threshold"):
                 other = "; use logprobs" if name == "confidences" else "; use --mode diffusion or leave it out"

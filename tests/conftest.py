@@ -26,7 +26,7 @@ from nemodiff.cli import main
 
 PLAN = re.compile(r"(checkpoint|parameters|engine|disk|KV cache|memory|fits here|ignored) {2,}")
 SUBJECT = re.compile(
-    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|system|temperature|threshold)\b"
+    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(mode|prompt|message|option|seed|standard|stop|system|temperature|threshold|logprobs|word)\b"
 )
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
 

@@ -75,9 +75,9 @@ CONTROLS: dict[str, Asked] = {
     "topk": {"policy": "topk", "per_step": 3},
     "entropy": {"policy": "entropy", "entropy_bound": 0.2},
     "left_to_right": {"policy": "left_to_right", "threshold": 0.6},
-    "steps": {"steps": 2, "threshold": 0.999},
+    "steps": {"block_steps": 2, "threshold": 0.999},
     "merge_commit": {"merge_commit": True},
-    "merge_commit, steps, topk": {"merge_commit": True, "steps": 3, "policy": "topk", "per_step": 1},
+    "merge_commit, steps, topk": {"merge_commit": True, "block_steps": 3, "policy": "topk", "per_step": 1},
 }
 LOOKS_BACK = ("repetition", "presence, frequency", "bad words")
 
@@ -153,7 +153,7 @@ def compare_diffusion(
     asked = LAWS[name] if name else {}
     prompt = _prompt(setup, question, asked)
     law = law_of(setup.plain, prompt, asked, seed) if name else None
-    values = {k: v for k, v in CONTROLS[way].items() if k != "threshold"}
+    values = {k.removeprefix("block_"): v for k, v in CONTROLS[way].items() if k != "threshold"}
     threshold = CONTROLS[way].get("threshold", 0.9)
     stops = law.stops if law else setup.model.eos
     oracle = reference.diffusion(setup.model, prompt, NEW_TOKENS, block, threshold, stops, law, Control(**values))
