@@ -40,8 +40,8 @@ class Options:
     the answer must follow. regex: pattern that the whole answer must match.
 
     Of diffusion alone: policy: `threshold`, `topk`, `entropy` or `left_to_right`. per_step: masks that topk commits per
-    pass. entropy_bound: nats up to which entropy commits. block_steps: most passes per block. merge_commit: the pass that
-    commits a block also denoises the next. confidences: report the confidence of each token.
+    pass. entropy_bound: nats up to which entropy commits. block_steps: most passes per block. merge_commit: the pass
+    that commits a block also denoises the next. confidences: report the confidence of each token.
 
     prefill_chunk: tokens per prefill pass.
     """
