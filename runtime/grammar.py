@@ -8,12 +8,16 @@ is restricted until it is taken back.
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
 import numpy as np
 
 from ..errors import EngineError, RequestError
+
+# A model that finds no end fills JSON up with space, so there is one way to set it, that of Python's json.
+_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar:
@@ -36,12 +40,13 @@ class Grammar:
         self._vocab = vocab
         if kind == "json_schema":
             try:
-                text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(json.loads(source)))
+                schema = json.dumps(json.loads(source))
+                text = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_JSON)
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"json_schema is not JSON ({_line(error)}); give a JSON schema") from None
         else:
             text = llguidance.LLMatcher.grammar_from_regex(source)
-        library: Any = llguidance.LLTokenizer(tokenizer, n_vocab=vocab, eos_token=list(eos))
+        library = _tokenizer(tokenizer, vocab, eos)
         wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, library)
         if wrong:
             raise RequestError(f"{kind} is not understood ({_line(messages[0])}); change it")
@@ -85,6 +90,14 @@ class Matcher:
             )
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab]
         scores[allowed == 0] = -np.inf
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(source: str, vocab: int, eos: tuple[int, ...]) -> Any:
+    """The library's view of a tokenizer, which takes a second to make of a large one."""
+    import llguidance
+
+    return llguidance.LLTokenizer(source, n_vocab=vocab, eos_token=list(eos))
 
 
 def _line(error: object) -> str:

@@ -172,6 +172,16 @@ def test_structured_output_parses(engine: nemodiff.LoadedEngine, mode: str, temp
     assert whole
 
 
+def test_a_schema_leaves_no_room_for_endless_space(engine: nemodiff.LoadedEngine) -> None:
+    flag = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1]}}, "required": ["a", "b"]}
+    flag["additionalProperties"] = False
+    for question in QUESTIONS[:4]:
+        answer = nemodiff.generate(engine, question, json_schema=json.dumps(flag), max_new_tokens=60)
+        assert answer.text == json.dumps(json.loads(answer.text))
+        loose = json.dumps({**flag, "x-guidance": {"whitespace_flexible": True}})
+        assert nemodiff.generate(engine, question, json_schema=loose, max_new_tokens=60).token_ids != answer.token_ids
+
+
 @pytest.mark.parametrize("mode", CAUSAL)
 def test_structure_begins_after_thinking(engine: nemodiff.LoadedEngine, mode: str) -> None:
     options = {"mode": mode, "thinking": True, "thinking_budget": 5, "max_new_tokens": 100}
