@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
+from ..runtime.chooser import TokenLogprobs
 from ..runtime.events import Event, Finished, Step, Text
 from ..runtime.generate import LoadedEngine
 from ..runtime.request import Generation
@@ -91,7 +92,10 @@ class Form:
         return {**choice, **self._measured(generation)}
 
     def _chunk(self, index: int, delta: dict[str, Any], generation: Generation | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": None if generation is None else generation.finish_reason}
+        choice: dict[str, Any] = {
+            "index": index,
+            "finish_reason": None if generation is None else generation.finish_reason,
+        }
         if self.kind == "chat":
             choice["delta"] = delta
         else:
@@ -119,15 +123,15 @@ class Form:
 
     def _measured(self, generation: Generation) -> dict[str, Any]:
         """What was measured of each token."""
-        values, told = getattr(generation, "logprobs", None), dict[str, Any](logprobs=None)
+        values, told = generation.logprobs, dict[str, Any](logprobs=None)
         if self.logprobs and values is not None:
             pairs = list(zip(generation.token_ids, values, strict=True))
             told["logprobs"] = self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(pairs)
-        if (confidences := getattr(generation, "confidences", None)) is not None:
-            told["confidences"] = confidences
+        if generation.confidences is not None:
+            told["confidences"] = generation.confidences
         return told
 
-    def _chat_logprobs(self, pairs: list[tuple[int, Any]]) -> dict[str, Any]:
+    def _chat_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
         return {
             "content": [
                 {**self._logprob(token, at.logprob), "top_logprobs": [self._logprob(*one) for one in at.top]}
@@ -140,7 +144,7 @@ class Form:
         piece = self.engine.text.piece(token)
         return {"token": piece, "logprob": logprob, "bytes": None if "\ufffd" in piece else list(piece.encode())}
 
-    def _text_logprobs(self, pairs: list[tuple[int, Any]]) -> dict[str, Any]:
+    def _text_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
         piece = self.engine.text.piece
         pieces = [piece(token) for token, _ in pairs]
         offsets = [sum(map(len, pieces[:i])) for i in range(len(pieces))]

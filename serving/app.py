@@ -26,11 +26,11 @@ from starlette.requests import Request
 
 from ..contract import MODES
 from ..errors import NemodiffError
-from ..runtime.generate import LoadedEngine
+from ..runtime.generate import LoadedEngine, load
 from ..runtime.scheduler import Scheduler
 from . import refusals
 from .answers import Form
-from .body import Chat, Completion, Decoding, Fim, Generating, Watched
+from .body import Chat, Completion, Decoding, Fim, Watched
 from .fim import Fills
 from .follow import Following, TimedOut
 from .gate import Gate
@@ -139,11 +139,13 @@ class Server:
         try:
             filled = await asyncio.wait_for(asyncio.wrap_future(future), self.limits.timeout)
         except TimeoutError:
-            raise TimedOut(f"the request took more than {self.limits.timeout:g} seconds; ask for fewer tokens") from None
+            raise TimedOut(
+                f"the request took more than {self.limits.timeout:g} seconds; ask for fewer tokens"
+            ) from None
         finally:
             gone.set()
             watch.cancel()
-        count = self.engine.text.plain
+        count = self.engine.text.encode_plain
         counts: dict[str, Any] = {
             "prompt_tokens": len(count(asked.prompt)) + len(count(asked.suffix)),
             "completion_tokens": len(filled.token_ids[0]),
@@ -169,6 +171,23 @@ async def _set_when_gone(request: Request, gone: threading.Event) -> None:
 
 async def _one(value: Any) -> AsyncIterator[Any]:
     yield value
+
+
+def open_server(
+    folder: Path,
+    *,
+    limits: Limits,
+    name: str | None,
+    defaults: dict[str, Any],
+    threads: int | None = None,
+    device: int = 0,
+    rows: int | None = None,
+    prefix_reuse: bool = True,
+) -> Server:
+    """Load an engine and put it behind HTTP. Raises NemodiffError."""
+    engine = load(folder, threads=threads, device=device)
+    scheduler = Scheduler(engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse)
+    return Server(engine, scheduler, limits, name or folder.resolve().name, defaults)
 
 
 def _routes(server: Server) -> FastAPI:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -46,7 +47,9 @@ class _Body(BaseModel):
                 found[name] = value
             elif not (value is None or name in _WITHOUT_EFFECT or value in ([], {}, "none", False)):
                 near = difflib.get_close_matches(name, names, 1)
-                raise ValueError(f"{name!r:.60} is not supported; " + (f"is {near[0]} meant?" if near else "leave it out"))
+                raise ValueError(
+                    f"{name!r:.60} is not supported; " + (f"is {near[0]} meant?" if near else "leave it out")
+                )
         return found
 
 
@@ -202,7 +205,8 @@ class Chat(Generating):
 
     def prompts(self) -> list[Prompt]:
         """The conversation."""
-        return [[message.plain() for message in self.messages]]
+        messages: list[Mapping[str, str]] = [message.plain() for message in self.messages]
+        return [messages]
 
     @property
     def thinks(self) -> bool:
@@ -278,7 +282,9 @@ class Fim(Decoding):
 
     prompt: str = Field(description="what stands before the hole")
     suffix: str = Field("", description="what stands behind it")
-    max_tokens: int | None = Field(None, description=f"length of the hole, 1 to {MAX_BLOCK}; 1 to 16, as fits, if left out")
+    max_tokens: int | None = Field(
+        None, description=f"length of the hole, 1 to {MAX_BLOCK}; 1 to 16, as fits, if left out"
+    )
     method: Literal["search", "block"] | None = Field(None, description="docs/semantics.md, infill")
     width: int | None = Field(None, description="fillings that search keeps, 1 to 64")
     stream: bool | None = Field(None, description="answer as server-sent events: the filling comes in one")

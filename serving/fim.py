@@ -38,7 +38,9 @@ class Fills:
         """Holes that are being filled or wait."""
         return self._present
 
-    def submit(self, before: str, behind: str, gone: threading.Event, **options: Any) -> concurrent.futures.Future[Filled]:
+    def submit(
+        self, before: str, behind: str, gone: threading.Event, **options: Any
+    ) -> concurrent.futures.Future[Filled]:
         """Queue a hole; once `gone` is set, the future raises GoneError. Raises BusyError."""
         with self._lock:
             if self._present >= self._most:

@@ -48,12 +48,11 @@ class Following:
 
         def queue() -> None:
             for index, (prompt, options) in enumerate(asked):
-                if self._closed:
-                    break
                 handle = self._scheduler.submit(prompt, steps=steps, listener=self._listener(index), **options)
                 self._handles.append(handle)
                 if self._closed:  # meanwhile, so that close did not see this one
                     handle.cancel()
+                    break
 
         try:
             await asyncio.to_thread(queue)  # to encode a long prompt takes longer than other clients should wait

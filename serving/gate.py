@@ -67,7 +67,7 @@ class Gate:
     def _known(self, header: str) -> bool:
         scheme, _, key = header.partition(" ")
         given = key.strip().encode()
-        return scheme.lower() == "bearer" and any([secrets.compare_digest(given, known) for known in self._keys])
+        return scheme.lower() == "bearer" and any(secrets.compare_digest(given, known) for known in self._keys)
 
     def _too_large(self) -> str:
         return f"the body has more than {self._most} bytes; send less, or raise --max-request-bytes"

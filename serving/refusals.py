@@ -1,8 +1,8 @@
 """What the server refuses, in OpenAI's form.
 
-In: an error, or what the framework found wrong. Out: a status and `{"error": {"message", "type", "param", "code"}}` with
-one sentence in it. The surprising fact: a client's text may come back in the sentence, so it is cut short, and every
-character beyond ASCII is escaped: half of a surrogate pair has no bytes.
+In: an error, or what the framework found wrong. Out: a status and `{"error": {"message", "type", "param", "code"}}`
+with one sentence in it. The surprising fact: a client's text may come back in the sentence, so it is cut short, and
+every character beyond ASCII is escaped: half of a surrogate pair has no bytes.
 """
 
 from __future__ import annotations
