@@ -635,19 +635,21 @@ def serve(
     """Serve ENGINE over HTTP: OpenAI's API, metrics, and a page to watch it decode."""
     try:
         from .serving.app import Limits, open_server
+        from .serving.server import bind
         from .serving.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
     limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)
-    server = open_server(
-        engine,
-        limits=limits,
-        name=served_model_name,
-        defaults={"mode": mode},
-        prefix_reuse=not no_prefix_reuse,
-        **options,
-    )
-    listen(server, host, port, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))
+    with bind(host, port) as listening:
+        server = open_server(
+            engine,
+            limits=limits,
+            name=served_model_name,
+            defaults={"mode": mode},
+            prefix_reuse=not no_prefix_reuse,
+            **options,
+        )
+        listen(server, listening, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))
 
 
 def _print_stats(answer: Generation, wanted: bool) -> None:

@@ -41,7 +41,7 @@ from .watch import traced
 PAGE = Path(__file__).parent / "page"
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text}
+    status: {"description": text, "model": refusals.Refused}
     for status, text in {
         400: "The request is wrong, or asks for what is not supported.",
         401: "The key is missing or wrong.",
@@ -193,6 +193,7 @@ def open_server(
 def _routes(server: Server) -> FastAPI:
     version = importlib.metadata.version("nemodiff")
     app = FastAPI(title="nemodiff", version=version, docs_url=None, redoc_url=None, responses=_ERRORS)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     app.add_exception_handler(NemodiffError, refusals.on_nemodiff_error)
     app.add_exception_handler(RequestValidationError, refusals.on_invalid_body)
     app.add_exception_handler(HTTPException, refusals.on_http_error)
@@ -257,3 +258,12 @@ def _routes(server: Server) -> FastAPI:
             return "<!doctype html><title>nemodiff</title>nemodiff serves here; the routes are in /openapi.json"
 
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description; FastAPI's own status for a wrong body, 422, is 400 here."""
+    description = FastAPI.openapi(app)
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            operation["responses"].pop("422", None)
+    return description

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +25,21 @@ from .follow import TimedOut
 RETRY_AFTER = 1  # seconds
 _OPTIONS = {field.name for field in dataclasses.fields(Options)}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Refusal(BaseModel):
+    """Why not; `message` is one sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Refused(BaseModel):
+    """The body of every status from 400 on."""
+
+    error: Refusal
 
 
 class ClosingError(NemodiffError):

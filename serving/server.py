@@ -1,8 +1,8 @@
 """The process behind `nemodiff serve`: from an open port to a clean end.
 
-In: an engine and where to listen. Out: nothing, until somebody ends it. The first SIGTERM or SIGINT begins the drain:
-new requests are refused, `/health/ready` says 503, and what runs or waits may finish; a second signal ends it at once.
-The surprising fact: the port stays open while the server drains, or a load balancer could not ask whether it does.
+In: an engine behind HTTP and a bound socket. Out: nothing, until somebody ends it. The first SIGTERM or SIGINT begins
+the drain: new requests are refused, `/health/ready` says 503, and what runs or waits may finish; a second signal ends
+it at once. The surprising fact: the port stays open while the server drains, or a load balancer could not ask whether it does.
 """
 
 from __future__ import annotations
@@ -20,26 +20,30 @@ from .app import Server
 _LAST_WORDS = 2  # seconds for what has ended to reach its clients
 
 
-def serve(server: Server, host: str, port: int, drain: float, announce: Callable[[str], None]) -> None:
-    """Serve until a signal. `announce` is told the address, once requests are taken. Raises RequestError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, before anything slow is done; port 0 takes a free one. Raises RequestError."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
+        listening.close()
         raise RequestError(f"--host {host} --port {port}: {error}; give another, or --port 0 for a free one") from None
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listening.getsockname()[1]}"
+    return listening
+
+
+def serve(server: Server, listening: socket.socket, drain: float, announce: Callable[[str], None]) -> None:
+    """Serve until a signal. `announce` is told the address, once requests are taken."""
+    host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
         server.gate, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_LAST_WORDS
     )
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     process = _Process(config, server, drain, lambda: announce(address))
     try:
         process.run([listening])
     finally:
         server.fills.close()
-        listening.close()
 
 
 class _Process(uvicorn.Server):
