@@ -2,7 +2,8 @@
 
 In: an engine behind HTTP and a bound socket. Out: nothing, until somebody ends it. The first SIGTERM or SIGINT begins
 the drain: new requests are refused, `/health/ready` says 503, and what runs or waits may finish; a second signal ends
-it at once. The surprising fact: the port stays open while the server drains, or a load balancer could not ask whether it does.
+it at once. The surprising fact: the port stays open while the server drains, or a load balancer could not ask whether
+it does.
 """
 
 from __future__ import annotations
