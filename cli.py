@@ -20,6 +20,7 @@ import click
 
 from .contract import (
     BACKEND_DTYPES,
+    COMPILED,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
     EXPORT_FORMATS,
@@ -85,7 +86,7 @@ def main(ctx: click.Context) -> None:
     "--backend", type=click.Choice(list(BACKEND_DTYPES)), default="onnxruntime", show_default=True, help="What runs it."
 )
 @click.option(
-    "--dtype", type=click.Choice(list(ITEMSIZE)), help="Of weights and cache. [default: f32, or bf16 on TensorRT]"
+    "--dtype", type=click.Choice(list(ITEMSIZE)), help="Of weights and cache. [default: f32 on onnxruntime, else bf16]"
 )
 @click.option(
     "--max-seq-len",
@@ -144,7 +145,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     bar = tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing", disable=None, file=sys.stderr)
     with bar:
         builder.run(bar.update)
-    where = "try" if builder.backend == "onnxruntime" else "where such a GPU is"
+    where = "where such a GPU is" if builder.backend in COMPILED else "try"
     click.echo(f"built        {output}; {where}: nemodiff run {output} -p 'Hello'", err=True)
 
 
@@ -218,7 +219,7 @@ def _decoding_options(command: Command) -> Command:
         click.option("--system", help="System text."),
         click.option("--thinking", is_flag=True, help="Let the model think first."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
-        click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT."),
+        click.option("--device", help="cpu, cuda or cuda:N. [default: what the engine was built for]"),
         click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),
     ]
     for option in reversed(options):
@@ -255,7 +256,7 @@ def run(
     batch_size: int,
     raw: bool,
     threads: int | None,
-    device: int,
+    device: str | None,
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -357,7 +358,7 @@ def inspect(engine: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @_decoding_options
-def chat(engine: Path, threads: int | None, device: int, stats: bool, **options: Any) -> None:
+def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **options: Any) -> None:
     """Talk with ENGINE; the conversation is kept. /reset forgets it, /exit or end of input leaves."""
     import contextlib
 
