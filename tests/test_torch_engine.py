@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import equality_sampled
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,31 @@ def test_every_mode_equals_onnxruntime(pair: Pair, case: dict[str, Any]) -> None
         assert told(nemodiff.generate(pair.ours, prompt, max_new_tokens=48, **case)) == told(expected)
 
 
+LAWS = {**equality_sampled.LAWS, **equality_sampled.GUIDES}
+WAYS = [*equality_sampled.CAUSAL.values(), {"mode": "ar"}]
+CONTROLS = list(equality_sampled.CONTROLS.values())
+
+
+@pytest.mark.parametrize("law", list(LAWS))
+def test_every_law_of_sampling_equals_onnxruntime(tiny: Pair, law: str) -> None:
+    """Two of the ways to decode causally and one of diffusion, in turn; logprobs and confidences too."""
+    turn = list(LAWS).index(law)
+    ways = [WAYS[turn % len(WAYS)], WAYS[(turn + 3) % len(WAYS)]]
+    if law in equality_sampled.LAWS and law not in equality_sampled.LOOKS_BACK:
+        ways.append({"mode": "diffusion", **CONTROLS[turn % len(CONTROLS)]})
+    for way in ways:
+        told_too = {"confidences": True} if way["mode"] == "diffusion" else {"logprobs": 2}
+        options = {**LAWS[law], **way, **told_too, "seed": turn, "max_new_tokens": 32}
+        answers = [nemodiff.generate(engine, QUESTIONS[turn % 3], **options) for engine in (tiny.ours, tiny.theirs)]
+        assert answers[0].token_ids == answers[1].token_ids
+        assert answers[0].finish_reason == answers[1].finish_reason
+        if way.get("groups") != "auto" and way["mode"] != "quadratic_spec":  # a budget depends on measured times
+            assert answers[0].nfe == answers[1].nfe
+        for ours, theirs in zip(*(a.logprobs or [] for a in answers), strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert answers[0].confidences == pytest.approx(answers[1].confidences, abs=1e-4)
+
+
 def test_batches_and_the_scheduler_equal_onnxruntime(pair: Pair) -> None:
     prompts: list[Any] = [*QUESTIONS, PROMPT, PROMPT * 8, QUESTIONS[0]]
     for mode in MODES:
@@ -197,7 +223,9 @@ def test_passes_equal_onnxruntime(pair: Pair) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: test_gpu_engine.py runs them")
-def test_the_kernels_take_the_engines_tensors(pair: Pair) -> None:
+def test_the_kernels_take_the_engines_tensors(tmp_path: Path) -> None:
+    """One key/value head for four, heads of 48, three rows of different length: arguments and layouts."""
+    pair = make_pair(tmp_path, MODELS["early YaRN"](tmp_path / "checkpoint"))
     backend = torch_backend(pair.ours)
     check_steps(TorchEngine(backend.folder, backend.info, "cpu", kernels=True), pair.theirs, short=True)
 
