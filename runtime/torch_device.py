@@ -50,6 +50,8 @@ def import_torch(folder: Path) -> Any:
             f"{folder}: needs torch, which {found}; install it with: pip install 'nemodiff[torch]', or build with "
             "--backend onnxruntime"
         ) from None
+    if not hasattr(torch, "OutOfMemoryError"):  # the youngest name that is used
+        raise EngineError(f"{folder}: needs torch 2.5 or later, here is {torch.__version__}; update torch")
     return torch
 
 
