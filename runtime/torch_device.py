@@ -108,8 +108,12 @@ class TorchDevice:
             ) from None
 
     def free(self) -> int:
-        """Bytes that can still be had; a CPU's are not counted."""
-        return int(self._torch.cuda.mem_get_info(self.name)[0]) if self.is_gpu else 2**62
+        """Bytes that can still be had, of the card or of what torch holds; a CPU's are not counted."""
+        if not self.is_gpu:
+            return 2**62
+        cuda = self._torch.cuda
+        held = cuda.memory_reserved(self.name) - cuda.memory_allocated(self.name)
+        return int(cuda.mem_get_info(self.name)[0]) + int(held)
 
     def buffer(self, layout: Layout) -> Buffer:
         """Zeroed memory for some bindings."""

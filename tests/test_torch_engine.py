@@ -34,6 +34,7 @@ from nemodiff.runtime.engine import Pass, bidirectional, causal
 from nemodiff.runtime.generate import LoadedEngine
 from nemodiff.runtime.infill import METHODS
 from nemodiff.runtime.torch_engine import FIRST_CAPACITY, TorchEngine
+from nemodiff.runtime.torch_model import TorchModel
 
 pytestmark = pytest.mark.torch
 QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 41, 7, 93.", "Show the times table of 7 up to 5."]
@@ -359,6 +360,19 @@ def test_commands_work_on_a_torch_engine(checkpoint: Path, tmp_path: Path) -> No
 def test_no_torch(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     refused(["run", str(tiny.ours.folder), "-p", "x"], "needs torch, which is not installed", "nemodiff[torch]")
+
+
+def test_an_old_torch(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    monkeypatch.delattr(torch, "OutOfMemoryError")
+    refused(["run", str(tiny.ours.folder), "-p", "x"], "needs torch 2.5 or later, here is")
+
+
+def test_a_gpu_without_memory(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(TorchModel, "forward", fail)
+    refused(["run", str(tiny.ours.folder), "-p", "x"], "too little memory (Tried to allocate 2.00 GiB); end what else")
 
 
 def test_building_needs_no_torch(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
