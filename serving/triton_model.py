@@ -1,32 +1,48 @@
 """What runs inside a Triton server: requests go into a `Scheduler`, its events come back as responses.
 
 In: Triton's requests. Out: responses, one at the end or one per piece of text, the last with the figures. `execute`
-reads a request and submits it; a thread per request sends what happens to it; one more thread looks for requests whose
-client has gone. The surprising fact: a client may only ever see a sentence. An exception that leaves `execute` would put
-a traceback into the body, so everything becomes a `TritonError`.
+reads a request and submits it; one thread, the responder, sends what the scheduler tells of it and looks for requests
+whose client has gone. The surprising fact: a client may only ever see a sentence. An exception that leaves `execute`
+would put a traceback into the body, so everything becomes a `TritonError`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import BusyError, NemodiffError, RequestError
+from ..runtime.events import Event, Finished, Text
 from .triton_outputs import NUMPY, OUTPUTS
 from .triton_parameters import INPUTS, Asked, model_parameters, read
 
 if TYPE_CHECKING:
-    from ..runtime.events import Finished
     from ..runtime.generate import LoadedEngine
     from ..runtime.scheduler import Handle
 
-_LOOK = 0.005  # seconds between two looks for clients that have gone
+_LOOK = 0.005  # seconds between two looks for clients that have gone; they take at most a tenth of the time
+_COUNT = 0.2  # seconds between two updates of the counters on the metrics port
+
+
+@dataclasses.dataclass(eq=False)
+class _Live:
+    """A request that has not ended: who sends its responses, and text that still has to stand before the answer."""
+
+    sender: Any
+    asked: Asked
+    handle: Handle | None = None
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        self.prefix = self.asked.prompt if self.asked.echo else ""
 
 
 class TritonPythonModel:
@@ -47,19 +63,20 @@ class TritonPythonModel:
 
     def _start(self, args: dict[str, str], given: dict[str, str]) -> None:
         from ..runtime.scheduler import Scheduler
-        from .triton_metrics import Metrics
+        from .triton_metrics import TritonMetrics
 
         self._parameters = p = model_parameters(given)
         engine = self.load(Path(args["model_repository"]) / args["model_version"] / p.engine)
         self._scheduler = Scheduler(
             engine, rows=p.rows, waiting=p.waiting, prefix_reuse=p.prefix_reuse, prefill_tokens=p.prefill_tokens
         )
-        self._metrics = Metrics(self._pb, {"model": self._name, "version": args["model_version"]}, engine)
-        self._running: dict[Handle, Any] = {}  # with their senders
-        self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="nemodiff-watcher", daemon=True)
-        self._watcher.start()
-        self._pb.Logger.log_info(f"{self._name}: {engine.folder.name} is loaded in {engine.load_ms:.0f} ms")
+        self._metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
+        self._metrics.update(self._scheduler.statistics)
+        self._live: set[_Live] = set()
+        self._told: queue.SimpleQueue[tuple[_Live, list[Event] | NemodiffError] | None] = queue.SimpleQueue()
+        self._responder = threading.Thread(target=self._respond, name="nemodiff-responder", daemon=True)
+        self._responder.start()
+        self._pb.Logger.log_info(f"{self._name}: {engine.folder} is loaded in {engine.load_ms:.0f} ms")
 
     def load(self, folder: Path) -> LoadedEngine:
         """Load the engine; tests put others in its place."""
@@ -68,23 +85,30 @@ class TritonPythonModel:
         return load(folder, threads=self._parameters.threads, device=self._parameters.device)
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Submit each request; its responses are sent from elsewhere."""
+        """Submit each request; its responses are sent by the responder."""
         for request in requests:
             sender = request.get_response_sender()
             try:
                 asked = read(self._tensors(request), json.loads(request.parameters() or "{}"), self._parameters.values)
-                handle = self._scheduler.submit(asked.prompt, **asked.options)
+                self._submit(_Live(sender, asked))
             except Exception as error:
                 self._refuse(sender, error)
-                continue
-            self._running[handle] = sender
-            threading.Thread(target=self._answer, args=(handle, sender, asked), daemon=True).start()
 
     def finalize(self) -> None:
-        """Cancel what still runs and give the engine back."""
+        """Cancel what still runs, answer it and give the engine back."""
         self._scheduler.close(drain=False)
-        self._closed.set()
-        self._watcher.join()
+        self._told.put(None)
+        self._responder.join()
+
+    def _submit(self, live: _Live) -> None:
+        self._live.add(live)
+        try:
+            live.handle = self._scheduler.submit(
+                live.asked.prompt, listener=lambda outcome: self._told.put((live, outcome)), **live.asked.options
+            )
+        except BaseException:
+            self._live.discard(live)
+            raise
 
     def _tensors(self, request: Any) -> dict[str, list[Any]]:
         """Elements of the inputs that are there, by name. Raises RequestError."""
@@ -96,32 +120,57 @@ class TritonPythonModel:
                 found[declared.name] = [_plain(declared.name, value) for value in values]
         return found
 
-    def _answer(self, handle: Handle, sender: Any, asked: Asked) -> None:
-        """Send what happens to a request until its end."""
-        from ..runtime.events import Finished, Text
+    def _respond(self) -> None:
+        """Send what happens to requests until the end, and look around now and then."""
+        looked = counted = time.perf_counter()
+        pause = _LOOK
+        while True:
+            try:
+                told = self._told.get(timeout=max(0.0, looked + pause - time.perf_counter()))
+                if told is None:
+                    return
+                self._answer(*told)
+            except queue.Empty:
+                pass
+            if (now := time.perf_counter()) > looked + pause:
+                self._look()
+                looked = time.perf_counter()
+                pause = max(_LOOK, 10 * (looked - now))
+                if looked > counted + _COUNT:
+                    self._metrics.update(self._scheduler.statistics)
+                    counted = looked
 
-        prefix = asked.prompt if asked.echo else ""
+    def _look(self) -> None:
+        """Cancel requests whose client has gone."""
+        for live in list(self._live):
+            if live.handle is not None and live.sender.is_cancelled():
+                live.handle.cancel()
+
+    def _answer(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
+        """Send what has happened to a request."""
         try:
-            for event in handle:
-                if isinstance(event, Text) and asked.stream:
-                    sender.send(self._response({"text_output": prefix + event.text}))
-                    prefix = ""
+            for event in [] if isinstance(outcome, NemodiffError) else outcome:
+                if isinstance(event, Text) and live.asked.stream:
+                    live.sender.send(self._response({"text_output": live.prefix + event.text}))
+                    live.prefix = ""
                 elif isinstance(event, Finished):
-                    self._metrics.finished(event)
-                    self._finish(sender, event, prefix + ("" if asked.stream else event.generation.text))
+                    self._finish(live, event)
+            if isinstance(outcome, NemodiffError):
+                raise outcome
         except Exception as error:
-            self._refuse(sender, error)
-        finally:
-            self._running.pop(handle, None)
-            self._metrics.update(self._scheduler.statistics)
+            self._live.discard(live)
+            self._refuse(live.sender, error)
 
-    def _finish(self, sender: Any, event: Finished, text: str) -> None:
+    def _finish(self, live: _Live, event: Finished) -> None:
+        self._metrics.observe(event)
+        self._live.discard(live)
         if event.generation.finish_reason == "cancelled":
-            self._send_error(sender, "the request was cancelled", self._pb.TritonError.CANCELLED)
+            self._send_error(live.sender, "the request was cancelled", self._pb.TritonError.CANCELLED)
             return
+        text = live.prefix + ("" if live.asked.stream else event.generation.text)
         values = {o.name: o.value(event) for o in OUTPUTS if o.value is not None}
         final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(self._response({"text_output": text, **values}), flags=final)
+        live.sender.send(self._response({"text_output": text, **values}), flags=final)
 
     def _response(self, values: dict[str, Any]) -> Any:
         """A response with the outputs that have a value."""
@@ -150,17 +199,6 @@ class TritonPythonModel:
     def _send_error(self, sender: Any, text: str, kind: Any) -> None:
         response = self._pb.InferenceResponse(error=self._pb.TritonError(text, kind))
         sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-    def _watch(self) -> None:
-        """Cancel requests whose client has gone; asking for it takes at most a tenth of the time."""
-        pause = _LOOK
-        while not self._closed.wait(pause):
-            began = time.perf_counter()
-            for handle, sender in list(self._running.items()):
-                if sender.is_cancelled():
-                    handle.cancel()
-            self._metrics.update(self._scheduler.statistics)
-            pause = max(_LOOK, 10 * (time.perf_counter() - began))
 
 
 def _plain(name: str, value: Any) -> Any:

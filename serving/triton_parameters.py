@@ -201,7 +201,9 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError(f"unknown parameter {name!r:.60}; allowed: {', '.join(allowed)}")
         typed = _neutral(option, _typed(name, _TYPES[option], value))
         if option in chosen and chosen[option] != typed:
-            raise RequestError(f"{said[option]} is {chosen[option]!r:.60} and {name} is {typed!r:.60}; give one of them")
+            raise RequestError(
+                f"{said[option]} is {chosen[option]!r:.60} and {name} is {typed!r:.60}; give one of them"
+            )
         chosen[option], said[option] = typed, name
     return chosen | _guide(given)
 
@@ -236,9 +238,9 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
     if kind == "bool":
         words = {"true": True, "false": False, "1": True, "0": False, True: True, False: False}
-        if not isinstance(value, (str, bool, int)) or (key := value.lower() if isinstance(value, str) else value) not in (
-            words
-        ):
+        if not isinstance(value, (str, bool, int)) or (
+            key := value.lower() if isinstance(value, str) else value
+        ) not in (words):
             raise wrong("true or false")
         return words[key]
     if kind in ("int", "float") and isinstance(value, str):
