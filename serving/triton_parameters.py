@@ -237,21 +237,23 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         return RequestError(f"{name} is {value!r:.60}, allowed: {allowed}")
 
     if kind == "bool":
-        words = {"true": True, "false": False, "1": True, "0": False, True: True, False: False}
-        if not isinstance(value, (str, bool, int)) or (
-            key := value.lower() if isinstance(value, str) else value
-        ) not in (words):
+        words = {"true": True, "false": False, "1": True, "0": False}
+        key = str(value).lower() if isinstance(value, (str, bool, int)) else ""
+        if key not in words:
             raise wrong("true or false")
         return words[key]
+    if kind == "tuple[str, ...]":
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise wrong("text or a list of texts")
+        return tuple(texts)
+    if kind == "tuple[int, ...]":
+        return [_typed(name, "int", item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if kind in ("int", "float") and isinstance(value, str):
         try:
-            value = int(value) if kind == "int" else float(value)
+            return int(value) if kind == "int" else float(value)
         except ValueError:
             raise wrong("an integer" if kind == "int" else "a number") from None
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)
-    if kind == "tuple[str, ...]" and isinstance(value, str):
-        return (value,)
-    if kind == "tuple[int, ...]":
-        return [_typed(name, "int", item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     return value

@@ -66,7 +66,7 @@ class TritonServer:
         if not repository.is_dir():
             raise ServerError(f"{repository}: no such folder; make one with: nemodiff triton export")
         self._folder = Path(tempfile.mkdtemp(prefix="nemodiff-triton-"))
-        self._shared = f"nemodiff_{os.getpid()}_{secrets.token_hex(4)}_"  # names of shared memory
+        self.shared = f"nemodiff_{os.getpid()}_{secrets.token_hex(4)}_"  # names of shared memory
         self._log = log
         try:
             found = self._found()
@@ -119,7 +119,7 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # what hangs, and Python processes that it left
             code = self.process.wait()
-        for left in Path("/dev/shm").glob(f"{self._shared}*"):
+        for left in Path("/dev/shm").glob(f"{self.shared}*"):
             left.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
         return code
@@ -146,7 +146,7 @@ class TritonServer:
 
     def _found(self) -> tuple[str, dict[str, str], list[str]]:
         """The executable, its environment and the options it needs."""
-        region = f"--backend-config=python,shm-region-prefix-name={self._shared}"
+        region = f"--backend-config=python,shm-region-prefix-name={self.shared}"
         on_path = shutil.which("tritonserver")
         if on_path is not None:
             return on_path, dict(os.environ), [region]
