@@ -94,6 +94,10 @@ class TritonPythonModel:
             except Exception as error:
                 self._refuse(sender, error)
 
+    def is_ready(self) -> bool:
+        """What newer servers ask at `v2/models/NAME/ready`."""
+        return self._responder.is_alive()
+
     def finalize(self) -> None:
         """Cancel what still runs, answer it and give the engine back."""
         self._scheduler.close(drain=False)
