@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .commit import probability
 from .engine import Pass, PassKind, Prediction
 from .request import Generation, result
 from .self_spec import matching_prefix
@@ -111,7 +112,10 @@ _NAMES = {Started: "started", BlockStarted: "block_started", Step: "step", Text:
 
 def as_dict(event: Event) -> dict[str, Any]:
     """An event as one JSON object; `event` is its kind."""
-    return {"event": _NAMES[type(event)], **dataclasses.asdict(event)}
+    found = dataclasses.asdict(event)
+    if isinstance(event, Finished):
+        found["generation"] = event.generation.as_dict()
+    return {"event": _NAMES[type(event)], **found}
 
 
 def answers(events: Iterable[Event]) -> Iterator[Generation]:
@@ -202,6 +206,7 @@ class Reporter:
             events.append(BlockStarted(self.number, served.began, asked.write_at, asked.ids.size))
         self._previous = asked.kind
         kept, refused = self._verdict(asked, prediction)
+        committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
         events.append(
             Step(
                 self.number,
@@ -213,7 +218,7 @@ class Reporter:
                 asked.ids.tolist(),
                 (prediction.next_ids if filling else prediction.token).tolist(),
                 prediction.confidence.tolist(),
-                self._filled(asked, prediction) if filling else self._emitted(prediction),
+                committed,
                 kept,
                 refused,
             )
@@ -231,6 +236,9 @@ class Reporter:
     def _emitted(self, prediction: Prediction) -> list[Committed]:
         """The tokens that this pass emitted; the first predictions of a causal pass are theirs, in order."""
         first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :]
+        if prediction.logits is not None and new:  # the engine's confidence is that of its own best token
+            found = probability(prediction.logits[: len(new)], new, self.sequence.model.mask_id)
+            prediction.confidence[: len(new)] = found
         return [
             Committed(first + i, token, float(confidence))
             for i, (token, confidence) in enumerate(zip(new, prediction.confidence.tolist(), strict=False))

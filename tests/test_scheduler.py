@@ -75,6 +75,8 @@ def requests() -> st.SearchStrategy[Asked]:
         groups=st.sampled_from(["all"]),
         threshold=st.sampled_from([None, 0.0, 0.5, 0.9]),
         prefill_chunk=st.sampled_from([7, 512]),
+        temperature=st.sampled_from([0.0, 0.0, 0.8]),
+        seed=st.integers(0, 3),
     )
     return st.builds(Asked, prompts, options)
 
