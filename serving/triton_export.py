@@ -19,7 +19,9 @@ from ..builder.staging import Kind, staged
 from ..contract import EngineInfo, read_engine
 from ..errors import RequestError
 from ..runtime.options import make_options
-from .triton_outputs import OUTPUTS
+from ..runtime.settings import settle
+from ..runtime.text import TextCodec
+from .triton_outputs import OUTPUTS, Output
 from .triton_parameters import INPUTS, Input, model_parameters, read
 
 MARKER = "nemodiff_triton.json"  # tells a model folder of ours
@@ -72,7 +74,10 @@ def export(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"--name is {name!r:.60}, allowed: letters, digits, '.', '_' and '-'")
     chosen = dict(parameters or {})
-    _check(info, chosen)
+    try:
+        _check(info, TextCodec(engine), chosen)
+    except RequestError as error:
+        raise RequestError(f"--set: {error}") from None
     with staged(repository / name, EXPORTED) as stage:
         version = stage / "1"
         version.mkdir()
@@ -87,7 +92,7 @@ def export(
     return repository / name
 
 
-def _check(info: EngineInfo, given: dict[str, str]) -> None:
+def _check(info: EngineInfo, text: TextCodec, given: dict[str, str]) -> None:
     """Refuse what the server would refuse when it loads the model, or at every request. Raises RequestError."""
     parsed = model_parameters(given)
     limit = info.build.max_batch_size
@@ -97,7 +102,7 @@ def _check(info: EngineInfo, given: dict[str, str]) -> None:
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}, allowed: {least} or more")
-    make_options(read({"text_input": ["x"]}, {}, parsed.values).options)
+    settle(info, text, 1, make_options(read({"text_input": ["x"]}, {}, parsed.values).options))
 
 
 def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: bool) -> str:
@@ -116,10 +121,10 @@ def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: 
         # One instance: it serves all requests at once. KIND_MODEL: the engine says itself where it runs.
         "instance_group [ { count: 1 kind: KIND_MODEL } ]",
         "input [",
-        ",\n".join(_input(i) for i in INPUTS),
+        ",\n".join(_tensor(i, " optional: true" * (i.name != "text_input")) for i in INPUTS),
         "]",
         "output [",
-        ",\n".join(f"  {{ name: {_quoted(o.name)} data_type: TYPE_{o.type} dims: [ 1 ] }}" for o in OUTPUTS),
+        ",\n".join(_tensor(o) for o in OUTPUTS),
         "]",
     ]
     if parameters:
@@ -128,9 +133,8 @@ def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: 
     return "\n".join(lines) + "\n"
 
 
-def _input(declared: Input) -> str:
+def _tensor(declared: Input | Output, optional: str = "") -> str:
     dims = -1 if declared.many else 1
-    optional = "" if declared.name == "text_input" else " optional: true"
     return f"  {{ name: {_quoted(declared.name)} data_type: TYPE_{declared.type} dims: [ {dims} ]{optional} }}"
 
 

@@ -21,11 +21,22 @@ NUMPY: dict[Type, Any] = {"STRING": object, "UINT32": "uint32", "FP32": "float32
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One output tensor of one element; `value` reads it from a finished request, None where there is none."""
+    """One output tensor; `value` reads it from a finished request, None where there is none. many: of any length."""
 
     name: str
     type: Type
     value: Callable[[Finished], Any] | None = None
+    many: bool = False
+
+
+def _logprobs(finished: Finished) -> list[float] | None:
+    found = finished.generation.logprobs
+    return None if found is None else [each.logprob for each in found]
+
+
+def _sum_of_logprobs(finished: Finished) -> float | None:
+    found = _logprobs(finished)
+    return None if found is None else sum(found)
 
 
 OUTPUTS = (
@@ -37,6 +48,8 @@ OUTPUTS = (
     Output("nfe", "STRING", lambda f: json.dumps(f.generation.nfe)),
     Output("tokens_per_pass", "FP32", lambda f: f.generation.decode_tpf),
     Output("acceptance_length", "FP32", lambda f: f.generation.acceptance.mean),
+    Output("output_log_probs", "FP32", _logprobs, many=True),
+    Output("cum_log_probs", "FP32", _sum_of_logprobs),
     Output("time_to_first_token_ms", "FP32", lambda f: f.ttft_ms),
     Output("inter_token_latency_ms", "FP32", lambda f: f.itl_ms),
 )

@@ -31,8 +31,8 @@ from .triton_install import NUMPY, WHEEL, installed
 
 PORTS = (8000, 8001, 8002)  # HTTP, gRPC, metrics
 _NONE_FOUND = (
-    "no Triton server found: there is no tritonserver on PATH and none installed here; get one with: nemodiff triton "
-    "install, or use Triton's container as config.pbtxt in the model's folder says"
+    "no Triton server found for it: there is no tritonserver on PATH and none installed here; get one with: nemodiff "
+    "triton install, or use Triton's container as config.pbtxt in the model's folder says"
 )
 
 
@@ -69,7 +69,7 @@ class TritonServer:
         self.shared = f"nemodiff_{os.getpid()}_{secrets.token_hex(4)}_"  # names of shared memory
         self._log = log
         try:
-            found = self._found()
+            found = self._found(repository)
             attempts = 3 if ports is None else 1  # a port that was free may be taken by the time it is used
             while attempts:
                 attempts -= 1
@@ -144,14 +144,14 @@ class TritonServer:
             time.sleep(0.05)
         raise ServerError(f"tritonserver is not ready after {patience:.0f} seconds; {hint}")
 
-    def _found(self) -> tuple[str, dict[str, str], list[str]]:
+    def _found(self, repository: Path) -> tuple[str, dict[str, str], list[str]]:
         """The executable, its environment and the options it needs."""
         region = f"--backend-config=python,shm-region-prefix-name={self.shared}"
         on_path = shutil.which("tritonserver")
         if on_path is not None:
             return on_path, dict(os.environ), [region]
         if not installed():
-            raise ServerError(_NONE_FOUND)
+            raise ServerError(f"{repository}: {_NONE_FOUND}")
         server, backends = WHEEL / "pytriton" / "tritonserver", self._folder / "backends"
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"

@@ -190,6 +190,25 @@ def test_names_and_spellings_of_other_clients(server: TritonServer) -> None:
     assert (stopped["text_output"], stopped["finish_reason"]) == ("3, 4, 5, ", "stop")
 
 
+def test_sampling_penalties_logprobs_and_grammars_are_the_runtimes(
+    server: TritonServer, alone: Callable[..., nemodiff.Generation]
+) -> None:
+    law = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 7, "repetition_penalty": 1.1, "presence_penalty": 0.3}
+    for mode in ("ar", "linear_spec"):
+        answer = generate(server, text_input=QUESTIONS[0], mode=mode, max_tokens=30, return_log_probs=True, **law)
+        expected = alone(QUESTIONS[0], mode=mode, max_new_tokens=30, logprobs=0, **law)
+        assert answer["text_output"] == expected.text
+        assert expected.logprobs is not None
+        assert answer["output_log_probs"] == pytest.approx([each.logprob for each in expected.logprobs], abs=1e-3)
+        assert answer["cum_log_probs"] == pytest.approx(sum(answer["output_log_probs"]), abs=1e-3)
+    regex = "[0-9]{3}-[0-9]{2}"
+    guided = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": regex}
+    for asked in (guided, {"sampling_parameters": json.dumps({"guided_regex": regex})}):
+        assert re.fullmatch(regex, generate(server, text_input=QUESTIONS[0], **asked)["text_output"])
+    endless = generate(server, text_input=QUESTIONS[0], sampling_parameters='{"ignore_eos": true, "max_tokens": 90}')
+    assert endless["num_output_tokens"] == 90
+
+
 def test_defaults_of_the_model_and_a_batch_dimension(
     server: TritonServer, alone: Callable[..., nemodiff.Generation]
 ) -> None:
@@ -269,7 +288,7 @@ def test_two_hundred_requests_at_once_lose_nothing(
 def test_a_client_that_leaves_frees_its_row(server: TritonServer, client: str) -> None:
     cancelled, emitted = "nemodiff_requests_total cancelled", "nemodiff_generation_tokens_total"
     before = figures(server, "slow")
-    long = {"mode": "ar", "max_tokens": 50, "stream": True}
+    long = {"mode": "ar", "max_tokens": 300, "min_tokens": 300, "stream": True}
     with contextlib.ExitStack() as open_stream, concurrent.futures.ThreadPoolExecutor(1) as pool:
         if client == "http":
             told: Iterator[Any] = server_sent(server.http, "slow", {"text_input": QUESTIONS[0], **long})
@@ -288,7 +307,7 @@ def test_a_client_that_leaves_frees_its_row(server: TritonServer, client: str) -
     eventually(lambda: figures(server, "slow")["nemodiff_requests_running"] == 0)
     after = figures(server, "slow")
     assert after[cancelled] == before[cancelled] + 1
-    assert after[emitted] - then - 3 <= 6  # of 47 to come; figures are 2 passes old, and leaving takes one
+    assert after[emitted] - then - 3 <= 6  # of 297 to come; figures are 2 passes old, and leaving takes one
 
 
 def test_errors_before_the_first_token(server: TritonServer) -> None:
