@@ -1,14 +1,16 @@
-"""tiny-chat in a Triton server under perf_analyzer, NVIDIA's own load generator.
+"""tiny-chat in a Triton server: one stream against the bare runtime, and load by perf_analyzer, NVIDIA's own generator.
 
-In: how many requests per run. Out: per mode and concurrency, requests and responses per second, latency, time to the
-first response and between responses; `results/triton_load.json`. Held-out questions are asked over one gRPC stream per
-request in flight. The surprising fact: the generator comes out of an old wheel of Triton's client, because newer ones
-need a newer C library; it measures responses, so tokens per second are counted from the server's own figures.
+In: how many requests per run. Out: per mode, tokens per second and time to the first text with and without the server,
+question by question in turns; per mode and concurrency, requests and tokens per second, latency, time to the first
+response and between responses; `results/triton_load.json`. The surprising fact: the generator comes out of an old wheel
+of Triton's client, because newer ones need a newer C library; it measures responses, so tokens are counted by the
+server's own figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -19,6 +21,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import questions
 import record
 
 from nemodiff.builder.build import Builder
+from nemodiff.runtime.events import Text
+from nemodiff.runtime.generate import LoadedEngine, load, stream
 from nemodiff.serving.triton_export import export
 from nemodiff.serving.triton_install import FOLDER, WHEEL, install
 from nemodiff.serving.triton_server import TritonServer
@@ -34,6 +39,55 @@ MODES = ("ar", "diffusion", "linear_spec")
 CONCURRENCY = (1, 4, 8)
 CLIENT = "tritonclient==2.51.0"  # of the server's own release
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+
+
+def against_bare(server: TritonServer, engine: LoadedEngine, mode: str, rounds: int) -> dict[str, Any]:
+    """One stream at a time, over HTTP and in this process, the same questions in turns."""
+    asked = [q.text for q in questions.draw(2)]
+    ways = {"bare": lambda text: bare(engine, text, mode), "triton": lambda text: through_triton(server, text, mode)}
+    seconds, first = {way: list[float]() for way in ways}, {way: list[float]() for way in ways}
+    tokens: list[int] = []
+    for number, text in [*enumerate(asked[:2], -2), *enumerate(asked * rounds)]:  # the first two warm up
+        texts = {}
+        for way in sorted(ways, reverse=number % 2 == 1):
+            began = time.perf_counter()
+            pieces = ways[way](text)
+            got = next(pieces)
+            waited = time.perf_counter() - began
+            texts[way] = "".join([got, *pieces])
+            if number >= 0:
+                seconds[way].append(time.perf_counter() - began)
+                first[way].append(waited * 1e3)
+        assert texts["bare"] == texts["triton"]
+        if number >= 0:
+            tokens.append(len(engine.text.encode_plain(texts["bare"])))
+    ttft = {way: statistics.median(values) for way, values in first.items()}
+    pairs = zip(seconds["bare"], seconds["triton"], strict=True)
+    return {
+        "mode": mode,
+        "requests": len(tokens),
+        "tokens": sum(tokens),
+        "tokens_per_second": {
+            way: statistics.median(n / s for n, s in zip(tokens, times, strict=True)) for way, times in seconds.items()
+        },
+        "first_text_ms": ttft,
+        "throughput_ratio": statistics.median(b / t for b, t in pairs),
+        "later_by_ms": ttft["triton"] - ttft["bare"],
+    }
+
+
+def bare(engine: LoadedEngine, text: str, mode: str) -> Iterator[str]:
+    return (event.text for event in stream(engine, text, mode=mode, max_new_tokens=64) if isinstance(event, Text))
+
+
+def through_triton(server: TritonServer, text: str, mode: str) -> Iterator[str]:
+    body = {"text_input": text, "mode": mode, "max_tokens": 64, "stream": True}
+    connection = http.client.HTTPConnection(server.http, timeout=60)
+    connection.request("POST", "/v2/models/single/generate_stream", json.dumps(body))
+    for line in connection.getresponse():
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])["text_output"]
+    connection.close()
 
 
 def analyzer() -> tuple[Path, dict[str, str]]:
@@ -46,7 +100,7 @@ def analyzer() -> tuple[Path, dict[str, str]]:
             (folder / wanted).unlink(missing_ok=True)
             (folder / wanted).symlink_to(next((WHEEL / "nvidia_pytriton.libs").glob(found)))
         with tempfile.TemporaryDirectory() as temporary:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
             subprocess.run([*command, "--platform=manylinux1_x86_64", f"--dest={temporary}", CLIENT], check=True)
             with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
                 name = next(n for n in wheel.namelist() if n.endswith("/bin/perf_analyzer"))
@@ -60,6 +114,7 @@ def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder
     asked = [q.text for q in questions.draw(4)]
     data, profile = folder / "data.json", folder / "profile.json"
     entries = [{"text_input": [text], "stream": [True], "mode": [mode], "max_tokens": [64]} for text in asked]
+    profile.unlink(missing_ok=True)  # it is not overwritten
     data.write_text(json.dumps({"data": entries}))
     program, environment = analyzer()
     command = [str(program), "-m", "nemodiff", "-i", "grpc", "-u", server.grpc, "--async", "--streaming"]
@@ -69,10 +124,10 @@ def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder
         [*command, f"--profile-export-file={profile}"], env=environment, capture_output=True, text=True, timeout=600
     )
     if done.returncode != 0:
-        raise SystemExit(done.stdout + done.stderr)
+        raise SystemExit((done.stdout + done.stderr)[:2000])
     time.sleep(1.0)  # figures are brought up to date five times a second
     ended, emitted = (after - then for then, after in zip(before, counted(server), strict=True))
-    sent = json.loads(profile.read_text())["experiments"][0]["requests"]
+    sent = json.loads(profile.read_text() or sys.exit(done.stdout + done.stderr))["experiments"][0]["requests"]
     first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e6 for r in sent]
     gaps = [b - a for r in sent for a, b in zip(r["response_timestamps"], r["response_timestamps"][1:], strict=False)]
     seconds = (max(r["response_timestamps"][-1] for r in sent) - min(r["timestamp"] for r in sent)) / 1e9
@@ -96,7 +151,8 @@ def counted(server: TritonServer) -> tuple[float, float]:
     """Requests that have finished and tokens emitted, by the server's metrics port."""
     text = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
     wanted = ('nemodiff_requests_total{end="finished"', "nemodiff_generation_tokens_total{")
-    lines = [line for start in wanted for line in text.splitlines() if line.startswith(start)]
+    ours = [line for line in text.splitlines() if 'model="nemodiff"' in line]
+    lines = [line for start in wanted for line in ours if line.startswith(start)]
     finished, tokens = (float(line.rpartition(" ")[2]) for line in lines)
     return finished, tokens
 
@@ -104,6 +160,7 @@ def counted(server: TritonServer) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=100, help="per run")
+    parser.add_argument("--rounds", type=int, default=5, help="of the questions, against the bare runtime")
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
     arguments = parser.parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "numpy"), arguments.threads)
@@ -113,7 +170,11 @@ def main() -> None:
         folder = Path(name)
         engine = Builder(record.TINY_CHAT, folder / "engine").run()
         export(engine, folder / "models", parameters={"threads": str(arguments.threads)}, link=True)
+        alone = {"threads": str(arguments.threads), "rows": "1", "prefix_reuse": "false"}
+        export(engine, folder / "models", name="single", parameters=alone, link=True)
+        loaded = load(engine, threads=arguments.threads)
         with TritonServer(folder / "models", log=folder / "log") as server:
+            single = [against_bare(server, loaded, mode, arguments.rounds) for mode in MODES]
             for mode in MODES:
                 run(server, mode, 1, 10, folder)  # warm
                 for concurrency in CONCURRENCY:
@@ -124,7 +185,12 @@ def main() -> None:
                         f"{r['latency_ms']:.1f} ms, {r['first_response_ms']['median']:.1f} ms to the first response"
                     )
     versions = {"tritonserver": "2.51.0", "perf_analyzer": "2.51.0"}
-    record.write("triton_load", {**origin, "versions": {**origin["versions"], **versions}}, [], {"runs": runs})
+    goals = [
+        record.goal("throughput of one stream", min(s["throughput_ratio"] for s in single), "at least", 0.9, "of bare"),
+        record.goal("later to the first text", max(s["later_by_ms"] for s in single), "at most", 20, "ms"),
+    ]
+    about = {**origin, "versions": {**origin["versions"], **versions}}
+    record.write("triton_load", about, goals, {"one_stream": single, "perf_analyzer": runs})
 
 
 if __name__ == "__main__":

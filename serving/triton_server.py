@@ -73,7 +73,7 @@ class TritonServer:
             attempts = 3 if ports is None else 1  # a port that was free may be taken by the time it is used
             while attempts:
                 attempts -= 1
-                self.ports = _free_ports() if ports is None else ports
+                self.ports = free_ports() if ports is None else ports
                 self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in self.ports)
                 self.process = self._launch(found, repository, host, arguments)
                 if patience is None or self._ready(patience, last=not attempts):
@@ -139,8 +139,9 @@ class TritonServer:
                     return False
                 raise ServerError(f"tritonserver has ended with code {code}; {hint}")
             with contextlib.suppress(OSError, urllib.error.URLError):
-                if urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1).status == 200:
-                    return True
+                for address in (f"{self.http}/v2/health/ready", f"{self.metrics}/metrics"):  # the latter comes last
+                    urllib.request.urlopen(f"http://{address}", timeout=1).close()
+                return True
             time.sleep(0.05)
         raise ServerError(f"tritonserver is not ready after {patience:.0f} seconds; {hint}")
 
@@ -213,7 +214,8 @@ def _check_libraries(program: Path, environment: dict[str, str]) -> None:
         )
 
 
-def _free_ports() -> tuple[int, int, int]:
+def free_ports() -> tuple[int, int, int]:
+    """Three that are free at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
         for each in sockets:

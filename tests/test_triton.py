@@ -12,7 +12,10 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +30,14 @@ from triton_clients import GrpcStream, get, post, server_sent, tensor  # noqa: E
 import nemodiff  # noqa: E402
 from nemodiff.serving.triton_export import export  # noqa: E402
 from nemodiff.serving.triton_install import installed  # noqa: E402
-from nemodiff.serving.triton_server import TritonServer  # noqa: E402
+from nemodiff.serving.triton_server import TritonServer, free_ports  # noqa: E402
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not installed(), reason="needs a Triton server: nemodiff triton install"),
 ]
 
+ROOT = Path(__file__).parents[1]
 PATIENCE = 30.0
 QUESTIONS = ("Count from 3 to 9.", "Show the times table of 7 up to 5.", "Reverse the list: river glass tiger")
 SLOW = """
@@ -310,6 +314,30 @@ def test_a_client_that_leaves_frees_its_row(server: TritonServer, client: str) -
     assert after[emitted] - then - 3 <= 6  # of 297 to come; figures are 2 passes old, and leaving takes one
 
 
+def test_a_client_that_leaves_the_queue_is_forgotten(server: TritonServer) -> None:
+    long = {"text_input": QUESTIONS[0], "mode": "ar", "max_tokens": 300, "min_tokens": 300, "stream": True}
+    with contextlib.closing(server_sent(server.http, "slow", long)) as first:
+        next(first)
+        with GrpcStream(server.grpc) as waiting:
+            waiting.ask("slow", "waits", QUESTIONS[1])
+            eventually(lambda: figures(server, "slow")["nemodiff_requests_waiting"] == 1)
+        eventually(lambda: figures(server, "slow")["nemodiff_requests_waiting"] == 0)
+        assert figures(server, "slow")["nemodiff_requests_running"] == 1
+    eventually(lambda: figures(server, "slow")["nemodiff_requests_running"] == 0)
+
+
+def test_streams_one_after_another_leave_nothing_behind(server: TritonServer) -> None:
+    (pid,) = processes(server, "nemodiff")
+    sizes = []
+    for _ in range(4):
+        for mode in (*nemodiff.MODES, *nemodiff.MODES):
+            *_, last = server_sent(server.http, "nemodiff", {"text_input": QUESTIONS[0], "mode": mode, "stream": True})
+            assert last["finish_reason"] == "stop"
+        sizes.append(memory(pid))
+    assert len({threads for _, threads in sizes}) == 1
+    assert sizes[-1][0] <= sizes[0][0] + 8192  # KiB
+
+
 def test_errors_before_the_first_token(server: TritonServer) -> None:
     path = "/v2/models/nemodiff/generate"
     for body, text in (
@@ -503,6 +531,38 @@ def test_malformed_tensors_get_a_sentence(rough: TritonServer) -> None:
             answer = next(told)
             assert answer.error, each
             assert not re.search(r"Traceback|File \"|\.py", answer.error)
+
+
+def test_the_commands_of_the_readme(tiny_engine: Path, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    export_it, install_it, run_it, *asking = block.splitlines()
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "tiny-chat").symlink_to(tiny_engine)
+    http, grpc_port, metrics = free_ports()
+    ours = f"{sys.executable} -m nemodiff "
+
+    def shell(command: str) -> str:
+        words = ["bash", "-euc", f"set -o pipefail; {command}"]
+        return subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=60).stdout
+
+    for command in (export_it, install_it):
+        shell(command.replace("nemodiff ", ours, 1))
+    ports = f" --http-port {http} --grpc-port {grpc_port} --metrics-port {metrics}"
+    with (tmp_path / "log").open("wb") as log:
+        words = shlex.split(run_it.replace("nemodiff ", ours, 1) + ports)
+        running = subprocess.Popen(words, cwd=tmp_path, stderr=log)
+    try:
+        eventually(lambda: "Started Metrics" in (tmp_path / "log").read_text())
+        told = [shell(c.replace(":8000", f":{http}").replace(":8002", f":{metrics}")) for c in asking]
+    finally:
+        running.terminate()
+        code = running.wait(PATIENCE)
+    assert code == 0, (tmp_path / "log").read_text()[-2000:]
+    answer, streamed, figured = told
+    assert json.loads(answer)["finish_reason"] == "stop"
+    assert streamed.count("data: ") > 2
+    assert "nemodiff_rows" in figured
+    assert not list(Path("/dev/shm").glob(f"nemodiff_{running.pid}_*"))
 
 
 def processes(server: TritonServer, model: str) -> list[int]:
