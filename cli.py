@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, trace, triton.
+"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace, triton.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -642,6 +642,63 @@ def _parse_prompts(path: Path) -> Iterator[tuple[int, Any]]:
                 f'{path}, line {number}: allowed: an object with "prompt" (text) or "messages" (a list of role and '
                 "content); fix the line"
             )
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key", multiple=True, envvar="NEMODIFF_API_KEY", help="Key that clients must show; may be repeated."
+)
+@click.option("--served-model-name", help="Name of the model for clients. [default: the folder's]")
+@click.option("--mode", type=click.Choice(MODES), default="linear_spec", show_default=True, help="Where none is asked.")
+@click.option("--rows", type=int, help="Requests that run at a time. [default: the engine's max batch size]")
+@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--max-request-bytes", type=click.IntRange(1), default=4 << 20, show_default=True, help="Of a request's body."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds per request."
+)
+@click.option(
+    "--drain", type=click.FloatRange(0), default=30, show_default=True, help="Seconds to finish in after SIGTERM."
+)
+@click.option("--no-prefix-reuse", is_flag=True, help="Compute what prompts share for each of them.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT.")
+def serve(
+    engine: Path,
+    host: str,
+    port: int,
+    api_key: tuple[str, ...],
+    served_model_name: str | None,
+    mode: str,
+    max_queue: int,
+    max_request_bytes: int,
+    timeout: float,
+    drain: float,
+    no_prefix_reuse: bool,
+    **options: Any,
+) -> None:
+    """Serve ENGINE over HTTP: OpenAI's API, metrics, and a page to watch it decode."""
+    try:
+        from .serving.app import Limits, open_server
+        from .serving.server import bind
+        from .serving.server import serve as listen
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
+    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)
+    with bind(host, port) as listening:
+        server = open_server(
+            engine,
+            limits=limits,
+            name=served_model_name,
+            defaults={"mode": mode},
+            prefix_reuse=not no_prefix_reuse,
+            **options,
+        )
+        listen(server, listening, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))
 
 
 def _print_stats(answer: Generation, wanted: bool) -> None:

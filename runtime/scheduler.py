@@ -105,7 +105,8 @@ class Handle:
 
     def _tell(self, events: list[Event]) -> None:
         if self._listener is not None:
-            self._listener(events)
+            if events:
+                self._listener(events)
             return
         for event in events:
             self._events.put(event)

@@ -76,10 +76,8 @@ class TextCodec:
                     f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
                 )
         breaker = self._breaker("".join(m["content"] for m in messages))
-        # An assistant's earlier turn is the model's own text and keeps its think markers.
-        safe = [
-            m if m["role"] == "assistant" else {**m, "content": self._defuse(m["content"], breaker)} for m in messages
-        ]
+        # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
+        safe = [{**m, "content": self._defuse(m["content"], breaker, m["role"] == "assistant")} for m in messages]
         try:
             text = self._template.render(
                 messages=safe,
@@ -117,8 +115,11 @@ class TextCodec:
         """A character that the content does not hold, to break up the literal text of special tokens in it."""
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in content)
 
-    def _defuse(self, content: str, breaker: str) -> str:
-        return self._any_special.sub(lambda found: found[0][0] + breaker + found[0][1:], content)
+    def _defuse(self, content: str, breaker: str, thinks: bool) -> str:
+        def broken(found: re.Match[str]) -> str:
+            return found[0] if thinks and found[0] in _SHOWN else found[0][0] + breaker + found[0][1:]
+
+        return self._any_special.sub(broken, content)
 
     def _with_specials(self, text: str, breaker: str) -> list[int]:
         """Ids of rendered text: specials by id, and between them plain text with the breaker taken out."""
