@@ -10,6 +10,7 @@ server's own figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -114,20 +115,25 @@ def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder
     asked = [q.text for q in questions.draw(4)]
     data, profile = folder / "data.json", folder / "profile.json"
     entries = [{"text_input": [text], "stream": [True], "mode": [mode], "max_tokens": [64]} for text in asked]
-    profile.unlink(missing_ok=True)  # it is not overwritten
     data.write_text(json.dumps({"data": entries}))
     program, environment = analyzer()
     command = [str(program), "-m", "nemodiff", "-i", "grpc", "-u", server.grpc, "--async", "--streaming"]
     command += [f"--input-data={data}", f"--concurrency-range={concurrency}", f"--request-count={requests}"]
-    before = counted(server)
-    done = subprocess.run(
-        [*command, f"--profile-export-file={profile}"], env=environment, capture_output=True, text=True, timeout=600
-    )
-    if done.returncode != 0:
-        raise SystemExit((done.stdout + done.stderr)[:2000])
+    for _ in range(5):  # now and then it ends before its export is written out
+        profile.unlink(missing_ok=True)  # it is not overwritten
+        before = counted(server)
+        done = subprocess.run(
+            [*command, f"--profile-export-file={profile}"], env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode != 0:
+            raise SystemExit((done.stdout + done.stderr)[:2000])
+        with contextlib.suppress(json.JSONDecodeError):
+            sent = json.loads(profile.read_text())["experiments"][0]["requests"]
+            break
+    else:
+        raise SystemExit("perf_analyzer has not written its export")
     time.sleep(1.0)  # figures are brought up to date five times a second
     ended, emitted = (after - then for then, after in zip(before, counted(server), strict=True))
-    sent = json.loads(profile.read_text() or sys.exit(done.stdout + done.stderr))["experiments"][0]["requests"]
     first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e6 for r in sent]
     gaps = [b - a for r in sent for a, b in zip(r["response_timestamps"], r["response_timestamps"][1:], strict=False)]
     seconds = (max(r["response_timestamps"][-1] for r in sent) - min(r["timestamp"] for r in sent)) / 1e9

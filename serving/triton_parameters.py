@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..contract import PREFILL_CHUNK
 from ..errors import RequestError
 from ..runtime.options import Options, check_text
+from .spellings import resolve
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]
 
@@ -145,9 +146,8 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     stream, exclude = chosen.pop("stream", False), chosen.pop("exclude_input_in_output", True)
     if chosen.pop("return_log_probs", False):
         chosen.setdefault("logprobs", 0)
-    if chosen.pop("ignore_eos", False) and "max_new_tokens" in chosen:
-        chosen["min_tokens"] = chosen["max_new_tokens"]
-    return Asked(prompt, stream, not exclude, chosen)
+    ignore_eos = chosen.pop("ignore_eos", False)
+    return Asked(prompt, stream, not exclude, resolve(chosen, ignore_eos=ignore_eos))
 
 
 def _element(declared: Input, values: list[Any]) -> Any:
@@ -199,7 +199,7 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
         if option not in _TYPES:
             allowed = sorted({*_BY_NAME, *_TYPES, *_READ, *_ONLY} - {"text_input", "sampling_parameters"})
             raise RequestError(f"unknown parameter {name!r:.60}; allowed: {', '.join(allowed)}")
-        typed = _neutral(option, _typed(name, _TYPES[option], value))
+        typed = _typed(name, _TYPES[option], value)
         if option in chosen and chosen[option] != typed:
             raise RequestError(
                 f"{said[option]} is {chosen[option]!r:.60} and {name} is {typed!r:.60}; give one of them"
@@ -221,15 +221,6 @@ def _guide(given: Mapping[str, Any]) -> dict[str, str]:
     return {_GUIDES[kind]: guide}
 
 
-def _neutral(option: str, value: Any) -> Any:
-    """Other servers' spellings of a value that changes nothing."""
-    if option == "top_k" and value == -1:
-        return 0
-    if option in ("stop", "bad_words"):
-        return tuple(text for text in value if text)
-    return value
-
-
 def _typed(name: str, kind: str, value: Any) -> Any:
     """The value as its option's type; numbers may be spelled as text. What else is wrong the runtime says itself."""
 
@@ -246,7 +237,7 @@ def _typed(name: str, kind: str, value: Any) -> Any:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise wrong("text or a list of texts")
-        return tuple(texts)
+        return tuple(text for text in texts if text)  # an empty one is how some clients say none
     if kind == "tuple[int, ...]":
         return [_typed(name, "int", item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     if kind in ("int", "float") and isinstance(value, str):
