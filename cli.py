@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace.
+"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace, triton.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -556,6 +556,55 @@ def revise(
     )
     revised = run_revise(load(engine, threads=threads), given, **options)
     click.echo(json.dumps(dataclasses.asdict(revised)) if as_json else revised.text)
+
+
+@main.group()
+def triton() -> None:
+    """Serve an engine with Triton Inference Server."""
+
+
+@triton.command("export")
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--repo", type=click.Path(path_type=Path), required=True, help="Model repository to write into.")
+@click.option("--name", default="nemodiff", show_default=True, help="Of the model.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Model-level value; may be repeated.")
+@click.option("--link", is_flag=True, help="Link the engine instead of copying it.")
+@click.option("--batched", is_flag=True, help="Tensors with a batch dimension of 1, as TensorRT-LLM has them.")
+def triton_export(engine: Path, repo: Path, assignments: tuple[str, ...], **choices: Any) -> None:
+    """Write ENGINE as a model into Triton's model repository.
+
+    --set takes rows, waiting, threads, device, prefix_reuse, prefill_tokens, and the default of any input or field of
+    sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
+    """
+    from .serving.triton_export import export as run_export
+    from .serving.triton_export import parse_assignments
+
+    folder = run_export(engine, repo, parameters=parse_assignments(assignments), **choices)
+    click.echo(f"exported     {folder}; try: nemodiff triton run {repo}", err=True)
+
+
+@triton.command("run")
+@click.argument("repo", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+def triton_run(
+    repo: Path, arguments: tuple[str, ...], host: str, http_port: int, grpc_port: int, metrics_port: int
+) -> None:
+    """Start the Triton server of this machine on REPO. ARGUMENTS, behind --, are for tritonserver."""
+    from .serving.triton_server import serve as run_server
+
+    run_server(repo, host, (http_port, grpc_port, metrics_port), arguments)
+
+
+@triton.command("install")
+def triton_install() -> None:
+    """Get a Triton server for CPUs, beside the packages of this Python: 290 MB, Linux, no container needed."""
+    from .serving.triton_install import install
+
+    click.echo(f"installed    {install()}; try: nemodiff triton run REPO", err=True)
 
 
 def _read_stdin(missing: str = "no prompt: give --prompt TEXT, --input-file FILE, or text on standard input") -> str:
