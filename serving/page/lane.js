@@ -18,7 +18,6 @@ const KINDS = {
   decode: "decides the next token",
   denoise: "denoises the block",
   draft: "drafts a block",
-  verify: "verifies the draft",
   commit: "takes the block over",
 };
 const LEVELS = [0.5, 0.7, 0.9, 0.99]; // lower bounds of the colours from the second on; page.css has the same five
@@ -68,6 +67,11 @@ class Lane {
     this.drawn = pass;
     if (follow) this.text.scrollTop = this.text.scrollHeight;
     else this.#reveal();
+  }
+
+  /** Keep the height that the text has now, so that scrubbing moves nothing below it. */
+  reserve(keep) {
+    this.text.style.minHeight = keep ? `${this.text.offsetHeight}px` : "";
   }
 
   /** Draw the bars. extent: what the whole width is worth; most: the tokens of the highest bar. */
@@ -122,8 +126,8 @@ class Lane {
     const kinds = Object.entries(metrics.nfe).filter(([, count]) => count);
     let line = kinds.map(([kind, count]) => `${count} ${kind}`).join(", ") || "no pass yet";
     if (at) {
-      line = `Pass ${pass}, ${at.kind}: ${KINDS[at.kind]}`;
-      if (at.kind === "verify") line += `, ${at.kept} kept, ${at.refused} refused`;
+      const verdict = `${at.kept} drafted kept, ${at.refused} refused`;
+      line = `Pass ${pass}, ${at.kind}: ${at.kind === "verify" ? verdict : KINDS[at.kind]}`;
     }
     this.element.querySelector(".pass").textContent = line;
     const status = this.element.querySelector(".status");

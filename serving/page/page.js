@@ -66,17 +66,6 @@ class Live {
     byId("cancel").addEventListener("click", () => this.hangUp?.abort());
     byId("save").addEventListener("click", () => this.save());
     byId("save").hidden = false;
-    this.name();
-  }
-
-  /** Say which engine answers, where the server tells. */
-  async name() {
-    try {
-      const answer = await fetch("v1/models", { headers: this.headers() });
-      if (answer.ok) byId("engine").textContent = (await answer.json()).data[0].id;
-    } catch {
-      // the form works without it, and running says what is wrong
-    }
   }
 
   headers() {
@@ -153,6 +142,7 @@ class Live {
       }
       for await (const event of eventsOf(answer.body)) {
         if (event.error) throw new Error(errorText(event) ?? "the server failed");
+        if (event.event === "trace") byId("engine").textContent = event.engine;
         run.push(event);
         seen(event);
       }

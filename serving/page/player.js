@@ -28,6 +28,7 @@ class Player {
       this.#draw();
     });
     this.button.addEventListener("click", () => (this.frame ? this.pause() : this.play()));
+    window.addEventListener("resize", () => this.lanes.forEach((lane) => lane.reserve(false)));
     for (const radio of element.querySelectorAll("[name=by]")) {
       radio.addEventListener("change", () => {
         const end = this.moment === this.last;
@@ -56,6 +57,7 @@ class Player {
     this.element.hidden = !this.lanes.length;
     this.#measure();
     this.go(this.last);
+    for (const lane of this.lanes) lane.reserve(true);
   }
 
   close() {

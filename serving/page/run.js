@@ -225,7 +225,7 @@ function finalMetrics(generation) {
 function runsOf(traces) {
   return traces.flatMap(({ name, events }) => {
     const runs = new Map();
-    for (const event of events) {
+    for (const event of events.filter((e) => e.event !== "trace")) {
       if (!runs.has(event.request)) runs.set(event.request, new Run(name));
       runs.get(event.request).push(event);
     }
