@@ -250,7 +250,7 @@ def test_a_run_too_quick_to_see_is_replayed_where_motion_is_welcome(
     page.get_by_role("button", name="Pause").click()
     expect(page.get_by_role("button", name="Replay")).to_be_visible()
     assert lanes(page)[0]["figures"]["passes"] < 9
-    page.get_by_label("Speed").select_option("60 passes a second")
+    page.get_by_label("Speed").select_option("60 passes/s")
     page.get_by_role("button", name="Replay").click()
     expect(page.locator("#where")).to_have_text("end")
 

@@ -7,8 +7,8 @@
  */
 
 const SPEEDS = {
-  pass: [[1, "1 pass a second"], [4, "4 passes a second"], [15, "15 passes a second"], [60, "60 passes a second"]],
-  time: [[0.001, "1000 times slower"], [0.01, "100 times slower"], [0.1, "10 times slower"], [1, "as fast as it was"]],
+  pass: [[1, "1 pass/s"], [4, "4 passes/s"], [15, "15 passes/s"], [60, "60 passes/s"]],
+  time: [[0.001, "1000 × slower"], [0.01, "100 × slower"], [0.1, "10 × slower"], [1, "real speed"]],
 };
 const LONGEST = 12; // seconds that a replay takes at most, if a speed allows
 
