@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, trace.
+"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -29,8 +29,10 @@ from .contract import (
     PREFILL_CHUNK,
 )
 from .errors import NemodiffError, RequestError
+from .runtime.commit import POLICIES
 from .runtime.infill import METHODS
-from .runtime.options import DEFAULT_NEW_TOKENS, GROUPS, check_text
+from .runtime.options import DEFAULT_NEW_TOKENS, check_text
+from .runtime.settings import GROUPS
 
 if TYPE_CHECKING:
     from .runtime.events import Event
@@ -66,7 +68,7 @@ def _printable(text: str) -> str:
     cls=_Group,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token if token in MODES else token.replace("_", "-"),
+        "token_normalize_func": lambda token: token if token in (*MODES, *POLICIES) else token.replace("_", "-"),
         "max_content_width": 100,
     },
 )
@@ -192,6 +194,29 @@ def export(checkpoint: str, output: Path, layout: str, dry_run: bool) -> None:
     click.echo(f"exported     {output}; load it with transformers' AutoModelForCausalLM.from_pretrained", err=True)
 
 
+def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, float]:
+    """`ID=NUMBER` words as a mapping."""
+    found = {}
+    for word in words:
+        token, _, number = word.partition("=")
+        try:
+            found[token] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{word!r} is not ID=NUMBER, such as 11=-5") from None
+    return found
+
+
+def _file_or_text(_context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """The value itself if it is JSON's object or literal, else what the file of that name holds."""
+    if value is None or value.lstrip().startswith("{") or value.strip() in ("true", "false"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise click.BadParameter(f"{value}: {reason}; give a file or the schema itself, which begins with {{") from None
+
+
 def _decoding_options(command: Command) -> Command:
     """The options that `run` and `chat` share."""
     options = [
@@ -210,13 +235,49 @@ def _decoding_options(command: Command) -> Command:
             type=int,
             help=f"Limit on generated tokens. [default: {DEFAULT_NEW_TOKENS} or what fits]",
         ),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="Of sampling; 0 is greedy."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Ids that may be drawn; 0 for all."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Share of probability to draw from."),
         click.option(
-            "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; more is for ar only."
+            "--min-p", type=float, default=0.0, show_default=True, help="Least probability, as a share of the highest."
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling noise."),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Over 1 makes what the prompt or the answer holds less likely.",
+        ),
+        click.option(
+            "--presence-penalty", type=float, default=0.0, show_default=True, help="Off the logit of emitted ids."
+        ),
+        click.option(
+            "--frequency-penalty", type=float, default=0.0, show_default=True, help="The same, per time of emission."
+        ),
+        click.option("--logit-bias", multiple=True, callback=_biases, help="ID=NUMBER added to a logit; repeatable."),
+        click.option("--bad-words", multiple=True, help="Text that is not to be completed; may be repeated."),
+        click.option("--min-tokens", type=int, default=0, show_default=True, help="No EOS before as many tokens."),
         click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+        click.option("--stop-token-ids", type=int, multiple=True, help="Id that ends the answer; may be repeated."),
         click.option("--system", help="System text."),
         click.option("--thinking", is_flag=True, help="Let the model think first."),
+        click.option("--thinking-budget", type=int, help="Tokens after which thinking is ended."),
+        click.option(
+            "--json-schema", callback=_file_or_text, help="File or text of the JSON schema that the answer follows."
+        ),
+        click.option("--regex", help="Pattern that the whole answer matches."),
+        click.option(
+            "--policy",
+            type=click.Choice(POLICIES),
+            default="threshold",
+            show_default=True,
+            help="What a pass of diffusion commits.",
+        ),
+        click.option("--per-step", type=int, help="Masks that policy topk commits per pass."),
+        click.option("--entropy-bound", type=float, help="Nats up to which policy entropy commits."),
+        click.option("--steps", "block_steps", type=int, help="Most passes of diffusion per block."),
+        click.option("--merge-commit", is_flag=True, help="Diffusion: commit a block and begin the next in one pass."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
         click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT."),
         click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),
@@ -237,6 +298,8 @@ def _decoding_options(command: Command) -> Command:
 )
 @click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the chat template.")
 @_decoding_options
+@click.option("--logprobs", type=int, help="With --json: log-probabilities of the tokens and of as many likeliest.")
+@click.option("--confidences", is_flag=True, help="With --json: the confidence of each token of diffusion.")
 @click.option("--stream", is_flag=True, help="Print text as it is decided.")
 @click.option("--show-denoise", is_flag=True, help="Show blocks filling in, a line per pass, on standard error.")
 @click.option(
@@ -271,6 +334,9 @@ def run(
         raise click.UsageError("--batch-size goes with --input-file")
     if input_file is None and no_prefix_reuse:
         raise click.UsageError("--no-prefix-reuse goes with --input-file")
+    for name in ("logprobs", "confidences"):
+        if options[name] not in (None, False) and not as_json:
+            raise click.UsageError(f"--{name} goes with --json")
     if stream and as_json:
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
@@ -542,6 +608,61 @@ def _parse_prompts(path: Path) -> Iterator[tuple[int, Any]]:
                 f'{path}, line {number}: allowed: an object with "prompt" (text) or "messages" (a list of role and '
                 "content); fix the line"
             )
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key", multiple=True, envvar="NEMODIFF_API_KEY", help="Key that clients must show; may be repeated."
+)
+@click.option("--served-model-name", help="Name of the model for clients. [default: the folder's]")
+@click.option("--mode", type=click.Choice(MODES), default="linear_spec", show_default=True, help="Where none is asked.")
+@click.option("--rows", type=int, help="Requests that run at a time. [default: the engine's max batch size]")
+@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option(
+    "--max-request-bytes", type=click.IntRange(1), default=4 << 20, show_default=True, help="Of a request's body."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds per request."
+)
+@click.option(
+    "--drain", type=click.FloatRange(0), default=30, show_default=True, help="Seconds to finish in after SIGTERM."
+)
+@click.option("--no-prefix-reuse", is_flag=True, help="Compute what prompts share for each of them.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT.")
+def serve(
+    engine: Path,
+    host: str,
+    port: int,
+    api_key: tuple[str, ...],
+    served_model_name: str | None,
+    mode: str,
+    max_queue: int,
+    max_request_bytes: int,
+    timeout: float,
+    drain: float,
+    no_prefix_reuse: bool,
+    **options: Any,
+) -> None:
+    """Serve ENGINE over HTTP: OpenAI's API, metrics, and a page to watch it decode."""
+    try:
+        from .serving.app import Limits, open_server
+        from .serving.server import serve as listen
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
+    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)
+    server = open_server(
+        engine,
+        limits=limits,
+        name=served_model_name,
+        defaults={"mode": mode},
+        prefix_reuse=not no_prefix_reuse,
+        **options,
+    )
+    listen(server, host, port, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))
 
 
 def _print_stats(answer: Generation, wanted: bool) -> None:

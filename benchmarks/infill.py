@@ -51,7 +51,7 @@ Method = Callable[[LoadedEngine, Hole], tuple[list[int], int]]  # tokens and pas
 
 def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
     """Holes at places where the texts around them are encoded as they are in the whole answer."""
-    rng, plain, found = random.Random(questions.SEED), engine.text.plain, list[Hole]()
+    rng, plain, found = random.Random(questions.SEED), engine.text.encode_plain, list[Hole]()
     for q in questions.draw(per_task):
         ids = plain(q.answer)
         while True:
@@ -64,11 +64,17 @@ def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
     return found
 
 
+def _before(engine: LoadedEngine, hole: Hole) -> list[int]:
+    """The question and the answer up to the hole."""
+    question = engine.text.encode_chat([{"role": "user", "content": hole.question}])
+    return question + engine.text.encode_plain(hole.prefix)
+
+
 def left_to_right(mode: str) -> Method:
     """The model's continuation of the prefix; an answer that ends too early is wrong."""
 
     def run(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]:
-        ids = engine.text.encode_chat([{"role": "user", "content": hole.question}]) + engine.text.plain(hole.prefix)
+        ids = _before(engine, hole)
         answer = generate(engine, ids, mode=mode, max_new_tokens=len(hole.wanted))
         return answer.token_ids, sum(answer.nfe.values()) - answer.nfe["prefill"]
 
@@ -89,8 +95,8 @@ def filled(length: bool = True, **options: Any) -> Method:
 def suffix_as_context(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]:
     """The layout that was not kept: the text behind the hole goes first, causally, into the slots behind it, and the
     hole sees it by its second interval."""
-    before = engine.text.encode_chat([{"role": "user", "content": hole.question}]) + engine.text.plain(hole.prefix)
-    behind, size = engine.text.plain(hole.suffix), len(hole.wanted)
+    before = _before(engine, hole)
+    behind, size = engine.text.encode_plain(hole.suffix), len(hole.wanted)
     with Row(engine.backend, before) as row:
         row.commit(len(before))
         begin = len(before) + size
@@ -150,7 +156,7 @@ def measure_revision(engine: LoadedEngine, per_task: int) -> list[dict[str, Any]
         for keep in KEEPS:
             rng, right, passes = random.Random(wrong), 0, 0
             for q in asked:
-                ids = engine.text.plain(q.answer)
+                ids = engine.text.encode_plain(q.answer)
                 for i in rng.sample(range(len(ids)), min(wrong, len(ids))):
                     ids[i] = rng.randrange(400, engine.info.model.vocab_size)
                 got = revise(engine, engine.text.decode(ids), prompt=q.text, keep=keep)

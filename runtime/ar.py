@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 
 from .engine import Pass, Prediction, causal
-from .sampling import sample
 from .sequence import Sequence
 
 Loop = Generator[Pass, Prediction, None]
@@ -22,28 +21,20 @@ def prompt_parts(sequence: Sequence) -> Iterator[tuple[list[int], int]]:
         yield prompt[start : start + chunk], start
 
 
-def prefill(sequence: Sequence) -> Generator[Pass, Prediction, int]:
-    """Write the prompt's K/V and return the seed, the token after the prompt."""
-    sampled = sequence.settings.temperature > 0
+def prefill(sequence: Sequence) -> Generator[Pass, Prediction, Prediction]:
+    """Write the prompt's K/V and return the last prediction, that of the token after the prompt."""
+    last = len(sequence.prompt)
     for part, start in prompt_parts(sequence):
-        prediction = yield causal("prefill", part, start, logits=sampled)
+        logits = not sequence.chooser.plain and start + len(part) == last
+        prediction = yield causal("prefill", part, start, logits=logits)
         sequence.length += len(part)
-    return _choose(sequence, prediction)
+    return prediction
 
 
 def ar(sequence: Sequence) -> Loop:
     """One token per pass."""
-    token = yield from prefill(sequence)
-    sampled = sequence.settings.temperature > 0
-    while not sequence.emit(token):
-        prediction = yield causal("decode", [token], sequence.length, logits=sampled)
+    chooser = sequence.chooser
+    prediction = yield from prefill(sequence)
+    while not sequence.emit(token := chooser.next(prediction, 0)):
+        prediction = yield causal("decode", [token], sequence.length, logits=not chooser.plain)
         sequence.length += 1
-        token = _choose(sequence, prediction)
-
-
-def _choose(sequence: Sequence, prediction: Prediction) -> int:
-    """The next token: the engine's best, or a sample at its absolute position."""
-    settings = sequence.settings
-    if prediction.logits is None:
-        return int(prediction.token[-1])
-    return sample(prediction.logits[-1], settings.temperature, settings.seed, sequence.length, sequence.model.mask_id)

@@ -84,13 +84,29 @@ def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = 
     return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), rows, logits=logits)
 
 
-def bidirectional(kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False) -> Pass:
+def bidirectional(
+    kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False, logits: bool = False
+) -> Pass:
     """A pass in which every token of the block at `start` sees the cache before it and the whole block."""
     size = len(ids)
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size
-    return Pass(
-        kind, np.array(ids, np.int32), _ramp(start, size), start, visible, every_token(size), threshold, adapter
+    rows = every_token(size)
+    return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, rows, threshold, adapter, logits)
+
+
+def with_masks(asked: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
+    """A causal pass with a group of masks behind it that sees all of it; predicted are the last token and the masks."""
+    count = asked.ids.size
+    end = asked.write_at + count
+    visible = np.zeros((size, 3), np.int32)
+    visible[:, 0] = end + size
+    return asked._replace(
+        ids=np.append(asked.ids, np.full(size, mask_id, np.int32)),
+        pos=np.append(asked.pos, np.arange(end, end + size, dtype=np.int32)),
+        visible=np.concatenate([asked.visible, visible]),
+        rows=np.arange(count - 1, count + size, dtype=np.int32),
+        adapter=np.repeat(np.array([0, adapter], np.float32), [count, size]),
     )
 
 

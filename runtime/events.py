@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .commit import probability
 from .engine import Pass, PassKind, Prediction
 from .request import Generation, result
 from .self_spec import matching_prefix
@@ -140,7 +141,10 @@ _NAMES: dict[type[Event], str] = {
 
 def as_dict(event: Event) -> dict[str, Any]:
     """An event as one JSON object; `event` is its kind."""
-    return {"event": _NAMES[type(event)], **dataclasses.asdict(event)}
+    found = dataclasses.asdict(event)
+    if isinstance(event, Finished):
+        found["generation"] = event.generation.as_dict()
+    return {"event": _NAMES[type(event)], **found}
 
 
 def answers(events: Iterable[Event]) -> Iterator[Generation]:
@@ -245,6 +249,7 @@ class Reporter:
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
         events += self._new_pieces([*before, *after, *self.sequence.tokens[self._tokens :]], served.began)
+        committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
         events.append(
             Step(
                 self.number,
@@ -256,7 +261,7 @@ class Reporter:
                 before,
                 after,
                 prediction.confidence.tolist(),
-                self._filled(asked, prediction) if filling else self._emitted(prediction),
+                committed,
                 len(self.sequence.tokens),
                 kept,
                 refused,
@@ -275,6 +280,9 @@ class Reporter:
     def _emitted(self, prediction: Prediction) -> list[Committed]:
         """The tokens that this pass emitted; the first predictions of a causal pass are theirs, in order."""
         first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :]
+        if prediction.logits is not None and new:  # the engine's confidence is that of its own best token
+            found = probability(prediction.logits[: len(new)], new, self.sequence.model.mask_id)
+            prediction.confidence[: len(new)] = found
         return [
             Committed(first + i, token, float(confidence))
             for i, (token, confidence) in enumerate(zip(new, prediction.confidence.tolist(), strict=False))

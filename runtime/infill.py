@@ -154,7 +154,7 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
     for part in template:
         if isinstance(part, str):
             check_text(part, "template")
-            ids = engine.text.plain(part)
+            ids = engine.text.encode_plain(part)
             if ids and parts and isinstance(parts[-1], list):
                 parts[-1] += ids
             elif ids:

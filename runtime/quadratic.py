@@ -17,9 +17,9 @@ import numpy as np
 
 from ..contract import PREFILL_CHUNK
 from .ar import Loop, prompt_parts
+from .commit import probability
 from .cost import CostCurve
-from .engine import Pass, Prediction, causal, every_token
-from .self_spec import matching_prefix
+from .engine import Pass, Prediction, causal, every_token, with_masks
 from .sequence import Sequence
 
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
@@ -35,17 +35,20 @@ class Draft:
 
 def quadratic_spec(sequence: Sequence) -> Loop:
     """Decode with one pass per cycle; the output is AR's, token for token."""
-    seed, draft = yield from _prefill_and_draft(sequence)
-    sequence.emit(seed)
-    while not sequence.finish:
+    prediction, size = yield from _prefill_and_draft(sequence)
+    if sequence.emit(sequence.chooser.next(prediction, 0)):
+        return
+    draft = _proposals(sequence, prediction, 1, size)
+    while True:
         layout = _plan(sequence, draft)
-        heads = [seed, *draft.tokens][: layout.heads]
+        heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
         prediction = yield layout.ask(sequence, heads)
-        verdict: list[int] = prediction.token[: layout.heads].tolist()
-        accepted = matching_prefix(heads[1:], verdict) + 1
+        accepted = sequence.verify(prediction, heads[1:])
         sequence.length += accepted
-        sequence.accepted.append(sequence.emit_all(verdict[:accepted]))
-        seed, draft = verdict[accepted - 1], layout.draft(sequence, prediction, accepted)
+        sequence.accepted.append(accepted)
+        if sequence.finish:
+            return
+        draft = layout.draft(sequence, prediction, accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,8 @@ class _Layout:
             visible[at : at + size] = (start + accepted, start + at, start + at + size)
             at += size
         adapter = np.repeat(np.array([0, 1], np.float32), [self.heads, count - self.heads])
-        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter)
+        logits = not sequence.chooser.plain
+        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter, logits=logits)
 
     def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
         """What the group of `accepted` proposes; nothing if that group was left out."""
@@ -84,38 +88,33 @@ class _Layout:
         return self.heads + sum(self.groups.values())
 
 
-def _prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[int, Draft]]:
-    """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft."""
+def _prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
+    """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft.
+
+    Returned are the last prediction and the number of masks.
+    """
     size = _group_size(sequence, 0)
     for part, start in prompt_parts(sequence):
-        asked = causal("prefill", part, start)
         last = start + len(part) == len(sequence.prompt)
-        prediction = yield _with_masks(asked, size, sequence.model.mask_id) if last and size else asked
+        asked = causal("prefill", part, start, logits=last and not sequence.chooser.plain)
+        prediction = yield with_masks(asked, size, sequence.model.mask_id, adapter=True) if last and size else asked
         sequence.length += len(part)
-    return int(prediction.token[0]), _proposals(sequence, prediction, 1, size)
-
-
-def _with_masks(asked: Pass, size: int, mask_id: int) -> Pass:
-    """A causal pass and a group of masks behind it that sees all of it."""
-    count = asked.ids.size
-    end = asked.write_at + count
-    visible = np.zeros((size, 3), np.int32)
-    visible[:, 0] = end + size
-    return asked._replace(
-        ids=np.append(asked.ids, np.full(size, mask_id, np.int32)),
-        pos=np.append(asked.pos, np.arange(end, end + size, dtype=np.int32)),
-        visible=np.concatenate([asked.visible, visible]),
-        rows=np.arange(count - 1, count + size, dtype=np.int32),
-        adapter=np.repeat(np.array([0, 1], np.float32), [count, size]),
-    )
+    return prediction, size
 
 
 def _proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
     """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
-    tokens: list[int] = prediction.token[at + 1 : at + size].tolist()
-    ids = sequence.model.eos_ids
-    length = next((i for i, token in enumerate(tokens) if token in ids), len(tokens))
-    return Draft(tokens[:length], prediction.confidence[at + 1 : at + 1 + length].tolist())
+    chooser, rows = sequence.chooser, range(at + 1, at + size)
+    if prediction.logits is None or chooser.plain:
+        tokens = chooser.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
+    else:
+        tokens = chooser.propose(prediction, [sequence.model.mask_id] * len(rows), rows)
+    length = next((i for i, token in enumerate(tokens) if token in sequence.stops), len(tokens))
+    del tokens[length:]
+    confidence = prediction.confidence[at + 1 : at + 1 + length]
+    if prediction.logits is not None and not chooser.plain and sequence.cost is not None and tokens:
+        confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
+    return Draft(tokens, confidence.tolist())
 
 
 def _group_size(sequence: Sequence, emitted: int) -> int:

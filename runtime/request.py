@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
+from .chooser import TokenLogprobs
 from .engine import PassKind
-from .options import Options, check_text, settle
+from .options import Options, check_text
 from .sequence import FinishReason, Sequence
+from .settings import settle
 from .text import Message
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class Generation:
     """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts.
 
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
-    or `cancelled`, and then the text is what had been decided by then.
+    or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
+    unless asked for.
     """
 
     text: str
@@ -53,18 +56,21 @@ class Generation:
     acceptance: Acceptance
     adapter_tokens: int
     timings_ms: dict[str, float]
+    logprobs: list[TokenLogprobs] | None = None
+    confidences: list[float | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As one JSON object."""
-        return dataclasses.asdict(self)
+        """As one JSON object; what was not asked for is left out."""
+        unasked = [name for name in ("logprobs", "confidences") if getattr(self, name) is None]
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unasked}
 
 
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids = encode(engine, prompt, options)
-    settings = settle(engine.info, len(ids), options)
+    settings = settle(engine.info, engine.text, len(ids), options)
     budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
-    transcript = engine.text.transcript(settings.stop)
+    transcript = engine.text.transcript(settings.stop, settings.stop_token_ids)
     return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
 
 
@@ -129,4 +135,6 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
             "decode": (sequence.ended - first) * 1e3,
             "total": (sequence.ended - sequence.started) * 1e3,
         },
+        logprobs=None if sequence.settings.logprobs is None else sequence.chooser.logprobs,
+        confidences=sequence.confidences[:emitted] if sequence.settings.confidences else None,
     )

@@ -59,7 +59,7 @@ def revise(
     """
     started, limit = time.perf_counter(), engine.info.build.max_seq_len
     check_text(text, "text")
-    given = engine.text.plain(text)
+    given = engine.text.encode_plain(text)
     window = engine.info.build.block_length if block_length is None else block_length
     for name, value, high in (("block_length", window, MAX_BLOCK), ("rounds", rounds, 64)):
         if not 1 <= value <= high:

@@ -1,43 +1,105 @@
-"""Sampling by counter-based noise.
+"""From one position's logits to one token: the law of a request.
 
-In: one position's logits, the temperature, the request's seed and the absolute position. Out: one token id. The noise
-is a function of (seed, position, token id) and of nothing else, so the same request draws the same tokens whatever
-else shares its forward. It is Philox 4x32-10, the generator GPUs use, so a kernel can draw the very same bits. The
-surprising fact: adding Gumbel noise to the scaled logits and taking the argmax is an exact sample of the softmax
-(Gumbel-max), so no probability is ever normalised.
+In: logits, what has been emitted so far, and noise at the position. Out: one token id. docs/semantics.md states the
+order and every tie. The surprising fact: adding Gumbel noise to the scaled logits and taking the argmax is an exact
+sample of the softmax (Gumbel-max), so no probability is normalised but in top-p; and since the noise is bounded, tokens
+far below the best are left out before any noise is drawn, with the same result.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+
 import numpy as np
 
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+from .noise import HIGHEST, LOWEST, Noise
 
 
-def philox(seed: int, counter: tuple[np.ndarray, int, int, int]) -> np.ndarray:
-    """Philox 4x32-10 for a 64-bit seed, four words per counter: (n, 4) u32.
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """How a token is chosen; see `Options` for each field. The defaults are the model's greedy choice."""
 
-    `counter` is its four 32-bit words, the first of them (n,). Source: Salmon et al., SC 2011.
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what has been said changes the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice is the argmax of the model's own logits, whatever has been emitted."""
+        return not (self.temperature or self.penalised or self.logit_bias or self.bad_words or self.min_tokens)
+
+
+def penalise(scores: np.ndarray, law: Law, prompt: Collection[int], counts: Mapping[int, int]) -> None:
+    """Apply the penalties in place.
+
+    scores (V,) f64; prompt: its distinct ids; counts: how often each id has been emitted, none of them 0.
     """
-    first = counter[0].astype(np.uint64)
-    c0, c1, c2, c3 = (first, *(np.full_like(first, word) for word in counter[1:]))
-    k0, k1 = seed & 0xFFFFFFFF, seed >> 32
-    for _ in range(10):
-        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-        c0, c1, c2, c3 = (b >> _HALF) ^ c1 ^ np.uint64(k0), b & _LOW, (a >> _HALF) ^ c3 ^ np.uint64(k1), a & _LOW
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+    emitted = np.fromiter(counts.keys(), np.int64, len(counts))
+    if law.repetition_penalty != 1:
+        seen = np.union1d(emitted, np.fromiter(prompt, np.int64, len(prompt)))
+        values = scores[seen]
+        scores[seen] = np.where(values > 0, values / law.repetition_penalty, values * law.repetition_penalty)
+    if law.presence_penalty or law.frequency_penalty:
+        times = np.fromiter(counts.values(), np.int64, len(counts))
+        scores[emitted] -= law.frequency_penalty * times + law.presence_penalty
 
 
-def gumbel(seed: int, position: int, size: int) -> np.ndarray:
-    """Gumbel noise for every token id at one position, (size,) f64; token t takes word t % 4 of counter t // 4."""
-    words = philox(seed, (np.arange(-(-size // 4)), position, 0, 0)).reshape(-1)[:size]
-    return -np.log(-np.log((words + 0.5) / 2**32))
+def banned(law: Law, emitted: list[int]) -> list[int]:
+    """The last id of every bad word whose other ids are the last ones emitted."""
+    return [
+        last
+        for *before, last in law.bad_words
+        if not before or (len(before) <= len(emitted) and emitted[-len(before) :] == before)
+    ]
 
 
-def sample(logits: np.ndarray, temperature: float, seed: int, position: int, mask_id: int) -> int:
-    """Draw the token at `position` from softmax(logits / temperature), the mask id left out; logits (V,) f32."""
-    scores = logits.astype(np.float64) / temperature + gumbel(seed, position, logits.size)
-    scores[mask_id] = -np.inf
-    return int(scores.argmax())
+def draw(scores: np.ndarray, law: Law, noise: Noise, position: int) -> int:
+    """The token at `position`; scores (V,) f64 after penalties, bias and bans (-inf), overwritten."""
+    if not law.temperature:
+        return int(scores.argmax())
+    scores /= law.temperature
+    ids = _candidates(scores, law)
+    if ids.size == 1:
+        return int(ids[0])
+    return int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
+
+
+def _candidates(scores: np.ndarray, law: Law) -> np.ndarray:
+    """The ids that top-k, top-p and min-p leave, ascending, without those that no noise can lift to the top."""
+    best = float(scores.max())
+    floor = -math.inf
+    if law.top_k and law.top_k < scores.size:
+        floor = float(np.partition(scores, scores.size - law.top_k)[scores.size - law.top_k])
+    if law.top_p < 1:
+        floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], law.top_p, best))
+    if law.min_p:
+        floor = max(floor, best + math.log(law.min_p))
+    ids: np.ndarray = np.flatnonzero(scores >= max(floor, best - (HIGHEST - LOWEST)))
+    return ids
+
+
+def _nucleus(scores: np.ndarray, top_p: float, best: float) -> float:
+    """The lowest score that top-p leaves among these: that of the last one whose betters together are below p."""
+    weights = np.exp(scores - best)
+    total = weights.sum()
+    # What is below this share of the rest cannot belong to it, so that little is left to sort.
+    heavy = scores[weights >= 0.5 * (1 - top_p) * total / scores.size]
+    heavy.sort()
+    falling = heavy[::-1]
+    before = np.cumsum(np.exp(falling - best)) - np.exp(falling - best)
+    return float(falling[np.count_nonzero(before < top_p * total) - 1])

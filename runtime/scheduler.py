@@ -16,7 +16,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from .sequence import Sequence
 if TYPE_CHECKING:
     from .generate import LoadedEngine
 
+Listener = Callable[[list[Event] | NemodiffError], None]
+
 QUEUE = 64  # waiting requests, unless said otherwise
 _SMALL = 256  # slots per row that may stay allocated for nothing
 
@@ -41,14 +43,15 @@ _SMALL = 256  # slots per row that may stay allocated for nothing
 class Statistics:
     """What a scheduler does and has done; taken at one moment, while a step may be under way.
 
-    running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes. The rest count
-    from the start: requests by their end; tokens of prompts, of these reused, and emitted; passes of ended requests by
-    kind; steps, forwards, tokens computed in them and padding beside those.
+    running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes, of `capacity`.
+    The rest count from the start: requests by their end; tokens of prompts, of these reused, and emitted; passes of
+    ended requests by kind; steps, forwards, tokens computed in them and padding beside those.
     """
 
     rows: int
     running: int
     waiting: int
+    capacity: int
     slots: int
     kept_prefixes: int
     kept_slots: int
@@ -68,14 +71,20 @@ class Statistics:
 class Handle:
     """One submitted request. Iterate over it for its events; `result` waits for its end without them."""
 
-    def __init__(self, scheduler: Scheduler, number: int, sequence: Sequence, steps: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, number: int, sequence: Sequence, steps: bool, listener: Listener | None
+    ) -> None:
         self.number, self._scheduler, self._sequence = number, scheduler, sequence
         self._reporter = Reporter(number, sequence, steps=steps)
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._listener = listener
         self._future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
 
     def __iter__(self) -> Iterator[Event]:
-        """Events as they come, `Finished` last; each is given once. Raises NemodiffError if the request failed."""
+        """Events as they come, `Finished` last; each is given once. Raises NemodiffError if the request failed.
+
+        A request with a listener has none here.
+        """
         while (event := self._events.get()) is not None:
             yield event
         self._events.put(None)  # for who iterates again
@@ -95,6 +104,10 @@ class Handle:
         return self._future.done()
 
     def _tell(self, events: list[Event]) -> None:
+        if self._listener is not None:
+            if events:
+                self._listener(events)
+            return
         for event in events:
             self._events.put(event)
 
@@ -103,6 +116,8 @@ class Handle:
             self._future.set_result(outcome)
         else:
             self._future.set_exception(outcome)
+            if self._listener is not None:
+                self._listener(outcome)
         self._events.put(None)
 
 
@@ -153,12 +168,16 @@ class Scheduler:
         self._worker = threading.Thread(target=self._work, name="nemodiff-scheduler", daemon=True)
         self._worker.start()
 
-    def submit(self, prompt: Prompt, *, steps: bool = False, **options: Any) -> Handle:
+    def submit(
+        self, prompt: Prompt, *, steps: bool = False, listener: Listener | None = None, **options: Any
+    ) -> Handle:
         """Queue a request; any thread may.
 
         Args:
             prompt: as in `generate`.
             steps: whether the events tell of every pass.
+            listener: called in the worker's thread with events as they happen, or at last with the error of a request
+                that failed; it must be quick and raise nothing.
             options: fields of `Options`.
 
         Raises:
@@ -171,7 +190,7 @@ class Scheduler:
         sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
         with self._changed:
             self._refuse_if_busy()
-            handle = Handle(self, next(self._numbers), sequence, steps)
+            handle = Handle(self, next(self._numbers), sequence, steps, listener)
             self._waiting.append(handle)
             self._changed.notify_all()
         return handle
@@ -186,6 +205,7 @@ class Scheduler:
                 rows=self._rows,
                 running=len(self._running),
                 waiting=len(self._waiting),
+                capacity=(self._rows + (self._kept or 0)) * self._engine.info.build.max_seq_len,
                 slots=sum(sequence.length for sequence in self._running),
                 kept_prefixes=prefixes.count if prefixes is not None else 0,
                 kept_slots=prefixes.tokens if prefixes is not None else 0,

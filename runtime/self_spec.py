@@ -14,20 +14,18 @@ from .sequence import Sequence
 
 def linear_spec(sequence: Sequence) -> Loop:
     """Decode by draft and verify; the output is AR's, token for token."""
-    mask = sequence.model.mask_id
-    seed = yield from prefill(sequence)
-    sequence.emit(seed)
+    mask, chooser = sequence.model.mask_id, sequence.chooser
+    prediction = yield from prefill(sequence)
+    sequence.emit(chooser.next(prediction, 0))
     while not sequence.finish:
         size = min(sequence.settings.block_length, sequence.remaining)
-        block = [seed] + [mask] * (size - 1)
+        block = [sequence.tokens[-1], *chooser.with_end_of_thinking([mask] * (size - 1))]
         while mask in block:
             block = yield from denoise(sequence, "draft", block)
-        prediction = yield causal("verify", block, sequence.length, every_row=True)
-        verdict: list[int] = prediction.token.tolist()
-        accepted = matching_prefix(block[1:], verdict) + 1
+        prediction = yield causal("verify", block, sequence.length, every_row=True, logits=not chooser.plain)
+        accepted = sequence.verify(prediction, block[1:])
         sequence.length += accepted
-        sequence.accepted.append(sequence.emit_all(verdict[:accepted]))
-        seed = verdict[accepted - 1]
+        sequence.accepted.append(accepted)
 
 
 def matching_prefix(draft: list[int], verdict: list[int]) -> int:

@@ -11,9 +11,10 @@ import time
 from typing import Literal
 
 from ..config import ModelConfig
+from .chooser import Chooser
 from .cost import CostCurve
-from .engine import PASS_KINDS, PassKind
-from .options import Settings
+from .engine import PASS_KINDS, PassKind, Prediction
+from .settings import Settings
 from .text import Transcript
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -41,7 +42,11 @@ class Sequence:
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.submitted = self.started = time.perf_counter()
         self.first_token = self.ended = 0.0
-        self._eos = frozenset(model.eos_ids)
+        self.confidences: list[float | None] = []  # of diffusion, if wanted; None where nobody chose
+        self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
+        self.chooser = Chooser(settings, prompt, model.mask_id, self.stops, model.vocab_size)
+        # Whether a pass must bring its logits.
+        self.needs_logits = not self.chooser.plain or settings.policy.by_entropy
         self._watch_text = bool(settings.stop)
 
     @property
@@ -54,7 +59,8 @@ class Sequence:
         if not self.tokens:
             self.first_token = time.perf_counter()
         self.tokens.append(token)
-        if token in self._eos or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
+        self.chooser.push(token)
+        if token in self.stops or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
             self.finish = "stop"
         elif len(self.tokens) >= self.settings.max_new_tokens:
             self.finish = "length"
@@ -67,10 +73,21 @@ class Sequence:
                 return count
         return len(tokens)
 
+    def verify(self, prediction: Prediction, draft: list[int]) -> int:
+        """Emit AR's tokens as long as the draft has said the same, and one more; returns how many were emitted.
+
+        `prediction` begins with those for the draft's tokens, in order, and for the one after them.
+        """
+        for row, drafted in enumerate([*draft, None]):
+            token = self.chooser.next(prediction, row)
+            if self.emit(token) or token != drafted:
+                break
+        return row + 1
+
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
         for i, token in enumerate(block):
-            if token in self._eos:
+            if token in self.stops:
                 rest = [token if t == self.model.mask_id else t for t in block[i + 1 :]]
                 return [*block[: i + 1], *rest]
         return block

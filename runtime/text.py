@@ -43,11 +43,13 @@ class TextCodec:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise EngineError(f"{path}: not a tokenizer ({error}); build the engine again") from None
+        self.source = path.read_text(encoding="utf-8")  # tokenizer.json
         self._tokenizer.encode_special_tokens = True  # text is text: specials are added by id
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
         longest_first = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._any_special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.end_think = self._special.get("</think>")
         self._hidden_ids = frozenset(i for token, i in self._special.items() if token not in _SHOWN)
         config = folder / TOKENIZER_CONFIG_FILE
         self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -56,11 +58,7 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, as a raw prompt; starts with the BOS only if the tokenizer says so."""
         bos = self._special.get(str(self._config.get("bos_token")))
-        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.plain(text)
-
-    def plain(self, text: str) -> list[int]:
-        """Ids of a piece of text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.encode_plain(text)
 
     def encode_chat(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
         """Ids of a conversation that ends with the start of the assistant's turn.
@@ -137,12 +135,16 @@ class TextCodec:
             return bytes(_BYTES[c] for c in name)
         return str(name).encode("utf-8")  # an added token, as it is
 
-    def transcript(self, stop: Sequence[str] = ()) -> Transcript:
-        """A new answer's text."""
-        return Transcript(self, stop)
+    def transcript(self, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> Transcript:
+        """A new answer's text, cut before a stop string and without stop ids."""
+        return Transcript(self, stop, stop_ids)
 
     def _visible(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i not in self._hidden_ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of text and nothing else."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _breaker(self, content: str) -> str:
         """A character that the content does not hold, to break up the literal text of special tokens in it."""
@@ -155,7 +157,7 @@ class TextCodec:
         """Ids of rendered text: specials by id, and between them plain text with the breaker taken out."""
         ids: list[int] = []
         for i, part in enumerate(self._any_special.split(text)):  # odd parts are the specials
-            ids += [self._special[part]] if i % 2 else self.plain(part.replace(breaker, ""))
+            ids += [self._special[part]] if i % 2 else self.encode_plain(part.replace(breaker, ""))
         return ids
 
     def _load_template(self, folder: Path) -> jinja2.Template | None:
@@ -183,8 +185,8 @@ class TextCodec:
 class Transcript:
     """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
-        self.codec, self._stop = codec, tuple(stop)
+    def __init__(self, codec: TextCodec, stop: Sequence[str], stop_ids: Sequence[int] = ()) -> None:
+        self.codec, self._stop, self._stop_ids = codec, tuple(stop), frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
         self._text = ""  # whole characters of them
@@ -211,12 +213,14 @@ class Transcript:
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer's text once all its ids are known, cut before the stop string."""
-        text = self.codec.decode(ids)
+        text = self.codec.decode([i for i in ids if i not in self._stop_ids])
         ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
         return text[: min(ends)] if ends else text
 
     def _take(self, ids: Sequence[int]) -> None:
         for token in self.codec._visible(ids[self._seen :]):
+            if token in self._stop_ids:
+                continue
             new = self._stream.step(self.codec._tokenizer, token)
             if new is None:
                 continue

@@ -40,7 +40,7 @@ def record(path: Path | None, engine: LoadedEngine) -> Iterator[Callable[[Event]
             if timeline:
                 file.write("[\n" + json.dumps(_named("process_name", 0, f"nemodiff {engine.folder.name}")))
             else:
-                file.write(json.dumps(_header(engine, event)) + "\n")
+                file.write(json.dumps(header(engine, event)) + "\n")
         if timeline:
             file.write("".join(",\n" + json.dumps(entry) for entry in _timeline(event)))
             file.flush()
@@ -56,8 +56,8 @@ def record(path: Path | None, engine: LoadedEngine) -> Iterator[Callable[[Event]
             file.close()
 
 
-def _header(engine: LoadedEngine, event: Event) -> dict[str, Any]:
-    """The first line: `unix` is the time of day at `at`, of all other lines' clock."""
+def header(engine: LoadedEngine, event: Event) -> dict[str, Any]:
+    """The first line, before `event`: `unix` is the time of day at `at`, of all other lines' clock."""
     now = time.time() - (time.perf_counter() - event.at)
     return {
         "event": "trace",

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import reference
+import reference_model
 from checkpoints import TINY_CHAT, write_checkpoint
 
 import nemodiff
@@ -112,7 +113,7 @@ def test_graph_rotates_and_scales_queries_beyond_position_16384() -> None:
         proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank))
     scale, cos, sin = onnxruntime.InferenceSession(proto.SerializeToString()).run(wanted, {"pos": positions})
     np.testing.assert_allclose(scale[0], [1.0, 1.0, 1.0693147, 1.1098612, 1.2772589], rtol=1e-6)
-    angle = positions[0, :, None] * reference.yarn_inv_freq(_rope(), 128).astype(np.float64)
+    angle = positions[0, :, None] * reference_model.yarn_inv_freq(_rope(), 128).astype(np.float64)
     # The product is rounded to f32 before cos, as in the released code: 262143 rad +- 2**-7.
     np.testing.assert_allclose(cos[0], np.cos(angle), atol=2e-2)
     np.testing.assert_allclose(sin[0, :3], np.sin(angle)[:3], atol=1e-3)
@@ -332,7 +333,7 @@ def _last_logits_of_one_layer(folder: Path, ids: list[int]) -> np.ndarray:
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
-    angle = np.arange(n)[:, None] * reference.yarn_inv_freq(config["rope_parameters"], d).astype(np.float64)
+    angle = np.arange(n)[:, None] * reference_model.yarn_inv_freq(config["rope_parameters"], d).astype(np.float64)
     x = weights["encoder.embed_tokens"][ids]
     normed = norm(x, f"{at}.input_layernorm")
     q, k, v = ((normed @ weights[f"{at}.self_attn.{p}_proj"].T).reshape(n, -1, d) for p in "qkv")

@@ -105,9 +105,9 @@ def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, model: referen
     method = "block" if seed % 2 else "search"
     template = [texts[0], sizes[0], " " + texts[1], sizes[1], " " + texts[2]]
     got = nemodiff.fill(engine, template, prompt=question, method=method, width=3)
-    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.plain(texts[0])
+    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(texts[0])
     for i, size in enumerate(sizes):
-        behind = engine.text.plain(" " + texts[i + 1])
+        behind = engine.text.encode_plain(" " + texts[i + 1])
         if method == "block":
             expected = oracle_block(model, before, size, behind)
         else:
@@ -124,8 +124,8 @@ def test_free_length_equals_the_oracle_that_scores_everything(
     at = answer.index(" ")
     prefix, suffix = answer[:at], answer[at + 9 :]
     got = nemodiff.infill(engine, prefix, suffix, prompt=question, width=2)
-    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.plain(prefix)
-    expected = oracle_search(model, before, range(1, LONGEST_FREE + 1), engine.text.plain(suffix), 2)
+    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(prefix)
+    expected = oracle_search(model, before, range(1, LONGEST_FREE + 1), engine.text.encode_plain(suffix), 2)
     assert got.token_ids == [expected]
 
 
@@ -138,7 +138,7 @@ def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, model: refere
     text = " ".join(words)
     got = nemodiff.revise(engine, text, prompt=question)
     before = engine.text.encode_chat([{"role": "user", "content": question}])
-    given = engine.text.plain(text)
+    given = engine.text.encode_plain(text)
     assert got.token_ids == oracle_revise(model, before, given, 0.05)
     assert got.changed == sum(a != b for a, b in zip(got.token_ids, given, strict=True))
 
@@ -175,7 +175,7 @@ def test_revision_keeps_the_number_of_tokens_and_never_gives_a_mask(
     engine: nemodiff.LoadedEngine, text: str, keep: float, block: int
 ) -> None:
     got = nemodiff.revise(engine, text, prompt=CODE, keep=keep, block_length=block)
-    assert len(got.token_ids) == len(engine.text.plain(text))
+    assert len(got.token_ids) == len(engine.text.encode_plain(text))
     assert engine.info.model.mask_id not in got.token_ids
     if keep == 0:
         assert (got.text, got.changed, got.nfe["denoise"]) == (text, 0, 0)
@@ -191,7 +191,7 @@ def test_a_text_that_stands_alone(engine: nemodiff.LoadedEngine) -> None:
     filled = nemodiff.infill(engine, "Sorted: 7, 10", " 84.", length=4)
     assert filled.text.startswith("Sorted: 7, 10")
     assert filled.text.endswith(" 84.")
-    assert len(nemodiff.revise(engine, "Sorted: 7, 10").token_ids) == len(engine.text.plain("Sorted: 7, 10"))
+    assert len(nemodiff.revise(engine, "Sorted: 7, 10").token_ids) == len(engine.text.encode_plain("Sorted: 7, 10"))
 
 
 def test_template_syntax() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
-from page_server import serve
 
 import nemodiff
 from nemodiff.cli import main
@@ -70,8 +70,20 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def server(engine: nemodiff.LoadedEngine) -> Iterator[tuple[str, nemodiff.Scheduler]]:
-    with serve(engine) as running:
-        yield running
+    """The address of `nemodiff serve`, and its scheduler."""
+    uvicorn = pytest.importorskip("uvicorn", reason="needs the serve extra: pip install 'nemodiff[serve]'")
+    from nemodiff.serving.app import Limits, Server
+
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        app = Server(engine, scheduler, Limits(), "tiny-chat", {"mode": "linear_spec"}).gate
+        process = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=process.run)
+        thread.start()
+        while not process.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{process.servers[0].sockets[0].getsockname()[1]}/", scheduler
+        process.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
@@ -132,7 +144,7 @@ def figures(generation: dict[str, Any]) -> dict[str, Any]:
 def streamed(bodies: list[str]) -> list[list[dict[str, Any]]]:
     """Events of event streams, in the order of the lanes."""
     runs = [[json.loads(line[6:]) for line in body.splitlines() if line] for body in bodies]
-    return sorted(runs, key=lambda run: nemodiff.MODES.index(run[0]["mode"]))
+    return sorted(runs, key=lambda run: nemodiff.MODES.index(run[1]["mode"]))
 
 
 def write_trace(path: Path, answer: list[str | bytes], *, passes: int | None = None) -> list[dict[str, Any]]:

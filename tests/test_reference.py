@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import reference_model
 from checkpoints import TINY_CHAT, load_make_data, random_adapter, random_tensors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -26,9 +27,8 @@ from reference import (
     commit_rule,
     diffusion,
     linear_spec,
-    llama4_scale,
-    yarn_inv_freq,
 )
+from reference_model import llama4_scale, yarn_inv_freq
 from tokenizers import Tokenizer
 
 YARN = {
@@ -109,8 +109,8 @@ def test_yarn_values(theta: float, factor: float, expected: dict[int, float]) ->
 
 
 def test_attention_factor_is_one_unless_the_two_scales_differ() -> None:
-    assert reference.yarn_attention_factor(YARN) == 1.0
-    assert reference.yarn_attention_factor(YARN | {"mscale_all_dim": 0.0}) == pytest.approx(1.2772589)
+    assert reference_model.yarn_attention_factor(YARN) == 1.0
+    assert reference_model.yarn_attention_factor(YARN | {"mscale_all_dim": 0.0}) == pytest.approx(1.2772589)
 
 
 def test_llama4_values() -> None:

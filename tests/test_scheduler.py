@@ -75,6 +75,8 @@ def requests() -> st.SearchStrategy[Asked]:
         groups=st.sampled_from(["all"]),
         threshold=st.sampled_from([None, 0.0, 0.5, 0.9]),
         prefill_chunk=st.sampled_from([7, 512]),
+        temperature=st.sampled_from([0.0, 0.0, 0.8]),
+        seed=st.integers(0, 3),
     )
     return st.builds(Asked, prompts, options)
 
@@ -483,3 +485,21 @@ def test_mixed_requests_on_the_real_engine_equal_themselves_alone(
     for (messages, options), handle in zip(asked, handles, strict=True):
         assert handle.result(PATIENCE).token_ids == nemodiff.generate(real, messages, **options).token_ids
     assert mixed.statistics.reused_tokens > 0
+
+
+def test_a_listener_hears_all_events_and_the_error_of_a_failure(engine: nemodiff.LoadedEngine) -> None:
+    heard: list[Any] = []
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        handle = scheduler.submit([200, 300, 400], steps=True, listener=heard.append, max_new_tokens=9)
+        answer = handle.result(PATIENCE)
+        events = [event for told in heard for event in told]
+        assert list(handle) == []
+        assert isinstance(events[-1], nemodiff.Finished)
+        assert events[-1].generation == answer
+        assert "".join(e.text for e in events if isinstance(e, nemodiff.Text)) == answer.text
+        heard.clear()
+        backend(engine).fails_at = {backend(engine).forwards + 1}
+        failing = scheduler.submit([200, 300, 400], listener=heard.append)
+        with pytest.raises(nemodiff.EngineError):
+            failing.result(PATIENCE)
+    assert [type(told) for told in heard] == [nemodiff.EngineError]

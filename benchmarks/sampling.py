@@ -1,0 +1,118 @@
+"""Tokens per verify at a temperature, with the noise of draft and verify shared and not.
+
+In: tiny-chat, questions, temperatures. Out: the acceptance of linear self-speculation under two rules,
+`results/sampling.json` and `results/sampling.md`. *Shared*: the draft draws with the noise that the verify will draw
+with. *Independent*: the draft draws anew in every pass, and what is equal by chance is kept, as in the released code.
+The surprising fact: both rules emit the very same tokens, AR's, so nothing but the number of passes differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import questions
+import record
+
+from nemodiff.builder.build import Builder
+from nemodiff.runtime.engine import Prediction
+from nemodiff.runtime.generate import LoadedEngine, decode, load, prepare
+from nemodiff.runtime.noise import Noise
+from nemodiff.runtime.options import make_options
+from nemodiff.runtime.sequence import Sequence
+
+TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
+BLOCKS = (8, 32)
+NEW_TOKENS = 96
+PACKAGES = ("nemodiff", "onnxruntime", "numpy")
+
+
+def forget_the_noise(sequence: Sequence, seeds: itertools.count[int]) -> None:
+    """Make a request's drafts draw with noise of their own, new in every pass."""
+    chooser = sequence.chooser
+    shared, propose = chooser._noise, chooser.propose
+
+    def alone(prediction: Prediction, tokens: list[int], rows: range) -> list[int]:
+        chooser._noise = Noise(next(seeds), sequence.model.vocab_size)
+        try:
+            return propose(prediction, tokens, rows)
+        finally:
+            chooser._noise = shared
+
+    chooser.propose = alone  # type: ignore[method-assign]
+
+
+def accepted(engine: LoadedEngine, asked: list[list[int]], temperature: float, block: int, shared: bool) -> Any:
+    """Tokens per verify over all questions, and what was emitted."""
+    lengths, tokens, seeds = list[int](), list[list[int]](), itertools.count(1 << 40)
+    for seed, ids in enumerate(asked):
+        values = {"temperature": temperature, "seed": seed, "block_length": block, "max_new_tokens": NEW_TOKENS}
+        sequence = prepare(engine, ids, make_options(values))
+        if not shared:
+            forget_the_noise(sequence, seeds)
+        for _ in decode(engine.backend, [sequence], 1):
+            pass
+        lengths += sequence.accepted
+        tokens.append(sequence.tokens)
+    return sum(lengths) / len(lengths), tokens
+
+
+def table(rows: list[dict[str, Any]], count: int) -> str:
+    """The result as Markdown."""
+    lines = [
+        "# Acceptance at a temperature",
+        "",
+        f"Tokens per verify of linear self-speculation on tiny-chat, {count} questions, threshold 0, by",
+        "`python benchmarks/sampling.py`. Shared: draft and verify draw with the same noise. Independent: the draft",
+        "draws anew, and equal draws are kept, as in the released code. Both emit the same tokens.",
+        "",
+        "| temperature | block | shared | independent | shared / independent |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        ratio = r["shared"] / r["independent"]
+        lines.append(
+            f"| {r['temperature']} | {r['block_length']} | {r['shared']:.2f} | {r['independent']:.2f} | {ratio:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare acceptance with shared and with independent noise.")
+    parser.add_argument("--prompts", type=int, default=100, help="questions, default 100, over all tasks")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
+    arguments = parser.parse_args()
+    origin = record.origin(PACKAGES, arguments.threads)
+    drawn = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
+    rows, unequal = list[dict[str, Any]](), 0
+    with tempfile.TemporaryDirectory(prefix="nemodiff-sampling-") as work:
+        engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
+        asked = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in drawn]
+        for temperature, block in itertools.product(TEMPERATURES, BLOCKS):
+            shared, tokens = accepted(engine, asked, temperature, block, True)
+            independent, others = accepted(engine, asked, temperature, block, False)
+            unequal += sum(a != b for a, b in zip(tokens, others, strict=True))
+            rows.append(
+                {
+                    "temperature": temperature,
+                    "block_length": block,
+                    "shared": round(shared, 3),
+                    "independent": round(independent, 3),
+                }
+            )
+            print(rows[-1], flush=True)
+    goals = [record.goal("answers that differ between the rules", unequal, "at most", 0, "answers")]
+    for row in rows:
+        if row["temperature"] in (0.7, 1.0):
+            name = f"shared over independent, T {row['temperature']}, blocks of {row['block_length']}"
+            goals.append(record.goal(name, round(row["shared"] / row["independent"], 3), "at least", 1.0, "x"))
+    figures = {"checkpoint": "tiny-chat", "dtype": "f32", "prompts": len(asked), "new_tokens": NEW_TOKENS, "rows": rows}
+    record.write("sampling", origin, goals, figures)
+    (record.RESULTS / "sampling.md").write_text(table(rows, len(asked)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

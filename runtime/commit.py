@@ -1,0 +1,90 @@
+"""Which masks of a block a denoise pass commits.
+
+In: what the pass thinks of each mask. Out: the masks that become tokens. The rule has one form for every policy: an
+order, and how many from its start. The surprising fact: a budget of passes is no policy of its own; it only raises the
+number so that the block is full in time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import numpy as np
+
+PolicyName = Literal["threshold", "topk", "entropy", "left_to_right"]
+POLICIES: tuple[str, ...] = get_args(PolicyName)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How diffusion commits; see `Options` for each field."""
+
+    name: str = "threshold"
+    threshold: float = 0.0
+    per_step: int = 1
+    entropy_bound: float = 0.0
+    steps: int | None = None
+
+    @property
+    def by_entropy(self) -> bool:
+        """Whether `commits` needs the entropy."""
+        return self.name == "entropy"
+
+    @property
+    def everything(self) -> bool:
+        """Whether every mask is committed, whatever its confidence."""
+        return self.name == "threshold" and self.threshold <= 0
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether the engine's own commit rule is this one."""
+        return self.name == "threshold" and self.steps is None
+
+    def commits(self, confidence: np.ndarray, entropy: np.ndarray | None, passes: int) -> np.ndarray:
+        """Indices of the masks to commit.
+
+        confidence (M,) f32 of the masks from left to right; entropy (M,) f64, nats, for the policy that uses it;
+        passes: how many this block has had before.
+        """
+        sure = confidence >= np.float32(self.threshold)
+        order = np.arange(confidence.size)
+        count = 1
+        if self.by_entropy:
+            assert entropy is not None
+            order = np.argsort(entropy, kind="stable")
+            count = int(np.count_nonzero(entropy <= self.entropy_bound))
+        elif self.name == "left_to_right":
+            count = confidence.size if sure.all() else int(sure.argmin())
+        else:
+            order = np.argsort(-confidence, kind="stable")
+            count = self.per_step if self.name == "topk" else int(np.count_nonzero(sure))
+        if self.steps is not None:
+            count = max(count, -(-confidence.size // max(1, self.steps - passes)))
+        return order[: max(1, count)]
+
+
+def probability(logits: np.ndarray, tokens: list[int], mask_id: int) -> np.ndarray:
+    """The model's own probability of one token per row, the mask id left out; logits (n, V) f32 -> (n,) f32."""
+    scores = _without_mask(logits, mask_id)
+    best = scores.max(1)
+    weights = np.exp(scores - best[:, None]).sum(1)
+    found: np.ndarray = np.exp(scores[np.arange(len(tokens)), tokens] - best) / weights
+    return found
+
+
+def entropies(logits: np.ndarray, mask_id: int) -> np.ndarray:
+    """Entropy in nats of the model's distribution per row, the mask id left out; logits (n, V) f32 -> (n,) f64."""
+    scores = _without_mask(logits, mask_id).astype(np.float64)
+    scores -= scores.max(1, keepdims=True)
+    weights = np.exp(scores)
+    total = weights.sum(1)
+    scores[:, mask_id] = 0  # 0 * -inf
+    found: np.ndarray = np.log(total) - (weights * scores).sum(1) / total
+    return found
+
+
+def _without_mask(logits: np.ndarray, mask_id: int) -> np.ndarray:
+    scores = logits.copy()
+    scores[:, mask_id] = -np.inf
+    return scores

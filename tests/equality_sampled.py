@@ -1,0 +1,233 @@
+"""Compares every mode with the oracle and with AR when a request asks for more than the best token.
+
+`compare` is what the test suite runs on a sample and what this file, run as a command, runs over many prompts:
+
+    python tests/equality_sampled.py --prompts 300 --output benchmarks/results/equality_sampled.json
+
+In: tiny-chat, with and without a random drafter adapter, and the laws below. Out: how many requests gave exactly the
+expected tokens, and each one that did not with the margin of the choice where it parted. The surprising fact: equality
+holds at any temperature, because noise belongs to a position and not to a pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import equality
+import reference
+from reference_choice import Control, Law
+
+import nemodiff
+
+NEW_TOKENS = 40
+TURNS = 4  # laws per prompt, and as many cases of diffusion; the prompts take turns
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"enum": ["Oslo", "Perth", "Lima"]}},
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+REGEX = "[0-9]{1,3}(, [0-9]{1,3}){0,9}"
+
+Asked = dict[str, Any]
+
+LAWS: dict[str, Asked] = {
+    "T 0.7": {"temperature": 0.7},
+    "T 1": {"temperature": 1.0},
+    "T 1.5": {"temperature": 1.5},
+    "top-k": {"temperature": 1.5, "top_k": 4},
+    "top-p": {"temperature": 1.5, "top_p": 0.9},
+    "min-p": {"temperature": 1.5, "min_p": 0.05, "top_k": 20, "top_p": 0.95},
+    "repetition": {"repetition_penalty": 1.3},
+    "presence, frequency": {"temperature": 1.0, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+    "bias": {"temperature": 0.8, "logit_bias": {145: 4.0, 139: -6.0, 11: -3.0}},
+    "bad words": {"temperature": 0.7, "bad_words": ("is", ", 4", "the")},
+    "min tokens": {"temperature": 0.7, "min_tokens": 30, "stop_token_ids": (146,)},
+    "thinking budget": {"temperature": 0.7, "thinking": True, "thinking_budget": 9},
+}
+GUIDES: dict[str, Asked] = {
+    "json schema": {"json_schema": SCHEMA},
+    "json schema, T 1": {"json_schema": SCHEMA, "temperature": 1.0},
+    "regex, T 0.7": {"regex": REGEX, "temperature": 0.7},
+}
+CAUSAL: dict[str, Asked] = {
+    "ar, chunks of 7": {"mode": "ar", "prefill_chunk": 7},
+    "linear_spec": {"mode": "linear_spec"},
+    "linear_spec, blocks of 5, threshold 0.5": {"mode": "linear_spec", "block_length": 5, "threshold": 0.5},
+    "linear_spec+adapter": {"mode": "linear_spec", "block_length": 8},
+    "quadratic_spec": {"mode": "quadratic_spec"},
+    "quadratic_spec, all groups of 8": {"mode": "quadratic_spec", "groups": "all", "block_length": 8},
+}
+CONTROLS: dict[str, Asked] = {
+    "threshold": {},
+    "topk": {"policy": "topk", "per_step": 3},
+    "entropy": {"policy": "entropy", "entropy_bound": 0.2},
+    "left_to_right": {"policy": "left_to_right", "threshold": 0.6},
+    "steps": {"block_steps": 2, "threshold": 0.999},
+    "merge_commit": {"merge_commit": True},
+    "merge_commit, steps, topk": {"merge_commit": True, "block_steps": 3, "policy": "topk", "per_step": 1},
+}
+LOOKS_BACK = ("repetition", "presence, frequency", "bad words")
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A request that was not equal."""
+
+    law: str
+    way: str
+    prompt: str
+    seed: int
+    expected: object
+    got: object
+
+
+def law_of(engine: nemodiff.LoadedEngine, prompt: list[int], asked: Asked, seed: int) -> Law:
+    """The oracle's form of a request."""
+    text = engine.text
+    words = {tuple(text.encode_plain(space + word)) for word in asked.get("bad_words", ()) for space in ("", " ")}
+    values = {k: v for k, v in asked.items() if k not in ("bad_words", "stop_token_ids", "thinking")}
+    stops = frozenset(engine.info.model.eos_ids).union(asked.get("stop_token_ids", ()))
+    end = text.end_think if "thinking_budget" in asked else None
+    return Law(tuple(prompt), stops, bad_words=tuple(words), seed=seed, end_think=-1 if end is None else end, **values)
+
+
+def compare_causal(
+    setup: equality.Setup, question: str, name: str, seed: int, ways: list[str]
+) -> Iterator[tuple[str, Difference | None]]:
+    """One law on one prompt: AR against its oracle, and every other way against AR."""
+    asked = {**LAWS, **GUIDES}[name]
+    prompt = _prompt(setup, question, asked)
+    base = nemodiff.generate(setup.plain, prompt, mode="ar", seed=seed, max_new_tokens=NEW_TOKENS, **asked)
+    law = law_of(setup.plain, prompt, asked, seed) if name in LAWS else None
+
+    def difference(way: str, expected: object, got: object) -> Difference | None:
+        return None if expected == got else Difference(name, way, question, seed, expected, got)
+
+    if law is not None:
+        oracle = reference.ar(setup.model, prompt, NEW_TOKENS, law.stops, law)
+        yield "ar", difference("ar", (oracle.tokens, oracle.finish_reason), (base.token_ids, base.finish_reason))
+    for way in ways:
+        engine = setup.adapted if way.endswith("+adapter") else setup.plain
+        options = {**asked, **CAUSAL[way], "seed": seed, "max_new_tokens": NEW_TOKENS}
+        answer = nemodiff.generate(engine, prompt, **options)
+        yield way, difference(way, (base.token_ids, base.finish_reason), (answer.token_ids, answer.finish_reason))
+
+
+def compare_passes(setup: equality.Setup, question: str, name: str, seed: int) -> Iterator[Difference]:
+    """One law on one prompt: passes and acceptance of self-speculation against the oracle; gives what differs."""
+    asked = LAWS[name]
+    prompt = _prompt(setup, question, asked)
+    law = law_of(setup.plain, prompt, asked, seed)
+    options = {**asked, "seed": seed, "max_new_tokens": NEW_TOKENS}
+    for way in ("linear_spec, blocks of 5, threshold 0.5", "linear_spec+adapter", "quadratic_spec, all groups of 8"):
+        adapter = way.endswith("+adapter")
+        got = nemodiff.generate(setup.adapted if adapter else setup.plain, prompt, **options, **CAUSAL[way])
+        size = CAUSAL[way]["block_length"]
+        if way.startswith("quadratic"):
+            oracle = reference.quadratic_spec(setup.model, prompt, NEW_TOKENS, size, law.stops, law=law)
+        else:
+            threshold = CAUSAL[way].get("threshold", 0.0)
+            oracle = reference.linear_spec(setup.model, prompt, NEW_TOKENS, size, threshold, law.stops, adapter, law)
+        expected = (oracle.tokens, oracle.nfe, oracle.acceptance)
+        if expected != (found := (got.token_ids, got.nfe, got.acceptance.lengths)):
+            yield Difference(name, way, question, seed, expected, found)
+
+
+def compare_diffusion(
+    setup: equality.Setup, question: str, name: str | None, way: str, seed: int, block: int
+) -> Difference | None:
+    """One law, or none, and one way to commit against the oracle."""
+    asked = LAWS[name] if name else {}
+    prompt = _prompt(setup, question, asked)
+    law = law_of(setup.plain, prompt, asked, seed) if name else None
+    values = {k.removeprefix("block_"): v for k, v in CONTROLS[way].items() if k != "threshold"}
+    threshold = CONTROLS[way].get("threshold", 0.9)
+    stops = law.stops if law else setup.model.eos
+    oracle = reference.diffusion(setup.model, prompt, NEW_TOKENS, block, threshold, stops, law, Control(**values))
+    options = {**asked, **CONTROLS[way], "seed": seed, "max_new_tokens": NEW_TOKENS, "block_length": block}
+    got = nemodiff.generate(setup.plain, prompt, mode="diffusion", **options)
+    expected, found = (oracle.tokens, oracle.finish_reason, oracle.nfe), (got.token_ids, got.finish_reason, got.nfe)
+    return None if expected == found else Difference(name or "none", way, question, seed, expected, found)
+
+
+def diffusion_cases() -> list[tuple[str | None, str]]:
+    """Every way to commit with every law it takes."""
+    return [
+        (name, way) for name in (None, *LAWS) for way in CONTROLS if name not in LOOKS_BACK or way == "left_to_right"
+    ]
+
+
+def _prompt(setup: equality.Setup, question: str, asked: Asked) -> list[int]:
+    message = {"role": "user", "content": question}
+    return setup.plain.text.encode_chat([message], thinking=bool(asked.get("thinking")))
+
+
+Done = list[tuple[str, str, Difference | None]]  # law, way, difference
+
+
+def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
+    chunk, folder = arguments
+    setup = equality.Setup.make(folder, threads=1)
+    laws, cases, done = [*LAWS, *GUIDES], diffusion_cases(), Done()
+    for count, (number, question) in enumerate(chunk, 1):
+        setup.model.clear()
+        for turn in range(TURNS):
+            law = laws[(TURNS * number + turn) % len(laws)]
+            done += [(law, way, d) for way, d in compare_causal(setup, question, law, number, list(CAUSAL))]
+            name, way = cases[(TURNS * number + turn) % len(cases)]
+            found = compare_diffusion(setup, question, name, way, number, (8, 32)[number % 2])
+            done.append((name or "none", f"diffusion, {way}", found))
+        different = sum(d is not None for _, _, d in done)
+        print(f"{count} of {len(chunk)} prompts, {different} differences", file=sys.stderr, flush=True)
+    return done
+
+
+def main() -> None:
+    """Run the comparison and write the result file; the exit code is 1 if anything differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=300)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    started, asked = time.time(), list(enumerate(equality.questions(options.prompts)))
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [(asked[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
+        for _, part in parts:
+            part.mkdir()
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            done = [entry for part in pool.map(_work, parts) for entry in part]
+    values = {
+        "command": f"python tests/equality_sampled.py --prompts {options.prompts}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {n: importlib.metadata.version(n) for n in ("nemodiff", "numpy", "onnxruntime", "llguidance")},
+        "compared": "ar and diffusion with the oracle, every other way with ar; token ids and finish reason, in "
+        "diffusion passes by kind too",
+        "max_new_tokens": NEW_TOKENS,
+        "laws": {name: LAWS.get(name) or GUIDES[name] for name in (*LAWS, *GUIDES)},
+        "prompts": len(asked),
+        "seconds": round(time.time() - started),
+        "requests": dict(collections.Counter(way for _, way, _ in done)),
+        "equal": dict(collections.Counter(way for _, way, d in done if d is None)),
+        "differences": [dataclasses.asdict(d) for _, _, d in done if d is not None],
+    }
+    options.output.write_text(json.dumps(values, indent=1) + "\n")
+    print(json.dumps({k: values[k] for k in ("prompts", "requests", "equal", "seconds")}, indent=1))
+    sys.exit(any(d is not None for _, _, d in done))
+
+
+if __name__ == "__main__":
+    main()
