@@ -116,7 +116,7 @@ class Live {
       ),
     );
     cancelAnimationFrame(frame);
-    const quick = performance.now() - began < 2000;
+    const quick = performance.now() - began < 3000;
     this.hangUp = null;
     this.busy(false);
     this.tell(runs);

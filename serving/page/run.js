@@ -114,7 +114,8 @@ class Run {
       if (this.block.cells[i]?.id === id) return;
       const index = e.start + i - this.started.prompt_tokens;
       const mask = id === this.started.mask_id;
-      this.block.cells[i] = { id, mask, special: this.pieces.special[id], confidence: null, pass: pass - 1, index };
+      const special = mask ? undefined : this.pieces.special[id];
+      this.block.cells[i] = { id, mask, special, confidence: null, pass: pass - 1, index };
     });
   }
 
@@ -136,16 +137,13 @@ class Run {
 
   #tail(e) {
     if (e.kind === "verify") {
-      return this.#spell(
-        e.refused.map((id) => ({ id, special: this.pieces.special[id], state: "refused", confidence: null })),
-      );
+      const refused = e.refused.map((id) => ({ id, special: this.pieces.special[id], confidence: null }));
+      return this.#spell(upToEnd(refused).map((token) => ({ ...token, state: "refused" })), true);
     }
     if (!this.block) return [];
     const cells = this.block.cells.slice(this.answer.length + this.started.prompt_tokens - this.block.start);
-    const end = cells.findIndex((cell) => cell.special !== undefined && !cell.mask);
-    const shown = end < 0 ? cells : cells.slice(0, end + 1); // nothing behind an end will be emitted
     return this.#spell(
-      shown.map((c) => ({ ...c, state: c.mask ? "mask" : e.kind === "draft" ? "draft" : "ahead" })),
+      upToEnd(cells).map((c) => ({ ...c, state: c.mask ? "mask" : e.kind === "draft" ? "draft" : "ahead" })),
       true,
     );
   }
@@ -204,6 +202,12 @@ class Run {
     if (open) open.text += decoder.decode();
     return tokens;
   }
+}
+
+/** Tokens up to the first that ends the answer; what is behind it would not be emitted. */
+function upToEnd(tokens) {
+  const end = tokens.findIndex((token) => token.special !== undefined);
+  return end < 0 ? tokens : tokens.slice(0, end + 1);
 }
 
 /** The figures of a finished request, as its Finished event has them. */
