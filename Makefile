@@ -8,6 +8,7 @@ demo: $(VENV)/demo
 	VENV=$(VENV) scripts/demo
 
 test: $(VENV)/dev $(VENV)/triton
+	scripts/debian-packages
 	VENV=$(VENV) scripts/check
 
 clean:

@@ -478,6 +478,21 @@ def trace_show(file: Path) -> None:
     click.echo("\n".join(summary(read(file))))
 
 
+@trace.command("view")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="HTML file to write."
+)
+def trace_view(files: tuple[Path, ...], output: Path) -> None:
+    """Make one HTML file that shows the runs of FILES side by side, to scrub through, without a server."""
+    from .runtime.trace import read
+    from .serving.export import html
+
+    text = html([(file.stem, read(file)) for file in files])
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"written      {output}; open it in a browser", err=True)
+
+
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--prefix", help="Text before the hole.")

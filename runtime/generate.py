@@ -21,7 +21,7 @@ from .batch import KEPT_PREFIXES, Batch, Served
 from .cost import CostCurve, measure
 from .drafter import check_gate
 from .engine import Engine, Pass, Prediction
-from .events import BlockStarted, Event, Finished, Reporter, Started, Step, Text, answers
+from .events import BlockStarted, Event, Finished, Pieces, Reporter, Started, Step, Text, answers
 from .options import make_options
 from .request import Generation, Prompt, prepare
 from .sequence import Sequence
@@ -128,14 +128,14 @@ def generate_many(
 
 def stream(
     engine: LoadedEngine, prompt: Prompt, *, steps: bool = False, **options: Any
-) -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+) -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
     """Generate one answer as it grows: `Text` events, with `steps` all others too, at last the `Generation`.
 
     The texts joined are the generation's text. Raises RequestError as `generate` does, before the first event.
     """
     told = events(engine, [prepare(engine, prompt, make_options(options)).prompt], steps=steps, **options)
 
-    def chosen() -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+    def chosen() -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
         for event in told:
             if isinstance(event, Finished):
                 yield event.generation
