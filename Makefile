@@ -7,7 +7,8 @@ VENV ?= .venv
 demo: $(VENV)/demo
 	VENV=$(VENV) scripts/demo
 
-test: $(VENV)/dev
+test: $(VENV)/dev $(VENV)/triton
+	scripts/debian-packages
 	VENV=$(VENV) scripts/check
 
 clean:
@@ -23,3 +24,7 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@ $(VENV)/demo
+
+$(VENV)/triton: $(VENV)/dev
+	$(VENV)/bin/nemodiff triton install
+	touch $@

@@ -7,7 +7,7 @@ nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 
 from .contract import MODES
 from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
-from .runtime.events import BlockStarted, Committed, Event, Finished, Started, Step, Text
+from .runtime.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
 from .runtime.generate import LoadedEngine, events, generate, generate_many, load, stream
 from .runtime.infill import Filled, fill, infill
 from .runtime.options import Options
@@ -32,6 +32,7 @@ __all__ = [
     "LoadedEngine",
     "NemodiffError",
     "Options",
+    "Pieces",
     "RequestError",
     "Revised",
     "Scheduler",

@@ -1,4 +1,4 @@
-"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace.
+"""The `nemodiff` command: build, export, inspect, run, chat, infill, revise, serve, trace, triton.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
 line and exit code 1 (2 for a wrong flag). Spellings with underscores (`--max_batch_size`) are accepted too. Modules
@@ -20,6 +20,7 @@ import click
 
 from .contract import (
     BACKEND_DTYPES,
+    COMPILED,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
     EXPORT_FORMATS,
@@ -87,7 +88,7 @@ def main(ctx: click.Context) -> None:
     "--backend", type=click.Choice(list(BACKEND_DTYPES)), default="onnxruntime", show_default=True, help="What runs it."
 )
 @click.option(
-    "--dtype", type=click.Choice(list(ITEMSIZE)), help="Of weights and cache. [default: f32, or bf16 on TensorRT]"
+    "--dtype", type=click.Choice(list(ITEMSIZE)), help="Of weights and cache. [default: f32 on onnxruntime, else bf16]"
 )
 @click.option(
     "--max-seq-len",
@@ -146,7 +147,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     bar = tqdm(total=plan.weight_bytes, unit="B", unit_scale=True, desc="writing", disable=None, file=sys.stderr)
     with bar:
         builder.run(bar.update)
-    where = "try" if builder.backend == "onnxruntime" else "where such a GPU is"
+    where = "where such a GPU is" if builder.backend in COMPILED else "try"
     click.echo(f"built        {output}; {where}: nemodiff run {output} -p 'Hello'", err=True)
 
 
@@ -279,7 +280,7 @@ def _decoding_options(command: Command) -> Command:
         click.option("--steps", "block_steps", type=int, help="Most passes of diffusion per block."),
         click.option("--merge-commit", is_flag=True, help="Diffusion: commit a block and begin the next in one pass."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]"),
-        click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT."),
+        click.option("--device", help="cpu, cuda or cuda:N. [default: what the engine was built for]"),
         click.option("--stats", is_flag=True, help="Passes, tokens per pass and times, on standard error."),
     ]
     for option in reversed(options):
@@ -318,7 +319,7 @@ def run(
     batch_size: int,
     raw: bool,
     threads: int | None,
-    device: int,
+    device: str | None,
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -423,7 +424,7 @@ def inspect(engine: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 @_decoding_options
-def chat(engine: Path, threads: int | None, device: int, stats: bool, **options: Any) -> None:
+def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **options: Any) -> None:
     """Talk with ENGINE; the conversation is kept. /reset forgets it, /exit or end of input leaves."""
     import contextlib
 
@@ -475,6 +476,21 @@ def trace_show(file: Path) -> None:
     from .runtime.trace import read, summary
 
     click.echo("\n".join(summary(read(file))))
+
+
+@trace.command("view")
+@click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="HTML file to write."
+)
+def trace_view(files: tuple[Path, ...], output: Path) -> None:
+    """Make one HTML file that shows the runs of FILES side by side, to scrub through, without a server."""
+    from .runtime.trace import read
+    from .serving.export import html
+
+    text = html([(file.stem, read(file)) for file in files])
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"written      {output}; open it in a browser", err=True)
 
 
 @main.command()
@@ -555,6 +571,55 @@ def revise(
     )
     revised = run_revise(load(engine, threads=threads), given, **options)
     click.echo(json.dumps(dataclasses.asdict(revised)) if as_json else revised.text)
+
+
+@main.group()
+def triton() -> None:
+    """Serve an engine with Triton Inference Server."""
+
+
+@triton.command("export")
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--repo", type=click.Path(path_type=Path), required=True, help="Model repository to write into.")
+@click.option("--name", default="nemodiff", show_default=True, help="Of the model.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Model-level value; may be repeated.")
+@click.option("--link", is_flag=True, help="Link the engine instead of copying it.")
+@click.option("--batched", is_flag=True, help="Tensors with a batch dimension of 1, as TensorRT-LLM has them.")
+def triton_export(engine: Path, repo: Path, assignments: tuple[str, ...], **choices: Any) -> None:
+    """Write ENGINE as a model into Triton's model repository.
+
+    --set takes rows, waiting, threads, device, prefix_reuse, prefill_tokens, and the default of any input or field of
+    sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
+    """
+    from .serving.triton_export import export as run_export
+    from .serving.triton_export import parse_assignments
+
+    folder = run_export(engine, repo, parameters=parse_assignments(assignments), **choices)
+    click.echo(f"exported     {folder}; try: nemodiff triton run {repo}", err=True)
+
+
+@triton.command("run")
+@click.argument("repo", type=click.Path(path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+def triton_run(
+    repo: Path, arguments: tuple[str, ...], host: str, http_port: int, grpc_port: int, metrics_port: int
+) -> None:
+    """Start the Triton server of this machine on REPO. ARGUMENTS, behind --, are for tritonserver."""
+    from .serving.triton_server import serve as run_server
+
+    run_server(repo, host, (http_port, grpc_port, metrics_port), arguments)
+
+
+@triton.command("install")
+def triton_install() -> None:
+    """Get a Triton server for CPUs, beside the packages of this Python: 290 MB, Linux, no container needed."""
+    from .serving.triton_install import install
+
+    click.echo(f"installed    {install()}; try: nemodiff triton run REPO", err=True)
 
 
 def _read_stdin(missing: str = "no prompt: give --prompt TEXT, --input-file FILE, or text on standard input") -> str:

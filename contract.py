@@ -34,6 +34,7 @@ ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
+TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 GENERATION_FILE = "generation_config.json"
@@ -41,7 +42,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
-Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt"]
+Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
+COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
@@ -49,6 +51,7 @@ BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
     "onnxruntime": ("f32", "f16"),
     "tensorrt-rtx": ("bf16", "f16"),
     "tensorrt": ("bf16", "f16"),
+    "torch": ("bf16", "f16", "f32"),
 }
 Kind = Literal["i32", "f32", "compute"]  # compute: the engine's dtype
 
@@ -110,7 +113,8 @@ def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:
 class BuildConfig:
     """The choices an engine was built with, in TensorRT-LLM's spelling where it has one.
 
-    `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; on ONNX Runtime it is a default.
+    `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; where nothing is compiled it is a
+    default.
     In a TensorRT engine T of the caches is `cache_slots`. Without `gather_generation_logits` there is no output
     `logits`, so the engine cannot sample.
     """
@@ -296,7 +300,7 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
         raise EngineError(f"{folder}: built for backend {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; {again}")
     if dtype not in dtypes:
         raise EngineError(f"{folder}: dtype is {dtype} on {backend}, allowed: {', '.join(dtypes)}; {again}")
-    if (info.manifest.tensorrt is None) != (backend == "onnxruntime"):
+    if (info.manifest.tensorrt is None) == (backend in COMPILED):
         raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
 
 

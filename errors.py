@@ -27,3 +27,7 @@ class RequestError(NemodiffError):
 
 class BusyError(NemodiffError):
     """A request comes when too many wait already, or when the scheduler is closed; it may be sent again later."""
+
+
+class ServerError(NemodiffError):
+    """A server cannot be started or has failed to start: it is not installed, a port is taken, a model is refused."""

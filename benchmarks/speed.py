@@ -1,9 +1,10 @@
 """Tokens per second of every mode against transformers on the same weights, and where the time goes.
 
-In: tiny-chat (or another checkpoint small enough for f32 twice). Out: ratios, the cost of a forward by block length,
-the host's share of decoding, the time to the first token of a fresh process; `results/speed.json`. All contenders take
-turns on each prompt, so noise of the machine falls on all of them alike. The surprising fact: both sides get token ids
-and give token ids and must give the same ones, so a ratio compares equal work.
+In: tiny-chat (or another checkpoint small enough for f32 twice), with `--torch` through the torch engine too. Out:
+ratios, the cost of a forward by block length, the host's share of decoding, the time to the first token of a fresh
+process; `results/speed.json`, or `results/speed_torch.json`. All contenders take turns on each prompt, so noise of the
+machine falls on all of them alike. The surprising fact: both sides get token ids and give token ids and must give the
+same ones, so a ratio compares equal work.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ PACKAGES = ("nemodiff", "onnxruntime", "numpy", "torch", "transformers")
 Contender = Callable[[list[int]], list[int]]
 
 
-def contenders(engine: LoadedEngine, checkpoint: Path, threads: int) -> dict[str, Contender]:
+def contenders(
+    engine: LoadedEngine, second: LoadedEngine | None, checkpoint: Path, threads: int
+) -> dict[str, Contender]:
     """Everything that takes part, from prompt ids to new ids."""
     sys.path.insert(0, str(record.ROOT / "tests"))
     import torch
@@ -43,10 +46,11 @@ def contenders(engine: LoadedEngine, checkpoint: Path, threads: int) -> dict[str
         model.set_attn_implementation(attention)
         return lambda ids: transformers_oracle.greedy(model, ids, NEW_TOKENS, engine.info.model.eos_ids)
 
-    def ours(mode: str) -> Contender:
+    def ours(engine: LoadedEngine, mode: str) -> Contender:
         return lambda ids: generate(engine, ids, mode=mode, max_new_tokens=NEW_TOKENS).token_ids
 
-    found = {f"nemodiff {mode}": ours(mode) for mode in MODES}
+    found = {f"nemodiff {mode}": ours(engine, mode) for mode in MODES}
+    found |= {f"torch {mode}": ours(second, mode) for mode in MODES if second is not None}
     found |= {f"transformers {attention}": peer(attention) for attention in ("eager", "sdpa")}
     torch.set_num_threads(threads)  # after the oracle, which sets its own number
     return found
@@ -86,11 +90,12 @@ def race(found: dict[str, Contender], prompts: list[list[int]], rounds: int, war
 def measure(checkpoint: Path, folder: Path, threads: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one thread count."""
     engine = load(folder, threads=threads)
+    second = load(folder.with_name("torch"), threads=threads, device="cpu") if arguments.torch else None
     prompts = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in arguments.questions]
     rounds, warmup = arguments.rounds, arguments.warmup
     found = {
         "threads": threads,
-        "race": race(contenders(engine, checkpoint, threads), prompts, rounds, warmup),
+        "race": race(contenders(engine, second, checkpoint, threads), prompts, rounds, warmup),
         "host": timing.host_share(engine, prompts, NEW_TOKENS, rounds, warmup),
         "cost_curve": timing.cost_curve(engine, 20 * rounds, warmup),
         "first_token": timing.first_token(folder, threads, rounds),
@@ -137,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="prompts per round, default 20, over all tasks")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, default 7")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them, excluded, default 1")
+    parser.add_argument("--torch", action="store_true", help="race the torch engine too")
     parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
     arguments = parser.parse_args()
     arguments.questions = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
@@ -147,6 +153,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="nemodiff-speed-") as work:
         folder = Builder(arguments.checkpoint, Path(work) / "engine").run()
+        if arguments.torch:
+            Builder(arguments.checkpoint, folder.with_name("torch"), backend="torch", dtype="f32").run()
         runs = [measure(arguments.checkpoint, folder, threads, arguments) for threads in arguments.threads]
     print()
     figures = {
@@ -158,7 +166,7 @@ def main() -> None:
         "context_of_cost_curve": timing.CONTEXT,
         "runs": runs,
     }
-    record.write("speed", origin, goals(runs), figures)
+    record.write("speed_torch" if arguments.torch else "speed", origin, goals(runs), figures)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 In: a checkpoint folder or hub id and the build's choices. Out: an engine folder, put in place in one step, or with
 `plan` nothing but numbers. Everything that can be refused is refused from config and headers, before a byte is written.
-For the TensorRT backends the same graph and weights are written, compiled into `rank0.engine`, and the weights removed.
+For the TensorRT backends the same graph and weights are written, compiled into `rank0.engine`, and the weights removed;
+for torch the weights alone are written, and torch itself is not needed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import onnx
 
 from ..contract import (
     BACKEND_DTYPES,
+    COMPILED,
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
     ENGINE_FILE,
@@ -26,6 +28,7 @@ from ..contract import (
     MODEL_FILE,
     PREFILL_CHUNK,
     SCHEMA,
+    TENSORS_FILE,
     WEIGHTS_FILE,
     Backend,
     BuildConfig,
@@ -44,7 +47,7 @@ from .hub import Source, resolve
 from .kernels import compile_kernels
 from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
-from .weights import match, write_weights
+from .weights import as_safetensors, match, write_weights
 
 _VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
 _Entry = dict[str, object]  # bytes and sha256 of a file
@@ -57,7 +60,7 @@ class Builder:
     Args:
         checkpoint: folder or hub id `OWNER/NAME[@REVISION]`.
         output: the engine folder to write; an engine already there is replaced.
-        backend: `onnxruntime`, `tensorrt-rtx` or `tensorrt`.
+        backend: `onnxruntime`, `tensorrt-rtx`, `tensorrt` or `torch`.
         dtype: default `f32` on onnxruntime, where `f16` halves disk and K/V cache, else `bf16`.
         max_seq_len: limit on prompt plus generated tokens; default 32768 or the model's own limit if smaller.
         max_batch_size: limit on rows of a forward.
@@ -90,7 +93,7 @@ class Builder:
     ) -> None:
         self.output, self.backend, self.choices = Path(output), backend, choices
         self._check_backend(dtype, max_input_len, logits)
-        if backend != "onnxruntime" and not headers_only:
+        if backend in COMPILED and not headers_only:
             tensorrt.require(backend)
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
@@ -106,7 +109,7 @@ class Builder:
             gather_generation_logits=logits,
         )
         self._check_config()
-        compiled = backend != "onnxruntime"
+        compiled = backend in COMPILED
         self.profiles: tuple[Profile, ...] = tensorrt.profiles(model, self.config) if compiled else ()
         lora = self.checkpoint.adapter
         self.graph: Graph = build_graph(
@@ -117,6 +120,9 @@ class Builder:
             capacity=cache_slots(self.config) if compiled else None,
             logits=logits,
         )
+        self._header = b""  # of the weights file
+        if backend == "torch":
+            self.graph, self._header = as_safetensors(self.graph)
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
 
@@ -129,10 +135,10 @@ class Builder:
             raise BuildError(
                 f"--dtype is {dtype!r}, allowed on {self.backend}: {', '.join(allowed)}; use --dtype {allowed[0]}"
             )
-        if self.backend == "onnxruntime" and (max_input_len is not None or not logits):
+        if self.backend not in COMPILED and (max_input_len is not None or not logits):
             flag = "--no-logits" if max_input_len is None else "--max-input-len"
             raise BuildError(
-                f"{flag}: not a choice of --backend onnxruntime, allowed: tensorrt-rtx or tensorrt; leave it out or "
+                f"{flag}: not a choice of --backend {self.backend}, allowed: tensorrt-rtx or tensorrt; leave it out or "
                 "add --backend tensorrt-rtx"
             )
 
@@ -155,16 +161,18 @@ class Builder:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
         if self.source.headers_only:
             raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to build")
-        compiled = self.backend != "onnxruntime"
+        compiled = self.backend in COMPILED
         sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
         # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
         with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
             hashing = {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
-            weights, info = stage / WEIGHTS_FILE, None
-            hashes = {WEIGHTS_FILE: write_weights(self.graph, self.tensors, weights, advance, hashed=keep)}
-            onnx.save(self.graph.proto, stage / MODEL_FILE)
+            weights, info = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE), None
+            digest = write_weights(self.graph, self.tensors, weights, advance, hashed=keep, header=self._header)
+            hashes = {weights.name: digest}
+            if self.backend != "torch":
+                onnx.save(self.graph.proto, stage / MODEL_FILE)
             if compiled:
                 model = self.checkpoint.model
                 kernels = compile_kernels(model, self.config.dtype, sms, stage) if self.choices.plugins else ()
@@ -192,7 +200,7 @@ class Builder:
 
     def _check_room(self) -> None:
         """Refuse a build that the disk or, for TensorRT, the memory cannot hold."""
-        weights, compiled = self.graph.weight_bytes, self.backend != "onnxruntime"
+        weights, compiled = self.graph.weight_bytes, self.backend in COMPILED
         need, free = weights * (2 if compiled else 1) + _SLACK, disk_free(self.output)
         if free < need:
             raise BuildError(

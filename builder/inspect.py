@@ -24,14 +24,7 @@ from .plan import size
 def describe(folder: Path) -> dict[str, Any]:
     """Everything about an engine; sizes in bytes. Raises EngineError."""
     info = read_engine(folder)
-    path = folder / MODEL_FILE
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf's errors have no common base that onnx exports
-        raise EngineError(f"{path}: not an ONNX file ({error}); build the engine again") from None
     model, build, manifest = info.model, info.build, info.manifest
-    ops = collections.Counter(node.op_type for node in graph.node if node.domain != DOMAIN)
-    plugins = collections.Counter(node.op_type for node in graph.node if node.domain == DOMAIN)
     return {
         "engine": {
             "backend": manifest.backend,
@@ -61,13 +54,24 @@ def describe(folder: Path) -> dict[str, Any]:
         "tensorrt": dataclasses.asdict(manifest.tensorrt) if manifest.tensorrt else None,
         "engine_layers": engine_layers(folder, info),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
-        "graph": {
-            "nodes": len(graph.node),
-            "plugins": dict(plugins),
-            "ops": dict(ops.most_common()),
-            "inputs": [value.name for value in graph.input],
-            "outputs": [value.name for value in graph.output],
-        },
+        "graph": None if manifest.backend == "torch" else _graph(folder / MODEL_FILE),
+    }
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    """What the graph consists of. Raises EngineError."""
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's errors have no common base that onnx exports
+        raise EngineError(f"{path}: not an ONNX file ({error}); build the engine again") from None
+    ops = collections.Counter(node.op_type for node in graph.node if node.domain != DOMAIN)
+    plugins = collections.Counter(node.op_type for node in graph.node if node.domain == DOMAIN)
+    return {
+        "nodes": len(graph.node),
+        "plugins": dict(plugins),
+        "ops": dict(ops.most_common()),
+        "inputs": [value.name for value in graph.input],
+        "outputs": [value.name for value in graph.output],
     }
 
 
@@ -119,17 +123,23 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
     ]
 
 
+def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
+    if graph is None:
+        return []
+    plugins = ", ".join(f"{count} {name}" for name, count in graph["plugins"].items())
+    common = ", ".join(f"{count} {name}" for name, count in list(graph["ops"].items())[:6])
+    return [f"graph        {graph['nodes']} nodes: {plugins}; {common}, ..."]
+
+
 def lines(described: dict[str, Any]) -> list[str]:
     """The description for people."""
-    engine, model, graph = described["engine"], described["model"], described["graph"]
+    engine, model = described["engine"], described["model"]
     heads, kv_heads, head_dim = model["heads"]
     kind, theta, factor = model["rope"]
     source, adapter = described["checkpoint"], described["adapter"]
     revision = f" at {source['revision']}" if source["revision"] else ""
     rank = f"drafter LoRA of rank {adapter['rank']}" if adapter else "no drafter adapter"
     limits = f"up to {engine['max_batch_size']} rows of {engine['max_seq_len']} tokens"
-    plugins = ", ".join(f"{count} {name}" for name, count in graph["plugins"].items())
-    common = ", ".join(f"{count} {name}" for name, count in list(graph["ops"].items())[:6])
     files = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in described["files"].items())
     return [
         f"engine       {engine['backend']}, {engine['dtype']}, block length {engine['block_length']}, {limits}",
@@ -141,7 +151,7 @@ def lines(described: dict[str, Any]) -> list[str]:
         f"ids          mask {model['mask_id']}, end of sequence {', '.join(map(str, model['eos_ids']))}",
         f"KV cache     {described['kv_bytes_per_token']:,} bytes per token",
         *_tensorrt_lines(described),
-        f"graph        {graph['nodes']} nodes: {plugins}; {common}, ...",
+        *_graph_lines(described["graph"]),
         f"files        {files}",
         f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",
     ]

@@ -1,8 +1,8 @@
 """What a build will make and what it will need, from config and tensor headers alone.
 
 In: a checkpoint's description and the build's choices. Out: `Plan`, numbers in bytes, and `lines()` for people. The
-surprising facts: on the CPU engine the cache grows with use, so `max_seq_len` costs nothing until a text is that long,
-while a TensorRT engine's rows have their whole length from the start; and f16 weights take f32's memory once loaded by
+surprising facts: caches grow with use, so `max_seq_len` costs nothing until a text is that long, while a TensorRT
+engine's rows have their whole length from the start; and f16 weights take f32's memory once loaded by
 ONNX Runtime, which converts them where the processor has no f16 arithmetic that it uses (benchmarks/build_memory.py).
 """
 
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..contract import ITEMSIZE, Backend, BuildConfig, cache_slots
+from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots
 from .checkpoint import Checkpoint
 from .graph import Graph
 from .tensorrt import memory_needed
@@ -28,8 +28,8 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144)
 class Plan:
     """Sizes are bytes; `rows_that_fit` maps a sequence length to how many rows' K/V fit beside the weights.
 
-    For a TensorRT backend memory is the GPU's, `rows_that_fit` maps a card's GiB to rows of `max_seq_len`, and
-    `build_memory` is what compiling takes here; it is 0 for ONNX Runtime.
+    For the backends of GPUs memory is the GPU's and `rows_that_fit` maps a card's GiB to rows of `max_seq_len`.
+    `build_memory` is what compiling takes here, 0 where nothing is compiled.
     """
 
     backend: Backend
@@ -65,10 +65,12 @@ class Plan:
             ]
         else:
             fits = _first_cards(self.rows_that_fit, b.max_batch_size)
-            full = size(self.memory_loaded + b.max_batch_size * self.kv_bytes_per_token * cache_slots(b))
+            slots = cache_slots(b) if self.build_memory else b.max_seq_len
+            full = size(self.memory_loaded + b.max_batch_size * self.kv_bytes_per_token * slots)
+            compiling = f"; to compile about {size(self.build_memory)} here" if self.build_memory else ""
             memory = [
-                f"memory       {full} of GPU memory for weights and all rows; to compile about "
-                f"{size(self.build_memory)} here, this machine has {size(self.memory_here)}",
+                f"memory       {full} of GPU memory for weights and all rows{compiling}, this machine has "
+                f"{size(self.memory_here)}",
                 f"fits         {fits or 'no row in ' + str(CARDS[-1]) + ' GiB'}"
                 + (f" (rows of {b.max_seq_len})" if fits else ""),
             ]
@@ -95,9 +97,9 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
     everything = [*checkpoint.tensors.values(), *(checkpoint.adapter.tensors.values() if checkpoint.adapter else ())]
     per_token = model.kv_bytes_per_token(ITEMSIZE[build.dtype])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    compiled = backend != "onnxruntime"
-    if compiled:
-        loaded, row = graph.weight_bytes, per_token * cache_slots(build)
+    compiled = backend in COMPILED
+    if backend != "onnxruntime":
+        loaded, row = graph.weight_bytes, per_token * (cache_slots(build) if compiled else build.max_seq_len)
         room = {card: max(0, card * 2**30 - loaded - CARD_RESERVE) // row for card in CARDS}
     else:
         loaded = (model.parameters - model.vocab_size * model.hidden_size) * ITEMSIZE["f32"]  # embedding stays mapped

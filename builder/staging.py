@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE
+from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
 from ..errors import BuildError
 from .checkpoint import CARRIED
 
@@ -44,7 +44,9 @@ class Kind:
 
 
 ENGINE = Kind(
-    "engine", MANIFEST_FILE, frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, WEIGHTS_FILE, *CARRIED})
+    "engine",
+    MANIFEST_FILE,
+    frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE, *CARRIED}),
 )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
-from ..contract import MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo, cache_slots
+from ..contract import COMPILED, MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo, cache_slots
 from ..errors import BuildError
 from ..plugins.tensorrt_api import device_sm, library_folder, load
 
@@ -59,10 +59,10 @@ class Choices:
 def check(backend: Backend, choices: Choices) -> None:
     """Refuse what the backend cannot do. Raises BuildError."""
     given = choices.given()
-    if backend == "onnxruntime":
+    if backend not in COMPILED:
         if given:
             raise BuildError(
-                f"{given[0]}: not a choice of --backend onnxruntime, allowed: tensorrt-rtx or tensorrt; leave it out "
+                f"{given[0]}: not a choice of --backend {backend}, allowed: tensorrt-rtx or tensorrt; leave it out "
                 "or add --backend tensorrt-rtx"
             )
         return

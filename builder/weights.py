@@ -1,7 +1,7 @@
-"""Streams a checkpoint's tensors into the engine's external data file.
+"""Streams a checkpoint's tensors into the engine's weights file: external data of the graph, or safetensors for torch.
 
 In: the checkpoint's tensors (maps of their files) and the graph's list of weights. Out: one file in the graph's order,
-each weight converted, projections transposed to (in, out), with the file's sha256. Works in pieces of at most
+each weight converted, for ONNX projections transposed to (in, out), with the file's sha256. Works in pieces of at most
 `PIECE` bytes, so memory stays flat whatever the model's size. The surprising fact: transposing is done by gathering a
 band of columns from the map, which is why a large head is read through the page cache several times; bf16 to bf16 is
 copied as bits.
@@ -9,7 +9,9 @@ copied as bits.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import BuildError, CheckpointError
-from .checkpoint import Tensor
-from .graph import Graph, Weight
+from .checkpoint import DTYPES, Tensor
+from .graph import ALIGNMENT, Graph, Weight
 
 PIECE = 128 * 2**20  # bytes of f32 per step; about four times this is held at once
 BITS_PIECE = (
@@ -30,7 +32,7 @@ _Item = TypeVar("_Item")
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _BLOCK = 32  # columns per step of a transposition: 1.2 GB/s where numpy's own copy makes 0.4 (2026-11-24)
 _TOO_LARGE: dict[np.dtype[Any], tuple[str, str]] = {
-    np.dtype(np.float16): ("f16", "build with --dtype f32 (bf16 on TensorRT)"),
+    np.dtype(np.float16): ("f16", "build with --dtype f32 (bf16 on a GPU)"),
     _BF16: ("bf16", "use other weights"),
 }
 _LARGEST = {"f32": float(np.finfo(np.float32).max), "f16": 65504.0, "bf16": 3.3895313892515355e38}
@@ -54,16 +56,41 @@ def match(graph: Graph, tensors: Mapping[str, Tensor], config_file: Path) -> Non
             raise CheckpointError(f"{tensor.file}: tensor {name} is not part of this architecture; {again}")
 
 
-def write_weights(
-    graph: Graph, tensors: Mapping[str, Tensor], path: Path, advance: Callable[[int], object], hashed: bool = True
-) -> str:
-    """Write the external data file and return its sha256 (empty unless `hashed`: a file that is compiled and removed).
+def as_safetensors(graph: Graph) -> tuple[Graph, bytes]:
+    """The graph's weights as one safetensors file would hold them, and the header that stands before them.
 
-    `advance` is called with each number of bytes written.
+    Projections are (out, in), as in the checkpoint; nothing lies between two tensors, as the format demands.
     """
-    digest = hashlib.sha256()
+    kind = next(name for name, dtype in DTYPES.items() if dtype == graph.dtype)
+    entries, weights, end = dict[str, Any](), list[Weight](), 0
+    for w in graph.weights:
+        shape = w.shape[::-1] if w.transposed else w.shape
+        entries[w.name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + w.nbytes]}
+        weights.append(dataclasses.replace(w, shape=shape, transposed=False, offset=end))
+        end += w.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    placed = tuple(dataclasses.replace(w, offset=len(header) + w.offset) for w in weights)
+    return dataclasses.replace(graph, weights=placed), header
+
+
+def write_weights(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    advance: Callable[[int], object],
+    hashed: bool = True,
+    header: bytes = b"",
+) -> str:
+    """Write the weights file and return its sha256 (empty unless `hashed`: a file that is compiled and removed).
+
+    `advance` is called with each number of bytes of weights written; `header` comes first.
+    """
+    digest = hashlib.sha256(header)
     pieces = ((weight, p) for weight in graph.weights for p in _pieces(weight, tensors[weight.source], graph.dtype))
     with path.open("wb") as out:
+        out.write(header)
         for weight, piece in _ahead(pieces):
             view = piece.reshape(-1).view(np.uint8).data
             for part in (bytes(max(0, weight.offset - out.tell())), view):

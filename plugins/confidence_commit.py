@@ -9,7 +9,7 @@ threshold takes its token, and always the most confident one does (the leftmost 
 
 `SAMPLED` is the same op with three inputs more, temperature (B) f32, seed (B, 2) i32 (low and high word) and position
 (B, R) i32: where a row's temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise that
-`runtime/sampling.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only and has no
+`runtime/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only and has no
 function body: on a CPU the host samples.
 """
 

@@ -3,7 +3,7 @@
 
 In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form
 adds Gumbel noise to the logits over the temperature before the argmax, from the same Philox words as
-`runtime/sampling.py`, with f32 logarithms where that takes f64. The surprising fact: the noise of a word near 2^32 must
+`runtime/noise.py`, with f32 logarithms where that takes f64. The surprising fact: the noise of a word near 2^32 must
 be computed from its distance to 2^32, or its f32 rounding would be infinite noise once in a few passes.
 """
 

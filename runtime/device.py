@@ -18,8 +18,6 @@ import numpy as np
 
 from ..errors import EngineError, RequestError
 
-ALIGNMENT = 256  # bytes, of every address that TensorRT gets
-
 
 @dataclasses.dataclass(eq=False)
 class Memory:

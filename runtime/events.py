@@ -1,9 +1,9 @@
 """What happens to a request, as one typed stream that displays, traces, servers and pages read.
 
 In: after each pass of a request, the pass and its prediction. Out: `Started`, `BlockStarted` and `Step` if somebody
-wants to know of every pass, `Text` as it becomes final, `Finished`. Events are plain values: nothing in them changes
-later, and `as_dict` makes each one JSON. The surprising fact: a pass is described completely by what went in and what
-came out, so the modes themselves know nothing of events.
+wants to know of every pass, with `Pieces` before ids that are new, `Text` as it becomes final, `Finished`. Events are
+plain values: nothing in them changes later, and `as_dict` makes each one JSON. The surprising fact: a pass is described
+completely by what went in and what came out, so the modes themselves know nothing of events.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Started:
-    """A request has a row. Every event has `request`, its number, and `at`, seconds on this process's clock."""
+    """A request has a row. Every event has `request`, its number, and `at`, seconds on this process's clock.
+
+    prompt: its ids. mask_id: what stands for an undecided token in a `Step`.
+    """
 
     request: int
     at: float
@@ -36,6 +39,23 @@ class Started:
     block_length: int
     prompt_tokens: int
     reused_tokens: int
+    prompt: list[int]
+    mask_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What ids stand for, told once, before the first `Step` that has them; ids of the prompt after `Started`.
+
+    text: whole characters. bytes: the others, a part of a character, as hexadecimal digits. special: tokens that are no
+    text, by name.
+    """
+
+    request: int
+    at: float
+    text: dict[int, str]
+    bytes: dict[int, str]
+    special: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +83,9 @@ class Step:
 
     start: the position of its first token. before, after: the ids that went in, and per predicted position the id that
     came out; in a denoise or draft pass these are the block before and after. confidence: of each prediction.
-    committed: what the pass decided, in a draft pass as proposals. kept: of a verify, how many proposals it kept, and
-    refused: the others. seconds and rows: of the forward that the pass shared with other rows.
+    committed: what the pass decided, in a draft pass as proposals. emitted: tokens of the answer by now. kept: of a
+    verify, how many proposals it kept, and refused: the others. seconds and rows: of the forward that the pass shared
+    with other rows.
     """
 
     request: int
@@ -77,6 +98,7 @@ class Step:
     after: list[int]
     confidence: list[float]
     committed: list[Committed]
+    emitted: int
     kept: int | None
     refused: list[int]
 
@@ -106,8 +128,15 @@ class Finished:
     longest_gap_ms: float | None
 
 
-Event = Started | BlockStarted | Step | Text | Finished
-_NAMES = {Started: "started", BlockStarted: "block_started", Step: "step", Text: "text", Finished: "finished"}
+Event = Started | Pieces | BlockStarted | Step | Text | Finished
+_NAMES: dict[type[Event], str] = {
+    Started: "started",
+    Pieces: "pieces",
+    BlockStarted: "block_started",
+    Step: "step",
+    Text: "text",
+    Finished: "finished",
+}
 
 
 def as_dict(event: Event) -> dict[str, Any]:
@@ -145,6 +174,7 @@ class Reporter:
         self._steps, self._text = steps, text
         self._begun = False
         self._previous: PassKind | None = None
+        self._told_ids: set[int] = set()
         self._tokens, self._last, self._gap = 0, 0.0, 0.0
 
     def passed(self, served: Served) -> list[Event]:
@@ -154,6 +184,8 @@ class Reporter:
         if not self._begun:
             self._begun = True
             events.append(self._started())
+            if self._steps:
+                events += self._new_pieces(self.sequence.prompt, sequence.started)
         if self._steps:
             events += self._told(served)
         if len(sequence.tokens) > self._tokens:
@@ -192,7 +224,16 @@ class Reporter:
             settings.block_length,
             len(sequence.prompt),
             sequence.reused,
+            sequence.prompt,
+            sequence.model.mask_id,
         )
+
+    def _new_pieces(self, ids: Iterable[int], at: float) -> list[Event]:
+        new = sorted(set(ids) - self._told_ids)
+        if not new:
+            return []
+        self._told_ids.update(new)
+        return [Pieces(self.number, at, *self.sequence.transcript.codec.pieces(new))]
 
     def _new_text(self, final: bool) -> list[Event]:
         new = self.sequence.transcript.push(self.sequence.tokens, final=final)
@@ -206,6 +247,8 @@ class Reporter:
             events.append(BlockStarted(self.number, served.began, asked.write_at, asked.ids.size))
         self._previous = asked.kind
         kept, refused = self._verdict(asked, prediction)
+        before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
+        events += self._new_pieces([*before, *after, *self.sequence.tokens[self._tokens :]], served.began)
         committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
         events.append(
             Step(
@@ -215,10 +258,11 @@ class Reporter:
                 served.rows,
                 asked.kind,
                 asked.write_at,
-                asked.ids.tolist(),
-                (prediction.next_ids if filling else prediction.token).tolist(),
+                before,
+                after,
                 prediction.confidence.tolist(),
                 committed,
+                len(self.sequence.tokens),
                 kept,
                 refused,
             )

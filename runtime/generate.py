@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from .batch import KEPT_PREFIXES, Batch, Served
 from .cost import CostCurve, measure
 from .drafter import check_gate
 from .engine import Engine, Pass, Prediction
-from .events import BlockStarted, Event, Finished, Reporter, Started, Step, Text, answers
+from .events import BlockStarted, Event, Finished, Pieces, Reporter, Started, Step, Text, answers
 from .options import make_options
 from .request import Generation, Prompt, prepare
 from .sequence import Sequence
@@ -47,13 +48,14 @@ class LoadedEngine:
         return measure(self.backend)
 
 
-def load(path: str | Path, *, threads: int | None = None, device: int = 0) -> LoadedEngine:
+def load(path: str | Path, *, threads: int | None = None, device: int | str | None = None) -> LoadedEngine:
     """Load an engine folder.
 
     Args:
         path: a folder made by `nemodiff build`.
-        threads: CPU threads of an ONNX Runtime engine; None takes one per physical core.
-        device: the GPU of a TensorRT engine, by CUDA's number.
+        threads: CPU threads of an ONNX Runtime or torch engine; None takes one per physical core.
+        device: "cpu", "cuda", or a GPU by CUDA's number, as 1 or "cuda:1"; None is what the engine was built for, and
+            for a torch engine a GPU if there is one.
 
     Raises:
         EngineError: with the command that fixes it.
@@ -64,19 +66,35 @@ def load(path: str | Path, *, threads: int | None = None, device: int = 0) -> Lo
         raise RequestError(f"threads is {threads!r}, allowed: 1 or more, or None for one per core")
     folder = Path(path)
     info = read_engine(folder)
+    chosen = _check_device(device, info.manifest.backend)
     text = TextCodec(folder)
     backend: Engine
     if info.manifest.backend == "onnxruntime":
         from .onnxruntime_engine import OnnxRuntimeEngine
 
         backend = OnnxRuntimeEngine(folder, info, threads)
+    elif info.manifest.backend == "torch":
+        from .torch_engine import TorchEngine
+
+        backend = TorchEngine(folder, info, chosen, threads)
     else:
         from .tensorrt_engine import TensorRTEngine
 
-        backend = TensorRTEngine(folder, info, device)
+        backend = TensorRTEngine(folder, info, 0 if chosen is None else chosen)
     if info.has_adapter:
         check_gate(backend, folder)
     return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3)
+
+
+def _check_device(device: object, backend: str) -> Any:
+    """A GPU's number, "cpu", or None for the backend's own choice. Raises RequestError."""
+    if device is None:
+        return None
+    allowed = {"onnxruntime": ("cpu",), "torch": ("cpu", "cuda", "cuda:N")}.get(backend, ("cuda", "cuda:N"))
+    found = None if isinstance(device, bool) else re.fullmatch(r"(cpu)|cuda|(?:cuda:)?(\d{1,9})", str(device))
+    if found is None or ("cpu" if found[1] else "cuda") not in allowed:
+        raise RequestError(f"device is {device!r}, allowed on {backend}: {', '.join(allowed)}; choose one of them")
+    return "cpu" if found[1] else int(found[2] or 0)
 
 
 def generate(engine: LoadedEngine, prompt: Prompt, **options: Any) -> Generation:
@@ -110,14 +128,14 @@ def generate_many(
 
 def stream(
     engine: LoadedEngine, prompt: Prompt, *, steps: bool = False, **options: Any
-) -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+) -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
     """Generate one answer as it grows: `Text` events, with `steps` all others too, at last the `Generation`.
 
     The texts joined are the generation's text. Raises RequestError as `generate` does, before the first event.
     """
     told = events(engine, [prepare(engine, prompt, make_options(options)).prompt], steps=steps, **options)
 
-    def chosen() -> Iterator[Started | BlockStarted | Step | Text | Generation]:
+    def chosen() -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
         for event in told:
             if isinstance(event, Finished):
                 yield event.generation

@@ -21,8 +21,9 @@ from ..errors import EngineError, RequestError
 from ..plugins.tensorrt_api import Context, TensorRT, load
 from .device import Device, Memory, Pinned
 from .engine import Pass, Prediction
+from .layout import layouts, rounded
 from .tensorrt_checks import MODEL_INPUT, check_here, check_memory, deserialize
-from .tensorrt_forward import Forward, Key, layouts
+from .tensorrt_forward import Forward, Key
 
 _KEPT_FORWARDS = 48  # shapes kept per cache, each with an execution context and perhaps a graph
 _KEPT_CACHES = 4  # closed ones
@@ -147,7 +148,7 @@ class TensorRTCache:
         self.caches = {name: device.allocate(rows * self.row_bytes) for name in names}
         for memory in self.caches.values():  # slots that a query does not see are multiplied by 0, and must not be NaN
             device.zero(memory.address, memory.nbytes)
-        sizes = [layouts(engine, min(rows, p.max_batch_size), p.max_tokens, p.max_rows) for p in engine.profiles]
+        sizes = [layouts(engine.info, min(rows, p.max_batch_size), p.max_tokens, p.max_rows) for p in engine.profiles]
         self.given = device.pinned(max(given.nbytes for given, _ in sizes))
         self.taken = device.pinned(max(taken.nbytes for _, taken in sizes))
         self.given_there = device.allocate(self.given.array.size)
@@ -231,14 +232,14 @@ class TensorRTCache:
         number = self._engine.profiles.index(next((p for p in fits if len(passes) <= p.max_batch_size), fits[0]))
         profile = self._engine.profiles[number]
         end, most = max(p.write_at for p in passes), profile.max_batch_size
-        tokens = _rounded(size, profile.max_tokens)
+        tokens = rounded(size, profile.max_tokens)
         tokens = tokens if end + tokens <= self.capacity else size
         if end + tokens > self.capacity:
             raise EngineError(
                 f"{self._engine.folder}: a pass of {tokens} tokens at slot {end} exceeds the cache, allowed: "
                 f"{self.capacity} slots; shorten the request, or build it again with a larger --max-seq-len"
             )
-        wanted = _rounded(picked, min(profile.max_rows, tokens))
+        wanted = rounded(picked, min(profile.max_rows, tokens))
         if len(passes) <= most:
             return self._run(number, passes, (first, len(passes), tokens, wanted))
         found: list[Prediction] = []
@@ -278,11 +279,6 @@ class TensorRTCache:
             found[row] = self._logits.array[at : at + nbytes].view(np.float32).reshape(count, vocab)
             at += nbytes
         return found
-
-
-def _rounded(number: int, limit: int) -> int:
-    """The next power of two, at most `limit`."""
-    return min(1 << (number - 1).bit_length(), limit)
 
 
 def _copy(p: Prediction) -> Prediction:

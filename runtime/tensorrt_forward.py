@@ -7,20 +7,18 @@ ties a captured graph to the state of the context it was captured from.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..contract import ENGINE_FILE, Binding, EngineInfo, inputs, outputs
+from ..contract import ENGINE_FILE, EngineInfo
 from ..errors import EngineError
 from ..plugins.tensorrt_api import Context, TensorRT
-from .device import ALIGNMENT, Device, Graph, Memory, Pinned
+from .device import Device, Graph, Memory, Pinned
 from .engine import Pass, Prediction
+from .layout import fill, layouts
 
-_NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32}
 Key = tuple[int, int, int, int]  # first row, rows, S, R
 
 
@@ -51,38 +49,6 @@ class Buffers(Protocol):
     taken_there: Memory
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the small bindings of one shape lie in one buffer: name -> (offset, dtype, shape)."""
-
-    places: dict[str, tuple[int, type, tuple[int, ...]]]
-    nbytes: int
-
-    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """Each binding as an array over the buffer, (nbytes,) u8."""
-        return {
-            name: buffer[at : at + 4 * math.prod(shape)].view(dtype).reshape(shape)
-            for name, (at, dtype, shape) in self.places.items()
-        }
-
-
-def layouts(engine: Owner, rows: int, size: int, picked: int) -> tuple[Layout, Layout]:
-    """The layouts of what a pass is given and of what is taken from it."""
-    info = engine.info
-    lengths = {"B": rows, "S": size, "R": picked}
-
-    def layout(bindings: list[Binding]) -> Layout:
-        places, end = {}, 0
-        for b in bindings:
-            if b.kind != "compute" and b.name != "logits":
-                shape = tuple(lengths[d] if isinstance(d, str) else d for d in b.shape)
-                places[b.name] = (end, _NUMPY[b.kind], shape)
-                end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
-        return Layout(places, end)
-
-    return layout(inputs(info.model, info.has_adapter)), layout(outputs(info.model))
-
-
 class Forward:
     """One shape (first row, rows, S, R): its context, its views of the cache's buffers, perhaps its graph."""
 
@@ -90,7 +56,7 @@ class Forward:
         first, rows, self._size, picked = self._key = key
         self._engine, self._runs = engine, 0
         self._graph: Graph | None = None
-        given, taken = layouts(engine, rows, self._size, picked)
+        given, taken = layouts(engine.info, rows, self._size, picked)
         self._inputs, self._outputs = given.views(cache.given.array), taken.views(cache.taken.array)
         self._upload = (cache.given_there.address, cache.given.address, given.nbytes)
         self._download = (cache.taken.address, cache.taken_there.address, taken.nbytes)
@@ -114,17 +80,7 @@ class Forward:
 
     def fill(self, row: int, p: Pass, pad_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-        given, size, picked = self._inputs, p.ids.size, p.rows.size
-        given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
-        given["visible"][row, :size], given["write_at"][row] = p.visible, p.write_at
-        given["rows"][row, :picked], given["rows"][row, picked:] = p.rows, self._size - 1
-        given["threshold"][row] = p.threshold
-        if "adapter" in given:
-            given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0
-        if size < self._size:
-            own = np.arange(p.write_at + size, p.write_at + self._size, dtype=np.int32)
-            given["ids"][row, size:], given["pos"][row, size:] = pad_id, own
-            given["visible"][row, size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+        fill(self._inputs, row, p, pad_id)
 
     def enqueue(self) -> None:
         """Upload, run, download: eagerly at first, captured the second time, replayed from then on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from ..contract import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ..errors import EngineError, RequestError
@@ -27,6 +27,11 @@ from .options import check_text
 Message = Mapping[str, str]
 _SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
 _ROLES = ("system", "user", "assistant", "tool")
+
+_SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
+_BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _SHOWN_BYTES)
+}
 
 
 class TextCodec:
@@ -100,6 +105,34 @@ class TextCodec:
         """One token as text, for displays."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
+    def pieces(self, ids: Iterable[int]) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
+        """What each id stands for: text, or bytes (hexadecimal) that are no whole character, or a special token.
+
+        Texts and bytes of an answer's ids in a row, special tokens left out, are what `decode` makes of them.
+        """
+        text, parts, special = dict[int, str](), dict[int, str](), dict[int, str]()
+        for i in ids:
+            if i in self._hidden_ids:
+                special[i] = str(self._tokenizer.id_to_token(i))
+                continue
+            raw = self._bytes(i)
+            try:
+                text[i] = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                parts[i] = raw.hex()
+        return text, parts, special
+
+    def _bytes(self, token: int) -> bytes:
+        """A token's bytes; a byte-level vocabulary writes each byte as one character."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:  # the model has ids that its tokenizer lacks
+            return b""
+        if not isinstance(self._tokenizer.decoder, ByteLevel):
+            return self.piece(token).encode("utf-8")
+        if all(c in _BYTES for c in name):
+            return bytes(_BYTES[c] for c in name)
+        return str(name).encode("utf-8")  # an added token, as it is
+
     def transcript(self, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> Transcript:
         """A new answer's text, cut before a stop string and without stop ids."""
         return Transcript(self, stop, stop_ids)
@@ -154,7 +187,7 @@ class Transcript:
     """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
 
     def __init__(self, codec: TextCodec, stop: Sequence[str], stop_ids: Sequence[int] = ()) -> None:
-        self._codec, self._stop, self._stop_ids = codec, tuple(stop), frozenset(stop_ids)
+        self.codec, self._stop, self._stop_ids = codec, tuple(stop), frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
         self._text = ""  # whole characters of them
@@ -181,15 +214,15 @@ class Transcript:
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer's text once all its ids are known, cut before the stop string."""
-        text = self._codec.decode([i for i in ids if i not in self._stop_ids])
+        text = self.codec.decode([i for i in ids if i not in self._stop_ids])
         ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
         return text[: min(ends)] if ends else text
 
     def _take(self, ids: Sequence[int]) -> None:
-        for token in self._codec._visible(ids[self._seen :]):
+        for token in self.codec._visible(ids[self._seen :]):
             if token in self._stop_ids:
                 continue
-            new = self._stream.step(self._codec._tokenizer, token)
+            new = self._stream.step(self.codec._tokenizer, token)
             if new is None:
                 continue
             start = max(0, len(self._text) - max(map(len, self._stop), default=0))

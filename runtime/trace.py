@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import RequestError
-from .events import BlockStarted, Event, Started, Step, Text, as_dict
+from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
 
 if TYPE_CHECKING:
     from .generate import LoadedEngine
@@ -75,6 +75,8 @@ def _timeline(event: Event) -> list[dict[str, Any]]:
     where = {"pid": 1, "tid": track, "ts": event.at * 1e6}
     if isinstance(event, Started):
         return [_named("thread_name", track, f"request {event.request}, {event.mode}")]
+    if isinstance(event, Pieces):
+        return []
     if isinstance(event, Step):
         args = {
             "position": event.start,

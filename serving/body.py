@@ -8,7 +8,6 @@ the runtime's own. The surprising fact: null always means "not given", because c
 from __future__ import annotations
 
 import difflib
-import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..contract import MAX_BLOCK
 from ..errors import RequestError
 from ..runtime.request import Prompt
+from .spellings import resolve
 
 MOST_CHOICES = 128  # answers to one request
 Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
@@ -158,17 +158,9 @@ class Generating(Decoding):
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
         chosen = self.model_dump(include=_AS_THEY_ARE, exclude_none=True)
-        if self.top_k == -1:
-            del chosen["top_k"]
         if self.max_tokens is not None:
             chosen["max_new_tokens"] = self.max_tokens
-        if self.ignore_eos:
-            if "max_new_tokens" not in chosen:
-                raise RequestError("ignore_eos needs a limit; give max_tokens")
-            chosen["min_tokens"] = chosen["max_new_tokens"]
-        if chosen.get("temperature") and self.seed is None:
-            chosen["seed"] = secrets.randbits(32)
-        return chosen | self._structure()
+        return resolve(chosen, ignore_eos=bool(self.ignore_eos)) | self._structure()
 
     def _structure(self) -> dict[str, Any]:
         asked, other = self.response_format, self.structured_outputs

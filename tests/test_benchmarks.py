@@ -40,6 +40,7 @@ SCRIPTS = (
     "sampling",
     "speed",
     "throughput",
+    "triton_load",
     "trtllm",
 )
 PUBLISHED = {"3b": (3_831_659_520, 237), "8b": (8_489_553_920, 309), "14b": (13_506_073_600, 363)}

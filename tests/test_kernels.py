@@ -28,7 +28,8 @@ from nemodiff.contract import Dtype
 from nemodiff.plugins import block_attention, confidence_commit
 from nemodiff.plugins.confidence_commit_kernel import gumbel
 from nemodiff.plugins.op import Arg, Op, run
-from nemodiff.runtime.sampling import philox, sample
+from nemodiff.runtime.noise import Noise, philox
+from nemodiff.runtime.sampling import Law, draw
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -286,8 +287,11 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
         seed = int(words[row].view(np.uint64)[0])
         expected = greedy[row].tolist()
         if heat[row]:
-            pairs = zip(case["logits"][row], position[row].tolist(), strict=True)
-            expected = [sample(logits, float(heat[row]), seed, at, MASK) for logits, at in pairs]
+            law, noise = Law(temperature=float(heat[row]), seed=seed), Noise(seed, vocab)
+            scores = case["logits"][row].astype(np.float64)  # (R, V)
+            scores[:, MASK] = -np.inf
+            pairs = zip(scores, position[row].tolist(), strict=True)
+            expected = [draw(of_one, law, noise, at) for of_one, at in pairs]
         assert token[row].tolist() == expected
     logits = case["logits"].astype(np.float64)
     logits[:, :, MASK] = -np.inf

@@ -490,7 +490,7 @@ def test_engine_does_not_load_without_a_gpu(engine: Path, refused: Refused) -> N
         ({"tensorrt": {}}, "are incomplete"),
         ({"tensorrt": []}, "are incomplete"),
         ({"backend": "onnxruntime"}, "dtype is bf16 on onnxruntime, allowed: f32, f16"),
-        ({"backend": "torch"}, "built for backend 'torch', allowed: onnxruntime, tensorrt-rtx, tensorrt"),
+        ({"backend": "other"}, "built for backend 'other', allowed: onnxruntime, tensorrt-rtx, tensorrt"),
     ],
 )
 def test_broken_manifest(copy: Path, change: dict[str, Any], said: str) -> None:

@@ -183,3 +183,41 @@ def test_template_in_tokenizer_config_is_found(tmp_path: Path) -> None:
     template = (TINY_CHAT / "chat_template.jinja").read_text()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     assert TextCodec(tmp_path).encode_chat(user("hi")) == TextCodec(TINY_CHAT).encode_chat(user("hi"))
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words", "Grüße, 漢字 🦜\u200d🎨!", "\ttabs\n\nlines  ", "<img onerror=x>", "a\u00a0b"]
+)
+def test_pieces_in_a_row_are_the_text(codec: TextCodec, text: str) -> None:
+    ids = codec.encode(text)
+    known, parts, special = codec.pieces([*ids, IM_END, THINK])
+    assert special == {IM_END: "<|im_end|>"}
+    assert known[THINK] == "<think>"
+    raw = b"".join(bytes.fromhex(parts[i]) if i in parts else known[i].encode() for i in ids)
+    assert raw.decode() == text == codec.decode(ids)
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_events_tell_what_their_ids_stand_for(engine: nemodiff.LoadedEngine, mode: str) -> None:
+    """With nothing but the events, the text grows as it was emitted: what the page and exported traces rely on."""
+    known: dict[int, str] = {}
+    emitted, shown = 0, ""
+    *events, last = nemodiff.stream(engine, "Write JSON for Emil, age 31, from Oslo.", mode=mode, steps=True, chat=True)
+    assert isinstance(last, nemodiff.Generation)
+    for event in events:
+        if isinstance(event, nemodiff.Pieces):
+            new = event.text | event.special
+            assert not event.bytes
+            assert not known.keys() & new.keys()
+            known |= new
+        elif isinstance(event, nemodiff.Step):
+            assert known.keys() >= {*event.before, *event.after, *(c.token for c in event.committed)}
+            emitted = event.emitted
+        elif isinstance(event, nemodiff.Text):
+            shown += event.text
+            said = "".join(known[i] for i in last.token_ids[:emitted] if i != IM_END)
+            assert shown == said
+        elif isinstance(event, nemodiff.Started):
+            assert len(event.prompt) == event.prompt_tokens == last.prompt_tokens
+    assert emitted == len(last.token_ids)
+    assert shown == last.text

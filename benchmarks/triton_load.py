@@ -1,0 +1,203 @@
+"""tiny-chat in a Triton server: one stream against the bare runtime, and load by perf_analyzer, NVIDIA's own generator.
+
+In: how many requests per run. Out: per mode, tokens per second and time to the first text with and without the server,
+question by question in turns; per mode and concurrency, requests and tokens per second, latency, time to the first
+response and between responses; `results/triton_load.json`. The surprising fact: the generator comes out of an old wheel
+of Triton's client, because newer ones need a newer C library; it measures responses, so tokens are counted by the
+server's own figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import questions
+import record
+
+from nemodiff.builder.build import Builder
+from nemodiff.runtime.events import Text
+from nemodiff.runtime.generate import LoadedEngine, load, stream
+from nemodiff.serving.triton_export import export
+from nemodiff.serving.triton_install import FOLDER, WHEEL, install
+from nemodiff.serving.triton_server import TritonServer
+
+MODES = ("ar", "diffusion", "linear_spec")
+CONCURRENCY = (1, 4, 8)
+CLIENT = "tritonclient==2.51.0"  # of the server's own release
+LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+
+
+def against_bare(server: TritonServer, engine: LoadedEngine, mode: str, rounds: int) -> dict[str, Any]:
+    """One stream at a time, over HTTP and in this process, the same questions in turns."""
+    asked = [q.text for q in questions.draw(2)]
+    ways = {"bare": lambda text: bare(engine, text, mode), "triton": lambda text: through_triton(server, text, mode)}
+    seconds, first = {way: list[float]() for way in ways}, {way: list[float]() for way in ways}
+    tokens: list[int] = []
+    for number, text in [*enumerate(asked[:2], -2), *enumerate(asked * rounds)]:  # the first two warm up
+        texts = {}
+        for way in sorted(ways, reverse=number % 2 == 1):
+            began = time.perf_counter()
+            pieces = ways[way](text)
+            got = next(pieces)
+            waited = time.perf_counter() - began
+            texts[way] = "".join([got, *pieces])
+            if number >= 0:
+                seconds[way].append(time.perf_counter() - began)
+                first[way].append(waited * 1e3)
+        assert texts["bare"] == texts["triton"]
+        if number >= 0:
+            tokens.append(len(engine.text.encode_plain(texts["bare"])))
+    ttft = {way: statistics.median(values) for way, values in first.items()}
+    pairs = zip(seconds["bare"], seconds["triton"], strict=True)
+    return {
+        "mode": mode,
+        "requests": len(tokens),
+        "tokens": sum(tokens),
+        "tokens_per_second": {
+            way: statistics.median(n / s for n, s in zip(tokens, times, strict=True)) for way, times in seconds.items()
+        },
+        "first_text_ms": ttft,
+        "throughput_ratio": statistics.median(b / t for b, t in pairs),
+        "later_by_ms": ttft["triton"] - ttft["bare"],
+    }
+
+
+def bare(engine: LoadedEngine, text: str, mode: str) -> Iterator[str]:
+    return (event.text for event in stream(engine, text, mode=mode, max_new_tokens=64) if isinstance(event, Text))
+
+
+def through_triton(server: TritonServer, text: str, mode: str) -> Iterator[str]:
+    body = {"text_input": text, "mode": mode, "max_tokens": 64, "stream": True}
+    connection = http.client.HTTPConnection(server.http, timeout=60)
+    connection.request("POST", "/v2/models/single/generate_stream", json.dumps(body))
+    for line in connection.getresponse():
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])["text_output"]
+    connection.close()
+
+
+def analyzer() -> tuple[Path, dict[str, str]]:
+    """perf_analyzer and its environment; downloaded beside the server at the first use."""
+    folder = FOLDER / "perf_analyzer"
+    program = folder / "perf_analyzer"
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for wanted, found in LIBRARIES.items():
+            (folder / wanted).unlink(missing_ok=True)
+            (folder / wanted).symlink_to(next((WHEEL / "nvidia_pytriton.libs").glob(found)))
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
+            subprocess.run([*command, "--platform=manylinux1_x86_64", f"--dest={temporary}", CLIENT], check=True)
+            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as wheel:
+                name = next(n for n in wheel.namelist() if n.endswith("/bin/perf_analyzer"))
+                program.write_bytes(wheel.read(name))
+        program.chmod(0o755)
+    return program, {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+
+
+def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder: Path) -> dict[str, Any]:
+    """One run of the generator: its own summary, and what its export says of each response."""
+    asked = [q.text for q in questions.draw(4)]
+    data, profile = folder / "data.json", folder / "profile.json"
+    entries = [{"text_input": [text], "stream": [True], "mode": [mode], "max_tokens": [64]} for text in asked]
+    data.write_text(json.dumps({"data": entries}))
+    program, environment = analyzer()
+    command = [str(program), "-m", "nemodiff", "-i", "grpc", "-u", server.grpc, "--async", "--streaming"]
+    command += [f"--input-data={data}", f"--concurrency-range={concurrency}", f"--request-count={requests}"]
+    for _ in range(5):  # now and then it ends before its export is written out
+        profile.unlink(missing_ok=True)  # it is not overwritten
+        before = counted(server)
+        done = subprocess.run(
+            [*command, f"--profile-export-file={profile}"], env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode != 0:
+            raise SystemExit((done.stdout + done.stderr)[:2000])
+        with contextlib.suppress(json.JSONDecodeError):
+            sent = json.loads(profile.read_text())["experiments"][0]["requests"]
+            break
+    else:
+        raise SystemExit("perf_analyzer has not written its export")
+    time.sleep(1.0)  # figures are brought up to date five times a second
+    ended, emitted = (after - then for then, after in zip(before, counted(server), strict=True))
+    first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e6 for r in sent]
+    gaps = [b - a for r in sent for a, b in zip(r["response_timestamps"], r["response_timestamps"][1:], strict=False)]
+    seconds = (max(r["response_timestamps"][-1] for r in sent) - min(r["timestamp"] for r in sent)) / 1e9
+    latency = re.search(r"Avg latency: (\d+) usec", done.stdout)
+    assert latency is not None, done.stdout
+    return {
+        "mode": mode,
+        "concurrency": concurrency,
+        "requests": len(sent),
+        "requests_per_second": len(sent) / seconds,
+        "responses_per_second": sum(len(r["response_timestamps"]) for r in sent) / seconds,
+        "tokens_per_second": len(sent) / seconds * emitted / ended,
+        "tokens_per_request": emitted / ended,
+        "latency_ms": int(latency[1]) / 1e3,
+        "first_response_ms": {"median": statistics.median(first), "p90": statistics.quantiles(first, n=10)[-1]},
+        "between_responses_ms": statistics.mean(gaps) / 1e6,
+    }
+
+
+def counted(server: TritonServer) -> tuple[float, float]:
+    """Requests that have finished and tokens emitted, by the server's metrics port."""
+    text = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
+    wanted = ('nemodiff_requests_total{end="finished"', "nemodiff_generation_tokens_total{")
+    ours = [line for line in text.splitlines() if 'model="nemodiff"' in line]
+    lines = [line for start in wanted for line in ours if line.startswith(start)]
+    finished, tokens = (float(line.rpartition(" ")[2]) for line in lines)
+    return finished, tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=100, help="per run")
+    parser.add_argument("--rounds", type=int, default=5, help="of the questions, against the bare runtime")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine")
+    arguments = parser.parse_args()
+    origin = record.origin(("nemodiff", "onnxruntime", "numpy"), arguments.threads)
+    install()
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        engine = Builder(record.TINY_CHAT, folder / "engine").run()
+        export(engine, folder / "models", parameters={"threads": str(arguments.threads)}, link=True)
+        alone = {"threads": str(arguments.threads), "rows": "1", "prefix_reuse": "false"}
+        export(engine, folder / "models", name="single", parameters=alone, link=True)
+        loaded = load(engine, threads=arguments.threads)
+        with TritonServer(folder / "models", log=folder / "log") as server:
+            single = [against_bare(server, loaded, mode, arguments.rounds) for mode in MODES]
+            for mode in MODES:
+                run(server, mode, 1, 10, folder)  # warm
+                for concurrency in CONCURRENCY:
+                    runs.append(run(server, mode, concurrency, arguments.requests, folder))
+                    r = runs[-1]
+                    print(
+                        f"{mode:12} {concurrency} at a time: {r['tokens_per_second']:.0f} tokens/s, "
+                        f"{r['latency_ms']:.1f} ms, {r['first_response_ms']['median']:.1f} ms to the first response"
+                    )
+    versions = {"tritonserver": "2.51.0", "perf_analyzer": "2.51.0"}
+    goals = [
+        record.goal("throughput of one stream", min(s["throughput_ratio"] for s in single), "at least", 0.9, "of bare"),
+        record.goal("later to the first text", max(s["later_by_ms"] for s in single), "at most", 20, "ms"),
+    ]
+    about = {**origin, "versions": {**origin["versions"], **versions}}
+    record.write("triton_load", about, goals, {"one_stream": single, "perf_analyzer": runs})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What clients of every server here spell alike, and the runtime spells otherwise.
+
+In: options by the runtime's names, as a client meant them. Out: options as the runtime takes them. The surprising fact:
+a client that samples and gives no seed expects another answer each time, where the runtime's default seed is fixed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from ..errors import RequestError
+
+
+def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
+    """The options with -1 for all ids, an ignored end and a missing seed resolved. Raises RequestError."""
+    chosen = dict(options)
+    if chosen.get("top_k") == -1:
+        del chosen["top_k"]
+    if ignore_eos:
+        if "max_new_tokens" not in chosen:
+            raise RequestError("ignore_eos needs a limit; give max_tokens")
+        chosen["min_tokens"] = chosen["max_new_tokens"]
+    if chosen.get("temperature") and "seed" not in chosen:
+        chosen["seed"] = secrets.randbits(32)
+    return chosen

@@ -1,0 +1,215 @@
+"""What runs inside a Triton server: requests go into a `Scheduler`, its events come back as responses.
+
+In: Triton's requests. Out: responses, one at the end or one per piece of text, the last with the figures. `execute`
+reads a request and submits it; one thread, the responder, sends what the scheduler tells of it and looks for requests
+whose client has gone. The surprising fact: a client may only ever see a sentence. An exception that leaves `execute`
+would put a traceback into the body, so everything becomes a `TritonError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import BusyError, NemodiffError, RequestError
+from ..runtime.events import Event, Finished, Text
+from .triton_outputs import NUMPY, OUTPUTS
+from .triton_parameters import INPUTS, Asked, model_parameters, read
+
+if TYPE_CHECKING:
+    from ..runtime.generate import LoadedEngine
+    from ..runtime.scheduler import Handle
+
+_LOOK = 0.005  # seconds between two looks for clients that have gone; they take at most a tenth of the time
+_COUNT = 0.2  # seconds between two updates of the counters on the metrics port
+
+
+@dataclasses.dataclass(eq=False)
+class _Live:
+    """A request that has not ended: who sends its responses, and text that still has to stand before the answer."""
+
+    sender: Any
+    asked: Asked
+    handle: Handle | None = None
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        self.prefix = self.asked.prompt if self.asked.echo else ""
+
+
+class TritonPythonModel:
+    """The interface that Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine. A problem is one line in the server's log."""
+        import triton_python_backend_utils as pb
+
+        self._pb, self._name = pb, args["model_name"]
+        config = json.loads(args["model_config"])
+        self._batched = config.get("max_batch_size", 0) > 0
+        given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        try:
+            self._start(args, given)
+        except NemodiffError as error:
+            raise pb.TritonModelException(str(error)) from None
+
+    def _start(self, args: dict[str, str], given: dict[str, str]) -> None:
+        from ..runtime.scheduler import Scheduler
+        from .triton_metrics import TritonMetrics
+
+        self._parameters = p = model_parameters(given)
+        engine = self.load(Path(args["model_repository"]) / args["model_version"] / p.engine)
+        self._scheduler = Scheduler(
+            engine, rows=p.rows, waiting=p.waiting, prefix_reuse=p.prefix_reuse, prefill_tokens=p.prefill_tokens
+        )
+        self._metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
+        self._metrics.update(self._scheduler.statistics)
+        self._live: set[_Live] = set()
+        self._told: queue.SimpleQueue[tuple[_Live, list[Event] | NemodiffError] | None] = queue.SimpleQueue()
+        self._responder = threading.Thread(target=self._respond, name="nemodiff-responder", daemon=True)
+        self._responder.start()
+        self._pb.Logger.log_info(f"{self._name}: {engine.folder} is loaded in {engine.load_ms:.0f} ms")
+
+    def load(self, folder: Path) -> LoadedEngine:
+        """Load the engine; tests put others in its place."""
+        from ..runtime.generate import load
+
+        return load(folder, threads=self._parameters.threads, device=self._parameters.device)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Submit each request; its responses are sent by the responder."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                asked = read(self._tensors(request), json.loads(request.parameters() or "{}"), self._parameters.values)
+                self._submit(_Live(sender, asked))
+            except Exception as error:
+                self._refuse(sender, error)
+
+    def is_ready(self) -> bool:
+        """What newer servers ask at `v2/models/NAME/ready`."""
+        return self._responder.is_alive()
+
+    def finalize(self) -> None:
+        """Cancel what still runs, answer it and give the engine back."""
+        self._scheduler.close(drain=False)
+        self._told.put(None)
+        self._responder.join()
+
+    def _submit(self, live: _Live) -> None:
+        self._live.add(live)
+        try:
+            live.handle = self._scheduler.submit(
+                live.asked.prompt, listener=lambda outcome: self._told.put((live, outcome)), **live.asked.options
+            )
+        except BaseException:
+            self._live.discard(live)
+            raise
+
+    def _tensors(self, request: Any) -> dict[str, list[Any]]:
+        """Elements of the inputs that are there, by name. Raises RequestError."""
+        found: dict[str, list[Any]] = {}
+        for declared in INPUTS:
+            tensor = self._pb.get_input_tensor_by_name(request, declared.name)
+            if tensor is not None:
+                values = tensor.as_numpy().reshape(-1)
+                found[declared.name] = [_plain(declared.name, value) for value in values]
+        return found
+
+    def _respond(self) -> None:
+        """Send what happens to requests until the end, and look around now and then."""
+        looked = counted = time.perf_counter()
+        pause = _LOOK
+        while True:
+            try:
+                told = self._told.get(timeout=max(0.0, looked + pause - time.perf_counter()))
+                if told is None:
+                    return
+                self._answer(*told)
+            except queue.Empty:
+                pass
+            if (now := time.perf_counter()) > looked + pause:
+                self._look()
+                looked = time.perf_counter()
+                pause = max(_LOOK, 10 * (looked - now))
+                if looked > counted + _COUNT:
+                    self._metrics.update(self._scheduler.statistics)
+                    counted = looked
+
+    def _look(self) -> None:
+        """Cancel requests whose client has gone."""
+        for live in list(self._live):
+            if live.handle is not None and live.sender.is_cancelled():
+                live.handle.cancel()
+
+    def _answer(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
+        """Send what has happened to a request."""
+        try:
+            for event in [] if isinstance(outcome, NemodiffError) else outcome:
+                if isinstance(event, Text) and live.asked.stream:
+                    live.sender.send(self._response({"text_output": live.prefix + event.text}))
+                    live.prefix = ""
+                elif isinstance(event, Finished):
+                    self._finish(live, event)
+            if isinstance(outcome, NemodiffError):
+                raise outcome
+        except Exception as error:
+            self._live.discard(live)
+            self._refuse(live.sender, error)
+
+    def _finish(self, live: _Live, event: Finished) -> None:
+        self._metrics.observe(event)
+        self._live.discard(live)
+        if event.generation.finish_reason == "cancelled":
+            self._send_error(live.sender, "the request was cancelled", self._pb.TritonError.CANCELLED)
+            return
+        text = live.prefix + ("" if live.asked.stream else event.generation.text)
+        values = {o.name: o.value(event) for o in OUTPUTS if o.value is not None}
+        final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        live.sender.send(self._response({"text_output": text, **values}), flags=final)
+
+    def _response(self, values: dict[str, Any]) -> Any:
+        """A response with the outputs that have a value."""
+        tensors = []
+        for output in OUTPUTS:
+            value = values.get(output.name)
+            if value is not None:
+                array = np.array(value, NUMPY[output.type]).reshape((1, -1) if self._batched else (-1,))
+                tensors.append(self._pb.Tensor(output.name, array))
+        return self._pb.InferenceResponse(output_tensors=tensors)
+
+    def _refuse(self, sender: Any, error: Exception) -> None:
+        """End a request with one sentence and the status that belongs to it."""
+        kinds = self._pb.TritonError
+        if isinstance(error, NemodiffError):
+            kind = kinds.INTERNAL
+            if isinstance(error, RequestError):
+                kind = kinds.INVALID_ARG
+            elif isinstance(error, BusyError):
+                kind = kinds.UNAVAILABLE
+            self._send_error(sender, str(error), kind)
+            return
+        self._pb.Logger.log_error(f"{self._name}: {type(error).__name__}: {error}")  # a defect of nemodiff itself
+        self._send_error(sender, "the request failed inside the model; the server's log says why", kinds.INTERNAL)
+
+    def _send_error(self, sender: Any, text: str, kind: Any) -> None:
+        response = self._pb.InferenceResponse(error=self._pb.TritonError(text, kind))
+        sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An element of a tensor as a plain value; f32 as the number somebody wrote, 0.7 and not 0.69999998."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{name}: not UTF-8 at byte {error.start}; convert it first") from None
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
