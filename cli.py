@@ -682,7 +682,7 @@ def _parse_prompts(path: Path) -> Iterator[tuple[int, Any]]:
 )
 @click.option("--no-prefix-reuse", is_flag=True, help="Compute what prompts share for each of them.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
-@click.option("--device", type=click.IntRange(0), default=0, help="GPU, by CUDA's number; TensorRT.")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: what the engine was built for]")
 def serve(
     engine: Path,
     host: str,

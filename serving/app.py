@@ -180,7 +180,7 @@ def open_server(
     name: str | None,
     defaults: dict[str, Any],
     threads: int | None = None,
-    device: int = 0,
+    device: str | None = None,
     rows: int | None = None,
     prefix_reuse: bool = True,
 ) -> Server:

@@ -18,6 +18,7 @@ import uvicorn
 from ..errors import RequestError
 from .app import Server
 
+_KEPT = 75  # seconds of an idle connection; longer than proxies keep theirs, so that none sends into a closed one
 _LAST_WORDS = 2  # seconds for what has ended to reach its clients
 
 
@@ -37,7 +38,12 @@ def serve(server: Server, listening: socket.socket, drain: float, announce: Call
     """Serve until a signal. `announce` is told the address, once requests are taken."""
     host, port = listening.getsockname()[:2]
     config = uvicorn.Config(
-        server.gate, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_LAST_WORDS
+        server.gate,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=_KEPT,
+        timeout_graceful_shutdown=_LAST_WORDS,
     )
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     process = _Process(config, server, drain, lambda: announce(address))

@@ -36,6 +36,7 @@ SCRIPTS = (
     "kernels",
     "make_checkpoint",
     "mask_lowering",
+    "serving",
     "sampling",
     "speed",
     "throughput",

@@ -202,8 +202,16 @@ def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject)
     for i, new in enumerate(splitter.push("", final=True)):
         said[i] += new
     assert tuple(said) == whole
-    if "<" not in text and not thinking:
+    if not thinking and not text.lstrip("\n").startswith("<think>"):
         assert whole == ("", text)
+    if thinking and "</think>" not in text:
+        assert whole == (text.lstrip("\n"), "")
+
+
+def test_a_think_block_stands_at_the_beginning() -> None:
+    assert Splitter(True).push("a\n</think>\n\nb <think>c</think>", final=True) == ("a\n", "b <think>c</think>")
+    assert Splitter(False).push("\n<think>\na</think>b", final=True) == ("a", "b")
+    assert Splitter(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
 
 
 # --- what strangers send ---

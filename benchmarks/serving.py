@@ -1,0 +1,234 @@
+"""One stream through `nemodiff serve` against the bare runtime: tokens per second and time to the first token.
+
+In: the questions of the benchmark, asked one after the other. Out: per mode and way, the medians and their ratio;
+`results/serving.json` and `.md`. The ways take turns with every question, so noise falls on all alike, and must give
+the same text. With `--soak N`, instead, N requests of which most leave in the middle: rows and memory return to their
+start. The surprising fact: a served stream also pays for the client that reads it, on the same two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import http.client
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import questions
+import record
+
+import nemodiff
+from nemodiff.builder.build import Builder
+
+BASE = "runtime"
+PACKAGES = ("nemodiff", "onnxruntime", "numpy", "fastapi", "uvicorn")
+MODES = ("ar", "diffusion", "linear_spec")
+HEADS = "| mode | way | of the runtime | tokens/s | first token | later by |"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One answer as its reader saw it; times in seconds from the moment it was asked for."""
+
+    text: str
+    tokens: int
+    first: float
+    whole: float
+
+
+Way = Callable[[str, str, int], Stream]  # question, mode, tokens
+
+
+def bare(engine: nemodiff.LoadedEngine) -> Way:
+    """The runtime in this process."""
+
+    def ask(question: str, mode: str, tokens: int) -> Stream:
+        began, first, text = time.perf_counter(), 0.0, ""
+        told = nemodiff.stream(engine, question, mode=mode, max_new_tokens=tokens, min_tokens=tokens)
+        for event in told:
+            if isinstance(event, nemodiff.Text):
+                first = first or time.perf_counter() - began
+                text += event.text
+            elif isinstance(event, nemodiff.Generation):
+                return Stream(text, len(event.token_ids), first, time.perf_counter() - began)
+        raise AssertionError("the runtime did not finish")
+
+    return ask
+
+
+def served(host: str, port: int) -> Way:
+    """OpenAI's streaming chat over one kept connection."""
+    connection = http.client.HTTPConnection(host, port)
+
+    def ask(question: str, mode: str, tokens: int) -> Stream:
+        body = {"messages": [{"role": "user", "content": question}], "mode": mode, "max_tokens": tokens}
+        body |= {"min_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+        data = json.dumps(body)
+        began, first, text, count = time.perf_counter(), 0.0, "", 0
+        connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        while line := answer.readline():
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "usage" in chunk:
+                count = chunk["usage"]["completion_tokens"]
+            elif new := chunk["choices"][0]["delta"].get("content"):
+                first = first or time.perf_counter() - began
+                text += new
+        return Stream(text, count, first, time.perf_counter() - began)
+
+    return ask
+
+
+@contextlib.contextmanager
+def server(folder: Path, threads: int, *options: str) -> Iterator[tuple[str, int, int]]:
+    """`nemodiff serve` on a free port: host, port and process id."""
+    command = [sys.executable, "-m", "nemodiff", "serve", str(folder), "--port", "0", "--threads", str(threads)]
+    process = subprocess.Popen([*command, "--no-prefix-reuse", *options], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"http://([\d.]+):(\d+)", line)
+        assert found is not None, line + process.stderr.read()
+        yield found[1], int(found[2]), process.pid
+    finally:
+        process.terminate()
+        process.wait()
+        process.stderr.close()
+
+
+def compare(ways: dict[str, Way], asked: list[str], tokens: int, modes: tuple[str, ...]) -> dict[str, Any]:
+    """Figures by mode and way; the first question is a warm-up and not counted."""
+    figures: dict[str, Any] = {}
+    for mode in modes:
+        seen: dict[str, list[Stream]] = {name: [] for name in ways}
+        for question in asked:
+            for name, ask in ways.items():
+                seen[name].append(ask(question, mode, tokens))
+        figures[mode] = {name: _figures(streams[1:], seen[BASE][1:]) for name, streams in seen.items()}
+    return figures
+
+
+def _figures(streams: list[Stream], base: list[Stream]) -> dict[str, Any]:
+    pairs = list(zip(streams, base, strict=True))
+    return {
+        "tokens_per_second": round(statistics.median(s.tokens / s.whole for s in streams), 1),
+        "ratio": round(statistics.median(b.whole / s.whole for s, b in pairs), 3),
+        "first_ms": round(statistics.median(s.first for s in streams) * 1e3, 2),
+        "first_later_ms": round(statistics.median(s.first - b.first for s, b in pairs) * 1e3, 2),
+        "other_texts": sum(s.text != b.text for s, b in pairs),
+    }
+
+
+def table(figures: dict[str, Any], title: str) -> str:
+    """The figures in Markdown."""
+    lines = [
+        f"# Serving one stream\n\n{title}\n",
+        "| mode | way | of the runtime | tokens/s | first token | later by |",
+    ]
+    lines.append("|" + "---|" * 6)
+    for mode, ways in figures.items():
+        for name, f in ways.items():
+            speed = f"{f['ratio']:.2f} | {f['tokens_per_second']:.0f}"
+            lines.append(f"| {mode} | {name} | {speed} | {f['first_ms']:.1f} ms | {f['first_later_ms']:.1f} ms |")
+    return "\n".join(lines) + "\n"
+
+
+def soak(host: str, port: int, process: int, count: int) -> dict[str, Any]:
+    """Requests of which three in four leave at a random moment; what is left of them."""
+    rng = random.Random(1)
+
+    def one(leaves: int | None, mode: str) -> None:
+        connection = http.client.HTTPConnection(host, port)
+        body = {"prompt": "Once upon a time", "mode": mode, "max_tokens": 200, "min_tokens": 200, "stream": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        if leaves != 0:
+            connection.getresponse().read(leaves)
+        connection.close()
+
+    def memory() -> int:
+        return record.memory(process, ["VmRSS"])["VmRSS"]
+
+    def settled() -> dict[str, float]:
+        while True:
+            connection = http.client.HTTPConnection(host, port)
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+            connection.close()
+            found = {n: float(v) for n, _, v in (line.rpartition(" ") for line in lines if line[0] != "#")}
+            if not found["nemodiff_requests_running"] + found["nemodiff_requests_waiting"]:
+                return found
+            time.sleep(0.1)
+
+    told: list[dict[str, Any]] = []
+    for part in range(5):
+        jobs = [(rng.choice([0, 1, 2000, None]), rng.choice(nemodiff.MODES)) for _ in range(count // 5)]
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda job: one(*job), jobs))
+        ends = {n.split('"')[1]: v for n, v in settled().items() if n.startswith("nemodiff_requests_total")}
+        told.append({"requests": (part + 1) * (count // 5), "memory_bytes": memory(), **ends})
+        print(told[-1])
+    return {"parts": told}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure one stream through the server against the bare runtime.")
+    parser.add_argument("--questions", type=int, default=40, help="per mode, after a warm-up; default 40")
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer, default 128")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a forward, default 1")
+    parser.add_argument("--soak", type=int, metavar="N", help="instead: N requests that mostly leave in the middle")
+    arguments = parser.parse_args()
+    origin = record.origin(PACKAGES, arguments.threads)
+    with tempfile.TemporaryDirectory(prefix="nemodiff-serving-") as work:
+        folder = Builder(record.TINY_CHAT, Path(work) / "engine").run()
+        if arguments.soak:
+            with server(folder, arguments.threads, "--max-queue", "64") as (host, port, process):
+                figures = soak(host, port, process, arguments.soak)
+            grown = figures["parts"][-1]["memory_bytes"] - figures["parts"][0]["memory_bytes"]
+            failed = figures["parts"][-1]["failed"]
+            goals = [record.goal("memory after the first fifth", round(grown / 1e6, 1), "at most", 50, "MB")]
+            goals.append(record.goal("failed", failed, "at most", 0, "requests"))
+            record.write("serving_soak", origin, goals, figures)
+            return
+        engine = nemodiff.load(folder, threads=arguments.threads)
+        with server(folder, arguments.threads) as (host, port, _):
+            ways: dict[str, Way] = {BASE: bare(engine), "serve": served(host, port)}
+            asked = [q.text for q in questions.draw(-(-(arguments.questions + 1) // len(questions.TASKS)))]
+            figures = compare(ways, asked[: arguments.questions + 1], arguments.tokens, MODES)
+    title = (
+        f"`{origin['command']}`, {origin['date'][:10]}: {arguments.questions} questions per mode one after the other, "
+        f"{arguments.tokens} tokens each, {arguments.threads} thread(s), load before the run "
+        f"{origin['machine']['load_before']}; medians, and medians of each question's ratio and difference."
+    )
+    page = table(figures, title)
+    print(page)
+    goals = []
+    for mode, by_way in figures.items():
+        for name, f in by_way.items():
+            if name != BASE:
+                goals.append(
+                    record.goal(f"{name}, {mode}, throughput", f["ratio"], "at least", 0.9, "of the runtime's")
+                )
+                goals.append(
+                    record.goal(f"{name}, {mode}, first token later", f["first_later_ms"], "at most", 20, "ms")
+                )
+                goals.append(record.goal(f"{name}, {mode}, other texts", f["other_texts"], "at most", 0, "answers"))
+    record.write("serving", origin, goals, {"tokens": arguments.tokens, "modes": figures})
+    (record.RESULTS / "serving.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
