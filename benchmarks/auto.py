@@ -1,9 +1,9 @@
 """Planned block length and mode against every fixed length.
 
-In: tiny-chat, or it with its trained drafter, and questions. Out: tokens per second by fixed block length and by plan, per
-task and over all, as seconds of the wall, of the processor, and of the measured cost curve summed over the passes taken,
-which no other load changes; `results/auto.json` and `results/auto.md`. Ways take turns within each round, in one process.
-The surprising fact: the best fixed length differs by mode and by task, so no single one could be the right default.
+In: tiny-chat, with its trained drafter and without, and questions. Out: tokens per second by fixed block length and by
+plan, per task and over all, by the wall, by the processor, and by the cost curve summed over the passes taken, which no
+other load changes; `results/auto.json` and `results/auto.md`. Ways take turns within each round, in one process. The
+surprising fact: the best fixed length differs by mode and by task, so no single one could be the right default.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def table(engines: dict[str, dict[str, Any]], origin: dict[str, Any], count: int
         lines += ["", f"## {name}", "", "| way | curve | processor | wall |", "|---|---:|---:|---:|"]
         for way, cells in found.items():
             lines.append(f"| {way} | " + " | ".join(f"{cells['all'][clock]:.0f}" for clock in CLOCKS) + " |")
-        lines += ["", "Planned over the best fixed way, by the curve; the best is another one in each line:", ""]
+        lines += ["", "Planned over the best fixed way of each line, by the curve:", ""]
         both = ratios(found, "curve")
         lines += [f"| task | {' | '.join(both)} |", "|---|" + "---:|" * len(both)]
         for task in (*questions.TASKS, "all"):

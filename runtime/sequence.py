@@ -94,7 +94,9 @@ class Sequence:
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
         if self.pace is not None and draft:
-            self.pace.learn(len(draft) + 1, accepted)
+            # Where the answer ends, what a longer draft would have said is as lost as a wrong draft.
+            size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
+            self.pace.learn(size, accepted)
         return accepted
 
     def plan(self) -> Way | None:
