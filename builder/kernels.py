@@ -51,8 +51,13 @@ def compile_kernels(
         BuildError: Triton is missing or cannot compile for a capability.
     """
     (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
-    job = {"model": dataclasses.asdict(model), "dtype": dtype, "sms": sms, "folder": str(folder.absolute())}
-    job["fused"] = fused
+    job = {
+        "model": dataclasses.asdict(model),
+        "dtype": dtype,
+        "sms": sms,
+        "folder": str(folder.absolute()),
+        "fused": fused,
+    }
     with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
         environment = {
             **os.environ,
