@@ -13,14 +13,13 @@ import dataclasses
 import importlib.metadata
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -39,7 +38,8 @@ from .sse import MEDIA_TYPE, Events
 from .watch import traced
 
 PAGE = Path(__file__).parent / "page"
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # one, not the whole
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {"schema": _EVENT}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "model": refusals.Refused}
     for status, text in {
@@ -249,15 +249,19 @@ def _routes(server: Server) -> FastAPI:
         text = server.metrics.render(server.scheduler.statistics)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
-    else:
-
-        @app.get("/", response_class=HTMLResponse)
-        async def page() -> str:
-            return "<!doctype html><title>nemodiff</title>nemodiff serves here; the routes are in /openapi.json"
+    # A mount at / would match every path, and so answer 404 where a route knows that the method is wrong.
+    for file in PAGE.iterdir():
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        app.add_route(path, _file(file), ["GET"], include_in_schema=False)
 
     return app
+
+
+def _file(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    async def send(_: Request) -> Response:
+        return FileResponse(path)
+
+    return send
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

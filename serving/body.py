@@ -19,7 +19,7 @@ from ..runtime.request import Prompt
 from .spellings import resolve
 
 MOST_CHOICES = 128  # answers to one request
-Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 Number = int | float
 Vocabulary = Annotated[int, Field(ge=0)]
 
@@ -116,7 +116,7 @@ class Decoding(_Body):
 
     model: str | None = Field(None, description="a name of /v1/models; NAME:MODE chooses a mode too")
     mode: Mode | None = Field(None, description="how to decode; the server's default is linear_spec")
-    block_length: int | None = Field(None, description=f"tokens per block, 1 to {MAX_BLOCK}")
+    block_length: int | Literal["auto"] | None = Field(None, description=f"tokens per block, 1 to {MAX_BLOCK}, or auto")
     threshold: Number | None = Field(None, description="confidence that commits a mask, 0 or more")
     groups: Literal["auto", "all"] | None = Field(None, description="drafts of quadratic_spec")
 

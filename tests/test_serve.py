@@ -319,7 +319,7 @@ def test_the_description_says_what_the_routes_do(server: Served) -> None:
             made |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
         @hypothesis.settings(
-            max_examples=20, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
+            max_examples=150, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
         )
         @hypothesis.given(case=made)
         def check(case: schemathesis.Case) -> None:
@@ -367,10 +367,6 @@ def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.Loaded
         return [kept(value) for value in values if value.get("kind") != "prefill"]
 
     assert decoding(told[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
-    pieces = {int(i): text for one in told for i, text in one.get("pieces", {}).items()}
-    answer = told[-1]["generation"]
-    assert set(answer["token_ids"]) <= set(pieces)
-    assert all(text == engine.text.piece(i) for i, text in pieces.items())
 
 
 # --- many, and those who leave ---
