@@ -32,7 +32,7 @@ from .contract import (
 from .errors import NemodiffError, RequestError
 from .runtime.commit import POLICIES
 from .runtime.infill import METHODS
-from .runtime.options import DEFAULT_NEW_TOKENS, check_text
+from .runtime.options import AUTO, DEFAULT_NEW_TOKENS, check_text
 from .runtime.settings import GROUPS
 
 if TYPE_CHECKING:
@@ -218,13 +218,26 @@ def _file_or_text(_context: click.Context, option: click.Parameter, value: str |
         raise click.BadParameter(f"{value}: {reason}; give a file or the schema itself, which begins with {{") from None
 
 
+def _block_length(context: click.Context, parameter: click.Parameter, value: str | None) -> int | str | None:
+    return value if value in (None, AUTO) else int(click.INT(value, parameter, context))
+
+
 def _decoding_options(command: Command) -> Command:
     """The options that `run` and `chat` share."""
     options = [
         click.option(
-            "--mode", type=click.Choice(MODES), default="linear_spec", show_default=True, help="Decoding mode."
+            "--mode",
+            type=click.Choice((*MODES, AUTO)),
+            default="linear_spec",
+            show_default=True,
+            help="Decoding mode; auto takes the fastest that gives ar's tokens.",
         ),
-        click.option("--block-length", type=int, help=f"Tokens per block, 1..{MAX_BLOCK}. [default: the engine's]"),
+        click.option(
+            "--block-length",
+            callback=_block_length,
+            metavar="INTEGER|auto",
+            help=f"Tokens per block, 1..{MAX_BLOCK}, or auto: the fastest. [default: the engine's]",
+        ),
         click.option(
             "--groups", type=click.Choice(GROUPS), default="auto", show_default=True, help="Drafts of quadratic_spec."
         ),

@@ -23,7 +23,7 @@ from typing import Any
 from ..config import ModelConfig, RopeConfig
 from ..contract import KERNELS_FOLDER, Dtype, Kernel, parse_kernel
 from ..errors import BuildError
-from ..plugins import OPS, confidence_commit
+from ..plugins import FUSED, OPS, confidence_commit
 from ..plugins.op import Op, Stage
 
 SMS = (80, 86, 89, 90, 100, 120)
@@ -32,7 +32,9 @@ _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
 
-def compile_kernels(model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path) -> tuple[Kernel, ...]:
+def compile_kernels(
+    model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, *, fused: bool = False
+) -> tuple[Kernel, ...]:
     """Compile every stage of every op into `folder`/kernels.
 
     Args:
@@ -40,6 +42,7 @@ def compile_kernels(model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], fold
         dtype: of queries and cache; logits are f32.
         sms: compute capabilities, 80 for 8.0.
         folder: the engine folder.
+        fused: the torch engine's fused kernels instead of the graph's ops.
 
     Returns:
         A record per stage and compute capability.
@@ -48,7 +51,13 @@ def compile_kernels(model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], fold
         BuildError: Triton is missing or cannot compile for a capability.
     """
     (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
-    job = {"model": dataclasses.asdict(model), "dtype": dtype, "sms": sms, "folder": str(folder.absolute())}
+    job = {
+        "model": dataclasses.asdict(model),
+        "dtype": dtype,
+        "sms": sms,
+        "folder": str(folder.absolute()),
+        "fused": fused,
+    }
     with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
         environment = {
             **os.environ,
@@ -67,9 +76,10 @@ def compile_kernels(model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], fold
     return tuple(parse_kernel(record) for record in json.loads(child.stdout))
 
 
-def stages() -> list[tuple[Op, Stage]]:
-    """Every stage once, with an op that has it."""
-    found = {stage.name: (op, stage) for op in (*OPS, confidence_commit.SAMPLED) for stage in op.stages}
+def stages(fused: bool = False) -> list[tuple[Op, Stage]]:
+    """Every stage once, with an op that has it: of the graph's ops, or of the torch engine's fused ones."""
+    ops = FUSED if fused else (*OPS, confidence_commit.SAMPLED)
+    found = {stage.name: (op, stage) for op in ops for stage in op.stages}
     return list(found.values())
 
 
@@ -134,7 +144,9 @@ def _main() -> None:
     model = ModelConfig(**{**job["model"], "rope": RopeConfig(**job["model"]["rope"])})
     folder = Path(job["folder"])
     records = [
-        _compile(op, stage, model, job["dtype"], sm, folder) for op, stage in stages() for sm in sorted(set(job["sms"]))
+        _compile(op, stage, model, job["dtype"], sm, folder)
+        for op, stage in stages(job["fused"])
+        for sm in sorted(set(job["sms"]))
     ]
     json.dump([dataclasses.asdict(record) for record in records], sys.stdout)
 

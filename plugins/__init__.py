@@ -1,7 +1,17 @@
-"""The `nemodiff` ops. Each file holds one op: its specification, numpy reference, ONNX function body and GPU stages."""
+"""The `nemodiff` ops. Each file holds one: specification, numpy reference, GPU stages; those of the graph a body."""
 
-from . import block_attention, confidence_commit
+from . import block_attention, confidence_commit, head_commit, residual_norm, rope_write, swiglu
 
 OPS = (block_attention.OP, confidence_commit.OP)  # those of the graph
+FUSED = (residual_norm.OP, rope_write.OP, swiglu.OP, *map(head_commit.op, head_commit.ROWS))  # of the torch engine
 
-__all__ = ["OPS", "block_attention", "confidence_commit"]
+__all__ = [
+    "FUSED",
+    "OPS",
+    "block_attention",
+    "confidence_commit",
+    "head_commit",
+    "residual_norm",
+    "rope_write",
+    "swiglu",
+]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..contract import PREFILL_CHUNK
 from ..errors import NemodiffError
 from .ar import Loop, ar
+from .auto import auto
 from .cost import CostCurve, split
 from .diffusion import diffusion
 from .drafter import adapted
@@ -31,6 +32,7 @@ LOOPS: dict[str, Callable[[Sequence], Loop]] = {
     "diffusion": diffusion,
     "linear_spec": linear_spec,
     "quadratic_spec": quadratic_spec,
+    "auto": auto,
 }
 KEPT_PREFIXES = 2  # rows of K/V of finished prompts; each takes the memory of a running row
 

@@ -36,7 +36,7 @@ class Started:
     request: int
     at: float
     mode: str
-    block_length: int
+    block_length: int | str
     prompt_tokens: int
     reused_tokens: int
     prompt: list[int]
@@ -221,7 +221,7 @@ class Reporter:
             self.number,
             sequence.started,
             settings.mode,
-            settings.block_length,
+            settings.asked_block,
             len(sequence.prompt),
             sequence.reused,
             sequence.prompt,

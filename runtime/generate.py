@@ -23,6 +23,7 @@ from .drafter import check_gate
 from .engine import Engine, Pass, Prediction
 from .events import BlockStarted, Event, Finished, Pieces, Reporter, Started, Step, Text, answers
 from .options import make_options
+from .pace import Record
 from .request import Generation, Prompt, prepare
 from .sequence import Sequence
 from .text import TextCodec
@@ -46,6 +47,11 @@ class LoadedEngine:
     def cost(self) -> CostCurve:
         """Seconds of a forward by its tokens, measured at the first use."""
         return measure(self.backend)
+
+    @functools.cached_property
+    def record(self) -> Record:
+        """What drafts have brought so far, over all requests that plan by it."""
+        return Record()
 
 
 def load(path: str | Path, *, threads: int | None = None, device: int | str | None = None) -> LoadedEngine:

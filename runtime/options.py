@@ -17,14 +17,17 @@ from ..contract import PREFILL_CHUNK
 from ..errors import RequestError
 
 DEFAULT_NEW_TOKENS = 512
+AUTO = "auto"  # a mode or block length by measured cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a request may choose; None means the engine's or the mode's default.
 
-    mode: ar, diffusion, linear_spec or quadratic_spec. max_new_tokens: limit, default 512 or what fits. block_length:
-    tokens, 1..64. groups: of quadratic_spec, `auto` (those that pay by the measured cost of a pass) or `all`.
+    mode: ar, diffusion, linear_spec or quadratic_spec, or `auto`: at each time the fastest of the exact ones, by the
+    measured cost of a pass and by what drafts have brought. max_new_tokens: limit, default 512 or what fits.
+    block_length: tokens, 1..64, or `auto`: the fastest in the same sense, not in diffusion. groups: of quadratic_spec,
+    `auto` (those that pay by the measured cost of a pass) or `all`.
     threshold: confidence at which a mask is committed, 0 or more (over 1: one token per pass).
 
     temperature: 0 is greedy. top_k: ids that may be drawn, 0 for all. top_p: share of the probability that may be
@@ -48,7 +51,7 @@ class Options:
 
     mode: str = "linear_spec"
     max_new_tokens: int | None = None
-    block_length: int | None = None
+    block_length: int | str | None = None
     groups: str = "auto"
     threshold: float | None = None
     temperature: float = 0.0
@@ -100,6 +103,9 @@ def _typed(name: str, value: Any) -> Any:
 
     if value is None and _FIELDS[name].default is None:
         return None
+    if name == "block_length":
+        require(_is_integer(value) or value == AUTO, "an integer or auto")
+        return value if value == AUTO else int(value)
     if name == "logit_bias":
         require(isinstance(value, Mapping), "an object of token ids and numbers")
         return {_token_id(name, key): _typed("temperature", bias) for key, bias in value.items()}

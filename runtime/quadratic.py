@@ -35,20 +35,23 @@ class Draft:
 
 def quadratic_spec(sequence: Sequence) -> Loop:
     """Decode with one pass per cycle; the output is AR's, token for token."""
-    prediction, size = yield from _prefill_and_draft(sequence)
+    sequence.plan()
+    prediction, size = yield from prefill_and_draft(sequence)
     if sequence.emit(sequence.chooser.next(prediction, 0)):
         return
-    draft = _proposals(sequence, prediction, 1, size)
-    while True:
-        layout = _plan(sequence, draft)
-        heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
-        prediction = yield layout.ask(sequence, heads)
-        accepted = sequence.verify(prediction, heads[1:])
-        sequence.length += accepted
-        sequence.accepted.append(accepted)
-        if sequence.finish:
-            return
-        draft = layout.draft(sequence, prediction, accepted)
+    draft = proposals(sequence, prediction, 1, size)
+    while not sequence.finish:
+        sequence.plan()
+        draft = yield from verify_and_draft(sequence, draft)
+
+
+def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Prediction, Draft]:
+    """One pass over a draft, which may be empty; returns the next draft."""
+    layout = _plan(sequence, draft)
+    heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
+    prediction = yield layout.ask(sequence, heads)
+    accepted = sequence.verify(prediction, heads[1:])
+    return Draft([], []) if sequence.finish else layout.draft(sequence, prediction, accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,7 @@ class _Layout:
         at = self.heads
         for number, size in self.groups.items():
             if number == accepted:
-                return _proposals(sequence, prediction, at, size)
+                return proposals(sequence, prediction, at, size)
             at += size
         return Draft([], [])
 
@@ -88,7 +91,7 @@ class _Layout:
         return self.heads + sum(self.groups.values())
 
 
-def _prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
+def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
     """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft.
 
     Returned are the last prediction and the number of masks.
@@ -102,7 +105,7 @@ def _prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[
     return prediction, size
 
 
-def _proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
+def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
     """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
     chooser, rows = sequence.chooser, range(at + 1, at + size)
     if prediction.logits is None or chooser.plain:
@@ -119,7 +122,7 @@ def _proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -
 
 def _group_size(sequence: Sequence, emitted: int) -> int:
     """Masks of a group that `emitted` more tokens come before; 0 where no draft is needed any more."""
-    size = min(sequence.settings.block_length, sequence.remaining - emitted)
+    size = min(sequence.block_length, sequence.remaining - emitted)
     return size if size > 1 else 0
 
 

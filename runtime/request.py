@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from .chooser import TokenLogprobs
 from .engine import PassKind
-from .options import Options, check_text
+from .options import AUTO, Options, check_text
+from .pace import Pace, Way
 from .sequence import FinishReason, Sequence
 from .settings import settle
 from .text import Message
@@ -27,10 +28,14 @@ Prompt = str | list[int] | list[Message]
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """Tokens emitted by each verify pass, bonus included; `mean` is None without a verify pass."""
+    """Tokens emitted by each verify pass, bonus included; `mean` is None without a verify pass.
+
+    verified: tokens that each of them looked at, the last emitted one included.
+    """
 
     mean: float | None
     lengths: list[int]
+    verified: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Generation:
     reused_tokens: int
     finish_reason: FinishReason
     mode: str
-    block_length: int
+    block_length: int | str
     threshold: float
     nfe: dict[PassKind, int]
     decode_tpf: float | None
@@ -69,9 +74,17 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids = encode(engine, prompt, options)
     settings = settle(engine.info, engine.text, len(ids), options)
-    budgeted = settings.mode == "quadratic_spec" and settings.groups == "auto"
+    budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
+    pace = None
+    if settings.auto_block and settings.mode != "ar":
+        ways: dict[str, tuple[Way, ...]] = {
+            "linear_spec": ("linear_spec",),
+            "quadratic_spec": ("quadratic_spec",),
+            AUTO: ("ar", "linear_spec", "quadratic_spec"),
+        }
+        pace = Pace(engine.cost, engine.record, ways[settings.mode])
     transcript = engine.text.transcript(settings.stop, settings.stop_token_ids)
-    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None)
+    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None, pace)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
@@ -121,12 +134,12 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
         reused_tokens=sequence.reused,
         finish_reason=sequence.finish,
         mode=sequence.settings.mode,
-        block_length=sequence.settings.block_length,
+        block_length=sequence.settings.asked_block,
         threshold=sequence.settings.threshold,
         nfe=sequence.nfe,
         decode_tpf=emitted / decoding if decoding else None,
         e2e_tpf=emitted / passes if passes else None,
-        acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths),
+        acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths, sequence.verified),
         adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
         timings_ms={
             "load": engine.load_ms,

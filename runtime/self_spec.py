@@ -6,26 +6,32 @@ block; the length simply advances by what was accepted, and the rest is overwrit
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from .ar import Loop, prefill
 from .diffusion import denoise
-from .engine import causal
+from .engine import Pass, Prediction, causal
 from .sequence import Sequence
 
 
 def linear_spec(sequence: Sequence) -> Loop:
     """Decode by draft and verify; the output is AR's, token for token."""
-    mask, chooser = sequence.model.mask_id, sequence.chooser
     prediction = yield from prefill(sequence)
-    sequence.emit(chooser.next(prediction, 0))
+    sequence.emit(sequence.chooser.next(prediction, 0))
     while not sequence.finish:
-        size = min(sequence.settings.block_length, sequence.remaining)
-        block = [sequence.tokens[-1], *chooser.with_end_of_thinking([mask] * (size - 1))]
-        while mask in block:
-            block = yield from denoise(sequence, "draft", block)
-        prediction = yield causal("verify", block, sequence.length, every_row=True, logits=not chooser.plain)
-        accepted = sequence.verify(prediction, block[1:])
-        sequence.length += accepted
-        sequence.accepted.append(accepted)
+        sequence.plan()
+        yield from draft_and_verify(sequence)
+
+
+def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
+    """One block after the last emitted token."""
+    mask, chooser = sequence.model.mask_id, sequence.chooser
+    size = min(sequence.block_length, sequence.remaining)
+    block = [sequence.tokens[-1], *chooser.with_end_of_thinking([mask] * (size - 1))]
+    while mask in block:
+        block = yield from denoise(sequence, "draft", block)
+    prediction = yield causal("verify", block, sequence.length, every_row=True, logits=not chooser.plain)
+    sequence.verify(prediction, block[1:])
 
 
 def matching_prefix(draft: list[int], verdict: list[int]) -> int:

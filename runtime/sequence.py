@@ -14,6 +14,7 @@ from ..config import ModelConfig
 from .chooser import Chooser
 from .cost import CostCurve
 from .engine import PASS_KINDS, PassKind, Prediction
+from .pace import Pace, Way
 from .settings import Settings
 from .text import Transcript
 
@@ -30,15 +31,19 @@ class Sequence:
         settings: Settings,
         transcript: Transcript,
         cost: CostCurve | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
         self.cost = cost  # None: a loop that could save work by it does not
+        self.pace = pace  # None: block length and mode are as asked
+        self.block_length = settings.block_length  # of the next block; planned anew if there is a pace
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.length = 0  # committed tokens: cache slots that hold valid K/V
         self.reused = 0  # of the prompt, tokens whose K/V were copied from another row
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
+        self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.submitted = self.started = time.perf_counter()
         self.first_token = self.ended = 0.0
@@ -76,13 +81,30 @@ class Sequence:
     def verify(self, prediction: Prediction, draft: list[int]) -> int:
         """Emit AR's tokens as long as the draft has said the same, and one more; returns how many were emitted.
 
+        The committed length grows by as many.
+
         `prediction` begins with those for the draft's tokens, in order, and for the one after them.
         """
         for row, drafted in enumerate([*draft, None]):
             token = self.chooser.next(prediction, row)
             if self.emit(token) or token != drafted:
                 break
-        return row + 1
+        accepted = row + 1
+        self.length += accepted
+        self.accepted.append(accepted)
+        self.verified.append(len(draft) + 1)
+        if self.pace is not None and draft:
+            # Where the answer ends, what a longer draft would have said is as lost as a wrong draft.
+            size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
+            self.pace.learn(size, accepted)
+        return accepted
+
+    def plan(self) -> Way | None:
+        """Choose the next block's length, if that was left open; returns the mode that goes with it."""
+        if self.pace is None:
+            return None
+        way, self.block_length = self.pace.plan()
+        return way
 
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""

@@ -16,13 +16,19 @@ from ..contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
 from ..errors import RequestError
 from .commit import POLICIES, Policy
 from .grammar import Grammar
-from .options import DEFAULT_NEW_TOKENS, Options
+from .options import AUTO, DEFAULT_NEW_TOKENS, Options
 from .sampling import Law
 
 if TYPE_CHECKING:
     from .text import TextCodec
 
-THRESHOLDS = {"ar": 0.0, "diffusion": 0.9, "linear_spec": 0.0, "quadratic_spec": 0.0}  # defaults, the published ones
+THRESHOLDS = {
+    "ar": 0.0,
+    "diffusion": 0.9,
+    "linear_spec": 0.0,
+    "quadratic_spec": 0.0,
+    "auto": 0.0,
+}  # defaults, the published ones
 GROUPS = ("auto", "all")
 MOST_LOGPROBS = 100  # likeliest tokens reported
 _FULL_BLOCK = 16  # the published block length of quadratic self-speculation
@@ -37,6 +43,7 @@ class Settings:
     max_new_tokens: int
     block_length: int
     threshold: float
+    auto_block: bool = False  # block_length is only where it begins
     groups: str = "auto"
     law: Law = dataclasses.field(default_factory=Law)
     stop: tuple[str, ...] = ()
@@ -51,11 +58,16 @@ class Settings:
     confidences: bool = False
     prefill_chunk: int = PREFILL_CHUNK
 
+    @property
+    def asked_block(self) -> int | str:
+        """The block length as a report shows it."""
+        return AUTO if self.auto_block else self.block_length
+
 
 def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Options) -> Settings:
     """Fill in defaults and check ranges. Raises RequestError."""
     o = options
-    _one_of("mode", o.mode, MODES)
+    _one_of("mode", o.mode, (*MODES, AUTO))
     wanted = _new_tokens(info, prompt_tokens, o.max_new_tokens)
     _one_of("groups", o.groups, GROUPS)
     block = _block_length(info, o)
@@ -89,6 +101,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         max_new_tokens=wanted,
         block_length=block,
         threshold=threshold,
+        auto_block=AUTO in (o.mode, o.block_length),
         groups=o.groups,
         law=_law(text, o),
         stop=o.stop,
@@ -133,7 +146,9 @@ def _new_tokens(info: EngineInfo, prompt_tokens: int, asked: int | None) -> int:
 def _block_length(info: EngineInfo, o: Options) -> int:
     every_group = o.mode == "quadratic_spec" and o.groups == "all"
     default = info.build.block_length if not every_group else min(info.build.block_length, _FULL_BLOCK)
-    block = o.block_length if o.block_length is not None else default
+    if AUTO in (o.mode, o.block_length):
+        return _check_auto(o, info.build.block_length)
+    block = default if o.block_length is None else int(o.block_length)
     if every_group and block * (block + 1) > PREFILL_CHUNK:
         raise RequestError(
             f"block_length is {block}, allowed with all groups: 1 to {_LONGEST_FULL_BLOCK}, because a pass of "
@@ -142,6 +157,23 @@ def _block_length(info: EngineInfo, o: Options) -> int:
     if not 1 <= block <= MAX_BLOCK:
         raise RequestError(f"block_length is {block}, allowed: 1 to {MAX_BLOCK}")
     return block
+
+
+def _check_auto(o: Options, default: int) -> int:
+    """Where a planned block length begins. What a plan would make worse or could not change is refused."""
+    if o.mode == "diffusion":
+        raise RequestError(
+            "block_length is 'auto', but diffusion's text would then depend on timings; give a number or another mode"
+        )
+    if o.mode == AUTO and o.block_length not in (None, AUTO):
+        raise RequestError(f"block_length is {o.block_length}, but mode auto chooses it; leave it out or give a mode")
+    if o.threshold:
+        raise RequestError(
+            f"threshold is {o.threshold}, but a planned draft takes one pass; leave threshold or auto out"
+        )
+    if o.groups == "all":
+        raise RequestError("groups is 'all', but auto takes what pays; leave one of them out")
+    return default
 
 
 def _check_sampling(o: Options) -> None:

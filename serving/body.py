@@ -19,7 +19,7 @@ from ..runtime.request import Prompt
 from .spellings import resolve
 
 MOST_CHOICES = 128  # answers to one request
-Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 Number = int | float
 Vocabulary = Annotated[int, Field(ge=0)]
 
@@ -116,7 +116,6 @@ class Decoding(_Body):
 
     model: str | None = Field(None, description="a name of /v1/models; NAME:MODE chooses a mode too")
     mode: Mode | None = Field(None, description="how to decode; the server's default is linear_spec")
-    block_length: int | None = Field(None, description=f"tokens per block, 1 to {MAX_BLOCK}")
     threshold: Number | None = Field(None, description="confidence that commits a mask, 0 or more")
     groups: Literal["auto", "all"] | None = Field(None, description="drafts of quadratic_spec")
 
@@ -124,6 +123,7 @@ class Decoding(_Body):
 class Generating(Decoding):
     """What an answer from left to right takes."""
 
+    block_length: int | Literal["auto"] | None = Field(None, description=f"tokens per block, 1 to {MAX_BLOCK}, or auto")
     max_tokens: int | None = Field(None, description="limit on new tokens; 512 or what fits")
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="answers, each with a seed of its own")
     temperature: Number | None = Field(None, description="0, the default, is greedy")
@@ -272,6 +272,7 @@ class Completion(Generating):
 class Fim(Decoding):
     """A text with a hole."""
 
+    block_length: int | None = Field(None, description=f"tokens per block, 1 to {MAX_BLOCK}")
     prompt: str = Field(description="what stands before the hole")
     suffix: str = Field("", description="what stands behind it")
     max_tokens: int | None = Field(

@@ -45,7 +45,7 @@ def test_json_has_the_promised_shape(tiny_engine: Path) -> None:
     value = answers(run("run", tiny_engine, "-p", QUESTION, "--json", "--max-new-tokens", "20"))
     assert list(value) == KEYS
     assert list(value["nfe"]) == ["prefill", "decode", "denoise", "draft", "verify", "commit"]
-    assert list(value["acceptance"]) == ["mean", "lengths"]
+    assert list(value["acceptance"]) == ["mean", "lengths", "verified"]
     assert list(value["timings_ms"]) == ["load", "queued", "prefill", "decode", "total"]
     assert (value["finish_reason"], len(value["token_ids"]), value["mode"]) == ("length", 20, "linear_spec")
 

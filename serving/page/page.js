@@ -104,7 +104,8 @@ class Live {
       frame = 0;
       const going = lanes.filter((lane) => lane.run.started);
       for (const lane of lanes) lane.draw(lane.run.passes.length + (lane.run.finished ? 1 : 0), true);
-      layBars(going, false);
+      layBars(going, false, 24);
+      for (const lane of going) lane.head(lane.run.passes.length);
     };
     const began = performance.now();
     await Promise.all(

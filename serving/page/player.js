@@ -154,11 +154,11 @@ function below(sorted, x) {
   return low;
 }
 
-/** Draw the bars of lanes on one scale. */
-function layBars(lanes, byTime) {
+/** Draw the bars of lanes on one scale, that of a run of at least so many passes. */
+function layBars(lanes, byTime, least = 1) {
   const runs = lanes.map((lane) => lane.run);
   const passes = runs.flatMap((run) => run.passes);
-  const extent = byTime ? Math.max(...passes.map((p) => p.until), 0) : Math.max(...runs.map((r) => r.passes.length), 1);
+  const extent = byTime ? Math.max(...passes.map((p) => p.until), 0) : Math.max(...runs.map((r) => r.passes.length), least);
   const most = Math.max(1, ...passes.map((pass) => pass.fresh.length));
   for (const lane of lanes) lane.bars(byTime, extent || 1, most);
 }

@@ -1,0 +1,78 @@
+# mypy: ignore-errors
+"""HeadCommit on a GPU: tiles of the vocabulary, then their reduction; the commit rule is ConfidenceCommit's kernel.
+
+In and out: see `head_commit.op`. The surprising fact: programs of one tile of the vocabulary are neighbours in the
+grid, so with many positions its weights come from the second-level cache after the first.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head_scan(
+    x, weight, B, R, tile_part, tile_best,
+    V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    e = tl.arange(0, BLOCK_E)
+    real = m < B * R
+    inside = v < V
+    logits = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in range(0, E, BLOCK_E):
+        has = start + e < E
+        a = tl.load(x + m.to(tl.int64)[:, None] * E + start + e[None, :], mask=real[:, None] & has[None, :], other=0.0)
+        place = v.to(tl.int64)[:, None] * E + start + e[None, :]
+        w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0.0)
+        logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
+    logits = tl.where((v == MASK_ID)[None, :], -1e30, logits)
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    ids = v[None, :]
+    broken = tl.min(tl.where(logits != logits, ids, V), 1)  # (M,) the first NaN
+    logits = tl.where(logits != logits, float("-inf"), logits)
+    highest = tl.max(logits, 1)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(logits - safe[:, None]), 1)
+    token = tl.min(tl.where((logits == highest[:, None]) & inside[None, :], ids, V), 1)
+    token = tl.where(broken < V, broken, token)
+    top = tl.where(broken < V, float("nan"), highest)
+    place = m.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(tile_part + place * 4, highest, mask=real)
+    tl.store(tile_part + place * 4 + 1, total, mask=real)
+    tl.store(tile_part + place * 4 + 2, top, mask=real)
+    tl.store(tile_part + place * 4 + 3, highest, mask=real)
+    tl.store(tile_best + place, token, mask=real)
+
+
+@triton.jit
+def head_reduce(
+    tile_part, tile_best, part, best,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """tile_part (B, R, TILES, 4), tile_best (B, R, TILES) -> part (B, R, SPLITS, 4), best (B, R, SPLITS)."""
+    position = tl.program_id(0).to(tl.int64)
+    share = tl.program_id(1)
+    n = tl.arange(0, BLOCK)
+    tile = share * SHARE + n
+    real = (n < SHARE) & (tile < TILES)
+    place = position * TILES + tile
+    highest = tl.load(tile_part + place * 4, mask=real, other=float("-inf"))
+    total = tl.load(tile_part + place * 4 + 1, mask=real, other=0.0)
+    top = tl.load(tile_part + place * 4 + 2, mask=real, other=float("-inf"))
+    token = tl.load(tile_best + place, mask=real, other=2147483647)
+    broken = top != top
+    any_broken = tl.max(broken.to(tl.int32), 0) > 0
+    above = tl.max(highest, 0)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    summed = tl.sum(total * tl.exp(highest - safe), 0)
+    best_top = tl.max(tl.where(broken, float("-inf"), top), 0)
+    wins = tl.where(any_broken, broken, top == best_top)
+    to = position * SPLITS + share
+    tl.store(part + to * 4, above)
+    tl.store(part + to * 4 + 1, summed)
+    tl.store(part + to * 4 + 2, tl.where(any_broken, float("nan"), best_top))
+    tl.store(part + to * 4 + 3, best_top)
+    tl.store(best + to, tl.min(tl.where(wins, token, 2147483647), 0))

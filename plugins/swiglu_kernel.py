@@ -1,0 +1,21 @@
+# mypy: ignore-errors
+"""SwiGLU on a GPU: one program per token and share of its width. In and out: see `swiglu.OP`.
+
+The surprising fact: gate and up lie one after the other in a row, so each program reads two runs and writes one.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    """gate_up (B, S, 2 F) -> y (B, S, F)."""
+    token = tl.program_id(1).to(tl.int64)
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = f < F
+    gate = tl.load(gate_up + token * 2 * F + f, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * F + F + f, mask=inside, other=0.0).to(tl.float32)
+    small = tl.exp(-tl.abs(gate))  # never overflows
+    sigmoid = tl.where(gate >= 0, 1.0, small) / (1.0 + small)
+    tl.store(y + token * F + f, (gate * sigmoid * up).to(y.dtype.element_ty), mask=inside)
