@@ -72,7 +72,7 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
         raise RequestError(f"threads is {threads!r}, allowed: 1 or more, or None for one per core")
     folder = Path(path)
     info = read_engine(folder)
-    chosen = _check_device(device, info.manifest.backend)
+    chosen = check_device(device, info.manifest.backend)
     text = TextCodec(folder)
     backend: Engine
     if info.manifest.backend == "onnxruntime":
@@ -92,7 +92,7 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
     return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3)
 
 
-def _check_device(device: object, backend: str) -> Any:
+def check_device(device: object, backend: str) -> Any:
     """A GPU's number, "cpu", or None for the backend's own choice. Raises RequestError."""
     if device is None:
         return None

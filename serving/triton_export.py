@@ -18,6 +18,7 @@ from typing import Any
 from ..builder.staging import Kind, staged
 from ..contract import EngineInfo, read_engine
 from ..errors import RequestError
+from ..runtime.generate import check_device
 from ..runtime.options import make_options
 from ..runtime.settings import settle
 from ..runtime.text import TextCodec
@@ -98,10 +99,11 @@ def _check(info: EngineInfo, text: TextCodec, given: dict[str, str]) -> None:
     limit = info.build.max_batch_size
     if parsed.rows is not None and not 1 <= parsed.rows <= limit:
         raise RequestError(f"rows is {parsed.rows}, allowed: 1 to {limit}; build with a larger --max-batch-size")
-    for name, least in (("waiting", 1), ("prefill_tokens", 1), ("threads", 1), ("device", 0)):
+    for name, least in (("waiting", 1), ("prefill_tokens", 1), ("threads", 1)):
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}, allowed: {least} or more")
+    check_device(parsed.device, info.manifest.backend)
     settle(info, text, 1, make_options(read({"text_input": ["x"]}, {}, parsed.values).options))
 
 

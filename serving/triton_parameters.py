@@ -97,7 +97,7 @@ class ModelParameters:
     rows: int | None = None
     waiting: int = 256
     threads: int | None = None
-    device: int = 0
+    device: str | None = None
     prefix_reuse: bool = True
     prefill_tokens: int = PREFILL_CHUNK
     engine: str = "engine"
@@ -245,6 +245,8 @@ def _typed(name: str, kind: str, value: Any) -> Any:
             return int(value) if kind == "int" else float(value)
         except ValueError:
             raise wrong("an integer" if kind == "int" else "a number") from None
+    if kind == "int | str" and isinstance(value, str) and value.isdecimal():  # a number, or a word of the runtime's
+        return int(value)
     if kind == "int" and isinstance(value, float) and value.is_integer():
         return int(value)
     return value

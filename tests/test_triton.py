@@ -147,10 +147,10 @@ def eventually(condition: Callable[[], bool]) -> None:
 def test_generate_is_what_the_runtime_gives(
     server: TritonServer, alone: Callable[..., nemodiff.Generation], mode: str
 ) -> None:
-    sampling = json.dumps({"groups": "all"})  # not those that pay by this machine's measured costs
-    asked = {"mode": mode, "block_length": 8}
-    answer = generate(server, text_input=QUESTIONS[0], max_tokens=40, sampling_parameters=sampling, **asked)
-    expected = alone(QUESTIONS[0], max_new_tokens=40, groups="all", **asked)
+    # All groups, not those that pay by this machine's measured costs.
+    sampling = json.dumps({"groups": "all", "block_length": "8"})
+    answer = generate(server, text_input=QUESTIONS[0], max_tokens=40, sampling_parameters=sampling, mode=mode)
+    expected = alone(QUESTIONS[0], max_new_tokens=40, groups="all", block_length=8, mode=mode)
     assert answer["text_output"] == expected.text
     assert answer["finish_reason"] == expected.finish_reason
     assert answer["num_input_tokens"] == expected.prompt_tokens
