@@ -71,19 +71,17 @@ class Sequence:
             self.finish = "length"
         return self.finish is not None
 
-    def emit_all(self, tokens: list[int]) -> int:
-        """Emit tokens until the request finishes; returns how many were emitted."""
-        for count, token in enumerate(tokens, 1):
+    def emit_all(self, tokens: list[int]) -> None:
+        """Emit tokens until the request finishes."""
+        for token in tokens:
             if self.emit(token):
-                return count
-        return len(tokens)
+                return
 
     def verify(self, prediction: Prediction, draft: list[int]) -> int:
         """Emit AR's tokens as long as the draft has said the same, and one more; returns how many were emitted.
 
-        The committed length grows by as many.
-
-        `prediction` begins with those for the draft's tokens, in order, and for the one after them.
+        The committed length grows by as many. `prediction` begins with those for the draft's tokens, in order, and for
+        the one after them.
         """
         for row, drafted in enumerate([*draft, None]):
             token = self.chooser.next(prediction, row)

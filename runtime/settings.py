@@ -147,7 +147,8 @@ def _block_length(info: EngineInfo, o: Options) -> int:
     every_group = o.mode == "quadratic_spec" and o.groups == "all"
     default = info.build.block_length if not every_group else min(info.build.block_length, _FULL_BLOCK)
     if AUTO in (o.mode, o.block_length):
-        return _check_auto(o, info.build.block_length)
+        _check_auto(o)
+        return info.build.block_length
     block = default if o.block_length is None else int(o.block_length)
     if every_group and block * (block + 1) > PREFILL_CHUNK:
         raise RequestError(
@@ -159,8 +160,8 @@ def _block_length(info: EngineInfo, o: Options) -> int:
     return block
 
 
-def _check_auto(o: Options, default: int) -> int:
-    """Where a planned block length begins. What a plan would make worse or could not change is refused."""
+def _check_auto(o: Options) -> None:
+    """Refuse what a plan would make worse or could not change."""
     if o.mode == "diffusion":
         raise RequestError(
             "block_length is 'auto', but diffusion's text would then depend on timings; give a number or another mode"
@@ -173,7 +174,6 @@ def _check_auto(o: Options, default: int) -> int:
         )
     if o.groups == "all":
         raise RequestError("groups is 'all', but auto takes what pays; leave one of them out")
-    return default
 
 
 def _check_sampling(o: Options) -> None:
@@ -251,16 +251,5 @@ def _compiled(tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, sourc
 
 def _law(text: TextCodec, o: Options) -> Law:
     spelled = {tuple(text.encode_plain(space + word)) for word in o.bad_words for space in ("", " ")}
-    return Law(
-        temperature=o.temperature,
-        top_k=o.top_k,
-        top_p=o.top_p,
-        min_p=o.min_p,
-        repetition_penalty=o.repetition_penalty,
-        presence_penalty=o.presence_penalty,
-        frequency_penalty=o.frequency_penalty,
-        seed=o.seed,
-        logit_bias=tuple((o.logit_bias or {}).items()),
-        bad_words=tuple(sorted(spelled)),
-        min_tokens=o.min_tokens,
-    )
+    same = {field.name: getattr(o, field.name) for field in dataclasses.fields(Law)}
+    return Law(**same | {"logit_bias": tuple((o.logit_bias or {}).items()), "bad_words": tuple(sorted(spelled))})
