@@ -30,14 +30,14 @@ from ..runtime.scheduler import Scheduler
 from . import refusals
 from .answers import Form
 from .body import Chat, Completion, Decoding, Fim, Watched
+from .export import PAGE
 from .fim import Fills
-from .follow import Following, TimedOut
+from .follow import Following, TimedOut, when_gone
 from .gate import Gate
 from .metrics import Metrics
 from .sse import MEDIA_TYPE, Events
 from .watch import traced
 
-PAGE = Path(__file__).parent / "page"
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # one, not the whole
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {MEDIA_TYPE: {"schema": _EVENT}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -135,13 +135,11 @@ class Server:
         given = asked.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
         gone = threading.Event()
         future = self.fills.submit(asked.prompt, asked.suffix, gone, length=asked.max_tokens, **given)
-        watch = asyncio.create_task(_set_when_gone(request, gone))
+        watch = asyncio.create_task(when_gone(request, gone.set))
         try:
             filled = await asyncio.wait_for(asyncio.wrap_future(future), self.limits.timeout)
         except TimeoutError:
-            raise TimedOut(
-                f"the request took more than {self.limits.timeout:g} seconds; ask for fewer tokens"
-            ) from None
+            raise TimedOut(self.limits.timeout) from None
         finally:
             gone.set()
             watch.cancel()
@@ -161,12 +159,6 @@ class Server:
 
 def _reseeded(options: dict[str, Any], index: int) -> dict[str, Any]:
     return {**options, "seed": options["seed"] + index} if index and "seed" in options else options
-
-
-async def _set_when_gone(request: Request, gone: threading.Event) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    gone.set()
 
 
 async def _one(value: Any) -> AsyncIterator[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -23,7 +23,17 @@ from .metrics import Metrics
 
 
 class TimedOut(NemodiffError):
-    """A request took longer than the server allows."""
+    """A request took longer than the `seconds` that the server allows."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request took more than {seconds:g} seconds; ask for fewer tokens")
+
+
+async def when_gone(request: Request, then: Callable[[], None]) -> None:
+    """Call `then` once the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    then()
 
 
 class Following:
@@ -71,13 +81,13 @@ class Following:
                 if isinstance(event, Finished):
                     left -= 1
                     if self._expired and event.generation.finish_reason == "cancelled":
-                        raise TimedOut(f"the request took more than {self._timeout:g} seconds; ask for fewer tokens")
+                        raise TimedOut(self._timeout)
                 yield index, event
 
     async def finished(self, request: Request) -> list[Finished]:
         """Wait for all, in their order; a client that goes away meanwhile cancels them."""
         ends: dict[int, Finished] = {}
-        watch = asyncio.create_task(self._cancel_when_gone(request))
+        watch = asyncio.create_task(when_gone(request, self.close))
         try:
             async for index, event in self.events():
                 if isinstance(event, Finished):
@@ -106,9 +116,4 @@ class Following:
 
     def _expire(self) -> None:
         self._expired = True
-        self.close()
-
-    async def _cancel_when_gone(self, request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
         self.close()

@@ -82,8 +82,8 @@ _GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"
 
 _BY_NAME = {i.name: i for i in INPUTS}
 _TYPES = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(Options)}
-_READ = ("stream", "exclude_input_in_output", "return_log_probs", "ignore_eos", *_GUIDED)
 _FLAGS = ("stream", "exclude_input_in_output", "return_log_probs", "ignore_eos")
+_READ = (*_FLAGS, *_GUIDED)
 
 
 @dataclasses.dataclass(frozen=True)

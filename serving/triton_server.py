@@ -29,7 +29,6 @@ from types import TracebackType
 from ..errors import ServerError
 from .triton_install import NUMPY, WHEEL, installed
 
-PORTS = (8000, 8001, 8002)  # HTTP, gRPC, metrics
 _NONE_FOUND = (
     "no Triton server found for it: there is no tritonserver on PATH and none installed here; get one with: nemodiff "
     "triton install, or use Triton's container as config.pbtxt in the model's folder says"
