@@ -8,6 +8,7 @@ for torch the weights alone are written, and torch itself is not needed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import shutil
@@ -40,11 +41,12 @@ from ..contract import (
     cache_slots,
 )
 from ..errors import BuildError
+from ..plugins import OPS, SAMPLED
 from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
 from .graph import Graph, build_graph
 from .hub import Source, resolve
-from .kernels import compile_kernels
+from .kernels import OLDEST_SM, compile_kernels
 from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
 from .weights import as_safetensors, match, write_weights
@@ -166,7 +168,7 @@ class Builder:
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
         # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
-        with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
+        with ThreadPoolExecutor(2) as pool, staged(self.output) as stage:
             hashing = {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
             weights, info = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE), None
             digest = write_weights(self.graph, self.tensors, weights, advance, hashed=keep, header=self._header)
@@ -175,18 +177,22 @@ class Builder:
                 onnx.save(self.graph.proto, stage / MODEL_FILE)
             if compiled:
                 model = self.checkpoint.model
-                kernels = compile_kernels(model, self.config.dtype, sms, stage) if self.choices.plugins else ()
+                plugins, logits = self.choices.plugins, self.config.gather_generation_logits
+                ops = [*(OPS if plugins else ()), *((SAMPLED,) if logits else ())]
+                cards = sms if plugins else tuple(sm for sm in sms if sm >= OLDEST_SM)
+                kernels = pool.submit(compile_kernels, model, self.config.dtype, cards, stage, ops)
                 made = tensorrt.compile_engine(
                     self.backend,
                     self.choices,
                     sms,
                     self.profiles,
                     model.num_layers,
-                    kernels,
+                    kernels.result() if plugins else (),
                     stage / MODEL_FILE,
                     stage / ENGINE_FILE,
                 )
-                info, hashes[ENGINE_FILE] = made.info, made.sha256
+                info = dataclasses.replace(made.info, kernels=kernels.result())
+                hashes[ENGINE_FILE] = made.sha256
             if not keep:
                 weights.unlink()
             for name in CARRIED:

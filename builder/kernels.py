@@ -17,32 +17,34 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig, RopeConfig
 from ..contract import KERNELS_FOLDER, Dtype, Kernel, parse_kernel
 from ..errors import BuildError
-from ..plugins import FUSED, OPS, confidence_commit
+from ..plugins import FUSED, OPS, SAMPLED
 from ..plugins.op import Op, Stage
 
-SMS = (80, 86, 89, 90, 100, 120)
+OLDEST_SM = 80  # that Triton compiles for
+SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 PTX_VERSION = 88  # 8.8, of CUDA 12.9: the first that knows SM 121
 _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
 
 def compile_kernels(
-    model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, *, fused: bool = False
+    model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, ops: Sequence[Op]
 ) -> tuple[Kernel, ...]:
-    """Compile every stage of every op into `folder`/kernels.
+    """Compile every stage of some ops into `folder`/kernels.
 
     Args:
         model: gives the constants compiled in: heads, head size, vocabulary, mask id.
         dtype: of queries and cache; logits are f32.
         sms: compute capabilities, 80 for 8.0.
         folder: the engine folder.
-        fused: the torch engine's fused kernels instead of the graph's ops.
+        ops: some of `plugins.OPS`, `SAMPLED` and `FUSED`; without one nothing is compiled.
 
     Returns:
         A record per stage and compute capability.
@@ -50,13 +52,15 @@ def compile_kernels(
     Raises:
         BuildError: Triton is missing or cannot compile for a capability.
     """
+    if not ops or not sms:
+        return ()
     (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
     job = {
         "model": dataclasses.asdict(model),
         "dtype": dtype,
         "sms": sms,
         "folder": str(folder.absolute()),
-        "fused": fused,
+        "stages": [stage.name for _, stage in stages(ops)],
     }
     with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
         environment = {
@@ -70,15 +74,14 @@ def compile_kernels(
     if child.returncode:
         said = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
         raise BuildError(
-            f"the plugin kernels cannot be compiled ({said:.300}); install Triton with: pip install 'nemodiff[trt]', "
-            "or leave out --plugins"
+            f"the kernels cannot be compiled ({said:.300}); install Triton with: pip install 'nemodiff[trt]', or "
+            "build without --plugins and with --no-logits"
         )
     return tuple(parse_kernel(record) for record in json.loads(child.stdout))
 
 
-def stages(fused: bool = False) -> list[tuple[Op, Stage]]:
-    """Every stage once, with an op that has it: of the graph's ops, or of the torch engine's fused ones."""
-    ops = FUSED if fused else (*OPS, confidence_commit.SAMPLED)
+def stages(ops: Sequence[Op]) -> list[tuple[Op, Stage]]:
+    """Every stage of some ops once, with an op that has it."""
     found = {stage.name: (op, stage) for op in ops for stage in op.stages}
     return list(found.values())
 
@@ -145,7 +148,8 @@ def _main() -> None:
     folder = Path(job["folder"])
     records = [
         _compile(op, stage, model, job["dtype"], sm, folder)
-        for op, stage in stages(job["fused"])
+        for op, stage in stages((*OPS, SAMPLED, *FUSED))
+        if stage.name in job["stages"]
         for sm in sorted(set(job["sms"]))
     ]
     json.dump([dataclasses.asdict(record) for record in records], sys.stdout)

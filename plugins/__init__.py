@@ -3,11 +3,13 @@
 from . import block_attention, confidence_commit, head_commit, residual_norm, rope_write, swiglu
 
 OPS = (block_attention.OP, confidence_commit.OP)  # those of the graph
+SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (residual_norm.OP, rope_write.OP, swiglu.OP, *map(head_commit.op, head_commit.ROWS))  # of the torch engine
 
 __all__ = [
     "FUSED",
     "OPS",
+    "SAMPLED",
     "block_attention",
     "confidence_commit",
     "head_commit",

@@ -21,13 +21,15 @@ from .op import Grid
 class Kernels:
     """Kernels of `sm` in an engine folder, whose files the caller has checked; nothing is loaded yet.
 
+    `driver` is the module `cuda.bindings.driver`, or what plays it.
+
     Raises:
         EngineError: the engine has no kernels for the card.
     """
 
-    def __init__(self, folder: Path, kernels: Sequence[Kernel], sm: int) -> None:
+    def __init__(self, folder: Path, kernels: Sequence[Kernel], sm: int, driver: Any = None) -> None:
         self.records = {kernel.stage: kernel for kernel in kernels if kernel.sm == sm}
-        self._folder, self._loaded = folder, dict[str, tuple[Any, Any]]()
+        self._folder, self._loaded, self._given_driver = folder, dict[str, tuple[Any, Any]](), driver
         if not self.records:
             built = ", ".join(map(str, sorted({kernel.sm for kernel in kernels}))) or "none"
             raise EngineError(
@@ -63,16 +65,18 @@ class Kernels:
         self._call("cuLaunchKernel", function, *grid, threads, 1, 1, kernel.shared_bytes, stream, parameters, 0)
 
     def _load(self, kernel: Kernel) -> tuple[Any, Any]:
-        driver = importlib.import_module("cuda.bindings.driver")
         (module,) = self._call("cuModuleLoadData", (self._folder / kernel.file("cubin")).read_bytes())
         (function,) = self._call("cuModuleGetFunction", module, kernel.entry.encode())
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._call("cuFuncSetAttribute", function, attribute, kernel.shared_bytes)
         return module, function
 
+    @property
+    def _driver(self) -> Any:
+        return self._given_driver or importlib.import_module("cuda.bindings.driver")
+
     def _call(self, name: str, *args: Any) -> Any:
-        driver = importlib.import_module("cuda.bindings.driver")
-        status, *values = getattr(driver, name)(*args)
+        status, *values = getattr(self._driver, name)(*args)
         if int(status):
             raise EngineError(
                 f"{self._folder}: the CUDA driver refuses a plugin kernel ({name}: {status.name}); build the engine "

@@ -161,7 +161,7 @@ class Batch:
         sequence.adapter_tokens += adapted(asked)
         lane.reach = max(lane.reach, asked.write_at + asked.ids.size)
         try:
-            lane.asked = lane.loop.send(prediction)
+            lane.asked = sequence.chooser.ask(lane.loop.send(prediction))
         except StopIteration:
             lane.ended, sequence.ended = True, time.perf_counter()
         except NemodiffError as error:
@@ -231,7 +231,7 @@ class Batch:
                 sequence.length = sequence.reused = lane.reach = shared
                 self.counts.reused += shared
         lane.loop = LOOPS[sequence.settings.mode](sequence)
-        lane.asked = next(lane.loop)
+        lane.asked = sequence.chooser.ask(next(lane.loop))
         return True
 
     def _size(self, row: int) -> int:

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from .engine import Prediction
+from .engine import Pass, Prediction
 from .grammar import Matcher
 from .noise import Noise
 from .sampling import banned, draw, penalise
@@ -40,9 +40,18 @@ class Chooser:
         mask_id: never chosen.
         stops: ids that end the answer.
         vocab: entries of the vocabulary.
+        samples: whether the engine draws tokens by itself.
     """
 
-    def __init__(self, settings: Settings, prompt: list[int], mask_id: int, stops: frozenset[int], vocab: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        prompt: list[int],
+        mask_id: int,
+        stops: frozenset[int],
+        vocab: int,
+        samples: bool = False,
+    ) -> None:
         self._law, self._start, self._mask_id, self._stops = settings.law, len(prompt), mask_id, stops
         self._budget, self._end_think = settings.thinking_budget, settings.end_think
         self._wanted_logprobs = settings.logprobs
@@ -54,8 +63,14 @@ class Chooser:
         self._matcher: Matcher | None = settings.grammar.matcher() if settings.grammar is not None else None
         self._after_thinking = settings.thinking and self._matcher is not None
         self.logprobs: list[TokenLogprobs] = []
-        # Whether the engine's own best token is the choice; if not, a pass must bring its logits.
-        self.plain = settings.law.greedy and self._matcher is None and settings.logprobs is None
+        drawn = samples and settings.law.only_temperature
+        # Whether the engine's own token is the choice; if not, a pass must bring its logits.
+        self.plain = (settings.law.greedy or drawn) and self._matcher is None and settings.logprobs is None
+        self._drawn = drawn and self.plain
+
+    def ask(self, asked: Pass) -> Pass:
+        """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
+        return asked._replace(temperature=self._law.temperature, seed=self._law.seed) if self._drawn else asked
 
     def next(self, prediction: Prediction, row: int) -> int:
         """The token after all that has been said, from the causal prediction for it; written over the engine's."""

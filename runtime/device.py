@@ -64,7 +64,7 @@ class Device:
                     f"a TensorRT engine needs the package cuda-bindings, which cannot be imported ({error}); install "
                     "it with: pip install 'nemodiff[trt]'"
                 ) from None
-        self._driver = driver
+        self.driver = driver
         try:
             code = int(driver.cuInit(0)[0])
         except RuntimeError:  # cuda.bindings finds no driver library
@@ -141,7 +141,7 @@ class Device:
 
         Returns the graph, or why there is none: `work` answered False, or did what cannot be captured.
         """
-        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
         done, reason = False, "the backend did not enqueue"
         try:
@@ -149,13 +149,13 @@ class Device:
         except EngineError as error:
             reason = str(error)
         finally:  # the capture ends in any case, or the stream could not be used again
-            code, captured = self._driver.cuStreamEndCapture(self._stream)
+            code, captured = self.driver.cuStreamEndCapture(self._stream)
         if int(code):
             return self._name(code)
         if not done:
             self._call("cuGraphDestroy", captured)
             return reason
-        code, executable = self._driver.cuGraphInstantiate(captured, 0)
+        code, executable = self.driver.cuGraphInstantiate(captured, 0)
         self._call("cuGraphDestroy", captured)
         if int(code):
             return self._name(code)
@@ -169,7 +169,7 @@ class Device:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """Call the driver; what it returns after its code. Raises EngineError."""
-        code, *results = getattr(self._driver, name)(*arguments)
+        code, *results = getattr(self.driver, name)(*arguments)
         if int(code):
             raise EngineError(
                 f"device {getattr(self, 'number', 0)}: {name} failed with {self._name(code)}; "
@@ -182,5 +182,5 @@ class Device:
 
     def _release(self, name: str, handle: Any) -> None:
         """Give something back; at the end of a process the driver may be gone already."""
-        self._driver.cuCtxSetCurrent(self._context)
-        getattr(self._driver, name)(handle)
+        self.driver.cuCtxSetCurrent(self._context)
+        getattr(self.driver, name)(handle)

@@ -37,6 +37,8 @@ class Pass(NamedTuple):
     threshold: float = 0.0
     adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
     logits: bool = False
+    temperature: float = 0.0  # over 0, of an engine that `samples`: each token is drawn by the noise at its position
+    seed: int = 0  # of that noise, under 2**64
 
 
 class Prediction(NamedTuple):
@@ -70,6 +72,7 @@ class Engine(Protocol):
     """A loaded engine."""
 
     info: EngineInfo
+    samples: bool  # whether it draws tokens where a pass has a temperature; if not, the host does from the logits
 
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""

@@ -35,7 +35,17 @@ class Layout:
         }
 
 
-def layouts(info: EngineInfo, rows: int, size: int, picked: int) -> tuple[Layout, Layout]:
+# What `SampledCommit` takes beside the logits and the threshold, given only where a row is sampled; see
+# `plugins/confidence_commit.py`.
+SAMPLING = (
+    Binding("picked", "i32", ("B", "R")),  # its `ids`
+    Binding("temperature", "f32", ("B",)),
+    Binding("seed", "i32", ("B", 2)),
+    Binding("position", "i32", ("B", "R")),
+)
+
+
+def layouts(info: EngineInfo, rows: int, size: int, picked: int, sampled: bool = False) -> tuple[Layout, Layout]:
     """The layouts of what a pass is given and of what is taken from it."""
     lengths = {"B": rows, "S": size, "R": picked}
 
@@ -48,10 +58,11 @@ def layouts(info: EngineInfo, rows: int, size: int, picked: int) -> tuple[Layout
                 end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
         return Layout(places, end)
 
-    return layout(inputs(info.model, info.has_adapter)), layout(outputs(info.model))
+    given = [*inputs(info.model, info.has_adapter), *(SAMPLING if sampled else ())]
+    return layout(given), layout(outputs(info.model))
 
 
-def fill(given: Mapping[str, np.ndarray], row: int, p: Pass, pad_id: int) -> None:
+def fill(given: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> None:
     """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
     size, picked, whole = p.ids.size, p.rows.size, given["ids"].shape[1]
     given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
@@ -62,8 +73,14 @@ def fill(given: Mapping[str, np.ndarray], row: int, p: Pass, pad_id: int) -> Non
         given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0
     if size < whole:
         own = np.arange(p.write_at + size, p.write_at + whole, dtype=np.int32)
-        given["ids"][row, size:], given["pos"][row, size:] = pad_id, own
+        given["ids"][row, size:], given["pos"][row, size:] = int(mask_id == 0), own  # any id but the mask
         given["visible"][row, size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+    if "seed" in given:
+        ids, pos = (given[name][row][given["rows"][row]] for name in ("ids", "pos"))  # (R,) i32
+        given["temperature"][row] = p.temperature
+        given["seed"][row] = np.array([p.seed], np.uint64).view(np.int32)
+        given["picked"][row] = ids
+        given["position"][row] = pos + (ids != mask_id)  # a mask stands where its token goes, another token before it
 
 
 def rounded(number: int, limit: int) -> int:

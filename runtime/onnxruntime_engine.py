@@ -41,6 +41,8 @@ class OnnxRuntimeEngine:
         EngineError: the graph cannot be loaded.
     """
 
+    samples = False
+
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
         import onnxruntime
 

@@ -84,7 +84,8 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
         }
         pace = Pace(engine.cost, engine.record, ways[settings.mode])
     transcript = engine.text.transcript(settings.stop, settings.stop_token_ids)
-    return Sequence(engine.info.model, ids, settings, transcript, engine.cost if budgeted else None, pace)
+    cost = engine.cost if budgeted else None
+    return Sequence(engine.info.model, ids, settings, transcript, cost, pace, engine.backend.samples)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:

@@ -39,6 +39,11 @@ class Law:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
+    def only_temperature(self) -> bool:
+        """Whether the choice is a plain sample of the softmax, so that a kernel can draw it."""
+        return self.temperature > 0 and self == Law(temperature=self.temperature, seed=self.seed)
+
+    @property
     def greedy(self) -> bool:
         """Whether the choice is the argmax of the model's own logits, whatever has been emitted."""
         return not (self.temperature or self.penalised or self.logit_bias or self.bad_words or self.min_tokens)

@@ -32,6 +32,7 @@ class Sequence:
         transcript: Transcript,
         cost: CostCurve | None = None,
         pace: Pace | None = None,
+        samples: bool = False,
     ) -> None:
         self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
         self.cost = cost  # None: a loop that could save work by it does not
@@ -49,7 +50,7 @@ class Sequence:
         self.first_token = self.ended = 0.0
         self.confidences: list[float | None] = []  # of diffusion, if wanted; None where nobody chose
         self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
-        self.chooser = Chooser(settings, prompt, model.mask_id, self.stops, model.vocab_size)
+        self.chooser = Chooser(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
         # Whether a pass must bring its logits.
         self.needs_logits = not self.chooser.plain or settings.policy.by_entropy
         self._watch_text = bool(settings.stop)

@@ -73,7 +73,8 @@ def deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -
     about = info.manifest.tensorrt
     assert about is not None
     if about.implementation == "plugin" and info.manifest.backend == "tensorrt-rtx":
-        register(api, Kernels(folder, about.kernels, device.sm))  # full TensorRT carries the kernels in the engine
+        # Full TensorRT carries the kernels in the engine.
+        register(api, Kernels(folder, about.kernels, device.sm, device.driver))
     again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend {info.manifest.backend}"
     device.use()
     runtime = api.runtime()

@@ -18,12 +18,14 @@ import numpy as np
 
 from ..contract import ITEMSIZE, EngineInfo, Profile, cache_names, cache_slots
 from ..errors import EngineError, RequestError
+from ..plugins import SAMPLED
+from ..plugins.launch import Kernels
 from ..plugins.tensorrt_api import Context, TensorRT, load
 from .device import Device, Memory, Pinned
 from .engine import Pass, Prediction
 from .layout import layouts, rounded
 from .tensorrt_checks import MODEL_INPUT, check_here, check_memory, deserialize
-from .tensorrt_forward import Forward, Key
+from .tensorrt_forward import Forward, Key, Sampler
 
 _KEPT_FORWARDS = 48  # shapes kept per cache, each with an execution context and perhaps a graph
 _KEPT_CACHES = 4  # closed ones
@@ -77,6 +79,12 @@ class TensorRTEngine:
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
         self.logits: Memory | None = self.device.allocate(logits_bytes) if has_logits else None
+        drawing = {(stage.name, self.device.sm) for stage in SAMPLED.stages}
+        self.samples = has_logits and drawing <= {(kernel.stage, kernel.sm) for kernel in about.kernels}
+        self.sampler: Sampler | None = None
+        if self.samples:
+            kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
+            self.sampler = Sampler(kernels, self.device.allocate(Sampler.scratch(picked, model.vocab_size)))
         self._config = self._runtime_config()
         self._closed: list[TensorRTCache] = []
         self.lock = threading.RLock()  # of the stream, the scratch memory and _closed
@@ -141,14 +149,17 @@ class TensorRTCache:
     def __init__(self, engine: TensorRTEngine, rows: int) -> None:
         info, device = engine.info, engine.device
         self.rows, self.seconds, self.capacity, self._engine = rows, 0.0, engine.capacity, engine
-        self._pad_id = int(info.model.mask_id == 0)  # any id but the mask
+        self._mask_id = info.model.mask_id
         self._ends = [0] * rows  # slots of each row that a pass has written and that may be valid
         names = cache_names(info.model.num_layers)
         self.row_bytes = engine.cache_bytes(1) // len(names)
         self.caches = {name: device.allocate(rows * self.row_bytes) for name in names}
         for memory in self.caches.values():  # slots that a query does not see are multiplied by 0, and must not be NaN
             device.zero(memory.address, memory.nbytes)
-        sizes = [layouts(engine.info, min(rows, p.max_batch_size), p.max_tokens, p.max_rows) for p in engine.profiles]
+        sizes = [
+            layouts(engine.info, min(rows, p.max_batch_size), p.max_tokens, p.max_rows, engine.samples)
+            for p in engine.profiles
+        ]
         self.given = device.pinned(max(given.nbytes for given, _ in sizes))
         self.taken = device.pinned(max(taken.nbytes for _, taken in sizes))
         self.given_there = device.allocate(self.given.array.size)
@@ -239,13 +250,13 @@ class TensorRTCache:
                 f"{self._engine.folder}: a pass of {tokens} tokens at slot {end} exceeds the cache, allowed: "
                 f"{self.capacity} slots; shorten the request, or build it again with a larger --max-seq-len"
             )
-        wanted = rounded(picked, min(profile.max_rows, tokens))
+        wanted, sampled = rounded(picked, min(profile.max_rows, tokens)), any(p.temperature for p in passes)
         if len(passes) <= most:
-            return self._run(number, passes, (first, len(passes), tokens, wanted))
+            return self._run(number, passes, (first, len(passes), tokens, wanted, sampled))
         found: list[Prediction] = []
         for at in range(0, len(passes), most):
             some = passes[at : at + most]
-            found += map(_copy, self._run(number, some, (first + at, len(some), tokens, wanted)))
+            found += map(_copy, self._run(number, some, (first + at, len(some), tokens, wanted, sampled)))
         return found
 
     def _run(self, profile: int, passes: Sequence[Pass], key: Key) -> list[Prediction]:
@@ -254,7 +265,7 @@ class TensorRTCache:
         while len(self._forwards) > _KEPT_FORWARDS:
             del self._forwards[next(iter(self._forwards))]
         for row, p in enumerate(passes):
-            forward.fill(row, p, self._pad_id)
+            forward.fill(row, p, self._mask_id)
             self._ends[key[0] + row] = p.write_at + p.ids.size
         asked = [row for row, p in enumerate(passes) if p.logits and p.rows.size]
         started = time.perf_counter()

@@ -29,7 +29,7 @@ FIRST_CAPACITY = {False: 256, True: 4096}  # slots of a new cache, without graph
 _KEPT_SHAPES = 128  # per cache, each with buffers and perhaps a graph
 _KEPT_WITH_LOGITS = 8  # of those, shapes whose graph keeps a vocabulary per token
 _KEPT_CACHES = 4  # closed ones
-Shape = tuple[int, int, int, int, bool]  # first row, rows, S, R, with logits or not
+Shape = tuple[int, int, int, int, bool, bool]  # first row, rows, S, R, with logits or not, sampled or not
 
 
 class TorchEngine:
@@ -64,6 +64,7 @@ class TorchEngine:
         self.static = self.device.is_gpu or self.graphs  # shapes are rounded and caches taken whole
         with self.device.use(folder):
             self.model = TorchModel(folder, info, self.device.name, self.device.is_gpu if kernels is None else kernels)
+        self.samples = self.model.kernels
         self._closed: list[TorchCache] = []
         self.lock = threading.RLock()  # of the stream and _closed: requests may run in several threads
         self.eager_shapes: dict[Shape, str] = {}  # shapes that cannot be captured, and why
@@ -96,7 +97,7 @@ class TorchCache:
 
     def __init__(self, engine: TorchEngine, rows: int) -> None:
         self.rows, self.seconds, self.capacity, self._engine = rows, 0.0, 0, engine
-        self._pad_id = int(engine.info.model.mask_id == 0)  # any id but the mask
+        self._mask_id = engine.info.model.mask_id
         self.caches: list[tuple[Tensor, Tensor]] = []
         self._steps: dict[Shape, _Step] = {}
 
@@ -104,15 +105,15 @@ class TorchCache:
         """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
         engine = self._engine
         size, picked = max(p.ids.size for p in passes), max(1, *(p.rows.size for p in passes))
-        logits = any(p.logits for p in passes)
+        logits, sampled = any(p.logits for p in passes), any(p.temperature for p in passes)
         if engine.static:
             size, picked = rounded(size, 2**31), rounded(picked, size)
-        shape = (first, len(passes), size, picked, logits)
+        shape = (first, len(passes), size, picked, logits, sampled)
         with engine.lock, engine.device.use(engine.folder):
             self._reserve(max(p.write_at for p in passes) + size)
             step = self._step(shape)
             for row, p in enumerate(passes):
-                fill(step.given.arrays, row, p, self._pad_id)
+                fill(step.given.arrays, row, p, self._mask_id)
             started = time.perf_counter()
             found = step.run([row for row, p in enumerate(passes) if p.logits])
             self.seconds += time.perf_counter() - started
@@ -162,8 +163,8 @@ class TorchCache:
     def _step(self, shape: Shape) -> _Step:
         step = self._steps.pop(shape, None) or _Step(self._engine, self, shape)
         self._steps[shape] = step  # the last used comes last
-        alike = [other for other in self._steps if other[-1] == shape[-1]]
-        if len(alike) > (_KEPT_WITH_LOGITS if shape[-1] else _KEPT_SHAPES):
+        alike = [other for other in self._steps if other[4] == shape[4]]
+        if len(alike) > (_KEPT_WITH_LOGITS if shape[4] else _KEPT_SHAPES):
             del self._steps[alike[0]]
         return step
 
@@ -172,9 +173,9 @@ class _Step:
     """One shape of a pass: its buffers, its rows of the caches, perhaps its graph."""
 
     def __init__(self, engine: TorchEngine, cache: TorchCache, shape: Shape) -> None:
-        first, rows, size, picked, self._with_logits = self._shape = shape
+        first, rows, size, picked, self._with_logits, sampled = self._shape = shape
         self._engine, self._capacity, self._runs = engine, cache.capacity, 0
-        given, taken = layouts(engine.info, rows, size, picked)
+        given, taken = layouts(engine.info, rows, size, picked, sampled)
         self.given: Buffer = engine.device.buffer(given)
         self._taken: Buffer = engine.device.buffer(taken)
         self._caches = [(k[first : first + rows], v[first : first + rows]) for k, v in cache.caches]

@@ -81,7 +81,8 @@ class TorchModel:
         """One pass.
 
         Args:
-            given: the inputs of the contract but the caches, on the device.
+            given: the inputs of the contract but the caches, on the device; with those of `SampledCommit`, if a row
+                is sampled.
             taken: token, confidence, next_ids and masks_left, to be written.
             caches: the rows' caches, updated in place.
             end: no query sees a slot from here on; T where that must not depend on what the inputs hold.
@@ -121,7 +122,10 @@ class TorchModel:
         picked = given["rows"].long()  # (B, R)
         logits = functional.linear(self._normed(x[row, picked], self.norm), self.head)  # (B, R, V)
         ids = given["ids"].gather(1, picked)  # (B, R) i32
-        (self._commit_by_kernel if self.kernels else self._commit)(logits, ids, given["threshold"], taken)
+        if self.kernels:
+            self._commit_by_kernel(logits, ids, given, taken)
+        else:
+            self._commit(logits, ids, given["threshold"], taken)
         return logits
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +206,14 @@ class TorchModel:
         for name, value in {**results, "masks_left": (next_ids == mask).sum(1)}.items():
             taken[name].copy_(value)
 
-    def _commit_by_kernel(self, logits: Tensor, ids: Tensor, threshold: Tensor, taken: Mapping[str, Tensor]) -> None:
-        """The same by ConfidenceCommit's kernels, which write where the results are wanted."""
-        inputs = {"logits": logits, "ids": ids, "threshold": threshold}
-        run(confidence_commit.OP, self.config, inputs, self._new(logits, taken))
+    def _commit_by_kernel(
+        self, logits: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor]
+    ) -> None:
+        """The same by ConfidenceCommit's kernels, which write where the results are wanted and draw where asked to."""
+        op = confidence_commit.SAMPLED if "seed" in given else confidence_commit.OP
+        inputs = {"logits": logits, "ids": ids}
+        inputs |= {arg.name: given[arg.name] for arg in op.inputs if arg.name not in inputs}
+        run(op, self.config, inputs, self._new(logits, taken))
 
     def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
         """Makes the tensors that a kernel writes: known ones by name, else new on the same device."""

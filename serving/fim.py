@@ -67,7 +67,7 @@ class _Watched:
     """An engine whose caches stop a request that nobody waits for."""
 
     def __init__(self, engine: Engine, gone: threading.Event) -> None:
-        self._engine, self._gone = engine, gone
+        self._engine, self._gone, self.samples = engine, gone, engine.samples
         self.info: EngineInfo = engine.info
 
     def open(self, rows: int) -> Cache:

@@ -1,9 +1,10 @@
 """A GPU played in host memory: what `cuda.bindings.driver` and a TensorRT module do for the engine, and nothing more.
 
 `Driver` has the driver's functions, with real addresses of host memory and with streams that can be captured and
-replayed. `make_api` gives a TensorRT facade whose engine runs the folder's own ONNX graph with ONNX Runtime over the
-addresses that it is told. What this proves: which bytes the engine puts where, when, in which shape and order. What it
-does not: that CUDA or TensorRT do the same, how fast, or with which rounding.
+replayed; a launched kernel runs in Triton's interpreter. `make_api` gives a TensorRT facade whose engine runs the
+folder's own ONNX graph with ONNX Runtime over the addresses that it is told. What this proves: which bytes the engine
+puts where, when, in which shape and order. What it does not: that CUDA or TensorRT do the same, how fast, or with which
+rounding.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import helper
 
 from nemodiff.contract import MODEL_FILE, EngineInfo
+from nemodiff.plugins import SAMPLED
+from nemodiff.plugins.op import Stage
 from nemodiff.plugins.tensorrt_api import TensorRT
 
 OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, CAPTURE_INVALIDATED = 0, 1, 2, 100, 901
 STREAM, CONTEXT = 7, 5  # handles
 FRESH = 0xFF  # what fresh memory is filled with: NaN in every float
+
+
+def _parameters(stage: Stage) -> list[str]:
+    return [*stage.inputs, *stage.scalars, *(arg.name for arg in stage.outputs)]
 
 
 class Driver:
@@ -35,6 +43,7 @@ class Driver:
     CUdevice_attribute = types.SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
     )
+    CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
     CUstream_flags = enum.IntEnum("CUstream_flags", {"CU_STREAM_NON_BLOCKING": 1})
     CUstreamCaptureMode = enum.IntEnum("CUstreamCaptureMode", {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1})
 
@@ -44,6 +53,8 @@ class Driver:
         self.host: dict[int, Any] = {}
         self.graphs = 0
         self.recording: list[Callable[[], None]] | None = None
+        self.model: Any = None  # whose constants the kernels have
+        self.stages = {stage.name: stage for stage in SAMPLED.stages}  # a cubin file holds a stage's name
         self.calls: list[str] = []  # of the stream, replays as one
         self.pending: list[Callable[[], None]] = []  # a stream's work is done when it is waited for
 
@@ -135,6 +146,47 @@ class Driver:
         to = self.span(self.device, dstDevice, N)
         self.enqueue("zero", lambda: to.fill(uc))
         return (OK,)
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[int, Stage]:
+        return OK, self.stages[image.decode()]
+
+    def cuModuleGetFunction(self, hmod: Stage, name: bytes) -> tuple[int, Stage]:
+        return (OK if hmod.kernel.endswith(f".{name.decode()}") else INVALID_VALUE), hmod
+
+    def cuFuncSetAttribute(self, hfunc: Stage, attrib: str, value: int) -> tuple[int]:
+        return (OK if attrib == "shared" else INVALID_VALUE,)
+
+    def cuLaunchKernel(
+        self,
+        f: Stage,
+        gridDimX: int,
+        gridDimY: int,
+        gridDimZ: int,
+        blockDimX: int,
+        blockDimY: int,
+        blockDimZ: int,
+        sharedMemBytes: int,
+        hStream: int,
+        kernelParams: Any,
+        extra: int,
+    ) -> tuple[int]:
+        assert (blockDimX, blockDimY, blockDimZ, hStream) == (32 * f.num_warps, 1, 1, STREAM)
+        values, kinds = kernelParams
+        assert values[-2:] == (None, None)
+        given = [
+            value if kind is ctypes.c_int32 else self._tensor(name, value)
+            for name, value, kind in zip(_parameters(f), values, kinds, strict=False)
+        ]
+        grid, constants = (gridDimX, gridDimY, gridDimZ), f.constants(self.model)
+        self.enqueue("kernel", lambda: f.load()[grid](*given, **constants))
+        return (OK,)
+
+    def _tensor(self, name: str, address: int) -> torch.Tensor:
+        """The memory from an address to its allocation's end."""
+        end = next(s + len(m) for s, m in self.device.items() if s <= address < s + len(m))
+        types = {arg.name: arg.dtype for arg in SAMPLED.args.values()}
+        dtype = torch.int32 if types[name] == "i32" else torch.float32
+        return torch.from_numpy(self.span(self.device, address, (end - address) // 4 * 4)).view(dtype)
 
     def cuStreamSynchronize(self, hStream: int) -> tuple[int]:
         assert self.recording is None

@@ -148,8 +148,8 @@ def test_fused_kernels_compile_for_every_card(
     tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]
 ) -> None:
     model = dataclasses.replace(released(tiny), hidden_size=4096, intermediate_size=14336)
-    kernels = compile_kernels(model, dtype, sms, tmp_path, fused=True)
-    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(True) for sm in sms}
+    kernels = compile_kernels(model, dtype, sms, tmp_path, FUSED)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(FUSED) for sm in sms}
     for kernel in kernels:
         assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_bytes <= 99 * 1024, kernel

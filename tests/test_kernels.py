@@ -25,7 +25,7 @@ from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import PTX_VERSION, SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
-from nemodiff.plugins import block_attention, confidence_commit
+from nemodiff.plugins import OPS, SAMPLED, block_attention, confidence_commit
 from nemodiff.plugins.confidence_commit_kernel import gumbel
 from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.runtime.noise import Noise, philox
@@ -280,7 +280,7 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
     position = np.arange(4 * size, dtype=np.int32).reshape(4, size) * 21
     model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
     token, confidence, next_ids, left = launch(
-        confidence_commit.SAMPLED, model, **case, temperature=heat, seed=words, position=position
+        SAMPLED, model, **case, temperature=heat, seed=words, position=position
     )
     greedy = confidence_commit.reference(case["logits"].copy(), case["ids"], case["threshold"], MASK)[0]
     for row in range(4):
@@ -319,8 +319,9 @@ def released(tiny: ModelConfig) -> ModelConfig:
 @pytest.mark.trt
 @pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
 def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]) -> None:
-    kernels = compile_kernels(released(tiny), dtype, sms, tmp_path)
-    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages() for sm in sms}
+    ops = (*OPS, SAMPLED)
+    kernels = compile_kernels(released(tiny), dtype, sms, tmp_path, ops)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(ops) for sm in sms}
     for kernel in kernels:
         ptx = (tmp_path / kernel.file("ptx")).read_text()
         assert f".version {PTX_VERSION // 10}.{PTX_VERSION % 10}" in ptx

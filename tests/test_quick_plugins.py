@@ -34,7 +34,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     """What each stage's plugin says, the letters it was asked about, and the folder of the kernels."""
     folder = tmp_path_factory.mktemp("quick")
     model = open_checkpoint(TINY_CHAT).model
-    kernels = compile_kernels(model, "bf16", (90,), folder)
+    kernels = compile_kernels(model, "bf16", (90,), folder, OPS)
     dims = {"B": 2, "S": 7, "R": 5, "T": 600, "H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
     dims["V"] = model.vocab_size
     values = {"scale": model.head_dim**-0.5, "mask_id": model.mask_id}

@@ -37,7 +37,7 @@ from nemodiff.builder.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.cli import main
 from nemodiff.contract import BuildConfig, Kernel, Profile, cache_slots, inputs, outputs, read_engine
 from nemodiff.errors import BuildError, EngineError
-from nemodiff.plugins import OPS
+from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.tensorrt_api import device_sm, load
 
 pytestmark = [
@@ -93,8 +93,12 @@ def test_folder_holds_what_runs_and_nothing_else(engine: Path) -> None:
     info = read_engine(engine)
     carried = {p.name for p in TINY_CHAT.glob("*.json*")} - {"config.json"} | {"chat_template.jinja"}
     names = carried | {"config.json", "manifest.json", "model.onnx", "rank0.engine"}
-    assert {p.name for p in engine.iterdir()} == names
-    assert set(info.manifest.files) == names - {"config.json", "manifest.json"}
+    assert {p.name for p in engine.iterdir()} == names | {"kernels"}
+    assert info.manifest.tensorrt is not None
+    drawing = info.manifest.tensorrt.kernels  # what samples after the engine
+    assert {(k.stage, k.sm) for k in drawing} == {(s.name, sm) for s in SAMPLED.stages for sm in (80, 86, 89, 120)}
+    files = {kernel.file(suffix) for kernel in drawing for suffix in ("ptx", "cubin")}
+    assert set(info.manifest.files) == names - {"config.json", "manifest.json"} | files
     assert (info.build.dtype, info.build.max_input_len) == ("bf16", 512)
     about = info.manifest.tensorrt
     assert about is not None

@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import inspect
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ import nemodiff
 from nemodiff import contract
 from nemodiff.builder.build import Builder
 from nemodiff.builder.graph import build_graph
-from nemodiff.contract import EngineInfo, Profile, TensorRTInfo, read_engine
+from nemodiff.builder.kernels import stages
+from nemodiff.contract import EngineInfo, Kernel, Profile, TensorRTInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
+from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt_api import device_sm
 from nemodiff.runtime import tensorrt_engine
 from nemodiff.runtime.device import Device
@@ -130,6 +133,42 @@ def test_sampling_reads_the_rows_of_logits_it_asks_for(setup: Setup) -> None:
     assert driver.calls.count("download") >= 3
 
 
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu_engine.py samples on it")
+def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
+    """The host's tokens in every mode, for rows of different laws in one forward, without a logit on the host."""
+    folder, driver = Path(shutil.copytree(setup.folder, tmp_path / "engine")), gpu_stand_in.Driver()
+    driver.model = setup.info.model
+    (folder / "kernels").mkdir()
+    kernels = []
+    for _, stage in stages([SAMPLED]):
+        pointers = [f"*fp32 {name}" for name in stage.inputs]
+        arguments = (*pointers, *(f"i32 {name}" for name in stage.scalars), *(f"*fp32 {a.name}" for a in stage.outputs))
+        kernels.append(Kernel(stage.name, 89, stage.kernel.split(".")[1], stage.num_warps, 0, 32, 0, arguments))
+        (folder / kernels[-1].file("cubin")).write_text(stage.name)
+    made = dataclasses.replace(setup, folder=folder)
+    engine, backend, driver, _ = made.load(driver, info=with_about(setup.info, kernels=tuple(kernels)))
+    assert backend.samples
+    ways: list[dict[str, Any]] = [
+        {"mode": "ar", "seed": 2**64 - 5},
+        {"mode": "diffusion", "block_length": 4, "threshold": 0.4, "confidences": True},
+        {"mode": "linear_spec", "block_length": 4},
+        {"mode": "quadratic_spec", "block_length": 3, "groups": "all"},
+    ]
+    for way in ways:
+        options = {"temperature": 0.9, "seed": 3, "max_new_tokens": 7, **way}
+        expected, got = (nemodiff.generate(e, QUESTIONS[0], **options) for e in (setup.plain, engine))
+        assert (got.token_ids, got.nfe) == (expected.token_ids, expected.nfe)
+        assert got.confidences == pytest.approx(expected.confidences, abs=1e-5)
+    cache = backend.open(2)
+    del driver.calls[:]
+    drawn = causal("decode", [300], 0)._replace(temperature=1.5, seed=9)
+    first, second = cache.forward([drawn, causal("decode", [300], 0)])
+    assert driver.calls == ["upload", "execute", "kernel", "kernel", "download"]
+    assert first.token[0] != second.token[0]
+    _, unable, *_ = setup.load()
+    assert not unable.samples  # without kernels the host draws, from logits
+
+
 def test_batches_with_padding_and_row_moves(setup: Setup) -> None:
     """Prompts of different lengths, more than rows; the prefill profile takes fewer rows than the batch has."""
     engine, _, driver, made = setup.load()
@@ -202,7 +241,7 @@ def test_shapes_are_rounded_and_graphs_are_kept_by_shape(setup: Setup, monkeypat
     gc.collect()
     assert len(cache._forwards) == 2
     assert driver.graphs == 1  # of S = 1, made anew; those dropped were destroyed
-    assert list(cache._forwards)[-1] == (0, 1, 1, 1)
+    assert list(cache._forwards)[-1] == (0, 1, 1, 1, False)
 
 
 def test_a_refused_capture_runs_eagerly_and_is_seen(setup: Setup) -> None:
@@ -333,11 +372,12 @@ def test_the_driver_has_what_the_device_calls() -> None:
     """Every function the stand-in plays is in the real package, with parameters of the same names."""
     driver = pytest.importorskip("cuda.bindings.driver")
     names = [n for n in vars(gpu_stand_in.Driver) if n.startswith("cu")]
-    assert len(names) == 24
+    assert len(names) == 28
     for name in names:
         ours = [p for p in inspect.signature(getattr(gpu_stand_in.Driver, name)).parameters if p != "self"]
         assert ours == list(inspect.signature(getattr(driver, name)).parameters), name
     assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING == 1
+    assert driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES is not None
     assert driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL is not None
     for part in ("MAJOR", "MINOR"):
         assert hasattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}")

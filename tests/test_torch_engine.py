@@ -228,7 +228,14 @@ def test_the_kernels_take_the_engines_tensors(tmp_path: Path) -> None:
     """One key/value head for four, heads of 48, three rows of different length: arguments and layouts."""
     pair = make_pair(tmp_path, MODELS["early YaRN"](tmp_path / "checkpoint"))
     backend = torch_backend(pair.ours)
-    check_steps(TorchEngine(backend.folder, backend.info, "cpu", kernels=True), pair.theirs, short=True)
+    kernels = TorchEngine(backend.folder, backend.info, "cpu", kernels=True)
+    check_steps(kernels, pair.theirs, short=True)
+    assert (kernels.samples, backend.samples) == (True, False)
+    for way in ({"mode": "ar"}, {"mode": "diffusion", "block_length": 4, "threshold": 0.3, "confidences": True}):
+        options: dict[str, Any] = {"temperature": 1.2, "seed": 2**63 + 7, "max_new_tokens": 6, **way}
+        ours, theirs = (nemodiff.generate(e, PROMPT, **options) for e in (pair.with_backend(kernels), pair.theirs))
+        assert (ours.token_ids, ours.nfe) == (theirs.token_ids, theirs.nfe)
+        assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-4)
 
 
 def test_a_replay_equals_an_eager_run(pair: Pair) -> None:

@@ -28,6 +28,8 @@ def toy(engine: nemodiff.LoadedEngine) -> nemodiff.LoadedEngine:
 class ToyEngine:
     """See `nemodiff.runtime.engine.Engine`; counts its open caches, and fails in the forwards it is told to."""
 
+    samples = False
+
     def __init__(self, info: EngineInfo) -> None:
         self.info, self.open_caches, self.forwards = info, 0, 0
         self.fails_at: set[int] = set()
