@@ -275,9 +275,8 @@ Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choic
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     wait_for(lambda: pid_file.exists() and pid_file.read_text() != "")
     child = int(pid_file.read_text())
-    assert [p.resolve() for p in tmp_path.rglob("*.safetensors") if p.is_symlink()] == [
-        checkpoint / "model.safetensors"
-    ]
+    links = [path for path in tmp_path.rglob("*.safetensors") if path.is_symlink()]
+    assert [path.resolve() for path in links] == [checkpoint / "model.safetensors"]
     process.send_signal(sign)
     process.wait(timeout=20)
     wait_for(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
