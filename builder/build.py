@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -42,17 +42,15 @@ from ..contract import (
 from ..errors import BuildError
 from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
-from .graph import Graph, Weight, build_graph
+from .graph import Graph, build_graph
 from .hub import Source, resolve
 from .kernels import compile_kernels
-from .links import linkable, over_checkpoint
 from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
-from .weights import as_safetensors, check_weights, match, write_weights
+from .weights import as_safetensors, match, write_weights
 
 _VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
 _Entry = dict[str, object]  # bytes and sha256 of a file
-_WORK = "compiling"  # folder of the stage for links to the checkpoint; none is published
 _SLACK = 64 * 2**20  # bytes kept free beside the weights: model file, tokenizer, file system
 
 
@@ -127,9 +125,6 @@ class Builder:
             self.graph, self._header = as_safetensors(self.graph)
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
-        # The full TensorRT's parser has not been seen to follow links.
-        linking = backend == "tensorrt-rtx" and not choices.keeps_weights
-        self.linked: tuple[Weight, ...] = linkable(self.graph, self.tensors) if linking else ()
 
     def _check_backend(self, dtype: Dtype | None, max_input_len: int | None, logits: bool) -> None:
         if self.backend not in BACKEND_DTYPES:
@@ -160,7 +155,7 @@ class Builder:
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""
-        return make_plan(self.checkpoint, self.graph, self.config, self.output, self.backend, self._disk_needed())
+        return make_plan(self.checkpoint, self.graph, self.config, self.output, self.backend)
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
@@ -170,21 +165,17 @@ class Builder:
         sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
-        # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
+        # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more. For
+        # TensorRT it is hashed later all the same: copying keeps two processors busy, compiling hardly more than one.
         with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
-            hashing = {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
-            graph, work, info = self.graph, stage, None
-            if self.linked:
-                work = stage / _WORK
-                work.mkdir()
-                check_weights(self.linked, self.tensors, graph.dtype, advance)
-                graph = over_checkpoint(graph, self.linked, self.tensors, work)
-            weights = work / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE)
-            digest = write_weights(graph, self.tensors, weights, advance, hashed=keep, header=self._header)
+            hashing = {} if compiled else self._start_hashing(pool)
+            weights, info = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE), None
+            digest = write_weights(self.graph, self.tensors, weights, advance, hashed=keep, header=self._header)
             hashes = {weights.name: digest}
             if self.backend != "torch":
-                onnx.save(graph.proto, work / MODEL_FILE)
+                onnx.save(self.graph.proto, stage / MODEL_FILE)
             if compiled:
+                hashing = self._start_hashing(pool)
                 model = self.checkpoint.model
                 kernels = compile_kernels(model, self.config.dtype, sms, stage) if self.choices.plugins else ()
                 made = tensorrt.compile_engine(
@@ -194,15 +185,12 @@ class Builder:
                     self.profiles,
                     model.num_layers,
                     kernels,
-                    work / MODEL_FILE,
+                    stage / MODEL_FILE,
                     stage / ENGINE_FILE,
                 )
                 info, hashes[ENGINE_FILE] = made.info, made.sha256
             if not keep:
                 weights.unlink()
-            if self.linked:
-                shutil.rmtree(work)
-                onnx.save(self.graph.proto, stage / MODEL_FILE)
             for name in CARRIED:
                 if (self.source.folder / name).is_file():
                     shutil.copyfile(self.source.folder / name, stage / name)
@@ -212,21 +200,19 @@ class Builder:
             EngineInfo(self.checkpoint.model, self.config, manifest, self.checkpoint.config).write(stage)
         return self.output
 
-    def _disk_needed(self) -> int:
-        """Bytes of the weights, where they are written, and of the engine that is compiled from them."""
-        weights = self.graph.weight_bytes
-        return weights - sum(w.nbytes for w in self.linked) + (weights if self.backend in COMPILED else 0)
+    def _start_hashing(self, pool: Executor) -> dict[str, Future[_Entry]]:
+        return {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
 
     def _check_room(self) -> None:
         """Refuse a build that the disk or, for TensorRT, the memory cannot hold."""
-        compiled = self.backend in COMPILED
-        need, free = self._disk_needed() + _SLACK, disk_free(self.output)
+        weights, compiled = self.graph.weight_bytes, self.backend in COMPILED
+        need, free = weights * (2 if compiled else 1) + _SLACK, disk_free(self.output)
         if free < need:
             raise BuildError(
                 f"{self.output}: the engine needs {size(need)} of disk, {size(free)} are free; free some space, choose "
                 "another --output" + (" or build with --dtype f16" if self.config.dtype == "f32" else "")
             )
-        memory, here = tensorrt.memory_needed(self.graph.weight_bytes), tensorrt.memory_free()
+        memory, here = tensorrt.memory_needed(weights), tensorrt.memory_free()
         if compiled and here is not None and here < memory:
             raise BuildError(
                 f"--backend {self.backend}: compiling needs about {size(memory)} of memory, {size(here)} are free; "

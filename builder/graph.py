@@ -36,11 +36,6 @@ _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
 }
 
 
-def aligned(end: int) -> int:
-    """Where the next weight begins."""
-    return -(-end // ALIGNMENT) * ALIGNMENT
-
-
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """One weight of the graph and where it comes from: `source` in the checkpoint (or adapter), perhaps transposed."""
@@ -92,7 +87,7 @@ class _Writer:
 
     def weight(self, name: str, source: str, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
         """Declare an external weight; `shape` is the one stored here, so of (in, out) for a transposed projection."""
-        offset = aligned(self.end)
+        offset = -(-self.end // ALIGNMENT) * ALIGNMENT
         nbytes = int(np.prod(shape)) * self.dtype.itemsize
         self.end = offset + nbytes
         self.weights.append(Weight(name, source, shape, transposed, scale, offset, nbytes))

@@ -91,9 +91,7 @@ def _first_cards(rows_that_fit: dict[int, int], wanted: int) -> str:
     return ", ".join(f"{rows} in {card} GiB" for card, rows in rows_that_fit.items() if rows and card <= enough)
 
 
-def make_plan(
-    checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: Path, backend: Backend, disk_needed: int
-) -> Plan:
+def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: Path, backend: Backend) -> Plan:
     """Compute the plan; nothing is written and no weight is read."""
     model = checkpoint.model
     everything = [*checkpoint.tensors.values(), *(checkpoint.adapter.tensors.values() if checkpoint.adapter else ())]
@@ -118,7 +116,7 @@ def make_plan(
         kv_bytes_per_token=per_token,
         memory_loaded=loaded,
         memory_here=memory,
-        disk_needed=disk_needed,
+        disk_needed=graph.weight_bytes * (2 if compiled else 1),
         build_memory=memory_needed(graph.weight_bytes) if compiled else 0,
         build=build,
         rows_that_fit={key: min(build.max_batch_size, rows) for key, rows in room.items()},

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,16 +99,6 @@ def write_weights(
                     digest.update(part)
             advance(len(view))
     return digest.hexdigest() if hashed else ""
-
-
-def check_weights(
-    weights: Iterable[Weight], tensors: Mapping[str, Tensor], dtype: np.dtype[Any], advance: Callable[[int], object]
-) -> None:
-    """Check that weights used where they lie are finite; `advance` gets bytes of them. Raises CheckpointError."""
-    for w in weights:
-        tensor = tensors[w.source]
-        for piece in _pieces(dataclasses.replace(w, shape=tensor.shape, transposed=False), tensor, dtype):
-            advance(piece.nbytes)
 
 
 def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:

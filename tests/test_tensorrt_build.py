@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from checkpoints import TINY_CHAT, random_tensors, write_checkpoint
+from checkpoints import TINY_CHAT, random_tensors
 from click.testing import CliRunner
 from conftest import Refused, snapshot
 from onnx import TensorProto, helper
@@ -138,6 +138,8 @@ def test_profiles_keep_a_pass_within_limits(checkpoint: Path) -> None:
 
 
 def test_bf16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
+    from checkpoints import write_checkpoint
+
     folder = write_checkpoint(tmp_path / "checkpoint", dtype="bf16", hidden_size=70)
     builder = small(folder)
     path = tmp_path / "weights"
@@ -257,7 +259,7 @@ def test_a_child_that_dies_leaves_nothing(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_build_takes_its_child_and_its_links_along(tmp_path: Path, sign: signal.Signals) -> None:
+def test_a_killed_build_takes_its_child_along(checkpoint: Path, sign: signal.Signals) -> None:
     code = """
 import sys
 from nemodiff.builder import tensorrt
@@ -265,23 +267,20 @@ from nemodiff.builder.build import Builder
 tensorrt.CREATORS = "creators:wait"
 Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choices(plugins=True, sm=(89,))).run()
 """
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="bf16")
-    pid_file, before = tmp_path / "pid", snapshot(checkpoint)
+    pid_file = checkpoint.parent / "pid"
+    before = {p.name for p in checkpoint.parent.iterdir()}
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "NEMODIFF_TEST_PID": str(pid_file),
     }
-    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "engine")]
+    command = [sys.executable, "-c", code, str(checkpoint), str(checkpoint.parent / "engine")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     wait_for(lambda: pid_file.exists() and pid_file.read_text() != "")
     child = int(pid_file.read_text())
-    links = [path for path in tmp_path.rglob("*.safetensors") if path.is_symlink()]
-    assert [path.resolve() for path in links] == [checkpoint / "model.safetensors"]
     process.send_signal(sign)
     process.wait(timeout=20)
     wait_for(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
-    wait_for(lambda: {p.name for p in tmp_path.iterdir()} == {"checkpoint", "pid"})
-    assert snapshot(checkpoint) == before
+    wait_for(lambda: {p.name for p in checkpoint.parent.iterdir()} == before | {"pid"})
 
 
 def wait_for(condition: Any) -> None:
@@ -440,7 +439,7 @@ def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
     weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes
     row = plan["kv_bytes_per_token"] * cache_slots(BuildConfig(**plan["build"]))
     assert plan["kv_bytes_per_token"] == 2 * 6 * 2 * 64 * 2
-    assert plan["memory_loaded"] == weights
+    assert (plan["memory_loaded"], plan["disk_needed"]) == (weights, 2 * weights)
     assert plan["build_memory"] > weights
     assert plan["rows_that_fit"]["8"] == (7 * 2**30 - weights) // row
     assert plan["rows_that_fit"]["80"] == 90
