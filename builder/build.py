@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import onnx
@@ -167,9 +167,10 @@ class Builder:
         sms = tensorrt.targets(self.backend, self.choices) if compiled else ()
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
-        # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
+        # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more. For
+        # TensorRT it is hashed later all the same: copying keeps two processors busy, compiling hardly more than one.
         with ThreadPoolExecutor(2) as pool, staged(self.output) as stage:
-            hashing = {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
+            hashing = {} if compiled else self._start_hashing(pool)
             weights, info = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE), None
             digest = write_weights(self.graph, self.tensors, weights, advance, hashed=keep, header=self._header)
             hashes = {weights.name: digest}
@@ -181,6 +182,7 @@ class Builder:
                 ops = [*(OPS if plugins else ()), *((SAMPLED,) if logits else ())]
                 cards = sms if plugins else tuple(sm for sm in sms if sm >= OLDEST_SM)
                 kernels = pool.submit(compile_kernels, model, self.config.dtype, cards, stage, ops)
+                hashing = self._start_hashing(pool)
                 made = tensorrt.compile_engine(
                     self.backend,
                     self.choices,
@@ -203,6 +205,9 @@ class Builder:
             manifest = self._manifest({name: entry.result() for name, entry in hashing.items()}, files, info)
             EngineInfo(self.checkpoint.model, self.config, manifest, self.checkpoint.config).write(stage)
         return self.output
+
+    def _start_hashing(self, pool: Executor) -> dict[str, Future[_Entry]]:
+        return {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
 
     def _check_room(self) -> None:
         """Refuse a build that the disk or, for TensorRT, the memory cannot hold."""

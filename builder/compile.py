@@ -9,13 +9,11 @@ both are counted here and refused.
 from __future__ import annotations
 
 import collections
-import hashlib
 import importlib
 import json
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from ..errors import BuildError
 from ..plugins import OPS
 from ..plugins.launch import Kernels
 from ..plugins.tensorrt_api import Builder, Config, Network, TensorRT, load
+from .engine_file import EngineFile
 from .stages import split
 from .tensorrt import Job
 
@@ -67,19 +66,16 @@ def compile_job(job: Job) -> dict[str, Any]:
     check_inputs(network)
     layers = check_layers(network, proto, job)
     config = _configure(api, builder, network, job)
-    digest, written = hashlib.sha256(), 0
-    with Path(job.engine).open("wb") as out, ThreadPoolExecutor(1) as pool:
-
-        def write(data: memoryview) -> int:
-            nonlocal written
-            hashed = pool.submit(digest.update, data)
-            out.write(data)
-            hashed.result()
-            written += data.nbytes
-            return data.nbytes
-
-        done = builder.build_serialized_network_to_stream(network, config, api.stream_writer(write))
-    if not done or not written:
+    out = EngineFile(Path(job.engine))
+    done = builder.build_serialized_network_to_stream(network, config, api.stream_writer(out.write))
+    try:
+        digest = out.close()
+    except OSError as error:
+        raise BuildError(
+            f"--backend {job.backend}: writing the engine failed ({error.strerror}); free some space or choose another "
+            "--output"
+        ) from None
+    if not done or not out.nbytes:
         remedy = "report it with this line" if job.workspace is None else "use a larger --workspace or leave it out"
         raise BuildError(f"--backend {job.backend}: building failed ({_reason(api)}); {remedy}")
     if job.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
@@ -88,8 +84,8 @@ def compile_job(job: Job) -> dict[str, Any]:
         "module": api.module.__name__,
         "version": api.version,
         "layers": layers,
-        "bytes": written,
-        "sha256": digest.hexdigest(),
+        "bytes": out.nbytes,
+        "sha256": digest,
     }
 
 
