@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -103,6 +104,8 @@ def _check(info: EngineInfo, text: TextCodec, given: dict[str, str]) -> None:
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}, allowed: {least} or more")
+    if not 0 <= parsed.stream_interval_ms < math.inf:
+        raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")
     check_device(parsed.device, info.manifest.backend)
     settle(info, text, 1, make_options(read({"text_input": ["x"]}, {}, parsed.values).options))
 

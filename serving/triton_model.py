@@ -2,8 +2,9 @@
 
 In: Triton's requests. Out: responses, one at the end or one per piece of text, the last with the figures. `execute`
 reads a request and submits it; one thread, the responder, sends what the scheduler tells of it and looks for requests
-whose client has gone. The surprising fact: a client may only ever see a sentence. An exception that leaves `execute`
-would put a traceback into the body, so everything becomes a `TritonError`.
+whose client has gone. A stream's first text goes out at once, later text at most every `stream_interval_ms`, because a
+response costs as much as a small model's token. The surprising fact: a client may only ever see a sentence. An
+exception that leaves `execute` would put a traceback into the body, so everything becomes a `TritonError`.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ if TYPE_CHECKING:
     from ..runtime.generate import LoadedEngine
     from ..runtime.scheduler import Handle
 
-_LOOK = 0.005  # seconds between two looks for clients that have gone; they take at most a tenth of the time
+_LOOK = 0.01  # seconds between two looks for clients that have gone; they take at most a tenth of the time
 _COUNT = 0.2  # seconds between two updates of the counters on the metrics port
 
 
 @dataclasses.dataclass(eq=False)
 class _Live:
-    """A request that has not ended: who sends its responses, and text that still has to stand before the answer."""
+    """A request that has not ended: who sends its responses, text that is not sent yet, and when a stream's may be."""
 
     sender: Any
     asked: Asked
     handle: Handle | None = None
-    prefix: str = ""
+    text: str = ""
+    due: float = 0.0
 
     def __post_init__(self) -> None:
-        self.prefix = self.asked.prompt if self.asked.echo else ""
+        self.text = self.asked.prompt if self.asked.echo else ""
 
 
 class TritonPythonModel:
@@ -73,6 +75,8 @@ class TritonPythonModel:
         self._metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
         self._metrics.update(self._scheduler.statistics)
         self._live: set[_Live] = set()
+        self._held: set[_Live] = set()  # streams with text to send, of the responder alone
+        self._interval = p.stream_interval_ms / 1e3
         self._told: queue.SimpleQueue[tuple[_Live, list[Event] | NemodiffError] | None] = queue.SimpleQueue()
         self._responder = threading.Thread(target=self._respond, name="nemodiff-responder", daemon=True)
         self._responder.start()
@@ -129,13 +133,15 @@ class TritonPythonModel:
         looked = counted = time.perf_counter()
         pause = _LOOK
         while True:
+            wake = min([looked + pause, *(live.due for live in self._held)])
             try:
-                told = self._told.get(timeout=max(0.0, looked + pause - time.perf_counter()))
+                told = self._told.get(timeout=max(0.0, wake - time.perf_counter()))
                 if told is None:
                     return
-                self._answer(*told)
+                self._hear(*told)
             except queue.Empty:
                 pass
+            self._send_due()
             if (now := time.perf_counter()) > looked + pause:
                 self._look()
                 looked = time.perf_counter()
@@ -150,31 +156,52 @@ class TritonPythonModel:
             if live.handle is not None and live.sender.is_cancelled():
                 live.handle.cancel()
 
-    def _answer(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
-        """Send what has happened to a request."""
+    def _hear(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
+        """Keep a request's new text, or send its end."""
         try:
-            for event in [] if isinstance(outcome, NemodiffError) else outcome:
-                if isinstance(event, Text) and live.asked.stream:
-                    live.sender.send(self._response({"text_output": live.prefix + event.text}))
-                    live.prefix = ""
+            if isinstance(outcome, NemodiffError):
+                self._send_text(live)
+                raise outcome
+            for event in outcome:
+                if isinstance(event, Text):
+                    live.text += event.text
+                    if live.asked.stream:
+                        self._held.add(live)
                 elif isinstance(event, Finished):
                     self._finish(live, event)
-            if isinstance(outcome, NemodiffError):
-                raise outcome
         except Exception as error:
-            self._live.discard(live)
+            self._forget(live)
             self._refuse(live.sender, error)
 
+    def _send_due(self) -> None:
+        """Send the text of streams that have waited long enough since their last response."""
+        now = time.perf_counter()
+        for live in [live for live in self._held if live.due <= now]:
+            try:
+                self._send_text(live)
+            except Exception as error:
+                self._forget(live)
+                self._refuse(live.sender, error)
+
+    def _send_text(self, live: _Live) -> None:
+        if live in self._held:
+            self._held.discard(live)
+            live.sender.send(self._response({"text_output": live.text}))
+            live.text, live.due = "", time.perf_counter() + self._interval
+
     def _finish(self, live: _Live, event: Finished) -> None:
-        self._metrics.observe(event)
-        self._live.discard(live)
+        self._forget(live)
         if event.generation.finish_reason == "cancelled":
             self._send_error(live.sender, "the request was cancelled", self._pb.TritonError.CANCELLED)
-            return
-        text = live.prefix + ("" if live.asked.stream else event.generation.text)
-        values = {o.name: o.value(event) for o in OUTPUTS if o.value is not None}
-        final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        live.sender.send(self._response({"text_output": text, **values}), flags=final)
+        else:
+            values = {o.name: o.value(event) for o in OUTPUTS if o.value is not None}
+            final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            live.sender.send(self._response({"text_output": live.text, **values}), flags=final)
+        self._metrics.observe(event)  # behind the answer, since each figure is a call to the server's process
+
+    def _forget(self, live: _Live) -> None:
+        self._live.discard(live)
+        self._held.discard(live)
 
     def _response(self, values: dict[str, Any]) -> Any:
         """A response with the outputs that have a value."""

@@ -90,8 +90,9 @@ _READ = (*_FLAGS, *_GUIDED)
 class ModelParameters:
     """What the model's configuration chooses: the scheduler's numbers, and the defaults of requests.
 
-    rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. engine: its folder, beside
-    the model's file or absolute. values: defaults of requests, by their names.
+    rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. stream_interval_ms: least
+    time between two responses of a stream; 0 sends every text by itself. engine: its folder, beside the model's file or
+    absolute. values: defaults of requests, by their names.
     """
 
     rows: int | None = None
@@ -100,6 +101,7 @@ class ModelParameters:
     device: str | None = None
     prefix_reuse: bool = True
     prefill_tokens: int = PREFILL_CHUNK
+    stream_interval_ms: float = 10.0
     engine: str = "engine"
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -164,7 +164,8 @@ def test_generate_is_what_the_runtime_gives(
 def test_a_streamed_text_is_the_same_text(server: TritonServer, alone: Callable[..., nemodiff.Generation]) -> None:
     *pieces, last = server_sent(server.http, "nemodiff", {"text_input": QUESTIONS[1], "stream": True})
     expected = alone(QUESTIONS[1])
-    assert len(pieces) > 2
+    assert pieces
+    assert pieces[0]["text_output"] != expected.text
     assert "".join(p["text_output"] for p in [*pieces, last]) == expected.text
     assert all("finish_reason" not in piece for piece in pieces)
     assert last["finish_reason"] == "stop"
@@ -560,7 +561,7 @@ def test_the_commands_of_the_readme(tiny_engine: Path, tmp_path: Path) -> None:
     assert code == 0, (tmp_path / "log").read_text()[-2000:]
     answer, streamed, figured = told
     assert json.loads(answer)["finish_reason"] == "stop"
-    assert streamed.count("data: ") > 2
+    assert streamed.count("data: ") >= 2
     assert "nemodiff_rows" in figured
     assert not list(Path("/dev/shm").glob(f"nemodiff_{running.pid}_*"))
 

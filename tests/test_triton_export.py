@@ -53,6 +53,8 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
         (["--set", "rows=99"], "rows is 99, allowed: 1 to 8"),
         (["--set", "rows=many"], "rows is 'many', allowed: an integer"),
         (["--set", "waiting=0"], "waiting is 0, allowed: 1 or more"),
+        (["--set", "stream_interval_ms=-1"], "stream_interval_ms is -1.0, allowed: 0 or more"),
+        (["--set", "stream_interval_ms=nan"], "stream_interval_ms is nan, allowed: 0 or more"),
         (["--set", "device=0"], "device is '0', allowed on onnxruntime: cpu"),
         (["--set", "max_tokenz=3"], "unknown parameter 'max_tokenz'; allowed: "),
         (["--set", "mode=bogus"], "mode is 'bogus', allowed: ar"),

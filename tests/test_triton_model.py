@@ -1,0 +1,65 @@
+"""What the Triton model sends, without a server: Triton's side is played."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_stand_in import Request, module
+
+import nemodiff
+from nemodiff.serving.triton_model import TritonPythonModel
+
+QUESTION = "Show the times table of 7 up to 5."
+
+
+@pytest.fixture
+def started(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TritonPythonModel]]:
+    """Starts the model over an engine, with parameters of its configuration."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
+    models = []
+
+    def start(**parameters: str) -> TritonPythonModel:
+        given = {"engine": str(tiny_engine), "threads": "1", **parameters}
+        config = {"parameters": {name: {"string_value": value} for name, value in given.items()}}
+        model = TritonPythonModel()
+        place = {"model_repository": str(tiny_engine.parent), "model_version": "1", "model_name": "played"}
+        model.initialize({**place, "model_config": json.dumps(config)})
+        models.append(model)
+        return model
+
+    yield start
+    for model in models:
+        model.finalize()
+
+
+def ask(model: TritonPythonModel, **values: Any) -> list[dict[str, Any]]:
+    request = Request({"text_input": QUESTION, **values})
+    model.execute([request])
+    responses = request.responses()
+    assert [r.error for r in responses] == [None] * len(responses)
+    return [response.outputs() for response in responses]
+
+
+def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together(
+    started: Callable[..., TritonPythonModel], tiny_engine: Path
+) -> None:
+    told = list(nemodiff.stream(nemodiff.load(tiny_engine, threads=1), QUESTION, mode="ar"))
+    texts = [event.text for event in told if isinstance(event, nemodiff.Text)]
+    whole = "".join(texts)
+    every = ask(started(stream_interval_ms="0"), mode="ar", stream=True)
+    assert "".join(one["text_output"] for one in every) == whole
+    assert len(every) >= len(texts) > 10
+    paced = started(stream_interval_ms="60000")
+    first, last = ask(paced, mode="ar", stream=True)
+    assert (first["text_output"], last["text_output"]) == (texts[0], "".join(texts[1:]))
+    assert "finish_reason" not in first
+    assert last["num_output_tokens"] == len(told[-1].token_ids)
+    (only,) = ask(paced, mode="ar")
+    assert only["text_output"] == whole
+    (echoed,) = ask(paced, mode="ar", exclude_input_in_output=False)
+    assert echoed["text_output"] == QUESTION + whole
