@@ -9,6 +9,7 @@ exception that leaves `execute` would put a traceback into the body, so everythi
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import queue
@@ -35,16 +36,23 @@ _COUNT = 0.2  # seconds between two updates of the counters on the metrics port
 
 @dataclasses.dataclass(eq=False)
 class _Live:
-    """A request that has not ended: who sends its responses, text that is not sent yet, and when a stream's may be."""
+    """A request that has not ended.
+
+    told: what the scheduler has told of it and the responder has not read. awaited: whether the next text is to wake
+    the responder. text: what is not sent yet; due: when a stream's next text may be sent. Only `told` and `awaited` are
+    seen by two threads.
+    """
 
     sender: Any
     asked: Asked
     handle: Handle | None = None
+    told: collections.deque[list[Event] | NemodiffError] = dataclasses.field(default_factory=collections.deque)
+    awaited: bool = False
     text: str = ""
     due: float = 0.0
 
     def __post_init__(self) -> None:
-        self.text = self.asked.prompt if self.asked.echo else ""
+        self.awaited = self.asked.stream
 
 
 class TritonPythonModel:
@@ -75,9 +83,9 @@ class TritonPythonModel:
         self._metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
         self._metrics.update(self._scheduler.statistics)
         self._live: set[_Live] = set()
-        self._held: set[_Live] = set()  # streams with text to send, of the responder alone
+        self._paced: set[_Live] = set()  # streams to be looked at when their next text is due
         self._interval = p.stream_interval_ms / 1e3
-        self._told: queue.SimpleQueue[tuple[_Live, list[Event] | NemodiffError] | None] = queue.SimpleQueue()
+        self._woken: queue.SimpleQueue[_Live | None] = queue.SimpleQueue()
         self._responder = threading.Thread(target=self._respond, name="nemodiff-responder", daemon=True)
         self._responder.start()
         self._pb.Logger.log_info(f"{self._name}: {engine.folder} is loaded in {engine.load_ms:.0f} ms")
@@ -105,14 +113,14 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Cancel what still runs, answer it and give the engine back."""
         self._scheduler.close(drain=False)
-        self._told.put(None)
+        self._woken.put(None)
         self._responder.join()
 
     def _submit(self, live: _Live) -> None:
         self._live.add(live)
         try:
             live.handle = self._scheduler.submit(
-                live.asked.prompt, listener=lambda outcome: self._told.put((live, outcome)), **live.asked.options
+                live.asked.prompt, listener=lambda outcome: self._hear(live, outcome), **live.asked.options
             )
         except BaseException:
             self._live.discard(live)
@@ -128,20 +136,29 @@ class TritonPythonModel:
                 found[declared.name] = [_plain(declared.name, value) for value in values]
         return found
 
+    def _hear(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
+        """In the scheduler's thread: note what has happened, and wake the responder only if it can do something."""
+        live.told.append(outcome)
+        if live.awaited or isinstance(outcome, NemodiffError) or isinstance(outcome[-1], Finished):
+            live.awaited = False
+            self._woken.put(live)
+
     def _respond(self) -> None:
         """Send what happens to requests until the end, and look around now and then."""
         looked = counted = time.perf_counter()
         pause = _LOOK
         while True:
-            wake = min([looked + pause, *(live.due for live in self._held)])
+            wake = min([looked + pause, *(live.due for live in self._paced)])
             try:
-                told = self._told.get(timeout=max(0.0, wake - time.perf_counter()))
-                if told is None:
+                woken = self._woken.get(timeout=max(0.0, wake - time.perf_counter()))
+                if woken is None:
                     return
-                self._hear(*told)
+                self._serve(woken)
             except queue.Empty:
                 pass
-            self._send_due()
+            now = time.perf_counter()
+            for live in [live for live in self._paced if live.due <= now]:
+                self._serve(live)
             if (now := time.perf_counter()) > looked + pause:
                 self._look()
                 looked = time.perf_counter()
@@ -156,38 +173,51 @@ class TritonPythonModel:
             if live.handle is not None and live.sender.is_cancelled():
                 live.handle.cancel()
 
-    def _hear(self, live: _Live, outcome: list[Event] | NemodiffError) -> None:
-        """Keep a request's new text, or send its end."""
+    def _serve(self, live: _Live) -> None:
+        """Read what has been told of a request; send its end, or a stream's text if that is due."""
         try:
-            if isinstance(outcome, NemodiffError):
-                self._send_text(live)
-                raise outcome
-            for event in outcome:
-                if isinstance(event, Text):
-                    live.text += event.text
-                    if live.asked.stream:
-                        self._held.add(live)
-                elif isinstance(event, Finished):
-                    self._finish(live, event)
+            while True:
+                while live.told:
+                    if self._ends(live, live.told.popleft()):
+                        return
+                if live not in self._live:  # woken once more than there was to tell
+                    return
+                if live.asked.stream and live.due > time.perf_counter():
+                    self._paced.add(live)
+                    return
+                if live.asked.stream and live.text:
+                    self._send_text(live)
+                    continue
+                self._paced.discard(live)
+                live.awaited = live.asked.stream
+                if not live.told:  # else it was told just before, and nobody has been woken
+                    return
         except Exception as error:
             self._forget(live)
             self._refuse(live.sender, error)
 
-    def _send_due(self) -> None:
-        """Send the text of streams that have waited long enough since their last response."""
-        now = time.perf_counter()
-        for live in [live for live in self._held if live.due <= now]:
-            try:
+    def _ends(self, live: _Live, outcome: list[Event] | NemodiffError) -> bool:
+        """Keep a request's new text; at its end answer it and return True. Raises NemodiffError if it has failed."""
+        if isinstance(outcome, NemodiffError):
+            if live.asked.stream and live.text:
                 self._send_text(live)
-            except Exception as error:
-                self._forget(live)
-                self._refuse(live.sender, error)
+            raise outcome
+        for event in outcome:
+            if isinstance(event, Text):
+                live.text += event.text
+            elif isinstance(event, Finished):
+                self._finish(live, event)
+                return True
+        return False
 
     def _send_text(self, live: _Live) -> None:
-        if live in self._held:
-            self._held.discard(live)
-            live.sender.send(self._response({"text_output": live.text}))
-            live.text, live.due = "", time.perf_counter() + self._interval
+        text, live.text = self._echo(live) + live.text, ""
+        live.sender.send(self._response({"text_output": text}))
+        live.due = time.perf_counter() + self._interval
+
+    def _echo(self, live: _Live) -> str:
+        """The prompt, if it is to stand before the answer and nothing has been sent yet."""
+        return live.asked.prompt if live.asked.echo and not live.due else ""
 
     def _finish(self, live: _Live, event: Finished) -> None:
         self._forget(live)
@@ -196,12 +226,12 @@ class TritonPythonModel:
         else:
             values = {o.name: o.value(event) for o in OUTPUTS if o.value is not None}
             final = self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-            live.sender.send(self._response({"text_output": live.text, **values}), flags=final)
+            live.sender.send(self._response({"text_output": self._echo(live) + live.text, **values}), flags=final)
         self._metrics.observe(event)  # behind the answer, since each figure is a call to the server's process
 
     def _forget(self, live: _Live) -> None:
         self._live.discard(live)
-        self._held.discard(live)
+        self._paced.discard(live)
 
     def _response(self, values: dict[str, Any]) -> Any:
         """A response with the outputs that have a value."""

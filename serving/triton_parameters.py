@@ -91,7 +91,7 @@ class ModelParameters:
     """What the model's configuration chooses: the scheduler's numbers, and the defaults of requests.
 
     rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. stream_interval_ms: least
-    time between two responses of a stream; 0 sends every text by itself. engine: its folder, beside the model's file or
+    time between two responses of a stream; 0 sends text as it comes. engine: its folder, beside the model's file or
     absolute. values: defaults of requests, by their names.
     """
 

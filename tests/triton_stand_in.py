@@ -10,7 +10,7 @@ import dataclasses
 import json
 import queue
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -95,12 +95,12 @@ class _Metric:
 
 class MetricFamily:
     COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
-    values: dict[Any, float] = {}
+    values: ClassVar[dict[Any, float]] = {}
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         self._name = name
 
-    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> _Metric:  # noqa: N802
+    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> _Metric:
         return _Metric(self.values, (self._name, *(v for k, v in labels.items() if k not in ("model", "version"))))
 
 
