@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import BusyError, NemodiffError, RequestError
 from ..runtime.events import Event, Finished, Text
+from .metrics import Now
 from .triton_outputs import NUMPY, OUTPUTS
 from .triton_parameters import INPUTS, Asked, model_parameters, read
 
@@ -80,10 +81,12 @@ class TritonPythonModel:
         self._scheduler = Scheduler(
             engine, rows=p.rows, waiting=p.waiting, prefix_reuse=p.prefix_reuse, prefill_tokens=p.prefill_tokens
         )
+        self._refused = dict.fromkeys((400, 500, 503), 0)
         self._metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
-        self._metrics.update(self._scheduler.statistics)
+        self._count()
         self._live: set[_Live] = set()
         self._paced: set[_Live] = set()  # streams to be looked at when their next text is due
+        self._lock = threading.Lock()  # of _refused
         self._interval = p.stream_interval_ms / 1e3
         self._woken: queue.SimpleQueue[_Live | None] = queue.SimpleQueue()
         self._responder = threading.Thread(target=self._respond, name="nemodiff-responder", daemon=True)
@@ -164,8 +167,11 @@ class TritonPythonModel:
                 looked = time.perf_counter()
                 pause = max(_LOOK, 10 * (looked - now))
                 if looked > counted + _COUNT:
-                    self._metrics.update(self._scheduler.statistics)
+                    self._count()
                     counted = looked
+
+    def _count(self) -> None:
+        self._metrics.update(Now(self._scheduler.statistics, self._refused))
 
     def _look(self) -> None:
         """Cancel requests whose client has gone."""
@@ -246,12 +252,14 @@ class TritonPythonModel:
     def _refuse(self, sender: Any, error: Exception) -> None:
         """End a request with one sentence and the status that belongs to it."""
         kinds = self._pb.TritonError
+        kind, status = kinds.INTERNAL, 500
+        if isinstance(error, RequestError):
+            kind, status = kinds.INVALID_ARG, 400
+        elif isinstance(error, BusyError):
+            kind, status = kinds.UNAVAILABLE, 503
+        with self._lock:  # the server's thread and the responder refuse
+            self._refused[status] += 1
         if isinstance(error, NemodiffError):
-            kind = kinds.INTERNAL
-            if isinstance(error, RequestError):
-                kind = kinds.INVALID_ARG
-            elif isinstance(error, BusyError):
-                kind = kinds.UNAVAILABLE
             self._send_error(sender, str(error), kind)
             return
         self._pb.Logger.log_error(f"{self._name}: {type(error).__name__}: {error}")  # a defect of nemodiff itself

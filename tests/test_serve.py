@@ -369,6 +369,28 @@ def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.Loaded
     assert decoding(told[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
 
 
+def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> None:
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 2}
+    before = server.figures()
+    nfe = server.ask("/v1/fim/completions", body)["usage"]["nfe"]
+    for wrong in ({**body, "max_tokens": 99}, {**body, "mode": 5}):
+        assert server.send("/v1/fim/completions", wrong)[0] == 400
+    assert server.send(CHAT, chat(model="gpt"))[0] == 404
+    assert server.send("/nothing")[0] == 404
+    after = server.figures()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    passes = {f'nemodiff_fill_nfe_total{{kind="{kind}"}}': count for kind, count in nfe.items() if count}
+    refused = "nemodiff_refused_requests_total"
+    counted = {'nemodiff_fills_total{end="finished"}': 1, "nemodiff_fill_tokens_total": 2, **passes}
+    assert grown == counted | {f'{refused}{{status="400"}}': 2, f'{refused}{{status="404"}}': 1}
+    then = guarded.figures()
+    assert guarded.send(CHAT, chat())[0] == 401
+    assert guarded.send(CHAT, chat("x" * 3000), Authorization="Bearer a b")[0] == 413
+    for status in (401, 413):
+        name = f'{refused}{{status="{status}"}}'
+        assert guarded.figures()[name] == then[name] + 1
+
+
 # --- many, and those who leave ---
 
 

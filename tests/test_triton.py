@@ -362,6 +362,8 @@ def test_errors_before_the_first_token(server: TritonServer) -> None:
 
 def test_a_full_queue_says_so(server: TritonServer) -> None:
     body = {"text_input": QUESTIONS[0], "mode": "ar", "max_tokens": 2}
+    refusals = "nemodiff_refused_requests_total 503"
+    before = figures(server, "slow")[refusals]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         told = list(pool.map(lambda _: post(server.http, "/v2/models/slow/generate", body), range(8)))
     refused = [(status, text) for status, text in told if status != 200]
@@ -369,6 +371,7 @@ def test_a_full_queue_says_so(server: TritonServer) -> None:
     for status, text in refused:
         assert status in (400, 503)  # Triton 2.51 answers 400 whatever status the model gives
         assert "requests run or wait, allowed: 1 and 2; try again later" in text
+    eventually(lambda: figures(server, "slow")[refusals] == before + 5)
 
 
 def test_an_engine_that_breaks_in_mid_stream(server: TritonServer, repository: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from triton_stand_in import Request, module
+from triton_stand_in import Request, TritonError, module
 
 import nemodiff
 from nemodiff.serving.triton_model import TritonPythonModel
@@ -65,3 +66,26 @@ def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together
     assert only["text_output"] == whole
     echoed = [ask(paced, stream=stream, exclude_input_in_output=False, **long) for stream in (False, True)]
     assert ["".join(one["text_output"] for one in each) for each in echoed] == [QUESTION + whole] * 2
+
+
+def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
+    model = started(rows="1", waiting="1")
+    for wrong in ({"mode": "bogus"}, {"max_tokens": 0}):
+        request = Request({"text_input": QUESTION, **wrong})
+        model.execute([request])
+        (refusal,) = request.responses()
+        assert refusal.error is not None
+        assert refusal.error.kind == TritonError.INVALID_ARG
+    long = [Request({"text_input": QUESTION, "max_tokens": 150, "min_tokens": 150}) for _ in range(6)]
+    model.execute(long)
+    errors = [request.responses()[-1].error for request in long]
+    busy = [error for error in errors if error is not None]
+    assert {error.kind for error in busy} == {TritonError.UNAVAILABLE}
+    assert 1 <= len(busy) <= 4
+    told = sys.modules["triton_python_backend_utils"].MetricFamily.values
+    name, wanted = "nemodiff_refused_requests_total", {"400": 2, "503": len(busy), "500": 0}
+    for _ in range(600):
+        if {status: told.get((name, status)) for status in wanted} == wanted:
+            return
+        time.sleep(0.05)
+    raise AssertionError(told)
