@@ -497,6 +497,8 @@ def test_keys_size_time_and_queue_are_limited(guarded: Served) -> None:
         answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
     statuses = sorted(status for status, _, _ in answers)
     assert statuses == [429] * 4 + [504] * 2
+    figures, refused = guarded.figures(), "nemodiff_refused_requests_total"
+    assert [figures[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
 
 

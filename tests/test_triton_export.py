@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import Refused, snapshot
 
+import nemodiff
 from nemodiff.cli import main
 from nemodiff.errors import RequestError, ServerError
 from nemodiff.runtime.options import Options
@@ -24,6 +27,7 @@ from nemodiff.serving.triton_outputs import OUTPUTS
 from nemodiff.serving.triton_parameters import INPUTS, model_parameters, read
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "triton"
+STAND_IN = Path(__file__).parent / "triton_stand_in.py"
 
 
 def test_export_copies_the_engine_and_replaces_only_its_own_kind(
@@ -44,6 +48,25 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.pbtxt").touch()
     refused([*command, "--name", "other"], "exists and is not an exported Triton model")
+
+
+def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) -> None:
+    made = tmp_path / "engine-of-this-machine"
+    shutil.copytree(tiny_engine, made)
+    folder = export(made, tmp_path / "models")
+    expected = nemodiff.generate(nemodiff.load(made, threads=1), "Count from 3 to 9.", max_new_tokens=40).text
+    shutil.rmtree(made)
+    moved = tmp_path / "elsewhere"
+    shutil.move(folder, moved)
+    marks = [str(tmp_path), str(Path.home()) + "/", str(EXAMPLE.parents[1]), sys.prefix, socket.gethostname()]
+    for file in (path for path in moved.rglob("*") if path.is_file()):
+        found = [mark for mark in marks if mark.encode() in file.read_bytes()]
+        assert found == [], file
+        assert not file.is_symlink()
+    answered = subprocess.run(
+        [sys.executable, "-W", "error", str(STAND_IN), str(moved)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (answered.stderr, answered.stdout) == ("", expected + "\n")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,19 @@
 """What Triton's Python backend gives a model, played in this process.
 
 In: plain values of a request. Out: what the model sent, and with which flag. The surprising fact: the module that is
-played exists only inside a server, so a model can be driven by any Python that can import it, without one.
+played exists only inside a server, so a model can be driven by any Python that can import it, without one:
+`python3.12 tests/triton_stand_in.py REPOSITORY/nemodiff` answers one question from an exported folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import queue
+import sys
 import types
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -122,3 +126,26 @@ def module() -> types.ModuleType:
         get_input_tensor_by_name=lambda request, name: request.tensors.get(name),
     )
     return made
+
+
+def run(folder: Path, values: dict[str, Any]) -> list[InferenceResponse]:
+    """Answer one request from an exported folder as it is, without its parameters."""
+    sys.modules["triton_python_backend_utils"] = module()
+    spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    model_file = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(model_file)
+    model = model_file.TritonPythonModel()
+    place = {"model_repository": str(folder), "model_version": "1", "model_name": folder.name}
+    model.initialize({**place, "model_config": "{}"})
+    request = Request(values)
+    model.execute([request])
+    responses = request.responses()
+    model.finalize()
+    return responses
+
+
+if __name__ == "__main__":
+    asked = {"text_input": "Count from 3 to 9.", "max_tokens": 40}
+    sys.stdout.write("".join(r.outputs()["text_output"] for r in run(Path(sys.argv[1]), asked)) + "\n")
