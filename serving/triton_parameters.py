@@ -67,12 +67,17 @@ INPUTS = (
     Input("num_return_sequences", "INT32", only=1),
     Input("return_context_logits", "BOOL", only=False),
     Input("return_generation_logits", "BOOL", only=False),
-    # What these ask for is always given, or is about padding and beams.
+    Input("use_draft_logits", "BOOL", only=False),
+    Input("embedding_bias_words", "STRING", only=""),
+    Input("prompt_vocab_size", "INT32", only=0),
+    # What these ask for is always given, or is about padding, beams and another's drafts.
     Input("return_finish_reason", "BOOL"),
     Input("return_num_input_tokens", "BOOL"),
     Input("return_num_output_tokens", "BOOL"),
     Input("pad_id", "INT32"),
     Input("length_penalty", "FP32"),
+    Input("embedding_bias_weights", "FP32", many=True),
+    Input("num_draft_tokens", "INT32"),
 )
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
 _ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}

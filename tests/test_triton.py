@@ -185,6 +185,11 @@ def test_names_and_spellings_of_other_clients(server: TritonServer) -> None:
         "beam_width": 1,
         "return_num_input_tokens": True,
         "length_penalty": 1.0,
+        "embedding_bias_words": "",
+        "embedding_bias_weights": [0.0],
+        "prompt_vocab_size": 0,
+        "num_draft_tokens": 0,
+        "use_draft_logits": False,
     }
     assert generate(server, **count, max_tokens=5, mode="ar", **usual)["text_output"] == expected
     both = json.dumps({"max_tokens": 30, "mode": "ar"})
@@ -454,6 +459,7 @@ MALFORMED: list[Any] = [
             {"guided_decoding_guide": "{}"},
             {"beam_width": 4},
             {"return_context_logits": True},
+            {"embedding_bias_words": "river"},
         )
     ),
 ]

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -201,6 +202,19 @@ def test_the_manifest_holds_together() -> None:
     assert pod["terminationGracePeriodSeconds"] > waits + int(drain.partition("=")[2])
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("release", ["1.27", kubernetes_validate.latest_version()])
+def test_the_manifest_is_what_kubernetes_takes(release: str) -> None:
+    checked = 0
+    for part in yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text()):
+        if part["kind"] != "PodMonitor":  # of the Prometheus operator
+            kubernetes_validate.validate(part, release, strict=True)
+            checked += 1
+    assert checked == 3
+    part["kind"], part["apiVersion"], part["spec"] = "Service", "v1", {"ports": [{"prot": 1}]}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(part, release, strict=True)
 
 
 def test_the_dockerfile_names_what_is_there() -> None:
