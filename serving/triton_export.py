@@ -27,7 +27,7 @@ from .triton_outputs import OUTPUTS, Output
 from .triton_parameters import INPUTS, Input, model_parameters, read
 
 MARKER = "nemodiff_triton.json"  # tells a model folder of ours
-EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}))
+EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}), "--repo or --name")
 
 _MODEL = '''"""The model of this repository. All of it is in nemodiff, to be installed in the server's Python."""
 

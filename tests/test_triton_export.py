@@ -48,7 +48,7 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
     refused(command, "would remove '2'")
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.pbtxt").touch()
-    refused([*command, "--name", "other"], "exists and is not an exported Triton model")
+    refused([*command, "--name", "other"], "exists and is not an exported Triton model", "another --repo or --name")
 
 
 def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) -> None:
@@ -161,8 +161,17 @@ def test_without_a_server_one_line_says_how_to_get_one(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(triton_server, "installed", lambda: False)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.pbtxt").touch()
     refused(["triton", "run", str(tmp_path)], "no Triton server found", "nemodiff triton install", "container")
     refused(["triton", "run", str(tmp_path / "none")], "no such folder", "nemodiff triton export")
+
+
+def test_what_is_no_repository_is_not_served(tmp_path: Path, tiny_engine: Path, refused: Refused) -> None:
+    refused(["triton", "run", str(tmp_path)], "holds no model", "nemodiff triton export")
+    refused(["triton", "run", str(tiny_engine)], "holds no model", "nemodiff triton export")
+    model = export(tiny_engine, tmp_path / "models", link=True)
+    refused(["triton", "run", str(model)], "is a model and not a repository", f"nemodiff triton run {model.parent}")
 
 
 def test_a_server_on_the_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
