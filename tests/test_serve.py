@@ -8,8 +8,10 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import random
+import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,6 +293,17 @@ def test_what_changes_nothing_is_accepted(server: Served) -> None:
     parts = [{"type": "text", "text": "Count from "}, {"type": "text", "text": "3 to 9."}]
     asked = {"messages": [{"role": "user", "content": parts, "name": "x"}], "max_completion_tokens": 4, **extra}
     assert server.ask(CHAT, asked)["choices"] == plain
+
+
+def test_the_commands_of_the_readme(server: Served) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```bash\n(nemodiff serve .*?)```", text, re.DOTALL)
+    command, ask = block.split("\n", 1)
+    assert command == "nemodiff serve engines/tiny-chat"  # as the server of these tests, but for the port
+    assert "localhost:8000/" in ask
+    words = ["bash", "-euc", ask.replace("localhost:8000", f"{server.host}:{server.port}")]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told)["usage"]["mode"] == "diffusion"
 
 
 def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
