@@ -68,6 +68,16 @@ def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together
     assert ["".join(one["text_output"] for one in each) for each in echoed] == [QUESTION + whole] * 2
 
 
+def test_a_streams_pieces_are_whole_characters(started: Callable[..., TritonPythonModel], tiny_engine: Path) -> None:
+    engine, law = nemodiff.load(tiny_engine, threads=1), {"mode": "ar", "temperature": 30.0}
+    model, beyond = started(stream_interval_ms="0"), 0
+    for seed in range(3):
+        told = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **law)]
+        assert "".join(told) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **law).text
+        beyond += sum(not piece.isascii() for piece in told if piece.encode())
+    assert beyond
+
+
 def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
     model = started(rows="1", waiting="1")
     for wrong in ({"mode": "bogus"}, {"max_tokens": 0}):
