@@ -397,6 +397,8 @@ def test_figures_on_the_metrics_port_add_up(server: TritonServer) -> None:
     answers = [generate(server, text_input=question, mode="linear_spec") for question in QUESTIONS]
     done = before["nemodiff_requests_total finished"] + len(QUESTIONS)
     eventually(lambda: figures(server)["nemodiff_requests_total finished"] == done)
+    last = "nemodiff_tokens_per_forward_count"  # of a request's figures, which follow its last response
+    eventually(lambda: figures(server)[last] == before.get(last, 0.0) + len(QUESTIONS))
     after = figures(server)
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     assert grown["nemodiff_prompt_tokens_total"] == sum(a["num_input_tokens"] for a in answers)
