@@ -601,8 +601,8 @@ def triton() -> None:
 def triton_export(engine: Path, repo: Path, assignments: tuple[str, ...], **choices: Any) -> None:
     """Write ENGINE as a model into Triton's model repository.
 
-    --set takes rows, waiting, threads, device, prefix_reuse, prefill_tokens, and the default of any input or field of
-    sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
+    --set takes rows, waiting, threads, device, prefix_reuse, prefill_tokens, stream_interval_ms, and the default of any
+    input or field of sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
     """
     from .serving.triton_export import export as run_export
     from .serving.triton_export import parse_assignments

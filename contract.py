@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .config import ModelConfig, parse_config
 from .errors import CheckpointError, EngineError
@@ -28,7 +28,8 @@ DEFAULT_MAX_SEQ_LEN = 32768
 DEFAULT_MAX_BATCH_SIZE = 8
 PREFILL_CHUNK = 512  # tokens of a prefill pass unless another --max-input-len is built
 EXPORT_FORMATS = ("ministral3",)
-MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
+Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder

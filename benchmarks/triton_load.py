@@ -45,7 +45,10 @@ LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.s
 def against_bare(server: TritonServer, engine: LoadedEngine, mode: str, rounds: int) -> dict[str, Any]:
     """One stream at a time, over HTTP and in this process, the same questions in turns."""
     asked = [q.text for q in questions.draw(2)]
-    ways = {"bare": lambda text: bare(engine, text, mode), "triton": lambda text: through_triton(server, text, mode)}
+    ways = {
+        "bare": lambda text: bare(engine, text, mode),
+        "triton": lambda text: through_triton(server, text, mode),
+    }
     seconds, first = {way: list[float]() for way in ways}, {way: list[float]() for way in ways}
     tokens: list[int] = []
     for number, text in [*enumerate(asked[:2], -2), *enumerate(asked * rounds)]:  # the first two warm up
@@ -82,6 +85,7 @@ def bare(engine: LoadedEngine, text: str, mode: str) -> Iterator[str]:
 
 
 def through_triton(server: TritonServer, text: str, mode: str) -> Iterator[str]:
+    """Over a new connection: on a kept one Triton 2.51 holds small pieces back until those before are acknowledged."""
     body = {"text_input": text, "mode": mode, "max_tokens": 64, "stream": True}
     connection = http.client.HTTPConnection(server.http, timeout=60)
     connection.request("POST", "/v2/models/single/generate_stream", json.dumps(body))
@@ -192,8 +196,12 @@ def main() -> None:
                     )
     versions = {"tritonserver": "2.51.0", "perf_analyzer": "2.51.0"}
     goals = [
-        record.goal("throughput of one stream", min(s["throughput_ratio"] for s in single), "at least", 0.9, "of bare"),
-        record.goal("later to the first text", max(s["later_by_ms"] for s in single), "at most", 20, "ms"),
+        goal
+        for s in single
+        for goal in (
+            record.goal(f"one stream, {s['mode']}, throughput", s["throughput_ratio"], "at least", 0.9, "of bare"),
+            record.goal(f"one stream, {s['mode']}, first text later", s["later_by_ms"], "at most", 20, "ms"),
+        )
     ]
     about = {**origin, "versions": {**origin["versions"], **versions}}
     record.write("triton_load", about, goals, {"one_stream": single, "perf_analyzer": runs})

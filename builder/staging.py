@@ -41,6 +41,7 @@ class Kind:
     name: str  # as in "not an engine"
     marker: str  # JSON file that tells it; its "files" are names of the folder's own too
     files: frozenset[str]
+    option: str = "--output"  # that names it on the command line
 
 
 ENGINE = Kind(
@@ -57,15 +58,15 @@ def check_target(target: Path, kind: Kind = ENGINE) -> None:
         if not ours and any(target.iterdir()):
             raise BuildError(
                 f"{target}: exists and is not an {kind.name} ({kind.marker} is missing), allowed: a new or empty "
-                f"folder or an {kind.name} to replace; choose another --output"
+                f"folder or an {kind.name} to replace; choose another {kind.option}"
             )
         if ours and (strangers := _strangers(target, kind)):
             raise BuildError(
                 f"{target}: replacing this {kind.name} would remove {strangers[0]!r}, which is not its own; "
-                "move it away or choose another --output"
+                f"move it away or choose another {kind.option}"
             )
     elif target.exists() or target.is_symlink():
-        raise BuildError(f"{target}: exists and is not a folder; choose another --output")
+        raise BuildError(f"{target}: exists and is not a folder; choose another {kind.option}")
 
 
 def _strangers(target: Path, kind: Kind) -> list[str]:
@@ -96,12 +97,12 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             stage.mkdir()
         except OSError as error:
-            raise BuildError(f"{target}: cannot be written ({error.strerror}); choose another --output") from None
+            raise BuildError(f"{target}: cannot be written ({error.strerror}); choose another {kind.option}") from None
         yield stage
         _publish(stage, target, replaced, kind)
     except OSError as error:
         raise BuildError(
-            f"{target}: writing failed ({error.strerror or error}); free some space or choose another --output"
+            f"{target}: writing failed ({error.strerror or error}); free some space or choose another {kind.option}"
         ) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

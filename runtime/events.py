@@ -84,8 +84,8 @@ class Step:
     start: the position of its first token. before, after: the ids that went in, and per predicted position the id that
     came out; in a denoise or draft pass these are the block before and after. confidence: of each prediction.
     committed: what the pass decided, in a draft pass as proposals. emitted: tokens of the answer by now. kept: of a
-    verify, how many proposals it kept, and refused: the others. seconds and rows: of the forward that the pass shared
-    with other rows.
+    verify, how many proposals it kept, and refused: the others. proposed: the next draft, if the pass made one beside
+    what else it did. seconds and rows: of the forward that the pass shared with other rows.
     """
 
     request: int
@@ -101,6 +101,7 @@ class Step:
     emitted: int
     kept: int | None
     refused: list[int]
+    proposed: list[Committed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +249,12 @@ class Reporter:
         self._previous = asked.kind
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
-        events += self._new_pieces([*before, *after, *self.sequence.tokens[self._tokens :]], served.began)
+        proposed = self._proposed(asked)
+        ids = [*before, *after, *self.sequence.tokens[self._tokens :], *(one.token for one in proposed)]
         committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
+        if asked.kind == "commit":
+            committed += self._begun_block(asked, prediction)
+        events += self._new_pieces([*ids, *(one.token for one in committed)], served.began)
         events.append(
             Step(
                 self.number,
@@ -265,6 +270,7 @@ class Reporter:
                 len(self.sequence.tokens),
                 kept,
                 refused,
+                proposed,
             )
         )
         return events
@@ -276,6 +282,28 @@ class Reporter:
         return [
             Committed(int(asked.pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen
         ]
+
+    def _begun_block(self, asked: Pass, prediction: Prediction) -> list[Committed]:
+        """The masks of the next block that a merged commit pass turned into tokens; its first is what was emitted."""
+        sequence, mask = self.sequence, self.sequence.model.mask_id
+        places = np.flatnonzero(asked.ids == mask)[1:]
+        if sequence.finish is not None or not places.size:
+            return []
+        chosen = prediction.next_ids[2 : 2 + places.size]
+        return [
+            Committed(int(asked.pos[place]), int(token), float(prediction.confidence[2 + i]))
+            for i, (place, token) in enumerate(zip(places, chosen, strict=True))
+            if token != mask
+        ]
+
+    def _proposed(self, asked: Pass) -> list[Committed]:
+        """The next draft; it stands behind the token that the pass emitted last."""
+        sequence = self.sequence
+        if sequence.finish is not None or not (asked.ids == sequence.model.mask_id).any():
+            return []
+        if asked.kind not in ("prefill", "verify"):
+            return []
+        return [Committed(sequence.length + 1 + i, *one) for i, one in enumerate(sequence.proposed)]
 
     def _emitted(self, prediction: Prediction) -> list[Committed]:
         """The tokens that this pass emitted; the first predictions of a causal pass are theirs, in order."""

@@ -13,6 +13,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from .options import Options, check_text
 from .request import Prompt, encode
 from .row import Row
 
-METHODS = ("search", "block")
+Method = Literal["search", "block"]
+METHODS: tuple[str, ...] = get_args(Method)
 LONGEST_FREE = 16  # tokens of a hole without a length
 _HOLE = re.compile(r"\{hole(?::(\d+))?\}")
 

@@ -50,6 +50,7 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     layout = _plan(sequence, draft)
     heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
     prediction = yield layout.ask(sequence, heads)
+    sequence.proposed = []
     accepted = sequence.verify(prediction, heads[1:])
     return Draft([], []) if sequence.finish else layout.draft(sequence, prediction, accepted)
 
@@ -117,7 +118,9 @@ def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) ->
     confidence = prediction.confidence[at + 1 : at + 1 + length]
     if prediction.logits is not None and not chooser.plain and sequence.cost is not None and tokens:
         confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
-    return Draft(tokens, confidence.tolist())
+    draft = Draft(tokens, confidence.tolist())
+    sequence.proposed = list(zip(draft.tokens, draft.confidence, strict=True))
+    return draft
 
 
 def _group_size(sequence: Sequence, emitted: int) -> int:

@@ -121,11 +121,17 @@ def _not_empty(ids: list[int]) -> list[int]:
     return ids
 
 
+def tokens_per_pass(emitted: int, nfe: Mapping[PassKind, int]) -> tuple[float | None, float | None]:
+    """Of all passes but prefill, and of all; None where there is no such pass."""
+    passes = sum(nfe.values())
+    decoding = passes - nfe["prefill"]
+    return emitted / decoding if decoding else None, emitted / passes if passes else None
+
+
 def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
     """The finished request with its figures."""
     assert sequence.finish is not None
-    emitted, passes = len(sequence.tokens), sum(sequence.nfe.values())
-    decoding = passes - sequence.nfe["prefill"]
+    decode_tpf, e2e_tpf = tokens_per_pass(len(sequence.tokens), sequence.nfe)
     lengths = sequence.accepted
     first = sequence.first_token if sequence.tokens else sequence.ended
     return Generation(
@@ -138,8 +144,8 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
         block_length=sequence.settings.asked_block,
         threshold=sequence.settings.threshold,
         nfe=sequence.nfe,
-        decode_tpf=emitted / decoding if decoding else None,
-        e2e_tpf=emitted / passes if passes else None,
+        decode_tpf=decode_tpf,
+        e2e_tpf=e2e_tpf,
         acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths, sequence.verified),
         adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
         timings_ms={
@@ -150,5 +156,5 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
             "total": (sequence.ended - sequence.started) * 1e3,
         },
         logprobs=None if sequence.settings.logprobs is None else sequence.chooser.logprobs,
-        confidences=sequence.confidences[:emitted] if sequence.settings.confidences else None,
+        confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
     )

@@ -45,6 +45,7 @@ class Sequence:
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
         self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
+        self.proposed: list[tuple[int, float]] = []  # the next draft and its confidence, where a pass makes one beside
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.submitted = self.started = time.perf_counter()
         self.first_token = self.ended = 0.0

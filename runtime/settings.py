@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from ..contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
 from ..errors import RequestError
@@ -29,7 +29,8 @@ THRESHOLDS = {
     "quadratic_spec": 0.0,
     "auto": 0.0,
 }  # defaults, the published ones
-GROUPS = ("auto", "all")
+Groups = Literal["auto", "all"]
+GROUPS: tuple[str, ...] = get_args(Groups)
 MOST_LOGPROBS = 100  # likeliest tokens reported
 _FULL_BLOCK = 16  # the published block length of quadratic self-speculation
 _LONGEST_FULL_BLOCK = max(n for n in range(1, MAX_BLOCK) if n * (n + 1) <= PREFILL_CHUNK)

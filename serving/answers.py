@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..runtime.chooser import TokenLogprobs
 from ..runtime.events import Event, Finished, Step, Text
 from ..runtime.generate import LoadedEngine
-from ..runtime.request import Generation
+from ..runtime.request import Generation, tokens_per_pass
 from .reasoning import Splitter
 
 Kind = Literal["chat", "completion"]
@@ -162,8 +162,7 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     emitted = sum(len(g.token_ids) for g in generations)
     nfe = {kind: sum(g.nfe[kind] for g in generations) for kind in first.nfe}
     lengths = [length for g in generations for length in g.acceptance.lengths]
-    passes = sum(nfe.values())
-    decoding = passes - nfe["prefill"]
+    decode_tpf, e2e_tpf = tokens_per_pass(emitted, nfe)
     prompt = sum(g.prompt_tokens for g in generations)
     return {
         "prompt_tokens": prompt,
@@ -175,7 +174,7 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
         "threshold": first.threshold,
         "nfe": nfe,
         "acceptance": {"mean": sum(lengths) / len(lengths) if lengths else None, "lengths": lengths},
-        "decode_tpf": emitted / decoding if decoding else None,
-        "e2e_tpf": emitted / passes if passes else None,
+        "decode_tpf": decode_tpf,
+        "e2e_tpf": e2e_tpf,
         "timings_ms": {k: max(g.timings_ms[k] for g in generations) for k in ("queued", "prefill", "decode", "total")},
     }

@@ -34,7 +34,7 @@ from .export import PAGE
 from .fim import Fills
 from .follow import Following, TimedOut, when_gone
 from .gate import Gate
-from .metrics import Metrics
+from .metrics import Metrics, Now
 from .sse import MEDIA_TYPE, Events
 from .watch import traced
 
@@ -88,7 +88,7 @@ class Server:
     def busy(self) -> bool:
         """Whether anybody waits for an answer."""
         now = self.scheduler.statistics
-        return bool(now.running or now.waiting or self.fills.present)
+        return bool(now.running or now.waiting or self.fills.counts.present)
 
     def chosen(self, asked: Decoding) -> tuple[str, dict[str, Any]]:
         """The model's name as asked for, and options that come with it. Raises ModelError."""
@@ -238,7 +238,7 @@ def _routes(server: Server) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
-        text = server.metrics.render(server.scheduler.statistics)
+        text = server.metrics.render(Now(server.scheduler.statistics, server.gate.refused, server.fills.counts))
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     # A mount at / would match every path, and so answer 404 where a route knows that the method is wrong.

@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..contract import MAX_BLOCK
+from ..contract import MAX_BLOCK, Mode
 from ..errors import RequestError
+from ..runtime.commit import PolicyName
+from ..runtime.infill import Method
 from ..runtime.request import Prompt
+from ..runtime.settings import Groups
 from .spellings import resolve
 
 MOST_CHOICES = 128  # answers to one request
-Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec", "auto"]
 Number = int | float
 Vocabulary = Annotated[int, Field(ge=0)]
 
@@ -115,9 +117,9 @@ class Decoding(_Body):
     """What every generating route takes. Fields of the runtime's `Options` have its names or say which they are."""
 
     model: str | None = Field(None, description="a name of /v1/models; NAME:MODE chooses a mode too")
-    mode: Mode | None = Field(None, description="how to decode; the server's default is linear_spec")
+    mode: Mode | Literal["auto"] | None = Field(None, description="how to decode; the server's default is linear_spec")
     threshold: Number | None = Field(None, description="confidence that commits a mask, 0 or more")
-    groups: Literal["auto", "all"] | None = Field(None, description="drafts of quadratic_spec")
+    groups: Groups | None = Field(None, description="drafts of quadratic_spec")
 
 
 class Generating(Decoding):
@@ -142,9 +144,7 @@ class Generating(Decoding):
     ignore_eos: bool | None = Field(None, description="as min_tokens at its limit; needs max_tokens")
     response_format: ResponseFormat | None = Field(None, description="text, JSON, a schema or a pattern")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's spelling of a schema or a pattern")
-    policy: Literal["threshold", "topk", "entropy", "left_to_right"] | None = Field(
-        None, description="what a pass of diffusion commits"
-    )
+    policy: PolicyName | None = Field(None, description="what a pass of diffusion commits")
     per_step: int | None = Field(None, description="masks that policy topk commits per pass")
     entropy_bound: Number | None = Field(None, description="nats up to which policy entropy commits")
     block_steps: int | None = Field(None, description="most passes of diffusion per block")
@@ -278,7 +278,7 @@ class Fim(Decoding):
     max_tokens: int | None = Field(
         None, description=f"length of the hole, 1 to {MAX_BLOCK}; 1 to 16, as fits, if left out"
     )
-    method: Literal["search", "block"] | None = Field(None, description="docs/semantics.md, infill")
+    method: Method | None = Field(None, description="docs/semantics.md, infill")
     width: int | None = Field(None, description="fillings that search keeps, 1 to 64")
     stream: bool | None = Field(None, description="answer as server-sent events: the filling comes in one")
     stream_options: StreamOptions | None = None

@@ -1,8 +1,8 @@
 """Filling a hole beside the scheduler's requests.
 
-In: what stands before and behind. Out: `Filled`. A hole is filled in a thread of its own, one at a time, over a cache
-row of its own; its passes and the scheduler's take turns, as the backends allow for caches in several threads. The
-surprising fact: a search asks nobody whether it should go on, so the cache it is given answers for it.
+In: what stands before and behind. Out: `Filled`, and counts. A hole is filled in a thread of its own, one at a time,
+over a cache row of its own; its passes and the scheduler's take turns, as the backends allow for caches in several
+threads. The surprising fact: a search asks nobody whether it should go on, so the cache it is given answers for it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..contract import EngineInfo
-from ..errors import BusyError
-from ..runtime.engine import Cache, Engine, Pass, Prediction
+from ..errors import BusyError, RequestError
+from ..runtime.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
 from ..runtime.generate import LoadedEngine
 from ..runtime.infill import Filled, infill
 
 
 class GoneError(Exception):
     """Nobody waits for the answer any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FillCounts:
+    """Holes that are filled or wait, holes by their end, and of the filled ones tokens and passes by kind."""
+
+    present: int
+    ends: dict[str, int]
+    tokens: int
+    nfe: dict[PassKind, int]
 
 
 class Fills:
@@ -31,12 +41,15 @@ class Fills:
         self._engine, self._most = engine, waiting + 1
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="nemodiff-fim")
         self._lock = threading.Lock()
-        self._present = 0
+        self._present = self._tokens = 0
+        self._ends = {"finished": 0, "cancelled": 0, "failed": 0}
+        self._nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
 
     @property
-    def present(self) -> int:
-        """Holes that are being filled or wait."""
-        return self._present
+    def counts(self) -> FillCounts:
+        """What has been done by now."""
+        with self._lock:
+            return FillCounts(self._present, dict(self._ends), self._tokens, dict(self._nfe))
 
     def submit(
         self, before: str, behind: str, gone: threading.Event, **options: Any
@@ -49,14 +62,33 @@ class Fills:
         watched = dataclasses.replace(self._engine, backend=_Watched(self._engine.backend, gone))
 
         def work() -> Filled:
+            end: str | None = "failed"
+            filled = None
             try:
                 _check(gone)
-                return infill(watched, before, behind, **options)
+                filled = infill(watched, before, behind, **options)
+                end = "finished"
+                return filled
+            except GoneError:
+                end = "cancelled"
+                raise
+            except RequestError:
+                end = None  # refused
+                raise
             finally:
-                with self._lock:
-                    self._present -= 1
+                self._ended(end, filled)
 
         return self._worker.submit(work)
+
+    def _ended(self, end: str | None, filled: Filled | None) -> None:
+        with self._lock:
+            self._present -= 1
+            if end is not None:
+                self._ends[end] += 1
+            if filled is not None:
+                self._tokens += sum(map(len, filled.token_ids))
+                for kind, passes in filled.nfe.items():
+                    self._nfe[kind] += passes
 
     def close(self) -> None:
         """Take no more."""

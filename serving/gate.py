@@ -1,7 +1,7 @@
 """What stands before the routes: keys, the size of a request, and the time when the server is about to stop.
 
-In: requests. Out: the same requests, or a refusal. The surprising fact: the size is counted as the body comes in,
-because a client need not announce it.
+In: requests. Out: the same requests, or a refusal, and how many were refused, here or behind. The surprising fact: the
+size is counted as the body comes in, because a client need not announce it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ class Gate:
     def __init__(self, app: ASGIApp, keys: Sequence[str], most_bytes: int) -> None:
         self._app, self._keys, self._most = app, [key.encode() for key in keys], most_bytes
         self.draining = False
+        self.refused = dict.fromkeys((400, 401, 404, 413, 429, 500, 503, 504), 0)  # by status, of protected paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if str(scope["path"]).startswith(PROTECTED):
+            send = self._counted(send)
         refused = self._refused(scope)
         if refused is not None:
             status, headers = refused[0], {"WWW-Authenticate": "Bearer"} if refused[0] == 401 else None
@@ -51,6 +54,14 @@ class Gate:
             return message
 
         await self._app(scope, counted, send)
+
+    def _counted(self, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start" and (status := int(message["status"])) >= 400:
+                self.refused[status] = self.refused.get(status, 0) + 1
+            await send(message)
+
+        return counted
 
     def _refused(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
         headers, path = Headers(scope=scope), str(scope["path"])

@@ -1,9 +1,9 @@
 """What a server tells of itself in numbers: one list, for Prometheus and for Triton alike.
 
-In: a scheduler's `Statistics`, and each `Finished` event. Out: `METRICS`, which says of every figure its name, kind,
-help and how it is computed; `Metrics`, which keeps the distributions; `render`, the text that Prometheus reads. The
-surprising fact: counters and gauges are only read, from what the scheduler counts anyway, so they add up with its
-statistics at any moment; only distributions are kept here.
+In: a scheduler's `Statistics`, what a server counts beside it, and each `Finished` event. Out: `METRICS`, which says of
+every figure its name, kind, help and how it is computed; `Metrics`, which keeps the distributions; `render`, the text
+that Prometheus reads. The surprising fact: counters and gauges are only read, from what the scheduler counts anyway, so
+they add up with its statistics at any moment; only distributions are kept here.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..runtime.engine import PassKind
 from ..runtime.events import Finished
 from ..runtime.scheduler import Statistics
+
+if TYPE_CHECKING:
+    from .fim import FillCounts
 
 Kind = Literal["counter", "gauge", "histogram"]
 Values = Mapping[str, float] | Mapping[PassKind, int]
@@ -25,6 +28,19 @@ Values = Mapping[str, float] | Mapping[PassKind, int]
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _PER_TOKEN = tuple(s / 10 for s in _SECONDS[:-3])
 _TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Now:
+    """What counters and gauges are read from.
+
+    refused: requests answered with an error, by HTTP status. fills: holes filled beside the scheduler, None where that
+    is not offered.
+    """
+
+    scheduler: Statistics
+    refused: Mapping[int, int]
+    fills: FillCounts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +55,21 @@ class Metric:
     kind: Kind
     help: str
     label: str | None = None
-    read: Callable[[Statistics], Values] | None = None
+    read: Callable[[Now], Values] | None = None
     observe: Callable[[Finished], Iterable[float]] | None = None
     buckets: tuple[float, ...] = ()
 
 
 def _counter(name: str, help: str, read: Callable[[Statistics], Values], label: str) -> Metric:
-    return Metric(name, "counter", help, label, read)
+    return Metric(name, "counter", help, label, lambda n: read(n.scheduler))
 
 
 def _count(name: str, help: str, read: Callable[[Statistics], float]) -> Metric:
-    return Metric(name, "counter", help, None, lambda s: {"": read(s)})
+    return Metric(name, "counter", help, None, lambda n: {"": read(n.scheduler)})
 
 
 def _gauge(name: str, help: str, read: Callable[[Statistics], float]) -> Metric:
-    return Metric(name, "gauge", help, None, lambda s: {"": read(s)})
+    return Metric(name, "gauge", help, None, lambda n: {"": read(n.scheduler)})
 
 
 def _histogram(
@@ -63,6 +79,10 @@ def _histogram(
         return [value for value in observe(finished) if value is not None]
 
     return Metric(name, "histogram", help, observe=known, buckets=buckets)
+
+
+def _fills(name: str, kind: Kind, help: str, read: Callable[[FillCounts], Values], label: str | None = None) -> Metric:
+    return Metric(name, kind, help, label, lambda n: {} if n.fills is None else read(n.fills))
 
 
 def _seconds(ms: float | None) -> float | None:
@@ -83,6 +103,13 @@ METRICS = (
         "Requests by their end",
         lambda s: {"finished": s.finished, "cancelled": s.cancelled, "failed": s.failed},
         "end",
+    ),
+    Metric(
+        "nemodiff_refused_requests_total",
+        "counter",
+        "Requests answered with an error instead of text, by HTTP status",
+        "status",
+        lambda n: {str(status): count for status, count in n.refused.items()},
     ),
     _count("nemodiff_prompt_tokens_total", "Tokens of prompts", lambda s: s.prompt_tokens),
     _count("nemodiff_reused_tokens_total", "Tokens of prompts whose K/V were copied", lambda s: s.reused_tokens),
@@ -130,6 +157,14 @@ METRICS = (
     ),
 )
 
+# Of a server that fills holes; they share the engine with the requests above and are not counted there.
+FILLS = (
+    _fills("nemodiff_fills_present", "gauge", "Holes that are filled or wait", lambda f: {"": f.present}),
+    _fills("nemodiff_fills_total", "counter", "Holes by their end", lambda f: f.ends, "end"),
+    _fills("nemodiff_fill_tokens_total", "counter", "Tokens that holes were filled with", lambda f: {"": f.tokens}),
+    _fills("nemodiff_fill_nfe_total", "counter", "Passes of filled holes by kind", lambda f: f.nfe, "kind"),
+)
+
 
 class Metrics:
     """The distributions over finished requests; any thread may add to them."""
@@ -147,15 +182,15 @@ class Metrics:
                     self._counts[metric.name][bisect.bisect_left(metric.buckets, value)] += 1
                     self._sums[metric.name] += value
 
-    def render(self, statistics: Statistics) -> str:
+    def render(self, now: Now) -> str:
         """All figures in Prometheus' text format, version 0.0.4."""
         lines = list[str]()
-        for metric in METRICS:
+        for metric in (*METRICS, *(FILLS if now.fills is not None else ())):
             lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
             if metric.read is None:
                 lines += self._distribution(metric)
                 continue
-            for key, value in metric.read(statistics).items():
+            for key, value in metric.read(now).items():
                 label = f'{{{metric.label}="{key}"}}' if metric.label is not None else ""
                 lines.append(f"{metric.name}{label} {value}")
         return "\n".join(lines) + "\n"

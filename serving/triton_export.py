@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from .triton_outputs import OUTPUTS, Output
 from .triton_parameters import INPUTS, Input, model_parameters, read
 
 MARKER = "nemodiff_triton.json"  # tells a model folder of ours
-EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}))
+EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}), "--repo or --name")
 
 _MODEL = '''"""The model of this repository. All of it is in nemodiff, to be installed in the server's Python."""
 
@@ -103,6 +104,8 @@ def _check(info: EngineInfo, text: TextCodec, given: dict[str, str]) -> None:
         value = getattr(parsed, name)
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}, allowed: {least} or more")
+    if not 0 <= parsed.stream_interval_ms < math.inf:
+        raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")
     check_device(parsed.device, info.manifest.backend)
     settle(info, text, 1, make_options(read({"text_input": ["x"]}, {}, parsed.values).options))
 

@@ -1,19 +1,18 @@
 """The figures of `metrics.py` on a Triton server's metrics port.
 
-In: a scheduler's statistics and finished requests. Out: Triton's custom metrics. The surprising fact: a Triton counter
-can only be increased, so what was told is remembered here; and every call goes to the server's process and back, so
-only what has changed is told.
+In: what counters are read from, and finished requests. Out: Triton's custom metrics. The surprising fact: a Triton
+counter can only be increased, so what was told is remembered here; and every call goes to the server's process and
+back, so only what has changed is told.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .metrics import METRICS
+from .metrics import METRICS, Now
 
 if TYPE_CHECKING:
     from ..runtime.events import Finished
-    from ..runtime.scheduler import Statistics
 
 
 class TritonMetrics:
@@ -32,10 +31,10 @@ class TritonMetrics:
         }
         self._told: dict[tuple[str, str], tuple[Any, float]] = {}  # by name and label value: metric and last value
 
-    def update(self, statistics: Statistics) -> None:
+    def update(self, now: Now) -> None:
         """Tell counters and gauges."""
         for metric in METRICS:
-            for key, value in metric.read(statistics).items() if metric.read is not None else ():
+            for key, value in metric.read(now).items() if metric.read is not None else ():
                 place = (metric.name, key)
                 if place not in self._told:
                     own = {metric.label: key} if metric.label is not None else {}

@@ -67,12 +67,17 @@ INPUTS = (
     Input("num_return_sequences", "INT32", only=1),
     Input("return_context_logits", "BOOL", only=False),
     Input("return_generation_logits", "BOOL", only=False),
-    # What these ask for is always given, or is about padding and beams.
+    Input("use_draft_logits", "BOOL", only=False),
+    Input("embedding_bias_words", "STRING", only=""),
+    Input("prompt_vocab_size", "INT32", only=0),
+    # What these ask for is always given, or is about padding, beams and another's drafts.
     Input("return_finish_reason", "BOOL"),
     Input("return_num_input_tokens", "BOOL"),
     Input("return_num_output_tokens", "BOOL"),
     Input("pad_id", "INT32"),
     Input("length_penalty", "FP32"),
+    Input("embedding_bias_weights", "FP32", many=True),
+    Input("num_draft_tokens", "INT32"),
 )
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
 _ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
@@ -90,8 +95,9 @@ _READ = (*_FLAGS, *_GUIDED)
 class ModelParameters:
     """What the model's configuration chooses: the scheduler's numbers, and the defaults of requests.
 
-    rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. engine: its folder, beside
-    the model's file or absolute. values: defaults of requests, by their names.
+    rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. stream_interval_ms: least
+    time between two responses of a stream; 0 sends text as it comes. engine: its folder, beside the model's file or
+    absolute. values: defaults of requests, by their names.
     """
 
     rows: int | None = None
@@ -100,6 +106,7 @@ class ModelParameters:
     device: str | None = None
     prefix_reuse: bool = True
     prefill_tokens: int = PREFILL_CHUNK
+    stream_interval_ms: float = 10.0
     engine: str = "engine"
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -187,6 +187,13 @@ class TritonServer:
 
 def serve(repository: Path, host: str, ports: tuple[int, int, int], arguments: Iterable[str]) -> None:
     """Run a server in the foreground until it ends or is told to, its output on standard error. Raises ServerError."""
+    if (repository / "config.pbtxt").exists():
+        raise ServerError(
+            f"{repository} is a model and not a repository; give the folder that holds it: nemodiff triton run "
+            f"{repository.resolve().parent}"
+        )
+    if repository.is_dir() and not any(repository.glob("*/config.pbtxt")):
+        raise ServerError(f"{repository} holds no model; write one into it: nemodiff triton export ENGINE --repo REPO")
 
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt

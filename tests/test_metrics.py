@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from toy_engine import toy
 
 import nemodiff
-from nemodiff.serving.metrics import METRICS, Metrics
+from nemodiff.serving.metrics import METRICS, Metrics, Now
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_figures_add_up_with_the_statistics_and_the_answers(engine: nemodiff.Loa
             metrics.observe(last)
             answers.append(last.generation)
         statistics = scheduler.statistics
-    families = {f.name: f for f in text_string_to_metric_families(metrics.render(statistics))}
+    families = {f.name: f for f in text_string_to_metric_families(metrics.render(Now(statistics, {400: 2, 429: 1})))}
     samples = {(s.name, *s.labels.values()): s.value for f in families.values() for s in f.samples}
     assert len(families) == len(METRICS)
     for metric in METRICS:
@@ -35,6 +35,10 @@ def test_figures_add_up_with_the_statistics_and_the_answers(engine: nemodiff.Loa
         assert (family.type, family.documentation) == (metric.kind, metric.help)
     assert samples["nemodiff_generation_tokens_total",] == sum(len(a.token_ids) for a in answers)
     assert samples["nemodiff_requests_total", "finished"] == len(answers) == 20
+    assert (samples["nemodiff_refused_requests_total", "400"], samples["nemodiff_refused_requests_total", "429"]) == (
+        2,
+        1,
+    )
     for kind in answers[0].nfe:
         assert samples["nemodiff_nfe_total", kind] == sum(a.nfe[kind] for a in answers)
     lengths = [n for a in answers for n in a.acceptance.lengths]

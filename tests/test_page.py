@@ -18,6 +18,7 @@ from click.testing import CliRunner
 import nemodiff
 from nemodiff.cli import main
 from nemodiff.runtime.batch import Batch
+from nemodiff.runtime.events import as_dict
 from nemodiff.serving.export import PAGE, html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'nemodiff[test]'")
@@ -202,6 +203,24 @@ def test_live_runs_show_the_answers_and_figures_of_the_api(
         assert counted["nfe"] == {kind: n for kind, n in generation["nfe"].items() if n}
 
 
+def test_what_a_merged_commit_decides_has_its_confidence(
+    page: Page, engine: nemodiff.LoadedEngine, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"mode": "diffusion", "merge_commit": True, "block_length": 8, "max_new_tokens": 60}
+    told = list(nemodiff.events(engine, [PROMPT], steps=True, **options))
+    events = [as_dict(event) for event in told]
+    (tmp_path / "run.html").write_text(html([("merged", events)]))
+    page.goto((tmp_path / "run.html").as_uri())
+    found = page.evaluate(
+        "events => { const run = new Run(); events.forEach((e) => run.push(e));"
+        "return run.answer.map((token) => [token.id, token.confidence]); }",
+        json.loads(json.dumps(events)),
+    )
+    assert any(e.get("kind") == "commit" and len(e["committed"]) > 1 for e in events)
+    ends = engine.info.model.eos_ids
+    assert [token for token, confidence in found if confidence is None and token not in ends] == []
+
+
 def test_scrubbing_with_slider_and_keys_follows_every_pass(page: Page, server: tuple[str, nemodiff.Scheduler]) -> None:
     run_live(page, server[0], "Count from 3 to 9.")
     slider = page.get_by_label("Moment")
@@ -211,7 +230,7 @@ def test_scrubbing_with_slider_and_keys_follows_every_pass(page: Page, server: t
     expect(page.locator("#where")).to_have_text("start")
     assert [lane["tokens"] for lane in lanes(page)] == [0] * 4
     states: set[str] = set()
-    refused = kept = 0
+    refused = kept = beside = 0
     last = int(slider.get_attribute("max") or 0)
     for moment in range(1, last):
         page.keyboard.press("ArrowRight")
@@ -224,12 +243,15 @@ def test_scrubbing_with_slider_and_keys_follows_every_pass(page: Page, server: t
             verdict = re.match(r"Pass \d+, verify: (\d+) drafted kept, (\d+) refused", now["pass"])
             if verdict:
                 assert now["kept"] == int(verdict[1])
-                assert bool(now["tail"]) == bool(int(verdict[2]))  # behind a refused end there is nothing to see
-                assert now["tail"].count("refused") == len(now["tail"]) <= int(verdict[2])
+                assert ("refused" in now["tail"]) == bool(int(verdict[2]))  # behind a refused end is nothing to see
+                assert now["tail"].count("refused") <= int(verdict[2])
+                drafts = now["tail"].count("draft")  # the next ones, which a quadratic pass makes beside its verdict
+                assert now["tail"].count("refused") + drafts == len(now["tail"])
+                assert not drafts or now["mode"] == "Quadratic self-speculation"
+                beside += drafts
                 kept, refused = kept + now["kept"], refused + now["tail"].count("refused")
     assert states >= {"draft", "mask", "ahead", "refused"}
-    assert kept > 0
-    assert refused > 0
+    assert min(kept, refused, beside) > 0
     page.keyboard.press("ArrowRight")
     assert lanes(page) == end
     slider.fill("1")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import random
+import re
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ import nemodiff
 from nemodiff.serving.reasoning import Splitter
 
 CHAT = "/v1/chat/completions"
+STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar"}
 CHECKS = [
@@ -292,6 +295,17 @@ def test_what_changes_nothing_is_accepted(server: Served) -> None:
     assert server.ask(CHAT, asked)["choices"] == plain
 
 
+def test_the_commands_of_the_readme(server: Served) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```bash\n(nemodiff serve .*?)```", text, re.DOTALL)
+    command, ask = block.split("\n", 1)
+    assert command == "nemodiff serve engines/tiny-chat"  # as the server of these tests, but for the port
+    assert "localhost:8000/" in ask
+    words = ["bash", "-euc", ask.replace("localhost:8000", f"{server.host}:{server.port}")]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told)["usage"]["mode"] == "diffusion"
+
+
 def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
     for path, method, status in (("/v1/nothing", "GET", 404), (CHAT, "GET", 405), ("/metrics", "DELETE", 405)):
         got, _, content = server.send(path, method=method)
@@ -369,6 +383,28 @@ def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.Loaded
     assert decoding(told[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
 
 
+def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> None:
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 2}
+    before = server.figures()
+    nfe = server.ask("/v1/fim/completions", body)["usage"]["nfe"]
+    for wrong in ({**body, "max_tokens": 99}, {**body, "mode": 5}):
+        assert server.send("/v1/fim/completions", wrong)[0] == 400
+    assert server.send(CHAT, chat(model="gpt"))[0] == 404
+    assert server.send("/nothing")[0] == 404
+    after = server.figures()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    passes = {f'nemodiff_fill_nfe_total{{kind="{kind}"}}': count for kind, count in nfe.items() if count}
+    refused = "nemodiff_refused_requests_total"
+    counted = {'nemodiff_fills_total{end="finished"}': 1, "nemodiff_fill_tokens_total": 2, **passes}
+    assert grown == counted | {f'{refused}{{status="400"}}': 2, f'{refused}{{status="404"}}': 1}
+    then = guarded.figures()
+    assert guarded.send(CHAT, chat())[0] == 401
+    assert guarded.send(CHAT, chat("x" * 3000), Authorization="Bearer a b")[0] == 413
+    for status in (401, 413):
+        name = f'{refused}{{status="{status}"}}'
+        assert guarded.figures()[name] == then[name] + 1
+
+
 # --- many, and those who leave ---
 
 
@@ -407,16 +443,15 @@ def leave(server: Served, path: str, body: dict[str, Any], read: int) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/events"])
-@pytest.mark.parametrize("stream", [True, False])
+# Those that may leave before they are queued come last: nobody knows when their end is counted.
+@pytest.mark.parametrize(("stream", "path"), [*((True, p) for p in STREAMS), *((False, p) for p in STREAMS[:2])])
 def test_a_client_that_leaves_frees_its_row(server: Served, path: str, stream: bool) -> None:
     before = server.settled()['nemodiff_requests_total{end="cancelled"}']
     body = {**LONG, "stream": stream}
     if path == CHAT:
         body["messages"] = chat(body.pop("prompt"))["messages"]
-    streams = stream or path == "/events"
-    leave(server, path, body, read=200 if streams else 0)
-    if not streams:  # it may leave before the request is queued, and then there is nothing to cancel
+    leave(server, path, body, read=200 if stream else 0)
+    if not stream:  # it may leave before the request is queued, and then there is nothing to cancel
         server.settled()
         return
     assert server.settled()['nemodiff_requests_total{end="cancelled"}'] == before + 1
@@ -475,6 +510,8 @@ def test_keys_size_time_and_queue_are_limited(guarded: Served) -> None:
         answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
     statuses = sorted(status for status, _, _ in answers)
     assert statuses == [429] * 4 + [504] * 2
+    figures, refused = guarded.figures(), "nemodiff_refused_requests_total"
+    assert [figures[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
 
 

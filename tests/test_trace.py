@@ -166,3 +166,33 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: 
 def test_a_trace_that_cannot_be_written_is_one_line(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
     refused(["run", str(tiny_engine), "-p", PROMPT, "--trace", str(tmp_path / "no" / "t.json")], "No such file")
     refused(["run", str(tiny_engine), "-p", PROMPT, "--no-prefix-reuse"], "--input-file", code=2)
+
+
+@pytest.mark.parametrize("law", [{}, {"temperature": 0.9, "seed": 3}])
+def test_a_draft_made_beside_a_verdict_is_told_before_it_is_judged(tiny_engine: Path, law: dict[str, Any]) -> None:
+    engine = nemodiff.load(tiny_engine, threads=1)
+    options = {"mode": "quadratic_spec", "block_length": 8, "groups": "all", "max_new_tokens": 40, **law}
+    told = nemodiff.events(engine, ["Show the times table of 7 up to 5."], steps=True, **options)
+    proposed, judged = list[tuple[int, int]](), 0
+    for step in (event for event in told if isinstance(event, nemodiff.Step)):
+        if step.kind == "verify":
+            heads = [token for token in step.before[1:] if token != engine.info.model.mask_id]
+            assert heads == [token for _, token in proposed][: len(heads)]
+            assert [position for position, _ in proposed] == list(range(step.start + 1, step.start + 1 + len(proposed)))
+            judged += len(heads)
+        proposed = [(one.position, one.token) for one in step.proposed]
+    assert judged > 10
+
+
+def test_a_merged_commit_tells_what_it_decides(tiny_engine: Path) -> None:
+    engine = nemodiff.load(tiny_engine, threads=1)
+    model, options = engine.info.model, {"mode": "diffusion", "merge_commit": True, "block_length": 8}
+    told = nemodiff.events(engine, [PROMPT], steps=True, max_new_tokens=40, **options)
+    decided, more = dict[int, int](), 0
+    for step in (event for event in told if isinstance(event, nemodiff.Step)):
+        if step.kind == "denoise":
+            for i, token in enumerate(step.before):
+                assert token in (model.mask_id, *model.eos_ids) or decided[step.start + i] == token
+        decided |= {one.position: one.token for one in step.committed}
+        more += step.kind == "commit" and len(step.committed) > 1
+    assert more > 1

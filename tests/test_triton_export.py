@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import Refused, snapshot
 
+import nemodiff
 from nemodiff.cli import main
 from nemodiff.errors import RequestError, ServerError
 from nemodiff.runtime.options import Options
@@ -24,6 +28,7 @@ from nemodiff.serving.triton_outputs import OUTPUTS
 from nemodiff.serving.triton_parameters import INPUTS, model_parameters, read
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "triton"
+STAND_IN = Path(__file__).parent / "triton_stand_in.py"
 
 
 def test_export_copies_the_engine_and_replaces_only_its_own_kind(
@@ -43,7 +48,26 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
     refused(command, "would remove '2'")
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.pbtxt").touch()
-    refused([*command, "--name", "other"], "exists and is not an exported Triton model")
+    refused([*command, "--name", "other"], "exists and is not an exported Triton model", "another --repo or --name")
+
+
+def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) -> None:
+    made = tmp_path / "engine-of-this-machine"
+    shutil.copytree(tiny_engine, made)
+    folder = export(made, tmp_path / "models")
+    expected = nemodiff.generate(nemodiff.load(made, threads=1), "Count from 3 to 9.", max_new_tokens=40).text
+    shutil.rmtree(made)
+    moved = tmp_path / "elsewhere"
+    shutil.move(folder, moved)
+    marks = [str(tmp_path), str(Path.home()) + "/", str(EXAMPLE.parents[1]), sys.prefix, socket.gethostname()]
+    for file in (path for path in moved.rglob("*") if path.is_file()):
+        found = [mark for mark in marks if mark.encode() in file.read_bytes()]
+        assert found == [], file
+        assert not file.is_symlink()
+    answered = subprocess.run(
+        [sys.executable, "-W", "error", str(STAND_IN), str(moved)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (answered.stderr, answered.stdout) == ("", expected + "\n")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +77,8 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
         (["--set", "rows=99"], "rows is 99, allowed: 1 to 8"),
         (["--set", "rows=many"], "rows is 'many', allowed: an integer"),
         (["--set", "waiting=0"], "waiting is 0, allowed: 1 or more"),
+        (["--set", "stream_interval_ms=-1"], "stream_interval_ms is -1.0, allowed: 0 or more"),
+        (["--set", "stream_interval_ms=nan"], "stream_interval_ms is nan, allowed: 0 or more"),
         (["--set", "device=0"], "device is '0', allowed on onnxruntime: cpu"),
         (["--set", "max_tokenz=3"], "unknown parameter 'max_tokenz'; allowed: "),
         (["--set", "mode=bogus"], "mode is 'bogus', allowed: ar"),
@@ -135,8 +161,17 @@ def test_without_a_server_one_line_says_how_to_get_one(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(triton_server, "installed", lambda: False)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.pbtxt").touch()
     refused(["triton", "run", str(tmp_path)], "no Triton server found", "nemodiff triton install", "container")
     refused(["triton", "run", str(tmp_path / "none")], "no such folder", "nemodiff triton export")
+
+
+def test_what_is_no_repository_is_not_served(tmp_path: Path, tiny_engine: Path, refused: Refused) -> None:
+    refused(["triton", "run", str(tmp_path)], "holds no model", "nemodiff triton export")
+    refused(["triton", "run", str(tiny_engine)], "holds no model", "nemodiff triton export")
+    model = export(tiny_engine, tmp_path / "models", link=True)
+    refused(["triton", "run", str(model)], "is a model and not a repository", f"nemodiff triton run {model.parent}")
 
 
 def test_a_server_on_the_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +211,19 @@ def test_the_manifest_holds_together() -> None:
     assert pod["terminationGracePeriodSeconds"] > waits + int(drain.partition("=")[2])
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("release", ["1.27", kubernetes_validate.latest_version()])
+def test_the_manifest_is_what_kubernetes_takes(release: str) -> None:
+    checked = 0
+    for part in yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text()):
+        if part["kind"] != "PodMonitor":  # of the Prometheus operator
+            kubernetes_validate.validate(part, release, strict=True)
+            checked += 1
+    assert checked == 3
+    part["kind"], part["apiVersion"], part["spec"] = "Service", "v1", {"ports": [{"prot": 1}]}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(part, release, strict=True)
 
 
 def test_the_dockerfile_names_what_is_there() -> None:

@@ -113,6 +113,8 @@ class Run {
     e.before.forEach((id, i) => {
       if (this.block.cells[i]?.id === id) return;
       const index = e.start + i - this.started.prompt_tokens;
+      const known = this.decided.get(index); // by the pass that took the block before over
+      if (known?.id === id) return (this.block.cells[i] = known);
       const mask = id === this.started.mask_id;
       const special = mask ? undefined : this.pieces.special[id];
       this.block.cells[i] = { id, mask, special, confidence: null, pass: pass - 1, index };
@@ -135,12 +137,28 @@ class Run {
     this.answer.push(token);
   }
 
+  /** The next draft, where a pass that decides makes it too. */
+  #proposed(e) {
+    const first = this.started.prompt_tokens;
+    const pass = this.passes.length + 1;
+    return (e.proposed ?? []).map(({ position, token: id, confidence }) => ({
+      id,
+      special: this.pieces.special[id],
+      confidence,
+      pass,
+      kind: e.kind,
+      index: position - first,
+      state: "draft",
+    }));
+  }
+
   #tail(e) {
     if (e.kind === "verify") {
       const refused = e.refused.map((id) => ({ id, special: this.pieces.special[id], confidence: null }));
-      return this.#spell(upToEnd(refused).map((token) => ({ ...token, state: "refused" })), true);
+      const told = upToEnd(refused).map((token) => ({ ...token, state: "refused" }));
+      return [...this.#spell(told, true), ...this.#spell(this.#proposed(e), true)];
     }
-    if (!this.block) return [];
+    if (!this.block) return this.#spell(this.#proposed(e), true);
     const cells = this.block.cells.slice(this.answer.length + this.started.prompt_tokens - this.block.start);
     return this.#spell(
       upToEnd(cells).map((c) => ({ ...c, state: c.mask ? "mask" : e.kind === "draft" ? "draft" : "ahead" })),
