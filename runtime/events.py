@@ -83,9 +83,10 @@ class Step:
 
     start: the position of its first token. before, after: the ids that went in, and per predicted position the id that
     came out; in a denoise or draft pass these are the block before and after. confidence: of each prediction.
-    committed: what the pass decided, in a draft pass as proposals. emitted: tokens of the answer by now. kept: of a
-    verify, how many proposals it kept, and refused: the others. seconds and rows: of the forward that the pass shared
-    with other rows.
+    committed: what the pass decided, in a draft pass as proposals, in a commit pass with masks behind it those of the
+    next block too. emitted: tokens of the answer by now. kept: of a verify, how many proposals it kept, and refused:
+    the others, but for those behind the end of the answer. seconds and rows: of the forward that the pass shared with
+    other rows.
     """
 
     request: int
@@ -249,7 +250,14 @@ class Reporter:
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
         events += self._new_pieces([*before, *after, *self.sequence.tokens[self._tokens :]], served.began)
-        committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
+        committed = [] if filling else self._emitted(asked, prediction)
+        if filling or asked.kind == "commit":
+            filled = self._filled(asked, prediction)
+            if filled and not filling:  # the pass has begun the next block too
+                length = asked.rows.size - 1
+                events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
+                self._previous = "denoise"
+            committed += filled
         events.append(
             Step(
                 self.number,
@@ -272,14 +280,14 @@ class Reporter:
     def _filled(self, asked: Pass, prediction: Prediction) -> list[Committed]:
         """The masks that this pass turned into tokens."""
         mask = self.sequence.model.mask_id
-        chosen = np.flatnonzero((asked.ids == mask) & (prediction.next_ids != mask)).tolist()
-        return [
-            Committed(int(asked.pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen
-        ]
+        chosen = np.flatnonzero((asked.ids[asked.rows] == mask) & (prediction.next_ids != mask)).tolist()
+        pos = asked.pos[asked.rows]
+        return [Committed(int(pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen]
 
-    def _emitted(self, prediction: Prediction) -> list[Committed]:
-        """The tokens that this pass emitted; the first predictions of a causal pass are theirs, in order."""
-        first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :]
+    def _emitted(self, asked: Pass, prediction: Prediction) -> list[Committed]:
+        """The tokens that this pass emitted by its causal predictions, in order; masks may stand behind those."""
+        causal = int(np.count_nonzero(asked.ids[asked.rows] != self.sequence.model.mask_id))
+        first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :][:causal]
         if prediction.logits is not None and new:  # the engine's confidence is that of its own best token
             found = probability(prediction.logits[: len(new)], new, self.sequence.model.mask_id)
             prediction.confidence[: len(new)] = found
@@ -296,5 +304,6 @@ class Reporter:
         mask = self.sequence.model.mask_id
         if mask in proposed:
             proposed = proposed[: proposed.index(mask)]
-        kept = matching_prefix(proposed, prediction.token.tolist())
-        return kept, proposed[kept:]
+        emitted = len(self.sequence.tokens) - self._tokens
+        kept = matching_prefix(proposed[:emitted], prediction.token.tolist())
+        return kept, proposed[kept:] if kept < emitted else []

@@ -42,10 +42,9 @@ def _verdict(engine: LoadedEngine, step: Step) -> str:
     """The drafts the verify kept, its own next token in brackets, and after an x the drafts it refused."""
     kept = step.kept or 0
     parts = [_shown(engine, step.before[0])]
-    for token in step.before[1 : kept + 1]:
-        parts.append(click.style(_shown(engine, token), fg="green"))
-        if token in engine.info.model.eos_ids:  # the answer ends here; what follows was never asked
-            return "".join(parts)
+    parts += [click.style(_shown(engine, token), fg="green") for token in step.before[1 : kept + 1]]
+    if kept == len(step.committed):  # the answer ends here; what follows was never asked
+        return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
     refused = "".join(_shown(engine, token) for token in step.refused)
     return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")

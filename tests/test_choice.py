@@ -151,6 +151,48 @@ def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, law:
     assert law or compared > 8
 
 
+@pytest.mark.parametrize(
+    "law", [{}, {"temperature": 0.7}, {"thinking": True, "thinking_budget": 1, "temperature": 0.7}]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_events_tell_every_decision_with_its_confidence(
+    engine: nemodiff.LoadedEngine, law: dict[str, Any], merge: bool
+) -> None:
+    """Also where a pass commits one block and begins the next; only what nobody chose has no confidence."""
+    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **law}
+    for question in QUESTIONS[:4]:
+        *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
+        assert isinstance(answer, nemodiff.Generation)
+        assert answer.confidences is not None
+        told = {
+            c.position - answer.prompt_tokens: (c.token, c.confidence)
+            for e in events
+            if isinstance(e, nemodiff.Step)
+            for c in e.committed
+        }
+        chosen = {i: (t, c) for i, (t, c) in enumerate(zip(answer.token_ids, answer.confidences, strict=True)) if c}
+        assert {i: told.get(i) for i in chosen} == chosen
+        assert len(chosen) > 3
+        assert all(i >= len(answer.token_ids) for i in told.keys() - chosen.keys())
+        blocks = [e.start - answer.prompt_tokens for e in events if isinstance(e, nemodiff.BlockStarted)]
+        assert blocks == list(range(0, len(answer.token_ids), 4))[: len(blocks)]
+        assert 4 * len(blocks) >= len(answer.token_ids) - 4
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_verify_keeps_no_more_than_it_emits(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
+    """A stop inside a draft: what was drafted behind it is not kept, however right."""
+    emitted, kept = 0, 0
+    for event in nemodiff.stream(
+        engine, "Count from 3 to 9.", steps=True, mode=mode, temperature=temperature, stop="5"
+    ):
+        if isinstance(event, nemodiff.Step):
+            assert event.kept is None or event.kept <= event.emitted - emitted
+            emitted, kept = event.emitted, kept + (event.kept or 0)
+    assert kept or mode == "ar"
+
+
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_output_parses(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
