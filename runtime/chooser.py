@@ -133,11 +133,12 @@ class Chooser:
         for token, bias in law.logit_bias:
             scores[token] += bias
         scores[self._mask_id] = -np.inf
-        if len(self._said) < law.min_tokens:
+        thinking = self._after_thinking and not self._thought
+        if thinking or len(self._said) < law.min_tokens:
             scores[list(self._stops)] = -np.inf
         if law.bad_words:
             scores[banned(law, self._said)] = -np.inf
-        if self._matcher is not None and (self._thought or not self._after_thinking):
+        if self._matcher is not None and not thinking:
             self._matcher.restrict(scores)
         return draw(scores, law, self._noise, self._start + len(self._said))
 

@@ -234,6 +234,26 @@ def test_structure_begins_after_thinking(engine: nemodiff.LoadedEngine, mode: st
     assert re.fullmatch(REGEX, said)
 
 
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_thinking_does_not_end_an_answer_that_owes_a_structure(engine: nemodiff.LoadedEngine, mode: str) -> None:
+    options: dict[str, Any] = {"mode": mode, "thinking": True, "max_new_tokens": 30, "temperature": 1.5}
+    if mode == "diffusion":
+        options |= {"policy": "left_to_right", "threshold": 0.0}
+    ends = 0
+    for seed in range(12):
+        answer = nemodiff.generate(engine, QUESTIONS[seed], regex=REGEX, seed=seed, **options)
+        _, end, said = answer.text.partition("</think>")
+        ends += nemodiff.generate(engine, QUESTIONS[seed], seed=seed, **options).finish_reason == "stop"
+        assert answer.finish_reason == "length" or (end and re.fullmatch(REGEX, said))
+    assert ends > 3  # without a structure it does
+
+
+def test_a_schema_of_anything_is_one(engine: nemodiff.LoadedEngine) -> None:
+    answers = [nemodiff.generate(engine, QUESTIONS[0], json_schema=s, max_new_tokens=30) for s in ("true", {}, True)]
+    assert len({a.text for a in answers}) == 1
+    assert isinstance(json.loads(answers[0].text), (int, float, str, list, dict))
+
+
 @pytest.mark.parametrize("way", [{}, {"policy": "topk", "per_step": 1}, {"threshold": 2.0}, {"merge_commit": True}])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: dict[str, Any], steps: int) -> None:
