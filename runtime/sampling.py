@@ -2,8 +2,8 @@
 
 In: logits, what has been emitted so far, and noise at the position. Out: one token id. docs/semantics.md states the
 order and every tie. The surprising fact: adding Gumbel noise to the scaled logits and taking the argmax is an exact
-sample of the softmax (Gumbel-max), so no probability is normalised but in top-p; and since the noise is bounded, tokens
-far below the best are left out before any noise is drawn, with the same result.
+sample of the softmax (Gumbel-max), so no probability is normalised but in top-p, and no filter is computed unless the
+winner among all could fall to it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Law:
     def penalised(self) -> bool:
         """Whether what has been said changes the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some ids may not be drawn for want of probability."""
+        return self.top_k != 0 or self.top_p < 1 or self.min_p != 0
 
     @property
     def greedy(self) -> bool:
@@ -73,15 +78,21 @@ def draw(scores: np.ndarray, law: Law, noise: Noise, position: int) -> int:
     if not law.temperature:
         return int(scores.argmax())
     scores /= law.temperature
-    ids = _candidates(scores, law)
-    if ids.size == 1:
-        return int(ids[0])
-    return int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
-
-
-def _candidates(scores: np.ndarray, law: Law) -> np.ndarray:
-    """The ids that top-k, top-p and min-p leave, ascending, without those that no noise can lift to the top."""
     best = float(scores.max())
+    if not noise.kept:  # noise is dear: for those alone that it can lift to the top
+        ids = np.flatnonzero(scores >= max(_floor(scores, law, best), best - (HIGHEST - LOWEST)))
+        return int(ids[0]) if ids.size == 1 else int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
+    found = scores + noise.row(position)
+    token = int(found.argmax())
+    # Who wins among all wins among those that are left, if it is one of them; the best always is.
+    if law.filtered and scores[token] < best and scores[token] < (floor := _floor(scores, law, best)):
+        found[scores < floor] = -np.inf
+        token = int(found.argmax())
+    return token
+
+
+def _floor(scores: np.ndarray, law: Law, best: float) -> float:
+    """The lowest score that top-k, top-p and min-p leave."""
     floor = -math.inf
     if law.top_k and law.top_k < scores.size:
         floor = float(np.partition(scores, scores.size - law.top_k)[scores.size - law.top_k])
@@ -89,8 +100,7 @@ def _candidates(scores: np.ndarray, law: Law) -> np.ndarray:
         floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], law.top_p, best))
     if law.min_p:
         floor = max(floor, best + math.log(law.min_p))
-    ids: np.ndarray = np.flatnonzero(scores >= max(floor, best - (HIGHEST - LOWEST)))
-    return ids
+    return floor
 
 
 def _nucleus(scores: np.ndarray, top_p: float, best: float) -> float:
