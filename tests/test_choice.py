@@ -263,6 +263,19 @@ def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: d
     assert answer.nfe["denoise"] <= steps * 5
 
 
+def test_a_moved_end_of_thinking_costs_a_pass_at_most(engine: nemodiff.LoadedEngine) -> None:
+    """The model likes `</think>`, so it often says it before its budget, and the place kept for it opens again."""
+    end, passes = engine.text.end_think, list[int]()
+    assert end is not None
+    options = {"mode": "diffusion", "block_length": 8, "block_steps": 1, "max_new_tokens": 8, "temperature": 1.5}
+    for seed in range(20):
+        options |= {"thinking": True, "thinking_budget": 6, "logit_bias": {end: 20.0}, "min_tokens": 8, "seed": seed}
+        answer = nemodiff.generate(engine, "Count from 3 to 9.", **options)
+        assert end in answer.token_ids[:7]
+        passes.append(answer.nfe["denoise"])
+    assert set(passes) == {1, 2}
+
+
 def test_merged_commit_saves_a_pass_per_block(engine: nemodiff.LoadedEngine) -> None:
     options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 32, "block_steps": 1, "min_tokens": 32}
     plain = nemodiff.generate(engine, QUESTIONS[6], **options)
