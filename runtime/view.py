@@ -21,7 +21,7 @@ def line(engine: LoadedEngine, step: Step) -> str:
     elif step.kind == "verify":
         body = _verdict(engine, step)
     else:
-        body = click.style(f"{len(step.before)} tokens -> {_shown(engine, step.after[-1])!r}", dim=True)
+        body = click.style(_causal(engine, step), dim=True)
     return f"{step.kind:>8} {step.start:>5} | {body}"
 
 
@@ -36,6 +36,14 @@ def _filling(engine: LoadedEngine, step: Step) -> str:
         else:
             parts.append(_shown(engine, after))
     return "".join(parts)
+
+
+def _causal(engine: LoadedEngine, step: Step) -> str:
+    """How many tokens went in and the one that came out; behind a commit perhaps the next block as it begins."""
+    given = sum(token != engine.info.model.mask_id for token in step.before)
+    first, behind = step.start + given, len(step.before) - given if step.kind == "commit" else 0
+    shown = {first: _shown(engine, step.after[0])} | {c.position: _shown(engine, c.token) for c in step.committed}
+    return f"{given} tokens -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, behind)))!r}"
 
 
 def _verdict(engine: LoadedEngine, step: Step) -> str:
