@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -49,14 +49,14 @@ class Law:
         return not (self.temperature or self.penalised or self.logit_bias or self.bad_words or self.min_tokens)
 
 
-def penalise(scores: np.ndarray, law: Law, prompt: Collection[int], counts: Mapping[int, int]) -> None:
+def penalise(scores: np.ndarray, law: Law, prompt: np.ndarray, counts: Mapping[int, int]) -> None:
     """Apply the penalties in place.
 
-    scores (V,) f64; prompt: its distinct ids; counts: how often each id has been emitted, none of them 0.
+    scores (V,) f64; prompt (n,) i64: its distinct ids; counts: how often each id has been emitted, none of them 0.
     """
     emitted = np.fromiter(counts.keys(), np.int64, len(counts))
     if law.repetition_penalty != 1:
-        seen = np.union1d(emitted, np.fromiter(prompt, np.int64, len(prompt)))
+        seen = np.concatenate([prompt, emitted])  # an id of both is set to the same value twice
         values = scores[seen]
         scores[seen] = np.where(values > 0, values / law.repetition_penalty, values * law.repetition_penalty)
     if law.presence_penalty or law.frequency_penalty:
