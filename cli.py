@@ -526,6 +526,7 @@ def trace_view(files: tuple[Path, ...], output: Path) -> None:
 )
 @click.option("--block-length", type=int, help="Tokens of a block, hole included. [default: the engine's]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: what the engine was built for]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def infill(
     engine: Path,
@@ -534,6 +535,7 @@ def infill(
     length: int | None,
     template: str | None,
     threads: int | None,
+    device: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -548,7 +550,7 @@ def infill(
     if template is not None and (suffix or length is not None):
         raise click.UsageError("--suffix and --length go with --prefix; a template says them itself")
     parts = parse_template(template) if template is not None else [prefix, length, suffix]
-    filled = fill(load(engine, threads=threads), parts, **options)
+    filled = fill(load(engine, threads=threads, device=device), parts, **options)
     click.echo(json.dumps(dataclasses.asdict(filled)) if as_json else filled.text)
 
 
@@ -562,9 +564,16 @@ def infill(
 @click.option("--threshold", type=float, default=0.9, show_default=True, help="Confidence that commits a mask.")
 @click.option("--block-length", type=int, help="Tokens looked at together. [default: the engine's]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: one per core]")
+@click.option("--device", help="cpu, cuda or cuda:N. [default: what the engine was built for]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def revise(
-    engine: Path, text: str | None, file: Path | None, threads: int | None, as_json: bool, **options: Any
+    engine: Path,
+    text: str | None,
+    file: Path | None,
+    threads: int | None,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Decode again with ENGINE what is improbable in a text."""
     import dataclasses
@@ -582,7 +591,7 @@ def revise(
     given = (
         text if text is not None else _read_stdin("no text: give --text TEXT, --file FILE, or text on standard input")
     )
-    revised = run_revise(load(engine, threads=threads), given, **options)
+    revised = run_revise(load(engine, threads=threads, device=device), given, **options)
     click.echo(json.dumps(dataclasses.asdict(revised)) if as_json else revised.text)
 
 

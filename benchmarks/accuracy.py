@@ -1,14 +1,18 @@
-"""Accuracy and tokens per pass of tiny-chat, by task and mode, in the shape of the paper's Table 5.
+"""Accuracy and tokens per pass of tiny-chat, by task, mode, policy and block length.
 
 In: how many questions per task. Out: `results/accuracy.md`, `.json` and `.png`. An answer counts only if its whole text
-is right, letter for letter. The surprising fact: self-speculation must give AR's tokens for every question, so its
-accuracy is not measured but proven equal, and the run fails if one token differs.
+is right, letter for letter. No figure depends on time, so the settings share the cores. The surprising fact:
+self-speculation must give AR's tokens for every question, so its accuracy is not measured but proven equal, and the run
+fails if one token differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import multiprocessing
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -23,40 +27,53 @@ from nemodiff.runtime.generate import LoadedEngine, generate_many, load
 from nemodiff.runtime.request import Generation
 
 BLOCKS = (32, 16, 8)
-THRESHOLDS = (0.7, 0.9, 0.95, 0.99)
-COLORS = dict(zip(BLOCKS, ("#1f5fbf", "#2a8c2a", "#c43131"), strict=True))
+POLICIES = {  # the option each is set by, and its values from fast to careful
+    "threshold": ("threshold", (0.7, 0.9, 0.95, 0.99)),
+    "topk": ("per_step", (8, 4, 2, 1)),
+    "entropy": ("entropy_bound", (1.0, 0.5, 0.1, 0.02)),
+    "left_to_right": ("threshold", (0.7, 0.9, 0.95, 0.99)),
+}
+COLORS = dict(zip(POLICIES, ("#1f5fbf", "#c43131", "#2a8c2a", "#b07a00"), strict=True))
 NEW_TOKENS = 128  # limit; right answers are shorter
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to decode; `threshold` 0 is the draft of linear_spec that fills its block in one pass."""
+    """One way to decode; `value` is what the policy of diffusion is set to."""
 
     mode: str
     block: int = 1
-    threshold: float = 0.0
+    policy: str = "threshold"
+    value: float = 0.0
 
     @property
     def label(self) -> str:
-        """As it is written in tables and in the plot."""
-        if self.mode == "ar":
-            return "AR"
-        return f"diffusion {self.threshold:g}" if self.mode == "diffusion" else "self-speculation"
+        """As it is written in tables."""
+        if self.mode != "diffusion":
+            return "AR" if self.mode == "ar" else "self-speculation"
+        return f"{self.policy.replace('_', ' ')} {self.value:g}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As the front door takes them."""
+        if self.mode != "diffusion":
+            return {"mode": self.mode, "block_length": self.block}
+        knob = POLICIES[self.policy][0]
+        return {"mode": self.mode, "block_length": self.block, "policy": self.policy, knob: self.value}
 
 
 AR = Setting("ar")
 SETTINGS = (
     AR,
-    *(Setting("diffusion", block, threshold) for block in BLOCKS for threshold in THRESHOLDS),
     *(Setting("linear_spec", block) for block in BLOCKS),
+    *(Setting("diffusion", b, policy, v) for b in BLOCKS for policy, (_, values) in POLICIES.items() for v in values),
 )
 
 
 def answer(engine: LoadedEngine, asked: list[Question], setting: Setting) -> list[Generation]:
     """One generation per question, each decoded alone."""
-    options = {"mode": setting.mode, "block_length": setting.block, "threshold": setting.threshold}
-    return list(generate_many(engine, [q.text for q in asked], max_new_tokens=NEW_TOKENS, **options))
+    return list(generate_many(engine, [q.text for q in asked], max_new_tokens=NEW_TOKENS, **setting.options))
 
 
 def score(asked: list[Question], given: list[Generation]) -> dict[str, Any]:
@@ -76,39 +93,50 @@ def score(asked: list[Question], given: list[Generation]) -> dict[str, Any]:
     }
 
 
-def measure(engine: LoadedEngine, asked: list[Question]) -> list[dict[str, Any]]:
+def measure(folder: Path, asked: list[Question], processes: int) -> list[dict[str, Any]]:
     """All settings; each with its cells by task and over all tasks, and how many answers differ from AR's."""
     found: list[dict[str, Any]] = []
-    for setting in SETTINGS:
-        given = answer(engine, asked, setting)
-        if setting == AR:
-            plain = given
-        cells = {}
-        for task in questions.TASKS:
-            picked = [i for i, q in enumerate(asked) if q.task == task]
-            cells[task] = score([asked[i] for i in picked], [given[i] for i in picked])
-        total = score(asked, given)
-        unlike = sum(a.token_ids != b.token_ids for a, b in zip(given, plain, strict=True))
-        found.append({**dataclasses.asdict(setting), "tasks": cells, "all": total, "answers_unlike_ar": unlike})
-        name = setting.label + (f", block {setting.block}" if setting != AR else "")
-        print(
-            f"{name:28} {total['accuracy']:6.2f} %  {total['decode_tpf']:6.2f} tokens per pass, "
-            f"{unlike} of {len(asked)} answers unlike AR's",
-            flush=True,
-        )
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        given_by = pool.imap(functools.partial(_answers, folder, asked), SETTINGS)
+        for setting, given in zip(SETTINGS, given_by, strict=True):
+            if setting == AR:
+                plain = given
+            cells = {}
+            for task in questions.TASKS:
+                picked = [i for i, q in enumerate(asked) if q.task == task]
+                cells[task] = score([asked[i] for i in picked], [given[i] for i in picked])
+            total = score(asked, given)
+            unlike = sum(a.token_ids != b.token_ids for a, b in zip(given, plain, strict=True))
+            found.append({**dataclasses.asdict(setting), "tasks": cells, "all": total, "answers_unlike_ar": unlike})
+            name = setting.label + (f", block {setting.block}" if setting != AR else "")
+            print(
+                f"{name:28} {total['accuracy']:6.2f} %  {total['decode_tpf']:6.2f} tokens per pass, "
+                f"{unlike} of {len(asked)} answers unlike AR's",
+                flush=True,
+            )
     return found
+
+
+def _answers(folder: Path, asked: list[Question], setting: Setting) -> list[Generation]:
+    """What a process of its own answers."""
+    return answer(_loaded(folder), asked, setting)
+
+
+@functools.cache
+def _loaded(folder: Path) -> LoadedEngine:
+    return load(folder, threads=1)
 
 
 def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
     """The tables for people."""
-    wide = [f for f in found if f["mode"] == "ar" or f["block"] == BLOCKS[0]]
+    wide = [f for f in found if f["mode"] == "ar" or (f["block"] == BLOCKS[0] and f["policy"] == "threshold")]
     lines = [
         "# Accuracy and tokens per pass of tiny-chat",
         "",
         f"Exact answers in percent and, after the slash, tokens per pass (prefill not counted). {per_task} questions",
         f"per task, drawn with seed {questions.SEED}, which training did not use. Some tasks have so few possible",
         "questions (times tables 48, counting 610, functions 1260) that training can have met all of them.",
-        "Greedy, f32, CPU; block length 32.",
+        "Greedy, f32, CPU; block length 32, diffusion with policy threshold.",
         "",
         _row(["task", *(_setting(f).label for f in wide)]),
         _row(["---", *("---:" for _ in wide)]),
@@ -116,8 +144,8 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
     for task in questions.TASKS:
         lines.append(_row([task, *(_cell(f["tasks"][task]) for f in wide)]))
     lines.append(_row(["**all**", *(f"**{_cell(f['all'])}**" for f in wide)]))
-    lines += ["", "All tasks, by block length:", "", _row(["mode", *(f"block {b}" for b in BLOCKS)])]
-    lines.append(_row(["---", *("---:" for _ in BLOCKS)]))
+    lines += ["", "All tasks, by policy of diffusion and block length:", ""]
+    lines += [_row(["policy", *(f"block {b}" for b in BLOCKS)]), _row(["---", *("---:" for _ in BLOCKS)])]
     for label in dict.fromkeys(_setting(f).label for f in found if f["mode"] != "ar"):
         same = {f["block"]: f for f in found if _setting(f).label == label}
         lines.append(_row([label, *(_cell(same[b]["all"]) for b in BLOCKS)]))
@@ -128,7 +156,7 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
         "",
         f"Self-speculation gave AR's tokens in {equal} of {sum(f['all']['questions'] for f in spec)} answers. Tokens",
         f"emitted per verify, bonus included: {accepted}.",
-        "The number after `diffusion` is the confidence threshold.",
+        "The number after `topk` is masks per pass, after `entropy` the bound in nats, else the confidence threshold.",
         "",
         "![accuracy against tokens per pass](accuracy.png)",
         "",
@@ -138,7 +166,7 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
 
 
 def _setting(found: dict[str, Any]) -> Setting:
-    return Setting(found["mode"], found["block"], found["threshold"])
+    return Setting(*(found[field.name] for field in dataclasses.fields(Setting)))
 
 
 def _cell(cell: dict[str, Any]) -> str:
@@ -150,55 +178,48 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against tokens per pass: diffusion a line per block length, self-speculation beside AR."""
+    """Accuracy against tokens per pass, a panel per block length: a line per policy, self-speculation beside AR."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-
-    def note(text: str, at: tuple[float, float], by: tuple[int, int], color: str) -> None:
-        axes.annotate(text, at, by, textcoords="offset points", color=color, fontsize=9, ha="center")
-
-    base = found[0]["all"]["accuracy"]
-    axes.axhline(base, color="0.8", linewidth=1, zorder=0)
-    for f in found:
-        cell, mode, block = f["all"], f["mode"], f["block"]
-        at = (cell["decode_tpf"], cell["accuracy"])
-        if mode == "ar":
-            axes.plot(*at, "ks", markersize=9)
-            note("AR", at, (0, 10), "k")
-        elif mode == "linear_spec":
-            axes.plot(*at, "*", color=COLORS[block], markersize=15, markeredgecolor="k")
-            note(f"self-speculation,\nblock {block}", at, (0, 10), COLORS[block])
-    for block, color in COLORS.items():
-        line = [f for f in found if f["mode"] == "diffusion" and f["block"] == block]
-        points = [(f["all"]["decode_tpf"], f["all"]["accuracy"]) for f in line]
-        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=6)
-        note(f"diffusion, block {block}", points[-1], (0, -29), color)
-        note(f"{line[0]['threshold']:g}", points[0], (0, -15), color)
-        note(f"{line[-1]['threshold']:g}", points[-1], (0, -15), color)
-    axes.set_xlabel("tokens per pass")
-    axes.set_ylabel("exact answers, %")
-    axes.set_xlim(0, 1.08 * max(f["all"]["decode_tpf"] for f in found))
-    axes.set_ylim(min(f["all"]["accuracy"] for f in found) - 2, base + 2)
-    axes.grid(alpha=0.25)
-    span = ", ".join(f"{t:g}" for t in reversed(THRESHOLDS))
-    axes.set_title(f"tiny-chat, all tasks; dots of diffusion, left to right: threshold {span}", fontsize=11)
-    figure.savefig(path, dpi=120)
+    figure, panels = pyplot.subplots(1, len(BLOCKS), figsize=(12, 4.6), layout="constrained", sharey=True)
+    base = found[0]["all"]
+    for block, axes in zip(BLOCKS, panels, strict=True):
+        axes.axhline(base["accuracy"], color="0.8", linewidth=1, zorder=0)
+        axes.plot(base["decode_tpf"], base["accuracy"], "ks", markersize=8, label="AR")
+        here = [f for f in found if f["block"] == block and f["mode"] != "ar"]
+        for f in here:
+            if f["mode"] == "linear_spec":
+                at = f["all"]["decode_tpf"], f["all"]["accuracy"]
+                axes.plot(*at, "*", color="w", markersize=15, markeredgecolor="k", label="self-speculation")
+        for policy, (_, values) in POLICIES.items():
+            line = [f for f in here if f["mode"] == "diffusion" and f["policy"] == policy]
+            points = [(f["all"]["decode_tpf"], f["all"]["accuracy"]) for f in line]
+            label = f"{policy.replace('_', ' ')}: {', '.join(f'{v:g}' for v in reversed(values))}"
+            axes.plot(*zip(*points, strict=True), "o-", color=COLORS[policy], markersize=5, alpha=0.85, label=label)
+        axes.set_xlim(0, 1.08 * max(f["all"]["decode_tpf"] for f in here))
+        axes.set_title(f"block length {block}", fontsize=11)
+        axes.set_xlabel("tokens per pass")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("exact answers, %")
+    panels[0].set_ylim(min(f["all"]["accuracy"] for f in found) - 1, base["accuracy"] + 1)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.suptitle("tiny-chat, all tasks; each line from its most careful value (left) to its fastest", fontsize=11)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure accuracy and tokens per pass of tiny-chat in every mode.")
     parser.add_argument("--per-task", type=int, default=100, help="questions per task, default 100")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, default one per core")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result files as they are")
     arguments = parser.parse_args()
-    origin = record.origin(PACKAGES, arguments.threads)
+    origin = record.origin(PACKAGES, 1)
     with tempfile.TemporaryDirectory(prefix="nemodiff-accuracy-") as work:
-        engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
-        found = measure(engine, questions.draw(arguments.per_task))
+        folder = Builder(record.TINY_CHAT, Path(work) / "engine").run()
+        found = measure(folder, questions.draw(arguments.per_task), arguments.processes)
     unlike = sum(f["answers_unlike_ar"] for f in found if f["mode"] == "linear_spec")
     if not arguments.no_write:
         goals = [record.goal("self-speculation's answers unlike AR's", unlike, "at most", 0, "answers")]

@@ -38,7 +38,7 @@ def main() -> None:
     origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD)
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compile_kernels(model, "bf16", SMS, Path(folder), (*OPS, SAMPLED))
+        kernels = compile_kernels(model, "bf16", SMS, Path(folder))
     print(f"{'kernel':<22} {'SM':>4} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
     for k in kernels:
         print(

@@ -56,7 +56,9 @@ class Chooser:
         self._budget, self._end_think = settings.thinking_budget, settings.end_think
         self._wanted_logprobs = settings.logprobs
         self._noise = Noise(settings.law.seed, vocab)
-        self._prompt = frozenset(prompt) if settings.law.repetition_penalty != 1 else frozenset[int]()
+        self._prompt = np.unique(np.array(prompt if settings.law.repetition_penalty != 1 else [], np.int64))
+        self._biased = np.array([token for token, _ in settings.law.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in settings.law.logit_bias])
         self._said: list[int] = []
         self._counts: collections.Counter[int] = collections.Counter()
         self._thought = 0  # how many `</think>` have been said
@@ -145,14 +147,15 @@ class Chooser:
         law, scores = self._law, logits.astype(np.float64)
         if law.penalised:
             penalise(scores, law, self._prompt, self._counts)
-        for token, bias in law.logit_bias:
-            scores[token] += bias
+        if law.logit_bias:
+            scores[self._biased] += self._biases
         scores[self._mask_id] = -np.inf
-        if len(self._said) < law.min_tokens:
+        thinking = self._after_thinking and not self._thought
+        if thinking or len(self._said) < law.min_tokens:
             scores[list(self._stops)] = -np.inf
         if law.bad_words:
             scores[banned(law, self._said)] = -np.inf
-        if self._matcher is not None and (self._thought or not self._after_thinking):
+        if self._matcher is not None and not thinking:
             self._matcher.restrict(scores)
         return draw(scores, law, self._noise, self._start + len(self._said))
 

@@ -44,6 +44,7 @@ def diffusion(sequence: Sequence) -> Loop:
         asked = causal("commit", block, sequence.length, logits=sequence.needs_logits)
         early = settings.merge_commit
         prediction = yield with_masks(asked, size, mask) if early else asked
+        prediction.next_ids[1:] = mask  # of the next block nothing is decided before its first token is
         sequence.length += size
 
 
@@ -91,7 +92,7 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, row: int
     after = list(block)
     for i in policy.commits(prediction.confidence[rows], entropy, passes):
         after[masked[i]] = tokens[i]
-    prediction.next_ids[row : row + len(block)] = after
+    prediction.next_ids[rows] = [after[i] for i in masked]
     return _decided(sequence, block, after, prediction, row)
 
 

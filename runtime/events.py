@@ -83,9 +83,10 @@ class Step:
 
     start: the position of its first token. before, after: the ids that went in, and per predicted position the id that
     came out; in a denoise or draft pass these are the block before and after. confidence: of each prediction.
-    committed: what the pass decided, in a draft pass as proposals. emitted: tokens of the answer by now. kept: of a
-    verify, how many proposals it kept, and refused: the others. proposed: the next draft, if the pass made one beside
-    what else it did. seconds and rows: of the forward that the pass shared with other rows.
+    committed: what the pass decided, in a draft pass as proposals, in a commit pass with masks behind it those of the
+    next block too. emitted: tokens of the answer by now. kept: of a verify, how many proposals it kept, and refused:
+    the others, but for those behind the end of the answer. proposed: the next draft, if the pass made one beside what
+    else it did. seconds and rows: of the forward that the pass shared with other rows.
     """
 
     request: int
@@ -250,11 +251,14 @@ class Reporter:
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
         proposed = self._proposed(asked)
-        ids = [*before, *after, *self.sequence.tokens[self._tokens :], *(one.token for one in proposed)]
-        committed = self._filled(asked, prediction) if filling else self._emitted(prediction)
-        if asked.kind == "commit":
-            committed += self._begun_block(asked, prediction)
-        events += self._new_pieces([*ids, *(one.token for one in committed)], served.began)
+        committed = self._filled(asked, prediction) if filling else self._emitted(asked, prediction)
+        if asked.kind == "commit" and (begun := self._begun_block(asked, prediction)):
+            length = asked.rows.size - 1
+            events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
+            self._previous = "denoise"
+            committed += begun
+        ids = [*before, *after, *self.sequence.tokens[self._tokens :]]
+        events += self._new_pieces([*ids, *(one.token for one in (*committed, *proposed))], served.began)
         events.append(
             Step(
                 self.number,
@@ -305,9 +309,10 @@ class Reporter:
             return []
         return [Committed(sequence.length + 1 + i, *one) for i, one in enumerate(sequence.proposed)]
 
-    def _emitted(self, prediction: Prediction) -> list[Committed]:
-        """The tokens that this pass emitted; the first predictions of a causal pass are theirs, in order."""
-        first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :]
+    def _emitted(self, asked: Pass, prediction: Prediction) -> list[Committed]:
+        """The tokens that this pass emitted by its causal predictions, in order; masks may stand behind those."""
+        causal = int(np.count_nonzero(asked.ids[asked.rows] != self.sequence.model.mask_id))
+        first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :][:causal]
         if prediction.logits is not None and new:  # the engine's confidence is that of its own best token
             found = probability(prediction.logits[: len(new)], new, self.sequence.model.mask_id)
             prediction.confidence[: len(new)] = found
@@ -324,5 +329,6 @@ class Reporter:
         mask = self.sequence.model.mask_id
         if mask in proposed:
             proposed = proposed[: proposed.index(mask)]
-        kept = matching_prefix(proposed, prediction.token.tolist())
-        return kept, proposed[kept:]
+        emitted = len(self.sequence.tokens) - self._tokens
+        kept = matching_prefix(proposed[:emitted], prediction.token.tolist())
+        return kept, proposed[kept:] if kept < emitted else []

@@ -40,8 +40,14 @@ class Grammar:
         self._vocab = vocab
         if kind == "json_schema":
             try:
-                schema = json.dumps(json.loads(source))
-                text = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_JSON)
+                schema = json.loads(source)
+                if schema is False:
+                    raise RequestError("json_schema is false, which no answer follows; give another")
+                if not isinstance(schema, dict) and schema is not True:
+                    raise RequestError(f"json_schema is {source:.60}, allowed: an object or true; give a JSON schema")
+                text = llguidance.LLMatcher.grammar_from_json_schema(
+                    json.dumps({} if schema is True else schema), defaults=_JSON
+                )
             except (ValueError, RecursionError) as error:
                 raise RequestError(f"json_schema is not JSON ({_line(error)}); give a JSON schema") from None
         else:

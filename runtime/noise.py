@@ -46,14 +46,20 @@ class Noise:
 
     def __init__(self, seed: int, size: int) -> None:
         self._seed, self._size = seed, size
+        self.kept = size <= _SMALL  # whether runs of positions are drawn and kept
         self._runs: dict[int, np.ndarray] = {}  # (_RUN, size) f64 by position // _RUN
+
+    def row(self, position: int) -> np.ndarray:
+        """Noise of every token id at one position; (size,) f64."""
+        if not self.kept:
+            return gumbel(self._seed, position, self._size)
+        found: np.ndarray = self._run(position // _RUN)[position % _RUN]
+        return found
 
     def at(self, position: int, ids: np.ndarray) -> np.ndarray:
         """Noise of some token ids at one position; ids (n,) -> (n,) f64."""
-        if self._size <= _SMALL or 4 * ids.size >= self._size:
-            small = self._size <= _SMALL
-            row = self._run(position // _RUN)[position % _RUN] if small else gumbel(self._seed, position, self._size)
-            found: np.ndarray = row[ids]
+        if self.kept or 4 * ids.size >= self._size:
+            found: np.ndarray = self.row(position)[ids]
             return found
         words = philox(self._seed, (ids // 4, position, 0, 0))
         return _gumbel(words[np.arange(ids.size), ids % 4])

@@ -2,15 +2,15 @@
 
 In: logits, what has been emitted so far, and noise at the position. Out: one token id. docs/semantics.md states the
 order and every tie. The surprising fact: adding Gumbel noise to the scaled logits and taking the argmax is an exact
-sample of the softmax (Gumbel-max), so no probability is normalised but in top-p; and since the noise is bounded, tokens
-far below the best are left out before any noise is drawn, with the same result.
+sample of the softmax (Gumbel-max), so no probability is normalised but in top-p, and no filter is computed unless the
+winner among all could fall to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -44,19 +44,24 @@ class Law:
         return self.temperature > 0 and self == Law(temperature=self.temperature, seed=self.seed)
 
     @property
+    def filtered(self) -> bool:
+        """Whether some ids may not be drawn for want of probability."""
+        return self.top_k != 0 or self.top_p < 1 or self.min_p != 0
+
+    @property
     def greedy(self) -> bool:
         """Whether the choice is the argmax of the model's own logits, whatever has been emitted."""
         return not (self.temperature or self.penalised or self.logit_bias or self.bad_words or self.min_tokens)
 
 
-def penalise(scores: np.ndarray, law: Law, prompt: Collection[int], counts: Mapping[int, int]) -> None:
+def penalise(scores: np.ndarray, law: Law, prompt: np.ndarray, counts: Mapping[int, int]) -> None:
     """Apply the penalties in place.
 
-    scores (V,) f64; prompt: its distinct ids; counts: how often each id has been emitted, none of them 0.
+    scores (V,) f64; prompt (n,) i64: its distinct ids; counts: how often each id has been emitted, none of them 0.
     """
     emitted = np.fromiter(counts.keys(), np.int64, len(counts))
     if law.repetition_penalty != 1:
-        seen = np.union1d(emitted, np.fromiter(prompt, np.int64, len(prompt)))
+        seen = np.concatenate([prompt, emitted])  # an id of both is set to the same value twice
         values = scores[seen]
         scores[seen] = np.where(values > 0, values / law.repetition_penalty, values * law.repetition_penalty)
     if law.presence_penalty or law.frequency_penalty:
@@ -78,15 +83,21 @@ def draw(scores: np.ndarray, law: Law, noise: Noise, position: int) -> int:
     if not law.temperature:
         return int(scores.argmax())
     scores /= law.temperature
-    ids = _candidates(scores, law)
-    if ids.size == 1:
-        return int(ids[0])
-    return int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
-
-
-def _candidates(scores: np.ndarray, law: Law) -> np.ndarray:
-    """The ids that top-k, top-p and min-p leave, ascending, without those that no noise can lift to the top."""
     best = float(scores.max())
+    if not noise.kept:  # noise is dear: for those alone that it can lift to the top
+        ids = np.flatnonzero(scores >= max(_floor(scores, law, best), best - (HIGHEST - LOWEST)))
+        return int(ids[0]) if ids.size == 1 else int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
+    found = scores + noise.row(position)
+    token = int(found.argmax())
+    # Who wins among all wins among those that are left, if it is one of them; the best always is.
+    if law.filtered and scores[token] < best and scores[token] < (floor := _floor(scores, law, best)):
+        found[scores < floor] = -np.inf
+        token = int(found.argmax())
+    return token
+
+
+def _floor(scores: np.ndarray, law: Law, best: float) -> float:
+    """The lowest score that top-k, top-p and min-p leave."""
     floor = -math.inf
     if law.top_k and law.top_k < scores.size:
         floor = float(np.partition(scores, scores.size - law.top_k)[scores.size - law.top_k])
@@ -94,8 +105,7 @@ def _candidates(scores: np.ndarray, law: Law) -> np.ndarray:
         floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], law.top_p, best))
     if law.min_p:
         floor = max(floor, best + math.log(law.min_p))
-    ids: np.ndarray = np.flatnonzero(scores >= max(floor, best - (HIGHEST - LOWEST)))
-    return ids
+    return floor
 
 
 def _nucleus(scores: np.ndarray, top_p: float, best: float) -> float:

@@ -32,6 +32,7 @@ THRESHOLDS = {
 Groups = Literal["auto", "all"]
 GROUPS: tuple[str, ...] = get_args(Groups)
 MOST_LOGPROBS = 100  # likeliest tokens reported
+_COLDEST = 1e-30  # least temperature over 0; a logit over it still is a number, also in f32
 _FULL_BLOCK = 16  # the published block length of quadratic self-speculation
 _LONGEST_FULL_BLOCK = max(n for n in range(1, MAX_BLOCK) if n * (n + 1) <= PREFILL_CHUNK)
 
@@ -179,11 +180,11 @@ def _check_auto(o: Options) -> None:
 
 def _check_sampling(o: Options) -> None:
     for name, right, allowed in (
-        ("temperature", 0 <= o.temperature < math.inf, "0 or more"),
+        ("temperature", o.temperature == 0 or _COLDEST <= o.temperature < math.inf, f"0 or {_COLDEST} and more"),
         ("top_k", o.top_k >= 0, "0 (all ids) or more"),
         ("top_p", 0 < o.top_p <= 1, "over 0 to 1"),
         ("min_p", 0 <= o.min_p <= 1, "0 to 1"),
-        ("repetition_penalty", 0 < o.repetition_penalty < math.inf, "over 0 (1 changes nothing)"),
+        ("repetition_penalty", 0.001 <= o.repetition_penalty <= 1000, "0.001 to 1000 (1 changes nothing)"),
         ("presence_penalty", -2 <= o.presence_penalty <= 2, "-2 to 2"),
         ("frequency_penalty", -2 <= o.frequency_penalty <= 2, "-2 to 2"),
         ("seed", 0 <= o.seed < 2**64, "0 to 2**64 - 1"),

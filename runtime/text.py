@@ -191,12 +191,16 @@ class Transcript:
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
         self._text = ""  # whole characters of them
+        self._waiting = False  # whether the last id has left a character incomplete
         self._sent = 0  # characters handed out
         self._cut: int | None = None  # where a stop string begins
 
     def reaches_stop(self, ids: Sequence[int]) -> bool:
         """Take in new ids (all so far are given) and say whether a stop string is complete."""
         self._take(ids)
+        if self._cut is None and self._waiting:  # text may stand before the part of a character that is waited with
+            text = self.text(ids, cut=False).rstrip("\ufffd")
+            self._cut = self._first_stop(text, len(self._text))
         return self._cut is not None
 
     def push(self, ids: Sequence[int], final: bool) -> str:
@@ -212,25 +216,28 @@ class Transcript:
         self._sent = max(self._sent, safe)
         return new
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
         """The answer's text once all its ids are known, cut before the stop string."""
         text = self.codec.decode([i for i in ids if i not in self._stop_ids])
-        ends = [at for at in (text.find(s) for s in self._stop) if at >= 0]
-        return text[: min(ends)] if ends else text
+        return text[: self._first_stop(text, 0)] if cut else text
 
     def _take(self, ids: Sequence[int]) -> None:
         for token in self.codec._visible(ids[self._seen :]):
             if token in self._stop_ids:
                 continue
             new = self._stream.step(self.codec._tokenizer, token)
+            self._waiting = new is None
             if new is None:
                 continue
-            start = max(0, len(self._text) - max(map(len, self._stop), default=0))
-            self._text += new
-            ends = [at for at in (self._text.find(s, start) for s in self._stop) if at >= 0]
-            if ends and self._cut is None:
-                self._cut = min(ends)
+            before, self._text = len(self._text), self._text + new
+            if self._cut is None:
+                self._cut = self._first_stop(self._text, before)
         self._seen = len(ids)
+
+    def _first_stop(self, text: str, known: int) -> int | None:
+        """Where the first stop string begins, if one ends behind the `known` characters; the others hold none."""
+        start = max(0, known - max(map(len, self._stop), default=0))
+        return min((at for at in (text.find(s, start) for s in self._stop) if at >= 0), default=None)
 
     def _held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop string."""

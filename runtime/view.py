@@ -21,7 +21,7 @@ def line(engine: LoadedEngine, step: Step) -> str:
     elif step.kind == "verify":
         body = _verdict(engine, step)
     else:
-        body = click.style(f"{len(step.before)} tokens -> {_shown(engine, step.after[-1])!r}", dim=True)
+        body = click.style(_causal(engine, step), dim=True)
     return f"{step.kind:>8} {step.start:>5} | {body}"
 
 
@@ -38,14 +38,21 @@ def _filling(engine: LoadedEngine, step: Step) -> str:
     return "".join(parts)
 
 
+def _causal(engine: LoadedEngine, step: Step) -> str:
+    """How many tokens went in and the one that came out; behind a commit perhaps the next block as it begins."""
+    given = sum(token != engine.info.model.mask_id for token in step.before)
+    first, behind = step.start + given, len(step.before) - given if step.kind == "commit" else 0
+    shown = {first: _shown(engine, step.after[0])} | {c.position: _shown(engine, c.token) for c in step.committed}
+    return f"{given} tokens -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, behind)))!r}"
+
+
 def _verdict(engine: LoadedEngine, step: Step) -> str:
     """The drafts the verify kept, its own next token in brackets, and after an x the drafts it refused."""
     kept = step.kept or 0
     parts = [_shown(engine, step.before[0])]
-    for token in step.before[1 : kept + 1]:
-        parts.append(click.style(_shown(engine, token), fg="green"))
-        if token in engine.info.model.eos_ids:  # the answer ends here; what follows was never asked
-            return "".join(parts)
+    parts += [click.style(_shown(engine, token), fg="green") for token in step.before[1 : kept + 1]]
+    if kept == len(step.committed):  # the answer ends here; what follows was never asked
+        return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
     refused = "".join(_shown(engine, token) for token in step.refused)
     return "".join(parts) + (click.style(f" x {refused}", fg="red", dim=True) if refused else "")

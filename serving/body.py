@@ -134,7 +134,7 @@ class Generating(Decoding):
     min_p: Number | None = Field(None, description="least probability that may be drawn, as a share of the highest")
     presence_penalty: Number | None = Field(None, description="-2 to 2")
     frequency_penalty: Number | None = Field(None, description="-2 to 2")
-    repetition_penalty: Number | None = Field(None, description="over 0; 1 changes nothing")
+    repetition_penalty: Number | None = Field(None, description="0.001 to 1000; 1 changes nothing")
     seed: int | None = Field(None, description="of the noise, from 0; drawn anew if left out")
     logit_bias: dict[str, Number] | None = Field(None, description="-100 to 100 by token id")
     bad_words: list[str] | None = Field(None, description="texts that are never completed")

@@ -151,6 +151,48 @@ def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, law:
     assert law or compared > 8
 
 
+@pytest.mark.parametrize(
+    "law", [{}, {"temperature": 0.7}, {"thinking": True, "thinking_budget": 1, "temperature": 0.7}]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_events_tell_every_decision_with_its_confidence(
+    engine: nemodiff.LoadedEngine, law: dict[str, Any], merge: bool
+) -> None:
+    """Also where a pass commits one block and begins the next; only what nobody chose has no confidence."""
+    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **law}
+    for question in QUESTIONS[:4]:
+        *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
+        assert isinstance(answer, nemodiff.Generation)
+        assert answer.confidences is not None
+        told = {
+            c.position - answer.prompt_tokens: (c.token, c.confidence)
+            for e in events
+            if isinstance(e, nemodiff.Step)
+            for c in e.committed
+        }
+        chosen = {i: (t, c) for i, (t, c) in enumerate(zip(answer.token_ids, answer.confidences, strict=True)) if c}
+        assert {i: told.get(i) for i in chosen} == chosen
+        assert len(chosen) > 3
+        assert all(i >= len(answer.token_ids) for i in told.keys() - chosen.keys())
+        blocks = [e.start - answer.prompt_tokens for e in events if isinstance(e, nemodiff.BlockStarted)]
+        assert blocks == list(range(0, len(answer.token_ids), 4))[: len(blocks)]
+        assert 4 * len(blocks) >= len(answer.token_ids) - 4
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_verify_keeps_no_more_than_it_emits(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
+    """A stop inside a draft: what was drafted behind it is not kept, however right."""
+    emitted, kept = 0, 0
+    for event in nemodiff.stream(
+        engine, "Count from 3 to 9.", steps=True, mode=mode, temperature=temperature, stop="5"
+    ):
+        if isinstance(event, nemodiff.Step):
+            assert event.kept is None or event.kept <= event.emitted - emitted
+            emitted, kept = event.emitted, kept + (event.kept or 0)
+    assert kept or mode == "ar"
+
+
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_structured_output_parses(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
@@ -192,6 +234,30 @@ def test_structure_begins_after_thinking(engine: nemodiff.LoadedEngine, mode: st
     assert re.fullmatch(REGEX, said)
 
 
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_thinking_does_not_end_an_answer_that_owes_a_structure(engine: nemodiff.LoadedEngine, mode: str) -> None:
+    eos, end = engine.info.model.eos_ids[0], engine.text.end_think
+    assert end is not None
+    options: dict[str, Any] = {"mode": mode, "thinking": True, "max_new_tokens": 30, "temperature": 1.0}
+    options["logit_bias"] = {eos: 30.0, end: 25.0}  # a model that would rather end than think
+    if mode == "diffusion":
+        options |= {"policy": "left_to_right", "threshold": 0.0}
+    for seed, question in enumerate(QUESTIONS[:3]):
+        free = nemodiff.generate(engine, question, seed=seed, **options)
+        assert (free.finish_reason, end in free.token_ids) == ("stop", False)
+        answer = nemodiff.generate(engine, question, regex=REGEX, seed=seed, **options)
+        _, closed, said = answer.text.partition("</think>")
+        assert closed
+        assert answer.finish_reason == "stop"
+        assert re.fullmatch(REGEX, said)
+
+
+def test_a_schema_of_anything_is_one(engine: nemodiff.LoadedEngine) -> None:
+    answers = [nemodiff.generate(engine, QUESTIONS[0], json_schema=s, max_new_tokens=30) for s in ("true", {}, True)]
+    assert len({a.text for a in answers}) == 1
+    assert isinstance(json.loads(answers[0].text), (int, float, str, list, dict))
+
+
 @pytest.mark.parametrize("way", [{}, {"policy": "topk", "per_step": 1}, {"threshold": 2.0}, {"merge_commit": True}])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: dict[str, Any], steps: int) -> None:
@@ -199,6 +265,19 @@ def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: d
     answer = nemodiff.generate(engine, QUESTIONS[5], block_steps=steps, min_tokens=40, **options)
     assert answer.nfe["commit"] == 4
     assert answer.nfe["denoise"] <= steps * 5
+
+
+def test_a_moved_end_of_thinking_costs_a_pass_at_most(engine: nemodiff.LoadedEngine) -> None:
+    """The model likes `</think>`, so it often says it before its budget, and the place kept for it opens again."""
+    end, passes = engine.text.end_think, list[int]()
+    assert end is not None
+    options = {"mode": "diffusion", "block_length": 8, "block_steps": 1, "max_new_tokens": 8, "temperature": 1.5}
+    for seed in range(20):
+        options |= {"thinking": True, "thinking_budget": 6, "logit_bias": {end: 20.0}, "min_tokens": 8, "seed": seed}
+        answer = nemodiff.generate(engine, "Count from 3 to 9.", **options)
+        assert end in answer.token_ids[:7]
+        passes.append(answer.nfe["denoise"])
+    assert set(passes) == {1, 2}
 
 
 def test_merged_commit_saves_a_pass_per_block(engine: nemodiff.LoadedEngine) -> None:

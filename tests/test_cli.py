@@ -1,5 +1,6 @@
 """The command line as a user meets it: what is on standard output, what is not, and the exit codes."""
 
+import ast
 import json
 import os
 import pty
@@ -72,6 +73,19 @@ def test_options_reach_the_request(tiny_engine: Path) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
     stopped = run("run", tiny_engine, "-p", QUESTION, "--stop", "city", "--stop", "pet")
     assert stopped.stdout.rstrip("\n").endswith('31,\n  "')
+
+
+@pytest.mark.parametrize(
+    "options", [["--mode", m] for m in nemodiff.MODES] + [["--mode", "diffusion", "--merge-commit"]]
+)
+def test_show_denoise_tells_the_answers_own_tokens(tiny_engine: Path, options: list[str]) -> None:
+    """Also where masks stand behind a prompt or a block, whose predictions are another thing."""
+    asked = ["-p", "Count from 3 to 9.", "--block-length", 4, "--groups", "all", "--max-new-tokens", 16]
+    shown = run("run", tiny_engine, *asked, *options, "--show-denoise")
+    told = [ast.literal_eval(line.split(" tokens -> ")[1]) for line in shown.stderr.splitlines() if "-> " in line]
+    assert told[0] == shown.stdout[0] == "3"
+    assert all(text.partition("░")[0] in shown.stdout for text in told)
+    assert ("merge" in options[-1]) == any(len(text) > 1 for text in told)
 
 
 def test_prompt_from_standard_input(tiny_engine: Path) -> None:

@@ -19,7 +19,7 @@ from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
-from nemodiff.plugins import head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins import FUSED, head_commit, residual_norm, rope_write, swiglu
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 

@@ -233,6 +233,12 @@ def test_commands_print_the_text(tiny_engine: Path, tmp_path: Path) -> None:
         (["infill", "--prefix", "a", "--length", "2", "--threshold", "nan"], "threshold is nan, allowed", 1),
         (["infill", "--prefix", "a", "--length", "2", "--block-length", "65"], "block_length is 65, allowed", 1),
         (["infill", "--prefix", "a " * 40_000, "--length", "2"], "max_seq_len is 32768; shorten the text", 1),
+        (
+            ["infill", "--prefix", "a", "--length", "2", "--device", "cuda"],
+            "device is 'cuda', allowed on onnxruntime",
+            1,
+        ),
+        (["revise", "--text", "a", "--device", "gpu"], "device is 'gpu', allowed on onnxruntime: cpu", 1),
         (["revise", "--text", "a", "--file", "b"], "give --text or --file, not both", 2),
         (["revise"], "no text: give --text TEXT, --file FILE", 2),
         (["revise", "--text", ""], "--text is empty", 1),

@@ -279,9 +279,7 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
     heat = np.array([0.7, 0, 1.3, 1.0], np.float32)
     position = np.arange(4 * size, dtype=np.int32).reshape(4, size) * 21
     model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
-    token, confidence, next_ids, left = launch(
-        SAMPLED, model, **case, temperature=heat, seed=words, position=position
-    )
+    token, confidence, next_ids, left = launch(SAMPLED, model, **case, temperature=heat, seed=words, position=position)
     greedy = confidence_commit.reference(case["logits"].copy(), case["ids"], case["threshold"], MASK)[0]
     for row in range(4):
         seed = int(words[row].view(np.uint64)[0])

@@ -33,6 +33,12 @@ from nemodiff.runtime.sequence import Sequence
 
 SYSTEM = [200 + i * 7 % 300 for i in range(60)]
 FILLING = ("denoise", "draft")
+CONTROLS: tuple[dict[str, Any], ...] = (  # of diffusion
+    {},
+    {"merge_commit": True},
+    {"merge_commit": True, "policy": "topk", "per_step": 2, "threshold": None},
+    {"merge_commit": True, "policy": "left_to_right", "frequency_penalty": 0.5, "block_steps": 2},
+)
 PATIENCE = 20.0  # seconds until a test says that something hangs
 FLAT, STEEP = (CostCurve((1, 2), times) for times in ((10.0, 10.01), (0.1, 1.1)))
 
@@ -68,8 +74,9 @@ def requests() -> st.SearchStrategy[Asked]:
         st.integers(1, 3),
     )
     options = st.builds(
-        Options,
+        lambda mode, control, **rest: Options(mode=mode, **rest | (control if mode == "diffusion" else {})),
         mode=st.sampled_from(MODES),
+        control=st.sampled_from(CONTROLS),
         max_new_tokens=st.integers(1, 30),
         block_length=st.sampled_from([1, 2, 5, 8]),
         groups=st.sampled_from(["all"]),
@@ -221,12 +228,18 @@ def check_events(engine: nemodiff.LoadedEngine, asked: Asked, events: list[nemod
     emitted = dict(enumerate(answer.token_ids, start))
     filled = {at for at, token in emitted.items() if token in eos and at not in decided}  # by the rule on EOS
     assert {at: token for at, token in emitted.items() if at not in filled}.items() <= decided.items()
+    blocks, out = list[int](), 0
     for step in steps:
         if step.kept is not None:
+            assert step.kept <= step.emitted - out
             assert step.after[: step.kept] == step.before[1 : step.kept + 1]
             assert step.refused == step.before[step.kept + 1 :][: len(step.refused)]
-    blocks = [e.start for e in events if isinstance(e, nemodiff.BlockStarted)]
-    assert blocks == [key[1] for key, _ in itertools.groupby((s.kind, s.start) for s in steps) if key[0] in FILLING]
+        out = step.emitted
+        if step.kind in FILLING and blocks[-1:] != [step.start]:
+            blocks.append(step.start)
+        if step.kind == "commit" and len(step.committed) > 1:  # masks stand behind what is committed
+            blocks.append(step.start + asked.options.block_length)
+    assert [e.start for e in events if isinstance(e, nemodiff.BlockStarted)] == blocks
     return answer
 
 

@@ -106,6 +106,28 @@ def test_streamed_text_is_the_text_and_is_never_taken_back(codec: TextCodec, tex
     assert shown == transcript.text(used) == text[:cut]
 
 
+def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: Path) -> None:
+    """Large vocabularies have tokens of some text and a part of the next character."""
+    values = json.loads((TINY_CHAT / "tokenizer.json").read_text())
+    vocab, merges = values["model"]["vocab"], values["model"]["merges"]
+    for name, parts in ((".Ã", [".", "Ã"]), ("Ġâ", ["Ġ", "â"])):
+        vocab[name] = max(vocab.values()) + 1
+        merges.insert(0, parts if isinstance(merges[0], list) else " ".join(parts))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    codec = TextCodec(tmp_path)
+    for text, stop, kept in (("a.é b", ".", "a"), ("ab.é", "b.", "a"), ("x —", " ", "x"), ("a.é b", "é", "a.")):
+        ids = codec.encode(text)
+        assert any(codec._bytes(i)[-1] in (0xC3, 0xE2) for i in ids)
+        transcript, shown = codec.transcript([stop]), ""
+        for count in range(1, len(ids) + 1):
+            if transcript.reaches_stop(ids[:count]):
+                break
+            shown += transcript.push(ids[:count], final=False)
+        assert stop not in codec.decode(ids[: count - 1])
+        assert stop in codec.decode(ids[:count])
+        assert shown + transcript.push(ids[:count], final=True) == transcript.text(ids[:count]) == kept
+
+
 def test_incomplete_characters_wait_and_are_replaced_at_the_end(codec: TextCodec) -> None:
     ids = codec.encode("a漢")
     transcript = codec.transcript()
