@@ -11,11 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def head_scan(
-    x, weight, B, R, tile_part, tile_best,
+    x, weight, kept, B, R, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan."""
+    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan.
+
+    kept (B, R, W) f32 gets the logits if W is V, and nothing if W is 0.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
@@ -28,6 +31,8 @@ def head_scan(
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
         w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0.0)
         logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
+    if W > 0:
+        tl.store(kept + m.to(tl.int64)[:, None] * V + v[None, :], logits, mask=real[:, None] & inside[None, :])
     logits = tl.where((v == MASK_ID)[None, :], -1e30, logits)
     logits = tl.where(inside[None, :], logits, float("-inf"))
     ids = v[None, :]

@@ -219,7 +219,6 @@ class _Step:
         if not engine.static:
             end = min(end, int(self.given.arrays["visible"][:, :, ::2].max()))
         engine.device.upload(self.given)
-        logits = engine.model.forward(self.given.tensors, self._taken.tensors, self._caches, end)
-        if self._with_logits:
-            self._logits = logits.float()
+        given, taken = self.given.tensors, self._taken.tensors
+        self._logits = engine.model.forward(given, taken, self._caches, end, self._with_logits)
         engine.device.download(self._taken)
