@@ -221,7 +221,7 @@ class TorchModel:
         shape = (*ids.shape, self.config.vocab_size if keep else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         few, many = head_commit.ROWS
-        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": threshold, "logits": logits}
+        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": threshold, "kept": logits}
         run(head_commit.op(few if ids.numel() <= few else many), self.config, inputs, self._new(x, taken))
         return logits
 

@@ -110,7 +110,7 @@ def check_head(
         expected = head_commit.reference(**case, mask_id=MASK)
         logits = x @ weight.T
     kept = np.full((rows, size, len(weight) if keep else 0), 7, np.float32)
-    got = launch(head_commit.op(tile), model, **case, logits=kept)
+    got = launch(head_commit.op(tile), model, **case, kept=kept)
     if keep and INTERPRETED:  # elsewhere it is a copy on the device
         np.testing.assert_array_equal(kept, logits)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
