@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..contract import TENSORS_FILE, EngineInfo
-from ..plugins import block_attention, head_commit, residual_norm, rope_write, swiglu
+from ..plugins import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 from ..plugins.op import Arg, run
-from .torch_weights import WeightsFile
+from .torch_weights import Matrix, Quantized, WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,8 @@ class TorchModel:
 
         model = self.config = info.model
         self.kernels = kernels
-        self.dtype: torch.dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[info.build.dtype]
-        weights = WeightsFile(folder / TENSORS_FILE, device, self.dtype)
+        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels)
+        self.dtype = weights.dtype
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
@@ -86,18 +86,18 @@ class TorchModel:
         x = self._normed(total, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
-            q = self._rotated(functional.linear(x, layer.qkv), turns, given["write_at"], k_cache, v_cache)
+            q = self._rotated(self._projected(x, layer.qkv), turns, given["write_at"], k_cache, v_cache)
             merged = (
                 self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
                 if mask is not None
                 else self._attend_by_kernel(q, k_cache, v_cache, visible)
             )  # (B, S, H D)
-            out = functional.linear(merged, layer.o)
+            out = self._projected(merged, layer.o)
             if layer.lora is not None and gate is not None:  # a gate of 0 adds exactly 0
                 out = out + functional.linear(functional.linear(merged, layer.lora[0]) * gate, layer.lora[1])
             x, total = self._added(out, total, layer.post_norm)
-            inner = self._activated(functional.linear(x, layer.gate_up))
-            x, total = self._added(functional.linear(inner, layer.down), total, norm)
+            inner = self._activated(self._projected(x, layer.gate_up))
+            x, total = self._added(self._projected(inner, layer.down), total, norm)
         picked = given["rows"].long()  # (B, R)
         x = x[torch.arange(len(pos), device=pos.device)[:, None], picked]  # (B, R, E)
         ids = given["ids"].gather(1, picked)  # (B, R) i32
@@ -124,6 +124,19 @@ class TorchModel:
         from torch.nn import functional
 
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def _projected(self, x: Tensor, weight: Matrix) -> Tensor:
+        """x weight^T: (B, S, in) -> (B, S, out) compute."""
+        from torch.nn import functional
+
+        if not isinstance(weight, Quantized):
+            return functional.linear(x, weight)
+        if self.kernels:
+            few, many = fp8_linear.ROWS
+            op = fp8_linear.op(few if x.shape[0] * x.shape[1] <= few else many)
+            (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
+            return y  # type: ignore[no-any-return]
+        return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of a residual sum, and the sum; all (B, S, E) compute but weight (E,)."""
