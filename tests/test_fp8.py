@@ -124,7 +124,7 @@ def test_quantising_zeros_and_the_largest() -> None:
     np.testing.assert_array_equal(stored[2].astype(np.float32), 0)  # below what the smallest scale holds
 
 
-QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 41, 7, 93."]
+QUESTIONS = ["Sort these numbers: 41, 7, 93."]
 WAYS: list[dict[str, Any]] = [
     {"mode": "ar"},
     {"mode": "diffusion", "block_length": 8},
@@ -161,7 +161,7 @@ def test_every_mode_equals_onnxruntime_on_the_dequantised_weights(folder: Path, 
     theirs = nemodiff.load(Builder(dequantised(TINY_CHAT, folder, tmp_path / "wide"), tmp_path / "engine").run())
     for way in WAYS:
         for question in QUESTIONS:
-            got, expected = (nemodiff.generate(e, question, max_new_tokens=24, **way) for e in (ours, theirs))
+            got, expected = (nemodiff.generate(e, question, max_new_tokens=20, **way) for e in (ours, theirs))
             assert (got.token_ids, got.nfe) == (expected.token_ids, expected.nfe)
 
 
@@ -187,12 +187,11 @@ def test_a_band_at_a_time_is_the_same_file(checkpoint: Path, tmp_path: Path, mon
     assert (build(checkpoint, tmp_path / "bands") / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: test_gpu_engine.py runs the engine's kernels")
 def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, num_key_value_heads=1, dtype="f32")
     write_adapter(checkpoint, rank=4, alpha=8, strength=0.1)
     plain = nemodiff.load(build(checkpoint, tmp_path / "engine", dtype="f32"), device="cpu")
-    kernels = TorchEngine(plain.folder, plain.info, "cpu", kernels=True)
+    kernels = TorchEngine(plain.folder, plain.info, "cpu" if INTERPRETED else 0, kernels=True)
     for way in WAYS[1:3]:
         options = {**way, "block_length": 3, "max_new_tokens": 4}
         answers = [nemodiff.generate(e, [130, 137, 144], **options) for e in (plain, with_backend(plain, kernels))]
