@@ -17,7 +17,7 @@ def head_scan(
 ):  # fmt: skip
     """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan.
 
-    kept (B, R, W) f32 gets the logits if W is V, and nothing if W is 0.
+    kept (B, R, W) f32 gets the logits if W is V, and nothing if not.
     """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -31,7 +31,7 @@ def head_scan(
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
         w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0.0)
         logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
-    if W > 0:
+    if W == V:
         tl.store(kept + m.to(tl.int64)[:, None] * V + v[None, :], logits, mask=real[:, None] & inside[None, :])
     logits = tl.where((v == MASK_ID)[None, :], -1e30, logits)
     logits = tl.where(inside[None, :], logits, float("-inf"))
