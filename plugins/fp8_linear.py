@@ -21,7 +21,7 @@ from .op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 ROWS = (16, 64)  # tokens of a tile, as in `head_commit`
 BLOCK_N = {16: 32, 64: 64}  # outputs of a tile; a decode step has few, and 4096 of them are to fill 132 multiprocessors
 BLOCK_K = 128  # the step over K
-STAGES = {16: 4, 64: 3}  # loads in flight; four of 64 tokens take more memory than SM 86, 89 and 120 have
+STAGES = {16: 4, 64: 3}  # loads in flight; four of 64 tokens leave room for one block on SM 86 (docs/log.md)
 LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of K
 
