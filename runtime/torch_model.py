@@ -112,10 +112,12 @@ class TorchModel:
         return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
 
     def _query_scale(self, pos: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute, or None where the model has none."""
+        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; where the model has none 1 for the kernel, or None."""
+        import torch
+
         rope = self.config.rope
         if not rope.llama_4_scaling_beta:
-            return None
+            return torch.ones(pos.shape, dtype=self.dtype, device=pos.device) if self.kernels else None
         periods = (pos.float() / rope.original_max_position).floor()
         return (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype)
 
@@ -162,8 +164,7 @@ class TorchModel:
         import torch
 
         if self.kernels:
-            scale = torch.ones_like(turns.cos[:, :, 0]) if turns.scale is None else turns.scale
-            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": scale, "write_at": write_at}
+            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "write_at": write_at}
             (q,) = run(rope_write.OP, self.config, {**inputs, "k_cache": k_cache, "v_cache": v_cache}, self._new(qkv))
             return q  # type: ignore[no-any-return]
         model, (rows, size) = self.config, qkv.shape[:2]

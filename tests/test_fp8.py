@@ -188,7 +188,10 @@ def test_a_band_at_a_time_is_the_same_file(checkpoint: Path, tmp_path: Path, mon
 
 
 def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, num_key_value_heads=1, dtype="f32")
+    """Of a model without a query scale, which the kernels take as 1."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 1}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope, dtype="f32", **sizes)
     write_adapter(checkpoint, rank=4, alpha=8, strength=0.1)
     plain = nemodiff.load(build(checkpoint, tmp_path / "engine", dtype="f32"), device="cpu")
     kernels = TorchEngine(plain.folder, plain.info, "cpu" if INTERPRETED else 0, kernels=True)
