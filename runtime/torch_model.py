@@ -102,7 +102,7 @@ class TorchModel:
         x = x[torch.arange(len(pos), device=pos.device)[:, None], picked]  # (B, R, E)
         ids = given["ids"].gather(1, picked)  # (B, R) i32
         choose = self._choose_by_kernel if self.kernels else self._choose
-        found = choose(x, ids, given["threshold"], taken, logits)
+        found = choose(x, ids, given, taken, logits)
         return found if logits else None
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,9 @@ class TorchModel:
         (y,) = run(block_attention.OP, self.config, inputs, self._new(q))
         return y.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
-    def _choose(self, x: Tensor, ids: Tensor, threshold: Tensor, taken: Mapping[str, Tensor], keep: bool) -> Tensor:
+    def _choose(
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+    ) -> Tensor:
         """Head and ConfidenceCommit in plain torch; x (B, R, E) compute -> logits (B, R, V) f32."""
         import torch
         from torch.nn import functional
@@ -219,7 +221,7 @@ class TorchModel:
         confidence = (candidates - best[:, :, None]).exp().sum(-1).reciprocal()
         is_open = ids == mask
         rank = torch.where(is_open, confidence, -1.0)
-        chosen = (rank >= threshold[:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
+        chosen = (rank >= given["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
         next_ids = torch.where(chosen & is_open, token, ids)
         results = {"token": token, "confidence": confidence, "next_ids": next_ids}
         for name, value in {**results, "masks_left": (next_ids == mask).sum(1)}.items():
@@ -227,7 +229,7 @@ class TorchModel:
         return logits
 
     def _choose_by_kernel(
-        self, x: Tensor, ids: Tensor, threshold: Tensor, taken: Mapping[str, Tensor], keep: bool
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
     ) -> Tensor:
         """The same by HeadCommit's kernels, which write where the results are wanted; logits (B, R, 0) unless kept."""
         import torch
@@ -235,7 +237,7 @@ class TorchModel:
         shape = (*ids.shape, self.config.vocab_size if keep else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         few, many = head_commit.ROWS
-        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": threshold, "kept": logits}
+        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
         run(head_commit.op(few if ids.numel() <= few else many), self.config, inputs, self._new(x, taken))
         return logits
 
