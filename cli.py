@@ -28,6 +28,7 @@ from .contract import (
     MAX_BLOCK,
     MODES,
     PREFILL_CHUNK,
+    QUANTIZATIONS,
 )
 from .errors import NemodiffError, RequestError
 from .runtime.commit import POLICIES
@@ -111,6 +112,7 @@ def main(ctx: click.Context) -> None:
     help="Folder of a drafter adapter. [default: the checkpoint's linear_spec_lora]",
 )
 @click.option("--max-input-len", type=int, help=f"Tokens of a prefill pass; TensorRT. [default: {PREFILL_CHUNK}]")
+@click.option("--quantization", type=click.Choice(list(QUANTIZATIONS)), help="Of the layers' projections; torch.")
 @click.option("--logits/--no-logits", default=True, help="Leave out what sampling needs; TensorRT.")
 @click.option("--sm", help="GPUs to compile for; tensorrt-rtx. [default: 80,86,89,120]")
 @click.option("--plugins", is_flag=True, help="Use nemodiff's own kernels instead of TensorRT's layers; TensorRT.")

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from .config import ModelConfig, parse_config
 from .errors import CheckpointError, EngineError
 
-SCHEMA = 2  # of the engine folder; a reader refuses a newer one, and reads 1 (without max_input_len, tensorrt)
+SCHEMA = 3  # of the engine folder; a reader refuses a newer one, and reads 2 (no quantization), 1 (nor max_input_len)
 DOMAIN = "nemodiff"  # of the custom ops
 MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
 MAX_BATCH = 4096  # rows of one forward
@@ -46,6 +46,9 @@ TEMPLATE_FILE = "chat_template.jinja"
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
+Quantization = Literal["fp8"]  # of the projections: e4m3 with an f32 scale per output
+# Which backends have each; a projection's inputs are then a multiple of 16.
+QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"fp8": ("torch",)}
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
@@ -117,7 +120,8 @@ class BuildConfig:
     `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; where nothing is compiled it is a
     default.
     In a TensorRT engine T of the caches is `cache_slots`. Without `gather_generation_logits` there is no output
-    `logits`, so the engine cannot sample.
+    `logits`, so the engine cannot sample. `quantization` is of the layers' projections; embedding, head, norms and
+    adapter stay in `dtype`.
     """
 
     dtype: Dtype
@@ -126,6 +130,12 @@ class BuildConfig:
     block_length: int
     max_input_len: int = PREFILL_CHUNK
     gather_generation_logits: bool = True
+    quantization: Quantization | None = None
+
+
+def dtype_line(dtype: str, quantization: str | None) -> str:
+    """What weights and cache are, for people."""
+    return f"{dtype} with {quantization} projections" if quantization else dtype
 
 
 def cache_slots(build: BuildConfig) -> int:
@@ -301,6 +311,12 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
         raise EngineError(f"{folder}: built for backend {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; {again}")
     if dtype not in dtypes:
         raise EngineError(f"{folder}: dtype is {dtype} on {backend}, allowed: {', '.join(dtypes)}; {again}")
+    quantization = info.build.quantization
+    if quantization is not None and backend not in QUANTIZATIONS.get(quantization, ()):
+        raise EngineError(
+            f"{folder}: quantization is {quantization!r} on {backend}, allowed: {', '.join(QUANTIZATIONS)} on torch; "
+            f"{again}"
+        )
     if (info.manifest.tensorrt is None) == (backend in COMPILED):
         raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
 

@@ -28,6 +28,7 @@ from ..contract import (
     MAX_BLOCK,
     MODEL_FILE,
     PREFILL_CHUNK,
+    QUANTIZATIONS,
     SCHEMA,
     TENSORS_FILE,
     WEIGHTS_FILE,
@@ -37,11 +38,12 @@ from ..contract import (
     EngineInfo,
     Manifest,
     Profile,
+    Quantization,
     TensorRTInfo,
     cache_slots,
 )
 from ..errors import BuildError
-from ..plugins import OPS, SAMPLED
+from ..plugins import OPS, SAMPLED, fp8_linear
 from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
 from .graph import Graph, build_graph
@@ -69,6 +71,7 @@ class Builder:
         block_length: default block length of the engine, 1..64; default the checkpoint's.
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
+        quantization: `fp8` stores the layers' projections in 8 bits, torch only; default none.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
@@ -89,12 +92,13 @@ class Builder:
         block_length: int | None = None,
         max_input_len: int | None = None,
         logits: bool = True,
+        quantization: Quantization | None = None,
         choices: tensorrt.Choices = tensorrt.Choices(),  # noqa: B008  (frozen)
         adapter: str | Path | None = None,
         headers_only: bool = False,
     ) -> None:
         self.output, self.backend, self.choices = Path(output), backend, choices
-        self._check_backend(dtype, max_input_len, logits)
+        self._check_backend(dtype, max_input_len, logits, quantization)
         if backend in COMPILED and not headers_only:
             tensorrt.require(backend)
         check_target(self.output)
@@ -109,6 +113,7 @@ class Builder:
             block_length=min(model.block_length, MAX_BLOCK) if block_length is None else block_length,
             max_input_len=min(PREFILL_CHUNK, length) if max_input_len is None else max_input_len,
             gather_generation_logits=logits,
+            quantization=quantization,
         )
         self._check_config()
         compiled = backend in COMPILED
@@ -124,11 +129,13 @@ class Builder:
         )
         self._header = b""  # of the weights file
         if backend == "torch":
-            self.graph, self._header = as_safetensors(self.graph)
+            self.graph, self._header = as_safetensors(self.graph, quantization)
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
         match(self.graph, self.tensors, self.source.folder / "config.json")
 
-    def _check_backend(self, dtype: Dtype | None, max_input_len: int | None, logits: bool) -> None:
+    def _check_backend(
+        self, dtype: Dtype | None, max_input_len: int | None, logits: bool, quantization: Quantization | None
+    ) -> None:
         if self.backend not in BACKEND_DTYPES:
             raise BuildError(f"--backend is {self.backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; choose one of them")
         tensorrt.check(self.backend, self.choices)
@@ -143,6 +150,16 @@ class Builder:
                 f"{flag}: not a choice of --backend {self.backend}, allowed: tensorrt-rtx or tensorrt; leave it out or "
                 "add --backend tensorrt-rtx"
             )
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise BuildError(
+                f"--quantization is {quantization!r}, allowed: {', '.join(QUANTIZATIONS)}; choose one of them or none"
+            )
+        if quantization is not None and self.backend not in QUANTIZATIONS[quantization]:
+            backends = QUANTIZATIONS[quantization]
+            raise BuildError(
+                f"--quantization {quantization}: not a choice of --backend {self.backend}, allowed: "
+                f"{', '.join(backends)}; leave it out or add --backend {backends[0]}"
+            )
 
     def _check_config(self) -> None:
         config, model = self.config, self.checkpoint.model
@@ -154,6 +171,12 @@ class Builder:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
                 raise BuildError(f"{flag} is {value!r}, allowed: 1 to {high} ({why}); choose a value in that range")
+        widths = (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size)
+        if config.quantization and (odd := [width for width in widths if width % fp8_linear.MULTIPLE]):
+            raise BuildError(
+                f"--quantization {config.quantization}: a projection has {odd[0]} inputs, allowed: multiples of "
+                f"{fp8_linear.MULTIPLE}; leave it out"
+            )
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""

@@ -47,6 +47,7 @@ class Weight:
     scale: float
     offset: int
     nbytes: int
+    quantized: bool = False  # e4m3, and behind it the f32 scale of each row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import onnx
 
-from ..contract import DOMAIN, ENGINE_FILE, ITEMSIZE, MODEL_FILE, EngineInfo, read_engine
+from ..contract import DOMAIN, ENGINE_FILE, ITEMSIZE, MODEL_FILE, EngineInfo, dtype_line, read_engine
 from ..errors import EngineError
 from ..plugins.tensorrt_api import device_sm, load
 from .plan import size
@@ -30,6 +30,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "backend": manifest.backend,
             "schema": manifest.schema,
             "dtype": build.dtype,
+            "quantization": build.quantization,
             "max_seq_len": build.max_seq_len,
             "max_batch_size": build.max_batch_size,
             "block_length": build.block_length,
@@ -135,6 +136,7 @@ def lines(described: dict[str, Any]) -> list[str]:
     """The description for people."""
     engine, model = described["engine"], described["model"]
     heads, kv_heads, head_dim = model["heads"]
+    dtype = dtype_line(engine["dtype"], engine["quantization"])
     kind, theta, factor = model["rope"]
     source, adapter = described["checkpoint"], described["adapter"]
     revision = f" at {source['revision']}" if source["revision"] else ""
@@ -142,7 +144,7 @@ def lines(described: dict[str, Any]) -> list[str]:
     limits = f"up to {engine['max_batch_size']} rows of {engine['max_seq_len']} tokens"
     files = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in described["files"].items())
     return [
-        f"engine       {engine['backend']}, {engine['dtype']}, block length {engine['block_length']}, {limits}",
+        f"engine       {engine['backend']}, {dtype}, block length {engine['block_length']}, {limits}",
         f"checkpoint   {source['name']}{revision}",
         f"parameters   {model['parameters']:,}, {rank}",
         f"model        {model['layers']} layers, hidden {model['hidden_size']}, {heads} heads on {kv_heads} key/value "

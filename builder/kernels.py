@@ -30,7 +30,7 @@ from ..plugins.op import Op, Stage
 OLDEST_SM = 80  # that Triton compiles for
 SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 PTX_VERSION = 88  # 8.8, of CUDA 12.9: the first that knows SM 121
-_POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32"}
+_POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "u8": "*u8"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots
+from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line
 from .checkpoint import Checkpoint
 from .graph import Graph
 from .tensorrt import memory_needed
@@ -57,6 +57,7 @@ class Plan:
         fits = ", ".join(f"{rows} x {length}" for length, rows in self.rows_that_fit.items() if rows)
         adapter = f"drafter LoRA of rank {self.adapter_rank}" if self.adapter_rank else "no drafter adapter"
         row = size(self.kv_bytes_per_token * b.max_seq_len)
+        kind = dtype_line(b.dtype, b.quantization)
         limits = f"up to {b.max_batch_size} rows of {b.max_seq_len} tokens"
         if self.backend == "onnxruntime":
             memory = [
@@ -77,7 +78,7 @@ class Plan:
         return [
             f"checkpoint   {checkpoint}: {self.tensors} tensors, {size(self.checkpoint_bytes)}",
             f"parameters   {self.parameters:,}, {adapter}",
-            f"engine       {self.backend}, {b.dtype}, block length {b.block_length}, {limits}",
+            f"engine       {self.backend}, {kind}, block length {b.block_length}, {limits}",
             f"disk         {size(self.disk_needed)} to write under {output}, {size(self.disk_free)} free",
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {b.max_seq_len}",
             *memory,

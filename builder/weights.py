@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 import ml_dtypes
 import numpy as np
 
+from ..contract import Quantization
 from ..errors import BuildError, CheckpointError
+from ..plugins.fp8_linear import quantise
 from .checkpoint import DTYPES, Tensor
 from .graph import ALIGNMENT, Graph, Weight
 
@@ -56,23 +58,31 @@ def match(graph: Graph, tensors: Mapping[str, Tensor], config_file: Path) -> Non
             raise CheckpointError(f"{tensor.file}: tensor {name} is not part of this architecture; {again}")
 
 
-def as_safetensors(graph: Graph) -> tuple[Graph, bytes]:
+def as_safetensors(graph: Graph, quantization: Quantization | None = None) -> tuple[Graph, bytes]:
     """The graph's weights as one safetensors file would hold them, and the header that stands before them.
 
-    Projections are (out, in), as in the checkpoint; nothing lies between two tensors, as the format demands.
+    Projections are (out, in), as in the checkpoint; nothing lies between two tensors, as the format demands. Quantized,
+    those of the layers are e4m3, each followed by its `NAME_scale`.
     """
-    kind = next(name for name, dtype in DTYPES.items() if dtype == graph.dtype)
+    plain = next(name for name, dtype in DTYPES.items() if dtype == graph.dtype)
     entries, weights, end = dict[str, Any](), list[Weight](), 0
     for w in graph.weights:
-        shape = w.shape[::-1] if w.transposed else w.shape
-        entries[w.name] = {"dtype": kind, "shape": list(shape), "data_offsets": [end, end + w.nbytes]}
-        weights.append(dataclasses.replace(w, shape=shape, transposed=False, offset=end))
-        end += w.nbytes
+        shape, quantized = w.shape[::-1] if w.transposed else w.shape, False
+        parts = [(w.name, plain, shape, w.nbytes)]
+        if quantization is not None and w.name.endswith("_proj.weight"):
+            quantized, count = True, int(np.prod(shape))
+            parts = [(w.name, "F8_E4M3", shape, count), (f"{w.name}_scale", "F32", shape[:1], 4 * shape[0])]
+        start = end
+        for name, kind, size, nbytes in parts:
+            entries[name] = {"dtype": kind, "shape": list(size), "data_offsets": [end, end + nbytes]}
+            end += nbytes
+        placed = dataclasses.replace(w, offset=start, nbytes=end - start, quantized=quantized)
+        weights.append(dataclasses.replace(placed, shape=shape, transposed=False))
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    placed = tuple(dataclasses.replace(w, offset=len(header) + w.offset) for w in weights)
-    return dataclasses.replace(graph, weights=placed), header
+    moved = tuple(dataclasses.replace(w, offset=len(header) + w.offset) for w in weights)
+    return dataclasses.replace(graph, weights=moved), header
 
 
 def write_weights(
@@ -111,11 +121,11 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 
 def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """The weight as it is stored, in bands of its first axis."""
-    source = tensor.array()
+    """The weight as it is stored, in bands of its first axis, and its scales if it is quantized."""
+    source, scales = tensor.array(), list[np.ndarray]()
     if weight.transposed:
         source = source.T
-    as_bits = tensor.dtype == dtype == _BF16 and weight.scale == 1.0
+    as_bits = tensor.dtype == dtype == _BF16 and weight.scale == 1.0 and not weight.quantized
     step = max(1, (BITS_PIECE // 2 if as_bits else PIECE // 4) // max(1, int(np.prod(weight.shape[1:]))))
     for start in range(0, weight.shape[0], step):
         band = _contiguous(source[start : start + step])
@@ -129,6 +139,11 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
                 f"{tensor.file}: tensor {tensor.name} holds {values[at]} near {[start + at[0], *at[1:]]}, allowed: "
                 "finite numbers; download the file again or use another checkpoint"
             )
+        if weight.quantized:
+            stored, scale = quantise(values)
+            scales.append(scale)
+            yield stored
+            continue
         with np.errstate(over="ignore"):
             if weight.scale != 1.0:
                 values = values * np.float32(weight.scale)
@@ -140,6 +155,8 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
                 f"up to {_LARGEST[name]:.6g}; {remedy}"
             )
         yield stored
+    if scales:
+        yield np.concatenate(scales)
 
 
 def _contiguous(band: np.ndarray) -> np.ndarray:

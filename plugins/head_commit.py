@@ -1,11 +1,12 @@
 """HeadCommit: the language model's head and ConfidenceCommit without logits in memory, for the torch engine on a GPU.
 
-    token, confidence, next_ids, masks_left = HeadCommit(x, weight, ids, threshold)
+    token, confidence, next_ids, masks_left = HeadCommit(x, weight, ids, threshold, kept)
 
-x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of logits = x weight^T in f32. Every tile of
-the vocabulary keeps its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles
-down to the splits that the commit rule takes. The surprising fact: logits are f32 here, where a head that writes them
-in 16 bits makes ties, so a token may differ from the unfused one between near-equal entries.
+x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of logits = x weight^T in f32. `kept`
+(B, R, W) f32 gets them in place: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
+highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the
+commit rule. The surprising fact: logits are f32 here, where a head that writes them in 16 bits makes ties, so a token
+may differ from the unfused one between near-equal entries; those that are kept are the very ones it was chosen from.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _reduce_constants(model: ModelConfig) -> Constants:
 
 
 def _reduce_grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["B"] * dims["R"], SPLITS, 1
+    return dims["B"] * dims["R"], 1, 1
 
 
 _COMMIT = confidence_commit.OP.stages[1]
@@ -70,6 +71,7 @@ def op(rows: int) -> Op:
             Arg("weight", "compute", ("V", "E")),
             Arg("ids", "i32", ("B", "R")),
             Arg("threshold", "f32", ("B",)),
+            Arg("kept", "f32", ("B", "R", "W")),
         ),
         outputs=confidence_commit.OP.outputs,
         attributes=(),
@@ -77,8 +79,8 @@ def op(rows: int) -> Op:
             Stage(
                 f"HeadScan{rows}",
                 "head_commit_kernel.head_scan",
-                inputs=("x", "weight"),
-                scalars=("B", "R"),
+                inputs=("x", "weight", "kept"),
+                scalars=("B", "R", "W"),
                 outputs=_TILES,
                 constants=functools.partial(_scan_constants, rows=rows),
                 grid=functools.partial(_scan_grid, rows=rows),
@@ -92,7 +94,6 @@ def op(rows: int) -> Op:
                 outputs=_FOUND,
                 constants=_reduce_constants,
                 grid=_reduce_grid,
-                num_warps=1,
             ),
             _COMMIT,
         ),

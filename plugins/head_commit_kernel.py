@@ -11,11 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def head_scan(
-    x, weight, B, R, tile_part, tile_best,
+    x, weight, kept, B, R, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan."""
+    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan.
+
+    kept (B, R, W) f32 gets the logits if W is V, and nothing if not.
+    """
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
@@ -28,6 +31,8 @@ def head_scan(
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
         w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0.0)
         logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
+    if W == V:
+        tl.store(kept + m.to(tl.int64)[:, None] * V + v[None, :], logits, mask=real[:, None] & inside[None, :])
     logits = tl.where((v == MASK_ID)[None, :], -1e30, logits)
     logits = tl.where(inside[None, :], logits, float("-inf"))
     ids = v[None, :]
@@ -52,27 +57,30 @@ def head_reduce(
     tile_part, tile_best, part, best,
     TILES: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """tile_part (B, R, TILES, 4), tile_best (B, R, TILES) -> part (B, R, SPLITS, 4), best (B, R, SPLITS)."""
+    """tile_part (B, R, TILES, 4), tile_best (B, R, TILES) -> part (B, R, SPLITS, 4), best (B, R, SPLITS).
+
+    One program per position.
+    """
     position = tl.program_id(0).to(tl.int64)
-    share = tl.program_id(1)
-    n = tl.arange(0, BLOCK)
-    tile = share * SHARE + n
+    share = tl.arange(0, SPLITS)
+    n = tl.arange(0, BLOCK)[None, :]
+    tile = share[:, None] * SHARE + n
     real = (n < SHARE) & (tile < TILES)
     place = position * TILES + tile
-    highest = tl.load(tile_part + place * 4, mask=real, other=float("-inf"))
+    highest = tl.load(tile_part + place * 4, mask=real, other=float("-inf"))  # (SPLITS, BLOCK) f32
     total = tl.load(tile_part + place * 4 + 1, mask=real, other=0.0)
     top = tl.load(tile_part + place * 4 + 2, mask=real, other=float("-inf"))
     token = tl.load(tile_best + place, mask=real, other=2147483647)
     broken = top != top
-    any_broken = tl.max(broken.to(tl.int32), 0) > 0
-    above = tl.max(highest, 0)
+    any_broken = tl.max(broken.to(tl.int32), 1) > 0
+    above = tl.max(highest, 1)
     safe = tl.where(above == float("-inf"), 0.0, above)
-    summed = tl.sum(total * tl.exp(highest - safe), 0)
-    best_top = tl.max(tl.where(broken, float("-inf"), top), 0)
-    wins = tl.where(any_broken, broken, top == best_top)
+    summed = tl.sum(total * tl.exp(highest - safe[:, None]), 1)
+    best_top = tl.max(tl.where(broken, float("-inf"), top), 1)
+    wins = tl.where(any_broken[:, None], broken, top == best_top[:, None])
     to = position * SPLITS + share
     tl.store(part + to * 4, above)
     tl.store(part + to * 4 + 1, summed)
     tl.store(part + to * 4 + 2, tl.where(any_broken, float("nan"), best_top))
     tl.store(part + to * 4 + 3, best_top)
-    tl.store(best + to, tl.min(tl.where(wins, token, 2147483647), 0))
+    tl.store(best + to, tl.min(tl.where(wins, token, 2147483647), 1))

@@ -163,8 +163,9 @@ class TorchCache:
     def _step(self, shape: Shape) -> _Step:
         step = self._steps.pop(shape, None) or _Step(self._engine, self, shape)
         self._steps[shape] = step  # the last used comes last
-        alike = [other for other in self._steps if other[4] == shape[4]]
-        if len(alike) > (_KEPT_WITH_LOGITS if shape[4] else _KEPT_SHAPES):
+        heavy = any(shape[4:])
+        alike = [other for other in self._steps if any(other[4:]) == heavy]
+        if len(alike) > (_KEPT_WITH_LOGITS if heavy else _KEPT_SHAPES):
             del self._steps[alike[0]]
         return step
 
@@ -220,7 +221,6 @@ class _Step:
         if not engine.static:
             end = min(end, int(self.given.arrays["visible"][:, :, ::2].max()))
         engine.device.upload(self.given)
-        logits = engine.model.forward(self.given.tensors, self._taken.tensors, self._caches, end)
-        if self._with_logits:
-            self._logits = logits.float()
+        given, taken = self.given.tensors, self._taken.tensors
+        self._logits = engine.model.forward(given, taken, self._caches, end, self._with_logits)
         engine.device.download(self._taken)

@@ -1,9 +1,10 @@
 """The network in plain PyTorch, with the inputs and outputs of `contract.py` and caches written in place.
 
 In: an engine folder's weights, and per pass the small bindings on the device and views of the caches' rows. Out: the
-small results, written where the caller says, and the head's logits. Attention and the commit rule are the project's
-Triton kernels where asked for (on a GPU) and plain torch elsewhere; everything else is the same code. The surprising
-fact: nothing here reads a value back to the host, so a pass over fixed tensors can be captured and replayed.
+small results, written where the caller says, and logits if asked for. Where asked for (on a GPU) everything between two
+matrix products is one of the project's Triton kernels, and so is the head; elsewhere the same steps are plain torch.
+The surprising fact: nothing here reads a value back to the host, so a pass over fixed tensors can be captured and
+replayed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..contract import TENSORS_FILE, EngineInfo
-from ..errors import EngineError
-from ..plugins import block_attention, confidence_commit
+from ..plugins import SAMPLED, block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 from ..plugins.op import Arg, run
+from .torch_weights import Matrix, Quantized, WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,16 +26,12 @@ CacheViews = Sequence[tuple["Tensor", "Tensor"]]  # K and V (B, G, T, D) of each
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer's weights; projections are (out, in), those that share their input are stacked."""
+class Turns:
+    """What rotates the heads of a pass, the same in every layer."""
 
-    input_norm: Tensor  # (E,)
-    qkv: Tensor  # ((H + 2 G) D, E)
-    o: Tensor  # (E, H D)
-    lora: tuple[Tensor, Tensor] | None  # (rank, H D), (E, rank) with the scale in it
-    post_norm: Tensor  # (E,)
-    gate_up: Tensor  # (2 F, E)
-    down: Tensor  # (E, F)
+    cos: Tensor  # (B, S, D / 2) compute
+    sin: Tensor
+    scale: Tensor | None  # of queries, (B, S) compute
 
 
 class TorchModel:
@@ -55,29 +52,17 @@ class TorchModel:
 
         model = self.config = info.model
         self.kernels = kernels
-        self.dtype: torch.dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[info.build.dtype]
-        tensors = _Tensors(folder / TENSORS_FILE, device, self.dtype)
-        hidden, inner = model.hidden_size, model.intermediate_size
-        q, kv = (count * model.head_dim for count in (model.num_heads, model.num_kv_heads))
-        heads = (("q", q), ("k", kv), ("v", kv))
-        self.embed = tensors.take("embed_tokens", model.vocab_size, hidden)
-        self.layers = [
-            Layer(
-                tensors.take(f"{at}.input_layernorm", hidden),
-                tensors.stack((f"{at}.self_attn.{part}_proj", size, hidden) for part, size in heads),
-                tensors.take(f"{at}.self_attn.o_proj", hidden, q),
-                tensors.lora(f"{at}.self_attn.o_proj", hidden, q) if info.has_adapter else None,
-                tensors.take(f"{at}.post_attention_layernorm", hidden),
-                tensors.stack((f"{at}.mlp.{part}_proj", inner, hidden) for part in ("gate", "up")),
-                tensors.take(f"{at}.mlp.down_proj", hidden, inner),
-            )
-            for at in (f"layers.{number}" for number in range(model.num_layers))
-        ]
-        self.norm = tensors.take("norm", hidden)
-        self.head = tensors.take("diffusion_head", model.vocab_size, hidden)
+        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels)
+        self.dtype = weights.dtype
+        self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
+        self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
+        self.norm = weights.take("norm", model.hidden_size)
+        self.head = weights.take("diffusion_head", model.vocab_size, model.hidden_size)
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
 
-    def forward(self, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], caches: CacheViews, end: int) -> Tensor:
+    def forward(
+        self, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], caches: CacheViews, end: int, logits: bool
+    ) -> Tensor | None:
         """One pass.
 
         Args:
@@ -86,61 +71,56 @@ class TorchModel:
             taken: token, confidence, next_ids and masks_left, to be written.
             caches: the rows' caches, updated in place.
             end: no query sees a slot from here on; T where that must not depend on what the inputs hold.
+            logits: give the logits too; every token is chosen in the same way with them and without.
 
         Returns:
-            Logits (B, R, V) in the head's dtype.
+            Logits (B, R, V) f32 if asked for.
         """
         import torch
         from torch.nn import functional
 
         pos, visible = given["pos"], given["visible"]
-        rows, size = pos.shape
-        row = torch.arange(rows, device=pos.device)[:, None]  # (B, 1) i64
-        slots = given["write_at"][:, None] + torch.arange(size, device=pos.device)  # (B, S) i64
-        cos, sin = self._rotation(pos)
-        scale = self._query_scale(pos)
+        turns = Turns(*self._rotation(pos), self._query_scale(pos))
         gate = given["adapter"][:, :, None].to(self.dtype) if "adapter" in given else None  # (B, S, 1) compute
         mask = None if self.kernels else self._mask(visible, end)
-        x = functional.embedding(given["ids"], self.embed)  # (B, S, E) compute
-        for layer, (k_cache, v_cache) in zip(self.layers, caches, strict=True):
-            q, k, v = self._heads(layer, x, cos, sin)
-            if scale is not None:
-                q = q * scale
-            k_cache.transpose(1, 2)[row, slots] = k
-            v_cache.transpose(1, 2)[row, slots] = v
+        total = functional.embedding(given["ids"], self.embed)  # (B, S, E) compute
+        x = self._normed(total, self.layers[0].input_norm)
+        norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
+            q = self._rotated(self._projected(x, layer.qkv), turns, given["write_at"], k_cache, v_cache)
             merged = (
                 self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
                 if mask is not None
                 else self._attend_by_kernel(q, k_cache, v_cache, visible)
             )  # (B, S, H D)
-            out = functional.linear(merged, layer.o)
+            out = self._projected(merged, layer.o)
             if layer.lora is not None and gate is not None:  # a gate of 0 adds exactly 0
                 out = out + functional.linear(functional.linear(merged, layer.lora[0]) * gate, layer.lora[1])
-            x = x + out
-            gated, up = functional.linear(self._normed(x, layer.post_norm), layer.gate_up).chunk(2, -1)
-            x = x + functional.linear(functional.silu(gated) * up, layer.down)
+            x, total = self._added(out, total, layer.post_norm)
+            inner = self._activated(self._projected(x, layer.gate_up))
+            x, total = self._added(self._projected(inner, layer.down), total, norm)
         picked = given["rows"].long()  # (B, R)
-        logits = functional.linear(self._normed(x[row, picked], self.norm), self.head)  # (B, R, V)
+        x = x[torch.arange(len(pos), device=pos.device)[:, None], picked]  # (B, R, E)
         ids = given["ids"].gather(1, picked)  # (B, R) i32
-        if self.kernels:
-            self._commit_by_kernel(logits, ids, given, taken)
-        else:
-            self._commit(logits, ids, given["threshold"], taken)
-        return logits
+        choose = self._choose_by_kernel if self.kernels else self._choose
+        found = choose(x, ids, given, taken, logits)
+        return found if logits else None
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of each position's angles, (B, S, 1, D/2) compute; pos (B, S) i32."""
-        angle = (pos[:, :, None].float() * self._inv_freq)[:, :, None]
+        """cos and sin of each position's angles, (B, S, D/2) compute; pos (B, S) i32."""
+        angle = pos[:, :, None].float() * self._inv_freq
         factor = self.config.rope.attention_factor
         return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
 
     def _query_scale(self, pos: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(pos / L0)), (B, S, 1, 1) compute, or None where the model has none."""
+        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; where the model has none 1 for the kernel, or None."""
+        import torch
+
         rope = self.config.rope
         if not rope.llama_4_scaling_beta:
-            return None
+            return torch.ones(pos.shape, dtype=self.dtype, device=pos.device) if self.kernels else None
         periods = (pos.float() / rope.original_max_position).floor()
-        return (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype)[:, :, None, None]
+        return (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis."""
@@ -148,18 +128,58 @@ class TorchModel:
 
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
-    def _heads(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, S, H, D), k and v (B, S, G, D) of x (B, S, E), q and k rotated."""
-        import torch
+    def _projected(self, x: Tensor, weight: Matrix) -> Tensor:
+        """x weight^T: (B, S, in) -> (B, S, out) compute."""
         from torch.nn import functional
 
-        model = self.config
-        rotated = model.num_heads + model.num_kv_heads
-        flat = functional.linear(self._normed(x, layer.input_norm), layer.qkv)
-        heads = flat.view(*flat.shape[:2], -1, model.head_dim)  # (B, S, H + 2 G, D)
-        a, b = heads[:, :, :rotated].chunk(2, -1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (B, S, H + G, D)
-        return turned[:, :, : model.num_heads], turned[:, :, model.num_heads :], heads[:, :, rotated:]
+        if not isinstance(weight, Quantized):
+            return functional.linear(x, weight)
+        if self.kernels:
+            few, many = fp8_linear.ROWS
+            op = fp8_linear.op(few if x.shape[0] * x.shape[1] <= few else many)
+            (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
+            return y  # type: ignore[no-any-return]
+        return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
+
+    def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of a residual sum, and the sum; all (B, S, E) compute but weight (E,)."""
+        if self.kernels:
+            inputs = {"x": x, "residual": residual, "weight": weight}
+            y, total = run(residual_norm.OP, self.config, inputs, self._new(x))
+            return y, total
+        total = residual + x
+        return self._normed(total, weight), total
+
+    def _activated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, (B, S, F) of (B, S, 2 F)."""
+        from torch.nn import functional
+
+        if self.kernels:
+            (y,) = run(swiglu.OP, self.config, {"gate_up": gate_up}, self._new(gate_up))
+            return y  # type: ignore[no-any-return]
+        gate, up = gate_up.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    def _rotated(self, qkv: Tensor, turns: Turns, write_at: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q (B, H, S, D) of qkv (B, S, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the caches."""
+        import torch
+
+        if self.kernels:
+            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "write_at": write_at}
+            (q,) = run(rope_write.OP, self.config, {**inputs, "k_cache": k_cache, "v_cache": v_cache}, self._new(qkv))
+            return q  # type: ignore[no-any-return]
+        model, (rows, size) = self.config, qkv.shape[:2]
+        turned = model.num_heads + model.num_kv_heads
+        heads = qkv.view(rows, size, -1, model.head_dim)  # (B, S, H + 2 G, D)
+        a, b = heads[:, :, :turned].chunk(2, -1)
+        cos, sin = turns.cos[:, :, None], turns.sin[:, :, None]
+        both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (B, S, H + G, D)
+        row = torch.arange(rows, device=qkv.device)[:, None]  # (B, 1) i64
+        slots = write_at[:, None] + torch.arange(size, device=qkv.device)  # (B, S) i64
+        k_cache.transpose(1, 2)[row, slots] = both[:, :, model.num_heads :]
+        v_cache.transpose(1, 2)[row, slots] = heads[:, :, turned:]
+        q = both[:, :, : model.num_heads].transpose(1, 2)
+        return q if turns.scale is None else q * turns.scale[:, None, :, None]
 
     def _mask(self, visible: Tensor, end: int) -> Tensor:
         """Additive mask of the first `end` slots, (B, 1, H / G * S, end) compute; visible (B, S, 3) i32."""
@@ -176,44 +196,60 @@ class TorchModel:
         """Attention in plain torch: the query heads that share a key/value head are packed with the queries."""
         from torch.nn import functional
 
-        rows, size, heads, width = q.shape
-        shape = (rows, size, k.shape[1], -1, width)
-        packed = q.reshape(shape).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, G, H / G * S, D)
+        rows, heads, size, width = q.shape
+        packed = q.reshape(rows, k.shape[1], -1, width)  # (B, G, H / G * S, D)
         y = functional.scaled_dot_product_attention(packed, k, v, mask, scale=width**-0.5)
-        apart = y.view(rows, k.shape[1], -1, size, width)
-        return apart.permute(0, 3, 1, 2, 4).reshape(rows, size, heads * width)
+        return y.view(rows, heads, size, width).transpose(1, 2).flatten(2)
 
     def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
         """The same by BlockAttention's kernels; K and V are the whole cache."""
-        inputs = {"q": q.transpose(1, 2).contiguous(), "k": k, "v": v, "visible": visible}
+        inputs = {"q": q, "k": k, "v": v, "visible": visible}
         (y,) = run(block_attention.OP, self.config, inputs, self._new(q))
         return y.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
-    def _commit(self, logits: Tensor, ids: Tensor, threshold: Tensor, taken: Mapping[str, Tensor]) -> None:
-        """ConfidenceCommit in plain torch; shapes as `plugins/confidence_commit.py` has them."""
+    def _choose(
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+    ) -> Tensor:
+        """Head and ConfidenceCommit in plain torch; x (B, R, E) compute -> logits (B, R, V) f32."""
         import torch
+        from torch.nn import functional
 
         mask = self.config.mask_id
-        candidates = logits.float().clone()
+        logits = functional.linear(x, self.head).float()
+        candidates = logits.clone() if keep else logits
         candidates[:, :, mask] = -1e30
         best, token = candidates.max(-1)  # the first of equals
         confidence = (candidates - best[:, :, None]).exp().sum(-1).reciprocal()
         is_open = ids == mask
         rank = torch.where(is_open, confidence, -1.0)
-        chosen = (rank >= threshold[:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
+        chosen = (rank >= given["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
         next_ids = torch.where(chosen & is_open, token, ids)
         results = {"token": token, "confidence": confidence, "next_ids": next_ids}
         for name, value in {**results, "masks_left": (next_ids == mask).sum(1)}.items():
             taken[name].copy_(value)
+        return logits
 
-    def _commit_by_kernel(
-        self, logits: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor]
-    ) -> None:
-        """The same by ConfidenceCommit's kernels, which write where the results are wanted and draw where asked to."""
-        op = confidence_commit.SAMPLED if "seed" in given else confidence_commit.OP
-        inputs = {"logits": logits, "ids": ids}
-        inputs |= {arg.name: given[arg.name] for arg in op.inputs if arg.name not in inputs}
-        run(op, self.config, inputs, self._new(logits, taken))
+    def _choose_by_kernel(
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+    ) -> Tensor:
+        """The same by HeadCommit's kernels, which write where the results are wanted; logits (B, R, 0) unless kept.
+
+        Where a row is sampled, SampledCommit's take the logits and write anew.
+        """
+        import torch
+
+        sampled = "seed" in given
+        shape = (*ids.shape, self.config.vocab_size if keep or sampled else 0)
+        logits = torch.empty(shape, dtype=torch.float32, device=x.device)
+        few, many = head_commit.ROWS
+        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
+        new = self._new(x, taken)
+        run(head_commit.op(few if ids.numel() <= few else many), self.config, inputs, new)
+        if sampled:
+            drawing = {"logits": logits, "ids": ids}
+            drawing |= {arg.name: given[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
+            run(SAMPLED, self.config, drawing, new)
+        return logits
 
     def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
         """Makes the tensors that a kernel writes: known ones by name, else new on the same device."""
@@ -227,44 +263,3 @@ class TorchModel:
             return torch.empty(shape, dtype=types[arg.dtype], device=like.device)
 
         return new
-
-
-class _Tensors:
-    """The weights file, read tensor by tensor. Raises EngineError where one is not as expected."""
-
-    def __init__(self, path: Path, device: str, dtype: Any) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self._path, self._dtype = path, dtype
-        self._errors = (SafetensorError, OSError, ValueError)
-        try:
-            self._file: Any = safe_open(path, framework="pt", device=device)
-        except self._errors as error:
-            raise self._broken(str(error)) from None
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """One weight, by its name in the graph."""
-        try:
-            tensor: Tensor = self._file.get_tensor(f"{name}.weight")
-        except self._errors as error:
-            raise self._broken(str(error)) from None
-        if tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
-            raise self._broken(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {self._dtype} {list(shape)}")
-        return tensor
-
-    def stack(self, parts: Any) -> Tensor:
-        """Weights that share their input, one under the other: each part is (name, *shape)."""
-        import torch
-
-        return torch.cat([self.take(*part) for part in parts])
-
-    def lora(self, name: str, size_out: int, size_in: int) -> tuple[Tensor, Tensor]:
-        """The two sides of a drafter adapter, whose rank the file says."""
-        rank = self._file.get_slice(f"{name}.lora_A.weight").get_shape()[0]
-        return self.take(f"{name}.lora_A", rank, size_in), self.take(f"{name}.lora_B", size_out, rank)
-
-    def _broken(self, reason: str) -> EngineError:
-        return EngineError(
-            f"{self._path}: not the weights of this engine ({reason}); build it again: nemodiff build CHECKPOINT -o "
-            f"{self._path.parent} --backend torch"
-        )

@@ -31,6 +31,7 @@ SCRIPTS = (
     "build_memory",
     "build_tensorrt",
     "drafter",
+    "fp8",
     "gpu",
     "infill",
     "kernels",

@@ -96,7 +96,9 @@ def test_rotation_writes_its_slots_and_no_other(
     np.testing.assert_array_equal(inputs["v_cache"], expected["v_cache"])
 
 
-def check_head(tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float, tile: int, seed: int = 0) -> None:
+def check_head(
+    tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float, tile: int, *, seed: int = 0, keep: bool = False
+) -> None:
     """Integers are exact: weights and x are small multiples of a power of two, so every order of summing agrees."""
     rows, size, width = x.shape
     model = dataclasses.replace(tiny, vocab_size=len(weight), hidden_size=width, mask_id=MASK)
@@ -106,7 +108,11 @@ def check_head(tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float,
     case = {"x": x, "weight": weight, "ids": ids, "threshold": np.full(rows, bar, np.float32)}
     with np.errstate(invalid="ignore"):
         expected = head_commit.reference(**case, mask_id=MASK)
-    got = launch(head_commit.op(tile), model, **case)
+        logits = x @ weight.T
+    kept = np.full((rows, size, len(weight) if keep else 0), 7, np.float32)
+    got = launch(head_commit.op(tile), model, **case, kept=kept)
+    if keep and INTERPRETED:  # elsewhere it is a copy on the device
+        np.testing.assert_array_equal(kept, logits)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
     for found, wanted in zip(got, expected, strict=True):
         if wanted.dtype == np.int32:
@@ -121,12 +127,13 @@ def grid(seed: int, *shape: int) -> np.ndarray:
 @settings(max_examples=8)
 @given(
     st.integers(1, 2), st.integers(1, 64), st.integers(101, 1500), st.sampled_from([16, 40, 130]),
-    st.sampled_from(head_commit.ROWS), st.integers(0, 99),
+    st.sampled_from(head_commit.ROWS), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_head_equals_the_reference(
-    tiny: ModelConfig, rows: int, size: int, vocab: int, width: int, tile: int, seed: int
+    tiny: ModelConfig, rows: int, size: int, vocab: int, width: int, tile: int, keep: bool, seed: int
 ) -> None:
-    check_head(tiny, grid(seed, rows, size, width), grid(seed + 1, vocab, width), 0.1, tile, seed)
+    x, weight = grid(seed, rows, size, width), grid(seed + 1, vocab, width)
+    check_head(tiny, x, weight, 0.1, tile, seed=seed, keep=keep)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a tile's empty rows are 0 * -inf
@@ -137,7 +144,7 @@ def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile
     weight[[7, 900, 2999]] = 2  # equal bests in different tiles and splits
     check_head(tiny, x, weight, 2.0, tile)
     x[0, 2] = np.nan
-    check_head(tiny, x, weight, 0.5, tile)
+    check_head(tiny, x, weight, 0.5, tile, keep=True)
     weight[50] = -np.inf
     check_head(tiny, x[1:], weight, 0.5, tile)
 

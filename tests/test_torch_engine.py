@@ -184,11 +184,11 @@ def two_intervals(mask: int, start: int) -> Pass:
 
 def short_steps(mask: int) -> Iterator[list[Pass]]:
     """Forwards of three rows: ragged, causal, bidirectional, two intervals, gated, with logits."""
-    yield [causal("prefill", PROMPT[:n], 0) for n in (9, 20, 14)]
+    yield [causal("prefill", PROMPT[:n], 0) for n in (9, 14, 11)]
     block = bidirectional("denoise", [300, mask, mask, 301, mask], 9, 0.1)
-    yield [block._replace(logits=True), causal("verify", [300, 310, 320], 20, every_row=True), two_intervals(mask, 14)]
+    yield [block._replace(logits=True), causal("verify", [300, 310, 320], 14, every_row=True), two_intervals(mask, 11)]
     draft = bidirectional("draft", [300] + [mask] * 6, 9, 0.0, adapter=True)
-    yield [draft, causal("decode", [305], 20, logits=True), causal("decode", [306], 16)]
+    yield [draft, causal("decode", [305], 14, logits=True), causal("decode", [306], 13)]
 
 
 def long_steps(mask: int) -> Iterator[list[Pass]]:
@@ -223,7 +223,12 @@ def test_passes_equal_onnxruntime(pair: Pair) -> None:
     check_steps(torch_backend(pair.ours), pair.theirs)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: test_gpu_engine.py runs them")
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: test_gpu_engine.py runs them"
+)
+
+
+@INTERPRETED
 def test_the_kernels_take_the_engines_tensors(tmp_path: Path) -> None:
     """One key/value head for four, heads of 48, three rows of different length: arguments and layouts."""
     pair = make_pair(tmp_path, MODELS["early YaRN"](tmp_path / "checkpoint"))
@@ -236,6 +241,26 @@ def test_the_kernels_take_the_engines_tensors(tmp_path: Path) -> None:
         ours, theirs = (nemodiff.generate(e, PROMPT, **options) for e in (pair.with_backend(kernels), pair.theirs))
         assert (ours.token_ids, ours.nfe) == (theirs.token_ids, theirs.nfe)
         assert ours.confidences == pytest.approx(theirs.confidences, abs=1e-4)
+
+
+@INTERPRETED
+def test_the_kernels_give_the_same_tokens_in_every_mode(tmp_path: Path) -> None:
+    """Greedy, and for ar sampled from the logits that the head's kernel keeps."""
+    checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", seed=5, num_hidden_layers=1, num_key_value_heads=1, dtype="f32"
+    )
+    pair = make_pair(tmp_path, adapted(checkpoint, 0.1))
+    backend = torch_backend(pair.ours)
+    fused = pair.with_backend(TorchEngine(backend.folder, backend.info, "cpu", kernels=True))
+    spoken = [
+        {"mode": "ar", "temperature": 0.9, "seed": 3},
+        {"mode": "diffusion", "block_length": 4, "threshold": 0.3},
+        {"mode": "linear_spec", "block_length": 3},
+        {"mode": "quadratic_spec", "groups": "all", "block_length": 2},
+    ]
+    for case in spoken:
+        expected, got = (nemodiff.generate(e, PROMPT[:3], max_new_tokens=4, **case) for e in (pair.ours, fused))
+        assert told(got) == told(expected)
 
 
 def test_a_replay_equals_an_eager_run(pair: Pair) -> None:
