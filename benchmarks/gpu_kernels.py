@@ -1,0 +1,111 @@
+"""Seconds of each kernel against the bytes it must move, at a shape's sizes.
+
+In: a shape. Out: a cell per op and size. An op says its arguments itself (`plugins/op.py`), so inputs and the bytes of
+inputs and outputs are made from that; a kernel that is added to `OPS` or `FUSED` is measured without a line here. The
+surprising fact: caches are as long as the context and a rotation's as long as its tokens, so that every byte counted is
+a byte that must be moved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gpu_models
+from gpu_plan import Asked, Cell, Lab, Row
+
+from nemodiff.config import ModelConfig
+from nemodiff.contract import ITEMSIZE
+from nemodiff.plugins import FUSED, OPS, confidence_commit
+from nemodiff.plugins.op import Arg, Op, ceil_div, run
+
+
+def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, int]:
+    """Each letter's size for a pass of one row."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    return {
+        "B": 1,
+        "S": tokens,
+        "R": tokens,
+        "T": tokens if op.name == "RopeWrite" else context,
+        "H": model.num_heads,
+        "G": model.num_kv_heads,
+        "D": model.head_dim,
+        "P": model.head_dim // 2,
+        "V": model.vocab_size,
+        "E": model.hidden_size,
+        "W": {"RopeWrite": heads, "SwiGLU": 2 * model.intermediate_size}.get(op.name, 0),
+        "M": tokens,
+        "N": 2 * model.intermediate_size,
+        "K": model.hidden_size,
+    }
+
+
+def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelConfig) -> Any:
+    """An input: random numbers, or what makes a kernel do all of its work."""
+    torch, device = lab.card.torch, lab.card.name
+    kind = {"compute": dtype, "logits": dtype}.get(arg.dtype, arg.dtype)
+    if kind == "i32":
+        made = torch.zeros(shape, dtype=torch.int32, device=device)
+        return made.fill_(model.mask_id) if arg.name == "ids" else made
+    made = torch.empty(shape, dtype=types(torch)[kind], device=device)
+    if made.element_size() == 1:  # normal_ has no 8-bit form
+        return torch.randn(shape, device=device).to(made.dtype)
+    return made.normal_()
+
+
+def types(torch: Any) -> dict[str, Any]:
+    """torch's types by the names of `Arg.dtype` and of engines."""
+    known = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+    return {**known, "f8": torch.float8_e4m3fn, "fp8": torch.float8_e4m3fn}
+
+
+def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Row:
+    """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
+    torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs}
+    inputs = [arg for arg in op.inputs if arg.name in used]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        kind = {"compute": dtype, "logits": dtype}.get(arg.dtype, arg.dtype)
+        return torch.empty(shape, dtype=types(torch)[kind], device=lab.card.name)
+
+    def made() -> dict[str, Any]:
+        found = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
+        if "visible" in found:
+            found["visible"][:, :, 0] = letters["T"]
+        return found
+
+    with lab.card.use(gpu_models.CARRIED):
+        first = made()
+        outputs = run(op, model, first, new)
+        nbytes = sum(t.numel() * t.element_size() for t in [*first.values(), *outputs])
+        cases = [first, *(made() for _ in range(lab.card.sets(nbytes) - 1))]
+    seconds = lab.card.per_launch([lambda case=case: run(op, model, case, new) for case in cases])
+    return {
+        "op": op.name,
+        "stages": [stage.name for stage in op.stages],
+        "us": seconds * 1e6,
+        "bytes": nbytes,
+        "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds),
+    }
+
+
+def cells(asked: Asked, shape: str) -> Iterator[Cell]:
+    """Every op at the sizes of a decode pass and of blocks; attention at every context."""
+    model, scale = gpu_models.work(shape, asked.dtype).model, asked.scale
+    for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
+        contexts = scale.kernel_contexts if op.name == "BlockAttention" else scale.kernel_contexts[:1]
+        for context, tokens in itertools.product(contexts, scale.kernel_sizes):
+            letters = sizes(op, model, tokens, context)
+
+            def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Row:
+                found = measured(lab, op, model, asked.dtype, letters)
+                return {**found, "tokens": tokens, "context": letters["T"] if op.name == "BlockAttention" else None}
+
+            where = f" context {context}" if op.name == "BlockAttention" else ""
+            known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
+            nbytes = sum(map(math.prod, known)) * ITEMSIZE[asked.dtype]
+            name = op.stages[0].name if op.name == "HeadCommit" else op.name
+            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
