@@ -72,7 +72,9 @@ class Passes:
             cache.forward(passes)
             wall.append(time.perf_counter() - started)
             device.append(card.step_seconds())
-        return {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
+        found = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
+        reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.graphs else []
+        return {**found, "not_captured": reasons} if reasons else found
 
 
 def passes(lab: Lab, shape: str, dtype: str, adapter: bool = False) -> Passes:

@@ -62,7 +62,7 @@ def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, compil
     lab.card.start_peak()
     cache: Any = StaticCache(config=model.config, max_cache_len=context + STEPS) if compiled else DynamicCache()
     times: list[float] = []
-    with torch.inference_mode():
+    with torch.no_grad():  # cudagraphs and inference tensors do not mix
         chunk = max(1, CHUNK // rows)
         for start in range(0, context, chunk):
             ids = torch.full((rows, min(chunk, context - start)), 7, device=model.device)
