@@ -79,6 +79,18 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     assert {c["skipped"] for n, c in again["cells"].items() if n.startswith("peers/")} == {"no time was left"}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events, graphs and launches at a tiny size, before minutes are spent on a large one."""
+    given = ["--shapes", "tiny", "--only", "variants,decode,kernels", "--minutes", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *given])
+    importlib.import_module("gpu").main()
+    cells = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["cells"]
+    assert [cell for cell in cells.values() if "skipped" in cell] == []
+    assert [size for cell in cells.values() for size in cell.values() if "not_captured" in str(size)] == []
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # transformers' and dynamo's own
 def test_the_peers(run: Run) -> None:
     found = run("--only", "peers")
