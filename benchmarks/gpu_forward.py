@@ -19,7 +19,8 @@ from nemodiff.runtime.engine import bidirectional, causal
 from nemodiff.runtime.generate import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
-VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits", "adapter")
+VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits")
+LOADED = ("adapter", *(("fp8",) if gpu_models.HAS_FP8 else ()))  # with other weights
 
 
 class Passes:
@@ -77,11 +78,9 @@ class Passes:
         return {**found, "not_captured": reasons} if reasons else found
 
 
-def passes(lab: Lab, shape: str, dtype: str, adapter: bool = False) -> Passes:
+def passes(lab: Lab, shape: str, dtype: str, way: str | None = None) -> Passes:
     """The engine of a shape, held."""
-    return lab.hold(
-        ("engine", shape, adapter), lambda: Passes(gpu_models.load(shape, dtype, lab.card, adapter=adapter))
-    )
+    return lab.hold(("engine", shape, way), lambda: Passes(gpu_models.load(shape, dtype, lab.card, way)))
 
 
 def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, size: int) -> Row:
@@ -125,15 +124,15 @@ def cells(asked: Asked, shape: str, rows: tuple[int, ...]) -> Iterator[Cell]:
 
 
 def variant_cells(asked: Asked, shape: str) -> Iterator[Cell]:
-    """Graphs against eager, kernels against plain torch, and what predictions, logits and the adapter cost."""
+    """Graphs against eager, kernels against plain torch, and what predictions, logits, the adapter and fp8 change."""
     work, context = gpu_models.work(shape, asked.dtype), asked.scale.contexts[1]
-    for variant in VARIANTS:
+    for variant in VARIANTS + LOADED:
 
         def measure(lab: Lab, variant: str = variant) -> Row:
             found: Row = {"variant": variant, "context": context}
             for size in (1, max(s for s in asked.scale.sizes if s <= 32)):
-                engine = passes(lab, shape, asked.dtype, adapter=variant == "adapter")
-                found[str(size)] = engine.run(lab, 1, context, size, "graphs" if variant == "adapter" else variant)
+                engine = passes(lab, shape, asked.dtype, variant if variant in LOADED else None)
+                found[str(size)] = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
             return found
 
         slow = 3.0 if variant in ("eager", "without kernels", "with logits") else 1.0

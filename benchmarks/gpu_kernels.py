@@ -37,9 +37,20 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "V": model.vocab_size,
         "E": model.hidden_size,
         "W": {"RopeWrite": heads, "SwiGLU": 2 * model.intermediate_size}.get(op.name, 0),
-        "M": tokens,
         "N": 2 * model.intermediate_size,
         "K": model.hidden_size,
+    }
+
+
+def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer and of the head, (out, in)."""
+    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    return {
+        "qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden),
+        "o": (hidden, heads),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "head": (model.vocab_size, hidden),
     }
 
 
@@ -50,16 +61,14 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
     if kind == "i32":
         made = torch.zeros(shape, dtype=torch.int32, device=device)
         return made.fill_(model.mask_id) if arg.name == "ids" else made
-    made = torch.empty(shape, dtype=types(torch)[kind], device=device)
-    if made.element_size() == 1:  # normal_ has no 8-bit form
-        return torch.randn(shape, device=device).to(made.dtype)
-    return made.normal_()
+    if kind == "u8":  # the bits of an e4m3 below infinity
+        return torch.randint(0, 120, shape, dtype=torch.uint8, device=device)
+    return torch.empty(shape, dtype=types(torch)[kind], device=device).normal_()
 
 
 def types(torch: Any) -> dict[str, Any]:
     """torch's types by the names of `Arg.dtype` and of engines."""
-    known = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
-    return {**known, "f8": torch.float8_e4m3fn, "fp8": torch.float8_e4m3fn}
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Row:
@@ -92,8 +101,42 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     }
 
 
+def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Row:
+    """The same for torch's product of some tokens with a matrix."""
+    torch = lab.card.torch
+    kind, device = types(torch)[dtype], lab.card.name
+    nbytes = (out * size_in + tokens * (out + size_in)) * ITEMSIZE[dtype]
+    with lab.card.use(gpu_models.CARRIED):
+        x = torch.empty(1, tokens, size_in, dtype=kind, device=device).normal_()
+        matrices = [torch.empty(out, size_in, dtype=kind, device=device) for _ in range(lab.card.sets(nbytes))]
+        for matrix in matrices:
+            matrix.normal_()
+    seconds = lab.card.per_launch([lambda m=m: torch.nn.functional.linear(x, m) for m in matrices])
+    return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
+
+
+def linear_cells(asked: Asked, shape: str) -> Iterator[Cell]:
+    """torch's products, which the AR step mostly consists of."""
+    model = gpu_models.work(shape, asked.dtype).model
+    for name, (out, size_in) in projections(model).items():
+        for tokens in asked.scale.kernel_sizes:
+
+            def measure(lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens) -> Row:
+                found = linear(lab, out, size_in, asked.dtype, tokens)
+                return {
+                    "op": "linear",
+                    "stages": [f"torch, {out} x {size_in}"],
+                    **found,
+                    "tokens": tokens,
+                    "context": None,
+                }
+
+            nbytes = 8 * out * size_in * ITEMSIZE[asked.dtype]
+            yield Cell("kernels", shape, f"linear {name} tokens {tokens}", nbytes, 0.7, measure)
+
+
 def cells(asked: Asked, shape: str) -> Iterator[Cell]:
-    """Every op at the sizes of a decode pass and of blocks; attention at every context."""
+    """Every op at the sizes of a decode pass and of blocks; attention at every context; then torch's products."""
     model, scale = gpu_models.work(shape, asked.dtype).model, asked.scale
     for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
         contexts = scale.kernel_contexts if op.name == "BlockAttention" else scale.kernel_contexts[:1]
@@ -107,5 +150,6 @@ def cells(asked: Asked, shape: str) -> Iterator[Cell]:
             where = f" context {context}" if op.name == "BlockAttention" else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
             nbytes = sum(map(math.prod, known)) * ITEMSIZE[asked.dtype]
-            name = op.stages[0].name if op.name == "HeadCommit" else op.name
+            name = op.name if op.name == "BlockAttention" else op.stages[0].name
             yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
+    yield from linear_cells(asked, shape)

@@ -33,6 +33,7 @@ TINY: dict[str, int] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+HAS_FP8 = "quantization" in {field.name for field in dataclasses.fields(BuildConfig)}
 SHAPES = (*make_checkpoint.SIZES, "tiny")
 CARRIED = make_checkpoint.TINY_CHAT  # whose tokenizer the random models have
 
@@ -45,16 +46,22 @@ def config_values(shape: str) -> dict[str, Any]:
 class RandomFile:
     """A shape's weights file that is nowhere: each tensor is drawn on the device when it is read."""
 
-    def __init__(self, shape: str, dtype: Any, device: str) -> None:
+    def __init__(self, shape: str, dtype: Any, device: str, quantized: bool) -> None:
         import torch
 
         values = config_values(shape)
         found = {**make_checkpoint.shapes(values), **make_checkpoint.adapter_shapes(values)}
         self._shapes = {name.removeprefix("base_model.model.").removeprefix("encoder."): s for name, s in found.items()}
         self._new = functools.partial(torch.empty, dtype=dtype, device=device)
+        self._torch, self._device, self._quantized = torch, device, quantized
 
     def get_tensor(self, name: str) -> Any:
-        """Weights as `make_checkpoint.py` draws them."""
+        """Weights as `make_checkpoint.py` draws them; projections in 8 bits if the engine is to have such."""
+        if self._quantized and name.endswith("_proj.weight"):
+            bits = self._torch.randint(0, 120, self._shapes[name], dtype=self._torch.uint8, device=self._device)
+            return bits.view(self._torch.float8_e4m3fn)
+        if name.endswith("_scale"):
+            return self._torch.full(self._shapes[name.removesuffix("_scale")][:1], 1e-4, device=self._device)
         made = self._new(self._shapes[name])
         return made.normal_(0, make_checkpoint.STD) if made.dim() > 1 else made.fill_(1)
 
@@ -118,10 +125,11 @@ def work(shape: str, dtype: str) -> Work:
     return Work(parse_config(config_values(shape)), dtype)
 
 
-def load(source: str | Path, dtype: Any, card: Any, *, adapter: bool = False, **options: Any) -> LoadedEngine:
+def load(source: str | Path, dtype: Any, card: Any, way: str | None = None) -> LoadedEngine:
     """A shape by its name, or a checkpoint by its folder, ready to generate.
 
-    `adapter` adds a random drafter adapter to a shape; a checkpoint's own is left out. `options` are TorchEngine's.
+    `way` "adapter" adds a random drafter adapter to a shape, "fp8" has its projections in 8 bits; a checkpoint's own
+    adapter is left out.
     """
     kind = {"f32": card.torch.float32, "f16": card.torch.float16, "bf16": card.torch.bfloat16}[dtype]
     file: Any
@@ -132,9 +140,11 @@ def load(source: str | Path, dtype: Any, card: Any, *, adapter: bool = False, **
         folder, file = source, CheckpointFile(source, kind, card.name)
     else:
         values = config_values(source)
-        model, folder, file = parse_config(values), CARRIED, RandomFile(source, kind, card.name)
-    build = BuildConfig(dtype, min(model.max_position, 2**17), 64, model.block_length)
-    manifest = Manifest(SCHEMA, "torch", {}, {}, {} if adapter else None, {})
+        model, folder, file = parse_config(values), CARRIED, RandomFile(source, kind, card.name, way == "fp8")
+    build = BuildConfig(
+        dtype, min(model.max_position, 2**17), 64, model.block_length, **({"quantization": way} if way == "fp8" else {})
+    )
+    manifest = Manifest(SCHEMA, "torch", {}, {}, {} if way == "adapter" else None, {})
     with mock.patch.object(safetensors, "safe_open", return_value=file):  # the engine's one door to weights
-        backend = TorchEngine(folder, EngineInfo(model, build, manifest, values), card, **options)
+        backend = TorchEngine(folder, EngineInfo(model, build, manifest, values), card)
     return LoadedEngine(folder, backend, TextCodec(folder), 0.0)
