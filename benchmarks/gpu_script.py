@@ -37,6 +37,8 @@ def guess(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Scripted:
     """The engine."""
 
+    samples = False  # what a script says is no sample
+
     def __init__(self, engine: Any) -> None:
         self._engine, self.info = engine, engine.info
 
