@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import os
+import signal
 import sys
 import time
 import traceback
@@ -155,6 +156,7 @@ def main() -> None:
         return
     if not on_gpu:
         os.environ["TRITON_INTERPRET"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what has been measured is written on the way out
     origin = record.origin(PACKAGES, None if on_gpu else 1)
     try:
         card = Card(arguments.device)

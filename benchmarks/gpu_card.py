@@ -34,9 +34,9 @@ class Card(TorchDevice):
         if self.is_gpu:
             about = torch.cuda.get_device_properties(0)
             self.label, self.sm = about.name, 10 * about.major + about.minor
-            self.total, self.cache_bytes = int(about.total_memory), int(about.L2_cache_size)
+            self.total, self.cache_bytes = int(about.total_memory), int(getattr(about, "L2_cache_size", 2**26))
         else:
-            self.label, self.sm, self.total, self.cache_bytes = "cpu", 0, 2**31, 2**16
+            self.label, self.sm, self.total, self.cache_bytes = "cpu", 0, 2**34, 2**16
 
     @property
     def about(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from gpu_plan import Asked, Cell, Lab, Row
 
 from nemodiff.runtime.engine import bidirectional, causal
 from nemodiff.runtime.generate import LoadedEngine
+from nemodiff.runtime.torch_engine import TorchCache
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
 VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits")
@@ -37,7 +38,7 @@ class Passes:
         if self._cache is None or self._cache.rows != rows or self._cache.capacity < context:
             self._cache = None
             self.backend.device.forget()
-            self._cache = self.backend.open(rows)
+            self._cache = TorchCache(self.backend, rows)  # a closed one may hold graphs of another variant
             self._cache.forward([causal("decode", [1], context - 1)] * rows)
             with self.backend.device.use(gpu_models.CARRIED):
                 for pair in self._cache.caches:

@@ -57,13 +57,14 @@ def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
 def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelConfig) -> Any:
     """An input: random numbers, or what makes a kernel do all of its work."""
     torch, device = lab.card.torch, lab.card.name
-    kind = {"compute": dtype, "logits": dtype}.get(arg.dtype, arg.dtype)
+    kind = {"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)
     if kind == "i32":
         made = torch.zeros(shape, dtype=torch.int32, device=device)
         return made.fill_(model.mask_id) if arg.name == "ids" else made
     if kind == "u8":  # the bits of an e4m3 below infinity
         return torch.randint(0, 120, shape, dtype=torch.uint8, device=device)
-    return torch.empty(shape, dtype=types(torch)[kind], device=device).normal_()
+    made = torch.empty(shape, dtype=types(torch)[kind], device=device)
+    return made.fill_(1) if arg.name == "temperature" else made.normal_()
 
 
 def types(torch: Any) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     inputs = [arg for arg in op.inputs if arg.name in used]
 
     def new(arg: Arg, shape: tuple[int, ...]) -> Any:
-        kind = {"compute": dtype, "logits": dtype}.get(arg.dtype, arg.dtype)
+        kind = dtype if arg.dtype == "compute" else arg.dtype
         return torch.empty(shape, dtype=types(torch)[kind], device=lab.card.name)
 
     def made() -> dict[str, Any]:
@@ -87,10 +88,9 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
         return found
 
     with lab.card.use(gpu_models.CARRIED):
-        first = made()
-        outputs = run(op, model, first, new)
-        nbytes = sum(t.numel() * t.element_size() for t in [*first.values(), *outputs])
-        cases = [first, *(made() for _ in range(lab.card.sets(nbytes) - 1))]
+        tensors = [*made().values(), *(new(arg, arg.sizes(letters, ceil_div)) for arg in op.outputs)]
+        nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        cases = [made() for _ in range(lab.card.sets(nbytes))]
     seconds = lab.card.per_launch([lambda case=case: run(op, model, case, new) for case in cases])
     return {
         "op": op.name,

@@ -99,6 +99,7 @@ def cells(asked: Asked, shape: str, compiled: bool) -> Iterator[Cell]:
         prefill = rows * context * 2 * work.model.parameters / 4e14
         kind = "compiled" if compiled else "eager"
         # Eager concatenates a grown cache, layer by layer, and a masked attention repeats K and V for every head.
-        nbytes = 2 * work.memory(rows, context, max(1, CHUNK // rows)) - work.weight_bytes
-        estimate = prefill + STEPS * 0.05 + 60 * compiled
+        layer = rows * context * work.model.kv_bytes_per_token(4) // work.model.num_layers
+        nbytes = work.memory(rows, context, max(1, CHUNK // rows)) + 4 * layer + 2**31
+        estimate = prefill + STEPS * 0.05 + (25 + 2 * work.model.num_layers) * compiled
         yield Cell("peers", shape, f"{kind} rows {rows} context {context}", nbytes, estimate, measure)
