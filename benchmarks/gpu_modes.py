@@ -10,6 +10,7 @@ wherever it works while the card does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -94,13 +95,14 @@ def answer_cells(asked: Asked) -> Iterator[Cell]:
     asked_for = asked_for[: asked.scale.questions]
     limit = asked.scale.answer
 
-    def expected(lab: Lab) -> dict[str, list[list[int]]]:
+    @functools.cache
+    def expected() -> dict[str, list[list[int]]]:
         """Answers of the CPU in f32, by mode."""
         engine = gpu_models.load(asked.checkpoint, "f32", Card("cpu"))
         return {m: [generate(engine, q, mode=m, max_new_tokens=limit).token_ids for q in asked_for] for m in MODES}
 
     def measure(lab: Lab, dtype: str) -> Row:
-        wanted = expected(lab)
+        wanted = expected()
         engine = lab.hold(("checkpoint", dtype), lambda: gpu_models.load(asked.checkpoint, dtype, lab.card))
         found: Row = {"dtype": dtype, "questions": len(asked_for), "modes": {}}
         by_mode = {}
