@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch_graphs import RecordingDevice
 
+from nemodiff.runtime.engine import causal
 from nemodiff.runtime.generate import generate
+from nemodiff.runtime.torch_device import TorchDevice
 
 pytestmark = pytest.mark.torch
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -162,6 +165,24 @@ def test_cells_fail_by_themselves() -> None:
     assert cell(ModuleNotFoundError("no", name="transformers")) == {"skipped": "the package transformers is missing"}
     assert cell(torch.OutOfMemoryError("Tried.\nx")) == {"skipped": "out of memory: OutOfMemoryError: Tried."}
     assert cell(ValueError("odd")) == {"skipped": "failed: ValueError: odd"}
+
+
+def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are played on the CPU: a captured step has no upload and no download that could mark it."""
+    card, models = importlib.import_module("gpu_card"), importlib.import_module("gpu_models")
+    monkeypatch.setattr(TorchDevice, "capture", RecordingDevice.capture)
+    there = card.Card("cpu")
+    there.graphs, there._refuses = [], 0
+    engine = models.load("tiny", "f32", there).backend
+    engine.graphs = engine.static = True
+    cache, spent = engine.open(1), [0.0]
+    for _ in range(4):
+        cache.forward([causal("decode", [5], 3)])
+        spent.append(there.spent)
+        assert there.step_seconds() == pytest.approx(spent[-1] - spent[-2])
+        assert 0 < there.step_seconds() <= cache.seconds
+    assert engine.captured == 1
+    assert there.graphs[0].replays == 3
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
