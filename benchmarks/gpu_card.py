@@ -144,7 +144,7 @@ class Card(TorchDevice):
         kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
         nbytes, width = (2**30, 8192) if self.is_gpu else (2**22, 128)
         with self.use(Path("benchmark")):
-            a = torch.ones(nbytes, dtype=torch.uint8, device=self.name)
+            a = torch.empty(nbytes // 4, dtype=torch.int32, device=self.name).random_()
             b = torch.empty_like(a)
             x = torch.randn(width, width, device=self.name).to(kind)
             y = torch.empty_like(x)
