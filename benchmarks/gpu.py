@@ -1,234 +1,176 @@
-"""What a GPU engine takes per pass, beside what the card's memory allows.
+"""The GPU path measured in one command: torch engine, kernels, graphs and loops, and transformers beside them.
 
-In: a checkpoint (default tiny-chat) and a GPU. Out: `results/gpu.json` and `results/gpu.md`: the card's copy ceiling
-measured in the same run; seconds of a forward by tokens, rows and context, with CUDA graphs and without; the host's gap
-per step; peak memory; every mode end to end. The surprising fact: at a few tokens a pass reads all weights and little
-else, so its bytes over its time, as a ratio to the ceiling, is the whole verdict.
+    python benchmarks/gpu.py --plan              what would run, with bytes and minutes; needs no GPU
+    python benchmarks/gpu.py --minutes 9         the most important figures first; again to go on where it stopped
+    python benchmarks/gpu.py --device cpu        the same code at tiny sizes; its figures mean nothing
+
+In: nothing but a card. Out: `gpu.json`, written every few seconds, so a run that is cut short loses nothing and the
+next one on a card of the same name measures what is missing; at the end `gpu.md` and `gpu.png`. The surprising fact:
+what a figure is compared with, the copy and the matrix ceiling, is measured anew in every run: cards of a name differ.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
+import collections
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+try:
+    import checkout  # noqa: F401  # before all that needs nemodiff
+    import gpu_forward
+    import gpu_kernels
+    import gpu_modes
+    import gpu_peers
+    import gpu_plan
+    import gpu_report
+    import gpu_tensorrt
+    import record
+    from gpu_card import Card
+    from gpu_plan import Asked, Cell, Lab
 
-from nemodiff.builder.build import Builder
-from nemodiff.builder.tensorrt import Choices
-from nemodiff.contract import ITEMSIZE, MODES, read_engine
-from nemodiff.errors import NemodiffError
-from nemodiff.runtime.device import Device
-from nemodiff.runtime.engine import bidirectional, causal
-from nemodiff.runtime.generate import LoadedEngine, generate
-from nemodiff.runtime.tensorrt_engine import TensorRTEngine
-from nemodiff.runtime.text import TextCodec
+    from nemodiff.errors import NemodiffError
+except ModuleNotFoundError as error:
+    raise SystemExit(f"nothing measured: the package {error.name} is missing; pip install {error.name}") from None
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-PREFILLS = (128, 256, 512)
-ROWS = (1, 4, 8)
-CONTEXTS = (0, 512, 4096, 16384)
-PACKAGES = ("nemodiff", "numpy", "cuda-bindings", "cuda-core")
-
-Make = Callable[[bool], TensorRTEngine]  # with CUDA graphs or without
-
-
-def ceiling(device: Device, nbytes: int, repeats: int) -> float:
-    """Bytes per second that a copy within the device reads and writes, the best of some repeats."""
-    a, b = device.allocate(nbytes), device.allocate(nbytes)
-    device.zero(a.address, nbytes)
-    device.copy(b.address, a.address, nbytes)
-    device.wait()
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        device.copy(b.address, a.address, nbytes)
-        device.wait()
-        best = min(best, time.perf_counter() - started)
-    return 2 * nbytes / best
+PACKAGES = ("nemodiff", "numpy", "torch", "triton", "transformers")
+SECTIONS = ("forward", "kernels", "decode", "variants", "modes", "peers", "tensorrt")
+SAVE_SECONDS = 5.0  # between two writes of the report
 
 
-def forward_bytes(engine: TensorRTEngine, rows: int, context: int) -> int:
-    """Bytes that a pass must read at least: the weights, and the K/V that its queries see."""
-    about, model = engine.info.manifest.tensorrt, engine.info.model
-    assert about is not None
-    return about.engine_bytes + rows * context * model.kv_bytes_per_token(ITEMSIZE[engine.info.build.dtype])
+def cells(asked: Asked) -> Iterator[Cell]:
+    """Everything there is to measure, the most important first: a size at a time, many rows and other peers later."""
+    few, many = asked.scale.rows[:1], asked.scale.rows[1:]
+    for shape in asked.shapes[:1]:
+        yield from gpu_forward.cells(asked, shape, few)
+        yield from gpu_forward.variant_cells(asked, shape)
+        yield from gpu_modes.decode_cells(asked, shape)
+        yield from gpu_kernels.cells(asked, shape)
+        yield from gpu_modes.answer_cells(asked)
+        yield from gpu_peers.cells(asked, shape, compiled=False)
+        yield from gpu_forward.cells(asked, shape, many)
+        yield from gpu_peers.cells(asked, shape, compiled=True)
+    for shape in asked.shapes[1:]:
+        yield from gpu_forward.cells(asked, shape, few)
+        yield from gpu_modes.decode_cells(asked, shape)
+        yield from gpu_kernels.cells(asked, shape)
+        yield from gpu_forward.variant_cells(asked, shape)
+    for shape in asked.shapes[1:]:
+        yield from gpu_forward.cells(asked, shape, many)
+        yield from gpu_peers.cells(asked, shape, compiled=False)
+        yield from gpu_peers.cells(asked, shape, compiled=True)
+    yield from gpu_tensorrt.cells(asked)
 
 
-def curve(engine: TensorRTEngine, bandwidth: float, rounds: int, shapes: list[tuple[int, int, int]]) -> list[Any]:
-    """Median seconds by (rows, context, tokens), inside the engine and with the host's part, and the ratio."""
-    mask, vocab = engine.info.model.mask_id, engine.info.model.vocab_size
-    longest, found = max(p.max_tokens for p in engine.profiles), []
-    for rows, context, size in shapes:
-        cache = engine.open(rows)
-        for at in range(0, context, longest):
-            ids = [(7 * i + 200) % vocab for i in range(at, min(at + longest, context))]
-            cache.forward([causal("prefill", ids, at)] * rows)
-        asked = (
-            causal("prefill", [1] * size, context)
-            if size > SIZES[-1]
-            else bidirectional("denoise", [mask] * size, context, 0.9)
-        )
-        inside, wall = [], []
-        for turn in range(3 + rounds):  # eager, captured, first replay
-            before, started = cache.seconds, time.perf_counter()
-            cache.forward([asked] * rows)
-            if turn >= 3:
-                wall.append(time.perf_counter() - started)
-                inside.append(cache.seconds - before)
-        cache.close()
-        seconds = statistics.median(inside)
-        least = forward_bytes(engine, rows, context + size)
-        found.append(
-            {
-                "rows": rows,
-                "context": context,
-                "tokens": size,
-                "us": seconds * 1e6,
-                "host_gap_us": (statistics.median(wall) - seconds) * 1e6,
-                "bytes": least,
-                "ratio_to_ceiling": least / seconds / bandwidth,
-            }
-        )
-    return found
+def print_plan(todo: list[Cell], memory: int, minutes: float) -> None:
+    """What would run, by section and shape."""
+    groups: dict[tuple[str, str], list[Cell]] = collections.defaultdict(list)
+    for cell in todo:
+        groups[cell.section, cell.shape].append(cell)
+    print(f"{'section':<10} {'shape':<10} {'figures':>7} {'too large':>9} {'GiB at most':>11} {'minutes':>8}")
+    total = 0.0
+    for (section, shape), found in groups.items():
+        fit = [cell for cell in found if cell.nbytes <= memory]
+        spent, peak = sum(c.seconds for c in fit) / 60, max((c.nbytes for c in fit), default=0) / 2**30
+        total += spent
+        print(f"{section:<10} {shape:<10} {len(found):>7} {len(found) - len(fit):>9} {peak:>11.1f} {spent:>8.1f}")
+    print(f"about {total:.0f} minutes on an H100 with {memory / 2**30:.0f} GiB, {-(-total // minutes):.0f} calls of "
+          f"--minutes {minutes:g}; estimates, not measured")  # fmt: skip
 
 
-def grid(engine: TensorRTEngine) -> list[tuple[int, int, int]]:
-    """The shapes that the engine takes."""
-    build, longest = engine.info.build, max(p.max_tokens for p in engine.profiles)
-    return [
-        (rows, context, size)
-        for rows in ROWS
-        for context in CONTEXTS
-        for size in SIZES + PREFILLS
-        if rows <= build.max_batch_size and context + size <= build.max_seq_len and size <= longest
-    ]
+def measured(cell: Cell, lab: Lab, left: float) -> dict[str, Any]:
+    """A cell's row, or why there is none."""
+    if cell.nbytes > lab.card.total:
+        needed, there = cell.nbytes / 2**30, lab.card.total / 2**30
+        return {"skipped": f"needs about {needed:.0f} GiB, the card has {there:.0f}"}
+    if cell.seconds > left:
+        return {"skipped": "no time was left"}
+    try:
+        return cell.measure(lab)
+    except ModuleNotFoundError as error:
+        return {"skipped": f"the package {error.name} is missing"}
+    except NemodiffError as error:
+        lab.let_go()
+        return {"skipped": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        lab.let_go()
+        short = "out of memory" if type(error).__name__ == "OutOfMemoryError" else "failed"
+        return {"skipped": f"{short}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def modes(engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of each mode, and in how many answers it differs from `ar`."""
-    found: dict[str, Any] = {}
-    expected: list[list[int]] = []
-    for mode in MODES:
-        rates, answers = [], list[Any]()
-        for turn in range(1 + rounds):
-            started = time.perf_counter()
-            answers = [generate(engine, ids, mode=mode, max_new_tokens=new_tokens) for ids in prompts]
-            if turn:
-                rates.append(sum(len(a.token_ids) for a in answers) / (time.perf_counter() - started))
-        expected = expected or [a.token_ids for a in answers]
-        found[mode] = {
-            "tokens_per_second": statistics.median(rates),
-            "tokens_per_pass": statistics.mean(a.decode_tpf or 0.0 for a in answers),
-            "answers_unlike_ar": sum(a.token_ids != e for a, e in zip(answers, expected, strict=True)),
-        }
-    return found
-
-
-def measure(make: Make, folder: Path, asked: list[str], rounds: int, copied: int) -> dict[str, Any]:
-    """All figures of one engine folder."""
-    engine = make(True)
-    device = engine.device
-    bandwidth = ceiling(device, copied, rounds)
-    shapes = grid(engine)
-    with_graphs = curve(engine, bandwidth, rounds, shapes)
-    free, total = device.memory()  # the engine keeps what it has taken
-    codec = TextCodec(folder)
-    prompts = [codec.encode_chat([{"role": "user", "content": text}]) for text in asked]
-    ends = modes(LoadedEngine(folder, engine, codec, 0.0), prompts, 128, rounds)
-    eager_shapes = {str(key): reason for key, reason in engine.eager_shapes.items()}
-    captured = engine.captured
-    del engine
-    eager = curve(make(False), bandwidth, rounds, shapes)
-    for row, other in zip(with_graphs, eager, strict=True):
-        row["eager_us"], row["eager_over_graph"] = other["us"], other["us"] / row["us"]
-    return {
-        "device": {"name": device.name, "sm": device.sm, "memory_bytes": total},
-        "copy_ceiling_bytes_per_second": bandwidth,
-        "forward": with_graphs,
-        "memory_used_bytes": total - free,
-        "graphs_captured": captured,
-        "shapes_not_captured": eager_shapes,
-        "modes": ends,
-    }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    card, ends = found["device"], found["modes"]
-    lines = [
-        f"# {card['name']} (SM {card['sm']})",
-        "",
-        f"Copy ceiling {found['copy_ceiling_bytes_per_second'] / 1e9:.1f} GB/s (read and written), "
-        f"{found['memory_used_bytes'] / 2**20:.0f} MiB of the card in use. `python benchmarks/gpu.py`.",
-        "",
-        "| rows | context | tokens | us | to ceiling | eager over graph | host gap us |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {f['rows']} | {f['context']} | {f['tokens']} | {f['us']:.1f} | {f['ratio_to_ceiling']:.2f} | "
-            f"{f['eager_over_graph']:.2f} | {f['host_gap_us']:.1f} |"
-            for f in found["forward"]
-        ),
-        "",
-        "| mode | tokens/s | tokens per pass | answers unlike ar |",
-        "|---|---|---|---|",
-        *(
-            f"| {mode} | {m['tokens_per_second']:.0f} | {m['tokens_per_pass']:.2f} | {m['answers_unlike_ar']} |"
-            for mode, m in ends.items()
-        ),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def goals(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verdicts: a short pass is bound by memory, and every causal mode gives ar's tokens."""
-    short = [f["ratio_to_ceiling"] for f in found["forward"] if f["rows"] == 1 and f["tokens"] <= 32]
-    wrong = sum(m["answers_unlike_ar"] for mode, m in found["modes"].items() if mode != "diffusion")
-    return [
-        record.goal("forward of 1 to 32 tokens over the copy ceiling", min(short), "at least", 0.6, "x"),
-        record.goal("answers of causal modes unlike ar", wrong, "at most", 0, "answers"),
-    ]
+def run(asked: Asked, todo: list[Cell], lab: Lab, report: gpu_report.Report, minutes: float) -> int:
+    """Measure what is missing and keep the report up to date; returns how many cells failed."""
+    started = saved = time.monotonic()
+    failed = 0
+    try:
+        for cell in todo:
+            if report.has(cell):
+                continue
+            before = time.monotonic()
+            row = measured(cell, lab, 60 * minutes - (before - started))
+            report.put(cell, row)
+            failed += row.get("skipped", "").startswith("failed")
+            told = row.get("skipped") or gpu_report.headline(row)
+            print(f"{time.monotonic() - started:7.1f} s  {cell.name}: {told}", flush=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                report.save()
+                saved = time.monotonic()
+    finally:
+        report.run["minutes"] = round((time.monotonic() - started) / 60, 2)
+        report.save()
+    return failed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure a TensorRT engine on the GPU that is here.")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
-    parser.add_argument("--backend", choices=["tensorrt-rtx", "tensorrt"], default="tensorrt-rtx")
-    parser.add_argument("--dtype", choices=["bf16", "f16"], default="bf16")
-    parser.add_argument("--plugins", action="store_true", help="the project's own kernels")
-    parser.add_argument("--max-seq-len", type=int, default=17408)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", action="store_true", help="print what would run and end")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--only", help=f"sections, with commas between: {', '.join(SECTIONS)}; measured even if known")
+    parser.add_argument("--shapes", help="sizes, with commas between, the most important first; default 8b,3b,14b")
+    parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], help="default bf16, on the CPU f32")
+    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="trained one, default tiny-chat")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of time, default 9; what is left is left out")
+    parser.add_argument(
+        "--memory", type=float, default=80.0, help="GiB of the card that --plan counts with, default 80"
+    )
+    parser.add_argument("--again", action="store_true", help="measure what the report has already")
+    parser.add_argument("--out", type=Path, help="folder of the report, default benchmarks/results; on the CPU none")
     arguments = parser.parse_args()
+    on_gpu = arguments.device == "cuda"
+    only = set((arguments.only or ",".join(SECTIONS)).split(","))
+    if not only <= set(SECTIONS):
+        parser.error(f"--only holds {min(only - set(SECTIONS))!r}, allowed: {', '.join(SECTIONS)}; choose some of them")
+    shapes = tuple((arguments.shapes or ("8b,3b,14b" if on_gpu else "tiny")).split(","))
+    dtype = arguments.dtype or ("bf16" if on_gpu else "f32")
+    asked = Asked(shapes, dtype, arguments.checkpoint.resolve(), gpu_plan.GPU if on_gpu else gpu_plan.CPU)
+    todo = [cell for cell in cells(asked) if cell.section in only]
+    if arguments.plan:
+        print_plan(todo, int(arguments.memory * 2**30), arguments.minutes)
+        return
+    if not on_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # what has been measured is written on the way out
+    origin = record.origin(PACKAGES, None if on_gpu else 1)
     try:
-        device = Device()
+        card = Card(arguments.device)
     except NemodiffError as error:
         raise SystemExit(f"nothing measured: {error}") from None
-    origin = record.origin(PACKAGES, None)
-    asked = [q.text for q in questions.draw(1)]
-    choices = Choices(sm=(device.sm,) if arguments.backend == "tensorrt-rtx" else None, plugins=arguments.plugins)
-    with tempfile.TemporaryDirectory(prefix="nemodiff-gpu-") as work:
-        folder = Builder(
-            arguments.checkpoint,
-            Path(work) / "engine",
-            backend=arguments.backend,
-            dtype=arguments.dtype,
-            max_seq_len=arguments.max_seq_len,
-            choices=choices,
-        ).run()
-        info = read_engine(folder)
-
-        def make(graphs: bool) -> TensorRTEngine:
-            return TensorRTEngine(folder, info, device, graphs=graphs)
-
-        found = measure(make, folder, asked, arguments.rounds, min(2**30, device.memory()[0] // 4))
-    chosen = {"checkpoint": arguments.checkpoint.resolve().name, "backend": arguments.backend, "dtype": arguments.dtype}
-    record.write("gpu", origin, goals(found), {**chosen, "plugins": arguments.plugins, **found})
-    (record.RESULTS / "gpu.md").write_text(table(found), encoding="utf-8")
+    out = arguments.out or (record.RESULTS if on_gpu else None)
+    lab = Lab(card, card.ceilings(dtype))
+    report = gpu_report.Report(out, origin, card.about, lab.ceilings, asked)
+    if arguments.again or arguments.only:
+        report.forget(todo)
+    failed = run(asked, todo, lab, report, arguments.minutes)
+    report.finish()
+    if failed:
+        sys.exit(f"{failed} figures failed; see above")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the plugin kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
+"""What the kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
 
     python benchmarks/kernels.py
 
-In: the released 8B model's head and vocabulary sizes. Out: a table, and `results/kernels.json`. Blocks per
-multiprocessor are an upper bound from registers, shared memory and warps; how fast a kernel runs is for a GPU to say.
+In: the released 8B model's sizes. Out: a table of the graph's ops and of the torch engine's fused ones, and
+`results/kernels.json`. Blocks per multiprocessor are an upper bound from registers, shared memory and warps; how fast a
+kernel runs is for a GPU to say (`gpu.py`).
 """
 
 from __future__ import annotations
@@ -19,26 +20,35 @@ from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import PTX_VERSION, SMS, compile_kernels
 from nemodiff.contract import Kernel
 
-# Shared memory (KiB) and warps of a multiprocessor by compute capability; all have 65536 registers.
+# Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.
 # Source: CUDA C++ Programming Guide, technical specifications per compute capability.
-LIMITS = {80: (164, 64), 86: (100, 48), 89: (100, 48), 90: (228, 64), 100: (228, 64), 120: (100, 48)}
+LIMITS = {
+    80: (164, 64, 32),
+    86: (100, 48, 16),
+    89: (100, 48, 24),
+    90: (228, 64, 32),
+    100: (228, 64, 32),
+    120: (100, 48, 24),
+}
 HEAD = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "vocab_size": 131072}  # of the 3B, 8B and 14B models
+WIDTH = {"hidden_size": 4096, "intermediate_size": 14336}  # of the 8B model
 
 
 def blocks(kernel: Kernel) -> int:
     """Blocks of a kernel that one multiprocessor can hold."""
-    shared, warps = LIMITS[kernel.sm]
+    shared, warps, most = LIMITS[kernel.sm]
     registers = -(-kernel.registers // 8) * 8 * 32 * kernel.num_warps  # given out in eights
     by_shared = shared * 1024 // (kernel.shared_bytes + 1024)  # a KiB of each block is the system's
-    return min(65536 // registers, by_shared, warps // kernel.num_warps)
+    return min(65536 // registers, by_shared, warps // kernel.num_warps, most)
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     origin = record.origin(("nemodiff", "triton"), None)
-    model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD)
+    model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD, **WIDTH)
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compile_kernels(model, "bf16", SMS, Path(folder))
+        found = [compile_kernels(model, "bf16", SMS, Path(folder), fused=fused) for fused in (False, True)]
+    kernels = list({(k.stage, k.sm): k for group in found for k in group}.values())  # a stage may be of both
     print(f"{'kernel':<22} {'SM':>4} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
     for k in kernels:
         print(
@@ -48,10 +58,17 @@ def main() -> None:
     worst = max(k.spill_bytes for k in kernels)
     goals = [record.goal("bytes spilled by any kernel", worst, "at most", 0, "bytes per thread")]
     figures = {
-        "model": HEAD,
+        "model": {**HEAD, **WIDTH},
         "dtype": "bf16",
         "ptx_version": PTX_VERSION,
-        "kernels": [{**dataclasses.asdict(k), "blocks_per_multiprocessor": blocks(k)} for k in kernels],
+        "kernels": [
+            {
+                **dataclasses.asdict(k),
+                "blocks_per_multiprocessor": blocks(k),
+                "occupancy": round(blocks(k) * k.num_warps / LIMITS[k.sm][1], 2),
+            }
+            for k in kernels
+        ],
     }
     record.write("kernels", origin, goals, figures)
 

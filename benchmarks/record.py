@@ -33,7 +33,7 @@ def goal(name: str, got: float, sense: Sense, limit: float, unit: str) -> dict[s
 def origin(packages: Sequence[str], threads: int | Sequence[int] | None) -> dict[str, Any]:
     """Date, command, versions, machine and threads; taken at the start of a run, so that `load` is other people's."""
     load = os.getloadavg()[0]
-    installed = {name: importlib.metadata.version(name) for name in packages}
+    installed = {name: _version(name) for name in packages}
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": " ".join(["python", *(_public(word) for word in sys.argv)]),
@@ -74,6 +74,13 @@ def write(name: str, origin: dict[str, Any], goals: list[dict[str, Any]], figure
         print(f"note: the machine was busy before the run (load {busy}), so times are worse than they need to be")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "a checkout" if name == "nemodiff" else "not installed"
 
 
 def _public(word: str) -> str:

@@ -140,6 +140,20 @@ def test_compiling_is_measured_against_the_bare_builder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_kernels_fit_a_multiprocessor() -> None:
+    """Of the graph's ops and of the fused ones, on every card, within what a multiprocessor holds."""
+    found = json.loads((FOLDER / "results" / "kernels.json").read_text(encoding="utf-8"))["kernels"]
+    most = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # blocks, by the CUDA C++ Programming Guide
+    assert {kernel["sm"] for kernel in found} == set(most)
+    assert {"BlockAttentionSplit", "ConfidenceCommitScan", "ResidualNorm", "RopeWrite", "SwiGLU", "HeadScan16"} <= {
+        kernel["stage"] for kernel in found
+    }
+    for kernel in found:
+        assert 1 <= kernel["blocks_per_multiprocessor"] <= most[kernel["sm"]], kernel
+        assert 0 < kernel["occupancy"] <= 1
+        assert kernel["spill_bytes"] == 0
+
+
 def test_questions_repeat_and_cover_every_task() -> None:
     code = "import questions as q, json; print(json.dumps([q.SEED, list(q.TASKS), [vars(x) for x in q.draw(3)]]))"
     command = [sys.executable, "-c", code]

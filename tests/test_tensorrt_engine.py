@@ -411,7 +411,7 @@ def test_load_takes_the_backend_of_the_manifest(
 def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logic over the stand-in at tiny sizes; its times mean nothing here."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    gpu = importlib.import_module("gpu")
+    gpu = importlib.import_module("gpu_tensorrt")
     for name, values in {"SIZES": (1, 4), "PREFILLS": (64, 512), "ROWS": (1, 3, 8), "CONTEXTS": (0, 100, 999)}.items():
         monkeypatch.setattr(gpu, name, values)
     driver = gpu_stand_in.Driver()
@@ -421,7 +421,7 @@ def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytes
         made.append(setup.load(driver, graphs=graphs)[1])
         return made[-1]
 
-    found = gpu.measure(make, setup.folder, QUESTIONS[:1], 2, 2**16)
+    found = gpu.measured(make, setup.folder, QUESTIONS[:1], 2, 2**16)
     shapes = [(rows, context, size) for rows in (1, 3) for context in (0, 100) for size in (1, 4, 64)]
     assert [(f["rows"], f["context"], f["tokens"]) for f in found["forward"]] == shapes
     per_token = setup.info.model.kv_bytes_per_token(4)
@@ -440,9 +440,6 @@ def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytes
         "linear_spec": 0,
         "quadratic_spec": 0,
     }
-    assert [g["got"] for g in gpu.goals(found)][1] == 0
-    text = gpu.table(found)
-    assert text.count("\n| ") == 2 + len(shapes) + 4
 
 
 @pytest.mark.trt
