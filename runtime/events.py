@@ -249,7 +249,6 @@ class Reporter:
         self._previous = asked.kind
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
-        events += self._new_pieces([*before, *after, *self.sequence.tokens[self._tokens :]], served.began)
         committed = [] if filling else self._emitted(asked, prediction)
         if filling or asked.kind == "commit":
             filled = self._filled(asked, prediction)
@@ -258,6 +257,8 @@ class Reporter:
                 events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
                 self._previous = "denoise"
             committed += filled
+        ids = [*before, *after, *self.sequence.tokens[self._tokens :], *(one.token for one in committed)]
+        events += self._new_pieces(ids, served.began)
         events.append(
             Step(
                 self.number,
