@@ -164,6 +164,12 @@ def test_events_tell_every_decision_with_its_confidence(
         *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
         assert isinstance(answer, nemodiff.Generation)
         assert answer.confidences is not None
+        known = set[int]()
+        for event in events:
+            if isinstance(event, nemodiff.Pieces):
+                known |= {*event.text, *event.bytes, *event.special}
+            elif isinstance(event, nemodiff.Step):
+                assert known >= {c.token for c in event.committed}
         told = {
             c.position - answer.prompt_tokens: (c.token, c.confidence)
             for e in events
