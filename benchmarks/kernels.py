@@ -19,6 +19,7 @@ import record
 from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import PTX_VERSION, SMS, compile_kernels
 from nemodiff.contract import Kernel
+from nemodiff.plugins import FUSED, OPS, SAMPLED
 
 # Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.
 # Source: CUDA C++ Programming Guide, technical specifications per compute capability.
@@ -47,8 +48,7 @@ def main() -> None:
     origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD, **WIDTH)
     with tempfile.TemporaryDirectory() as folder:
-        found = [compile_kernels(model, "bf16", SMS, Path(folder), fused=fused) for fused in (False, True)]
-    kernels = list({(k.stage, k.sm): k for group in found for k in group}.values())  # a stage may be of both
+        kernels = compile_kernels(model, "bf16", SMS, Path(folder), (*OPS, SAMPLED, *FUSED))
     print(f"{'kernel':<22} {'SM':>4} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
     for k in kernels:
         print(
