@@ -250,15 +250,17 @@ class Reporter:
         self._previous = asked.kind
         kept, refused = self._verdict(asked, prediction)
         before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
+        committed = [] if filling else self._emitted(asked, prediction)
+        if filling or asked.kind == "commit":
+            filled = self._filled(asked, prediction)
+            if filled and not filling:  # the pass has begun the next block too
+                length = asked.rows.size - 1
+                events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
+                self._previous = "denoise"
+            committed += filled
         proposed = self._proposed(asked)
-        committed = self._filled(asked, prediction) if filling else self._emitted(asked, prediction)
-        if asked.kind == "commit" and (begun := self._begun_block(asked, prediction)):
-            length = asked.rows.size - 1
-            events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
-            self._previous = "denoise"
-            committed += begun
-        ids = [*before, *after, *self.sequence.tokens[self._tokens :]]
-        events += self._new_pieces([*ids, *(one.token for one in (*committed, *proposed))], served.began)
+        ids = [*before, *after, *self.sequence.tokens[self._tokens :], *(one.token for one in (*committed, *proposed))]
+        events += self._new_pieces(ids, served.began)
         events.append(
             Step(
                 self.number,
@@ -282,23 +284,9 @@ class Reporter:
     def _filled(self, asked: Pass, prediction: Prediction) -> list[Committed]:
         """The masks that this pass turned into tokens."""
         mask = self.sequence.model.mask_id
-        chosen = np.flatnonzero((asked.ids == mask) & (prediction.next_ids != mask)).tolist()
-        return [
-            Committed(int(asked.pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen
-        ]
-
-    def _begun_block(self, asked: Pass, prediction: Prediction) -> list[Committed]:
-        """The masks of the next block that a merged commit pass turned into tokens; its first is what was emitted."""
-        sequence, mask = self.sequence, self.sequence.model.mask_id
-        places = np.flatnonzero(asked.ids == mask)[1:]
-        if sequence.finish is not None or not places.size:
-            return []
-        chosen = prediction.next_ids[2 : 2 + places.size]
-        return [
-            Committed(int(asked.pos[place]), int(token), float(prediction.confidence[2 + i]))
-            for i, (place, token) in enumerate(zip(places, chosen, strict=True))
-            if token != mask
-        ]
+        chosen = np.flatnonzero((asked.ids[asked.rows] == mask) & (prediction.next_ids != mask)).tolist()
+        pos = asked.pos[asked.rows]
+        return [Committed(int(pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen]
 
     def _proposed(self, asked: Pass) -> list[Committed]:
         """The next draft; it stands behind the token that the pass emitted last."""
