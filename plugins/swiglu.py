@@ -34,7 +34,7 @@ def _constants(model: ModelConfig) -> Constants:
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
-    return ceil(dims["W"] // 2, BLOCK), dims["B"] * dims["S"], 1
+    return dims["B"] * dims["S"], ceil(dims["W"] // 2, BLOCK), 1
 
 
 _OUTPUTS = (Arg("y", "compute", ("B", "S", _width)),)

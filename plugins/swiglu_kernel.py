@@ -11,8 +11,8 @@ import triton.language as tl
 @triton.jit
 def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
     """gate_up (B, S, 2 F) -> y (B, S, F)."""
-    token = tl.program_id(1).to(tl.int64)
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = f < F
     gate = tl.load(gate_up + token * 2 * F + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * F + F + f, mask=inside, other=0.0).to(tl.float32)

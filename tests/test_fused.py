@@ -19,7 +19,8 @@ from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
-from nemodiff.plugins import FUSED, head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins import FUSED, OPS, SAMPLED, head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins.op import ceil_div
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -147,6 +148,17 @@ def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile
     check_head(tiny, x, weight, 0.5, tile, keep=True)
     weight[50] = -np.inf
     check_head(tiny, x[1:], weight, 0.5, tile)
+
+
+def test_grids_keep_within_what_cuda_allows() -> None:
+    """Only the first axis may exceed 65535: 128 rows of a prefill chunk, at the 8B model's sizes."""
+    sizes = {"B": 128, "S": 512, "R": 512, "T": 4096, "H": 32, "G": 8, "D": 128, "V": 131072}
+    for op in (*OPS, SAMPLED, *FUSED):
+        shapes = {arg.name: arg.shape for arg in op.inputs}
+        wide = {letter for shape in shapes.values() for letter in shape if isinstance(letter, str)} - set(sizes)
+        for stage in op.stages:
+            _, *others = stage.grid({**sizes, **dict.fromkeys(wide, 28672)}, ceil_div)
+            assert max(others) < 2**16, stage.name
 
 
 @pytest.mark.trt
