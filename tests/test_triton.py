@@ -59,7 +59,7 @@ class Cache:
 
 class Backend:
     def __init__(self, backend):
-        self._backend, self.info = backend, backend.info
+        self._backend, self.info, self.samples = backend, backend.info, backend.samples
     def open(self, rows):
         return Cache(self._backend.open(rows))
 

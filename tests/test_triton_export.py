@@ -82,7 +82,7 @@ def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) 
         (["--set", "device=0"], "device is '0', allowed on onnxruntime: cpu"),
         (["--set", "max_tokenz=3"], "unknown parameter 'max_tokenz'; allowed: "),
         (["--set", "mode=bogus"], "mode is 'bogus', allowed: ar"),
-        (["--set", "temperature=-1"], "temperature is -1.0, allowed: 0 or more"),
+        (["--set", "temperature=-1"], "temperature is -1.0, allowed: 0 or 1e-30 and more"),
         (["--set", "stream=perhaps"], "stream is 'perhaps', allowed: true or false"),
         (["--name", "a/b"], "--name is 'a/b', allowed: letters"),
     ],
