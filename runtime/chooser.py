@@ -123,8 +123,8 @@ class Chooser:
         self._said.append(token)
         if self._law.penalised:
             self._counts[token] += 1
-        if self._matcher is not None and (self._thought or not self._after_thinking):
-            self._matcher.push(token)
+        if (matcher := self._guide) is not None:
+            matcher.push(token)
         self._thought += token == self._end_think
 
     def pop(self, count: int) -> None:
@@ -136,8 +136,13 @@ class Chooser:
                 self._counts[token] -= 1
                 if not self._counts[token]:
                     del self._counts[token]
-            if self._matcher is not None and (self._thought or not self._after_thinking):
-                self._matcher.pop()
+            if (matcher := self._guide) is not None:
+                matcher.pop()
+
+    @property
+    def _guide(self) -> Matcher | None:
+        """What restricts the next token and takes it in: nothing while a structured answer still thinks."""
+        return None if self._after_thinking and not self._thought else self._matcher
 
     def _choose(self, logits: np.ndarray) -> int:
         """The choice after the history; logits (V,) f32."""
@@ -150,13 +155,14 @@ class Chooser:
         if law.logit_bias:
             scores[self._biased] += self._biases
         scores[self._mask_id] = -np.inf
-        thinking = self._after_thinking and not self._thought
+        guide = self._guide
+        thinking = guide is not self._matcher
         if thinking or len(self._said) < law.min_tokens:
             scores[list(self._stops)] = -np.inf
         if law.bad_words:
             scores[banned(law, self._said)] = -np.inf
-        if self._matcher is not None and not thinking:
-            self._matcher.restrict(scores)
+        if guide is not None:
+            guide.restrict(scores)
         return draw(scores, law, self._noise, self._start + len(self._said))
 
     def _measure(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:

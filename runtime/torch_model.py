@@ -135,8 +135,7 @@ class TorchModel:
         if not isinstance(weight, Quantized):
             return functional.linear(x, weight)
         if self.kernels:
-            few, many = fp8_linear.ROWS
-            op = fp8_linear.op(few if x.shape[0] * x.shape[1] <= few else many)
+            op = fp8_linear.op(_tile(fp8_linear.ROWS, x.shape[0] * x.shape[1]))
             (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
             return y  # type: ignore[no-any-return]
         return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
@@ -241,10 +240,9 @@ class TorchModel:
         sampled = "seed" in given
         shape = (*ids.shape, self.config.vocab_size if keep or sampled else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
-        few, many = head_commit.ROWS
         inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
         new = self._new(x, taken)
-        run(head_commit.op(few if ids.numel() <= few else many), self.config, inputs, new)
+        run(head_commit.op(_tile(head_commit.ROWS, ids.numel())), self.config, inputs, new)
         if sampled:
             drawing = {"logits": logits, "ids": ids}
             drawing |= {arg.name: given[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
@@ -263,3 +261,9 @@ class TorchModel:
             return torch.empty(shape, dtype=types[arg.dtype], device=like.device)
 
         return new
+
+
+def _tile(sizes: tuple[int, int], count: int) -> int:
+    """The tile of an op that has two, for `count` positions: the smaller if it holds them all."""
+    few, many = sizes
+    return few if count <= few else many

@@ -84,6 +84,13 @@ def assert_one_line(stderr: str, *fragments: str, code: int = 1) -> str:
     return line
 
 
+def said(*arguments: str) -> str:
+    """What the command prints when it does as it is told."""
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
 @pytest.fixture
 def refused(tmp_path: Path) -> Refused:
     """Run the command, check that it refuses as it should and changes no file, and return the line."""

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from click.testing import CliRunner
-from conftest import Refused
+from conftest import Refused, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -25,7 +24,6 @@ from test_kernels import INTERPRETED, bf16_products, launch, rounded  # noqa: F4
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint import open_checkpoint
-from nemodiff.cli import main
 from nemodiff.config import ModelConfig
 from nemodiff.contract import read_engine
 from nemodiff.errors import CheckpointError
@@ -216,22 +214,17 @@ def test_half_precision_agrees_where_it_is_clear(tmp_path: Path, folder: Path, d
 
 
 def test_plan_and_inspect_say_so(checkpoint: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> str:
-        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-        return result.stdout
-
     target = tmp_path / "engine"
     asked = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
-    assert "torch, bf16 with fp8 projections" in run(*asked, "--dry-run")
-    plan = json.loads(run(*asked, "--dry-run", "--json"))
-    run(*asked)
+    assert "torch, bf16 with fp8 projections" in said(*asked, "--dry-run")
+    plan = json.loads(said(*asked, "--dry-run", "--json"))
+    said(*asked)
     assert plan["build"]["quantization"] == "fp8"
     assert plan["weight_bytes"] == (target / "model.safetensors").stat().st_size
     assert read_engine(target).build.quantization == "fp8"
-    assert "torch, bf16 with fp8 projections" in run("inspect", str(target))
-    assert json.loads(run("inspect", str(target), "--json"))["engine"]["quantization"] == "fp8"
-    answer = json.loads(run("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
+    assert "torch, bf16 with fp8 projections" in said("inspect", str(target))
+    assert json.loads(said("inspect", str(target), "--json"))["engine"]["quantization"] == "fp8"
+    answer = json.loads(said("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
     assert len(answer["token_ids"]) <= 4
 
 

@@ -20,14 +20,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from click.testing import CliRunner
-from conftest import Refused
+from conftest import Refused, said
 from safetensors.numpy import load_file, save_file
 from torch_graphs import RecordingDevice
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.cli import main
 from nemodiff.contract import MODES, read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.engine import Pass, bidirectional, causal
@@ -368,24 +366,19 @@ def test_build_writes_the_weights_as_they_are(checkpoint: Path, tmp_path: Path, 
 
 
 def test_commands_work_on_a_torch_engine(checkpoint: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> str:
-        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-        return result.stdout
-
     target = tmp_path / "engine"
     build = ("build", str(checkpoint), "-o", str(target), "--backend", "torch")
-    plan = json.loads(run(*build, "--dry-run", "--json"))
+    plan = json.loads(said(*build, "--dry-run", "--json"))
     assert not target.exists()
-    run(*build)
+    said(*build)
     assert plan["build"]["dtype"] == "bf16"
     assert plan["weight_bytes"] == plan["disk_needed"] == (target / "model.safetensors").stat().st_size
-    run(*build)  # an engine of its own kind is replaced
-    described = json.loads(run("inspect", str(target), "--json"))
+    said(*build)  # an engine of its own kind is replaced
+    described = json.loads(said("inspect", str(target), "--json"))
     assert described["engine"]["backend"] == "torch"
     assert described["graph"] is None
-    assert "engine       torch, bf16" in run("inspect", str(target))
-    answer = json.loads(run("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
+    assert "engine       torch, bf16" in said("inspect", str(target))
+    answer = json.loads(said("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
     assert len(answer["token_ids"]) <= 4
 
 
