@@ -9,7 +9,6 @@ for torch the weights alone are written, and torch itself is not needed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
@@ -46,6 +45,7 @@ from ..errors import BuildError
 from ..plugins import OPS, SAMPLED, fp8_linear
 from . import tensorrt
 from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
+from .files import sha256
 from .graph import Graph, build_graph
 from .hub import Source, resolve
 from .kernels import OLDEST_SM, compile_kernels
@@ -191,11 +191,13 @@ class Builder:
         self._check_room()
         keep = not compiled or self.choices.keeps_weights
         # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more. For
-        # TensorRT it is hashed later all the same: copying keeps two processors busy, compiling hardly more than one.
-        with ThreadPoolExecutor(2) as pool, staged(self.output) as stage:
+        # TensorRT it is: copying keeps two processors busy, compiling hardly more than one, and needs the memory.
+        with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
             hashing = {} if compiled else self._start_hashing(pool)
             weights, info = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE), None
-            digest = write_weights(self.graph, self.tensors, weights, advance, hashed=keep, header=self._header)
+            digest = write_weights(
+                self.graph, self.tensors, weights, advance, hashed=keep, header=self._header, once=compiled
+            )
             hashes = {weights.name: digest}
             if self.backend != "torch":
                 onnx.save(self.graph.proto, stage / MODEL_FILE)
@@ -230,7 +232,8 @@ class Builder:
         return self.output
 
     def _start_hashing(self, pool: Executor) -> dict[str, Future[_Entry]]:
-        return {name: pool.submit(_file_entry, path) for name, path in self.checkpoint.files.items()}
+        once = self.backend in COMPILED
+        return {name: pool.submit(_file_entry, path, once=once) for name, path in self.checkpoint.files.items()}
 
     def _check_room(self) -> None:
         """Refuse a build that the disk or, for TensorRT, the memory cannot hold."""
@@ -266,8 +269,5 @@ def _adapter_entry(adapter: Adapter) -> dict[str, object]:
     return {"name": "linear_spec_lora", "rank": adapter.rank, "scale": adapter.scale, "acts_in": ["draft"]}
 
 
-def _file_entry(path: Path, sha256: str | None = None) -> _Entry:
-    if sha256 is None:
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+def _file_entry(path: Path, digest: str | None = None, once: bool = False) -> _Entry:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path, once) if digest is None else digest}

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from ..config import ModelConfig, parse_config
 from ..contract import CONFIG_FILE, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ..errors import CheckpointError
+from .files import forget
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,6 +57,11 @@ class Tensor:
     def array(self) -> np.ndarray:
         """The tensor as a read-only map of the file."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def forget(self) -> None:
+        """Let the system take back the memory that holds it; every map of it must be gone."""
+        with self.file.open("rb") as file:
+            forget(file, self.offset, self.nbytes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..errors import BuildError
 from ..plugins import OPS
 from ..plugins.launch import Kernels
 from ..plugins.tensorrt_api import Builder, Config, Network, TensorRT, load
-from .engine_file import EngineFile
+from .files import EngineFile
 from .stages import split
 from .tensorrt import Job
 

@@ -92,16 +92,25 @@ def write_weights(
     advance: Callable[[int], object],
     hashed: bool = True,
     header: bytes = b"",
+    once: bool = False,
 ) -> str:
     """Write the weights file and return its sha256 (empty unless `hashed`: a file that is compiled and removed).
 
-    `advance` is called with each number of bytes of weights written; `header` comes first.
+    `advance` is called with each number of bytes of weights written; `header` comes first; with `once` a tensor's
+    memory is given back as soon as it has been read.
     """
     digest = hashlib.sha256(header)
-    pieces = ((weight, p) for weight in graph.weights for p in _pieces(weight, tensors[weight.source], graph.dtype))
+
+    def pieces() -> Iterator[tuple[Weight, np.ndarray]]:
+        for weight in graph.weights:
+            for piece in _pieces(weight, tensors[weight.source], graph.dtype):
+                yield weight, piece
+            if once:
+                tensors[weight.source].forget()
+
     with path.open("wb") as out:
         out.write(header)
-        for weight, piece in _ahead(pieces):
+        for weight, piece in _ahead(pieces()):
             view = piece.reshape(-1).view(np.uint8).data
             for part in (bytes(max(0, weight.offset - out.tell())), view):
                 out.write(part)
@@ -162,7 +171,7 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
 def _contiguous(band: np.ndarray) -> np.ndarray:
     """A copy in C order, any dtype; of a transposed map in blocks that the processor's cache holds."""
     if band.ndim != 2 or band.flags.c_contiguous:
-        return np.ascontiguousarray(band)
+        return np.array(band, order="C")
     copy = np.empty(band.shape, band.dtype)
     for start in range(0, band.shape[1], _BLOCK):
         copy[:, start : start + _BLOCK] = band[:, start : start + _BLOCK]

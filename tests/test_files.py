@@ -1,4 +1,4 @@
-"""The engine file is what was handed out, whatever the file system, and a disk that fills up is one line.
+"""Large files: the engine file is what was handed out, whatever the file system; what is read once is forgotten.
 
 The surprising fact: not every file system lets a file go past the page cache, and it says so by EINVAL when asked.
 """
@@ -18,8 +18,12 @@ import pytest
 from checkpoints import TINY_CHAT
 from conftest import assert_one_line
 
-from nemodiff.builder import engine_file
-from nemodiff.builder.engine_file import BUFFER, EngineFile
+from nemodiff.builder import files
+from nemodiff.builder.build import Builder
+from nemodiff.builder.files import EngineFile, sha256
+from nemodiff.builder.weights import write_weights
+
+BUFFER = 2**16
 
 SMALL_DISK = """
 import resource, signal, sys
@@ -42,7 +46,8 @@ def test_engine_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: lis
                 raise OSError(errno.EINVAL, "Invalid argument")
             return opening(path, flags, mode)
 
-        monkeypatch.setattr(engine_file.os, "open", refuse)
+        monkeypatch.setattr(files.os, "open", refuse)
+    monkeypatch.setattr(files, "BUFFER", BUFFER)
     data = np.random.default_rng(0).bytes(sum(sizes))
     file, at = EngineFile(tmp_path / "engine"), 0
     for size in sizes:
@@ -51,6 +56,41 @@ def test_engine_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: lis
     assert file.close() == hashlib.sha256(data).hexdigest()
     assert file.nbytes == len(data)
     assert (tmp_path / "engine").read_bytes() == data
+
+
+@pytest.mark.parametrize("size", [0, 1, 2 * BUFFER + 17])
+def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(files, "_CHUNK", BUFFER)
+    data = np.random.default_rng(0).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    forgotten = watch(monkeypatch)
+    assert sha256(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert forgotten == []
+    assert sha256(tmp_path / "file", once=True) == hashlib.sha256(data).hexdigest()
+    assert sum(nbytes for _, nbytes in forgotten) == size
+    assert [offset for offset, _ in forgotten] == list(range(0, size, BUFFER))
+
+
+def test_a_compiled_builds_tensors_are_forgotten_once_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder, forgotten = Builder(TINY_CHAT, tmp_path / "engine"), watch(monkeypatch)
+    write_weights(builder.graph, builder.tensors, tmp_path / "weights", lambda nbytes: None)
+    assert forgotten == []
+    write_weights(builder.graph, builder.tensors, tmp_path / "again", lambda nbytes: None, once=True)
+    tensors = [builder.tensors[weight.source] for weight in builder.graph.weights]
+    assert forgotten == [(tensor.offset, tensor.nbytes) for tensor in tensors]
+    assert sha256(tmp_path / "weights") == sha256(tmp_path / "again")
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Offset and bytes of every part of a file that is forgotten from now on."""
+    found: list[tuple[int, int]] = []
+
+    def note(file: int, offset: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        found.append((offset, nbytes))
+
+    monkeypatch.setattr(files.os, "posix_fadvise", note)
+    return found
 
 
 @pytest.mark.trt
