@@ -92,7 +92,7 @@ def _split_grid(dims: Dims, ceil: Ceil) -> Grid:
 
 
 def _merge_grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["S"], dims["B"] * dims["H"], 1
+    return dims["B"] * dims["H"], dims["S"], 1
 
 
 OP = Op(

@@ -105,13 +105,13 @@ def merge(
 ):  # fmt: skip
     """part and stats of `split` -> y (B, H, S, D), 0 for a query that sees nothing. One program per query and head."""
     group: tl.constexpr = H // G
-    query = tl.program_id(0)
-    row = tl.program_id(1) // H
-    head = tl.program_id(1) % H
+    query = tl.program_id(1)
+    row = tl.program_id(0) // H
+    head = tl.program_id(0) % H
     tiles = tl.cdiv(S * group, BLOCK_M)
     m = query * group + head % group
     tile_of_rows = (row * G + head // group) * tiles + m // BLOCK_M
-    number_of_splits = _splits(tiles * (tl.num_programs(1) // group), SPLITS, PROGRAMS)
+    number_of_splits = _splits(tiles * (tl.num_programs(0) // group), SPLITS, PROGRAMS)
     share = tl.arange(0, SPLITS)
     real = share < number_of_splits
     d = tl.arange(0, BLOCK_D)
@@ -125,5 +125,5 @@ def merge(
     sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=filled[:, None] & (d < D)[None, :], other=0.0)
     bottom = tl.sum(weight * total, 0)
     out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
-    at = tl.program_id(1).to(tl.int64) * S + query
+    at = tl.program_id(0).to(tl.int64) * S + query
     tl.store(y + at * D + d, out.to(y.dtype.element_ty), mask=d < D)

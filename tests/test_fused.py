@@ -18,7 +18,7 @@ from test_kernels import INTERPRETED, MASK, launch, released
 from nemodiff.builder.checkpoint import open_checkpoint
 from nemodiff.builder.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
-from nemodiff.contract import Dtype
+from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED, head_commit, residual_norm, rope_write, swiglu
 from nemodiff.plugins.op import ceil_div
 
@@ -150,9 +150,10 @@ def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile
     check_head(tiny, x[1:], weight, 0.5, tile)
 
 
-def test_grids_keep_within_what_cuda_allows() -> None:
-    """Only the first axis may exceed 65535: 128 rows of a prefill chunk, at the 8B model's sizes."""
-    sizes = {"B": 128, "S": 512, "R": 512, "T": 4096, "H": 32, "G": 8, "D": 128, "V": 131072}
+@pytest.mark.parametrize(("rows", "tokens"), [(128, 512), (MAX_BATCH, MAX_BLOCK)])
+def test_grids_keep_within_what_cuda_allows(rows: int, tokens: int) -> None:
+    """Only the first axis may exceed 65535, at the 8B model's sizes: prefill of many rows, blocks of the most."""
+    sizes = {"B": rows, "S": tokens, "R": tokens, "T": 4096, "H": 32, "G": 8, "D": 128, "V": 131072}
     for op in (*OPS, SAMPLED, *FUSED):
         shapes = {arg.name: arg.shape for arg in op.inputs}
         wide = {letter for shape in shapes.values() for letter in shape if isinstance(letter, str)} - set(sizes)

@@ -74,7 +74,7 @@ def test_launches_are_the_kernels(driven: tuple[dict[str, Any], dict[str, int], 
     grids = {name: tuple(said["launch"][f"grid_{axis}"] for axis in "xyz") for name, said in found.items()}
     assert grids == {
         "BlockAttentionSplit": (1, 2 * d["G"], 16),
-        "BlockAttentionMerge": (7, 2 * d["H"], 1),
+        "BlockAttentionMerge": (2 * d["H"], 7, 1),
         "ConfidenceCommitScan": (10, 16, 1),
         "ConfidenceCommitRule": (2, 1, 1),
     }
