@@ -3,7 +3,8 @@
 In: a size; the bf16 checkpoint is made up on the spot. Out: `results/build_tensorrt_SIZE.json`. In turns the graph and
 its weights are written and a bare process parses and builds that file with the same profiles and targets, and `nemodiff
 build` does everything from the checkpoint on. /proc is sampled for the process and its children. The surprising fact:
-nemodiff's time holds the writing of the weights, and the bare one's does not.
+nemodiff's time holds the writing of the weights, and the bare one's does not. Neither starts with the checkpoint in the
+page cache: the bare builder would take that memory and be faster by a sixth on a virtual machine (docs/log.md).
 """
 
 from __future__ import annotations
