@@ -22,8 +22,10 @@ from nemodiff.builder import files
 from nemodiff.builder.build import Builder
 from nemodiff.builder.files import EngineFile, sha256
 from nemodiff.builder.weights import write_weights
+from nemodiff.contract import Backend
 
 BUFFER = 2**16
+RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra")
 
 SMALL_DISK = """
 import resource, signal, sys
@@ -71,7 +73,7 @@ def test_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> N
     assert [offset for offset, _ in forgotten] == list(range(0, size, BUFFER))
 
 
-def test_a_compiled_builds_tensors_are_forgotten_once_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_forgotten_once_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builder, forgotten = Builder(TINY_CHAT, tmp_path / "engine"), watch(monkeypatch)
     write_weights(builder.graph, builder.tensors, tmp_path / "weights", lambda nbytes: None)
     assert forgotten == []
@@ -79,6 +81,19 @@ def test_a_compiled_builds_tensors_are_forgotten_once_written(tmp_path: Path, mo
     tensors = [builder.tensors[weight.source] for weight in builder.graph.weights]
     assert forgotten == [(tensor.offset, tensor.nbytes) for tensor in tensors]
     assert sha256(tmp_path / "weights") == sha256(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("backend", "forgets"), [("onnxruntime", False), pytest.param("tensorrt-rtx", True, marks=[pytest.mark.trt, RTX])]
+)
+def test_a_compiled_build_forgets_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, forgets: bool
+) -> None:
+    forgotten = watch(monkeypatch)
+    builder = Builder(TINY_CHAT, tmp_path / "engine", backend=backend)
+    builder.run()
+    read = builder.graph.weights, builder.checkpoint.files  # the tensors as they are written, the files as hashed
+    assert len(forgotten) >= sum(map(len, read)) if forgets else forgotten == []
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
@@ -94,7 +109,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.trt
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra")
+@RTX
 def test_engine_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SMALL_DISK, str(TINY_CHAT), str(tmp_path / "engine")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

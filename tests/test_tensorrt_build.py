@@ -38,7 +38,7 @@ from nemodiff.cli import main
 from nemodiff.contract import BuildConfig, Kernel, Profile, cache_slots, inputs, outputs, read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import OPS, SAMPLED
-from nemodiff.plugins.tensorrt_api import device_sm, load
+from nemodiff.plugins.tensorrt_api import device_sm, library_folder, load
 
 pytestmark = [
     pytest.mark.trt,
@@ -233,7 +233,7 @@ try:
 except BuildError as error:
     print(error)
 """
-    fix = tensorrt.library_folder(checkpoint.parent)
+    fix = library_folder(checkpoint.parent)
     environment = os.environ | fix | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", code]
     said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
@@ -397,7 +397,7 @@ def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monke
     monkeypatch.setattr(tensorrt, "CREATORS", "creators:stages")
     folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
     folder.mkdir()
-    monkeypatch.setenv("LD_LIBRARY_PATH", tensorrt.library_folder(folder)["LD_LIBRARY_PATH"])
+    monkeypatch.setenv("LD_LIBRARY_PATH", library_folder(folder)["LD_LIBRARY_PATH"])
     about = read_engine(small(checkpoint, backend="tensorrt", choices=Choices(plugins=True)).run()).manifest.tensorrt
     assert about is not None
     assert about.layers["plugin"] == {
