@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 SCRIPTS = (
     "accuracy",
+    "auto",
     "build_memory",
     "build_tensorrt",
     "drafter",
@@ -37,6 +38,7 @@ SCRIPTS = (
     "kernels",
     "make_checkpoint",
     "mask_lowering",
+    "quadratic",
     "serving",
     "sampling",
     "speed",
