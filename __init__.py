@@ -7,12 +7,12 @@ nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 
 from .contract import MODES
 from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
-from .runtime.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
+from .runtime.editing.infill import Filled, fill, infill
+from .runtime.editing.revise import Revised, revise
+from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
 from .runtime.generate import LoadedEngine, events, generate, generate_many, load, stream
-from .runtime.infill import Filled, fill, infill
-from .runtime.options import Options
-from .runtime.request import Acceptance, Generation
-from .runtime.revise import Revised, revise
+from .runtime.requests.options import Options
+from .runtime.requests.prepare import Acceptance, Generation
 from .runtime.scheduler import Handle, Scheduler, Statistics
 
 __all__ = [

@@ -31,15 +31,15 @@ from .contract import (
     QUANTIZATIONS,
 )
 from .errors import NemodiffError, RequestError
-from .runtime.commit import POLICIES
-from .runtime.infill import METHODS
-from .runtime.options import AUTO, DEFAULT_NEW_TOKENS, check_text
-from .runtime.settings import GROUPS
+from .runtime.editing.infill import METHODS
+from .runtime.requests.options import AUTO, DEFAULT_NEW_TOKENS, check_text
+from .runtime.requests.settings import GROUPS
+from .runtime.sampling.commit import POLICIES
 
 if TYPE_CHECKING:
-    from .runtime.events import Event
+    from .runtime.events.events import Event
     from .runtime.generate import LoadedEngine
-    from .runtime.request import Generation
+    from .runtime.requests.prepare import Generation
 
 Command = Callable[..., None]
 
@@ -133,7 +133,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     from tqdm import tqdm
 
     from .builder.build import Builder
-    from .builder.tensorrt import Choices
+    from .builder.compilers.tensorrt import Choices
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; the build itself prints nothing but its progress")
@@ -357,8 +357,8 @@ def run(
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
+    from .runtime.events.trace import record
     from .runtime.generate import events, load
-    from .runtime.trace import record
 
     options["chat"] = not raw
 
@@ -391,11 +391,11 @@ def _answer_lines(
     options: dict[str, Any],
 ) -> None:
     """Answer the prompts of a file, in its order; all of them are checked before the first is run."""
-    from .runtime.events import answers
+    from .runtime.events.events import answers
+    from .runtime.events.trace import record
     from .runtime.generate import events
-    from .runtime.options import make_options
-    from .runtime.request import prepare
-    from .runtime.trace import record
+    from .runtime.requests.options import make_options
+    from .runtime.requests.prepare import prepare
 
     chosen, prompts = make_options(options), list[Any]()
     for number, prompt in lines:
@@ -412,8 +412,8 @@ def _answer_lines(
 
 def _follow(loaded: LoadedEngine, told: Iterable[Event], streaming: bool, show_denoise: bool) -> Generation:
     """Show one answer as it grows, if asked to, and return it."""
-    from .runtime.events import Finished, Step, Text
-    from .runtime.view import line
+    from .runtime.events.events import Finished, Step, Text
+    from .runtime.events.terminal import line
 
     for event in told:
         if isinstance(event, Step) and show_denoise:
@@ -447,7 +447,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **o
         import readline  # noqa: F401  (line editing for input())
     from .runtime.generate import load
     from .runtime.scheduler import Scheduler
-    from .runtime.text import Message
+    from .runtime.text.codec import Message
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
@@ -488,7 +488,7 @@ def trace() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def trace_show(file: Path) -> None:
     """Sum up FILE, JSON lines of events: per request its passes, times and drafts."""
-    from .runtime.trace import read, summary
+    from .runtime.events.trace import read, summary
 
     click.echo("\n".join(summary(read(file))))
 
@@ -500,8 +500,8 @@ def trace_show(file: Path) -> None:
 )
 def trace_view(files: tuple[Path, ...], output: Path) -> None:
     """Make one HTML file that shows the runs of FILES side by side, to scrub through, without a server."""
-    from .runtime.trace import read
-    from .serving.export import html
+    from .runtime.events.trace import read
+    from .serving.http.page_export import html
 
     text = html([(file.stem, read(file)) for file in files])
     output.write_text(text, encoding="utf-8")
@@ -544,8 +544,8 @@ def infill(
     """Fill holes of a text with ENGINE, seeing what stands before and behind them."""
     import dataclasses
 
+    from .runtime.editing.infill import fill, parse_template
     from .runtime.generate import load
-    from .runtime.infill import fill, parse_template
 
     if (template is None) == (prefix is None):
         raise click.UsageError("give --prefix (with --suffix and --length) or --template")
@@ -580,8 +580,8 @@ def revise(
     """Decode again with ENGINE what is improbable in a text."""
     import dataclasses
 
+    from .runtime.editing.revise import revise as run_revise
     from .runtime.generate import load
-    from .runtime.revise import revise as run_revise
 
     if text is not None and file is not None:
         raise click.UsageError("give --text or --file, not both")
@@ -615,8 +615,8 @@ def triton_export(engine: Path, repo: Path, assignments: tuple[str, ...], **choi
     --set takes rows, waiting, threads, device, prefix_reuse, prefill_tokens, stream_interval_ms, and the default of any
     input or field of sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
     """
-    from .serving.triton_export import export as run_export
-    from .serving.triton_export import parse_assignments
+    from .serving.triton_server.export import export as run_export
+    from .serving.triton_server.export import parse_assignments
 
     folder = run_export(engine, repo, parameters=parse_assignments(assignments), **choices)
     click.echo(f"exported     {folder}; try: nemodiff triton run {repo}", err=True)
@@ -633,7 +633,7 @@ def triton_run(
     repo: Path, arguments: tuple[str, ...], host: str, http_port: int, grpc_port: int, metrics_port: int
 ) -> None:
     """Start the Triton server of this machine on REPO. ARGUMENTS, behind --, are for tritonserver."""
-    from .serving.triton_server import serve as run_server
+    from .serving.triton_server.server import serve as run_server
 
     run_server(repo, host, (http_port, grpc_port, metrics_port), arguments)
 
@@ -641,7 +641,7 @@ def triton_run(
 @triton.command("install")
 def triton_install() -> None:
     """Get a Triton server for CPUs, beside the packages of this Python: 290 MB, Linux, no container needed."""
-    from .serving.triton_install import install
+    from .serving.triton_server.install import install
 
     click.echo(f"installed    {install()}; try: nemodiff triton run REPO", err=True)
 
@@ -723,9 +723,9 @@ def serve(
 ) -> None:
     """Serve ENGINE over HTTP: OpenAI's API, metrics, and a page to watch it decode."""
     try:
-        from .serving.app import Limits, open_server
-        from .serving.server import bind
-        from .serving.server import serve as listen
+        from .serving.http.app import Limits, open_server
+        from .serving.http.server import bind
+        from .serving.http.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
     limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)

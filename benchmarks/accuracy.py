@@ -18,13 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
-from questions import Question
+from common import questions, record
+from common.questions import Question
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.generate import LoadedEngine, generate_many, load
-from nemodiff.runtime.request import Generation
+from nemodiff.runtime.requests.prepare import Generation
 
 BLOCKS = (32, 16, 8)
 POLICIES = {  # the option each is set by, and its values from fast to careful

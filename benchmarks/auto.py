@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.generate import LoadedEngine, decode, load
-from nemodiff.runtime.options import AUTO, make_options
-from nemodiff.runtime.request import prepare
+from nemodiff.runtime.requests.options import AUTO, make_options
+from nemodiff.runtime.requests.prepare import prepare
 
 BLOCKS: tuple[int | str, ...] = (4, 8, 16, 32, 64, AUTO)
 WAYS: tuple[dict[str, Any], ...] = (

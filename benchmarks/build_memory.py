@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import make_checkpoint
-import record
+from common import record
 
 GOAL = 2 * 2**30  # bytes of anonymous memory
 PERIOD = 0.02  # seconds between samples
@@ -29,7 +29,7 @@ FIELDS = ("RssAnon", "RssFile", "VmHWM")  # bytes after sampling
 RUN = """
 import json, sys, time
 from pathlib import Path
-from nemodiff.runtime.engine import causal
+from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.generate import load
 
 def status():

@@ -23,12 +23,12 @@ from typing import Any
 
 import make_checkpoint
 import onnx
-import record
+from common import record
 
 from nemodiff.builder.build import Builder
-from nemodiff.builder.compile import corners, shape
-from nemodiff.builder.tensorrt import targets
-from nemodiff.builder.weights import write_weights
+from nemodiff.builder.checkpoint.weights import write_weights
+from nemodiff.builder.compilers.compile import corners, shape
+from nemodiff.builder.compilers.tensorrt import targets
 
 GOAL_MEMORY = 12 * 2**30  # anonymous bytes
 GOAL_TIME = 1.3  # times the bare build

@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
-from questions import Question
+from common import questions, record
+from common.questions import Question
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.generate import Generation, LoadedEngine, generate_many, load

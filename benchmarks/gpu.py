@@ -23,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import checkout  # noqa: F401  # before all that needs nemodiff
-    import gpu_forward
-    import gpu_kernels
-    import gpu_modes
-    import gpu_peers
-    import gpu_plan
-    import gpu_report
-    import gpu_tensorrt
-    import record
-    from gpu_card import Card
-    from gpu_plan import Asked, Cell, Lab
+    from common import (
+        checkout,  # noqa: F401  (makes an uninstalled checkout importable)
+        record,
+    )
+    from gpu import forward as gpu_forward
+    from gpu import kernels as gpu_kernels
+    from gpu import modes as gpu_modes
+    from gpu import peers as gpu_peers
+    from gpu import plan as gpu_plan
+    from gpu import report as gpu_report
+    from gpu import tensorrt as gpu_tensorrt
+    from gpu.card import Card
+    from gpu.plan import Asked, Cell, Lab
 
     from nemodiff.errors import NemodiffError
 except ModuleNotFoundError as error:

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import questions
-import record
-from questions import TASKS
+from common import questions, record
+from common.questions import TASKS
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engine import Pass, bidirectional, every_token
+from nemodiff.runtime.editing.infill import fill
+from nemodiff.runtime.editing.revise import revise
+from nemodiff.runtime.editing.row import Row
+from nemodiff.runtime.engines.engine import Pass, bidirectional, every_token
 from nemodiff.runtime.generate import LoadedEngine, generate, load
-from nemodiff.runtime.infill import fill
-from nemodiff.runtime.revise import revise
-from nemodiff.runtime.row import Row
 
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
 LONGEST = 12

@@ -14,10 +14,10 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-import record
+from common import record
 
-from nemodiff.builder.checkpoint import open_checkpoint
-from nemodiff.builder.kernels import PTX_VERSION, SMS, compile_kernels
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels
 from nemodiff.contract import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 

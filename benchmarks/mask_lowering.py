@@ -18,12 +18,12 @@ from typing import Any
 import onnx
 import onnx.parser
 import onnxruntime
-import record
+from common import record
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MANIFEST_FILE, MODEL_FILE
-from nemodiff.plugins import block_attention
-from nemodiff.runtime.engine import bidirectional
+from nemodiff.plugins.ops import block_attention
+from nemodiff.runtime.engines.engine import bidirectional
 from nemodiff.runtime.generate import load
 
 SIZES, WARMUP = (1, 32), 50

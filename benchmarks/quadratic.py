@@ -14,12 +14,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.request import tokens_per_pass
+from nemodiff.runtime.requests.prepare import tokens_per_pass
 
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear_spec", {}),

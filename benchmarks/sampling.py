@@ -14,15 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engine import Prediction
+from nemodiff.runtime.engines.engine import Prediction
 from nemodiff.runtime.generate import LoadedEngine, decode, load, prepare
-from nemodiff.runtime.noise import Noise
-from nemodiff.runtime.options import make_options
-from nemodiff.runtime.sequence import Sequence
+from nemodiff.runtime.requests.options import make_options
+from nemodiff.runtime.requests.sequence import Sequence
+from nemodiff.runtime.sampling.noise import Noise
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.5)
 BLOCKS = (8, 32)

@@ -25,8 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 import nemodiff
 from nemodiff.builder.build import Builder

@@ -18,9 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
-import timing
+from common import questions, record, timing
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
@@ -39,7 +37,7 @@ def contenders(
     """Everything that takes part, from prompt ids to new ids."""
     sys.path.insert(0, str(record.ROOT / "tests"))
     import torch
-    import transformers_oracle
+    from oracle import transformers_oracle
 
     def peer(attention: str) -> Contender:
         model: Any = transformers_oracle.load(checkpoint)

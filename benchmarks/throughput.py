@@ -19,17 +19,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
-from nemodiff.runtime.batch import KEPT_PREFIXES, Batch, Counts
-from nemodiff.runtime.events import Finished, Reporter
+from nemodiff.runtime.batching.batch import KEPT_PREFIXES, Batch, Counts
+from nemodiff.runtime.events.events import Finished, Reporter
 from nemodiff.runtime.generate import LoadedEngine, load
-from nemodiff.runtime.options import Options
-from nemodiff.runtime.request import prepare
-from nemodiff.runtime.sequence import Sequence
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.sequence import Sequence
 
 SYSTEM = "You answer questions about lists, numbers, functions and people. " * 4
 BASE = "one at a time"

@@ -26,15 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.events import Text
+from nemodiff.runtime.events.events import Text
 from nemodiff.runtime.generate import LoadedEngine, load, stream
-from nemodiff.serving.triton_export import export
-from nemodiff.serving.triton_install import FOLDER, WHEEL, install
-from nemodiff.serving.triton_server import TritonServer
+from nemodiff.serving.triton_server.export import export
+from nemodiff.serving.triton_server.install import FOLDER, WHEEL, install
+from nemodiff.serving.triton_server.server import TritonServer
 
 MODES = ("ar", "diffusion", "linear_spec")
 CONCURRENCY = (1, 4, 8)

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import questions
-import record
+from common import questions, record
 
 MISSING = (
     "tensorrt_llm cannot be imported ({error}); it pins a torch and a numpy of its own, so install it beside nemodiff, "

@@ -42,16 +42,17 @@ from ..contract import (
     cache_slots,
 )
 from ..errors import BuildError
-from ..plugins import OPS, SAMPLED, fp8_linear
-from . import tensorrt
-from .checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
+from ..plugins import OPS, SAMPLED
+from ..plugins.ops import fp8_linear
+from .checkpoint.checkpoint import CARRIED, Adapter, Checkpoint, Tensor, open_checkpoint
+from .checkpoint.hub import Source, resolve
+from .checkpoint.weights import as_safetensors, match, write_weights
+from .compilers import tensorrt
+from .compilers.kernels import OLDEST_SM, compile_kernels
 from .files import sha256
-from .graph import Graph, build_graph
-from .hub import Source, resolve
-from .kernels import OLDEST_SM, compile_kernels
+from .graph.graph import Graph, build_graph
 from .plan import Plan, disk_free, make_plan, size
 from .staging import check_target, staged
-from .weights import as_safetensors, match, write_weights
 
 _VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
 _Entry = dict[str, object]  # bytes and sha256 of a file

@@ -20,12 +20,22 @@ from typing import Any
 from ..config import ModelConfig
 from ..contract import CONFIG_FILE, EXPORT_FORMATS, GENERATION_FILE
 from ..errors import BuildError, CheckpointError
-from .checkpoint import ADAPTER_FOLDER, CARRIED, DTYPES, INDEX, WEIGHTS, Checkpoint, Tensor, open_checkpoint, read_json
-from .graph import build_graph
-from .hub import Source, resolve
+from .checkpoint.checkpoint import (
+    ADAPTER_FOLDER,
+    CARRIED,
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    Checkpoint,
+    Tensor,
+    open_checkpoint,
+    read_json,
+)
+from .checkpoint.hub import Source, resolve
+from .checkpoint.weights import match
+from .graph.graph import build_graph
 from .plan import disk_free, size
 from .staging import Kind, check_target, staged
-from .weights import match
 
 EXPORT_FILE = "nemodiff_export.json"  # tells an export; no loader reads it
 EXPORT = Kind("export", EXPORT_FILE, frozenset({EXPORT_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED}))

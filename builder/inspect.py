@@ -17,7 +17,7 @@ import onnx
 
 from ..contract import DOMAIN, ENGINE_FILE, ITEMSIZE, MODEL_FILE, EngineInfo, dtype_line, read_engine
 from ..errors import EngineError
-from ..plugins.tensorrt_api import device_sm, load
+from ..plugins.tensorrt.api import device_sm, load
 from .plan import size
 
 

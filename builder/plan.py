@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line
-from .checkpoint import Checkpoint
-from .graph import Graph
-from .tensorrt import memory_needed
+from .checkpoint.checkpoint import Checkpoint
+from .compilers.tensorrt import memory_needed
+from .graph.graph import Graph
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB that GPUs are sold with
 CARD_RESERVE = 2**30  # bytes left for the driver, activations and kernels

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ..contract import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
 from ..errors import BuildError
-from .checkpoint import CARRIED
+from .checkpoint.checkpoint import CARRIED
 
 _REAPER = """
 import os, shutil, sys

@@ -1,6 +1,6 @@
 """The `nemodiff` ops. Each file holds one: specification, numpy reference, GPU stages; those of the graph a body."""
 
-from . import block_attention, confidence_commit, fp8_linear, head_commit, residual_norm, rope_write, swiglu
+from .ops import block_attention, confidence_commit, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 
 OPS = (block_attention.OP, confidence_commit.OP)  # those of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits

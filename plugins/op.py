@@ -2,9 +2,9 @@
 
 An `Op` lists its arguments and the `Stage`s of its GPU implementation: one kernel launch each, in order, whose outputs
 that are not the op's own are scratch for a later stage. From it come the ahead-of-time compiler
-(`builder/kernels.py`), the TensorRT plugins (`registration.py`) and plain launches (`run`). The surprising fact: a
-kernel's arguments have a fixed order, input pointers, i32 scalars, output pointers, constants, because TensorRT's
-ahead-of-time plugins pass them so, and the scalars may depend on shapes but never on what a tensor holds.
+(`builder/compilers/kernels.py`), the TensorRT plugins (`registration.py`) and plain launches (`run`). The surprising
+fact: a kernel's arguments have a fixed order, input pointers, i32 scalars, output pointers, constants, because
+TensorRT's ahead-of-time plugins pass them so, and the scalars may depend on shapes but never on what a tensor holds.
 
 Letters in shapes: B rows, S tokens, R of them predicted, T cache slots are known at run time; H query heads, G
 key/value heads, D head size, V vocabulary belong to the model.
@@ -42,7 +42,7 @@ class Arg:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One kernel launch. `kernel` is `module.function` beside this file, `grid` its number of programs."""
+    """One kernel launch. `kernel` is `module.function` in `kernels/`, `grid` its number of programs."""
 
     name: str
     kernel: str
@@ -57,7 +57,7 @@ class Stage:
     def load(self) -> Any:
         """The Triton function; imports Triton."""
         module, function = self.kernel.split(".")
-        return getattr(importlib.import_module(f".{module}", __package__), function)
+        return getattr(importlib.import_module(f".kernels.{module}", __package__), function)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,16 +17,16 @@ from typing import Any
 
 from ..contract import EngineInfo, read_engine
 from ..errors import RequestError
-from .batch import KEPT_PREFIXES, Batch, Served
-from .cost import CostCurve, measure
-from .drafter import check_gate
-from .engine import Engine, Pass, Prediction
-from .events import BlockStarted, Event, Finished, Pieces, Reporter, Started, Step, Text, answers
-from .options import make_options
-from .pace import Record
-from .request import Generation, Prompt, prepare
-from .sequence import Sequence
-from .text import TextCodec
+from .batching.batch import KEPT_PREFIXES, Batch, Served
+from .engines.drafter import check_gate
+from .engines.engine import Engine, Pass, Prediction
+from .events.events import BlockStarted, Event, Finished, Pieces, Reporter, Started, Step, Text, answers
+from .planning.cost import CostCurve, measure
+from .planning.draft_planner import Record
+from .requests.options import make_options
+from .requests.prepare import Generation, Prompt, prepare
+from .requests.sequence import Sequence
+from .text.codec import TextCodec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +76,15 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
     text = TextCodec(folder)
     backend: Engine
     if info.manifest.backend == "onnxruntime":
-        from .onnxruntime_engine import OnnxRuntimeEngine
+        from .engines.onnxruntime import OnnxRuntimeEngine
 
         backend = OnnxRuntimeEngine(folder, info, threads)
     elif info.manifest.backend == "torch":
-        from .torch_engine import TorchEngine
+        from .engines.torch.engine import TorchEngine
 
         backend = TorchEngine(folder, info, chosen, threads)
     else:
-        from .tensorrt_engine import TensorRTEngine
+        from .engines.tensorrt.engine import TensorRTEngine
 
         backend = TensorRTEngine(folder, info, 0 if chosen is None else chosen)
     if info.has_adapter:

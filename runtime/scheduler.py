@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract import PREFILL_CHUNK
 from ..errors import BusyError, EngineError, NemodiffError, RequestError
-from .batch import KEPT_PREFIXES, Batch, Counts
-from .engine import PASS_KINDS, PassKind
-from .events import Event, Finished, Reporter
+from .batching.batch import KEPT_PREFIXES, Batch, Counts
+from .engines.engine import PASS_KINDS, PassKind
+from .events.events import Event, Finished, Reporter
 from .generate import check_rows
-from .options import make_options
-from .request import Generation, Prompt, prepare
-from .sequence import Sequence
+from .requests.options import make_options
+from .requests.prepare import Generation, Prompt, prepare
+from .requests.sequence import Sequence
 
 if TYPE_CHECKING:
     from .generate import LoadedEngine

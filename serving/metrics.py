@@ -15,12 +15,12 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from ..runtime.engine import PassKind
-from ..runtime.events import Finished
+from ..runtime.engines.engine import PassKind
+from ..runtime.events.events import Finished
 from ..runtime.scheduler import Statistics
 
 if TYPE_CHECKING:
-    from .fim import FillCounts
+    from .http.fim import FillCounts
 
 Kind = Literal["counter", "gauge", "histogram"]
 Values = Mapping[str, float] | Mapping[PassKind, int]

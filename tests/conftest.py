@@ -20,8 +20,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists()
 import hypothesis
 import hypothesis.configuration
 import pytest
-from checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from click.testing import CliRunner
+from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main

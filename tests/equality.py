@@ -29,8 +29,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import reference
-from checkpoints import TINY_CHAT, load_make_data, write_adapter
+from oracle import reference
+from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_adapter
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -159,7 +159,7 @@ def compare_with_transformers(
     engine: nemodiff.LoadedEngine, asked: list[str]
 ) -> Iterator[tuple[Case, Difference | None]]:
     """Run every prompt through AR and through transformers' generate on the same weights."""
-    import transformers_oracle
+    from oracle import transformers_oracle
 
     model, case = transformers_oracle.load(TINY_CHAT), Case("ar", 1, 0.0, max(LIMITS))
     for question in asked:

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import equality
-import reference
-from reference_choice import Control, Law
+from oracle import reference
+from oracle.reference_choice import Control, Law
 
 import nemodiff
 

@@ -1,0 +1,132 @@
+"""Where the time of an engine goes: host, forward, start of a process.
+
+In: a loaded engine or its folder. Out: the host's share of decoding by mode, the cost of a forward by its number of
+tokens, seconds to the first token of a fresh process. The surprising fact: the engine's own clock (`cache.seconds`)
+stops at the edge of ONNX Runtime's call, so filling inputs and binding a new shape count as the host's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nemodiff.contract import MODES, EngineInfo
+from nemodiff.runtime.engines.engine import Cache, bidirectional, causal
+from nemodiff.runtime.generate import LoadedEngine, decode
+from nemodiff.runtime.requests.options import make_options
+from nemodiff.runtime.requests.prepare import prepare
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 128  # tokens before the block of the cost curve
+FIRST_TOKEN = """
+import json, sys, time
+marks = [time.perf_counter()]
+import onnxruntime
+marks.append(time.perf_counter())
+from nemodiff.runtime.generate import generate, load
+marks.append(time.perf_counter())
+engine = load(sys.argv[1], threads=int(sys.argv[2]))
+marks.append(time.perf_counter())
+generate(engine, sys.argv[3], max_new_tokens=1)
+marks.append(time.perf_counter())
+names = ("import onnxruntime", "import nemodiff", "load", "first token")
+print(json.dumps({name: end - start for name, start, end in zip(names, marks, marks[1:])}))
+"""
+
+
+class Recorder:
+    """An engine whose caches are kept, so that their forward times can be read afterwards."""
+
+    def __init__(self, engine: LoadedEngine) -> None:
+        self._backend = engine.backend
+        self.info: EngineInfo = engine.info
+        self.caches: list[Cache] = []
+
+    def open(self, rows: int) -> Cache:
+        """See `engine.Engine.open`."""
+        self.caches.append(self._backend.open(rows))
+        return self.caches[-1]
+
+
+def host_share(
+    engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, rounds: int, warmup: int
+) -> dict[str, Any]:
+    """By mode, the share of the decode loop's wall time outside the engine's forward, after the prefill."""
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        options = make_options({"mode": mode, "max_new_tokens": new_tokens})
+        shares, host_us = [], []
+        for turn in range(warmup + rounds):
+            wall = inside = 0.0
+            passes = 0
+            for ids in prompts:
+                recorder, sequence = Recorder(engine), prepare(engine, ids, options)
+                for _, asked, _ in decode(recorder, [sequence], 1):
+                    if asked.kind == "prefill":
+                        started, before = time.perf_counter(), recorder.caches[0].seconds
+                    else:
+                        passes += 1
+                wall += time.perf_counter() - started
+                inside += recorder.caches[0].seconds - before
+            if turn >= warmup:
+                shares.append(1 - inside / wall)
+                host_us.append((wall - inside) / passes * 1e6)
+        found[mode] = {
+            "share": round(statistics.median(shares), 4),
+            "host_us_per_pass": round(statistics.median(host_us), 1),
+        }
+    return found
+
+
+def cost_curve(engine: LoadedEngine, rounds: int, warmup: int) -> dict[int, dict[str, float]]:
+    """Median milliseconds of a bidirectional pass that predicts all of its S tokens, after CONTEXT cached ones."""
+    cache = engine.backend.open(1)
+    vocab, mask = engine.info.model.vocab_size, engine.info.model.mask_id
+    cache.forward([causal("prefill", [(7 * i + 200) % vocab for i in range(CONTEXT)], 0)])
+    times: dict[int, list[float]] = {size: [] for size in SIZES}
+    for turn in range(warmup + rounds):
+        for size in SIZES:
+            asked = bidirectional("denoise", [mask] * size, CONTEXT, 0.9)
+            for repeat in range(3):  # the first after a change of shape finds cold caches and is dropped
+                before = cache.seconds
+                cache.forward([asked])
+                if repeat and turn >= warmup:
+                    times[size].append((cache.seconds - before) * 1e3)
+    one = statistics.median(times[1])
+    return {
+        size: {"ms": round(statistics.median(t), 4), "over_one_token": round(statistics.median(t) / one, 2)}
+        for size, t in times.items()
+    }
+
+
+def first_token(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Seconds from starting `nemodiff run` to its end after one token, median and worst, and the parts of it."""
+    ask = "Count from 3 to 9."
+    command = [sys.executable, "-m", "nemodiff", "run", str(folder), "-p", ask, "--max-new-tokens", "1"]
+    parts_command = [sys.executable, "-c", FIRST_TOKEN, str(folder), str(threads), ask]
+    whole, parts, rest = [], [], []
+    for _ in range(rounds):
+        whole.append(_timed([*command, "--threads", str(threads)])[0])
+        seconds, output = _timed(parts_command)
+        parts.append(json.loads(output))
+        rest.append(seconds - sum(parts[-1].values()))
+    return {
+        "seconds": round(statistics.median(whole), 3),
+        "seconds_max": round(max(whole), 3),
+        "parts": {
+            **{name: round(statistics.median(p[name] for p in parts), 3) for name in parts[0]},
+            "python start and exit": round(statistics.median(rest), 3),
+        },
+    }
+
+
+def _timed(command: Iterable[str]) -> tuple[float, str]:
+    started = time.perf_counter()
+    output = subprocess.run(list(command), check=True, stdout=subprocess.PIPE, text=True).stdout
+    return time.perf_counter() - started, output

@@ -1,0 +1,155 @@
+"""Seconds of each kernel against the bytes it must move, at a shape's sizes.
+
+In: a shape. Out: a cell per op and size. An op says its arguments itself (`plugins/op.py`), so inputs and the bytes of
+inputs and outputs are made from that; a kernel that is added to `OPS` or `FUSED` is measured without a line here. The
+surprising fact: caches are as long as the context and a rotation's as long as its tokens, so that every byte counted is
+a byte that must be moved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gpu import models as gpu_models
+from gpu.plan import Asked, Cell, Lab, Row
+from nemodiff.config import ModelConfig
+from nemodiff.contract import ITEMSIZE
+from nemodiff.plugins import FUSED, OPS
+from nemodiff.plugins.op import Arg, Op, ceil_div, run
+from nemodiff.plugins.ops import confidence_commit
+
+
+def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, int]:
+    """Each letter's size for a pass of one row."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    return {
+        "B": 1,
+        "S": tokens,
+        "R": tokens,
+        "T": tokens if op.name == "RopeWrite" else context,
+        "H": model.num_heads,
+        "G": model.num_kv_heads,
+        "D": model.head_dim,
+        "P": model.head_dim // 2,
+        "V": model.vocab_size,
+        "E": model.hidden_size,
+        "W": {"RopeWrite": heads, "SwiGLU": 2 * model.intermediate_size}.get(op.name, 0),
+        "N": 2 * model.intermediate_size,
+        "K": model.hidden_size,
+    }
+
+
+def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer and of the head, (out, in)."""
+    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    return {
+        "qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden),
+        "o": (hidden, heads),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "head": (model.vocab_size, hidden),
+    }
+
+
+def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelConfig) -> Any:
+    """An input: random numbers, or what makes a kernel do all of its work."""
+    torch, device = lab.card.torch, lab.card.name
+    kind = {"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)
+    if kind == "i32":
+        made = torch.zeros(shape, dtype=torch.int32, device=device)
+        return made.fill_(model.mask_id) if arg.name == "ids" else made
+    if kind == "u8":  # the bits of an e4m3 below infinity
+        return torch.randint(0, 120, shape, dtype=torch.uint8, device=device)
+    made = torch.empty(shape, dtype=types(torch)[kind], device=device)
+    return made.fill_(1) if arg.name == "temperature" else made.normal_()
+
+
+def types(torch: Any) -> dict[str, Any]:
+    """torch's types by the names of `Arg.dtype` and of engines."""
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+
+
+def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Row:
+    """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
+    torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs}
+    inputs = [arg for arg in op.inputs if arg.name in used]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        kind = dtype if arg.dtype == "compute" else arg.dtype
+        return torch.empty(shape, dtype=types(torch)[kind], device=lab.card.name)
+
+    def made() -> dict[str, Any]:
+        found = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
+        if "visible" in found:
+            found["visible"][:, :, 0] = letters["T"]
+        return found
+
+    with lab.card.use(gpu_models.CARRIED):
+        tensors = [*made().values(), *(new(arg, arg.sizes(letters, ceil_div)) for arg in op.outputs)]
+        nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        cases = [made() for _ in range(lab.card.sets(nbytes))]
+    seconds = lab.card.per_launch([lambda case=case: run(op, model, case, new) for case in cases])
+    return {
+        "op": op.name,
+        "stages": [stage.name for stage in op.stages],
+        "us": seconds * 1e6,
+        "bytes": nbytes,
+        "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds),
+    }
+
+
+def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Row:
+    """The same for torch's product of some tokens with a matrix."""
+    torch = lab.card.torch
+    kind, device = types(torch)[dtype], lab.card.name
+    nbytes = (out * size_in + tokens * (out + size_in)) * ITEMSIZE[dtype]
+    with lab.card.use(gpu_models.CARRIED):
+        x = torch.empty(1, tokens, size_in, dtype=kind, device=device).normal_()
+        matrices = [torch.empty(out, size_in, dtype=kind, device=device) for _ in range(lab.card.sets(nbytes))]
+        for matrix in matrices:
+            matrix.normal_()
+    seconds = lab.card.per_launch([lambda m=m: torch.nn.functional.linear(x, m) for m in matrices])
+    return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
+
+
+def linear_cells(asked: Asked, shape: str) -> Iterator[Cell]:
+    """torch's products, which the AR step mostly consists of."""
+    model = gpu_models.work(shape, asked.dtype).model
+    for name, (out, size_in) in projections(model).items():
+        for tokens in asked.scale.kernel_sizes:
+
+            def measure(lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens) -> Row:
+                found = linear(lab, out, size_in, asked.dtype, tokens)
+                return {
+                    "op": "linear",
+                    "stages": [f"torch, {out} x {size_in}"],
+                    **found,
+                    "tokens": tokens,
+                    "context": None,
+                }
+
+            nbytes = 8 * out * size_in * ITEMSIZE[asked.dtype]
+            yield Cell("kernels", shape, f"linear {name} tokens {tokens}", nbytes, 0.7, measure)
+
+
+def cells(asked: Asked, shape: str) -> Iterator[Cell]:
+    """Every op at the sizes of a decode pass and of blocks; attention at every context; then torch's products."""
+    model, scale = gpu_models.work(shape, asked.dtype).model, asked.scale
+    for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
+        contexts = scale.kernel_contexts if op.name == "BlockAttention" else scale.kernel_contexts[:1]
+        for context, tokens in itertools.product(contexts, scale.kernel_sizes):
+            letters = sizes(op, model, tokens, context)
+
+            def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Row:
+                found = measured(lab, op, model, asked.dtype, letters)
+                return {**found, "tokens": tokens, "context": letters["T"] if op.name == "BlockAttention" else None}
+
+            where = f" context {context}" if op.name == "BlockAttention" else ""
+            known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
+            nbytes = sum(map(math.prod, known)) * ITEMSIZE[asked.dtype]
+            name = op.name if op.name == "BlockAttention" else op.stages[0].name
+            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
+    yield from linear_cells(asked, shape)

@@ -1,0 +1,159 @@
+"""Compiles the ops' kernels for GPUs that are not here.
+
+In: a model's sizes, the engine's dtype, compute capabilities and a folder. Out: PTX and cubin files and a `Kernel`
+record for each; the engine's manifest holds both. It compiles in a child process, because a process that has imported
+Triton in interpreter mode cannot compile any more. The surprising fact: the PTX version is pinned, because Triton
+writes the newest it knows for the newest cards, and an older driver would refuse it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config import ModelConfig, RopeConfig
+from ...contract import KERNELS_FOLDER, Dtype, Kernel, parse_kernel
+from ...errors import BuildError
+from ...plugins import FUSED, OPS, SAMPLED
+from ...plugins.op import Op, Stage
+
+OLDEST_SM = 80  # that Triton compiles for
+SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
+PTX_VERSION = 88  # 8.8, of CUDA 12.9: the first that knows SM 121
+_POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "u8": "*u8"}
+_USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
+
+
+def compile_kernels(
+    model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, ops: Sequence[Op]
+) -> tuple[Kernel, ...]:
+    """Compile every stage of some ops into `folder`/kernels.
+
+    Args:
+        model: gives the constants compiled in: heads, head size, vocabulary, mask id.
+        dtype: of queries and cache; logits are f32.
+        sms: compute capabilities, 80 for 8.0.
+        folder: the engine folder.
+        ops: some of `plugins.OPS`, `SAMPLED` and `FUSED`; without one nothing is compiled.
+
+    Returns:
+        A record per stage and compute capability.
+
+    Raises:
+        BuildError: Triton is missing or cannot compile for a capability.
+    """
+    if not ops or not sms:
+        return ()
+    (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
+    job = {
+        "model": dataclasses.asdict(model),
+        "dtype": dtype,
+        "sms": sms,
+        "folder": str(folder.absolute()),
+        "stages": [stage.name for _, stage in stages(ops)],
+    }
+    with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "TRITON_CACHE_DIR": cache,
+            "TRITON_INTERPRET": "0",
+        }
+        command = [sys.executable, "-m", "nemodiff.builder.compilers.kernels"]
+        child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
+    if child.returncode:
+        said = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise BuildError(
+            f"the kernels cannot be compiled ({said:.300}); install Triton with: pip install 'nemodiff[trt]', or "
+            "build without --plugins and with --no-logits"
+        )
+    return tuple(parse_kernel(record) for record in json.loads(child.stdout))
+
+
+def stages(ops: Sequence[Op]) -> list[tuple[Op, Stage]]:
+    """Every stage of some ops once, with an op that has it."""
+    found = {stage.name: (op, stage) for op in ops for stage in op.stages}
+    return list(found.values())
+
+
+def _arguments(op: Op, stage: Stage, dtype: Dtype) -> dict[str, str]:
+    """Types of a stage's parameters by name, in order, as Triton spells them."""
+    types = {"compute": dtype, "logits": "f32"}
+
+    def pointer(name: str) -> str:
+        return _POINTER[types.get(op.args[name].dtype, op.args[name].dtype)]
+
+    return {
+        **{name: pointer(name) for name in stage.inputs},
+        **dict.fromkeys(stage.scalars, "i32"),
+        **{arg.name: pointer(arg.name) for arg in stage.outputs},
+    }
+
+
+def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, folder: Path) -> Kernel:
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+
+    arguments, constants = _arguments(op, stage, dtype), stage.constants(model)
+    source = triton.compiler.ASTSource(
+        fn=stage.load(),
+        signature={**arguments, **dict.fromkeys(constants, "constexpr")},
+        constexprs=dict(constants),
+        # Every tensor that TensorRT or an allocator hands out starts at a multiple of 16 bytes.
+        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"},
+    )
+    options = {
+        "num_warps": stage.num_warps,
+        "num_stages": stage.num_stages,
+        "ptx_version": PTX_VERSION,
+        "enable_fp_fusion": True,
+    }
+    with contextlib.redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    usage = _USAGE.search(said.getvalue())
+    if usage is None:
+        raise ValueError(f"the assembler gives no usage of {stage.name}: {said.getvalue()!r}")
+    metadata = compiled.metadata
+    kernel = Kernel(
+        stage=stage.name,
+        sm=sm,
+        entry=metadata.name,
+        num_warps=metadata.num_warps,
+        shared_bytes=metadata.shared,
+        registers=int(usage[2]),
+        spill_bytes=int(usage[1]),
+        arguments=tuple(f"{kind} {name}" for name, kind in arguments.items()),
+    )
+    (folder / kernel.file("ptx")).write_text(compiled.asm["ptx"], encoding="ascii")
+    (folder / kernel.file("cubin")).write_bytes(compiled.asm["cubin"])
+    return kernel
+
+
+def _main() -> None:
+    """The child: a job on standard input, the records on standard output."""
+    job: dict[str, Any] = json.load(sys.stdin)
+    model = ModelConfig(**{**job["model"], "rope": RopeConfig(**job["model"]["rope"])})
+    folder = Path(job["folder"])
+    records = [
+        _compile(op, stage, model, job["dtype"], sm, folder)
+        for op, stage in stages((*OPS, SAMPLED, *FUSED))
+        if stage.name in job["stages"]
+        for sm in sorted(set(job["sms"]))
+    ]
+    json.dump([dataclasses.asdict(record) for record in records], sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,163 @@
+# mypy: ignore-errors
+"""ConfidenceCommit on a GPU, in two kernels: scans of the vocabulary in splits, then the commit rule per row.
+
+In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form
+adds Gumbel noise to the logits over the temperature before the argmax, from the same Philox words as
+`runtime/sampling/noise.py`, with f32 logarithms where that takes f64. The surprising fact: the noise of a word near
+2^32 must be computed from its distance to 2^32, or its f32 rounding would be infinite noise once in a few passes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gumbel(words):
+    """-ln(-ln((w + 0.5) / 2^32)) of u32 words, f32 with a relative error of about 1e-6."""
+    u = (words.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    far = ((~words).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)  # 1 - u, exact where u is rounded
+    inner = tl.where(far < 1e-3, far * (1.0 + far * (0.5 + far * (1.0 / 3.0))), -tl.log(u))
+    return -tl.log(inner)
+
+
+@triton.jit
+def noise(low, high, position, start, BLOCK: tl.constexpr):
+    """Gumbel noise of tokens start..start + BLOCK - 1 at a position, (BLOCK,) f32; `start` is a multiple of 4."""
+    seed = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    counter = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = tl.zeros_like(counter)
+    w0, w1, w2, w3 = tl.philox(seed, counter, zero + position.to(tl.uint32), zero, zero)
+    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK]))
+
+
+@triton.jit
+def _scan(
+    logits, at, low, high, position, temperature, part, best,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """One split of one position: part (4,) f32 = highest logit, sum of exp(l - highest), best score, its logit."""
+    share = tl.program_id(1)
+    each: tl.constexpr = (V + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
+    highest = float("-inf")
+    total = 0.0
+    top = float("-inf")
+    value = float("-inf")
+    token = V
+    broken = V  # the first NaN
+    for start in range(share * each, tl.minimum(share * each + each, V), BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        inside = ids < V
+        x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.where(ids == MASK_ID, -1e30, x)
+        broken = tl.minimum(broken, tl.min(tl.where(x != x, ids, V), 0))
+        above = tl.maximum(highest, tl.max(x, 0))
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        total = total * tl.exp(highest - safe) + tl.sum(tl.exp(x - safe), 0)
+        highest = above
+        score = x
+        if SAMPLED:  # noqa: SIM102 (decided when compiling, the inner one on the device)
+            if temperature > 0:
+                score = x / temperature + noise(low, high, position, start, BLOCK)
+                score = tl.where(ids == MASK_ID, -1e30, tl.where(inside, score, float("-inf")))
+        block_top = tl.max(score, 0)
+        block_token = tl.min(tl.where((score == block_top) & inside, ids, V), 0)
+        if block_top > top or (token == V and block_token < V):
+            top = block_top
+            token = block_token
+            value = tl.max(tl.where(ids == block_token, x, float("-inf")), 0)
+    if broken < V:
+        token = broken
+        top = float("nan")
+    place = at.to(tl.int64) * SPLITS + share
+    tl.store(part + place * 4, highest)
+    tl.store(part + place * 4 + 1, total)
+    tl.store(part + place * 4 + 2, top)
+    tl.store(part + place * 4 + 3, value)
+    tl.store(best + place, token)
+
+
+@triton.jit
+def scan(
+    logits, part, best,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """logits (B, R, V) -> part (B, R, SPLITS, 4) f32, best (B, R, SPLITS) i32; one program per position and split."""
+    _scan(logits, tl.program_id(0), 0, 0, 0, 0.0, part, best, V, MASK_ID, SPLITS, BLOCK, False)
+
+
+@triton.jit
+def sampled_scan(
+    logits, temperature, seed, position, R, part, best,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`scan` with temperature (B,) f32, seed (B, 2) i32 and position (B, R) i32; temperature 0 is greedy."""
+    at = tl.program_id(0)
+    row = at // R
+    low = tl.load(seed + row * 2)
+    high = tl.load(seed + row * 2 + 1)
+    _scan(
+        logits, at, low, high, tl.load(position + at), tl.load(temperature + row), part, best,
+        V, MASK_ID, SPLITS, BLOCK, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge(part, best, first, r, R, SPLITS: tl.constexpr):
+    """Token and confidence of some positions of one row, (BLOCK_R,) each; a NaN logit gives its own id and NaN."""
+    share = tl.arange(0, SPLITS)
+    inside = (r < R)[:, None] & (share < SPLITS)[None, :]
+    place = (first + r).to(tl.int64)[:, None] * SPLITS + share[None, :]
+    highest = tl.load(part + place * 4, mask=inside, other=0.0)
+    total = tl.load(part + place * 4 + 1, mask=inside, other=1.0)
+    top = tl.load(part + place * 4 + 2, mask=inside, other=0.0)
+    value = tl.load(part + place * 4 + 3, mask=inside, other=0.0)
+    token = tl.load(best + place, mask=inside, other=0)
+    broken = top != top
+    any_broken = tl.max(broken.to(tl.int32), 1) > 0
+    above = tl.max(highest, 1)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    bottom = tl.sum(total * tl.exp(highest - safe[:, None]), 1)
+    best_top = tl.max(tl.where(broken, float("-inf"), top), 1)
+    wins = tl.where(any_broken[:, None], broken, top == best_top[:, None])
+    chosen = tl.min(tl.where(wins, token, 2147483647), 1)
+    logit = tl.max(tl.where(token == chosen[:, None], value, float("-inf")), 1)
+    confidence = tl.where(any_broken, float("nan"), tl.exp(logit - safe) / bottom)
+    return chosen, confidence
+
+
+@triton.jit
+def commit(
+    part, best, ids, threshold, R, token, confidence, next_ids, masks_left,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row.
+
+    The most confident open position is the leftmost of equals, and NaN counts as the highest confidence, as numpy's
+    argmax has it, so that a broken engine commits and is found out instead of looping.
+    """
+    row = tl.program_id(0)
+    first = row * R
+    bar = tl.load(threshold + row)
+    surest = -1.0
+    where = -1
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        chosen, sure = _merge(part, best, first, r, R, SPLITS)
+        tl.store(token + first + r, chosen, mask=r < R)
+        tl.store(confidence + first + r, sure, mask=r < R)
+        is_open = (r < R) & (tl.load(ids + first + r, mask=r < R, other=0) == MASK_ID)
+        rank = tl.where(is_open, tl.where(sure != sure, float("inf"), sure), -1.0)
+        block_surest = tl.max(rank, 0)
+        if block_surest > surest:
+            surest = block_surest
+            where = tl.min(tl.where(rank == block_surest, r, 2147483647), 0)
+    left = 0
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        chosen, sure = _merge(part, best, first, r, R, SPLITS)
+        before = tl.load(ids + first + r, mask=r < R, other=0)
+        commits = ((sure >= bar) | (r == where)) & (before == MASK_ID)
+        after = tl.where(commits, chosen, before)
+        tl.store(next_ids + first + r, after, mask=r < R)
+        left += tl.sum(((after == MASK_ID) & (r < R)).to(tl.int32), 0)
+    tl.store(masks_left + row, left)

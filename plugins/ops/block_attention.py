@@ -1,0 +1,134 @@
+"""BlockAttention: grouped-query attention over the static cache with two visible intervals per query.
+
+    y = BlockAttention(q, k, v, visible, slots) {scale}
+
+q (B, H, S, D), k and v (B, G, T, D) in f32, f16 or bf16; visible (B, S, 3) i32; slots (T,) i32; y like q. Query head
+`h` reads key/value head `h * G // H`. A query with `visible = (prefix_end, span_begin, span_end)` sees cache slots
+`[0, prefix_end)` and `[span_begin, span_end)`; what one gets that sees nothing is finite and otherwise unspecified.
+
+`slots` is 0..T-1, made once per graph. A fused kernel does not need it; the function body does, because masks built
+from one shared tensor are merged into one by ONNX Runtime, where masks built from each layer's own cache shape are
+not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+
+from ...config import ModelConfig
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+SPLITS = 16  # shares of the cache at most
+PROGRAMS = 256  # that keep a card busy: two for each of an H100's 132 multiprocessors
+LEAST_TILES = 4  # of the cache for one split; fewer are not worth the merge
+BLOCK_M, BLOCK_N = 64, 64  # rows and cache slots of a tile; with 8 warps nothing spills (benchmarks/kernels.py)
+
+# The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
+BODY = """
+<domain: "nemodiff", opset_import: ["" : 24]>
+BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
+{
+    prefix_end, span_begin, span_end = Split <axis = 2, num_outputs = 3> (visible)
+    in_prefix = Less (slots, prefix_end)
+    after_begin = GreaterOrEqual (slots, span_begin)
+    before_end = Less (slots, span_end)
+    in_span = And (after_begin, before_end)
+    seen = Or (in_prefix, in_span)
+    nothing = Constant <value = float {0.0}> ()
+    hidden = Constant <value = float {-30000.0}> ()
+    mask = Where (seen, nothing, hidden)
+    heads_axis = Constant <value = int64[1] {1}> ()
+    mask4 = Unsqueeze (mask, heads_axis)
+    mask_q = CastLike (mask4, q)
+    y = Attention <scale: float = @scale> (q, k, v, mask_q)
+}
+"""
+
+
+def function() -> onnx.FunctionProto:
+    """The op as an ONNX local function of standard opset-24 ops."""
+    return onnx.parser.parse_function(BODY)
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:
+    """The specification in numpy, f32 inside; shapes as in the module's docstring."""
+    group = q.shape[1] // k.shape[1]
+    keys = k.astype(np.float32).repeat(group, axis=1)  # (B, H, T, D) f32
+    values = v.astype(np.float32).repeat(group, axis=1)
+    slots = np.arange(k.shape[2])
+    prefix_end, begin, end = (visible[:, :, i, None] for i in range(3))  # (B, S, 1) i32
+    seen = (slots < prefix_end) | ((slots >= begin) & (slots < end))  # (B, S, T) bool
+    scores = q.astype(np.float32) @ keys.swapaxes(2, 3) * np.float32(scale)
+    scores = np.where(seen[:, None], scores, np.float32(-30000.0))  # (B, H, S, T) f32
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    y: np.ndarray = weights / weights.sum(-1, keepdims=True) @ values
+    return y.astype(q.dtype)
+
+
+def _constants(model: ModelConfig) -> Constants:
+    heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
+    splits = {"SPLITS": SPLITS, "PROGRAMS": PROGRAMS, "LEAST": LEAST_TILES}
+    # A tensor core takes a power of two of 16 or more.
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": max(16, 1 << (model.head_dim - 1).bit_length())}
+    return {**heads, **splits, **tile}
+
+
+def _tiles(dims: Dims, ceil: Ceil) -> Any:
+    """Tiles of rows over the whole batch: each is a program for each split."""
+    return ceil(dims["S"] * (dims["H"] // dims["G"]), BLOCK_M) * dims["B"] * dims["G"]
+
+
+def _parts(dims: Dims, ceil: Ceil) -> Any:
+    """Room for every tile's splits: with x tiles there are at most PROGRAMS / x + 1 splits of each."""
+    return _tiles(dims, ceil) + PROGRAMS
+
+
+def _split_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return ceil(dims["S"] * (dims["H"] // dims["G"]), BLOCK_M), dims["B"] * dims["G"], SPLITS
+
+
+def _merge_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["B"] * dims["H"], dims["S"], 1
+
+
+OP = Op(
+    "BlockAttention",
+    inputs=(
+        Arg("q", "compute", ("B", "H", "S", "D")),
+        Arg("k", "compute", ("B", "G", "T", "D")),
+        Arg("v", "compute", ("B", "G", "T", "D")),
+        Arg("visible", "i32", ("B", "S", 3)),
+        Arg("slots", "i32", ("T",)),
+    ),
+    outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),
+    attributes=(("scale", float),),
+    stages=(
+        Stage(
+            "BlockAttentionSplit",
+            "block_attention.split",
+            inputs=("q", "k", "v", "visible"),
+            scalars=("S", "T"),
+            outputs=(
+                Arg("part", "f32", (_parts, BLOCK_M, "D")),
+                Arg("stats", "f32", (_parts, BLOCK_M, 2)),
+            ),
+            constants=_constants,
+            grid=_split_grid,
+            num_warps=8,
+        ),
+        Stage(
+            "BlockAttentionMerge",
+            "block_attention.merge",
+            inputs=("q", "part", "stats"),  # q for its shape
+            scalars=("S",),
+            outputs=(Arg("y", "compute", ("B", "H", "S", "D")),),
+            constants=_constants,
+            grid=_merge_grid,
+            num_warps=2,
+        ),
+    ),
+)

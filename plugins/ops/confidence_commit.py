@@ -1,0 +1,179 @@
+"""ConfidenceCommit: from logits to the next state of a block, so that logits never leave the device.
+
+    token, confidence, next_ids, masks_left = ConfidenceCommit(logits, ids, threshold) {mask_id}
+
+logits (B, R, V) f32; ids (B, R) i32; threshold (B) f32 -> token (B, R) i32, confidence (B, R) f32, next_ids (B, R) i32,
+masks_left (B) i32. `token` is the best entry and `confidence` its softmax probability, both with the mask id left out
+(the smallest id wins a tie). Among the positions whose id is the mask, every one with confidence at or over the row's
+threshold takes its token, and always the most confident one does (the leftmost of equals), so each pass makes progress.
+
+`SAMPLED` is the same op with three inputs more, temperature (B) f32, seed (B, 2) i32 (low and high word) and position
+(B, R) i32: where a row's temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise
+that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
+and has no function body: on a CPU the host samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+
+from ...config import ModelConfig
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+SPLITS = 16  # shares of the vocabulary
+BLOCK = 2048  # vocabulary entries of a step, a multiple of 4
+BLOCK_R = 16  # positions of a step of the commit rule
+
+# -1e30 rather than -inf: TensorRT's f16 paths and exp(-inf - -inf) are both safe with it.
+_BODY = """
+<domain: "nemodiff", opset_import: ["" : 24]>
+ConfidenceCommit <mask_id, plugin_namespace> (logits, ids, threshold) => (token, confidence, next_ids, masks_left)
+{
+    mask_id = Constant <value_int: int = @mask_id> ()
+    mask = Cast <to = 6> (mask_id)
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    row_axis = Constant <value = int64[1] {1}> ()
+    vocab_axis = Constant <value = int64[1] {2}> ()
+
+    vocab_shape = Shape <start = 2, end = 3> (logits)
+    vocab = Squeeze (vocab_shape)
+    entries = Range (zero, vocab, one)
+    is_mask = Equal (entries, mask_id)
+    never = Constant <value = float {-1e30}> ()
+    candidates = Where (is_mask, never, logits)
+    best = ArgMax <axis = 2, keepdims = 0> (candidates)
+    token = Cast <to = 6> (best)
+    probability = Softmax <axis = 2> (candidates)
+    confidence = ReduceMax <keepdims = 0> (probability, vocab_axis)
+
+    open = Equal (ids, mask)
+    closed = Constant <value = float {-1.0}> ()
+    rank = Where (open, confidence, closed)
+    first = ArgMax <axis = 1, keepdims = 1> (rank)
+    rows_shape = Shape <start = 1, end = 2> (ids)
+    rows = Squeeze (rows_shape)
+    positions = Range (zero, rows, one)
+    is_first = Equal (positions, first)
+    bar = Unsqueeze (threshold, row_axis)
+    is_sure = GreaterOrEqual (rank, bar)
+    chosen = Or (is_first, is_sure)
+    commit = And (chosen, open)
+    next_ids = Where (commit, token, ids)
+    still_open = Equal (next_ids, mask)
+    counted = Cast <to = 6> (still_open)
+    masks_left = ReduceSum <keepdims = 0> (counted, row_axis)
+}
+"""
+
+
+def function() -> onnx.FunctionProto:
+    """The op as an ONNX local function of standard opset-24 ops."""
+    return onnx.parser.parse_function(_BODY)
+
+
+def reference(
+    logits: np.ndarray, ids: np.ndarray, threshold: np.ndarray, mask_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The specification in numpy; shapes as in the module's docstring."""
+    candidates = logits.astype(np.float32)
+    candidates[:, :, mask_id] = -1e30
+    token = candidates.argmax(-1).astype(np.int32)
+    weights = np.exp(candidates - candidates.max(-1, keepdims=True))
+    confidence = 1 / weights.sum(-1)  # (B, R) f32: the best entry's own weight is exactly 1
+    next_ids = ids.copy()
+    for row, bar in enumerate(threshold):
+        open_ = np.flatnonzero(ids[row] == mask_id)
+        if open_.size:
+            sure = open_[confidence[row, open_] >= bar]
+            first = open_[confidence[row, open_].argmax()]
+            commit = np.union1d(sure, first)
+            next_ids[row, commit] = token[row, commit]
+    return token, confidence, next_ids, (next_ids == mask_id).sum(1).astype(np.int32)
+
+
+def _scan_constants(model: ModelConfig) -> Constants:
+    return {"V": model.vocab_size, "MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK": BLOCK}
+
+
+def _scan_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["B"] * dims["R"], SPLITS, 1
+
+
+def _commit_constants(model: ModelConfig) -> Constants:
+    return {"MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK_R": BLOCK_R}
+
+
+def _commit_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["B"], 1, 1
+
+
+_FOUND = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
+_OUTPUTS = (
+    Arg("token", "i32", ("B", "R")),
+    Arg("confidence", "f32", ("B", "R")),
+    Arg("next_ids", "i32", ("B", "R")),
+    Arg("masks_left", "i32", ("B",)),
+)
+_COMMIT = Stage(
+    "ConfidenceCommitRule",
+    "confidence_commit.commit",
+    inputs=("part", "best", "ids", "threshold"),
+    scalars=("R",),
+    outputs=_OUTPUTS,
+    constants=_commit_constants,
+    grid=_commit_grid,
+    num_warps=1,
+)
+_INPUTS = (
+    Arg("logits", "logits", ("B", "R", "V")),
+    Arg("ids", "i32", ("B", "R")),
+    Arg("threshold", "f32", ("B",)),
+)
+_NOISE = (
+    Arg("temperature", "f32", ("B",)),
+    Arg("seed", "i32", ("B", 2)),
+    Arg("position", "i32", ("B", "R")),
+)
+
+OP = Op(
+    "ConfidenceCommit",
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    attributes=(("mask_id", int),),
+    stages=(
+        Stage(
+            "ConfidenceCommitScan",
+            "confidence_commit.scan",
+            ("logits",),
+            (),
+            _FOUND,
+            _scan_constants,
+            _scan_grid,
+            num_warps=8,
+        ),
+        _COMMIT,
+    ),
+)
+
+SAMPLED = Op(
+    "SampledCommit",
+    inputs=(*_INPUTS, *_NOISE),
+    outputs=_OUTPUTS,
+    attributes=(("mask_id", int),),
+    stages=(
+        Stage(
+            "SampledCommitScan",
+            "confidence_commit.sampled_scan",
+            inputs=("logits", "temperature", "seed", "position"),
+            scalars=("R",),
+            outputs=_FOUND,
+            constants=_scan_constants,
+            grid=_scan_grid,
+            num_warps=8,
+        ),
+        _COMMIT,
+    ),
+)

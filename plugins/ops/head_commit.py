@@ -1,0 +1,100 @@
+"""HeadCommit: the language model's head and ConfidenceCommit without logits in memory, for the torch engine on a GPU.
+
+    token, confidence, next_ids, masks_left = HeadCommit(x, weight, ids, threshold, kept)
+
+x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of logits = x weight^T in f32. `kept`
+(B, R, W) f32 gets them in place: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
+highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the
+commit rule. The surprising fact: logits are f32 here, where a head that writes them in 16 bits makes ties, so a token
+may differ from the unfused one between near-equal entries; those that are kept are the very ones it was chosen from.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from ...config import ModelConfig
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+from . import confidence_commit
+from .confidence_commit import SPLITS
+
+ROWS = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
+BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
+
+
+def reference(
+    x: np.ndarray, weight: np.ndarray, ids: np.ndarray, threshold: np.ndarray, mask_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The specification in numpy; shapes as in the module's docstring."""
+    logits = x.astype(np.float32) @ weight.astype(np.float32).T
+    return confidence_commit.reference(logits, ids, threshold, mask_id)
+
+
+def _tiles(dims: Dims, ceil: Ceil) -> int:
+    found: int = ceil(dims["V"], BLOCK_V)
+    return found
+
+
+def _scan_constants(model: ModelConfig, rows: int) -> Constants:
+    sizes = {"V": model.vocab_size, "E": model.hidden_size, "MASK_ID": model.mask_id}
+    return {**sizes, "BLOCK_M": rows, "BLOCK_V": BLOCK_V, "BLOCK_E": BLOCK_E}
+
+
+def _scan_grid(dims: Dims, ceil: Ceil, rows: int) -> Grid:
+    return ceil(dims["B"] * dims["R"], rows), ceil(dims["V"], BLOCK_V), 1
+
+
+def _reduce_constants(model: ModelConfig) -> Constants:
+    tiles = -(-model.vocab_size // BLOCK_V)
+    share = -(-tiles // SPLITS)
+    return {"TILES": tiles, "SPLITS": SPLITS, "SHARE": share, "BLOCK": max(2, 1 << (share - 1).bit_length())}
+
+
+def _reduce_grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["B"] * dims["R"], 1, 1
+
+
+_COMMIT = confidence_commit.OP.stages[1]
+_FOUND = confidence_commit.OP.stages[0].outputs
+_TILES = (Arg("tile_part", "f32", ("B", "R", _tiles, 4)), Arg("tile_best", "i32", ("B", "R", _tiles)))
+
+
+@functools.cache
+def op(rows: int) -> Op:
+    """The op for tiles of `rows` positions, one of ROWS."""
+    return Op(
+        "HeadCommit",
+        inputs=(
+            Arg("x", "compute", ("B", "R", "E")),
+            Arg("weight", "compute", ("V", "E")),
+            Arg("ids", "i32", ("B", "R")),
+            Arg("threshold", "f32", ("B",)),
+            Arg("kept", "f32", ("B", "R", "W")),
+        ),
+        outputs=confidence_commit.OP.outputs,
+        attributes=(),
+        stages=(
+            Stage(
+                f"HeadScan{rows}",
+                "head_commit.head_scan",
+                inputs=("x", "weight", "kept"),
+                scalars=("B", "R", "W"),
+                outputs=_TILES,
+                constants=functools.partial(_scan_constants, rows=rows),
+                grid=functools.partial(_scan_grid, rows=rows),
+                num_stages=3,
+            ),
+            Stage(
+                "HeadReduce",
+                "head_commit.head_reduce",
+                inputs=("tile_part", "tile_best"),
+                scalars=(),
+                outputs=_FOUND,
+                constants=_reduce_constants,
+                grid=_reduce_grid,
+            ),
+            _COMMIT,
+        ),
+    )

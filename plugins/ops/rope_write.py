@@ -1,0 +1,73 @@
+"""RopeWrite: rotation, query scale and the write into the cache, for the torch engine on a GPU; no op of the graph.
+
+    q = RopeWrite(qkv, cos, sin, scale, write_at, k_cache, v_cache)
+
+qkv (B, S, (H + 2 G) D) compute, the packed projection; cos, sin (B, S, D / 2) compute and scale (B, S) compute, made
+once per pass for all layers; write_at (B) i32; the caches (B, G, T, D) compute. Out: q (B, H, S, D), rotated and scaled
+by position; K, rotated, and V are written in place at slots [write_at, write_at + S). The surprising fact: a token
+whose slot lies outside 0..T-1 is not written, so a wrong write_at cannot touch another row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...config import ModelConfig
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+
+def reference(
+    qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, scale: np.ndarray, write_at: np.ndarray,
+    k_cache: np.ndarray, v_cache: np.ndarray, heads: int,
+) -> np.ndarray:  # fmt: skip
+    """The specification in numpy, f32 inside, caches changed in place; shapes as in the module's docstring."""
+    rows, groups, slots, width = k_cache.shape
+    size, half = qkv.shape[1], width // 2
+    parts = qkv.astype(np.float32).reshape(rows, size, heads + 2 * groups, width)
+    c, s = (a.astype(np.float32)[:, :, None] for a in (cos, sin))
+    a, b = parts[..., :half], parts[..., half:]
+    turned = np.concatenate([a * c - b * s, b * c + a * s], -1)  # (B, S, H + 2 G, D)
+    for row in range(rows):
+        for token in range(size):
+            slot = write_at[row] + token
+            if 0 <= slot < slots:
+                k_cache[row, :, slot] = turned[row, token, heads : heads + groups]
+                v_cache[row, :, slot] = parts[row, token, heads + groups :]
+    q: np.ndarray = turned[:, :, :heads] * scale.astype(np.float32)[:, :, None, None]
+    return q.transpose(0, 2, 1, 3).astype(qkv.dtype)
+
+
+def _constants(model: ModelConfig) -> Constants:
+    half = model.head_dim // 2
+    pairs = 1 << (half - 1).bit_length()
+    return {"H": model.num_heads, "G": model.num_kv_heads, "HALF": half, "PAIRS": pairs}
+
+
+def _grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["S"], dims["B"], dims["W"] // dims["D"]
+
+
+def _heads(dims: Dims, ceil: Ceil) -> int:
+    found: int = dims["W"] // dims["D"] - 2 * dims["G"]
+    return found
+
+
+_CACHE = ("B", "G", "T", "D")
+_NAMES = ("qkv", "cos", "sin", "scale", "write_at", "k_cache", "v_cache")
+_OUTPUTS = (Arg("q", "compute", ("B", _heads, "S", "D")),)
+
+OP = Op(
+    "RopeWrite",
+    inputs=(
+        Arg("qkv", "compute", ("B", "S", "W")),
+        Arg("cos", "compute", ("B", "S", "P")),
+        Arg("sin", "compute", ("B", "S", "P")),
+        Arg("scale", "compute", ("B", "S")),
+        Arg("write_at", "i32", ("B",)),
+        Arg("k_cache", "compute", _CACHE),
+        Arg("v_cache", "compute", _CACHE),
+    ),
+    outputs=_OUTPUTS,
+    attributes=(),
+    stages=(Stage("RopeWrite", "rope_write.rope_write", _NAMES, ("S", "T"), _OUTPUTS, _constants, _grid, 1),),
+)

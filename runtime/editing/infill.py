@@ -1,0 +1,246 @@
+"""Filling in: holes of a text are decoded with what stands before and behind them.
+
+In: an engine and a template, text and holes in turn. Out: `Filled`, the text with its holes filled. Two methods share a
+causal prefix. `block` puts the hole's masks and the text behind it into one bidirectional block, the layout the model
+was trained with. `search` grows the likeliest fillings token by token and takes the one that, with the text behind it,
+is likeliest as a whole. The surprising fact: all fillings of a search lie side by side in one row, since a query can
+see the prefix and one span of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from ...contract import MAX_BLOCK, PREFILL_CHUNK
+from ...errors import RequestError
+from ..engines.engine import Pass, PassKind, causal
+from ..generate import LoadedEngine
+from ..requests.options import Options, check_text
+from ..requests.prepare import Prompt, encode
+from .row import Row
+
+Method = Literal["search", "block"]
+METHODS: tuple[str, ...] = get_args(Method)
+LONGEST_FREE = 16  # tokens of a hole without a length
+_HOLE = re.compile(r"\{hole(?::(\d+))?\}")
+
+Template = Sequence[str | int | None]  # text, and holes: their length in tokens, or None for a length that fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+    """A text with its holes filled; `holes` and `token_ids` hold each filling as text and as tokens."""
+
+    text: str
+    holes: list[str]
+    token_ids: list[list[int]]
+    method: str
+    nfe: dict[PassKind, int]
+    total_ms: float
+
+
+def infill(
+    engine: LoadedEngine,
+    prefix: str,
+    suffix: str = "",
+    *,
+    length: int | None = None,
+    prompt: Prompt | None = None,
+    method: str = "search",
+    width: int = 8,
+    threshold: float = 0.9,
+    block_length: int | None = None,
+) -> Filled:
+    """Fill the hole between two texts; see `fill` for the arguments, docs/semantics.md for what is computed."""
+    return fill(
+        engine,
+        [prefix, length, suffix],
+        prompt=prompt,
+        method=method,
+        width=width,
+        threshold=threshold,
+        block_length=block_length,
+    )
+
+
+def fill(
+    engine: LoadedEngine,
+    template: Template,
+    *,
+    prompt: Prompt | None = None,
+    method: str = "search",
+    width: int = 8,
+    threshold: float = 0.9,
+    block_length: int | None = None,
+) -> Filled:
+    """Fill the holes of a template from left to right.
+
+    Args:
+        engine: from `load`.
+        template: text, and holes as their length in tokens, 1..64; None is a hole of 1 to 16 tokens, for `search` only.
+        prompt: what the text is an answer to; without it the text stands alone, as a raw prompt does.
+        method: `search` or `block`.
+        width: fillings that `search` keeps.
+        threshold: confidence at which `block` commits a mask.
+        block_length: tokens of hole and text behind it in a block; default the engine's.
+
+    Returns:
+        The text given, unchanged, with the fillings in it.
+
+    Raises:
+        RequestError: an argument is out of range or the text does not fit.
+    """
+    started, limit = time.perf_counter(), engine.info.build.max_seq_len
+    parts = _parts(engine, template, method)
+    window = engine.info.build.block_length if block_length is None else block_length
+    if not 1 <= width <= MAX_BLOCK:
+        raise RequestError(f"width is {width}, allowed: 1 to {MAX_BLOCK}")
+    if not 1 <= window <= MAX_BLOCK:
+        raise RequestError(f"block_length is {window}, allowed: 1 to {MAX_BLOCK}")
+    if not threshold >= 0:
+        raise RequestError(f"threshold is {threshold}, allowed: 0 or more (over 1 commits one token per pass)")
+    context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
+    need = len(context) + sum(len(p) if isinstance(p, list) else p or LONGEST_FREE for p in parts)
+    if need > limit:
+        raise RequestError(
+            f"prompt, text and holes have up to {need} tokens, the engine's max_seq_len is {limit}; shorten the text "
+            "or build with a larger --max-seq-len"
+        )
+    if not context and not (isinstance(parts[0], list) and parts[0]):
+        raise RequestError("nothing stands before the first hole in the template; give a prefix or a prompt")
+    found: list[list[int]] = []
+    with Row(engine.backend, context) as row:
+        for part, after in zip(parts, [*parts[1:], []], strict=True):
+            if isinstance(part, list):
+                row.tokens += part
+                continue
+            behind = after if isinstance(after, list) else []
+            row.commit(len(row.tokens))
+            if method == "block":
+                size = part or 0
+                filling = row.denoise([row.mask_id] * size + behind[: max(0, window - size)], threshold)[:size]
+            else:
+                filling = _search(row, part, behind, width, engine.info.model.eos_ids)
+            row.tokens += filling
+            found.append(filling)
+        nfe = row.nfe
+    texts = [engine.text.decode(filling) for filling in found]
+    turns = iter(texts)
+    text = "".join(part if isinstance(part, str) else next(turns) for part in template)
+    return Filled(text, texts, found, method, nfe, (time.perf_counter() - started) * 1e3)
+
+
+def parse_template(text: str) -> Template:
+    """Text with `{hole}` and `{hole:12}` as a template; every other brace is text. Raises RequestError."""
+    pieces = _HOLE.split(text)  # text, length or None, text, ..
+    lengths = [None if digits is None else int(digits) for digits in pieces[1::2]]
+    template: list[str | int | None] = [pieces[0]]
+    for length, piece in zip(lengths, pieces[2::2], strict=True):
+        template += [length, piece]
+    if not lengths:
+        raise RequestError("the template has no hole; write {hole} or {hole:12} where text is missing")
+    return template
+
+
+def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[int] | int | None]:
+    """The template with its texts encoded, empty ones left out."""
+    if method not in METHODS:
+        raise RequestError(f"method is {method!r}, allowed: {', '.join(METHODS)}")
+    parts: list[list[int] | int | None] = []
+    for part in template:
+        if isinstance(part, str):
+            check_text(part, "template")
+            ids = engine.text.encode_plain(part)
+            if ids and parts and isinstance(parts[-1], list):
+                parts[-1] += ids
+            elif ids:
+                parts.append(ids)
+        elif part is None or (isinstance(part, int) and not isinstance(part, bool) and 1 <= part <= MAX_BLOCK):
+            parts.append(part)
+        else:
+            raise RequestError(
+                f"--length of a hole is {part!r}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
+            )
+    for one, after in zip(parts, [*parts[1:], []], strict=True):
+        if one is None and (method == "block" or not isinstance(after, list) or not after):
+            raise RequestError(
+                "a hole without --length needs --method search and text behind it; give the hole's length in tokens"
+            )
+    if all(isinstance(one, list) for one in parts):
+        raise RequestError("the template has no hole; give one as its length in tokens, or None")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain:
+    """The beginning of a filling and its log-probability."""
+
+    tokens: list[int]
+    score: float
+
+
+def _search(row: Row, size: int | None, behind: list[int], width: int, eos_ids: Sequence[int]) -> list[int]:
+    """The likeliest filling of `size` tokens, or of 1 to LONGEST_FREE, among those that a beam of `width` meets."""
+    chains, best, best_total = [_Chain([], 0.0)], _Chain([], 0.0), -np.inf
+    for length in range(1, (size or LONGEST_FREE) + 1):
+        chains = _grow(row, chains, min(width, PREFILL_CHUNK // (length + 1)), [row.mask_id, *eos_ids])
+        if size not in (None, length):
+            continue
+        for chain in chains:
+            if chain.score <= best_total:  # what stands behind can only lower it
+                break
+            total = chain.score + _score(row, chain.tokens, behind)
+            if total > best_total:
+                best, best_total = chain, total
+    return best.tokens
+
+
+def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[_Chain]:
+    """The `width` likeliest chains of one more token, the likeliest first."""
+    start, head, size = row.length - 1, row.tokens[-1], len(chains[0].tokens) + 1
+    ids = np.array([[head, *chain.tokens] for chain in chains], np.int32)  # (K, S)
+    begin = start + size * np.arange(len(chains))[:, None]
+    step = np.arange(size)
+    visible = np.stack(np.broadcast_arrays(start, begin, begin + step + 1), axis=2).astype(np.int32)  # (K, S, 3)
+    asked = Pass(
+        "decode",
+        ids.ravel(),
+        np.tile(start + step, len(chains)).astype(np.int32),
+        start,
+        visible.reshape(-1, 3),
+        (size * np.arange(1, len(chains) + 1) - 1).astype(np.int32),
+        logits=True,
+    )
+    grown: list[_Chain] = []
+    for chain, scores in zip(chains, _log_softmax(row.ask(asked).logits), strict=True):
+        scores[never] = -np.inf
+        grown += [
+            _Chain([*chain.tokens, int(token)], chain.score + float(scores[token]))
+            for token in np.argsort(-scores, kind="stable")[:width]
+            if scores[token] > -np.inf
+        ]
+    return sorted(grown, key=lambda chain: -chain.score)[:width]
+
+
+def _score(row: Row, filling: list[int], behind: list[int]) -> float:
+    """Log-probability of the text behind a filling, of at most what one pass holds."""
+    behind = behind[: PREFILL_CHUNK - len(filling)]
+    if not behind:
+        return 0.0
+    asked = causal("verify", [row.tokens[-1], *filling, *behind[:-1]], row.length - 1, logits=True)
+    rows = np.arange(len(filling), len(filling) + len(behind), dtype=np.int32)
+    scores = _log_softmax(row.ask(asked._replace(rows=rows)).logits)
+    return float(scores[np.arange(len(behind)), behind].sum())
+
+
+def _log_softmax(logits: np.ndarray | None) -> np.ndarray:  # (R, V) f32 -> (R, V) f32
+    assert logits is not None
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

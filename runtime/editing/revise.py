@@ -1,0 +1,105 @@
+"""Revising: what the model would have said otherwise is masked and decoded again.
+
+In: an engine and a text, perhaps the prompt that it answers. Out: `Revised`. Block by block a causal pass gives every
+token's probability; the improbable ones become masks, which bidirectional passes fill in between the tokens that are
+kept, and the block is looked at again. The surprising fact: a token after a mistake looks improbable too, so one look
+masks too much, and the second look at a block is what lets right tokens stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+
+from ...contract import MAX_BLOCK
+from ...errors import RequestError
+from ..engines.engine import PassKind, causal
+from ..generate import LoadedEngine
+from ..requests.options import Options, check_text
+from ..requests.prepare import Prompt, encode
+from .row import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Revised:
+    """A revised text; `changed` counts its tokens that differ from the text given, which has as many."""
+
+    text: str
+    token_ids: list[int]
+    changed: int
+    nfe: dict[PassKind, int]
+    total_ms: float
+
+
+def revise(
+    engine: LoadedEngine,
+    text: str,
+    *,
+    prompt: Prompt | None = None,
+    keep: float = 0.05,
+    rounds: int = 4,
+    threshold: float = 0.9,
+    block_length: int | None = None,
+) -> Revised:
+    """Decode again what is improbable in a text; the number of tokens stays.
+
+    Args:
+        engine: from `load`.
+        text: what to revise.
+        prompt: what the text is an answer to; without it the text stands alone, as a raw prompt does.
+        keep: causal probability from which on a token is kept.
+        rounds: most looks at a block.
+        threshold: confidence at which a mask is committed.
+        block_length: tokens looked at together; default the engine's.
+
+    Raises:
+        RequestError: an argument is out of range or the text does not fit.
+    """
+    started, limit = time.perf_counter(), engine.info.build.max_seq_len
+    check_text(text, "text")
+    given = engine.text.encode_plain(text)
+    window = engine.info.build.block_length if block_length is None else block_length
+    for name, value, high in (("block_length", window, MAX_BLOCK), ("rounds", rounds, 64)):
+        if not 1 <= value <= high:
+            raise RequestError(f"{name} is {value}, allowed: 1 to {high}")
+    if not 0 <= keep <= 1:
+        raise RequestError(f"keep is {keep}, allowed: 0 to 1; a token of that probability or more is kept")
+    if not threshold >= 0:
+        raise RequestError(f"threshold is {threshold}, allowed: 0 or more (over 1 commits one token per pass)")
+    if not given:
+        raise RequestError("--text is empty; give some text to revise")
+    context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
+    kept = 0 if context else 1  # the first token of all has nothing before it that could tell
+    if len(context) + len(given) > limit:
+        raise RequestError(
+            f"prompt and text have {len(context) + len(given)} tokens, the engine's max_seq_len is {limit}; shorten "
+            "the text or build with a larger --max-seq-len"
+        )
+    with Row(engine.backend, context + given[:kept]) as row:
+        for start in range(kept, len(given), window):
+            row.tokens += _block(row, given[start : start + window], keep, rounds, threshold)
+        tokens, nfe = row.tokens[len(context) :], row.nfe
+    changed = sum(a != b for a, b in zip(tokens, given, strict=True))
+    revised = engine.text.decode(tokens) if changed else text
+    return Revised(revised, tokens, changed, nfe, (time.perf_counter() - started) * 1e3)
+
+
+def _block(row: Row, block: list[int], keep: float, rounds: int, threshold: float) -> list[int]:
+    """The block after its rounds; the row's own tokens are its context."""
+    row.commit(len(row.tokens))
+    for _ in range(rounds):
+        asked = causal("verify", [row.tokens[-1], *block[:-1]], row.length - 1, every_row=True, logits=True)
+        logits = row.ask(asked).logits  # (S, V) f32
+        assert logits is not None
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        own = weights[np.arange(len(block)), block] / weights.sum(axis=1)
+        if (own >= keep).all():
+            break
+        masked = [token if sure else row.mask_id for token, sure in zip(block, own >= keep, strict=True)]
+        after = row.denoise(masked, threshold)
+        if after == block:
+            break
+        block = after
+    return block

@@ -1,0 +1,41 @@
+"""Whether the drafter adapter acts: once per engine by a probe, and per request by a count.
+
+In: a loaded backend, or a pass. Out: an EngineError where the gate does nothing, or the number of tokens the adapter
+acts on. The surprising fact: an adapter that is never on changes no answer of self-speculation, only its speed, so
+nothing but a probe tells. One forward of two masks is enough that see themselves alone, one with the gate at 0 and one
+with it at 1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import EngineError
+from .engine import Engine, Pass, every_token
+
+
+def check_gate(engine: Engine, folder: Path) -> None:
+    """Run the probe on an engine that has an adapter. Raises EngineError if the gate changes nothing."""
+    visible = np.array([[0, 0, 1], [0, 1, 2]], np.int32)
+    gate = np.array([0, 1], np.float32)
+    ids, pos = np.full(2, engine.info.model.mask_id, np.int32), np.zeros(2, np.int32)
+    cache = engine.open(1)
+    (prediction,) = cache.forward([Pass("draft", ids, pos, 0, visible, every_token(2), adapter=gate)])
+    acts = bool(prediction.confidence[0] != prediction.confidence[1])
+    cache.close()
+    if not acts:
+        raise EngineError(
+            f"{folder}: the drafter adapter changes nothing, its gate is stuck or its weights are zero; build the "
+            "engine again with an adapter that was trained, or from a checkpoint without one"
+        )
+
+
+def adapted(asked: Pass) -> int:
+    """Tokens of a pass that the adapter acts on."""
+    return (
+        int(np.count_nonzero(asked.adapter))
+        if isinstance(asked.adapter, np.ndarray)
+        else asked.adapter * asked.ids.size
+    )

@@ -1,0 +1,139 @@
+"""What a decoding loop asks of an engine, whatever the backend.
+
+A loop yields a `Pass` for its row and gets a `Prediction` back. An `Engine` opens a `Cache` of some rows; one `forward`
+serves the passes of consecutive rows together, each with its own tokens, positions and visibility. The surprising fact:
+a forward never moves a row's length. Every pass writes its K/V where it says, and what lies past the length a loop
+keeps in mind is scratch, so a rejected draft costs nothing to undo.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from ...contract import EngineInfo
+
+PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
+PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
+
+# Slices of these two serve every position below 4096 without an allocation.
+_RAMP = np.arange(4096, dtype=np.int32)
+_CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
+_RAMP.flags.writeable = _CAUSAL.flags.writeable = False
+
+
+class Pass(NamedTuple):
+    """One row's part of a forward; see `contract.inputs` for the meaning of each field."""
+
+    kind: PassKind
+    ids: np.ndarray  # (S,) i32
+    pos: np.ndarray  # (S,) i32
+    write_at: int
+    visible: np.ndarray  # (S, 3) i32
+    rows: np.ndarray  # (R,) i32
+    threshold: float = 0.0
+    adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
+    logits: bool = False
+    temperature: float = 0.0  # over 0, of an engine that `samples`: each token is drawn by the noise at its position
+    seed: int = 0  # of that noise, under 2**64
+
+
+class Prediction(NamedTuple):
+    """One row's results. The arrays are views that the next forward overwrites; copy what must last."""
+
+    token: np.ndarray  # (R,) i32
+    confidence: np.ndarray  # (R,) f32
+    next_ids: np.ndarray  # (R,) i32
+    logits: np.ndarray | None  # (R, V) f32, if the pass asked for them
+
+
+class Cache(Protocol):
+    """K/V of some rows of one engine, with the buffers of its forwards."""
+
+    seconds: float  # spent inside the backend's forward since the cache was opened
+
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        """Run one forward; `passes[i]` reads and writes row `first + i`, no other row is touched."""
+        ...
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        """Copy the first `slots` slots of a row over those of another."""
+        ...
+
+    def close(self) -> None:
+        """Give the cache back to its engine; it must not be used afterwards."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded engine."""
+
+    info: EngineInfo
+    samples: bool  # whether it draws tokens where a pass has a temperature; if not, the host does from the logits
+
+    def open(self, rows: int) -> Cache:
+        """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
+        ...
+
+
+def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = False, logits: bool = False) -> Pass:
+    """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
+    size = len(ids)
+    pos = _ramp(start, size)
+    rows = every_token(size) if every_row else _last_token(size)
+    return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), rows, logits=logits)
+
+
+def bidirectional(
+    kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False, logits: bool = False
+) -> Pass:
+    """A pass in which every token of the block at `start` sees the cache before it and the whole block."""
+    size = len(ids)
+    visible = np.zeros((size, 3), np.int32)
+    visible[:, 0] = start + size
+    rows = every_token(size)
+    return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, rows, threshold, adapter, logits)
+
+
+def with_masks(asked: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
+    """A causal pass with a group of masks behind it that sees all of it; predicted are the last token and the masks."""
+    count = asked.ids.size
+    end = asked.write_at + count
+    visible = np.zeros((size, 3), np.int32)
+    visible[:, 0] = end + size
+    return asked._replace(
+        ids=np.append(asked.ids, np.full(size, mask_id, np.int32)),
+        pos=np.append(asked.pos, np.arange(end, end + size, dtype=np.int32)),
+        visible=np.concatenate([asked.visible, visible]),
+        rows=np.arange(count - 1, count + size, dtype=np.int32),
+        adapter=np.repeat(np.array([0, adapter], np.float32), [count, size]),
+    )
+
+
+# Cached, so that a backend can tell by identity that a row asks for the same tokens as before.
+@functools.lru_cache(maxsize=1024)
+def every_token(size: int) -> np.ndarray:
+    """The `rows` of a pass that wants every token's prediction."""
+    return _ramp(0, size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _last_token(size: int) -> np.ndarray:
+    return _ramp(size - 1, 1)
+
+
+def _ramp(start: int, size: int) -> np.ndarray:
+    """start, start + 1, ... as (size,) i32; the common short cases come from one shared array."""
+    if start + size <= _RAMP.size:
+        return _RAMP[start : start + size]
+    return np.arange(start, start + size, dtype=np.int32)
+
+
+def _causal_visible(start: int, size: int) -> np.ndarray:
+    """(pos + 1, 0, 0) for each position, (size, 3) i32."""
+    if start + size <= len(_CAUSAL):
+        return _CAUSAL[start : start + size]
+    return np.stack([_ramp(start + 1, size), np.zeros(size, np.int32), np.zeros(size, np.int32)], axis=1)

@@ -1,0 +1,119 @@
+"""Whether a TensorRT engine can run here, said before anything is allocated.
+
+In: an engine's description, the TensorRT module and the GPU. Out: nothing, or an `EngineError` whose one sentence says
+what the engine was built for, what is here, and the command that fixes it; `deserialize` gives the checked engine. The
+surprising fact: TensorRT itself answers a wrong version or a foreign GPU with None.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from pathlib import Path
+
+from ....contract import ENGINE_FILE, KERNELS_FOLDER, WEIGHTS_FILE, EngineInfo, TensorRTInfo, cache_names, inputs, outputs
+from ....errors import EngineError
+from ....plugins.tensorrt.launch import Kernels
+from ....plugins.tensorrt.register import register
+from ....plugins.tensorrt.api import Engine, TensorRT
+from .device import Device
+
+MODEL_INPUT = cache_names(1)[0]  # its third axis is the capacity
+_PACKAGES = {"tensorrt-rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
+
+
+def check_here(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -> None:
+    """Version, compute capability and kernels. Raises EngineError."""
+    about, backend = info.manifest.tensorrt, info.manifest.backend
+    assert about is not None
+    again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend"
+    if api.version != about.version and not _compatible(about, api.version):
+        raise EngineError(
+            f"{folder}: built with {about.module} {about.version}, here is {api.version}; install that version: "
+            f"pip install {_PACKAGES[backend]}=={about.version}, or {again} {backend}"
+        )
+    if device.sm not in about.sms:
+        target = f"tensorrt-rtx --sm {device.sm}" if device.sm in api.sms() else "tensorrt"
+        raise EngineError(
+            f"{folder}: built for SM {', '.join(map(str, about.sms))}, device {device.number} ({device.name}) is SM "
+            f"{device.sm}; {again} {target}"
+        )
+    flag = " --plugins" if about.implementation == "plugin" else ""
+    for name, entry in info.manifest.files.items():
+        if name.startswith(f"{KERNELS_FOLDER}/"):
+            with (folder / name).open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise EngineError(
+                    f"{folder / name}: not the kernel that the engine was built with (sha256 {found[:12]}, the "
+                    f"manifest says {entry['sha256'][:12]}); copy it whole or {again} {backend}{flag}"
+                )
+
+
+def _compatible(about: TensorRTInfo, here: str) -> bool:
+    """Whether a version-compatible engine runs on this later version of the same major number."""
+    built, now = ([int(part) for part in text.split(".")[:2]] for text in (about.version, here))
+    return "--version-compatible" in about.flags and built[0] == now[0] and built <= now
+
+
+def check_memory(folder: Path, device: Device, parts: dict[str, int]) -> None:
+    """Refuse what the device's free memory cannot hold. Raises EngineError."""
+    free, total = device.memory()
+    if sum(parts.values()) > free:
+        listed = ", ".join(f"{size_text(nbytes)} for {name}" for name, nbytes in parts.items() if nbytes)
+        raise EngineError(
+            f"{folder}: needs {size_text(sum(parts.values()))} of GPU memory ({listed}), device {device.number} has "
+            f"{size_text(free)} free of {size_text(total)}; end what else uses it, ask for fewer rows, or build again "
+            "with a smaller --max-seq-len, --max-batch-size or --no-logits"
+        )
+
+
+def deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -> Engine:
+    """Load the engine and check that it is the one described. Raises EngineError."""
+    about = info.manifest.tensorrt
+    assert about is not None
+    if about.implementation == "plugin" and info.manifest.backend == "tensorrt-rtx":
+        # Full TensorRT carries the kernels in the engine.
+        register(api, Kernels(folder, about.kernels, device.sm, device.driver))
+    again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend {info.manifest.backend}"
+    device.use()
+    runtime = api.runtime()
+    runtime.engine_host_code_allowed = "--version-compatible" in about.flags
+    with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise EngineError(
+            f"{folder / ENGINE_FILE}: {about.module} {api.version} cannot load it ({api.errors()[:300]}); {again}"
+        )
+    expected = {b.name for b in inputs(info.model, info.has_adapter)}
+    expected |= {b.name for b in outputs(info.model, info.build.gather_generation_logits)}
+    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    if expected != found or engine.num_optimization_profiles != len(about.profiles):
+        raise EngineError(
+            f"{folder / ENGINE_FILE}: its bindings or profiles are not those of the engine's description "
+            f"({', '.join(sorted(expected ^ found)[:3]) or 'profiles'}); {again}"
+        )
+    if "--strip-weights" in about.flags:
+        _refit(folder, api, engine)
+    return engine
+
+
+def _refit(folder: Path, api: TensorRT, engine: Engine) -> None:
+    """Put the weights into an engine that was built without them."""
+    refitter = api.module.Refitter(engine, api.logger)
+    parser = api.module.OnnxParserRefitter(refitter, api.logger)
+    if not parser.refit_from_file(str(folder / "model.onnx")) or not refitter.refit_cuda_engine():
+        raise EngineError(
+            f"{folder / WEIGHTS_FILE}: its weights cannot be put into the engine ({api.errors()[:300]}); build it "
+            "again without --strip-weights"
+        )
+
+
+def size_text(nbytes: int) -> str:
+    """`1.5 GiB`."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"

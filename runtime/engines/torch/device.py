@@ -1,0 +1,167 @@
+"""Where torch computes: the CPU, or one GPU with a stream, pinned buffers and captured graphs.
+
+In: a device's number, or "cpu". Out: `TorchDevice`. It knows nothing of models. The surprising fact: on the CPU the
+host's side of a buffer and the device's side are the same memory, so copying up and down is nothing at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from ....errors import EngineError, RequestError
+from ..layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Graph(Protocol):
+    """Captured work."""
+
+    def replay(self) -> None:
+        """Run it again, over the same tensors."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """The small bindings of one shape, on the host and on the device."""
+
+    host: Tensor  # (nbytes,) u8, pinned if there is a GPU
+    there: Tensor  # (nbytes,) u8
+    arrays: dict[str, np.ndarray]  # views of the host's side
+    tensors: dict[str, Tensor]  # views of the device's side
+
+
+def import_torch(folder: Path) -> Any:
+    """The module. Raises EngineError where it is missing or cannot be loaded."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error})"
+        raise EngineError(
+            f"{folder}: needs torch, which {found}; install it with: pip install 'nemodiff[torch]', or build with "
+            "--backend onnxruntime"
+        ) from None
+    if not hasattr(torch, "OutOfMemoryError"):  # the youngest name that is used
+        raise EngineError(f"{folder}: needs torch 2.5 or later, here is {torch.__version__}; update torch")
+    return torch
+
+
+class TorchDevice:
+    """The CPU or a GPU in this process.
+
+    Args:
+        folder: the engine folder, for messages.
+        device: a GPU's number as CUDA counts them, "cpu", or None: GPU 0 if there is one, else the CPU.
+        threads: of the CPU, for all of torch in this process; None leaves torch's choice.
+
+    Raises:
+        EngineError: torch is missing.
+        RequestError: there is no such GPU.
+    """
+
+    def __init__(self, folder: Path, device: int | Literal["cpu"] | None = None, threads: int | None = None) -> None:
+        self._torch = torch = import_torch(folder)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device is None:
+            device = 0 if count else "cpu"
+        if device != "cpu" and not 0 <= device < count:
+            gpus = f", cuda:0 to cuda:{count - 1}" if count else f" (torch {torch.__version__} finds no GPU)"
+            raise RequestError(f"device is cuda:{device}, allowed: cpu{gpus}; choose one that is here")
+        self.is_gpu = device != "cpu"
+        self.name = f"cuda:{device}" if self.is_gpu else "cpu"
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if self.is_gpu:
+            if importlib.util.find_spec("triton") is None:
+                raise EngineError(
+                    f"{folder}: needs Triton for its kernels on a GPU; install it with: pip install triton, or run "
+                    "with --device cpu"
+                )
+            self._stream = torch.cuda.Stream(self.name)
+            self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def use(self, folder: Path) -> Iterator[None]:
+        """Compute here, without gradients, in one stream. Raises EngineError where memory is short."""
+        torch = self._torch
+        try:
+            with torch.inference_mode():
+                if not self.is_gpu:
+                    yield
+                    return
+                with torch.cuda.device(self.name), torch.cuda.stream(self._stream):
+                    yield
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[1:2] or [str(error)]
+            raise EngineError(
+                f"{folder}: {self.name} has too little memory ({reason[0]}); end what else uses it, ask for fewer "
+                "rows or a shorter text, or build again with --dtype bf16"
+            ) from None
+
+    def free(self) -> int:
+        """Bytes that can still be had, of the card or of what torch holds; a CPU's are not counted."""
+        if not self.is_gpu:
+            return 2**62
+        cuda = self._torch.cuda
+        held = cuda.memory_reserved(self.name) - cuda.memory_allocated(self.name)
+        return int(cuda.mem_get_info(self.name)[0]) + int(held)
+
+    def buffer(self, layout: Layout) -> Buffer:
+        """Zeroed memory for some bindings."""
+        torch = self._torch
+        host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=self.is_gpu)
+        there = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.name) if self.is_gpu else host
+        types: dict[type, Any] = {np.int32: torch.int32, np.float32: torch.float32}
+        tensors = {
+            name: there[at : at + 4 * int(np.prod(shape))].view(types[dtype]).view(shape)
+            for name, (at, dtype, shape) in layout.places.items()
+        }
+        return Buffer(host, there, layout.views(host.numpy()), tensors)
+
+    def upload(self, buffer: Buffer) -> None:
+        """Copy the host's side to the device's, in the stream's order."""
+        if self.is_gpu:
+            buffer.there.copy_(buffer.host, non_blocking=True)
+
+    def download(self, buffer: Buffer) -> None:
+        """Copy the device's side to the host's, in the stream's order."""
+        if self.is_gpu:
+            buffer.host.copy_(buffer.there, non_blocking=True)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A tensor's values on the host; they are there after `wait`."""
+        if not self.is_gpu:
+            return tensor
+        host: Tensor = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        """Return when everything in the stream is done."""
+        if self.is_gpu:
+            self._stream.synchronize()
+
+    def capture(self, work: Callable[[], None]) -> Graph | str:
+        """Record what `work` puts into the stream, without running it; the graph, or why there is none.
+
+        All graphs share one pool of memory, since no two of them run at once.
+        """
+        if not self.is_gpu:
+            return "a CPU has no graphs"
+        torch = self._torch
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        made: Graph = graph
+        return made

@@ -1,0 +1,270 @@
+"""The network in plain PyTorch, with the inputs and outputs of `contract.py` and caches written in place.
+
+In: an engine folder's weights, and per pass the small bindings on the device and views of the caches' rows. Out: the
+small results, written where the caller says, and logits if asked for. Where asked for (on a GPU) everything between two
+matrix products is one of the project's Triton kernels, and so is the head; elsewhere the same steps are plain torch.
+The surprising fact: nothing here reads a value back to the host, so a pass over fixed tensors can be captured and
+replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ....contract import TENSORS_FILE, EngineInfo
+from ....plugins import SAMPLED
+from ....plugins.ops import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
+from ....plugins.op import Arg, run
+from .weights import Matrix, Quantized, WeightsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CacheViews = Sequence[tuple["Tensor", "Tensor"]]  # K and V (B, G, T, D) of each layer, of some rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """What rotates the heads of a pass, the same in every layer."""
+
+    cos: Tensor  # (B, S, D / 2) compute
+    sin: Tensor
+    scale: Tensor | None  # of queries, (B, S) compute
+
+
+class TorchModel:
+    """The weights on a device, and the forward over them.
+
+    Args:
+        folder: the engine folder.
+        info: its description.
+        device: torch's name of the device.
+        kernels: run attention and the commit rule as Triton kernels.
+
+    Raises:
+        EngineError: the weights file is not what the description says.
+    """
+
+    def __init__(self, folder: Path, info: EngineInfo, device: str, kernels: bool) -> None:
+        import torch
+
+        model = self.config = info.model
+        self.kernels = kernels
+        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels)
+        self.dtype = weights.dtype
+        self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
+        self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
+        self.norm = weights.take("norm", model.hidden_size)
+        self.head = weights.take("diffusion_head", model.vocab_size, model.hidden_size)
+        self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
+
+    def forward(
+        self, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], caches: CacheViews, end: int, logits: bool
+    ) -> Tensor | None:
+        """One pass.
+
+        Args:
+            given: the inputs of the contract but the caches, on the device; with those of `SampledCommit`, if a row
+                is sampled.
+            taken: token, confidence, next_ids and masks_left, to be written.
+            caches: the rows' caches, updated in place.
+            end: no query sees a slot from here on; T where that must not depend on what the inputs hold.
+            logits: give the logits too; every token is chosen in the same way with them and without.
+
+        Returns:
+            Logits (B, R, V) f32 if asked for.
+        """
+        import torch
+        from torch.nn import functional
+
+        pos, visible = given["pos"], given["visible"]
+        turns = Turns(*self._rotation(pos), self._query_scale(pos))
+        gate = given["adapter"][:, :, None].to(self.dtype) if "adapter" in given else None  # (B, S, 1) compute
+        mask = None if self.kernels else self._mask(visible, end)
+        total = functional.embedding(given["ids"], self.embed)  # (B, S, E) compute
+        x = self._normed(total, self.layers[0].input_norm)
+        norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
+        for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
+            q = self._rotated(self._projected(x, layer.qkv), turns, given["write_at"], k_cache, v_cache)
+            merged = (
+                self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
+                if mask is not None
+                else self._attend_by_kernel(q, k_cache, v_cache, visible)
+            )  # (B, S, H D)
+            out = self._projected(merged, layer.o)
+            if layer.lora is not None and gate is not None:  # a gate of 0 adds exactly 0
+                out = out + functional.linear(functional.linear(merged, layer.lora[0]) * gate, layer.lora[1])
+            x, total = self._added(out, total, layer.post_norm)
+            inner = self._activated(self._projected(x, layer.gate_up))
+            x, total = self._added(self._projected(inner, layer.down), total, norm)
+        picked = given["rows"].long()  # (B, R)
+        x = x[torch.arange(len(pos), device=pos.device)[:, None], picked]  # (B, R, E)
+        ids = given["ids"].gather(1, picked)  # (B, R) i32
+        choose = self._choose_by_kernel if self.kernels else self._choose
+        found = choose(x, ids, given, taken, logits)
+        return found if logits else None
+
+    def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of each position's angles, (B, S, D/2) compute; pos (B, S) i32."""
+        angle = pos[:, :, None].float() * self._inv_freq
+        factor = self.config.rope.attention_factor
+        return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
+
+    def _query_scale(self, pos: Tensor) -> Tensor | None:
+        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; where the model has none 1 for the kernel, or None."""
+        import torch
+
+        rope = self.config.rope
+        if not rope.llama_4_scaling_beta:
+            return torch.ones(pos.shape, dtype=self.dtype, device=pos.device) if self.kernels else None
+        periods = (pos.float() / rope.original_max_position).floor()
+        return (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over the last axis."""
+        from torch.nn import functional
+
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def _projected(self, x: Tensor, weight: Matrix) -> Tensor:
+        """x weight^T: (B, S, in) -> (B, S, out) compute."""
+        from torch.nn import functional
+
+        if not isinstance(weight, Quantized):
+            return functional.linear(x, weight)
+        if self.kernels:
+            op = fp8_linear.op(_tile(fp8_linear.ROWS, x.shape[0] * x.shape[1]))
+            (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
+            return y  # type: ignore[no-any-return]
+        return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
+
+    def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of a residual sum, and the sum; all (B, S, E) compute but weight (E,)."""
+        if self.kernels:
+            inputs = {"x": x, "residual": residual, "weight": weight}
+            y, total = run(residual_norm.OP, self.config, inputs, self._new(x))
+            return y, total
+        total = residual + x
+        return self._normed(total, weight), total
+
+    def _activated(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, (B, S, F) of (B, S, 2 F)."""
+        from torch.nn import functional
+
+        if self.kernels:
+            (y,) = run(swiglu.OP, self.config, {"gate_up": gate_up}, self._new(gate_up))
+            return y  # type: ignore[no-any-return]
+        gate, up = gate_up.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    def _rotated(self, qkv: Tensor, turns: Turns, write_at: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q (B, H, S, D) of qkv (B, S, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the caches."""
+        import torch
+
+        if self.kernels:
+            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "write_at": write_at}
+            (q,) = run(rope_write.OP, self.config, {**inputs, "k_cache": k_cache, "v_cache": v_cache}, self._new(qkv))
+            return q  # type: ignore[no-any-return]
+        model, (rows, size) = self.config, qkv.shape[:2]
+        turned = model.num_heads + model.num_kv_heads
+        heads = qkv.view(rows, size, -1, model.head_dim)  # (B, S, H + 2 G, D)
+        a, b = heads[:, :, :turned].chunk(2, -1)
+        cos, sin = turns.cos[:, :, None], turns.sin[:, :, None]
+        both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (B, S, H + G, D)
+        row = torch.arange(rows, device=qkv.device)[:, None]  # (B, 1) i64
+        slots = write_at[:, None] + torch.arange(size, device=qkv.device)  # (B, S) i64
+        k_cache.transpose(1, 2)[row, slots] = both[:, :, model.num_heads :]
+        v_cache.transpose(1, 2)[row, slots] = heads[:, :, turned:]
+        q = both[:, :, : model.num_heads].transpose(1, 2)
+        return q if turns.scale is None else q * turns.scale[:, None, :, None]
+
+    def _mask(self, visible: Tensor, end: int) -> Tensor:
+        """Additive mask of the first `end` slots, (B, 1, H / G * S, end) compute; visible (B, S, 3) i32."""
+        import torch
+
+        slots = torch.arange(end, device=visible.device)
+        prefix_end, begin, span_end = visible[:, None].unbind(-1)  # (B, 1, S) i32
+        seen = slots < prefix_end[..., None]
+        seen |= (slots >= begin[..., None]) & (slots < span_end[..., None])
+        mask = torch.where(seen, 0.0, -30000.0).to(self.dtype)
+        return mask.repeat(1, 1, self.config.num_heads // self.config.num_kv_heads, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention in plain torch: the query heads that share a key/value head are packed with the queries."""
+        from torch.nn import functional
+
+        rows, heads, size, width = q.shape
+        packed = q.reshape(rows, k.shape[1], -1, width)  # (B, G, H / G * S, D)
+        y = functional.scaled_dot_product_attention(packed, k, v, mask, scale=width**-0.5)
+        return y.view(rows, heads, size, width).transpose(1, 2).flatten(2)
+
+    def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """The same by BlockAttention's kernels; K and V are the whole cache."""
+        inputs = {"q": q, "k": k, "v": v, "visible": visible}
+        (y,) = run(block_attention.OP, self.config, inputs, self._new(q))
+        return y.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+
+    def _choose(
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+    ) -> Tensor:
+        """Head and ConfidenceCommit in plain torch; x (B, R, E) compute -> logits (B, R, V) f32."""
+        import torch
+        from torch.nn import functional
+
+        mask = self.config.mask_id
+        logits = functional.linear(x, self.head).float()
+        candidates = logits.clone() if keep else logits
+        candidates[:, :, mask] = -1e30
+        best, token = candidates.max(-1)  # the first of equals
+        confidence = (candidates - best[:, :, None]).exp().sum(-1).reciprocal()
+        is_open = ids == mask
+        rank = torch.where(is_open, confidence, -1.0)
+        chosen = (rank >= given["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
+        next_ids = torch.where(chosen & is_open, token, ids)
+        results = {"token": token, "confidence": confidence, "next_ids": next_ids}
+        for name, value in {**results, "masks_left": (next_ids == mask).sum(1)}.items():
+            taken[name].copy_(value)
+        return logits
+
+    def _choose_by_kernel(
+        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+    ) -> Tensor:
+        """The same by HeadCommit's kernels, which write where the results are wanted; logits (B, R, 0) unless kept.
+
+        Where a row is sampled, SampledCommit's take the logits and write anew.
+        """
+        import torch
+
+        sampled = "seed" in given
+        shape = (*ids.shape, self.config.vocab_size if keep or sampled else 0)
+        logits = torch.empty(shape, dtype=torch.float32, device=x.device)
+        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
+        new = self._new(x, taken)
+        run(head_commit.op(_tile(head_commit.ROWS, ids.numel())), self.config, inputs, new)
+        if sampled:
+            drawing = {"logits": logits, "ids": ids}
+            drawing |= {arg.name: given[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
+            run(SAMPLED, self.config, drawing, new)
+        return logits
+
+    def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
+        """Makes the tensors that a kernel writes: known ones by name, else new on the same device."""
+        import torch
+
+        types = {"f32": torch.float32, "i32": torch.int32, "compute": self.dtype}
+
+        def new(arg: Arg, shape: tuple[int, ...]) -> Tensor:
+            if known is not None and arg.name in known:
+                return known[arg.name]
+            return torch.empty(shape, dtype=types[arg.dtype], device=like.device)
+
+        return new
+
+
+def _tile(sizes: tuple[int, int], count: int) -> int:
+    """The tile of an op that has two, for `count` positions: the smaller if it holds them all."""
+    few, many = sizes
+    return few if count <= few else many

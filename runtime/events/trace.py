@@ -1,0 +1,158 @@
+"""Events written to a file, one per line, and read back as a summary.
+
+In: a path and events. Out: with the suffix `.json` a timeline in the Trace Event Format that Perfetto and
+chrome://tracing load, with a track per request; with any other suffix JSON lines, the whole events as they are. Lines
+are written whole as things happen, so a killed run leaves a usable file. The surprising fact: the timeline format lets
+an array end without its bracket, so it too can be written line by line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ...errors import RequestError
+from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
+
+if TYPE_CHECKING:
+    from ..generate import LoadedEngine
+
+SCHEMA = 1  # of the lines
+
+
+@contextlib.contextmanager
+def record(path: Path | None, engine: LoadedEngine) -> Iterator[Callable[[Event], Event]]:
+    """What to pass each event through; without a path it does nothing. The file is made at the first event."""
+    file: TextIO | None = None
+    timeline = path is not None and path.suffix == ".json"
+
+    def write(event: Event) -> Event:
+        nonlocal file
+        if path is None:
+            return event
+        if file is None:
+            file = path.open("w", encoding="utf-8", buffering=1)
+            if timeline:
+                file.write("[\n" + json.dumps(_named("process_name", 0, f"nemodiff {engine.folder.name}")))
+            else:
+                file.write(json.dumps(header(engine, event)) + "\n")
+        if timeline:
+            file.write("".join(",\n" + json.dumps(entry) for entry in _timeline(event)))
+            file.flush()
+        else:
+            file.write(json.dumps(as_dict(event)) + "\n")
+        return event
+
+    try:
+        yield write
+    finally:
+        if file is not None:
+            file.write("\n]\n" if timeline else "")
+            file.close()
+
+
+def header(engine: LoadedEngine, event: Event) -> dict[str, Any]:
+    """The first line, before `event`: `unix` is the time of day at `at`, of all other lines' clock."""
+    now = time.time() - (time.perf_counter() - event.at)
+    return {
+        "event": "trace",
+        "schema": SCHEMA,
+        "engine": engine.folder.name,
+        "mask_id": engine.info.model.mask_id,
+        "unix": round(now, 3),
+        "at": event.at,
+    }
+
+
+def _timeline(event: Event) -> list[dict[str, Any]]:
+    """An event as entries of the Trace Event Format: times in microseconds, a thread per request."""
+    track = event.request + 1
+    where = {"pid": 1, "tid": track, "ts": event.at * 1e6}
+    if isinstance(event, Started):
+        return [_named("thread_name", track, f"request {event.request}, {event.mode}")]
+    if isinstance(event, Pieces):
+        return []
+    if isinstance(event, Step):
+        args = {
+            "position": event.start,
+            "tokens": len(event.before),
+            "committed": [dataclasses.asdict(c) for c in event.committed],
+            "rows": event.rows,
+        }
+        if event.kept is not None:
+            args |= {"kept": event.kept, "refused": event.refused}
+        return [{"name": event.kind, "cat": "pass", "ph": "X", **where, "dur": event.seconds * 1e6, "args": args}]
+    if isinstance(event, BlockStarted):
+        args = {"position": event.start, "length": event.length}
+        return [{"name": "block", "cat": "block", "ph": "i", "s": "t", **where, "args": args}]
+    if isinstance(event, Text):
+        return [{"name": "text", "cat": "text", "ph": "i", "s": "t", **where, "args": {"text": event.text}}]
+    spent = event.generation.timings_ms["total"] * 1e3
+    return [
+        {
+            "name": "request",
+            "cat": "request",
+            "ph": "X",
+            **where,
+            "ts": event.at * 1e6 - spent,
+            "dur": spent,
+            "args": as_dict(event),
+        }
+    ]
+
+
+def _named(what: str, track: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": 1, "tid": track, "args": {"name": name}}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events of a file of JSON lines, its header left out. Raises RequestError."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        header = lines[0]
+        right = header["event"] == "trace" and all(isinstance(line["event"], str) for line in lines)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}; give a file written by: nemodiff run --trace FILE") from None
+    except (ValueError, LookupError, TypeError):
+        right = False
+    if not right:
+        raise RequestError(f"{path}: not JSON lines of events; write them with: nemodiff run --trace FILE.jsonl")
+    if header["schema"] != SCHEMA:
+        raise RequestError(f"{path}: schema is {header['schema']!r}, allowed: {SCHEMA}; write it again")
+    return lines[1:]
+
+
+def summary(events: Iterable[dict[str, Any]]) -> list[str]:
+    """Lines for a terminal: per request its passes, where its time went, and what became of proposals."""
+    spent: dict[int, dict[str, list[float]]] = {}
+    proposals: dict[int, list[int]] = {}
+    lines: list[str] = []
+    for event in events:
+        number = event["request"]
+        if event["event"] == "step":
+            spent.setdefault(number, {}).setdefault(event["kind"], []).append(event["seconds"] * 1e3)
+            if event["kept"] is not None:
+                kept, refused = proposals.setdefault(number, [0, 0])
+                proposals[number] = [kept + event["kept"], refused + len(event["refused"])]
+        elif event["event"] == "finished":
+            answer = event["generation"]
+            parts = [f"{len(ms)} {kind} {sum(ms):.1f} ms" for kind, ms in spent.pop(number, {}).items()]
+            kept, refused = proposals.pop(number, [0, 0])
+            drafts = f"; {kept} of {kept + refused} drafted tokens kept" if kept + refused else ""
+            reused = f" ({answer['reused_tokens']} reused)" if answer["reused_tokens"] else ""
+            lines.append(
+                f"request {number}, {answer['mode']}: {answer['prompt_tokens']} tokens in{reused}, "
+                f"{len(answer['token_ids'])} out ({answer['finish_reason']}); {', '.join(parts)}{drafts}; "
+                f"{_ms(event['ttft_ms'])} to the first token, {_ms(event['itl_ms'])} between tokens, "
+                f"{_ms(event['longest_gap_ms'])} at most"
+            )
+    return lines + [f"request {number}: not finished" for number in spent]
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"

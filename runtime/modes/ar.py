@@ -1,0 +1,40 @@
+"""Autoregressive decoding, and the prefill that every mode begins with.
+
+A loop is a generator: it yields a `Pass`, is sent its `Prediction`, and emits tokens into its `Sequence`.
+See docs/semantics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from ..engines.engine import Pass, Prediction, causal
+from ..requests.sequence import Sequence
+
+Loop = Generator[Pass, Prediction, None]
+
+
+def prompt_parts(sequence: Sequence) -> Iterator[tuple[list[int], int]]:
+    """What the cache does not hold of the prompt yet, in chunks, each with its position."""
+    prompt, chunk = sequence.prompt, sequence.settings.prefill_chunk
+    for start in range(sequence.length, len(prompt), chunk):
+        yield prompt[start : start + chunk], start
+
+
+def prefill(sequence: Sequence) -> Generator[Pass, Prediction, Prediction]:
+    """Write the prompt's K/V and return the last prediction, that of the token after the prompt."""
+    last = len(sequence.prompt)
+    for part, start in prompt_parts(sequence):
+        logits = not sequence.chooser.plain and start + len(part) == last
+        prediction = yield causal("prefill", part, start, logits=logits)
+        sequence.length += len(part)
+    return prediction
+
+
+def ar(sequence: Sequence) -> Loop:
+    """One token per pass."""
+    chooser = sequence.chooser
+    prediction = yield from prefill(sequence)
+    while not sequence.emit(token := chooser.next(prediction, 0)):
+        prediction = yield causal("decode", [token], sequence.length, logits=not chooser.plain)
+        sequence.length += 1

@@ -1,0 +1,169 @@
+"""Quadratic self-speculation: one pass verifies a draft and makes the next one for every way the verdict may fall.
+
+See docs/semantics.md. The pass holds the draft's tokens, the heads, as a causal chain, and after them a group of masks
+for each number of heads that may be accepted; the group of the number that was accepted is the next draft. The
+surprising fact: heads come first and groups after them, so what is kept lies contiguous in the cache and nothing is
+moved, and a group left out to save work costs a short next pass and never a wrong token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Generator
+from collections.abc import Sequence as Tokens
+
+import numpy as np
+
+from ...contract import PREFILL_CHUNK
+from ..engines.engine import Pass, Prediction, causal, every_token, with_masks
+from ..planning.cost import CostCurve
+from ..requests.sequence import Sequence
+from ..sampling.commit import probability
+from .ar import Loop, prompt_parts
+
+_UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Proposed tokens after the seed, up to the first EOS, and the probability the draft gave each."""
+
+    tokens: list[int]
+    confidence: list[float]
+
+
+def quadratic_spec(sequence: Sequence) -> Loop:
+    """Decode with one pass per cycle; the output is AR's, token for token."""
+    sequence.plan()
+    prediction, size = yield from prefill_and_draft(sequence)
+    if sequence.emit(sequence.chooser.next(prediction, 0)):
+        return
+    draft = proposals(sequence, prediction, 1, size)
+    while not sequence.finish:
+        sequence.plan()
+        draft = yield from verify_and_draft(sequence, draft)
+
+
+def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Prediction, Draft]:
+    """One pass over a draft, which may be empty; returns the next draft."""
+    layout = _plan(sequence, draft)
+    heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
+    prediction = yield layout.ask(sequence, heads)
+    sequence.proposed = []
+    accepted = sequence.verify(prediction, heads[1:])
+    return Draft([], []) if sequence.finish else layout.draft(sequence, prediction, accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A pass of `heads` tokens and, in order, the mask groups `{accepted: size}`."""
+
+    heads: int
+    groups: dict[int, int]
+
+    def ask(self, sequence: Sequence, heads: list[int]) -> Pass:
+        """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
+        start, count = sequence.length, self.tokens
+        ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
+        pos, visible = np.empty(count, np.int32), np.zeros((count, 3), np.int32)
+        pos[: self.heads] = np.arange(start, start + self.heads)
+        visible[: self.heads, 0] = pos[: self.heads] + 1
+        at = self.heads
+        for accepted, size in self.groups.items():
+            pos[at : at + size] = np.arange(start + accepted, start + accepted + size)
+            visible[at : at + size] = (start + accepted, start + at, start + at + size)
+            at += size
+        adapter = np.repeat(np.array([0, 1], np.float32), [self.heads, count - self.heads])
+        logits = not sequence.chooser.plain
+        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter, logits=logits)
+
+    def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
+        """What the group of `accepted` proposes; nothing if that group was left out."""
+        at = self.heads
+        for number, size in self.groups.items():
+            if number == accepted:
+                return proposals(sequence, prediction, at, size)
+            at += size
+        return Draft([], [])
+
+    @property
+    def tokens(self) -> int:
+        return self.heads + sum(self.groups.values())
+
+
+def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
+    """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft.
+
+    Returned are the last prediction and the number of masks.
+    """
+    size = _group_size(sequence, 0)
+    for part, start in prompt_parts(sequence):
+        last = start + len(part) == len(sequence.prompt)
+        asked = causal("prefill", part, start, logits=last and not sequence.chooser.plain)
+        prediction = yield with_masks(asked, size, sequence.model.mask_id, adapter=True) if last and size else asked
+        sequence.length += len(part)
+    return prediction, size
+
+
+def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
+    """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
+    chooser, rows = sequence.chooser, range(at + 1, at + size)
+    if prediction.logits is None or chooser.plain:
+        tokens = chooser.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
+    else:
+        tokens = chooser.propose(prediction, [sequence.model.mask_id] * len(rows), rows)
+    length = next((i for i, token in enumerate(tokens) if token in sequence.stops), len(tokens))
+    del tokens[length:]
+    confidence = prediction.confidence[at + 1 : at + 1 + length]
+    if prediction.logits is not None and not chooser.plain and sequence.cost is not None and tokens:
+        confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
+    draft = Draft(tokens, confidence.tolist())
+    sequence.proposed = list(zip(draft.tokens, draft.confidence, strict=True))
+    return draft
+
+
+def _group_size(sequence: Sequence, emitted: int) -> int:
+    """Masks of a group that `emitted` more tokens come before; 0 where no draft is needed any more."""
+    size = min(sequence.block_length, sequence.remaining - emitted)
+    return size if size > 1 else 0
+
+
+def _plan(sequence: Sequence, draft: Draft) -> _Layout:
+    """All heads and groups, or those that promise the most tokens per second."""
+    most = min(1 + len(draft.tokens), sequence.remaining)
+    sizes = {j: size for j in range(1, most + 1) if (size := _group_size(sequence, j))}
+    if sequence.cost is None:
+        return _Layout(most, sizes)
+    reached = [1.0, *itertools.accumulate(draft.confidence, lambda a, b: a * b)][:most]
+    return _best(reached, sizes, sequence.accepted, sequence.cost)
+
+
+def _best(reached: Tokens[float], sizes: dict[int, int], history: list[int], cost: CostCurve) -> _Layout:
+    """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
+
+    `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
+    is needed times what a draft is worth: the mean number of tokens that passes with a draft have given so far.
+    """
+    useful = history[-16:] or [round(sum(reached))]
+    worth = sum(useful) / len(useful) - 1
+    best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
+    earlier: list[tuple[float, int]] = []  # chance and number of the groups before the last head
+    for heads, chance_of_all in enumerate(reached, 1):
+        if chance_of_all < _UNLIKELY:
+            break
+        tokens_of_heads += chance_of_all
+        next_pass, size, tokens, taken = cost.seconds(heads), heads, tokens_of_heads, 0
+        rate = tokens / (cost.seconds(size) + next_pass)
+        ranked = sorted([*earlier, (chance_of_all, heads)], reverse=True) if heads in sizes else []
+        for chance, number in ranked:
+            size, tokens = size + sizes[number], tokens + chance * worth
+            if size > PREFILL_CHUNK or (longer := tokens / (cost.seconds(size) + next_pass)) <= rate:
+                break
+            rate, taken = longer, taken + 1
+        if rate > best_rate:
+            best = _Layout(heads, {number: sizes[number] for _, number in ranked[:taken]})
+            best_rate = rate
+        if heads < len(reached) and heads in sizes:
+            earlier.append((chance_of_all - reached[heads], heads))
+    return best

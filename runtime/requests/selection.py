@@ -1,0 +1,178 @@
+"""What one request says next: its law, what it has said so far, and what it must say.
+
+In: an engine's prediction for the next position. Out: the token, by the same rule in every mode, and its logprobs if
+they are wanted. A loop chooses, emits, and the emitted token becomes part of the history; drafts walk ahead on the same
+history and back again. The surprising fact: a verify pass needs no rule of its own. It chooses at each position as AR
+would after the tokens before it, and goes on while the draft had said the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import numpy as np
+
+from ..engines.engine import Pass, Prediction
+from ..sampling.grammar import Matcher
+from ..sampling.noise import Noise
+from ..sampling.sampler import banned, draw, penalise
+from .settings import Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position, the mask id left out.
+
+    logprob: of the emitted token. top: the likeliest ids with theirs, best first, the smaller id first of equals.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Chooser:
+    """Chooses the tokens of one request.
+
+    Args:
+        settings: of the request.
+        prompt: its ids.
+        mask_id: never chosen.
+        stops: ids that end the answer.
+        vocab: entries of the vocabulary.
+        samples: whether the engine draws tokens by itself.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        prompt: list[int],
+        mask_id: int,
+        stops: frozenset[int],
+        vocab: int,
+        samples: bool = False,
+    ) -> None:
+        self._law, self._start, self._mask_id, self._stops = settings.law, len(prompt), mask_id, stops
+        self._budget, self._end_think = settings.thinking_budget, settings.end_think
+        self._wanted_logprobs = settings.logprobs
+        self._noise = Noise(settings.law.seed, vocab)
+        self._prompt = np.unique(np.array(prompt if settings.law.repetition_penalty != 1 else [], np.int64))
+        self._biased = np.array([token for token, _ in settings.law.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in settings.law.logit_bias])
+        self._said: list[int] = []
+        self._counts: collections.Counter[int] = collections.Counter()
+        self._thought = 0  # how many `</think>` have been said
+        self._matcher: Matcher | None = settings.grammar.matcher() if settings.grammar is not None else None
+        self._after_thinking = settings.thinking and self._matcher is not None
+        self.logprobs: list[TokenLogprobs] = []
+        drawn = samples and settings.law.only_temperature
+        # Whether the engine's own token is the choice; if not, a pass must bring its logits.
+        self.plain = (settings.law.greedy or drawn) and self._matcher is None and settings.logprobs is None
+        self._drawn = drawn and self.plain
+
+    def ask(self, asked: Pass) -> Pass:
+        """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
+        return asked._replace(temperature=self._law.temperature, seed=self._law.seed) if self._drawn else asked
+
+    def next(self, prediction: Prediction, row: int) -> int:
+        """The token after all that has been said, from the causal prediction for it; written over the engine's."""
+        if self.plain:
+            if (forced := self.forced()) is None:
+                return int(prediction.token[row])
+            prediction.token[row] = forced
+            return forced
+        assert prediction.logits is not None
+        logits = prediction.logits[row]
+        token = prediction.token[row] = self._choose(logits)
+        if self._wanted_logprobs is not None:
+            self.logprobs.append(self._measure(logits, token, self._wanted_logprobs))
+        return token
+
+    def propose(self, prediction: Prediction, tokens: list[int], rows: range) -> list[int]:
+        """A block's tokens with a choice for every mask, left to right, each after the tokens before it.
+
+        tokens: what follows the history, masks included; rows: where the prediction for each of them is.
+        """
+        found = list[int]()
+        for token, row in zip(tokens, rows, strict=True):
+            if token == self._mask_id:
+                assert prediction.logits is not None
+                token = self._choose(prediction.logits[row])
+            found.append(token)
+            self.push(token)
+        self.pop(len(found))
+        return found
+
+    def forced(self) -> int | None:
+        """The id that must come next whatever the model says, if there is one."""
+        if self._budget is None or self._thought or len(self._said) < self._budget:
+            return None
+        return self._end_think
+
+    def with_end_of_thinking(self, tokens: list[int]) -> list[int]:
+        """Tokens that are to follow, with the end of thinking where the budget is used up."""
+        if self._budget is None or self._thought or self._end_think is None:
+            return tokens
+        at = max(0, self._budget - len(self._said))
+        if at < len(tokens) and self._end_think not in tokens[:at]:
+            tokens[at] = self._end_think
+        return tokens
+
+    def push(self, token: int) -> None:
+        """Take a token into the history."""
+        self._said.append(token)
+        if self._law.penalised:
+            self._counts[token] += 1
+        if (matcher := self._guide) is not None:
+            matcher.push(token)
+        self._thought += token == self._end_think
+
+    def pop(self, count: int) -> None:
+        """Take the last tokens out of the history again."""
+        for _ in range(count):
+            token = self._said.pop()
+            self._thought -= token == self._end_think
+            if self._law.penalised:
+                self._counts[token] -= 1
+                if not self._counts[token]:
+                    del self._counts[token]
+            if (matcher := self._guide) is not None:
+                matcher.pop()
+
+    @property
+    def _guide(self) -> Matcher | None:
+        """What restricts the next token and takes it in: nothing while a structured answer still thinks."""
+        return None if self._after_thinking and not self._thought else self._matcher
+
+    def _choose(self, logits: np.ndarray) -> int:
+        """The choice after the history; logits (V,) f32."""
+        forced = self.forced()
+        if forced is not None:
+            return forced
+        law, scores = self._law, logits.astype(np.float64)
+        if law.penalised:
+            penalise(scores, law, self._prompt, self._counts)
+        if law.logit_bias:
+            scores[self._biased] += self._biases
+        scores[self._mask_id] = -np.inf
+        guide = self._guide
+        thinking = guide is not self._matcher
+        if thinking or len(self._said) < law.min_tokens:
+            scores[list(self._stops)] = -np.inf
+        if law.bad_words:
+            scores[banned(law, self._said)] = -np.inf
+        if guide is not None:
+            guide.restrict(scores)
+        return draw(scores, law, self._noise, self._start + len(self._said))
+
+    def _measure(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
+        scores = logits.astype(np.float64)
+        scores[self._mask_id] = -np.inf
+        best = scores.max()
+        scores -= best + np.log(np.exp(scores - best).sum())
+        top = np.empty(0, np.int64)
+        if count:
+            lowest = np.partition(scores, -count)[-count]
+            top = np.flatnonzero(scores >= lowest)
+            top = top[np.argsort(-scores[top], kind="stable")][:count]
+        return TokenLogprobs(float(scores[token]), [(int(i), float(scores[i])) for i in top])

@@ -1,0 +1,115 @@
+"""One request as it is decoded: its settings, what it has emitted, and what it has cost.
+
+In: prompt ids and `Settings`. Out: `Sequence`, which a loop feeds with `emit`. Emission alone decides when a request
+stops (EOS, limit, stop string), so every mode stops by the same rule. The surprising fact: `length`, the number of
+valid cache slots, is the only decoding state a row has.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from ...config import ModelConfig
+from ..engines.engine import PASS_KINDS, PassKind, Prediction
+from ..planning.cost import CostCurve
+from ..planning.draft_planner import Pace, Way
+from ..text.codec import Transcript
+from .selection import Chooser
+from .settings import Settings
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Sequence:
+    """One request's state."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        prompt: list[int],
+        settings: Settings,
+        transcript: Transcript,
+        cost: CostCurve | None = None,
+        pace: Pace | None = None,
+        samples: bool = False,
+    ) -> None:
+        self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
+        self.cost = cost  # None: a loop that could save work by it does not
+        self.pace = pace  # None: block length and mode are as asked
+        self.block_length = settings.block_length  # of the next block; planned anew if there is a pace
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self.length = 0  # committed tokens: cache slots that hold valid K/V
+        self.reused = 0  # of the prompt, tokens whose K/V were copied from another row
+        self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
+        self.accepted: list[int] = []  # tokens emitted by each verify
+        self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
+        self.proposed: list[tuple[int, float]] = []  # the next draft and its confidence, where a pass makes one beside
+        self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
+        self.submitted = self.started = time.perf_counter()
+        self.first_token = self.ended = 0.0
+        self.confidences: list[float | None] = []  # of diffusion, if wanted; None where nobody chose
+        self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
+        self.chooser = Chooser(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
+        # Whether a pass must bring its logits.
+        self.needs_logits = not self.chooser.plain or settings.policy.by_entropy
+        self._watch_text = bool(settings.stop)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still wanted."""
+        return self.settings.max_new_tokens - len(self.tokens)
+
+    def emit(self, token: int) -> bool:
+        """Append one final token; returns whether the request has now finished."""
+        if not self.tokens:
+            self.first_token = time.perf_counter()
+        self.tokens.append(token)
+        self.chooser.push(token)
+        if token in self.stops or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.settings.max_new_tokens:
+            self.finish = "length"
+        return self.finish is not None
+
+    def emit_all(self, tokens: list[int]) -> None:
+        """Emit tokens until the request finishes."""
+        for token in tokens:
+            if self.emit(token):
+                return
+
+    def verify(self, prediction: Prediction, draft: list[int]) -> int:
+        """Emit AR's tokens as long as the draft has said the same, and one more; returns how many were emitted.
+
+        The committed length grows by as many. `prediction` begins with those for the draft's tokens, in order, and for
+        the one after them.
+        """
+        for row, drafted in enumerate([*draft, None]):
+            token = self.chooser.next(prediction, row)
+            if self.emit(token) or token != drafted:
+                break
+        accepted = row + 1
+        self.length += accepted
+        self.accepted.append(accepted)
+        self.verified.append(len(draft) + 1)
+        if self.pace is not None and draft:
+            # Where the answer ends, what a longer draft would have said is as lost as a wrong draft.
+            size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
+            self.pace.learn(size, accepted)
+        return accepted
+
+    def plan(self) -> Way | None:
+        """Choose the next block's length, if that was left open; returns the mode that goes with it."""
+        if self.pace is None:
+            return None
+        way, self.block_length = self.pace.plan()
+        return way
+
+    def close_after_eos(self, block: list[int]) -> list[int]:
+        """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
+        for i, token in enumerate(block):
+            if token in self.stops:
+                rest = [token if t == self.model.mask_id else t for t in block[i + 1 :]]
+                return [*block[: i + 1], *rest]
+        return block

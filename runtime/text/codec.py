@@ -1,0 +1,254 @@
+"""Between text and token ids: prompts in, answers out.
+
+In: an engine folder's tokenizer and chat template. Out: prompt ids, and `Transcript`, the text of one answer as it
+grows without ever splitting a character or taking text back. The surprising fact: a user's prompt may hold the
+literal text of a special token; it is encoded as plain text, because only specials written by the template are looked
+for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel, DecodeStream
+
+from ...contract import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from ...errors import EngineError, RequestError
+from ..requests.options import check_text
+
+Message = Mapping[str, str]
+_SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
+_ROLES = ("system", "user", "assistant", "tool")
+
+_SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
+_BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _SHOWN_BYTES)
+}
+
+
+class TextCodec:
+    """Tokenizer and chat template of one engine. Raises EngineError if a file is missing or broken."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / TOKENIZER_FILE
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise EngineError(f"{path}: not a tokenizer ({error}); build the engine again") from None
+        self.source = path.read_text(encoding="utf-8")  # tokenizer.json
+        self._tokenizer.encode_special_tokens = True  # text is text: specials are added by id
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
+        longest_first = sorted(map(re.escape, self._special), key=len, reverse=True)
+        self._any_special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.end_think = self._special.get("</think>")
+        self._hidden_ids = frozenset(i for token, i in self._special.items() if token not in _SHOWN)
+        config = folder / TOKENIZER_CONFIG_FILE
+        self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        self._template = self._load_template(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, as a raw prompt; starts with the BOS only if the tokenizer says so."""
+        bos = self._special.get(str(self._config.get("bos_token")))
+        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.encode_plain(text)
+
+    def encode_chat(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
+        """Ids of a conversation that ends with the start of the assistant's turn.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` in order.
+            thinking: whether the template opens a think block.
+
+        Raises:
+            RequestError: a message is malformed, the template refuses it, or there is no template.
+        """
+        if self._template is None:
+            raise RequestError("the engine has no chat template; use --raw (chat=False) for plain completion")
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, str):
+                check_text(content, "message")
+            if message.get("role") not in _ROLES or not isinstance(content, str):
+                raise RequestError(
+                    f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
+                )
+        breaker = self._breaker("".join(m["content"] for m in messages))
+        # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
+        safe = [{**m, "content": self._defuse(m["content"], breaker, m["role"] == "assistant")} for m in messages]
+        try:
+            text = self._template.render(
+                messages=safe,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
+                bos_token=self._config.get("bos_token", ""),
+                eos_token=self._config.get("eos_token", ""),
+            )
+        except Exception as error:  # a template is a program: it can divide by zero
+            raise RequestError(
+                f"the chat template refuses the conversation ({error}); change the messages, or use --raw (chat=False)"
+            ) from None
+        return self._with_specials(text, breaker)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens other than the think markers left out."""
+        return str(self._tokenizer.decode(self._visible(ids), skip_special_tokens=False))
+
+    def piece(self, token: int) -> str:
+        """One token as text, for displays."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def pieces(self, ids: Iterable[int]) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
+        """What each id stands for: text, or bytes (hexadecimal) that are no whole character, or a special token.
+
+        Texts and bytes of an answer's ids in a row, special tokens left out, are what `decode` makes of them.
+        """
+        text, parts, special = dict[int, str](), dict[int, str](), dict[int, str]()
+        for i in ids:
+            if i in self._hidden_ids:
+                special[i] = str(self._tokenizer.id_to_token(i))
+                continue
+            raw = self._bytes(i)
+            try:
+                text[i] = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                parts[i] = raw.hex()
+        return text, parts, special
+
+    def _bytes(self, token: int) -> bytes:
+        """A token's bytes; a byte-level vocabulary writes each byte as one character."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:  # the model has ids that its tokenizer lacks
+            return b""
+        if not isinstance(self._tokenizer.decoder, ByteLevel):
+            return self.piece(token).encode("utf-8")
+        if all(c in _BYTES for c in name):
+            return bytes(_BYTES[c] for c in name)
+        return str(name).encode("utf-8")  # an added token, as it is
+
+    def transcript(self, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> Transcript:
+        """A new answer's text, cut before a stop string and without stop ids."""
+        return Transcript(self, stop, stop_ids)
+
+    def _visible(self, ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if i not in self._hidden_ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of text and nothing else."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _breaker(self, content: str) -> str:
+        """A character that the content does not hold, to break up the literal text of special tokens in it."""
+        return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in content)
+
+    def _defuse(self, content: str, breaker: str, thinks: bool) -> str:
+        def broken(found: re.Match[str]) -> str:
+            return found[0] if thinks and found[0] in _SHOWN else found[0][0] + breaker + found[0][1:]
+
+        return self._any_special.sub(broken, content)
+
+    def _with_specials(self, text: str, breaker: str) -> list[int]:
+        """Ids of rendered text: specials by id, and between them plain text with the breaker taken out."""
+        ids: list[int] = []
+        for i, part in enumerate(self._any_special.split(text)):  # odd parts are the specials
+            ids += [self._special[part]] if i % 2 else self.encode_plain(part.replace(breaker, ""))
+        return ids
+
+    def _load_template(self, folder: Path) -> jinja2.Template | None:
+        path = folder / TEMPLATE_FILE
+        try:
+            source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise EngineError(f"{path}: not UTF-8 at byte {error.start}; build the engine again") from None
+        if not isinstance(source, str):
+            return None
+
+        def refuse(message: str) -> str:
+            raise jinja2.TemplateError(message)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise EngineError(f"{path}: not a chat template ({error}); build the engine again") from None
+
+
+class Transcript:
+    """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str], stop_ids: Sequence[int] = ()) -> None:
+        self.codec, self._stop, self._stop_ids = codec, tuple(stop), frozenset(stop_ids)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._seen = 0  # ids consumed
+        self._text = ""  # whole characters of them
+        self._waiting = False  # whether the last id has left a character incomplete
+        self._sent = 0  # characters handed out
+        self._cut: int | None = None  # where a stop string begins
+
+    def reaches_stop(self, ids: Sequence[int]) -> bool:
+        """Take in new ids (all so far are given) and say whether a stop string is complete."""
+        self._take(ids)
+        if self._cut is None and self._waiting:  # text may stand before the part of a character that is waited with
+            text = self.text(ids, cut=False).rstrip("\ufffd")
+            self._cut = self._first_stop(text, len(self._text))
+        return self._cut is not None
+
+    def push(self, ids: Sequence[int], final: bool) -> str:
+        """New text that is safe to show; all ids so far are given, and `final` releases what was held back."""
+        self._take(ids)
+        if final:
+            text = self.text(ids)
+            safe, new = len(text), text[self._sent :]
+        else:
+            safe = len(self._text) if self._cut is None else self._cut
+            safe -= self._held_back()
+            new = self._text[self._sent : safe]
+        self._sent = max(self._sent, safe)
+        return new
+
+    def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
+        """The answer's text once all its ids are known, cut before the stop string."""
+        text = self.codec.decode([i for i in ids if i not in self._stop_ids])
+        return text[: self._first_stop(text, 0)] if cut else text
+
+    def _take(self, ids: Sequence[int]) -> None:
+        for token in self.codec._visible(ids[self._seen :]):
+            if token in self._stop_ids:
+                continue
+            new = self._stream.step(self.codec._tokenizer, token)
+            self._waiting = new is None
+            if new is None:
+                continue
+            before, self._text = len(self._text), self._text + new
+            if self._cut is None:
+                self._cut = self._first_stop(self._text, before)
+        self._seen = len(ids)
+
+    def _first_stop(self, text: str, known: int) -> int | None:
+        """Where the first stop string begins, if one ends behind the `known` characters; the others hold none."""
+        start = max(0, known - max(map(len, self._stop), default=0))
+        return min((at for at in (text.find(s, start) for s in self._stop) if at >= 0), default=None)
+
+    def _held_back(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        if self._cut is not None:
+            return 0
+        return max(
+            (
+                n
+                for s in self._stop
+                for n in range(min(len(s) - 1, len(self._text)), 0, -1)
+                if self._text.endswith(s[:n])
+            ),
+            default=0,
+        )

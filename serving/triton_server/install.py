@@ -1,0 +1,45 @@
+"""A real Triton server for this machine, without a container and without a GPU.
+
+In: nothing. Out: a folder inside the Python environment with the `tritonserver` that the nvidia-pytriton wheel carries
+(2.51, its Python backend included) and the NumPy that this backend needs. The surprising fact: nothing of it enters the
+environment's packages. That backend reads arrays by NumPy 1's memory layout, so its process sees NumPy 1 before ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ...errors import ServerError
+
+FOLDER = Path(sys.prefix) / "share" / "nemodiff" / "triton"
+WHEEL, NUMPY = FOLDER / "wheel", FOLDER / "numpy"
+_PACKAGES = {WHEEL: "nvidia-pytriton==0.7.0", NUMPY: "numpy==1.26.4"}
+
+
+def installed() -> bool:
+    """Whether `install` has finished here."""
+    return all(folder.is_dir() for folder in _PACKAGES)
+
+
+def install() -> Path:
+    """Download what is missing, 290 MB on disk, and return the folder. Raises ServerError."""
+    if sys.platform != "linux" or sys.version_info >= (3, 13):
+        raise ServerError(
+            f"the bundled Triton server is for Linux and Python 3.11 or 3.12, this is Python "
+            f"{sys.version_info.major}.{sys.version_info.minor} on {sys.platform}; use Triton's container"
+        )
+    for folder, package in _PACKAGES.items():
+        if folder.is_dir():
+            continue
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part), package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ServerError(f"{package} cannot be installed ({reason}); install pip or use Triton's container")
+        part.rename(folder)
+    return FOLDER

@@ -1,0 +1,55 @@
+"""What the responses of the Triton model hold.
+
+In: a finished request. Out: values of the declared outputs. Every response has `text_output`; the others are in the
+last one. The surprising fact: an output without a value is left out of the response, which Triton passes on as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .parameters import Type
+
+if TYPE_CHECKING:
+    from ...runtime.events.events import Finished
+
+NUMPY: dict[Type, Any] = {"STRING": object, "UINT32": "uint32", "FP32": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output tensor; `value` reads it from a finished request, None where there is none. many: of any length."""
+
+    name: str
+    type: Type
+    value: Callable[[Finished], Any] | None = None
+    many: bool = False
+
+
+def _logprobs(finished: Finished) -> list[float] | None:
+    found = finished.generation.logprobs
+    return None if found is None else [each.logprob for each in found]
+
+
+def _sum_of_logprobs(finished: Finished) -> float | None:
+    found = _logprobs(finished)
+    return None if found is None else sum(found)
+
+
+OUTPUTS = (
+    Output("text_output", "STRING"),
+    Output("finish_reason", "STRING", lambda f: f.generation.finish_reason),
+    Output("num_input_tokens", "UINT32", lambda f: f.generation.prompt_tokens),
+    Output("num_output_tokens", "UINT32", lambda f: len(f.generation.token_ids)),
+    Output("num_reused_tokens", "UINT32", lambda f: f.generation.reused_tokens),
+    Output("nfe", "STRING", lambda f: json.dumps(f.generation.nfe)),
+    Output("tokens_per_pass", "FP32", lambda f: f.generation.decode_tpf),
+    Output("acceptance_length", "FP32", lambda f: f.generation.acceptance.mean),
+    Output("output_log_probs", "FP32", _logprobs, many=True),
+    Output("cum_log_probs", "FP32", _sum_of_logprobs),
+    Output("time_to_first_token_ms", "FP32", lambda f: f.ttft_ms),
+    Output("inter_token_latency_ms", "FP32", lambda f: f.itl_ms),
+)

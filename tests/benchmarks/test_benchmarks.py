@@ -1,0 +1,186 @@
+"""The benchmarks: made-up checkpoints have the released shapes, scripts start, results say where they come from.
+
+Nothing is timed here. A cut checkpoint is written and built for real; the full sizes are only counted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from nemodiff import generate, load
+from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.config import parse_config
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+RESULTS = sorted((FOLDER / "results").glob("*.json"))
+SCRIPTS = (
+    "accuracy",
+    "auto",
+    "build_memory",
+    "build_tensorrt",
+    "drafter",
+    "fp8",
+    "gpu",
+    "infill",
+    "kernels",
+    "make_checkpoint",
+    "mask_lowering",
+    "quadratic",
+    "serving",
+    "sampling",
+    "speed",
+    "throughput",
+    "triton_load",
+    "trtllm",
+)
+PUBLISHED = {"3b": (3_831_659_520, 237), "8b": (8_489_553_920, 309), "14b": (13_506_073_600, 363)}
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1024}
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKE: Any = script("make_checkpoint")
+
+
+@pytest.mark.parametrize("size", sorted(PUBLISHED))
+def test_full_sizes_have_the_published_counts(size: str) -> None:
+    values = MAKE.config(size)
+    shapes = MAKE.shapes(values)
+    published = PUBLISHED[size]
+    assert (sum(map(math.prod, shapes.values())), len(shapes)) == published
+    assert parse_config(values).parameters == published[0]
+    assert values["rope_parameters"]["rope_theta"] == (1e9 if size == "14b" else 1e6)
+
+
+def test_cut_checkpoint_builds_and_answers(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    changes = [f"--set={name}={value}" for name, value in TINY.items() if name != "num_hidden_layers"]
+    command = [sys.executable, str(FOLDER / "make_checkpoint.py"), str(folder), "--layers=2", "--adapter", *changes]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    builder = Builder(folder, tmp_path / "engine", max_seq_len=256)
+    plan = builder.plan()
+    assert plan.parameters == sum(map(math.prod, MAKE.shapes(MAKE.config("3b", TINY)).values()))
+    assert (plan.tensors, plan.adapter_rank) == (9 * 2 + 3 + 2 * 2, MAKE.RANK)
+    assert plan.unknown_fields == ()
+    answer = generate(load(builder.run(), threads=1), "Hello", max_new_tokens=4)
+    assert len(answer.token_ids) <= 4
+
+
+def test_weights_are_random_finite_and_alike_for_a_seed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        MAKE.write_checkpoint(tmp_path / name, "8b", TINY)
+    path = tmp_path / "one" / "model.safetensors"
+    assert path.read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    matrix = open_checkpoint(tmp_path / "one").tensors["diffusion_head.weight"].array().astype(np.float32)
+    assert matrix.shape == (1024, 64)
+    assert np.isfinite(matrix).all()
+    assert matrix.std() == pytest.approx(MAKE.STD, rel=0.02)
+    assert len(np.unique(matrix, axis=0)) == 1024
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_large_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MAKE, "SHARD", 200_000)
+    MAKE.write_checkpoint(tmp_path / "cut", "3b", TINY)
+    shards = sorted((tmp_path / "cut").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    tensors = open_checkpoint(tmp_path / "cut").tensors
+    assert set(tensors) == set(index["weight_map"]) == set(MAKE.shapes(MAKE.config("3b", TINY)))
+    assert sum(t.nbytes for t in tensors.values()) == index["metadata"]["total_size"]
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "make_checkpoint.py"), str(tmp_path)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "exists" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_explain_themselves(name: str) -> None:
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert shown.startswith("usage: ")
+
+
+@pytest.mark.trt
+def test_compiling_is_measured_against_the_bare_builder(tmp_path: Path) -> None:
+    flags = ["--rounds=1", "--layers=1", "--hidden=64", f"--workdir={tmp_path}"]
+    command = [sys.executable, str(FOLDER / "build_tensorrt.py"), *flags]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    _, alone, whole = shown.splitlines()
+    figures = re.compile(r": \d+\.\d s, (\d+\.\d+) GiB anonymous .*, engine (\d+\.\d+) GiB")
+    for line, name in ((alone, "parser and builder alone"), (whole, "nemodiff build")):
+        assert line.startswith(name)
+        found = figures.search(line)
+        assert found is not None
+        assert float(found[1]) > 0.05  # GiB, of the library alone: children are counted
+        assert float(found[2]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_kernels_fit_a_multiprocessor() -> None:
+    """Of the graph's ops and of the fused ones, on every card, within what a multiprocessor holds."""
+    found = json.loads((FOLDER / "results" / "kernels.json").read_text(encoding="utf-8"))["kernels"]
+    most = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # blocks, by the CUDA C++ Programming Guide
+    assert {kernel["sm"] for kernel in found} == set(most)
+    assert {"BlockAttentionSplit", "ConfidenceCommitScan", "ResidualNorm", "RopeWrite", "SwiGLU", "HeadScan16"} <= {
+        kernel["stage"] for kernel in found
+    }
+    for kernel in found:
+        assert 1 <= kernel["blocks_per_multiprocessor"] <= most[kernel["sm"]], kernel
+        assert 0 < kernel["occupancy"] <= 1
+        assert kernel["spill_bytes"] == 0
+
+
+def test_questions_repeat_and_cover_every_task() -> None:
+    code = "import json; from common import questions as q; print(json.dumps([q.SEED, list(q.TASKS), [vars(x) for x in q.draw(3)]]))"
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, timeout=60).stdout for _ in range(2)]
+    assert runs[0] == runs[1]
+    seed, tasks, asked = json.loads(runs[0])
+    assert seed not in (1, 7, 999)  # training's
+    assert [q["task"] for q in asked] == tasks * 3
+    assert all(q["text"] and q["answer"] for q in asked)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_results_say_where_they_come_from(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert {"date", "command", "versions"} <= set(result)
+    assert re.match(r"\d{4}-\d\d-\d\d", result["date"])
+    assert result["command"].startswith("python ")
+    assert "nemodiff" in result["versions"]
+    assert not re.search(r'[" ]/\w', text), "an absolute path of some machine"
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_verdicts_follow_from_the_numbers(path: Path) -> None:
+    for goal in json.loads(path.read_text(encoding="utf-8")).get("goals", []):
+        low, high = (goal["got"], goal["limit"]) if goal["sense"] == "at most" else (goal["limit"], goal["got"])
+        assert goal["passed"] == (low <= high), goal

@@ -1,0 +1,245 @@
+"""The GPU benchmark on the CPU: all of its code at tiny sizes, its plan, its budget, what it keeps and concludes.
+
+Times mean nothing here and none is looked at, but that they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stand_ins.torch_graphs import RecordingDevice
+
+from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.torch.device import TorchDevice
+from nemodiff.runtime.generate import generate
+
+pytestmark = pytest.mark.torch
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+QUICK = "forward,variants,decode,kernels,modes,tensorrt"
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def _program() -> Any:
+    """`benchmarks/gpu.py`, which shares its name with the package of its parts."""
+    spec = importlib.util.spec_from_file_location("gpu_program", FOLDER / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; its report, with what it printed."""
+
+    def main(*arguments: str) -> dict[str, Any]:
+        out = [] if "--plan" in arguments else ["--device", "cpu", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *out, *arguments])
+        _program().main()
+        report = tmp_path / "gpu.json"
+        found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        return {**found, "printed": capsys.readouterr().out}
+
+    return main
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton interprets nothing")
+def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
+    found = run("--only", QUICK)
+    cells = found["cells"]
+    assert [g["name"] for g in found["goals_not_measured"]] == []
+    assert len(found["goals"]) == 9
+    exact = {g["name"]: g["got"] for g in found["goals"] if "answers" in g["name"]}
+    assert list(exact.values()) == [0, 0]
+    skipped = {name: cell["skipped"] for name, cell in cells.items() if "skipped" in cell}
+    assert {name.split("/")[0] for name in skipped} == {"tensorrt"}
+    forward = [cell for name, cell in cells.items() if name.startswith("forward/")]
+    assert len(forward) == 2 * 2 * 2  # tokens, rows, contexts
+    for cell in forward:
+        assert 0 < cell["device_us"] <= cell["wall_us"]
+        assert cell["to_ceiling"] > 0
+    rows = [cell for name, cell in cells.items() if name.startswith("kernels/")]
+    kernels = {row["stages"][0] for row in rows if row["op"] != "linear"}
+    assert all(row["us"] > 0 and row["bytes"] > 0 for row in rows)
+    plugins = importlib.import_module("nemodiff.plugins")
+    assert kernels == {op.stages[0].name for op in (*plugins.OPS, plugins.confidence_commit.SAMPLED, *plugins.FUSED)}
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    for title in ("Forward", "Ways to run it", "Kernels", "Decoding at", "Cost curve", "Answers", "Not measured"):
+        assert f"\n## {title}" in text
+    assert (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
+
+    # What is known is kept; what was left out is tried again, and with no time nothing is measured.
+    again = run("--minutes", "0")
+    assert {n: c for n, c in again["cells"].items() if n in cells and n not in skipped} == {
+        n: c for n, c in cells.items() if n not in skipped
+    }
+    assert len(again["runs"]) == 2
+    assert {c["skipped"] for n, c in again["cells"].items() if n.startswith("peers/")} == {"no time was left"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events, graphs and launches at a tiny size, before minutes are spent on a large one."""
+    given = ["--shapes", "tiny", "--only", "variants,decode,kernels", "--minutes", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *given])
+    _program().main()
+    cells = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["cells"]
+    assert [cell for cell in cells.values() if "skipped" in cell] == []
+    assert [size for cell in cells.values() for size in cell.values() if "not_captured" in str(size)] == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # transformers' and dynamo's own
+def test_the_peers(run: Run) -> None:
+    found = run("--only", "peers")
+    rows = [cell for name, cell in found["cells"].items() if name.startswith("peers/")]
+    assert [(r["rows"], r["context"], r["compiled"]) for r in rows] == [
+        *((count, context, False) for count in (1, 2) for context in (64, 128)),
+        (1, 64, True),
+    ]
+    assert {r["peer"] for r in rows} == {"Ministral3ForCausalLM"}
+    assert {g["reason"].split(": ")[-1] for g in found["goals_not_measured"]} >= {"not reached yet"}
+
+
+@pytest.mark.parametrize("shape", ["3b", "8b", "14b", "8b,3b,14b"])
+def test_plan(run: Run, shape: str) -> None:
+    printed = run("--plan", "--shapes", shape)["printed"]
+    for one in shape.split(","):
+        for section in ("forward", "kernels", "decode", "variants", "peers"):
+            line = next(text for text in printed.splitlines() if text.split()[:2] == [section, one])
+            assert float(line.split()[-1]) > 0
+    if shape == "8b":  # what has to fit a call of nine minutes: all but the compiled peers and TensorRT
+        spent = sum(float(t.split()[-1]) for t in printed.splitlines() if t.split()[0] in QUICK.split(",")[:5])
+        assert spent < 9
+        assert float(next(t for t in printed.splitlines() if t.startswith("forward")).split()[4]) > 17  # GiB: weights
+
+
+def test_what_is_asked_for_must_be_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (("--only", "everything"), ("--shapes", "70b")):
+        monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *arguments])
+        with pytest.raises(SystemExit):
+            _program().main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py"])
+    with pytest.raises(
+        SystemExit, match=r"^nothing measured: device is cuda:0, allowed: cpu .*; choose one that is here$"
+    ):
+        _program().main()
+
+
+def test_a_checkout_is_enough(tmp_path: Path) -> None:
+    """With the installed package hidden and no path but the script's own."""
+    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    code = f"{hide}sys.path.insert(0, {str(FOLDER)!r})\nfrom common import checkout\nimport nemodiff; print(nemodiff.__file__)"
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60)
+    assert found.stdout.strip() == str(FOLDER.parent / "__init__.py")
+
+
+def test_cells_fail_by_themselves() -> None:
+    gpu, plan = _program(), importlib.import_module("gpu.plan")
+    card = argparse.Namespace(total=2**33, forget=lambda: None)
+
+    def cell(error: Exception | None = None, nbytes: int = 0, seconds: float = 0) -> Any:
+        def measure(lab: Any) -> dict[str, Any]:
+            if error is not None:
+                raise error
+            return {"us": 1.0}
+
+        return gpu.measured(plan.Cell("forward", "8b", "x", nbytes, seconds, measure), plan.Lab(card, {}), 10)
+
+    assert cell() == {"us": 1.0}
+    assert cell(nbytes=2**35) == {"skipped": "needs about 32 GiB, the card has 8"}
+    assert cell(seconds=11) == {"skipped": "no time was left"}
+    assert cell(ModuleNotFoundError("no", name="transformers")) == {"skipped": "the package transformers is missing"}
+    assert cell(torch.OutOfMemoryError("Tried.\nx")) == {"skipped": "out of memory: OutOfMemoryError: Tried."}
+    assert cell(ValueError("odd")) == {"skipped": "failed: ValueError: odd"}
+
+
+def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are played on the CPU: a captured step has no upload and no download that could mark it."""
+    card, models = importlib.import_module("gpu.card"), importlib.import_module("gpu.models")
+    monkeypatch.setattr(TorchDevice, "capture", RecordingDevice.capture)
+    there = card.Card("cpu")
+    there.graphs, there._refuses = [], 0
+    engine = models.load("tiny", "f32", there).backend
+    engine.graphs = engine.static = True
+    cache, spent = engine.open(1), [0.0]
+    for _ in range(4):
+        cache.forward([causal("decode", [5], 3)])
+        spent.append(there.spent)
+        assert there.step_seconds() == pytest.approx(spent[-1] - spent[-2])
+        assert 0 < there.step_seconds() <= cache.seconds
+    assert engine.captured == 1
+    assert there.graphs[0].replays == 3
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    plan, reports = importlib.import_module("gpu.plan"), importlib.import_module("gpu.report")
+    asked = plan.Asked(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
+    report = reports.Report(None, {"date": "", "command": ""}, {"name": "a card"}, {}, asked)
+
+    def put(section: str, key: str, **row: Any) -> None:
+        report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), row)
+
+    assert report.goals()[0] == []
+    assert len(report.goals()[1]) == 9
+    times = {(512, 1): 100, (512, 32): 110, (4096, 1): 100, (4096, 32): 116}
+    for (context, size), us in times.items():
+        put("forward", f"rows 1 context {context} tokens {size}", device_us=us, over_weight_bytes=1.05)
+    for number, context in enumerate(plan.GPU.kernel_contexts):
+        for size in plan.GPU.kernel_sizes:
+            known = {"op": "BlockAttention", "to_copy_ceiling": 0.9 - number * 0.05}
+            put("kernels", f"BlockAttention context {context} tokens {size}", **known)
+    put("decode", "ar", tokens_per_second=100.0, host_gap=0.01)
+    put("decode", "linear_spec", skipped="out of memory")
+    met, unmeasured = report.goals()
+    assert [(round(g["got"], 3), g["passed"]) for g in met] == [(1.05, True), (1.16, False), (0.85, True), (1.0, True)]
+    assert len(unmeasured) == 5
+    assert {u["reason"] for u in unmeasured} >= {"decode/8b/linear_spec: out of memory"}
+    report.cells.popitem()
+    report.cells.pop(f"kernels/8b/BlockAttention context {plan.GPU.kernel_contexts[0]} tokens 1")
+    assert next(u["reason"] for u in report.goals()[1]) == "kernels/8b: 7 of 8 figures of BlockAttention"
+
+
+def test_the_script_gives_the_published_tokens_per_pass() -> None:
+    """And the same drafts to every mode, so the tokens are the same."""
+    card, models, script = (importlib.import_module(f"gpu.{name}") for name in ("card", "models", "script"))
+    plan, modes = importlib.import_module("gpu.plan"), importlib.import_module("gpu.modes")
+    engine = models.load("tiny", "f32", card.Card("cpu"))
+    object.__setattr__(engine, "backend", script.Scripted(engine.backend))
+    prompt = modes.prompt_of(plan.GPU.prompt)
+    answers = {
+        name: generate(engine, prompt, max_new_tokens=plan.GPU.new_tokens, **way)
+        for name, way in modes.WAYS.items()
+        if "temperature" not in way
+    }
+    assert len({tuple(a.token_ids) for a in answers.values()}) == 1
+    assert answers["linear_spec"].decode_tpf == pytest.approx(script.PUBLISHED, rel=0.02)
+    position = np.arange(10**5)
+    guessed, sure = script.guess(position)
+    right = guessed == script.truth(position)
+    for chance in (script.EASY, script.HARD):
+        assert right[sure == np.float32(chance)].mean() == pytest.approx(chance, abs=0.01)

@@ -1,0 +1,529 @@
+"""TensorRT engines, built without a GPU: both lowerings for every target, the guards, the refusals, and inspect.
+
+The two ops as plugins come from `creators.py`, which could not run them; what is shown is that the parser takes a
+plugin where one is registered and that a build which does not get what it asked for is refused. The surprising fact:
+without the library's second name the parser does not fail, it ends the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from conftest import Refused, snapshot
+from onnx import TensorProto, helper
+from stand_ins.checkpoints import TINY_CHAT, random_tensors
+
+import nemodiff
+from nemodiff.builder import build
+from nemodiff.builder.build import Builder
+from nemodiff.builder.compilers import compile, tensorrt
+from nemodiff.builder.compilers.tensorrt import RTX_SMS, Choices, Job
+from nemodiff.builder.graph.stages import split
+from nemodiff.builder.inspect import describe
+from nemodiff.cli import main
+from nemodiff.contract import BuildConfig, Kernel, Profile, cache_slots, inputs, outputs, read_engine
+from nemodiff.errors import BuildError, EngineError
+from nemodiff.plugins import OPS, SAMPLED
+from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load
+
+pytestmark = [
+    pytest.mark.trt,
+    pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra"),
+]
+PLUGINS = Choices(plugins=True, sm=(89,))
+NO_DRIVER = pytest.mark.skipif(device_sm() is not None, reason="needs a machine without a GPU")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat for the default targets; read it, never change it."""
+    return Builder(TINY_CHAT, tmp_path_factory.mktemp("rtx") / "tiny-chat", backend="tensorrt-rtx").run()
+
+
+@pytest.fixture
+def copy(engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engine, tmp_path / "copy"))
+
+
+def small(checkpoint: Path, **changes: Any) -> Builder:
+    """A build of the small checkpoint for one target."""
+    choices = {"backend": "tensorrt-rtx", "choices": Choices(sm=(89,)), "max_seq_len": 128} | changes
+    return Builder(checkpoint, checkpoint.parent / "engine", **choices)
+
+
+def edit(folder: Path, name: str, **values: Any) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | values))
+
+
+@pytest.mark.parametrize("plugins", [False, True], ids=["native", "plugin"])
+@pytest.mark.parametrize("sm", RTX_SMS)
+def test_tiny_chat_is_built_for_every_target(tmp_path: Path, sm: int, plugins: bool) -> None:
+    choices = Choices(sm=(sm,), plugins=plugins)
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="tensorrt-rtx", choices=choices).run()
+    about = read_engine(folder).manifest.tensorrt
+    assert about is not None
+    assert about.sms == (sm,)
+    ops = {"BlockAttention": 6, "ConfidenceCommit": 1}
+    common = {"KV_CACHE_UPDATE": 12, "ROTARY_EMBEDDING": 12}
+    if plugins:
+        assert about.layers == {"plugin": ops, "native": common}
+    else:
+        assert about.layers == {"plugin": {}, "native": {**ops, **common, "ATTENTION_INPUT": 6}}
+    data = (folder / "rank0.engine").read_bytes()
+    assert len(data) == about.engine_bytes
+    assert (b"ConfidenceCommit" in data) == plugins
+
+
+def test_folder_holds_what_runs_and_nothing_else(engine: Path) -> None:
+    info = read_engine(engine)
+    carried = {p.name for p in TINY_CHAT.glob("*.json*")} - {"config.json"} | {"chat_template.jinja"}
+    names = carried | {"config.json", "manifest.json", "model.onnx", "rank0.engine"}
+    assert {p.name for p in engine.iterdir()} == names | {"kernels"}
+    assert info.manifest.tensorrt is not None
+    drawing = info.manifest.tensorrt.kernels  # what samples after the engine
+    assert {(k.stage, k.sm) for k in drawing} == {(s.name, sm) for s in SAMPLED.stages for sm in (80, 86, 89, 120)}
+    files = {kernel.file(suffix) for kernel in drawing for suffix in ("ptx", "cubin")}
+    assert set(info.manifest.files) == names - {"config.json", "manifest.json"} | files
+    assert (info.build.dtype, info.build.max_input_len) == ("bf16", 512)
+    about = info.manifest.tensorrt
+    assert about is not None
+    assert about.sms == (80, 86, 89, 120)
+    assert about.profiles == (Profile("block", 8, 64, 64), Profile("prefill", 8, 512, 512))
+    assert (about.module, about.version) == ("tensorrt_rtx", info.manifest.versions["tensorrt_rtx"])
+    graph = onnx.load(engine / "model.onnx", load_external_data=False).graph
+    assert [v.name for v in graph.input] == [b.name for b in inputs(info.model, adapter=False)]
+    assert [v.name for v in graph.output] == [b.name for b in outputs(info.model)]
+    cache = graph.input[-1].type.tensor_type
+    assert cache.elem_type == TensorProto.BFLOAT16
+    assert [d.dim_value for d in cache.shape.dim[1:]] == [2, cache_slots(info.build), 64]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("plugins", [False, True], ids=["native", "plugin"])
+def test_adapter_short_engine_and_no_logits(checkpoint: Path, dtype: Any, plugins: bool) -> None:
+    choices = Choices(sm=(86, 120), plugins=plugins)
+    folder = small(checkpoint, dtype=dtype, choices=choices, max_seq_len=40, max_batch_size=3, logits=False).run()
+    info = read_engine(folder)
+    assert info.has_adapter
+    assert not info.build.gather_generation_logits
+    about = info.manifest.tensorrt
+    assert about is not None
+    assert about.profiles == (Profile("block", 3, 40, 40),)
+    graph = describe(folder)["graph"]
+    assert "adapter" in graph["inputs"]
+    assert "logits" not in graph["outputs"]
+
+
+def test_profiles_keep_a_pass_within_limits(checkpoint: Path) -> None:
+    builder = small(checkpoint, max_seq_len=2048, max_input_len=1024, max_batch_size=400)
+    block, prefill = builder.profiles
+    assert (block.max_batch_size, block.max_tokens) == (400, 64)
+    vocabulary = builder.checkpoint.model.vocab_size
+    logits = 4 * prefill.max_batch_size * prefill.max_rows * vocabulary
+    assert logits <= 2**30 < logits + 4 * prefill.max_rows * vocabulary
+    assert compile.shape("rows", (-1, -1), (2, 64, 5)) == (2, 5)
+    assert compile.shape("visible", (-1, -1, 3), (2, 64, 5)) == (2, 64, 3)
+    assert compile.shape("k_cache_0", (-1, 2, 2048, 16), (2, 64, 5)) == (2, 2, 2048, 16)
+
+
+def test_bf16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
+    from stand_ins.checkpoints import write_checkpoint
+
+    folder = write_checkpoint(tmp_path / "checkpoint", dtype="bf16", hidden_size=70)
+    builder = small(folder)
+    path = tmp_path / "weights"
+    written: list[int] = []
+    assert build.write_weights(builder.graph, builder.tensors, path, written.append, hashed=False) == ""
+    data = path.read_bytes()
+    tensors = random_tensors(json.loads((folder / "config.json").read_text()), seed=0)
+    for weight in builder.graph.weights:
+        expected = tensors[weight.source].astype(ml_dtypes.bfloat16)
+        expected = expected.T if weight.transposed else expected
+        got = np.frombuffer(data, ml_dtypes.bfloat16, expected.size, weight.offset).reshape(expected.shape)
+        np.testing.assert_array_equal(got.view(np.uint16), np.ascontiguousarray(expected).view(np.uint16))
+    assert sum(written) == sum(w.nbytes for w in builder.graph.weights)
+
+
+# The guards, each made to fail.
+
+
+def test_an_input_that_the_parser_drops_is_refused(tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7 parses Attention's nonpad_kv_seqlen and forgets it."""
+    shape = ["B", 2, 8, 16]
+    named = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in ("q", "k", "v", "y")]
+    lengths = helper.make_tensor_value_info("lengths", TensorProto.INT64, ["B"])
+    node = helper.make_node("Attention", ["q", "k", "v", "", "", "", "lengths"], ["y"], name="attention")
+    graph = helper.make_graph([node], "dropped", [*named[:3], lengths], named[3:])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11), path)
+    api = load("tensorrt-rtx", BuildError)
+    network = api.network(api.builder())
+    assert api.parser(network).parse(path.read_bytes(), str(path)), api.errors()
+    with pytest.raises(BuildError, match="input 'lengths' of the graph reaches no layer"):
+        compile.check_inputs(network)
+
+
+def test_a_cache_that_is_not_updated_in_place_is_refused(checkpoint: Path) -> None:
+    builder = small(checkpoint)
+    node = next(n for n in builder.graph.proto.graph.node if n.output[0] == "v_cache_1_out")
+    node.op_type = "Identity"
+    del node.input[1:]
+    del node.attribute[:]
+    with pytest.raises(BuildError, match="3 KV_CACHE_UPDATE layers, allowed: 4"):
+        builder.run()
+    assert not builder.output.exists()
+
+
+def test_an_attention_that_is_none_is_refused(checkpoint: Path) -> None:
+    builder = small(checkpoint)
+    body = next(f for f in builder.graph.proto.functions if f.name == "BlockAttention").node
+    attention = next(n for n in body if n.op_type == "Attention")
+    attention.op_type = "Identity"
+    del attention.input[1:]
+    del attention.attribute[:]
+    with pytest.raises(BuildError, match="0 ATTENTION_INPUT layers, allowed: 2"):
+        builder.run()
+
+
+@pytest.mark.parametrize(("creators", "missing"), [("nothing", "BlockAttention"), ("only_attention", "Confidence")])
+def test_plugins_that_were_not_taken_are_refused(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, creators: str, missing: str
+) -> None:
+    monkeypatch.setattr(tensorrt, "CREATORS", f"stand_ins.creators:{creators}")
+    with pytest.raises(BuildError, match=rf"{missing}.* became native layers, asked for: plugin"):
+        small(checkpoint, choices=PLUGINS).run()
+
+
+def test_a_plugin_that_nobody_asked_for_is_refused(checkpoint: Path) -> None:
+    builder = small(checkpoint)
+    path = checkpoint.parent / "model.onnx"
+    onnx.save(builder.graph.proto, path)
+    (checkpoint.parent / "model.onnx.data").write_bytes(bytes(builder.graph.weight_bytes))
+    values: dict[str, Any] = dict.fromkeys(f.name for f in Job.__dataclass_fields__.values())
+    values |= {"backend": "tensorrt-rtx", "model": str(path), "layers": 2, "plugins": False}
+    code = f"""
+import onnx
+from nemodiff.plugins.tensorrt.register import register
+from nemodiff.builder.compilers.compile import check_layers
+from nemodiff.builder.compilers.tensorrt import Job
+from nemodiff.plugins.tensorrt.api import load
+from nemodiff.errors import BuildError
+api = load("tensorrt-rtx", BuildError)
+register(api)
+network = api.network(builder := api.builder())
+proto = onnx.load({str(path)!r}, load_external_data=False)
+assert api.parser(network).parse(proto.SerializeToString(), {str(path)!r})
+try:
+    check_layers(network, proto, Job(**{values!r}))
+except BuildError as error:
+    print(error)
+"""
+    fix = library_folder(checkpoint.parent)
+    environment = os.environ | fix | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "became a plugin, asked for: native layers" in said
+
+
+def test_without_the_second_library_name_the_process_dies(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tensorrt, "library_folder", lambda folder: {})
+    before = snapshot(tmp_path)
+    with pytest.raises(BuildError, match="ended with signal SIGABRT"):
+        small(checkpoint, choices=PLUGINS).run()
+    assert snapshot(tmp_path) == before
+
+
+# What ends a build leaves nothing.
+
+
+@pytest.mark.parametrize(("creators", "said"), [("killed", "SIGKILL"), ("abort", "SIGABRT, having said 'terminate")])
+def test_a_child_that_dies_leaves_nothing(
+    checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, creators: str, said: str
+) -> None:
+    monkeypatch.setattr(tensorrt, "CREATORS", f"stand_ins.creators:{creators}")
+    output = str(checkpoint.parent / "engine")
+    refused(["build", str(checkpoint), "-o", output, "--backend", "tensorrt-rtx", "--plugins"], f"signal {said}")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_build_takes_its_child_along(checkpoint: Path, sign: signal.Signals) -> None:
+    code = """
+import sys
+from nemodiff.builder.compilers import tensorrt
+from nemodiff.builder.build import Builder
+tensorrt.CREATORS = "stand_ins.creators:wait"
+Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choices(plugins=True, sm=(89,))).run()
+"""
+    pid_file = checkpoint.parent / "pid"
+    before = {p.name for p in checkpoint.parent.iterdir()}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "NEMODIFF_TEST_PID": str(pid_file),
+    }
+    command = [sys.executable, "-c", code, str(checkpoint), str(checkpoint.parent / "engine")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    wait_for(lambda: pid_file.exists() and pid_file.read_text() != "")
+    child = int(pid_file.read_text())
+    process.send_signal(sign)
+    process.wait(timeout=20)
+    wait_for(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
+    wait_for(lambda: {p.name for p in checkpoint.parent.iterdir()} == before | {"pid"})
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Refusals.
+
+RTX = ["--backend", "tensorrt-rtx"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        pytest.param([*RTX, "--dtype", "f32"], ["--dtype is 'f32', allowed on tensorrt-rtx: bf16, f16"], id="f32"),
+        pytest.param(["--dtype", "bf16"], ["--dtype is 'bf16', allowed on onnxruntime: f32, f16"], id="bf16"),
+        pytest.param(
+            [*RTX, "--sm", "90"], ["--sm is 90, allowed on tensorrt-rtx: 80, 86", "--backend tensorrt"], id="sm"
+        ),
+        pytest.param(["--sm", "80"], ["--sm: not a choice of --backend onnxruntime"], id="sm on onnxruntime"),
+        pytest.param(["--plugins"], ["--plugins: not a choice of --backend onnxruntime"], id="plugins on onnxruntime"),
+        pytest.param(["--no-logits"], ["--no-logits: not a choice of --backend onnxruntime"], id="no logits"),
+        pytest.param(["--max-input-len", "8"], ["--max-input-len: not a choice"], id="input length on onnxruntime"),
+        pytest.param(
+            ["--backend", "tensorrt", "--sm", "80"], ["--sm: TensorRT builds for the GPU it runs on"], id="gpu"
+        ),
+        pytest.param([*RTX, "--timing-cache", "x"], ["--timing-cache: TensorRT-RTX times nothing"], id="timing cache"),
+        pytest.param([*RTX, "--version-compatible"], ["--version-compatible: needs a lean runtime"], id="version"),
+        pytest.param([*RTX, "--strip-weights"], ["--strip-weights: ", "NVIDIA driver"], id="strip", marks=NO_DRIVER),
+        pytest.param([*RTX, "--refit"], ["--refit: ", "NVIDIA driver"], id="refit", marks=NO_DRIVER),
+        pytest.param([*RTX, "--refit", "--strip-weights"], ["allowed: one of them"], id="both"),
+        pytest.param([*RTX, "--opt-level", "6"], ["--opt-level is 6, allowed: 0 to 5"], id="level"),
+        pytest.param([*RTX, "--workspace", "0"], ["--workspace is 0, allowed: 1 MiB"], id="workspace"),
+        pytest.param([*RTX, "--max-input-len", "99999999"], ["--max-input-len is 99999999, allowed: 1 to"], id="chunk"),
+        pytest.param([*RTX, "--max-input-len", "0"], ["--max-input-len is 0, allowed"], id="no chunk"),
+        pytest.param([*RTX, "--max-batch-size", "3000"], ["the K/V cache of that many rows", "use --max-b"], id="rows"),
+        pytest.param(
+            [*RTX, "--max-seq-len", "262144", "--max-input-len", "262144", "--max-batch-size", "1"],
+            ["--max-input-len is 262144", "use --max-input-len 4095 or less"],
+            id="tokens of a pass",
+        ),
+        pytest.param(
+            [*RTX, "--workspace", "1"], ["building failed", "OutOfMemory", "larger --workspace"], id="scratch"
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, refused: Refused, flags: list[str], fragments: list[str]) -> None:
+    refused(["build", str(TINY_CHAT), "-o", str(tmp_path / "engine"), *flags], *fragments)
+
+
+def test_sm_must_be_numbers(tmp_path: Path, refused: Refused) -> None:
+    refused(["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *RTX, "--sm", "ada"], "--sm is 'ada'", code=2)
+
+
+@pytest.mark.parametrize(
+    ("backend", "module"), [("tensorrt-rtx", "no_such_tensorrt_rtx"), ("tensorrt", "no_such_tensorrt")]
+)
+def test_missing_package(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, backend: str, module: str
+) -> None:
+    monkeypatch.setitem(tensorrt.load.__globals__["MODULES"], backend, module)
+    arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "engine"), "--backend", backend]
+    refused(arguments, f"--backend {backend}: the package {module} cannot be imported", "pip install ")
+
+
+def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *RTX]
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorrt, "memory_free", lambda: 2**20)
+        refused(arguments, "compiling needs about", "of memory, 1.0 MiB are free")
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "disk_free", lambda path: 2**20)
+        refused(arguments, "of disk, 1.0 MiB are free")
+
+
+@NO_DRIVER
+def test_stripping_without_a_driver_fails_in_the_library_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "device_sm", lambda: 89)
+    with pytest.raises(BuildError, match=r"building failed \(.*CUDA_SUCCESS"):
+        small(checkpoint, choices=Choices(sm=(89,), strip_weights=True)).run()
+
+
+@NO_DRIVER
+def test_full_tensorrt_needs_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(checkpoint.parent, monkeypatch)
+    with pytest.raises(BuildError, match="needs a GPU and its driver to build"):
+        small(checkpoint, backend="tensorrt", choices=Choices()).run()
+
+
+def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TensorRT-RTX in TensorRT's place, since no package holds the full builder."""
+    stand_in(checkpoint.parent, monkeypatch)
+    monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
+    cache = checkpoint.parent / "timing"
+    choices = Choices(timing_cache=cache, opt_level=1, workspace=512)
+    info = read_engine(small(checkpoint, backend="tensorrt", choices=choices).run())
+    about = info.manifest.tensorrt
+    assert about is not None
+    assert (info.manifest.backend, about.sms) == ("tensorrt", (90,))
+    assert about.flags == ("--timing-cache", "--workspace", "--opt-level")
+    assert cache.stat().st_size > 0
+
+
+def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(checkpoint.parent, monkeypatch)
+    monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
+    monkeypatch.setattr(tensorrt, "CREATORS", "stand_ins.creators:stages")
+    folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
+    folder.mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", library_folder(folder)["LD_LIBRARY_PATH"])
+    about = read_engine(small(checkpoint, backend="tensorrt", choices=Choices(plugins=True)).run()).manifest.tensorrt
+    assert about is not None
+    assert about.layers["plugin"] == {
+        "BlockAttentionSplit": 2,
+        "BlockAttentionMerge": 2,
+        "ConfidenceCommitScan": 1,
+        "ConfidenceCommitRule": 1,
+    }
+    assert about.layers["native"] == {"KV_CACHE_UPDATE": 4, "ROTARY_EMBEDDING": 4}
+
+
+def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
+    graph = split(small(checkpoint).graph.proto, OPS).graph
+    nodes = {node.name: node for node in graph.node}
+    first, second = (nodes[f"layers.1.self_attn.BlockAttention{part}"] for part in ("Split", "Merge"))
+    assert list(first.input[1:]) == ["k_cache_1_out", "v_cache_1_out", "visible"]
+    assert list(first.output) == ["layers.1.self_attn.part", "layers.1.self_attn.stats"]
+    assert list(second.input) == [first.input[0], *first.output]
+    assert list(second.output) == ["layers.1.self_attn"]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in second.attribute}
+    assert attributes == {"scale": 0.25, "plugin_namespace": b"nemodiff", "aot": 1}
+    made = {"", *(v.name for v in graph.input), *(t.name for t in graph.initializer)}
+    for node in graph.node:  # still in order
+        assert set(node.input) <= made, node.name
+        made |= set(node.output)
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "modules").mkdir()
+    text = "from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n"
+    (folder / "modules" / "tensorrt.py").write_text(text)
+    monkeypatch.syspath_prepend(folder / "modules")
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+
+
+# The plan, inspect, and loading.
+
+
+def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
+    arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *RTX, "--max-batch-size", "90", "--dry-run"]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    plan = json.loads(result.stdout)
+    weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes
+    row = plan["kv_bytes_per_token"] * cache_slots(BuildConfig(**plan["build"]))
+    assert plan["kv_bytes_per_token"] == 2 * 6 * 2 * 64 * 2
+    assert (plan["memory_loaded"], plan["disk_needed"]) == (weights, 2 * weights)
+    assert plan["build_memory"] > weights
+    assert plan["rows_that_fit"]["8"] == (7 * 2**30 - weights) // row
+    assert plan["rows_that_fit"]["80"] == 90
+    text = CliRunner().invoke(main, arguments).stdout
+    assert f"{plan['rows_that_fit']['8']} in 8 GiB" in text
+    assert "90 in 12 GiB (rows" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect(engine: Path) -> None:
+    shown = json.loads(CliRunner().invoke(main, ["inspect", str(engine), "--json"]).stdout)
+    assert shown["engine"]["backend"] == "tensorrt-rtx"
+    assert shown["tensorrt"]["sms"] == [80, 86, 89, 120]
+    assert [p["name"] for p in shown["tensorrt"]["profiles"]] == ["block", "prefill"]
+    assert shown["tensorrt"]["layers"]["native"]["BlockAttention"] == 6
+    assert shown["kv_bytes_per_token"] == 3072
+    text = CliRunner().invoke(main, ["inspect", str(engine)]).stdout
+    for fragment in (
+        "engine       tensorrt-rtx, bf16",
+        "for SM 80, 86, 89, 120",
+        "profiles     block up to 8 rows of 64 tokens, 64 predicted; prefill up to 8 rows of 512",
+        "layers       native 6 BlockAttention, 1 ConfidenceCommit, 6 ATTENTION_INPUT, 12 KV_CACHE_UPDATE",
+        "rank0.engine",
+        "KV cache     3,072 bytes per token",
+    ):
+        assert fragment in text
+
+
+def test_inspect_shows_kernels_by_target(copy: Path) -> None:
+    about = json.loads((copy / "manifest.json").read_text())["tensorrt"]
+    kernel = Kernel("BlockAttentionSplit", 80, "split", 8, 4096, 96, 0, ("*bf16 q", "i32 S"))
+    about["kernels"] = [dataclasses.asdict(dataclasses.replace(kernel, sm=sm)) for sm in (80, 89)]
+    edit(copy, "manifest.json", tensorrt=about)
+    text = CliRunner().invoke(main, ["inspect", str(copy)], catch_exceptions=False).stdout
+    assert "kernels      SM 80: BlockAttentionSplit (96 registers, 4096 bytes shared, 0 spilled)\n" in text
+    assert "kernels      SM 89: " in text
+
+
+@NO_DRIVER
+def test_engine_does_not_load_without_a_gpu(engine: Path, refused: Refused) -> None:
+    refused(["run", str(engine), "-p", "Hello"], str(engine))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tensorrt": None}, "field tensorrt does not belong to backend tensorrt-rtx"),
+        ({"tensorrt": {}}, "are incomplete"),
+        ({"tensorrt": []}, "are incomplete"),
+        ({"backend": "onnxruntime"}, "dtype is bf16 on onnxruntime, allowed: f32, f16"),
+        ({"backend": "other"}, "built for backend 'other', allowed: onnxruntime, tensorrt-rtx, tensorrt"),
+    ],
+)
+def test_broken_manifest(copy: Path, change: dict[str, Any], said: str) -> None:
+    edit(copy, "manifest.json", **change)
+    with pytest.raises(EngineError, match=said):
+        read_engine(copy)
+
+
+def test_broken_engine_file(copy: Path) -> None:
+    (copy / "rank0.engine").write_bytes(b"short")
+    with pytest.raises(EngineError, match=r"rank0.engine: 5 bytes, the manifest says"):
+        read_engine(copy)
+
+
+def test_an_engine_of_schema_1_still_answers(tiny_engine: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(tiny_engine, tmp_path / "old"))
+    manifest, config = (json.loads((old / f"{name}.json").read_text()) for name in ("manifest", "config"))
+    del manifest["tensorrt"]
+    for name in ("max_input_len", "gather_generation_logits"):
+        del config["build_config"][name]
+    (old / "manifest.json").write_text(json.dumps(manifest | {"schema": 1}))
+    (old / "config.json").write_text(json.dumps(config))
+    answers = [nemodiff.generate(nemodiff.load(f), "Count from 3 to 9.").token_ids for f in (old, tiny_engine)]
+    assert answers[0] == answers[1]
+
+
+def test_a_compiled_engine_replaces_another(checkpoint: Path) -> None:
+    folder = Builder(checkpoint, checkpoint.parent / "engine").run()
+    assert small(checkpoint).run() == folder
+    assert read_engine(folder).manifest.backend == "tensorrt-rtx"
+    assert not (folder / "model.onnx.data").exists()

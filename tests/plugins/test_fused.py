@@ -1,0 +1,176 @@
+"""The torch engine's fused kernels against their references, and what they compile to.
+
+They run in Triton's interpreter, or with `-m gpu` on a GPU, as in `test_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_ins.checkpoints import TINY_CHAT
+from test_kernels import INTERPRETED, MASK, launch, released
+
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
+from nemodiff.config import ModelConfig
+from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
+from nemodiff.plugins import FUSED, OPS, SAMPLED
+from nemodiff.plugins.op import ceil_div
+from nemodiff.plugins.ops import head_commit, residual_norm, rope_write, swiglu
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ModelConfig:
+    return open_checkpoint(TINY_CHAT).model
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 3), st.integers(1, 64), st.sampled_from([1, 2, 47, 128, 300]), st.integers(0, 99))
+def test_norm_of_a_residual_sum(tiny: ModelConfig, rows: int, size: int, width: int, seed: int) -> None:
+    model = dataclasses.replace(tiny, hidden_size=width)
+    x, residual, weight = normal(seed, rows, size, width) * 9, normal(seed + 1, rows, size, width), normal(2, width)
+    expected = residual_norm.reference(x, residual, weight, model.rms_norm_eps)
+    y, total = launch(residual_norm.OP, model, x=x, residual=residual, weight=weight)
+    np.testing.assert_allclose(y, expected[0], rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(total, expected[1])
+
+
+def test_norm_keeps_a_nan_in_its_token(tiny: ModelConfig) -> None:
+    model = dataclasses.replace(tiny, hidden_size=40)
+    x, zero = np.ones((1, 3, 40), np.float32), np.zeros((1, 3, 40), np.float32)
+    x[0, 1, 7] = np.nan
+    y, _ = launch(residual_norm.OP, model, x=x, residual=zero, weight=np.ones(40, np.float32))
+    assert np.isnan(y[0, 1]).all()
+    assert np.isfinite(y[0, [0, 2]]).all()
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 3), st.integers(1, 64), st.sampled_from([1, 33, 1024, 1500]), st.integers(0, 99))
+def test_swiglu_of_a_packed_projection(tiny: ModelConfig, rows: int, size: int, width: int, seed: int) -> None:
+    packed = normal(seed, rows, size, 2 * width) * 5
+    packed[0, 0, 0] = -200  # exp overflows on the way
+    (y,) = launch(swiglu.OP, dataclasses.replace(tiny, intermediate_size=width), gate_up=packed)
+    np.testing.assert_allclose(y, swiglu.reference(packed), rtol=3e-6, atol=1e-6)
+
+
+@settings(max_examples=8)
+@given(
+    st.integers(1, 3), st.integers(1, 17), st.sampled_from([(4, 2), (3, 3), (8, 1)]), st.sampled_from([2, 16, 48]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_rotation_writes_its_slots_and_no_other(
+    tiny: ModelConfig, rows: int, size: int, heads: tuple[int, int], width: int, seed: int
+) -> None:
+    """Also where a pass ends past the capacity, and where a row begins before it."""
+    count, groups = heads
+    model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=groups, head_dim=width)
+    slots = 20
+    rng = np.random.default_rng(seed)
+    at = rng.integers(-2, slots + 1, rows).astype(np.int32)
+    angle = normal(seed, rows, size, width // 2) * 50
+    inputs = {
+        "qkv": normal(seed + 1, rows, size, (count + 2 * groups) * width),
+        "cos": np.cos(angle),
+        "sin": np.sin(angle),
+        "scale": 1 + rng.random((rows, size), np.float32),
+        "write_at": at,
+        "k_cache": normal(seed + 2, rows, groups, slots, width),
+        "v_cache": normal(seed + 3, rows, groups, slots, width),
+    }
+    expected = {name: array.copy() for name, array in inputs.items()}
+    q = rope_write.reference(**expected, heads=count)
+    if not INTERPRETED:
+        pytest.skip("the caches changed in place are copies on the device")
+    (found,) = launch(rope_write.OP, model, **inputs)  # tensors share the arrays' memory on the CPU
+    np.testing.assert_allclose(found, q, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(inputs["k_cache"], expected["k_cache"], rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(inputs["v_cache"], expected["v_cache"])
+
+
+def check_head(
+    tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float, tile: int, *, seed: int = 0, keep: bool = False
+) -> None:
+    """Integers are exact: weights and x are small multiples of a power of two, so every order of summing agrees."""
+    rows, size, width = x.shape
+    model = dataclasses.replace(tiny, vocab_size=len(weight), hidden_size=width, mask_id=MASK)
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, len(weight), (rows, size)).astype(np.int32)
+    ids[rng.random((rows, size)) < 0.7] = MASK
+    case = {"x": x, "weight": weight, "ids": ids, "threshold": np.full(rows, bar, np.float32)}
+    with np.errstate(invalid="ignore"):
+        expected = head_commit.reference(**case, mask_id=MASK)
+        logits = x @ weight.T
+    kept = np.full((rows, size, len(weight) if keep else 0), 7, np.float32)
+    got = launch(head_commit.op(tile), model, **case, kept=kept)
+    if keep and INTERPRETED:  # elsewhere it is a copy on the device
+        np.testing.assert_array_equal(kept, logits)
+    np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
+    for found, wanted in zip(got, expected, strict=True):
+        if wanted.dtype == np.int32:
+            np.testing.assert_array_equal(found, wanted)
+
+
+def grid(seed: int, *shape: int) -> np.ndarray:
+    """Multiples of 1/8 in -1..1."""
+    return (np.random.default_rng(seed).integers(-8, 9, shape) / 8).astype(np.float32)
+
+
+@settings(max_examples=8)
+@given(
+    st.integers(1, 2), st.integers(1, 64), st.integers(101, 1500), st.sampled_from([16, 40, 130]),
+    st.sampled_from(head_commit.ROWS), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_head_equals_the_reference(
+    tiny: ModelConfig, rows: int, size: int, vocab: int, width: int, tile: int, keep: bool, seed: int
+) -> None:
+    x, weight = grid(seed, rows, size, width), grid(seed + 1, vocab, width)
+    check_head(tiny, x, weight, 0.1, tile, seed=seed, keep=keep)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a tile's empty rows are 0 * -inf
+@pytest.mark.parametrize("tile", head_commit.ROWS)
+def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile: int) -> None:
+    x, weight = np.abs(grid(1, 2, 5, 32)) + 0.125, grid(2, 3000, 32)
+    weight[MASK] = 9  # the best of all, never taken
+    weight[[7, 900, 2999]] = 2  # equal bests in different tiles and splits
+    check_head(tiny, x, weight, 2.0, tile)
+    x[0, 2] = np.nan
+    check_head(tiny, x, weight, 0.5, tile, keep=True)
+    weight[50] = -np.inf
+    check_head(tiny, x[1:], weight, 0.5, tile)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(128, 512), (MAX_BATCH, MAX_BLOCK)])
+def test_grids_keep_within_what_cuda_allows(rows: int, tokens: int) -> None:
+    """Only the first axis may exceed 65535, at the 8B model's sizes: prefill of many rows, blocks of the most."""
+    sizes = {"B": rows, "S": tokens, "R": tokens, "T": 4096, "H": 32, "G": 8, "D": 128, "V": 131072}
+    for op in (*OPS, SAMPLED, *FUSED):
+        shapes = {arg.name: arg.shape for arg in op.inputs}
+        wide = {letter for shape in shapes.values() for letter in shape if isinstance(letter, str)} - set(sizes)
+        for stage in op.stages:
+            _, *others = stage.grid({**sizes, **dict.fromkeys(wide, 28672)}, ceil_div)
+            assert max(others) < 2**16, stage.name
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
+def test_fused_kernels_compile_for_every_card(
+    tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]
+) -> None:
+    model = dataclasses.replace(released(tiny), hidden_size=4096, intermediate_size=14336)
+    kernels = compile_kernels(model, dtype, sms, tmp_path, FUSED)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(FUSED) for sm in sms}
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.shared_bytes <= 99 * 1024, kernel

@@ -1,0 +1,334 @@
+"""The ops' Triton kernels against their references, and what they compile to.
+
+Without a GPU the kernels run in Triton's interpreter, with one (`-m gpu`) on it: the cases are the same. Inputs that a
+kernel must not look at are NaN, outputs start as NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_ins.checkpoints import TINY_CHAT
+
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, stages
+from nemodiff.config import ModelConfig
+from nemodiff.contract import Dtype
+from nemodiff.plugins import OPS, SAMPLED
+from nemodiff.plugins.kernels.confidence_commit import gumbel
+from nemodiff.plugins.op import Arg, Op, run
+from nemodiff.plugins.ops import block_attention, confidence_commit
+from nemodiff.runtime.sampling.noise import Noise, philox
+from nemodiff.runtime.sampling.sampler import Law, draw
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "u8": torch.uint8}
+MASK = 100
+
+
+@triton.jit
+def gumbel_of(words, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, N)
+    tl.store(out + at, gumbel(tl.load(words + at).to(tl.uint32, bitcast=True)))
+
+
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ModelConfig:
+    return open_checkpoint(TINY_CHAT).model
+
+
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter keeps bf16 as u16 and multiplies those; give its products the values instead."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.data.dtype != np.uint16:
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
+    """Run an op's kernels; floating inputs named as `compute` are rounded to `dtype` first."""
+
+    def torch_type(arg: Arg) -> Any:
+        return TYPES[{"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        kind = torch_type(arg)
+        return torch.full(shape, float("nan") if kind.is_floating_point else -7, dtype=kind, device=DEVICE)
+
+    tensors = {
+        arg.name: torch.from_numpy(inputs[arg.name]).to(torch_type(arg)).to(DEVICE).contiguous()
+        for arg in op.inputs
+        if arg.name in inputs
+    }
+    outputs = run(op, model, tensors, new)
+    return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    array: np.ndarray = torch.from_numpy(values).to(TYPES[dtype]).float().numpy()
+    return array
+
+
+def attention_model(tiny: ModelConfig, heads: int, kv_heads: int, width: int) -> ModelConfig:
+    return dataclasses.replace(tiny, num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
+
+
+def attend(
+    tiny: ModelConfig, visible: np.ndarray, slots: int, heads: tuple[int, int], width: int, dtype: str, seed: int = 0
+) -> float:
+    """Largest difference of kernel and reference, where every slot that no query sees holds NaN in K and V."""
+    rows, size = visible.shape[:2]
+    rng = np.random.default_rng(seed)
+    model = attention_model(tiny, *heads, width)
+    q, k, v = (
+        rng.standard_normal((rows, n, length, width), dtype=np.float32)
+        for n, length in ((heads[0], size), (heads[1], slots), (heads[1], slots))
+    )
+    q, k, v = rounded(q, dtype), rounded(k, dtype), rounded(v, dtype)
+    slot = np.arange(slots)
+    seen = (slot < visible[:, :, :1]) | ((slot >= visible[:, :, 1:2]) & (slot < visible[:, :, 2:]))  # (B, S, T)
+    expected = block_attention.reference(q, k, v, visible, width**-0.5)
+    for row in range(rows):
+        k[row][:, ~seen[row].any(0)] = np.nan
+        v[row][:, ~seen[row].any(0)] = np.inf
+    (y,) = launch(block_attention.OP, model, dtype, q=q, k=k, v=v, visible=visible)
+    assert np.isfinite(y).all()
+    reads = seen.any(2)[:, None, :, None]  # what a query gets that sees nothing is unspecified
+    return float(np.abs(np.where(reads, y - expected, 0)).max())
+
+
+def causal(start: int, size: int) -> np.ndarray:
+    visible = np.zeros((1, size, 3), np.int32)
+    visible[0, :, 0] = np.arange(start, start + size) + 1
+    return visible
+
+
+def block(start: int, size: int) -> np.ndarray:
+    visible = np.zeros((1, size, 3), np.int32)
+    visible[0, :, 0] = start + size
+    return visible
+
+
+def groups(start: int, heads: int, size: int) -> np.ndarray:
+    """The layout of a quadratic pass: heads, then a group for each."""
+    visible = np.zeros((1, heads * (size + 1), 3), np.int32)
+    visible[0, :heads, 0] = start + 1 + np.arange(heads)
+    for j in range(heads):
+        at = heads + j * size
+        visible[0, at : at + size] = (start + j + 1, start + at, start + at + size)
+    return visible
+
+
+LAYOUTS = {
+    "one token": (causal(0, 1), 256),
+    "decode": (causal(700, 1), 1024),
+    "prefill": (causal(0, 37), 256),
+    "chunk": (causal(190, 65), 256),
+    "block": (block(90, 32), 256),
+    "block at the end": (block(224, 32), 256),
+    "odd capacity": (block(60, 7), 67),
+    "quadratic": (groups(50, 5, 8), 256),
+    "nothing": (np.zeros((1, 3, 3), np.int32), 64),
+    "everything": (np.full((1, 2, 3), (128, 0, 128), np.int32), 128),
+    "spans that overlap": (np.array([[[70, 40, 90], [0, 40, 90], [90, 0, 40]]], np.int32), 128),
+    "a span far behind": (np.array([[[3, 900, 990], [0, 0, 0], [1, 5, 4]]], np.int32), 1024),
+    "past the capacity": (np.array([[[999, 0, 0], [5, -3, 7], [0, 60, 999]]], np.int32), 70),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_attention_sees_what_it_should(tiny: ModelConfig, name: str) -> None:
+    visible, slots = LAYOUTS[name]
+    assert attend(tiny, visible, slots, (4, 2), 64, "f32") < 2e-6
+
+
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), 48), ((4, 1), 128), ((8, 2), 16), ((8, 1), 48), ((16, 2), 16)])
+def test_attention_packs_every_group_and_width(tiny: ModelConfig, heads: tuple[int, int], width: int) -> None:
+    visible = np.concatenate([block(100, 5), causal(40, 5)])
+    assert attend(tiny, visible, 130, heads, width, "f32") < 2e-6
+
+
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2)])
+def test_attention_in_half_precision(tiny: ModelConfig, dtype: str, tolerance: float) -> None:
+    assert attend(tiny, groups(300, 4, 6), 512, (8, 2), 64, dtype) < tolerance
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_attention_of_random_intervals(tiny: ModelConfig, data: st.DataObject) -> None:
+    rows, size, slots = (data.draw(st.integers(1, high)) for high in (2, 20, 600))
+    bounds = st.integers(0, slots)
+    visible = np.array([[[data.draw(bounds) for _ in range(3)] for _ in range(size)] for _ in range(rows)], np.int32)
+    assert attend(tiny, visible, slots, (4, 2), 16, "f32", data.draw(st.integers(0, 99))) < 4e-6
+
+
+def test_attention_splits_a_long_cache_and_merges_it(tiny: ModelConfig) -> None:
+    """A split takes LEAST_TILES tiles or more: here one, several and all splits have work."""
+    least = block_attention.LEAST_TILES * block_attention.BLOCK_N
+    for length in (least - 1, 2 * least + 5, block_attention.SPLITS * least + 70):
+        assert attend(tiny, causal(length - 1, 1), length, (2, 1), 16, "f32") < 2e-6
+
+
+def test_attention_passes_on_a_visible_nan(tiny: ModelConfig) -> None:
+    model = attention_model(tiny, 2, 1, 16)
+    q, k, v = (np.ones((1, n, length, 16), np.float32) for n, length in ((2, 2), (1, 64), (1, 64)))
+    k[0, 0, 5] = np.nan
+    visible = np.array([[[10, 0, 0], [5, 0, 0]]], np.int32)
+    (y,) = launch(block_attention.OP, model, q=q, k=k, v=v, visible=visible)
+    assert np.isnan(y[0, :, 0]).all()
+    assert (y[0, :, 1] == 1).all()
+
+
+def commit_case(rows: int, size: int, vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab, (rows, size)).astype(np.int32)
+    ids[rng.random((rows, size)) < 0.7] = MASK
+    logits = (rng.standard_normal((rows, size, vocab)) * 3).astype(np.float32)
+    return {"logits": logits, "ids": ids, "threshold": rng.uniform(0, 0.3, rows).astype(np.float32)}
+
+
+def check_commit(tiny: ModelConfig, case: dict[str, np.ndarray]) -> None:
+    """Kernel and reference agree: integers exactly, confidence within f32 rounding of a sum over the vocabulary."""
+    model = dataclasses.replace(tiny, vocab_size=case["logits"].shape[2], mask_id=MASK)
+    with np.errstate(invalid="ignore"):
+        expected = confidence_commit.reference(case["logits"].copy(), case["ids"], case["threshold"], MASK)
+    got = launch(confidence_commit.OP, model, **case)
+    np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
+    for found, wanted in zip(got, expected, strict=True):
+        if wanted.dtype == np.int32:
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("rows", "size", "vocab"), [(1, 1, 891), (2, 18, 891), (3, 3, 40000), (1, 1, 131072)])
+def test_commit_equals_the_reference(tiny: ModelConfig, rows: int, size: int, vocab: int) -> None:
+    check_commit(tiny, commit_case(rows, size, vocab))
+
+
+@pytest.mark.parametrize("bar", [0.0, 0.5, 1.0, 1.5])
+def test_commit_by_threshold(tiny: ModelConfig, bar: float) -> None:
+    case = commit_case(3, 6, 300)
+    case["logits"][0] *= 10  # confident ones too
+    check_commit(tiny, {**case, "threshold": np.full(3, bar, np.float32)})
+
+
+def test_commit_never_takes_the_mask_and_settles_ties_to_the_left(tiny: ModelConfig) -> None:
+    case = commit_case(2, 4, 40000)
+    case["logits"][:, :, MASK] = 99
+    case["logits"][0, :, [7, 9, 39000]] = 50  # three equal bests in different splits
+    case["logits"][1] = 1.25  # every entry, so every position is as confident
+    case["ids"][:] = MASK
+    check_commit(tiny, {**case, "threshold": np.full(2, 2, np.float32)})
+
+
+def test_commit_of_infinities_and_nan(tiny: ModelConfig) -> None:
+    case = commit_case(3, 5, 3000)
+    case["ids"][:] = MASK
+    case["logits"][0, 1] = -np.inf
+    case["logits"][0, 1, 2222] = 0.5  # the only candidate
+    case["logits"][1, 2, [50, 2900]] = np.nan
+    case["logits"][1, 4, 2000] = np.nan
+    case["logits"][2, :, :2048] = -np.inf  # a whole step of the scan
+    check_commit(tiny, {**case, "threshold": np.full(3, 0.9, np.float32)})
+
+
+def test_commit_of_a_row_without_masks(tiny: ModelConfig) -> None:
+    case = commit_case(2, 5, 200)
+    case["ids"][:] = 3
+    check_commit(tiny, case)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 2), st.integers(1, 19), st.integers(101, 3000), st.integers(0, 999))
+def test_commit_of_random_cases(tiny: ModelConfig, rows: int, size: int, vocab: int, seed: int) -> None:
+    check_commit(tiny, commit_case(rows, size, vocab, seed))
+
+
+def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
+    """Also where a row is greedy, where seeds have their highest bit set, and at temperatures below and above 1."""
+    vocab, size = 4100, 8
+    case = commit_case(4, size, vocab)
+    words = np.array([[5, 0], [2**31 - 1, -3], [-1, 7], [0, -(2**31)]], np.int32)
+    heat = np.array([0.7, 0, 1.3, 1.0], np.float32)
+    position = np.arange(4 * size, dtype=np.int32).reshape(4, size) * 21
+    model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
+    token, confidence, next_ids, left = launch(SAMPLED, model, **case, temperature=heat, seed=words, position=position)
+    greedy = confidence_commit.reference(case["logits"].copy(), case["ids"], case["threshold"], MASK)[0]
+    for row in range(4):
+        seed = int(words[row].view(np.uint64)[0])
+        expected = greedy[row].tolist()
+        if heat[row]:
+            law, noise = Law(temperature=float(heat[row]), seed=seed), Noise(seed, vocab)
+            scores = case["logits"][row].astype(np.float64)  # (R, V)
+            scores[:, MASK] = -np.inf
+            pairs = zip(scores, position[row].tolist(), strict=True)
+            expected = [draw(of_one, law, noise, at) for of_one, at in pairs]
+        assert token[row].tolist() == expected
+    logits = case["logits"].astype(np.float64)
+    logits[:, :, MASK] = -np.inf
+    probability = np.exp(logits - np.logaddexp.reduce(logits, 2, keepdims=True))
+    np.testing.assert_allclose(confidence, np.take_along_axis(probability, token[:, :, None], 2)[:, :, 0], rtol=2e-5)
+    assert ((next_ids == token) | (next_ids == case["ids"])).all()
+    np.testing.assert_array_equal(left, (next_ids == MASK).sum(1))
+
+
+def test_noise_is_accurate_where_f32_rounds() -> None:
+    """Words next to 2^32 give large finite noise, words next to 0 large negative noise."""
+    ends = np.array([2**32 - 1 - i for i in (0, 1, 2, 100, 127, 128, 129, 10**6)] + [0, 1, 2, 3], np.uint32)
+    words = np.concatenate([ends, philox(3, (np.arange(61), 1, 2, 3)).reshape(-1)])
+    out = torch.empty(words.size, dtype=torch.float32, device=DEVICE)
+    gumbel_of[(1,)](torch.from_numpy(words.view(np.int32)).to(DEVICE), out, N=words.size)
+    exact = -np.log(-np.log1p(-(2**32 - words.astype(np.float64) - 0.5) / 2**32))
+    np.testing.assert_allclose(out.cpu().numpy(), exact, atol=2e-6, rtol=2e-6)
+
+
+def released(tiny: ModelConfig) -> ModelConfig:
+    """The head and vocabulary sizes of the 8B model."""
+    return dataclasses.replace(tiny, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=131072)
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
+def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]) -> None:
+    ops = (*OPS, SAMPLED)
+    kernels = compile_kernels(released(tiny), dtype, sms, tmp_path, ops)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(ops) for sm in sms}
+    for kernel in kernels:
+        ptx = (tmp_path / kernel.file("ptx")).read_text()
+        assert f".version {PTX_VERSION // 10}.{PTX_VERSION % 10}" in ptx
+        assert re.search(rf"\.target sm_{kernel.sm}a?\b", ptx)
+        assert f".entry {kernel.entry}(" in ptx
+        kinds = re.findall(r"\.param \.(u64|u32)", ptx[ptx.index(".entry") : ptx.index(".reqntid")])
+        scratch = ["u64", "u64"]  # Triton's own, null here
+        assert kinds == [*("u64" if a[0] == "*" else "u32" for a in kernel.arguments), *scratch], kernel
+        assert kernel.spill_bytes == 0, kernel
+        assert kernel.shared_bytes <= 99 * 1024  # of SM 86, 89 and 120; the others have more
+        assert (tmp_path / kernel.file("cubin")).read_bytes()[:4] == b"\x7fELF"

@@ -1,0 +1,136 @@
+"""Planned block lengths and modes: always AR's tokens, and the plan that the cost and the acceptance call for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nemodiff
+from nemodiff.errors import RequestError
+from nemodiff.runtime import generate
+from nemodiff.runtime.planning.cost import CostCurve
+from nemodiff.runtime.planning.draft_planner import BLOCKS, Pace, Record
+from nemodiff.runtime.requests import prepare as request
+
+QUESTIONS = ["Count from 3 to 9.", "Reverse the list: river glass tiger", "Show the times table of 7 up to 5."]
+CHOICES = [
+    {"mode": "linear_spec", "block_length": "auto"},
+    {"mode": "quadratic_spec", "block_length": "auto"},
+    {"mode": "auto"},
+]
+FREE, EACH_PAID = CostCurve((1, 512), (1.0, 1.0)), CostCurve((1, 512), (1.0, 512.0))
+MIXED = CostCurve((1, 32), (1.0, 3.0))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@settings(max_examples=25)
+@given(
+    question=st.sampled_from(QUESTIONS),
+    limit=st.integers(1, 60),
+    temperature=st.sampled_from([0.0, 1.0]),
+    penalty=st.sampled_from([1.0, 1.2]),
+    curve=st.sampled_from([FREE, EACH_PAID, MIXED]),
+    met=st.lists(st.tuples(st.integers(2, 64), st.integers(1, 64)), max_size=12),
+    rows=st.integers(1, 3),
+)
+def test_every_plan_gives_ars_tokens(
+    engine: nemodiff.LoadedEngine,
+    question: str,
+    limit: int,
+    temperature: float,
+    penalty: float,
+    curve: CostCurve,
+    met: list[tuple[int, int]],
+    rows: int,
+) -> None:
+    """Whatever a pass costs, whatever was met before, alone or beside others."""
+    law = {"temperature": temperature, "repetition_penalty": penalty, "max_new_tokens": limit}
+    expected = nemodiff.generate(engine, question, mode="ar", **law).token_ids
+    sequences = []
+    for choice in CHOICES:
+        sequence = request.prepare(engine, question, nemodiff.Options(**choice, **law))  # type: ignore[arg-type]
+        record = Record()
+        for size, emitted in met:
+            record.add(size, min(size, emitted))
+        assert sequence.pace is not None
+        sequence.cost, sequence.pace = curve, Pace(curve, record, sequence.pace._ways)
+        sequences.append(sequence)
+    for _ in generate.decode(engine.backend, sequences, rows):
+        pass
+    for sequence in sequences:
+        assert sequence.tokens == expected
+        plain = sequence.nfe["decode"]
+        assert sum(sequence.accepted) + plain == len(expected) - 1  # the seed came from prefill
+        assert all(1 <= kept <= seen for kept, seen in zip(sequence.accepted, sequence.verified, strict=True))
+
+
+def test_a_scheduler_gives_the_same_tokens(engine: nemodiff.LoadedEngine) -> None:
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        handles = [(q, scheduler.submit(q, max_new_tokens=40, **c)) for q in QUESTIONS for c in CHOICES]
+        for question, handle in handles:
+            alone = nemodiff.generate(engine, question, mode="ar", max_new_tokens=40)
+            assert handle.result(60).token_ids == alone.token_ids
+
+
+def fed(size: int, emitted: int, ways: tuple[str, ...], curve: CostCurve) -> Pace:
+    pace = Pace(curve, Record(), ways)  # type: ignore[arg-type]
+    for _ in range(40):
+        pace.learn(size, emitted)
+    return pace
+
+
+def test_the_plan_follows_acceptance_and_cost() -> None:
+    spec, every = ("linear_spec",), ("ar", "linear_spec", "quadratic_spec")
+    assert fed(64, 64, spec, FREE).plan().size == 64
+    assert fed(64, 1, spec, EACH_PAID).plan().size == BLOCKS[0]
+    assert fed(32, 8, spec, MIXED).plan().size == 8  # never more than the eighth
+    assert fed(64, 1, every, EACH_PAID).plan().way == "ar"
+    assert fed(64, 30, every, FREE).plan().way == "quadratic_spec"
+
+
+def test_plans_of_one_token_look_again_at_times() -> None:
+    pace = fed(8, 1, ("ar", "linear_spec", "quadratic_spec"), EACH_PAID)
+    ways = [pace.plan().way for _ in range(64)]
+    assert ways.count("linear_spec") == 2
+    assert ways.count("ar") == 62
+
+
+def test_expected_tokens_are_the_mean_that_was_met() -> None:
+    pace, rng = Pace(MIXED, Record(), ("linear_spec",)), np.random.default_rng(1)
+    met = [min(16, int(n)) for n in rng.geometric(0.15, 2000)]
+    for emitted in met:
+        pace.learn(16, emitted)
+    assert abs(pace.expected()[15] - np.mean(met)) < 0.5
+
+
+def test_the_answer_says_what_was_used(engine: nemodiff.LoadedEngine) -> None:
+    told = list(nemodiff.stream(engine, QUESTIONS[2], steps=True, mode="auto"))
+    answer = told[-1]
+    assert isinstance(answer, nemodiff.Generation)
+    assert (answer.mode, answer.block_length) == ("auto", "auto")
+    assert answer.acceptance.mean is not None
+    assert len(answer.acceptance.verified) == answer.nfe["verify"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "diffusion", "block_length": "auto"}, "would then depend on timings"),
+        ({"mode": "auto", "block_length": 8}, "mode auto chooses it"),
+        ({"mode": "auto", "threshold": 0.5}, "takes one pass"),
+        ({"mode": "quadratic_spec", "block_length": "auto", "groups": "all"}, "takes what pays"),
+        ({"mode": "auto", "policy": "topk", "per_step": 2}, "mode auto has no such choice"),
+        ({"block_length": "longest"}, "allowed: an integer or auto"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(
+    engine: nemodiff.LoadedEngine, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        nemodiff.generate(engine, "x", **options)

@@ -1,0 +1,324 @@
+"""Beyond the law of one token: stopping, budgets, logprobs, structured output, ways to commit.
+
+Each is tested in every mode that takes it. That the tokens are right is for tests/runtime/test_sampling.py; here it is
+what a user was promised. Surprising: a hot temperature makes good tests, since an obedient model hides faults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import equality
+import equality_sampled
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import reference
+from stand_ins.checkpoints import TINY_CHAT
+
+import nemodiff
+from nemodiff.runtime.sampling.commit import Policy, entropies, probability
+
+QUESTIONS = equality.questions(30)
+CAUSAL = ("ar", "linear_spec", "quadratic_spec")
+SCHEMA, REGEX = equality_sampled.SCHEMA, equality_sampled.REGEX
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine)
+
+
+@pytest.fixture(scope="module")
+def model() -> reference.ReferenceModel:
+    return reference.ReferenceModel.load(TINY_CHAT)
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stop_id_ends_the_answer_and_is_not_in_its_text(
+    engine: nemodiff.LoadedEngine, mode: str, temperature: float
+) -> None:
+    options = {"mode": mode, "temperature": temperature, "block_length": 8}
+    whole = nemodiff.generate(engine, "Count from 3 to 9.", **options)
+    stop = whole.token_ids[len(whole.token_ids) // 2]
+    answer = nemodiff.generate(engine, "Count from 3 to 9.", stop_token_ids=[stop, 890], **options)
+    at = whole.token_ids.index(stop)
+    assert answer.token_ids == whole.token_ids[: at + 1]
+    assert answer.finish_reason == "stop"
+    assert answer.text == engine.text.decode(whole.token_ids[:at])
+    events = nemodiff.stream(engine, "Count from 3 to 9.", stop_token_ids=[stop, 890], **options)
+    assert "".join(e.text for e in events if isinstance(e, nemodiff.Text)) == answer.text
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("block", [3, 32])
+def test_min_tokens_forbids_an_early_end(engine: nemodiff.LoadedEngine, mode: str, block: int) -> None:
+    short = nemodiff.generate(engine, "Count from 3 to 5.", mode=mode, block_length=block)
+    least = len(short.token_ids) + 7
+    options = {"mode": mode, "block_length": block, "min_tokens": least, "max_new_tokens": least + 20}
+    answer = nemodiff.generate(engine, "Count from 3 to 5.", **options)
+    assert short.finish_reason == "stop"
+    assert len(answer.token_ids) > least
+    assert not set(answer.token_ids[:least]) & set(engine.info.model.eos_ids)
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bad_words_are_never_completed(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
+    options: dict[str, Any] = {"mode": mode, "temperature": temperature}
+    if mode == "diffusion":
+        options["policy"] = "left_to_right"
+    question, words = "Write JSON for Emil, age 31, from Oslo, who owns a yak.", ["Oslo", '"city"']
+    spelled = [engine.text.encode_plain(space + word) for word in words for space in ("", " ")]
+
+    def holds(ids: list[int]) -> bool:
+        return any(ids[i : i + len(word)] == word for word in spelled for i in range(len(ids)))
+
+    assert holds(nemodiff.generate(engine, question, **options).token_ids)
+    assert not holds(nemodiff.generate(engine, question, bad_words=words, **options).token_ids)
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("budget", [0, 1, 6, 20])
+def test_thinking_ends_with_its_budget(
+    engine: nemodiff.LoadedEngine, mode: str, temperature: float, budget: int
+) -> None:
+    end, question = engine.text.end_think, QUESTIONS[budget]
+    asked = {"mode": mode, "temperature": temperature, "thinking": True, "max_new_tokens": 40, "block_length": 8}
+    answer = nemodiff.generate(engine, question, thinking_budget=budget, **asked)
+    if len(answer.token_ids) > budget:
+        assert end in answer.token_ids[: budget + 1]
+        assert "</think>" in answer.text
+    if mode != "diffusion":
+        free = nemodiff.generate(engine, question, **asked)
+        assert answer.token_ids[:budget] == free.token_ids[:budget]
+    # A budget that is never used up changes nothing.
+    unused = nemodiff.generate(engine, question, thinking_budget=1000, **asked)
+    assert unused.token_ids == nemodiff.generate(engine, question, **asked).token_ids
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.2}])
+def test_logprobs_are_the_models_own(
+    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, mode: str, law: dict[str, Any]
+) -> None:
+    prompt = engine.text.encode_chat([{"role": "user", "content": QUESTIONS[3]}])
+    answer = nemodiff.generate(engine, prompt, mode=mode, logprobs=4, max_new_tokens=30, **law)
+    assert answer.token_ids == nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=30, **law).token_ids
+    assert answer.logprobs is not None
+    logits = model.logits(prompt[:-1], [prompt[-1], *answer.token_ids[:-1]], False).astype(np.float64)
+    logits[:, model.mask_id] = -np.inf
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for row, token, got in zip(expected, answer.token_ids, answer.logprobs, strict=True):
+        assert got.logprob == pytest.approx(row[token], abs=1e-3)
+        np.testing.assert_allclose([p for _, p in got.top], np.sort(row)[::-1][:4], atol=1e-3)
+        np.testing.assert_allclose([row[i] for i, _ in got.top], [p for _, p in got.top], atol=1e-3)
+    assert "logprobs" not in nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=2).as_dict()
+    none = nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=2, logprobs=0)
+    assert [entry["top"] for entry in none.as_dict()["logprobs"]] == [[], []]
+
+
+@pytest.mark.parametrize("law", [{}, {"temperature": 1.0}, {"policy": "topk", "per_step": 2}])
+def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, law: dict[str, Any]) -> None:
+    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 30, **law}
+    answer = nemodiff.generate(engine, QUESTIONS[4], confidences=True, **options)
+    assert answer.confidences is not None
+    *events, plain = nemodiff.stream(engine, QUESTIONS[4], steps=True, **options)
+    assert isinstance(plain, nemodiff.Generation)
+    assert (answer.token_ids, answer.nfe) == (plain.token_ids, plain.nfe)
+    assert "confidences" not in plain.as_dict()
+    steps = [e for e in events if isinstance(e, nemodiff.Step) and e.kind == "denoise"]
+    committed = {
+        step.start + i: confidence
+        for step in steps
+        for i, (before, after, confidence) in enumerate(zip(step.before, step.after, step.confidence, strict=True))
+        if before != after
+    }
+    compared = 0
+    for i, confidence in enumerate(answer.confidences):
+        assert confidence is not None
+        assert 0 < confidence < 1.0001
+        if i % 8 and law == {}:  # not a seed; with a law a step tells the best token's confidence where none is needed
+            assert confidence == committed[answer.prompt_tokens + i]
+            compared += 1
+    assert len(answer.confidences) == len(answer.token_ids)
+    assert law or compared > 8
+
+
+@pytest.mark.parametrize(
+    "law", [{}, {"temperature": 0.7}, {"thinking": True, "thinking_budget": 1, "temperature": 0.7}]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_events_tell_every_decision_with_its_confidence(
+    engine: nemodiff.LoadedEngine, law: dict[str, Any], merge: bool
+) -> None:
+    """Also where a pass commits one block and begins the next; only what nobody chose has no confidence."""
+    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **law}
+    for question in QUESTIONS[:4]:
+        *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
+        assert isinstance(answer, nemodiff.Generation)
+        assert answer.confidences is not None
+        known = set[int]()
+        for event in events:
+            if isinstance(event, nemodiff.Pieces):
+                known |= {*event.text, *event.bytes, *event.special}
+            elif isinstance(event, nemodiff.Step):
+                assert known >= {c.token for c in event.committed}
+        told = {
+            c.position - answer.prompt_tokens: (c.token, c.confidence)
+            for e in events
+            if isinstance(e, nemodiff.Step)
+            for c in e.committed
+        }
+        chosen = {i: (t, c) for i, (t, c) in enumerate(zip(answer.token_ids, answer.confidences, strict=True)) if c}
+        assert {i: told.get(i) for i in chosen} == chosen
+        assert len(chosen) > 3
+        assert all(i >= len(answer.token_ids) for i in told.keys() - chosen.keys())
+        blocks = [e.start - answer.prompt_tokens for e in events if isinstance(e, nemodiff.BlockStarted)]
+        assert blocks == list(range(0, len(answer.token_ids), 4))[: len(blocks)]
+        assert 4 * len(blocks) >= len(answer.token_ids) - 4
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_verify_keeps_no_more_than_it_emits(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
+    """A stop inside a draft: what was drafted behind it is not kept, however right."""
+    emitted, kept = 0, 0
+    for event in nemodiff.stream(
+        engine, "Count from 3 to 9.", steps=True, mode=mode, temperature=temperature, stop="5"
+    ):
+        if isinstance(event, nemodiff.Step):
+            assert event.kept is None or event.kept <= event.emitted - emitted
+            emitted, kept = event.emitted, kept + (event.kept or 0)
+    assert kept or mode == "ar"
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_structured_output_parses(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
+    options = {"mode": mode, "temperature": temperature, "max_new_tokens": 300, "block_length": 16}
+    if mode == "diffusion":
+        options["policy"] = "left_to_right"
+    whole = 0
+    for seed, question in enumerate(QUESTIONS[:4]):
+        answer = nemodiff.generate(engine, question, json_schema=SCHEMA, seed=seed, **options)
+        if answer.finish_reason == "stop":
+            whole += 1
+            value = json.loads(answer.text)
+            assert set(value) == {"name", "age", "city"}
+            assert isinstance(value["age"], int)
+            assert value["city"] in ("Oslo", "Perth", "Lima")
+        answer = nemodiff.generate(engine, question, regex=REGEX, seed=seed, **options)
+        assert answer.finish_reason == "stop"
+        assert re.fullmatch(REGEX, answer.text)
+    assert whole
+
+
+def test_a_schema_leaves_no_room_for_endless_space(engine: nemodiff.LoadedEngine) -> None:
+    flag = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1]}}, "required": ["a", "b"]}
+    flag["additionalProperties"] = False
+    for question in QUESTIONS[:4]:
+        answer = nemodiff.generate(engine, question, json_schema=json.dumps(flag), max_new_tokens=60)
+        assert answer.text == json.dumps(json.loads(answer.text))
+        loose = json.dumps({**flag, "x-guidance": {"whitespace_flexible": True}})
+        assert nemodiff.generate(engine, question, json_schema=loose, max_new_tokens=60).token_ids != answer.token_ids
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_structure_begins_after_thinking(engine: nemodiff.LoadedEngine, mode: str) -> None:
+    options = {"mode": mode, "thinking": True, "thinking_budget": 5, "max_new_tokens": 100}
+    answer = nemodiff.generate(engine, QUESTIONS[0], regex=REGEX, **options)
+    thought, end, said = answer.text.partition("</think>")
+    assert end
+    assert not re.fullmatch(REGEX, thought)
+    assert re.fullmatch(REGEX, said)
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_thinking_does_not_end_an_answer_that_owes_a_structure(engine: nemodiff.LoadedEngine, mode: str) -> None:
+    eos, end = engine.info.model.eos_ids[0], engine.text.end_think
+    assert end is not None
+    options: dict[str, Any] = {"mode": mode, "thinking": True, "max_new_tokens": 30, "temperature": 1.0}
+    options["logit_bias"] = {eos: 30.0, end: 25.0}  # a model that would rather end than think
+    if mode == "diffusion":
+        options |= {"policy": "left_to_right", "threshold": 0.0}
+    for seed, question in enumerate(QUESTIONS[:3]):
+        free = nemodiff.generate(engine, question, seed=seed, **options)
+        assert (free.finish_reason, end in free.token_ids) == ("stop", False)
+        answer = nemodiff.generate(engine, question, regex=REGEX, seed=seed, **options)
+        _, closed, said = answer.text.partition("</think>")
+        assert closed
+        assert answer.finish_reason == "stop"
+        assert re.fullmatch(REGEX, said)
+
+
+def test_a_schema_of_anything_is_one(engine: nemodiff.LoadedEngine) -> None:
+    answers = [nemodiff.generate(engine, QUESTIONS[0], json_schema=s, max_new_tokens=30) for s in ("true", {}, True)]
+    assert len({a.text for a in answers}) == 1
+    assert isinstance(json.loads(answers[0].text), (int, float, str, list, dict))
+
+
+@pytest.mark.parametrize("way", [{}, {"policy": "topk", "per_step": 1}, {"threshold": 2.0}, {"merge_commit": True}])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: dict[str, Any], steps: int) -> None:
+    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 40, "temperature": 2.0, **way}
+    answer = nemodiff.generate(engine, QUESTIONS[5], block_steps=steps, min_tokens=40, **options)
+    assert answer.nfe["commit"] == 4
+    assert answer.nfe["denoise"] <= steps * 5
+
+
+def test_a_moved_end_of_thinking_costs_a_pass_at_most(engine: nemodiff.LoadedEngine) -> None:
+    """The model likes `</think>`, so it often says it before its budget, and the place kept for it opens again."""
+    end, passes = engine.text.end_think, list[int]()
+    assert end is not None
+    options = {"mode": "diffusion", "block_length": 8, "block_steps": 1, "max_new_tokens": 8, "temperature": 1.5}
+    for seed in range(20):
+        options |= {"thinking": True, "thinking_budget": 6, "logit_bias": {end: 20.0}, "min_tokens": 8, "seed": seed}
+        answer = nemodiff.generate(engine, "Count from 3 to 9.", **options)
+        assert end in answer.token_ids[:7]
+        passes.append(answer.nfe["denoise"])
+    assert set(passes) == {1, 2}
+
+
+def test_merged_commit_saves_a_pass_per_block(engine: nemodiff.LoadedEngine) -> None:
+    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 32, "block_steps": 1, "min_tokens": 32}
+    plain = nemodiff.generate(engine, QUESTIONS[6], **options)
+    merged = nemodiff.generate(engine, QUESTIONS[6], merge_commit=True, **options)
+    assert (plain.nfe["commit"], plain.nfe["denoise"]) == (7, 8)
+    assert (merged.nfe["commit"], merged.nfe["denoise"]) == (7, 1)
+
+
+@settings(max_examples=60)
+@given(
+    confidence=st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]), min_size=1, max_size=10),
+    policy=st.sampled_from(["threshold", "topk", "entropy", "left_to_right"]),
+    per_step=st.integers(1, 12),
+    bar=st.sampled_from([0.0, 0.25, 0.6, 2.0]),
+    steps=st.sampled_from([None, 1, 3]),
+    passes=st.integers(0, 4),
+)
+def test_commits_begin_at_the_best_and_never_stall(
+    confidence: list[float], policy: str, per_step: int, bar: float, steps: int | None, passes: int
+) -> None:
+    array, entropy = np.array(confidence, np.float32), 1 - np.array(confidence)
+    chosen = Policy(policy, bar, per_step, bar, steps).commits(array, entropy, passes).tolist()
+    assert len(set(chosen)) == len(chosen) >= 1
+    best = 0 if policy == "left_to_right" else confidence.index(max(confidence))
+    assert best in chosen
+    if steps is not None and passes >= steps - 1:
+        assert len(chosen) == len(confidence)
+    if policy == "threshold" and steps is None:
+        sure = {i for i, c in enumerate(confidence) if c >= bar}
+        assert set(chosen) == (sure or {best})
+
+
+def test_probability_and_entropy_leave_the_mask_out() -> None:
+    logits = np.log(np.array([[0.5, 0.25, 0.25, 1e9], [1.0, 1.0, 1e-30, 5.0]], np.float32))
+    np.testing.assert_allclose(probability(logits, [1, 0], 3), [0.25, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(entropies(logits, 3), [1.5 * np.log(2), np.log(2)], rtol=1e-6)

@@ -1,0 +1,177 @@
+"""The drafter adapter: given to a build from anywhere, acting where it should, and found out where it does not.
+
+The gate is broken on purpose in the graph of a built engine; loading must tell.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import equality
+import numpy as np
+import onnx
+import pytest
+from conftest import Refused
+from onnx import helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+
+import nemodiff
+from nemodiff.builder.build import Builder
+
+QUESTIONS = equality.questions(4)
+SHIPPED = TINY_CHAT.parent / "tiny-chat-drafter" / "linear_spec_lora"
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
+    return equality.Setup.make(tmp_path_factory.mktemp("equality"))
+
+
+@pytest.mark.parametrize("mode", ["linear_spec", "quadratic_spec"])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_adapter_acts_on_every_drafted_token_and_on_no_other(setup: equality.Setup, mode: str, question: str) -> None:
+    mask, on = setup.model.mask_id, 0
+    for event in nemodiff.stream(setup.adapted, question, steps=True, mode=mode, max_new_tokens=30):
+        if isinstance(event, nemodiff.Step):
+            on += len(event.before) if event.kind == "draft" else event.before.count(mask)
+        elif isinstance(event, nemodiff.Generation):
+            assert event.adapter_tokens == on > 0
+            alone = nemodiff.generate(setup.plain, question, mode="ar", max_new_tokens=30)
+            assert event.token_ids == alone.token_ids
+
+
+def test_no_adapter_tokens_without_an_adapter_or_a_draft(setup: equality.Setup) -> None:
+    for mode in nemodiff.MODES:
+        assert nemodiff.generate(setup.plain, QUESTIONS[0], mode=mode, max_new_tokens=9).adapter_tokens == 0
+    for mode in ("ar", "diffusion"):
+        assert nemodiff.generate(setup.adapted, QUESTIONS[0], mode=mode, max_new_tokens=9).adapter_tokens == 0
+
+
+def with_gate(engine: Path, target: Path, nodes: list[onnx.NodeProto]) -> Path:
+    """A copy of an engine in which `nodes` lead from `true.gate` to the gate that the layers read."""
+    shutil.copytree(engine, target)
+    path = target / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    at, cast = next((i, n) for i, n in enumerate(model.graph.node) if "adapter.gate" in n.output)
+    cast.output[0] = "true.gate"
+    for node in reversed(nodes):
+        model.graph.node.insert(at + 1, node)
+    for name, value in (("zero", 0), ("one", 1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    onnx.save(model, path)
+    manifest = json.loads((target / "manifest.json").read_text())
+    manifest["files"][path.name]["bytes"] = path.stat().st_size
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
+BROKEN = {
+    "off": [helper.make_node("Mul", ["true.gate", "zero"], ["adapter.gate"])],
+    "on": [
+        helper.make_node("Mul", ["true.gate", "zero"], ["off"]),
+        helper.make_node("Add", ["off", "one"], ["adapter.gate"]),
+    ],
+    "one for the whole pass": [
+        helper.make_node("ReduceMax", ["true.gate"], ["most"], keepdims=1),
+        helper.make_node("Mul", ["true.gate", "zero"], ["off"]),
+        helper.make_node("Add", ["off", "most"], ["adapter.gate"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("broken", sorted(BROKEN))
+def test_stuck_gate_is_refused_at_load(setup: equality.Setup, tmp_path: Path, refused: Refused, broken: str) -> None:
+    folder = with_gate(setup.adapted.folder, tmp_path / "engine", BROKEN[broken])
+    refused(["run", str(folder), "-p", "x"], "the drafter adapter changes nothing", "again with an adapter")
+
+
+def test_untouched_gate_loads(setup: equality.Setup, tmp_path: Path) -> None:
+    """The same surgery with a gate that passes through: what is refused above is the gate and not the surgery."""
+    same = [helper.make_node("Mul", ["true.gate", "one"], ["adapter.gate"])]
+    engine = nemodiff.load(with_gate(setup.adapted.folder, tmp_path / "engine", same))
+    answers = [nemodiff.generate(e, QUESTIONS[0], max_new_tokens=30) for e in (engine, setup.adapted)]
+    assert answers[0].nfe == answers[1].nfe
+
+
+def test_adapter_of_zeros_is_refused_at_load(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "linear_spec_lora" / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(nemodiff.EngineError, match="changes nothing"):
+        nemodiff.load(Builder(checkpoint, tmp_path / "engine").run())
+
+
+def test_adapter_from_elsewhere_makes_the_same_engine(checkpoint: Path, tmp_path: Path) -> None:
+    whole = Builder(checkpoint, tmp_path / "whole").run()
+    adapter = tmp_path / "trained"
+    (checkpoint / "linear_spec_lora").rename(adapter)
+    plain = Builder(checkpoint, tmp_path / "plain").run()
+    put_together = Builder(checkpoint, tmp_path / "together", adapter=adapter).run()
+    for name in ("manifest.json", "model.onnx", "model.onnx.data"):
+        if (whole / name).exists():
+            assert (put_together / name).read_bytes() == (whole / name).read_bytes(), name
+    assert json.loads((plain / "manifest.json").read_text())["adapter"] is None
+
+
+def test_chosen_adapter_takes_the_place_of_the_checkpoints_own(checkpoint: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", dtype="f32")
+    write_adapter(other, rank=2, alpha=6, strength=0.5)
+    builder = Builder(checkpoint, tmp_path / "engine", adapter=other / "linear_spec_lora")
+    assert (builder.plan().adapter_rank, builder.checkpoint.adapter.scale) == (2, 3.0)  # type: ignore[union-attr]
+
+
+def test_wrong_adapters_are_refused(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+    command = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--adapter"]
+    refused([*command, str(tmp_path / "none")], "none: no such folder", "adapter_config.json")
+    refused([*command, str(checkpoint)], "adapter_config.json: missing")
+    larger = write_checkpoint(tmp_path / "larger", hidden_size=64)
+    write_adapter(larger, rank=2, alpha=6, strength=0.5)
+    refused([*command, str(larger / "linear_spec_lora")], "lora_B.weight has shape [64, 2]", "[32, 2]")
+    path = larger / "linear_spec_lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_proj"]}))
+    refused([*command, str(path.parent)], "target_modules is ['q_proj']", "build without --adapter")
+
+
+def test_stats_tell_of_the_adapter(setup: equality.Setup) -> None:
+    from click.testing import CliRunner
+
+    from nemodiff.cli import main
+
+    for engine, told in ((setup.adapted, True), (setup.plain, False)):
+        shown = CliRunner().invoke(main, ["run", str(engine.folder), "-p", QUESTIONS[0], "--stats"]).stderr
+        assert ("drafter adapter on" in shown) == told
+
+
+def test_the_shipped_adapter_drafts_better_and_changes_no_answer(setup: equality.Setup, tmp_path: Path) -> None:
+    drafter = nemodiff.load(Builder(TINY_CHAT, tmp_path / "engine", adapter=SHIPPED).run(), threads=1)
+    lengths: dict[str, list[int]] = {"plain": [], "drafter": []}
+    for question in equality.questions(40):
+        plain, drafted = (nemodiff.generate(e, question, max_new_tokens=128) for e in (setup.plain, drafter))
+        assert drafted.token_ids == plain.token_ids
+        lengths["plain"] += plain.acceptance.lengths
+        lengths["drafter"] += drafted.acceptance.lengths
+    means = {name: sum(n) / len(n) for name, n in lengths.items()}
+    assert means["drafter"] > 1.05 * means["plain"]
+
+
+@pytest.mark.torch
+def test_training_writes_the_released_layout_and_repeats(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    for name in ("one", "two"):
+        command = [sys.executable, "-B", "train_drafter.py", "--out", str(tmp_path / name), "--steps", "2"]
+        command += ["--answers", "12", "--batch", "2", "--drafts", "2"]
+        subprocess.run(command, cwd=TINY_CHAT, check=True, capture_output=True, timeout=240)
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    shipped, written = (load_file(folder / files[1]) for folder in (SHIPPED, tmp_path / "one"))
+    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in shipped.items()}
+    assert (tmp_path / "one" / files[0]).read_bytes() == (SHIPPED / files[0]).read_bytes()
+    nemodiff.load(Builder(TINY_CHAT, tmp_path / "engine", adapter=tmp_path / "one").run())  # it acts after two steps
+
+
+def test_tiny_chat_itself_has_no_adapter() -> None:
+    """Its recorded results are without one."""
+    assert not (TINY_CHAT / "linear_spec_lora").exists()

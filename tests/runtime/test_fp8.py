@@ -1,0 +1,279 @@
+"""FP8 weights: the kernel against its reference, what a build stores, and an engine that decodes with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import Refused, said
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+from test_kernels import INTERPRETED, bf16_products, launch, rounded  # noqa: F401 (a fixture)
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.config import ModelConfig
+from nemodiff.contract import read_engine
+from nemodiff.errors import CheckpointError
+from nemodiff.plugins.ops import fp8_linear
+from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ModelConfig:
+    return open_checkpoint(TINY_CHAT).model
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def product(model: ModelConfig, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, **how: object) -> np.ndarray:
+    """By the kernel, in the tile that the engine would take."""
+    few, many = fp8_linear.ROWS
+    op = fp8_linear.op(few if x.shape[0] * x.shape[1] <= few else many)
+    (y,) = launch(op, model, x=x, weight=weight.view(np.uint8), scale=scale, **how)  # type: ignore[arg-type]
+    return y
+
+
+@settings(max_examples=10)
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 150), st.sampled_from([16, 48, 128, 272]), st.integers(0, 99)
+)  # fmt: skip
+def test_product_equals_the_reference(
+    tiny: ModelConfig, rows: int, size: int, outputs: int, width: int, seed: int
+) -> None:
+    """Also where the last tile of tokens, outputs or width is not full."""
+    spread = np.exp(normal(seed, outputs, 1) * 3)  # every output has a scale of its own
+    weight, scale = fp8_linear.quantise(normal(seed + 1, outputs, width) * spread)
+    x = normal(seed + 2, rows, size, width)
+    expected = fp8_linear.reference(x, weight.view(np.uint8), scale)
+    np.testing.assert_allclose(product(tiny, x, weight, scale), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_every_e4m3_is_rebuilt(tiny: ModelConfig) -> None:
+    """All 254 finite values, one per output, each alone: exact."""
+    bits = np.setdiff1d(np.arange(256), (0x7F, 0xFF)).astype(np.uint8)
+    weight, x = np.zeros((254, 16), np.uint8), np.zeros((1, 1, 16), np.float32)
+    weight[:, 5], x[0, 0, 5] = bits, 1.0
+    got = product(tiny, x, weight, np.full(254, 0.5, np.float32))[0, 0]
+    np.testing.assert_array_equal(got, bits.view(E4M3).astype(np.float32) / 2)
+
+
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("bf16", 1e-2)])
+def test_product_in_half_precision(tiny: ModelConfig, dtype: str, tolerance: float) -> None:
+    """Weights of 448 and sums of hundreds do not overflow f16 on the way."""
+    weight, scale = fp8_linear.quantise(np.sign(normal(1, 40, 256)) * 0.01)
+    x = rounded(normal(2, 1, 5, 256) * 50, dtype)
+    expected = fp8_linear.reference(x, weight.view(np.uint8), scale)
+    got = product(tiny, x, weight, scale, dtype=dtype)
+    np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_a_nan_stays_in_its_token(tiny: ModelConfig) -> None:
+    weight, scale = fp8_linear.quantise(normal(1, 33, 48))
+    x = np.ones((1, 3, 48), np.float32)
+    x[0, 1, 7] = np.nan
+    y = product(tiny, x, weight, scale)
+    assert np.isnan(y[0, 1]).all()
+    assert np.isfinite(y[0, [0, 2]]).all()
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.floats(-43, 38))
+def test_quantising_is_within_half_a_step(seed: int, exponent: float) -> None:
+    """Relative 1/16 in the normal range and 2^-10 of the scale below it, at every magnitude that f32 has."""
+    with np.errstate(under="ignore"):
+        weight = (normal(seed, 3, 32) / 4 * np.float64(10) ** exponent).astype(np.float32)
+    weight[1, 3:] = 0
+    stored, scale = fp8_linear.quantise(weight)
+    assert np.isfinite(stored.astype(np.float32)).all()
+    assert (scale > 0).all()
+    error = np.abs(stored.astype(np.float64) * scale[:, None] - weight)
+    assert (error <= np.maximum(np.abs(weight) / 16, scale[:, None].astype(np.float64) / 1024) * 1.0001).all()
+
+
+def test_quantising_zeros_and_the_largest() -> None:
+    weight = np.zeros((3, 16), np.float32)
+    weight[1, 4], weight[2] = -3e38, 1e-45
+    stored, scale = fp8_linear.quantise(weight)
+    np.testing.assert_array_equal(stored[0].astype(np.float32), 0)
+    assert stored[1, 4] == -448
+    assert np.isfinite(scale).all()
+    assert stored[1, 4].astype(np.float32) * scale[1] == pytest.approx(-3e38)
+    np.testing.assert_array_equal(stored[2].astype(np.float32), 0)  # below what the smallest scale holds
+
+
+QUESTIONS = ["Sort these numbers: 41, 7, 93."]
+WAYS: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "diffusion", "block_length": 8},
+    {"mode": "linear_spec"},
+    {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
+]
+
+
+def build(checkpoint: Path, folder: Path, **choices: Any) -> Path:
+    return Builder(checkpoint, folder, backend="torch", quantization="fp8", **choices).run()
+
+
+def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:
+    """The checkpoint with the numbers that an engine's 8 bits stand for."""
+    shutil.copytree(checkpoint, folder)
+    stored, weights = load_tensors(engine / "model.safetensors"), load_file(folder / "model.safetensors")
+    for name, scale in stored.items():
+        if name.endswith("_scale"):
+            short = name.removesuffix("_scale")
+            values = stored[short].view(torch.uint8).numpy().view(E4M3).astype(np.float32)
+            weights[f"encoder.{short}"] = values * scale.numpy()[:, None]
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat in 8 bits, f32 otherwise."""
+    return build(TINY_CHAT, tmp_path_factory.mktemp("fp8") / "engine", dtype="f32")
+
+
+def test_every_mode_equals_onnxruntime_on_the_dequantised_weights(folder: Path, tmp_path: Path) -> None:
+    ours = nemodiff.load(folder, device="cpu")
+    theirs = nemodiff.load(Builder(dequantised(TINY_CHAT, folder, tmp_path / "wide"), tmp_path / "engine").run())
+    for way in WAYS:
+        for question in QUESTIONS:
+            got, expected = (nemodiff.generate(e, question, max_new_tokens=16, **way) for e in (ours, theirs))
+            assert (got.token_ids, got.nfe) == (expected.token_ids, expected.nfe)
+
+
+def test_a_build_stores_what_quantise_makes(checkpoint: Path, tmp_path: Path) -> None:
+    """Projections of the layers alone; and in pieces, as a large one is written."""
+    stored = load_tensors(build(checkpoint, tmp_path / "engine", dtype="bf16") / "model.safetensors")
+    source = load_file(checkpoint / "model.safetensors")
+    for name, tensor in source.items():
+        short = name.removeprefix("encoder.")
+        if not short.endswith("_proj.weight"):
+            assert stored[short].dtype == torch.bfloat16
+            assert f"{short}_scale" not in stored
+            continue
+        values, scale = fp8_linear.quantise(tensor)
+        np.testing.assert_array_equal(stored[short].view(torch.uint8).numpy(), values.view(np.uint8))
+        np.testing.assert_array_equal(stored[f"{short}_scale"].numpy(), scale)
+    assert sum(name.endswith("_scale") for name in stored) == 2 * 7
+
+
+def test_a_band_at_a_time_is_the_same_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = build(checkpoint, tmp_path / "whole") / "model.safetensors"
+    monkeypatch.setattr("nemodiff.builder.checkpoint.weights.PIECE", 700)
+    assert (build(checkpoint, tmp_path / "bands") / "model.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
+    """Of a model without a query scale, which the kernels take as 1."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 1}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope, dtype="f32", **sizes)
+    write_adapter(checkpoint, rank=4, alpha=8, strength=0.1)
+    plain = nemodiff.load(build(checkpoint, tmp_path / "engine", dtype="f32"), device="cpu")
+    kernels = TorchEngine(plain.folder, plain.info, "cpu" if INTERPRETED else 0, kernels=True)
+    engines = (plain, dataclasses.replace(plain, backend=kernels))
+    options: dict[str, Any] = {"mode": "linear_spec", "block_length": 3, "max_new_tokens": 4}
+    answers = [nemodiff.generate(engine, [130, 137, 144], **options) for engine in engines]
+    assert answers[0].token_ids == answers[1].token_ids
+
+
+@pytest.mark.parametrize(("dtype", "margin"), [("bf16", 1.0), ("f16", 0.125)])
+def test_half_precision_agrees_where_it_is_clear(tmp_path: Path, folder: Path, dtype: Any, margin: float) -> None:
+    asked = causal("verify", [130 + (i * 7) % 200 for i in range(40)], 0, every_row=True, logits=True)
+    found = []
+    for engine in (build(TINY_CHAT, tmp_path / "engine", dtype=dtype), folder):
+        loaded = nemodiff.load(engine, device="cpu")
+        found += loaded.backend.open(1).forward([asked])
+    logits = found[1].logits
+    assert logits is not None
+    ranked = np.sort(np.delete(logits, loaded.info.model.mask_id, axis=1), axis=1)
+    clear = ranked[:, -1] - ranked[:, -2] > margin
+    assert clear.sum() > 10
+    np.testing.assert_array_equal(found[0].token[clear], found[1].token[clear])
+
+
+def test_plan_and_inspect_say_so(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    asked = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
+    assert "torch, bf16 with fp8 projections" in said(*asked, "--dry-run")
+    plan = json.loads(said(*asked, "--dry-run", "--json"))
+    said(*asked)
+    assert plan["build"]["quantization"] == "fp8"
+    assert plan["weight_bytes"] == (target / "model.safetensors").stat().st_size
+    assert read_engine(target).build.quantization == "fp8"
+    assert "torch, bf16 with fp8 projections" in said("inspect", str(target))
+    assert json.loads(said("inspect", str(target), "--json"))["engine"]["quantization"] == "fp8"
+    answer = json.loads(said("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
+    assert len(answer["token_ids"]) <= 4
+
+
+def test_eight_bits_take_about_half_of_sixteen() -> None:
+    plans = [Builder(TINY_CHAT, "engine", backend="torch", quantization=q).plan() for q in ("fp8", None)]
+    model = open_checkpoint(TINY_CHAT).model
+    other = 2 * model.vocab_size * model.hidden_size * 2
+    assert (plans[0].weight_bytes - other) / (plans[1].weight_bytes - other) == pytest.approx(0.5, abs=0.02)
+
+
+def test_refusals(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
+    asked = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
+    refused(asked, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
+    refused([*asked[:-1], "int4"], "int4", code=2)
+    narrow = write_checkpoint(tmp_path / "narrow", intermediate_size=40)
+    asked = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
+    refused(asked, "a projection has 40 inputs, allowed: multiples of 16")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, bad: float) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["encoder.layers.1.mlp.up_proj.weight"][3, 7] = bad
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds .* near \[3, 7\], allowed: finite numbers"):
+        build(checkpoint, tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("layers.0.mlp.up_proj.weight_scale"), "up_proj.weight_scale"),
+        (
+            lambda w: w.update({"layers.0.mlp.up_proj.weight": w["layers.0.mlp.up_proj.weight"].float()}),
+            "float8_e4m3fn",
+        ),
+    ],
+)
+def test_weights_of_another_engine(
+    checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], said: str, refused: Refused
+) -> None:
+    from safetensors.torch import save_file as save_tensors
+
+    path = build(checkpoint, tmp_path / "engine") / "model.safetensors"
+    weights = load_tensors(path)
+    change(weights)
+    save_tensors(weights, path)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["bytes"] = path.stat().st_size
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    refused(["run", str(path.parent), "-p", "x", "--device", "cpu"], "not the weights of this engine", said)

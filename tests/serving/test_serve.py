@@ -1,0 +1,554 @@
+"""`nemodiff serve` over the wire: OpenAI's own client, strangers' requests, limits, clients that leave, and its end.
+
+What a request gives is compared with what the runtime gives alone. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import openai
+import pytest
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis.specs.openapi import checks as openapi_checks
+from stand_ins.http_server import Served, serving
+
+import nemodiff
+from nemodiff.serving.http.reasoning import Splitter
+
+CHAT = "/v1/chat/completions"
+STREAMS = (CHAT, "/v1/completions", "/events")
+QUESTION = "Count from 3 to 9."
+LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar"}
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    openapi_checks.status_code_conformance,
+    openapi_checks.content_type_conformance,
+    openapi_checks.response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Path) -> Iterator[Served]:
+    with serving(tiny_engine, "--max-queue", "256", "--served-model-name", "tiny") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_engine: Path) -> Iterator[Served]:
+    options = ["--rows", "1", "--max-queue", "1", "--max-request-bytes", "2000", "--timeout", "0.5", "--api-key", "a b"]
+    with serving(tiny_engine, *options, environment={"NEMODIFF_API_KEY": "unused"}) as served:
+        yield served
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+def chat(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+# --- OpenAI's client ---
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_a_chat_is_what_the_runtime_gives(client: openai.OpenAI, engine: nemodiff.LoadedEngine, mode: str) -> None:
+    alone = nemodiff.generate(engine, QUESTION, mode=mode, max_new_tokens=30, block_length=8)
+    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30}
+    extra = {"mode": mode, "block_length": 8}
+    answer = client.chat.completions.create(**asked, extra_body=extra)
+    assert answer.choices[0].message.content == alone.text
+    assert answer.choices[0].finish_reason == alone.finish_reason
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone.prompt_tokens, len(alone.token_ids))
+    told = answer.usage.model_dump()
+    assert {**told["nfe"], "prefill": 0} == {**alone.nfe, "prefill": 0} or mode == "quadratic_spec"
+    assert told["mode"] == mode
+    stream = client.chat.completions.create(
+        **asked, extra_body=extra, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == alone.finish_reason
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == len(alone.token_ids)
+
+
+def test_completions_lists_of_prompts_and_several_answers(client: openai.OpenAI, engine: nemodiff.LoadedEngine) -> None:
+    ids = engine.text.encode("Sort these")
+    answer = client.completions.create(model="tiny", prompt=["Count from", "Sort these"], max_tokens=9)
+    expected = [nemodiff.generate(engine, p, chat=False, max_new_tokens=9).text for p in ("Count from", "Sort these")]
+    assert [choice.text for choice in answer.choices] == expected
+    one = client.completions.create(model="tiny:ar", prompt=ids, max_tokens=9, n=3, temperature=1.5, seed=4)
+    alone = [
+        nemodiff.generate(engine, ids, mode="ar", max_new_tokens=9, temperature=1.5, seed=4 + i).text for i in range(3)
+    ]
+    assert [choice.text for choice in one.choices] == alone
+    assert len(set(alone)) > 1
+    chunks = client.completions.create(
+        model="tiny:ar", prompt=ids, max_tokens=9, n=3, temperature=1.5, seed=4, stream=True
+    )
+    texts = ["", "", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == alone
+
+
+def test_logprobs_structure_and_model_list(client: openai.OpenAI, engine: nemodiff.LoadedEngine) -> None:
+    answer = client.chat.completions.create(**chat(model="tiny", max_tokens=5, logprobs=True, top_logprobs=2))
+    alone = nemodiff.generate(engine, QUESTION, max_new_tokens=5, logprobs=2).logprobs
+    assert alone is not None
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert [one.logprob for one in told.content] == pytest.approx([one.logprob for one in alone], abs=1e-4)
+    assert [len(one.top_logprobs) for one in told.content] == [2] * 5
+    assert "".join(one.token for one in told.content) == answer.choices[0].message.content
+    text = client.completions.create(model="tiny", prompt="x", max_tokens=5, logprobs=1).choices[0].logprobs
+    assert text is not None
+    assert text.text_offset is not None
+    assert len(text.text_offset) == 5
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [12, 345]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    made = client.chat.completions.create(**chat(model="tiny", max_tokens=60, response_format=wanted))
+    assert json.loads(made.choices[0].message.content or "")["a"] in (12, 345)
+    names = [model.id for model in client.models.list()]
+    assert names == ["tiny", *(f"tiny:{mode}" for mode in nemodiff.MODES)]
+
+
+def test_errors_are_the_classes_of_the_client(client: openai.OpenAI, guarded: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="is mode meant") as error:
+        client.chat.completions.create(**chat(model="tiny"), extra_body={"moed": "ar"})
+    assert error.value.type == "invalid_request_error"
+    with pytest.raises(openai.NotFoundError, match="allowed: tiny"):
+        client.chat.completions.create(**chat(model="gpt"))
+    with openai.OpenAI(base_url=guarded.url + "/v1", api_key="wrong", max_retries=0) as other:
+        with pytest.raises(openai.AuthenticationError):
+            other.models.list()
+        assert other.with_options(api_key="a b").models.list().data
+
+
+# --- text ---
+
+
+def test_streamed_text_is_whole_characters_and_never_taken_back(server: Served) -> None:
+    for seed in range(6):
+        body = {"prompt": "é", "max_tokens": 60, "mode": "ar", "temperature": 30.0, "seed": seed}
+        whole = server.ask("/v1/completions", body)["choices"][0]["text"]
+        told = server.stream("/v1/completions", {**body, "stream": True})
+        pieces = [chunk["choices"][0]["text"] for chunk in told]
+        assert "".join(pieces) == whole
+        assert any(not piece.isascii() for piece in pieces)
+
+
+def test_provisional_frames_stay_outside_of_the_text(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    alone = nemodiff.generate(engine, QUESTION, mode="diffusion", max_new_tokens=12)
+    told = server.stream(CHAT, chat(mode="diffusion", max_tokens=12, stream=True, diffusing=True))
+    frames = [chunk for chunk in told if "diffusing" in chunk]
+    assert len(frames) == alone.nfe["denoise"]
+    for frame in frames:
+        assert frame["choices"][0]["delta"] == {}
+        block = frame["diffusing"]
+        assert len(block["tokens"]) == len(block["text"]) == len(block["confidence"]) == alone.block_length
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in told) == alone.text
+
+
+def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    alone = nemodiff.generate(engine, QUESTION, thinking=True, thinking_budget=4, max_new_tokens=20)
+    reasoning, found, content = alone.text.partition("</think>")
+    assert found
+    body = chat(thinking=True, thinking_budget=4, max_tokens=20)
+    message = server.ask(CHAT, body)["choices"][0]["message"]
+    assert message["reasoning_content"].strip() == reasoning.strip()
+    assert message["content"].strip() == content.strip()
+    deltas = [chunk["choices"][0]["delta"] for chunk in server.stream(CHAT, {**body, "stream": True})]
+    for name in ("reasoning_content", "content"):
+        assert "".join(delta.get(name, "") for delta in deltas) == message[name]
+
+
+@hypothesis.given(st.lists(st.sampled_from(["<think>", "</think>", "<", "</thi", "nk>", "a", "\n"])), st.data())
+def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject) -> None:
+    text, thinking = "".join(parts), data.draw(st.booleans())
+    whole = Splitter(thinking).push(text, final=True)
+    splitter, said, at = Splitter(thinking), ["", ""], 0
+    while at < len(text):
+        size = data.draw(st.integers(1, 9))
+        for i, new in enumerate(splitter.push(text[at : at + size])):
+            said[i] += new
+        at += size
+    for i, new in enumerate(splitter.push("", final=True)):
+        said[i] += new
+    assert tuple(said) == whole
+    if not thinking and not text.lstrip("\n").startswith("<think>"):
+        assert whole == ("", text)
+    if thinking and "</think>" not in text:
+        assert whole == (text.lstrip("\n"), "")
+
+
+def test_a_think_block_stands_at_the_beginning() -> None:
+    assert Splitter(True).push("a\n</think>\n\nb <think>c</think>", final=True) == ("a\n", "b <think>c</think>")
+    assert Splitter(False).push("\n<think>\na</think>b", final=True) == ("a", "b")
+    assert Splitter(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
+
+
+# --- what strangers send ---
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fragment"),
+    [
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": "hello"}, "messages"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "'system', 'developer', 'user'"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
+        (CHAT, chat(tools=[{"type": "function"}]), "'tools' is not supported"),
+        (CHAT, chat(temperature="1"), "temperature"),
+        (CHAT, chat(temperature=-1), "temperature is -1.0, allowed"),
+        (CHAT, chat(max_tokens=0), "allowed: 1 or more"),
+        (CHAT, chat(max_tokens=10**9), "max_seq_len"),
+        (CHAT, chat(max_tokens=1, max_completion_tokens=2), "give one of them"),
+        (CHAT, chat(max_tokens=True), "max_tokens"),
+        (CHAT, chat(n=0), "n:"),
+        (CHAT, chat(stop=[""]), "a stop string is empty"),
+        (CHAT, chat(seed=-1), "seed is -1"),
+        (CHAT, chat(logit_bias={"x": 1}), "token ids"),
+        (CHAT, chat(top_logprobs=2), "logprobs"),
+        (CHAT, chat(mode="fast"), "mode"),
+        (CHAT, chat(block_length=65), "allowed: 1 to 64"),
+        (CHAT, chat(mode="ar", policy="topk"), "policy"),
+        (CHAT, chat(response_format={"type": "json_schema"}), "json_schema"),
+        (CHAT, chat(response_format={"type": "xml"}), "response_format"),
+        (CHAT, chat(response_format={"type": "regex", "regex": "("}), "not understood"),
+        (CHAT, chat(ignore_eos=True), "give max_tokens"),
+        (CHAT, chat("\ud800"), "not UTF-8"),
+        (CHAT, chat(stop="\udc00"), "not UTF-8"),
+        ("/v1/completions", {"prompt": ""}, "the prompt is empty"),
+        ("/v1/completions", {"prompt": [10**9]}, "token id 1000000000"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "'suffix' is not supported"),
+        ("/v1/completions", {"prompt": "x", "echo": True}, "'echo' is not supported"),
+        ("/v1/fim/completions", {"prompt": "x"}, "length"),
+        ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "max_tokens": 99}, "allowed: 1 to 64"),
+        ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "method": "guess"}, "method"),
+        ("/events", {}, "messages or prompt"),
+        ("/events", {**chat(), "prompt": "x"}, "messages or prompt"),
+        ("/events", chat(n=2), "several requests"),
+        (CHAT, b"", "body"),
+        (CHAT, b"{", "not JSON"),
+        (CHAT, b"[]", "body"),
+        (CHAT, b'{"messages": \xff}', "body"),
+        (CHAT, b"[" * 100_000, "body"),
+        (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", "body"),
+        (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"),
+        (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_gets_one_sentence(server: Served, path: str, body: Any, fragment: str) -> None:
+    status, headers, content = server.send(path, body)
+    assert (status, headers["content-type"]) == (400, "application/json"), content
+    error = json.loads(content)["error"]
+    assert fragment in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 1000
+
+
+def test_what_changes_nothing_is_accepted(server: Served) -> None:
+    plain = server.ask(CHAT, chat(max_tokens=4))["choices"]
+    extra = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "tools": [],
+        "tool_choice": "none",
+        "stop": None,
+        "top_k": -1,
+        "n": 1,
+    }
+    parts = [{"type": "text", "text": "Count from "}, {"type": "text", "text": "3 to 9."}]
+    asked = {"messages": [{"role": "user", "content": parts, "name": "x"}], "max_completion_tokens": 4, **extra}
+    assert server.ask(CHAT, asked)["choices"] == plain
+
+
+def test_the_commands_of_the_readme(server: Served) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = re.findall(r"```bash\n(nemodiff serve .*?)```", text, re.DOTALL)
+    command, ask = block.split("\n", 1)
+    assert command == "nemodiff serve engines/tiny-chat"  # as the server of these tests, but for the port
+    assert "localhost:8000/" in ask
+    words = ["bash", "-euc", ask.replace("localhost:8000", f"{server.host}:{server.port}")]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(told)["usage"]["mode"] == "diffusion"
+
+
+def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
+    for path, method, status in (("/v1/nothing", "GET", 404), (CHAT, "GET", 405), ("/metrics", "DELETE", 405)):
+        got, _, content = server.send(path, method=method)
+        assert got == status
+        assert json.loads(content)["error"]["message"].startswith(f"{method} {path}: ")
+
+
+def test_small_routes(server: Served) -> None:
+    assert server.ask("/health") == {"status": "ok"}
+    assert server.ask("/health/ready") == {"status": "ready"}
+    assert server.ask("/version")["backend"] == "onnxruntime"
+    status, headers, content = server.send("/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert content.startswith(b"<!doctype html>")
+
+
+def test_the_description_says_what_the_routes_do(server: Served) -> None:
+    """Requests made from /openapi.json, right and wrong ones: no route fails, or answers what is not described."""
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    tried = 0
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        made = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+        if operation.method == "post":
+            made |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+
+        @hypothesis.settings(
+            max_examples=30, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
+        )
+        @hypothesis.given(case=made)
+        def check(case: schemathesis.Case) -> None:
+            nonlocal tried
+            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 0), int | None):
+                case.body["max_tokens"] = min(8, case.body.get("max_tokens") or 8)
+            case.call_and_validate(checks=CHECKS)
+            tried += 1
+
+        check()
+    assert tried >= 60
+
+
+# --- filling in and watching ---
+
+
+def test_a_hole_is_filled_as_the_runtime_does(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 3}
+    alone = nemodiff.infill(engine, body["prompt"], body["suffix"], length=3)
+    answer = server.ask("/v1/fim/completions", body)
+    assert answer["choices"][0]["text"] == alone.holes[0]
+    assert answer["usage"]["nfe"] == alone.nfe
+    (chunk,) = server.stream("/v1/fim/completions", {**body, "stream": True})
+    assert chunk["choices"][0]["text"] == alone.holes[0]
+    assert server.ask("/v1/fim/completions", {**body, "method": "block"})["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.LoadedEngine, mode: str) -> None:
+    options = {"mode": mode, "max_new_tokens": 12, "block_length": 4, "groups": "all"}
+    alone = list(nemodiff.events(engine, [QUESTION], steps=True, **options))
+    told = server.stream(
+        "/events", {"prompt": QUESTION, "max_tokens": 12, "mode": mode, "block_length": 4, "groups": "all"}
+    )
+    assert told[0]["event"] == "trace"
+    changing = {"at", "request", "seconds", "confidence", "committed", "reused_tokens", "timings_ms", "nfe", "e2e_tpf"}
+    changing |= {"ttft_ms", "itl_ms", "longest_gap_ms", "rows"}
+
+    def kept(value: dict[str, Any]) -> dict[str, Any]:
+        return {k: kept(v) if isinstance(v, dict) else v for k, v in value.items() if k not in changing | {"pieces"}}
+
+    from nemodiff.runtime.events.events import as_dict
+
+    def decoding(values: list[dict[str, Any]]) -> list[dict[str, Any]]:  # what is reused need not be prefilled
+        return [kept(value) for value in values if value.get("kind") != "prefill"]
+
+    assert decoding(told[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
+
+
+def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> None:
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 2}
+    before = server.figures()
+    nfe = server.ask("/v1/fim/completions", body)["usage"]["nfe"]
+    for wrong in ({**body, "max_tokens": 99}, {**body, "mode": 5}):
+        assert server.send("/v1/fim/completions", wrong)[0] == 400
+    assert server.send(CHAT, chat(model="gpt"))[0] == 404
+    assert server.send("/nothing")[0] == 404
+    after = server.figures()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    passes = {f'nemodiff_fill_nfe_total{{kind="{kind}"}}': count for kind, count in nfe.items() if count}
+    refused = "nemodiff_refused_requests_total"
+    counted = {'nemodiff_fills_total{end="finished"}': 1, "nemodiff_fill_tokens_total": 2, **passes}
+    assert grown == counted | {f'{refused}{{status="400"}}': 2, f'{refused}{{status="404"}}': 1}
+    then = guarded.figures()
+    assert guarded.send(CHAT, chat())[0] == 401
+    assert guarded.send(CHAT, chat("x" * 3000), Authorization="Bearer a b")[0] == 413
+    for status in (401, 413):
+        name = f'{refused}{{status="{status}"}}'
+        assert guarded.figures()[name] == then[name] + 1
+
+
+# --- many, and those who leave ---
+
+
+def test_many_at_once_lose_nothing_and_add_up(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    questions = [QUESTION, "Sort these numbers: 41, 7, 93.", "Reverse the list: river glass tiger"]
+    asked = [
+        chat(questions[i % 3], mode=nemodiff.MODES[i % 4], max_tokens=8 + i % 5, stream=i % 2 == 0) for i in range(120)
+    ]
+    expected = [
+        nemodiff.generate(engine, b["messages"][0]["content"], mode=b["mode"], max_new_tokens=b["max_tokens"]).text
+        for b in asked
+    ]
+    before = server.settled()
+
+    def get(body: dict[str, Any]) -> str:
+        if body["stream"]:
+            return "".join(c["choices"][0]["delta"].get("content", "") for c in server.stream(CHAT, body))
+        return str(server.ask(CHAT, body)["choices"][0]["message"]["content"])
+
+    with concurrent.futures.ThreadPoolExecutor(120) as pool:
+        assert list(pool.map(get, asked)) == expected
+    after = server.settled()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown['nemodiff_requests_total{end="finished"}'] == 120
+    assert grown["nemodiff_time_to_first_token_seconds_count"] == 120
+    verifies = grown["nemodiff_accepted_tokens_per_verify_count"]
+    assert verifies == grown['nemodiff_nfe_total{kind="verify"}'] > 0
+
+
+def leave(server: Served, path: str, body: dict[str, Any], read: int) -> None:
+    """Send a request, read some of the answer and hang up."""
+    connection = server.connect()
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    if read:
+        connection.getresponse().read(read)
+    connection.close()
+
+
+# Those that may leave before they are queued come last: nobody knows when their end is counted.
+@pytest.mark.parametrize(("stream", "path"), [*((True, p) for p in STREAMS), *((False, p) for p in STREAMS[:2])])
+def test_a_client_that_leaves_frees_its_row(server: Served, path: str, stream: bool) -> None:
+    before = server.settled()['nemodiff_requests_total{end="cancelled"}']
+    body = {**LONG, "stream": stream}
+    if path == CHAT:
+        body["messages"] = chat(body.pop("prompt"))["messages"]
+    leave(server, path, body, read=200 if stream else 0)
+    if not stream:  # it may leave before the request is queued, and then there is nothing to cancel
+        server.settled()
+        return
+    assert server.settled()['nemodiff_requests_total{end="cancelled"}'] == before + 1
+
+
+def test_a_soak_of_random_leavers_leaves_nothing_behind(server: Served) -> None:
+    rng = random.Random(5)
+
+    def memory() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    def one() -> tuple[dict[str, Any], int]:
+        body = chat(mode=rng.choice(nemodiff.MODES), max_tokens=300, min_tokens=300, stream=True)
+        return body, rng.choice([0, 1, 300, 3000])
+
+    def round_of(count: int) -> None:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            for job in [pool.submit(leave, server, CHAT, *one()) for _ in range(count)]:
+                job.result()
+        server.settled()
+
+    round_of(60)
+    before, figures = memory(), server.settled()
+    round_of(120)
+    assert memory() - before < 60e6
+    after = server.settled()
+    ends = [sum(v for n, v in f.items() if n.startswith("nemodiff_requests_total")) for f in (figures, after)]
+    assert ends[1] - ends[0] <= 120
+    assert after['nemodiff_requests_total{end="failed"}'] == 0
+    assert server.ask(CHAT, chat(max_tokens=4))["usage"]["completion_tokens"] == 4
+
+
+# --- limits ---
+
+
+def test_keys_size_time_and_queue_are_limited(guarded: Served) -> None:
+    key = {"Authorization": "Bearer a b"}
+    for headers in ({}, {"Authorization": "Bearer unused"}, {"Authorization": "a b"}):
+        status, got, content = guarded.send("/v1/models", **headers)
+        assert (status, got["www-authenticate"]) == (401, "Bearer")
+        assert json.loads(content)["error"]["code"] == "invalid_api_key"
+    assert guarded.send("/health")[0] == guarded.send("/metrics")[0] == 200
+    assert guarded.ask("/v1/models", **key)["data"]
+    large = chat("x" * 3000)
+    assert guarded.send(CHAT, large, **key)[0] == 413
+    chunked = guarded.connect()
+    chunked.request("POST", CHAT, iter([b"{" * 1500] * 3), {"Content-Type": "application/json", **key})
+    assert chunked.getresponse().status == 413
+    chunked.close()
+    status, _, content = guarded.send("/v1/completions", LONG, **key)
+    assert (status, json.loads(content)["error"]["code"]) == (504, "timeout")
+    last = guarded.send("/v1/completions", {**LONG, "stream": True}, **key)[2].split(b"\n\n")[-2]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "timeout"
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
+    statuses = sorted(status for status, _, _ in answers)
+    assert statuses == [429] * 4 + [504] * 2
+    figures, refused = guarded.figures(), "nemodiff_refused_requests_total"
+    assert [figures[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
+    assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
+
+
+@pytest.mark.parametrize("patience", ["60", "0.3"])
+def test_sigterm_drains(tiny_engine: Path, engine: nemodiff.LoadedEngine, patience: str) -> None:
+    count = 300 if patience == "60" else 20_000
+    body = {"prompt": "Once upon", "max_tokens": count, "min_tokens": count, "mode": "ar", "stream": True}
+    with serving(tiny_engine, "--drain", patience) as served:
+        running = served.connect()
+        running.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = running.getresponse()
+        begun = answer.read(300)
+        served.process.send_signal(signal.SIGTERM)
+        if patience == "60":
+            while served.send("/health/ready")[0] != 503:
+                time.sleep(0.005)
+            status, headers, _ = served.send("/v1/completions", body)
+            assert (status, headers["retry-after"]) == (503, "1")
+        content = begun + answer.read()
+        running.close()
+        assert served.process.wait(60) == 0
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
+    *chunks, end, nothing = content.decode().split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    told = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
+    assert told[-1]["finish_reason"] == ("length" if patience == "60" else "cancelled")
+    whole = nemodiff.generate(engine, "Once upon", chat=False, mode="ar", max_new_tokens=300, min_tokens=300).text
+    got = "".join(one["text"] for one in told)
+    assert got == whole if patience == "60" else got.startswith(whole[:5])
+
+
+def test_what_the_command_refuses(tiny_engine: Path, refused: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        refused(["serve", str(tiny_engine), "--port", port], "--port", "give another")
+    refused(["serve", str(tiny_engine), "--rows", "0"], "rows is 0")
+    refused(["serve", str(tiny_engine / "none")], "none")

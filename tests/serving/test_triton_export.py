@@ -1,0 +1,237 @@
+"""The exported repository as files, the names of requests, and what is said where no server is; nothing is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import Refused, snapshot
+
+import nemodiff
+from nemodiff.cli import main
+from nemodiff.errors import RequestError, ServerError
+from nemodiff.runtime.requests.options import Options
+from nemodiff.serving.triton_server import server as triton_server
+from nemodiff.serving.triton_server.export import MARKER, export
+from nemodiff.serving.triton_server.outputs import OUTPUTS
+from nemodiff.serving.triton_server.parameters import INPUTS, model_parameters, read
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "triton"
+STAND_IN = Path(__file__).parents[1] / "stand_ins" / "triton_backend.py"
+
+
+def test_export_copies_the_engine_and_replaces_only_its_own_kind(
+    tiny_engine: Path, tmp_path: Path, refused: Refused
+) -> None:
+    folder = export(tiny_engine, tmp_path / "models", parameters={"rows": "4", "mode": "ar"})
+    assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "1", MARKER}
+    assert snapshot(folder / "1" / "engine").keys() != set()
+    assert (folder / "1" / "engine" / "manifest.json").read_bytes() == (tiny_engine / "manifest.json").read_bytes()
+    text = "".join(path.read_text() for path in (folder / "config.pbtxt", folder / "1" / "model.py", folder / MARKER))
+    assert not re.search(rf"{re.escape(str(tmp_path))}|{re.escape(str(tiny_engine))}|KIND_(CPU|GPU)", text)
+    export(tiny_engine, tmp_path / "models", link=True)
+    assert (folder / "1" / "engine").resolve() == tiny_engine.resolve()
+    assert "rows" not in (folder / "config.pbtxt").read_text()
+    (folder / "2").mkdir()
+    command = ["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models")]
+    refused(command, "would remove '2'")
+    (tmp_path / "models" / "other").mkdir()
+    (tmp_path / "models" / "other" / "config.pbtxt").touch()
+    refused([*command, "--name", "other"], "exists and is not an exported Triton model", "another --repo or --name")
+
+
+def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) -> None:
+    made = tmp_path / "engine-of-this-machine"
+    shutil.copytree(tiny_engine, made)
+    folder = export(made, tmp_path / "models")
+    expected = nemodiff.generate(nemodiff.load(made, threads=1), "Count from 3 to 9.", max_new_tokens=40).text
+    shutil.rmtree(made)
+    moved = tmp_path / "elsewhere"
+    shutil.move(folder, moved)
+    marks = [str(tmp_path), str(Path.home()) + "/", str(EXAMPLE.parents[1]), sys.prefix, socket.gethostname()]
+    for file in (path for path in moved.rglob("*") if path.is_file()):
+        found = [mark for mark in marks if mark.encode() in file.read_bytes()]
+        assert found == [], file
+        assert not file.is_symlink()
+    answered = subprocess.run(
+        [sys.executable, "-W", "error", str(STAND_IN), str(moved)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (answered.stderr, answered.stdout) == ("", expected + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--set", "rows"], "--set is 'rows', allowed: NAME=VALUE"),
+        (["--set", "rows=99"], "rows is 99, allowed: 1 to 8"),
+        (["--set", "rows=many"], "rows is 'many', allowed: an integer"),
+        (["--set", "waiting=0"], "waiting is 0, allowed: 1 or more"),
+        (["--set", "stream_interval_ms=-1"], "stream_interval_ms is -1.0, allowed: 0 or more"),
+        (["--set", "stream_interval_ms=nan"], "stream_interval_ms is nan, allowed: 0 or more"),
+        (["--set", "device=0"], "device is '0', allowed on onnxruntime: cpu"),
+        (["--set", "max_tokenz=3"], "unknown parameter 'max_tokenz'; allowed: "),
+        (["--set", "mode=bogus"], "mode is 'bogus', allowed: ar"),
+        (["--set", "temperature=-1"], "temperature is -1.0, allowed: 0 or 1e-30 and more"),
+        (["--set", "stream=perhaps"], "stream is 'perhaps', allowed: true or false"),
+        (["--name", "a/b"], "--name is 'a/b', allowed: letters"),
+    ],
+)
+def test_wrong_exports_are_refused(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, arguments: list[str], fragment: str
+) -> None:
+    refused(["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models"), *arguments], fragment)
+
+
+def test_something_that_is_no_engine_is_refused(tmp_path: Path, refused: Refused) -> None:
+    refused(["triton", "export", str(tmp_path), "--repo", str(tmp_path / "models")], "nemodiff build")
+
+
+def test_the_configuration_declares_the_table(tiny_engine: Path, tmp_path: Path) -> None:
+    for batched in (False, True):
+        value = 'a "quoted" \\ line\nend ü'
+        folder = export(tiny_engine, tmp_path / "models", batched=batched, parameters={"system": value})
+        text = (folder / "config.pbtxt").read_text(encoding="utf-8")
+        declared = re.findall(r'name: "(\w+)" data_type: TYPE_(\w+) dims: \[ (-?1) \]( optional: true)?', text)
+        wanted = [(i.name, i.type, "-1" if i.many else "1", " optional: true") for i in INPUTS]
+        wanted[0] = ("text_input", "STRING", "1", "")
+        assert declared == [*wanted, *((o.name, o.type, "-1" if o.many else "1", "") for o in OUTPUTS)]
+        assert f"max_batch_size: {int(batched)}\n" in text
+        assert r'value: { string_value: "a \"quoted\" \\ line\nend ü" }' in text
+
+
+def test_every_option_has_a_name_and_every_input_an_option() -> None:
+    fields = {f.name for f in dataclasses.fields(Options)}
+    assert {i.option for i in INPUTS if i.option is not None} <= fields
+    for field in dataclasses.fields(Options):
+        spelled: Any = {"int": 3, "float": 0.5, "bool": True}.get(str(field.type).removesuffix(" | None"), "x")
+        if field.name in ("logit_bias", "json_schema", "stop_token_ids"):
+            spelled = {"logit_bias": {"5": 1}, "json_schema": {"type": "object"}, "stop_token_ids": [5]}[field.name]
+        asked = read({"text_input": ["x"], "sampling_parameters": [json.dumps({field.name: spelled})]}, {}, {})
+        assert list(asked.options)[:1] == [field.name]
+
+
+def test_what_is_nearer_to_the_request_wins() -> None:
+    tensors = {"text_input": ["x"], "top_k": [4], "sampling_parameters": ['{"top_k": 3, "top_p": "0.3"}']}
+    parameters = {"top_k": 2, "top_p": 0.2, "seed": "2", "timeout": 5, "triton_x": 1, "x-request-id": "a"}
+    defaults = model_parameters({"top_k": "1", "top_p": "0.1", "seed": "1", "temperature": "0.5", "rows": "4"})
+    assert defaults.rows == 4
+    asked = read(tensors, parameters, defaults.values)
+    assert asked.options == {"top_k": 4, "top_p": 0.3, "seed": 2, "temperature": 0.5}
+    assert not asked.stream
+    assert not asked.echo
+
+
+def test_sampling_without_a_seed_draws_one() -> None:
+    warm = {"text_input": ["x"], "temperature": [0.7]}
+    assert len({read(warm, {}, {}).options["seed"] for _ in range(5)}) > 1
+    assert read({**warm, "seed": [3]}, {}, {}).options["seed"] == 3
+    assert read(warm, {}, {"seed": "4"}).options["seed"] == 4
+    assert "seed" not in read({"text_input": ["x"]}, {}, {}).options
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fragment"),
+    [
+        ({"ignore_eos": True}, "ignore_eos needs a limit; give max_tokens"),
+        ({"n": 2}, "n is 2, allowed: 1"),
+        ({"use_beam_search": True}, "use_beam_search is True, allowed: False"),
+        ({"max_tokens": 5, "max_new_tokens": 6}, "max_tokens is 5 and max_new_tokens is 6; give one of them"),
+        ({"guided_decoding_guide_type": "xml", "guided_decoding_guide": "<a/>"}, "allowed: json, json_schema, regex"),
+        ({"stop": [5]}, "stop is [5], allowed: text or a list of texts"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(sampling: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(fragment)):
+        read({"text_input": ["x"], "sampling_parameters": [json.dumps(sampling)]}, {}, {})
+
+
+def test_without_a_server_one_line_says_how_to_get_one(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(triton_server, "installed", lambda: False)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.pbtxt").touch()
+    refused(["triton", "run", str(tmp_path)], "no Triton server found", "nemodiff triton install", "container")
+    refused(["triton", "run", str(tmp_path / "none")], "no such folder", "nemodiff triton export")
+
+
+def test_what_is_no_repository_is_not_served(tmp_path: Path, tiny_engine: Path, refused: Refused) -> None:
+    refused(["triton", "run", str(tmp_path)], "holds no model", "nemodiff triton export")
+    refused(["triton", "run", str(tiny_engine)], "holds no model", "nemodiff triton export")
+    model = export(tiny_engine, tmp_path / "models", link=True)
+    refused(["triton", "run", str(model)], "is a model and not a repository", f"nemodiff triton run {model.parent}")
+
+
+def test_a_server_on_the_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "tritonserver"
+    program.write_text(f'#!{sys.executable}\nimport sys\nprint("\\n".join(sys.argv[1:]))\nsys.exit(3)\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "models").mkdir()
+    log = tmp_path / "log"
+    with pytest.raises(ServerError, match="tritonserver has ended with code 3; see its log"):
+        triton_server.TritonServer(tmp_path / "models", ports=(1, 2, 3), arguments=["--log-verbose=1"], log=log)
+    given = log.read_text().splitlines()
+    assert given[0] == f"--model-repository={tmp_path / 'models'}"
+    assert {"--http-port=1", "--grpc-port=2", "--metrics-port=3", "--http-address=127.0.0.1"} < set(given)
+    assert given[-1] == "--log-verbose=1"
+    assert CliRunner().invoke(main, ["triton", "run", "--help"]).exit_code == 0
+
+
+def test_the_manifest_holds_together() -> None:
+    parts = {part["kind"]: part for part in yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text())}
+    assert set(parts) == {"Service", "Deployment", "PodDisruptionBudget", "PodMonitor"}
+    deployment = parts["Deployment"]["spec"]
+    pod = deployment["template"]["spec"]
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert deployment["replicas"] > 1
+    labels = deployment["template"]["metadata"]["labels"]
+    assert parts["Service"]["spec"]["selector"] == deployment["selector"]["matchLabels"] == labels
+    assert {port["targetPort"] for port in parts["Service"]["spec"]["ports"]} < set(ports)
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] in ports
+        assert container[probe]["httpGet"]["path"] in ("/v2/health/ready", "/v2/models/nemodiff/ready")
+    (endpoint,) = parts["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert ports[endpoint["port"]] == 8002
+    (drain,) = [word for word in container["args"] if "--exit-timeout-secs" in word]
+    waits = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > waits + int(drain.partition("=")[2])
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("release", ["1.27", kubernetes_validate.latest_version()])
+def test_the_manifest_is_what_kubernetes_takes(release: str) -> None:
+    checked = 0
+    for part in yaml.safe_load_all((EXAMPLE / "kubernetes.yaml").read_text()):
+        if part["kind"] != "PodMonitor":  # of the Prometheus operator
+            kubernetes_validate.validate(part, release, strict=True)
+            checked += 1
+    assert checked == 3
+    part["kind"], part["apiVersion"], part["spec"] = "Service", "v1", {"ports": [{"prot": 1}]}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(part, release, strict=True)
+
+
+def test_the_dockerfile_names_what_is_there() -> None:
+    text = (EXAMPLE / "Dockerfile").read_text()
+    assert set(re.findall(r"^([A-Z]+) ", text, re.MULTILINE)) <= {
+        *("FROM", "ARG", "COPY", "RUN", "USER", "EXPOSE", "STOPSIGNAL", "CMD")
+    }
+    command = json.loads(re.findall(r"^CMD (.*)$", text, re.MULTILINE)[0])
+    assert command[0] == "tritonserver"
+    shell = re.findall(r"^RUN (.*)$", text, re.MULTILINE)[0]
+    subprocess.run(["bash", "-n", "-c", shell], check=True)

@@ -1,0 +1,101 @@
+"""What the Triton model sends, without a server: Triton's side is played."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins.triton_backend import Request, TritonError, module
+
+import nemodiff
+from nemodiff.serving.triton_server.model import TritonPythonModel
+
+QUESTION = "Show the times table of 7 up to 5."
+
+
+@pytest.fixture
+def started(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., TritonPythonModel]]:
+    """Starts the model over an engine, with parameters of its configuration."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
+    models = []
+
+    def start(**parameters: str) -> TritonPythonModel:
+        given = {"engine": str(tiny_engine), "threads": "1", **parameters}
+        config = {"parameters": {name: {"string_value": value} for name, value in given.items()}}
+        model = TritonPythonModel()
+        place = {"model_repository": str(tiny_engine.parent), "model_version": "1", "model_name": "played"}
+        model.initialize({**place, "model_config": json.dumps(config)})
+        models.append(model)
+        return model
+
+    yield start
+    for model in models:
+        model.finalize()
+
+
+def ask(model: TritonPythonModel, **values: Any) -> list[dict[str, Any]]:
+    request = Request({"text_input": QUESTION, **values})
+    model.execute([request])
+    responses = request.responses()
+    assert [r.error for r in responses] == [None] * len(responses)
+    return [response.outputs() for response in responses]
+
+
+def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together(
+    started: Callable[..., TritonPythonModel], tiny_engine: Path
+) -> None:
+    long: dict[str, Any] = {"mode": "ar", "max_tokens": 150, "min_tokens": 150}
+    whole = nemodiff.generate(
+        nemodiff.load(tiny_engine, threads=1), QUESTION, mode="ar", max_new_tokens=150, min_tokens=150
+    ).text
+    every = ask(started(stream_interval_ms="0"), stream=True, **long)
+    assert "".join(one["text_output"] for one in every) == whole
+    assert len(every) > 10
+    paced = started(stream_interval_ms="60000")
+    first, last = ask(paced, stream=True, **long)
+    assert first["text_output"] + last["text_output"] == whole
+    assert 0 < len(first["text_output"]) < len(whole) / 2
+    assert "finish_reason" not in first
+    assert last["num_output_tokens"] == 150
+    (only,) = ask(paced, **long)
+    assert only["text_output"] == whole
+    echoed = [ask(paced, stream=stream, exclude_input_in_output=False, **long) for stream in (False, True)]
+    assert ["".join(one["text_output"] for one in each) for each in echoed] == [QUESTION + whole] * 2
+
+
+def test_a_streams_pieces_are_whole_characters(started: Callable[..., TritonPythonModel], tiny_engine: Path) -> None:
+    engine, law = nemodiff.load(tiny_engine, threads=1), {"mode": "ar", "temperature": 30.0}
+    model, beyond = started(stream_interval_ms="0"), 0
+    for seed in range(3):
+        told = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **law)]
+        assert "".join(told) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **law).text
+        beyond += sum(not piece.isascii() for piece in told if piece.encode())
+    assert beyond
+
+
+def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
+    model = started(rows="1", waiting="1")
+    for wrong in ({"mode": "bogus"}, {"max_tokens": 0}):
+        request = Request({"text_input": QUESTION, **wrong})
+        model.execute([request])
+        (refusal,) = request.responses()
+        assert refusal.error is not None
+        assert refusal.error.kind == TritonError.INVALID_ARG
+    long = [Request({"text_input": QUESTION, "max_tokens": 150, "min_tokens": 150}) for _ in range(6)]
+    model.execute(long)
+    errors = [request.responses()[-1].error for request in long]
+    busy = [error for error in errors if error is not None]
+    assert {error.kind for error in busy} == {TritonError.UNAVAILABLE}
+    assert 1 <= len(busy) <= 4
+    told = sys.modules["triton_python_backend_utils"].MetricFamily.values
+    name, wanted = "nemodiff_refused_requests_total", {"400": 2, "503": len(busy), "500": 0}
+    for _ in range(600):
+        if {status: told.get((name, status)) for status in wanted} == wanted:
+            return
+        time.sleep(0.05)
+    raise AssertionError(told)

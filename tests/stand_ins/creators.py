@@ -1,0 +1,42 @@
+"""Registrations for `builder/compilers/compile.py` to call in the place of the product's own: parts of it, and ways to
+fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from nemodiff.plugins import OPS
+from nemodiff.plugins.tensorrt.register import register_v3, stage_op
+
+
+def stages(api: Any, kernels: Any) -> None:
+    """Every stage as a plugin of its own, which the full TensorRT has as quick plugins, which TensorRT-RTX lacks."""
+    for op in OPS:
+        for stage in op.stages:
+            register_v3(api, stage_op(op, stage), None)
+
+
+def only_attention(api: Any, kernels: Any) -> None:
+    register_v3(api, OPS[0], None)
+
+
+def nothing(api: Any, kernels: Any) -> None:
+    pass
+
+
+def abort(api: Any, kernels: Any) -> None:
+    os.write(2, b"terminate called\n")
+    os.abort()
+
+
+def killed(api: Any, kernels: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait(api: Any, kernels: Any) -> None:
+    Path(os.environ["NEMODIFF_TEST_PID"]).write_text(str(os.getpid()))
+    time.sleep(60)

@@ -1,0 +1,106 @@
+"""An engine without a model, for tests of what lies above it: exact, fast, and strict about the contract.
+
+In: passes. Out: predictions that are a hash of precisely the ids and positions a query sees. A slot remembers what was
+written to it, so a row that is moved short, a prefix that is copied wrong or a query that sees another row's K/V
+changes the answer. Two of three tokens follow from the beginning of the text alone, so that drafts are often right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+import nemodiff
+from nemodiff.contract import EngineInfo
+from nemodiff.runtime.engines.engine import Pass, Prediction
+
+_STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
+START = 12  # positions that every token depends on
+
+
+def toy(engine: nemodiff.LoadedEngine) -> nemodiff.LoadedEngine:
+    """The engine with its backend replaced."""
+    return dataclasses.replace(engine, backend=ToyEngine(engine.info))
+
+
+class ToyEngine:
+    """See `nemodiff.runtime.engines.engine.Engine`; counts its open caches, and fails in the forwards it is told to."""
+
+    samples = False
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info, self.open_caches, self.forwards = info, 0, 0
+        self.fails_at: set[int] = set()
+
+    def open(self, rows: int) -> ToyCache:
+        self.open_caches += 1
+        return ToyCache(self, rows)
+
+
+class ToyCache:
+    """See `nemodiff.runtime.engines.engine.Cache`."""
+
+    def __init__(self, engine: ToyEngine, rows: int) -> None:
+        self.seconds, self._engine, self._closed = 0.0, engine, False
+        self.written = np.full((rows, 4096, 2), -1, np.int64)  # id and position by row and slot
+
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        assert not self._closed
+        assert 0 <= first < first + len(passes) <= len(self.written)
+        self._engine.forwards += 1
+        self.seconds += 1e-3 + 1e-4 * len(passes) * max(p.ids.size for p in passes)
+        if self._engine.forwards in self._engine.fails_at:
+            raise RuntimeError("the device has gone\nand more lines")
+        return [self._row(self.written[first + i], p) for i, p in enumerate(passes)]
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        assert not self._closed
+        assert source != target
+        self.written[target] = -1  # what is not copied may be anything
+        self.written[target, :slots] = self.written[source, :slots]
+
+    def close(self) -> None:
+        assert not self._closed
+        self._closed = True
+        self._engine.open_caches -= 1
+
+    def _row(self, slots: np.ndarray, p: Pass) -> Prediction:
+        model = self._engine.info.model
+        slots[p.write_at : p.write_at + p.ids.size] = np.stack([p.ids, p.pos], axis=1)
+        token, confidence = np.empty(p.rows.size, np.int32), np.empty(p.rows.size, np.float32)
+        logits = np.zeros((p.rows.size, model.vocab_size), np.float32) if p.logits else None
+        for i, row in enumerate(p.rows.tolist()):
+            prefix, begin, end = p.visible[row].tolist()
+            seen = np.concatenate([slots[:prefix], slots[max(prefix, begin) : max(prefix, end)]])
+            assert (seen >= 0).all(), "a query sees a slot that nobody has written"
+            wanted = int(p.pos[row]) + (p.ids[row] != model.mask_id)
+            known = seen[(seen[:, 0] != model.mask_id) & (seen[:, 1] < wanted)]
+            if _mixed(np.array([[wanted, 7]])) % 3:
+                known = known[known[:, 1] < START]
+            value = _mixed(np.concatenate([known, [[wanted, -1]]]))
+            token[i] = model.eos_ids[0] if value % 41 == 0 else 130 + value % 600
+            confidence[i] = (value >> 16) % 1000 / 1000
+            if logits is not None:  # two tokens that a sample may well be
+                logits[i, [130 + (value >> 8) % 600, token[i]]] = (9, 10)
+        asked = p.ids[p.rows]
+        return Prediction(token, confidence, self._commit(asked, token, confidence, p.threshold), logits)
+
+    def _commit(self, ids: np.ndarray, token: np.ndarray, confidence: np.ndarray, threshold: float) -> np.ndarray:
+        masked = ids == self._engine.info.model.mask_id
+        if not masked.any():
+            return ids.copy()
+        chosen = masked & (confidence >= np.float32(threshold))
+        chosen[int(np.where(masked, confidence, -1).argmax())] = True
+        return np.where(chosen, token, ids)
+
+
+def _mixed(pairs: np.ndarray) -> int:
+    """A hash of a set of (id, position), order aside; pairs (n, 2) i64."""
+    with np.errstate(over="ignore"):
+        words = pairs.astype(np.uint64)
+        each = (words[:, 0] + np.uint64(1)) * _STEPS[0] ^ (words[:, 1] + np.uint64(3)) * _STEPS[1]
+        each = (each ^ each >> np.uint64(29)) * _STEPS[1]
+        total = each.sum(dtype=np.uint64)
+        return int((total ^ total >> np.uint64(31)) >> np.uint64(3))
