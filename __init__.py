@@ -10,9 +10,10 @@ from .errors import BuildError, BusyError, CheckpointError, EngineError, Nemodif
 from .runtime.editing.infill import Filled, fill, infill
 from .runtime.editing.revise import Revised, revise
 from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
-from .runtime.generate import LoadedEngine, events, generate, generate_many, load, stream
+from .runtime.generate import events, generate, generate_many, stream
+from .runtime.loading import LoadedEngine, load
+from .runtime.requests.generation import Acceptance, Generation
 from .runtime.requests.options import Options
-from .runtime.requests.prepare import Acceptance, Generation
 from .runtime.scheduler import Handle, Scheduler, Statistics
 
 __all__ = [

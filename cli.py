@@ -32,14 +32,15 @@ from .contract import (
 )
 from .errors import NemodiffError, RequestError
 from .runtime.editing.infill import METHODS
-from .runtime.requests.options import AUTO, DEFAULT_NEW_TOKENS, check_text
+from .runtime.requests.options import AUTO, DEFAULT_NEW_TOKENS
 from .runtime.requests.settings import GROUPS
 from .runtime.sampling.commit import POLICIES
+from .runtime.text.checks import check_text
 
 if TYPE_CHECKING:
     from .runtime.events.events import Event
-    from .runtime.generate import LoadedEngine
-    from .runtime.requests.prepare import Generation
+    from .runtime.loading import LoadedEngine
+    from .runtime.requests.generation import Generation
 
 Command = Callable[..., None]
 
@@ -358,7 +359,8 @@ def run(
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
     from .runtime.events.trace import record
-    from .runtime.generate import events, load
+    from .runtime.generate import events
+    from .runtime.loading import load
 
     options["chat"] = not raw
 
@@ -445,7 +447,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **o
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
-    from .runtime.generate import load
+    from .runtime.loading import load
     from .runtime.scheduler import Scheduler
     from .runtime.text.codec import Message
 
@@ -545,7 +547,7 @@ def infill(
     import dataclasses
 
     from .runtime.editing.infill import fill, parse_template
-    from .runtime.generate import load
+    from .runtime.loading import load
 
     if (template is None) == (prefix is None):
         raise click.UsageError("give --prefix (with --suffix and --length) or --template")
@@ -581,7 +583,7 @@ def revise(
     import dataclasses
 
     from .runtime.editing.revise import revise as run_revise
-    from .runtime.generate import load
+    from .runtime.loading import load
 
     if text is not None and file is not None:
         raise click.UsageError("give --text or --file, not both")

@@ -22,8 +22,9 @@ from common import questions, record
 from common.questions import Question
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.generate import LoadedEngine, generate_many, load
-from nemodiff.runtime.requests.prepare import Generation
+from nemodiff.runtime.generate import generate_many
+from nemodiff.runtime.loading import LoadedEngine, load
+from nemodiff.runtime.requests.generation import Generation
 
 BLOCKS = (32, 16, 8)
 POLICIES = {  # the option each is set by, and its values from fast to careful

@@ -19,7 +19,8 @@ from typing import Any
 from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.generate import LoadedEngine, decode, load
+from nemodiff.runtime.generate import decode
+from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.runtime.requests.options import AUTO, make_options
 from nemodiff.runtime.requests.prepare import prepare
 

@@ -18,7 +18,8 @@ from common import questions, record
 from common.questions import Question
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.generate import Generation, LoadedEngine, generate_many, load
+from nemodiff.runtime.generate import Generation, generate_many
+from nemodiff.runtime.loading import LoadedEngine, load
 
 ADAPTER = record.ROOT / "examples" / "tiny-chat-drafter" / "linear_spec_lora"
 TRAINED_ON = (1, 2000)  # seed and number of different questions: the defaults of train_drafter.py

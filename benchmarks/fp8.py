@@ -18,7 +18,8 @@ from common.questions import Question
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import Quantization
-from nemodiff.runtime.generate import Generation, LoadedEngine, generate_many, load
+from nemodiff.runtime.generate import Generation, generate_many
+from nemodiff.runtime.loading import LoadedEngine, load
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"mode": "ar"},

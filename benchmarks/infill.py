@@ -26,7 +26,8 @@ from nemodiff.runtime.editing.infill import fill
 from nemodiff.runtime.editing.revise import revise
 from nemodiff.runtime.editing.row import Row
 from nemodiff.runtime.engines.engine import Pass, bidirectional, every_token
-from nemodiff.runtime.generate import LoadedEngine, generate, load
+from nemodiff.runtime.generate import generate
+from nemodiff.runtime.loading import LoadedEngine, load
 
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
 LONGEST = 12

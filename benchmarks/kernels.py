@@ -18,7 +18,7 @@ from common import record
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels
-from nemodiff.contract import Kernel
+from nemodiff.engine_folder import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 
 # Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.

@@ -21,10 +21,10 @@ import onnxruntime
 from common import record
 
 from nemodiff.builder.build import Builder
-from nemodiff.contract import MANIFEST_FILE, MODEL_FILE
+from nemodiff.engine_folder import MANIFEST_FILE, MODEL_FILE
 from nemodiff.plugins.ops import block_attention
 from nemodiff.runtime.engines.engine import bidirectional
-from nemodiff.runtime.generate import load
+from nemodiff.runtime.loading import load
 
 SIZES, WARMUP = (1, 32), 50
 PER_LAYER = """

@@ -18,7 +18,7 @@ from common import questions, record
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.requests.prepare import tokens_per_pass
+from nemodiff.runtime.requests.generation import tokens_per_pass
 
 WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear_spec", {}),

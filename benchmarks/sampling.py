@@ -18,7 +18,8 @@ from common import questions, record
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.engines.engine import Prediction
-from nemodiff.runtime.generate import LoadedEngine, decode, load, prepare
+from nemodiff.runtime.generate import decode, prepare
+from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.sequence import Sequence
 from nemodiff.runtime.sampling.noise import Noise

@@ -22,7 +22,8 @@ from common import questions, record, timing
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
-from nemodiff.runtime.generate import LoadedEngine, generate, load
+from nemodiff.runtime.generate import generate
+from nemodiff.runtime.loading import LoadedEngine, load
 
 BASE = "transformers eager"
 NEW_TOKENS = 128  # limit; tiny-chat's answers end before it

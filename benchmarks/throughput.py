@@ -24,8 +24,9 @@ from common import questions, record
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import KEPT_PREFIXES, Batch, Counts
-from nemodiff.runtime.events.events import Finished, Reporter
-from nemodiff.runtime.generate import LoadedEngine, load
+from nemodiff.runtime.events.events import Finished
+from nemodiff.runtime.events.reporter import Reporter
+from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence

@@ -30,7 +30,8 @@ from common import questions, record
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.events.events import Text
-from nemodiff.runtime.generate import LoadedEngine, load, stream
+from nemodiff.runtime.generate import stream
+from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.serving.triton_server.export import export
 from nemodiff.serving.triton_server.install import FOLDER, WHEEL, install
 from nemodiff.serving.triton_server.server import TritonServer

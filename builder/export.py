@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ModelConfig
-from ..contract import CONFIG_FILE, EXPORT_FORMATS, GENERATION_FILE
+from ..contract import EXPORT_FORMATS
+from ..engine_folder import CONFIG_FILE, GENERATION_FILE
 from ..errors import BuildError, CheckpointError
 from .checkpoint.checkpoint import (
     ADAPTER_FOLDER,

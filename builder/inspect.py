@@ -15,7 +15,8 @@ from typing import Any
 
 import onnx
 
-from ..contract import DOMAIN, ENGINE_FILE, ITEMSIZE, MODEL_FILE, EngineInfo, dtype_line, read_engine
+from ..contract import DOMAIN, ITEMSIZE
+from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, dtype_line, read_engine
 from ..errors import EngineError
 from ..plugins.tensorrt.api import device_sm, load
 from .plan import size

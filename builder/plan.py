@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line
+from ..contract import COMPILED, ITEMSIZE, Backend
+from ..engine_folder import BuildConfig, cache_slots, dtype_line
 from .checkpoint.checkpoint import Checkpoint
 from .compilers.tensorrt import memory_needed
 from .graph.graph import Graph

@@ -24,14 +24,16 @@ from ..contract import PREFILL_CHUNK
 from ..errors import BusyError, EngineError, NemodiffError, RequestError
 from .batching.batch import KEPT_PREFIXES, Batch, Counts
 from .engines.engine import PASS_KINDS, PassKind
-from .events.events import Event, Finished, Reporter
-from .generate import check_rows
+from .events.events import Event, Finished
+from .events.reporter import Reporter
+from .loading import check_rows
+from .requests.generation import Generation
 from .requests.options import make_options
-from .requests.prepare import Generation, Prompt, prepare
+from .requests.prepare import Prompt, prepare
 from .requests.sequence import Sequence
 
 if TYPE_CHECKING:
-    from .generate import LoadedEngine
+    from .loading import LoadedEngine
 
 Listener = Callable[[list[Event] | NemodiffError], None]
 

@@ -13,14 +13,11 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..runtime.engines.engine import PassKind
 from ..runtime.events.events import Finished
 from ..runtime.scheduler import Statistics
-
-if TYPE_CHECKING:
-    from .http.fim import FillCounts
 
 Kind = Literal["counter", "gauge", "histogram"]
 Values = Mapping[str, float] | Mapping[PassKind, int]
@@ -28,6 +25,16 @@ Values = Mapping[str, float] | Mapping[PassKind, int]
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _PER_TOKEN = tuple(s / 10 for s in _SECONDS[:-3])
 _TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FillCounts:
+    """Holes that are filled or wait, holes by their end, and of the filled ones tokens and passes by kind."""
+
+    present: int
+    ends: dict[str, int]
+    tokens: int
+    nfe: dict[PassKind, int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nemodiff.contract import MODES, EngineInfo
+from nemodiff.contract import MODES
+from nemodiff.engine_folder import EngineInfo
 from nemodiff.runtime.engines.engine import Cache, bidirectional, causal
-from nemodiff.runtime.generate import LoadedEngine, decode
+from nemodiff.runtime.generate import decode
+from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.prepare import prepare
 

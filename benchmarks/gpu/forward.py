@@ -16,7 +16,7 @@ from gpu import models as gpu_models
 from gpu.plan import Asked, Cell, Lab, Row
 from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import TorchCache
-from nemodiff.runtime.generate import LoadedEngine
+from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
 VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits")

@@ -19,9 +19,10 @@ import make_checkpoint
 import safetensors
 
 from nemodiff.config import ModelConfig, parse_config
-from nemodiff.contract import ITEMSIZE, SCHEMA, BuildConfig, EngineInfo, Manifest
+from nemodiff.contract import ITEMSIZE
+from nemodiff.engine_folder import SCHEMA, BuildConfig, EngineInfo, Manifest
 from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
-from nemodiff.runtime.generate import LoadedEngine
+from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec
 
 TINY: dict[str, int] = {

@@ -24,7 +24,8 @@ from gpu.card import Card
 from gpu.forward import passes, seconds
 from gpu.plan import Asked, Cell, Lab, Row
 from nemodiff.contract import MODES
-from nemodiff.runtime.generate import LoadedEngine, generate
+from nemodiff.runtime.generate import generate
+from nemodiff.runtime.loading import LoadedEngine
 
 WAYS: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},

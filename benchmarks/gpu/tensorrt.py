@@ -20,13 +20,15 @@ from common import questions
 from gpu.plan import Asked, Cell, Lab, Row
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.tensorrt import Choices
-from nemodiff.contract import ITEMSIZE, MODES, read_engine
+from nemodiff.contract import ITEMSIZE, MODES
+from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import MODULES
 from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
-from nemodiff.runtime.generate import LoadedEngine, generate
+from nemodiff.runtime.generate import generate
+from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from ...config import ModelConfig, parse_config
-from ...contract import CONFIG_FILE, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ...errors import CheckpointError
 from ..files import forget
 

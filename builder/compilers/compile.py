@@ -20,7 +20,8 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from ...contract import DOMAIN, Profile, parse_kernel
+from ...contract import DOMAIN
+from ...engine_folder import Profile, parse_kernel
 from ...errors import BuildError
 from ...plugins import OPS
 from ...plugins.tensorrt.api import Builder, Config, Network, TensorRT, load

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ModelConfig, RopeConfig
-from ...contract import KERNELS_FOLDER, Dtype, Kernel, parse_kernel
+from ...contract import Dtype
+from ...engine_folder import KERNELS_FOLDER, Kernel, parse_kernel
 from ...errors import BuildError
 from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.op import Op, Stage

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ...config import ModelConfig
-from ...contract import COMPILED, MAX_BLOCK, Backend, BuildConfig, Kernel, Profile, TensorRTInfo, cache_slots
+from ...contract import COMPILED, MAX_BLOCK, Backend
+from ...engine_folder import BuildConfig, Kernel, Profile, TensorRTInfo, cache_slots
 from ...errors import BuildError
 from ...plugins.tensorrt.api import device_sm, library_folder, load
 

@@ -18,7 +18,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ...config import ModelConfig
-from ...contract import DOMAIN, WEIGHTS_FILE, Binding, Dtype, cache_names, inputs, outputs
+from ...contract import DOMAIN, Binding, Dtype, cache_names, inputs, outputs
+from ...engine_folder import WEIGHTS_FILE
 from ...plugins.ops import block_attention, confidence_commit
 
 OPSET = 24

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...contract import Kernel
+from ...engine_folder import Kernel
 from ...errors import EngineError
 from ..op import Grid
 

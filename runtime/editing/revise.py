@@ -16,9 +16,10 @@ import numpy as np
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
 from ..engines.engine import PassKind, causal
-from ..generate import LoadedEngine
-from ..requests.options import Options, check_text
+from ..loading import LoadedEngine
+from ..requests.options import Options
 from ..requests.prepare import Prompt, encode
+from ..text.checks import check_text
 from .row import Row
 
 

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...contract import Binding, EngineInfo, inputs, outputs
+from ...contract import Binding, inputs, outputs
+from ...engine_folder import EngineInfo
 from .engine import Pass
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT gets; Triton assumes 16

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...contract import MODEL_FILE, Binding, EngineInfo, cache_names, inputs, outputs
+from ...engine_folder import MODEL_FILE, EngineInfo
+from ...contract import Binding, cache_names, inputs, outputs
 from ...errors import EngineError
 from .engine import Pass, Prediction
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from ..generate import LoadedEngine
+from ..loading import LoadedEngine
 from .events import Step
 
 MASK, END = "░", "■"

@@ -20,7 +20,7 @@ from ...errors import RequestError
 from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
 
 if TYPE_CHECKING:
-    from ..generate import LoadedEngine
+    from ..loading import LoadedEngine
 
 SCHEMA = 1  # of the lines
 

@@ -13,7 +13,7 @@ import numpy as np
 from ...errors import EngineError
 from ..engines.engine import Pass, PassKind, Prediction, bidirectional, causal, with_masks
 from ..requests.sequence import Sequence
-from ..sampling.commit import entropies, probability
+from ..sampling.softmax import entropies, probability
 from .ar import Loop, prefill
 
 

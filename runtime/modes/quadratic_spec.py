@@ -19,7 +19,7 @@ from ...contract import PREFILL_CHUNK
 from ..engines.engine import Pass, Prediction, causal, every_token, with_masks
 from ..planning.cost import CostCurve
 from ..requests.sequence import Sequence
-from ..sampling.commit import probability
+from ..sampling.softmax import probability
 from .ar import Loop, prompt_parts
 
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look

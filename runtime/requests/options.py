@@ -15,6 +15,7 @@ from typing import Any
 
 from ...contract import PREFILL_CHUNK
 from ...errors import RequestError
+from ..text.checks import check_text
 
 DEFAULT_NEW_TOKENS = 512
 AUTO = "auto"  # a mode or block length by measured cost
@@ -156,11 +157,3 @@ def _as_json(value: Any) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json_schema is not JSON ({error}); give text or an object of plain values") from None
-
-
-def check_text(text: str, where: str) -> None:
-    """Refuse halves of surrogate pairs: JSON spells them and a shell passes them on, but no tokenizer takes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{where}: not UTF-8 text at character {error.start}; convert it first") from None

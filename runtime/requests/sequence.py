@@ -14,7 +14,7 @@ from ...config import ModelConfig
 from ..engines.engine import PASS_KINDS, PassKind, Prediction
 from ..planning.cost import CostCurve
 from ..planning.draft_planner import Pace, Way
-from ..text.codec import Transcript
+from ..text.transcript import Transcript
 from .selection import Chooser
 from .settings import Settings
 

@@ -12,7 +12,8 @@ import functools
 import math
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ...contract import MAX_BLOCK, MODES, PREFILL_CHUNK, EngineInfo
+from ...contract import MAX_BLOCK, MODES, PREFILL_CHUNK
+from ...engine_folder import EngineInfo
 from ...errors import RequestError
 from ..sampling.commit import POLICIES, Policy
 from ..sampling.grammar import Grammar

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 from ...runtime.events.events import Event, Finished, Step, Text
-from ...runtime.generate import LoadedEngine
-from ...runtime.requests.prepare import Generation, tokens_per_pass
+from ...runtime.loading import LoadedEngine
+from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.selection import TokenLogprobs
 from .reasoning import Splitter
 

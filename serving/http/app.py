@@ -25,7 +25,7 @@ from starlette.requests import Request
 
 from ...contract import MODES
 from ...errors import NemodiffError
-from ...runtime.generate import LoadedEngine, load
+from ...runtime.loading import LoadedEngine, load
 from ...runtime.scheduler import Scheduler
 from ..metrics import Metrics, Now
 from . import refusals

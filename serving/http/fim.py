@@ -13,25 +13,16 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ...contract import EngineInfo
+from ...engine_folder import EngineInfo
 from ...errors import BusyError, RequestError
 from ...runtime.editing.infill import Filled, infill
 from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
-from ...runtime.generate import LoadedEngine
+from ...runtime.loading import LoadedEngine
+from ..metrics import FillCounts
 
 
 class GoneError(Exception):
     """Nobody waits for the answer any more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FillCounts:
-    """Holes that are filled or wait, holes by their end, and of the filled ones tokens and passes by kind."""
-
-    present: int
-    ends: dict[str, int]
-    tokens: int
-    nfe: dict[PassKind, int]
 
 
 class Fills:

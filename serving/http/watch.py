@@ -11,7 +11,7 @@ from typing import Any
 
 from ...runtime.events.events import Event, as_dict
 from ...runtime.events.trace import header
-from ...runtime.generate import LoadedEngine
+from ...runtime.loading import LoadedEngine
 
 
 async def traced(engine: LoadedEngine, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:

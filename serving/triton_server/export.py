@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ...builder.staging import Kind, staged
-from ...contract import EngineInfo, read_engine
+from ...engine_folder import EngineInfo, read_engine
 from ...errors import RequestError
-from ...runtime.generate import check_device
+from ...runtime.loading import check_device
 from ...runtime.requests.options import make_options
 from ...runtime.requests.settings import settle
 from ...runtime.text.codec import TextCodec

@@ -28,7 +28,7 @@ from .outputs import NUMPY, OUTPUTS
 from .parameters import INPUTS, Asked, model_parameters, read
 
 if TYPE_CHECKING:
-    from ...runtime.generate import LoadedEngine
+    from ...runtime.loading import LoadedEngine
     from ...runtime.scheduler import Handle
 
 _LOOK = 0.01  # seconds between two looks for clients that have gone; they take at most a tenth of the time
@@ -95,7 +95,7 @@ class TritonPythonModel:
 
     def load(self, folder: Path) -> LoadedEngine:
         """Load the engine; tests put others in its place."""
-        from ...runtime.generate import load
+        from ...runtime.loading import load
 
         return load(folder, threads=self._parameters.threads, device=self._parameters.device)
 

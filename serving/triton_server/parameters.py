@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from ...contract import PREFILL_CHUNK
 from ...errors import RequestError
-from ...runtime.requests.options import Options, check_text
+from ...runtime.requests.options import Options
+from ...runtime.text.checks import check_text
 from ..spellings import resolve
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]

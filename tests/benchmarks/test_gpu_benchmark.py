@@ -151,7 +151,8 @@ def test_without_a_gpu_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checkout_is_enough(tmp_path: Path) -> None:
     """With the installed package hidden and no path but the script's own."""
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    code = f"{hide}sys.path.insert(0, {str(FOLDER)!r})\nfrom common import checkout\nimport nemodiff; print(nemodiff.__file__)"
+    code = f"{hide}sys.path.insert(0, {str(FOLDER)!r})\nfrom common import checkout\n"
+    code += "import nemodiff; print(nemodiff.__file__)"
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60)

@@ -36,7 +36,8 @@ from nemodiff.builder.compilers.tensorrt import RTX_SMS, Choices, Job
 from nemodiff.builder.graph.stages import split
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
-from nemodiff.contract import BuildConfig, Kernel, Profile, cache_slots, inputs, outputs, read_engine
+from nemodiff.contract import inputs, outputs
+from nemodiff.engine_folder import BuildConfig, Kernel, Profile, cache_slots, read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load

@@ -21,7 +21,8 @@ from oracle import reference
 from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
-from nemodiff.runtime.sampling.commit import Policy, entropies, probability
+from nemodiff.runtime.sampling.commit import Policy
+from nemodiff.runtime.sampling.softmax import entropies, probability
 
 QUESTIONS = equality.questions(30)
 CAUSAL = ("ar", "linear_spec", "quadratic_spec")

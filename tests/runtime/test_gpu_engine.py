@@ -29,7 +29,7 @@ from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.engines.torch.engine import TorchEngine
-from nemodiff.runtime.generate import LoadedEngine
+from nemodiff.runtime.loading import LoadedEngine
 
 SM = device_sm()
 NO_GPU = SM is None and not torch.cuda.is_available()

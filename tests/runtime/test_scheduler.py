@@ -27,8 +27,9 @@ from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.batching.prefix_cache import Prefixes, common
 from nemodiff.runtime.planning.cost import CostCurve, split
+from nemodiff.runtime.requests.generation import result
 from nemodiff.runtime.requests.options import Options
-from nemodiff.runtime.requests.prepare import prepare, result
+from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence
 
 SYSTEM = [200 + i * 7 % 300 for i in range(60)]

@@ -12,6 +12,7 @@ from stand_ins.checkpoints import TINY_CHAT, load_make_data
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
+from nemodiff.runtime.text.transcript import Transcript
 
 DATA = load_make_data()
 IM_START, IM_END, THINK, END_THINK = 10, 11, 12, 13
@@ -93,7 +94,7 @@ def test_specials_in_a_prompt_are_text(codec: TextCodec, content: str) -> None:
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_text_and_is_never_taken_back(codec: TextCodec, text: str, stop: list[str]) -> None:
     ids = [*codec.encode(text), IM_END]
-    transcript, shown = codec.transcript(stop), ""
+    transcript, shown = Transcript(codec, stop), ""
     used = ids
     for count in range(1, len(ids) + 1):
         if transcript.reaches_stop(ids[:count]):
@@ -118,7 +119,7 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
     for text, stop, kept in (("a.é b", ".", "a"), ("ab.é", "b.", "a"), ("x —", " ", "x"), ("a.é b", "é", "a.")):
         ids = codec.encode(text)
         assert any(codec._bytes(i)[-1] in (0xC3, 0xE2) for i in ids)
-        transcript, shown = codec.transcript([stop]), ""
+        transcript, shown = Transcript(codec, [stop]), ""
         for count in range(1, len(ids) + 1):
             if transcript.reaches_stop(ids[:count]):
                 break
@@ -130,7 +131,7 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
 
 def test_incomplete_characters_wait_and_are_replaced_at_the_end(codec: TextCodec) -> None:
     ids = codec.encode("a漢")
-    transcript = codec.transcript()
+    transcript = Transcript(codec)
     assert transcript.push(ids[:-1], final=False) == "a"
     assert transcript.push(ids[:-1], final=True) == "�"
     assert transcript.text(ids[:-1]) == "a�"

@@ -26,13 +26,14 @@ from stand_ins.torch_graphs import RecordingDevice
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.contract import MODES, read_engine
+from nemodiff.contract import MODES
+from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.infill import METHODS
 from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
 from nemodiff.runtime.engines.torch.model import TorchModel
-from nemodiff.runtime.generate import LoadedEngine
+from nemodiff.runtime.loading import LoadedEngine
 
 pytestmark = pytest.mark.torch
 QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 41, 7, 93.", "Show the times table of 7 up to 5."]

@@ -23,7 +23,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from nemodiff.contract import MODEL_FILE, EngineInfo
+from nemodiff.engine_folder import MODEL_FILE, EngineInfo
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Stage
 from nemodiff.plugins.tensorrt.api import TensorRT

@@ -123,7 +123,7 @@ def drive(trt, op, stage, job):
 def main():
     job = json.load(sys.stdin)
     trt = load_tensorrt()
-    from nemodiff.contract import parse_kernel
+    from nemodiff.engine_folder import parse_kernel
     from nemodiff.plugins import OPS
     from nemodiff.plugins.tensorrt.api import TensorRT
     from nemodiff.plugins.tensorrt.launch import Kernels

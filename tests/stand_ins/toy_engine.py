@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import nemodiff
-from nemodiff.contract import EngineInfo
+from nemodiff.engine_folder import EngineInfo
 from nemodiff.runtime.engines.engine import Pass, Prediction
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))

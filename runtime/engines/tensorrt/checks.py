@@ -11,7 +11,8 @@ import hashlib
 import mmap
 from pathlib import Path
 
-from ....contract import ENGINE_FILE, KERNELS_FOLDER, WEIGHTS_FILE, EngineInfo, TensorRTInfo, cache_names, inputs, outputs
+from ....engine_folder import ENGINE_FILE, KERNELS_FOLDER, WEIGHTS_FILE, EngineInfo, TensorRTInfo
+from ....contract import cache_names, inputs, outputs
 from ....errors import EngineError
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.register import register

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import ITEMSIZE, EngineInfo, Profile, cache_names, cache_slots
+from ....contract import ITEMSIZE, cache_names
+from ....engine_folder import EngineInfo, Profile, cache_slots
 from ....errors import EngineError, RequestError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.launch import Kernels

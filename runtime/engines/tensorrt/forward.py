@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ....contract import ENGINE_FILE, EngineInfo
+from ....engine_folder import ENGINE_FILE, EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.launch import Kernels

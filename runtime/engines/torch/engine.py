@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ....contract import EngineInfo
+from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction
 from ..layout import fill, layouts, rounded
 from .device import Buffer, Graph, TorchDevice

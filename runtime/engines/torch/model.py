@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ....contract import TENSORS_FILE, EngineInfo
+from ....engine_folder import TENSORS_FILE, EngineInfo
 from ....plugins import SAMPLED
 from ....plugins.ops import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 from ....plugins.op import Arg, run

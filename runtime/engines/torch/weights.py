@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ....config import ModelConfig
-from ....contract import BuildConfig
+from ....engine_folder import BuildConfig
 from ....errors import EngineError
 
 if TYPE_CHECKING:

@@ -1,0 +1,298 @@
+"""The engine folder: what its description says, how it is read, checked and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import ModelConfig, parse_config
+from .contract import (
+    BACKEND_DTYPES,
+    COMPILED,
+    ITEMSIZE,
+    MAX_BATCH,
+    MAX_BLOCK,
+    PREFILL_CHUNK,
+    QUANTIZATIONS,
+    Dtype,
+    Quantization,
+)
+from .errors import CheckpointError, EngineError
+
+SCHEMA = 3  # of the engine folder; a reader refuses a newer one, and reads 2 (no quantization), 1 (nor max_input_len)
+
+
+ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
+
+
+KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
+
+
+MODEL_FILE = "model.onnx"
+
+
+WEIGHTS_FILE = "model.onnx.data"
+
+
+TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph
+
+
+CONFIG_FILE = "config.json"
+
+
+MANIFEST_FILE = "manifest.json"
+
+
+GENERATION_FILE = "generation_config.json"
+
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """The choices an engine was built with, in TensorRT-LLM's spelling where it has one.
+
+    `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; where nothing is compiled it is a
+    default.
+    In a TensorRT engine T of the caches is `cache_slots`. Without `gather_generation_logits` there is no output
+    `logits`, so the engine cannot sample. `quantization` is of the layers' projections; embedding, head, norms and
+    adapter stay in `dtype`.
+    """
+
+    dtype: Dtype
+    max_seq_len: int
+    max_batch_size: int
+    block_length: int
+    max_input_len: int = PREFILL_CHUNK
+    gather_generation_logits: bool = True
+    quantization: Quantization | None = None
+
+
+def dtype_line(dtype: str, quantization: str | None) -> str:
+    """What weights and cache are, for people."""
+    return f"{dtype} with {quantization} projections" if quantization else dtype
+
+
+def cache_slots(build: BuildConfig) -> int:
+    """T of a TensorRT engine: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
+
+    A block, a group of masks or a batch's padding may reach past the request's end. In whole pieces of 64, so that
+    every row begins at an address that TensorRT takes.
+    """
+    return -(-(build.max_seq_len + max(MAX_BLOCK, build.max_input_len)) // 64) * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One optimization profile of a TensorRT engine: a pass fits if its B, S and R are at most these."""
+
+    name: str  # block or prefill
+    max_batch_size: int  # B
+    max_tokens: int  # S
+    max_rows: int  # R
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel of an engine: a stage of an op (`plugins/op.py`) for one compute capability.
+
+    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton's kernels
+    may ask for and these do not. `registers` and `spill_bytes` (stored to memory for want of registers) are per thread,
+    `shared_bytes` per block.
+    """
+
+    stage: str
+    sm: int
+    entry: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    arguments: tuple[str, ...]
+
+    def file(self, suffix: Literal["ptx", "cubin"]) -> str:
+        """Its file, relative to the engine folder."""
+        return f"{KERNELS_FOLDER}/{self.stage}.sm{self.sm}.{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTInfo:
+    """What a TensorRT engine is and what must be here to run it.
+
+    `profiles` are in the engine's order. `layers` counts what was found after parsing, by `native` or `plugin` and the
+    op's name.
+    """
+
+    module: str  # Python module that built it: tensorrt_rtx or tensorrt
+    version: str  # of that module
+    sms: tuple[int, ...]  # compute capabilities: 89 is 8.9
+    profiles: tuple[Profile, ...]
+    implementation: Literal["native", "plugin"]
+    layers: dict[str, dict[str, int]]
+    flags: tuple[str, ...]
+    engine_bytes: int
+    kernels: tuple[Kernel, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Where an engine comes from and what must be here to run it.
+
+    File entries: `{name: {bytes, sha256}}`, names relative to the folder. `tensorrt` is there for its backends only.
+    """
+
+    schema: int
+    backend: str
+    versions: dict[str, str]
+    checkpoint: dict[str, Any]
+    adapter: dict[str, Any] | None
+    files: dict[str, dict[str, Any]]
+    tensorrt: TensorRTInfo | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineInfo:
+    """An engine folder's description. `pretrained` is the checkpoint's config.json as it was."""
+
+    model: ModelConfig
+    build: BuildConfig
+    manifest: Manifest
+    pretrained: Mapping[str, Any]
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.manifest.adapter is not None
+
+    def write(self, folder: Path) -> None:
+        """Write config.json and manifest.json."""
+        config = {"pretrained_config": self.pretrained, "build_config": dataclasses.asdict(self.build)}
+        for name, values in ((CONFIG_FILE, config), (MANIFEST_FILE, dataclasses.asdict(self.manifest))):
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def is_engine(folder: Path) -> bool:
+    """Whether a folder claims to be an engine (it may still be a broken one)."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
+def read_engine(folder: Path) -> EngineInfo:
+    """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
+    again = f"build it again: nemodiff build CHECKPOINT -o {folder}"
+    if not folder.is_dir():
+        raise EngineError(
+            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"
+        )
+    if not is_engine(folder):
+        hint = (
+            f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
+            if any(folder.glob("*.safetensors"))
+            else again
+        )
+        raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
+    manifest = _read_object(folder / MANIFEST_FILE, again)
+    schema = manifest.get("schema")
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise EngineError(f"{folder / MANIFEST_FILE}: schema is {schema!r}, allowed: 1 to {SCHEMA}; {again}")
+    if schema > SCHEMA:
+        raise EngineError(
+            f"{folder}: written with engine schema {schema}, this nemodiff reads up to {SCHEMA}; "
+            f"update nemodiff or {again}"
+        )
+    config = _read_object(folder / CONFIG_FILE, again)
+    try:
+        build = BuildConfig(**config["build_config"])
+        generation = folder / GENERATION_FILE
+        model = parse_config(
+            config["pretrained_config"], _read_object(generation, again) if generation.is_file() else None
+        )
+        checked = Manifest(**{**manifest, "tensorrt": _parse_tensorrt(manifest.get("tensorrt"))})
+        info = EngineInfo(model, build, checked, config["pretrained_config"])
+        sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
+    except CheckpointError as error:
+        raise EngineError(f"{folder}: {error}; {again}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
+    _check_build(build, folder / CONFIG_FILE, again)
+    _check_backend(info, folder, again)
+    for name, size in sizes.items():
+        got = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if got != size:
+            found = "missing" if got is None else f"{got} bytes"
+            raise EngineError(f"{folder / name}: {found}, the manifest says {size} bytes; copy it whole or {again}")
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        _read_object(folder / TOKENIZER_CONFIG_FILE, again)
+    return info
+
+
+def _check_build(build: BuildConfig, path: Path, again: str) -> None:
+    if build.dtype not in tuple(ITEMSIZE):
+        raise EngineError(f"{path}: dtype is {build.dtype!r}, allowed: {', '.join(ITEMSIZE)}; {again}")
+    limits = {
+        "max_seq_len": 2**31 - 1,
+        "max_batch_size": MAX_BATCH,
+        "block_length": MAX_BLOCK,
+        "max_input_len": 2**31 - 1,
+    }
+    for name, high in limits.items():
+        value = getattr(build, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise EngineError(f"{path}: {name} is {value!r}, allowed: 1 to {high}; {again}")
+
+
+def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
+    backend, dtype = info.manifest.backend, info.build.dtype
+    dtypes = {str(name): allowed for name, allowed in BACKEND_DTYPES.items()}.get(backend)
+    if dtypes is None:
+        raise EngineError(f"{folder}: built for backend {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; {again}")
+    if dtype not in dtypes:
+        raise EngineError(f"{folder}: dtype is {dtype} on {backend}, allowed: {', '.join(dtypes)}; {again}")
+    quantization = info.build.quantization
+    if quantization is not None and backend not in QUANTIZATIONS.get(quantization, ()):
+        raise EngineError(
+            f"{folder}: quantization is {quantization!r} on {backend}, allowed: {', '.join(QUANTIZATIONS)} on torch; "
+            f"{again}"
+        )
+    if (info.manifest.tensorrt is None) == (backend in COMPILED):
+        raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
+
+
+def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
+    """The manifest's object as dataclasses. Raises TypeError, ValueError."""
+    if values is None:
+        return None
+    return TensorRTInfo(
+        **{
+            **values,
+            "sms": tuple(map(int, values["sms"])),
+            "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
+            "flags": tuple(values["flags"]),
+            "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
+        }
+    )
+
+
+def parse_kernel(values: dict[str, Any]) -> Kernel:
+    """A kernel's record out of JSON. Raises TypeError, KeyError."""
+    return Kernel(**{**values, "arguments": tuple(values["arguments"])})
+
+
+def _read_object(path: Path, again: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(f"{path}: missing; {again}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise EngineError(f"{path}: not readable as JSON ({error}); {again}") from None
+    if not isinstance(values, dict):
+        raise EngineError(f"{path}: holds a {type(values).__name__}, expected a JSON object; {again}")
+    return values
