@@ -32,17 +32,17 @@ PACKAGES = ("nemodiff", "onnxruntime", "numpy")
 
 def forget_the_noise(sequence: Sequence, seeds: itertools.count[int]) -> None:
     """Make a request's drafts draw with noise of their own, new in every pass."""
-    chooser = sequence.chooser
-    shared, propose = chooser._noise, chooser.propose
+    selector = sequence.selector
+    shared, propose = selector._noise, selector.propose
 
     def alone(prediction: Prediction, tokens: list[int], rows: range) -> list[int]:
-        chooser._noise = Noise(next(seeds), sequence.model.vocab_size)
+        selector._noise = Noise(next(seeds), sequence.model.vocab_size)
         try:
             return propose(prediction, tokens, rows)
         finally:
-            chooser._noise = shared
+            selector._noise = shared
 
-    chooser.propose = alone  # type: ignore[method-assign]
+    selector.propose = alone  # type: ignore[method-assign]
 
 
 def accepted(engine: LoadedEngine, asked: list[list[int]], temperature: float, block: int, shared: bool) -> Any:

@@ -46,10 +46,10 @@ class Stream:
     whole: float
 
 
-Way = Callable[[str, str, int], Stream]  # question, mode, tokens
+ExactMode = Callable[[str, str, int], Stream]  # question, mode, tokens
 
 
-def bare(engine: nemodiff.LoadedEngine) -> Way:
+def bare(engine: nemodiff.LoadedEngine) -> ExactMode:
     """The runtime in this process."""
 
     def ask(question: str, mode: str, tokens: int) -> Stream:
@@ -66,7 +66,7 @@ def bare(engine: nemodiff.LoadedEngine) -> Way:
     return ask
 
 
-def served(host: str, port: int) -> Way:
+def served(host: str, port: int) -> ExactMode:
     """OpenAI's streaming chat over one kept connection."""
     connection = http.client.HTTPConnection(host, port)
 
@@ -109,7 +109,7 @@ def server(folder: Path, threads: int, *options: str) -> Iterator[tuple[str, int
         process.stderr.close()
 
 
-def compare(ways: dict[str, Way], asked: list[str], tokens: int, modes: tuple[str, ...]) -> dict[str, Any]:
+def compare(ways: dict[str, ExactMode], asked: list[str], tokens: int, modes: tuple[str, ...]) -> dict[str, Any]:
     """Figures by mode and way; the first question is a warm-up and not counted."""
     figures: dict[str, Any] = {}
     for mode in modes:
@@ -204,7 +204,7 @@ def main() -> None:
             return
         engine = nemodiff.load(folder, threads=arguments.threads)
         with server(folder, arguments.threads) as (host, port, _):
-            ways: dict[str, Way] = {BASE: bare(engine), "serve": served(host, port)}
+            ways: dict[str, ExactMode] = {BASE: bare(engine), "serve": served(host, port)}
             asked = [q.text for q in questions.draw(-(-(arguments.questions + 1) // len(questions.TASKS)))]
             figures = compare(ways, asked[: arguments.questions + 1], arguments.tokens, MODES)
     title = (

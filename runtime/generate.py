@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .batching.batch import KEPT_PREFIXES, Batch, Served
+from .batching.batch import KEPT_PREFIXES, Batch, PassResult
 from .engines.engine import Engine, Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
 from .events.reporter import Reporter
@@ -95,10 +95,10 @@ def events(
             yield sequence
 
     batch = Batch(engine.backend, rows, cost=lambda: engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
-    for served in _drive(batch, sequences()):
-        yield from reporters[served.sequence].passed(served)
-        if served.sequence.ended:
-            yield from reporters.pop(served.sequence).finished(engine)
+    for result in _drive(batch, sequences()):
+        yield from reporters[result.sequence].passed(result)
+        if result.sequence.ended:
+            yield from reporters.pop(result.sequence).finished(engine)
 
 
 def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator[tuple[Sequence, Pass, Prediction]]:
@@ -106,20 +106,20 @@ def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator
 
     The prediction's arrays are overwritten by the next forward.
     """
-    for served in _drive(Batch(engine, rows), iter(sequences)):
-        yield served.sequence, served.asked, served.prediction
+    for result in _drive(Batch(engine, rows), iter(sequences)):
+        yield result.sequence, result.pass_, result.prediction
 
 
-def _drive(batch: Batch, waiting: Iterator[Sequence]) -> Iterator[Served]:
+def _drive(batch: Batch, waiting: Iterator[Sequence]) -> Iterator[PassResult]:
     try:
         while True:
             while len(batch) < batch.rows and (sequence := next(waiting, None)) is not None:
                 batch.add(sequence)
             if not len(batch):
                 return
-            for served in batch.step():
-                if served.error is not None:
-                    raise served.error
-                yield served
+            for result in batch.step():
+                if result.error is not None:
+                    raise result.error
+                yield result
     finally:
         batch.close()

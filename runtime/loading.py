@@ -14,7 +14,7 @@ from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine
 from .planning.cost import CostCurve, measure
-from .planning.draft_planner import Record
+from .planning.draft_planner import AcceptanceStatistics
 from .text.codec import TextCodec
 
 
@@ -38,9 +38,9 @@ class LoadedEngine:
         return measure(self.backend)
 
     @functools.cached_property
-    def record(self) -> Record:
+    def acceptance(self) -> AcceptanceStatistics:
         """What drafts have brought so far, over all requests that plan by it."""
-        return Record()
+        return AcceptanceStatistics()
 
 
 def load(path: str | Path, *, threads: int | None = None, device: int | str | None = None) -> LoadedEngine:

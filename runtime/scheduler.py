@@ -310,13 +310,13 @@ class Scheduler:
 
     def _step(self) -> None:
         assert self._batch is not None
-        for served in self._batch.step():
-            handle = self._running[served.sequence]
-            if served.error is not None:
-                self._fail(handle, served.error)
+        for result in self._batch.step():
+            handle = self._running[result.sequence]
+            if result.error is not None:
+                self._fail(handle, result.error)
                 continue
-            handle._tell(handle._reporter.passed(served))
-            if served.sequence.ended:
+            handle._tell(handle._reporter.passed(result))
+            if result.sequence.ended:
                 with self._changed:
                     self._finish(handle)
 

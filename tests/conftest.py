@@ -14,6 +14,8 @@ from pathlib import Path
 
 # Before numpy comes in: idle BLAS threads spin, which made the oracle 20 times slower beside another busy process.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before torch comes in: its idle threads spin too, and the tests run in one process per core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before triton comes in: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import equality
 from oracle import reference
-from oracle.reference_choice import Control, Law
+from oracle.reference_choice import Control, SamplingParams
 
 import nemodiff
 
@@ -86,7 +86,7 @@ LOOKS_BACK = ("repetition", "presence, frequency", "bad words")
 class Difference:
     """A request that was not equal."""
 
-    law: str
+    params: str
     way: str
     prompt: str
     seed: int
@@ -94,14 +94,16 @@ class Difference:
     got: object
 
 
-def law_of(engine: nemodiff.LoadedEngine, prompt: list[int], asked: Asked, seed: int) -> Law:
+def law_of(engine: nemodiff.LoadedEngine, prompt: list[int], asked: Asked, seed: int) -> SamplingParams:
     """The oracle's form of a request."""
     text = engine.text
     words = {tuple(text.encode_plain(space + word)) for word in asked.get("bad_words", ()) for space in ("", " ")}
     values = {k: v for k, v in asked.items() if k not in ("bad_words", "stop_token_ids", "thinking")}
     stops = frozenset(engine.info.model.eos_ids).union(asked.get("stop_token_ids", ()))
     end = text.end_think if "thinking_budget" in asked else None
-    return Law(tuple(prompt), stops, bad_words=tuple(words), seed=seed, end_think=-1 if end is None else end, **values)
+    return SamplingParams(
+        tuple(prompt), stops, bad_words=tuple(words), seed=seed, end_think=-1 if end is None else end, **values
+    )
 
 
 def compare_causal(
@@ -111,13 +113,13 @@ def compare_causal(
     asked = {**LAWS, **GUIDES}[name]
     prompt = _prompt(setup, question, asked)
     base = nemodiff.generate(setup.plain, prompt, mode="ar", seed=seed, max_new_tokens=NEW_TOKENS, **asked)
-    law = law_of(setup.plain, prompt, asked, seed) if name in LAWS else None
+    params = law_of(setup.plain, prompt, asked, seed) if name in LAWS else None
 
     def difference(way: str, expected: object, got: object) -> Difference | None:
         return None if expected == got else Difference(name, way, question, seed, expected, got)
 
-    if law is not None:
-        oracle = reference.ar(setup.model, prompt, NEW_TOKENS, law.stops, law)
+    if params is not None:
+        oracle = reference.ar(setup.model, prompt, NEW_TOKENS, params.stops, params)
         yield "ar", difference("ar", (oracle.tokens, oracle.finish_reason), (base.token_ids, base.finish_reason))
     for way in ways:
         engine = setup.adapted if way.endswith("+adapter") else setup.plain
@@ -130,17 +132,19 @@ def compare_passes(setup: equality.Setup, question: str, name: str, seed: int) -
     """One law on one prompt: passes and acceptance of self-speculation against the oracle; gives what differs."""
     asked = LAWS[name]
     prompt = _prompt(setup, question, asked)
-    law = law_of(setup.plain, prompt, asked, seed)
+    params = law_of(setup.plain, prompt, asked, seed)
     options = {**asked, "seed": seed, "max_new_tokens": NEW_TOKENS}
     for way in ("linear_spec, blocks of 5, threshold 0.5", "linear_spec+adapter", "quadratic_spec, all groups of 8"):
         adapter = way.endswith("+adapter")
         got = nemodiff.generate(setup.adapted if adapter else setup.plain, prompt, **options, **CAUSAL[way])
         size = CAUSAL[way]["block_length"]
         if way.startswith("quadratic"):
-            oracle = reference.quadratic_spec(setup.model, prompt, NEW_TOKENS, size, law.stops, law=law)
+            oracle = reference.quadratic_spec(setup.model, prompt, NEW_TOKENS, size, params.stops, params=params)
         else:
             threshold = CAUSAL[way].get("threshold", 0.0)
-            oracle = reference.linear_spec(setup.model, prompt, NEW_TOKENS, size, threshold, law.stops, adapter, law)
+            oracle = reference.linear_spec(
+                setup.model, prompt, NEW_TOKENS, size, threshold, params.stops, adapter, params
+            )
         expected = (oracle.tokens, oracle.nfe, oracle.acceptance)
         if expected != (found := (got.token_ids, got.nfe, got.acceptance.lengths)):
             yield Difference(name, way, question, seed, expected, found)
@@ -152,11 +156,11 @@ def compare_diffusion(
     """One law, or none, and one way to commit against the oracle."""
     asked = LAWS[name] if name else {}
     prompt = _prompt(setup, question, asked)
-    law = law_of(setup.plain, prompt, asked, seed) if name else None
+    params = law_of(setup.plain, prompt, asked, seed) if name else None
     values = {k.removeprefix("block_"): v for k, v in CONTROLS[way].items() if k != "threshold"}
     threshold = CONTROLS[way].get("threshold", 0.9)
-    stops = law.stops if law else setup.model.eos
-    oracle = reference.diffusion(setup.model, prompt, NEW_TOKENS, block, threshold, stops, law, Control(**values))
+    stops = params.stops if params else setup.model.eos
+    oracle = reference.diffusion(setup.model, prompt, NEW_TOKENS, block, threshold, stops, params, Control(**values))
     options = {**asked, **CONTROLS[way], "seed": seed, "max_new_tokens": NEW_TOKENS, "block_length": block}
     got = nemodiff.generate(setup.plain, prompt, mode="diffusion", **options)
     expected, found = (oracle.tokens, oracle.finish_reason, oracle.nfe), (got.token_ids, got.finish_reason, got.nfe)
@@ -185,8 +189,8 @@ def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
     for count, (number, question) in enumerate(chunk, 1):
         setup.model.clear()
         for turn in range(TURNS):
-            law = laws[(TURNS * number + turn) % len(laws)]
-            done += [(law, way, d) for way, d in compare_causal(setup, question, law, number, list(CAUSAL))]
+            params = laws[(TURNS * number + turn) % len(laws)]
+            done += [(params, way, d) for way, d in compare_causal(setup, question, params, number, list(CAUSAL))]
             name, way = cases[(TURNS * number + turn) % len(cases)]
             found = compare_diffusion(setup, question, name, way, number, (8, 32)[number % 2])
             done.append((name or "none", f"diffusion, {way}", found))

@@ -62,7 +62,7 @@ class Passes:
         if size > 1:
             asked = bidirectional("denoise", [mask] * size, at, 0.9, logits=logits)
         if variant == "one prediction":
-            asked = asked._replace(rows=asked.rows[-1:])
+            asked = asked._replace(predicted=asked.predicted[-1:])
         card.start_peak()
         passes = [asked] * rows
         for _ in range(3):  # eager, captured, replayed

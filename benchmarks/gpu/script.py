@@ -67,7 +67,7 @@ class ScriptedCache:
         return [self._told(asked, prediction) for asked, prediction in zip(passes, found, strict=True)]
 
     def _told(self, asked: Pass, prediction: Prediction) -> Prediction:
-        ids, pos = asked.ids[asked.rows], asked.pos[asked.rows]
+        ids, pos = asked.ids[asked.predicted], asked.pos[asked.predicted]
         drafted, sure = guess(pos)
         is_mask = ids == self._mask
         token = np.where(is_mask, drafted, truth(pos + 1)).astype(np.int32)

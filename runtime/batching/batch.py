@@ -25,7 +25,7 @@ from ..modes.linear_spec import linear_spec
 from ..modes.quadratic_spec import quadratic_spec
 from ..planning.cost import CostCurve, split
 from ..requests.sequence import Sequence
-from .prefix_cache import SHORTEST, Prefixes, common
+from .prefix_cache import SHORTEST, PrefixCache, common
 
 LOOPS: dict[str, Callable[[Sequence], Loop]] = {
     "ar": ar,
@@ -37,11 +37,11 @@ LOOPS: dict[str, Callable[[Sequence], Loop]] = {
 KEPT_PREFIXES = 2  # rows of K/V of finished prompts; each takes the memory of a running row
 
 
-class Served(NamedTuple):
+class PassResult(NamedTuple):
     """One pass of one sequence. The prediction's arrays are overwritten by the next forward."""
 
     sequence: Sequence
-    asked: Pass
+    pass_: Pass
     prediction: Prediction
     began: float
     seconds: float
@@ -61,14 +61,14 @@ class Counts:
 
 
 @dataclasses.dataclass(eq=False)
-class _Lane:
+class _Slot:
     """A row in use."""
 
     sequence: Sequence
     arrival: int
     width: int  # tokens of its usual pass
     loop: Loop | None = None
-    asked: Pass | None = None  # None: not begun
+    pass_: Pass | None = None  # None: not begun
     reach: int = 0  # slots that a pass has written to
     ended: bool = False
 
@@ -94,38 +94,38 @@ class Batch:
         prefill_tokens: int = PREFILL_CHUNK,
     ) -> None:
         self.rows, self.counts = rows, Counts()
-        self.prefixes = None if kept is None else Prefixes(rows, kept)
+        self.prefixes = None if kept is None else PrefixCache(rows, kept)
         self._cache = backend.open(rows + (kept or 0))
         self._cost, self._prefill_tokens = cost, prefill_tokens
-        self._lanes: list[_Lane] = []
+        self._slots: list[_Slot] = []
         self._arrivals = self.reach = 0
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return len(self._slots)
 
     @property
-    def slots(self) -> int:
+    def cache_slots(self) -> int:
         """Cache slots that hold valid K/V of running sequences."""
-        return sum(lane.sequence.length for lane in self._lanes)
+        return sum(slot.sequence.length for slot in self._slots)
 
     def add(self, sequence: Sequence) -> None:
         """Give a sequence a row; its first pass is in one of the next steps."""
-        assert len(self._lanes) < self.rows
+        assert len(self._slots) < self.rows
         sequence.started = time.perf_counter()
         self._arrivals += 1
         width = 1 if sequence.settings.mode == "ar" else sequence.settings.block_length
-        lane, row = _Lane(sequence, self._arrivals, width), len(self._lanes)
-        self._lanes.append(lane)
-        while row and self._lanes[row - 1].width > width:  # the first of each wider kind goes behind the last of it
+        slot, row = _Slot(sequence, self._arrivals, width), len(self._slots)
+        self._slots.append(slot)
+        while row and self._slots[row - 1].width > width:  # the first of each wider kind goes behind the last of it
             first = self._first_of_kind(row - 1)
-            self._place(self._lanes[first], first, row)
+            self._place(self._slots[first], first, row)
             row = first
-        self._lanes[row] = lane
+        self._slots[row] = slot
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out between two steps, wherever it is."""
-        row = next(i for i, lane in enumerate(self._lanes) if lane.sequence is sequence)
-        loop = self._lanes[row].loop
+        row = next(i for i, slot in enumerate(self._slots) if slot.sequence is sequence)
+        loop = self._slots[row].loop
         if loop is not None:
             loop.close()
         self._leave(row)
@@ -134,38 +134,38 @@ class Batch:
         """Give the cache back."""
         self._cache.close()
 
-    def step(self) -> Iterator[Served]:
+    def step(self) -> Iterator[PassResult]:
         """One pass of every running sequence, prefill within its budget; exhaust it before anything else.
 
         An error of one sequence's loop is told in `Served`, an error of the engine is raised.
         """
         self.counts.steps += 1
         for first, end in self._forwards():
-            lanes = self._lanes[first:end]
-            passes = [lane.asked for lane in lanes if lane.asked is not None]
+            slots = self._slots[first:end]
+            passes = [slot.pass_ for slot in slots if slot.pass_ is not None]
             began = time.perf_counter()
             predictions = self._cache.forward(passes, first)
             seconds = time.perf_counter() - began
             self._count(passes)
-            for lane, asked, prediction in zip(lanes, passes, predictions, strict=True):
-                error = self._advance(lane, asked, prediction)
-                yield Served(lane.sequence, asked, prediction, began, seconds, len(lanes), error)
-        for row in range(len(self._lanes) - 1, -1, -1):
-            if self._lanes[row].ended:
+            for slot, pass_, prediction in zip(slots, passes, predictions, strict=True):
+                error = self._advance(slot, pass_, prediction)
+                yield PassResult(slot.sequence, pass_, prediction, began, seconds, len(slots), error)
+        for row in range(len(self._slots) - 1, -1, -1):
+            if self._slots[row].ended:
                 self._leave(row)
 
-    def _advance(self, lane: _Lane, asked: Pass, prediction: Prediction) -> Exception | None:
-        assert lane.loop is not None
-        sequence = lane.sequence
-        sequence.nfe[asked.kind] += 1
-        sequence.adapter_tokens += adapted(asked)
-        lane.reach = max(lane.reach, asked.write_at + asked.ids.size)
+    def _advance(self, slot: _Slot, pass_: Pass, prediction: Prediction) -> Exception | None:
+        assert slot.loop is not None
+        sequence = slot.sequence
+        sequence.nfe[pass_.kind] += 1
+        sequence.adapter_tokens += adapted(pass_)
+        slot.reach = max(slot.reach, pass_.write_at + pass_.ids.size)
         try:
-            lane.asked = sequence.chooser.ask(lane.loop.send(prediction))
+            slot.pass_ = sequence.selector.ask(slot.loop.send(prediction))
         except StopIteration:
-            lane.ended, sequence.ended = True, time.perf_counter()
+            slot.ended, sequence.ended = True, time.perf_counter()
         except NemodiffError as error:
-            lane.ended, sequence.ended = True, time.perf_counter()
+            slot.ended, sequence.ended = True, time.perf_counter()
             return error
         return None
 
@@ -179,7 +179,7 @@ class Batch:
 
     def _forwards(self) -> list[tuple[int, int]]:
         """The step's forwards, each as a range of rows."""
-        if len(self._lanes) == 1 and self._lanes[0].asked is not None:
+        if len(self._slots) == 1 and self._slots[0].pass_ is not None:
             return [(0, 1)]
         served = self._served()
         ranges: list[tuple[int, int]] = []
@@ -199,72 +199,72 @@ class Batch:
 
     def _served(self) -> list[int]:
         """The rows of this step: all that decode, and in order of arrival as many prefills as fit in the budget."""
-        lanes = self._lanes
-        served = [row for row, lane in enumerate(lanes) if lane.asked is not None and lane.asked.kind != "prefill"]
-        room, ahead = self._prefill_tokens, list[_Lane]()
-        rest = sorted(set(range(len(lanes))) - set(served), key=lambda row: lanes[row].arrival)
+        slots = self._slots
+        served = [row for row, slot in enumerate(slots) if slot.pass_ is not None and slot.pass_.kind != "prefill"]
+        room, ahead = self._prefill_tokens, list[_Slot]()
+        rest = sorted(set(range(len(slots))) - set(served), key=lambda row: slots[row].arrival)
         for row in rest:
-            lane = lanes[row]
-            if lane.asked is None and not self._begin(lane, row, ahead):
+            slot = slots[row]
+            if slot.pass_ is None and not self._begin(slot, row, ahead):
                 continue
-            ahead.append(lane)
+            ahead.append(slot)
             room -= self._size(row)
             if room < 0 and len(ahead) > 1:
                 break
             served.append(row)
         return sorted(served)
 
-    def _begin(self, lane: _Lane, row: int, ahead: list[_Lane]) -> bool:
+    def _begin(self, slot: _Slot, row: int, ahead: list[_Slot]) -> bool:
         """Start a lane's loop behind what can be copied; False if a row ahead is about to have more of its prompt."""
-        sequence = lane.sequence
+        sequence = slot.sequence
         if self.prefixes is not None:
             most = len(sequence.prompt) - 1  # the last token is always forwarded: its prediction is the seed
             ids = sequence.prompt[:most]
             source, shared = self.prefixes.find(ids)
-            for other_row, other in enumerate(self._lanes):
-                if other is not lane and (length := common(_held(other.sequence), ids)) > shared:
+            for other_row, other in enumerate(self._slots):
+                if other is not slot and (length := common(_held(other.sequence), ids)) > shared:
                     source, shared = other_row, length
             if any(common(other.sequence.prompt, ids) >= shared + SHORTEST for other in ahead):
                 return False
             if shared >= SHORTEST:
                 self._cache.move(source, row, shared)
-                sequence.length = sequence.reused = lane.reach = shared
+                sequence.length = sequence.reused = slot.reach = shared
                 self.counts.reused += shared
-        lane.loop = LOOPS[sequence.settings.mode](sequence)
-        lane.asked = sequence.chooser.ask(next(lane.loop))
+        slot.loop = LOOPS[sequence.settings.mode](sequence)
+        slot.pass_ = sequence.selector.ask(next(slot.loop))
         return True
 
     def _size(self, row: int) -> int:
-        asked = self._lanes[row].asked
-        assert asked is not None
-        return int(asked.ids.size)
+        pass_ = self._slots[row].pass_
+        assert pass_ is not None
+        return int(pass_.ids.size)
 
     # --- rows ---
 
     def _leave(self, row: int) -> None:
         """Free a row and keep the others dense and in order."""
-        leaving, lanes = self._lanes[row], self._lanes
+        leaving, slots = self._slots[row], self._slots
         self.reach = max(self.reach, leaving.reach)
         ids = _held(leaving.sequence)
         if self.prefixes is not None and (target := self.prefixes.keep(ids)) is not None:
             self._cache.move(row, target, len(ids))
-        while row < len(lanes) - 1:
+        while row < len(slots) - 1:
             last = row + 1
-            while last + 1 < len(lanes) and lanes[last + 1].width == lanes[row + 1].width:
+            while last + 1 < len(slots) and slots[last + 1].width == slots[row + 1].width:
                 last += 1
-            self._place(lanes[last], last, row)
+            self._place(slots[last], last, row)
             row = last
-        lanes.pop()
+        slots.pop()
 
     def _first_of_kind(self, row: int) -> int:
-        while row and self._lanes[row - 1].width == self._lanes[row].width:
+        while row and self._slots[row - 1].width == self._slots[row].width:
             row -= 1
         return row
 
-    def _place(self, lane: _Lane, source: int, target: int) -> None:
-        self._lanes[target] = lane
-        if lane.reach:
-            self._cache.move(source, target, lane.reach)
+    def _place(self, slot: _Slot, source: int, target: int) -> None:
+        self._slots[target] = slot
+        if slot.reach:
+            self._cache.move(source, target, slot.reach)
 
 
 def _held(sequence: Sequence) -> list[int]:

@@ -21,7 +21,7 @@ class _Kept:
     used: int  # when, by the count of uses
 
 
-class Prefixes:
+class PrefixCache:
     """The kept rows `first` .. `first + count - 1` of a cache; none with count 0."""
 
     def __init__(self, first: int, count: int) -> None:

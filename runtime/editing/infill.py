@@ -209,7 +209,7 @@ def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[
     begin = start + size * np.arange(len(chains))[:, None]
     step = np.arange(size)
     visible = np.stack(np.broadcast_arrays(start, begin, begin + step + 1), axis=2).astype(np.int32)  # (K, S, 3)
-    asked = Pass(
+    pass_ = Pass(
         "decode",
         ids.ravel(),
         np.tile(start + step, len(chains)).astype(np.int32),
@@ -219,7 +219,7 @@ def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[
         logits=True,
     )
     grown: list[_Chain] = []
-    for chain, scores in zip(chains, _log_softmax(row.ask(asked).logits), strict=True):
+    for chain, scores in zip(chains, _log_softmax(row.ask(pass_).logits), strict=True):
         scores[never] = -np.inf
         grown += [
             _Chain([*chain.tokens, int(token)], chain.score + float(scores[token]))
@@ -234,9 +234,9 @@ def _score(row: Row, filling: list[int], behind: list[int]) -> float:
     behind = behind[: PREFILL_CHUNK - len(filling)]
     if not behind:
         return 0.0
-    asked = causal("verify", [row.tokens[-1], *filling, *behind[:-1]], row.length - 1, logits=True)
+    pass_ = causal("verify", [row.tokens[-1], *filling, *behind[:-1]], row.length - 1, logits=True)
     rows = np.arange(len(filling), len(filling) + len(behind), dtype=np.int32)
-    scores = _log_softmax(row.ask(asked._replace(rows=rows)).logits)
+    scores = _log_softmax(row.ask(pass_._replace(predicted=rows)).logits)
     return float(scores[np.arange(len(behind)), behind].sum())
 
 

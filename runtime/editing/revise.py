@@ -91,8 +91,8 @@ def _block(row: Row, block: list[int], keep: float, rounds: int, threshold: floa
     """The block after its rounds; the row's own tokens are its context."""
     row.commit(len(row.tokens))
     for _ in range(rounds):
-        asked = causal("verify", [row.tokens[-1], *block[:-1]], row.length - 1, every_row=True, logits=True)
-        logits = row.ask(asked).logits  # (S, V) f32
+        pass_ = causal("verify", [row.tokens[-1], *block[:-1]], row.length - 1, predict_all=True, logits=True)
+        logits = row.ask(pass_).logits  # (S, V) f32
         assert logits is not None
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         own = weights[np.arange(len(block)), block] / weights.sum(axis=1)

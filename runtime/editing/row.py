@@ -28,10 +28,10 @@ class Row:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._cache.close()
 
-    def ask(self, asked: Pass) -> Prediction:
+    def ask(self, pass_: Pass) -> Prediction:
         """Run one pass. The prediction's arrays are overwritten by the next one."""
-        self.nfe[asked.kind] += 1
-        return self._cache.forward([asked])[0]
+        self.nfe[pass_.kind] += 1
+        return self._cache.forward([pass_])[0]
 
     def commit(self, end: int) -> None:
         """Write the K/V of the tokens before `end`, causally."""

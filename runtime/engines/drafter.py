@@ -32,10 +32,10 @@ def check_gate(engine: Engine, folder: Path) -> None:
         )
 
 
-def adapted(asked: Pass) -> int:
+def adapted(pass_: Pass) -> int:
     """Tokens of a pass that the adapter acts on."""
     return (
-        int(np.count_nonzero(asked.adapter))
-        if isinstance(asked.adapter, np.ndarray)
-        else asked.adapter * asked.ids.size
+        int(np.count_nonzero(pass_.adapter))
+        if isinstance(pass_.adapter, np.ndarray)
+        else pass_.adapter * pass_.ids.size
     )

@@ -33,7 +33,7 @@ class Pass(NamedTuple):
     pos: np.ndarray  # (S,) i32
     write_at: int
     visible: np.ndarray  # (S, 3) i32
-    rows: np.ndarray  # (R,) i32
+    predicted: np.ndarray  # (R,) i32: which of the S tokens get a prediction; the binding is called rows
     threshold: float = 0.0
     adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
     logits: bool = False
@@ -79,12 +79,12 @@ class Engine(Protocol):
         ...
 
 
-def causal(kind: PassKind, ids: Sequence[int], start: int, *, every_row: bool = False, logits: bool = False) -> Pass:
+def causal(kind: PassKind, ids: Sequence[int], start: int, *, predict_all: bool = False, logits: bool = False) -> Pass:
     """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
     size = len(ids)
     pos = _ramp(start, size)
-    rows = every_token(size) if every_row else _last_token(size)
-    return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), rows, logits=logits)
+    predicted = every_token(size) if predict_all else _last_token(size)
+    return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), predicted, logits=logits)
 
 
 def bidirectional(
@@ -94,21 +94,23 @@ def bidirectional(
     size = len(ids)
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size
-    rows = every_token(size)
-    return Pass(kind, np.array(ids, np.int32), _ramp(start, size), start, visible, rows, threshold, adapter, logits)
+    predicted = every_token(size)
+    return Pass(
+        kind, np.array(ids, np.int32), _ramp(start, size), start, visible, predicted, threshold, adapter, logits
+    )
 
 
-def with_masks(asked: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
+def with_masks(pass_: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
     """A causal pass with a group of masks behind it that sees all of it; predicted are the last token and the masks."""
-    count = asked.ids.size
-    end = asked.write_at + count
+    count = pass_.ids.size
+    end = pass_.write_at + count
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = end + size
-    return asked._replace(
-        ids=np.append(asked.ids, np.full(size, mask_id, np.int32)),
-        pos=np.append(asked.pos, np.arange(end, end + size, dtype=np.int32)),
-        visible=np.concatenate([asked.visible, visible]),
-        rows=np.arange(count - 1, count + size, dtype=np.int32),
+    return pass_._replace(
+        ids=np.append(pass_.ids, np.full(size, mask_id, np.int32)),
+        pos=np.append(pass_.pos, np.arange(end, end + size, dtype=np.int32)),
+        visible=np.concatenate([pass_.visible, visible]),
+        predicted=np.arange(count - 1, count + size, dtype=np.int32),
         adapter=np.repeat(np.array([0, adapter], np.float32), [count, size]),
     )
 
@@ -116,7 +118,7 @@ def with_masks(asked: Pass, size: int, mask_id: int, *, adapter: bool = False) -
 # Cached, so that a backend can tell by identity that a row asks for the same tokens as before.
 @functools.lru_cache(maxsize=1024)
 def every_token(size: int) -> np.ndarray:
-    """The `rows` of a pass that wants every token's prediction."""
+    """The `predicted` of a pass that wants every token's prediction."""
     return _ramp(0, size)
 
 

@@ -46,9 +46,9 @@ SAMPLING = (
 )
 
 
-def layouts(info: EngineInfo, rows: int, size: int, picked: int, sampled: bool = False) -> tuple[Layout, Layout]:
+def layouts(info: EngineInfo, rows: int, size: int, predicted: int, sampled: bool = False) -> tuple[Layout, Layout]:
     """The layouts of what a pass is given and of what is taken from it."""
-    lengths = {"B": rows, "S": size, "R": picked}
+    lengths = {"B": rows, "S": size, "R": predicted}
 
     def layout(bindings: list[Binding]) -> Layout:
         places, end = {}, 0
@@ -65,10 +65,10 @@ def layouts(info: EngineInfo, rows: int, size: int, picked: int, sampled: bool =
 
 def fill(given: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> None:
     """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-    size, picked, whole = p.ids.size, p.rows.size, given["ids"].shape[1]
+    size, predicted, whole = p.ids.size, p.predicted.size, given["ids"].shape[1]
     given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
     given["visible"][row, :size], given["write_at"][row] = p.visible, p.write_at
-    given["rows"][row, :picked], given["rows"][row, picked:] = p.rows, whole - 1
+    given["rows"][row, :predicted], given["rows"][row, predicted:] = p.predicted, whole - 1
     given["threshold"][row] = p.threshold
     if "adapter" in given:
         given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0

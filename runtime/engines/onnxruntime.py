@@ -109,16 +109,16 @@ class OnnxRuntimeCache:
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        size = picked = end = 0
+        size = predicted = end = 0
         logits = False
         for p in passes:
-            size, picked = max(size, p.ids.size), max(picked, p.rows.size)
+            size, predicted = max(size, p.ids.size), max(predicted, p.predicted.size)
             end, logits = max(end, p.write_at), logits or p.logits
         if end + size > self.capacity:
             self._reserve(end + size)
-        bound = self._forwards.get((first, len(passes), size, picked, logits))
+        bound = self._forwards.get((first, len(passes), size, predicted, logits))
         if bound is None:
-            bound = self._bind((first, len(passes), size, picked, logits))
+            bound = self._bind((first, len(passes), size, predicted, logits))
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
         started = time.perf_counter()
@@ -174,8 +174,8 @@ class _Forward:
     def __init__(self, session: Any, info: EngineInfo, cached: _BoundRows, shape: _Shape) -> None:
         import onnxruntime
 
-        _, rows, size, picked, with_logits = shape
-        lengths = {"B": rows, "S": size, "R": picked, "V": info.model.vocab_size}
+        _, rows, size, predicted, with_logits = shape
+        lengths = {"B": rows, "S": size, "R": predicted, "V": info.model.vocab_size}
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
         self._values: list[Any] = [cached]  # keeps what the binding points to alive
@@ -200,7 +200,7 @@ class _Forward:
         outs = ("token", "confidence", "next_ids", "logits")
         self._whole = [Prediction(*self._row(row, outs)) for row in range(rows)]
         # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
-        self._picked: list[np.ndarray | None] = [None] * rows
+        self._last_predicted: list[np.ndarray | None] = [None] * rows
         self._threshold = [0.0] * rows
 
     def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
@@ -213,9 +213,9 @@ class _Forward:
         ids, pos, visible, rows, write_at, threshold, adapter = self._inputs[row]
         size = p.ids.size
         ids[:size], pos[:size], visible[:size], write_at[0] = p.ids, p.pos, p.visible, p.write_at
-        if p.rows is not self._picked[row]:
-            rows[: p.rows.size], rows[p.rows.size :] = p.rows, ids.size - 1
-            self._picked[row] = p.rows
+        if p.predicted is not self._last_predicted[row]:
+            rows[: p.predicted.size], rows[p.predicted.size :] = p.predicted, ids.size - 1
+            self._last_predicted[row] = p.predicted
         if p.threshold != self._threshold[row]:
             threshold[0] = self._threshold[row] = p.threshold
         if adapter is not None:
@@ -227,7 +227,7 @@ class _Forward:
 
     def prediction(self, row: int, p: Pass) -> Prediction:
         """One row's results as views."""
-        whole, n = self._whole[row], p.rows.size
+        whole, n = self._whole[row], p.predicted.size
         if n == whole.token.size and p.logits == (whole.logits is not None):
             return whole
         logits = whole.logits[:n] if p.logits and whole.logits is not None else None

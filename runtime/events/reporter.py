@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..batching.batch import Served
+from ..batching.batch import PassResult
 from ..engines.engine import Pass, PassKind, Prediction
 from ..modes.linear_spec import matching_prefix
 from ..requests.generation import result
@@ -38,17 +38,17 @@ class Reporter:
         self._told_ids: set[int] = set()
         self._tokens, self._last, self._gap = 0, 0.0, 0.0
 
-    def passed(self, served: Served) -> list[Event]:
+    def passed(self, result: PassResult) -> list[Event]:
         """The events of one pass; the loop has already taken its prediction."""
         events: list[Event] = []
-        sequence, now = self.sequence, served.began + served.seconds
+        sequence, now = self.sequence, result.began + result.seconds
         if not self._begun:
             self._begun = True
             events.append(self._started())
             if self._steps:
                 events += self._new_pieces(self.sequence.prompt, sequence.started)
         if self._steps:
-            events += self._told(served)
+            events += self._told(result)
         if len(sequence.tokens) > self._tokens:
             if self._tokens:
                 self._gap = max(self._gap, now - self._last)
@@ -100,34 +100,34 @@ class Reporter:
         new = self.sequence.transcript.push(self.sequence.tokens, final=final)
         return [Text(self.number, time.perf_counter(), new)] if new else []
 
-    def _told(self, served: Served) -> list[Event]:
-        asked, prediction = served.asked, served.prediction
+    def _told(self, result: PassResult) -> list[Event]:
+        pass_, prediction = result.pass_, result.prediction
         events: list[Event] = []
-        filling = asked.kind in ("denoise", "draft")
-        if filling and self._previous != asked.kind:
-            events.append(BlockStarted(self.number, served.began, asked.write_at, asked.ids.size))
-        self._previous = asked.kind
-        kept, refused = self._verdict(asked, prediction)
-        before, after = asked.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
-        committed = [] if filling else self._emitted(asked, prediction)
-        if filling or asked.kind == "commit":
-            filled = self._filled(asked, prediction)
+        filling = pass_.kind in ("denoise", "draft")
+        if filling and self._previous != pass_.kind:
+            events.append(BlockStarted(self.number, result.began, pass_.write_at, pass_.ids.size))
+        self._previous = pass_.kind
+        kept, refused = self._verdict(pass_, prediction)
+        before, after = pass_.ids.tolist(), (prediction.next_ids if filling else prediction.token).tolist()
+        committed = [] if filling else self._emitted(pass_, prediction)
+        if filling or pass_.kind == "commit":
+            filled = self._filled(pass_, prediction)
             if filled and not filling:  # the pass has begun the next block too
-                length = asked.rows.size - 1
-                events.append(BlockStarted(self.number, served.began, int(asked.pos[-1]) + 1 - length, length))
+                length = pass_.predicted.size - 1
+                events.append(BlockStarted(self.number, result.began, int(pass_.pos[-1]) + 1 - length, length))
                 self._previous = "denoise"
             committed += filled
-        proposed = self._proposed(asked)
+        proposed = self._proposed(pass_)
         ids = [*before, *after, *self.sequence.tokens[self._tokens :], *(one.token for one in (*committed, *proposed))]
-        events += self._new_pieces(ids, served.began)
+        events += self._new_pieces(ids, result.began)
         events.append(
             Step(
                 self.number,
-                served.began,
-                served.seconds,
-                served.rows,
-                asked.kind,
-                asked.write_at,
+                result.began,
+                result.seconds,
+                result.rows,
+                pass_.kind,
+                pass_.write_at,
                 before,
                 after,
                 prediction.confidence.tolist(),
@@ -140,25 +140,25 @@ class Reporter:
         )
         return events
 
-    def _filled(self, asked: Pass, prediction: Prediction) -> list[Committed]:
+    def _filled(self, pass_: Pass, prediction: Prediction) -> list[Committed]:
         """The masks that this pass turned into tokens."""
         mask = self.sequence.model.mask_id
-        chosen = np.flatnonzero((asked.ids[asked.rows] == mask) & (prediction.next_ids != mask)).tolist()
-        pos = asked.pos[asked.rows]
+        chosen = np.flatnonzero((pass_.ids[pass_.predicted] == mask) & (prediction.next_ids != mask)).tolist()
+        pos = pass_.pos[pass_.predicted]
         return [Committed(int(pos[i]), int(prediction.next_ids[i]), float(prediction.confidence[i])) for i in chosen]
 
-    def _proposed(self, asked: Pass) -> list[Committed]:
+    def _proposed(self, pass_: Pass) -> list[Committed]:
         """The next draft; it stands behind the token that the pass emitted last."""
         sequence = self.sequence
-        if sequence.finish is not None or not (asked.ids == sequence.model.mask_id).any():
+        if sequence.finish is not None or not (pass_.ids == sequence.model.mask_id).any():
             return []
-        if asked.kind not in ("prefill", "verify"):
+        if pass_.kind not in ("prefill", "verify"):
             return []
         return [Committed(sequence.length + 1 + i, *one) for i, one in enumerate(sequence.proposed)]
 
-    def _emitted(self, asked: Pass, prediction: Prediction) -> list[Committed]:
+    def _emitted(self, pass_: Pass, prediction: Prediction) -> list[Committed]:
         """The tokens that this pass emitted by its causal predictions, in order; masks may stand behind those."""
-        causal = int(np.count_nonzero(asked.ids[asked.rows] != self.sequence.model.mask_id))
+        causal = int(np.count_nonzero(pass_.ids[pass_.predicted] != self.sequence.model.mask_id))
         first, new = len(self.sequence.prompt) + self._tokens, self.sequence.tokens[self._tokens :][:causal]
         if prediction.logits is not None and new:  # the engine's confidence is that of its own best token
             found = probability(prediction.logits[: len(new)], new, self.sequence.model.mask_id)
@@ -168,11 +168,11 @@ class Reporter:
             for i, (token, confidence) in enumerate(zip(new, prediction.confidence.tolist(), strict=False))
         ]
 
-    def _verdict(self, asked: Pass, prediction: Prediction) -> tuple[int | None, list[int]]:
+    def _verdict(self, pass_: Pass, prediction: Prediction) -> tuple[int | None, list[int]]:
         """How many proposals a verify kept, and the others; masks of the next draft may stand behind them."""
-        if asked.kind != "verify":
+        if pass_.kind != "verify":
             return None, []
-        proposed = asked.ids[1:].tolist()
+        proposed = pass_.ids[1:].tolist()
         mask = self.sequence.model.mask_id
         if mask in proposed:
             proposed = proposed[: proposed.index(mask)]

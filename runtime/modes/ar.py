@@ -25,7 +25,7 @@ def prefill(sequence: Sequence) -> Generator[Pass, Prediction, Prediction]:
     """Write the prompt's K/V and return the last prediction, that of the token after the prompt."""
     last = len(sequence.prompt)
     for part, start in prompt_parts(sequence):
-        logits = not sequence.chooser.plain and start + len(part) == last
+        logits = not sequence.selector.plain and start + len(part) == last
         prediction = yield causal("prefill", part, start, logits=logits)
         sequence.length += len(part)
     return prediction
@@ -33,8 +33,8 @@ def prefill(sequence: Sequence) -> Generator[Pass, Prediction, Prediction]:
 
 def ar(sequence: Sequence) -> Loop:
     """One token per pass."""
-    chooser = sequence.chooser
+    selector = sequence.selector
     prediction = yield from prefill(sequence)
-    while not sequence.emit(token := chooser.next(prediction, 0)):
-        prediction = yield causal("decode", [token], sequence.length, logits=not chooser.plain)
+    while not sequence.emit(token := selector.next(prediction, 0)):
+        prediction = yield causal("decode", [token], sequence.length, logits=not selector.plain)
         sequence.length += 1

@@ -15,24 +15,24 @@ from .quadratic_spec import Draft, prefill_and_draft, proposals, verify_and_draf
 
 def auto(sequence: Sequence) -> Loop:
     """Decode as ar, linear_spec or quadratic_spec, whichever is planned; the output is AR's, token for token."""
-    chooser, draft, size = sequence.chooser, Draft([], []), 0
+    selector, draft, size = sequence.selector, Draft([], []), 0
     if sequence.plan() == "quadratic_spec":
         prediction, size = yield from prefill_and_draft(sequence)
     else:
         prediction = yield from prefill(sequence)
-    if sequence.emit(chooser.next(prediction, 0)):
+    if sequence.emit(selector.next(prediction, 0)):
         return
     if size:
         draft = proposals(sequence, prediction, 1, size)
     while not sequence.finish:
-        way = sequence.plan()
-        if way == "quadratic_spec":
+        mode = sequence.plan()
+        if mode == "quadratic_spec":
             draft = yield from verify_and_draft(sequence, draft)
             continue
         draft = Draft([], [])
-        if way == "linear_spec":
+        if mode == "linear_spec":
             yield from draft_and_verify(sequence)
         else:
-            prediction = yield causal("decode", sequence.tokens[-1:], sequence.length, logits=not chooser.plain)
+            prediction = yield causal("decode", sequence.tokens[-1:], sequence.length, logits=not selector.plain)
             sequence.length += 1
-            sequence.emit(chooser.next(prediction, 0))
+            sequence.emit(selector.next(prediction, 0))

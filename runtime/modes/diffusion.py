@@ -19,12 +19,12 @@ from .ar import Loop, prefill
 
 def diffusion(sequence: Sequence) -> Loop:
     """Decode block by block; emits the decided start of the block after each pass."""
-    settings, chooser, mask = sequence.settings, sequence.chooser, sequence.model.mask_id
+    settings, selector, mask = sequence.settings, sequence.selector, sequence.model.mask_id
     size = settings.block_length
     prediction = yield from prefill(sequence)
     early = False  # whether the last pass was the first denoise of the block that begins, too
     while not sequence.emit(_seed(sequence, prediction)):
-        block = [sequence.tokens[-1], *chooser.with_end_of_thinking([mask] * (size - 1))]
+        block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
         end = settings.end_think
         held = block.index(end) if end in block[1:] else size  # where thinking must end
         sequence.confidences += [None] * (size - 1)
@@ -41,9 +41,9 @@ def diffusion(sequence: Sequence) -> Loop:
             if decided == size:
                 break
             block, passes = (yield from denoise(sequence, "denoise", block, passes)), passes + 1
-        asked = causal("commit", block, sequence.length, logits=sequence.needs_logits)
+        pass_ = causal("commit", block, sequence.length, logits=sequence.needs_logits)
         early = settings.merge_commit
-        prediction = yield with_masks(asked, size, mask) if early else asked
+        prediction = yield with_masks(pass_, size, mask) if early else pass_
         prediction.next_ids[1:] = mask  # of the next block nothing is decided before its first token is
         sequence.length += size
 
@@ -64,7 +64,7 @@ def denoise(
         adapter=kind == "draft",
         logits=sequence.needs_logits,
     )
-    if not (sequence.chooser.plain and settings.policy.by_engine):
+    if not (sequence.selector.plain and settings.policy.by_engine):
         return _fill(sequence, block, prediction, 0, passes)
     after: list[int] = prediction.next_ids.tolist()
     if after.count(mask) >= block.count(mask):
@@ -77,14 +77,14 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, row: int
 
     `row` is where the block's first prediction is.
     """
-    chooser, policy, mask = sequence.chooser, sequence.settings.policy, sequence.model.mask_id
+    selector, policy, mask = sequence.selector, sequence.settings.policy, sequence.model.mask_id
     masked = [i for i, token in enumerate(block) if token == mask]
     rows = np.array(masked) + row
-    if prediction.logits is None or chooser.plain:
+    if prediction.logits is None or selector.plain:
         tokens: list[int] = prediction.token[rows].tolist()
     else:
         known = len(sequence.prompt) + len(sequence.tokens) - sequence.length  # of the block, emitted already
-        found = chooser.propose(prediction, block[known:], range(row + known, row + len(block)))
+        found = selector.propose(prediction, block[known:], range(row + known, row + len(block)))
         tokens = [found[i - known] for i in masked]
         if not policy.everything or sequence.settings.confidences:
             prediction.confidence[rows] = probability(prediction.logits[rows], tokens, mask)
@@ -108,9 +108,9 @@ def _decided(sequence: Sequence, block: list[int], after: list[int], prediction:
 
 def _seed(sequence: Sequence, prediction: Prediction) -> int:
     """The causal model's token that begins a block."""
-    chooser = sequence.chooser
-    forced = chooser.forced() is not None
-    token = chooser.next(prediction, 0)
+    selector = sequence.selector
+    forced = selector.forced() is not None
+    token = selector.next(prediction, 0)
     if sequence.settings.confidences:
         if prediction.logits is not None:
             prediction.confidence[0] = probability(prediction.logits[:1], [token], sequence.model.mask_id)[0]

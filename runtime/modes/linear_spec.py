@@ -17,7 +17,7 @@ from .diffusion import denoise
 def linear_spec(sequence: Sequence) -> Loop:
     """Decode by draft and verify; the output is AR's, token for token."""
     prediction = yield from prefill(sequence)
-    sequence.emit(sequence.chooser.next(prediction, 0))
+    sequence.emit(sequence.selector.next(prediction, 0))
     while not sequence.finish:
         sequence.plan()
         yield from draft_and_verify(sequence)
@@ -25,12 +25,12 @@ def linear_spec(sequence: Sequence) -> Loop:
 
 def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
     """One block after the last emitted token."""
-    mask, chooser = sequence.model.mask_id, sequence.chooser
+    mask, selector = sequence.model.mask_id, sequence.selector
     size = min(sequence.block_length, sequence.remaining)
-    block = [sequence.tokens[-1], *chooser.with_end_of_thinking([mask] * (size - 1))]
+    block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
     while mask in block:
         block = yield from denoise(sequence, "draft", block)
-    prediction = yield causal("verify", block, sequence.length, every_row=True, logits=not chooser.plain)
+    prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
     sequence.verify(prediction, block[1:])
 
 

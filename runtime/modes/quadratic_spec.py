@@ -37,7 +37,7 @@ def quadratic_spec(sequence: Sequence) -> Loop:
     """Decode with one pass per cycle; the output is AR's, token for token."""
     sequence.plan()
     prediction, size = yield from prefill_and_draft(sequence)
-    if sequence.emit(sequence.chooser.next(prediction, 0)):
+    if sequence.emit(sequence.selector.next(prediction, 0)):
         return
     draft = proposals(sequence, prediction, 1, size)
     while not sequence.finish:
@@ -75,7 +75,7 @@ class _Layout:
             visible[at : at + size] = (start + accepted, start + at, start + at + size)
             at += size
         adapter = np.repeat(np.array([0, 1], np.float32), [self.heads, count - self.heads])
-        logits = not sequence.chooser.plain
+        logits = not sequence.selector.plain
         return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter, logits=logits)
 
     def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
@@ -100,23 +100,23 @@ def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[P
     size = _group_size(sequence, 0)
     for part, start in prompt_parts(sequence):
         last = start + len(part) == len(sequence.prompt)
-        asked = causal("prefill", part, start, logits=last and not sequence.chooser.plain)
-        prediction = yield with_masks(asked, size, sequence.model.mask_id, adapter=True) if last and size else asked
+        pass_ = causal("prefill", part, start, logits=last and not sequence.selector.plain)
+        prediction = yield with_masks(pass_, size, sequence.model.mask_id, adapter=True) if last and size else pass_
         sequence.length += len(part)
     return prediction, size
 
 
 def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
     """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
-    chooser, rows = sequence.chooser, range(at + 1, at + size)
-    if prediction.logits is None or chooser.plain:
-        tokens = chooser.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
+    selector, rows = sequence.selector, range(at + 1, at + size)
+    if prediction.logits is None or selector.plain:
+        tokens = selector.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
     else:
-        tokens = chooser.propose(prediction, [sequence.model.mask_id] * len(rows), rows)
+        tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows)
     length = next((i for i, token in enumerate(tokens) if token in sequence.stops), len(tokens))
     del tokens[length:]
     confidence = prediction.confidence[at + 1 : at + 1 + length]
-    if prediction.logits is not None and not chooser.plain and sequence.cost is not None and tokens:
+    if prediction.logits is not None and not selector.plain and sequence.cost is not None and tokens:
         confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
     draft = Draft(tokens, confidence.tolist())
     sequence.proposed = list(zip(draft.tokens, draft.confidence, strict=True))

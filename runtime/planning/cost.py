@@ -48,12 +48,12 @@ def measure(engine: Engine) -> CostCurve:
     for size in SIZES:
         if len(times) > 1 and size > engine.info.build.max_seq_len:
             break
-        asked = causal("verify", [token] * size, 0, every_row=True)
-        cache.forward([asked])  # binds the shape
+        pass_ = causal("verify", [token] * size, 0, predict_all=True)
+        cache.forward([pass_])  # binds the shape
         seconds = []
         for _ in range(_REPEATS):
             before = cache.seconds
-            cache.forward([asked])
+            cache.forward([pass_])
             seconds.append(cache.seconds - before)
         times.append(max(min(seconds), times[-1] if times else 0.0))
         if len(times) > 1 and time.perf_counter() - started > _LIMIT:

@@ -15,7 +15,7 @@ import numpy as np
 from ...contract import MAX_BLOCK
 from .cost import CostCurve
 
-Way = Literal["ar", "linear_spec", "quadratic_spec"]
+ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
 BLOCKS = (2, 4, 8, 16, 32, 64)
 _GUESS = 0.8  # chance that a drafted token is kept, before anything is known
 _WEIGHT = 4.0  # verifies that a prior is worth
@@ -24,7 +24,7 @@ _PROBE = 32  # passes of one token after which a short draft looks whether that 
 _PROBE_BLOCK = 4
 
 
-class Record:
+class AcceptanceStatistics:
     """By position of a draft, how often it was looked at (all before it kept), and how often kept; (MAX_BLOCK - 1,)."""
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class Record:
 class Plan(NamedTuple):
     """The next pass or two: a mode, and the length of its block."""
 
-    way: Way
+    mode: ExactMode
     size: int
 
 
-class Pace:
+class DraftPlanner:
     """Plans the passes of one request.
 
     Args:
@@ -64,8 +64,8 @@ class Pace:
         ways: the modes to choose among.
     """
 
-    def __init__(self, cost: CostCurve, before: Record, ways: tuple[Way, ...]) -> None:
-        self._before, self._own, self._ways = before, Record(), ways
+    def __init__(self, cost: CostCurve, before: AcceptanceStatistics, modes: tuple[ExactMode, ...]) -> None:
+        self._before, self._own, self._modes = before, AcceptanceStatistics(), modes
         self._passes_without_draft = 0
         self._second = {size: cost.seconds(size) for size in (1, *BLOCKS, 2 * BLOCKS[-1])}
 
@@ -76,13 +76,13 @@ class Pace:
         group behind them.
         """
         expected, second = self.expected(), self._second
-        best, best_rate = Plan("ar", 1), 1 / second[1] if "ar" in self._ways else 0.0
+        best, best_rate = Plan("ar", 1), 1 / second[1] if "ar" in self._modes else 0.0
         for size in BLOCKS:
             tokens = float(expected[size - 1])
-            for way, seconds in (("linear_spec", 2 * second[size]), ("quadratic_spec", second[2 * size])):
-                if way in self._ways and tokens / seconds > best_rate:
-                    best, best_rate = Plan(way, size), tokens / seconds
-        if best.way == "ar":
+            for mode, seconds in (("linear_spec", 2 * second[size]), ("quadratic_spec", second[2 * size])):
+                if mode in self._modes and tokens / seconds > best_rate:
+                    best, best_rate = Plan(mode, size), tokens / seconds
+        if best.mode == "ar":
             self._passes_without_draft += 1
             if self._passes_without_draft % _PROBE == 0:
                 return Plan("linear_spec", _PROBE_BLOCK)

@@ -92,6 +92,6 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
             "decode": (sequence.ended - first) * 1e3,
             "total": (sequence.ended - sequence.started) * 1e3,
         },
-        logprobs=None if sequence.settings.logprobs is None else sequence.chooser.logprobs,
+        logprobs=None if sequence.settings.logprobs is None else sequence.selector.logprobs,
         confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
     )

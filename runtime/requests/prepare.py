@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ...errors import RequestError
-from ..planning.draft_planner import Pace, Way
+from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.codec import Message
 from ..text.transcript import Transcript
@@ -30,17 +30,17 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     ids = encode(engine, prompt, options)
     settings = settle(engine.info, engine.text, len(ids), options)
     budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
-    pace = None
+    planner = None
     if settings.auto_block and settings.mode != "ar":
-        ways: dict[str, tuple[Way, ...]] = {
+        modes: dict[str, tuple[ExactMode, ...]] = {
             "linear_spec": ("linear_spec",),
             "quadratic_spec": ("quadratic_spec",),
             AUTO: ("ar", "linear_spec", "quadratic_spec"),
         }
-        pace = Pace(engine.cost, engine.record, ways[settings.mode])
+        planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
     transcript = Transcript(engine.text, settings.stop, settings.stop_token_ids)
     cost = engine.cost if budgeted else None
-    return Sequence(engine.info.model, ids, settings, transcript, cost, pace, engine.backend.samples)
+    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, engine.backend.samples)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:

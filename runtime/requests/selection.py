@@ -31,7 +31,7 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
-class Chooser:
+class TokenSelector:
     """Chooses the tokens of one request.
 
     Args:
@@ -52,27 +52,27 @@ class Chooser:
         vocab: int,
         samples: bool = False,
     ) -> None:
-        self._law, self._start, self._mask_id, self._stops = settings.law, len(prompt), mask_id, stops
+        self._params, self._start, self._mask_id, self._stops = settings.params, len(prompt), mask_id, stops
         self._budget, self._end_think = settings.thinking_budget, settings.end_think
         self._wanted_logprobs = settings.logprobs
-        self._noise = Noise(settings.law.seed, vocab)
-        self._prompt = np.unique(np.array(prompt if settings.law.repetition_penalty != 1 else [], np.int64))
-        self._biased = np.array([token for token, _ in settings.law.logit_bias], np.int64)
-        self._biases = np.array([bias for _, bias in settings.law.logit_bias])
+        self._noise = Noise(settings.params.seed, vocab)
+        self._prompt = np.unique(np.array(prompt if settings.params.repetition_penalty != 1 else [], np.int64))
+        self._biased = np.array([token for token, _ in settings.params.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in settings.params.logit_bias])
         self._said: list[int] = []
         self._counts: collections.Counter[int] = collections.Counter()
         self._thought = 0  # how many `</think>` have been said
         self._matcher: Matcher | None = settings.grammar.matcher() if settings.grammar is not None else None
         self._after_thinking = settings.thinking and self._matcher is not None
         self.logprobs: list[TokenLogprobs] = []
-        drawn = samples and settings.law.only_temperature
+        drawn = samples and settings.params.only_temperature
         # Whether the engine's own token is the choice; if not, a pass must bring its logits.
-        self.plain = (settings.law.greedy or drawn) and self._matcher is None and settings.logprobs is None
+        self.plain = (settings.params.greedy or drawn) and self._matcher is None and settings.logprobs is None
         self._drawn = drawn and self.plain
 
     def ask(self, asked: Pass) -> Pass:
         """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
-        return asked._replace(temperature=self._law.temperature, seed=self._law.seed) if self._drawn else asked
+        return asked._replace(temperature=self._params.temperature, seed=self._params.seed) if self._drawn else asked
 
     def next(self, prediction: Prediction, row: int) -> int:
         """The token after all that has been said, from the causal prediction for it; written over the engine's."""
@@ -121,7 +121,7 @@ class Chooser:
     def push(self, token: int) -> None:
         """Take a token into the history."""
         self._said.append(token)
-        if self._law.penalised:
+        if self._params.penalised:
             self._counts[token] += 1
         if (matcher := self._guide) is not None:
             matcher.push(token)
@@ -132,7 +132,7 @@ class Chooser:
         for _ in range(count):
             token = self._said.pop()
             self._thought -= token == self._end_think
-            if self._law.penalised:
+            if self._params.penalised:
                 self._counts[token] -= 1
                 if not self._counts[token]:
                     del self._counts[token]
@@ -149,21 +149,21 @@ class Chooser:
         forced = self.forced()
         if forced is not None:
             return forced
-        law, scores = self._law, logits.astype(np.float64)
-        if law.penalised:
-            penalise(scores, law, self._prompt, self._counts)
-        if law.logit_bias:
+        params, scores = self._params, logits.astype(np.float64)
+        if params.penalised:
+            penalise(scores, params, self._prompt, self._counts)
+        if params.logit_bias:
             scores[self._biased] += self._biases
         scores[self._mask_id] = -np.inf
         guide = self._guide
         thinking = guide is not self._matcher
-        if thinking or len(self._said) < law.min_tokens:
+        if thinking or len(self._said) < params.min_tokens:
             scores[list(self._stops)] = -np.inf
-        if law.bad_words:
-            scores[banned(law, self._said)] = -np.inf
+        if params.bad_words:
+            scores[banned(params, self._said)] = -np.inf
         if guide is not None:
             guide.restrict(scores)
-        return draw(scores, law, self._noise, self._start + len(self._said))
+        return draw(scores, params, self._noise, self._start + len(self._said))
 
     def _measure(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
         scores = logits.astype(np.float64)

@@ -13,9 +13,9 @@ from typing import Literal
 from ...config import ModelConfig
 from ..engines.engine import PASS_KINDS, PassKind, Prediction
 from ..planning.cost import CostCurve
-from ..planning.draft_planner import Pace, Way
+from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.transcript import Transcript
-from .selection import Chooser
+from .selection import TokenSelector
 from .settings import Settings
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -31,12 +31,12 @@ class Sequence:
         settings: Settings,
         transcript: Transcript,
         cost: CostCurve | None = None,
-        pace: Pace | None = None,
+        planner: DraftPlanner | None = None,
         samples: bool = False,
     ) -> None:
         self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
         self.cost = cost  # None: a loop that could save work by it does not
-        self.pace = pace  # None: block length and mode are as asked
+        self.planner = planner  # None: block length and mode are as asked
         self.block_length = settings.block_length  # of the next block; planned anew if there is a pace
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
@@ -51,9 +51,9 @@ class Sequence:
         self.first_token = self.ended = 0.0
         self.confidences: list[float | None] = []  # of diffusion, if wanted; None where nobody chose
         self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
-        self.chooser = Chooser(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
+        self.selector = TokenSelector(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
         # Whether a pass must bring its logits.
-        self.needs_logits = not self.chooser.plain or settings.policy.by_entropy
+        self.needs_logits = not self.selector.plain or settings.policy.by_entropy
         self._watch_text = bool(settings.stop)
 
     @property
@@ -66,7 +66,7 @@ class Sequence:
         if not self.tokens:
             self.first_token = time.perf_counter()
         self.tokens.append(token)
-        self.chooser.push(token)
+        self.selector.push(token)
         if token in self.stops or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
             self.finish = "stop"
         elif len(self.tokens) >= self.settings.max_new_tokens:
@@ -86,25 +86,25 @@ class Sequence:
         the one after them.
         """
         for row, drafted in enumerate([*draft, None]):
-            token = self.chooser.next(prediction, row)
+            token = self.selector.next(prediction, row)
             if self.emit(token) or token != drafted:
                 break
         accepted = row + 1
         self.length += accepted
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
-        if self.pace is not None and draft:
+        if self.planner is not None and draft:
             # Where the answer ends, what a longer draft would have said is as lost as a wrong draft.
             size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
-            self.pace.learn(size, accepted)
+            self.planner.learn(size, accepted)
         return accepted
 
-    def plan(self) -> Way | None:
+    def plan(self) -> ExactMode | None:
         """Choose the next block's length, if that was left open; returns the mode that goes with it."""
-        if self.pace is None:
+        if self.planner is None:
             return None
-        way, self.block_length = self.pace.plan()
-        return way
+        mode, self.block_length = self.planner.plan()
+        return mode
 
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""

@@ -17,7 +17,7 @@ from ...engine_folder import EngineInfo
 from ...errors import RequestError
 from ..sampling.commit import POLICIES, Policy
 from ..sampling.grammar import Grammar
-from ..sampling.sampler import Law
+from ..sampling.sampler import SamplingParams
 from .options import AUTO, DEFAULT_NEW_TOKENS, Options
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Settings:
     threshold: float
     auto_block: bool = False  # block_length is only where it begins
     groups: str = "auto"
-    law: Law = dataclasses.field(default_factory=Law)
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     thinking: bool = False
@@ -106,7 +106,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         threshold=threshold,
         auto_block=AUTO in (o.mode, o.block_length),
         groups=o.groups,
-        law=_law(text, o),
+        params=_params(text, o),
         stop=o.stop,
         stop_token_ids=o.stop_token_ids,
         thinking=o.thinking,
@@ -252,7 +252,9 @@ def _compiled(tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, sourc
     return Grammar(tokenizer, vocab, eos, kind, source)
 
 
-def _law(text: TextCodec, o: Options) -> Law:
+def _params(text: TextCodec, o: Options) -> SamplingParams:
     spelled = {tuple(text.encode_plain(space + word)) for word in o.bad_words for space in ("", " ")}
-    same = {field.name: getattr(o, field.name) for field in dataclasses.fields(Law)}
-    return Law(**same | {"logit_bias": tuple((o.logit_bias or {}).items()), "bad_words": tuple(sorted(spelled))})
+    same = {field.name: getattr(o, field.name) for field in dataclasses.fields(SamplingParams)}
+    return SamplingParams(
+        **same | {"logit_bias": tuple((o.logit_bias or {}).items()), "bad_words": tuple(sorted(spelled))}
+    )

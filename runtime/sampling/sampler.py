@@ -18,7 +18,7 @@ from .noise import HIGHEST, LOWEST, Noise
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
+class SamplingParams:
     """How a token is chosen; see `Options` for each field. The defaults are the model's greedy choice."""
 
     temperature: float = 0.0
@@ -41,7 +41,7 @@ class Law:
     @property
     def only_temperature(self) -> bool:
         """Whether the choice is a plain sample of the softmax, so that a kernel can draw it."""
-        return self.temperature > 0 and self == Law(temperature=self.temperature, seed=self.seed)
+        return self.temperature > 0 and self == SamplingParams(temperature=self.temperature, seed=self.seed)
 
     @property
     def filtered(self) -> bool:
@@ -54,57 +54,57 @@ class Law:
         return not (self.temperature or self.penalised or self.logit_bias or self.bad_words or self.min_tokens)
 
 
-def penalise(scores: np.ndarray, law: Law, prompt: np.ndarray, counts: Mapping[int, int]) -> None:
+def penalise(scores: np.ndarray, params: SamplingParams, prompt: np.ndarray, counts: Mapping[int, int]) -> None:
     """Apply the penalties in place.
 
     scores (V,) f64; prompt (n,) i64: its distinct ids; counts: how often each id has been emitted, none of them 0.
     """
     emitted = np.fromiter(counts.keys(), np.int64, len(counts))
-    if law.repetition_penalty != 1:
+    if params.repetition_penalty != 1:
         seen = np.concatenate([prompt, emitted])  # an id of both is set to the same value twice
         values = scores[seen]
-        scores[seen] = np.where(values > 0, values / law.repetition_penalty, values * law.repetition_penalty)
-    if law.presence_penalty or law.frequency_penalty:
+        scores[seen] = np.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
         times = np.fromiter(counts.values(), np.int64, len(counts))
-        scores[emitted] -= law.frequency_penalty * times + law.presence_penalty
+        scores[emitted] -= params.frequency_penalty * times + params.presence_penalty
 
 
-def banned(law: Law, emitted: list[int]) -> list[int]:
+def banned(params: SamplingParams, emitted: list[int]) -> list[int]:
     """The last id of every bad word whose other ids are the last ones emitted."""
     return [
         last
-        for *before, last in law.bad_words
+        for *before, last in params.bad_words
         if not before or (len(before) <= len(emitted) and emitted[-len(before) :] == before)
     ]
 
 
-def draw(scores: np.ndarray, law: Law, noise: Noise, position: int) -> int:
+def draw(scores: np.ndarray, params: SamplingParams, noise: Noise, position: int) -> int:
     """The token at `position`; scores (V,) f64 after penalties, bias and bans (-inf), overwritten."""
-    if not law.temperature:
+    if not params.temperature:
         return int(scores.argmax())
-    scores /= law.temperature
+    scores /= params.temperature
     best = float(scores.max())
     if not noise.kept:  # noise is dear: for those alone that it can lift to the top
-        ids = np.flatnonzero(scores >= max(_floor(scores, law, best), best - (HIGHEST - LOWEST)))
+        ids = np.flatnonzero(scores >= max(_floor(scores, params, best), best - (HIGHEST - LOWEST)))
         return int(ids[0]) if ids.size == 1 else int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
     found = scores + noise.row(position)
     token = int(found.argmax())
     # Who wins among all wins among those that are left, if it is one of them; the best always is.
-    if law.filtered and scores[token] < best and scores[token] < (floor := _floor(scores, law, best)):
+    if params.filtered and scores[token] < best and scores[token] < (floor := _floor(scores, params, best)):
         found[scores < floor] = -np.inf
         token = int(found.argmax())
     return token
 
 
-def _floor(scores: np.ndarray, law: Law, best: float) -> float:
+def _floor(scores: np.ndarray, params: SamplingParams, best: float) -> float:
     """The lowest score that top-k, top-p and min-p leave."""
     floor = -math.inf
-    if law.top_k and law.top_k < scores.size:
-        floor = float(np.partition(scores, scores.size - law.top_k)[scores.size - law.top_k])
-    if law.top_p < 1:
-        floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], law.top_p, best))
-    if law.min_p:
-        floor = max(floor, best + math.log(law.min_p))
+    if params.top_k and params.top_k < scores.size:
+        floor = float(np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k])
+    if params.top_p < 1:
+        floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], params.top_p, best))
+    if params.min_p:
+        floor = max(floor, best + math.log(params.min_p))
     return floor
 
 

@@ -148,7 +148,7 @@ def test_long_positions_behave_as_in_the_engine(tmp_path: Path, rope: dict[str, 
     ids = np.random.default_rng(5).integers(0, 891, 96).tolist()
     model = load(folder)
     engine = nemodiff.load(Builder(source, tmp_path / "engine").run(), threads=1)
-    ours = engine.backend.open(1).forward([causal("verify", ids, 0, every_row=True, logits=True)])[0].logits
+    ours = engine.backend.open(1).forward([causal("verify", ids, 0, predict_all=True, logits=True)])[0].logits
     assert ours is not None
     np.testing.assert_allclose(logits(model, ids), ours, atol=1e-3)
     assert continued(model, ids, 40) == nemodiff.generate(engine, ids, mode="ar", max_new_tokens=40).token_ids

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from oracle.reference_choice import Control, Law, choose, commits
+from oracle.reference_choice import Control, SamplingParams, choose, commits
 from oracle.reference_model import Floats, Ints, ReferenceModel
 
 KINDS = ("prefill", "decode", "denoise", "draft", "verify", "commit")
@@ -42,13 +42,17 @@ class Reference:
 
 
 def ar(
-    model: Predictor, prompt: Sequence[int], max_new_tokens: int, eos: Collection[int], law: Law | None = None
+    model: Predictor,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos: Collection[int],
+    params: SamplingParams | None = None,
 ) -> Reference:
     """Autoregressive decoding, greedy without a law."""
     out = _Emission(max_new_tokens, eos)
-    out.emit(out.prefill(model, prompt, law))
+    out.emit(out.prefill(model, prompt, params))
     while not out.stopped:
-        token, _ = predict(model, law, [*prompt, *out.tokens[:-1]], out.tokens[-1:], bidirectional=False)
+        token, _ = predict(model, params, [*prompt, *out.tokens[:-1]], out.tokens[-1:], bidirectional=False)
         out.nfe["decode"] += 1
         out.emit(int(token[0]))
     return out.result()
@@ -61,23 +65,23 @@ def diffusion(
     block_length: int,
     threshold: float,
     eos: Collection[int],
-    law: Law | None = None,
+    params: SamplingParams | None = None,
     control: Control | None = None,
 ) -> Reference:
     """Block diffusion: every block starts with the causal seed and is committed causally when it is full."""
     out = _Emission(max_new_tokens, eos)
     committed, mask, size = list(prompt), model.mask_id, block_length
-    seed, early = out.prefill(model, prompt, law), False
+    seed, early = out.prefill(model, prompt, params), False
     while not out.stopped:
-        block, passes = _with_end(law, [seed] + [mask] * (size - 1), committed[len(prompt) :]), 0
-        end = law.end_think if law else -1
+        block, passes = _with_end(params, [seed] + [mask] * (size - 1), committed[len(prompt) :]), 0
+        end = params.end_think if params else -1
         held = next((i for i in range(1, size) if block[i] == end), size)
         emitted = out.emit_decided(block, 0, mask)
         while not out.stopped and mask in block:
             if early:  # what the commit pass said of masks, the seed's place masked too
-                said = _masks_behind(model, law, committed, block)
+                said = _masks_behind(model, params, committed, block)
             else:
-                said = _denoise(model, law, control, committed, block)
+                said = _denoise(model, params, control, committed, block)
                 out.nfe["denoise"] += 1
             early = False
             if control is None:
@@ -92,7 +96,7 @@ def diffusion(
                 block[held], held = mask, size
             emitted = out.emit_decided(block, emitted, mask)
         if not out.stopped:
-            token, _ = predict(model, law, committed, block, bidirectional=False)
+            token, _ = predict(model, params, committed, block, bidirectional=False)
             out.nfe["commit"] += 1
             committed += block
             seed, early = int(token[-1]), control is not None and control.merge_commit
@@ -107,22 +111,22 @@ def linear_spec(
     threshold: float,
     eos: Collection[int],
     adapter: bool = False,
-    law: Law | None = None,
+    params: SamplingParams | None = None,
 ) -> Reference:
     """Linear self-speculation: a bidirectional draft, then one causal pass that keeps what AR would have said."""
     out = _Emission(max_new_tokens, eos)
     acceptance = []
-    out.emit(out.prefill(model, prompt, law))
+    out.emit(out.prefill(model, prompt, params))
     while not out.stopped:
         committed = [*prompt, *out.tokens[:-1]]
         length = min(block_length, max_new_tokens - len(out.tokens))
         block = [out.tokens[-1]] + [model.mask_id] * (length - 1)
-        block = _with_end(law, block, out.tokens[:-1])
+        block = _with_end(params, block, out.tokens[:-1])
         while model.mask_id in block:
-            prediction = predict(model, law, committed, block, bidirectional=True, adapter=adapter)
+            prediction = predict(model, params, committed, block, bidirectional=True, adapter=adapter)
             block = commit_rule(model.mask_id, block, threshold, eos, *prediction)
             out.nfe["draft"] += 1
-        token, _ = predict(model, law, committed, block, bidirectional=False)
+        token, _ = predict(model, params, committed, block, bidirectional=False)
         out.nfe["verify"] += 1
         matched = 0
         while matched < length - 1 and token[matched] == block[matched + 1]:
@@ -141,7 +145,7 @@ def quadratic_spec(
     block_length: int,
     eos: Collection[int],
     adapter: bool = False,
-    law: Law | None = None,
+    params: SamplingParams | None = None,
 ) -> Reference:
     """Quadratic self-speculation with all groups; each group is computed alone, as a pass after its heads."""
     out = _Emission(max_new_tokens, eos)
@@ -152,18 +156,18 @@ def quadratic_spec(
         if size < 2:
             return []
         token, _ = predict(
-            model, law, context, [model.mask_id] * size, bidirectional=True, adapter=adapter, first=first
+            model, params, context, [model.mask_id] * size, bidirectional=True, adapter=adapter, first=first
         )
         tokens = [int(t) for t in token[1:]]
         return tokens[: next((i for i, t in enumerate(tokens) if t in eos), len(tokens))]
 
-    seed = out.prefill(model, prompt, law)
+    seed = out.prefill(model, prompt, params)
     draft = propose(prompt, 0, seed)
     out.emit(seed)
     while not out.stopped:
         committed = [*prompt, *out.tokens[:-1]]
         heads = [out.tokens[-1], *draft][: max_new_tokens - len(out.tokens)]
-        token, _ = predict(model, law, committed, heads, bidirectional=False)
+        token, _ = predict(model, params, committed, heads, bidirectional=False)
         out.nfe["verify"] += 1
         accepted = 1
         while accepted < len(heads) and token[accepted - 1] == heads[accepted]:
@@ -209,7 +213,7 @@ def _closed(block: list[int], mask_id: int, eos: Collection[int]) -> list[int]:
 
 def predict(
     model: Predictor,
-    law: Law | None,
+    params: SamplingParams | None,
     prefix: Sequence[int],
     pass_ids: Sequence[int],
     bidirectional: bool,
@@ -220,25 +224,31 @@ def predict(
 
     first: what the first of the pass's masks turns out to be, where that is not the pass's to choose.
     """
-    if law is None:
+    if params is None:
         return model.forward(prefix, pass_ids, bidirectional, adapter)
     logits = model.logits(prefix, pass_ids, bidirectional, adapter)
-    return _chosen(logits, law, [*prefix, *pass_ids], len(prefix), model.mask_id, bidirectional, first)
+    return _chosen(logits, params, [*prefix, *pass_ids], len(prefix), model.mask_id, bidirectional, first)
 
 
 def _chosen(
-    logits: Floats, law: Law, ids: list[int], start: int, mask_id: int, bidirectional: bool, first: int | None = None
+    logits: Floats,
+    params: SamplingParams,
+    ids: list[int],
+    start: int,
+    mask_id: int,
+    bidirectional: bool,
+    first: int | None = None,
 ) -> tuple[Ints, Floats]:
     token = np.zeros(len(logits), np.int64)
     filled = list(ids)
     for row in range(len(logits)):
         at = start + row
         if not bidirectional:
-            token[row] = choose(logits[row], law, ids[len(law.prompt) : at + 1], mask_id)
+            token[row] = choose(logits[row], params, ids[len(params.prompt) : at + 1], mask_id)
         elif row == 0 and first is not None:
             filled[at] = first
         elif ids[at] == mask_id:
-            token[row] = filled[at] = choose(logits[row], law, filled[len(law.prompt) : at], mask_id)
+            token[row] = filled[at] = choose(logits[row], params, filled[len(params.prompt) : at], mask_id)
     logits[:, mask_id] = -np.inf
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return token, weights[np.arange(len(token)), token] / weights.sum(axis=1)
@@ -248,20 +258,20 @@ Said = tuple[Ints, Floats, NDArray[np.float64]]  # token, confidence and entropy
 
 
 def _denoise(
-    model: Predictor, law: Law | None, control: Control | None, committed: list[int], block: list[int]
+    model: Predictor, params: SamplingParams | None, control: Control | None, committed: list[int], block: list[int]
 ) -> Said:
-    token, confidence = predict(model, law, committed, block, bidirectional=True)
+    token, confidence = predict(model, params, committed, block, bidirectional=True)
     if control is None or control.policy != "entropy":
         return token, confidence, np.zeros(len(block))
     return token, confidence, _entropy(model.logits(committed, block, True), model.mask_id)
 
 
-def _masks_behind(model: Predictor, law: Law | None, committed: list[int], block: list[int]) -> Said:
+def _masks_behind(model: Predictor, params: SamplingParams | None, committed: list[int], block: list[int]) -> Said:
     """The first pass of a block that the commit of the block before it made: all its places were masks."""
     logits = model.logits(committed, [model.mask_id] * len(block), True)
     entropy = _entropy(logits, model.mask_id)
-    if law is not None:
-        return (*_chosen(logits, law, [*committed, *block], len(committed), model.mask_id, True), entropy)
+    if params is not None:
+        return (*_chosen(logits, params, [*committed, *block], len(committed), model.mask_id, True), entropy)
     return (*model.forward(committed, [model.mask_id] * len(block), True), entropy)
 
 
@@ -274,14 +284,14 @@ def _entropy(logits: Floats, mask_id: int) -> NDArray[np.float64]:
     return entropy
 
 
-def _with_end(law: Law | None, block: list[int], before: Sequence[int]) -> list[int]:
+def _with_end(params: SamplingParams | None, block: list[int], before: Sequence[int]) -> list[int]:
     """The block, which comes after the emitted tokens `before`, with the end of thinking at its place."""
-    if law is None or law.thinking_budget is None or law.end_think in [*before, block[0]]:
+    if params is None or params.thinking_budget is None or params.end_think in [*before, block[0]]:
         return block
-    at = law.thinking_budget - len(before)
+    at = params.thinking_budget - len(before)
     if not 0 < at < len(block):
         return block
-    return [*block[:at], law.end_think, *block[at + 1 :]]
+    return [*block[:at], params.end_think, *block[at + 1 :]]
 
 
 class _Emission:
@@ -299,10 +309,10 @@ class _Emission:
     def stopped(self) -> bool:
         return bool(self.tokens) and (self.tokens[-1] in self._eos or len(self.tokens) == self._limit)
 
-    def prefill(self, model: Predictor, prompt: Sequence[int], law: Law | None = None) -> int:
+    def prefill(self, model: Predictor, prompt: Sequence[int], params: SamplingParams | None = None) -> int:
         """The seed. The last prompt token stands alone in the pass, since only its prediction is wanted."""
         self.nfe["prefill"] += 1
-        return int(predict(model, law, prompt[:-1], prompt[-1:], bidirectional=False)[0][0])
+        return int(predict(model, params, prompt[:-1], prompt[-1:], bidirectional=False)[0][0])
 
     def emit(self, token: int) -> None:
         if not self.stopped:

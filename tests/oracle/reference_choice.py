@@ -18,7 +18,7 @@ M32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Law:
+class SamplingParams:
     """What one request asks of its tokens; `prompt` is its ids, `stops` what ends it."""
 
     prompt: tuple[int, ...]
@@ -65,37 +65,37 @@ def gumbel(seed: int, position: int, size: int) -> NDArray[np.float64]:
     return np.array([-math.log(-math.log((word + 0.5) / 2**32)) for word in words])
 
 
-def choose(logits: Floats, law: Law, said: Sequence[int], mask_id: int) -> int:
+def choose(logits: Floats, params: SamplingParams, said: Sequence[int], mask_id: int) -> int:
     """The token after the prompt and `said`."""
-    if law.thinking_budget is not None and len(said) >= law.thinking_budget and law.end_think not in said:
-        return law.end_think
+    if params.thinking_budget is not None and len(said) >= params.thinking_budget and params.end_think not in said:
+        return params.end_think
     score = logits.astype(np.float64)
-    for i in {*law.prompt, *said}:
-        score[i] = score[i] / law.repetition_penalty if score[i] > 0 else score[i] * law.repetition_penalty
+    for i in {*params.prompt, *said}:
+        score[i] = score[i] / params.repetition_penalty if score[i] > 0 else score[i] * params.repetition_penalty
     for i in set(said):
-        score[i] -= law.frequency_penalty * list(said).count(i) + law.presence_penalty
-    for i, bias in law.logit_bias.items():
+        score[i] -= params.frequency_penalty * list(said).count(i) + params.presence_penalty
+    for i, bias in params.logit_bias.items():
         score[i] += bias
     never = {mask_id}
-    if len(said) < law.min_tokens:
-        never |= law.stops
-    for word in law.bad_words:
+    if len(said) < params.min_tokens:
+        never |= params.stops
+    for word in params.bad_words:
         if list(said)[len(said) - len(word) + 1 :] == list(word[:-1]) and len(said) >= len(word) - 1:
             never.add(word[-1])
     ids = np.array([i for i in range(score.size) if i not in never])
-    if law.temperature == 0:
+    if params.temperature == 0:
         return int(ids[score[ids].argmax()])
-    score /= law.temperature
-    if law.top_k:
-        ids = ids[_betters(score[ids], np.ones(ids.size)) < law.top_k]
+    score /= params.temperature
+    if params.top_k:
+        ids = ids[_betters(score[ids], np.ones(ids.size)) < params.top_k]
     chance = np.exp(score[ids] - score[ids].max())
     chance /= chance.sum()
-    if law.top_p < 1:
-        left = _betters(score[ids], chance) < law.top_p
+    if params.top_p < 1:
+        left = _betters(score[ids], chance) < params.top_p
         ids, chance = ids[left], chance[left]
-    if law.min_p:
-        ids = ids[chance >= law.min_p * chance.max()]
-    noise = gumbel(law.seed, len(law.prompt) + len(said), score.size)
+    if params.min_p:
+        ids = ids[chance >= params.min_p * chance.max()]
+    noise = gumbel(params.seed, len(params.prompt) + len(said), score.size)
     return int(ids[(score[ids] + noise[ids]).argmax()])
 
 

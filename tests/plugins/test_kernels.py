@@ -30,7 +30,7 @@ from nemodiff.plugins.kernels.confidence_commit import gumbel
 from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.plugins.ops import block_attention, confidence_commit
 from nemodiff.runtime.sampling.noise import Noise, philox
-from nemodiff.runtime.sampling.sampler import Law, draw
+from nemodiff.runtime.sampling.sampler import SamplingParams, draw
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -286,11 +286,11 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
         seed = int(words[row].view(np.uint64)[0])
         expected = greedy[row].tolist()
         if heat[row]:
-            law, noise = Law(temperature=float(heat[row]), seed=seed), Noise(seed, vocab)
+            params, noise = SamplingParams(temperature=float(heat[row]), seed=seed), Noise(seed, vocab)
             scores = case["logits"][row].astype(np.float64)  # (R, V)
             scores[:, MASK] = -np.inf
             pairs = zip(scores, position[row].tolist(), strict=True)
-            expected = [draw(of_one, law, noise, at) for of_one, at in pairs]
+            expected = [draw(of_one, params, noise, at) for of_one, at in pairs]
         assert token[row].tolist() == expected
     logits = case["logits"].astype(np.float64)
     logits[:, :, MASK] = -np.inf

@@ -11,7 +11,7 @@ import nemodiff
 from nemodiff.errors import RequestError
 from nemodiff.runtime import generate
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, Pace, Record
+from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
 from nemodiff.runtime.requests import prepare as request
 
 QUESTIONS = ["Count from 3 to 9.", "Reverse the list: river glass tiger", "Show the times table of 7 up to 5."]
@@ -50,16 +50,16 @@ def test_every_plan_gives_ars_tokens(
     rows: int,
 ) -> None:
     """Whatever a pass costs, whatever was met before, alone or beside others."""
-    law = {"temperature": temperature, "repetition_penalty": penalty, "max_new_tokens": limit}
-    expected = nemodiff.generate(engine, question, mode="ar", **law).token_ids
+    params = {"temperature": temperature, "repetition_penalty": penalty, "max_new_tokens": limit}
+    expected = nemodiff.generate(engine, question, mode="ar", **params).token_ids
     sequences = []
     for choice in CHOICES:
-        sequence = request.prepare(engine, question, nemodiff.Options(**choice, **law))  # type: ignore[arg-type]
-        record = Record()
+        sequence = request.prepare(engine, question, nemodiff.Options(**choice, **params))  # type: ignore[arg-type]
+        record = AcceptanceStatistics()
         for size, emitted in met:
             record.add(size, min(size, emitted))
-        assert sequence.pace is not None
-        sequence.cost, sequence.pace = curve, Pace(curve, record, sequence.pace._ways)
+        assert sequence.planner is not None
+        sequence.cost, sequence.planner = curve, DraftPlanner(curve, record, sequence.planner._ways)
         sequences.append(sequence)
     for _ in generate.decode(engine.backend, sequences, rows):
         pass
@@ -78,11 +78,11 @@ def test_a_scheduler_gives_the_same_tokens(engine: nemodiff.LoadedEngine) -> Non
             assert handle.result(60).token_ids == alone.token_ids
 
 
-def fed(size: int, emitted: int, ways: tuple[str, ...], curve: CostCurve) -> Pace:
-    pace = Pace(curve, Record(), ways)  # type: ignore[arg-type]
+def fed(size: int, emitted: int, ways: tuple[str, ...], curve: CostCurve) -> DraftPlanner:
+    planner = DraftPlanner(curve, AcceptanceStatistics(), ways)  # type: ignore[arg-type]
     for _ in range(40):
-        pace.learn(size, emitted)
-    return pace
+        planner.learn(size, emitted)
+    return planner
 
 
 def test_the_plan_follows_acceptance_and_cost() -> None:
@@ -90,23 +90,23 @@ def test_the_plan_follows_acceptance_and_cost() -> None:
     assert fed(64, 64, spec, FREE).plan().size == 64
     assert fed(64, 1, spec, EACH_PAID).plan().size == BLOCKS[0]
     assert fed(32, 8, spec, MIXED).plan().size == 8  # never more than the eighth
-    assert fed(64, 1, every, EACH_PAID).plan().way == "ar"
-    assert fed(64, 30, every, FREE).plan().way == "quadratic_spec"
+    assert fed(64, 1, every, EACH_PAID).plan().mode == "ar"
+    assert fed(64, 30, every, FREE).plan().mode == "quadratic_spec"
 
 
 def test_plans_of_one_token_look_again_at_times() -> None:
-    pace = fed(8, 1, ("ar", "linear_spec", "quadratic_spec"), EACH_PAID)
-    ways = [pace.plan().way for _ in range(64)]
+    planner = fed(8, 1, ("ar", "linear_spec", "quadratic_spec"), EACH_PAID)
+    ways = [planner.plan().mode for _ in range(64)]
     assert ways.count("linear_spec") == 2
     assert ways.count("ar") == 62
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
-    pace, rng = Pace(MIXED, Record(), ("linear_spec",)), np.random.default_rng(1)
+    planner, rng = DraftPlanner(MIXED, AcceptanceStatistics(), ("linear_spec",)), np.random.default_rng(1)
     met = [min(16, int(n)) for n in rng.geometric(0.15, 2000)]
     for emitted in met:
-        pace.learn(16, emitted)
-    assert abs(pace.expected()[15] - np.mean(met)) < 0.5
+        planner.learn(16, emitted)
+    assert abs(planner.expected()[15] - np.mean(met)) < 0.5
 
 
 def test_the_answer_says_what_was_used(engine: nemodiff.LoadedEngine) -> None:

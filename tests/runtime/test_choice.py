@@ -91,27 +91,27 @@ def test_thinking_ends_with_its_budget(
     engine: nemodiff.LoadedEngine, mode: str, temperature: float, budget: int
 ) -> None:
     end, question = engine.text.end_think, QUESTIONS[budget]
-    asked = {"mode": mode, "temperature": temperature, "thinking": True, "max_new_tokens": 40, "block_length": 8}
-    answer = nemodiff.generate(engine, question, thinking_budget=budget, **asked)
+    pass_ = {"mode": mode, "temperature": temperature, "thinking": True, "max_new_tokens": 40, "block_length": 8}
+    answer = nemodiff.generate(engine, question, thinking_budget=budget, **pass_)
     if len(answer.token_ids) > budget:
         assert end in answer.token_ids[: budget + 1]
         assert "</think>" in answer.text
     if mode != "diffusion":
-        free = nemodiff.generate(engine, question, **asked)
+        free = nemodiff.generate(engine, question, **pass_)
         assert answer.token_ids[:budget] == free.token_ids[:budget]
     # A budget that is never used up changes nothing.
-    unused = nemodiff.generate(engine, question, thinking_budget=1000, **asked)
-    assert unused.token_ids == nemodiff.generate(engine, question, **asked).token_ids
+    unused = nemodiff.generate(engine, question, thinking_budget=1000, **pass_)
+    assert unused.token_ids == nemodiff.generate(engine, question, **pass_).token_ids
 
 
 @pytest.mark.parametrize("mode", CAUSAL)
-@pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.2}])
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.2}])
 def test_logprobs_are_the_models_own(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, mode: str, law: dict[str, Any]
+    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, mode: str, params: dict[str, Any]
 ) -> None:
     prompt = engine.text.encode_chat([{"role": "user", "content": QUESTIONS[3]}])
-    answer = nemodiff.generate(engine, prompt, mode=mode, logprobs=4, max_new_tokens=30, **law)
-    assert answer.token_ids == nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=30, **law).token_ids
+    answer = nemodiff.generate(engine, prompt, mode=mode, logprobs=4, max_new_tokens=30, **params)
+    assert answer.token_ids == nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=30, **params).token_ids
     assert answer.logprobs is not None
     logits = model.logits(prompt[:-1], [prompt[-1], *answer.token_ids[:-1]], False).astype(np.float64)
     logits[:, model.mask_id] = -np.inf
@@ -125,9 +125,9 @@ def test_logprobs_are_the_models_own(
     assert [entry["top"] for entry in none.as_dict()["logprobs"]] == [[], []]
 
 
-@pytest.mark.parametrize("law", [{}, {"temperature": 1.0}, {"policy": "topk", "per_step": 2}])
-def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, law: dict[str, Any]) -> None:
-    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 30, **law}
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0}, {"policy": "topk", "per_step": 2}])
+def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, params: dict[str, Any]) -> None:
+    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 30, **params}
     answer = nemodiff.generate(engine, QUESTIONS[4], confidences=True, **options)
     assert answer.confidences is not None
     *events, plain = nemodiff.stream(engine, QUESTIONS[4], steps=True, **options)
@@ -145,22 +145,22 @@ def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, law:
     for i, confidence in enumerate(answer.confidences):
         assert confidence is not None
         assert 0 < confidence < 1.0001
-        if i % 8 and law == {}:  # not a seed; with a law a step tells the best token's confidence where none is needed
+        if i % 8 and params == {}:  # not a seed; sampled, a step tells the best token's confidence where none is needed
             assert confidence == committed[answer.prompt_tokens + i]
             compared += 1
     assert len(answer.confidences) == len(answer.token_ids)
-    assert law or compared > 8
+    assert params or compared > 8
 
 
 @pytest.mark.parametrize(
-    "law", [{}, {"temperature": 0.7}, {"thinking": True, "thinking_budget": 1, "temperature": 0.7}]
+    "params", [{}, {"temperature": 0.7}, {"thinking": True, "thinking_budget": 1, "temperature": 0.7}]
 )
 @pytest.mark.parametrize("merge", [False, True])
 def test_events_tell_every_decision_with_its_confidence(
-    engine: nemodiff.LoadedEngine, law: dict[str, Any], merge: bool
+    engine: nemodiff.LoadedEngine, params: dict[str, Any], merge: bool
 ) -> None:
     """Also where a pass commits one block and begins the next; only what nobody chose has no confidence."""
-    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **law}
+    options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **params}
     for question in QUESTIONS[:4]:
         *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
         assert isinstance(answer, nemodiff.Generation)

@@ -133,7 +133,7 @@ def test_one_forward_serves_rows_in_different_modes(
     got = cache.forward(
         [
             bidirectional("denoise", block, 9, threshold=0.5),
-            causal("verify", [300, 310, 320], 20, every_row=True),
+            causal("verify", [300, 310, 320], 20, predict_all=True),
             causal("decode", [305], 14),
         ]
     )
@@ -152,7 +152,7 @@ def test_denoising_leaves_no_trace_and_rollback_is_free(engine: nemodiff.LoadedE
         cache.forward([causal("prefill", PROMPT, 0)])
     for ids in ([300] + [mask] * 31, [301] * 40):  # a draft, then a verify that is wholly refused
         dirty.forward([bidirectional("draft", ids, 20, 0.0)])
-        dirty.forward([causal("verify", ids, 20, every_row=True)])
+        dirty.forward([causal("verify", ids, 20, predict_all=True)])
     expected, got = (cache.forward([causal("decode", [302], 20)])[0] for cache in (clean, dirty))
     assert got.token.tolist() == expected.token.tolist()
     np.testing.assert_array_equal(got.confidence, expected.confidence)
@@ -173,7 +173,7 @@ def test_two_intervals_give_the_quadratic_layout(
         pos += [n + j + i for i in range(k)]
         visible += [(n + j, begin, begin + k)] * k
     size = len(ids)
-    asked = Pass(
+    pass_ = Pass(
         "verify",
         np.array(ids, np.int32),
         np.array(pos, np.int32),
@@ -182,7 +182,7 @@ def test_two_intervals_give_the_quadratic_layout(
         np.arange(size, dtype=np.int32),
         threshold=0.0,
     )
-    token = cache.forward([asked])[0].token.tolist()
+    token = cache.forward([pass_])[0].token.tolist()
     assert token[:2] == oracle.forward(PROMPT, heads, bidirectional=False)[0].tolist()
     for j in range(1, k + 1):
         # Heads are causal and the masks see them and each other: a bidirectional pass over the masks alone.
@@ -254,13 +254,13 @@ def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.Loade
     cache, alone = engine.backend.open(4), engine.backend.open(1)
     prompts = [PROMPT[i:] for i in range(4)]
     cache.forward([causal("prefill", p, 0) for p in prompts])
-    cache.forward([causal("verify", [301] * 9, len(p), every_row=True) for p in prompts[1:3]], 1)
+    cache.forward([causal("verify", [301] * 9, len(p), predict_all=True) for p in prompts[1:3]], 1)
     expected = []
     for prompt in prompts:
         alone.forward([causal("prefill", prompt, 0)])
         ids = [301] * 9 if prompt in prompts[1:3] else []
         if ids:
-            alone.forward([causal("verify", ids, len(prompt), every_row=True)])
+            alone.forward([causal("verify", ids, len(prompt), predict_all=True)])
         expected.append(alone.forward([causal("decode", [302], len(prompt) + len(ids))])[0].confidence.item())
     lengths = [len(p) + (9 if 0 < i < 3 else 0) for i, p in enumerate(prompts)]
     got = [cache.forward([causal("decode", [302], n)], row)[0].confidence.item() for row, n in enumerate(lengths)]
@@ -283,7 +283,7 @@ def test_every_stored_form_builds_the_same_engine(tmp_path: Path, dtype: str, sh
     folder = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, shards=shards)
     engine = nemodiff.load(Builder(folder, tmp_path / "engine").run())
     oracle = reference.ReferenceModel.load(folder)
-    got = engine.backend.open(1).forward([causal("verify", PROMPT, 0, every_row=True, logits=True)])[0]
+    got = engine.backend.open(1).forward([causal("verify", PROMPT, 0, predict_all=True, logits=True)])[0]
     assert got.logits is not None
     np.testing.assert_allclose(got.logits, oracle.logits([], PROMPT, False), atol=1e-3)
 
@@ -295,7 +295,7 @@ def test_small_periods_agree_with_the_oracle(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope)
     engine = nemodiff.load(Builder(folder, tmp_path / "engine").run())
     ids = (PROMPT * 4)[:64]
-    got = engine.backend.open(1).forward([causal("verify", ids, 0, every_row=True, logits=True)])[0]
+    got = engine.backend.open(1).forward([causal("verify", ids, 0, predict_all=True, logits=True)])[0]
     expected = reference.ReferenceModel.load(folder).logits([], ids, False)
     assert got.logits is not None
     np.testing.assert_allclose(got.logits, expected, atol=1e-3)

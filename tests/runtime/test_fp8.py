@@ -200,11 +200,11 @@ def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "margin"), [("bf16", 1.0), ("f16", 0.125)])
 def test_half_precision_agrees_where_it_is_clear(tmp_path: Path, folder: Path, dtype: Any, margin: float) -> None:
-    asked = causal("verify", [130 + (i * 7) % 200 for i in range(40)], 0, every_row=True, logits=True)
+    pass_ = causal("verify", [130 + (i * 7) % 200 for i in range(40)], 0, predict_all=True, logits=True)
     found = []
     for engine in (build(TINY_CHAT, tmp_path / "engine", dtype=dtype), folder):
         loaded = nemodiff.load(engine, device="cpu")
-        found += loaded.backend.open(1).forward([asked])
+        found += loaded.backend.open(1).forward([pass_])
     logits = found[1].logits
     assert logits is not None
     ranked = np.sort(np.delete(logits, loaded.info.model.mask_id, axis=1), axis=1)
@@ -215,10 +215,10 @@ def test_half_precision_agrees_where_it_is_clear(tmp_path: Path, folder: Path, d
 
 def test_plan_and_inspect_say_so(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "engine"
-    asked = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
-    assert "torch, bf16 with fp8 projections" in said(*asked, "--dry-run")
-    plan = json.loads(said(*asked, "--dry-run", "--json"))
-    said(*asked)
+    pass_ = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
+    assert "torch, bf16 with fp8 projections" in said(*pass_, "--dry-run")
+    plan = json.loads(said(*pass_, "--dry-run", "--json"))
+    said(*pass_)
     assert plan["build"]["quantization"] == "fp8"
     assert plan["weight_bytes"] == (target / "model.safetensors").stat().st_size
     assert read_engine(target).build.quantization == "fp8"
@@ -236,12 +236,12 @@ def test_eight_bits_take_about_half_of_sixteen() -> None:
 
 
 def test_refusals(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
-    asked = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
-    refused(asked, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
-    refused([*asked[:-1], "int4"], "int4", code=2)
+    pass_ = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
+    refused(pass_, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
+    refused([*pass_[:-1], "int4"], "int4", code=2)
     narrow = write_checkpoint(tmp_path / "narrow", intermediate_size=40)
-    asked = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
-    refused(asked, "a projection has 40 inputs, allowed: multiples of 16")
+    pass_ = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
+    refused(pass_, "a projection has 40 inputs, allowed: multiples of 16")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

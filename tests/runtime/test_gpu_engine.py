@@ -114,7 +114,7 @@ def test_passes_agree_with_onnxruntime(engine: LoadedEngine, plain: LoadedEngine
     for repeat in range(3):  # eager, captured, replayed
         for size in (1, 2, 7, 32, 64, 65, 200):
             ids = (PROMPT * 6)[repeat : repeat + size]
-            passes = [causal("verify", ids, 0, every_row=True, logits=True)] * 2
+            passes = [causal("verify", ids, 0, predict_all=True, logits=True)] * 2
             if size <= 64:
                 block = bidirectional("denoise", [300] + [mask] * (size - 1), 0, 0.9)
                 passes[1] = block._replace(logits=True)
@@ -156,7 +156,10 @@ def test_a_replay_equals_an_eager_run(engine: LoadedEngine) -> None:
     eager = type(captured)(engine.folder, engine.info, 0, graphs=False)
     a, b = captured.open(2), eager.open(2)
     for step in range(9):
-        passes = [causal("verify", PROMPT[: 6 + step % 3], 3 * step, every_row=True), causal("decode", [300], step)]
+        passes = [
+            causal("verify", PROMPT[: 6 + step % 3], 3 * step, predict_all=True),
+            causal("decode", [300], step),
+        ]
         for x, y in zip(a.forward(passes), b.forward(passes), strict=True):
             np.testing.assert_array_equal(x.token, y.token)
             np.testing.assert_array_equal(x.confidence, y.confidence)
@@ -170,14 +173,14 @@ def test_a_step_waits_for_the_device_once(engine: LoadedEngine, monkeypatch: pyt
     if not isinstance(backend, TorchEngine):
         pytest.skip("of the torch engine")
     cache, waits = backend.open(1), list[int]()
-    asked = causal("decode", [300], 20)
+    pass_ = causal("decode", [300], 20)
     for _ in range(3):
-        cache.forward([asked])
+        cache.forward([pass_])
     wait = backend.device.wait
     monkeypatch.setattr(backend.device, "wait", lambda: (waits.append(1), wait()))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cache.forward([asked])
+        cache.forward([pass_])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1

@@ -63,10 +63,10 @@ class Flat:
     """A cost curve: a pass costs `base` and `slope` per token."""
 
     def __init__(self, base: float, slope: float) -> None:
-        self.base, self.slope, self.asked = base, slope, list[int]()
+        self.base, self.slope, self.pass_ = base, slope, list[int]()
 
     def seconds(self, size: int) -> float:
-        self.asked.append(size)
+        self.pass_.append(size)
         return self.base + self.slope * size
 
 
@@ -84,7 +84,7 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
     options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
     sequence = request.prepare(setup.plain, prompt, options)
     sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
-    sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)]
+    sizes = [pass_.ids.size for _, pass_, _ in generate.decode(setup.plain.backend, [sequence], 1)]
     assert sequence.tokens == nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=limit).token_ids
     assert max(sizes[1:], default=0) <= PREFILL_CHUNK
 
@@ -97,7 +97,7 @@ def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
         options = nemodiff.Options(mode="quadratic_spec", block_length=16, max_new_tokens=40)
         sequence = request.prepare(setup.plain, prompt, options)
         sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
-        sizes = [asked.ids.size for _, asked, _ in generate.decode(setup.plain.backend, [sequence], 1)][1:]
+        sizes = [pass_.ids.size for _, pass_, _ in generate.decode(setup.plain.backend, [sequence], 1)][1:]
         means.append(sum(sizes) / len(sizes))
     assert means[0] * 3 < means[1]
 

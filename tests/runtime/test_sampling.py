@@ -17,10 +17,10 @@ from oracle import reference_choice
 
 import nemodiff
 from nemodiff.runtime.engines.engine import Prediction
-from nemodiff.runtime.requests.selection import Chooser
+from nemodiff.runtime.requests.selection import TokenSelector
 from nemodiff.runtime.requests.settings import Settings
 from nemodiff.runtime.sampling.noise import Noise, gumbel, philox
-from nemodiff.runtime.sampling.sampler import Law, draw
+from nemodiff.runtime.sampling.sampler import SamplingParams, draw
 
 QUESTIONS = equality.questions(40)
 MASK, EOS, END = 6, 3, 5
@@ -50,8 +50,8 @@ def test_samples_follow_the_softmax(temperature: float) -> None:
     """Pearson's chi-square over 20000 draws; the bound is the 99.9 % point for 7 degrees of freedom."""
     logits = np.array([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -np.inf, -0.5, 0.2])
     mask, draws = 6, 20_000
-    noise, law = Noise(7, logits.size), Law(temperature=temperature)
-    counts = np.bincount([draw(logits.copy(), law, noise, p) for p in range(draws)], minlength=logits.size)
+    noise, params = Noise(7, logits.size), SamplingParams(temperature=temperature)
+    counts = np.bincount([draw(logits.copy(), params, noise, p) for p in range(draws)], minlength=logits.size)
     assert counts[mask] == 0
     weights = np.exp(np.delete(logits, mask) / temperature)
     expected = draws * weights / weights.sum()
@@ -113,7 +113,7 @@ class Row:
     """One choice to make."""
 
     logits: np.ndarray
-    law: dict[str, Any]
+    params: dict[str, Any]
     said: list[int]
 
 
@@ -123,7 +123,7 @@ def rows(draw_: st.DrawFn, size: int) -> Row:
     rng = np.random.default_rng(draw_(st.integers(0, 2**32)))
     logits = (rng.integers(-12, 13, size) / draw_(st.sampled_from([1, 2, 7]))).astype(np.float32)
     ids = st.integers(0, size - 1)
-    law = {
+    params = {
         "temperature": draw_(st.sampled_from([0.0, 0.3, 1.0, 3.0])),
         "top_k": draw_(st.sampled_from([0, 1, 3, 10**6])),
         "top_p": draw_(st.sampled_from([1.0, 0.999, 0.6, 0.01])),
@@ -136,22 +136,22 @@ def rows(draw_: st.DrawFn, size: int) -> Row:
         "bad_words": tuple(draw_(st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3))),
         "min_tokens": draw_(st.sampled_from([0, 2, 9])),
     }
-    return Row(logits, law, draw_(st.lists(ids, max_size=8)))
+    return Row(logits, params, draw_(st.lists(ids, max_size=8)))
 
 
 def check(row: Row, prompt: list[int]) -> None:
-    law = {**row.law, "logit_bias": tuple(row.law["logit_bias"].items())}
+    params = {**row.params, "logit_bias": tuple(row.params["logit_bias"].items())}
     stops = frozenset([EOS])
-    made = Settings("ar", 99, 8, 0.0, law=Law(**law))
-    chooser = Chooser(made, prompt, MASK, stops, row.logits.size)
+    made = Settings("ar", 99, 8, 0.0, params=SamplingParams(**params))
+    selector = TokenSelector(made, prompt, MASK, stops, row.logits.size)
     for token in row.said:
-        chooser.push(token)
-    assert chooser.plain == Law(**law).greedy
+        selector.push(token)
+    assert selector.plain == SamplingParams(**params).greedy
     best = np.where(np.arange(row.logits.size) == MASK, -np.inf, row.logits).argmax()
     zero = np.zeros(1, np.float32)
-    given_logits = None if chooser.plain else row.logits[None]
-    got = chooser.next(Prediction(np.array([best], np.int32), zero, np.zeros(1, np.int32), given_logits), 0)
-    oracle = reference_choice.Law(tuple(prompt), stops, **row.law)
+    given_logits = None if selector.plain else row.logits[None]
+    got = selector.next(Prediction(np.array([best], np.int32), zero, np.zeros(1, np.int32), given_logits), 0)
+    oracle = reference_choice.SamplingParams(tuple(prompt), stops, **row.params)
     assert got == reference_choice.choose(row.logits, oracle, row.said, MASK)
 
 
@@ -169,19 +169,21 @@ def test_choice_over_a_large_vocabulary_equals_the_oracle(row: Row) -> None:
 
 def test_drafting_leaves_no_trace() -> None:
     """Walking ahead and back restores the history that penalties, bad words and budgets look at."""
-    law = Law(temperature=1.0, frequency_penalty=1.0, bad_words=((1, 2),))
-    chooser = Chooser(
-        Settings("ar", 99, 8, 0.0, law=law, thinking_budget=30, end_think=END), [1], MASK, frozenset(), 40
+    params = SamplingParams(temperature=1.0, frequency_penalty=1.0, bad_words=((1, 2),))
+    selector = TokenSelector(
+        Settings("ar", 99, 8, 0.0, params=params, thinking_budget=30, end_think=END), [1], MASK, frozenset(), 40
     )
     logits = np.random.default_rng(1).normal(size=(8, 40)).astype(np.float32)
     prediction = Prediction(np.zeros(8, np.int32), np.zeros(8, np.float32), np.zeros(8, np.int32), logits)
-    chooser.push(7)
-    ahead = chooser.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
-    assert ahead == chooser.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
-    fresh = Chooser(Settings("ar", 99, 8, 0.0, law=law, thinking_budget=30, end_think=END), [1], MASK, frozenset(), 40)
+    selector.push(7)
+    ahead = selector.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
+    assert ahead == selector.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
+    fresh = TokenSelector(
+        Settings("ar", 99, 8, 0.0, params=params, thinking_budget=30, end_think=END), [1], MASK, frozenset(), 40
+    )
     fresh.push(7)
-    assert chooser.next(prediction, 0) == fresh.next(prediction, 0)
-    assert vars(chooser)["_counts"] == vars(fresh)["_counts"]
+    assert selector.next(prediction, 0) == fresh.next(prediction, 0)
+    assert vars(selector)["_counts"] == vars(fresh)["_counts"]
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -189,15 +191,15 @@ def test_sampled_modes_equal_ar_and_ar_its_oracle(setup: equality.Setup, number:
     """A sample of what tests/equality_sampled.py runs over many prompts."""
     laws = [*equality_sampled.LAWS, *equality_sampled.GUIDES][number::5]
     ways = random.Random(number).sample(list(equality_sampled.CAUSAL), 4)
-    for law in laws:
-        done = list(equality_sampled.compare_causal(setup, QUESTIONS[number], law, number, ways))
-        assert len(done) == len(ways) + (law in equality_sampled.LAWS)
+    for params in laws:
+        done = list(equality_sampled.compare_causal(setup, QUESTIONS[number], params, number, ways))
+        assert len(done) == len(ways) + (params in equality_sampled.LAWS)
         assert [d for _, d in done if d is not None] == []
 
 
-@pytest.mark.parametrize("law", ["T 1", "presence, frequency", "bad words", "thinking budget"])
-def test_drafts_and_passes_equal_the_oracle(setup: equality.Setup, law: str) -> None:
-    assert list(equality_sampled.compare_passes(setup, QUESTIONS[7], law, 7)) == []
+@pytest.mark.parametrize("params", ["T 1", "presence, frequency", "bad words", "thinking budget"])
+def test_drafts_and_passes_equal_the_oracle(setup: equality.Setup, params: str) -> None:
+    assert list(equality_sampled.compare_passes(setup, QUESTIONS[7], params, 7)) == []
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -210,7 +212,7 @@ def test_diffusion_equals_the_oracle(setup: equality.Setup, number: int) -> None
 
 @settings(max_examples=12)
 @given(
-    law=st.sampled_from(list(equality_sampled.LAWS)),
+    params=st.sampled_from(list(equality_sampled.LAWS)),
     question=st.sampled_from(QUESTIONS),
     mode=st.sampled_from(["linear_spec", "quadratic_spec"]),
     block=st.integers(1, 40),
@@ -218,9 +220,9 @@ def test_diffusion_equals_the_oracle(setup: equality.Setup, number: int) -> None
     seed=st.integers(0, 2**64 - 1),
 )
 def test_same_seed_gives_the_same_tokens_in_every_mode(
-    setup: equality.Setup, law: str, question: str, mode: str, block: int, chunk: int, seed: int
+    setup: equality.Setup, params: str, question: str, mode: str, block: int, chunk: int, seed: int
 ) -> None:
-    options = {**equality_sampled.LAWS[law], "seed": seed, "max_new_tokens": 30}
+    options = {**equality_sampled.LAWS[params], "seed": seed, "max_new_tokens": 30}
     expected = nemodiff.generate(setup.plain, question, mode="ar", **options)
     got = nemodiff.generate(setup.plain, question, mode=mode, block_length=block, prefill_chunk=chunk, **options)
     assert (got.token_ids, got.text, got.finish_reason) == (expected.token_ids, expected.text, expected.finish_reason)
@@ -255,15 +257,15 @@ def test_shared_noise_is_what_keeps_acceptance_high(setup: equality.Setup) -> No
             options = nemodiff.Options(temperature=1.0, seed=seed, max_new_tokens=64)
             sequence = prepare(setup.plain, question, options)
             if not shared:
-                propose, own = sequence.chooser.propose, vars(sequence.chooser)["_noise"]
+                propose, own = sequence.selector.propose, vars(sequence.selector)["_noise"]
 
                 def alone(*arguments: Any, propose: Any = propose, own: Any = own, of: Any = sequence) -> Any:
-                    of.chooser._noise = Noise(99, of.model.vocab_size)
+                    of.selector._noise = Noise(99, of.model.vocab_size)
                     found = propose(*arguments)
-                    of.chooser._noise = own
+                    of.selector._noise = own
                     return found
 
-                sequence.chooser.propose = alone  # type: ignore[method-assign]
+                sequence.selector.propose = alone  # type: ignore[method-assign]
             for _ in decode(setup.plain.backend, [sequence], 1):
                 pass
             lengths += sequence.accepted

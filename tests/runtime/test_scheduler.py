@@ -25,7 +25,7 @@ from stand_ins.toy_engine import ToyEngine, toy
 import nemodiff
 from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.batching.prefix_cache import Prefixes, common
+from nemodiff.runtime.batching.prefix_cache import PrefixCache, common
 from nemodiff.runtime.planning.cost import CostCurve, split
 from nemodiff.runtime.requests.generation import result
 from nemodiff.runtime.requests.options import Options
@@ -89,28 +89,28 @@ def requests() -> st.SearchStrategy[Asked]:
     return st.builds(Asked, prompts, options)
 
 
-def sequence(engine: nemodiff.LoadedEngine, asked: Asked) -> Sequence:
-    return prepare(engine, list(asked.prompt), asked.options)
+def sequence(engine: nemodiff.LoadedEngine, pass_: Asked) -> Sequence:
+    return prepare(engine, list(pass_.prompt), pass_.options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _alone(engine_id: int, asked: Asked) -> nemodiff.Generation:
-    values = {f.name: getattr(asked.options, f.name) for f in dataclasses.fields(Options)}
-    return nemodiff.generate(_ENGINES[engine_id], list(asked.prompt), **values)
+def _alone(engine_id: int, pass_: Asked) -> nemodiff.Generation:
+    values = {f.name: getattr(pass_.options, f.name) for f in dataclasses.fields(Options)}
+    return nemodiff.generate(_ENGINES[engine_id], list(pass_.prompt), **values)
 
 
 _ENGINES: dict[int, nemodiff.LoadedEngine] = {}
 
 
-def alone(engine: nemodiff.LoadedEngine, asked: Asked) -> nemodiff.Generation:
+def alone(engine: nemodiff.LoadedEngine, pass_: Asked) -> nemodiff.Generation:
     """What the request gives by itself."""
     _ENGINES[id(engine)] = engine
-    return _alone(id(engine), asked)
+    return _alone(id(engine), pass_)
 
 
-def check(engine: nemodiff.LoadedEngine, asked: Asked, got: nemodiff.Generation) -> None:
+def check(engine: nemodiff.LoadedEngine, pass_: Asked, got: nemodiff.Generation) -> None:
     """What holds of every request that has ended."""
-    whole = alone(engine, asked)
+    whole = alone(engine, pass_)
     assert engine.info.model.mask_id not in got.token_ids
     assert got.token_ids == whole.token_ids[: len(got.token_ids)]
     assert got.text == engine.text.decode(got.token_ids)
@@ -122,7 +122,7 @@ def check(engine: nemodiff.LoadedEngine, asked: Asked, got: nemodiff.Generation)
         }
         assert got.acceptance == whole.acceptance
         rest = got.prompt_tokens - got.reused_tokens
-        assert got.nfe["prefill"] == -(-rest // asked.options.prefill_chunk)
+        assert got.nfe["prefill"] == -(-rest // pass_.options.prefill_chunk)
 
 
 @settings(max_examples=120, deadline=None)
@@ -149,14 +149,14 @@ def test_any_schedule_gives_what_each_request_gives_alone(
     while waiting or running:
         for _ in range(data.draw(st.integers(0, 2), label="joining") if running else 1):
             if waiting and len(batch) < rows:
-                asked = waiting.pop()
-                running[new := sequence(engine, asked)] = asked
+                pass_ = waiting.pop()
+                running[new := sequence(engine, pass_)] = pass_
                 batch.add(new)
         if len(running) > 1 and data.draw(st.integers(0, 9), label="cancel?") == 0:
             victim = data.draw(st.sampled_from(sorted(running, key=lambda s: s.submitted)), label="cancelled")
             batch.remove(victim)
-            asked = running.pop(victim)
-            assert victim.tokens == alone(engine, asked).token_ids[: len(victim.tokens)]
+            pass_ = running.pop(victim)
+            assert victim.tokens == alone(engine, pass_).token_ids[: len(victim.tokens)]
             cut += 1
         served = list(batch.step())
         assert len({s.sequence for s in served}) == len(served) > 0
@@ -165,8 +165,8 @@ def test_any_schedule_gives_what_each_request_gives_alone(
         for done in [s for s in running if s.ended]:
             check(engine, running.pop(done), result(engine, done))
         assert len(batch) == len(running)
-        assert batch.slots == sum(s.length for s in running)
-        widths = [lane.width for lane in batch._lanes]
+        assert batch.cache_slots == sum(s.length for s in running)
+        widths = [slot.width for slot in batch._slots]
         assert widths == sorted(widths)  # rows that ask for equally many tokens are neighbours
     batch.close()
     assert backend(engine).open_caches == before
@@ -177,9 +177,9 @@ def test_any_schedule_gives_what_each_request_gives_alone(
 def test_threads_cancels_and_a_scheduler_lose_nothing(
     engine: nemodiff.LoadedEngine, data: st.DataObject, rows: int, reuse: bool, seed: int
 ) -> None:
-    asked = data.draw(st.lists(requests(), min_size=1, max_size=10))
+    pass_ = data.draw(st.lists(requests(), min_size=1, max_size=10))
     before, rng = backend(engine).open_caches, random.Random(seed)
-    cancelled = [rng.random() < 0.2 for _ in asked]
+    cancelled = [rng.random() < 0.2 for _ in pass_]
 
     def ask(item: tuple[Asked, bool]) -> list[nemodiff.Event]:
         a, cancel = item
@@ -197,12 +197,12 @@ def test_threads_cancels_and_a_scheduler_lose_nothing(
         nemodiff.Scheduler(engine, rows=rows, prefix_reuse=reuse) as scheduler,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
-        told = list(pool.map(ask, zip(asked, cancelled, strict=True), timeout=PATIENCE))
+        told = list(pool.map(ask, zip(pass_, cancelled, strict=True), timeout=PATIENCE))
         statistics = scheduler.statistics
     assert backend(engine).open_caches == before
-    answers = [check_events(engine, a, events) for a, events in zip(asked, told, strict=True)]
+    answers = [check_events(engine, a, events) for a, events in zip(pass_, told, strict=True)]
     assert (statistics.running, statistics.waiting, statistics.slots, statistics.failed) == (0, 0, 0, 0)
-    assert statistics.finished + statistics.cancelled == len(asked)
+    assert statistics.finished + statistics.cancelled == len(pass_)
     assert statistics.cancelled == sum(a.finish_reason == "cancelled" for a in answers)
     assert statistics.emitted_tokens == sum(len(a.token_ids) for a in answers)
     assert statistics.prompt_tokens == sum(a.prompt_tokens for a in answers)
@@ -212,13 +212,13 @@ def test_threads_cancels_and_a_scheduler_lose_nothing(
         assert (statistics.reused_tokens, statistics.kept_prefixes) == (0, 0)
 
 
-def check_events(engine: nemodiff.LoadedEngine, asked: Asked, events: list[nemodiff.Event]) -> nemodiff.Generation:
+def check_events(engine: nemodiff.LoadedEngine, pass_: Asked, events: list[nemodiff.Event]) -> nemodiff.Generation:
     """One request's stream: its order, and that its parts add up to its end."""
     first, last = events[0], events[-1]
     assert isinstance(first, nemodiff.Started)
     assert isinstance(last, nemodiff.Finished)
     answer = last.generation
-    check(engine, asked, answer)
+    check(engine, pass_, answer)
     assert "".join(e.text for e in events if isinstance(e, nemodiff.Text)) == answer.text
     steps = [e for e in events if isinstance(e, nemodiff.Step)]
     assert {kind: sum(s.kind == kind for s in steps) for kind in answer.nfe} == answer.nfe
@@ -239,7 +239,7 @@ def check_events(engine: nemodiff.LoadedEngine, asked: Asked, events: list[nemod
         if step.kind in FILLING and blocks[-1:] != [step.start]:
             blocks.append(step.start)
         if step.kind == "commit" and len(step.committed) > 1:  # masks stand behind what is committed
-            blocks.append(step.start + asked.options.block_length)
+            blocks.append(step.start + pass_.options.block_length)
     assert [e.start for e in events if isinstance(e, nemodiff.BlockStarted)] == blocks
     return answer
 
@@ -384,8 +384,8 @@ def test_a_long_prompt_does_not_stall_the_others(engine: nemodiff.LoadedEngine) 
         had = len(runner.tokens)
         served = list(batch.step())
         assert len(runner.tokens) == had + 1
-        assert sum(s.asked.ids.size for s in served if s.asked.kind == "prefill") <= 100
-        assert all(s.rows == 1 for s in served if s.asked.kind == "prefill")  # nobody is padded to 100
+        assert sum(s.pass_.ids.size for s in served if s.pass_.kind == "prefill") <= 100
+        assert all(s.rows == 1 for s in served if s.pass_.kind == "prefill")  # nobody is padded to 100
         steps += 1
         assert (second.nfe["prefill"] > 0) <= bool(long.tokens)  # in order of arrival
     assert runner.finish or steps >= 18
@@ -463,7 +463,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
 
 
 def test_kept_prefixes_are_bounded_and_the_least_used_goes() -> None:
-    prefixes = Prefixes(4, 2)
+    prefixes = PrefixCache(4, 2)
     one, two, three = ([n] * 40 for n in (1, 2, 3))
     assert [prefixes.keep(one), prefixes.keep(two)] == [4, 5]
     assert prefixes.keep([*one, 7]) == 4  # it extends what is there
@@ -472,7 +472,7 @@ def test_kept_prefixes_are_bounded_and_the_least_used_goes() -> None:
     assert prefixes.keep(three) == 4
     assert (prefixes.count, prefixes.tokens, prefixes.longest) == (2, 80, 40)
     assert prefixes.find([*one, 7])[1] == 0
-    assert Prefixes(4, 0).keep(one) is None
+    assert PrefixCache(4, 0).keep(one) is None
     assert prefixes.keep([5] * 15) is None
 
 
@@ -488,15 +488,15 @@ def test_mixed_requests_on_the_real_engine_equal_themselves_alone(
     real: nemodiff.LoadedEngine, mixed: nemodiff.Scheduler, seed: int
 ) -> None:
     rng = random.Random(seed)
-    asked = []
+    pass_ = []
     for _ in range(6):
         messages = [{"role": "user", "content": f"Count from {rng.randint(1, 9)} to {rng.randint(10, 20)}."}]
         if rng.random() < 0.7:
             messages = [{"role": "system", "content": "Answer shortly, and in the form that was asked for."}, *messages]
         options = {"mode": rng.choice(MODES), "max_new_tokens": rng.randint(1, 40), "block_length": rng.choice([4, 8])}
-        asked.append((messages, options))
-    handles = [mixed.submit(messages, **options) for messages, options in asked]
-    for (messages, options), handle in zip(asked, handles, strict=True):
+        pass_.append((messages, options))
+    handles = [mixed.submit(messages, **options) for messages, options in pass_]
+    for (messages, options), handle in zip(pass_, handles, strict=True):
         assert handle.result(PATIENCE).token_ids == nemodiff.generate(real, messages, **options).token_ids
     assert mixed.statistics.reused_tokens > 0
 

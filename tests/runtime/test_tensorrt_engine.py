@@ -26,7 +26,7 @@ from stand_ins import gpu_driver
 from stand_ins.checkpoints import TINY_CHAT, write_adapter
 
 import nemodiff
-from nemodiff import contract
+from nemodiff import contract, engine_folder
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.graph.graph import build_graph
@@ -94,7 +94,11 @@ def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
 def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
     """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
     engine, backend, _, _ = setup.load()
-    assert backend.capacity == contract.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64)) == CAPACITY
+    assert (
+        backend.capacity
+        == engine_folder.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64))
+        == CAPACITY
+    )
     prompts: list[Any] = [(PROMPT * 13)[: LENGTH - 3], PROMPT * 2]
     for mode in nemodiff.MODES:
         options: dict[str, Any] = {"mode": mode, "max_new_tokens": 3, "rows": 2, "block_length": 24}
@@ -124,7 +128,7 @@ def test_sampling_reads_the_rows_of_logits_it_asks_for(setup: Setup) -> None:
         expected, got = (nemodiff.generate(e, QUESTIONS[0], **options).token_ids for e in (setup.plain, engine))
         assert got == expected
     backend, one = engine.backend, causal("decode", [300], 0, logits=True)
-    quiet, many = causal("decode", [301], 0), causal("verify", PROMPT, 0, every_row=True, logits=True)
+    quiet, many = causal("decode", [301], 0), causal("verify", PROMPT, 0, predict_all=True, logits=True)
     cache, plain = backend.open(3), setup.plain.backend.open(3)
     for got_row, row in zip(cache.forward([one, quiet, many]), plain.forward([one, quiet, many]), strict=True):
         assert (got_row.logits is None) == (row.logits is None)
@@ -218,7 +222,10 @@ def test_a_replay_equals_an_eager_run(setup: Setup) -> None:
     rng = np.random.default_rng(0)
     for step in range(12):
         block = [int(i) for i in rng.integers(130, 400, 7 + step % 2)]
-        passes = [causal("verify", block, 5 * step, every_row=True), bidirectional("denoise", block[:3], step, 0.5)]
+        passes = [
+            causal("verify", block, 5 * step, predict_all=True),
+            bidirectional("denoise", block[:3], step, 0.5),
+        ]
         for x, y in zip(a.forward(passes), b.forward(passes), strict=True):
             np.testing.assert_array_equal(x.token, y.token)
             np.testing.assert_array_equal(x.confidence, y.confidence)
@@ -258,17 +265,17 @@ def test_long_passes_run_in_pieces(setup: Setup) -> None:
     _, backend, _, made = setup.load()
     mask, ids = setup.info.model.mask_id, (PROMPT * 8)[:150]
     group = np.tile([150, 150, 210], (60, 1)).astype(np.int32)
-    asked = causal("prefill", ids, 0)
-    asked = Pass(
+    pass_ = causal("prefill", ids, 0)
+    pass_ = Pass(
         "prefill",
         np.array([*ids, *[mask] * 60], np.int32),
         np.arange(210, dtype=np.int32),
         0,
-        np.concatenate([asked.visible, group]),
+        np.concatenate([pass_.visible, group]),
         np.arange(149, 210, dtype=np.int32),
         adapter=np.repeat(np.array([0, 1], np.float32), [150, 60]),
     )
-    expected, got = (e.open(1).forward([asked])[0] for e in (setup.plain.backend, backend))
+    expected, got = (e.open(1).forward([pass_])[0] for e in (setup.plain.backend, backend))
     assert got.token.tolist() == expected.token.tolist()
     np.testing.assert_allclose(got.confidence, expected.confidence, atol=1e-5)
     assert [key[2] for key in made.executed] == [64, 64, 32, 64]

@@ -125,16 +125,16 @@ WAYS = [*equality_sampled.CAUSAL.values(), {"mode": "ar"}]
 CONTROLS = list(equality_sampled.CONTROLS.values())
 
 
-@pytest.mark.parametrize("law", list(LAWS))
-def test_every_law_of_sampling_equals_onnxruntime(tiny: Pair, law: str) -> None:
+@pytest.mark.parametrize("params", list(LAWS))
+def test_every_law_of_sampling_equals_onnxruntime(tiny: Pair, params: str) -> None:
     """Two of the ways to decode causally and one of diffusion, in turn; logprobs and confidences too."""
-    turn = list(LAWS).index(law)
+    turn = list(LAWS).index(params)
     ways = [WAYS[turn % len(WAYS)], WAYS[(turn + 3) % len(WAYS)]]
-    if law in equality_sampled.LAWS and law not in equality_sampled.LOOKS_BACK:
+    if params in equality_sampled.LAWS and params not in equality_sampled.LOOKS_BACK:
         ways.append({"mode": "diffusion", **CONTROLS[turn % len(CONTROLS)]})
     for way in ways:
         told_too = {"confidences": True} if way["mode"] == "diffusion" else {"logprobs": 2}
-        options = {**LAWS[law], **way, **told_too, "seed": turn, "max_new_tokens": 32}
+        options = {**LAWS[params], **way, **told_too, "seed": turn, "max_new_tokens": 32}
         answers = [nemodiff.generate(engine, QUESTIONS[turn % 3], **options) for engine in (tiny.ours, tiny.theirs)]
         assert answers[0].token_ids == answers[1].token_ids
         assert answers[0].finish_reason == answers[1].finish_reason
@@ -185,7 +185,11 @@ def short_steps(mask: int) -> Iterator[list[Pass]]:
     """Forwards of three rows: ragged, causal, bidirectional, two intervals, gated, with logits."""
     yield [causal("prefill", PROMPT[:n], 0) for n in (9, 14, 11)]
     block = bidirectional("denoise", [300, mask, mask, 301, mask], 9, 0.1)
-    yield [block._replace(logits=True), causal("verify", [300, 310, 320], 14, every_row=True), two_intervals(mask, 11)]
+    yield [
+        block._replace(logits=True),
+        causal("verify", [300, 310, 320], 14, predict_all=True),
+        two_intervals(mask, 11),
+    ]
     draft = bidirectional("draft", [300] + [mask] * 6, 9, 0.0, adapter=True)
     yield [draft, causal("decode", [305], 14, logits=True), causal("decode", [306], 13)]
 
@@ -194,7 +198,7 @@ def long_steps(mask: int) -> Iterator[list[Pass]]:
     """More of them, past the slots that a cache begins with."""
     draft = bidirectional("draft", [300] + [mask] * 6, 9, 0.0, adapter=True)
     yield [causal("prefill", (PROMPT * 8)[:n], 9) for n in (280, 3, 17)]
-    yield [two_intervals(mask, 289), draft, causal("verify", [300] * 6, 26, every_row=True)]
+    yield [two_intervals(mask, 289), draft, causal("verify", [300] * 6, 26, predict_all=True)]
 
 
 def check_steps(ours: TorchEngine, theirs: LoadedEngine, *, short: bool = False, tolerance: float = 2e-4) -> None:
@@ -331,8 +335,8 @@ def test_memory_is_flat(tiny: Pair) -> None:
 def test_half_precision_agrees_where_it_is_clear(tiny: Pair, tmp_path: Path, dtype: Any, margin: float) -> None:
     folder = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype=dtype).run()
     ours = nemodiff.load(folder, device="cpu").backend.open(1)
-    asked = causal("verify", PROMPT, 0, every_row=True, logits=True)
-    (got,), (expected,) = ours.forward([asked]), tiny.theirs.backend.open(1).forward([asked])
+    pass_ = causal("verify", PROMPT, 0, predict_all=True, logits=True)
+    (got,), (expected,) = ours.forward([pass_]), tiny.theirs.backend.open(1).forward([pass_])
     assert got.logits is not None
     assert expected.logits is not None
     assert got.logits.dtype == np.float32

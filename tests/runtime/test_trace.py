@@ -168,10 +168,10 @@ def test_a_trace_that_cannot_be_written_is_one_line(tiny_engine: Path, tmp_path:
     refused(["run", str(tiny_engine), "-p", PROMPT, "--no-prefix-reuse"], "--input-file", code=2)
 
 
-@pytest.mark.parametrize("law", [{}, {"temperature": 0.9, "seed": 3}])
-def test_a_draft_made_beside_a_verdict_is_told_before_it_is_judged(tiny_engine: Path, law: dict[str, Any]) -> None:
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 3}])
+def test_a_draft_made_beside_a_verdict_is_told_before_it_is_judged(tiny_engine: Path, params: dict[str, Any]) -> None:
     engine = nemodiff.load(tiny_engine, threads=1)
-    options = {"mode": "quadratic_spec", "block_length": 8, "groups": "all", "max_new_tokens": 40, **law}
+    options = {"mode": "quadratic_spec", "block_length": 8, "groups": "all", "max_new_tokens": 40, **params}
     told = nemodiff.events(engine, ["Show the times table of 7 up to 5."], steps=True, **options)
     proposed, judged = list[tuple[int, int]](), 0
     for step in (event for event in told if isinstance(event, nemodiff.Step)):

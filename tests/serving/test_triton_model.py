@@ -69,11 +69,11 @@ def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together
 
 
 def test_a_streams_pieces_are_whole_characters(started: Callable[..., TritonPythonModel], tiny_engine: Path) -> None:
-    engine, law = nemodiff.load(tiny_engine, threads=1), {"mode": "ar", "temperature": 30.0}
+    engine, params = nemodiff.load(tiny_engine, threads=1), {"mode": "ar", "temperature": 30.0}
     model, beyond = started(stream_interval_ms="0"), 0
     for seed in range(3):
-        told = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **law)]
-        assert "".join(told) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **law).text
+        told = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **params)]
+        assert "".join(told) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **params).text
         beyond += sum(not piece.isascii() for piece in told if piece.encode())
     assert beyond
 

@@ -69,9 +69,9 @@ class ToyCache:
     def _row(self, slots: np.ndarray, p: Pass) -> Prediction:
         model = self._engine.info.model
         slots[p.write_at : p.write_at + p.ids.size] = np.stack([p.ids, p.pos], axis=1)
-        token, confidence = np.empty(p.rows.size, np.int32), np.empty(p.rows.size, np.float32)
-        logits = np.zeros((p.rows.size, model.vocab_size), np.float32) if p.logits else None
-        for i, row in enumerate(p.rows.tolist()):
+        token, confidence = np.empty(p.predicted.size, np.int32), np.empty(p.predicted.size, np.float32)
+        logits = np.zeros((p.predicted.size, model.vocab_size), np.float32) if p.logits else None
+        for i, row in enumerate(p.predicted.tolist()):
             prefix, begin, end = p.visible[row].tolist()
             seen = np.concatenate([slots[:prefix], slots[max(prefix, begin) : max(prefix, end)]])
             assert (seen >= 0).all(), "a query sees a slot that nobody has written"
@@ -84,8 +84,8 @@ class ToyCache:
             confidence[i] = (value >> 16) % 1000 / 1000
             if logits is not None:  # two tokens that a sample may well be
                 logits[i, [130 + (value >> 8) % 600, token[i]]] = (9, 10)
-        asked = p.ids[p.rows]
-        return Prediction(token, confidence, self._commit(asked, token, confidence, p.threshold), logits)
+        pass_ = p.ids[p.predicted]
+        return Prediction(token, confidence, self._commit(pass_, token, confidence, p.threshold), logits)
 
     def _commit(self, ids: np.ndarray, token: np.ndarray, confidence: np.ndarray, threshold: float) -> np.ndarray:
         masked = ids == self._engine.info.model.mask_id

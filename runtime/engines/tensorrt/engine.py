@@ -68,8 +68,8 @@ class TensorRTEngine:
         check_here(folder, info, self.api, self.device)
         self.profiles: tuple[Profile, ...] = about.profiles
         model, has_logits = info.model, info.build.gather_generation_logits
-        picked = max(p.max_batch_size * p.max_rows for p in self.profiles)
-        logits_bytes = 4 * picked * model.vocab_size if has_logits else 0
+        predicted = max(p.max_batch_size * p.max_rows for p in self.profiles)
+        logits_bytes = 4 * predicted * model.vocab_size if has_logits else 0
         row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
         check_memory(folder, self.device, {"weights": about.engine_bytes, "logits": logits_bytes, "one row": row})
         self.engine = deserialize(folder, info, self.api, self.device)
@@ -85,7 +85,7 @@ class TensorRTEngine:
         self.sampler: Sampler | None = None
         if self.samples:
             kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
-            self.sampler = Sampler(kernels, self.device.allocate(Sampler.scratch(picked, model.vocab_size)))
+            self.sampler = Sampler(kernels, self.device.allocate(Sampler.scratch(predicted, model.vocab_size)))
         self._config = self._runtime_config()
         self._closed: list[TensorRTCache] = []
         self.lock = threading.RLock()  # of the stream, the scratch memory and _closed
@@ -223,14 +223,14 @@ class TensorRTCache:
                     f"{p.ids.size}"
                 )
             end = int(fitting[-1])
-            wanted = p.rows[(p.rows >= start) & (p.rows < end)] - start
+            wanted = p.predicted[(p.predicted >= start) & (p.predicted < end)] - start
             parts.append(
                 p._replace(
                     ids=p.ids[start:end],
                     pos=p.pos[start:end],
                     write_at=p.write_at + start,
                     visible=p.visible[start:end],
-                    rows=wanted.astype(np.int32),
+                    predicted=wanted.astype(np.int32),
                     adapter=p.adapter[start:end] if isinstance(p.adapter, np.ndarray) else p.adapter,
                 )
             )
@@ -239,8 +239,8 @@ class TensorRTCache:
 
     def _batch(self, passes: Sequence[Pass], first: int) -> list[Prediction]:
         """Passes that fit the profiles' S; in several runs if the profile has fewer rows."""
-        size, picked = max(p.ids.size for p in passes), max(1, *(p.rows.size for p in passes))
-        fits = [p for p in self._engine.profiles if size <= p.max_tokens and picked <= p.max_rows]
+        size, predicted = max(p.ids.size for p in passes), max(1, *(p.predicted.size for p in passes))
+        fits = [p for p in self._engine.profiles if size <= p.max_tokens and predicted <= p.max_rows]
         number = self._engine.profiles.index(next((p for p in fits if len(passes) <= p.max_batch_size), fits[0]))
         profile = self._engine.profiles[number]
         end, most = max(p.write_at for p in passes), profile.max_batch_size
@@ -251,7 +251,7 @@ class TensorRTCache:
                 f"{self._engine.folder}: a pass of {tokens} tokens at slot {end} exceeds the cache, allowed: "
                 f"{self.capacity} slots; shorten the request, or build it again with a larger --max-seq-len"
             )
-        wanted, sampled = rounded(picked, min(profile.max_rows, tokens)), any(p.temperature for p in passes)
+        wanted, sampled = rounded(predicted, min(profile.max_rows, tokens)), any(p.temperature for p in passes)
         if len(passes) <= most:
             return self._run(number, passes, (first, len(passes), tokens, wanted, sampled))
         found: list[Prediction] = []
@@ -268,24 +268,24 @@ class TensorRTCache:
         for row, p in enumerate(passes):
             forward.fill(row, p, self._mask_id)
             self._ends[key[0] + row] = p.write_at + p.ids.size
-        asked = [row for row, p in enumerate(passes) if p.logits and p.rows.size]
+        pass_ = [row for row, p in enumerate(passes) if p.logits and p.predicted.size]
         started = time.perf_counter()
         forward.enqueue()
-        logits = self._read_logits(asked, passes, key) if asked else {}
+        logits = self._read_logits(pass_, passes, key) if pass_ else {}
         self._engine.device.wait()
         self.seconds += time.perf_counter() - started
-        return [forward.prediction(row, p.rows.size, logits.get(row)) for row, p in enumerate(passes)]
+        return [forward.prediction(row, p.predicted.size, logits.get(row)) for row, p in enumerate(passes)]
 
-    def _read_logits(self, asked: list[int], passes: Sequence[Pass], key: Key) -> dict[int, np.ndarray]:
+    def _read_logits(self, pass_: list[int], passes: Sequence[Pass], key: Key) -> dict[int, np.ndarray]:
         """Start copying the rows of logits that were asked for; views of where they will be, (R, V) f32."""
         source, vocab = self._engine.logits, self._engine.info.model.vocab_size
         assert source is not None
-        need = 4 * vocab * sum(passes[row].rows.size for row in asked)
+        need = 4 * vocab * sum(passes[row].predicted.size for row in pass_)
         if self._logits is None or self._logits.array.size < need:
             self._logits = self._engine.device.pinned(need)
         found, at = {}, 0
-        for row in asked:
-            count = passes[row].rows.size
+        for row in pass_:
+            count = passes[row].predicted.size
             nbytes = 4 * vocab * count
             self._engine.device.download(self._logits.address + at, source.address + 4 * vocab * key[3] * row, nbytes)
             found[row] = self._logits.array[at : at + nbytes].view(np.float32).reshape(count, vocab)

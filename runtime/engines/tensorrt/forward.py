@@ -36,19 +36,19 @@ class Sampler:
     workspace: Memory  # of `scratch` bytes
 
     @staticmethod
-    def scratch(picked: int, vocab: int) -> int:
+    def scratch(predicted: int, vocab: int) -> int:
         """Bytes for passes of at most `picked` predictions over all rows."""
-        return workspace_size(SAMPLED, _shapes(1, picked, vocab))
+        return workspace_size(SAMPLED, _shapes(1, predicted, vocab))
 
-    def enqueue(self, addresses: Mapping[str, int], rows: int, picked: int, vocab: int, stream: int) -> None:
+    def enqueue(self, addresses: Mapping[str, int], rows: int, predicted: int, vocab: int, stream: int) -> None:
         """Draw and commit anew: `addresses` has the op's tensors by name, its `ids` as `picked`."""
         given = [addresses["picked" if arg.name == "ids" else arg.name] for arg in SAMPLED.inputs]
         taken = [addresses[arg.name] for arg in SAMPLED.outputs]
-        run(SAMPLED, self.kernels, _shapes(rows, picked, vocab), given, taken, self.workspace.address, stream)
+        run(SAMPLED, self.kernels, _shapes(rows, predicted, vocab), given, taken, self.workspace.address, stream)
 
 
-def _shapes(rows: int, picked: int, vocab: int) -> list[tuple[int, ...]]:
-    return [arg.sizes({"B": rows, "R": picked, "V": vocab}, ceil_div) for arg in SAMPLED.inputs]
+def _shapes(rows: int, predicted: int, vocab: int) -> list[tuple[int, ...]]:
+    return [arg.sizes({"B": rows, "R": predicted, "V": vocab}, ceil_div) for arg in SAMPLED.inputs]
 
 
 class Owner(Protocol):
@@ -83,10 +83,10 @@ class Forward:
     """One shape (see `Key`): its context, its views of the cache's buffers, perhaps its graph."""
 
     def __init__(self, engine: Owner, cache: Buffers, profile: int, key: Key) -> None:
-        first, rows, size, picked, self._sampled = self._key = key
+        first, rows, size, predicted, self._sampled = self._key = key
         self._engine, self._runs = engine, 0
         self._graph: Graph | None = None
-        given, taken = layouts(engine.info, rows, size, picked, self._sampled)
+        given, taken = layouts(engine.info, rows, size, predicted, self._sampled)
         self._inputs, self._outputs = given.views(cache.given.array), taken.views(cache.taken.array)
         self._upload = (cache.given_there.address, cache.given.address, given.nbytes)
         self._download = (cache.taken.address, cache.taken_there.address, taken.nbytes)
@@ -147,9 +147,9 @@ class Forward:
         done = self._context.execute_async_v3(device.stream)
         if self._sampled:
             assert self._engine.sampler is not None
-            _, rows, _, picked, _ = self._key
+            _, rows, _, predicted, _ = self._key
             vocab = self._engine.info.model.vocab_size
-            self._engine.sampler.enqueue(self._addresses, rows, picked, vocab, device.stream)
+            self._engine.sampler.enqueue(self._addresses, rows, predicted, vocab, device.stream)
         device.download(*self._download)
         return done
 

@@ -104,11 +104,11 @@ class TorchCache:
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
         engine = self._engine
-        size, picked = max(p.ids.size for p in passes), max(1, *(p.rows.size for p in passes))
+        size, predicted = max(p.ids.size for p in passes), max(1, *(p.predicted.size for p in passes))
         logits, sampled = any(p.logits for p in passes), any(p.temperature for p in passes)
         if engine.static:
-            size, picked = rounded(size, 2**31), rounded(picked, size)
-        shape = (first, len(passes), size, picked, logits, sampled)
+            size, predicted = rounded(size, 2**31), rounded(predicted, size)
+        shape = (first, len(passes), size, predicted, logits, sampled)
         with engine.lock, engine.device.use(engine.folder):
             self._reserve(max(p.write_at for p in passes) + size)
             step = self._step(shape)
@@ -117,7 +117,7 @@ class TorchCache:
             started = time.perf_counter()
             found = step.run([row for row, p in enumerate(passes) if p.logits])
             self.seconds += time.perf_counter() - started
-            return [step.prediction(row, p.rows.size, found.get(row)) for row, p in enumerate(passes)]
+            return [step.prediction(row, p.predicted.size, found.get(row)) for row, p in enumerate(passes)]
 
     def move(self, source: int, target: int, slots: int) -> None:
         """See `engine.Cache.move`."""
@@ -174,16 +174,16 @@ class _Step:
     """One shape of a pass: its buffers, its rows of the caches, perhaps its graph."""
 
     def __init__(self, engine: TorchEngine, cache: TorchCache, shape: Shape) -> None:
-        first, rows, size, picked, self._with_logits, sampled = self._shape = shape
+        first, rows, size, predicted, self._with_logits, sampled = self._shape = shape
         self._engine, self._capacity, self._runs = engine, cache.capacity, 0
-        given, taken = layouts(engine.info, rows, size, picked, sampled)
+        given, taken = layouts(engine.info, rows, size, predicted, sampled)
         self.given: Buffer = engine.device.buffer(given)
         self._taken: Buffer = engine.device.buffer(taken)
         self._caches = [(k[first : first + rows], v[first : first + rows]) for k, v in cache.caches]
         self._graph: Graph | None = None
         self._logits: Tensor | None = None
 
-    def run(self, asked: list[int]) -> dict[int, np.ndarray]:
+    def run(self, pass_: list[int]) -> dict[int, np.ndarray]:
         """Run the pass over the buffers; logits (R, V) f32 of the rows that ask, as views that the next run changes."""
         engine = self._engine
         self._runs += 1
@@ -193,7 +193,7 @@ class _Step:
             self._work()
         else:
             self._graph.replay()
-        fetched = {row: engine.device.fetch(self._logits[row]) for row in asked if self._logits is not None}
+        fetched = {row: engine.device.fetch(self._logits[row]) for row in pass_ if self._logits is not None}
         engine.device.wait()
         return {row: tensor.numpy() for row, tensor in fetched.items()}
 

@@ -100,9 +100,9 @@ class TorchModel:
             x, total = self._added(out, total, layer.post_norm)
             inner = self._activated(self._projected(x, layer.gate_up))
             x, total = self._added(self._projected(inner, layer.down), total, norm)
-        picked = given["rows"].long()  # (B, R)
-        x = x[torch.arange(len(pos), device=pos.device)[:, None], picked]  # (B, R, E)
-        ids = given["ids"].gather(1, picked)  # (B, R) i32
+        predicted = given["rows"].long()  # (B, R)
+        x = x[torch.arange(len(pos), device=pos.device)[:, None], predicted]  # (B, R, E)
+        ids = given["ids"].gather(1, predicted)  # (B, R) i32
         choose = self._choose_by_kernel if self.kernels else self._choose
         found = choose(x, ids, given, taken, logits)
         return found if logits else None
