@@ -1,15 +1,15 @@
-"""The `nemodiff` ops. Each file holds one: specification, numpy reference, GPU stages; those of the graph a body."""
+"""The `nemodiff` ops: each file of `ops/` specifies one, with a numpy reference and the stages that run it on a GPU."""
 
 from .ops import block_attention, confidence_commit, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 
-OPS = (block_attention.OP, confidence_commit.OP)  # those of the graph
+OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
-FUSED = (  # of the torch engine
+FUSED = (  # the ops of the torch engine
     residual_norm.OP,
     rope_write.OP,
     swiglu.OP,
-    *map(head_commit.op, head_commit.ROWS),
-    *map(fp8_linear.op, fp8_linear.ROWS),
+    *map(head_commit.op, head_commit.TILES),
+    *map(fp8_linear.op, fp8_linear.TILES),
 )
 
 __all__ = [

@@ -1,10 +1,8 @@
-"""What an op is, said once, so that every way to run it is derived and none has code of its own per op.
+"""What an op is: its arguments and the stages that run it on a GPU, described once for every way of running it.
 
-An `Op` lists its arguments and the `Stage`s of its GPU implementation: one kernel launch each, in order, whose outputs
-that are not the op's own are scratch for a later stage. From it come the ahead-of-time compiler
-(`builder/compilers/kernels.py`), the TensorRT plugins (`registration.py`) and plain launches (`run`). The surprising
-fact: a kernel's arguments have a fixed order, input pointers, i32 scalars, output pointers, constants, because
-TensorRT's ahead-of-time plugins pass them so, and the scalars may depend on shapes but never on what a tensor holds.
+A stage is one kernel launch. Its kernel lives in `plugins/kernels/<same file name>`, so the stages of
+`ops/block_attention.py` name functions of `kernels/block_attention.py`. From the description come the ahead-of-time
+compiler (`builder/compilers/kernels.py`), the TensorRT plugins (`tensorrt/register.py`) and plain launches (`run`).
 
 Letters in shapes: B rows, S tokens, R of them predicted, T cache slots are known at run time; H query heads, G
 key/value heads, D head size, V vocabulary belong to the model.
@@ -29,33 +27,45 @@ Grid = tuple[Any, Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Arg:
-    """A tensor; its shape in letters of the module's docstring, numbers, and functions of the letters' sizes."""
+    """A tensor of an op. A size of its shape is a letter (see above), a number, or a function of the letters' sizes."""
 
     name: str
     dtype: Dtype
     shape: tuple[Size, ...]
 
     def sizes(self, dims: Dims, ceil: Ceil) -> tuple[Any, ...]:
-        """The shape for some sizes of the letters."""
-        return tuple(dims[d] if isinstance(d, str) else d if isinstance(d, int) else d(dims, ceil) for d in self.shape)
+        """The shape where the letters have the sizes `dims`."""
+        return tuple(_size(size, dims, ceil) for size in self.shape)
+
+
+def _size(size: Size, dims: Dims, ceil: Ceil) -> Any:
+    if isinstance(size, str):
+        return dims[size]
+    if isinstance(size, int):
+        return size
+    return size(dims, ceil)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One kernel launch. `kernel` is `module.function` in `kernels/`, `grid` its number of programs."""
+    """One kernel launch; its outputs that are not the op's own are scratch for a later stage.
+
+    A kernel takes input pointers, i32 scalars, output pointers and constants, in this order, as TensorRT's
+    ahead-of-time plugins pass them. Scalars and grid may depend on shapes, never on what a tensor holds.
+    """
 
     name: str
-    kernel: str
+    kernel: str  # "module.function" in `kernels/`
     inputs: tuple[str, ...]
     scalars: tuple[str, ...]  # letters, passed as i32
     outputs: tuple[Arg, ...]
     constants: Callable[[ModelConfig], Constants]
-    grid: Callable[[Dims, Ceil], Grid]
+    grid: Callable[[Dims, Ceil], Grid]  # its number of programs
     num_warps: int = 4
     num_stages: int = 2
 
     def load(self) -> Any:
-        """The Triton function; imports Triton."""
+        """The kernel as a function of the Triton compiler, which this imports."""
         module, function = self.kernel.split(".")
         return getattr(importlib.import_module(f".kernels.{module}", __package__), function)
 
@@ -72,7 +82,7 @@ class Op:
 
     @property
     def scratch(self) -> list[Arg]:
-        """Outputs of stages that are not the op's own."""
+        """The outputs of stages that are not outputs of the op."""
         own = {arg.name for arg in self.outputs}
         return [arg for stage in self.stages for arg in stage.outputs if arg.name not in own]
 
@@ -83,11 +93,18 @@ class Op:
 
     def dims(self, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Each letter's size, from the shapes of tensors by name."""
-        found: dict[str, Any] = {}
+        sizes: dict[str, Any] = {}
         for name, shape in shapes.items():
-            pairs = zip(self.args[name].shape, shape, strict=True)
-            found.update({letter: size for letter, size in pairs if isinstance(letter, str)})
-        return found
+            for letter, size in zip(self.args[name].shape, shape, strict=True):
+                if isinstance(letter, str):
+                    sizes[letter] = size
+        return sizes
+
+
+def stage_op(op: Op, stage: Stage) -> Op:
+    """One stage as an op of its own, named after the stage."""
+    inputs = tuple(op.args[name] for name in stage.inputs)
+    return Op(stage.name, inputs, stage.outputs, op.attributes, (stage,))
 
 
 def ceil_div(size: int, step: int) -> int:
@@ -96,13 +113,13 @@ def ceil_div(size: int, step: int) -> int:
 
 
 def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Arg, tuple[int, ...]], Any]) -> list[Any]:
-    """Launch every stage through Triton; returns the op's outputs.
+    """Launch every stage with the Triton compiler and return the op's outputs.
 
     Args:
         op: the op.
-        model: gives the constants.
+        model: the source of the kernels' constants.
         inputs: torch tensors by name, contiguous, on a CUDA device (or on the CPU under Triton's interpreter).
-        new: makes a tensor for an argument of a shape, of undefined content.
+        new: makes the tensor of an output, given its argument and shape; the content may be anything.
     """
     tensors = dict(inputs)
     dims = op.dims({name: tensor.shape for name, tensor in inputs.items()})

@@ -1,11 +1,9 @@
 # mypy: ignore-errors
-"""BlockAttention on a GPU, in two kernels: every split of the cache by itself, then the merge.
+"""The kernels of `ops/block_attention.py`: one runs every split of the cache by itself, one merges the splits.
 
-In and out: see `block_attention.OP`. The query heads that share a key/value head are packed with the queries into one
-tile of rows, so a few queries fill a tensor core and K/V are read once for all of them. A program finds the slots its
-rows can see at all, on the device, and takes its split's share of those, so work follows the length in use and not the
-capacity. The surprising fact: slots that no row of a tile sees are loaded as zeros, because they are scratch memory and
-zero times NaN is NaN.
+The query heads that share a key/value head are packed with the queries into one tile, so a few queries fill a tensor
+core and K/V are read once for all of them. A program works out, on the device, which slots its queries see at all and
+takes its split's share of those, so the work follows the length in use and not the capacity.
 """
 
 import triton
@@ -14,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _splits(tiles, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Splits of each tile of rows: splitting costs a merge, so only as many as keep the card busy."""
+    """Splits of each tile of queries: splitting costs a merge, so only as many as keep the card busy."""
     return tl.minimum(tl.cdiv(PROGRAMS, tiles), SPLITS)
 
 
@@ -27,7 +25,7 @@ def split(
 ):  # fmt: skip
     """q (B, H, S, D), k and v (B, G, T, D), visible (B, S, 3) -> part (N, BLOCK_M, D), stats (N, BLOCK_M, 2).
 
-    N counts tiles of rows and their splits. `part` is a split's sum of exp(score - highest) * v and `stats` holds
+    N counts tiles of queries and their splits. `part` is a split's sum of exp(score - highest) * v and `stats` holds
     (highest, sum of exp(score - highest)), in base 2; where it sees nothing the sum is 0 and `part` undefined.
     """
     group: tl.constexpr = H // G
@@ -48,19 +46,19 @@ def split(
     prefix_end = tl.minimum(tl.load(seen, mask=real, other=0), T)
     begin = tl.maximum(tl.load(seen + 1, mask=real, other=0), 0)
     end = tl.minimum(tl.load(seen + 2, mask=real, other=0), T)
-    # Tiles of slots, numbered without those that no row of this program sees: the prefix's, then the span's beyond it.
+    # Tiles of slots, numbered without those that no query here sees: the prefix's, then the span's beyond it.
     prefix_tiles = tl.cdiv(tl.maximum(tl.max(prefix_end, 0), 0), BLOCK_N)
     first = tl.maximum(tl.min(tl.where(end > begin, begin, T), 0) // BLOCK_N, prefix_tiles)
     last = tl.cdiv(tl.max(tl.where(end > begin, end, 0), 0), BLOCK_N)
     tiles = prefix_tiles + tl.maximum(last - first, 0)
-    # A share of LEAST tiles or more; the splits beyond have none.
+    # Each split gets LEAST tiles or more; the last splits may get none.
     each = tl.cdiv(tiles, tl.maximum(tl.minimum(number_of_splits, tiles // LEAST), 1))
     at = share * each
     until = tl.minimum(at + each, tiles)
 
-    rows = (row * H + head).to(tl.int64) * S + query
+    at_query = (row * H + head).to(tl.int64) * S + query
     query_tile = tl.load(
-        q + rows[:, None] * D + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0
+        q + at_query[:, None] * D + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0
     )  # (M, D) compute
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -75,6 +73,7 @@ def split(
         sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
         used = tl.max(sees.to(tl.int32), 0) > 0
         place = slot[:, None] * D + d[None, :]
+        # Slots that no query sees are scratch memory: they are read as zeros, since zero times NaN is NaN.
         loaded = used[:, None] & in_head[None, :]
         keys = tl.load(k + place, mask=loaded, other=0.0)  # (N, D) compute
         scores = tl.dot(query_tile, tl.trans(keys), input_precision="ieee") * (SCALE * 1.4426950408889634)
@@ -88,8 +87,8 @@ def split(
         total = total * shrink + tl.sum(weight, 1)
         highest = above
 
-    tile_of_rows = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    place = (tile_of_rows * number_of_splits + share) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_tile_number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    place = (query_tile_number * number_of_splits + share) * BLOCK_M + tl.arange(0, BLOCK_M)
     tl.store(stats + place * 2, highest, mask=real)
     tl.store(stats + place * 2 + 1, total, mask=real)
     if at < until:
@@ -110,12 +109,12 @@ def merge(
     head = tl.program_id(0) % H
     tiles = tl.cdiv(S * group, BLOCK_M)
     m = query * group + head % group
-    tile_of_rows = (row * G + head // group) * tiles + m // BLOCK_M
+    query_tile_number = (row * G + head // group) * tiles + m // BLOCK_M
     number_of_splits = _splits(tiles * (tl.num_programs(0) // group), SPLITS, PROGRAMS)
     share = tl.arange(0, SPLITS)
     real = share < number_of_splits
     d = tl.arange(0, BLOCK_D)
-    place = (tile_of_rows * number_of_splits + share) * BLOCK_M + m % BLOCK_M
+    place = (query_tile_number * number_of_splits + share) * BLOCK_M + m % BLOCK_M
     highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
     total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
     above = tl.max(highest, 0)

@@ -1,10 +1,8 @@
 # mypy: ignore-errors
-"""ConfidenceCommit on a GPU, in two kernels: scans of the vocabulary in splits, then the commit rule per row.
+"""The kernels of `ops/confidence_commit.py`: one scans the vocabulary in splits, one applies the commit rule per row.
 
-In and out: see `confidence_commit.OP` and `SAMPLED`. Every logit is read once and none is written. The sampled form
-adds Gumbel noise to the logits over the temperature before the argmax, from the same Philox words as
-`runtime/sampling/noise.py`, with f32 logarithms where that takes f64. The surprising fact: the noise of a word near
-2^32 must be computed from its distance to 2^32, or its f32 rounding would be infinite noise once in a few passes.
+Every logit is read once and none is written. The sampled form adds Gumbel noise to the logits over the temperature
+before the argmax, from the same Philox words as `runtime/sampling/noise.py`, with f32 logarithms where that takes f64.
 """
 
 import triton
@@ -15,6 +13,7 @@ import triton.language as tl
 def gumbel(words):
     """-ln(-ln((w + 0.5) / 2^32)) of u32 words, f32 with a relative error of about 1e-6."""
     u = (words.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
+    # Near 2^32 f32 rounds u to 1, whose noise is infinite, once in a few passes: use the distance to 2^32 there.
     far = ((~words).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)  # 1 - u, exact where u is rounded
     inner = tl.where(far < 1e-3, far * (1.0 + far * (0.5 + far * (1.0 / 3.0))), -tl.log(u))
     return -tl.log(inner)
@@ -133,7 +132,7 @@ def commit(
     """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row.
 
     The most confident open position is the leftmost of equals, and NaN counts as the highest confidence, as numpy's
-    argmax has it, so that a broken engine commits and is found out instead of looping.
+    argmax has it, so that a broken engine commits and is noticed instead of looping.
     """
     row = tl.program_id(0)
     first = row * R

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""Fp8Linear on a GPU: one program per tile of tokens and outputs. In and out: see `fp8_linear.op`.
+"""The kernel of `ops/fp8_linear.py`: one program per tile of tokens and outputs.
 
-The surprising fact: programs of one tile of weights are neighbours in the grid, so with many tokens the weights come
-from the second-level cache after the first.
+Programs of one tile of weights are neighbours in the grid, so after the first of them the weights come from the
+second-level cache.
 """
 
 import triton
@@ -28,7 +28,8 @@ def fp8_linear(
         has = start + k < K
         a = tl.load(of_x + start, mask=real[:, None] & has[None, :], other=0.0)
         bits = tl.load(of_weight + start, mask=inside[:, None] & has[None, :], other=0).to(tl.uint16)
-        # Sign to bit 15, exponent and mantissa to bits 13..7: the exponent's bias is 15 instead of 7, so 1/256.
+        # Sign to bit 15, exponent and mantissa to bits 13..7: the f16 of exactly 1/256 of the value, subnormal numbers
+        # too, because the exponent's bias is 15 instead of 7.
         w = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         total = tl.dot(a, tl.trans(w.to(a.dtype)), total, input_precision="ieee")
     gain = tl.load(scale + n, mask=inside, other=0.0) * 256.0

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""HeadCommit on a GPU: tiles of the vocabulary, then their reduction; the commit rule is ConfidenceCommit's kernel.
+"""The kernels of `ops/head_commit.py`: one takes tiles of the vocabulary, one reduces them to the commit rule's splits.
 
-In and out: see `head_commit.op`. The surprising fact: programs of one tile of the vocabulary are neighbours in the
-grid, so with many positions its weights come from the second-level cache after the first.
+Programs of one tile of the vocabulary are neighbours in the grid, so after the first of them its weights come from the
+second-level cache.
 """
 
 import triton

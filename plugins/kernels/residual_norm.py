@@ -1,8 +1,5 @@
 # mypy: ignore-errors
-"""ResidualNorm on a GPU: one program per token. In and out: see `residual_norm.OP`.
-
-The surprising fact: the norm's result is rounded before it is multiplied by the weight, as the graph does it.
-"""
+"""The kernel of `ops/residual_norm.py`: one program per token."""
 
 import triton
 import triton.language as tl
@@ -22,4 +19,5 @@ def residual_norm(x, residual, weight, y, total, E: tl.constexpr, EPS: tl.conste
     wide = summed.to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / E + EPS)
     gain = tl.load(weight + e, mask=inside, other=0.0).to(tl.float32)
+    # The norm is rounded before it is multiplied by the weight, as in the graph.
     tl.store(y + at, ((wide * scale).to(kind).to(tl.float32) * gain).to(kind), mask=inside)

@@ -1,8 +1,5 @@
 # mypy: ignore-errors
-"""RopeWrite on a GPU: one program per token and head. In and out: see `rope_write.OP`.
-
-The surprising fact: q is written to (B, H, S, D) here, so attention needs no transposed copy.
-"""
+"""The kernel of `ops/rope_write.py`: one program per token and head."""
 
 import triton
 import triton.language as tl
@@ -33,6 +30,7 @@ def rope_write(
         second = b * c + a * s
         if head < H:
             gain = tl.load(scale + flat).to(tl.float32)
+            # Written as (B, H, S, D), so that attention needs no transposed copy.
             place = q + ((row * H + head).to(tl.int64) * S + token) * 2 * HALF + p
             tl.store(place, (first * gain).to(kind), mask=inside)
             tl.store(place + HALF, (second * gain).to(kind), mask=inside)

@@ -1,8 +1,5 @@
 # mypy: ignore-errors
-"""SwiGLU on a GPU: one program per token and share of its width. In and out: see `swiglu.OP`.
-
-The surprising fact: gate and up lie one after the other in a row, so each program reads two runs and writes one.
-"""
+"""The kernel of `ops/swiglu.py`: one program per token and share of its width."""
 
 import triton
 import triton.language as tl

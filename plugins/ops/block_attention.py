@@ -6,9 +6,8 @@ q (B, H, S, D), k and v (B, G, T, D) in f32, f16 or bf16; visible (B, S, 3) i32;
 `h` reads key/value head `h * G // H`. A query with `visible = (prefix_end, span_begin, span_end)` sees cache slots
 `[0, prefix_end)` and `[span_begin, span_end)`; what one gets that sees nothing is finite and otherwise unspecified.
 
-`slots` is 0..T-1, made once per graph. A fused kernel does not need it; the function body does, because masks built
-from one shared tensor are merged into one by ONNX Runtime, where masks built from each layer's own cache shape are
-not.
+`slots` is 0..T-1, made once per graph. A fused kernel does not need it; the function body does, because ONNX Runtime
+merges masks built from one shared tensor into one, but not masks built from each layer's own cache shape.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import onnx.parser
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 
-SPLITS = 16  # shares of the cache at most
-PROGRAMS = 256  # that keep a card busy: two for each of an H100's 132 multiprocessors
-LEAST_TILES = 4  # of the cache for one split; fewer are not worth the merge
-BLOCK_M, BLOCK_N = 64, 64  # rows and cache slots of a tile; with 8 warps nothing spills (benchmarks/kernels.py)
+SPLITS = 16  # at most so many shares of the cache
+PROGRAMS = 256  # enough to keep a card busy: two for each of an H100's 132 multiprocessors
+LEAST_TILES = 4  # tiles of the cache in a split, since fewer are not worth the merge
+BLOCK_M, BLOCK_N = 64, 64  # queries and cache slots of a tile; with 8 warps nothing spills (benchmarks/kernels.py)
 
 # The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
 BODY = """
@@ -78,7 +77,7 @@ def _constants(model: ModelConfig) -> Constants:
 
 
 def _tiles(dims: Dims, ceil: Ceil) -> Any:
-    """Tiles of rows over the whole batch: each is a program for each split."""
+    """Tiles of queries over the whole batch: each is a program for each split."""
     return ceil(dims["S"] * (dims["H"] // dims["G"]), BLOCK_M) * dims["B"] * dims["G"]
 
 

@@ -26,7 +26,7 @@ SPLITS = 16  # shares of the vocabulary
 BLOCK = 2048  # vocabulary entries of a step, a multiple of 4
 BLOCK_R = 16  # positions of a step of the commit rule
 
-# -1e30 rather than -inf: TensorRT's f16 paths and exp(-inf - -inf) are both safe with it.
+# -1e30 and not -inf: it is safe in TensorRT's f16 paths, and in exp(x - x), where -inf gives NaN.
 _BODY = """
 <domain: "nemodiff", opset_import: ["" : 24]>
 ConfidenceCommit <mask_id, plugin_namespace> (logits, ids, threshold) => (token, confidence, next_ids, masks_left)
@@ -110,7 +110,7 @@ def _commit_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"], 1, 1
 
 
-_FOUND = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
+_SCAN = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
 _OUTPUTS = (
     Arg("token", "i32", ("B", "R")),
     Arg("confidence", "f32", ("B", "R")),
@@ -147,11 +147,11 @@ OP = Op(
         Stage(
             "ConfidenceCommitScan",
             "confidence_commit.scan",
-            ("logits",),
-            (),
-            _FOUND,
-            _scan_constants,
-            _scan_grid,
+            inputs=("logits",),
+            scalars=(),
+            outputs=_SCAN,
+            constants=_scan_constants,
+            grid=_scan_grid,
             num_warps=8,
         ),
         _COMMIT,
@@ -169,7 +169,7 @@ SAMPLED = Op(
             "confidence_commit.sampled_scan",
             inputs=("logits", "temperature", "seed", "position"),
             scalars=("R",),
-            outputs=_FOUND,
+            outputs=_SCAN,
             constants=_scan_constants,
             grid=_scan_grid,
             num_warps=8,

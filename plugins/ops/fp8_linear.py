@@ -4,8 +4,7 @@
 
 x (B, S, K) compute, weight (N, K) u8, the bits of e4m3, scale (N) f32 -> y = x (weight * scale)^T (B, S, N) compute,
 summed in f32 and scaled once, at the end. K is a multiple of 16, so that every load is of 16 bytes. `quantise` makes
-weight and scale. The surprising fact: no fp8 arithmetic is used. An e4m3 shifted into place is the f16 of 1/256 of its
-value, exactly, subnormal numbers too, so a card without fp8 reads half the bytes as well.
+weight and scale. The kernel uses no fp8 arithmetic, so a card without fp8 halves the bytes it reads as well.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ import numpy as np
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 
-ROWS = (16, 64)  # tokens of a tile, as in `head_commit`
-BLOCK_N = {16: 32, 64: 64}  # outputs of a tile; a decode step has few, and 4096 of them are to fill 132 multiprocessors
+TILES = (16, 64)  # tokens of a tile, as in `head_commit`
+BLOCK_N = {16: 32, 64: 64}  # outputs of a tile; small for a decode step, whose 4096 are to fill 132 multiprocessors
 BLOCK_K = 128  # the step over K
 STAGES = {16: 4, 64: 3}  # loads in flight; four of 64 tokens leave room for one block on SM 86 (docs/log.md)
-LARGEST = 448.0  # of e4m3
-MULTIPLE = 16  # of K
+LARGEST = 448.0  # the largest number of e4m3
+MULTIPLE = 16  # K is a multiple of it
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest e4m3 of each weight over its row's scale.
+    """Give the nearest e4m3 of each weight divided by its row's scale.
 
     Args:
         weight: (N, K) f32, finite.
@@ -48,20 +47,20 @@ def reference(x: np.ndarray, weight: np.ndarray, scale: np.ndarray) -> np.ndarra
     return y.astype(x.dtype)
 
 
-def _constants(model: ModelConfig, rows: int) -> Constants:
-    return {"BLOCK_M": rows, "BLOCK_N": BLOCK_N[rows], "BLOCK_K": BLOCK_K}
+def _constants(model: ModelConfig, tile: int) -> Constants:
+    return {"BLOCK_M": tile, "BLOCK_N": BLOCK_N[tile], "BLOCK_K": BLOCK_K}
 
 
-def _grid(dims: Dims, ceil: Ceil, rows: int) -> Grid:
-    return ceil(dims["B"] * dims["S"], rows), ceil(dims["N"], BLOCK_N[rows]), 1
+def _grid(dims: Dims, ceil: Ceil, tile: int) -> Grid:
+    return ceil(dims["B"] * dims["S"], tile), ceil(dims["N"], BLOCK_N[tile]), 1
 
 
 _OUTPUTS = (Arg("y", "compute", ("B", "S", "N")),)
 
 
 @functools.cache
-def op(rows: int) -> Op:
-    """The op for tiles of `rows` tokens, one of ROWS."""
+def op(tile: int) -> Op:
+    """The op for tiles of `tile` tokens, one of TILES."""
     return Op(
         "Fp8Linear",
         inputs=(Arg("x", "compute", ("B", "S", "K")), Arg("weight", "u8", ("N", "K")), Arg("scale", "f32", ("N",))),
@@ -69,14 +68,14 @@ def op(rows: int) -> Op:
         attributes=(),
         stages=(
             Stage(
-                f"Fp8Linear{rows}",
+                f"Fp8Linear{tile}",
                 "fp8_linear.fp8_linear",
                 inputs=("x", "weight", "scale"),
                 scalars=("B", "S", "N", "K"),
                 outputs=_OUTPUTS,
-                constants=functools.partial(_constants, rows=rows),
-                grid=functools.partial(_grid, rows=rows),
-                num_stages=STAGES[rows],
+                constants=functools.partial(_constants, tile=tile),
+                grid=functools.partial(_grid, tile=tile),
+                num_stages=STAGES[tile],
             ),
         ),
     )

@@ -3,10 +3,10 @@
     token, confidence, next_ids, masks_left = HeadCommit(x, weight, ids, threshold, kept)
 
 x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of logits = x weight^T in f32. `kept`
-(B, R, W) f32 gets them in place: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
+(B, R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
 highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the
-commit rule. The surprising fact: logits are f32 here, where a head that writes them in 16 bits makes ties, so a token
-may differ from the unfused one between near-equal entries; those that are kept are the very ones it was chosen from.
+commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may choose
+another of two near-equal entries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 from . import confidence_commit
 from .confidence_commit import SPLITS
 
-ROWS = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
+TILES = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
 BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
 
 
@@ -33,17 +33,17 @@ def reference(
 
 
 def _tiles(dims: Dims, ceil: Ceil) -> int:
-    found: int = ceil(dims["V"], BLOCK_V)
-    return found
+    tiles: int = ceil(dims["V"], BLOCK_V)
+    return tiles
 
 
-def _scan_constants(model: ModelConfig, rows: int) -> Constants:
+def _scan_constants(model: ModelConfig, tile: int) -> Constants:
     sizes = {"V": model.vocab_size, "E": model.hidden_size, "MASK_ID": model.mask_id}
-    return {**sizes, "BLOCK_M": rows, "BLOCK_V": BLOCK_V, "BLOCK_E": BLOCK_E}
+    return {**sizes, "BLOCK_M": tile, "BLOCK_V": BLOCK_V, "BLOCK_E": BLOCK_E}
 
 
-def _scan_grid(dims: Dims, ceil: Ceil, rows: int) -> Grid:
-    return ceil(dims["B"] * dims["R"], rows), ceil(dims["V"], BLOCK_V), 1
+def _scan_grid(dims: Dims, ceil: Ceil, tile: int) -> Grid:
+    return ceil(dims["B"] * dims["R"], tile), ceil(dims["V"], BLOCK_V), 1
 
 
 def _reduce_constants(model: ModelConfig) -> Constants:
@@ -57,13 +57,13 @@ def _reduce_grid(dims: Dims, ceil: Ceil) -> Grid:
 
 
 _COMMIT = confidence_commit.OP.stages[1]
-_FOUND = confidence_commit.OP.stages[0].outputs
-_TILES = (Arg("tile_part", "f32", ("B", "R", _tiles, 4)), Arg("tile_best", "i32", ("B", "R", _tiles)))
+_SCAN = confidence_commit.OP.stages[0].outputs
+_TILE_OUTPUTS = (Arg("tile_part", "f32", ("B", "R", _tiles, 4)), Arg("tile_best", "i32", ("B", "R", _tiles)))
 
 
 @functools.cache
-def op(rows: int) -> Op:
-    """The op for tiles of `rows` positions, one of ROWS."""
+def op(tile: int) -> Op:
+    """The op for tiles of `tile` positions, one of TILES."""
     return Op(
         "HeadCommit",
         inputs=(
@@ -77,13 +77,13 @@ def op(rows: int) -> Op:
         attributes=(),
         stages=(
             Stage(
-                f"HeadScan{rows}",
+                f"HeadScan{tile}",
                 "head_commit.head_scan",
                 inputs=("x", "weight", "kept"),
                 scalars=("B", "R", "W"),
-                outputs=_TILES,
-                constants=functools.partial(_scan_constants, rows=rows),
-                grid=functools.partial(_scan_grid, rows=rows),
+                outputs=_TILE_OUTPUTS,
+                constants=functools.partial(_scan_constants, tile=tile),
+                grid=functools.partial(_scan_grid, tile=tile),
                 num_stages=3,
             ),
             Stage(
@@ -91,7 +91,7 @@ def op(rows: int) -> Op:
                 "head_commit.head_reduce",
                 inputs=("tile_part", "tile_best"),
                 scalars=(),
-                outputs=_FOUND,
+                outputs=_SCAN,
                 constants=_reduce_constants,
                 grid=_reduce_grid,
             ),

@@ -3,8 +3,7 @@
     y, total = ResidualNorm(x, residual, weight)
 
 x, residual (B, S, E) compute, weight (E,) compute -> total = x + residual and y = total / rms(total) * weight, both
-(B, S, E). The surprising fact: `total` is rounded to the compute type first and normed as it was rounded, because that
-is what the next layer reads.
+(B, S, E).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 
 def reference(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """The specification in numpy, f32 inside; shapes as in the module's docstring."""
-    total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)
+    total = (x.astype(np.float32) + residual.astype(np.float32)).astype(x.dtype)  # rounded, as the next layer reads it
     wide = total.astype(np.float32)
     scale = 1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps))
     return ((wide * scale).astype(x.dtype) * weight).astype(x.dtype), total

@@ -3,9 +3,9 @@
     q = RopeWrite(qkv, cos, sin, scale, write_at, k_cache, v_cache)
 
 qkv (B, S, (H + 2 G) D) compute, the packed projection; cos, sin (B, S, D / 2) compute and scale (B, S) compute, made
-once per pass for all layers; write_at (B) i32; the caches (B, G, T, D) compute. Out: q (B, H, S, D), rotated and scaled
-by position; K, rotated, and V are written in place at slots [write_at, write_at + S). The surprising fact: a token
-whose slot lies outside 0..T-1 is not written, so a wrong write_at cannot touch another row.
+once per pass for all layers; write_at (B) i32; the caches (B, G, T, D) compute -> q (B, H, S, D), rotated and scaled by
+position. K, rotated, and V are written in place at slots [write_at, write_at + S); a token whose slot lies outside
+0..T-1 is not written, so a wrong write_at cannot touch another row.
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ def _grid(dims: Dims, ceil: Ceil) -> Grid:
 
 
 def _heads(dims: Dims, ceil: Ceil) -> int:
-    found: int = dims["W"] // dims["D"] - 2 * dims["G"]
-    return found
+    heads: int = dims["W"] // dims["D"] - 2 * dims["G"]
+    return heads
 
 
 _CACHE = ("B", "G", "T", "D")
-_NAMES = ("qkv", "cos", "sin", "scale", "write_at", "k_cache", "v_cache")
 _OUTPUTS = (Arg("q", "compute", ("B", _heads, "S", "D")),)
 
 OP = Op(
@@ -69,5 +68,16 @@ OP = Op(
     ),
     outputs=_OUTPUTS,
     attributes=(),
-    stages=(Stage("RopeWrite", "rope_write.rope_write", _NAMES, ("S", "T"), _OUTPUTS, _constants, _grid, 1),),
+    stages=(
+        Stage(
+            "RopeWrite",
+            "rope_write.rope_write",
+            inputs=("qkv", "cos", "sin", "scale", "write_at", "k_cache", "v_cache"),
+            scalars=("S", "T"),
+            outputs=_OUTPUTS,
+            constants=_constants,
+            grid=_grid,
+            num_warps=1,
+        ),
+    ),
 )

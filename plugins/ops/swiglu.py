@@ -2,8 +2,7 @@
 
     y = SwiGLU(gate_up)
 
-gate_up (B, S, 2 F) compute, the gate's half first -> y = silu(gate) * up (B, S, F). The surprising fact: it is rounded
-once, at the end, where separate torch calls round silu(gate) too.
+gate_up (B, S, 2 F) compute, the gate's half first -> y = silu(gate) * up (B, S, F), rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 
-BLOCK = 1024
+BLOCK = 1024  # numbers of a program
 
 
 def reference(gate_up: np.ndarray) -> np.ndarray:
@@ -44,5 +43,15 @@ OP = Op(
     inputs=(Arg("gate_up", "compute", ("B", "S", "W")),),
     outputs=_OUTPUTS,
     attributes=(),
-    stages=(Stage("SwiGLU", "swiglu.swiglu", ("gate_up",), (), _OUTPUTS, _constants, _grid),),
+    stages=(
+        Stage(
+            "SwiGLU",
+            "swiglu.swiglu",
+            inputs=("gate_up",),
+            scalars=(),
+            outputs=_OUTPUTS,
+            constants=_constants,
+            grid=_grid,
+        ),
+    ),
 )

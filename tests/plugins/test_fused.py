@@ -129,7 +129,7 @@ def grid(seed: int, *shape: int) -> np.ndarray:
 @settings(max_examples=8)
 @given(
     st.integers(1, 2), st.integers(1, 64), st.integers(101, 1500), st.sampled_from([16, 40, 130]),
-    st.sampled_from(head_commit.ROWS), st.booleans(), st.integers(0, 99),
+    st.sampled_from(head_commit.TILES), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_head_equals_the_reference(
     tiny: ModelConfig, rows: int, size: int, vocab: int, width: int, tile: int, keep: bool, seed: int
@@ -139,7 +139,7 @@ def test_head_equals_the_reference(
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # a tile's empty rows are 0 * -inf
-@pytest.mark.parametrize("tile", head_commit.ROWS)
+@pytest.mark.parametrize("tile", head_commit.TILES)
 def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile: int) -> None:
     x, weight = np.abs(grid(1, 2, 5, 32)) + 0.125, grid(2, 3000, 32)
     weight[MASK] = 9  # the best of all, never taken

@@ -120,7 +120,7 @@ def test_commit(model: ModelConfig, dtype: str, size: int) -> None:
 
 @each_dtype
 @each_size
-@pytest.mark.parametrize("tile", head_commit.ROWS[: 1 if INTERPRETED else None])
+@pytest.mark.parametrize("tile", head_commit.TILES[: 1 if INTERPRETED else None])
 def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
     width = model.hidden_size
     case = {"x": steps(5, dtype, 2, size, width), "weight": steps(6, dtype, model.vocab_size, width)}

@@ -46,7 +46,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 def product(model: ModelConfig, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, **how: object) -> np.ndarray:
     """By the kernel, in the tile that the engine would take."""
-    few, many = fp8_linear.ROWS
+    few, many = fp8_linear.TILES
     op = fp8_linear.op(few if x.shape[0] * x.shape[1] <= few else many)
     (y,) = launch(op, model, x=x, weight=weight.view(np.uint8), scale=scale, **how)  # type: ignore[arg-type]
     return y

@@ -136,7 +136,7 @@ class TorchModel:
         if not isinstance(weight, Quantized):
             return functional.linear(x, weight)
         if self.kernels:
-            op = fp8_linear.op(_tile(fp8_linear.ROWS, x.shape[0] * x.shape[1]))
+            op = fp8_linear.op(_tile(fp8_linear.TILES, x.shape[0] * x.shape[1]))
             (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
             return y  # type: ignore[no-any-return]
         return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
@@ -243,7 +243,7 @@ class TorchModel:
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
         new = self._new(x, taken)
-        run(head_commit.op(_tile(head_commit.ROWS, ids.numel())), self.config, inputs, new)
+        run(head_commit.op(_tile(head_commit.TILES, ids.numel())), self.config, inputs, new)
         if sampled:
             drawing = {"logits": logits, "ids": ids}
             drawing |= {arg.name: given[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
