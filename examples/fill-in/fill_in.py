@@ -3,8 +3,8 @@
     nemodiff build examples/tiny-chat -o engines/tiny-chat
     python examples/fill-in/fill_in.py engines/tiny-chat
 
-The surprising fact: what tiny-chat fills in it knows from the question; it never learned to look ahead, and without a
-question its fillings rarely fit the text behind them.
+What tiny-chat fills in it knows from the question: it never learned to look ahead, so without a question its fillings
+rarely fit the text after them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     # Two holes in one text: three tokens, and as many as fit.
     filled = nemodiff.fill(engine, ["def add(", 3, '):\n    """Return the', None, ' of a and b."""'], prompt=QUESTION)
     print(f"{filled.text}\n-- filled in: {filled.holes}, {sum(filled.nfe.values())} passes\n")
-    # One hole of 16 tokens in a bidirectional block, with the text behind it in the same block.
+    # One hole of 16 tokens in a bidirectional block, with the text after it in the same block.
     between = nemodiff.infill(
         engine, "def add(a, b):", "\n    return result", length=16, prompt=QUESTION, method="block"
     )

@@ -1,11 +1,10 @@
 """Train tiny-chat from scratch: one set of weights, two readings. About an hour on two CPU cores.
 
-In: the examples of `make_data.py`; out: a checkpoint folder as `model.py` writes it. Each sequence goes
-through the network once as [noisy answer | clean sequence]: the clean half is causal and learns the next
-token; the noisy half is bidirectional inside blocks, sees the clean tokens before its block, and learns the
-masked tokens themselves. A block may start anywhere in the answer, because self-speculation restarts
-wherever the last verify stopped. The run ends by the clock unless `--steps` is given, so only then does a
-seed fix the weights.
+Reads the examples of `make_data.py` and writes a checkpoint folder. Each sequence goes through the network once as
+[noisy answer | clean sequence]: the clean half is causal and learns the next token; the noisy half is bidirectional
+inside blocks, sees the clean tokens before its block, and learns the masked tokens themselves. A block may start
+anywhere in the answer, because self-speculation restarts wherever the last verify stopped. The run ends by the clock
+unless `--steps` is given, so only then does a seed fix the weights.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def draw_batch(tokenizer: Tokenizer, rng: random.Random, rows: int) -> Batch:
 
 
 def noise(batch: Batch) -> Noisy:
-    """Cut each answer into blocks and mask each block in one of two ways; all from torch's global generator.
+    """Cut each answer into blocks and mask each block by one of two patterns; all from torch's global generator.
 
     Half the rows have a first block of any length up to 31, so that blocks begin everywhere. Half the blocks
     mask each token with one probability, as in denoising; half keep a short clean start, as in drafting.

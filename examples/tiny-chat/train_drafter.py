@@ -1,10 +1,9 @@
 """Train tiny-chat's drafter: a LoRA on every o_proj that acts in drafts only. About ten minutes on one CPU core.
 
-In: a checkpoint folder and questions of `make_data.py`. Out: a `linear_spec_lora` folder in the released layout. The
-target is not the right answer but the verifier's own greedy one, which `nemodiff` decodes first; a draft is worth what
-the verifier accepts of it. Each sequence goes through the network once as [drafts | clean sequence]: a draft is one
-token and masks behind it, at the positions after the clean tokens that it sees, and the LoRA acts in it alone. The
-surprising fact: what comes after a draft's first wrong token is thrown away, so only the tokens up to it are trained.
+Writes a `linear_spec_lora` folder in the released layout. The target is not the right answer but the verifier's own
+greedy one, which `nemodiff` decodes first; a draft is worth what the verifier accepts of it. Each sequence goes through
+the network once as [drafts | clean sequence]: a draft is one token and masks after it, at the positions after the clean
+tokens that it sees, and the LoRA acts in it alone.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Drafts:
     positions: Tensor  # (B, N + L) i64
     mask: Tensor  # (B, 1, N + L, N + L) bool, true where a query sees a key
     target: Tensor  # (B, N) i64, the verifier's tokens
-    wanted: Tensor  # (B, N) bool, masks with a token to draft
+    drafted: Tensor  # (B, N) bool, masks with a token to draft
 
 
 class Drafter(nn.Module):
@@ -73,8 +72,10 @@ class Drafter(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        self.base, self.count = base, 0
-        self.lora_A, self.lora_B = linear(base.in_features, rank), linear(rank, base.out_features)
+        self.base = base
+        self.count = 0
+        self.lora_A = linear(base.in_features, rank)
+        self.lora_B = linear(rank, base.out_features)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -149,17 +150,18 @@ def guess(model: TinyChat, drafters: list[Drafter], drafts: Drafts) -> tuple[Ten
 
 def up_to_first_mistake(logits: Tensor, drafts: Drafts) -> Tensor:  # (B, N) bool
     """The tokens of each draft that a verify would look at: all right ones and the first wrong one."""
-    right = ((logits.argmax(2) == drafts.target) | ~drafts.wanted).view(len(logits), -1, BLOCK)
-    before = right.cumprod(2).roll(1, 2)
+    # What comes after the first wrong token is thrown away in decoding, so training ignores it too.
+    agreed = ((logits.argmax(2) == drafts.target) | ~drafts.drafted).view(len(logits), -1, BLOCK)
+    before = agreed.cumprod(2).roll(1, 2)
     before[:, :, 0] = 1
-    return before.flatten(1).bool() & drafts.wanted
+    return before.flatten(1).bool() & drafts.drafted
 
 
 def loss_of(kind: str, logits: Tensor, verifier: Tensor, drafts: Drafts) -> Tensor:
     """`all`: cross-entropy of every mask with a token to draft. `active`: of those up to the first mistake. `lk`: on
     these also the divergence of the two distributions at temperature 3, mixed by their overlap as the model's report
     does, over the whole vocabulary, which is small here."""
-    chosen = drafts.wanted if kind == "all" else up_to_first_mistake(logits.detach(), drafts)
+    chosen = drafts.drafted if kind == "all" else up_to_first_mistake(logits.detach(), drafts)
     loss = F.cross_entropy(logits[chosen], drafts.target[chosen])
     if kind != "lk":
         return loss
@@ -181,13 +183,16 @@ def random_starts(rows: list[Answered], count: int) -> Tensor:  # (B, count) i64
 @torch.no_grad()
 def kept(model: TinyChat, drafters: list[Drafter], rows: list[Answered]) -> float:
     """Mean tokens that a verify looks at when every answer is decoded draft by draft; without cache and cut-offs."""
-    looked, drafts_made, at = 0, 0, [0] * len(rows)
+    looked = 0
+    drafts_made = 0
+    at = [0] * len(rows)
     while open_ := [i for i, row in enumerate(rows) if at[i] < len(row.answer) - 1]:
         drafts = lay_out([rows[i] for i in open_], torch.tensor([[at[i]] for i in open_]))
         logits, _ = guess(model, drafters, drafts)
         for i, tokens in zip(open_, up_to_first_mistake(logits, drafts).sum(1).tolist(), strict=True):
             at[i] += tokens
-            looked, drafts_made = looked + tokens, drafts_made + 1
+            looked += tokens
+            drafts_made += 1
     return looked / drafts_made
 
 
