@@ -1,159 +1,142 @@
-"""What a request may choose.
+"""The options of a request, each declared once.
 
-In: keyword arguments of the front door. Out: `Options`, as the user said it, each value as its plain type. Ranges, and
-what goes together, are checked by `settings.settle`, which knows the engine. A wrong value is one `RequestError` that
-names what is allowed.
+Checks, flags of the command line, fields of HTTP bodies, inputs of Triton Inference Server and the table in
+docs/serving.md are derived from this table. What depends on the engine or on several options is checked in settings.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import numbers
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ...contract import PREFILL_CHUNK
+from pydantic import BeforeValidator, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic.dataclasses import dataclass
+
+from ...contract import MAX_BLOCK, PREFILL_CHUNK, Mode
 from ...errors import RequestError
-from ..text.checks import check_text
+from ..sampling.commit import PolicyName
+from .option_types import Help, NotEmpty, Range, describe, plain_biases, schema_text
 
 DEFAULT_NEW_TOKENS = 512
 AUTO = "auto"  # a mode or block length by measured cost
+BLOCK_LENGTH = Range(1, MAX_BLOCK)
+THRESHOLD = Range(0, text="0 or more (over 1 commits one token per pass)")
+_COLDEST = 1e-30  # least temperature over 0; a logit over it still is a number, also in f32
+_TEMPERATURE = Range(_COLDEST, sys.float_info.max, or_zero=True, text=f"0 or {_COLDEST} and more")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Options:
-    """What a request may choose; None means the engine's or the mode's default.
+    """What a request may choose; None leaves the choice to the engine or the mode. A wrong value is a RequestError."""
 
-    mode: ar, diffusion, linear_spec or quadratic_spec, or `auto`: at each time the fastest of the exact ones, by the
-    measured cost of a pass and by what drafts have brought. max_new_tokens: limit, default 512 or what fits.
-    block_length: tokens, 1..64, or `auto`: the fastest in the same sense, not in diffusion. groups: of quadratic_spec,
-    `auto` (those that pay by the measured cost of a pass) or `all`.
-    threshold: confidence at which a mask is committed, 0 or more (over 1: one token per pass).
+    mode: Annotated[
+        Mode | Literal["auto"], Help("Decode in this mode; auto picks the fastest of those that give ar's tokens.")
+    ] = "linear_spec"
+    max_new_tokens: Annotated[
+        int | None, Range(1), Help("Stop after this many new tokens.", default=f"{DEFAULT_NEW_TOKENS} or what fits")
+    ] = None
+    block_length: Annotated[
+        int | Literal["auto"] | None,
+        BLOCK_LENGTH,
+        Help("Decode blocks of this many tokens; auto picks the fastest length.", default="the engine's"),
+    ] = None
+    groups: Annotated[
+        Literal["auto", "all"],
+        Help("Verify all draft groups of quadratic_spec, or with auto those that pay off."),
+    ] = "auto"
+    threshold: Annotated[
+        float | None,
+        THRESHOLD,
+        Help("Commit a masked token at this confidence or more.", default="0.9 in mode diffusion, else 0"),
+    ] = None
 
-    temperature: 0 is greedy. top_k: ids that may be drawn, 0 for all. top_p: share of the probability that may be
-    drawn, over 0 to 1. min_p: least probability that may be drawn, as a share of the highest, 0 to 1.
-    repetition_penalty: over 1 makes ids of the prompt and the answer less likely. presence_penalty, frequency_penalty:
-    taken off the logit of an id that has been emitted, once and per time, -2 to 2. seed: of the sampling noise.
-    logit_bias: added to the logits of some ids, -100 to 100. bad_words: texts whose tokens are never completed.
-    min_tokens: before as many no EOS and no stop id is emitted.
+    temperature: Annotated[float, _TEMPERATURE, Help("Sample at this temperature, or greedily at 0.")] = 0.0
+    top_k: Annotated[
+        int,
+        Range(0, text="0 (all ids) or more"),
+        Help("Sample from this many of the most likely tokens, or from all of them at 0."),
+    ] = 0
+    top_p: Annotated[
+        float, Range(0, 1, over=True), Help("Sample from the most likely tokens up to this share of the probability.")
+    ] = 1.0
+    min_p: Annotated[
+        float, Range(0, 1), Help("Drop tokens whose probability is below this share of the highest one.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        Range(0.001, 1000, text="0.001 to 1000 (1 changes nothing)"),
+        Help("Make tokens of the prompt and the answer less likely by this factor."),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Range(-2, 2), Help("Subtract this from the logit of every token already generated.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Range(-2, 2), Help("Subtract this from the logit of a token for each time it was generated.")
+    ] = 0.0
+    seed: Annotated[int, Range(0, 2**64 - 1, text="0 to 2**64 - 1"), Help("Seed the noise of sampling.")] = 0
+    logit_bias: Annotated[
+        Mapping[int, float] | None,
+        BeforeValidator(plain_biases),
+        Help("Add a number from -100 to 100 to the logit of a token id.", default="none"),
+    ] = None
+    bad_words: Annotated[tuple[str, ...], NotEmpty("a bad word"), Help("Never complete this text.")] = ()
+    min_tokens: Annotated[int, Help("Do not end the answer before this many tokens.")] = 0
 
-    stop: strings that end the answer. stop_token_ids: ids that do. chat: apply the chat template. system: system text.
-    thinking: let the template open a think block. thinking_budget: tokens after which `</think>` is forced. logprobs:
-    report the model's log-probability of each token and of this many likeliest ones. json_schema: text or object that
-    the answer must follow. regex: pattern that the whole answer must match.
+    stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), Help("End the answer at this text.")] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Help("End the answer at this token id.")] = ()
+    chat: Annotated[bool, Help("Put the prompt through the chat template.")] = True
+    system: Annotated[str | None, Help("Begin the conversation with this system text.", default="none")] = None
+    thinking: Annotated[bool, Help("Let the model think before it answers.")] = False
+    thinking_budget: Annotated[
+        int | None, Range(0), Help("End the thinking after this many tokens.", default="no limit")
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        Range(0, 100),
+        Help("Report the log-probabilities of each token and of this many likeliest ones.", default="none"),
+    ] = None
+    json_schema: Annotated[
+        str | None,
+        BeforeValidator(schema_text),
+        Help("Make the answer follow this JSON schema.", default="none"),
+    ] = None
+    regex: Annotated[str | None, Help("Make the whole answer match this pattern.", default="none")] = None
 
-    Of diffusion alone: policy: `threshold`, `topk`, `entropy` or `left_to_right`. per_step: masks that topk commits per
-    pass. entropy_bound: nats up to which entropy commits. block_steps: most passes per block. merge_commit: the pass
-    that commits a block also denoises the next. confidences: report the confidence of each token.
+    policy: Annotated[PolicyName, Help("Choose by this rule which masked tokens a pass of mode diffusion commits.")] = (
+        "threshold"
+    )
+    per_step: Annotated[
+        int | None, Range(1), Help("Commit this many masked tokens per pass under policy topk.", default="none")
+    ] = None
+    entropy_bound: Annotated[
+        float | None,
+        Range(0),
+        Help("Commit masked tokens of at most this entropy, in nats, under policy entropy.", default="none"),
+    ] = None
+    block_steps: Annotated[
+        int | None, Range(1), Help("Finish a block of mode diffusion in at most this many passes.", default="no limit")
+    ] = None
+    merge_commit: Annotated[bool, Help("Commit a block of mode diffusion in the pass that begins the next one.")] = (
+        False
+    )
+    confidences: Annotated[bool, Help("Report the confidence of each token of mode diffusion.")] = False
 
-    prefill_chunk: tokens per prefill pass.
-    """
+    prefill_chunk: Annotated[int, Range(1), Help("Read the prompt in passes of this many tokens.")] = PREFILL_CHUNK
 
-    mode: str = "linear_spec"
-    max_new_tokens: int | None = None
-    block_length: int | str | None = None
-    groups: str = "auto"
-    threshold: float | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: Mapping[int, float] | None = None
-    bad_words: tuple[str, ...] = ()
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    chat: bool = True
-    system: str | None = None
-    thinking: bool = False
-    thinking_budget: int | None = None
-    logprobs: int | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    policy: str = "threshold"
-    per_step: int | None = None
-    entropy_bound: float | None = None
-    block_steps: int | None = None
-    merge_commit: bool = False
-    confidences: bool = False
-    prefill_chunk: int = PREFILL_CHUNK
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _check(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        return OPTIONS[info.field_name].check(value, validate)
 
 
-_FIELDS = {f.name: f for f in dataclasses.fields(Options)}
+OPTIONS = describe(Options)
 
 
-def make_options(values: dict[str, Any]) -> Options:
-    """Options from keyword arguments; an unknown name or a wrong type is a RequestError."""
+def make_options(values: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments; an unknown name or a wrong value is a RequestError."""
     for name in values:
-        if name not in _FIELDS:
-            raise RequestError(f"unknown option {name!r}; allowed: {', '.join(_FIELDS)}")
-    return Options(**{name: _typed(name, value) for name, value in values.items()})
-
-
-def _typed(name: str, value: Any) -> Any:
-    """The value as its option's plain type, numbers of numpy included. Raises RequestError."""
-
-    def require(right: bool, allowed: str) -> None:
-        if not right:
-            raise RequestError(f"{name} is {value!r:.60}, allowed: {allowed}")
-
-    if value is None and _FIELDS[name].default is None:
-        return None
-    if name == "block_length":
-        require(_is_integer(value) or value == AUTO, "an integer or auto")
-        return value if value == AUTO else int(value)
-    if name == "logit_bias":
-        require(isinstance(value, Mapping), "an object of token ids and numbers")
-        return {_token_id(name, key): _typed("temperature", bias) for key, bias in value.items()}
-    if name == "json_schema":
-        require(isinstance(value, (str, Mapping, bool)), "a JSON schema, as text or as an object")
-        return value if isinstance(value, str) else _as_json(value)
-    kind = str(_FIELDS[name].type).removesuffix(" | None")
-    if kind == "int":
-        require(_is_integer(value), "an integer")
-        return int(value)
-    if kind == "float":
-        require(_is_number(value), "a number")
-        return float(value)
-    if kind == "bool":
-        require(isinstance(value, bool), "True or False")
-    if kind == "tuple[str, ...]":
-        texts = (value,) if isinstance(value, str) else value
-        right = isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts)
-        require(right, "text or a list of texts")
-        check_text("".join(texts), name)
-        return tuple(texts)
-    if kind == "tuple[int, ...]":
-        require(isinstance(value, (list, tuple)) and all(map(_is_integer, value)), "a list of token ids")
-        return tuple(map(int, value))
-    if kind == "str" and _FIELDS[name].default is None:  # the others are checked against a list, by `settle`
-        require(isinstance(value, str), "text")
-        check_text(value, name)
-    return value
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _token_id(name: str, key: Any) -> int:
-    """A token id, which JSON can only spell as text where it is a key."""
-    if _is_integer(key) or (isinstance(key, str) and key.isascii() and key.isdigit()):
-        return int(key)
-    raise RequestError(f"{name} holds {key!r:.60}, allowed: token ids")
-
-
-def _as_json(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"json_schema is not JSON ({error}); give text or an object of plain values") from None
+        if name not in OPTIONS:
+            raise RequestError(f"unknown option {name!r}; allowed: {', '.join(OPTIONS)}")
+    return Options(**values)

@@ -1,0 +1,197 @@
+"""How an option is declared: its type, with a range and a help text, and what is read from the declaration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import numbers
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError, ValidatorFunctionWrapHandler
+
+from ...errors import RequestError
+from ..text.checks import check_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Help:
+    """One sentence, verb first, that says what an option does; `default` says what leaving it open means."""
+
+    text: str
+    default: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high` (any, if None); `text` says it in other words.
+
+    over: `low` itself is left out. or_zero: 0 is allowed too.
+    """
+
+    low: float
+    high: float | None = None
+    over: bool = False
+    or_zero: bool = False
+    text: str | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if self.or_zero and value == 0:
+            return True
+        above = value > self.low if self.over else value >= self.low
+        return above and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.text is not None:
+            return self.text
+        low = f"over {self.low}" if self.over else f"{self.low}"
+        return f"{low} or more" if self.high is None else f"{low} to {self.high}"
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a number out of range, NaN included. Raises RequestError."""
+        if value not in self:
+            raise RequestError(f"{name} is {value}, allowed: {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class NotEmpty:
+    """Refuses the empty text; `noun` is what the refusal calls it."""
+
+    noun: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a field of `Options` declares.
+
+    type: int, float, bool, str, a tuple of texts or ids, or a mapping. choices: the words that are allowed, for an
+    integer beside its numbers.
+    """
+
+    name: str
+    type: Any
+    choices: tuple[str, ...]
+    help: Help
+    range: Range | None
+    not_empty: NotEmpty | None
+    default: Any
+
+    @property
+    def many(self) -> bool:
+        """Whether it takes any number of values."""
+        return get_origin(self.type) is tuple
+
+    @property
+    def one_type(self) -> Any:
+        """The type of each value."""
+        return get_args(self.type)[0] if self.many else self.type
+
+    @property
+    def allowed(self) -> str:
+        """The values of the right type, in words."""
+        if self.choices and self.type is str:
+            return ", ".join(self.choices)
+        return " or ".join((_ALLOWED[self.type], *self.choices))
+
+    def check(self, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """The value as its plain type. Raises RequestError."""
+        try:
+            checked = validate(_plain(value, self.many))
+        except ValidationError:
+            raise RequestError(f"{self.name} is {value!r:.60}, allowed: {self.allowed}") from None
+        if self.range is not None and isinstance(checked, (int, float)):
+            self.range.check(self.name, checked)
+        for text in checked if self.many else (checked,):
+            if isinstance(text, str):
+                check_text(text, self.name)
+            if text == "" and self.not_empty is not None:
+                raise RequestError(f"{self.not_empty.noun} is empty; give at least one character")
+        return checked
+
+
+_ALLOWED: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    tuple[str, ...]: "text or a list of texts",
+    tuple[int, ...]: "a list of token ids",
+    Mapping[int, float]: "an object of token ids and numbers",
+}
+
+
+def describe(options: type) -> dict[str, Option]:
+    """The declared options of a dataclass, by name."""
+    hints = get_type_hints(options, include_extras=True)
+    described = {}
+    for field in dataclasses.fields(options):
+        hint, *extras = get_args(hints[field.name])
+        alternatives = list(_alternatives(hint))
+        described[field.name] = Option(
+            name=field.name,
+            type=next((one for one in alternatives if not isinstance(one, str)), str),
+            choices=tuple(one for one in alternatives if isinstance(one, str)),
+            help=next(extra for extra in extras if isinstance(extra, Help)),
+            range=next((extra for extra in extras if isinstance(extra, Range)), None),
+            not_empty=next((extra for extra in extras if isinstance(extra, NotEmpty)), None),
+            default=field.default,
+        )
+    return described
+
+
+def _alternatives(hint: Any) -> Iterator[Any]:
+    """Types and words of a union, None left out."""
+    if get_origin(hint) in (Union, types.UnionType):
+        for one in get_args(hint):
+            yield from _alternatives(one)
+    elif get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif hint is not types.NoneType:
+        yield hint
+
+
+def _plain(value: Any, many: bool) -> Any:
+    """Numbers of other libraries, such as NumPy's, as Python's, and a list as a tuple."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if many and isinstance(value, str):
+        return (value,)
+    if many and isinstance(value, (list, tuple)):
+        return tuple(_plain(item, False) for item in value)
+    return value
+
+
+BIAS = Range(-100, 100)  # of a logit
+
+
+def plain_biases(value: object) -> object:
+    """Biases by token id, which JSON can only spell as text where it is a key. Raises RequestError."""
+    if not isinstance(value, Mapping):
+        return value
+    biases = {}
+    for key, bias in value.items():
+        spelled = isinstance(key, str) and key.isascii() and key.isdigit()
+        if not spelled and (isinstance(key, bool) or not isinstance(key, numbers.Integral)):
+            raise RequestError(f"logit_bias holds {key!r:.60}, allowed: token ids")
+        if isinstance(bias, bool) or not isinstance(bias, numbers.Real):
+            raise RequestError(f"logit_bias of token id {key} is {bias!r:.60}, allowed: a number")
+        BIAS.check(f"logit_bias of token id {key}", float(bias))
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def schema_text(value: object) -> object:
+    """A JSON schema as text. Raises RequestError."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (Mapping, bool)):
+        raise RequestError(f"json_schema is {value!r:.60}, allowed: a JSON schema, as text or as an object")
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json_schema is not JSON ({error}); give text or an object of plain values") from None
