@@ -1,0 +1,49 @@
+"""What commands print: answers, their statistics, and errors as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..runtime.events.events import Event
+    from ..runtime.loading import LoadedEngine
+    from ..runtime.requests.generation import Generation
+
+
+def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_denoise: bool) -> Generation:
+    """Return the answer of one request; on the way print its text or its passes as they come."""
+    from ..runtime.events.events import Finished, Step, Text
+    from ..runtime.events.terminal import line
+
+    for event in events:
+        if isinstance(event, Step) and show_denoise:
+            click.echo(line(engine, event), err=True)
+        elif isinstance(event, Text) and stream:
+            click.echo(event.text, nl=False)
+        elif isinstance(event, Finished):
+            return event.generation
+    raise AssertionError("a request without an end")
+
+
+def print_statistics(answer: Generation) -> None:
+    """One line on standard error: passes, tokens per pass and times."""
+    passes = ", ".join(f"{count} {kind}" for kind, count in answer.nfe.items() if count)
+    ms = answer.timings_ms
+    rate = len(answer.token_ids) / ms["total"] * 1e3
+    tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
+    kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
+    kept += f", drafter adapter on {answer.adapter_tokens} tokens" if answer.adapter_tokens else ""
+    click.echo(
+        f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}) in {passes}; "
+        f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "
+        f"{rate:.0f} tokens/s",
+        err=True,
+    )
+
+
+def one_line(text: str) -> str:
+    """The text with line ends and terminal controls escaped: names out of a file may hold them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,66 @@
+"""`nemodiff chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RequestError
+from . import options
+from .answers import follow, one_line, print_statistics
+from .inputs import not_utf8
+
+if TYPE_CHECKING:
+    from ..runtime.text.codec import Message
+
+
+@click.command()
+@options.engine
+@options.request_options("chat", "prefill_chunk", "logprobs", "confidences")
+@options.threads
+@options.device
+@options.statistics
+def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **choices: Any) -> None:
+    """Hold a conversation with ENGINE; /reset forgets it, /exit or the end of input leaves."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing for input())
+    from ..runtime.loading import load
+    from ..runtime.scheduler import Scheduler
+
+    if sys.stdin is None:
+        raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
+    loaded = load(engine, threads=threads, device=device)
+    with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
+        messages: list[Message] = []
+        while (line := _read_line()) is not None:
+            if line in ("/exit", "/quit"):
+                return
+            if line == "/reset":
+                messages = []
+            elif line.startswith("/"):
+                click.echo(f"unknown command {line.split()[0]}; allowed: /reset, /exit", err=True)
+            elif line:
+                turn: list[Message] = [*messages, {"role": "user", "content": line}]
+                try:
+                    answer = follow(loaded, scheduler.submit(turn, **choices), stream=True, show_denoise=False)
+                except RequestError as error:
+                    click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
+                    continue
+                click.echo()
+                if stats:
+                    print_statistics(answer)
+                messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+def _read_line() -> str | None:
+    """The next line of standard input, None at its end. Raises RequestError."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise not_utf8("standard input", error) from None

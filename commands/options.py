@@ -1,0 +1,104 @@
+"""Options of the command line that several commands share; those of a request come from its table of options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..runtime.requests.option_types import Option
+from ..runtime.requests.options import OPTIONS
+
+Decorator = Callable[[Any], Any]
+
+PATH: click.Path[Path] = click.Path(path_type=Path)
+OUTPUT_FILE: click.Path[Path] = click.Path(path_type=Path, dir_okay=False)
+FLAGS = {"block_steps": "--steps"}  # whose name is not the option's
+
+engine = click.argument("engine", type=PATH)
+threads = click.option("--threads", type=click.IntRange(1), help="Use this many CPU threads. [default: one per core]")
+device = click.option(
+    "--device", help="Run on cpu, cuda or cuda:N. [default: the device that the engine was built for]"
+)
+statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
+host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
+editing_prompt = click.option(
+    "-p", "--prompt", help="Treat the text as an answer to this prompt. [default: the text stands alone]"
+)
+
+
+def json_output(help: str = "Print one JSON object instead of text.") -> Decorator:
+    """The flag --json, which is the argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def request_options(*left_out: str) -> Decorator:
+    """An option of the command for every option of a request, but for those left out."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(OPTIONS.values()):
+            if option.name not in left_out:
+                command = click.option(flag(option.name), option.name, **_attributes(option))(command)
+        return command
+
+    return decorate
+
+
+def flag(name: str) -> str:
+    """How the command line spells an option of a request."""
+    return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _attributes(option: Option) -> dict[str, Any]:
+    help = option.help.text
+    if option.type is bool:
+        return {"is_flag": True, "default": option.default, "help": help}
+    if option.many:
+        return {"multiple": True, "type": option.one_type, "help": _with(help, "may be repeated")}
+    if option.name == "logit_bias":
+        help = _with(help, "may be repeated")
+        return {"multiple": True, "callback": _biases, "metavar": "ID=NUMBER", "help": help}
+    if option.name == "json_schema":
+        help = _with(help, "give the schema itself or a file that holds it")
+        return {"callback": _file_or_text, "metavar": "FILE|TEXT", "help": help}
+    if option.default is None and option.help.default not in (None, "none"):
+        help += f" [default: {option.help.default}]"
+    attributes = {"help": help, "default": option.default, "show_default": option.default is not None}
+    if option.choices and option.type is int:
+        return attributes | {"callback": _integer_or_word, "metavar": "|".join(("INTEGER", *option.choices))}
+    return attributes | {"type": click.Choice(option.choices) if option.choices else option.type}
+
+
+def _with(help: str, addition: str) -> str:
+    return help.removesuffix(".") + f"; {addition}."
+
+
+def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, float]:
+    """`ID=NUMBER` words as a mapping."""
+    biases = {}
+    for word in words:
+        token, _, number = word.partition("=")
+        try:
+            biases[token] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{word!r} is not ID=NUMBER, such as 11=-5") from None
+    return biases
+
+
+def _file_or_text(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """The value itself if it is an object or a literal of JSON, else what the file of that name holds."""
+    if value is None or value.lstrip().startswith("{") or value.strip() in ("true", "false"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise click.BadParameter(f"{value}: {reason}; give a file or the schema itself, which begins with {{") from None
+
+
+def _integer_or_word(context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
+    if value is None or value in OPTIONS[option.name or ""].choices:
+        return value
+    return int(click.INT(value, option, context))

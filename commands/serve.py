@@ -1,0 +1,105 @@
+"""`nemodiff serve`: an engine behind an HTTP server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..contract import MODES
+from . import options
+
+
+@click.command()
+@options.engine
+@options.host
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Listen on this port; 0 takes a free one.",
+)
+@click.option(
+    "--api-key",
+    multiple=True,
+    envvar="NEMODIFF_API_KEY",
+    help="Require this key from clients; repeat the option to allow several.",
+)
+@click.option("--served-model-name", help="Show the model to clients by this name. [default: the engine folder's]")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="linear_spec",
+    show_default=True,
+    help="Decode in this mode where a request names none.",
+)
+@click.option(
+    "--rows", type=int, help="Run this many requests at the same time. [default: the engine's max batch size]"
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Let this many requests wait and refuse further ones.",
+)
+@click.option(
+    "--max-request-bytes",
+    type=click.IntRange(1),
+    default=4 << 20,
+    show_default=True,
+    help="Refuse a request whose body is longer than this.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Cancel a request after this many seconds.",
+)
+@click.option(
+    "--drain",
+    type=click.FloatRange(0),
+    default=30,
+    show_default=True,
+    help="Give running requests this many seconds to finish after SIGTERM.",
+)
+@click.option(
+    "--no-prefix-reuse", is_flag=True, help="Compute every prompt in full, even where it begins like an earlier one."
+)
+@options.threads
+@options.device
+def serve(
+    engine: Path,
+    host: str,
+    port: int,
+    api_key: tuple[str, ...],
+    served_model_name: str | None,
+    mode: str,
+    max_queue: int,
+    max_request_bytes: int,
+    timeout: float,
+    drain: float,
+    no_prefix_reuse: bool,
+    **choices: Any,
+) -> None:
+    """Serve ENGINE over HTTP with OpenAI's API, metrics, and a page to watch it decode."""
+    try:
+        from ..serving.http.app import Limits, open_server
+        from ..serving.http.server import bind
+        from ..serving.http.server import serve as listen
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
+    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)
+    with bind(host, port) as listening:
+        server = open_server(
+            engine,
+            limits=limits,
+            name=served_model_name,
+            defaults={"mode": mode},
+            prefix_reuse=not no_prefix_reuse,
+            **choices,
+        )
+        listen(server, listening, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))

@@ -1,0 +1,36 @@
+"""`nemodiff trace`: what `run --trace` has written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import OUTPUT_FILE, PATH
+
+
+@click.group()
+def trace() -> None:
+    """Examine the files that run --trace writes."""
+
+
+@trace.command()
+@click.argument("file", type=PATH)
+def show(file: Path) -> None:
+    """Summarize the passes, times and drafts of each request in FILE, a trace in JSON lines."""
+    from ..runtime.events.trace import read, summary
+
+    click.echo("\n".join(summary(read(file))))
+
+
+@trace.command()
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="Write the page to this HTML file.")
+def view(files: tuple[Path, ...], output: Path) -> None:
+    """Write one HTML page that plays the traces of FILES side by side and needs no server."""
+    from ..runtime.events.trace import read
+    from ..serving.http.page_export import html
+
+    text = html([(file.stem, read(file)) for file in files])
+    output.write_text(text, encoding="utf-8")
+    click.echo(f"written      {output}; open it in a browser", err=True)
