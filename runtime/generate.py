@@ -1,8 +1,6 @@
-"""The front door: load an engine, generate from it, stream from it.
+"""The front door: generate from an engine, one request or many, whole or as a stream of events.
 
-In: an engine folder, prompts and options. Out: `Generation`, or a stream of events that ends with one. The command line
-and the tests come through here; servers through `scheduler.Scheduler`, which adds a thread and a queue to the same
-`Batch`. The surprising fact: one request and many are the same code.
+Servers come through `scheduler.Scheduler`, which adds a thread and a queue to the same `Batch`.
 """
 
 from __future__ import annotations
@@ -46,8 +44,7 @@ def generate_many(
     `rows` is at most the engine's max_batch_size. `prefix_reuse` copies the K/V of a prompt's beginning from an earlier
     prompt that begins alike. Each answer is what `generate` gives alone. Raises RequestError.
     """
-    told = events(engine, prompts, rows=rows, prefix_reuse=prefix_reuse, text=False, **options)
-    return answers(told)
+    return answers(events(engine, prompts, rows=rows, prefix_reuse=prefix_reuse, text=False, **options))
 
 
 def stream(
@@ -57,10 +54,10 @@ def stream(
 
     The texts joined are the generation's text. Raises RequestError as `generate` does, before the first event.
     """
-    told = events(engine, [prepare(engine, prompt, make_options(options)).prompt], steps=steps, **options)
+    sequence = prepare(engine, prompt, make_options(options))
 
     def chosen() -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
-        for event in told:
+        for event in sequence_events(engine, [sequence], steps=steps):
             if isinstance(event, Finished):
                 yield event.generation
             elif steps or isinstance(event, Text):
@@ -81,21 +78,34 @@ def events(
 ) -> Iterator[Event]:
     """All events of some requests as they happen; a request's number is its prompt's place, from 0.
 
-    The arguments are those of `generate_many`; `steps` tells of every pass, `text` of text before a request's end.
+    The arguments are those of `generate_many`; `steps` reports every pass, `text` text before a request's end.
     Prompts are taken as rows become free. Raises RequestError.
     """
     chosen = make_options(options)
     check_rows(engine, rows)
+    sequences = (prepare(engine, prompt, chosen) for prompt in prompts)
+    return sequence_events(engine, sequences, rows=rows, prefix_reuse=prefix_reuse, steps=steps, text=text)
+
+
+def sequence_events(
+    engine: LoadedEngine,
+    sequences: Iterable[Sequence],
+    *,
+    rows: int = 1,
+    prefix_reuse: bool = False,
+    steps: bool = False,
+    text: bool = True,
+) -> Iterator[Event]:
+    """The events of requests that `prepare` has made, as `events` gives those of prompts."""
     reporters: dict[Sequence, Reporter] = {}
 
-    def sequences() -> Iterator[Sequence]:
-        for number, prompt in enumerate(prompts):
-            sequence = prepare(engine, prompt, chosen)
+    def reported() -> Iterator[Sequence]:
+        for number, sequence in enumerate(sequences):
             reporters[sequence] = Reporter(number, sequence, steps=steps, text=text)
             yield sequence
 
     batch = Batch(engine.backend, rows, cost=lambda: engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
-    for result in _drive(batch, sequences()):
+    for result in _drive(batch, reported()):
         yield from reporters[result.sequence].passed(result)
         if result.sequence.ended:
             yield from reporters.pop(result.sequence).finished(engine)

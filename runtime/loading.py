@@ -1,4 +1,4 @@
-"""A loaded engine: backend, tokenizer, and what is measured of it."""
+"""A loaded engine: its backend, its tokenizer, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def check_device(device: object, backend: str) -> Any:
     if device is None:
         return None
     allowed = {"onnxruntime": ("cpu",), "torch": ("cpu", "cuda", "cuda:N")}.get(backend, ("cuda", "cuda:N"))
-    found = None if isinstance(device, bool) else re.fullmatch(r"(cpu)|cuda|(?:cuda:)?(\d{1,9})", str(device))
-    if found is None or ("cpu" if found[1] else "cuda") not in allowed:
+    match = None if isinstance(device, bool) else re.fullmatch(r"(cpu)|cuda|(?:cuda:)?(\d{1,9})", str(device))
+    if match is None or ("cpu" if match[1] else "cuda") not in allowed:
         raise RequestError(f"device is {device!r}, allowed on {backend}: {', '.join(allowed)}; choose one of them")
-    return "cpu" if found[1] else int(found[2] or 0)
+    return "cpu" if match[1] else int(match[2] or 0)
 
 
 def check_rows(engine: LoadedEngine, rows: object) -> None:

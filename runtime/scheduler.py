@@ -1,10 +1,7 @@
-"""Many requests from many threads over one engine.
+"""Many requests at once: submitted from any thread, decoded together in one, each an iterable of its own events.
 
-In: `submit` from any thread. Out: a `Handle` per request, whose events arrive as they happen. One worker thread owns
-the `Batch`: before each step it removes cancelled requests and takes in waiting ones in the order they came. Fairness:
-the oldest waiting request gets the next free row, every decoding row gets one pass in every step, and prompts share a
+The oldest waiting request gets the next free row, every decoding row gets one pass in every step, and prompts share a
 budget of tokens per step in order of arrival, so a request waits for nothing but the bounded work of those before it.
-The surprising fact: only the worker touches sequences and cache, so there is one lock, and it is never held in a step.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
 
 Listener = Callable[[list[Event] | NemodiffError], None]
 
-QUEUE = 64  # waiting requests, unless said otherwise
+QUEUE = 64  # waiting requests, unless another number is given
 _SMALL = 256  # slots per row that may stay allocated for nothing
 
 
@@ -76,7 +73,9 @@ class Handle:
     def __init__(
         self, scheduler: Scheduler, number: int, sequence: Sequence, steps: bool, listener: Listener | None
     ) -> None:
-        self.number, self._scheduler, self._sequence = number, scheduler, sequence
+        self.number = number
+        self._scheduler = scheduler
+        self._sequence = sequence
         self._reporter = Reporter(number, sequence, steps=steps)
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._listener = listener
@@ -105,7 +104,7 @@ class Handle:
         """Whether the request has ended, in whatever way."""
         return self._future.done()
 
-    def _tell(self, events: list[Event]) -> None:
+    def _deliver(self, events: list[Event]) -> None:
         if self._listener is not None:
             if events:
                 self._listener(events)
@@ -153,7 +152,8 @@ class Scheduler:
                 raise RequestError(f"{name} is {value!r}, allowed: 1 or more")
         if self._rows > 1:
             engine.cost  # noqa: B018  (measured before the first request, not in the middle of it)
-        self._engine, self._most_waiting = engine, waiting
+        self._engine = engine
+        self._most_waiting = waiting
         self._kept = KEPT_PREFIXES if prefix_reuse else None
         self._prefill_tokens = prefill_tokens
         self._numbers = itertools.count()
@@ -165,7 +165,8 @@ class Scheduler:
         self._batch: Batch | None = None
         self._past = Counts()  # of batches that were given back
         self._ends = {"finished": 0, "cancelled": 0, "failed": 0}
-        self._prompt_tokens = self._emitted = 0
+        self._prompt_tokens = 0
+        self._emitted = 0
         self._nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self._worker = threading.Thread(target=self._work, name="nemodiff-scheduler", daemon=True)
         self._worker.start()
@@ -177,7 +178,7 @@ class Scheduler:
 
         Args:
             prompt: as in `generate`.
-            steps: whether the events tell of every pass.
+            steps: whether the events report every pass.
             listener: called in the worker's thread with events as they happen, or at last with the error of a request
                 that failed; it must be quick and raise nothing.
             options: fields of `Options`.
@@ -201,7 +202,8 @@ class Scheduler:
     def statistics(self) -> Statistics:
         """What the scheduler does and has done."""
         with self._changed:
-            batch, counts = self._batch, self._counts()
+            batch = self._batch
+            counts = self._counts()
             prefixes = batch.prefixes if batch is not None else None
             return Statistics(
                 rows=self._rows,
@@ -315,7 +317,7 @@ class Scheduler:
             if result.error is not None:
                 self._fail(handle, result.error)
                 continue
-            handle._tell(handle._reporter.passed(result))
+            handle._deliver(handle._reporter.passed(result))
             if result.sequence.ended:
                 with self._changed:
                     self._finish(handle)
@@ -327,7 +329,7 @@ class Scheduler:
         self._ends["cancelled" if sequence.finish == "cancelled" else "finished"] += 1
         self._count(sequence)
         events = handle._reporter.finished(self._engine)
-        handle._tell(events)
+        handle._deliver(events)
         assert isinstance(events[-1], Finished)
         handle._end(events[-1])
 
@@ -346,7 +348,8 @@ class Scheduler:
     def _abandon(self, error: Exception) -> None:
         """Fail all that run, and the cache with them; those that wait get a new one."""
         with self._changed:
-            self._past, self._batch = self._counts(), None
+            self._past = self._counts()
+            self._batch = None
         for handle in list(self._running.values()):
             self._fail(handle, error)
 

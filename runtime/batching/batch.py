@@ -1,10 +1,8 @@
 """Requests that share a cache: which row each has, which rows share a forward, who goes on and who leaves.
 
-In: sequences, added and removed between any two steps. Out: `step`, which advances the running ones by one pass each
-and hands out what each pass was. Rows are dense, and rows that usually ask for equally many tokens lie side by side, so
-that a forward over consecutive rows pads little. The surprising fact: one step is several forwards wherever padding
-would cost more than a forward of its own, by the measured cost curve: a prompt of 512 tokens beside seven rows of one
-token would otherwise be eight rows of 512.
+Rows are dense, and rows that usually run passes of equal size lie side by side, so that a forward over consecutive rows
+pads little. A step is several forwards wherever padding would cost more than a forward of its own, by the measured cost
+curve: a prompt of 512 tokens beside seven rows of one token would otherwise be eight rows of 512.
 """
 
 from __future__ import annotations
@@ -18,22 +16,13 @@ from ...contract import PREFILL_CHUNK
 from ...errors import NemodiffError
 from ..engines.drafter import adapted
 from ..engines.engine import Engine, Pass, Prediction
-from ..modes.ar import Loop, ar
-from ..modes.auto import auto
-from ..modes.diffusion import diffusion
-from ..modes.linear_spec import linear_spec
-from ..modes.quadratic_spec import quadratic_spec
+from ..modes import LOOPS
+from ..modes.ar import Loop
 from ..planning.cost import CostCurve, split
+from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
 from .prefix_cache import SHORTEST, PrefixCache, common
 
-LOOPS: dict[str, Callable[[Sequence], Loop]] = {
-    "ar": ar,
-    "diffusion": diffusion,
-    "linear_spec": linear_spec,
-    "quadratic_spec": quadratic_spec,
-    "auto": auto,
-}
 KEPT_PREFIXES = 2  # rows of K/V of finished prompts; each takes the memory of a running row
 
 
@@ -43,6 +32,7 @@ class PassResult(NamedTuple):
     sequence: Sequence
     pass_: Pass
     prediction: Prediction
+    outcome: PassOutcome
     began: float
     seconds: float
     rows: int  # that shared the forward
@@ -62,7 +52,7 @@ class Counts:
 
 @dataclasses.dataclass(eq=False)
 class _Slot:
-    """A row in use."""
+    """A row of the cache in use by a sequence."""
 
     sequence: Sequence
     arrival: int
@@ -79,9 +69,9 @@ class Batch:
     Args:
         backend: the engine.
         rows: sequences at a time.
-        cost: gives the cost curve, asked for when rows meet; None never splits a step.
+        cost: gives the cost curve, called when rows meet; None never splits a step.
         kept: rows for K/V of finished prompts; None switches the reuse of prefixes off, 0 reuses running rows only.
-        prefill_tokens: prompt tokens of one step, over all rows; one pass is always served.
+        prefill_tokens: prompt tokens of one step, over all rows; one pass always runs.
     """
 
     def __init__(
@@ -93,12 +83,15 @@ class Batch:
         kept: int | None = None,
         prefill_tokens: int = PREFILL_CHUNK,
     ) -> None:
-        self.rows, self.counts = rows, Counts()
+        self.rows = rows
+        self.counts = Counts()
         self.prefixes = None if kept is None else PrefixCache(rows, kept)
         self._cache = backend.open(rows + (kept or 0))
-        self._cost, self._prefill_tokens = cost, prefill_tokens
+        self._cost = cost
+        self._prefill_tokens = prefill_tokens
         self._slots: list[_Slot] = []
-        self._arrivals = self.reach = 0
+        self._arrivals = 0
+        self.reach = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -116,7 +109,7 @@ class Batch:
         width = 1 if sequence.settings.mode == "ar" else sequence.settings.block_length
         slot, row = _Slot(sequence, self._arrivals, width), len(self._slots)
         self._slots.append(slot)
-        while row and self._slots[row - 1].width > width:  # the first of each wider kind goes behind the last of it
+        while row and self._slots[row - 1].width > width:  # the first of each wider kind goes after the last of it
             first = self._first_of_kind(row - 1)
             self._place(self._slots[first], first, row)
             row = first
@@ -137,7 +130,7 @@ class Batch:
     def step(self) -> Iterator[PassResult]:
         """One pass of every running sequence, prefill within its budget; exhaust it before anything else.
 
-        An error of one sequence's loop is told in `Served`, an error of the engine is raised.
+        An error of one sequence's loop comes in its `PassResult`, an error of the engine is raised.
         """
         self.counts.steps += 1
         for first, end in self._forwards():
@@ -149,7 +142,9 @@ class Batch:
             self._count(passes)
             for slot, pass_, prediction in zip(slots, passes, predictions, strict=True):
                 error = self._advance(slot, pass_, prediction)
-                yield PassResult(slot.sequence, pass_, prediction, began, seconds, len(slots), error)
+                yield PassResult(
+                    slot.sequence, pass_, prediction, slot.sequence.outcome, began, seconds, len(slots), error
+                )
         for row in range(len(self._slots) - 1, -1, -1):
             if self._slots[row].ended:
                 self._leave(row)
@@ -157,52 +152,57 @@ class Batch:
     def _advance(self, slot: _Slot, pass_: Pass, prediction: Prediction) -> Exception | None:
         assert slot.loop is not None
         sequence = slot.sequence
+        sequence.outcome = PassOutcome()
         sequence.nfe[pass_.kind] += 1
         sequence.adapter_tokens += adapted(pass_)
         slot.reach = max(slot.reach, pass_.write_at + pass_.ids.size)
         try:
-            slot.pass_ = sequence.selector.ask(slot.loop.send(prediction))
+            slot.pass_ = sequence.selector.with_sampling(slot.loop.send(prediction))
         except StopIteration:
-            slot.ended, sequence.ended = True, time.perf_counter()
+            slot.ended = True
+            sequence.ended = time.perf_counter()
         except NemodiffError as error:
-            slot.ended, sequence.ended = True, time.perf_counter()
+            slot.ended = True
+            sequence.ended = time.perf_counter()
             return error
         return None
 
     def _count(self, passes: list[Pass]) -> None:
-        counts, tokens = self.counts, sum(p.ids.size for p in passes)
+        counts = self.counts
+        tokens = sum(p.ids.size for p in passes)
         counts.forwards += 1
         counts.tokens += tokens
         counts.padding += max(p.ids.size for p in passes) * len(passes) - tokens
 
-    # --- who is served, and together with whom ---
+    # --- which rows run, and which of them together ---
 
     def _forwards(self) -> list[tuple[int, int]]:
         """The step's forwards, each as a range of rows."""
         if len(self._slots) == 1 and self._slots[0].pass_ is not None:
             return [(0, 1)]
-        served = self._served()
+        rows = self._scheduled_rows()
         ranges: list[tuple[int, int]] = []
         first = 0
-        while first < len(served):
+        while first < len(rows):
             end = first + 1
-            while end < len(served) and served[end] == served[end - 1] + 1:
+            while end < len(rows) and rows[end] == rows[end - 1] + 1:
                 end += 1
-            sizes = tuple(self._size(row) for row in served[first:end])
+            sizes = tuple(self._size(row) for row in rows[first:end])
             cuts = [end - first] if self._cost is None or len(sizes) == 1 else split(sizes, self._cost())
             start = 0
             for cut in cuts:
-                ranges.append((served[first] + start, served[first] + cut))
+                ranges.append((rows[first] + start, rows[first] + cut))
                 start = cut
             first = end
         return ranges
 
-    def _served(self) -> list[int]:
+    def _scheduled_rows(self) -> list[int]:
         """The rows of this step: all that decode, and in order of arrival as many prefills as fit in the budget."""
         slots = self._slots
-        served = [row for row, slot in enumerate(slots) if slot.pass_ is not None and slot.pass_.kind != "prefill"]
-        room, ahead = self._prefill_tokens, list[_Slot]()
-        rest = sorted(set(range(len(slots))) - set(served), key=lambda row: slots[row].arrival)
+        rows = [row for row, slot in enumerate(slots) if slot.pass_ is not None and slot.pass_.kind != "prefill"]
+        room = self._prefill_tokens
+        ahead = list[_Slot]()
+        rest = sorted(set(range(len(slots))) - set(rows), key=lambda row: slots[row].arrival)
         for row in rest:
             slot = slots[row]
             if slot.pass_ is None and not self._begin(slot, row, ahead):
@@ -211,11 +211,11 @@ class Batch:
             room -= self._size(row)
             if room < 0 and len(ahead) > 1:
                 break
-            served.append(row)
-        return sorted(served)
+            rows.append(row)
+        return sorted(rows)
 
     def _begin(self, slot: _Slot, row: int, ahead: list[_Slot]) -> bool:
-        """Start a lane's loop behind what can be copied; False if a row ahead is about to have more of its prompt."""
+        """Start a slot's loop after what can be copied; False if a row ahead is about to have more of its prompt."""
         sequence = slot.sequence
         if self.prefixes is not None:
             most = len(sequence.prompt) - 1  # the last token is always forwarded: its prediction is the seed
@@ -231,7 +231,7 @@ class Batch:
                 sequence.length = sequence.reused = slot.reach = shared
                 self.counts.reused += shared
         slot.loop = LOOPS[sequence.settings.mode](sequence)
-        slot.pass_ = sequence.selector.ask(next(slot.loop))
+        slot.pass_ = sequence.selector.with_sampling(next(slot.loop))
         return True
 
     def _size(self, row: int) -> int:
@@ -243,7 +243,8 @@ class Batch:
 
     def _leave(self, row: int) -> None:
         """Free a row and keep the others dense and in order."""
-        leaving, slots = self._slots[row], self._slots
+        slots = self._slots
+        leaving = slots[row]
         self.reach = max(self.reach, leaving.reach)
         ids = _held(leaving.sequence)
         if self.prefixes is not None and (target := self.prefixes.keep(ids)) is not None:

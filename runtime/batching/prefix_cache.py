@@ -1,9 +1,7 @@
 """Which cache rows already hold the beginning of a new prompt.
 
-In: the ids of finished requests whose K/V were kept. Out: the row to copy from and how many slots, and the row in which
-to keep another. Memory is bounded by the number of kept rows, which are rows of the same cache. The surprising fact:
-K/V of a causal prefix do not depend on what follows, so a copy is exactly what a prefill would write, whichever mode
-wrote it.
+K/V of a causal prefix do not depend on what follows, so a copy is what a prefill would write, whichever mode wrote it.
+Memory is bounded by the number of kept rows, which are rows of the same cache.
 """
 
 from __future__ import annotations

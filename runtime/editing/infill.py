@@ -1,10 +1,9 @@
-"""Filling in: holes of a text are decoded with what stands before and behind them.
+"""Filling in: holes of a text are decoded with what stands before and after them.
 
-In: an engine and a template, text and holes in turn. Out: `Filled`, the text with its holes filled. Two methods share a
-causal prefix. `block` puts the hole's masks and the text behind it into one bidirectional block, the layout the model
-was trained with. `search` grows the likeliest fillings token by token and takes the one that, with the text behind it,
-is likeliest as a whole. The surprising fact: all fillings of a search lie side by side in one row, since a query can
-see the prefix and one span of its own.
+Two methods share a causal prefix. `block` puts the hole's masks and the text after it into one bidirectional block, the
+layout the model was trained with. `search` grows the likeliest fillings token by token and takes the one that, with the
+text after it, is likeliest as a whole; all its fillings lie side by side in one row, since a query can see the prefix
+and one span of its own.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from ...errors import RequestError
 from ..engines.engine import Pass, PassKind, causal
 from ..loading import LoadedEngine
-from ..requests.options import Options
+from ..requests.options import THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
+from ..sampling.softmax import log_softmax
 from ..text.checks import check_text
 from .row import Row
 
@@ -89,7 +89,7 @@ def fill(
         method: `search` or `block`.
         width: fillings that `search` keeps.
         threshold: confidence at which `block` commits a mask.
-        block_length: tokens of hole and text behind it in a block; default the engine's.
+        block_length: tokens of hole and text after it in a block; default the engine's.
 
     Returns:
         The text given, unchanged, with the fillings in it.
@@ -97,15 +97,15 @@ def fill(
     Raises:
         RequestError: an argument is out of range or the text does not fit.
     """
-    started, limit = time.perf_counter(), engine.info.build.max_seq_len
+    started = time.perf_counter()
+    limit = engine.info.build.max_seq_len
     parts = _parts(engine, template, method)
     window = engine.info.build.block_length if block_length is None else block_length
     if not 1 <= width <= MAX_BLOCK:
         raise RequestError(f"width is {width}, allowed: 1 to {MAX_BLOCK}")
     if not 1 <= window <= MAX_BLOCK:
         raise RequestError(f"block_length is {window}, allowed: 1 to {MAX_BLOCK}")
-    if not threshold >= 0:
-        raise RequestError(f"threshold is {threshold}, allowed: 0 or more (over 1 commits one token per pass)")
+    THRESHOLD.check("threshold", threshold)
     context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
     need = len(context) + sum(len(p) if isinstance(p, list) else p or LONGEST_FREE for p in parts)
     if need > limit:
@@ -115,26 +115,26 @@ def fill(
         )
     if not context and not (isinstance(parts[0], list) and parts[0]):
         raise RequestError("nothing stands before the first hole in the template; give a prefix or a prompt")
-    found: list[list[int]] = []
+    fillings: list[list[int]] = []
     with Row(engine.backend, context) as row:
         for part, after in zip(parts, [*parts[1:], []], strict=True):
             if isinstance(part, list):
                 row.tokens += part
                 continue
-            behind = after if isinstance(after, list) else []
+            suffix = after if isinstance(after, list) else []
             row.commit(len(row.tokens))
             if method == "block":
                 size = part or 0
-                filling = row.denoise([row.mask_id] * size + behind[: max(0, window - size)], threshold)[:size]
+                filling = row.denoise([row.mask_id] * size + suffix[: max(0, window - size)], threshold)[:size]
             else:
-                filling = _search(row, part, behind, width, engine.info.model.eos_ids)
+                filling = _search(row, part, suffix, width, engine.info.model.eos_ids)
             row.tokens += filling
-            found.append(filling)
+            fillings.append(filling)
         nfe = row.nfe
-    texts = [engine.text.decode(filling) for filling in found]
+    texts = [engine.text.decode(filling) for filling in fillings]
     turns = iter(texts)
     text = "".join(part if isinstance(part, str) else next(turns) for part in template)
-    return Filled(text, texts, found, method, nfe, (time.perf_counter() - started) * 1e3)
+    return Filled(text, texts, fillings, method, nfe, (time.perf_counter() - started) * 1e3)
 
 
 def parse_template(text: str) -> Template:
@@ -171,7 +171,7 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
     for one, after in zip(parts, [*parts[1:], []], strict=True):
         if one is None and (method == "block" or not isinstance(after, list) or not after):
             raise RequestError(
-                "a hole without --length needs --method search and text behind it; give the hole's length in tokens"
+                "a hole without --length needs --method search and text after it; give the hole's length in tokens"
             )
     if all(isinstance(one, list) for one in parts):
         raise RequestError("the template has no hole; give one as its length in tokens, or None")
@@ -186,17 +186,19 @@ class _Chain:
     score: float
 
 
-def _search(row: Row, size: int | None, behind: list[int], width: int, eos_ids: Sequence[int]) -> list[int]:
+def _search(row: Row, size: int | None, suffix: list[int], width: int, eos_ids: Sequence[int]) -> list[int]:
     """The likeliest filling of `size` tokens, or of 1 to LONGEST_FREE, among those that a beam of `width` meets."""
-    chains, best, best_total = [_Chain([], 0.0)], _Chain([], 0.0), -np.inf
+    chains = [_Chain([], 0.0)]
+    best = chains[0]
+    best_total = -np.inf
     for length in range(1, (size or LONGEST_FREE) + 1):
         chains = _grow(row, chains, min(width, PREFILL_CHUNK // (length + 1)), [row.mask_id, *eos_ids])
         if size not in (None, length):
             continue
         for chain in chains:
-            if chain.score <= best_total:  # what stands behind can only lower it
+            if chain.score <= best_total:  # what comes after can only lower it
                 break
-            total = chain.score + _score(row, chain.tokens, behind)
+            total = chain.score + _score(row, chain.tokens, suffix)
             if total > best_total:
                 best, best_total = chain, total
     return best.tokens
@@ -204,7 +206,9 @@ def _search(row: Row, size: int | None, behind: list[int], width: int, eos_ids: 
 
 def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[_Chain]:
     """The `width` likeliest chains of one more token, the likeliest first."""
-    start, head, size = row.length - 1, row.tokens[-1], len(chains[0].tokens) + 1
+    start = row.length - 1
+    head = row.tokens[-1]
+    size = len(chains[0].tokens) + 1
     ids = np.array([[head, *chain.tokens] for chain in chains], np.int32)  # (K, S)
     begin = start + size * np.arange(len(chains))[:, None]
     step = np.arange(size)
@@ -219,7 +223,7 @@ def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[
         logits=True,
     )
     grown: list[_Chain] = []
-    for chain, scores in zip(chains, _log_softmax(row.ask(pass_).logits), strict=True):
+    for chain, scores in zip(chains, _log_probabilities(row, pass_), strict=True):
         scores[never] = -np.inf
         grown += [
             _Chain([*chain.tokens, int(token)], chain.score + float(scores[token]))
@@ -229,19 +233,18 @@ def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[
     return sorted(grown, key=lambda chain: -chain.score)[:width]
 
 
-def _score(row: Row, filling: list[int], behind: list[int]) -> float:
-    """Log-probability of the text behind a filling, of at most what one pass holds."""
-    behind = behind[: PREFILL_CHUNK - len(filling)]
-    if not behind:
+def _score(row: Row, filling: list[int], suffix: list[int]) -> float:
+    """Log-probability of the text after a filling, of at most what one pass holds."""
+    suffix = suffix[: PREFILL_CHUNK - len(filling)]
+    if not suffix:
         return 0.0
-    pass_ = causal("verify", [row.tokens[-1], *filling, *behind[:-1]], row.length - 1, logits=True)
-    rows = np.arange(len(filling), len(filling) + len(behind), dtype=np.int32)
-    scores = _log_softmax(row.ask(pass_._replace(predicted=rows)).logits)
-    return float(scores[np.arange(len(behind)), behind].sum())
+    pass_ = causal("verify", [row.tokens[-1], *filling, *suffix[:-1]], row.length - 1, logits=True)
+    predicted = np.arange(len(filling), len(filling) + len(suffix), dtype=np.int32)
+    scores = _log_probabilities(row, pass_._replace(predicted=predicted))
+    return float(scores[np.arange(len(suffix)), suffix].sum())
 
 
-def _log_softmax(logits: np.ndarray | None) -> np.ndarray:  # (R, V) f32 -> (R, V) f32
+def _log_probabilities(row: Row, pass_: Pass) -> np.ndarray:  # (R, V) f32
+    logits = row.run(pass_).logits
     assert logits is not None
-    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
+    return log_softmax(logits)

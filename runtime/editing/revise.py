@@ -1,9 +1,8 @@
-"""Revising: what the model would have said otherwise is masked and decoded again.
+"""Revising: what the model would have written otherwise is masked and decoded again.
 
-In: an engine and a text, perhaps the prompt that it answers. Out: `Revised`. Block by block a causal pass gives every
-token's probability; the improbable ones become masks, which bidirectional passes fill in between the tokens that are
-kept, and the block is looked at again. The surprising fact: a token after a mistake looks improbable too, so one look
-masks too much, and the second look at a block is what lets right tokens stand.
+Block by block a causal pass gives every token's probability; the improbable ones become masks, which bidirectional
+passes fill in between the tokens that are kept. A token after a mistake looks improbable too, so one look masks too
+much, and the second look at a block is what lets right tokens stand.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 
-import numpy as np
-
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
 from ..engines.engine import PassKind, causal
 from ..loading import LoadedEngine
-from ..requests.options import Options
+from ..requests.options import THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
+from ..sampling.softmax import probability
 from ..text.checks import check_text
 from .row import Row
 
@@ -58,7 +56,8 @@ def revise(
     Raises:
         RequestError: an argument is out of range or the text does not fit.
     """
-    started, limit = time.perf_counter(), engine.info.build.max_seq_len
+    started = time.perf_counter()
+    limit = engine.info.build.max_seq_len
     check_text(text, "text")
     given = engine.text.encode_plain(text)
     window = engine.info.build.block_length if block_length is None else block_length
@@ -67,8 +66,7 @@ def revise(
             raise RequestError(f"{name} is {value}, allowed: 1 to {high}")
     if not 0 <= keep <= 1:
         raise RequestError(f"keep is {keep}, allowed: 0 to 1; a token of that probability or more is kept")
-    if not threshold >= 0:
-        raise RequestError(f"threshold is {threshold}, allowed: 0 or more (over 1 commits one token per pass)")
+    THRESHOLD.check("threshold", threshold)
     if not given:
         raise RequestError("--text is empty; give some text to revise")
     context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
@@ -92,10 +90,9 @@ def _block(row: Row, block: list[int], keep: float, rounds: int, threshold: floa
     row.commit(len(row.tokens))
     for _ in range(rounds):
         pass_ = causal("verify", [row.tokens[-1], *block[:-1]], row.length - 1, predict_all=True, logits=True)
-        logits = row.ask(pass_).logits  # (S, V) f32
+        logits = row.run(pass_).logits  # (S, V) f32
         assert logits is not None
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        own = weights[np.arange(len(block)), block] / weights.sum(axis=1)
+        own = probability(logits, block)
         if (own >= keep).all():
             break
         masked = [token if sure else row.mask_id for token, sure in zip(block, own >= keep, strict=True)]

@@ -1,8 +1,4 @@
-"""One cache row driven by hand: for what is not a continuation, so for filling in and revising.
-
-In: a backend and the tokens that stand first. Out: predictions of passes, counted by kind. The surprising fact: a row
-needs no undo; what lies past `length` is scratch, and committing simply writes over it.
-"""
+"""One cache row driven by hand, for what is not a continuation: filling in and revising."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ class Row:
     """A row whose first `length` tokens have their K/V in the cache; a context manager, which gives the cache back."""
 
     def __init__(self, engine: Engine, tokens: list[int]) -> None:
-        self.tokens, self.length = list(tokens), 0
+        self.tokens = list(tokens)
+        self.length = 0  # tokens whose K/V are in the cache; the slots after them are scratch
         self.mask_id = engine.info.model.mask_id
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self._cache = engine.open(1)
@@ -28,7 +25,7 @@ class Row:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._cache.close()
 
-    def ask(self, pass_: Pass) -> Prediction:
+    def run(self, pass_: Pass) -> Prediction:
         """Run one pass. The prediction's arrays are overwritten by the next one."""
         self.nfe[pass_.kind] += 1
         return self._cache.forward([pass_])[0]
@@ -37,13 +34,13 @@ class Row:
         """Write the K/V of the tokens before `end`, causally."""
         while self.length < end:
             part = self.tokens[self.length : min(end, self.length + PREFILL_CHUNK)]
-            self.ask(causal("prefill", part, self.length))
+            self.run(causal("prefill", part, self.length))
             self.length += len(part)
 
     def denoise(self, block: list[int], threshold: float) -> list[int]:
         """The block at `length` with its masks filled in, by bidirectional passes and the commit rule."""
         while left := block.count(self.mask_id):
-            block = self.ask(bidirectional("denoise", block, self.length, threshold)).next_ids.tolist()
+            block = self.run(bidirectional("denoise", block, self.length, threshold)).next_ids.tolist()
             if block.count(self.mask_id) >= left:
                 raise EngineError("the engine committed no token in a pass, so its numbers are broken; build it in f32")
         return block

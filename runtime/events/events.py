@@ -1,9 +1,6 @@
-"""What happens to a request, as one typed stream that displays, traces, servers and pages read.
+"""What happens to a request, as plain values that displays, traces, servers and pages read.
 
-In: after each pass of a request, the pass and its prediction. Out: `Started`, `BlockStarted` and `Step` if somebody
-wants to know of every pass, with `Pieces` before ids that are new, `Text` as it becomes final, `Finished`. Events are
-plain values: nothing in them changes later, and `as_dict` makes each one JSON. The surprising fact: a pass is described
-completely by what went in and what came out, so the modes themselves know nothing of events.
+Nothing in an event changes later, and `as_dict` makes each one JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ class Started:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """What ids stand for, told once, before the first `Step` that has them; ids of the prompt after `Started`.
+    """What ids stand for, sent once, before the first `Step` that has them; ids of the prompt after `Started`.
 
     text: whole characters. bytes: the others, a part of a character, as hexadecimal digits. special: tokens that are no
     text, by name.
@@ -76,9 +73,9 @@ class Step:
 
     start: the position of its first token. before, after: the ids that went in, and per predicted position the id that
     came out; in a denoise or draft pass these are the block before and after. confidence: of each prediction.
-    committed: what the pass decided, in a draft pass as proposals, in a commit pass with masks behind it those of the
+    committed: what the pass decided, in a draft pass as proposals, in a commit pass with masks after it those of the
     next block too. emitted: tokens of the answer by now. kept: of a verify, how many proposals it kept, and refused:
-    the others, but for those behind the end of the answer. proposed: the next draft, if the pass made one beside what
+    the others, but for those after the end of the answer. proposed: the next draft, if the pass made one beside what
     else it did. seconds and rows: of the forward that the pass shared with other rows.
     """
 
@@ -136,10 +133,10 @@ _NAMES: dict[type[Event], str] = {
 
 def as_dict(event: Event) -> dict[str, Any]:
     """An event as one JSON object; `event` is its kind."""
-    found = dataclasses.asdict(event)
+    values = dataclasses.asdict(event)
     if isinstance(event, Finished):
-        found["generation"] = event.generation.as_dict()
-    return {"event": _NAMES[type(event)], **found}
+        values["generation"] = event.generation.as_dict()
+    return {"event": _NAMES[type(event)], **values}
 
 
 def answers(events: Iterable[Event]) -> Iterator[Generation]:

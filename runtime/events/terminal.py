@@ -1,7 +1,7 @@
-"""The block filling in, as lines for a terminal.
+"""The block filling in, as lines for a terminal: one line per pass.
 
-In: `Step` events. Out: one line per pass: tokens decided in this pass are coloured by confidence, masks are shaded, and
-after a verify the drafts it kept and refused can be told apart without colour too.
+Tokens decided in a pass are coloured by confidence, masks are shaded, and after a verify the drafts it kept and refused
+can be told apart without colour too.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ def _filling(engine: LoadedEngine, step: Step) -> str:
 
 
 def _causal(engine: LoadedEngine, step: Step) -> str:
-    """How many tokens went in and the one that came out; behind a commit perhaps the next block as it begins."""
+    """How many tokens went in and the one that came out; after a commit perhaps the next block as it begins."""
     given = sum(token != engine.info.model.mask_id for token in step.before)
-    first, behind = step.start + given, len(step.before) - given if step.kind == "commit" else 0
+    first = step.start + given
+    masks = len(step.before) - given if step.kind == "commit" else 0
     shown = {first: _shown(engine, step.after[0])} | {c.position: _shown(engine, c.token) for c in step.committed}
-    return f"{given} tokens -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, behind)))!r}"
+    return f"{given} tokens -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, masks)))!r}"
 
 
 def _verdict(engine: LoadedEngine, step: Step) -> str:
@@ -51,7 +52,7 @@ def _verdict(engine: LoadedEngine, step: Step) -> str:
     kept = step.kept or 0
     parts = [_shown(engine, step.before[0])]
     parts += [click.style(_shown(engine, token), fg="green") for token in step.before[1 : kept + 1]]
-    if kept == len(step.committed):  # the answer ends here; what follows was never asked
+    if kept == len(step.committed):  # the answer ends here; what follows was never checked
         return "".join(parts)
     parts.append(click.style(f"[{_shown(engine, step.after[kept])}]", fg="cyan", bold=True))
     refused = "".join(_shown(engine, token) for token in step.refused)

@@ -1,9 +1,7 @@
-"""Events written to a file, one per line, and read back as a summary.
+"""Events written to a file as they happen, and read back as a summary.
 
-In: a path and events. Out: with the suffix `.json` a timeline in the Trace Event Format that Perfetto and
-chrome://tracing load, with a track per request; with any other suffix JSON lines, the whole events as they are. Lines
-are written whole as things happen, so a killed run leaves a usable file. The surprising fact: the timeline format lets
-an array end without its bracket, so it too can be written line by line.
+With the suffix `.json` the file is a timeline in the Trace Event Format, a track per request; with any other suffix it
+is JSON lines, the whole events as they are. Lines are written whole, so a killed run leaves a usable file.
 """
 
 from __future__ import annotations

@@ -33,8 +33,15 @@ def prefill(sequence: Sequence) -> Generator[Pass, Prediction, Prediction]:
 
 def ar(sequence: Sequence) -> Loop:
     """One token per pass."""
-    selector = sequence.selector
     prediction = yield from prefill(sequence)
-    while not sequence.emit(token := selector.next(prediction, 0)):
-        prediction = yield causal("decode", [token], sequence.length, logits=not selector.plain)
-        sequence.length += 1
+    sequence.take(prediction, 0)
+    while not sequence.finish:
+        yield from decode_token(sequence)
+
+
+def decode_token(sequence: Sequence) -> Generator[Pass, Prediction, None]:
+    """One pass over the last emitted token, which emits the next."""
+    logits = not sequence.selector.plain
+    prediction = yield causal("decode", sequence.tokens[-1:], sequence.length, logits=logits)
+    sequence.length += 1
+    sequence.take(prediction, 0)

@@ -1,8 +1,4 @@
-"""Block diffusion: a block of masks is denoised in parallel and committed by confidence.
-
-See docs/semantics.md. The surprising fact: the K/V of the denoise passes are useless afterwards, because bidirectional
-attention changes every layer above the first; one causal pass per block writes those that stay.
-"""
+"""Block diffusion: a block of masks is denoised in parallel and committed by confidence; see docs/semantics.md."""
 
 from __future__ import annotations
 
@@ -12,48 +8,56 @@ import numpy as np
 
 from ...errors import EngineError
 from ..engines.engine import Pass, PassKind, Prediction, bidirectional, causal, with_masks
+from ..requests.outcome import Commit
 from ..requests.sequence import Sequence
 from ..sampling.softmax import entropies, probability
 from .ar import Loop, prefill
 
 
 def diffusion(sequence: Sequence) -> Loop:
-    """Decode block by block; emits the decided start of the block after each pass."""
+    """Decode block by block; emits the decided start of the block after each pass.
+
+    K/V of the denoise passes are useless afterwards, since bidirectional attention changes every layer above the first;
+    one causal pass per block writes those that stay.
+    """
     settings, selector, mask = sequence.settings, sequence.selector, sequence.model.mask_id
     size = settings.block_length
     prediction = yield from prefill(sequence)
-    early = False  # whether the last pass was the first denoise of the block that begins, too
-    while not sequence.emit(_seed(sequence, prediction)):
+    merged = False  # whether the last pass has begun to denoise this block too
+    while not _emit_seed(sequence, prediction):
         block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
         end = settings.end_think
         held = block.index(end) if end in block[1:] else size  # where thinking must end
         sequence.confidences += [None] * (size - 1)
         passes, decided = 0, 1
-        if early and mask in block:
-            block, passes = _fill(sequence, block, prediction, 1, 0), 1
+        if merged and mask in block:
+            sequence.outcome.block = (sequence.length, size)
+            block = _fill(sequence, block, prediction, first=1, passes=0)
+            passes = 1
         while True:
             if held < size and end in block[:held]:  # the model has ended it earlier
-                block[held], held = mask, size
+                block[held] = mask
+                held = size
             before, decided = decided, block.index(mask) if mask in block else size
             sequence.emit_all(block[before:decided])
             if sequence.finish:
                 return
             if decided == size:
                 break
-            block, passes = (yield from denoise(sequence, "denoise", block, passes)), passes + 1
-        pass_ = causal("commit", block, sequence.length, logits=sequence.needs_logits)
-        early = settings.merge_commit
-        prediction = yield with_masks(pass_, size, mask) if early else pass_
-        prediction.next_ids[1:] = mask  # of the next block nothing is decided before its first token is
+            block = yield from denoise(sequence, "denoise", block, begins=passes == 0, passes=passes)
+            passes += 1
+        commit = causal("commit", block, sequence.length, logits=sequence.needs_logits)
+        merged = settings.merge_commit
+        prediction = yield with_masks(commit, size, mask) if merged else commit
         sequence.length += size
 
 
 def denoise(
-    sequence: Sequence, kind: PassKind, block: list[int], passes: int = 0
+    sequence: Sequence, kind: PassKind, block: list[int], *, begins: bool, passes: int = 0
 ) -> Generator[Pass, Prediction, list[int]]:
     """One bidirectional pass over a block with masks; returns the block after the commit rule and the EOS rule.
 
-    `passes` is how many this block has had before.
+    `begins`: whether it is the block's first pass. `passes`: how many it has had, where the commit rule counts them.
     """
     settings, mask = sequence.settings, sequence.model.mask_id
     prediction = yield bidirectional(
@@ -64,55 +68,65 @@ def denoise(
         adapter=kind == "draft",
         logits=sequence.needs_logits,
     )
+    outcome = sequence.outcome
+    if begins:
+        outcome.block = (sequence.length, len(block))
     if not (sequence.selector.plain and settings.policy.by_engine):
-        return _fill(sequence, block, prediction, 0, passes)
+        return _fill(sequence, block, prediction, first=0, passes=passes)
     after: list[int] = prediction.next_ids.tolist()
     if after.count(mask) >= block.count(mask):
         raise EngineError("the engine committed no token in a pass, so its numbers are broken; build it again in f32")
-    return _decided(sequence, block, after, prediction, 0)
+    return _commit(sequence, block, after, prediction.confidence, first=0)
 
 
-def _fill(sequence: Sequence, block: list[int], prediction: Prediction, row: int, passes: int) -> list[int]:
-    """The block after the commit rule and the EOS rule, chosen here and written over the engine's.
+def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first: int, passes: int) -> list[int]:
+    """The block after the commit rule and the EOS rule, where the host chooses instead of the engine.
 
-    `row` is where the block's first prediction is.
+    `first` is the index of the prediction for the block's first token.
     """
     selector, policy, mask = sequence.selector, sequence.settings.policy, sequence.model.mask_id
     masked = [i for i, token in enumerate(block) if token == mask]
-    rows = np.array(masked) + row
+    rows = np.array(masked) + first
+    confidence = prediction.confidence
     if prediction.logits is None or selector.plain:
         tokens: list[int] = prediction.token[rows].tolist()
     else:
         known = len(sequence.prompt) + len(sequence.tokens) - sequence.length  # of the block, emitted already
-        found = selector.propose(prediction, block[known:], range(row + known, row + len(block)))
-        tokens = [found[i - known] for i in masked]
+        chosen = selector.propose(prediction, block[known:], range(first + known, first + len(block)))
+        tokens = [chosen[i - known] for i in masked]
         if not policy.everything or sequence.settings.confidences:
-            prediction.confidence[rows] = probability(prediction.logits[rows], tokens, mask)
+            confidence = confidence.copy()
+            confidence[rows] = probability(prediction.logits[rows], tokens, mask)
+            sequence.outcome.confidence = confidence
     entropy = entropies(prediction.logits[rows], mask) if policy.by_entropy and prediction.logits is not None else None
     after = list(block)
-    for i in policy.commits(prediction.confidence[rows], entropy, passes):
+    for i in policy.commits(confidence[rows], entropy, passes):
         after[masked[i]] = tokens[i]
-    prediction.next_ids[rows] = [after[i] for i in masked]
-    return _decided(sequence, block, after, prediction, row)
+    return _commit(sequence, block, after, confidence, first=first)
 
 
-def _decided(sequence: Sequence, block: list[int], after: list[int], prediction: Prediction, row: int) -> list[int]:
-    """Note the confidences of what has been committed, if they are wanted, and close the block after an EOS."""
-    if sequence.settings.confidences:
-        first = sequence.length - len(sequence.prompt)
-        for i, (old, new) in enumerate(zip(block, after, strict=True)):
-            if old != new:
-                sequence.confidences[first + i] = float(prediction.confidence[row + i])
+def _commit(sequence: Sequence, block: list[int], after: list[int], confidence: np.ndarray, *, first: int) -> list[int]:
+    """Record what the pass has committed; returns the block closed after an EOS."""
+    outcome, answer_start = sequence.outcome, sequence.length - len(sequence.prompt)
+    outcome.block_after = after
+    for i, (old, new) in enumerate(zip(block, after, strict=True)):
+        if old == new:
+            continue
+        outcome.filled.append(Commit(sequence.length + i, new, first + i))
+        if sequence.settings.confidences:
+            sequence.confidences[answer_start + i] = float(confidence[first + i])
     return sequence.close_after_eos(after)
 
 
-def _seed(sequence: Sequence, prediction: Prediction) -> int:
-    """The causal model's token that begins a block."""
-    selector = sequence.selector
-    forced = selector.forced() is not None
-    token = selector.next(prediction, 0)
+def _emit_seed(sequence: Sequence, prediction: Prediction) -> bool:
+    """Emit the causal model's token that begins a block; returns whether the request has finished."""
+    forced = sequence.selector.forced() is not None
+    token = sequence.take(prediction, 0)
     if sequence.settings.confidences:
-        if prediction.logits is not None:
-            prediction.confidence[0] = probability(prediction.logits[:1], [token], sequence.model.mask_id)[0]
-        sequence.confidences.append(None if forced else float(prediction.confidence[0]))
-    return token
+        if forced:
+            sequence.confidences.append(None)
+        elif prediction.logits is None:
+            sequence.confidences.append(float(prediction.confidence[0]))
+        else:
+            sequence.confidences.append(float(probability(prediction.logits[:1], [token], sequence.model.mask_id)[0]))
+    return sequence.finish is not None

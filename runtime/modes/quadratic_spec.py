@@ -1,9 +1,8 @@
 """Quadratic self-speculation: one pass verifies a draft and makes the next one for every way the verdict may fall.
 
-See docs/semantics.md. The pass holds the draft's tokens, the heads, as a causal chain, and after them a group of masks
-for each number of heads that may be accepted; the group of the number that was accepted is the next draft. The
-surprising fact: heads come first and groups after them, so what is kept lies contiguous in the cache and nothing is
-moved, and a group left out to save work costs a short next pass and never a wrong token.
+A pass holds the draft's tokens, the heads, as a causal chain, and after them a group of masks for each number of heads
+that may be accepted; the group of the number that was accepted is the next draft. Heads come first, so what is kept
+lies contiguous in the cache and nothing is moved. See docs/semantics.md.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import numpy as np
 from ...contract import PREFILL_CHUNK
 from ..engines.engine import Pass, Prediction, causal, every_token, with_masks
 from ..planning.cost import CostCurve
+from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
 from ..sampling.softmax import probability
 from .ar import Loop, prompt_parts
@@ -25,34 +25,29 @@ from .ar import Loop, prompt_parts
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """Proposed tokens after the seed, up to the first EOS, and the probability the draft gave each."""
-
-    tokens: list[int]
-    confidence: list[float]
-
-
 def quadratic_spec(sequence: Sequence) -> Loop:
     """Decode with one pass per cycle; the output is AR's, token for token."""
     sequence.plan()
-    prediction, size = yield from prefill_and_draft(sequence)
-    if sequence.emit(sequence.selector.next(prediction, 0)):
+    prediction, group = yield from prefill_and_draft(sequence)
+    sequence.take(prediction, 0)
+    if sequence.finish:
         return
-    draft = proposals(sequence, prediction, 1, size)
+    draft = propose(sequence, prediction, 1, group)
     while not sequence.finish:
         sequence.plan()
         draft = yield from verify_and_draft(sequence, draft)
 
 
 def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Prediction, Draft]:
-    """One pass over a draft, which may be empty; returns the next draft."""
+    """One pass over a draft, which may be empty; returns the next draft.
+
+    A group that is left out to save work costs a short next pass and never a wrong token.
+    """
     layout = _plan(sequence, draft)
     heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
-    prediction = yield layout.ask(sequence, heads)
-    sequence.proposed = []
+    prediction = yield layout.make_pass(sequence, heads)
     accepted = sequence.verify(prediction, heads[1:])
-    return Draft([], []) if sequence.finish else layout.draft(sequence, prediction, accepted)
+    return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +57,17 @@ class _Layout:
     heads: int
     groups: dict[int, int]
 
-    def ask(self, sequence: Sequence, heads: list[int]) -> Pass:
+    @property
+    def tokens(self) -> int:
+        return self.heads + sum(self.groups.values())
+
+    def make_pass(self, sequence: Sequence, heads: list[int]) -> Pass:
         """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
         start, count = sequence.length, self.tokens
         ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
-        pos, visible = np.empty(count, np.int32), np.zeros((count, 3), np.int32)
+        pos = np.empty(count, np.int32)
         pos[: self.heads] = np.arange(start, start + self.heads)
+        visible = np.zeros((count, 3), np.int32)
         visible[: self.heads, 0] = pos[: self.heads] + 1
         at = self.heads
         for accepted, size in self.groups.items():
@@ -78,36 +78,37 @@ class _Layout:
         logits = not sequence.selector.plain
         return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter, logits=logits)
 
-    def draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
+    def next_draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
         """What the group of `accepted` proposes; nothing if that group was left out."""
         at = self.heads
         for number, size in self.groups.items():
             if number == accepted:
-                return proposals(sequence, prediction, at, size)
+                return propose(sequence, prediction, at, size)
             at += size
         return Draft([], [])
 
-    @property
-    def tokens(self) -> int:
-        return self.heads + sum(self.groups.values())
-
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
-    """Write the prompt's K/V; the last part carries masks behind it, whose predictions are the first draft.
+    """Write the prompt's K/V; the last part carries masks after it, whose predictions are the first draft.
 
-    Returned are the last prediction and the number of masks.
+    Returns the last prediction and the number of masks.
     """
-    size = _group_size(sequence, 0)
+    group = _group_size(sequence, 0)
     for part, start in prompt_parts(sequence):
         last = start + len(part) == len(sequence.prompt)
         pass_ = causal("prefill", part, start, logits=last and not sequence.selector.plain)
-        prediction = yield with_masks(pass_, size, sequence.model.mask_id, adapter=True) if last and size else pass_
+        if last and group:
+            pass_ = with_masks(pass_, group, sequence.model.mask_id, adapter=True)
+        prediction = yield pass_
         sequence.length += len(part)
-    return prediction, size
+    return prediction, group
 
 
-def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
-    """The masks' predictions from the second on (the first position is the causal model's), cut at an EOS."""
+def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> Draft:
+    """The draft of a group of `size` masks whose predictions begin at index `at`, cut at an EOS.
+
+    The group's first position is the causal model's to decide, so the draft begins with the second.
+    """
     selector, rows = sequence.selector, range(at + 1, at + size)
     if prediction.logits is None or selector.plain:
         tokens = selector.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
@@ -119,7 +120,7 @@ def proposals(sequence: Sequence, prediction: Prediction, at: int, size: int) ->
     if prediction.logits is not None and not selector.plain and sequence.cost is not None and tokens:
         confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
     draft = Draft(tokens, confidence.tolist())
-    sequence.proposed = list(zip(draft.tokens, draft.confidence, strict=True))
+    sequence.outcome.draft = draft
     return draft
 
 
@@ -132,7 +133,8 @@ def _group_size(sequence: Sequence, emitted: int) -> int:
 def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     """All heads and groups, or those that promise the most tokens per second."""
     most = min(1 + len(draft.tokens), sequence.remaining)
-    sizes = {j: size for j in range(1, most + 1) if (size := _group_size(sequence, j))}
+    sizes = {accepted: _group_size(sequence, accepted) for accepted in range(1, most + 1)}
+    sizes = {accepted: size for accepted, size in sizes.items() if size}
     if sequence.cost is None:
         return _Layout(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, lambda a, b: a * b)][:most]

@@ -1,8 +1,7 @@
 """What a pass costs on this machine, by its number of tokens.
 
-In: a loaded backend. Out: `CostCurve`, seconds of a forward as a function of S, measured once per process at the first
-request that needs it. The surprising fact: the shape differs by machine and decides what speculation is worth. On a CPU
-32 tokens cost three to four times as much as one, on a GPU about the same.
+The curve's shape decides what speculation is worth: on a CPU 32 tokens cost three to four times as much as one
+(benchmarks/results/speed.json), on a GPU about the same.
 """
 
 from __future__ import annotations
@@ -71,11 +70,12 @@ def split(sizes: tuple[int, ...], cost: CostCurve) -> list[int]:
     """
     best: list[tuple[float, list[int]]] = [(0.0, [])]
     for end in range(1, len(sizes) + 1):
-        widest, found = 0, (float("inf"), list[int]())
+        widest = 0
+        cheapest: tuple[float, list[int]] = (float("inf"), [])
         for start in range(end - 1, -1, -1):
             widest = max(widest, sizes[start])
             spent = best[start][0] + cost.seconds(widest * (end - start))
-            if spent < found[0]:
-                found = (spent, [*best[start][1], end])
-        best.append(found)
+            if spent < cheapest[0]:
+                cheapest = (spent, [*best[start][1], end])
+        best.append(cheapest)
     return best[-1][1]

@@ -32,7 +32,7 @@ class Generation:
 
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
-    unless asked for.
+    unless requested.
     """
 
     text: str
@@ -53,9 +53,12 @@ class Generation:
     confidences: list[float | None] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As one JSON object; what was not asked for is left out."""
-        unasked = [name for name in ("logprobs", "confidences") if getattr(self, name) is None]
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unasked}
+        """As one JSON object; what was not requested is left out."""
+        values = dataclasses.asdict(self)
+        for name in ("logprobs", "confidences"):
+            if values[name] is None:
+                del values[name]
+        return values
 
 
 def tokens_per_pass(emitted: int, nfe: Mapping[PassKind, int]) -> tuple[float | None, float | None]:
@@ -65,7 +68,7 @@ def tokens_per_pass(emitted: int, nfe: Mapping[PassKind, int]) -> tuple[float | 
     return emitted / decoding if decoding else None, emitted / passes if passes else None
 
 
-def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
+def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
     """The finished request with its figures."""
     assert sequence.finish is not None
     decode_tpf, e2e_tpf = tokens_per_pass(len(sequence.tokens), sequence.nfe)
@@ -78,7 +81,7 @@ def result(engine: LoadedEngine, sequence: Sequence) -> Generation:
         reused_tokens=sequence.reused,
         finish_reason=sequence.finish,
         mode=sequence.settings.mode,
-        block_length=sequence.settings.asked_block,
+        block_length=sequence.settings.reported_block_length,
         threshold=sequence.settings.threshold,
         nfe=sequence.nfe,
         decode_tpf=decode_tpf,

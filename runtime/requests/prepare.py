@@ -1,8 +1,7 @@
-"""One request from the outside: its prompt on the way in, its answer on the way out.
+"""Turns a prompt and options into the `Sequence` that is decoded.
 
-In: a prompt (text, messages or token ids) and `Options`. Out: `prepare` makes the `Sequence` that is decoded, `result`
-turns the finished one into a `Generation` with its counts and times. The surprising fact: everything a user can get
-wrong is refused here, before a row is taken; a request that runs can only end, be cancelled or meet a broken engine.
+Everything a user can get wrong is refused here, before a row is taken; a request that runs can only end, be cancelled
+or meet a broken engine.
 """
 
 from __future__ import annotations

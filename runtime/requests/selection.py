@@ -1,10 +1,4 @@
-"""What one request says next: its law, what it has said so far, and what it must say.
-
-In: an engine's prediction for the next position. Out: the token, by the same rule in every mode, and its logprobs if
-they are wanted. A loop chooses, emits, and the emitted token becomes part of the history; drafts walk ahead on the same
-history and back again. The surprising fact: a verify pass needs no rule of its own. It chooses at each position as AR
-would after the tokens before it, and goes on while the draft had said the same.
-"""
+"""Chooses what one request says next, from its sampling parameters, what it has emitted, and what must come next."""
 
 from __future__ import annotations
 
@@ -17,6 +11,7 @@ from ..engines.engine import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
 from ..sampling.sampler import banned, draw, penalise
+from ..sampling.softmax import log_softmax
 from .settings import Settings
 
 
@@ -32,7 +27,10 @@ class TokenLogprobs:
 
 
 class TokenSelector:
-    """Chooses the tokens of one request.
+    """Chooses the tokens of one request, by the same rule in every mode.
+
+    A loop chooses and emits, and the emitted token becomes part of the history; a draft walks ahead on the same history
+    and back again.
 
     Args:
         settings: of the request.
@@ -52,16 +50,20 @@ class TokenSelector:
         vocab: int,
         samples: bool = False,
     ) -> None:
-        self._params, self._start, self._mask_id, self._stops = settings.params, len(prompt), mask_id, stops
-        self._budget, self._end_think = settings.thinking_budget, settings.end_think
-        self._wanted_logprobs = settings.logprobs
+        self._params = settings.params
+        self._start = len(prompt)
+        self._mask_id = mask_id
+        self._stops = stops
+        self._budget = settings.thinking_budget
+        self._end_think = settings.end_think
+        self._top_logprobs = settings.logprobs
         self._noise = Noise(settings.params.seed, vocab)
         self._prompt = np.unique(np.array(prompt if settings.params.repetition_penalty != 1 else [], np.int64))
         self._biased = np.array([token for token, _ in settings.params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in settings.params.logit_bias])
-        self._said: list[int] = []
+        self._emitted: list[int] = []
         self._counts: collections.Counter[int] = collections.Counter()
-        self._thought = 0  # how many `</think>` have been said
+        self._thought = 0  # how many `</think>` have been emitted
         self._matcher: Matcher | None = settings.grammar.matcher() if settings.grammar is not None else None
         self._after_thinking = settings.thinking and self._matcher is not None
         self.logprobs: list[TokenLogprobs] = []
@@ -70,42 +72,40 @@ class TokenSelector:
         self.plain = (settings.params.greedy or drawn) and self._matcher is None and settings.logprobs is None
         self._drawn = drawn and self.plain
 
-    def ask(self, asked: Pass) -> Pass:
+    def with_sampling(self, pass_: Pass) -> Pass:
         """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
-        return asked._replace(temperature=self._params.temperature, seed=self._params.seed) if self._drawn else asked
+        return pass_._replace(temperature=self._params.temperature, seed=self._params.seed) if self._drawn else pass_
 
-    def next(self, prediction: Prediction, row: int) -> int:
-        """The token after all that has been said, from the causal prediction for it; written over the engine's."""
+    def next(self, prediction: Prediction, index: int) -> int:
+        """The token after all that has been emitted, from the causal prediction of that index."""
         if self.plain:
-            if (forced := self.forced()) is None:
-                return int(prediction.token[row])
-            prediction.token[row] = forced
-            return forced
+            forced = self.forced()
+            return int(prediction.token[index]) if forced is None else forced
         assert prediction.logits is not None
-        logits = prediction.logits[row]
-        token = prediction.token[row] = self._choose(logits)
-        if self._wanted_logprobs is not None:
-            self.logprobs.append(self._measure(logits, token, self._wanted_logprobs))
+        logits = prediction.logits[index]
+        token = self._choose(logits)
+        if self._top_logprobs is not None:
+            self.logprobs.append(self._measure(logits, token, self._top_logprobs))
         return token
 
-    def propose(self, prediction: Prediction, tokens: list[int], rows: range) -> list[int]:
+    def propose(self, prediction: Prediction, tokens: list[int], indices: range) -> list[int]:
         """A block's tokens with a choice for every mask, left to right, each after the tokens before it.
 
-        tokens: what follows the history, masks included; rows: where the prediction for each of them is.
+        tokens: what follows the history, masks included; indices: of the prediction for each of them.
         """
-        found = list[int]()
-        for token, row in zip(tokens, rows, strict=True):
+        chosen = list[int]()
+        for token, index in zip(tokens, indices, strict=True):
             if token == self._mask_id:
                 assert prediction.logits is not None
-                token = self._choose(prediction.logits[row])
-            found.append(token)
+                token = self._choose(prediction.logits[index])
+            chosen.append(token)
             self.push(token)
-        self.pop(len(found))
-        return found
+        self.pop(len(chosen))
+        return chosen
 
     def forced(self) -> int | None:
         """The id that must come next whatever the model says, if there is one."""
-        if self._budget is None or self._thought or len(self._said) < self._budget:
+        if self._budget is None or self._thought or len(self._emitted) < self._budget:
             return None
         return self._end_think
 
@@ -113,14 +113,14 @@ class TokenSelector:
         """Tokens that are to follow, with the end of thinking where the budget is used up."""
         if self._budget is None or self._thought or self._end_think is None:
             return tokens
-        at = max(0, self._budget - len(self._said))
+        at = max(0, self._budget - len(self._emitted))
         if at < len(tokens) and self._end_think not in tokens[:at]:
             tokens[at] = self._end_think
         return tokens
 
     def push(self, token: int) -> None:
         """Take a token into the history."""
-        self._said.append(token)
+        self._emitted.append(token)
         if self._params.penalised:
             self._counts[token] += 1
         if (matcher := self._guide) is not None:
@@ -130,7 +130,7 @@ class TokenSelector:
     def pop(self, count: int) -> None:
         """Take the last tokens out of the history again."""
         for _ in range(count):
-            token = self._said.pop()
+            token = self._emitted.pop()
             self._thought -= token == self._end_think
             if self._params.penalised:
                 self._counts[token] -= 1
@@ -149,7 +149,8 @@ class TokenSelector:
         forced = self.forced()
         if forced is not None:
             return forced
-        params, scores = self._params, logits.astype(np.float64)
+        params = self._params
+        scores = logits.astype(np.float64)
         if params.penalised:
             penalise(scores, params, self._prompt, self._counts)
         if params.logit_bias:
@@ -157,19 +158,16 @@ class TokenSelector:
         scores[self._mask_id] = -np.inf
         guide = self._guide
         thinking = guide is not self._matcher
-        if thinking or len(self._said) < params.min_tokens:
+        if thinking or len(self._emitted) < params.min_tokens:
             scores[list(self._stops)] = -np.inf
         if params.bad_words:
-            scores[banned(params, self._said)] = -np.inf
+            scores[banned(params, self._emitted)] = -np.inf
         if guide is not None:
             guide.restrict(scores)
-        return draw(scores, params, self._noise, self._start + len(self._said))
+        return draw(scores, params, self._noise, self._start + len(self._emitted))
 
     def _measure(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
-        scores = logits.astype(np.float64)
-        scores[self._mask_id] = -np.inf
-        best = scores.max()
-        scores -= best + np.log(np.exp(scores - best).sum())
+        scores = log_softmax(logits.astype(np.float64)[None], self._mask_id)[0]
         top = np.empty(0, np.int64)
         if count:
             lowest = np.partition(scores, -count)[-count]

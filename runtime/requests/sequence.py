@@ -1,9 +1,4 @@
-"""One request as it is decoded: its settings, what it has emitted, and what it has cost.
-
-In: prompt ids and `Settings`. Out: `Sequence`, which a loop feeds with `emit`. Emission alone decides when a request
-stops (EOS, limit, stop string), so every mode stops by the same rule. The surprising fact: `length`, the number of
-valid cache slots, is the only decoding state a row has.
-"""
+"""One request as it is decoded: its settings, what it has emitted, and what it has cost."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ from ..engines.engine import PASS_KINDS, PassKind, Prediction
 from ..planning.cost import CostCurve
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.transcript import Transcript
+from .outcome import Commit, PassOutcome
 from .selection import TokenSelector
 from .settings import Settings
 
@@ -22,7 +18,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Sequence:
-    """One request's state."""
+    """One request's state.
+
+    Emission alone decides when a request stops (EOS, limit, stop string), so every mode stops by the same rule.
+    """
 
     def __init__(
         self,
@@ -34,10 +33,13 @@ class Sequence:
         planner: DraftPlanner | None = None,
         samples: bool = False,
     ) -> None:
-        self.model, self.prompt, self.settings, self.transcript = model, prompt, settings, transcript
+        self.model = model
+        self.prompt = prompt
+        self.settings = settings
+        self.transcript = transcript
         self.cost = cost  # None: a loop that could save work by it does not
-        self.planner = planner  # None: block length and mode are as asked
-        self.block_length = settings.block_length  # of the next block; planned anew if there is a pace
+        self.planner = planner  # None: block length and mode are fixed
+        self.block_length = settings.block_length  # of the next block; planned anew if there is a planner
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.length = 0  # committed tokens: cache slots that hold valid K/V
@@ -45,11 +47,13 @@ class Sequence:
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
         self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
-        self.proposed: list[tuple[int, float]] = []  # the next draft and its confidence, where a pass makes one beside
+        self.outcome = PassOutcome()  # of the pass whose prediction the loop is looking at
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
-        self.submitted = self.started = time.perf_counter()
-        self.first_token = self.ended = 0.0
-        self.confidences: list[float | None] = []  # of diffusion, if wanted; None where nobody chose
+        self.submitted = time.perf_counter()
+        self.started = self.submitted
+        self.first_token = 0.0
+        self.ended = 0.0
+        self.confidences: list[float | None] = []  # of diffusion, if requested; None where the token was forced
         self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
         self.selector = TokenSelector(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
         # Whether a pass must bring its logits.
@@ -79,22 +83,33 @@ class Sequence:
             if self.emit(token):
                 return
 
+    def take(self, prediction: Prediction, index: int) -> int:
+        """Choose the next token by a causal prediction, the pass's number `index`, and emit it."""
+        token = self.selector.next(prediction, index)
+        self.outcome.emitted.append(Commit(len(self.prompt) + len(self.tokens), token, index))
+        self.emit(token)
+        return token
+
     def verify(self, prediction: Prediction, draft: list[int]) -> int:
-        """Emit AR's tokens as long as the draft has said the same, and one more; returns how many were emitted.
+        """Emit AR's tokens as long as they agree with the draft, and one more; returns how many were emitted.
 
         The committed length grows by as many. `prediction` begins with those for the draft's tokens, in order, and for
         the one after them.
         """
-        for row, drafted in enumerate([*draft, None]):
-            token = self.selector.next(prediction, row)
-            if self.emit(token) or token != drafted:
+        kept = 0
+        for index, drafted in enumerate([*draft, None]):
+            token = self.take(prediction, index)
+            kept += token == drafted
+            if self.finish or token != drafted:
                 break
-        accepted = row + 1
+        accepted = index + 1
+        self.outcome.kept = kept
+        self.outcome.refused = draft[kept:] if kept < accepted else []
         self.length += accepted
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
         if self.planner is not None and draft:
-            # Where the answer ends, what a longer draft would have said is as lost as a wrong draft.
+            # Where the answer ends, what a longer draft would have proposed is as lost as a wrong draft.
             size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
             self.planner.learn(size, accepted)
         return accepted

@@ -1,9 +1,4 @@
-"""Which masks of a block a denoise pass commits.
-
-In: what the pass thinks of each mask. Out: the masks that become tokens. The rule has one form for every policy: an
-order, and how many from its start. The surprising fact: a budget of passes is no policy of its own; it only raises the
-number so that the block is full in time.
-"""
+"""Which masks of a block a denoise pass commits: an order, and how many from its start."""
 
 from __future__ import annotations
 

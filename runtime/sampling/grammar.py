@@ -1,10 +1,4 @@
-"""Structured output: which tokens a JSON schema or a regular expression allows next.
-
-In: a tokenizer, its end-of-sequence ids and a schema or pattern. Out: `Grammar`, checked once, and per request a
-`Matcher` that walks along the tokens and back again. The work is llguidance's. The
-surprising fact: a token that the grammar does not allow is no error here. Drafts are guesses; past a wrong one nothing
-is restricted until it is taken back.
-"""
+"""Structured output: which tokens a JSON schema or a regular expression allows next, by llguidance."""
 
 from __future__ import annotations
 
@@ -69,7 +63,8 @@ class Matcher:
     """Where one answer stands in its grammar."""
 
     def __init__(self, matcher: Any, vocab: int) -> None:
-        self._matcher, self._vocab = matcher, vocab
+        self._matcher = matcher
+        self._vocab = vocab
         self._bits = np.zeros(-(-vocab // 32), np.int32)
         self._astray = 0  # tokens taken since the first that the grammar does not allow; the EOS of a full text is one
 

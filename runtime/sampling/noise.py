@@ -1,9 +1,7 @@
 """Counter-based noise: the same request draws the same tokens whatever else shares its forward.
 
-In: a seed, an absolute position, token ids. Out: Gumbel noise, a function of these three and of nothing else, so the
-autoregressive pass, the verify pass and the draft all see the same noise at the same position. It is Philox 4x32-10,
-the generator GPUs use, so a kernel can draw the very same bits. The surprising fact: for a small vocabulary whole runs
-of positions are drawn at once and kept, because numpy's cost here is the number of calls and not of numbers.
+Gumbel noise is a function of a seed, an absolute position and a token id, and of nothing else, so the autoregressive
+pass, the verify pass and the draft all see the same noise at the same position.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 HIGHEST = 22.88  # no noise is larger: -ln(-ln(1 - 0.5 / 2^32)) is 22.8739
 LOWEST = -3.14  # and none smaller: -ln(-ln(0.5 / 2^32)) is -3.1300
-_SMALL = 8192  # entries of a vocabulary whose noise is drawn for a run of positions
+_SMALL = 8192  # entries of a vocabulary whose noise is drawn for a run of positions: numpy's cost is per call
 _RUN = 16  # positions drawn at once
 _KEPT_RUNS = 8  # a block of 64 touches five
 
@@ -45,7 +43,8 @@ class Noise:
     """The Gumbel noise of one request over a vocabulary of `size` entries."""
 
     def __init__(self, seed: int, size: int) -> None:
-        self._seed, self._size = seed, size
+        self._seed = seed
+        self._size = size
         self.kept = size <= _SMALL  # whether runs of positions are drawn and kept
         self._runs: dict[int, np.ndarray] = {}  # (_RUN, size) f64 by position // _RUN
 
@@ -53,14 +52,14 @@ class Noise:
         """Noise of every token id at one position; (size,) f64."""
         if not self.kept:
             return gumbel(self._seed, position, self._size)
-        found: np.ndarray = self._run(position // _RUN)[position % _RUN]
-        return found
+        noise: np.ndarray = self._run(position // _RUN)[position % _RUN]
+        return noise
 
     def at(self, position: int, ids: np.ndarray) -> np.ndarray:
         """Noise of some token ids at one position; ids (n,) -> (n,) f64."""
         if self.kept or 4 * ids.size >= self._size:
-            found: np.ndarray = self.row(position)[ids]
-            return found
+            noise: np.ndarray = self.row(position)[ids]
+            return noise
         words = philox(self._seed, (ids // 4, position, 0, 0))
         return _gumbel(words[np.arange(ids.size), ids % 4])
 

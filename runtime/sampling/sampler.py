@@ -1,9 +1,6 @@
-"""From one position's logits to one token: the law of a request.
+"""From one position's logits to one token, by a request's sampling parameters.
 
-In: logits, what has been emitted so far, and noise at the position. Out: one token id. docs/semantics.md states the
-order and every tie. The surprising fact: adding Gumbel noise to the scaled logits and taking the argmax is an exact
-sample of the softmax (Gumbel-max), so no probability is normalised but in top-p, and no filter is computed unless the
-winner among all could fall to it.
+docs/semantics.md states the order and every tie.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether what has been said changes the logits."""
+        """Whether what has been emitted changes the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
@@ -79,7 +76,11 @@ def banned(params: SamplingParams, emitted: list[int]) -> list[int]:
 
 
 def draw(scores: np.ndarray, params: SamplingParams, noise: Noise, position: int) -> int:
-    """The token at `position`; scores (V,) f64 after penalties, bias and bans (-inf), overwritten."""
+    """The token at `position`; scores (V,) f64 after penalties, bias and bans (-inf), overwritten.
+
+    The argmax of scaled logits plus Gumbel noise is an exact sample of their softmax (Gumbel-max), so no probability is
+    normalised except for top-p, and no filter is computed unless the winner among all could fall to it.
+    """
     if not params.temperature:
         return int(scores.argmax())
     scores /= params.temperature
@@ -87,12 +88,12 @@ def draw(scores: np.ndarray, params: SamplingParams, noise: Noise, position: int
     if not noise.kept:  # noise is dear: for those alone that it can lift to the top
         ids = np.flatnonzero(scores >= max(_floor(scores, params, best), best - (HIGHEST - LOWEST)))
         return int(ids[0]) if ids.size == 1 else int(ids[(scores[ids] + noise.at(position, ids)).argmax()])
-    found = scores + noise.row(position)
-    token = int(found.argmax())
+    noisy = scores + noise.row(position)
+    token = int(noisy.argmax())
     # Who wins among all wins among those that are left, if it is one of them; the best always is.
     if params.filtered and scores[token] < best and scores[token] < (floor := _floor(scores, params, best)):
-        found[scores < floor] = -np.inf
-        token = int(found.argmax())
+        noisy[scores < floor] = -np.inf
+        token = int(noisy.argmax())
     return token
 
 

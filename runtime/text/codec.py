@@ -1,10 +1,4 @@
-"""Between text and token ids: prompts in, answers out.
-
-In: an engine folder's tokenizer and chat template. Out: prompt ids, and `Transcript`, the text of one answer as it
-grows without ever splitting a character or taking text back. The surprising fact: a user's prompt may hold the
-literal text of a special token; it is encoded as plain text, because only specials written by the template are looked
-for.
-"""
+"""Between text and token ids, by an engine folder's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -145,8 +139,9 @@ class TextCodec:
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in content)
 
     def _defuse(self, content: str, breaker: str, thinks: bool) -> str:
-        def broken(found: re.Match[str]) -> str:
-            return found[0] if thinks and found[0] in _SHOWN else found[0][0] + breaker + found[0][1:]
+        def broken(special: re.Match[str]) -> str:
+            text = special[0]
+            return text if thinks and text in _SHOWN else text[0] + breaker + text[1:]
 
         return self._any_special.sub(broken, content)
 

@@ -13,7 +13,9 @@ class Transcript:
     """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> None:
-        self.codec, self._stop, self._stop_ids = codec, tuple(stop), frozenset(stop_ids)
+        self.codec = codec
+        self._stop = tuple(stop)
+        self._stop_ids = frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
         self._text = ""  # whole characters of them
@@ -61,7 +63,7 @@ class Transcript:
         self._seen = len(ids)
 
     def _first_stop(self, text: str, known: int) -> int | None:
-        """Where the first stop string begins, if one ends behind the `known` characters; the others hold none."""
+        """Where the first stop string begins, if one ends after the `known` characters; the others hold none."""
         start = max(0, known - max(map(len, self._stop), default=0))
         return min((at for at in (text.find(s, start) for s in self._stop) if at >= 0), default=None)
 

@@ -59,7 +59,7 @@ def test_every_plan_gives_ars_tokens(
         for size, emitted in met:
             record.add(size, min(size, emitted))
         assert sequence.planner is not None
-        sequence.cost, sequence.planner = curve, DraftPlanner(curve, record, sequence.planner._ways)
+        sequence.cost, sequence.planner = curve, DraftPlanner(curve, record, sequence.planner._modes)
         sequences.append(sequence)
     for _ in generate.decode(engine.backend, sequences, rows):
         pass

@@ -27,7 +27,7 @@ from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.batching.prefix_cache import PrefixCache, common
 from nemodiff.runtime.planning.cost import CostCurve, split
-from nemodiff.runtime.requests.generation import result
+from nemodiff.runtime.requests.generation import finished_generation
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence
@@ -163,7 +163,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(
         decoding = {s for s in running if s.tokens and not s.ended}
         assert decoding <= {s.sequence for s in served}
         for done in [s for s in running if s.ended]:
-            check(engine, running.pop(done), result(engine, done))
+            check(engine, running.pop(done), finished_generation(engine, done))
         assert len(batch) == len(running)
         assert batch.cache_slots == sum(s.length for s in running)
         widths = [slot.width for slot in batch._slots]
