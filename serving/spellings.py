@@ -1,8 +1,4 @@
-"""What clients of every server here spell alike, and the runtime spells otherwise.
-
-In: options by the runtime's names, as a client meant them. Out: options as the runtime takes them. The surprising fact:
-a client that samples and gives no seed expects another answer each time, where the runtime's default seed is fixed.
-"""
+"""What clients of every server here spell alike, and the runtime spells otherwise."""
 
 from __future__ import annotations
 
@@ -21,6 +17,7 @@ def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
         if "max_new_tokens" not in chosen:
             raise RequestError("ignore_eos needs a limit; give max_tokens")
         chosen["min_tokens"] = chosen["max_new_tokens"]
+    # A client that samples without a seed expects another answer each time; the runtime's default seed is fixed.
     if chosen.get("temperature") and "seed" not in chosen:
         chosen["seed"] = secrets.randbits(32)
     return chosen

@@ -127,11 +127,11 @@ def describe(options: type) -> dict[str, Option]:
     described = {}
     for field in dataclasses.fields(options):
         hint, *extras = get_args(hints[field.name])
-        alternatives = list(_alternatives(hint))
+        kinds = list(alternatives(hint))
         described[field.name] = Option(
             name=field.name,
-            type=next((one for one in alternatives if not isinstance(one, str)), str),
-            choices=tuple(one for one in alternatives if isinstance(one, str)),
+            type=next((kind for kind in kinds if not isinstance(kind, str)), str),
+            choices=tuple(kind for kind in kinds if isinstance(kind, str)),
             help=next(extra for extra in extras if isinstance(extra, Help)),
             range=next((extra for extra in extras if isinstance(extra, Range)), None),
             not_empty=next((extra for extra in extras if isinstance(extra, NotEmpty)), None),
@@ -140,11 +140,11 @@ def describe(options: type) -> dict[str, Option]:
     return described
 
 
-def _alternatives(hint: Any) -> Iterator[Any]:
+def alternatives(hint: Any) -> Iterator[Any]:
     """Types and words of a union, None left out."""
     if get_origin(hint) in (Union, types.UnionType):
         for one in get_args(hint):
-            yield from _alternatives(one)
+            yield from alternatives(one)
     elif get_origin(hint) is Literal:
         yield from get_args(hint)
     elif hint is not types.NoneType:

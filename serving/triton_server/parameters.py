@@ -1,9 +1,7 @@
-"""The names that clients of a Triton server use, and what they mean here.
+"""The names that clients of Triton Inference Server use, and what they mean here.
 
-In: a request's tensors and parameters as plain values. Out: `Asked`, with options of the runtime. One table declares
-the inputs, for the exported configuration as for reading requests; the same names are the keys of
-`sampling_parameters` and, as model-level defaults, parameters of the configuration. The surprising fact: clients of
-other backends always send some fields, empty or at their neutral value, so these must be accepted and mean nothing.
+One table declares the inputs, for the exported configuration as for reading requests; the same names are the keys of
+`sampling_parameters` and, as model-level defaults, parameters of the configuration.
 """
 
 from __future__ import annotations
@@ -11,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from ...contract import PREFILL_CHUNK
 from ...errors import RequestError
-from ...runtime.requests.options import Options
+from ...runtime.requests.option_types import alternatives
+from ...runtime.requests.options import OPTIONS
 from ...runtime.text.checks import check_text
 from ..spellings import resolve
+from .values import convert
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]
 
@@ -37,29 +37,39 @@ class Input:
     only: object = None
 
 
+def _option(name: str, option: str | None = None) -> Input:
+    """The input that sets an option, of the option's type."""
+    declared = OPTIONS[option or name]
+    kind = declared.one_type
+    if kind is int:
+        large = declared.range is not None and (declared.range.high or 0) >= 2**32
+        return Input(name, "UINT64" if large else "INT32", declared.name, declared.many)
+    return Input(name, "FP32" if kind is float else "STRING", declared.name, declared.many)
+
+
 INPUTS = (
     Input("text_input", "STRING"),
     Input("stream", "BOOL"),
     Input("exclude_input_in_output", "BOOL"),
     Input("sampling_parameters", "STRING"),
-    Input("mode", "STRING", "mode"),
-    Input("block_length", "INT32", "block_length"),
-    Input("threshold", "FP32", "threshold"),
-    Input("max_tokens", "INT32", "max_new_tokens"),
-    Input("min_length", "INT32", "min_tokens"),
-    Input("min_tokens", "INT32", "min_tokens"),
-    Input("temperature", "FP32", "temperature"),
-    Input("top_k", "INT32", "top_k"),
-    Input("top_p", "FP32", "top_p"),
-    Input("min_p", "FP32", "min_p"),
-    Input("seed", "UINT64", "seed"),
-    Input("random_seed", "UINT64", "seed"),
-    Input("repetition_penalty", "FP32", "repetition_penalty"),
-    Input("presence_penalty", "FP32", "presence_penalty"),
-    Input("frequency_penalty", "FP32", "frequency_penalty"),
-    Input("stop_words", "STRING", "stop", many=True),
-    Input("bad_words", "STRING", "bad_words", many=True),
-    Input("end_id", "INT32", "stop_token_ids", many=True),
+    _option("mode"),
+    _option("block_length"),
+    _option("threshold"),
+    _option("max_tokens", "max_new_tokens"),
+    _option("min_length", "min_tokens"),
+    _option("min_tokens"),
+    _option("temperature"),
+    _option("top_k"),
+    _option("top_p"),
+    _option("min_p"),
+    _option("seed"),
+    _option("random_seed", "seed"),
+    _option("repetition_penalty"),
+    _option("presence_penalty"),
+    _option("frequency_penalty"),
+    _option("stop_words", "stop"),
+    _option("bad_words"),
+    _option("end_id", "stop_token_ids"),
     Input("guided_decoding_guide_type", "STRING"),
     Input("guided_decoding_guide", "STRING"),
     Input("return_log_probs", "BOOL"),
@@ -71,7 +81,8 @@ INPUTS = (
     Input("use_draft_logits", "BOOL", only=False),
     Input("embedding_bias_words", "STRING", only=""),
     Input("prompt_vocab_size", "INT32", only=0),
-    # What these ask for is always given, or is about padding, beams and another's drafts.
+    # Without effect: clients of other backends always send some of them, for what is always given here, or for padding,
+    # beams and another model's drafts.
     Input("return_finish_reason", "BOOL"),
     Input("return_num_input_tokens", "BOOL"),
     Input("return_num_output_tokens", "BOOL"),
@@ -87,7 +98,6 @@ _GUIDED = {"guided_json": "json_schema", "guided_regex": "regex"}
 _GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}
 
 _BY_NAME = {i.name: i for i in INPUTS}
-_TYPES = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(Options)}
 _FLAGS = ("stream", "exclude_input_in_output", "return_log_probs", "ignore_eos")
 _READ = (*_FLAGS, *_GUIDED)
 
@@ -113,7 +123,7 @@ class ModelParameters:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class TritonRequest:
     """A request: its prompt, whether text comes piece by piece and after the prompt, and the runtime's options."""
 
     prompt: str
@@ -122,17 +132,22 @@ class Asked:
     options: dict[str, Any]
 
 
-def model_parameters(given: Mapping[str, str]) -> ModelParameters:
+def model_parameters(texts: Mapping[str, str]) -> ModelParameters:
     """The configuration's parameters, which are all text. Raises RequestError."""
-    own = {f.name: str(f.type).removesuffix(" | None") for f in dataclasses.fields(ModelParameters)}
-    own.pop("values")
-    chosen = {name: _typed(name, own[name], given[name]) for name in own if name in given}
-    values = {name: value for name, value in given.items() if name not in own}
+    own: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    hints = get_type_hints(ModelParameters)
+    del hints["values"]
+    for name, text in texts.items():
+        if name in hints:
+            own[name] = convert(name, next(alternatives(hints[name])), text)
+        else:
+            values[name] = text
     _read(values)
-    return ModelParameters(**chosen, values=values)
+    return ModelParameters(**own, values=values)
 
 
-def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> Asked:
+def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> TritonRequest:
     """One request; a tensor wins over `sampling_parameters`, which win over request parameters, then the defaults.
 
     Args:
@@ -151,11 +166,12 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     chosen: dict[str, Any] = {}
     for level in (defaults, _without_passing(parameters), sampling, plain):
         chosen |= _read(level)
-    stream, exclude = chosen.pop("stream", False), chosen.pop("exclude_input_in_output", True)
+    stream = chosen.pop("stream", False)
+    exclude = chosen.pop("exclude_input_in_output", True)
     if chosen.pop("return_log_probs", False):
         chosen.setdefault("logprobs", 0)
     ignore_eos = chosen.pop("ignore_eos", False)
-    return Asked(prompt, stream, not exclude, resolve(chosen, ignore_eos=ignore_eos))
+    return TritonRequest(prompt, stream, not exclude, resolve(chosen, ignore_eos=ignore_eos))
 
 
 def _element(declared: Input, values: list[Any]) -> Any:
@@ -185,39 +201,41 @@ def _without_passing(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read(given: Mapping[str, Any]) -> dict[str, Any]:
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options, and the flags of `_READ`, from values by any of their names. Raises RequestError."""
     chosen: dict[str, Any] = {}
-    said: dict[str, str] = {}
-    for name, value in given.items():
+    names: dict[str, str] = {}  # by which an option was given
+    for name, value in values.items():
         if value is None or name in _MEANINGLESS or name.startswith("guided_decoding_"):
             continue
         declared = _BY_NAME.get(name)
         option = declared.option if declared else _GUIDED.get(name, name)
         only = declared.only if declared else _ONLY.get(name)
         if only is not None:
-            if _typed(name, type(only).__name__, value) != only:
+            if convert(name, type(only), value) != only:
                 raise RequestError(f"{name} is {value!r:.60}, allowed: {only!r}")
             continue
         if name in _FLAGS:
-            chosen[name] = _typed(name, "bool", value)
+            chosen[name] = convert(name, bool, value)
             continue
         if option is None and name not in ("text_input", "sampling_parameters"):
             continue
-        if option not in _TYPES:
-            allowed = sorted({*_BY_NAME, *_TYPES, *_READ, *_ONLY} - {"text_input", "sampling_parameters"})
+        if option not in OPTIONS:
+            allowed = sorted({*_BY_NAME, *OPTIONS, *_READ, *_ONLY} - {"text_input", "sampling_parameters"})
             raise RequestError(f"unknown parameter {name!r:.60}; allowed: {', '.join(allowed)}")
-        typed = _typed(name, _TYPES[option], value)
-        if option in chosen and chosen[option] != typed:
+        converted = convert(name, OPTIONS[option].type, value, OPTIONS[option].choices)
+        if option in chosen and chosen[option] != converted:
             raise RequestError(
-                f"{said[option]} is {chosen[option]!r:.60} and {name} is {typed!r:.60}; give one of them"
+                f"{names[option]} is {chosen[option]!r:.60} and {name} is {converted!r:.60}; give one of them"
             )
-        chosen[option], said[option] = typed, name
-    return chosen | _guide(given)
+        chosen[option] = converted
+        names[option] = name
+    return chosen | _guide(values)
 
 
-def _guide(given: Mapping[str, Any]) -> dict[str, str]:
-    kind, guide = given.get("guided_decoding_guide_type"), given.get("guided_decoding_guide")
+def _guide(values: Mapping[str, Any]) -> dict[str, str]:
+    kind = values.get("guided_decoding_guide_type")
+    guide = values.get("guided_decoding_guide")
     if not kind and not guide:
         return {}
     if kind not in _GUIDES or not isinstance(guide, str):
@@ -227,34 +245,3 @@ def _guide(given: Mapping[str, Any]) -> dict[str, str]:
         )
     check_text(guide, "guided_decoding_guide")
     return {_GUIDES[kind]: guide}
-
-
-def _typed(name: str, kind: str, value: Any) -> Any:
-    """The value as its option's type; numbers may be spelled as text. What else is wrong the runtime says itself."""
-
-    def wrong(allowed: str) -> RequestError:
-        return RequestError(f"{name} is {value!r:.60}, allowed: {allowed}")
-
-    if kind == "bool":
-        words = {"true": True, "false": False, "1": True, "0": False}
-        key = str(value).lower() if isinstance(value, (str, bool, int)) else ""
-        if key not in words:
-            raise wrong("true or false")
-        return words[key]
-    if kind == "tuple[str, ...]":
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise wrong("text or a list of texts")
-        return tuple(text for text in texts if text)  # an empty one is how some clients say none
-    if kind == "tuple[int, ...]":
-        return [_typed(name, "int", item) for item in (value if isinstance(value, (list, tuple)) else [value])]
-    if kind in ("int", "float") and isinstance(value, str):
-        try:
-            return int(value) if kind == "int" else float(value)
-        except ValueError:
-            raise wrong("an integer" if kind == "int" else "a number") from None
-    if kind == "int | str" and isinstance(value, str) and value.isdecimal():  # a number, or a word of the runtime's
-        return int(value)
-    if kind == "int" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value

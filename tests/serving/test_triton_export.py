@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -21,7 +20,8 @@ from conftest import Refused, snapshot
 import nemodiff
 from nemodiff.cli import main
 from nemodiff.errors import RequestError, ServerError
-from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.options import OPTIONS
+from nemodiff.serving.triton_server import executable
 from nemodiff.serving.triton_server import server as triton_server
 from nemodiff.serving.triton_server.export import MARKER, export
 from nemodiff.serving.triton_server.outputs import OUTPUTS
@@ -111,14 +111,13 @@ def test_the_configuration_declares_the_table(tiny_engine: Path, tmp_path: Path)
 
 
 def test_every_option_has_a_name_and_every_input_an_option() -> None:
-    fields = {f.name for f in dataclasses.fields(Options)}
-    assert {i.option for i in INPUTS if i.option is not None} <= fields
-    for field in dataclasses.fields(Options):
-        spelled: Any = {"int": 3, "float": 0.5, "bool": True}.get(str(field.type).removesuffix(" | None"), "x")
-        if field.name in ("logit_bias", "json_schema", "stop_token_ids"):
-            spelled = {"logit_bias": {"5": 1}, "json_schema": {"type": "object"}, "stop_token_ids": [5]}[field.name]
-        asked = read({"text_input": ["x"], "sampling_parameters": [json.dumps({field.name: spelled})]}, {}, {})
-        assert list(asked.options)[:1] == [field.name]
+    assert {i.option for i in INPUTS if i.option is not None} <= OPTIONS.keys()
+    for option in OPTIONS.values():
+        spelled: Any = {int: 3, float: 0.5, bool: True}.get(option.type, "x")
+        if option.name in ("logit_bias", "json_schema", "stop_token_ids"):
+            spelled = {"logit_bias": {"5": 1}, "json_schema": {"type": "object"}, "stop_token_ids": [5]}[option.name]
+        request = read({"text_input": ["x"], "sampling_parameters": [json.dumps({option.name: spelled})]}, {}, {})
+        assert list(request.options)[:1] == [option.name]
 
 
 def test_what_is_nearer_to_the_request_wins() -> None:
@@ -160,7 +159,7 @@ def test_without_a_server_one_line_says_how_to_get_one(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(triton_server, "installed", lambda: False)
+    monkeypatch.setattr(executable, "installed", lambda: False)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "config.pbtxt").touch()
     refused(["triton", "run", str(tmp_path)], "no Triton server found", "nemodiff triton install", "container")

@@ -1,0 +1,95 @@
+"""What every body of a request shares, and the objects inside of bodies."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Fields of OpenAI's that change no answer here.
+_WITHOUT_EFFECT = (
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
+    "service_tier", "store", "user", "verbosity",
+)  # fmt: skip
+
+
+class Body(BaseModel):
+    """Strict about types, and about names: a misspelt option that is silently ignored costs its user hours."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        names = [field.alias or name for name, field in cls.model_fields.items()]
+        accepted = dict[str, Any]()
+        for name, value in values.items():
+            if name in names and value is not None:
+                accepted[name] = value
+            elif not (value is None or name in _WITHOUT_EFFECT or value in ([], {}, "none", False)):
+                near = difflib.get_close_matches(name, names, 1)
+                raise ValueError(
+                    f"{name!r:.60} is not supported; " + (f"is {near[0]} meant?" if near else "leave it out")
+                )
+        return accepted
+
+
+class Part(Body):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A turn of a conversation; a name and an assistant's reasoning are accepted and not used."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part]
+    name: str | None = None
+    reasoning_content: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As the runtime takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+class TemplateOptions(Body):
+    """What is handed to the chat template."""
+
+    enable_thinking: bool = False
+
+
+class JsonSchema(Body):
+    """A named schema; `strict` is always so."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = Field(None, description="Make the whole answer match this pattern, with type regex.")
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say what an answer must be."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None

@@ -1,0 +1,49 @@
+"""Fields of HTTP bodies, made from the options of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, create_model
+
+from ...runtime.requests.option_types import Option
+from ...runtime.requests.options import OPTIONS
+
+Model = TypeVar("Model", bound=BaseModel)
+# What a body means besides, by option; see serving/spellings.py.
+_NOTES = {"seed": "A sampled request without it draws one.", "top_k": "-1 is all of them too."}
+
+
+def with_options(*names: str) -> Callable[[type[Model]], type[Model]]:
+    """Decorates a body: it gets a field for each of the options, by its own name; None means not given."""
+    fields: dict[str, Any] = {name: (_type(OPTIONS[name]), option_field(name)) for name in names}
+
+    def extend(body: type[Model]) -> type[Model]:
+        return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields)
+
+    return extend
+
+
+def option_field(name: str) -> Any:
+    """A field of any name and type that means this option."""
+    option = OPTIONS[name]
+    sentences = [option.help.text]
+    if option.range is not None:
+        sentences.append(f"Allowed: {option.range}.")
+    if option.help.default is not None:
+        sentences.append(f"Default: {option.help.default}.")
+    if name in _NOTES:
+        sentences.append(_NOTES[name])
+    return Field(None, description=" ".join(sentences))
+
+
+def _type(option: Option) -> Any:
+    if option.many:
+        return str | list[str] | None if option.one_type is str else list[int] | None
+    if option.type == Mapping[int, float]:
+        return dict[str, float] | None
+    if option.choices:
+        words: Any = Literal.__getitem__(option.choices)
+        return words | None if option.type is str else option.type | words | None
+    return option.type | None
