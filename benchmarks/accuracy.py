@@ -1,9 +1,7 @@
-"""Accuracy and tokens per pass of tiny-chat, by task, mode, policy and block length.
+"""Measure accuracy and tokens per pass of tiny-chat, by task, mode, policy and block length.
 
-In: how many questions per task. Out: `results/accuracy.md`, `.json` and `.png`. An answer counts only if its whole text
-is right, letter for letter. No figure depends on time, so the settings share the cores. The surprising fact:
-self-speculation must give AR's tokens for every question, so its accuracy is not measured but proven equal, and the run
-fails if one token differs.
+An answer counts only if its whole text is right, letter for letter. Self-speculation must give AR's tokens for every
+question, so the run fails if one token differs. Writes `results/accuracy.json`, `.md` and `.png`.
 """
 
 from __future__ import annotations
@@ -71,55 +69,55 @@ SETTINGS = (
 )
 
 
-def answer(engine: LoadedEngine, asked: list[Question], setting: Setting) -> list[Generation]:
+def answer(engine: LoadedEngine, question_list: list[Question], setting: Setting) -> list[Generation]:
     """One generation per question, each decoded alone."""
-    return list(generate_many(engine, [q.text for q in asked], max_new_tokens=NEW_TOKENS, **setting.options))
+    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, **setting.options))
 
 
-def score(asked: list[Question], given: list[Generation]) -> dict[str, Any]:
+def score(question_list: list[Question], answers: list[Generation]) -> dict[str, Any]:
     """Figures of one cell: sums of tokens over sums of passes, so that long answers weigh as much as they cost."""
-    right = sum(g.text == q.answer for q, g in zip(asked, given, strict=True))
-    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in given)
-    lengths = [n for g in given for n in g.acceptance.lengths]
+    correct = sum(g.text == q.answer for q, g in zip(question_list, answers, strict=True))
+    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in answers)
+    lengths = [n for g in answers for n in g.acceptance.lengths]
     return {
-        "questions": len(asked),
-        "right": right,
-        "accuracy": round(100 * right / len(asked), 2),
-        "tokens": sum(len(g.token_ids) for g in given),
+        "questions": len(question_list),
+        "right": correct,
+        "accuracy": round(100 * correct / len(question_list), 2),
+        "tokens": sum(len(g.token_ids) for g in answers),
         "passes": passes,
-        "decode_tpf": round(sum(len(g.token_ids) for g in given) / passes, 3),
+        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / passes, 3),
         "acceptance_mean": round(sum(lengths) / len(lengths), 3) if lengths else None,
-        "cut_by_limit": sum(g.finish_reason == "length" for g in given),
+        "cut_by_limit": sum(g.finish_reason == "length" for g in answers),
     }
 
 
-def measure(folder: Path, asked: list[Question], processes: int) -> list[dict[str, Any]]:
+def measure(folder: Path, question_list: list[Question], processes: int) -> list[dict[str, Any]]:
     """All settings; each with its cells by task and over all tasks, and how many answers differ from AR's."""
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        given_by = pool.imap(functools.partial(_answers, folder, asked), SETTINGS)
-        for setting, given in zip(SETTINGS, given_by, strict=True):
+        answers_by_setting = pool.imap(functools.partial(_answers, folder, question_list), SETTINGS)
+        for setting, answers in zip(SETTINGS, answers_by_setting, strict=True):
             if setting == AR:
-                plain = given
+                plain = answers
             cells = {}
             for task in questions.TASKS:
-                picked = [i for i, q in enumerate(asked) if q.task == task]
-                cells[task] = score([asked[i] for i in picked], [given[i] for i in picked])
-            total = score(asked, given)
-            unlike = sum(a.token_ids != b.token_ids for a, b in zip(given, plain, strict=True))
-            found.append({**dataclasses.asdict(setting), "tasks": cells, "all": total, "answers_unlike_ar": unlike})
+                picked = [i for i, q in enumerate(question_list) if q.task == task]
+                cells[task] = score([question_list[i] for i in picked], [answers[i] for i in picked])
+            total = score(question_list, answers)
+            unlike = sum(a.token_ids != b.token_ids for a, b in zip(answers, plain, strict=True))
+            results.append({**dataclasses.asdict(setting), "tasks": cells, "all": total, "answers_unlike_ar": unlike})
             name = setting.label + (f", block {setting.block}" if setting != AR else "")
             print(
                 f"{name:28} {total['accuracy']:6.2f} %  {total['decode_tpf']:6.2f} tokens per pass, "
-                f"{unlike} of {len(asked)} answers unlike AR's",
+                f"{unlike} of {len(question_list)} answers unlike AR's",
                 flush=True,
             )
-    return found
+    return results
 
 
-def _answers(folder: Path, asked: list[Question], setting: Setting) -> list[Generation]:
+def _answers(folder: Path, question_list: list[Question], setting: Setting) -> list[Generation]:
     """What a process of its own answers."""
-    return answer(_loaded(folder), asked, setting)
+    return answer(_loaded(folder), question_list, setting)
 
 
 @functools.cache
@@ -127,9 +125,9 @@ def _loaded(folder: Path) -> LoadedEngine:
     return load(folder, threads=1)
 
 
-def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
+def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
     """The tables for people."""
-    wide = [f for f in found if f["mode"] == "ar" or (f["block"] == BLOCKS[0] and f["policy"] == "threshold")]
+    wide = [f for f in results if f["mode"] == "ar" or (f["block"] == BLOCKS[0] and f["policy"] == "threshold")]
     lines = [
         "# Accuracy and tokens per pass of tiny-chat",
         "",
@@ -146,10 +144,10 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
     lines.append(_row(["**all**", *(f"**{_cell(f['all'])}**" for f in wide)]))
     lines += ["", "All tasks, by policy of diffusion and block length:", ""]
     lines += [_row(["policy", *(f"block {b}" for b in BLOCKS)]), _row(["---", *("---:" for _ in BLOCKS)])]
-    for label in dict.fromkeys(_setting(f).label for f in found if f["mode"] != "ar"):
-        same = {f["block"]: f for f in found if _setting(f).label == label}
+    for label in dict.fromkeys(_setting(f).label for f in results if f["mode"] != "ar"):
+        same = {f["block"]: f for f in results if _setting(f).label == label}
         lines.append(_row([label, *(_cell(same[b]["all"]) for b in BLOCKS)]))
-    spec = [f for f in found if f["mode"] == "linear_spec"]
+    spec = [f for f in results if f["mode"] == "linear_spec"]
     accepted = ", ".join(f"{f['all']['acceptance_mean']:.2f} (block {f['block']})" for f in spec)
     equal = sum(f["all"]["questions"] - f["answers_unlike_ar"] for f in spec)
     lines += [
@@ -165,8 +163,8 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
     return "\n".join(lines) + "\n"
 
 
-def _setting(found: dict[str, Any]) -> Setting:
-    return Setting(*(found[field.name] for field in dataclasses.fields(Setting)))
+def _setting(result: dict[str, Any]) -> Setting:
+    return Setting(*(result[field.name] for field in dataclasses.fields(Setting)))
 
 
 def _cell(cell: dict[str, Any]) -> str:
@@ -177,7 +175,7 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def plot(found: list[dict[str, Any]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against tokens per pass, a panel per block length: a line per policy, self-speculation beside AR."""
     import matplotlib
 
@@ -185,11 +183,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(BLOCKS), figsize=(12, 4.6), layout="constrained", sharey=True)
-    base = found[0]["all"]
+    base = results[0]["all"]
     for block, axes in zip(BLOCKS, panels, strict=True):
         axes.axhline(base["accuracy"], color="0.8", linewidth=1, zorder=0)
         axes.plot(base["decode_tpf"], base["accuracy"], "ks", markersize=8, label="AR")
-        here = [f for f in found if f["block"] == block and f["mode"] != "ar"]
+        here = [f for f in results if f["block"] == block and f["mode"] != "ar"]
         for f in here:
             if f["mode"] == "linear_spec":
                 at = f["all"]["decode_tpf"], f["all"]["accuracy"]
@@ -204,7 +202,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens per pass")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("exact answers, %")
-    panels[0].set_ylim(min(f["all"]["accuracy"] for f in found) - 1, base["accuracy"] + 1)
+    panels[0].set_ylim(min(f["all"]["accuracy"] for f in results) - 1, base["accuracy"] + 1)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle("tiny-chat, all tasks; each line from its most careful value (left) to its fastest", fontsize=11)
     figure.savefig(path, dpi=110)
@@ -219,14 +217,14 @@ def main() -> None:
     origin = record.origin(PACKAGES, 1)
     with tempfile.TemporaryDirectory(prefix="nemodiff-accuracy-") as work:
         folder = Builder(record.TINY_CHAT, Path(work) / "engine").run()
-        found = measure(folder, questions.draw(arguments.per_task), arguments.processes)
-    unlike = sum(f["answers_unlike_ar"] for f in found if f["mode"] == "linear_spec")
+        results = measure(folder, questions.draw(arguments.per_task), arguments.processes)
+    unlike = sum(f["answers_unlike_ar"] for f in results if f["mode"] == "linear_spec")
     if not arguments.no_write:
         goals = [record.goal("self-speculation's answers unlike AR's", unlike, "at most", 0, "answers")]
-        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": found}
+        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": results}
         path = record.write("accuracy", origin, goals, figures)
-        path.with_suffix(".md").write_text(markdown(found, origin, arguments.per_task), encoding="utf-8")
-        plot(found, path.with_suffix(".png"))
+        path.with_suffix(".md").write_text(markdown(results, origin, arguments.per_task), encoding="utf-8")
+        plot(results, path.with_suffix(".png"))
     if unlike:
         sys.exit(f"self-speculation differs from AR in {unlike} answers")
 

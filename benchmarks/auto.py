@@ -1,9 +1,7 @@
-"""Planned block length and mode against every fixed length.
+"""Compare the planned block length and mode with every fixed length, with the trained drafter of tiny-chat and without.
 
-In: tiny-chat, with its trained drafter and without, and questions. Out: tokens per second by fixed block length and by
-plan, per task and over all, by the wall, by the processor, and by the cost curve summed over the passes taken, which no
-other load changes; `results/auto.json` and `results/auto.md`. Ways take turns within each round, in one process. The
-surprising fact: the best fixed length differs by mode and by task, so no single one could be the right default.
+Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve summed over the passes
+taken, which no other load changes. All settings take turns in each round. Writes `results/auto.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from nemodiff.runtime.requests.options import AUTO, make_options
 from nemodiff.runtime.requests.prepare import prepare
 
 BLOCKS: tuple[int | str, ...] = (4, 8, 16, 32, 64, AUTO)
-WAYS: tuple[dict[str, Any], ...] = (
+SETTINGS: tuple[dict[str, Any], ...] = (
     {"mode": "ar"},
     *({"mode": mode, "block_length": block} for mode in ("linear_spec", "quadratic_spec") for block in BLOCKS),
     {"mode": AUTO},
@@ -36,63 +34,63 @@ DRAFTER = record.TINY_CHAT.parent / "tiny-chat-drafter" / "linear_spec_lora"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy")
 
 
-def name_of(way: dict[str, Any]) -> str:
-    """As it is written in tables."""
-    return f"{way['mode']} {way['block_length']}" if "block_length" in way else str(way["mode"])
+def name_of(setting: dict[str, Any]) -> str:
+    """The setting's name in tables."""
+    return f"{setting['mode']} {setting['block_length']}" if "block_length" in setting else str(setting["mode"])
 
 
 def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) -> tuple[dict[str, Any], int]:
-    """Tokens per second by way, task and clock, the median over the rounds; and how many answers differ from AR's."""
+    """Tokens per second by setting, task and clock, the median over rounds; and how many answers differ from AR's."""
     rates: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    curve, unlike, plain = engine.cost, 0, list[list[int]]()
+    curve = engine.cost
+    unlike = 0
+    plain = list[list[int]]()
     tasks = [*questions.TASKS, "all"]
     for turn in range(rounds):
-        for way in WAYS:
+        for setting in SETTINGS:
             spent: dict[str, list[float]] = {task: [0.0] * 4 for task in tasks}
             for number, question in enumerate(drawn):
-                sequence = prepare(engine, question.text, make_options({**way, "max_new_tokens": NEW_TOKENS}))
-                cost, cpu, wall = 0.0, time.process_time(), time.perf_counter()
-                for _, asked, _ in decode(engine.backend, [sequence], 1):
-                    cost += curve.seconds(asked.ids.size) if asked.kind != "prefill" else 0.0
+                sequence = prepare(engine, question.text, make_options({**setting, "max_new_tokens": NEW_TOKENS}))
+                cost = 0.0
+                cpu = time.process_time()
+                wall = time.perf_counter()
+                for _, pass_, _ in decode(engine.backend, [sequence], 1):
+                    cost += curve.seconds(pass_.ids.size) if pass_.kind != "prefill" else 0.0
                 took = (cost, time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
                 for task in (question.task, "all"):
                     spent[task] = [a + b for a, b in zip(spent[task], took, strict=True)]
-                used[name_of(way)].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
-                if way["mode"] == "ar" and not turn:
+                used[name_of(setting)].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
+                if setting["mode"] == "ar" and not turn:
                     plain.append(sequence.tokens)
                 unlike += sequence.tokens != plain[number]
             for task, (*seconds, tokens) in spent.items():
                 for clock, value in zip(CLOCKS, seconds, strict=True):
-                    rates[name_of(way), task, clock].append(tokens / value)
+                    rates[name_of(setting), task, clock].append(tokens / value)
         print(f"round {turn + 1} of {rounds}", flush=True)
-    found = {
-        name_of(way): {
-            "passes": dict(used[name_of(way)]),
-            **{
-                task: {clock: round(statistics.median(rates[name_of(way), task, clock]), 1) for clock in CLOCKS}
-                for task in tasks
-            },
-        }
-        for way in WAYS
-    }
-    return found, unlike
+    results = dict[str, Any]()
+    for setting in SETTINGS:
+        name = name_of(setting)
+        results[name] = {"passes": dict(used[name])}
+        for task in tasks:
+            results[name][task] = {clock: round(statistics.median(rates[name, task, clock]), 1) for clock in CLOCKS}
+    return results, unlike
 
 
-def ratios(found: dict[str, Any], clock: str) -> dict[str, dict[str, float]]:
-    """By planned way and task, its tokens per second over those of the best fixed way it could have been."""
+def ratios(results: dict[str, Any], clock: str) -> dict[str, dict[str, float]]:
+    """Tokens per second of each planned setting over those of the best fixed one that it could have chosen, by task."""
     fixed = {
         f"{mode} {AUTO}": [f"{mode} {block}" for block in BLOCKS if block != AUTO]
         for mode in ("linear_spec", "quadratic_spec")
     }
     fixed[AUTO] = ["ar", *fixed[f"linear_spec {AUTO}"], *fixed[f"quadratic_spec {AUTO}"]]
-    return {
-        planned: {
-            task: round(found[planned][task][clock] / max(found[way][task][clock] for way in ways), 3)
-            for task in (*questions.TASKS, "all")
-        }
-        for planned, ways in fixed.items()
-    }
+    by_planned = dict[str, dict[str, float]]()
+    for planned, candidates in fixed.items():
+        by_planned[planned] = {}
+        for task in (*questions.TASKS, "all"):
+            best = max(results[name][task][clock] for name in candidates)
+            by_planned[planned][task] = round(results[planned][task][clock] / best, 3)
+    return by_planned
 
 
 def table(engines: dict[str, dict[str, Any]], origin: dict[str, Any], count: int) -> str:
@@ -101,17 +99,15 @@ def table(engines: dict[str, dict[str, Any]], origin: dict[str, Any], count: int
         "# Planned block length and mode",
         "",
         f"Tokens per second, {count} questions, greedy. By the cost curve (the",
+        "passes after the prefill, each at its measured cost), and by processor and wall time, prefill included. Wall",
+        "and processor time hold what else the machine did.",
     ]
-    lines += [
-        "passes after the prefill, each at its measured cost), and by processor and wall time, prefill included. Wall"
-    ]
-    lines += ["and processor time hold what else the machine did."]
-    for name, found in engines.items():
+    for name, results in engines.items():
         lines += ["", f"## {name}", "", "| way | curve | processor | wall |", "|---|---:|---:|---:|"]
-        for way, cells in found.items():
-            lines.append(f"| {way} | " + " | ".join(f"{cells['all'][clock]:.0f}" for clock in CLOCKS) + " |")
+        for setting, cells in results.items():
+            lines.append(f"| {setting} | " + " | ".join(f"{cells['all'][clock]:.0f}" for clock in CLOCKS) + " |")
         lines += ["", "Planned over the best fixed way of each line, by the curve:", ""]
-        both = ratios(found, "curve")
+        both = ratios(results, "curve")
         lines += [f"| task | {' | '.join(both)} |", "|---|" + "---:|" * len(both)]
         for task in (*questions.TASKS, "all"):
             lines.append(f"| {task} | " + " | ".join(f"{cells[task]:.2f}" for cells in both.values()) + " |")
@@ -127,7 +123,9 @@ def main() -> None:
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
     drawn = questions.draw(arguments.per_task)
-    engines, curves, goals = dict[str, Any](), dict[str, Any](), []
+    engines = dict[str, Any]()
+    curves = dict[str, Any]()
+    goals = []
     with tempfile.TemporaryDirectory(prefix="nemodiff-auto-") as work:
         for name, adapter in (("tiny-chat", None), ("tiny-chat with its drafter", DRAFTER)):
             folder = Builder(record.TINY_CHAT, Path(work) / name, adapter=adapter).run()
@@ -144,7 +142,7 @@ def main() -> None:
     if arguments.no_write:
         return
     figures = {"dtype": "f32", "questions": len(drawn), "cost_ms": curves, "tokens_per_second": engines}
-    figures["ratios_by_curve"] = {name: ratios(found, "curve") for name, found in engines.items()}
+    figures["ratios_by_curve"] = {name: ratios(results, "curve") for name, results in engines.items()}
     path = record.write("auto", origin, goals, figures)
     path.with_suffix(".md").write_text(table(engines, origin, len(drawn)), encoding="utf-8")
 

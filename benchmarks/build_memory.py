@@ -1,9 +1,7 @@
-"""What a checkpoint of billions of parameters takes: to build, to load, and for a pass.
+"""Measure the memory and time that a checkpoint of billions of parameters takes to build, to load and for a pass.
 
-In: a size; the checkpoint is made up on the spot. Out: a table and `results/build_memory_SIZE.json` with peaks, times
-and sizes for each dtype. The build runs as its own process and /proc is sampled every 20 ms. The surprising facts: only
-anonymous memory counts against the goal, since the pages of the mapped checkpoint (RssFile) are the system's page
-cache; and a loaded f16 engine takes as much memory as f32, because ONNX Runtime computes in f32 on this processor.
+The checkpoint has random weights. The build runs in its own process, whose memory is sampled from /proc. Writes
+`results/build_memory_SIZE.json`.
 """
 
 from __future__ import annotations
@@ -21,11 +19,12 @@ from typing import Any
 import make_checkpoint
 from common import record
 
-GOAL = 2 * 2**30  # bytes of anonymous memory
+# Bytes of anonymous memory. The pages of the mapped checkpoint (RssFile) do not count: they are the page cache.
+GOAL = 2 * 2**30
 PERIOD = 0.02  # seconds between samples
 FIELDS = ("RssAnon", "RssFile", "VmHWM")  # bytes after sampling
 
-
+# A loaded f16 engine takes as much memory as f32, because ONNX Runtime computes in f32 on the CPU.
 RUN = """
 import json, sys, time
 from pathlib import Path
@@ -47,9 +46,9 @@ for size in (1, 8, 32):
         cache.forward([causal("verify", [300] * size, 10, every_row=True)])
         times.append(cache.seconds - before)
     seconds[size] = round(min(times), 3)
-found = status()
+memory = status()
 print(json.dumps({
-    "load_seconds": round(loaded, 1), "anonymous_bytes": found["RssAnon"], "peak_resident_bytes": found["VmHWM"],
+    "load_seconds": round(loaded, 1), "anonymous_bytes": memory["RssAnon"], "peak_resident_bytes": memory["VmHWM"],
     "seconds_of_a_pass_by_tokens": seconds,
 }))
 """
@@ -58,8 +57,9 @@ print(json.dumps({
 def run(engine: Path) -> dict[str, Any]:
     """Load an engine in its own process and time passes."""
     command = [sys.executable, "-c", RUN, str(engine)]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    figures: dict[str, Any] = json.loads(output)
+    return figures
 
 
 def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:

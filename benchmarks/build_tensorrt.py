@@ -1,10 +1,7 @@
-"""What compiling a released size with TensorRT-RTX takes, against TensorRT-RTX's own parser and builder alone.
+"""Compare `nemodiff build --backend tensorrt-rtx` with TensorRT-RTX's own parser and builder alone.
 
-In: a size; the bf16 checkpoint is made up on the spot. Out: `results/build_tensorrt_SIZE.json`. In turns the graph and
-its weights are written and a bare process parses and builds that file with the same profiles and targets, and `nemodiff
-build` does everything from the checkpoint on. /proc is sampled for the process and its children. The surprising fact:
-nemodiff's time holds the writing of the weights, and the bare one's does not. Neither starts with the checkpoint in the
-page cache: the bare builder would take that memory and be faster by a sixth on a virtual machine (docs/log.md).
+Both take turns on a checkpoint of a released size with random weights and use the same profiles and targets. Memory is
+sampled from /proc for the process and its children. Writes `results/build_tensorrt_SIZE.json`.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ from common import record
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
+from nemodiff.builder.compilers.choices import targets
 from nemodiff.builder.compilers.compile import corners, shape
-from nemodiff.builder.compilers.tensorrt import targets
 
 GOAL_MEMORY = 12 * 2**30  # anonymous bytes
 GOAL_TIME = 1.3  # times the bare build
@@ -71,10 +68,10 @@ def watch(command: list[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        found = [record.memory(pid, FIELDS) for pid in _family(process.pid)]
+        statuses = [record.memory(pid, FIELDS) for pid in _family(process.pid)]
         samples += 1
         for name in FIELDS:
-            peaks[name] = max(peaks[name], sum(status.get(name, 0) for status in found))
+            peaks[name] = max(peaks[name], sum(status.get(name, 0) for status in statuses))
         time.sleep(PERIOD)
     seconds = time.perf_counter() - started
     assert process.stderr is not None
@@ -104,7 +101,10 @@ def _family(pid: int) -> list[int]:
 
 
 def bare(builder: Builder, folder: Path) -> dict[str, Any]:
-    """Write the graph and its weights, then parse and build them in a process that does nothing else."""
+    """Write the graph and its weights, then parse and build them in a process that does nothing else.
+
+    The time of this build leaves out the writing, which `nemodiff build` includes.
+    """
     folder.mkdir()
     started = time.perf_counter()
     write_weights(
@@ -124,9 +124,9 @@ def bare(builder: Builder, folder: Path) -> dict[str, Any]:
         ],
     }
     command = [sys.executable, "-c", BARE, str(folder / "model.onnx"), str(folder / "engine"), json.dumps(job)]
-    found = watch(command)
+    measurement = watch(command)
     return {
-        **found,
+        **measurement,
         "engine_bytes": (folder / "engine").stat().st_size,
         "seconds_of_writing_weights": round(written, 1),
     }
@@ -135,8 +135,8 @@ def bare(builder: Builder, folder: Path) -> dict[str, Any]:
 def nemodiff(checkpoint: Path, engine: Path, flags: list[str]) -> dict[str, Any]:
     """`nemodiff build` from start to end."""
     command = [sys.executable, "-m", "nemodiff", "build", str(checkpoint), "-o", str(engine)]
-    found = watch([*command, "--backend", "tensorrt-rtx", *flags])
-    return {**found, "engine_bytes": (engine / "rank0.engine").stat().st_size}
+    measurement = watch([*command, "--backend", "tensorrt-rtx", *flags])
+    return {**measurement, "engine_bytes": (engine / "rank0.engine").stat().st_size}
 
 
 def main() -> None:
@@ -160,6 +160,8 @@ def main() -> None:
         builder = Builder(checkpoint, work / "engine", backend="tensorrt-rtx")
         print(f"checkpoint of {builder.graph.weight_bytes / 2**30:.2f} GiB made", flush=True)
         alone, whole = list[dict[str, Any]](), list[dict[str, Any]]()
+        # Neither build starts with the checkpoint in the page cache: the bare builder would take that memory and be
+        # faster by a sixth on a virtual machine (docs/log.md).
         for _ in range(arguments.rounds):
             alone.append(bare(builder, work / "bare"))
             shutil.rmtree(work / "bare")
@@ -202,10 +204,12 @@ def _median(runs: list[dict[str, Any]]) -> float:
     return float(statistics.median(run["seconds"] for run in runs))
 
 
-def _show(name: str, found: dict[str, Any]) -> None:
+def _show(name: str, measurement: dict[str, Any]) -> None:
+    fields = ("peak_anonymous_bytes", "peak_file_bytes", "engine_bytes")
+    anonymous, mapped, engine = (measurement[field] / 2**30 for field in fields)
     print(
-        f"{name}: {found['seconds']:.1f} s, {found['peak_anonymous_bytes'] / 2**30:.2f} GiB anonymous and "
-        f"{found['peak_file_bytes'] / 2**30:.2f} GiB of mapped files, engine {found['engine_bytes'] / 2**30:.2f} GiB",
+        f"{name}: {measurement['seconds']:.1f} s, {anonymous:.2f} GiB anonymous and {mapped:.2f} GiB of mapped files, "
+        f"engine {engine:.2f} GiB",
         flush=True,
     )
 

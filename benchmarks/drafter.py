@@ -1,8 +1,8 @@
-"""What the trained drafter adapter of tiny-chat is worth: self-speculation with and without it, by task.
+"""Measure what the trained drafter adapter of tiny-chat brings to self-speculation, by task.
 
-In: how many held-out questions per task. Out: `results/drafter.md` and `.json`. Every answer of both engines must have
-AR's tokens, else the run fails. The surprising fact: an adapter in a one-pass draft costs a few small products per
-token, so what it brings shows in tokens per pass; the times of a run are not compared here.
+Every answer with and without the adapter must have AR's tokens, else the run fails. Times are not compared: the adapter
+costs a few small products per token, and what it brings shows in tokens per pass. Writes `results/drafter.json` and
+`.md`.
 """
 
 from __future__ import annotations
@@ -39,64 +39,70 @@ def trained_questions() -> set[str]:
     return met
 
 
-def answer(engine: LoadedEngine, asked: list[Question], **options: Any) -> list[Generation]:
+def answer(engine: LoadedEngine, question_list: list[Question], **options: Any) -> list[Generation]:
     """One generation per question, each decoded alone."""
-    return list(generate_many(engine, [q.text for q in asked], max_new_tokens=NEW_TOKENS, **options))
+    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, **options))
 
 
-def score(given: list[Generation]) -> dict[str, Any]:
+def score(answers: list[Generation]) -> dict[str, Any]:
     """Acceptance and tokens per pass, sums over sums."""
-    lengths = [n for g in given for n in g.acceptance.lengths]
-    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in given)
+    lengths = [n for g in answers for n in g.acceptance.lengths]
+    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in answers)
     return {
-        "answers": len(given),
+        "answers": len(answers),
         "acceptance_mean": round(sum(lengths) / len(lengths), 3),
-        "decode_tpf": round(sum(len(g.token_ids) for g in given) / passes, 3),
-        "adapter_tokens": sum(g.adapter_tokens for g in given),
+        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / passes, 3),
+        "adapter_tokens": sum(g.adapter_tokens for g in answers),
     }
 
 
-def measure(engines: dict[str, LoadedEngine], asked: list[Question]) -> list[dict[str, Any]]:
+def measure(engines: dict[str, LoadedEngine], question_list: list[Question]) -> list[dict[str, Any]]:
     """Every mode and block length with both engines, by task, over all tasks and over what the adapter never met."""
-    met, found = trained_questions(), list[dict[str, Any]]()
-    plain = [g.token_ids for g in answer(engines["without"], asked, mode="ar")]
+    met, results = trained_questions(), list[dict[str, Any]]()
+    plain = [g.token_ids for g in answer(engines["without"], question_list, mode="ar")]
     settings: list[dict[str, Any]] = [{"mode": "linear_spec", "block_length": block} for block in BLOCKS]
     settings.append({"mode": "quadratic_spec", "block_length": 16, "groups": "all"})
     for setting in settings:
         for name, engine in engines.items():
-            given = answer(engine, asked, **setting)
-            pairs = list(zip(asked, given, strict=True))
-            row = {
+            answers = answer(engine, question_list, **setting)
+            pairs = list(zip(question_list, answers, strict=True))
+            result = {
                 **setting,
                 "adapter": name,
                 "tasks": {task: score([g for q, g in pairs if q.task == task]) for task in questions.TASKS},
-                "all": score(given),
+                "all": score(answers),
                 "unmet": score([g for q, g in pairs if q.text not in met]),
-                "answers_unlike_ar": sum(g.token_ids != p for g, p in zip(given, plain, strict=True)),
+                "answers_unlike_ar": sum(g.token_ids != p for g, p in zip(answers, plain, strict=True)),
             }
-            found.append(row)
+            results.append(result)
+            total = result["all"]
             print(
                 f"{setting['mode']:14} block {setting['block_length']:2}, {name:7} adapter: "
-                f"{row['all']['acceptance_mean']:6.2f} tokens per verify, {row['all']['decode_tpf']:5.2f} per pass, "
-                f"{row['answers_unlike_ar']} answers unlike AR's",
+                f"{total['acceptance_mean']:6.2f} tokens per verify, {total['decode_tpf']:5.2f} per pass, "
+                f"{result['answers_unlike_ar']} answers unlike AR's",
                 flush=True,
             )
-    return found
+    return results
 
 
-def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
+def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
     """The tables for people."""
-    both = {row["adapter"]: row for row in found if (row["mode"], row["block_length"]) == ("linear_spec", BLOCKS[0])}
+    both = {
+        result["adapter"]: result
+        for result in results
+        if (result["mode"], result["block_length"]) == ("linear_spec", BLOCKS[0])
+    }
     cells = {
-        name: {**row["tasks"], "**all**": row["all"], "not met in training": row["unmet"]} for name, row in both.items()
+        name: {**result["tasks"], "**all**": result["all"], "not met in training": result["unmet"]}
+        for name, result in both.items()
     }
     lines = [
         "# The drafter adapter of tiny-chat",
         "",
         f"Self-speculation without and with the adapter of `examples/tiny-chat-drafter`, {per_task} questions per task",
         f"drawn with seed {questions.SEED}; greedy, f32. Tokens emitted per verify, bonus included, and per pass.",
-        f"Answers whose tokens are not AR's: {sum(row['answers_unlike_ar'] for row in found)} of "
-        f"{sum(row['all']['answers'] for row in found)}.",
+        f"Answers whose tokens are not AR's: {sum(result['answers_unlike_ar'] for result in results)} of "
+        f"{sum(result['all']['answers'] for result in results)}.",
         "",
         "linear_spec, block length 32:",
         "",
@@ -116,8 +122,10 @@ def markdown(found: list[dict[str, Any]], origin: dict[str, Any], per_task: int)
         "| mode | block | per verify, without | with | per pass, without | with |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for a, b in zip(found[::2], found[1::2], strict=True):
-        mode, x, y = a["mode"] + (", all groups" if a["mode"] == "quadratic_spec" else ""), a["all"], b["all"]
+    for a, b in zip(results[::2], results[1::2], strict=True):
+        mode = a["mode"] + (", all groups" if a["mode"] == "quadratic_spec" else "")
+        x = a["all"]
+        y = b["all"]
         lines.append(
             f"| {mode} | {a['block_length']} | {x['acceptance_mean']:.2f} | {y['acceptance_mean']:.2f} "
             f"| {x['decode_tpf']:.2f} | {y['decode_tpf']:.2f} |"
@@ -143,17 +151,17 @@ def main() -> None:
             for name, adapter in (("without", None), ("with", arguments.adapter))
         }
         engines = {name: load(folder, threads=arguments.threads) for name, folder in built.items()}
-        found = measure(engines, questions.draw(arguments.per_task))
-    unlike = sum(row["answers_unlike_ar"] for row in found)
+        results = measure(engines, questions.draw(arguments.per_task))
+    unlike = sum(result["answers_unlike_ar"] for result in results)
     if not arguments.no_write:
-        gain = found[1]["all"]["acceptance_mean"] / found[0]["all"]["acceptance_mean"]
+        gain = results[1]["all"]["acceptance_mean"] / results[0]["all"]["acceptance_mean"]
         goals = [
             record.goal("answers unlike AR's", unlike, "at most", 0, "answers"),
             record.goal("tokens per verify with the adapter, block 32", round(gain, 3), "at least", 1.0, "times"),
         ]
-        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": found}
+        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": results}
         path = record.write("drafter", origin, goals, figures)
-        path.with_suffix(".md").write_text(markdown(found, origin, arguments.per_task), encoding="utf-8")
+        path.with_suffix(".md").write_text(markdown(results, origin, arguments.per_task), encoding="utf-8")
     if unlike:
         sys.exit(f"self-speculation differs from AR in {unlike} answers")
 

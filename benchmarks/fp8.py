@@ -1,9 +1,7 @@
-"""What 8-bit projections cost tiny-chat: exact answers and acceptance, beside the same engine in f32.
+"""Measure what 8-bit projections cost tiny-chat: right answers and acceptance, compared with the same engine in f32.
 
-In: how many questions per task. Out: `results/fp8.json`. Both engines are torch's on the CPU in f32, so all that
-differs is the weights; f32 sums of the same numbers are what the GPU's kernel makes. The surprising fact: right
-answers alone would hide a change, as one may be right as often in other places, so answers with other tokens are
-counted too.
+Both engines are torch's on the CPU and sum in f32, as the GPU's kernel does, so they differ in the weights alone.
+Writes `results/fp8.json`.
 """
 
 from __future__ import annotations
@@ -31,37 +29,40 @@ NEW_TOKENS = 128
 PACKAGES = ("nemodiff", "torch", "numpy", "tokenizers")
 
 
-def answer(engine: LoadedEngine, asked: list[Question], rows: int, **options: Any) -> list[Generation]:
+def answer(engine: LoadedEngine, question_list: list[Question], rows: int, **options: Any) -> list[Generation]:
     """One generation per question, `rows` of them together."""
-    return list(generate_many(engine, [q.text for q in asked], max_new_tokens=NEW_TOKENS, rows=rows, **options))
+    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, rows=rows, **options))
 
 
-def score(asked: list[Question], given: list[Generation], plain: list[Generation]) -> dict[str, Any]:
-    """Right answers, tokens per pass, acceptance; and answers whose tokens are not those of `plain`."""
-    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in given)
-    lengths = [n for g in given for n in g.acceptance.lengths]
+def score(question_list: list[Question], answers: list[Generation], plain: list[Generation]) -> dict[str, Any]:
+    """Right answers, tokens per pass, acceptance; and answers whose tokens are not those of `plain`.
+
+    Right answers alone would hide a change, as one engine may be right as often in other places.
+    """
+    passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in answers)
+    lengths = [n for g in answers for n in g.acceptance.lengths]
     return {
-        "questions": len(asked),
-        "right": sum(g.text == q.answer for q, g in zip(asked, given, strict=True)),
-        "unlike": sum(g.token_ids != p.token_ids for g, p in zip(given, plain, strict=True)),
-        "decode_tpf": round(sum(len(g.token_ids) for g in given) / passes, 3),
+        "questions": len(question_list),
+        "right": sum(g.text == q.answer for q, g in zip(question_list, answers, strict=True)),
+        "unlike": sum(g.token_ids != p.token_ids for g, p in zip(answers, plain, strict=True)),
+        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / passes, 3),
         "acceptance_mean": round(sum(lengths) / len(lengths), 3) if lengths else None,
     }
 
 
-def measure(engines: dict[str, LoadedEngine], asked: list[Question], rows: int) -> dict[str, Any]:
+def measure(engines: dict[str, LoadedEngine], question_list: list[Question], rows: int) -> dict[str, Any]:
     """Every setting with both engines. `unlike` counts against f32 in the same mode, `unlike_ar` within one engine."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     plain: dict[str, list[Generation]] = {}
     for setting in SETTINGS:
-        given = {name: answer(engine, asked, rows, **setting) for name, engine in engines.items()}
-        plain = plain or given
-        for name, answers in given.items():
-            cell = score(asked, answers, given["f32"])
-            cell["unlike_ar"] = score(asked, answers, plain[name])["unlike"]
-            found[f"{setting['mode']} {name}"] = cell
+        answers_by_engine = {name: answer(engine, question_list, rows, **setting) for name, engine in engines.items()}
+        plain = plain or answers_by_engine
+        for name, answers in answers_by_engine.items():
+            cell = score(question_list, answers, answers_by_engine["f32"])
+            cell["unlike_ar"] = score(question_list, answers, plain[name])["unlike"]
+            results[f"{setting['mode']} {name}"] = cell
             print(f"{setting['mode']:12} {name}  {cell}", flush=True)
-    return found
+    return results
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result file as it is")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
-    asked = questions.draw(arguments.per_task)
+    question_list = questions.draw(arguments.per_task)
     with tempfile.TemporaryDirectory(prefix="nemodiff-fp8-") as work:
         engines, weights = dict[str, LoadedEngine](), dict[str, int]()
         for name, quantization in KINDS.items():
@@ -81,18 +82,18 @@ def main() -> None:
             )
             weights[name] = builder.plan().weight_bytes
             engines[name] = load(builder.run(), device="cpu", threads=arguments.threads)
-        found = measure(engines, asked, arguments.rows)
-    wide, narrow = found["linear_spec f32"], found["linear_spec fp8"]
-    unlike = sum(found[f"linear_spec {name}"]["unlike_ar"] for name in KINDS)
+        results = measure(engines, question_list, arguments.rows)
+    wide, narrow = results["linear_spec f32"], results["linear_spec fp8"]
+    unlike = sum(results[f"linear_spec {name}"]["unlike_ar"] for name in KINDS)
     goals = [
-        record.goal("right answers of ar over f32's", found["ar fp8"]["right"] / found["ar f32"]["right"],
+        record.goal("right answers of ar over f32's", results["ar fp8"]["right"] / results["ar f32"]["right"],
                     "at least", 0.98, "x"),
         record.goal("tokens per verify over f32's", narrow["acceptance_mean"] / wide["acceptance_mean"],
                     "at least", 0.95, "x"),
         record.goal("answers of linear_spec unlike the same engine's ar", unlike, "at most", 0, "answers"),
     ]  # fmt: skip
     if not arguments.no_write:
-        record.write("fp8", origin, goals, {"weight_bytes": weights, "settings": found})
+        record.write("fp8", origin, goals, {"weight_bytes": weights, "settings": results})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Filling in and revising on tiny-chat's tasks, against answers from left to right.
+"""Compare filling in and revising on tiny-chat's tasks with answers from left to right.
 
-In: how many held-out answers per task. Out: `results/infill.md` and `.json`. A hole of 1 to 12 tokens is cut out of a
-right answer and counts only if exactly its tokens come back; a revision counts only if the whole right answer does. The
-surprising fact: with the question at hand the text behind a hole helps little, because the model has learned to answer
-and not to look ahead; so holes are also filled with an empty question, where only the text around them can tell.
+A hole of 1 to 12 tokens is cut out of a right answer and counts only if exactly its tokens come back. A revision counts
+only if the whole right answer does. Writes `results/infill.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -31,18 +29,18 @@ from nemodiff.runtime.loading import LoadedEngine, load
 
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
 LONGEST = 12
-WRONG_TOKENS = (1, 2, 4)
+REPLACED_TOKENS = (1, 2, 4)
 KEEPS = (0.01, 0.05, 0.3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hole:
-    """An answer with `wanted` cut out between two texts."""
+    """An answer with `tokens` cut out between two texts."""
 
     task: str
     question: str
     prefix: str
-    wanted: list[int]
+    tokens: list[int]
     suffix: str
 
 
@@ -51,7 +49,9 @@ Method = Callable[[LoadedEngine, Hole], tuple[list[int], int]]  # tokens and pas
 
 def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
     """Holes at places where the texts around them are encoded as they are in the whole answer."""
-    rng, plain, found = random.Random(questions.SEED), engine.text.encode_plain, list[Hole]()
+    rng = random.Random(questions.SEED)
+    plain = engine.text.encode_plain
+    result = list[Hole]()
     for q in questions.draw(per_task):
         ids = plain(q.answer)
         while True:
@@ -60,8 +60,8 @@ def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
             prefix, suffix = engine.text.decode(ids[:at]), engine.text.decode(ids[at + size :])
             if plain(prefix) == ids[:at] and plain(suffix) == ids[at + size :]:
                 break
-        found.append(Hole(q.task, q.text, prefix, ids[at : at + size], suffix))
-    return found
+        result.append(Hole(q.task, q.text, prefix, ids[at : at + size], suffix))
+    return result
 
 
 def _before(engine: LoadedEngine, hole: Hole) -> list[int]:
@@ -75,7 +75,7 @@ def left_to_right(mode: str) -> Method:
 
     def run(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]:
         ids = _before(engine, hole)
-        answer = generate(engine, ids, mode=mode, max_new_tokens=len(hole.wanted))
+        answer = generate(engine, ids, mode=mode, max_new_tokens=len(hole.tokens))
         return answer.token_ids, sum(answer.nfe.values()) - answer.nfe["prefill"]
 
     return run
@@ -85,29 +85,31 @@ def filled(length: bool = True, **options: Any) -> Method:
     """The product's own filling; without `length` it has to find the length too."""
 
     def run(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]:
-        template = [hole.prefix, len(hole.wanted) if length else None, hole.suffix]
-        got = fill(engine, template, prompt=hole.question, **options)
-        return got.token_ids[0], sum(got.nfe.values()) - got.nfe["prefill"]
+        template = [hole.prefix, len(hole.tokens) if length else None, hole.suffix]
+        answer = fill(engine, template, prompt=hole.question, **options)
+        return answer.token_ids[0], sum(answer.nfe.values()) - answer.nfe["prefill"]
 
     return run
 
 
 def suffix_as_context(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]:
-    """The layout that was not kept: the text behind the hole goes first, causally, into the slots behind it, and the
-    hole sees it by its second interval."""
+    """The layout that was not kept.
+
+    The text after the hole goes first, causally, into the slots after it, and the hole sees it by its second interval.
+    """
     before = _before(engine, hole)
-    behind, size = engine.text.encode_plain(hole.suffix), len(hole.wanted)
+    after, size = engine.text.encode_plain(hole.suffix), len(hole.tokens)
     with Row(engine.backend, before) as row:
         row.commit(len(before))
         begin = len(before) + size
-        at = np.arange(begin, begin + len(behind), dtype=np.int32)
+        at = np.arange(begin, begin + len(after), dtype=np.int32)
         visible = np.stack([np.full_like(at, len(before)), np.full_like(at, begin), at + 1], axis=1)
-        row.ask(Pass("verify", np.array(behind, np.int32), at, begin, visible, every_token(len(behind))))
+        row.ask(Pass("verify", np.array(after, np.int32), at, begin, visible, every_token(len(after))))
         block = [row.mask_id] * size
         while row.mask_id in block:
-            asked = bidirectional("denoise", block, len(before), 0.9)
-            asked.visible[:, 1:] = begin, begin + len(behind)
-            block = row.ask(asked).next_ids.tolist()
+            pass_ = bidirectional("denoise", block, len(before), 0.9)
+            pass_.visible[:, 1:] = begin, begin + len(after)
+            block = row.ask(pass_).next_ids.tolist()
         return block, sum(row.nfe.values()) - row.nfe["prefill"]
 
 
@@ -126,53 +128,61 @@ METHODS: dict[str, Method] = {
 }
 
 
-def measure_holes(engine: LoadedEngine, asked: list[Hole], question: str) -> list[dict[str, Any]]:
+def measure_holes(engine: LoadedEngine, hole_list: list[Hole], question: str) -> list[dict[str, Any]]:
     """Every method on every hole."""
-    found = []
+    results = []
     for name, method in METHODS.items():
-        right, count, passes = collections.Counter[str](), collections.Counter[str](), 0
-        for hole in asked:
-            got, taken = method(engine, hole)
+        correct = collections.Counter[str]()
+        count = collections.Counter[str]()
+        passes = 0
+        for hole in hole_list:
+            answer, taken = method(engine, hole)
             count[hole.task] += 1
-            right[hole.task] += got == hole.wanted
+            correct[hole.task] += answer == hole.tokens
             passes += taken
-        row = {
+        result = {
             "question": question,
             "method": name,
-            "tasks": {task: round(100 * right[task] / count[task], 1) for task in TASKS},
-            "all": round(100 * sum(right.values()) / len(asked), 1),
-            "passes": round(passes / len(asked), 2),
+            "tasks": {task: round(100 * correct[task] / count[task], 1) for task in TASKS},
+            "all": round(100 * sum(correct.values()) / len(hole_list), 1),
+            "passes": round(passes / len(hole_list), 2),
         }
-        found.append(row)
-        print(f"{question:8} {name:32} {row['all']:5.1f} %  {row['passes']:6.2f} passes", flush=True)
-    return found
+        results.append(result)
+        print(f"{question:8} {name:32} {result['all']:5.1f} %  {result['passes']:6.2f} passes", flush=True)
+    return results
 
 
 def measure_revision(engine: LoadedEngine, per_task: int) -> list[dict[str, Any]]:
     """Answers that the model itself gives right, with some tokens replaced by others of the vocabulary."""
-    asked = [q for q in questions.draw(per_task) if generate(engine, q.text, max_new_tokens=128).text == q.answer]
-    found = []
-    for wrong in (0, *WRONG_TOKENS):
+    question_list = [
+        q for q in questions.draw(per_task) if generate(engine, q.text, max_new_tokens=128).text == q.answer
+    ]
+    results = []
+    for replaced in (0, *REPLACED_TOKENS):
         for keep in KEEPS:
-            rng, right, passes = random.Random(wrong), 0, 0
-            for q in asked:
+            rng = random.Random(replaced)
+            correct = 0
+            passes = 0
+            for q in question_list:
                 ids = engine.text.encode_plain(q.answer)
-                for i in rng.sample(range(len(ids)), min(wrong, len(ids))):
+                for i in rng.sample(range(len(ids)), min(replaced, len(ids))):
                     ids[i] = rng.randrange(400, engine.info.model.vocab_size)
-                got = revise(engine, engine.text.decode(ids), prompt=q.text, keep=keep)
-                right += got.text == q.answer
-                passes += sum(got.nfe.values()) - got.nfe["prefill"]
-            row = {"wrong_tokens": wrong, "keep": keep, "right": round(100 * right / len(asked), 1)}
-            row |= {"answers": len(asked), "passes": round(passes / len(asked), 2)}
-            found.append(row)
+                answer = revise(engine, engine.text.decode(ids), prompt=q.text, keep=keep)
+                correct += answer.text == q.answer
+                passes += sum(answer.nfe.values()) - answer.nfe["prefill"]
+            result = {"wrong_tokens": replaced, "keep": keep, "right": round(100 * correct / len(question_list), 1)}
+            result |= {"answers": len(question_list), "passes": round(passes / len(question_list), 2)}
+            results.append(result)
             print(
-                f"{wrong} wrong tokens, keep {keep}: {row['right']:5.1f} % right, {row['passes']:.2f} passes",
+                f"{replaced} wrong tokens, keep {keep}: {result['right']:5.1f} % right, {result['passes']:.2f} passes",
                 flush=True,
             )
-    return found
+    return results
 
 
-def markdown(given: list[dict[str, Any]], revised: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
+def markdown(
+    filled_results: list[dict[str, Any]], revision_results: list[dict[str, Any]], origin: dict[str, Any], per_task: int
+) -> str:
     """The tables for people."""
     lines = [
         "# Filling in and revising with tiny-chat",
@@ -181,24 +191,25 @@ def markdown(given: list[dict[str, Any]], revised: list[dict[str, Any]], origin:
         "Percent of holes whose tokens came back exactly, and passes per hole (prefill not counted).",
     ]
     for question in ("given", "empty"):
-        rows = [row for row in given if row["question"] == question]
+        results = [result for result in filled_results if result["question"] == question]
         lines += ["", f"Question {question}:", "", f"| method | {' | '.join(TASKS)} | **all** | passes |"]
         lines.append("| --- |" + " ---: |" * (len(TASKS) + 2))
-        for row in rows:
-            cells = " | ".join(f"{row['tasks'][task]:.0f}" for task in TASKS)
-            lines.append(f"| {row['method']} | {cells} | **{row['all']:.1f}** | {row['passes']:.1f} |")
+        for result in results:
+            cells = " | ".join(f"{result['tasks'][task]:.0f}" for task in TASKS)
+            lines.append(f"| {result['method']} | {cells} | **{result['all']:.1f}** | {result['passes']:.1f} |")
     lines += [
         "",
-        f"Revision of {revised[0]['answers']} answers that the model gives right by itself, with some tokens replaced",
+        f"Revision of {revision_results[0]['answers']} answers that the model gives right by itself, with some tokens "
+        "replaced",
         "by random ones, the question given. Percent of answers that are right afterwards, and passes per answer; by",
         "the least causal probability that keeps a token. Decoding from scratch gets all of them right.",
         "",
         "| wrong tokens | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |",
         "| ---: |" + " ---: |" * len(KEEPS),
     ]
-    for wrong in (0, *WRONG_TOKENS):
-        cells = [f"{r['right']:.1f} / {r['passes']:.1f}" for r in revised if r["wrong_tokens"] == wrong]
-        lines.append(f"| {wrong} | {' | '.join(cells)} |")
+    for replaced in (0, *REPLACED_TOKENS):
+        cells = [f"{r['right']:.1f} / {r['passes']:.1f}" for r in revision_results if r["wrong_tokens"] == replaced]
+        lines.append(f"| {replaced} | {' | '.join(cells)} |")
     lines += [
         "",
         record.footer(origin),
@@ -215,19 +226,21 @@ def main() -> None:
     origin = record.origin(PACKAGES, arguments.threads)
     with tempfile.TemporaryDirectory(prefix="nemodiff-infill-") as work:
         engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
-        asked = holes(engine, arguments.per_task)
-        given = measure_holes(engine, asked, "given")
-        given += measure_holes(engine, [dataclasses.replace(hole, question="") for hole in asked], "empty")
-        revised = measure_revision(engine, arguments.per_task)
+        hole_list = holes(engine, arguments.per_task)
+        # With the question the text after a hole helps little, because the model has learned to answer and not to look
+        # ahead; with an empty question only the text around a hole can tell.
+        without_question = [dataclasses.replace(hole, question="") for hole in hole_list]
+        filled_results = measure_holes(engine, hole_list, "given") + measure_holes(engine, without_question, "empty")
+        revision_results = measure_revision(engine, arguments.per_task)
     if not arguments.no_write:
         figures = {
             "checkpoint": "tiny-chat",
             "dtype": "f32",
             "seed": questions.SEED,
-            "holes": given,
-            "revised": revised,
+            "holes": filled_results,
+            "revised": revision_results,
         }
-        best = {(row["question"], row["method"]): row["all"] for row in given}
+        best = {(result["question"], result["method"]): result["all"] for result in filled_results}
         goals = [
             record.goal(
                 f"search over ar, question {question}",
@@ -239,7 +252,9 @@ def main() -> None:
             for question in ("given", "empty")
         ]
         path = record.write("infill", origin, goals, figures)
-        path.with_suffix(".md").write_text(markdown(given, revised, origin, arguments.per_task), encoding="utf-8")
+        path.with_suffix(".md").write_text(
+            markdown(filled_results, revision_results, origin, arguments.per_task), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

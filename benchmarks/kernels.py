@@ -1,10 +1,9 @@
-"""What the kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
+"""Report what the kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
 
     python benchmarks/kernels.py
 
-In: the released 8B model's sizes. Out: a table of the graph's ops and of the torch engine's fused ones, and
-`results/kernels.json`. Blocks per multiprocessor are an upper bound from registers, shared memory and warps; how fast a
-kernel runs is for a GPU to say (`gpu.py`).
+The sizes are those of the released 8B model. Blocks per multiprocessor are an upper bound from registers, shared memory
+and warps; `gpu.py` measures how fast a kernel runs. Writes `results/kernels.json`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ WIDTH = {"hidden_size": 4096, "intermediate_size": 14336}  # of the 8B model
 def blocks(kernel: Kernel) -> int:
     """Blocks of a kernel that one multiprocessor can hold."""
     shared, warps, most = LIMITS[kernel.sm]
-    registers = -(-kernel.registers // 8) * 8 * 32 * kernel.num_warps  # given out in eights
+    registers = -(-kernel.registers // 8) * 8 * 32 * kernel.num_warps  # allocated in eights
     by_shared = shared * 1024 // (kernel.shared_bytes + 1024)  # a KiB of each block is the system's
     return min(65536 // registers, by_shared, warps // kernel.num_warps, most)
 

@@ -1,9 +1,7 @@
 """Write a checkpoint of a released size with random weights, in the released file layout.
 
-In: a size (3b, 8b, 14b) and perhaps a cut. Out: a folder with config.json, safetensors (shards of at most 5 GB behind
-an index where one file would be larger) and the tokenizer files of tiny-chat, whose ids all lie below the vocabulary's
-end. The surprising fact: all tensors are slices of one pool of random numbers, so memory stays flat and 27 GB are
-written at the speed of the disk; the pool's odd length keeps rows of a matrix from repeating.
+Weights go into shards of at most 5 GB with an index where one file would be larger. The tokenizer files are those of
+tiny-chat, whose ids all lie below the vocabulary's end.
 """
 
 from __future__ import annotations
@@ -23,7 +21,9 @@ import numpy as np
 TINY_CHAT = Path(__file__).resolve().parents[1] / "examples" / "tiny-chat"
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SHARD = 5 * 10**9  # bytes; what save_pretrained writes by default
-POOL = 2**24 - 3  # numbers; prime to every width of the family
+# Numbers that all tensors are slices of, so that memory stays flat and writing runs at the speed of the disk; prime to
+# every width of the family, so that rows of a matrix do not repeat.
+POOL = 2**24 - 3
 STD = 0.02
 RANK, ALPHA = 128, 512  # of the released drafter adapters
 
@@ -47,10 +47,12 @@ def config(size: str, changes: Mapping[str, int] | None = None) -> dict[str, Any
 
 def shapes(values: Mapping[str, Any]) -> Shapes:
     """All tensors of a config, (out, in) for matrices."""
-    hidden, ffn, vocab = values["hidden_size"], values["intermediate_size"], values["vocab_size"]
+    hidden = values["hidden_size"]
+    ffn = values["intermediate_size"]
+    vocab = values["vocab_size"]
     queries = values["num_attention_heads"] * values["head_dim"]
     keys = values["num_key_value_heads"] * values["head_dim"]
-    found: Shapes = {"encoder.embed_tokens.weight": (vocab, hidden)}
+    tensors: Shapes = {"encoder.embed_tokens.weight": (vocab, hidden)}
     for layer in range(values["num_hidden_layers"]):
         parts: Shapes = {
             "input_layernorm": (hidden,),
@@ -63,18 +65,18 @@ def shapes(values: Mapping[str, Any]) -> Shapes:
             "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn),
         }
-        found |= {f"encoder.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
-    return {**found, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (vocab, hidden)}
+        tensors |= {f"encoder.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
+    return {**tensors, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (vocab, hidden)}
 
 
 def adapter_shapes(values: Mapping[str, Any]) -> Shapes:
     """The drafter LoRA on every o_proj."""
-    found: Shapes = {}
+    tensors: Shapes = {}
     for layer in range(values["num_hidden_layers"]):
         name = f"base_model.model.encoder.layers.{layer}.self_attn.o_proj.lora"
-        found[f"{name}_A.weight"] = (RANK, values["num_attention_heads"] * values["head_dim"])
-        found[f"{name}_B.weight"] = (values["hidden_size"], RANK)
-    return found
+        tensors[f"{name}_A.weight"] = (RANK, values["num_attention_heads"] * values["head_dim"])
+        tensors[f"{name}_B.weight"] = (values["hidden_size"], RANK)
+    return tensors
 
 
 class Pool:
@@ -176,7 +178,7 @@ def main() -> None:
         "--set", type=_change, action="append", default=[], metavar="FIELD=NUMBER", help="replace a config field"
     )
     parser.add_argument("--adapter", action="store_true", help="add a random drafter adapter, linear_spec_lora/")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights, default 0")
     arguments = parser.parse_args()
     if arguments.folder.exists():
         parser.error(f"{arguments.folder} exists; choose another folder or remove it")

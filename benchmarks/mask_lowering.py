@@ -1,8 +1,7 @@
-"""What BlockAttention's `slots` input is worth on ONNX Runtime.
+"""Measure what BlockAttention's `slots` input is worth on ONNX Runtime.
 
-In: tiny-chat. Out: nodes after optimisation and milliseconds of a forward, with one mask for all layers (`slots` made
-once) and with a mask per layer (slots made from each layer's own cache shape); `results/mask_lowering.json`. The two
-sessions take turns, so noise of the machine falls on both.
+Compares one mask for all layers (`slots` made once) with a mask per layer (`slots` made from each layer's own cache
+shape). The two sessions take turns, so noise of the machine falls on both. Writes `results/mask_lowering.json`.
 """
 
 from __future__ import annotations
@@ -64,14 +63,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=400, help="forwards per variant and size, default 400")
     rounds = parser.parse_args().rounds
     origin = record.origin(("nemodiff", "onnx", "onnxruntime"), 1)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         caches = {}
         for name in ("one mask", "a mask per layer"):
             folder = Builder(record.TINY_CHAT, Path(work) / name).run()
             if name != "one mask":
                 per_layer(folder)
-            found[name] = {"nodes": optimised_nodes(folder), "ms": {}}
+            results[name] = {"nodes": optimised_nodes(folder), "ms": {}}
             caches[name] = load(folder, threads=1).backend.open(1)
         times: dict[tuple[str, int], list[float]] = {(name, size): [] for name in caches for size in SIZES}
         for turn in range(WARMUP + rounds):
@@ -81,9 +80,9 @@ def main() -> None:
                 if turn >= WARMUP:
                     values.append((time.perf_counter() - started) * 1e3)
     for (name, size), values in times.items():
-        found[name]["ms"][size] = round(statistics.median(values), 4)
-    print(found)
-    record.write("mask_lowering", origin, [], {"checkpoint": "tiny-chat", "rounds": rounds, "variants": found})
+        results[name]["ms"][size] = round(statistics.median(values), 4)
+    print(results)
+    record.write("mask_lowering", origin, [], {"checkpoint": "tiny-chat", "rounds": rounds, "variants": results})
 
 
 if __name__ == "__main__":

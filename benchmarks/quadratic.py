@@ -1,8 +1,7 @@
-"""Quadratic self-speculation against linear: tokens per pass, tokens per verify and wall time.
+"""Compare quadratic self-speculation with linear: tokens per pass, tokens per verify and wall time.
 
-In: tiny-chat and questions. Out: `results/quadratic.json` and `results/quadratic.md`. Every way answers each question
-in turn, so that what else the machine does falls on all of them. The surprising fact: the ways emit the very same
-tokens, AR's, so they differ in the number of passes and in what a pass costs; on a CPU a pass pays for every token.
+Every setting answers each question in turn, so that other load falls on all of them. All emit AR's tokens and differ
+only in the number of passes and in what a pass costs. Writes `results/quadratic.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.requests.generation import tokens_per_pass
 
-WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear_spec", {}),
     ("quadratic_spec, budgeted", {"mode": "quadratic_spec"}),
     ("quadratic_spec, all groups", {"mode": "quadratic_spec", "groups": "all"}),
 )
-BLOCKS = {8: WAYS, 16: WAYS, 32: WAYS[:2]}  # all groups of 32 exceed a pass
+BLOCKS = {8: SETTINGS, 16: SETTINGS, 32: SETTINGS[:2]}  # all groups of 32 exceed a pass
 
 
-def measure(engine: nemodiff.LoadedEngine, asked: list[str], rounds: int) -> tuple[list[dict[str, Any]], int]:
-    """Figures by block length and way, and how many answers are not AR's."""
-    expected = [nemodiff.generate(engine, text, mode="ar").token_ids for text in asked]
-    rows, unlike = list[dict[str, Any]](), 0
-    for block, ways in BLOCKS.items():
-        found: dict[str, list[nemodiff.Generation]] = {name: [] for name, _ in ways}
+def measure(engine: nemodiff.LoadedEngine, prompts: list[str], rounds: int) -> tuple[list[dict[str, Any]], int]:
+    """Figures by block length and setting, and how many answers are not AR's."""
+    expected = [nemodiff.generate(engine, text, mode="ar").token_ids for text in prompts]
+    results, unlike = list[dict[str, Any]](), 0
+    for block, settings in BLOCKS.items():
+        answers_by_setting: dict[str, list[nemodiff.Generation]] = {name: [] for name, _ in settings}
         for _ in range(rounds):
-            for text, tokens in zip(asked, expected, strict=True):
-                for name, choice in ways:
+            for text, tokens in zip(prompts, expected, strict=True):
+                for name, choice in settings:
                     options = {"mode": "linear_spec", "block_length": block, **choice}
-                    found[name].append(nemodiff.generate(engine, text, **options))
-                    unlike += found[name][-1].token_ids != tokens
-        base = [answer.timings_ms["total"] for answer in found["linear_spec"]]
-        for name, answers in found.items():
+                    answers_by_setting[name].append(nemodiff.generate(engine, text, **options))
+                    unlike += answers_by_setting[name][-1].token_ids != tokens
+        base = [answer.timings_ms["total"] for answer in answers_by_setting["linear_spec"]]
+        for name, answers in answers_by_setting.items():
             lengths = [length for answer in answers for length in answer.acceptance.lengths]
             nfe = sum((Counter(answer.nfe) for answer in answers), Counter())
             per_pass, _ = tokens_per_pass(sum(len(answer.token_ids) for answer in answers), nfe)
             ratios = [one / answer.timings_ms["total"] for one, answer in zip(base, answers, strict=True)]
-            rows.append(
+            results.append(
                 {
                     "block_length": block,
                     "way": name,
@@ -55,10 +54,10 @@ def measure(engine: nemodiff.LoadedEngine, asked: list[str], rounds: int) -> tup
                     "speed_over_linear": round(statistics.median(ratios), 3),
                 }
             )
-    return rows, unlike
+    return results, unlike
 
 
-def table(rows: list[dict[str, Any]], count: int, origin: dict[str, Any]) -> str:
+def table(results: list[dict[str, Any]], count: int, origin: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
         "# Quadratic self-speculation against linear",
@@ -70,7 +69,7 @@ def table(rows: list[dict[str, Any]], count: int, origin: dict[str, Any]) -> str
         "| block | way | tokens per pass | tokens per verify | speed over linear |",
         "|---:|---|---:|---:|---:|",
     ]
-    for r in rows:
+    for r in results:
         figures = f"{r['tokens_per_pass']:.2f} | {r['tokens_per_verify']:.2f} | {r['speed_over_linear']:.2f}"
         lines.append(f"| {r['block_length']} | {r['way']} | {figures} |")
     load = origin["machine"]["load_before"]
@@ -80,17 +79,17 @@ def table(rows: list[dict[str, Any]], count: int, origin: dict[str, Any]) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare quadratic with linear self-speculation.")
     parser.add_argument("--per-task", type=int, default=10, help="questions per task, default 10")
-    parser.add_argument("--rounds", type=int, default=2, help="times that each way answers each, default 2")
+    parser.add_argument("--rounds", type=int, default=2, help="times that each setting answers each, default 2")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     arguments = parser.parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "numpy"), arguments.threads)
-    asked = [question.text for question in questions.draw(arguments.per_task)]
+    prompts = [question.text for question in questions.draw(arguments.per_task)]
     with tempfile.TemporaryDirectory(prefix="nemodiff-quadratic-") as work:
         engine = nemodiff.load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
-        rows, unlike = measure(engine, asked, arguments.rounds)
+        results, unlike = measure(engine, prompts, arguments.rounds)
     goals = [record.goal("answers unlike AR's", unlike, "at most", 0, "answers")]
-    record.write("quadratic", origin, goals, {"dtype": "f32", "questions": len(asked), "rows": rows})
-    (record.RESULTS / "quadratic.md").write_text(table(rows, len(asked), origin), encoding="utf-8")
+    record.write("quadratic", origin, goals, {"dtype": "f32", "questions": len(prompts), "rows": results})
+    (record.RESULTS / "quadratic.md").write_text(table(results, len(prompts), origin), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Tokens per verify at a temperature, with the noise of draft and verify shared and not.
+"""Compare acceptance at a temperature when draft and verify share their noise and when they do not.
 
-In: tiny-chat, questions, temperatures. Out: the acceptance of linear self-speculation under two rules,
-`results/sampling.json` and `results/sampling.md`. *Shared*: the draft draws with the noise that the verify will draw
-with. *Independent*: the draft draws anew in every pass, and what is equal by chance is kept, as in the released code.
-The surprising fact: both rules emit the very same tokens, AR's, so nothing but the number of passes differs.
+*Shared*: the draft draws with the noise that the verify will draw with. *Independent*: the draft draws anew in every
+pass, and equal draws are kept by chance, as in the released code. Both emit AR's tokens, so only the number of passes
+differs. Writes `results/sampling.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -45,10 +44,12 @@ def forget_the_noise(sequence: Sequence, seeds: itertools.count[int]) -> None:
     selector.propose = alone  # type: ignore[method-assign]
 
 
-def accepted(engine: LoadedEngine, asked: list[list[int]], temperature: float, block: int, shared: bool) -> Any:
+def accepted(engine: LoadedEngine, prompts: list[list[int]], temperature: float, block: int, shared: bool) -> Any:
     """Tokens per verify over all questions, and what was emitted."""
-    lengths, tokens, seeds = list[int](), list[list[int]](), itertools.count(1 << 40)
-    for seed, ids in enumerate(asked):
+    lengths = list[int]()
+    tokens = list[list[int]]()
+    seeds = itertools.count(1 << 40)
+    for seed, ids in enumerate(prompts):
         values = {"temperature": temperature, "seed": seed, "block_length": block, "max_new_tokens": NEW_TOKENS}
         sequence = prepare(engine, ids, make_options(values))
         if not shared:
@@ -60,7 +61,7 @@ def accepted(engine: LoadedEngine, asked: list[list[int]], temperature: float, b
     return sum(lengths) / len(lengths), tokens
 
 
-def table(rows: list[dict[str, Any]], count: int) -> str:
+def table(results: list[dict[str, Any]], count: int) -> str:
     """The result as Markdown."""
     lines = [
         "# Acceptance at a temperature",
@@ -72,7 +73,7 @@ def table(rows: list[dict[str, Any]], count: int) -> str:
         "| temperature | block | shared | independent | shared / independent |",
         "|---:|---:|---:|---:|---:|",
     ]
-    for r in rows:
+    for r in results:
         ratio = r["shared"] / r["independent"]
         lines.append(
             f"| {r['temperature']} | {r['block_length']} | {r['shared']:.2f} | {r['independent']:.2f} | {ratio:.2f} |"
@@ -87,15 +88,15 @@ def main() -> None:
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
     drawn = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
-    rows, unequal = list[dict[str, Any]](), 0
+    results, unequal = list[dict[str, Any]](), 0
     with tempfile.TemporaryDirectory(prefix="nemodiff-sampling-") as work:
         engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
-        asked = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in drawn]
+        prompts = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in drawn]
         for temperature, block in itertools.product(TEMPERATURES, BLOCKS):
-            shared, tokens = accepted(engine, asked, temperature, block, True)
-            independent, others = accepted(engine, asked, temperature, block, False)
+            shared, tokens = accepted(engine, prompts, temperature, block, True)
+            independent, others = accepted(engine, prompts, temperature, block, False)
             unequal += sum(a != b for a, b in zip(tokens, others, strict=True))
-            rows.append(
+            results.append(
                 {
                     "temperature": temperature,
                     "block_length": block,
@@ -103,15 +104,21 @@ def main() -> None:
                     "independent": round(independent, 3),
                 }
             )
-            print(rows[-1], flush=True)
+            print(results[-1], flush=True)
     goals = [record.goal("answers that differ between the rules", unequal, "at most", 0, "answers")]
-    for row in rows:
-        if row["temperature"] in (0.7, 1.0):
-            name = f"shared over independent, T {row['temperature']}, blocks of {row['block_length']}"
-            goals.append(record.goal(name, round(row["shared"] / row["independent"], 3), "at least", 1.0, "x"))
-    figures = {"checkpoint": "tiny-chat", "dtype": "f32", "prompts": len(asked), "new_tokens": NEW_TOKENS, "rows": rows}
+    for result in results:
+        if result["temperature"] in (0.7, 1.0):
+            name = f"shared over independent, T {result['temperature']}, blocks of {result['block_length']}"
+            goals.append(record.goal(name, round(result["shared"] / result["independent"], 3), "at least", 1.0, "x"))
+    figures = {
+        "checkpoint": "tiny-chat",
+        "dtype": "f32",
+        "prompts": len(prompts),
+        "new_tokens": NEW_TOKENS,
+        "rows": results,
+    }
     record.write("sampling", origin, goals, figures)
-    (record.RESULTS / "sampling.md").write_text(table(rows, len(asked)), encoding="utf-8")
+    (record.RESULTS / "sampling.md").write_text(table(results, len(prompts)), encoding="utf-8")
 
 
 if __name__ == "__main__":

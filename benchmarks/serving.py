@@ -1,9 +1,8 @@
-"""One stream through `nemodiff serve` against the bare runtime: tokens per second and time to the first token.
+"""Compare one stream through `nemodiff serve` with the bare runtime: tokens per second and time to the first token.
 
-In: the questions of the benchmark, asked one after the other. Out: per mode and way, the medians and their ratio;
-`results/serving.json` and `.md`. The ways take turns with every question, so noise falls on all alike, and must give
-the same text. With `--soak N`, instead, N requests of which most leave in the middle: rows and memory return to their
-start. The surprising fact: a served stream also pays for the client that reads it, on the same two cores.
+Both take turns with every question, so noise falls on both alike, and must give the same text. A served stream also
+pays for the client that reads it, on the same cores. With `--soak N` it sends N requests of which most leave in the
+middle, and checks that memory returns to its start. Writes `results/serving.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -33,12 +32,11 @@ from nemodiff.builder.build import Builder
 BASE = "runtime"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "fastapi", "uvicorn")
 MODES = ("ar", "diffusion", "linear_spec")
-HEADS = "| mode | way | of the runtime | tokens/s | first token | later by |"
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One answer as its reader saw it; times in seconds from the moment it was asked for."""
+    """One answer as its reader saw it; times in seconds from the start of its request."""
 
     text: str
     tokens: int
@@ -46,16 +44,18 @@ class Stream:
     whole: float
 
 
-ExactMode = Callable[[str, str, int], Stream]  # question, mode, tokens
+Client = Callable[[str, str, int], Stream]  # question, mode, tokens
 
 
-def bare(engine: nemodiff.LoadedEngine) -> ExactMode:
+def bare(engine: nemodiff.LoadedEngine) -> Client:
     """The runtime in this process."""
 
     def ask(question: str, mode: str, tokens: int) -> Stream:
-        began, first, text = time.perf_counter(), 0.0, ""
-        told = nemodiff.stream(engine, question, mode=mode, max_new_tokens=tokens, min_tokens=tokens)
-        for event in told:
+        began = time.perf_counter()
+        first = 0.0
+        text = ""
+        events = nemodiff.stream(engine, question, mode=mode, max_new_tokens=tokens, min_tokens=tokens)
+        for event in events:
             if isinstance(event, nemodiff.Text):
                 first = first or time.perf_counter() - began
                 text += event.text
@@ -66,7 +66,7 @@ def bare(engine: nemodiff.LoadedEngine) -> ExactMode:
     return ask
 
 
-def served(host: str, port: int) -> ExactMode:
+def served(host: str, port: int) -> Client:
     """OpenAI's streaming chat over one kept connection."""
     connection = http.client.HTTPConnection(host, port)
 
@@ -74,7 +74,10 @@ def served(host: str, port: int) -> ExactMode:
         body = {"messages": [{"role": "user", "content": question}], "mode": mode, "max_tokens": tokens}
         body |= {"min_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
         data = json.dumps(body)
-        began, first, text, count = time.perf_counter(), 0.0, "", 0
+        began = time.perf_counter()
+        first = 0.0
+        text = ""
+        count = 0
         connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         assert answer.status == 200, answer.read()
@@ -100,22 +103,22 @@ def server(folder: Path, threads: int, *options: str) -> Iterator[tuple[str, int
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
-        found = re.search(r"http://([\d.]+):(\d+)", line)
-        assert found is not None, line + process.stderr.read()
-        yield found[1], int(found[2]), process.pid
+        match = re.search(r"http://([\d.]+):(\d+)", line)
+        assert match is not None, line + process.stderr.read()
+        yield match[1], int(match[2]), process.pid
     finally:
         process.terminate()
         process.wait()
         process.stderr.close()
 
 
-def compare(ways: dict[str, ExactMode], asked: list[str], tokens: int, modes: tuple[str, ...]) -> dict[str, Any]:
-    """Figures by mode and way; the first question is a warm-up and not counted."""
+def compare(clients: dict[str, Client], prompts: list[str], tokens: int, modes: tuple[str, ...]) -> dict[str, Any]:
+    """Figures by mode and client; the first question is a warm-up and not counted."""
     figures: dict[str, Any] = {}
     for mode in modes:
-        seen: dict[str, list[Stream]] = {name: [] for name in ways}
-        for question in asked:
-            for name, ask in ways.items():
+        seen: dict[str, list[Stream]] = {name: [] for name in clients}
+        for question in prompts:
+            for name, ask in clients.items():
                 seen[name].append(ask(question, mode, tokens))
         figures[mode] = {name: _figures(streams[1:], seen[BASE][1:]) for name, streams in seen.items()}
     return figures
@@ -137,10 +140,10 @@ def table(figures: dict[str, Any], title: str) -> str:
     lines = [
         f"# Serving one stream\n\n{title}\n",
         "| mode | way | of the runtime | tokens/s | first token | later by |",
+        "|" + "---|" * 6,
     ]
-    lines.append("|" + "---|" * 6)
-    for mode, ways in figures.items():
-        for name, f in ways.items():
+    for mode, by_client in figures.items():
+        for name, f in by_client.items():
             speed = f"{f['ratio']:.2f} | {f['tokens_per_second']:.0f}"
             lines.append(f"| {mode} | {name} | {speed} | {f['first_ms']:.1f} ms | {f['first_later_ms']:.1f} ms |")
     return "\n".join(lines) + "\n"
@@ -167,20 +170,24 @@ def soak(host: str, port: int, process: int, count: int) -> dict[str, Any]:
             connection.request("GET", "/metrics")
             lines = connection.getresponse().read().decode().splitlines()
             connection.close()
-            found = {n: float(v) for n, _, v in (line.rpartition(" ") for line in lines if line[0] != "#")}
-            if not found["nemodiff_requests_running"] + found["nemodiff_requests_waiting"]:
-                return found
+            metrics = {}
+            for line in lines:
+                if line[0] != "#":
+                    name, _, value = line.rpartition(" ")
+                    metrics[name] = float(value)
+            if not metrics["nemodiff_requests_running"] + metrics["nemodiff_requests_waiting"]:
+                return metrics
             time.sleep(0.1)
 
-    told: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     for part in range(5):
         jobs = [(rng.choice([0, 1, 2000, None]), rng.choice(nemodiff.MODES)) for _ in range(count // 5)]
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda job: one(*job), jobs))
         ends = {n.split('"')[1]: v for n, v in settled().items() if n.startswith("nemodiff_requests_total")}
-        told.append({"requests": (part + 1) * (count // 5), "memory_bytes": memory(), **ends})
-        print(told[-1])
-    return {"parts": told}
+        parts.append({"requests": (part + 1) * (count // 5), "memory_bytes": memory(), **ends})
+        print(parts[-1])
+    return {"parts": parts}
 
 
 def main() -> None:
@@ -204,9 +211,9 @@ def main() -> None:
             return
         engine = nemodiff.load(folder, threads=arguments.threads)
         with server(folder, arguments.threads) as (host, port, _):
-            ways: dict[str, ExactMode] = {BASE: bare(engine), "serve": served(host, port)}
-            asked = [q.text for q in questions.draw(-(-(arguments.questions + 1) // len(questions.TASKS)))]
-            figures = compare(ways, asked[: arguments.questions + 1], arguments.tokens, MODES)
+            clients: dict[str, Client] = {BASE: bare(engine), "serve": served(host, port)}
+            prompts = [q.text for q in questions.draw(-(-(arguments.questions + 1) // len(questions.TASKS)))]
+            figures = compare(clients, prompts[: arguments.questions + 1], arguments.tokens, MODES)
     title = (
         f"`{origin['command']}`, {origin['date'][:10]}: {arguments.questions} questions per mode one after the other, "
         f"{arguments.tokens} tokens each, {arguments.threads} thread(s), load before the run "
@@ -215,8 +222,8 @@ def main() -> None:
     page = table(figures, title)
     print(page)
     goals = []
-    for mode, by_way in figures.items():
-        for name, f in by_way.items():
+    for mode, by_client in figures.items():
+        for name, f in by_client.items():
             if name != BASE:
                 goals.append(
                     record.goal(f"{name}, {mode}, throughput", f["ratio"], "at least", 0.9, "of the runtime's")

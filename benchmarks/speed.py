@@ -1,10 +1,7 @@
-"""Tokens per second of every mode against transformers on the same weights, and where the time goes.
+"""Compare tokens per second of every mode with transformers on the same weights, and measure where the time goes.
 
-In: tiny-chat (or another checkpoint small enough for f32 twice), with `--torch` through the torch engine too. Out:
-ratios, the cost of a forward by block length, the host's share of decoding, the time to the first token of a fresh
-process; `results/speed.json`, or `results/speed_torch.json`. All contenders take turns on each prompt, so noise of the
-machine falls on all of them alike. The surprising fact: both sides get token ids and give token ids and must give the
-same ones, so a ratio compares equal work.
+All contenders take turns on each prompt, so noise of the machine falls on all of them alike. They get and give token
+ids, so that a ratio compares equal work. Writes `results/speed.json`, or `results/speed_torch.json`.
 """
 
 from __future__ import annotations
@@ -48,30 +45,30 @@ def contenders(
     def ours(engine: LoadedEngine, mode: str) -> Contender:
         return lambda ids: generate(engine, ids, mode=mode, max_new_tokens=NEW_TOKENS).token_ids
 
-    found = {f"nemodiff {mode}": ours(engine, mode) for mode in MODES}
-    found |= {f"torch {mode}": ours(second, mode) for mode in MODES if second is not None}
-    found |= {f"transformers {attention}": peer(attention) for attention in ("eager", "sdpa")}
+    entries = {f"nemodiff {mode}": ours(engine, mode) for mode in MODES}
+    entries |= {f"torch {mode}": ours(second, mode) for mode in MODES if second is not None}
+    entries |= {f"transformers {attention}": peer(attention) for attention in ("eager", "sdpa")}
     torch.set_num_threads(threads)  # after the oracle, which sets its own number
-    return found
+    return entries
 
 
-def race(found: dict[str, Contender], prompts: list[list[int]], rounds: int, warmup: int) -> dict[str, Any]:
+def race(entries: dict[str, Contender], prompts: list[list[int]], rounds: int, warmup: int) -> dict[str, Any]:
     """Tokens per second by contender and round; the first `warmup` rounds are run and dropped."""
-    rates: dict[str, list[float]] = {name: [] for name in found}
-    wrong = dict.fromkeys(found, 0)
+    rates: dict[str, list[float]] = {name: [] for name in entries}
+    differing = dict.fromkeys(entries, 0)
     for turn in range(warmup + rounds):
-        seconds, tokens = dict.fromkeys(found, 0.0), dict.fromkeys(found, 0)
+        seconds, tokens = dict.fromkeys(entries, 0.0), dict.fromkeys(entries, 0)
         for ids in prompts:
             outputs = {}
-            for name, run in found.items():
+            for name, run in entries.items():
                 started = time.perf_counter()
                 outputs[name] = run(ids)
                 seconds[name] += time.perf_counter() - started
                 tokens[name] += len(outputs[name])
             for name, output in outputs.items():
-                wrong[name] += turn == 0 and output != outputs[BASE]
+                differing[name] += turn == 0 and output != outputs[BASE]
         if turn >= warmup:
-            for name in found:
+            for name in entries:
                 rates[name].append(tokens[name] / seconds[name])
     base = rates[BASE]
     return {
@@ -80,9 +77,9 @@ def race(found: dict[str, Contender], prompts: list[list[int]], rounds: int, war
             "ratio": round(statistics.median(a / b for a, b in zip(rates[name], base, strict=True)), 2),
             "ratio_min": round(min(a / b for a, b in zip(rates[name], base, strict=True)), 2),
             "ratio_max": round(max(a / b for a, b in zip(rates[name], base, strict=True)), 2),
-            "answers_unlike_transformers": wrong[name],
+            "answers_unlike_transformers": differing[name],
         }
-        for name in found
+        for name in entries
     }
 
 
@@ -92,47 +89,47 @@ def measure(checkpoint: Path, folder: Path, threads: int, arguments: argparse.Na
     second = load(folder.with_name("torch"), threads=threads, device="cpu") if arguments.torch else None
     prompts = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in arguments.questions]
     rounds, warmup = arguments.rounds, arguments.warmup
-    found = {
+    figures = {
         "threads": threads,
         "race": race(contenders(engine, second, checkpoint, threads), prompts, rounds, warmup),
         "host": timing.host_share(engine, prompts, NEW_TOKENS, rounds, warmup),
         "cost_curve": timing.cost_curve(engine, 20 * rounds, warmup),
         "first_token": timing.first_token(folder, threads, rounds),
     }
-    show(found)
-    return found
+    show(figures)
+    return figures
 
 
-def show(found: dict[str, Any]) -> None:
+def show(figures: dict[str, Any]) -> None:
     """The tables, ratios first."""
-    print(f"\n{found['threads']} thread(s)      ratio to {BASE} (min..max)    tokens/s   other answers")
-    for name, r in found["race"].items():
+    print(f"\n{figures['threads']} thread(s)      ratio to {BASE} (min..max)    tokens/s   other answers")
+    for name, r in figures["race"].items():
         spread = f"({r['ratio_min']:.2f}..{r['ratio_max']:.2f})"
         print(
             f"  {name:22} {r['ratio']:6.2f} {spread:15} {r['tokens_per_second']:15.0f} "
             f"{r['answers_unlike_transformers']:15}"
         )
     print("  host share of decoding: ", end="")
-    print(", ".join(f"{m} {h['share']:.1%} ({h['host_us_per_pass']:.0f} us/pass)" for m, h in found["host"].items()))
+    print(", ".join(f"{m} {h['share']:.1%} ({h['host_us_per_pass']:.0f} us/pass)" for m, h in figures["host"].items()))
     print("  forward of S tokens:    ", end="")
-    print(", ".join(f"{s}: {c['ms']:.2f} ms (x{c['over_one_token']:.2f})" for s, c in found["cost_curve"].items()))
-    first = found["first_token"]
+    print(", ".join(f"{s}: {c['ms']:.2f} ms (x{c['over_one_token']:.2f})" for s, c in figures["cost_curve"].items()))
+    first = figures["first_token"]
     print(f"  fresh process, 1 token:  {first['seconds']:.2f} s (worst {first['seconds_max']:.2f}); ", end="")
     print(", ".join(f"{name} {seconds:.2f}" for name, seconds in first["parts"].items()), flush=True)
 
 
 def goals(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts, per thread count."""
-    found = []
+    verdicts = []
     for run in runs:
         where = f"{run['threads']} thread(s)"
         ratio, first = run["race"]["nemodiff ar"]["ratio"], run["first_token"]["seconds"]
-        found.append(record.goal(f"ar over {BASE}, {where}", ratio, "at least", 2.0, "x"))
+        verdicts.append(record.goal(f"ar over {BASE}, {where}", ratio, "at least", 2.0, "x"))
         for mode, host in run["host"].items():
             share = round(100 * host["share"], 2)
-            found.append(record.goal(f"host share of decoding, {mode}, {where}", share, "at most", 5.0, "%"))
-        found.append(record.goal(f"fresh process to first token, {where}", first, "at most", 1.5, "s"))
-    return found
+            verdicts.append(record.goal(f"host share of decoding, {mode}, {where}", share, "at most", 5.0, "%"))
+        verdicts.append(record.goal(f"fresh process to first token, {where}", first, "at most", 1.5, "s"))
+    return verdicts
 
 
 def main() -> None:

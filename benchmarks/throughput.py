@@ -1,10 +1,7 @@
-"""Tokens per second and latency of many requests on tiny-chat: one at a time, in static batches, scheduled.
+"""Measure many mixed requests on tiny-chat: one at a time, in static batches, and scheduled.
 
-In: mixed requests: all modes, short answers and long, most with one system prompt, now and then a long prompt. Out: per
-way of serving them, tokens per second, time to the first token, gaps between tokens, forwards and padding;
-`results/throughput.json` and `.md`. All ways take turns in every round, so noise falls on all of them alike, and must
-give the same tokens. The surprising fact: on a CPU a forward costs nearly as much as its tokens, so batching gains
-little and padding loses much; the gain is that of prefixes and of not waiting.
+The requests have all modes, short and long answers, mostly one system prompt, now and then a long prompt. All
+contenders take turns in every round and must give the same tokens. Writes `results/throughput.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -35,23 +32,23 @@ SYSTEM = "You answer questions about lists, numbers, functions and people. " * 4
 BASE = "one at a time"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy")
 
-Requests = list[tuple[Any, Options]]
+Workload = list[tuple[Any, Options]]
 
 
 @dataclasses.dataclass
 class Served:
-    """One round of one way."""
+    """One round of one contender."""
 
     seconds: float
     answers: list[Finished]
     counts: Counts
 
 
-def requests(count: int, seed: int = questions.SEED) -> Requests:
+def requests(count: int, seed: int = questions.SEED) -> Workload:
     """`count` requests; quadratic_spec takes all groups, because a budget follows the clock and the passes with it."""
-    rng, found = random.Random(seed), Requests()
-    asked = questions.draw(-(-count // len(questions.TASKS)), seed)[:count]
-    for number, question in enumerate(asked):
+    rng, workload = random.Random(seed), Workload()
+    question_list = questions.draw(-(-count // len(questions.TASKS)), seed)[:count]
+    for number, question in enumerate(question_list):
         text = question.text
         if number % 8 == 7:
             text = "Notes: " + " ".join(q.text for q in questions.draw(2, number)) + "\n" + text
@@ -62,19 +59,23 @@ def requests(count: int, seed: int = questions.SEED) -> Requests:
         options = Options(
             mode, rng.choice([16, 48, 96]), block_length=8 if mode == "quadratic_spec" else 16, groups="all"
         )
-        found.append((messages, options))
-    return found
+        workload.append((messages, options))
+    return workload
 
 
-def serve(engine: LoadedEngine, asked: Requests, rows: int, *, static: bool, grouped: bool, reuse: bool) -> Served:
-    """All requests, there from the start, through one batch; a static one takes new ones only when it is empty."""
+def serve(engine: LoadedEngine, workload: Workload, rows: int, *, static: bool, grouped: bool, reuse: bool) -> Served:
+    """Serve all requests, there from the start, in one batch; a static one takes new ones only when it is empty.
+
+    On a CPU a forward costs nearly as much as its tokens, so batching gains little and padding loses much; the gain is
+    that of prefixes and of not waiting.
+    """
     started = time.perf_counter()
     cost = (lambda: engine.cost) if grouped else None
     batch = Batch(engine.backend, rows, cost=cost, kept=KEPT_PREFIXES if reuse else None)
-    waiting = iter([prepare(engine, prompt, options) for prompt, options in asked])
+    waiting = iter([prepare(engine, prompt, options) for prompt, options in workload])
     reporters: dict[Sequence, Reporter] = {}
     done: dict[int, Finished] = {}
-    while len(done) < len(asked):
+    while len(done) < len(workload):
         if not (static and len(batch)):
             _fill(batch, waiting, reporters)
         for served in batch.step():
@@ -85,7 +86,7 @@ def serve(engine: LoadedEngine, asked: Requests, rows: int, *, static: bool, gro
                 assert isinstance(end, Finished)
                 done[reporter.number] = end
     batch.close()
-    return Served(time.perf_counter() - started, [done[i] for i in range(len(asked))], batch.counts)
+    return Served(time.perf_counter() - started, [done[i] for i in range(len(workload))], batch.counts)
 
 
 def _fill(batch: Batch, waiting: Iterator[Sequence], reporters: dict[Sequence, Reporter]) -> None:
@@ -94,32 +95,32 @@ def _fill(batch: Batch, waiting: Iterator[Sequence], reporters: dict[Sequence, R
         batch.add(sequence)
 
 
-def ways(engine: LoadedEngine, asked: Requests, rows: int) -> dict[str, Callable[[], Served]]:
+def contenders(engine: LoadedEngine, workload: Workload, rows: int) -> dict[str, Callable[[], Served]]:
     """The contenders."""
 
-    def way(rows: int, static: bool, grouped: bool, reuse: bool) -> Callable[[], Served]:
-        return lambda: serve(engine, asked, rows, static=static, grouped=grouped, reuse=reuse)
+    def contender(rows: int, static: bool, grouped: bool, reuse: bool) -> Callable[[], Served]:
+        return lambda: serve(engine, workload, rows, static=static, grouped=grouped, reuse=reuse)
 
     return {
-        BASE: way(1, True, False, False),
-        "one at a time, prefixes reused": way(1, True, False, True),
-        f"static batches of {rows}": way(rows, True, False, False),
-        f"scheduled, {rows} rows, padded": way(rows, False, False, False),
-        f"scheduled, {rows} rows, by size": way(rows, False, True, False),
-        f"scheduled, {rows} rows, by size, prefixes reused": way(rows, False, True, True),
+        BASE: contender(1, True, False, False),
+        "one at a time, prefixes reused": contender(1, True, False, True),
+        f"static batches of {rows}": contender(rows, True, False, False),
+        f"scheduled, {rows} rows, padded": contender(rows, False, False, False),
+        f"scheduled, {rows} rows, by size": contender(rows, False, True, False),
+        f"scheduled, {rows} rows, by size, prefixes reused": contender(rows, False, True, True),
     }
 
 
-def compare(found: dict[str, Callable[[], Served]], rounds: int) -> dict[str, Any]:
-    """Figures by way; the first round is run and dropped."""
-    done: dict[str, list[Served]] = {name: [] for name in found}
+def compare(runners: dict[str, Callable[[], Served]], rounds: int) -> dict[str, Any]:
+    """Figures by contender; the first round is run and dropped."""
+    done: dict[str, list[Served]] = {name: [] for name in runners}
     for turn in range(rounds + 1):
-        for name, run in found.items():
+        for name, run in runners.items():
             served = run()
             if turn:
                 done[name].append(served)
     expected = [f.generation.token_ids for f in done[BASE][0].answers]
-    return {name: _figures(done[name], done[BASE], expected) for name in found}
+    return {name: _figures(done[name], done[BASE], expected) for name in runners}
 
 
 def _figures(rounds: list[Served], base: list[Served], expected: list[list[int]]) -> dict[str, Any]:
@@ -174,15 +175,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, default 2")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
-    asked = requests(arguments.requests)
+    workload = requests(arguments.requests)
     with tempfile.TemporaryDirectory(prefix="nemodiff-throughput-") as work:
         folder = Builder(record.TINY_CHAT, Path(work) / "engine", max_batch_size=arguments.rows).run()
         engine = load(folder, threads=arguments.threads)
         curve = engine.cost
-        figures = compare(ways(engine, asked, arguments.rows), arguments.rounds)
+        figures = compare(contenders(engine, workload, arguments.rows), arguments.rounds)
     title = (
-        f"`{origin['command']}`, {origin['date'][:10]}: {len(asked)} mixed requests that are all there at the start, "
-        f"{arguments.threads} threads; times are medians over requests, the longest gap is the worst of all."
+        f"`{origin['command']}`, {origin['date'][:10]}: {len(workload)} mixed requests that are all there at the "
+        f"start, {arguments.threads} threads; times are medians over requests, the longest gap is the worst of all."
     )
     page = table(figures, title)
     print(page)
@@ -194,7 +195,7 @@ def main() -> None:
         record.goal("other answers", sum(f["other_answers"] for f in figures.values()), "at most", 0, "requests"),
     ]
     shape = {size: round(seconds * 1e3, 3) for size, seconds in zip(curve.sizes, curve.times, strict=True)}
-    values = {"requests": len(asked), "rows": arguments.rows, "rounds": arguments.rounds, "cost_ms": shape}
+    values = {"requests": len(workload), "rows": arguments.rows, "rounds": arguments.rounds, "cost_ms": shape}
     record.write("throughput", origin, goals, {**values, "ways": figures})
     (record.RESULTS / "throughput.md").write_text(page, encoding="utf-8")
 

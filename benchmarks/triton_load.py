@@ -1,10 +1,7 @@
-"""tiny-chat in a Triton server: one stream against the bare runtime, and load by perf_analyzer, NVIDIA's own generator.
+"""Measure tiny-chat in a Triton Inference Server: one stream against the bare runtime, and load by perf_analyzer.
 
-In: how many requests per run. Out: per mode, tokens per second and time to the first text with and without the server,
-question by question in turns; per mode and concurrency, requests and tokens per second, latency, time to the first
-response and between responses; `results/triton_load.json`. The surprising fact: the generator comes out of an old wheel
-of Triton's client, because newer ones need a newer C library; it measures responses, so tokens are counted by the
-server's own figures.
+The one stream takes turns with the bare runtime, question by question. perf_analyzer, NVIDIA's load generator, runs
+per mode and concurrency. Writes `results/triton_load.json`.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -38,41 +36,44 @@ from nemodiff.serving.triton_server.server import TritonServer
 
 MODES = ("ar", "diffusion", "linear_spec")
 CONCURRENCY = (1, 4, 8)
-CLIENT = "tritonclient==2.51.0"  # of the server's own release
+# Of the server's own release; newer wheels need a newer C library. It measures responses, so tokens are counted by the
+# server's own figures.
+CLIENT = "tritonclient==2.51.0"
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
 def against_bare(server: TritonServer, engine: LoadedEngine, mode: str, rounds: int) -> dict[str, Any]:
     """One stream at a time, over HTTP and in this process, the same questions in turns."""
-    asked = [q.text for q in questions.draw(2)]
-    ways = {
+    prompts = [q.text for q in questions.draw(2)]
+    clients = {
         "bare": lambda text: bare(engine, text, mode),
         "triton": lambda text: through_triton(server, text, mode),
     }
-    seconds, first = {way: list[float]() for way in ways}, {way: list[float]() for way in ways}
+    seconds, first = {name: list[float]() for name in clients}, {name: list[float]() for name in clients}
     tokens: list[int] = []
-    for number, text in [*enumerate(asked[:2], -2), *enumerate(asked * rounds)]:  # the first two warm up
+    for number, text in [*enumerate(prompts[:2], -2), *enumerate(prompts * rounds)]:  # the first two warm up
         texts = {}
-        for way in sorted(ways, reverse=number % 2 == 1):
+        for name in sorted(clients, reverse=number % 2 == 1):
             began = time.perf_counter()
-            pieces = ways[way](text)
-            got = next(pieces)
+            pieces = clients[name](text)
+            piece = next(pieces)
             waited = time.perf_counter() - began
-            texts[way] = "".join([got, *pieces])
+            texts[name] = "".join([piece, *pieces])
             if number >= 0:
-                seconds[way].append(time.perf_counter() - began)
-                first[way].append(waited * 1e3)
+                seconds[name].append(time.perf_counter() - began)
+                first[name].append(waited * 1e3)
         assert texts["bare"] == texts["triton"]
         if number >= 0:
             tokens.append(len(engine.text.encode_plain(texts["bare"])))
-    ttft = {way: statistics.median(values) for way, values in first.items()}
+    ttft = {name: statistics.median(values) for name, values in first.items()}
     pairs = zip(seconds["bare"], seconds["triton"], strict=True)
     return {
         "mode": mode,
         "requests": len(tokens),
         "tokens": sum(tokens),
         "tokens_per_second": {
-            way: statistics.median(n / s for n, s in zip(tokens, times, strict=True)) for way, times in seconds.items()
+            name: statistics.median(n / s for n, s in zip(tokens, times, strict=True))
+            for name, times in seconds.items()
         },
         "first_text_ms": ttft,
         "throughput_ratio": statistics.median(b / t for b, t in pairs),
@@ -81,11 +82,15 @@ def against_bare(server: TritonServer, engine: LoadedEngine, mode: str, rounds: 
 
 
 def bare(engine: LoadedEngine, text: str, mode: str) -> Iterator[str]:
+    """The pieces of text of the runtime in this process."""
     return (event.text for event in stream(engine, text, mode=mode, max_new_tokens=64) if isinstance(event, Text))
 
 
 def through_triton(server: TritonServer, text: str, mode: str) -> Iterator[str]:
-    """Over a new connection: on a kept one Triton 2.51 holds small pieces back until those before are acknowledged."""
+    """The same through the server, over a new connection.
+
+    On a kept one Triton Inference Server 2.51 holds small pieces back until those before are acknowledged.
+    """
     body = {"text_input": text, "mode": mode, "max_tokens": 64, "stream": True}
     connection = http.client.HTTPConnection(server.http, timeout=60)
     connection.request("POST", "/v2/models/single/generate_stream", json.dumps(body))
@@ -101,9 +106,9 @@ def analyzer() -> tuple[Path, dict[str, str]]:
     program = folder / "perf_analyzer"
     if not program.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        for wanted, found in LIBRARIES.items():
-            (folder / wanted).unlink(missing_ok=True)
-            (folder / wanted).symlink_to(next((WHEEL / "nvidia_pytriton.libs").glob(found)))
+        for link, pattern in LIBRARIES.items():
+            (folder / link).unlink(missing_ok=True)
+            (folder / link).symlink_to(next((WHEEL / "nvidia_pytriton.libs").glob(pattern)))
         with tempfile.TemporaryDirectory() as temporary:
             command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
             subprocess.run([*command, "--platform=manylinux1_x86_64", f"--dest={temporary}", CLIENT], check=True)
@@ -116,9 +121,9 @@ def analyzer() -> tuple[Path, dict[str, str]]:
 
 def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder: Path) -> dict[str, Any]:
     """One run of the generator: its own summary, and what its export says of each response."""
-    asked = [q.text for q in questions.draw(4)]
+    prompts = [q.text for q in questions.draw(4)]
     data, profile = folder / "data.json", folder / "profile.json"
-    entries = [{"text_input": [text], "stream": [True], "mode": [mode], "max_tokens": [64]} for text in asked]
+    entries = [{"text_input": [text], "stream": [True], "mode": [mode], "max_tokens": [64]} for text in prompts]
     data.write_text(json.dumps({"data": entries}))
     program, environment = analyzer()
     command = [str(program), "-m", "nemodiff", "-i", "grpc", "-u", server.grpc, "--async", "--streaming"]
@@ -139,7 +144,7 @@ def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder
     time.sleep(1.0)  # figures are brought up to date five times a second
     ended, emitted = (after - then for then, after in zip(before, counted(server), strict=True))
     first = [(r["response_timestamps"][0] - r["timestamp"]) / 1e6 for r in sent]
-    gaps = [b - a for r in sent for a, b in zip(r["response_timestamps"], r["response_timestamps"][1:], strict=False)]
+    gaps = [gap for r in sent for gap in (b - a for a, b in itertools.pairwise(r["response_timestamps"]))]
     seconds = (max(r["response_timestamps"][-1] for r in sent) - min(r["timestamp"] for r in sent)) / 1e9
     latency = re.search(r"Avg latency: (\d+) usec", done.stdout)
     assert latency is not None, done.stdout
@@ -160,18 +165,18 @@ def run(server: TritonServer, mode: str, concurrency: int, requests: int, folder
 def counted(server: TritonServer) -> tuple[float, float]:
     """Requests that have finished and tokens emitted, by the server's metrics port."""
     text = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
-    wanted = ('nemodiff_requests_total{end="finished"', "nemodiff_generation_tokens_total{")
+    prefixes = ('nemodiff_requests_total{end="finished"', "nemodiff_generation_tokens_total{")
     ours = [line for line in text.splitlines() if 'model="nemodiff"' in line]
-    lines = [line for start in wanted for line in ours if line.startswith(start)]
+    lines = [line for start in prefixes for line in ours if line.startswith(start)]
     finished, tokens = (float(line.rpartition(" ")[2]) for line in lines)
     return finished, tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=100, help="per run")
-    parser.add_argument("--rounds", type=int, default=5, help="of the questions, against the bare runtime")
-    parser.add_argument("--threads", type=int, default=1, help="of the engine")
+    parser.add_argument("--requests", type=int, default=100, help="requests per run, default 100")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of questions against the runtime, default 5")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine, default 1")
     arguments = parser.parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "numpy"), arguments.threads)
     install()
@@ -195,14 +200,11 @@ def main() -> None:
                         f"{r['latency_ms']:.1f} ms, {r['first_response_ms']['median']:.1f} ms to the first response"
                     )
     versions = {"tritonserver": "2.51.0", "perf_analyzer": "2.51.0"}
-    goals = [
-        goal
-        for s in single
-        for goal in (
-            record.goal(f"one stream, {s['mode']}, throughput", s["throughput_ratio"], "at least", 0.9, "of bare"),
-            record.goal(f"one stream, {s['mode']}, first text later", s["later_by_ms"], "at most", 20, "ms"),
-        )
-    ]
+    goals = []
+    for s in single:
+        name = f"one stream, {s['mode']}"
+        goals.append(record.goal(f"{name}, throughput", s["throughput_ratio"], "at least", 0.9, "of bare"))
+        goals.append(record.goal(f"{name}, first text later", s["later_by_ms"], "at most", 20, "ms"))
     about = {**origin, "versions": {**origin["versions"], **versions}}
     record.write("triton_load", about, goals, {"one_stream": single, "perf_analyzer": runs})
 

@@ -1,8 +1,8 @@
-"""The autoregressive twin of a checkpoint through TensorRT-LLM: tokens per second and time to the first token.
+"""Measure the autoregressive twin of a checkpoint in TensorRT-LLM: tokens per second and time to the first token.
 
-In: a folder written by `nemodiff export`. Out: `results/trtllm.json`. Runs in TensorRT-LLM's own environment, whose
-torch and numpy are not nemodiff's, so nothing here imports nemodiff; its version comes from the folder. The surprising
-fact: this file must not be called after the package, or `import tensorrt_llm` would find the script itself.
+Runs in TensorRT-LLM's own environment, whose torch and numpy are not nemodiff's, so nothing here imports nemodiff; its
+version comes from the folder that `nemodiff export` wrote. This file must not have the package's name, or
+`import tensorrt_llm` would find the script itself. Writes `results/trtllm.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MISSING = (
 NO_TWIN = "{folder}: no folder written by nemodiff export; make it first: nemodiff export CHECKPOINT -o {folder}"
 
 
-def encode(tokenizer: Any, asked: list[questions.Question]) -> list[list[int]]:
+def encode(tokenizer: Any, question_list: list[questions.Question]) -> list[list[int]]:
     """The prompts' ids, chat template included."""
     return [
         list(
@@ -33,15 +33,19 @@ def encode(tokenizer: Any, asked: list[questions.Question]) -> list[list[int]]:
                 [{"role": "user", "content": q.text}], tokenize=True, add_generation_prompt=True, return_dict=False
             )
         )
-        for q in asked
+        for q in question_list
     ]
 
 
 def alone(llm: Any, prompts: list[list[int]], sampling: Any) -> dict[str, float]:
     """One request at a time, streamed: seconds to the first token (median) and tokens per second (all tokens)."""
-    firsts, seconds, tokens = [], 0.0, 0
+    firsts = []
+    seconds = 0.0
+    tokens = 0
     for ids in prompts:
-        started, first, output = time.perf_counter(), None, None
+        started = time.perf_counter()
+        first = None
+        output = None
         for output in llm.generate_async(ids, sampling, streaming=True):
             if first is None and output.outputs[0].token_ids:
                 first = time.perf_counter() - started
@@ -72,12 +76,12 @@ def measure(llm: Any, sampling: Any, tokenizer: Any, arguments: argparse.Namespa
             single.append(one)
             batch.append(rate)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    right = sum(text.strip() == q.answer for text, q in zip(texts, arguments.questions, strict=True))
+    correct = sum(text.strip() == q.answer for text, q in zip(texts, arguments.questions, strict=True))
     return {
         "one_request": {name: round(statistics.median(r[name] for r in single), 2) for name in single[0]},
         "all_requests": {"requests": len(prompts), "tokens_per_second": round(statistics.median(batch), 2)},
         "tokens": sum(map(len, answers)),
-        "right_answers": right,  # of tiny-chat; another model was not trained on these questions
+        "right_answers": correct,  # of tiny-chat; another model was not trained on these questions
     }
 
 
@@ -117,14 +121,14 @@ def main() -> None:
     )
     choices = {"backend": arguments.backend} if arguments.backend else {}
     with LLM(model=str(folder), **choices) as llm:
-        found = measure(llm, sampling, AutoTokenizer.from_pretrained(folder), arguments)
+        measured = measure(llm, sampling, AutoTokenizer.from_pretrained(folder), arguments)
     figures = {
         "checkpoint": exported["checkpoint"]["name"],
         "backend": arguments.backend or "default",
         "gpu": device(),
         "rounds": arguments.rounds,
         "warmup_rounds_excluded": arguments.warmup,
-        **found,
+        **measured,
     }
     print(json.dumps(figures, indent=1))
     record.write("trtllm", origin, [], figures)

@@ -1,9 +1,4 @@
-"""Questions for tiny-chat, drawn with a seed that its training did not use.
-
-In: how many per task. Out: questions with their right answers. The surprising fact: an unused seed makes an unused
-stream, not unseen questions; of a task with few possible questions (48 times tables, 610 countings, 1260 functions)
-training has seen them all.
-"""
+"""Draw questions for tiny-chat, each with its only right answer, from a seed that its training did not use."""
 
 from __future__ import annotations
 
@@ -16,7 +11,9 @@ from common import record
 sys.path.insert(0, str(record.TINY_CHAT))
 from make_data import TASKS
 
-SEED = 12345  # training and its held-out loss used 1, 7 and 999
+# Training and its held-out loss used 1, 7 and 999. An unused seed makes an unused stream, not unseen questions: of
+# tasks with few questions (48 times tables, 610 countings, 1260 functions) training has seen them all.
+SEED = 12345
 
 __all__ = ["SEED", "TASKS", "Question", "draw"]
 

@@ -1,9 +1,4 @@
-"""What every result file says about where its numbers come from, and the verdict on its goals.
-
-In: a result's name, its goals and its figures. Out: `results/NAME.json` with date, command, versions, machine and
-threads. The surprising fact: paths are cut down to the repository or to a bare name, so that a result can be published
-as it is.
-"""
+"""Write a result file: where its numbers come from, its goals with their verdicts, and its figures."""
 
 from __future__ import annotations
 
@@ -31,7 +26,7 @@ def goal(name: str, got: float, sense: Sense, limit: float, unit: str) -> dict[s
 
 
 def origin(packages: Sequence[str], threads: int | Sequence[int] | None) -> dict[str, Any]:
-    """Date, command, versions, machine and threads; taken at the start of a run, so that `load` is other people's."""
+    """Date, command, versions, machine and threads; taken at the start of a run, so that `load` is that of others."""
     load = os.getloadavg()[0]
     installed = {name: _version(name) for name in packages}
     return {
@@ -84,6 +79,7 @@ def _version(name: str) -> str:
 
 
 def _public(word: str) -> str:
+    """A path relative to the repository, or its bare name, so that a result can be published as it is."""
     path = Path(word)
     if not path.is_absolute():
         return word

@@ -1,9 +1,4 @@
-"""Where the time of an engine goes: host, forward, start of a process.
-
-In: a loaded engine or its folder. Out: the host's share of decoding by mode, the cost of a forward by its number of
-tokens, seconds to the first token of a fresh process. The surprising fact: the engine's own clock (`cache.seconds`)
-stops at the edge of ONNX Runtime's call, so filling inputs and binding a new shape count as the host's.
-"""
+"""Measure where the time of an engine goes: the host's share, the cost of a forward, the start of a process."""
 
 from __future__ import annotations
 
@@ -60,7 +55,7 @@ def host_share(
     engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, rounds: int, warmup: int
 ) -> dict[str, Any]:
     """By mode, the share of the decode loop's wall time outside the engine's forward, after the prefill."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for mode in MODES:
         options = make_options({"mode": mode, "max_new_tokens": new_tokens})
         shares, host_us = [], []
@@ -69,21 +64,22 @@ def host_share(
             passes = 0
             for ids in prompts:
                 recorder, sequence = Recorder(engine), prepare(engine, ids, options)
-                for _, asked, _ in decode(recorder, [sequence], 1):
-                    if asked.kind == "prefill":
+                for _, pass_, _ in decode(recorder, [sequence], 1):
+                    if pass_.kind == "prefill":
                         started, before = time.perf_counter(), recorder.caches[0].seconds
                     else:
                         passes += 1
                 wall += time.perf_counter() - started
+                # This clock stops at ONNX Runtime's call, so filling inputs and binding a new shape are the host's.
                 inside += recorder.caches[0].seconds - before
             if turn >= warmup:
                 shares.append(1 - inside / wall)
                 host_us.append((wall - inside) / passes * 1e6)
-        found[mode] = {
+        results[mode] = {
             "share": round(statistics.median(shares), 4),
             "host_us_per_pass": round(statistics.median(host_us), 1),
         }
-    return found
+    return results
 
 
 def cost_curve(engine: LoadedEngine, rounds: int, warmup: int) -> dict[int, dict[str, float]]:
@@ -94,10 +90,10 @@ def cost_curve(engine: LoadedEngine, rounds: int, warmup: int) -> dict[int, dict
     times: dict[int, list[float]] = {size: [] for size in SIZES}
     for turn in range(warmup + rounds):
         for size in SIZES:
-            asked = bidirectional("denoise", [mask] * size, CONTEXT, 0.9)
+            pass_ = bidirectional("denoise", [mask] * size, CONTEXT, 0.9)
             for repeat in range(3):  # the first after a change of shape finds cold caches and is dropped
                 before = cache.seconds
-                cache.forward([asked])
+                cache.forward([pass_])
                 if repeat and turn >= warmup:
                     times[size].append((cache.seconds - before) * 1e3)
     one = statistics.median(times[1])
@@ -112,7 +108,9 @@ def first_token(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     ask = "Count from 3 to 9."
     command = [sys.executable, "-m", "nemodiff", "run", str(folder), "-p", ask, "--max-new-tokens", "1"]
     parts_command = [sys.executable, "-c", FIRST_TOKEN, str(folder), str(threads), ask]
-    whole, parts, rest = [], [], []
+    whole = []
+    parts = []
+    rest = []
     for _ in range(rounds):
         whole.append(_timed([*command, "--threads", str(threads)])[0])
         seconds, output = _timed(parts_command)

@@ -1,10 +1,8 @@
 """The card that is measured: its clock, its memory, and the ceilings that figures are compared with.
 
-In: "cuda" or "cpu". Out: seconds of work as the device itself counts them, and bytes and multiply-adds per second that
-a plain copy and a plain matrix product reach in the same run. On the CPU the same code runs over the host's clock, so
-that every line is proven without a GPU; its figures mean nothing. The surprising fact: a kernel is timed in one graph
-with others over other memory, since alone it would be timed with the host's launch, and twice over the same memory with
-the second-level cache.
+The ceilings are the bytes and operations per second that a plain copy and a plain matrix product reach in the same run,
+since cards of one name differ. On the CPU the same code runs over the host's clock, as a test; its figures mean
+nothing.
 """
 
 from __future__ import annotations
@@ -33,16 +31,21 @@ class Card(TorchDevice):
         self.spent = 0.0  # seconds on the device, of all steps so far
         if self.is_gpu:
             about = torch.cuda.get_device_properties(0)
-            self.label, self.sm = about.name, 10 * about.major + about.minor
-            self.total, self.cache_bytes = int(about.total_memory), int(getattr(about, "L2_cache_size", 2**26))
+            self.label = about.name
+            self.sm = 10 * about.major + about.minor
+            self.total = int(about.total_memory)
+            self.cache_bytes = int(getattr(about, "L2_cache_size", 2**26))
         else:
-            self.label, self.sm, self.total, self.cache_bytes = "cpu", 0, 2**34, 2**16
+            self.label = "cpu"
+            self.sm = 0
+            self.total = 2**34
+            self.cache_bytes = 2**16
 
     @property
     def about(self) -> dict[str, Any]:
         """What identifies the card in a report."""
-        found = {"name": self.label, "sm": self.sm, "memory_bytes": self.total, "torch": self.torch.__version__}
-        return {**found, "cuda": self.torch.version.cuda, "second_level_cache_bytes": self.cache_bytes}
+        values = {"name": self.label, "sm": self.sm, "memory_bytes": self.total, "torch": self.torch.__version__}
+        return {**values, "cuda": self.torch.version.cuda, "second_level_cache_bytes": self.cache_bytes}
 
     # An engine's step begins with an upload and ends with a download; a captured one does so without calling these.
     def upload(self, buffer: Any) -> None:
@@ -83,18 +86,18 @@ class Card(TorchDevice):
 
     def median(self, work: Callable[[], Any]) -> float:
         """Median seconds of some work, run until it is known; everything it starts is waited for."""
-        found: list[float] = []
+        times: list[float] = []
         with self.use(Path("benchmark")):
             for _ in self.rounds():
                 start = self._mark()
                 work()
                 end = self._mark()
                 TorchDevice.wait(self)
-                found.append(self._between(start, end))
-        return statistics.median(found)
+                times.append(self._between(start, end))
+        return statistics.median(times)
 
     def rounds(self) -> Iterator[int]:
-        """As many turns as a measurement takes: a few, or more of what is short."""
+        """The turns of a measurement: a few, or more if the work is short."""
         least, most, enough = ROUNDS[self.is_gpu]
         started = time.perf_counter()
         for turn in range(most):
@@ -103,7 +106,11 @@ class Card(TorchDevice):
             yield turn
 
     def per_launch(self, launches: Sequence[Callable[[], Any]]) -> float:
-        """Median seconds of one of some launches, all of them in one graph, one after the other."""
+        """Median seconds of one of some launches, all of them in one graph, one after the other.
+
+        Alone, a launch would be timed with the host's share of it; twice over the same memory, with the second-level
+        cache.
+        """
 
         def everything() -> None:
             for launch in launches:
@@ -158,7 +165,8 @@ class _Marked:
     """A graph whose replays are marked."""
 
     def __init__(self, card: Card, graph: Any) -> None:
-        self._card, self._graph = card, graph
+        self._card = card
+        self._graph = graph
 
     def replay(self) -> None:
         card = self._card

@@ -1,8 +1,6 @@
-"""Seconds of one forward of the torch engine by its tokens, rows and context, against the card's ceilings.
+"""Measure one forward of the torch engine by its tokens, rows and context, against the card's ceilings.
 
-In: a shape. Out: cells. A row tells the device's own seconds, the wall's, the least that memory and matrix units would
-take, and the peak of memory. A context counts the pass's own tokens, so the caches are exactly as long as it is. The
-surprising fact: K and V are random numbers here and no prompt is run, since what they hold does not change the time.
+A context counts the pass's own tokens, so the caches are exactly as long as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpu import models as gpu_models
-from gpu.plan import Asked, Cell, Lab, Row
+from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
@@ -27,10 +25,11 @@ class Passes:
     """An engine, and the cache that its passes run over."""
 
     def __init__(self, engine: LoadedEngine) -> None:
-        self.engine, self.backend = engine, engine.backend
+        self.engine = engine
+        self.backend = engine.backend
         self._cache: Any = None
         self._variant = "graphs"
-        self.scripted: Any = None  # the same engine with other tokens, once someone has made it
+        self.scripted: Any = None  # the same engine with scripted tokens, once it is made
 
     def cache(self, rows: int, context: int) -> Any:
         """A cache of so many rows and slots, full of random numbers."""
@@ -42,29 +41,30 @@ class Passes:
             with self.backend.device.use(gpu_models.CARRIED):
                 for pair in self._cache.caches:
                     for tensor in pair:
-                        tensor.normal_()
+                        tensor.normal_()  # no prompt is run: what K and V hold does not change the time
         return self._cache
 
     def vary(self, variant: str) -> None:
-        """Run from here on in another way, and forget what was captured."""
+        """Run another variant from here on, and forget what was captured."""
         if variant != self._variant:
             self.backend.graphs = variant != "eager" and self.backend.device.is_gpu
             self.backend.model.kernels = variant != "without kernels" and self.backend.device.is_gpu
-            self._cache, self._variant = None, variant
+            self._cache = None
+            self._variant = variant
 
-    def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Row:
+    def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:
         """Time one shape of a pass: a decode pass of one token, or a block whose every token is predicted."""
         card = lab.card
         self.vary(variant)
         cache, mask = self.cache(rows, context), self.engine.info.model.mask_id
         at, logits = context - size, variant == "with logits"
-        asked = causal("decode", [mask + 1], at, logits=logits)
+        pass_ = causal("decode", [mask + 1], at, logits=logits)
         if size > 1:
-            asked = bidirectional("denoise", [mask] * size, at, 0.9, logits=logits)
+            pass_ = bidirectional("denoise", [mask] * size, at, 0.9, logits=logits)
         if variant == "one prediction":
-            asked = asked._replace(predicted=asked.predicted[-1:])
+            pass_ = pass_._replace(predicted=pass_.predicted[-1:])
         card.start_peak()
-        passes = [asked] * rows
+        passes = [pass_] * rows
         for _ in range(3):  # eager, captured, replayed
             cache.forward(passes)
         device, wall = [], []
@@ -73,21 +73,21 @@ class Passes:
             cache.forward(passes)
             wall.append(time.perf_counter() - started)
             device.append(card.step_seconds())
-        found = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
+        figures = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
         reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.graphs else []
-        return {**found, "not_captured": reasons} if reasons else found
+        return {**figures, "not_captured": reasons} if reasons else figures
 
 
-def passes(lab: Lab, shape: str, dtype: str, way: str | None = None) -> Passes:
+def passes(lab: Lab, shape: str, dtype: str, variant: str | None = None) -> Passes:
     """The engine of a shape, held."""
-    return lab.hold(("engine", shape, way), lambda: Passes(gpu_models.load(shape, dtype, lab.card, way)))
+    return lab.hold(("engine", shape, variant), lambda: Passes(gpu_models.load(shape, dtype, lab.card, variant)))
 
 
-def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, size: int) -> Row:
+def measured(lab: Lab, config: RunConfig, shape: str, rows: int, context: int, size: int) -> Figures:
     """One cell of the table."""
-    work = gpu_models.work(shape, asked.dtype)
-    found = passes(lab, shape, asked.dtype).run(lab, rows, context, size)
-    seconds = found["device_us"] / 1e6
+    work = gpu_models.work(shape, config.dtype)
+    figures = passes(lab, shape, config.dtype).run(lab, rows, context, size)
+    seconds = figures["device_us"] / 1e6
     moved, operations = work.moved(rows, context), work.operations(rows, context, size)
     least = [
         moved / lab.ceilings["copy_bytes_per_second"],
@@ -97,7 +97,7 @@ def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, size: 
         "rows": rows,
         "context": context,
         "tokens": size,
-        **found,
+        **figures,
         "bytes": moved,
         "operations": operations,
         "bound": "memory" if least[0] >= least[1] else "matrix",
@@ -107,15 +107,15 @@ def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, size: 
     }
 
 
-def cells(asked: Asked, shape: str, rows: tuple[int, ...]) -> Iterator[Cell]:
+def cells(config: RunConfig, shape: str, rows: tuple[int, ...]) -> Iterator[Cell]:
     """The table of some row counts, the short contexts first."""
-    work, scale = gpu_models.work(shape, asked.dtype), asked.scale
+    work, scale = gpu_models.work(shape, config.dtype), config.scale
     for count in rows:
         for context in scale.contexts:
             for size in scale.sizes:
 
-                def measure(lab: Lab, count: int = count, context: int = context, size: int = size) -> Row:
-                    return measured(lab, asked, shape, count, context, size)
+                def measure(lab: Lab, count: int = count, context: int = context, size: int = size) -> Figures:
+                    return measured(lab, config, shape, count, context, size)
 
                 one = seconds(work, count, context, size)
                 estimate = 0.7 + 8 * one
@@ -123,17 +123,17 @@ def cells(asked: Asked, shape: str, rows: tuple[int, ...]) -> Iterator[Cell]:
                 yield Cell("forward", shape, key, work.memory(count, context, size), estimate, measure)
 
 
-def variant_cells(asked: Asked, shape: str) -> Iterator[Cell]:
+def variant_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """Graphs against eager, kernels against plain torch, and what predictions, logits, the adapter and fp8 change."""
-    work, context = gpu_models.work(shape, asked.dtype), asked.scale.contexts[1]
+    work, context = gpu_models.work(shape, config.dtype), config.scale.contexts[1]
     for variant in VARIANTS + LOADED:
 
-        def measure(lab: Lab, variant: str = variant) -> Row:
-            found: Row = {"variant": variant, "context": context}
-            for size in (1, max(s for s in asked.scale.sizes if s <= 32)):
-                engine = passes(lab, shape, asked.dtype, variant if variant in LOADED else None)
-                found[str(size)] = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
-            return found
+        def measure(lab: Lab, variant: str = variant) -> Figures:
+            figures: Figures = {"variant": variant, "context": context}
+            for size in (1, max(s for s in config.scale.sizes if s <= 32)):
+                engine = passes(lab, shape, config.dtype, variant if variant in LOADED else None)
+                figures[str(size)] = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
+            return figures
 
         slow = 3.0 if variant in ("eager", "without kernels", "with logits") else 1.0
         yield Cell("variants", shape, variant, work.memory(1, context, 32), 2 * slow, measure)

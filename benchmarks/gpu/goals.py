@@ -1,8 +1,6 @@
-"""What a card is to reach, as figures of `gpu.py` relative to ceilings of their own runs.
+"""The goals of `gpu.py`: figures of one row at the 8B shape, relative to the ceilings of their own runs.
 
-In: a report. Out: each goal with its figure, or with the reason why there is none. The goals are those of the 8B shape
-at one row; on a CPU the same rules look at the tiny shape, which proves them and nothing else. The surprising fact: the
-figure of a goal over several sizes is the worst of them, and is missing as long as one of them is.
+On a CPU the same rules look at the tiny shape, which tests them and nothing else.
 """
 
 from __future__ import annotations
@@ -11,49 +9,49 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpu import script as gpu_script
-from gpu.plan import Asked
+from gpu.plan import RunConfig
 
 
-def goals(report: Any, asked: Asked) -> Iterator[tuple[str, float | str, Any, float, str]]:
+def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, Any, float, str]]:
     """Name, figure or why it is missing, sense, limit and unit of each goal: of the 8B shape, or of what a CPU runs."""
     shape = "tiny" if report.about["name"] == "cpu" else "8b"
-    short, middle = asked.scale.contexts[:2]
+    short, middle = config.scale.contexts[:2]
     block, picked = (
-        max(size for size in sizes if size <= 32) for sizes in (asked.scale.sizes, asked.scale.kernel_sizes)
+        max(size for size in sizes if size <= 32) for sizes in (config.scale.sizes, config.scale.kernel_sizes)
     )
 
     def field(section: str, key: str, name: str, where: str = shape) -> float:
-        row = report.cells.get(f"{section}/{where}/{key}", {"skipped": "not reached yet"})
-        if "skipped" in row:
-            raise LookupError(f"{section}/{where}/{key}: {row['skipped']}")
-        return float(row[name])
+        figures = report.cells.get(f"{section}/{where}/{key}", {"skipped": "not reached yet"})
+        if "skipped" in figures:
+            raise LookupError(f"{section}/{where}/{key}: {figures['skipped']}")
+        return float(figures[name])
 
     def forward(context: int, size: int, name: str) -> float:
         return field("forward", f"rows 1 context {context} tokens {size}", name)
 
     def attention() -> float:
-        found = [r["to_copy_ceiling"] for r in report.rows("kernels", shape) if r["op"] == "BlockAttention"]
-        wanted = len(asked.scale.kernel_sizes) * len(asked.scale.kernel_contexts)
-        if len(found) < wanted:
-            raise LookupError(f"kernels/{shape}: {len(found)} of {wanted} figures of BlockAttention")
-        return min(found)
+        shares = [r["to_copy_ceiling"] for r in report.figures("kernels", shape) if r["op"] == "BlockAttention"]
+        count = len(config.scale.kernel_sizes) * len(config.scale.kernel_contexts)
+        if len(shares) < count:
+            raise LookupError(f"kernels/{shape}: {len(shares)} of {count} figures of BlockAttention")
+        return min(shares)
 
-    def rate(way: str) -> float:
-        return field("decode", way, "tokens_per_second")
+    def rate(setting: str) -> float:
+        return field("decode", setting, "tokens_per_second")
 
     def unlike(other: str) -> float:
-        row = report.cells.get(f"modes/{asked.checkpoint.name}/f32", {"skipped": "not reached yet"})
-        if "skipped" in row:
-            raise LookupError(f"modes/{asked.checkpoint.name}/f32: {row['skipped']}")
+        figures = report.cells.get(f"modes/{config.checkpoint.name}/f32", {"skipped": "not reached yet"})
+        if "skipped" in figures:
+            raise LookupError(f"modes/{config.checkpoint.name}/f32: {figures['skipped']}")
         return float(
-            sum(m[other] for mode, m in row["modes"].items() if mode != "diffusion" or other != "answers_unlike_ar")
+            sum(m[other] for mode, m in figures["modes"].items() if mode != "diffusion" or other != "answers_unlike_ar")
         )
 
     def over_ar(context: int) -> float:
         return forward(context, block, "device_us") / forward(context, 1, "device_us")
 
     published = gpu_script.PUBLISHED
-    wanted: list[tuple[str, Any, str, float, str]] = [
+    rules: list[tuple[str, Any, str, float, str]] = [
         (
             f"AR step of {shape}, context {short}, over the time its weight bytes take to copy",
             lambda: forward(short, 1, "over_weight_bytes"), "at most", 1.10, "x",
@@ -74,7 +72,7 @@ def goals(report: Any, asked: Asked) -> Iterator[tuple[str, float | str, Any, fl
         ("answers of causal modes unlike ar, f32", lambda: unlike("answers_unlike_ar"), "at most", 0, "answers"),
         ("answers unlike the CPU's, f32", lambda: unlike("answers_unlike_cpu"), "at most", 0, "answers"),
     ]  # fmt: skip
-    for name, figure, sense, limit, unit in wanted:
+    for name, figure, sense, limit, unit in rules:
         try:
             yield name, figure(), sense, limit, unit
         except LookupError as error:

@@ -1,9 +1,7 @@
-"""Seconds of each kernel against the bytes it must move, at a shape's sizes.
+"""Measure each kernel against the bytes it must move, at a shape's sizes.
 
-In: a shape. Out: a cell per op and size. An op says its arguments itself (`plugins/op.py`), so inputs and the bytes of
-inputs and outputs are made from that; a kernel that is added to `OPS` or `FUSED` is measured without a line here. The
-surprising fact: caches are as long as the context and a rotation's as long as its tokens, so that every byte counted is
-a byte that must be moved.
+Inputs and their bytes are made from the arguments that an op declares (`plugins/op.py`), so a kernel that is added to
+`OPS` or `FUSED` is measured without a line here.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpu import models as gpu_models
-from gpu.plan import Asked, Cell, Lab, Row
+from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
@@ -23,7 +21,10 @@ from nemodiff.plugins.ops import confidence_commit
 
 
 def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, int]:
-    """Each letter's size for a pass of one row."""
+    """Each letter's size for a pass of one row.
+
+    Caches are as long as the context and a rotation's as its tokens, so every byte counted must be moved.
+    """
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     return {
         "B": 1,
@@ -44,7 +45,9 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
 
 def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """The matrices of a layer and of the head, (out, in)."""
-    hidden, inner, heads = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    hidden = model.hidden_size
+    inner = model.intermediate_size
+    heads = model.num_heads * model.head_dim
     return {
         "qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden),
         "o": (hidden, heads),
@@ -72,7 +75,7 @@ def types(torch: Any) -> dict[str, Any]:
     return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
-def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Row:
+def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
     """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
     torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs}
     inputs = [arg for arg in op.inputs if arg.name in used]
@@ -82,10 +85,10 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
         return torch.empty(shape, dtype=types(torch)[kind], device=lab.card.name)
 
     def made() -> dict[str, Any]:
-        found = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
-        if "visible" in found:
-            found["visible"][:, :, 0] = letters["T"]
-        return found
+        arrays = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
+        if "visible" in arrays:
+            arrays["visible"][:, :, 0] = letters["T"]
+        return arrays
 
     with lab.card.use(gpu_models.CARRIED):
         tensors = [*made().values(), *(new(arg, arg.sizes(letters, ceil_div)) for arg in op.outputs)]
@@ -101,7 +104,7 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     }
 
 
-def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Row:
+def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
     """The same for torch's product of some tokens with a matrix."""
     torch = lab.card.torch
     kind, device = types(torch)[dtype], lab.card.name
@@ -115,41 +118,41 @@ def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Row:
     return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
 
 
-def linear_cells(asked: Asked, shape: str) -> Iterator[Cell]:
+def linear_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """torch's products, which the AR step mostly consists of."""
-    model = gpu_models.work(shape, asked.dtype).model
+    model = gpu_models.work(shape, config.dtype).model
     for name, (out, size_in) in projections(model).items():
-        for tokens in asked.scale.kernel_sizes:
+        for tokens in config.scale.kernel_sizes:
 
-            def measure(lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens) -> Row:
-                found = linear(lab, out, size_in, asked.dtype, tokens)
+            def measure(lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens) -> Figures:
+                figures = linear(lab, out, size_in, config.dtype, tokens)
                 return {
                     "op": "linear",
                     "stages": [f"torch, {out} x {size_in}"],
-                    **found,
+                    **figures,
                     "tokens": tokens,
                     "context": None,
                 }
 
-            nbytes = 8 * out * size_in * ITEMSIZE[asked.dtype]
+            nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
             yield Cell("kernels", shape, f"linear {name} tokens {tokens}", nbytes, 0.7, measure)
 
 
-def cells(asked: Asked, shape: str) -> Iterator[Cell]:
+def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """Every op at the sizes of a decode pass and of blocks; attention at every context; then torch's products."""
-    model, scale = gpu_models.work(shape, asked.dtype).model, asked.scale
+    model, scale = gpu_models.work(shape, config.dtype).model, config.scale
     for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
         contexts = scale.kernel_contexts if op.name == "BlockAttention" else scale.kernel_contexts[:1]
         for context, tokens in itertools.product(contexts, scale.kernel_sizes):
             letters = sizes(op, model, tokens, context)
 
-            def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Row:
-                found = measured(lab, op, model, asked.dtype, letters)
-                return {**found, "tokens": tokens, "context": letters["T"] if op.name == "BlockAttention" else None}
+            def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Figures:
+                figures = measured(lab, op, model, config.dtype, letters)
+                return {**figures, "tokens": tokens, "context": letters["T"] if op.name == "BlockAttention" else None}
 
             where = f" context {context}" if op.name == "BlockAttention" else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
-            nbytes = sum(map(math.prod, known)) * ITEMSIZE[asked.dtype]
+            nbytes = sum(map(math.prod, known)) * ITEMSIZE[config.dtype]
             name = op.name if op.name == "BlockAttention" else op.stages[0].name
             yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
-    yield from linear_cells(asked, shape)
+    yield from linear_cells(config, shape)

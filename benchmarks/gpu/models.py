@@ -1,8 +1,6 @@
 """The models that are measured: released sizes with random weights made on the device, or a checkpoint as it is.
 
-In: a size's name or a checkpoint's folder. Out: a torch engine over a `Card`, and what a pass of it must move and
-compute at least. No engine folder is built, so a bare checkout is enough. The surprising fact: of the embedding a pass
-reads a row per token, so the weights it must read are all but that table; the head is as large and is read whole.
+No engine folder is built, so a bare checkout is enough.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ TINY: dict[str, int] = {
 }
 HAS_FP8 = "quantization" in {field.name for field in dataclasses.fields(BuildConfig)}
 SHAPES = (*make_checkpoint.SIZES, "tiny")
-CARRIED = make_checkpoint.TINY_CHAT  # whose tokenizer the random models have
+CARRIED = make_checkpoint.TINY_CHAT  # the random models use its tokenizer
 
 
 def config_values(shape: str) -> dict[str, Any]:
@@ -51,10 +49,14 @@ class RandomFile:
         import torch
 
         values = config_values(shape)
-        found = {**make_checkpoint.shapes(values), **make_checkpoint.adapter_shapes(values)}
-        self._shapes = {name.removeprefix("base_model.model.").removeprefix("encoder."): s for name, s in found.items()}
+        shapes = {**make_checkpoint.shapes(values), **make_checkpoint.adapter_shapes(values)}
+        self._shapes = {
+            name.removeprefix("base_model.model.").removeprefix("encoder."): s for name, s in shapes.items()
+        }
         self._new = functools.partial(torch.empty, dtype=dtype, device=device)
-        self._torch, self._device, self._quantized = torch, device, quantized
+        self._torch = torch
+        self._device = device
+        self._quantized = quantized
 
     def get_tensor(self, name: str) -> Any:
         """Weights as `make_checkpoint.py` draws them; projections in 8 bits if the engine is to have such."""
@@ -99,7 +101,7 @@ class Work:
 
     @property
     def read_bytes(self) -> int:
-        """Of the weights that every pass reads."""
+        """Of the weights that every pass reads: all but the embedding, of which it reads a row per token."""
         return self.weight_bytes - self.model.vocab_size * self.model.hidden_size * ITEMSIZE[self.dtype]
 
     def moved(self, rows: int, context: int) -> int:
@@ -126,11 +128,11 @@ def work(shape: str, dtype: str) -> Work:
     return Work(parse_config(config_values(shape)), dtype)
 
 
-def load(source: str | Path, dtype: Any, card: Any, way: str | None = None) -> LoadedEngine:
+def load(source: str | Path, dtype: Any, card: Any, variant: str | None = None) -> LoadedEngine:
     """A shape by its name, or a checkpoint by its folder, ready to generate.
 
-    `way` "adapter" adds a random drafter adapter to a shape, "fp8" has its projections in 8 bits; a checkpoint's own
-    adapter is left out.
+    `variant` "adapter" adds a random drafter adapter to a shape, "fp8" has its projections in 8 bits; a checkpoint's
+    own adapter is left out.
     """
     kind = {"f32": card.torch.float32, "f16": card.torch.float16, "bf16": card.torch.bfloat16}[dtype]
     file: Any
@@ -138,14 +140,21 @@ def load(source: str | Path, dtype: Any, card: Any, way: str | None = None) -> L
         values = json.loads((source / "config.json").read_text(encoding="utf-8"))
         about = source / "generation_config.json"
         model = parse_config(values, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None)
-        folder, file = source, CheckpointFile(source, kind, card.name)
+        folder = source
+        file = CheckpointFile(source, kind, card.name)
     else:
         values = config_values(source)
-        model, folder, file = parse_config(values), CARRIED, RandomFile(source, kind, card.name, way == "fp8")
+        model = parse_config(values)
+        folder = CARRIED
+        file = RandomFile(source, kind, card.name, variant == "fp8")
     build = BuildConfig(
-        dtype, min(model.max_position, 2**17), 64, model.block_length, **({"quantization": way} if way == "fp8" else {})
+        dtype,
+        min(model.max_position, 2**17),
+        64,
+        model.block_length,
+        **({"quantization": variant} if variant == "fp8" else {}),
     )
-    manifest = Manifest(SCHEMA, "torch", {}, {}, {} if way == "adapter" else None, {})
+    manifest = Manifest(SCHEMA, "torch", {}, {}, {} if variant == "adapter" else None, {})
     with mock.patch.object(safetensors, "safe_open", return_value=file):  # the engine's one door to weights
         backend = TorchEngine(folder, EngineInfo(model, build, manifest, values), card)
     return LoadedEngine(folder, backend, TextCodec(folder), 0.0)

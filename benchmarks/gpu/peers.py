@@ -1,8 +1,7 @@
-"""The step of an autoregressive peer on the same card: transformers, eager and compiled, on the same shape.
+"""Measure the step of an autoregressive peer on the same card and shape: transformers, eager and compiled.
 
-In: a shape. Out: cells. The peer is the model class of the exported twin with random weights, its cache filled by its
-own prefill, and a step ends with the new token on the host, as in a decoding loop. The surprising fact: the compiled
-peer needs a cache of fixed size and compiles anew for each row count and context, which takes longer than all else.
+The peer is the model class of the exported twin with random weights. A step ends with the new token on the host, as in
+a decoding loop.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpu import models as gpu_models
-from gpu.plan import Asked, Cell, Lab, Row
+from gpu.plan import Cell, Figures, Lab, RunConfig
 
 STEPS = 24  # that a cache has room for after its context
 CHUNK = 8192  # tokens of a prefill forward, over all rows
@@ -29,7 +28,7 @@ def load(shape: str, dtype: str, lab: Lab) -> Any:
     name = "Ministral3" if hasattr(transformers, "Ministral3ForCausalLM") else "Mistral"
     values = gpu_models.config_values(shape)
     fields = {field: values[field] for field in FIELDS}
-    fields["rope_parameters"] = dict(fields["rope_parameters"])  # fields are added to the dict that is given
+    fields["rope_parameters"] = dict(fields["rope_parameters"])  # transformers adds fields to it
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, f"{name}Config")(**fields, **ends, sliding_window=None, attn_implementation="sdpa")
     torch = lab.card.torch
@@ -43,7 +42,7 @@ def load(shape: str, dtype: str, lab: Lab) -> Any:
 
 
 def step_of(model: Any, compiled: bool, on_gpu: bool) -> Any:
-    """One forward, or its compiled form."""
+    """One forward, or its compiled form, which is compiled anew for each row count and context."""
     import torch
 
     if not compiled:
@@ -53,12 +52,12 @@ def step_of(model: Any, compiled: bool, on_gpu: bool) -> Any:
     return torch.compile(model.forward, dynamic=False, **how)
 
 
-def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, compiled: bool) -> Row:
+def measured(lab: Lab, config: RunConfig, shape: str, rows: int, context: int, compiled: bool) -> Figures:
     """Median seconds of a step, and of the first, which compiles."""
     import torch
     from transformers import DynamicCache, StaticCache
 
-    model = lab.hold(("peer", shape), lambda: load(shape, asked.dtype, lab))
+    model = lab.hold(("peer", shape), lambda: load(shape, config.dtype, lab))
     lab.card.start_peak()
     cache: Any = StaticCache(config=model.config, max_cache_len=context + STEPS) if compiled else DynamicCache()
     times: list[float] = []
@@ -88,13 +87,13 @@ def measured(lab: Lab, asked: Asked, shape: str, rows: int, context: int, compil
     }
 
 
-def cells(asked: Asked, shape: str, compiled: bool) -> Iterator[Cell]:
+def cells(config: RunConfig, shape: str, compiled: bool) -> Iterator[Cell]:
     """A step by rows and contexts."""
-    work, scale = gpu_models.work(shape, asked.dtype), asked.scale
+    work, scale = gpu_models.work(shape, config.dtype), config.scale
     for rows, context in scale.compiled if compiled else itertools.product(scale.rows, scale.contexts):
 
-        def measure(lab: Lab, rows: int = rows, context: int = context) -> Row:
-            return measured(lab, asked, shape, rows, context, compiled)
+        def measure(lab: Lab, rows: int = rows, context: int = context) -> Figures:
+            return measured(lab, config, shape, rows, context, compiled)
 
         prefill = rows * context * 2 * work.model.parameters / 4e14
         kind = "compiled" if compiled else "eager"

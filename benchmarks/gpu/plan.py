@@ -1,8 +1,7 @@
-"""What a run of `gpu.py` is made of: cells, each one figure with an estimate, and the laboratory they are measured in.
+"""What a run of `gpu.py` is made of: its configuration, its cells, and the `Lab` that they are measured in.
 
-In: nothing but what is asked for. Out: `Cell`, made by the sections without a device, so that a plan can be printed
-anywhere; `Lab`, the device with the one model that it holds at a time. The surprising fact: a cell is the unit of
-everything: of the order, of the time budget, of what memory forbids and of what an interrupted run keeps.
+Cells are made without a device, so that a plan can be printed anywhere. A cell is the unit of the order, of the time
+budget, of the memory check and of what an interrupted run keeps.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from gpu.card import Card
 from gpu.models import SHAPES
 
-Row = dict[str, Any]
+Figures = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +50,20 @@ CPU = Scale((1, 4), (1, 2), (64, 128), (1,), (64,), ((1, 64),), 16, 12, 1, 8)
 
 
 class Lab:
-    """A card, and the one thing that is held on it."""
+    """A card, and the one model that is held on it."""
 
     def __init__(self, card: Card, ceilings: dict[str, float]) -> None:
-        self.card, self.ceilings = card, ceilings
+        self.card = card
+        self.ceilings = ceilings
         self._key: Any = None
         self._held: Any = None
 
     def hold(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` makes, kept until another key is asked for."""
+        """What `make` makes, kept until another key comes."""
         if self._key != key:
             self.let_go()
-            self._held, self._key = make(), key
+            self._held = make()
+            self._key = key
         return self._held
 
     def let_go(self) -> None:
@@ -89,7 +90,7 @@ class Cell:
     key: str
     nbytes: int
     seconds: float
-    measure: Callable[[Lab], Row]
+    measure: Callable[[Lab], Figures]
 
     @property
     def name(self) -> str:
@@ -98,8 +99,8 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a run is asked for."""
+class RunConfig:
+    """What a run measures."""
 
     shapes: tuple[str, ...]
     dtype: str

@@ -1,9 +1,4 @@
-"""The report of `gpu.py`: what is kept of runs, the goals, and the tables and the plot made from them.
-
-In: a run's origin and its cells' rows. Out: `gpu.json`, and at the end `gpu.md` and `gpu.png`, each put in place whole.
-A file of a card of the same name is gone on with. The surprising fact: a goal whose figure is missing is neither met
-nor missed; it is listed as not measured, with the reason.
-"""
+"""The report of `gpu.py`: the figures of all runs on one card, the goals, and the tables and the plot made of them."""
 
 from __future__ import annotations
 
@@ -15,9 +10,7 @@ from typing import Any
 from common import record
 
 from gpu.goals import goals
-from gpu.plan import Asked, Cell
-
-Row = dict[str, Any]
+from gpu.plan import Cell, Figures, RunConfig
 
 
 class Report:
@@ -28,20 +21,24 @@ class Report:
         origin: of this run, from `record.origin`.
         about: the card.
         ceilings: of this run.
-        asked: what this run was asked for.
+        config: of this run.
     """
 
     def __init__(
-        self, folder: Path | None, origin: dict[str, Any], about: dict[str, Any], ceilings: Any, asked: Asked
+        self, folder: Path | None, origin: dict[str, Any], about: dict[str, Any], ceilings: Any, config: RunConfig
     ) -> None:
-        self._folder, self._origin, self._about, self._asked = folder, origin, about, asked
-        self.cells: dict[str, Row] = {}
+        self._folder = folder
+        self._origin = origin
+        self._about = about
+        self._config = config
+        self.cells: dict[str, Figures] = {}
         self.runs: list[dict[str, Any]] = []
         old = folder / "gpu.json" if folder is not None else None
         if old is not None and old.is_file():
-            found = json.loads(old.read_text(encoding="utf-8"))
-            if found["device"]["name"] == about["name"] and found["dtype"] == asked.dtype:
-                self.cells, self.runs = found["cells"], found["runs"]
+            saved = json.loads(old.read_text(encoding="utf-8"))
+            if saved["device"]["name"] == about["name"] and saved["dtype"] == config.dtype:
+                self.cells = saved["cells"]
+                self.runs = saved["runs"]
         self.run = {"date": origin["date"], "command": origin["command"], "ceilings": ceilings, "minutes": 0.0}
         self.runs.append(self.run)
 
@@ -54,9 +51,9 @@ class Report:
         for cell in cells:
             self.cells.pop(cell.name, None)
 
-    def put(self, cell: Cell, row: Row) -> None:
-        """Take a cell's row; its ceilings are those of its run."""
-        self.cells[cell.name] = {"run": len(self.runs) - 1, **row}
+    def put(self, cell: Cell, figures: Figures) -> None:
+        """Take a cell's figures; their ceilings are those of this run."""
+        self.cells[cell.name] = {"run": len(self.runs) - 1, **figures}
 
     def save(self) -> None:
         """Write the figures."""
@@ -67,7 +64,7 @@ class Report:
         values = {
             **self._origin,
             "device": self._about,
-            "dtype": self._asked.dtype,
+            "dtype": self._config.dtype,
             "goals": met,
             "goals_not_measured": unmeasured,
             "runs": self.runs,
@@ -84,9 +81,9 @@ class Report:
         self._show()
 
     def goals(self) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-        """The verdicts, and the goals without a figure."""
+        """The verdicts, and the goals without a figure, which are neither met nor missed."""
         met, unmeasured = [], []
-        for name, figure, sense, limit, unit in goals(self, self._asked):
+        for name, figure, sense, limit, unit in goals(self, self._config):
             if isinstance(figure, str):
                 unmeasured.append({"name": name, "goal": f"{sense} {limit:g} {unit}", "reason": figure})
             else:
@@ -109,24 +106,24 @@ class Report:
         return self._about
 
     @property
-    def asked(self) -> Asked:
-        """What this run was asked for."""
-        return self._asked
+    def config(self) -> RunConfig:
+        """What this run measures."""
+        return self._config
 
-    def rows(self, section: str, shape: str | None = None) -> list[Row]:
-        """The measured rows of a section, in order, with their shape."""
-        found = []
-        for name, row in self.cells.items():
+    def figures(self, section: str, shape: str | None = None) -> list[Figures]:
+        """The figures of a section's measured cells, in order, with their shape."""
+        measured = []
+        for name, figures in self.cells.items():
             at = name.split("/")
-            if at[0] == section and shape in (None, at[1]) and "skipped" not in row:
-                found.append({"shape": at[1], **row})
-        return found
+            if at[0] == section and shape in (None, at[1]) and "skipped" not in figures:
+                measured.append({"shape": at[1], **figures})
+        return measured
 
 
-def headline(row: Row) -> str:
-    """What a row says, in a few words for the terminal."""
+def headline(figures: Figures) -> str:
+    """A cell's main figures in a few words for the terminal."""
     shown = ("device_us", "wall_us", "us", "to_ceiling", "to_copy_ceiling", "tokens_per_second", "host_gap")
-    return ", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row) or "done"
+    return ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures) or "done"
 
 
 def markdown(report: Report, drawn: bool) -> str:
@@ -135,7 +132,7 @@ def markdown(report: Report, drawn: bool) -> str:
     copy, product = run["ceilings"]["copy_bytes_per_second"], run["ceilings"]["matrix_operations_per_second"]
     met, unmeasured = report.goals()
     lines = [
-        f"# {about['name']}, {report.asked.dtype}",
+        f"# {about['name']}, {report.config.dtype}",
         "",
         f"{run['date']}, `{run['command']}`, torch {about['torch']}. In this run a copy moves {copy / 1e9:.0f} GB/s, "
         f"read and written, and a matrix product makes {product / 1e12:.1f} T operations/s; every figure is compared "
@@ -149,9 +146,9 @@ def markdown(report: Report, drawn: bool) -> str:
         ]),
         *(["![time of a forward by its tokens](gpu.png)", ""] if drawn else []),
     ]  # fmt: skip
-    for title, head, rows in tables(report):
-        if rows:
-            lines += [f"## {title}", "", *table(head, rows)]
+    for title, head, cells in tables(report):
+        if cells:
+            lines += [f"## {title}", "", *table(head, cells)]
     skipped = [[name, row["skipped"]] for name, row in report.cells.items() if "skipped" in row]
     if skipped:
         lines += ["## Not measured", "", *table(["figure", "reason"], skipped)]
@@ -159,29 +156,31 @@ def markdown(report: Report, drawn: bool) -> str:
 
 
 def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and rows of each section."""
-    peers = {(r["shape"], r["rows"], r["context"], r["compiled"]): r["wall_us"] for r in report.rows("peers")}
+    """Title, head and lines of each section."""
+    peers = {(r["shape"], r["rows"], r["context"], r["compiled"]): r["wall_us"] for r in report.figures("peers")}
 
-    def ours(row: Row, compiled: bool) -> str:
-        other = peers.get((row["shape"], row["rows"], row["context"], compiled)) if row["tokens"] == 1 else None
-        return f"{other / row['wall_us']:.2f}" if other else ""
+    def over_ours(forward: Figures, compiled: bool) -> str:
+        if forward["tokens"] != 1:
+            return ""
+        peer_us = peers.get((forward["shape"], forward["rows"], forward["context"], compiled))
+        return f"{peer_us / forward['wall_us']:.2f}" if peer_us else ""
 
     yield "Forward", ["shape", "rows", "context", "tokens", "device us", "wall us", "bound", "to its ceiling",
                       "transformers eager over it", "compiled over it", "GiB at most"], [
         [r["shape"], str(r["rows"]), str(r["context"]), str(r["tokens"]), f"{r['device_us']:.0f}",
-         f"{r['wall_us']:.0f}", r["bound"], f"{r['to_ceiling']:.2f}", ours(r, False), ours(r, True),
+         f"{r['wall_us']:.0f}", r["bound"], f"{r['to_ceiling']:.2f}", over_ours(r, False), over_ours(r, True),
          f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else ""]
-        for r in report.rows("forward")
+        for r in report.figures("forward")
     ]  # fmt: skip
     yield "Ways to run it, wall us by tokens", ["shape", "way", "context", "wall us"], [
         [r["shape"], r["variant"], str(r["context"]),
          ", ".join(f"{size}: {v['wall_us']:.0f}" for size, v in r.items() if isinstance(v, dict))]
-        for r in report.rows("variants")
+        for r in report.figures("variants")
     ]  # fmt: skip
     yield "Kernels", ["shape", "op", "tokens", "context", "us", "KiB", "over the copy ceiling"], [
         [r["shape"], r["op"] if r["op"] == "BlockAttention" else r["stages"][0], str(r["tokens"]),
          str(r["context"] or ""), f"{r['us']:.2f}", f"{r['bytes'] / 1024:.0f}", f"{r['to_copy_ceiling']:.2f}"]
-        for r in report.rows("kernels")
+        for r in report.figures("kernels")
     ]  # fmt: skip
     yield (
         "Decoding at the published acceptance",
@@ -194,31 +193,31 @@ def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
                 f"{r['tokens_per_pass']:.2f}",
                 f"{r['host_gap']:.1%}",
             ]
-            for r in report.rows("decode")
+            for r in report.figures("decode")
             if "way" in r
         ],
     )
     yield "Cost curve that planning uses, us by tokens", ["shape", "us", "seconds to measure"], [
         [r["shape"], ", ".join(f"{s}: {t:.0f}" for s, t in zip(r["sizes"], r["curve_us"], strict=True)),
          f"{r['seconds_to_measure']:.2f}"]
-        for r in report.rows("decode")
+        for r in report.figures("decode")
         if "sizes" in r
     ]  # fmt: skip
     yield "Answers", ["checkpoint", "type", "mode", "tokens/s", "tokens per pass", "unlike ar", "unlike the CPU"], [
         [r["shape"], r["dtype"], mode, f"{m['tokens_per_second']:.0f}", f"{m['tokens_per_pass']:.2f}",
          str(m["answers_unlike_ar"]), str(m["answers_unlike_cpu"])]
-        for r in report.rows("modes")
+        for r in report.figures("modes")
         for mode, m in r["modes"].items()
     ]  # fmt: skip
     yield "transformers, one token", ["shape", "peer", "rows", "context", "wall us", "first step s"], [
         [r["shape"], f"{r['peer']} {'compiled' if r['compiled'] else 'eager'}", str(r["rows"]), str(r["context"]),
          f"{r['wall_us']:.0f}", f"{r['first_seconds']:.1f}"]
-        for r in report.rows("peers")
+        for r in report.figures("peers")
     ]  # fmt: skip
     yield "TensorRT", ["backend", "rows", "context", "tokens", "us", "to ceiling", "eager over graph", "host gap us"], [
         [t["backend"], str(f["rows"]), str(f["context"]), str(f["tokens"]), f"{f['us']:.1f}",
          f"{f['ratio_to_ceiling']:.2f}", f"{f['eager_over_graph']:.2f}", f"{f['host_gap_us']:.1f}"]
-        for t in report.rows("tensorrt")
+        for t in report.figures("tensorrt")
         for f in t["forward"]
     ]  # fmt: skip
 
@@ -230,10 +229,10 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def plot(report: Report, path: Path) -> bool:
     """Time of a forward of one row by its tokens, and what the copy ceiling allows; False where it cannot be drawn."""
-    lines: dict[tuple[str, int], list[Row]] = {}
-    for row in report.rows("forward"):
-        if row["rows"] == 1:
-            lines.setdefault((row["shape"], row["context"]), []).append(row)
+    lines: dict[tuple[str, int], list[Figures]] = {}
+    for figures in report.figures("forward"):
+        if figures["rows"] == 1:
+            lines.setdefault((figures["shape"], figures["context"]), []).append(figures)
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -244,17 +243,17 @@ def plot(report: Report, path: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for (shape, context), found in lines.items():
-        found.sort(key=lambda r: r["tokens"])
-        copy = report.runs[found[0]["run"]]["ceilings"]["copy_bytes_per_second"]
-        sizes, times = [r["tokens"] for r in found], [r["device_us"] / 1e3 for r in found]
+    for (shape, context), points in lines.items():
+        points.sort(key=lambda r: r["tokens"])
+        copy = report.runs[points[0]["run"]]["ceilings"]["copy_bytes_per_second"]
+        sizes, times = [r["tokens"] for r in points], [r["device_us"] / 1e3 for r in points]
         (line,) = axes.plot(sizes, times, "o-", label=f"{shape}, context {context}")
-        axes.plot(sizes, [r["bytes"] / copy * 1e3 for r in found], ":", color=line.get_color())
+        axes.plot(sizes, [r["bytes"] / copy * 1e3 for r in points], ":", color=line.get_color())
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a forward")
     axes.set_ylabel("ms on the device; dotted: its bytes at the copy ceiling")
-    axes.set_title(f"{report.about['name']}, {report.asked.dtype}, one row", fontsize=11)
+    axes.set_title(f"{report.about['name']}, {report.config.dtype}, one row", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
     partial = path.with_name(f".{path.name}")

@@ -1,10 +1,7 @@
-"""An engine that takes the time of a real one and says what a script says.
+"""An engine that takes the time of a real one and predicts what a script says.
 
-In: a torch engine with random weights, and how often a draft is to be right. Out: an `Engine`. A random model drafts
-nothing that it would confirm, so what its passes predict is replaced: the true token of a position is a number of that
-position, and a mask gives it in a share of positions that is the same for every mode. The surprising fact: a
-position is hard or easy for every draft that reaches it, and the confidence tells which, so a mode that plans by
-confidence can, and linear and quadratic self-speculation meet the very same drafts.
+A random model drafts nothing that it would confirm, so its predictions are replaced: the true token of a position is a
+function of that position, and a mask predicts it in a share of positions that is the same for every mode.
 """
 
 from __future__ import annotations
@@ -19,9 +16,8 @@ from nemodiff.runtime.engines.engine import Pass, Prediction
 FIRST_ID, IDS = 200, 500  # of true tokens: no EOS, no mask
 EASY, HARD = 0.99, 0.5  # confidence of a draft, and the share of positions where it is right
 PUBLISHED = 5.99  # tokens per pass of linear self-speculation, published for the 8B model
-HARD_SHARE = (
-    0.115  # of positions that are hard: 5.95 tokens per pass in blocks of 32 (tests/benchmarks/test_gpu_benchmark.py)
-)
+# Share of positions that are hard: 5.95 tokens per pass in blocks of 32 (tests/benchmarks/test_gpu_benchmark.py).
+HARD_SHARE = 0.115
 
 
 def truth(position: np.ndarray) -> np.ndarray:
@@ -30,19 +26,24 @@ def truth(position: np.ndarray) -> np.ndarray:
 
 
 def guess(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a mask at each position predicts, (N,) i32, and how sure it is, (N,) f32."""
+    """What a mask at each position predicts, (N,) i32, and its confidence, (N,) f32.
+
+    A position is hard or easy for every draft that reaches it, and the confidence shows which, so a mode can plan by
+    it, and linear and quadratic self-speculation meet the same drafts.
+    """
     chance = np.where(_share(position, 2) < HARD_SHARE, HARD, EASY)
-    wrong = _share(position, 3) >= chance
-    return truth(position) + wrong.astype(np.int32), chance.astype(np.float32)
+    is_wrong = _share(position, 3) >= chance
+    return truth(position) + is_wrong.astype(np.int32), chance.astype(np.float32)
 
 
 class Scripted:
-    """The engine."""
+    """An engine that runs another one's passes and replaces their predictions."""
 
-    samples = False  # what a script says is no sample
+    samples = False  # scripted predictions are not sampled
 
     def __init__(self, engine: Any) -> None:
-        self._engine, self.info = engine, engine.info
+        self._engine = engine
+        self.info = engine.info
 
     def open(self, rows: int) -> ScriptedCache:
         """See `engine.Engine.open`."""
@@ -50,11 +51,14 @@ class Scripted:
 
 
 class ScriptedCache:
-    """A cache whose passes are run and then told otherwise."""
+    """A cache whose passes are run and whose predictions are then replaced."""
 
     def __init__(self, cache: Any, mask: int) -> None:
-        self._cache, self._mask, self.rows = cache, mask, cache.rows
-        self.move, self.close = cache.move, cache.close
+        self._cache = cache
+        self._mask = mask
+        self.rows = cache.rows
+        self.move = cache.move
+        self.close = cache.close
 
     @property
     def seconds(self) -> float:
@@ -63,11 +67,11 @@ class ScriptedCache:
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        found = self._cache.forward(passes, first)
-        return [self._told(asked, prediction) for asked, prediction in zip(passes, found, strict=True)]
+        predictions = self._cache.forward(passes, first)
+        return [self._replaced(pass_, prediction) for pass_, prediction in zip(passes, predictions, strict=True)]
 
-    def _told(self, asked: Pass, prediction: Prediction) -> Prediction:
-        ids, pos = asked.ids[asked.predicted], asked.pos[asked.predicted]
+    def _replaced(self, pass_: Pass, prediction: Prediction) -> Prediction:
+        ids, pos = pass_.ids[pass_.predicted], pass_.pos[pass_.predicted]
         drafted, sure = guess(pos)
         is_mask = ids == self._mask
         token = np.where(is_mask, drafted, truth(pos + 1)).astype(np.int32)

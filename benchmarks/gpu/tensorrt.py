@@ -1,9 +1,4 @@
-"""What a TensorRT engine takes per pass, where TensorRT-RTX or TensorRT can be loaded.
-
-In: a checkpoint. Out: cells of `gpu.py`: seconds of a forward by tokens, rows and context, with graphs and without,
-against the copy ceiling that the same driver reaches; the host's gap per step; every mode end to end. The surprising
-fact: at a few tokens a pass reads all weights and little else, so its bytes over its time is the whole verdict.
-"""
+"""Measure a TensorRT engine by passes and modes, where TensorRT-RTX or TensorRT can be loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +12,9 @@ from typing import Any
 
 from common import questions
 
-from gpu.plan import Asked, Cell, Lab, Row
+from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.builder.build import Builder
-from nemodiff.builder.compilers.tensorrt import Choices
+from nemodiff.builder.compilers.choices import Choices
 from nemodiff.contract import ITEMSIZE, MODES
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
@@ -56,7 +51,10 @@ def ceiling(device: Device, nbytes: int, repeats: int) -> float:
 
 
 def forward_bytes(engine: TensorRTEngine, rows: int, context: int) -> int:
-    """Bytes that a pass must read at least: the weights, and the K/V that its queries see."""
+    """Bytes that a pass must read at least: the weights, and the K/V that its queries see.
+
+    At a few tokens a pass reads little else, so these bytes over its time are the whole verdict.
+    """
     about, model = engine.info.manifest.tensorrt, engine.info.model
     assert about is not None
     return about.engine_bytes + rows * context * model.kv_bytes_per_token(ITEMSIZE[engine.info.build.dtype])
@@ -65,13 +63,13 @@ def forward_bytes(engine: TensorRTEngine, rows: int, context: int) -> int:
 def curve(engine: TensorRTEngine, bandwidth: float, rounds: int, shapes: list[tuple[int, int, int]]) -> list[Any]:
     """Median seconds by (rows, context, tokens), inside the engine and with the host's part, and the ratio."""
     mask, vocab = engine.info.model.mask_id, engine.info.model.vocab_size
-    longest, found = max(p.max_tokens for p in engine.profiles), []
+    longest, results = max(p.max_tokens for p in engine.profiles), []
     for rows, context, size in shapes:
         cache = engine.open(rows)
         for at in range(0, context, longest):
             ids = [(7 * i + 200) % vocab for i in range(at, min(at + longest, context))]
             cache.forward([causal("prefill", ids, at)] * rows)
-        asked = (
+        pass_ = (
             causal("prefill", [1] * size, context)
             if size > SIZES[-1]
             else bidirectional("denoise", [mask] * size, context, 0.9)
@@ -79,14 +77,14 @@ def curve(engine: TensorRTEngine, bandwidth: float, rounds: int, shapes: list[tu
         inside, wall = [], []
         for turn in range(3 + rounds):  # eager, captured, first replay
             before, started = cache.seconds, time.perf_counter()
-            cache.forward([asked] * rows)
+            cache.forward([pass_] * rows)
             if turn >= 3:
                 wall.append(time.perf_counter() - started)
                 inside.append(cache.seconds - before)
         cache.close()
         seconds = statistics.median(inside)
         least = forward_bytes(engine, rows, context + size)
-        found.append(
+        results.append(
             {
                 "rows": rows,
                 "context": context,
@@ -97,7 +95,7 @@ def curve(engine: TensorRTEngine, bandwidth: float, rounds: int, shapes: list[tu
                 "ratio_to_ceiling": least / seconds / bandwidth,
             }
         )
-    return found
+    return results
 
 
 def grid(engine: TensorRTEngine) -> list[tuple[int, int, int]]:
@@ -114,7 +112,7 @@ def grid(engine: TensorRTEngine) -> list[tuple[int, int, int]]:
 
 def modes(engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of each mode, and in how many answers it differs from `ar`."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     expected: list[list[int]] = []
     for mode in MODES:
         rates, answers = [], list[Any]()
@@ -124,15 +122,15 @@ def modes(engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, round
             if turn:
                 rates.append(sum(len(a.token_ids) for a in answers) / (time.perf_counter() - started))
         expected = expected or [a.token_ids for a in answers]
-        found[mode] = {
+        results[mode] = {
             "tokens_per_second": statistics.median(rates),
             "tokens_per_pass": statistics.mean(a.decode_tpf or 0.0 for a in answers),
             "answers_unlike_ar": sum(a.token_ids != e for a, e in zip(answers, expected, strict=True)),
         }
-    return found
+    return results
 
 
-def measured(make: Make, folder: Path, asked: list[str], rounds: int, copied: int) -> dict[str, Any]:
+def measured(make: Make, folder: Path, texts: list[str], rounds: int, copied: int) -> dict[str, Any]:
     """All figures of one engine folder."""
     engine = make(True)
     device = engine.device
@@ -141,14 +139,15 @@ def measured(make: Make, folder: Path, asked: list[str], rounds: int, copied: in
     with_graphs = curve(engine, bandwidth, rounds, shapes)
     free, total = device.memory()  # the engine keeps what it has taken
     codec = TextCodec(folder)
-    prompts = [codec.encode_chat([{"role": "user", "content": text}]) for text in asked]
+    prompts = [codec.encode_chat([{"role": "user", "content": text}]) for text in texts]
     ends = modes(LoadedEngine(folder, engine, codec, 0.0), prompts, 128, rounds)
     eager_shapes = {str(key): reason for key, reason in engine.eager_shapes.items()}
     captured = engine.captured
     del engine
     eager = curve(make(False), bandwidth, rounds, shapes)
-    for row, other in zip(with_graphs, eager, strict=True):
-        row["eager_us"], row["eager_over_graph"] = other["us"], other["us"] / row["us"]
+    for figures, other in zip(with_graphs, eager, strict=True):
+        figures["eager_us"] = other["us"]
+        figures["eager_over_graph"] = other["us"] / figures["us"]
     return {
         "device": {"name": device.name, "sm": device.sm, "memory_bytes": total},
         "copy_ceiling_bytes_per_second": bandwidth,
@@ -160,11 +159,11 @@ def measured(make: Make, folder: Path, asked: list[str], rounds: int, copied: in
     }
 
 
-def cells(asked: Asked) -> Iterator[Cell]:
+def cells(config: RunConfig) -> Iterator[Cell]:
     """A cell per module that can build TensorRT engines."""
     for backend, module in MODULES.items():
 
-        def measure(lab: Lab, backend: Any = backend, module: str = module) -> Row:
+        def measure(lab: Lab, backend: Any = backend, module: str = module) -> Figures:
             importlib.import_module(module)
             if not lab.card.is_gpu:
                 raise EngineError("runs on a GPU alone")
@@ -173,7 +172,7 @@ def cells(asked: Asked) -> Iterator[Cell]:
             sm = (device.sm,) if backend == "tensorrt-rtx" else None
             with tempfile.TemporaryDirectory(prefix="nemodiff-gpu-") as work:
                 builder = Builder(
-                    asked.checkpoint, Path(work) / "engine", backend=backend, dtype="bf16", max_seq_len=MAX_SEQ_LEN,
+                    config.checkpoint, Path(work) / "engine", backend=backend, dtype="bf16", max_seq_len=MAX_SEQ_LEN,
                     choices=Choices(sm=sm),
                 )  # fmt: skip
                 folder = builder.run()
@@ -182,7 +181,7 @@ def cells(asked: Asked) -> Iterator[Cell]:
                 def make(graphs: bool) -> TensorRTEngine:
                     return TensorRTEngine(folder, info, device, graphs=graphs)
 
-                found = measured(make, folder, [q.text for q in questions.draw(1)], ROUNDS, 2**30)
-            return {"backend": backend, **found}
+                figures = measured(make, folder, [q.text for q in questions.draw(1)], ROUNDS, 2**30)
+            return {"backend": backend, **figures}
 
-        yield Cell("tensorrt", asked.checkpoint.name, backend, 2**33, 180, measure)
+        yield Cell("tensorrt", config.checkpoint.name, backend, 2**33, 180, measure)

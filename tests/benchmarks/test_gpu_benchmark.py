@@ -199,8 +199,8 @@ def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
     plan, reports = importlib.import_module("gpu.plan"), importlib.import_module("gpu.report")
-    asked = plan.Asked(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
-    report = reports.Report(None, {"date": "", "command": ""}, {"name": "a card"}, {}, asked)
+    config = plan.RunConfig(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
+    report = reports.Report(None, {"date": "", "command": ""}, {"name": "a card"}, {}, config)
 
     def put(section: str, key: str, **row: Any) -> None:
         report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), row)
@@ -234,7 +234,7 @@ def test_the_script_gives_the_published_tokens_per_pass() -> None:
     prompt = modes.prompt_of(plan.GPU.prompt)
     answers = {
         name: generate(engine, prompt, max_new_tokens=plan.GPU.new_tokens, **way)
-        for name, way in modes.WAYS.items()
+        for name, way in modes.SETTINGS.items()
         if "temperature" not in way
     }
     assert len({tuple(a.token_ids) for a in answers.values()}) == 1
