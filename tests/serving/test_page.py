@@ -43,12 +43,12 @@ CONTRAST = """() => {
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
-    const said = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-    if (!(said || element.dataset.mark) || !element.checkVisibility()) continue;
-    const behind = [];
-    for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+    const hasText = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!(hasText || element.dataset.mark) || !element.checkVisibility()) continue;
+    const backgrounds = [];
+    for (let e = element; e; e = e.parentElement) backgrounds.unshift(getComputedStyle(e).backgroundColor);
     const text = getComputedStyle(element, element.dataset.mark ? "::after" : null);
-    const [a, b] = [light(over([...behind, text.color])), light(over(behind))];
+    const [a, b] = [light(over([...backgrounds, text.color])), light(over(backgrounds))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     found.push([ratio, parseFloat(text.fontSize), `${element.className} ${element.textContent.slice(0, 30)}`]);
   }
@@ -76,7 +76,7 @@ def server(engine: nemodiff.LoadedEngine) -> Iterator[tuple[str, nemodiff.Schedu
     from nemodiff.serving.http.app import Limits, Server
 
     with nemodiff.Scheduler(engine, rows=4) as scheduler:
-        app = Server(engine, scheduler, Limits(), "tiny-chat", {"mode": "linear_spec"}).gate
+        app = Server(engine, scheduler, Limits(), "tiny-chat", {"mode": "linear_spec"}).app
         process = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=process.run)
         thread.start()
@@ -95,14 +95,14 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     page = context.new_page()
     page.set_default_timeout(10_000)
     complaints: list[str] = []
-    asked: list[str] = []
+    urls: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: urls.append(request.url))
     yield page
     allowed = re.compile(r"(http://127\.0\.0\.1:\d+/|blob:http://127\.0\.0\.1:|file:///|data:)")
-    assert [url for url in asked if not allowed.match(url)] == []
-    assert sum(url.startswith("file:") for url in asked) <= 1
+    assert [url for url in urls if not allowed.match(url)] == []
+    assert sum(url.startswith("file:") for url in urls) <= 1
     assert [c for c in complaints if "Failed to load resource" not in c] == []
     context.close()
 
@@ -120,8 +120,8 @@ def lanes(page: Page) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = page.evaluate(
         """() => [...document.querySelectorAll(".lane")].map((lane) => ({
           mode: lane.querySelector(".mode").textContent,
-          text: [...lane.querySelectorAll(".said .token:not([hidden])")].map((t) => t.textContent).join(""),
-          tokens: lane.querySelectorAll(".said .token:not([hidden])").length,
+          text: [...lane.querySelectorAll(".answer .token:not([hidden])")].map((t) => t.textContent).join(""),
+          tokens: lane.querySelectorAll(".answer .token:not([hidden])").length,
           tail: [...lane.querySelectorAll(".tail .token")].map((t) => t.className.split(" ")[1]),
           masks: [...lane.querySelectorAll(".tail .mask")].map((t) => t.textContent + (t.dataset.mark ?? "")).join(""),
           kept: lane.querySelectorAll(".token.kept").length,
@@ -134,11 +134,9 @@ def lanes(page: Page) -> list[dict[str, Any]]:
 
 
 def figures(generation: dict[str, Any]) -> dict[str, Any]:
-    tokens, ms, passes = (
-        len(generation["token_ids"]),
-        generation["timings_ms"]["total"],
-        sum(generation["nfe"].values()),
-    )
+    tokens = len(generation["token_ids"])
+    ms = generation["timings_ms"]["total"]
+    passes = sum(generation["nfe"].values())
     values = tokens, passes, generation["decode_tpf"], tokens / ms * 1e3, generation["acceptance"]["mean"], ms
     return dict(zip(FIGURES, values, strict=True))
 
@@ -146,12 +144,12 @@ def figures(generation: dict[str, Any]) -> dict[str, Any]:
 def write_trace(path: Path, answer: list[str | bytes], *, passes: int | None = None) -> list[dict[str, Any]]:
     """A trace of mode ar whose tokens, from id 0, are as given; each pass decides as many."""
     many = 1 if passes is None else len(answer) // passes
-    told = {"request": 0, "at": 0.0}
+    common = {"request": 0, "at": 0.0}
     text = {i: piece for i, piece in enumerate(answer) if isinstance(piece, str)}
     parts = {i: piece.hex() for i, piece in enumerate(answer) if isinstance(piece, bytes)}
     events: list[dict[str, Any]] = [
         {
-            **told,
+            **common,
             "event": "started",
             "mode": "ar",
             "block_length": 32,
@@ -160,17 +158,17 @@ def write_trace(path: Path, answer: list[str | bytes], *, passes: int | None = N
             "prompt": [0],
             "mask_id": -1,
         },
-        {**told, "event": "pieces", "text": text, "bytes": parts, "special": {}},
+        {**common, "event": "pieces", "text": text, "bytes": parts, "special": {}},
     ]
     for first in range(0, len(answer), many):
         decided = [{"position": 1 + i, "token": i, "confidence": i % 10 / 10} for i in range(first, first + many)]
         step = {"event": "step", "seconds": 0.001, "rows": 1, "kind": "decode", "start": first, "before": [0]}
         step |= {"after": [first], "confidence": [0.5], "committed": decided, "emitted": first + many}
-        events.append({**told, **step, "at": first / many * 0.001, "kept": None, "refused": []})
+        events.append({**common, **step, "at": first / many * 0.001, "kept": None, "refused": []})
     whole = b"".join(p if isinstance(p, bytes) else p.encode() for p in answer).decode(errors="replace")
     generation = {"text": whole, "token_ids": list(range(len(answer))), "finish_reason": "stop", "mode": "ar"}
     generation |= {"nfe": {"decode": len(answer) // many}, "decode_tpf": float(many), "acceptance": {"mean": None}}
-    events.append({**told, "event": "finished", "generation": {**generation, "timings_ms": {"total": 5.0}}})
+    events.append({**common, "event": "finished", "generation": {**generation, "timings_ms": {"total": 5.0}}})
     path.write_text(html([("made", events)]))
     return events
 
@@ -180,11 +178,11 @@ def test_live_runs_show_the_answers_and_figures_of_the_api(
 ) -> None:
     page.add_init_script("""addEventListener("DOMContentLoaded", () => {
       const push = Run.prototype.push;
-      globalThis.told = {};
-      Run.prototype.push = function (event) { (told[this.name] ??= []).push(event); push.call(this, event); };
+      globalThis.pushed = {};
+      Run.prototype.push = function (event) { (pushed[this.name] ??= []).push(event); push.call(this, event); };
     })""")
     run_live(page, server[0])
-    runs = page.evaluate("told")
+    runs = page.evaluate("pushed")
     seen = lanes(page)
     assert len(seen) == len(runs) == 4
     for lane, mode in zip(seen, nemodiff.MODES, strict=True):
@@ -207,8 +205,7 @@ def test_what_a_merged_commit_decides_has_its_confidence(
     page: Page, engine: nemodiff.LoadedEngine, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"mode": "diffusion", "merge_commit": True, "block_length": 8, "max_new_tokens": 60}
-    told = list(nemodiff.events(engine, [PROMPT], steps=True, **options))
-    events = [as_dict(event) for event in told]
+    events = [as_dict(event) for event in nemodiff.events(engine, [PROMPT], steps=True, **options)]
     (tmp_path / "run.html").write_text(html([("merged", events)]))
     page.goto((tmp_path / "run.html").as_uri())
     found = page.evaluate(
@@ -243,7 +240,7 @@ def test_scrubbing_with_slider_and_keys_follows_every_pass(page: Page, server: t
             verdict = re.match(r"Pass \d+, verify: (\d+) drafted kept, (\d+) refused", now["pass"])
             if verdict:
                 assert now["kept"] == int(verdict[1])
-                assert ("refused" in now["tail"]) == bool(int(verdict[2]))  # behind a refused end is nothing to see
+                assert ("refused" in now["tail"]) == bool(int(verdict[2]))  # nothing is shown after a refused end
                 assert now["tail"].count("refused") <= int(verdict[2])
                 drafts = now["tail"].count("draft")  # the next ones, which a quadratic pass makes beside its verdict
                 assert now["tail"].count("refused") + drafts == len(now["tail"])
@@ -308,7 +305,7 @@ def test_cancel_stops_the_requests_on_the_server(
     page.get_by_label("Diffusion").uncheck()
     page.get_by_label("Self-speculation", exact=True).uncheck()
     page.get_by_role("button", name="Run").click()
-    expect(page.locator(".said .token").nth(3)).to_be_visible()
+    expect(page.locator(".answer .token").nth(3)).to_be_visible()
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#note")).to_have_text("Cancelled")
     expect(page.locator(".status")).to_have_text("cancelled")
@@ -324,26 +321,26 @@ def test_cancel_stops_the_requests_on_the_server(
 
 def test_what_goes_wrong_is_one_line(page: Page, server: tuple[str, nemodiff.Scheduler]) -> None:
     page.goto(server[0])
-    wrong = page.get_by_role("alert").first
+    error = page.get_by_role("alert").first
     page.get_by_text("Options").click()
     page.get_by_label("Most tokens").fill("100000")
     page.get_by_role("button", name="Run").click()
-    expect(wrong).to_contain_text("max_new_tokens")
-    assert "\n" not in wrong.inner_text()
+    expect(error).to_contain_text("max_new_tokens")
+    assert "\n" not in error.inner_text()
     expect(page.locator(".lane")).to_have_count(0)
     page.get_by_label("Most tokens").fill("")
     page.get_by_label("Prompt").fill(" ")
     page.get_by_role("button", name="Run").click()
-    expect(wrong).to_have_text("Type a prompt first.")
+    expect(error).to_have_text("Type a prompt first.")
     page.get_by_label("Prompt").fill("hi")
     page.route("**/events", lambda route: route.abort())
     page.get_by_role("button", name="Run").click()
-    expect(wrong).to_have_text("no answer; is nemodiff serve running?")
+    expect(error).to_have_text("no answer; is nemodiff serve running?")
     page.unroute("**/events")
     body = 'data: {"error": {"message": "the engine\\nfailed"}}\n\n'
     page.route("**/events", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body))
     page.get_by_role("button", name="Run").click()
-    expect(wrong).to_have_text("the engine failed")
+    expect(error).to_have_text("the engine failed")
     page.unroute("**/events")
     page.route("**/events", lambda route: route.fulfill(status=401, body='{"error": {"message": "no valid key"}}'))
     page.get_by_role("button", name="Run").click()
@@ -433,7 +430,7 @@ def test_exported_traces_open_from_a_file(page: Page, tiny_engine: Path, tmp_pat
     seen = lanes(page)
     assert [lane["text"] for lane in seen] == [answer["text"] for answer in answers]
     assert [lane["figures"] for lane in seen] == [figures(answer) for answer in answers]
-    expect(page.locator("#asked .prompt")).to_contain_text(PROMPT)
+    expect(page.locator("#shared-prompt .prompt")).to_contain_text(PROMPT)
     expect(page.locator("form")).to_have_count(0)
     page.get_by_label("Moment").fill("1")
     assert [lane["figures"]["passes"] for lane in lanes(page)] == [1] * 2

@@ -2,8 +2,8 @@
 /*
  * One run on the page: its figures, its passes as bars, and its text as it stood after any pass.
  *
- * In: a `Run`, and which pass to show. Emitted tokens are made once and then only shown or hidden, so that scrubbing
- * costs what changes. All text of the model goes in as text, never as markup.
+ * The elements of emitted tokens are made once and then only shown or hidden, so that scrubbing costs as much as what
+ * changes. The model's text always goes in as text, never as markup.
  */
 
 const MODES = {
@@ -18,24 +18,24 @@ const KINDS = {
   decode: "decides the next token",
   denoise: "denoises the block",
   draft: "drafts a block",
-  commit: "takes the block over",
+  commit: "commits the block",
 };
-const LEVELS = [0.5, 0.7, 0.9, 0.99]; // lower bounds of the colours from the second on; page.css has the same five
+const LEVELS = [0.5, 0.7, 0.9, 0.99]; // least confidence of the colours c1 to c4; page.css has c0 too
 
 class Lane {
-  /** `seek(x)` is called when the reader points at a place of the bars. */
+  /** `seek(x)` is called when the reader clicks on the bars, with the place in their unit. */
   constructor(run, seek) {
     this.run = run;
     this.element = document.getElementById("lane").content.cloneNode(true).firstElementChild;
     const find = (selector) => this.element.querySelector(selector);
-    this.said = find(".said");
+    this.answer = find(".answer");
     this.tail = find(".tail");
     this.strip = find(".strip");
     this.readout = find(".readout");
     this.text = find(".text");
     this.visible = 0; // emitted tokens that are shown
     this.marked = []; // of these, those that the pass on show decided
-    this.chosen = null; // the token that the readout is about
+    this.chosen = null; // the token that the readout describes
     this.drawn = -1;
     this.strip.addEventListener("pointerdown", (event) => {
       const box = this.strip.getBoundingClientRect();
@@ -46,35 +46,35 @@ class Lane {
     this.text.addEventListener("blur", () => this.#choose(null));
   }
 
-  /** Show the run after a pass: 0 is before the first, one more than there are is the end. */
+  /** Show the run after a pass: 0 is before the first pass, one more than the number of passes is the end. */
   draw(pass, follow = false) {
     const run = this.run;
     const at = run.passes[pass - 1];
     const emitted = pass > run.passes.length ? run.answer.length : (at?.emitted ?? 0);
-    while (this.said.childElementCount < run.answer.length) {
-      this.said.append(this.#token(run.answer[this.said.childElementCount]));
+    while (this.answer.childElementCount < run.answer.length) {
+      this.answer.append(this.#token(run.answer[this.answer.childElementCount]));
     }
-    const spans = this.said.children;
+    const spans = this.answer.children;
     for (let i = this.visible; i < emitted; i++) spans[i].hidden = false;
     for (let i = emitted; i < this.visible; i++) spans[i].hidden = true;
     this.visible = emitted;
     for (const span of this.marked) span.classList.remove("fresh", "kept");
     this.marked = (at?.fresh ?? []).filter((i) => i < emitted && run.answer[i].pass === pass).map((i) => spans[i]);
     for (const span of this.marked) span.classList.add("fresh", ...(span.token.kept ? ["kept"] : []));
-    const behind = (at?.tail ?? []).map((token) => this.#token(token, pass));
-    this.tail.replaceChildren(...(pass > run.passes.length ? [] : behind));
+    const tail = (at?.tail ?? []).map((token) => this.#token(token, pass));
+    this.tail.replaceChildren(...(pass > run.passes.length ? [] : tail));
     this.#figures(pass);
     this.drawn = pass;
     if (follow) this.text.scrollTop = this.text.scrollHeight;
     else this.#reveal();
   }
 
-  /** Keep the height that the text has now, so that scrubbing moves nothing below it. */
+  /** Keep the current height of the text, so that scrubbing moves nothing below it. */
   reserve(keep) {
     this.text.style.minHeight = keep ? `${this.text.offsetHeight}px` : "";
   }
 
-  /** Draw the bars. extent: what the whole width is worth; most: the tokens of the highest bar. */
+  /** Draw the bars. extent: the value at the right edge, in passes or seconds. most: the tokens of the highest bar. */
   bars(byTime, extent, most) {
     const paths = { reads: "", proposes: "", decides: "" };
     const height = (n) => Math.log2(1 + n) / Math.log2(1 + most);
@@ -92,7 +92,7 @@ class Lane {
     this.strip.setAttribute("aria-label", `Tokens that each of ${this.run.passes.length} passes decided or proposed`);
   }
 
-  /** Where the reader is on the bars, in their unit. */
+  /** Mark the moment on show, in the unit of the bars. */
   head(x) {
     const line = this.strip.querySelector(".head");
     line.setAttribute("x1", x);
@@ -120,7 +120,7 @@ class Lane {
     for (const cell of this.element.querySelectorAll("[data-figure]")) {
       const value = metrics[cell.dataset.figure];
       cell.dataset.value = value ?? "";
-      cell.textContent = shown(cell.dataset.figure, value);
+      cell.textContent = formatFigure(cell.dataset.figure, value);
     }
     const at = run.passes[pass - 1];
     const kinds = Object.entries(metrics.nfe).filter(([, count]) => count);
@@ -152,9 +152,9 @@ class Lane {
     if (error.textContent !== run.error) error.textContent = run.error;
   }
 
-  /** Scroll the text, and nothing else, so that its newest token is seen. */
+  /** Scroll only the text, so that its newest token is visible. */
   #reveal() {
-    const last = this.tail.lastElementChild ?? this.said.children[this.visible - 1];
+    const last = this.tail.lastElementChild ?? this.answer.children[this.visible - 1];
     if (!last || this.text.scrollHeight <= this.text.clientHeight) return;
     const top = last.offsetTop - this.text.offsetTop;
     const { scrollTop, clientHeight } = this.text;
@@ -164,12 +164,13 @@ class Lane {
   }
 
   #key(event) {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by) return;
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
     event.preventDefault();
     const tokens = [...this.text.querySelectorAll(".token:not([hidden])")];
     const now = tokens.indexOf(this.chosen);
-    const next = now < 0 ? (by > 0 ? 0 : tokens.length - 1) : Math.max(0, Math.min(tokens.length - 1, now + by));
+    const last = tokens.length - 1;
+    const next = now < 0 ? (step > 0 ? 0 : last) : Math.max(0, Math.min(last, now + step));
     this.#choose(tokens[next] ?? null);
   }
 
@@ -177,12 +178,12 @@ class Lane {
     this.chosen?.classList.remove("chosen");
     this.chosen = span;
     span?.classList.add("chosen");
-    this.readout.textContent = span ? about(span.token) : "";
+    this.readout.textContent = span ? describe(span.token) : "";
   }
 }
 
-/** What is known of a token, in words. */
-function about(token) {
+/** A token in words: its text, confidence and pass. */
+function describe(token) {
   if (token.state === "mask") return "undecided";
   const name = token.special ?? JSON.stringify(token.text + (token.cut ?? ""));
   if (token.state === "refused") return `${name}: draft, refused by verify`;
@@ -190,12 +191,12 @@ function about(token) {
   if (token.confidence !== null) parts.push(`confidence ${token.confidence.toFixed(3)}`);
   if (token.kind) parts.push(`${token.state === "draft" ? "drafted" : "decided"} in pass ${token.pass} (${token.kind})`);
   if (token.kept) parts.push("draft, kept");
-  if (token.cut) parts.push("behind the stop string");
+  if (token.cut) parts.push("after the stop string");
   return `${name}: ${parts.join(", ") || `token ${token.id}`}`;
 }
 
-/** A figure as it is read. */
-function shown(figure, value) {
+/** A figure as text, with its unit. */
+function formatFigure(figure, value) {
   if (value === null || value === undefined) return "–";
   if (figure === "ms") return value < 1000 ? `${value.toFixed(value < 100 ? 1 : 0)} ms` : `${(value / 1e3).toFixed(2)} s`;
   if (figure === "perSecond") return value.toFixed(value < 100 ? 1 : 0);

@@ -1,9 +1,9 @@
 "use strict";
 /*
- * The page itself: shows the trace that an exported file carries, or asks the server it came from.
+ * The page itself: it shows the trace that an exported file carries, or sends the form's request to its server.
  *
- * In: a form. Out: one POST to `events` per mode, whose server-sent events are the lines of a trace; `saveHtml` writes
- * what was seen into a file like that of `nemodiff trace view`. To cancel is to hang up.
+ * A run is one POST to `events` per mode, whose server-sent events are the lines of a trace. Closing the connection
+ * cancels it. `saveHtml` writes a run into a file like that of `nemodiff trace view`.
  */
 
 const byId = (id) => document.getElementById(id);
@@ -22,7 +22,7 @@ function showPrompts(lanes, together) {
   const key = ({ run }) => JSON.stringify(run.started?.prompt ?? null);
   const same = lanes.every((lane) => key(lane) === key(lanes[0]));
   if (same && !together) return;
-  const places = same ? [[byId("asked"), lanes[0]]] : lanes.map((lane) => [lane.element.querySelector(".asked"), lane]);
+  const places = same ? [[byId("shared-prompt"), lanes[0]]] : lanes.map((lane) => [lane.element.querySelector(".prompt-box"), lane]);
   for (const [place, lane] of places) {
     if (!lane.run.prompt.length) continue;
     place.hidden = false;
@@ -51,10 +51,10 @@ function showTrace(traces) {
 }
 
 /** The page of a server. */
-class Live {
+class LivePage {
   constructor(form) {
     this.form = form;
-    this.hangUp = null;
+    this.abort = null;
     this.traces = [];
     form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -63,7 +63,7 @@ class Live {
     form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
     });
-    byId("cancel").addEventListener("click", () => this.hangUp?.abort());
+    byId("cancel").addEventListener("click", () => this.abort?.abort());
     byId("save").addEventListener("click", () => this.save());
     byId("save").hidden = false;
   }
@@ -73,7 +73,7 @@ class Live {
     return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
   }
 
-  /** What the form asks for; a number that was left empty is left to the server. */
+  /** The form as the body of a request; the server chooses a number that was left empty. */
   body() {
     const body = { prompt: byId("prompt").value };
     for (const field of this.form.querySelectorAll("input[type=number]")) {
@@ -82,14 +82,15 @@ class Live {
     return body;
   }
 
-  say(text, wrong = false) {
-    byId("note").textContent = wrong ? "" : text;
-    byId("wrong").textContent = wrong ? text : "";
+  /** Show one line under the form, as a note or as an error. */
+  say(text, isError = false) {
+    byId("note").textContent = isError ? "" : text;
+    byId("error").textContent = isError ? text : "";
   }
 
   async run() {
     const modes = [...this.form.querySelectorAll("[name=mode]:checked")].map((box) => box.value);
-    if (this.hangUp) return;
+    if (this.abort) return;
     if (!byId("prompt").value.trim()) return this.say("Type a prompt first.", true);
     if (!modes.length) return this.say("Choose at least one mode.", true);
     player.close();
@@ -97,7 +98,7 @@ class Live {
     this.traces = runs.map((run) => ({ name: run.name, events: [] }));
     const lanes = layOut(runs);
     lanes.forEach((lane) => lane.draw(0));
-    this.hangUp = new AbortController();
+    this.abort = new AbortController();
     this.busy(true);
     let frame = 0;
     const redraw = () => {
@@ -118,38 +119,38 @@ class Live {
     );
     cancelAnimationFrame(frame);
     const quick = performance.now() - began < 3000;
-    this.hangUp = null;
+    this.abort = null;
     this.busy(false);
-    this.tell(runs);
+    this.showEnd(runs);
     redraw();
     lanes.forEach((lane) => lane.draw(lane.run.passes.length + 1));
     player.open(lanes);
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    if (quick && !still && runs.every((run) => run.finished)) player.play(); // too fast to have been seen
+    const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    if (quick && !reducedMotion && runs.every((run) => run.finished)) player.play(); // it was too fast to watch
   }
 
-  /** Send one request and fold its events as they come; ends with the run finished, stopped or failed. */
-  async follow(run, seen) {
+  /** Send one request and push its events into the run; at the end the run is finished, stopped or failed. */
+  async follow(run, onEvent) {
     try {
-      const answer = await fetch("events", {
+      const response = await fetch("events", {
         method: "POST",
         headers: this.headers(),
         body: JSON.stringify({ ...this.body(), mode: run.mode }),
-        signal: this.hangUp.signal,
+        signal: this.abort.signal,
       });
-      if (!answer.ok) {
-        if (answer.status === 401) byId("key-field").hidden = false;
-        throw new Error(errorText(await answer.json().catch(() => null)) ?? `the server answers ${answer.status}`);
+      if (!response.ok) {
+        if (response.status === 401) byId("key-field").hidden = false;
+        throw new Error(errorText(await response.json().catch(() => null)) ?? `the server answers ${response.status}`);
       }
-      for await (const event of eventsOf(answer.body)) {
+      for await (const event of eventsOf(response.body)) {
         if (event.error) throw new Error(errorText(event) ?? "the server failed");
         if (event.event === "trace") byId("engine").textContent = event.engine;
         run.push(event);
-        seen(event);
+        onEvent(event);
       }
       if (!run.finished) throw new Error("the answer broke off; see the server's log");
     } catch (error) {
-      if (this.hangUp.signal.aborted) run.stopped = true;
+      if (this.abort.signal.aborted) run.stopped = true;
       else run.error = error instanceof TypeError ? "no answer; is nemodiff serve running?" : error.message;
     }
   }
@@ -161,8 +162,8 @@ class Live {
     this.say(on ? "Running" : "");
   }
 
-  /** The end in one line; an error that all runs share is told once. */
-  tell(runs) {
+  /** Show how the runs ended in one line; an error that all of them share is shown once. */
+  showEnd(runs) {
     const errors = [...new Set(runs.map((run) => run.error))];
     if (errors.length === 1 && errors[0]) {
       this.say(errors[0], true);
@@ -180,8 +181,9 @@ class Live {
   }
 }
 
-function errorText(answer) {
-  const error = answer?.error;
+/** The message of an error object in one line. */
+function errorText(body) {
+  const error = body?.error;
   const text = typeof error === "string" ? error : error?.message;
   return text?.replace(/\s+/g, " ");
 }
@@ -200,7 +202,7 @@ async function* eventsOf(body) {
   }
 }
 
-/** This page with its styles and scripts inside and a trace in place of the form; serving/http/page_export.py does the same. */
+/** This page with its styles and scripts inside and traces in place of the form, as serving/http/page_export.py does. */
 async function saveHtml(traces) {
   const read = async (path) => (await fetch(path)).text();
   const nonce = [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
@@ -218,4 +220,4 @@ async function saveHtml(traces) {
 
 const trace = byId("trace").textContent.trim();
 if (trace) showTrace(JSON.parse(trace));
-else new Live(byId("ask"));
+else new LivePage(byId("request"));

@@ -2,15 +2,15 @@
 /*
  * Scrubbing and replaying all runs together.
  *
- * In: lanes. The slider counts moments: by pass, moment n shows every run after its pass n; by time, each moment is the
- * end of one run's pass, on clocks that start with each run. The last moment is the end, with the final figures.
+ * The slider counts moments. By pass, moment n shows every run after its pass n. By time, each moment is the end of a
+ * pass of one run, on clocks that start with each run. The last moment is the end, with the final figures.
  */
 
 const SPEEDS = {
   pass: [[1, "1 pass/s"], [4, "4 passes/s"], [15, "15 passes/s"], [60, "60 passes/s"]],
   time: [[0.001, "1000 × slower"], [0.01, "100 × slower"], [0.1, "10 × slower"], [1, "real speed"]],
 };
-const LONGEST = 12; // seconds that a replay takes at most, if a speed allows
+const LONGEST = 12; // seconds that a replay may take, if one of the speeds allows it
 
 class Player {
   constructor(element) {
@@ -51,7 +51,7 @@ class Player {
     return Number(this.slider.max);
   }
 
-  /** Take over ended lanes and stand at their end. */
+  /** Take lanes whose runs have ended and show their end. */
   open(lanes) {
     this.lanes = lanes.filter((lane) => lane.run.passes.length);
     this.element.hidden = !this.lanes.length;
@@ -71,11 +71,11 @@ class Player {
     this.#draw();
   }
 
-  /** Go to a place of the bars. */
+  /** Show the moment at a place of the bars. */
   seek(x) {
     if (!this.lanes.length) return;
     this.pause();
-    this.go(this.byTime ? below(this.times, x) + 1 : Math.ceil(x));
+    this.go(this.byTime ? countUpTo(this.times, x) + 1 : Math.ceil(x));
   }
 
   play() {
@@ -86,7 +86,7 @@ class Player {
     const tick = (now) => {
       began ??= now;
       const x = from + ((now - began) / 1e3) * speed;
-      const moment = Math.min(this.last, this.byTime ? below(this.times, x) : Math.floor(x));
+      const moment = Math.min(this.last, this.byTime ? countUpTo(this.times, x) : Math.floor(x));
       if (moment !== this.moment) this.go(moment);
       if (moment >= this.last || (this.byTime && moment >= this.times.length)) {
         this.go(this.last);
@@ -119,9 +119,9 @@ class Player {
     layBars(this.lanes, this.byTime);
     const length = this.byTime ? (this.times.at(-1) ?? 0) : passes;
     const speeds = SPEEDS[this.byTime ? "time" : "pass"];
-    const wanted = speeds.find(([rate]) => length / rate <= LONGEST) ?? speeds.at(-1);
+    const preset = speeds.find(([rate]) => length / rate <= LONGEST) ?? speeds.at(-1);
     this.speed.replaceChildren(
-      ...speeds.map(([rate, label]) => new Option(label, rate, rate === wanted[0], rate === wanted[0])),
+      ...speeds.map(([rate, label]) => new Option(label, rate, rate === preset[0], rate === preset[0])),
     );
   }
 
@@ -130,7 +130,7 @@ class Player {
     const time = this.times[moment - 1] ?? 0;
     for (const lane of this.lanes) {
       const { passes } = lane.run;
-      let pass = byTime ? below(lane.run.passes.map((p) => p.until), time) : moment;
+      let pass = byTime ? countUpTo(lane.run.passes.map((p) => p.until), time) : moment;
       if (moment === last || (byTime && pass === passes.length && time > passes.at(-1).until)) pass = passes.length + 1;
       if (moment === 0) pass = 0;
       if (pass !== lane.drawn) lane.draw(Math.min(pass, passes.length + 1));
@@ -142,8 +142,8 @@ class Player {
   }
 }
 
-/** How many of the sorted numbers are not above x. */
-function below(sorted, x) {
+/** How many of the sorted numbers are at most x. */
+function countUpTo(sorted, x) {
   let low = 0;
   let high = sorted.length;
   while (low < high) {
@@ -154,7 +154,7 @@ function below(sorted, x) {
   return low;
 }
 
-/** Draw the bars of lanes on one scale, that of a run of at least so many passes. */
+/** Draw the bars of lanes on one scale, wide enough for at least `least` passes. */
 function layBars(lanes, byTime, least = 1) {
   const runs = lanes.map((lane) => lane.run);
   const passes = runs.flatMap((run) => run.passes);

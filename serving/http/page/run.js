@@ -1,26 +1,25 @@
 "use strict";
 /*
- * One request, folded from its events into what the answer looked like after each pass. Nothing here touches the page.
+ * One request, rebuilt from its events, which are those of `nemodiff run --trace`. Nothing here touches the page.
  *
- * In: events as `nemodiff run --trace` writes them. Out: `answer`, the emitted tokens in order, and `passes`, one
- * snapshot each: how many tokens were out, what stood behind them (masks, drafts, refused drafts), and the counts so
- * far. The surprising fact: emitted tokens never change, so a snapshot is a number and a short tail.
+ * `answer` holds the emitted tokens in order. `passes` holds a snapshot after each pass: how many tokens were emitted,
+ * the tail after them (masks, drafts, refused drafts), and the counts so far. Emitted tokens never change.
  */
 
 const FILLING = ["denoise", "draft"];
 
 class Run {
   constructor(name = "") {
-    this.name = name; // of the file it came from
+    this.name = name; // of its file
     this.mode = "";
     this.started = null;
     this.finished = null; // the Finished event
-    this.error = ""; // one line, where it failed
-    this.stopped = false; // by the reader, before its end
+    this.error = ""; // one line if it failed
+    this.stopped = false; // cancelled by the reader
     this.answer = [];
     this.passes = [];
     this.pieces = { text: {}, bytes: {}, special: {} };
-    this.decided = new Map(); // index in the answer -> token, of causal passes
+    this.decided = new Map(); // tokens of causal passes that are not emitted yet, by index in the answer
     this.block = null; // { kind, start, cells }
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.nfe = {};
@@ -45,13 +44,13 @@ class Run {
     return Boolean(this.finished || this.error || this.stopped);
   }
 
-  /** The prompt's tokens, where the events tell them. */
+  /** The prompt's tokens, if the events have them. */
   get prompt() {
     const tokens = (this.started?.prompt ?? []).map((id) => ({ id, special: this.pieces.special[id] }));
     return this.#spell(tokens);
   }
 
-  /** Counts after a pass, 0 before the first; behind the last pass those of the Finished event itself. */
+  /** Counts after a pass, 0 before the first; after the last pass those of the Finished event. */
   metrics(pass) {
     if (pass > this.passes.length && this.finished) return finalMetrics(this.finished.generation);
     const at = this.passes[Math.min(pass, this.passes.length) - 1];
@@ -105,7 +104,7 @@ class Run {
     });
   }
 
-  /** Take over what the block holds before this pass: cells may have been closed after an end, or set by force. */
+  /** Read the block before this pass: cells may have been closed after an end token, or forced by a grammar. */
   #fill(e, pass) {
     if (this.block?.start !== e.start || this.block.kind !== e.kind) {
       this.block = { kind: e.kind, start: e.start, cells: [] };
@@ -113,7 +112,7 @@ class Run {
     e.before.forEach((id, i) => {
       if (this.block.cells[i]?.id === id) return;
       const index = e.start + i - this.started.prompt_tokens;
-      const known = this.decided.get(index); // by the pass that took the block before over
+      const known = this.decided.get(index); // decided by the pass that committed the block before
       if (known?.id === id) return (this.block.cells[i] = known);
       const mask = id === this.started.mask_id;
       const special = mask ? undefined : this.pieces.special[id];
@@ -126,7 +125,7 @@ class Run {
       const index = this.answer.length;
       const cell = this.block?.cells[index + this.started.prompt_tokens - this.block.start];
       const token = this.decided.get(index) ?? (cell?.mask ? null : cell);
-      if (!token) return; // known at the end
+      if (!token) return; // it comes with the Finished event
       this.decided.delete(index);
       this.#append(token);
     }
@@ -137,7 +136,7 @@ class Run {
     this.answer.push(token);
   }
 
-  /** The next draft, where a pass that decides makes it too. */
+  /** The next draft, if a deciding pass has made it too. */
   #proposed(e) {
     const first = this.started.prompt_tokens;
     const pass = this.passes.length + 1;
@@ -155,8 +154,8 @@ class Run {
   #tail(e) {
     if (e.kind === "verify") {
       const refused = e.refused.map((id) => ({ id, special: this.pieces.special[id], confidence: null }));
-      const told = upToEnd(refused).map((token) => ({ ...token, state: "refused" }));
-      return [...this.#spell(told, true), ...this.#spell(this.#proposed(e), true)];
+      const drafts = upToEnd(refused).map((token) => ({ ...token, state: "refused" }));
+      return [...this.#spell(drafts, true), ...this.#spell(this.#proposed(e), true)];
     }
     if (!this.block) return this.#spell(this.#proposed(e), true);
     const cells = this.block.cells.slice(this.answer.length + this.started.prompt_tokens - this.block.start);
@@ -173,13 +172,13 @@ class Run {
       this.#append({ id: ids[index], special: this.pieces.special[ids[index]], confidence: null, pass: null, index });
     }
     const last = this.passes.at(-1);
-    if (last && FILLING.includes(last.kind)) last.tail = []; // masks that nobody wanted any more
+    if (last && FILLING.includes(last.kind)) last.tail = []; // masks after the end
     const rest = this.decoder.decode();
     if (rest && this.answer.length) this.answer.at(-1).text += rest;
     this.#cut(text.length);
   }
 
-  /** Take from the text what stands behind a stop string; it stays visible as a mark. */
+  /** Cut the text after a stop string; what is cut stays visible as a mark. */
   #cut(length) {
     let at = 0;
     for (const token of this.answer) {
@@ -199,9 +198,9 @@ class Run {
   }
 
   /** Give tokens in a row their text; characters spread over several belong to the last of them. */
-  #spell(tokens, behind = false) {
+  #spell(tokens, afterAnswer = false) {
     const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-    if (behind) {
+    if (afterAnswer) {
       let i = this.answer.length;
       while (i > 0 && this.answer[i - 1].special === undefined && !this.answer[i - 1].text) i--;
       for (; i < this.answer.length; i++) decoder.decode(this.#bytes(this.answer[i].id), { stream: true });
@@ -222,7 +221,7 @@ class Run {
   }
 }
 
-/** Tokens up to the first that ends the answer; what is behind it would not be emitted. */
+/** Tokens up to the first that ends the answer; those after it would not be emitted. */
 function upToEnd(tokens) {
   const end = tokens.findIndex((token) => token.special !== undefined);
   return end < 0 ? tokens : tokens.slice(0, end + 1);
