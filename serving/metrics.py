@@ -1,17 +1,12 @@
-"""What a server tells of itself in numbers: one list, for Prometheus and for Triton alike.
+"""The metrics of a server, in one table for Prometheus and for Triton Inference Server.
 
-In: a scheduler's `Statistics`, what a server counts beside it, and each `Finished` event. Out: `METRICS`, which says of
-every figure its name, kind, help and how it is computed; `Metrics`, which keeps the distributions; `render`, the text
-that Prometheus reads. The surprising fact: counters and gauges are only read, from what the scheduler counts anyway, so
-they add up with its statistics at any moment; only distributions are kept here.
+`METRICS` says of every metric its name, kind and help, and how its value follows from the scheduler's statistics or
+from a finished request. Counters and gauges are computed when somebody asks, so they always agree with the scheduler.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
@@ -23,13 +18,17 @@ Kind = Literal["counter", "gauge", "histogram"]
 Values = Mapping[str, float] | Mapping[PassKind, int]
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-_PER_TOKEN = tuple(s / 10 for s in _SECONDS[:-3])
+_SECONDS_PER_TOKEN = tuple(seconds / 10 for seconds in _SECONDS[:-3])
 _TOKENS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class FillCounts:
-    """Holes that are filled or wait, holes by their end, and of the filled ones tokens and passes by kind."""
+class InfillStats:
+    """What an infill queue has done so far.
+
+    present: holes that are being filled or wait. ends: ended holes by how they ended. tokens, nfe: tokens and passes of
+    the holes that were filled.
+    """
 
     present: int
     ends: dict[str, int]
@@ -38,58 +37,59 @@ class FillCounts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Now:
-    """What counters and gauges are read from.
+class ServerStats:
+    """What counters and gauges are computed from.
 
-    refused: requests answered with an error, by HTTP status. fills: holes filled beside the scheduler, None where that
-    is not offered.
+    refused: requests answered with an error, by HTTP status. infill: None where the server fills no holes.
     """
 
     scheduler: Statistics
     refused: Mapping[int, int]
-    fills: FillCounts | None = None
+    infill: InfillStats | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One figure.
+    """One metric.
 
-    read: of a counter or gauge, its values by the value of `label` (without a label the one key is empty).
-    observe: of a histogram, what a finished request adds. buckets: its upper bounds, ascending, infinity left out.
+    read: the values of a counter or gauge by the value of `label`; without a label the only key is empty.
+    observe: what a finished request adds to a histogram. buckets: its upper bounds, ascending, without infinity.
     """
 
     name: str
     kind: Kind
     help: str
     label: str | None = None
-    read: Callable[[Now], Values] | None = None
+    read: Callable[[ServerStats], Values] | None = None
     observe: Callable[[Finished], Iterable[float]] | None = None
     buckets: tuple[float, ...] = ()
 
 
-def _counter(name: str, help: str, read: Callable[[Statistics], Values], label: str) -> Metric:
-    return Metric(name, "counter", help, label, lambda n: read(n.scheduler))
+def _counter(name: str, help: str, read: Callable[[Statistics], float]) -> Metric:
+    return Metric(name, "counter", help, None, lambda stats: {"": read(stats.scheduler)})
 
 
-def _count(name: str, help: str, read: Callable[[Statistics], float]) -> Metric:
-    return Metric(name, "counter", help, None, lambda n: {"": read(n.scheduler)})
+def _labelled_counter(name: str, help: str, label: str, read: Callable[[Statistics], Values]) -> Metric:
+    return Metric(name, "counter", help, label, lambda stats: read(stats.scheduler))
 
 
 def _gauge(name: str, help: str, read: Callable[[Statistics], float]) -> Metric:
-    return Metric(name, "gauge", help, None, lambda n: {"": read(n.scheduler)})
+    return Metric(name, "gauge", help, None, lambda stats: {"": read(stats.scheduler)})
 
 
 def _histogram(
     name: str, help: str, buckets: tuple[float, ...], observe: Callable[[Finished], Iterable[float | None]]
 ) -> Metric:
-    def known(finished: Finished) -> Iterable[float]:
+    def observe_known(finished: Finished) -> Iterable[float]:
         return [value for value in observe(finished) if value is not None]
 
-    return Metric(name, "histogram", help, observe=known, buckets=buckets)
+    return Metric(name, "histogram", help, observe=observe_known, buckets=buckets)
 
 
-def _fills(name: str, kind: Kind, help: str, read: Callable[[FillCounts], Values], label: str | None = None) -> Metric:
-    return Metric(name, kind, help, label, lambda n: {} if n.fills is None else read(n.fills))
+def _infill_metric(
+    name: str, kind: Kind, help: str, read: Callable[[InfillStats], Values], label: str | None = None
+) -> Metric:
+    return Metric(name, kind, help, label, lambda stats: {} if stats.infill is None else read(stats.infill))
 
 
 def _seconds(ms: float | None) -> float | None:
@@ -99,113 +99,87 @@ def _seconds(ms: float | None) -> float | None:
 METRICS = (
     _gauge("nemodiff_requests_running", "Requests that have a row", lambda s: s.running),
     _gauge("nemodiff_requests_waiting", "Requests that wait for a row", lambda s: s.waiting),
-    _gauge("nemodiff_rows", "Requests that may run at a time", lambda s: s.rows),
+    _gauge("nemodiff_rows", "Requests that may run at the same time", lambda s: s.rows),
     _gauge(
         "nemodiff_cache_usage_ratio",
-        "Cache slots in use by running requests and kept prefixes, of all",
+        "Share of the cache slots that running requests and kept prefixes use",
         lambda s: (s.slots + s.kept_slots) / s.capacity,
     ),
-    _counter(
+    _labelled_counter(
         "nemodiff_requests_total",
-        "Requests by their end",
-        lambda s: {"finished": s.finished, "cancelled": s.cancelled, "failed": s.failed},
+        "Ended requests by how they ended",
         "end",
+        lambda s: {"finished": s.finished, "cancelled": s.cancelled, "failed": s.failed},
     ),
     Metric(
         "nemodiff_refused_requests_total",
         "counter",
         "Requests answered with an error instead of text, by HTTP status",
         "status",
-        lambda n: {str(status): count for status, count in n.refused.items()},
+        lambda stats: {str(status): count for status, count in stats.refused.items()},
     ),
-    _count("nemodiff_prompt_tokens_total", "Tokens of prompts", lambda s: s.prompt_tokens),
-    _count("nemodiff_reused_tokens_total", "Tokens of prompts whose K/V were copied", lambda s: s.reused_tokens),
-    _count("nemodiff_generation_tokens_total", "Tokens emitted", lambda s: s.emitted_tokens),
-    _counter("nemodiff_nfe_total", "Passes of ended requests by kind", lambda s: s.nfe, "kind"),
-    _count("nemodiff_steps_total", "Steps of the scheduler", lambda s: s.steps),
-    _count("nemodiff_forwards_total", "Forwards of the engine, each over one or more rows", lambda s: s.forwards),
-    _count("nemodiff_computed_tokens_total", "Tokens computed in forwards", lambda s: s.computed_tokens),
-    _count("nemodiff_padding_tokens_total", "Tokens computed for nobody", lambda s: s.padding_tokens),
+    _counter("nemodiff_prompt_tokens_total", "Prompt tokens", lambda s: s.prompt_tokens),
+    _counter(
+        "nemodiff_reused_tokens_total",
+        "Prompt tokens whose keys and values were copied instead of computed",
+        lambda s: s.reused_tokens,
+    ),
+    _counter("nemodiff_generation_tokens_total", "Tokens emitted", lambda s: s.emitted_tokens),
+    _labelled_counter("nemodiff_nfe_total", "Passes of ended requests by kind", "kind", lambda s: s.nfe),
+    _counter("nemodiff_steps_total", "Steps of the scheduler", lambda s: s.steps),
+    _counter(
+        "nemodiff_forwards_total", "Forward passes of the engine, each over one or more rows", lambda s: s.forwards
+    ),
+    _counter(
+        "nemodiff_computed_tokens_total",
+        "Tokens computed in forward passes, padding left out",
+        lambda s: s.computed_tokens,
+    ),
+    _counter("nemodiff_padding_tokens_total", "Padding tokens computed in forward passes", lambda s: s.padding_tokens),
     _histogram(
         "nemodiff_time_to_first_token_seconds",
-        "From submission to the first token",
+        "Time from submission to the first token",
         _SECONDS,
         lambda f: [_seconds(f.ttft_ms)],
     ),
     _histogram(
         "nemodiff_inter_token_latency_seconds",
         "Mean time between the tokens of a request",
-        _PER_TOKEN,
+        _SECONDS_PER_TOKEN,
         lambda f: [_seconds(f.itl_ms)],
     ),
     _histogram(
         "nemodiff_request_queue_time_seconds",
-        "From submission to a row",
+        "Time from submission to a row",
         _SECONDS,
         lambda f: [_seconds(f.generation.timings_ms["queued"])],
     ),
     _histogram(
         "nemodiff_e2e_request_latency_seconds",
-        "From submission to the end",
+        "Time from submission to the end",
         _SECONDS,
         lambda f: [_seconds(f.generation.timings_ms["queued"] + f.generation.timings_ms["total"])],
     ),
     _histogram(
         "nemodiff_accepted_tokens_per_verify",
-        "Tokens that a verify pass emitted, bonus included",
+        "Tokens that a verify pass emitted, the bonus token included",
         _TOKENS,
         lambda f: f.generation.acceptance.lengths,
     ),
     _histogram(
         "nemodiff_tokens_per_forward",
-        "Tokens of a request per pass, prefill aside",
+        "Tokens of a request per pass, prefill passes left out",
         _TOKENS,
         lambda f: [f.generation.decode_tpf],
     ),
 )
 
-# Of a server that fills holes; they share the engine with the requests above and are not counted there.
-FILLS = (
-    _fills("nemodiff_fills_present", "gauge", "Holes that are filled or wait", lambda f: {"": f.present}),
-    _fills("nemodiff_fills_total", "counter", "Holes by their end", lambda f: f.ends, "end"),
-    _fills("nemodiff_fill_tokens_total", "counter", "Tokens that holes were filled with", lambda f: {"": f.tokens}),
-    _fills("nemodiff_fill_nfe_total", "counter", "Passes of filled holes by kind", lambda f: f.nfe, "kind"),
+# Holes share the engine with the requests above and are not counted there.
+INFILL_METRICS = (
+    _infill_metric("nemodiff_fills_present", "gauge", "Holes that are being filled or wait", lambda f: {"": f.present}),
+    _infill_metric("nemodiff_fills_total", "counter", "Ended holes by how they ended", lambda f: f.ends, "end"),
+    _infill_metric(
+        "nemodiff_fill_tokens_total", "counter", "Tokens that holes were filled with", lambda f: {"": f.tokens}
+    ),
+    _infill_metric("nemodiff_fill_nfe_total", "counter", "Passes of filled holes by kind", lambda f: f.nfe, "kind"),
 )
-
-
-class Metrics:
-    """The distributions over finished requests; any thread may add to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = {m.name: [0] * (len(m.buckets) + 1) for m in METRICS if m.observe is not None}
-        self._sums = dict.fromkeys(self._counts, 0.0)
-
-    def observe(self, finished: Finished) -> None:
-        """Add one finished request."""
-        with self._lock:
-            for metric in METRICS:
-                for value in metric.observe(finished) if metric.observe is not None else ():
-                    self._counts[metric.name][bisect.bisect_left(metric.buckets, value)] += 1
-                    self._sums[metric.name] += value
-
-    def render(self, now: Now) -> str:
-        """All figures in Prometheus' text format, version 0.0.4."""
-        lines = list[str]()
-        for metric in (*METRICS, *(FILLS if now.fills is not None else ())):
-            lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
-            if metric.read is None:
-                lines += self._distribution(metric)
-                continue
-            for key, value in metric.read(now).items():
-                label = f'{{{metric.label}="{key}"}}' if metric.label is not None else ""
-                lines.append(f"{metric.name}{label} {value}")
-        return "\n".join(lines) + "\n"
-
-    def _distribution(self, metric: Metric) -> list[str]:
-        with self._lock:
-            counts, total = list(self._counts[metric.name]), self._sums[metric.name]
-        up_to = list(itertools.accumulate(counts))
-        bounds = [*map(str, metric.buckets), "+Inf"]
-        lines = [f'{metric.name}_bucket{{le="{b}"}} {n}' for b, n in zip(bounds, up_to, strict=True)]
-        return [*lines, f"{metric.name}_sum {total}", f"{metric.name}_count {up_to[-1]}"]

@@ -1,46 +1,66 @@
-"""Thinking told apart from the answer.
+"""Splitting an answer's text into reasoning and content.
 
-In: an answer's text as it comes. Out: what is reasoning and what is content. A think block stands at the beginning or
-nowhere: behind it, or without one, all text is content as it is. The surprising fact: a template may open the block
-itself, so the text begins inside it and only the closing marker is seen.
+A think block stands at the beginning of an answer or nowhere: everything after it, or all of an answer without one, is
+content as it is.
 """
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
+CLOSE = "</think>"
 
 
-class Splitter:
-    """Splits one answer. `thinking`: whether it begins inside a think block."""
+class ReasoningParser:
+    """Splits one answer as its text comes.
+
+    Args:
+        thinking: whether the text begins inside a think block, because the chat template has opened it.
+    """
 
     def __init__(self, thinking: bool) -> None:
-        self._opened, self._closed = thinking, False
-        self._trims = thinking  # line ends behind a marker belong to it
+        self._opened = thinking
+        self._closed = False
+        self._trims = thinking  # line ends after a marker belong to the marker
         self._held = ""
 
     def push(self, text: str, final: bool = False) -> tuple[str, str]:
-        """New reasoning and new content; what may be the beginning of a marker waits, unless it is `final`."""
+        """New reasoning and new content; what may be the beginning of a marker is held back, unless it is `final`."""
         self._held += text
-        if not self._opened and not self._closed:
-            begin = self._held.lstrip("\n")
-            if OPEN.startswith(begin[: len(OPEN)]) and len(begin) < len(OPEN) and not final:
-                return "", ""
-            self._opened = self._trims = begin.startswith(OPEN)
-            self._closed = not self._opened
-            if self._opened:
-                self._held = begin.removeprefix(OPEN)
+        if not self._opened and not self._closed and not self._open(final):
+            return "", ""
         reasoning = ""
         if not self._closed:
-            before, found, after = self._held.partition(CLOSE)
-            if not found:
-                waits = max((n for n in range(1, len(CLOSE)) if before.endswith(CLOSE[:n])), default=0)
-                end = len(before) - (0 if final else waits)
-                self._held = before[end:]
-                return self._trimmed(before[:end]), ""
-            reasoning, self._held, self._closed = self._trimmed(before), after, True
+            if CLOSE not in self._held:
+                return self._unclosed_reasoning(final), ""
+            before, _, self._held = self._held.partition(CLOSE)
+            reasoning = self._trimmed(before)
+            self._closed = True
             self._trims = True
-        content, self._held = self._trimmed(self._held), ""
+        content = self._trimmed(self._held)
+        self._held = ""
         return reasoning, content
+
+    def _open(self, final: bool) -> bool:
+        """Find out whether the text begins with a think block; False while that cannot be said yet."""
+        begin = self._held.lstrip("\n")
+        if len(begin) < len(OPEN) and OPEN.startswith(begin) and not final:
+            return False
+        self._opened = begin.startswith(OPEN)
+        self._trims = self._opened
+        self._closed = not self._opened
+        if self._opened:
+            self._held = begin.removeprefix(OPEN)
+        return True
+
+    def _unclosed_reasoning(self, final: bool) -> str:
+        """What is certain to be reasoning while the block is open; the rest is held back."""
+        partial_marker = 0
+        if not final:
+            partial_marker = max((n for n in range(1, len(CLOSE)) if self._held.endswith(CLOSE[:n])), default=0)
+        end = len(self._held) - partial_marker
+        reasoning = self._held[:end]
+        self._held = self._held[end:]
+        return self._trimmed(reasoning)
 
     def _trimmed(self, text: str) -> str:
         if self._trims:

@@ -1,9 +1,8 @@
-"""The process behind `nemodiff serve`: from an open port to a clean end.
+"""The process of `nemodiff serve`, from an open port to a clean end.
 
-In: an engine behind HTTP and a bound socket. Out: nothing, until somebody ends it. The first SIGTERM or SIGINT begins
-the drain: new requests are refused, `/health/ready` says 503, and what runs or waits may finish; a second signal ends
-it at once. The surprising fact: the port stays open while the server drains, or a load balancer could not ask whether
-it does.
+The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what runs or
+waits may finish. A second signal ends the process at once. The port stays open while the server drains, because a load
+balancer could not ask for its health otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import uvicorn
 from ...errors import RequestError
 from .app import Server
 
-_KEPT = 75  # seconds of an idle connection; longer than proxies keep theirs, so that none sends into a closed one
-_LAST_WORDS = 2  # seconds for what has ended to reach its clients
+# Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
+_KEEP_ALIVE = 75
+_SHUTDOWN = 2  # seconds for the last responses to reach their clients
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, before anything slow is done; port 0 takes a free one. Raises RequestError."""
+    """Take an address before anything slow is done; port 0 takes a free one. Raises RequestError."""
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -35,29 +35,33 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(server: Server, listening: socket.socket, drain: float, announce: Callable[[str], None]) -> None:
-    """Serve until a signal. `announce` is told the address, once requests are taken."""
+    """Serve until a signal; `announce` is called with the address once requests are taken."""
     host, port = listening.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     config = uvicorn.Config(
-        server.gate,
+        server.app,
         log_level="warning",
         access_log=False,
         lifespan="off",
-        timeout_keep_alive=_KEPT,
-        timeout_graceful_shutdown=_LAST_WORDS,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=_SHUTDOWN,
     )
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    process = _Process(config, server, drain, lambda: announce(address))
+    process = _DrainingServer(config, server, drain, lambda: announce(address))
     try:
         process.run([listening])
     finally:
-        server.fills.close()
+        server.infill_queue.close()
 
 
-class _Process(uvicorn.Server):
+class _DrainingServer(uvicorn.Server):
+    """uvicorn's server, which lets requests finish for `drain` seconds after the first signal."""
+
     def __init__(self, config: uvicorn.Config, server: Server, drain: float, announce: Callable[[], None]) -> None:
         super().__init__(config)
-        self._server, self._drain, self._announce = server, drain, announce
-        self._ending: asyncio.Task[None] | None = None
+        self._server = server
+        self._drain = drain
+        self._announce = announce
+        self._drain_task: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -65,19 +69,20 @@ class _Process(uvicorn.Server):
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._server.gate.draining:
-            self.should_exit = self.force_exit = True
+        if self._server.draining.is_set():
+            self.should_exit = True
+            self.force_exit = True
             return
-        self._server.gate.draining = True
-        self._loop.call_soon_threadsafe(self._begin_end)
+        self._server.draining.set()
+        self._loop.call_soon_threadsafe(self._start_drain)
 
-    def _begin_end(self) -> None:
-        self._ending = self._loop.create_task(self._end())
+    def _start_drain(self) -> None:
+        self._drain_task = self._loop.create_task(self._finish_requests())
 
-    async def _end(self) -> None:
+    async def _finish_requests(self) -> None:
         """Let requests finish while there is time, then cancel the rest."""
-        until = self._loop.time() + self._drain
-        while self._server.busy and self._loop.time() < until:
+        deadline = self._loop.time() + self._drain
+        while self._server.busy and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._server.scheduler.close, drain=False)
         self.should_exit = True

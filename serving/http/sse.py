@@ -1,8 +1,6 @@
-"""Answers as server-sent events.
+"""Server-sent events: one line `data: ...` for each JSON object.
 
-In: JSON objects as they come. Out: a response whose body is a line `data: ...` per object. An error after the first
-line cannot change the status any more, so it comes as an object `error` in the stream. The surprising fact: whoever
-streams must be told of every end, also when the client goes away in the middle of a write.
+Once the first line is out the status cannot change any more, so a later error is an object `error` in the stream.
 """
 
 from __future__ import annotations
@@ -15,17 +13,17 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...errors import NemodiffError
-from .refusals import refusal
+from .error_responses import status_and_body
 
 MEDIA_TYPE = "text/event-stream"
 
 
-class Events(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """A stream of objects.
 
     Args:
         objects: what to send.
-        close: called when the stream has ended, in whatever way.
+        close: called when the stream has ended in any way, also by a client that left in the middle of a write.
         done: whether the last line is OpenAI's `[DONE]`.
     """
 
@@ -43,10 +41,10 @@ class Events(StreamingResponse):
 
 async def _lines(objects: AsyncIterator[Any], done: bool) -> AsyncIterator[bytes]:
     try:
-        async for one in objects:
-            yield _line(one)
+        async for item in objects:
+            yield _line(item)
     except NemodiffError as error:
-        yield _line(refusal(error)[1])
+        yield _line(status_and_body(error)[1])
         return
     if done:
         yield b"data: [DONE]\n\n"

@@ -1,8 +1,7 @@
-"""A Triton model repository of an engine.
+"""Writing a model repository for Triton Inference Server.
 
-In: an engine folder and model-level defaults. Out: a folder `REPO/NAME` with `config.pbtxt`, `1/model.py` and the
-engine, copied or linked. The surprising fact: the folder holds no code of nemodiff's but a page that imports it, so it
-works with any server in whose Python nemodiff is installed, and the configuration says how.
+The exported folder holds `config.pbtxt`, the engine and a `model.py` that only imports nemodiff, so it works with any
+server in whose Python nemodiff is installed.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ...builder.staging import Kind, staged
 from ...engine_folder import EngineInfo, read_engine
@@ -26,7 +24,7 @@ from ...runtime.text.codec import TextCodec
 from .outputs import OUTPUTS, Output
 from .parameters import INPUTS, Input, model_parameters, read
 
-MARKER = "nemodiff_triton.json"  # tells a model folder of ours
+MARKER = "nemodiff_triton.json"  # marks a model folder as exported by nemodiff
 EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}), "--repo or --name")
 
 _MODEL = '''"""The model of this repository. All of it is in nemodiff, to be installed in the server's Python."""
@@ -65,19 +63,19 @@ def export(
         name: of the model.
         parameters: model-level values by name: the scheduler's numbers and defaults of requests.
         link: link the engine instead of copying it.
-        batched: tensors have a batch dimension of 1 in front, as TensorRT-LLM's clients send them.
+        batched: tensors have a leading batch dimension of 1, as TensorRT-LLM's clients send them.
 
     Raises:
-        EngineError: the engine is none.
+        EngineError: the folder is no engine.
         RequestError: a name or parameter is wrong.
         BuildError: the folder cannot be written or holds something else.
     """
     info = read_engine(engine)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"--name is {name!r:.60}, allowed: letters, digits, '.', '_' and '-'")
-    chosen = dict(parameters or {})
+    values = dict(parameters or {})
     try:
-        _check(info, TextCodec(engine), chosen)
+        _check(info, TextCodec(engine), values)
     except RequestError as error:
         raise RequestError(f"--set: {error}") from None
     with staged(repository / name, EXPORTED) as stage:
@@ -88,15 +86,16 @@ def export(
         else:
             shutil.copytree(engine, version / "engine")
         (version / "model.py").write_text(_MODEL, encoding="utf-8")
-        (stage / "config.pbtxt").write_text(config(info, name, chosen, batched), encoding="utf-8")
-        about = {"files": sorted(EXPORTED.files), "nemodiff": importlib.metadata.version("nemodiff"), "linked": link}
-        (stage / MARKER).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(info, name, values, batched), encoding="utf-8")
+        version_name = importlib.metadata.version("nemodiff")
+        marker = {"files": sorted(EXPORTED.files), "nemodiff": version_name, "linked": link}
+        (stage / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return repository / name
 
 
-def _check(info: EngineInfo, text: TextCodec, given: dict[str, str]) -> None:
+def _check(info: EngineInfo, text: TextCodec, values: dict[str, str]) -> None:
     """Refuse what the server would refuse when it loads the model, or at every request. Raises RequestError."""
-    parsed = model_parameters(given)
+    parsed = model_parameters(values)
     limit = info.build.max_batch_size
     if parsed.rows is not None and not 1 <= parsed.rows <= limit:
         raise RequestError(f"rows is {parsed.rows}, allowed: 1 to {limit}; build with a larger --max-batch-size")
@@ -123,24 +122,28 @@ def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: 
         'backend: "python"',
         f"max_batch_size: {int(batched)}",
         "model_transaction_policy { decoupled: true }",
-        # One instance: it serves all requests at once. KIND_MODEL: the engine says itself where it runs.
+        # One instance serves all requests. KIND_MODEL leaves the choice of a device to the engine.
         "instance_group [ { count: 1 kind: KIND_MODEL } ]",
         "input [",
-        ",\n".join(_tensor(i, " optional: true" * (i.name != "text_input")) for i in INPUTS),
+        ",\n".join(_tensor(i, optional=i.name != "text_input") for i in INPUTS),
         "]",
         "output [",
         ",\n".join(_tensor(o) for o in OUTPUTS),
         "]",
     ]
     if parameters:
-        pairs = (f"  {{ key: {_quoted(k)} value: {{ string_value: {_quoted(v)} }} }}" for k, v in parameters.items())
-        lines += ["parameters [", ",\n".join(pairs), "]"]
+        lines += ["parameters [", ",\n".join(_parameter(*pair) for pair in parameters.items()), "]"]
     return "\n".join(lines) + "\n"
 
 
-def _tensor(declared: Input | Output, optional: str = "") -> str:
+def _tensor(declared: Input | Output, optional: bool = False) -> str:
     dims = -1 if declared.many else 1
-    return f"  {{ name: {_quoted(declared.name)} data_type: TYPE_{declared.type} dims: [ {dims} ]{optional} }}"
+    end = " optional: true" if optional else ""
+    return f"  {{ name: {_quoted(declared.name)} data_type: TYPE_{declared.type} dims: [ {dims} ]{end} }}"
+
+
+def _parameter(name: str, value: str) -> str:
+    return f"  {{ key: {_quoted(name)} value: {{ string_value: {_quoted(value)} }} }}"
 
 
 def _quoted(text: str) -> str:
@@ -148,10 +151,10 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def parse_assignments(given: Iterable[str]) -> dict[str, str]:
-    """`rows=4` and the like. Raises RequestError."""
-    pairs: dict[str, Any] = {}
-    for text in given:
+def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
+    """Names and values of texts like `rows=4`. Raises RequestError."""
+    pairs: dict[str, str] = {}
+    for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise RequestError(f"--set is {text!r:.60}, allowed: NAME=VALUE, such as rows=4 or mode=ar")

@@ -1,8 +1,8 @@
-"""A real Triton server for this machine, without a container and without a GPU.
+"""Installing a real Triton Inference Server for this machine, without a container and without a GPU.
 
-In: nothing. Out: a folder inside the Python environment with the `tritonserver` that the nvidia-pytriton wheel carries
-(2.51, its Python backend included) and the NumPy that this backend needs. The surprising fact: nothing of it enters the
-environment's packages. That backend reads arrays by NumPy 1's memory layout, so its process sees NumPy 1 before ours.
+The `tritonserver` of the nvidia-pytriton wheel (2.51, with its Python backend) goes into a folder of its own inside the
+Python environment, and nothing of it into the environment's packages. That backend reads arrays by NumPy 1's memory
+layout, so NumPy 1 is installed beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from ...errors import ServerError
 
 FOLDER = Path(sys.prefix) / "share" / "nemodiff" / "triton"
-WHEEL, NUMPY = FOLDER / "wheel", FOLDER / "numpy"
+WHEEL = FOLDER / "wheel"
+NUMPY = FOLDER / "numpy"
 _PACKAGES = {WHEEL: "nvidia-pytriton==0.7.0", NUMPY: "numpy==1.26.4"}
 
 
@@ -34,12 +35,12 @@ def install() -> Path:
     for folder, package in _PACKAGES.items():
         if folder.is_dir():
             continue
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part), package]
+        partial = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(partial, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise ServerError(f"{package} cannot be installed ({reason}); install pip or use Triton's container")
-        part.rename(folder)
+        partial.rename(folder)
     return FOLDER

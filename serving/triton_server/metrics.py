@@ -1,22 +1,22 @@
-"""The figures of `metrics.py` on a Triton server's metrics port.
-
-In: what counters are read from, and finished requests. Out: Triton's custom metrics. The surprising fact: a Triton
-counter can only be increased, so what was told is remembered here; and every call goes to the server's process and
-back, so only what has changed is told.
-"""
+"""The metrics of `serving/metrics.py` as custom metrics of Triton Inference Server."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..metrics import METRICS, Now
-
-if TYPE_CHECKING:
-    from ...runtime.events.events import Finished
+from ...runtime.events.events import Finished
+from ..metrics import METRICS, ServerStats
 
 
 class TritonMetrics:
-    """Registers all figures; `pb` is Triton's module `triton_python_backend_utils`, `labels` are on each of them."""
+    """Registers all metrics and keeps them up to date.
+
+    Every change is a call to the server's process and back, so only what has changed is sent.
+
+    Args:
+        pb: the server's module `triton_python_backend_utils`.
+        labels: on every metric.
+    """
 
     def __init__(self, pb: Any, labels: dict[str, str]) -> None:
         kinds = {
@@ -25,27 +25,42 @@ class TritonMetrics:
             "histogram": pb.MetricFamily.HISTOGRAM,
         }
         self._labels = labels
-        self._families = {m.name: pb.MetricFamily(name=m.name, description=m.help, kind=kinds[m.kind]) for m in METRICS}
-        self._histograms = {
-            m.name: self._families[m.name].Metric(labels=labels, buckets=list(m.buckets)) for m in METRICS if m.observe
-        }
-        self._told: dict[tuple[str, str], tuple[Any, float]] = {}  # by name and label value: metric and last value
-
-    def update(self, now: Now) -> None:
-        """Tell counters and gauges."""
+        self._families: dict[str, Any] = {}
+        self._histograms: dict[str, Any] = {}
         for metric in METRICS:
-            for key, value in metric.read(now).items() if metric.read is not None else ():
-                place = (metric.name, key)
-                if place not in self._told:
-                    own = {metric.label: key} if metric.label is not None else {}
-                    self._told[place] = (self._families[metric.name].Metric(labels={**self._labels, **own}), 0.0)
-                told, before = self._told[place]
-                if value != before:
-                    told.set(value) if metric.kind == "gauge" else told.increment(value - before)
-                    self._told[place] = (told, value)
+            family = pb.MetricFamily(name=metric.name, description=metric.help, kind=kinds[metric.kind])
+            self._families[metric.name] = family
+            if metric.observe is not None:
+                self._histograms[metric.name] = family.Metric(labels=labels, buckets=list(metric.buckets))
+        # Counters and gauges by name and label value. Their last values are kept because the server's counters can
+        # only be incremented.
+        self._series: dict[tuple[str, str], Any] = {}
+        self._last: dict[tuple[str, str], float] = {}
+
+    def update(self, stats: ServerStats) -> None:
+        """Bring counters and gauges up to date."""
+        for metric in METRICS:
+            if metric.read is None:
+                continue
+            for label_value, value in metric.read(stats).items():
+                key = (metric.name, label_value)
+                if key not in self._series:
+                    label = {} if metric.label is None else {metric.label: label_value}
+                    self._series[key] = self._families[metric.name].Metric(labels={**self._labels, **label})
+                    self._last[key] = 0.0
+                last = self._last[key]
+                if value == last:
+                    continue
+                if metric.kind == "gauge":
+                    self._series[key].set(value)
+                else:
+                    self._series[key].increment(value - last)
+                self._last[key] = value
 
     def observe(self, finished: Finished) -> None:
-        """Add a finished request to the distributions."""
+        """Add a finished request to the histograms."""
         for metric in METRICS:
-            for value in metric.observe(finished) if metric.observe is not None else ():
+            if metric.observe is None:
+                continue
+            for value in metric.observe(finished):
                 self._histograms[metric.name].observe(value)

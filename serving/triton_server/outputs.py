@@ -1,7 +1,6 @@
-"""What the responses of the Triton model hold.
+"""The output tensors of the Triton model.
 
-In: a finished request. Out: values of the declared outputs. Every response has `text_output`; the others are in the
-last one. The surprising fact: an output without a value is left out of the response, which Triton passes on as it is.
+Every response has `text_output`; the others are in the last response.
 """
 
 from __future__ import annotations
@@ -9,19 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...runtime.events.events import Finished
 from .parameters import Type
-
-if TYPE_CHECKING:
-    from ...runtime.events.events import Finished
 
 NUMPY: dict[Type, Any] = {"STRING": object, "UINT32": "uint32", "FP32": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One output tensor; `value` reads it from a finished request, None where there is none. many: of any length."""
+    """One output tensor.
+
+    value: reads it from a finished request; it may return None. many: any number of elements.
+    """
 
     name: str
     type: Type
@@ -30,13 +30,13 @@ class Output:
 
 
 def _logprobs(finished: Finished) -> list[float] | None:
-    found = finished.generation.logprobs
-    return None if found is None else [each.logprob for each in found]
+    logprobs = finished.generation.logprobs
+    return None if logprobs is None else [token.logprob for token in logprobs]
 
 
 def _sum_of_logprobs(finished: Finished) -> float | None:
-    found = _logprobs(finished)
-    return None if found is None else sum(found)
+    logprobs = _logprobs(finished)
+    return None if logprobs is None else sum(logprobs)
 
 
 OUTPUTS = (

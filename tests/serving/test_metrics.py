@@ -1,7 +1,9 @@
-"""The figures of a server: Prometheus' own parser reads them, and they add up with what the scheduler counted."""
+"""The metrics of a server: Prometheus' own parser reads them, and they add up with what the scheduler counted."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from stand_ins.toy_engine import toy
 
 import nemodiff
-from nemodiff.serving.metrics import METRICS, Metrics, Now
+from nemodiff.serving.http.metrics import ServerMetrics
+from nemodiff.serving.metrics import METRICS, ServerStats
 
 
 @pytest.fixture(scope="module")
@@ -18,27 +21,30 @@ def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
 
 
 def test_figures_add_up_with_the_statistics_and_the_answers(engine: nemodiff.LoadedEngine) -> None:
-    metrics, answers = Metrics(), list[nemodiff.Generation]()
+    answers = list[nemodiff.Generation]()
     with nemodiff.Scheduler(engine, rows=3) as scheduler:
+        metrics = ServerMetrics(lambda: ServerStats(scheduler.statistics, {400: 2, 429: 1}))
         handles = [scheduler.submit([200 + i, 300], mode=mode) for i in range(5) for mode in nemodiff.MODES]
         for handle in handles:
             last = list(handle)[-1]
             assert isinstance(last, nemodiff.Finished)
             metrics.observe(last)
             answers.append(last.generation)
-        statistics = scheduler.statistics
-    families = {f.name: f for f in text_string_to_metric_families(metrics.render(Now(statistics, {400: 2, 429: 1})))}
-    samples = {(s.name, *s.labels.values()): s.value for f in families.values() for s in f.samples}
+        text, content_type = metrics.render()
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    samples = {}
+    for family in families.values():
+        for sample in family.samples:
+            samples[(sample.name, *sample.labels.values())] = sample.value
     assert len(families) == len(METRICS)
     for metric in METRICS:
         family = families[metric.name.removesuffix("_total")]
         assert (family.type, family.documentation) == (metric.kind, metric.help)
     assert samples["nemodiff_generation_tokens_total",] == sum(len(a.token_ids) for a in answers)
     assert samples["nemodiff_requests_total", "finished"] == len(answers) == 20
-    assert (samples["nemodiff_refused_requests_total", "400"], samples["nemodiff_refused_requests_total", "429"]) == (
-        2,
-        1,
-    )
+    assert samples["nemodiff_refused_requests_total", "400"] == 2
+    assert samples["nemodiff_refused_requests_total", "429"] == 1
     for kind in answers[0].nfe:
         assert samples["nemodiff_nfe_total", kind] == sum(a.nfe[kind] for a in answers)
     lengths = [n for a in answers for n in a.acceptance.lengths]
@@ -49,3 +55,16 @@ def test_figures_add_up_with_the_statistics_and_the_answers(engine: nemodiff.Loa
     assert samples[name + "_bucket", "+Inf"] == len(lengths)
     assert samples["nemodiff_time_to_first_token_seconds_count",] == len(answers)
     assert 0 < samples["nemodiff_cache_usage_ratio",] < 1  # the kept prefixes
+
+
+def test_openmetrics_is_given_to_who_asks_for_it(engine: nemodiff.LoadedEngine) -> None:
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        metrics = ServerMetrics(lambda: ServerStats(scheduler.statistics, {}))
+        text, content_type = metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert text.endswith(b"# EOF\n")
+
+
+def test_the_triton_model_needs_no_prometheus_client() -> None:
+    code = "import sys; sys.modules['prometheus_client'] = None; import nemodiff.serving.triton_server.metrics"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from stand_ins.http_server import Served, serving
 
 import nemodiff
-from nemodiff.serving.http.reasoning import Splitter
+from nemodiff.serving.http.reasoning import ReasoningParser
 
 CHAT = "/v1/chat/completions"
 STREAMS = (CHAT, "/v1/completions", "/events")
@@ -195,8 +195,8 @@ def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -
 @hypothesis.given(st.lists(st.sampled_from(["<think>", "</think>", "<", "</thi", "nk>", "a", "\n"])), st.data())
 def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject) -> None:
     text, thinking = "".join(parts), data.draw(st.booleans())
-    whole = Splitter(thinking).push(text, final=True)
-    splitter, said, at = Splitter(thinking), ["", ""], 0
+    whole = ReasoningParser(thinking).push(text, final=True)
+    splitter, said, at = ReasoningParser(thinking), ["", ""], 0
     while at < len(text):
         size = data.draw(st.integers(1, 9))
         for i, new in enumerate(splitter.push(text[at : at + size])):
@@ -212,9 +212,9 @@ def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject)
 
 
 def test_a_think_block_stands_at_the_beginning() -> None:
-    assert Splitter(True).push("a\n</think>\n\nb <think>c</think>", final=True) == ("a\n", "b <think>c</think>")
-    assert Splitter(False).push("\n<think>\na</think>b", final=True) == ("a", "b")
-    assert Splitter(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
+    assert ReasoningParser(True).push("a\n</think>\n\nb <think>c</think>", final=True) == ("a\n", "b <think>c</think>")
+    assert ReasoningParser(False).push("\n<think>\na</think>b", final=True) == ("a", "b")
+    assert ReasoningParser(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
 
 
 # --- what strangers send ---

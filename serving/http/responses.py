@@ -1,31 +1,29 @@
-"""Finished requests and their events as OpenAI's objects.
-
-In: generations, or events with the place of their request. Out: JSON objects of a chat or a completion, whole or in
-chunks. The surprising fact: nothing here decides what a client sees of a text; events are final, and whole characters.
-"""
+"""Finished requests and their events as JSON objects: OpenAI's chats and completions, and the lines of a trace."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
-from ...runtime.events.events import Event, Finished, Step, Text
+from ...runtime.events.events import Event, Finished, Step, Text, as_dict
+from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.selection import TokenLogprobs
-from .reasoning import Splitter
+from .reasoning import ReasoningParser
 
 Kind = Literal["chat", "completion"]
 
 
 @dataclasses.dataclass
-class Form:
-    """What all objects of one HTTP request share.
+class ResponseBuilder:
+    """Builds all objects of one HTTP request, which share an id and a time.
 
-    thinking: whether the text begins inside a think block. logprobs: whether they are told.
+    thinking: whether the text begins inside a think block. logprobs: whether they are part of the answer.
     """
 
     engine: LoadedEngine
@@ -36,83 +34,86 @@ class Form:
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
+    def full(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The answer to a request that is not streamed."""
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(name), "choices": choices, "usage": usage(generations)}
+        object_name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self._head(object_name), "choices": choices, "usage": usage(generations)}
 
-    def filling(self, text: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request for a filling; a hole has been filled when it is as long as was asked for."""
+    def infill(self, text: str, usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a fill-in-the-middle request; its finish reason is always that the hole is full."""
         choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
         return {**self._head("text_completion"), "choices": [choice], "usage": usage}
 
     async def chunks(
         self, events: AsyncIterator[tuple[int, Event]], count: int, *, with_usage: bool, diffusing: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        """The same in pieces, as the text comes."""
-        splitters = [Splitter(self.thinking) for _ in range(count)]
-        ends: dict[int, Generation] = {}
+        """The answer to a streamed request, in pieces as its text comes."""
+        parsers = [ReasoningParser(self.thinking) for _ in range(count)]
+        generations: dict[int, Generation] = {}
         if self.kind == "chat":
             for index in range(count):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
         async for index, event in events:
             if isinstance(event, Text):
-                for delta in self._deltas(splitters[index], event.text):
+                for delta in self._deltas(parsers[index], event.text):
                     yield self._chunk(index, delta)
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
-                    yield {**self._chunk(index, {}), "diffusing": self._frame(event)}
+                    yield {**self._chunk(index, {}), "diffusing": self._block(event)}
             elif isinstance(event, Finished):
-                ends[index] = event.generation
-                for delta in self._deltas(splitters[index], "", final=True):
+                generations[index] = event.generation
+                for delta in self._deltas(parsers[index], "", final=True):
                     yield self._chunk(index, delta)
                 yield self._chunk(index, {}, event.generation)
         if with_usage:
-            told = usage([ends[index] for index in sorted(ends)])
-            yield {**self._head(self._chunk_name), "choices": [], "usage": told}
+            total = usage([generations[index] for index in sorted(generations)])
+            yield {**self._head(self._chunk_name), "choices": [], "usage": total}
 
     @property
     def _chunk_name(self) -> str:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
-    def _head(self, name: str) -> dict[str, Any]:
+    def _head(self, object_name: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self.kind == "chat" else "cmpl"
-        return {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model}
+        return {"id": f"{prefix}-{self.id}", "object": object_name, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
         if self.kind == "chat":
-            reasoning, content = Splitter(self.thinking).push(generation.text, final=True)
+            reasoning, content = ReasoningParser(self.thinking).push(generation.text, final=True)
             choice["message"] = {"role": "assistant", "content": content, "refusal": None}
             if reasoning:
                 choice["message"]["reasoning_content"] = reasoning
         else:
             choice["text"] = generation.text
-        return {**choice, **self._measured(generation)}
+        return {**choice, **self._token_values(generation)}
 
     def _chunk(self, index: int, delta: dict[str, Any], generation: Generation | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": index,
-            "finish_reason": None if generation is None else generation.finish_reason,
-        }
+        """One chunk; the last one of a choice has its `generation`."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": None}
         if self.kind == "chat":
             choice["delta"] = delta
         else:
             choice["text"] = delta.get("content", "")
-        told = {"logprobs": None} if generation is None else self._measured(generation)
-        return {**self._head(self._chunk_name), "choices": [{**choice, **told}]}
+        if generation is None:
+            choice["logprobs"] = None
+        else:
+            choice["finish_reason"] = generation.finish_reason
+            choice |= self._token_values(generation)
+        return {**self._head(self._chunk_name), "choices": [choice]}
 
-    def _deltas(self, splitter: Splitter, text: str, final: bool = False) -> list[dict[str, Any]]:
+    def _deltas(self, parser: ReasoningParser, text: str, final: bool = False) -> list[dict[str, Any]]:
         if self.kind == "completion":
             return [{"content": text}] if text else []
-        reasoning, content = splitter.push(text, final)
-        told = {"reasoning_content": reasoning, "content": content}
-        return [{name: value} for name, value in told.items() if value]
+        reasoning, content = parser.push(text, final)
+        parts = {"reasoning_content": reasoning, "content": content}
+        return [{name: value} for name, value in parts.items() if value]
 
-    def _frame(self, step: Step) -> dict[str, Any]:
-        """A block as a pass left it: provisional, null where it is still masked."""
-        mask, piece = self.engine.info.model.mask_id, self.engine.text.piece
+    def _block(self, step: Step) -> dict[str, Any]:
+        """A block as a pass left it: provisional, and null where it is still masked."""
+        mask = self.engine.info.model.mask_id
+        piece = self.engine.text.piece
         return {
             "kind": step.kind,
             "position": step.start,
@@ -121,24 +122,22 @@ class Form:
             "confidence": [round(value, 4) for value in step.confidence],
         }
 
-    def _measured(self, generation: Generation) -> dict[str, Any]:
-        """What was measured of each token."""
-        values, told = generation.logprobs, dict[str, Any](logprobs=None)
-        if self.logprobs and values is not None:
-            pairs = list(zip(generation.token_ids, values, strict=True))
-            told["logprobs"] = self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(pairs)
+    def _token_values(self, generation: Generation) -> dict[str, Any]:
+        """Log-probabilities and confidences of the tokens, where they were requested."""
+        values: dict[str, Any] = {"logprobs": None}
+        if self.logprobs and generation.logprobs is not None:
+            pairs = list(zip(generation.token_ids, generation.logprobs, strict=True))
+            values["logprobs"] = self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(pairs)
         if generation.confidences is not None:
-            told["confidences"] = generation.confidences
-        return told
+            values["confidences"] = generation.confidences
+        return values
 
     def _chat_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
-        return {
-            "content": [
-                {**self._logprob(token, at.logprob), "top_logprobs": [self._logprob(*one) for one in at.top]}
-                for token, at in pairs
-            ],
-            "refusal": None,
-        }
+        content = []
+        for token, logprobs in pairs:
+            top = [self._logprob(*candidate) for candidate in logprobs.top]
+            content.append({**self._logprob(token, logprobs.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         piece = self.engine.text.piece(token)
@@ -147,12 +146,12 @@ class Form:
     def _text_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
         piece = self.engine.text.piece
         pieces = [piece(token) for token, _ in pairs]
-        offsets = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
+        ends = list(itertools.accumulate(map(len, pieces)))
         return {
             "tokens": pieces,
-            "token_logprobs": [at.logprob for _, at in pairs],
-            "top_logprobs": [{piece(token): logprob for token, logprob in at.top} for _, at in pairs],
-            "text_offset": offsets,
+            "token_logprobs": [logprobs.logprob for _, logprobs in pairs],
+            "top_logprobs": [{piece(token): value for token, value in logprobs.top} for _, logprobs in pairs],
+            "text_offset": [0, *ends[:-1]] if pieces else [],
         }
 
 
@@ -164,6 +163,7 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
     lengths = [length for g in generations for length in g.acceptance.lengths]
     decode_tpf, e2e_tpf = tokens_per_pass(emitted, nfe)
     prompt = sum(g.prompt_tokens for g in generations)
+    timings = {name: max(g.timings_ms[name] for g in generations) for name in ("queued", "prefill", "decode", "total")}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": emitted,
@@ -176,5 +176,15 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
         "acceptance": {"mean": sum(lengths) / len(lengths) if lengths else None, "lengths": lengths},
         "decode_tpf": decode_tpf,
         "e2e_tpf": e2e_tpf,
-        "timings_ms": {k: max(g.timings_ms[k] for g in generations) for k in ("queued", "prefill", "decode", "total")},
+        "timings_ms": timings,
     }
+
+
+async def trace_lines(engine: LoadedEngine, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
+    """The events of one request as the lines of a trace: the header, then every event."""
+    has_header = False
+    async for _, event in events:
+        if not has_header:
+            has_header = True
+            yield header(engine, event)
+        yield as_dict(event)

@@ -1,0 +1,115 @@
+"""Errors as responses in OpenAI's form: a status and `{"error": {"message", "type", "param", "code"}}`.
+
+A message may quote what the client sent, so quotes are cut short. Characters beyond ASCII are escaped, because half of
+a surrogate pair has no UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ...errors import BusyError, NemodiffError, RequestError
+from ...runtime.requests.options import Options
+from .request_group import RequestTimeoutError
+
+RETRY_AFTER = 1  # seconds
+_OPTIONS = {field.name for field in dataclasses.fields(Options)}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong; `message` is one sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every status from 400 on."""
+
+    error: ErrorInfo
+
+
+class DrainingError(NemodiffError):
+    """The server is about to stop."""
+
+
+class ModelNotFoundError(NemodiffError):
+    """The request names a model that is not served here."""
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The JSON object of an error."""
+    error_type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def status_and_body(error: NemodiffError) -> tuple[int, dict[str, Any]]:
+    """The status and body of an error of nemodiff's."""
+    message = str(error)
+    if isinstance(error, RequestError):
+        first_word = message.split(" ", 1)[0]
+        return 400, error_body(400, message, first_word if first_word in _OPTIONS else None)
+    if isinstance(error, BusyError):
+        return 429, error_body(429, message, code="queue_full")
+    if isinstance(error, DrainingError):
+        return 503, error_body(503, message, code="draining")
+    if isinstance(error, ModelNotFoundError):
+        return 404, error_body(404, message, "model", "model_not_found")
+    if isinstance(error, RequestTimeoutError):
+        return 504, error_body(504, message, code="timeout")
+    return 500, error_body(500, message)
+
+
+def error_response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """An error as a response; one that may pass later says when to try again."""
+    retry = {"Retry-After": str(RETRY_AFTER)} if status in (429, 503) else {}
+    return Response(json.dumps(body), status, {**retry, **(headers or {})}, "application/json")
+
+
+async def on_nemodiff_error(request: Request, error: Exception) -> Response:
+    """Handle errors of nemodiff's."""
+    assert isinstance(error, NemodiffError)
+    return error_response(*status_and_body(error))
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """Handle a body that is not JSON or not what the route takes: report the first problem in one sentence."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(location)[:100] or None
+    if first["type"] == "json_invalid":
+        return error_response(400, error_body(400, f"the body is not JSON ({first['ctx']['error']}); send an object"))
+    if first["type"] == "value_error":
+        return error_response(400, error_body(400, str(first["ctx"]["error"]), param))
+    subject = "the body" if param is None else param
+    got = f", got {first['input']!r:.60}" if first["type"] != "missing" else ""
+    return error_response(400, error_body(400, f"{subject}: {first['msg'][:200]}{got}; change it", param))
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Handle paths and methods that do not exist, and a body that is too large or cannot be read."""
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    if status not in (404, 405):
+        return error_response(status, error_body(status, str(error.detail)), error.headers)
+    message = f"{request.method} {request.url.path:.100}: {error.detail}; the routes are in /openapi.json"
+    return error_response(status, error_body(status, message), error.headers)
+
+
+async def on_unexpected_error(request: Request, error: Exception) -> Response:
+    """Handle a defect of nemodiff's: its traceback goes to the log, never to a client."""
+    message = f"nemodiff failed ({type(error).__name__}); the server's log says more"
+    return error_response(500, error_body(500, message))

@@ -1,0 +1,144 @@
+"""What the generating routes do with an engine: answer, trace or fill in the middle.
+
+No handler blocks the event loop: what takes time runs in the scheduler's worker or in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ...contract import MODES
+from ...runtime.loading import LoadedEngine
+from ...runtime.requests.prepare import Prompt
+from ...runtime.scheduler import Scheduler
+from .body import Chat, Completion, Decoding, Fim, Watched
+from .error_responses import ModelNotFoundError
+from .infill_queue import InfillQueue
+from .metrics import ServerMetrics
+from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
+from .responses import ResponseBuilder, trace_lines
+from .sse import EventStreamResponse
+
+
+@dataclasses.dataclass(frozen=True)
+class Handlers:
+    """One engine for the routes.
+
+    name: the model's, for clients. defaults: options that a request does not give. timeout: seconds of one request.
+    """
+
+    engine: LoadedEngine
+    scheduler: Scheduler
+    infill_queue: InfillQueue
+    metrics: ServerMetrics
+    name: str
+    defaults: dict[str, Any]
+    timeout: float
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    async def generate(self, request: Request, body: Chat | Completion) -> Response:
+        """Answer a chat or a completion, whole or streamed. Raises NemodiffError."""
+        model, options = self._model_options(body)
+        options |= body.options()
+        builder = ResponseBuilder(
+            self.engine,
+            "chat" if isinstance(body, Chat) else "completion",
+            model,
+            thinking=bool(options.get("thinking")),
+            logprobs="logprobs" in options,
+        )
+        requests = _choices(body.prompts(), options, body.n or 1)
+        group = self._request_group()
+        diffusing = bool(body.diffusing)
+        await group.submit(requests, steps=diffusing)
+        if not body.stream:
+            finished = await group.finished(request)
+            return JSONResponse(builder.full([event.generation for event in finished]))
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        chunks = builder.chunks(group.events(), len(requests), with_usage=with_usage, diffusing=diffusing)
+        return EventStreamResponse(chunks, group.close, done=True)
+
+    async def trace(self, body: Watched) -> Response:
+        """Stream the events of one request as a trace. Raises NemodiffError."""
+        _, options = self._model_options(body)
+        options |= body.options()
+        group = self._request_group()
+        await group.submit([(body.prompts()[0], options)], steps=True)
+        return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)
+
+    async def infill(self, request: Request, body: Fim) -> Response:
+        """Fill the hole between a prefix and a suffix. Raises NemodiffError."""
+        model, _ = self._model_options(body)
+        options = body.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
+        cancelled = threading.Event()
+        future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, length=body.max_tokens, **options)
+        watch = asyncio.create_task(on_disconnect(request, cancelled.set))
+        try:
+            filled = await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
+        except TimeoutError:
+            raise RequestTimeoutError(self.timeout) from None
+        finally:
+            cancelled.set()
+            watch.cancel()
+        encode = self.engine.text.encode_plain
+        prompt_tokens = len(encode(body.prompt)) + len(encode(body.suffix))
+        completion_tokens = len(filled.token_ids[0])
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "nfe": filled.nfe,
+            "method": filled.method,
+        }
+        response = ResponseBuilder(self.engine, "completion", model).infill(filled.holes[0], usage)
+        if not body.stream:
+            return JSONResponse(response)
+        if body.stream_options is None or not body.stream_options.include_usage:
+            del response["usage"]
+        return EventStreamResponse(_single(response), cancelled.set, done=True)
+
+    def models(self) -> dict[str, Any]:
+        """The list of models: the one there is, and its names that choose a mode."""
+        shared = {
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nemodiff",
+            "max_model_len": self.engine.info.build.max_seq_len,
+        }
+        names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
+        return {"object": "list", "data": [{"id": name, **shared} for name in names]}
+
+    def _request_group(self) -> RequestGroup:
+        return RequestGroup(self.scheduler, self.metrics.observe, self.timeout)
+
+    def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
+        """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""
+        model = body.model if body.model is not None else self.name
+        if model == self.name:
+            return model, dict(self.defaults)
+        base, _, mode = model.rpartition(":")
+        if base == self.name and mode in MODES:
+            return model, {**self.defaults, "mode": mode}
+        raise ModelNotFoundError(f"model {model!r:.60} is not here, allowed: {self.name}; see /v1/models")
+
+
+def _choices(prompts: list[Prompt], options: dict[str, Any], n: int) -> list[tuple[Prompt, dict[str, Any]]]:
+    """Each prompt `n` times; the seed of a further answer is that of the one before plus 1."""
+    requests = []
+    for prompt in prompts:
+        for index in range(n):
+            seeded = {**options, "seed": options["seed"] + index} if "seed" in options else options
+            requests.append((prompt, seeded))
+    return requests
+
+
+async def _single(value: Any) -> AsyncIterator[Any]:
+    yield value

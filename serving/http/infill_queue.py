@@ -1,0 +1,126 @@
+"""Filling holes beside the scheduler's requests.
+
+One thread fills one hole at a time, over a cache row of its own. Its passes and the scheduler's take turns, as the
+engines allow for caches in several threads.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ...engine_folder import EngineInfo
+from ...errors import BusyError, RequestError
+from ...runtime.editing.infill import Filled, infill
+from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
+from ...runtime.loading import LoadedEngine
+from ..metrics import InfillStats
+
+
+class CancelledError(Exception):
+    """The client no longer waits for the answer."""
+
+
+class InfillQueue:
+    """Fills holes one after the other.
+
+    Args:
+        engine: from `load`.
+        waiting: holes that may wait while one is being filled.
+    """
+
+    def __init__(self, engine: LoadedEngine, waiting: int) -> None:
+        self._engine = engine
+        self._capacity = waiting + 1
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="nemodiff-infill")
+        self._lock = threading.Lock()
+        self._present = 0
+        self._tokens = 0
+        self._ends = {"finished": 0, "cancelled": 0, "failed": 0}
+        self._nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
+
+    @property
+    def stats(self) -> InfillStats:
+        """What has been done so far."""
+        with self._lock:
+            return InfillStats(self._present, dict(self._ends), self._tokens, dict(self._nfe))
+
+    def submit(
+        self, prefix: str, suffix: str, cancelled: threading.Event, **options: Any
+    ) -> concurrent.futures.Future[Filled]:
+        """Queue a hole; once `cancelled` is set, the future raises CancelledError. Raises BusyError."""
+        with self._lock:
+            if self._present >= self._capacity:
+                raise BusyError(f"{self._present} holes are filled or wait, allowed: {self._capacity}; try again later")
+            self._present += 1
+        return self._worker.submit(self._fill, prefix, suffix, cancelled, options)
+
+    def close(self) -> None:
+        """Drop the holes that wait, and end after the one that is being filled."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _fill(self, prefix: str, suffix: str, cancelled: threading.Event, options: dict[str, Any]) -> Filled:
+        engine = dataclasses.replace(self._engine, backend=_CancellableEngine(self._engine.backend, cancelled))
+        end: str | None = "failed"
+        filled = None
+        try:
+            _check(cancelled)
+            filled = infill(engine, prefix, suffix, **options)
+            end = "finished"
+            return filled
+        except CancelledError:
+            end = "cancelled"
+            raise
+        except RequestError:
+            end = None  # a refused request is counted by its HTTP status instead
+            raise
+        finally:
+            self._count(end, filled)
+
+    def _count(self, end: str | None, filled: Filled | None) -> None:
+        with self._lock:
+            self._present -= 1
+            if end is not None:
+                self._ends[end] += 1
+            if filled is not None:
+                self._tokens += sum(map(len, filled.token_ids))
+                for kind, passes in filled.nfe.items():
+                    self._nfe[kind] += passes
+
+
+class _CancellableEngine:
+    """An engine whose caches raise CancelledError; a search has no other way to be stopped between two passes."""
+
+    def __init__(self, engine: Engine, cancelled: threading.Event) -> None:
+        self._engine = engine
+        self._cancelled = cancelled
+        self.samples = engine.samples
+        self.info: EngineInfo = engine.info
+
+    def open(self, rows: int) -> Cache:
+        return _CancellableCache(self._engine.open(rows), self._cancelled)
+
+
+class _CancellableCache:
+    def __init__(self, cache: Cache, cancelled: threading.Event) -> None:
+        self._cache = cache
+        self._cancelled = cancelled
+        self.seconds = 0.0
+
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        _check(self._cancelled)
+        return self._cache.forward(passes, first)
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        self._cache.move(source, target, slots)
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def _check(cancelled: threading.Event) -> None:
+    if cancelled.is_set():
+        raise CancelledError

@@ -1,0 +1,93 @@
+"""The middleware before the routes: API keys, the size of a body, and refusal while the server drains."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .error_responses import DrainingError, error_body, error_response, status_and_body
+
+PROTECTED = ("/v1", "/events")  # paths that need a key and are refused while the server drains
+
+
+class AdmissionMiddleware:
+    """An ASGI application that admits requests to another and counts those that end in an error.
+
+    Args:
+        app: answers the requests that are admitted.
+        keys: a client must send one of them; without any the server is open.
+        max_bytes: of a request's body.
+        draining: set once the server is about to stop.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], max_bytes: int, draining: threading.Event) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._max_bytes = max_bytes
+        self._draining = draining
+        # Error responses of protected paths by status, whoever gives them.
+        self.refused = dict.fromkeys((400, 401, 404, 413, 429, 500, 503, 504), 0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if str(scope["path"]).startswith(PROTECTED):
+            send = self._counting_errors(send)
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            status, body = refusal
+            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+            await error_response(status, body, headers)(scope, receive, send)
+            return
+        await self._app(scope, self._limiting_size(receive), send)
+
+    def _counting_errors(self, send: Send) -> Send:
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and (status := int(message["status"])) >= 400:
+                self.refused[status] = self.refused.get(status, 0) + 1
+            await send(message)
+
+        return counting_send
+
+    def _limiting_size(self, receive: Receive) -> Receive:
+        """Count the body as it comes in, because a client need not announce its size."""
+        size = 0
+
+        async def limiting_receive() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return limiting_receive
+
+    def _refusal(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
+        """Why a request is not admitted, as a status and a body."""
+        headers = Headers(scope=scope)
+        if str(scope["path"]).startswith(PROTECTED):
+            if self._keys and not self._has_key(headers.get("authorization", "")):
+                message = "no valid key; send the header Authorization: Bearer KEY"
+                return 401, error_body(401, message, code="invalid_api_key")
+            if self._draining.is_set() and scope["method"] == "POST":
+                message = "the server is about to stop; send the request to another, or later"
+                return status_and_body(DrainingError(message))
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > self._max_bytes:
+            return 413, error_body(413, self._too_large())
+        return None
+
+    def _has_key(self, authorization: str) -> bool:
+        scheme, _, value = authorization.partition(" ")
+        sent = value.strip().encode()
+        return scheme.lower() == "bearer" and any(secrets.compare_digest(sent, key) for key in self._keys)
+
+    def _too_large(self) -> str:
+        return f"the body has more than {self._max_bytes} bytes; send less, or raise --max-request-bytes"

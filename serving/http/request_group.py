@@ -1,0 +1,120 @@
+"""The scheduler's requests of one HTTP request, followed from the event loop.
+
+The scheduler's worker hands over events as they happen, and the loop reads them. However the client goes away, what
+still runs is cancelled before the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+
+from ...errors import NemodiffError
+from ...runtime.events.events import Event, Finished
+from ...runtime.requests.prepare import Prompt
+from ...runtime.scheduler import Handle, Listener, Scheduler
+
+
+class RequestTimeoutError(NemodiffError):
+    """A request took longer than the `seconds` that the server allows."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request took more than {seconds:g} seconds; ask for fewer tokens")
+
+
+async def on_disconnect(request: Request, callback: Callable[[], None]) -> None:
+    """Wait until the client has disconnected, then call `callback`."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    callback()
+
+
+class RequestGroup:
+    """Requests that are submitted and cancelled together; `events` yields each event with its request's index.
+
+    Args:
+        scheduler: takes the requests.
+        on_finished: called in the scheduler's worker with every finished request.
+        timeout: seconds until what still runs is cancelled.
+    """
+
+    def __init__(self, scheduler: Scheduler, on_finished: Callable[[Finished], None], timeout: float) -> None:
+        self._scheduler = scheduler
+        self._on_finished = on_finished
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._outcomes: asyncio.Queue[tuple[int, list[Event] | NemodiffError]] = asyncio.Queue()
+        self._handles = list[Handle]()
+        self._closed = False
+        self._expired = False
+        self._timer = self._loop.call_later(timeout, self._expire)
+
+    async def submit(self, requests: list[tuple[Prompt, dict[str, Any]]], *, steps: bool = False) -> None:
+        """Queue prompts with their options: all of them, or none. Raises RequestError and BusyError."""
+
+        def submit_all() -> None:
+            for index, (prompt, options) in enumerate(requests):
+                handle = self._scheduler.submit(prompt, steps=steps, listener=self._listener(index), **options)
+                self._handles.append(handle)
+                if self._closed:  # in the meantime, so that `close` did not see this handle
+                    handle.cancel()
+                    break
+
+        try:
+            await asyncio.to_thread(submit_all)  # encoding a long prompt would block the loop for other clients
+        except BaseException:
+            self.close()
+            raise
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """What happens, until all requests have ended. Raises NemodiffError for the first that fails."""
+        unfinished = len(self._handles)
+        while unfinished:
+            index, outcome = await self._outcomes.get()
+            if isinstance(outcome, NemodiffError):
+                raise outcome
+            for event in outcome:
+                if isinstance(event, Finished):
+                    unfinished -= 1
+                    if self._expired and event.generation.finish_reason == "cancelled":
+                        raise RequestTimeoutError(self._timeout)
+                yield index, event
+
+    async def finished(self, request: Request) -> list[Finished]:
+        """Wait for all requests, in their order; a client that disconnects meanwhile cancels them."""
+        finished: dict[int, Finished] = {}
+        watch = asyncio.create_task(on_disconnect(request, self.close))
+        try:
+            async for index, event in self.events():
+                if isinstance(event, Finished):
+                    finished[index] = event
+        finally:
+            watch.cancel()
+            self.close()
+        return [finished[index] for index in sorted(finished)]
+
+    def close(self) -> None:
+        """Cancel what still runs."""
+        self._closed = True
+        self._timer.cancel()
+        for handle in self._handles:
+            if not handle.done:
+                handle.cancel()
+
+    def _listener(self, index: int) -> Listener:
+        def listen(outcome: list[Event] | NemodiffError) -> None:
+            # Called here and not where events are read, because nobody reads them once the client has gone.
+            if isinstance(outcome, list) and isinstance(outcome[-1], Finished):
+                self._on_finished(outcome[-1])
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
+
+        return listen
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.close()
