@@ -1,9 +1,7 @@
-"""What builder and runtime agree on: the graph's bindings and the engine folder.
+"""What builder and runtime agree on: the bindings of the graph, and which choices exist.
 
 `inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
-runtime allocates them from the same list. `EngineInfo` is an engine folder's description, written by the builder and
-read by the runtime before anything heavy is loaded. The surprising fact: an ONNX graph cannot give an output the name
-of an input, so the in-place caches are bound twice, as `k_cache_0` and as `k_cache_0_out`, over the same memory.
+runtime allocates them from the same list.
 
 Letters in shapes: B rows, S tokens this pass, R of them that are predicted, T cache capacity, V vocabulary; G key/value
 heads and D head size are numbers of the model.
@@ -25,7 +23,6 @@ PREFILL_CHUNK = 512  # tokens of a prefill pass unless another --max-input-len i
 EXPORT_FORMATS = ("ministral3",)
 Mode = Literal["ar", "diffusion", "linear_spec", "quadratic_spec"]
 MODES: tuple[str, ...] = get_args(Mode)
-
 
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
@@ -55,6 +52,7 @@ class Binding:
 
 def cache_names(layers: int) -> list[str]:
     """The cache inputs in order; the output over the same memory is `NAME_out`."""
+    # An ONNX graph cannot give an output the name of an input, so each cache is bound twice.
     return [f"{kind}_cache_{layer}" for layer in range(layers) for kind in "kv"]
 
 
@@ -84,7 +82,7 @@ def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:
 
     `token` and `confidence`: best vocabulary entry (never the mask id) and its probability among all others.
     `next_ids`: the picked ids after the commit rule. `masks_left`: masks remaining among them. `logits` is bound only
-    by who needs it (sampling, logprobs, debugging) and otherwise never leaves the device.
+    by a caller that needs it (sampling, logprobs, debugging) and otherwise never leaves the device.
     """
     cache = ("B", model.num_kv_heads, "T", model.head_dim)
     return [
@@ -95,3 +93,13 @@ def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:
         *([Binding("logits", "f32", ("B", "R", "V"))] if logits else []),
         *(Binding(f"{name}_out", "compute", cache) for name in cache_names(model.num_layers)),
     ]
+
+
+def size_text(nbytes: int) -> str:
+    """A number of bytes for people: 1536 is `1.5 KiB`."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
