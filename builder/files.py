@@ -1,8 +1,7 @@
 """Large files, read and written so that they leave memory to the build.
 
-In: files of gigabytes that are read once or not read here at all. Out: their sha256, and the engine file, written while
-TensorRT makes it. The surprising fact: on a virtual machine the first touch of a page of memory may cost more than
-reading it from the disk, so pages given back are pages that the next file gets for nothing (docs/log.md).
+On a virtual machine the first touch of a page of memory may cost more than reading it from the disk, so pages given
+back are pages that the next file gets for nothing (docs/log.md).
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ def forget(file: IO[bytes], offset: int, nbytes: int) -> None:
 
 def sha256(path: Path, once: bool = False) -> str:
     """A file's sha256; with `once` what has been read is forgotten."""
-    digest, buffer, at = hashlib.sha256(), memoryview(bytearray(_CHUNK)), 0
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    at = 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
@@ -39,18 +40,19 @@ def sha256(path: Path, once: bool = False) -> str:
 
 
 class EngineFile:
-    """A file being written; `close` ends it. OSError of the other thread is raised by the next call.
+    """An engine file, written while TensorRT makes it; `close` ends it. OSError of a thread is raised by the next call.
 
-    A piece, of any size and wherever it lies, is copied into one of two buffers; two more threads hash and write the
-    full one. The file goes past the page cache (O_DIRECT) where the file system can, since copying an engine into the
-    cache took a third of the processor time of compiling it, and nobody reads it from there (docs/log.md).
+    A piece, of any size and wherever it lies, is copied into one of two buffers; two threads hash and write the full
+    one. The file goes past the page cache (O_DIRECT) where the file system can, since copying an engine into the cache
+    took a third of the processor time of compiling it, and nobody reads it from there (docs/log.md).
     """
 
     def __init__(self, path: Path) -> None:
         self.nbytes = 0
         self._file = os.fdopen(_open(path), "wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._filling, self._full = (mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
+        self._filling = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._full = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._filled = 0  # bytes of `_filling`
         self._pool = ThreadPoolExecutor(2)
         self._pending: list[Future[None]] = []  # hashing and writing `_full`
@@ -79,12 +81,15 @@ class EngineFile:
     def _hand_over(self) -> None:
         self._wait()
         self._filling, self._full = self._full, self._filling
-        self._pending = [self._pool.submit(do, self._full, self._filled) for do in (self._hash, self._put)]
+        self._pending = [
+            self._pool.submit(self._hash, self._full, self._filled),
+            self._pool.submit(self._put, self._full, self._filled),
+        ]
         self._filled = 0
 
     def _wait(self) -> None:
-        for doing in self._pending:
-            doing.result()
+        for future in self._pending:
+            future.result()
 
     def _hash(self, buffer: mmap.mmap, filled: int) -> None:
         with memoryview(buffer) as view, view[:filled] as part:
@@ -92,7 +97,8 @@ class EngineFile:
 
     def _put(self, buffer: mmap.mmap, filled: int) -> None:
         with memoryview(buffer) as view:
-            at, end = 0, -(-filled // _SECTOR) * _SECTOR  # what is too much at the end is cut off by `close`
+            at = 0
+            end = -(-filled // _SECTOR) * _SECTOR  # what is too much at the end is cut off by `close`
             while at < end:
                 at += self._file.write(view[at:end])
 

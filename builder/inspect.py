@@ -1,7 +1,7 @@
 """`nemodiff inspect`: what an engine is, from its description and its graph, without loading a weight.
 
-In: an engine folder. Out: one JSON-like object, and lines for people. Everything here works on any machine, also one
-that could not run the engine; only a TensorRT engine's own view of its layers needs a GPU, and is None without one.
+It works on any machine, also one that could not run the engine; only a TensorRT engine's own view of its layers needs a
+GPU, and is None without one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 
 import onnx
 
-from ..contract import DOMAIN, ITEMSIZE
+from ..contract import DOMAIN, ITEMSIZE, size_text
 from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, dtype_line, read_engine
 from ..errors import EngineError
 from ..plugins.tensorrt.api import device_sm, load
-from .plan import size
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Everything about an engine; sizes in bytes. Raises EngineError."""
     info = read_engine(folder)
-    model, build, manifest = info.model, info.build, info.manifest
+    model = info.model
+    build = info.build
+    manifest = info.manifest
     return {
         "engine": {
             "backend": manifest.backend,
@@ -78,12 +79,9 @@ def _graph(path: Path) -> dict[str, Any]:
 
 
 def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
-    """What the engine says about its layers, profile by profile; None without a GPU that it was built for.
-
-    Never executed: no GPU has been at hand (docs/log.md).
-    """
-    about, sm = info.manifest.tensorrt, device_sm()
-    if about is None or sm not in about.sms or about.implementation == "plugin":
+    """What the engine says about its layers, profile by profile; None without a GPU that it was built for."""
+    about = info.manifest.tensorrt
+    if about is None or device_sm() not in about.sms or about.implementation == "plugin":
         return None
     api = load("tensorrt-rtx" if about.module == "tensorrt_rtx" else "tensorrt", EngineError)
     with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -91,23 +89,20 @@ def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
     if engine is None:
         raise EngineError(f"{folder / ENGINE_FILE}: cannot be loaded here ({api.errors()}); build the engine again")
     text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
-    found: list[Any] = json.loads(text).get("Layers", [])
-    return found
+    layers: list[Any] = json.loads(text).get("Layers", [])
+    return layers
 
 
 def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
-    about, layers = described["tensorrt"], described["engine_layers"]
+    about = described["tensorrt"]
+    layers = described["engine_layers"]
     if about is None:
         return []
     profiles = "; ".join(
         f"{p['name']} up to {p['max_batch_size']} rows of {p['max_tokens']} tokens, {p['max_rows']} predicted"
         for p in about["profiles"]
     )
-    counted = "; ".join(
-        f"{kind} {', '.join(f'{count} {name}' for name, count in found.items())}"
-        for kind, found in about["layers"].items()
-        if found
-    )
+    counted = "; ".join(_counted(kind, counts) for kind, counts in about["layers"].items() if counts)
     by_sm: dict[int, list[str]] = {}
     for kernel in about["kernels"]:
         by_sm.setdefault(kernel["sm"], []).append(
@@ -117,12 +112,17 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
     flags = f", {' '.join(about['flags'])}" if about["flags"] else ""
     return [
         f"compiled     {about['module']} {about['version']} for SM {', '.join(map(str, about['sms']))}, "
-        f"{size(about['engine_bytes'])}{flags}",
+        f"{size_text(about['engine_bytes'])}{flags}",
         f"profiles     {profiles}",
         f"layers       {counted}",
         *(f"kernels      SM {sm}: {', '.join(names)}" for sm, names in by_sm.items()),
         *([f"in engine    {len(layers)} layers"] if layers is not None else []),
     ]
+
+
+def _counted(kind: str, counts: dict[str, int]) -> str:
+    """`native 6 BlockAttention, 1 ConfidenceCommit`."""
+    return f"{kind} {', '.join(f'{count} {name}' for name, count in counts.items())}"
 
 
 def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
@@ -135,15 +135,17 @@ def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
 
 def lines(described: dict[str, Any]) -> list[str]:
     """The description for people."""
-    engine, model = described["engine"], described["model"]
+    engine = described["engine"]
+    model = described["model"]
     heads, kv_heads, head_dim = model["heads"]
     dtype = dtype_line(engine["dtype"], engine["quantization"])
     kind, theta, factor = model["rope"]
-    source, adapter = described["checkpoint"], described["adapter"]
+    source = described["checkpoint"]
+    adapter = described["adapter"]
     revision = f" at {source['revision']}" if source["revision"] else ""
     rank = f"drafter LoRA of rank {adapter['rank']}" if adapter else "no drafter adapter"
     limits = f"up to {engine['max_batch_size']} rows of {engine['max_seq_len']} tokens"
-    files = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in described["files"].items())
+    files = ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in described["files"].items())
     return [
         f"engine       {engine['backend']}, {dtype}, block length {engine['block_length']}, {limits}",
         f"checkpoint   {source['name']}{revision}",

@@ -2,8 +2,7 @@
 
 `staged(target)` yields a hidden sibling folder; leaving the block renames it to the target, an exception removes it. A
 small child process holds the other end of a pipe and, when the builder dies, even from kill -9, puts back the folder
-that was being replaced and removes the sibling. Only a folder of the same `Kind` is ever replaced. The surprising fact:
-after a success the child does the same, on names that no longer exist.
+that was being replaced and removes the sibling. Only a folder of the same `Kind` is ever replaced.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from pathlib import Path
 
 from ..engine_folder import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
 from ..errors import BuildError
-from .checkpoint.checkpoint import CARRIED
+from .checkpoint.folder import CARRIED
 
+# What the child runs. After a success it does the same, on names that no longer exist.
 _REAPER = """
 import os, shutil, sys
 stage, replaced, target = sys.argv[1:]
@@ -39,9 +39,9 @@ class Kind:
     """A kind of folder that may be replaced by a new one."""
 
     name: str  # as in "not an engine"
-    marker: str  # JSON file that tells it; its "files" are names of the folder's own too
+    marker: str  # JSON file that only this kind has; the names under its "files" are the folder's own too
     files: frozenset[str]
-    option: str = "--output"  # that names it on the command line
+    option: str = "--output"  # names the folder on the command line
 
 
 ENGINE = Kind(
@@ -72,9 +72,8 @@ def check_target(target: Path, kind: Kind = ENGINE) -> None:
 def _strangers(target: Path, kind: Kind) -> list[str]:
     """Names in a folder of this kind that are not its own."""
     known = set(kind.files)
-    with contextlib.suppress(
-        OSError, ValueError, RecursionError, TypeError, KeyError
-    ):  # a broken folder is replaced too
+    # A broken folder is replaced too.
+    with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
         files = json.loads((target / kind.marker).read_text(encoding="utf-8"))["files"]
         known |= {name.partition("/")[0] for name in files}
     return sorted({path.name for path in target.iterdir()} - known)

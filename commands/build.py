@@ -119,7 +119,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     nvidia/Nemotron-Labs-Diffusion-8B, optionally with @REVISION.
     """
     from ..builder.build import Builder
-    from ..builder.compilers.tensorrt import Choices
+    from ..builder.compilers.choices import Choices
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run; the build itself prints nothing but its progress")

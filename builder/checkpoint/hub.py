@@ -1,9 +1,8 @@
 """Finds a checkpoint by its name: a folder here, or a repository of the Hugging Face hub.
 
-In: what the user typed. Out: a local folder and the identity to write into the manifest. Downloads go through
-huggingface_hub's cache (`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere) and take only the files an
-engine is made from. A cut connection is resumed inside a file; a new command keeps whole files only. The surprising
-fact: the patterns name the adapter's folder on its own, because a plain `*.safetensors` also matches inside subfolders.
+Downloads go through huggingface_hub's cache (`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` work as everywhere) and
+take only the files an engine is made from. A cut connection is resumed inside a file; a new command keeps whole files
+only.
 """
 
 from __future__ import annotations
@@ -11,20 +10,21 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import fnmatch
-import json
 import re
 import shutil
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ...engine_folder import CONFIG_FILE
 from ...errors import CheckpointError
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS, read_json
+from .folder import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS, read_json
+from .safetensors_file import Entry, write_hollow
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
-_SMALL = ["config.json", *CARRIED, INDEX, ADAPTER_CONFIG]
-_LARGE = [WEIGHTS, "model-*-of-*.safetensors", ADAPTER_WEIGHTS]
+# Patterns; the adapter's folder is named, because a plain `*.safetensors` would also match in other subfolders.
+_SMALL = [CONFIG_FILE, *CARRIED, INDEX, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"]
+_LARGE = [WEIGHTS, "model-*-of-*.safetensors", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def _download(repo: str, revision: str | None, headers_only: bool) -> Path:
 
     where = f"{repo}@{revision}" if revision else repo
     try:
-        wanted = _SMALL if headers_only else _SMALL + _LARGE
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=Bar))
+        patterns = _SMALL if headers_only else _SMALL + _LARGE
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=Bar))
         return _with_headers(repo, folder) if headers_only and not _has_weights(folder) else folder
     except GatedRepoError:
         raise CheckpointError(f"{where}: the hub asks for access; accept its terms there and set HF_TOKEN") from None
@@ -93,19 +93,20 @@ def _download(repo: str, revision: str | None, headers_only: bool) -> Path:
 
 def _has_weights(snapshot: Path) -> bool:
     """Whether an earlier download has left all weights in the cache."""
-    wanted = {WEIGHTS}
+    files = {WEIGHTS}
     if (snapshot / INDEX).is_file():
-        wanted = set(read_json(snapshot / INDEX).get("weight_map", {}).values())
-    if (snapshot / ADAPTER_CONFIG).is_file():
-        wanted.add(ADAPTER_WEIGHTS)
-    return all((snapshot / name).is_file() for name in wanted)
+        files = set(read_json(snapshot / INDEX).get("weight_map", {}).values())
+    if (snapshot / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
+        files.add(f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}")
+    return all((snapshot / name).is_file() for name in files)
 
 
 def _with_headers(repo: str, snapshot: Path) -> Path:
     """A copy of a snapshot in which each weight file has its header and, as a hole, the length of its data."""
     from huggingface_hub import HfApi
 
-    api, revision = HfApi(), snapshot.name
+    api = HfApi()
+    revision = snapshot.name
     parent = Path(tempfile.mkdtemp(prefix="nemodiff-headers-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     folder = parent / revision  # a source's revision is its folder's name
@@ -113,11 +114,10 @@ def _with_headers(repo: str, snapshot: Path) -> Path:
     for name in api.list_repo_files(repo, revision=revision):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _LARGE):
             continue
-        tensors = api.parse_safetensors_file_metadata(repo, name, revision=revision).tensors
-        header = {n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for n, t in tensors.items()}
-        text = json.dumps(header).encode()
+        entries = {}
+        for key, tensor in api.parse_safetensors_file_metadata(repo, name, revision=revision).tensors.items():
+            begin, end = tensor.data_offsets
+            entries[key] = Entry(tensor.dtype, tensor.shape, begin, end)
         (folder / name).parent.mkdir(exist_ok=True)
-        with (folder / name).open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            out.truncate(out.tell() + max((t.data_offsets[1] for t in tensors.values()), default=0))
+        write_hollow(folder / name, entries)
     return folder

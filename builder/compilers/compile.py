@@ -1,14 +1,11 @@
 """The process that compiles: ONNX file in, TensorRT engine file out.
 
 Run as `python -m nemodiff.builder.compilers.compile FOLDER`, where FOLDER holds `job.json` (a `tensorrt.Job`) and gets
-`result.json`. Standard input is the parent's end of a pipe: when it closes, this process ends. The surprising facts:
-the parser drops an input that no layer needs without a word, and takes a function's body where a plugin was meant, so
-both are counted here and refused.
+`result.json`. Standard input is the parent's end of a pipe: when it closes, this process ends.
 """
 
 from __future__ import annotations
 
-import collections
 import importlib
 import json
 import os
@@ -20,17 +17,16 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from ...contract import DOMAIN
 from ...engine_folder import Profile, parse_kernel
 from ...errors import BuildError
 from ...plugins import OPS
-from ...plugins.tensorrt.api import Builder, Config, Network, TensorRT, load
+from ...plugins.tensorrt.api import TensorRT, load
 from ...plugins.tensorrt.launch import Kernels
+from ...plugins.tensorrt.protocols import Builder, Config, Network
 from ..files import EngineFile
 from ..graph.stages import split
+from .checks import check_inputs, check_layers
 from .tensorrt import Job
-
-_NATIVE = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING")
 
 
 def main(folder: Path) -> None:
@@ -58,7 +54,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     if job.plugins:
         quick = job.backend == "tensorrt"
         kernels = Kernels(Path(job.engine).parent, job.kernels, job.sms[0]) if quick else None
-        _find(job.creators)(api, kernels)
+        _import_function(job.creators)(api, kernels)
         if quick:
             proto = split(proto, OPS)
     builder = api.builder()
@@ -90,9 +86,9 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _find(place: str) -> Any:
-    """The function at `module:function`."""
-    module, _, function = place.partition(":")
+def _import_function(name: str) -> Any:
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except ImportError as error:
@@ -104,76 +100,21 @@ def _parse(api: TensorRT, network: Network, proto: onnx.ModelProto, job: Job) ->
         proto = onnx.inliner.inline_local_functions(proto)
     parser = api.parser(network)
     if not parser.parse(proto.SerializeToString(), job.model):
-        found = [parser.get_error(index) for index in range(parser.num_errors)]
-        first = f"node {found[0].node_name()!r}: {' '.join(found[0].desc().split())}" if found else _reason(api)
-        raise BuildError(f"{job.model}: TensorRT cannot parse it ({first}); report it with this line")
-
-
-def check_inputs(network: Network) -> None:
-    """Every input of the network must reach a layer. Raises BuildError."""
-    used = set()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        used |= {t.name for i in range(layer.num_inputs) if (t := layer.get_input(i)) is not None}
-    for index in range(network.num_inputs):
-        name = network.get_input(index).name
-        if name not in used:
-            raise BuildError(
-                f"input {name!r} of the graph reaches no layer after parsing, allowed: every input is used; this "
-                "TensorRT version ignores it, so install another one"
-            )
-
-
-def check_layers(network: Network, proto: onnx.ModelProto, job: Job) -> dict[str, dict[str, int]]:
-    """Layers by implementation, counted; what was asked for must have been taken. Raises BuildError."""
-    kinds: dict[str, str] = {}  # by layer name, which is the node's name
-    counts: collections.Counter[str] = collections.Counter()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        kind = str(layer.type).rpartition(".")[2]
-        counts[kind] += 1
-        kinds[layer.name] = kind
-    plugin: collections.Counter[str] = collections.Counter()
-    native: collections.Counter[str] = collections.Counter()
-    for node in proto.graph.node:
-        if node.domain == DOMAIN:
-            (plugin if kinds.get(node.name) == "PLUGIN_V3" else native)[node.op_type] += 1
-    wrong, right = (native, plugin) if job.plugins else (plugin, native)
-    asked, got = ("plugin", "native layers") if job.plugins else ("native layers", "a plugin")
-    if wrong or counts["PLUGIN_V3"] != plugin.total():
-        raise BuildError(
-            f"{dict(wrong) or counts['PLUGIN_V3']} of the graph's ops became {got}, asked for: {asked}; this "
-            f"TensorRT version parses them otherwise, so {'leave out' if job.plugins else 'add'} --plugins"
-        )
-    attentions = 0 if job.plugins else job.layers
-    for kind, wanted in (("ATTENTION_INPUT", attentions), ("KV_CACHE_UPDATE", 2 * job.layers)):
-        if counts[kind] != wanted:
-            raise BuildError(
-                f"the network has {counts[kind]} {kind} layers, allowed: {wanted}; this TensorRT version parses the "
-                "graph otherwise, so install another one"
-            )
-    known = {kind: counts[kind] for kind in _NATIVE if counts[kind]}
-    done = dict(right)
-    return {"plugin": done, "native": known} if job.plugins else {"plugin": {}, "native": {**done, **known}}
+        reason = _reason(api)
+        if parser.num_errors:
+            first = parser.get_error(0)
+            reason = f"node {first.node_name()!r}: {' '.join(first.desc().split())}"
+        raise BuildError(f"{job.model}: TensorRT cannot parse it ({reason}); report it with this line")
 
 
 def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> Config:
-    config, enum = builder.create_builder_config(), api.module
+    """The builder's configuration. Raises BuildError."""
+    config = builder.create_builder_config()
+    enum = api.module
     for profile in job.profiles:
-        shapes = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            if -1 in tuple(tensor.shape):
-                shapes.set_shape(tensor.name, *(shape(tensor.name, tensor.shape, p) for p in corners(profile)))
-        config.add_optimization_profile(shapes)
+        _add_profile(builder, network, config, profile)
     if job.backend == "tensorrt-rtx":  # the full TensorRT builds for the GPU at hand
-        config.num_compute_capabilities = len(job.sms)
-        for index, sm in enumerate(job.sms):
-            if sm not in api.sms():
-                raise BuildError(
-                    f"--sm is {sm}, allowed by {api.module.__name__} {api.version}: {api.sms()}; choose among them"
-                )
-            config.set_compute_capability(getattr(enum.ComputeCapability, f"SM{sm}"), index)
+        _set_targets(api, config, job.sms)
     config.profiling_verbosity = enum.ProfilingVerbosity.DETAILED
     if job.plugins:
         config.set_preview_feature(enum.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -181,13 +122,12 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
         config.builder_optimization_level = job.opt_level
     if job.workspace is not None:
         config.set_memory_pool_limit(enum.MemoryPoolType.WORKSPACE, job.workspace * 2**20)
-    for wanted, flag in (
-        (job.strip_weights, "STRIP_PLAN"),
-        (job.refit, "REFIT"),
-        (job.version_compatible, "VERSION_COMPATIBLE"),
-    ):
-        if wanted:
-            config.set_flag(getattr(enum.BuilderFlag, flag))
+    if job.strip_weights:
+        config.set_flag(enum.BuilderFlag.STRIP_PLAN)
+    if job.refit:
+        config.set_flag(enum.BuilderFlag.REFIT)
+    if job.version_compatible:
+        config.set_flag(enum.BuilderFlag.VERSION_COMPATIBLE)
     if job.timing_cache is not None:
         path = Path(job.timing_cache)
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
@@ -196,16 +136,38 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
     return config
 
 
+def _add_profile(builder: Builder, network: Network, config: Config, profile: Profile) -> None:
+    """Declare the least, best and largest shape of every dynamic input."""
+    shapes = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if -1 in tuple(tensor.shape):
+            least, best, most = (shape(tensor.name, tensor.shape, corner) for corner in corners(profile))
+            shapes.set_shape(tensor.name, least, best, most)
+    config.add_optimization_profile(shapes)
+
+
+def _set_targets(api: TensorRT, config: Config, sms: tuple[int, ...]) -> None:
+    config.num_compute_capabilities = len(sms)
+    for index, sm in enumerate(sms):
+        if sm not in api.sms():
+            raise BuildError(
+                f"--sm is {sm}, allowed by {api.module.__name__} {api.version}: {api.sms()}; choose among them"
+            )
+        config.set_compute_capability(getattr(api.module.ComputeCapability, f"SM{sm}"), index)
+
+
 def corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
-    """(B, S, R) at least, at best and at most. One row decodes a block, or prefills and wants one prediction."""
+    """(B, S, R) at least, at best and at most."""
+    # At best one row decodes a block, or prefills and needs one prediction.
     best = (1, profile.max_tokens, 1 if profile.name == "prefill" else profile.max_rows)
     return (1, 1, 1), best, (profile.max_batch_size, profile.max_tokens, profile.max_rows)
 
 
 def shape(name: str, declared: Any, corner: tuple[int, int, int]) -> tuple[int, ...]:
     """An input's shape at (B, S, R): the first axis is B, the second one S (R for `rows`) where it is dynamic."""
-    rows, tokens, picked = corner
-    dynamic = iter((rows, picked if name == "rows" else tokens))
+    batch, tokens, predicted = corner
+    dynamic = iter((batch, predicted if name == "rows" else tokens))
     return tuple(next(dynamic) if size == -1 else int(size) for size in declared)
 
 

@@ -1,9 +1,6 @@
-"""Compiles the ops' kernels for GPUs that are not here.
+"""Compiles the ops' kernels to PTX and cubin files, for GPUs that need not be here.
 
-In: a model's sizes, the engine's dtype, compute capabilities and a folder. Out: PTX and cubin files and a `Kernel`
-record for each; the engine's manifest holds both. It compiles in a child process, because a process that has imported
-Triton in interpreter mode cannot compile any more. The surprising fact: the PTX version is pinned, because Triton
-writes the newest it knows for the newest cards, and an older driver would refuse it.
+It compiles in a child process, because a process that has imported Triton in interpreter mode cannot compile any more.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,10 +23,13 @@ from ...engine_folder import KERNELS_FOLDER, Kernel, parse_kernel
 from ...errors import BuildError
 from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.op import Op, Stage
+from .child import child_command, child_environment
 
 OLDEST_SM = 80  # that Triton compiles for
 SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
-PTX_VERSION = 88  # 8.8, of CUDA 12.9: the first that knows SM 121
+# 8.8, of CUDA 12.9: the first that knows SM 121. Left alone, Triton writes the newest version it knows for the newest
+# cards, and an older driver would refuse it.
+PTX_VERSION = 88
 _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "u8": "*u8"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
@@ -64,18 +63,13 @@ def compile_kernels(
         "stages": [stage.name for _, stage in stages(ops)],
     }
     with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "TRITON_CACHE_DIR": cache,
-            "TRITON_INTERPRET": "0",
-        }
-        command = [sys.executable, "-m", "nemodiff.builder.compilers.kernels"]
+        environment = child_environment() | {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
+        command = child_command("nemodiff.builder.compilers.kernels")
         child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if child.returncode:
-        said = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
+        reason = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
         raise BuildError(
-            f"the kernels cannot be compiled ({said:.300}); install Triton with: pip install 'nemodiff[trt]', or "
+            f"the kernels cannot be compiled ({reason:.300}); install Triton with: pip install 'nemodiff[trt]', or "
             "build without --plugins and with --no-logits"
         )
     return tuple(parse_kernel(record) for record in json.loads(child.stdout))
@@ -83,8 +77,8 @@ def compile_kernels(
 
 def stages(ops: Sequence[Op]) -> list[tuple[Op, Stage]]:
     """Every stage of some ops once, with an op that has it."""
-    found = {stage.name: (op, stage) for op in ops for stage in op.stages}
-    return list(found.values())
+    by_name = {stage.name: (op, stage) for op in ops for stage in op.stages}
+    return list(by_name.values())
 
 
 def _arguments(op: Op, stage: Stage, dtype: Dtype) -> dict[str, str]:
@@ -106,7 +100,8 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
-    arguments, constants = _arguments(op, stage, dtype), stage.constants(model)
+    arguments = _arguments(op, stage, dtype)
+    constants = stage.constants(model)
     source = triton.compiler.ASTSource(
         fn=stage.load(),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
@@ -120,12 +115,12 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
         "ptx_version": PTX_VERSION,
         "enable_fp_fusion": True,
     }
-    with contextlib.redirect_stdout(io.StringIO()) as said, knobs.nvidia.scope():
+    with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    usage = _USAGE.search(said.getvalue())
+    usage = _USAGE.search(log.getvalue())
     if usage is None:
-        raise ValueError(f"the assembler gives no usage of {stage.name}: {said.getvalue()!r}")
+        raise ValueError(f"the assembler gives no usage of {stage.name}: {log.getvalue()!r}")
     metadata = compiled.metadata
     kernel = Kernel(
         stage=stage.name,

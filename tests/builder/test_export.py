@@ -1,7 +1,6 @@
 """The autoregressive twin: the same weights bit for bit, the same tokens and logits, and nothing of others destroyed.
 
-Whether the twin is right is judged by transformers, which loads the written folder as any of its own. The surprising
-fact: a checkpoint without a query scale needs one written down, because the class multiplies by it without asking.
+Whether the twin is right is judged by transformers, which loads the written folder as any of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ import nemodiff
 from nemodiff.builder import export
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
-from nemodiff.builder.export import PIECE, Exporter, twin_name, write_shard
+from nemodiff.builder.checkpoint.safetensors_file import PIECE, copy_tensors
+from nemodiff.builder.export import Exporter
+from nemodiff.builder.twin import twin_name
 from nemodiff.cli import main
 from nemodiff.errors import BuildError, CheckpointError
 from nemodiff.runtime.engines.engine import causal
@@ -90,13 +91,13 @@ def test_twin_gives_the_tokens_of_mode_ar(twin: Path, tiny_engine: Path, tmp_pat
     transformers = pytest.importorskip("transformers")
     model, tokenizer = load(twin), transformers.AutoTokenizer.from_pretrained(twin)
     data, rng = load_make_data(), random.Random(5)
-    asked = [data.example(rng)[1] for _ in range(20)]
+    prompts = [data.example(rng)[1] for _ in range(20)]
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
     result = run("run", tiny_engine, "--mode", "ar", "--input-file", file, "--json", "--max-new-tokens", 48)
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert {answer["finish_reason"] for answer in answers} == {"stop", "length"}  # both ends are covered
-    for text, answer in zip(asked, answers, strict=True):
+    for text, answer in zip(prompts, answers, strict=True):
         chat = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         assert len(ids) == answer["prompt_tokens"]
@@ -128,6 +129,7 @@ def test_twin_is_loaded_in_the_checkpoint_s_dtype(twin: Path) -> None:
         pytest.param({"rope_parameters": YARN | LONG | {"factor": 0.25}}, id="factor below one"),
         pytest.param({"rope_parameters": YARN | LONG | {"mscale_all_dim": 0.5, "truncate": False}}, id="two scales"),
         pytest.param({"rope_parameters": LONG | {"rope_type": "default"}}, id="no yarn"),
+        # The twin needs a query scale written down all the same, because transformers always multiplies by it.
         pytest.param({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, id="no query scale"),
         pytest.param(
             {
@@ -143,8 +145,9 @@ def test_long_positions_behave_as_in_the_engine(tmp_path: Path, rope: dict[str, 
     """96 tokens, past two periods of 40, from a sharded bf16 checkpoint."""
     source = write_checkpoint(tmp_path / "checkpoint", seed=3, shards=3, **rope)
     folder = Exporter(source, tmp_path / "twin").run()
-    written, given = read(folder, "config.json")["rope_parameters"], rope["rope_parameters"] or rope["rope_scaling"]
-    assert {key: written.get(key) for key in given} == given
+    written = read(folder, "config.json")["rope_parameters"]
+    original = rope["rope_parameters"] or rope["rope_scaling"]
+    assert {key: written.get(key) for key in original} == original
     ids = np.random.default_rng(5).integers(0, 891, 96).tolist()
     model = load(folder)
     engine = nemodiff.load(Builder(source, tmp_path / "engine").run(), threads=1)
@@ -226,10 +229,10 @@ def test_config_is_a_plain_ministral(twin: Path) -> None:
 
 
 def test_small_files_come_along(checkpoint: Path) -> None:
-    given = {"eos_token_id": [11, 2], "temperature": 0.5, "do_sample": True, "suppress_tokens": [7]}
-    (checkpoint / "generation_config.json").write_text(json.dumps(given))
+    generation = {"eos_token_id": [11, 2], "temperature": 0.5, "do_sample": True, "suppress_tokens": [7]}
+    (checkpoint / "generation_config.json").write_text(json.dumps(generation))
     folder = Exporter(checkpoint, checkpoint.parent / "twin").run()
-    assert read(folder, "generation_config.json") == given | {"suppress_tokens": [7, 100]}
+    assert read(folder, "generation_config.json") == generation | {"suppress_tokens": [7, 100]}
     assert read(folder, "config.json")["eos_token_id"] == [11, 2]
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes()
@@ -240,16 +243,16 @@ def test_small_files_come_along(checkpoint: Path) -> None:
     assert not (folder / "chat_template.jinja").exists()
 
 
-def test_the_adapter_is_left_out_and_said_so(checkpoint: Path) -> None:
+def test_the_adapter_is_left_out_and_the_plan_says_so(checkpoint: Path) -> None:
     result = run("export", checkpoint, "-o", checkpoint.parent / "twin")
     assert (result.exit_code, result.stdout) == (0, "")
-    told = [line for line in result.stderr.splitlines() if "drafter adapter" in line]
-    assert told == ["left out     the drafter adapter of rank 4: the twin only decodes autoregressively"]
+    lines = [line for line in result.stderr.splitlines() if "drafter adapter" in line]
+    assert lines == ["left out     the drafter adapter of rank 4: the twin only decodes autoregressively"]
     origin = read(checkpoint.parent / "twin", "nemodiff_export.json")
     assert (origin["format"], origin["left_out"]) == ("ministral3", ["linear_spec_lora"])
     assert origin["checkpoint"] == {"name": "checkpoint", "revision": None}
-    found = {p.name: {"bytes": p.stat().st_size} for p in (checkpoint.parent / "twin").iterdir()}
-    assert origin["files"] == {name: entry for name, entry in found.items() if name != "nemodiff_export.json"}
+    files = {p.name: {"bytes": p.stat().st_size} for p in (checkpoint.parent / "twin").iterdir()}
+    assert origin["files"] == {name: entry for name, entry in files.items() if name != "nemodiff_export.json"}
 
 
 def test_dry_run_writes_nothing(checkpoint: Path) -> None:
@@ -367,7 +370,7 @@ def test_broken_checkpoints_are_refused(checkpoint: Path, refused: Refused) -> N
     refused(command, "checkpoint: no such folder; give a checkpoint folder or a hub id")
 
 
-def test_wrong_choices_are_refused(checkpoint: Path, refused: Refused) -> None:
+def test_other_formats_are_refused(checkpoint: Path, refused: Refused) -> None:
     command = ["export", str(checkpoint)]
     output = ["-o", str(checkpoint.parent / "twin")]
     refused([*command, *output, "--format", "gguf"], "'--format': 'gguf' is not 'ministral3'", code=2)
@@ -387,9 +390,9 @@ def test_a_full_disk_is_refused_before_a_byte_is_written(
     )
 
 
-def test_a_file_that_shrinks_while_it_is_copied_is_told(checkpoint: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_copied_is_refused(checkpoint: Path) -> None:
     tensors = sorted(open_checkpoint(checkpoint).tensors.values(), key=lambda t: t.offset)
     with (checkpoint / "model.safetensors").open("r+b") as file:
         file.truncate(tensors[-1].offset)
     with pytest.raises(CheckpointError, match=rf"ended {tensors[-1].nbytes} bytes early.*download the file again"):
-        write_shard(tensors, checkpoint.parent / "copy.safetensors", lambda nbytes: None)
+        copy_tensors(tensors, twin_name, checkpoint.parent / "copy.safetensors", lambda nbytes: None)

@@ -1,7 +1,7 @@
 """Broken and unsupported checkpoints: `nemodiff build` refuses each with one line and leaves nothing behind.
 
-Every case breaks one thing in a fresh small checkpoint and names what the line must say. Surprising: a few of these
-files are perfectly valid as JSON or safetensors, and only wrong beside each other.
+Every case breaks one thing in a fresh small checkpoint and lists what the line must say. A few of these files are valid
+as JSON or safetensors and only contradict each other.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Break:
 
 
 def sharded(**weight_map: Any) -> Break:
-    """Make the weights one shard behind an index, with `weight_map` entries changed."""
+    """Make the weights one shard of an index, with `weight_map` entries changed."""
 
     def apply(folder: Path) -> None:
         names = load_file(folder / "model.safetensors")
@@ -408,7 +408,7 @@ def test_numbers_beyond_f16_are_refused_with_the_dtype_that_fits(
         pytest.param(["--tokens", "1"], 2, ["No such option", "--tokens"], id="unknown flag"),
     ],
 )
-def test_wrong_build_flags_are_refused(
+def test_build_flags_out_of_range_are_refused(
     checkpoint: Path, refused: Refused, flags: list[str], code: int, fragments: list[str]
 ) -> None:
     refused(["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *flags], *fragments, code=code)
@@ -463,13 +463,13 @@ def test_checkpoint_that_is_a_file(tmp_path: Path, refused: Refused) -> None:
     refused(["build", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "engine")], "no such folder; give a")
 
 
-def test_the_python_door_raises_the_same_line(checkpoint: Path) -> None:
+def test_python_raises_the_same_line(checkpoint: Path) -> None:
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: missing; give a complete checkpoint folder"):
         Builder(checkpoint, checkpoint.parent / "engine")
 
 
-def test_unknown_fields_are_told_and_unbroken_checkpoint_builds(checkpoint: Path) -> None:
+def test_unknown_fields_are_listed_and_do_not_stop_a_build(checkpoint: Path) -> None:
     config(flux_capacitor=1.21)(checkpoint)
     builder = Builder(checkpoint, checkpoint.parent / "engine")
     assert builder.plan().unknown_fields == ("flux_capacitor",)
@@ -486,7 +486,7 @@ def test_unknown_fields_are_told_and_unbroken_checkpoint_builds(checkpoint: Path
         ({"dtype": "f64"}, "--dtype is 'f64', allowed on onnxruntime: f32, f16"),
     ],
 )
-def test_wrong_choices_in_python(checkpoint: Path, choices: dict[str, Any], fragment: str) -> None:
+def test_choices_out_of_range_in_python(checkpoint: Path, choices: dict[str, Any], fragment: str) -> None:
     with pytest.raises(BuildError) as caught:
         Builder(checkpoint, checkpoint.parent / "engine", **choices)
     assert fragment in str(caught.value)

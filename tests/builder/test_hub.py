@@ -1,8 +1,6 @@
 """Checkpoints from the Hugging Face hub, played by a small server in this process.
 
-`nemodiff build OWNER/NAME@REVISION` runs as its own process with HF_ENDPOINT and HF_HOME set, as a user would. The
-surprising fact: huggingface_hub resumes inside a file only while it runs and only by pieces of 10 MiB; a new command
-starts an unfinished file again and keeps the finished ones.
+`nemodiff build OWNER/NAME@REVISION` runs as its own process with HF_ENDPOINT and HF_HOME set, as a user would run it.
 """
 
 from __future__ import annotations
@@ -33,7 +31,9 @@ from nemodiff.cli import main
 
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 REPO, COMMIT = "acme/tri-mode", "c0ffee00" * 5
-PIECE = 10 * 2**20  # bytes that huggingface_hub writes at once
+# Bytes that huggingface_hub writes at once. It resumes inside a file only while it runs and only by such pieces; a new
+# command starts an unfinished file again and keeps the finished ones.
+PIECE = 10 * 2**20
 SENT = PIECE + 2**20  # bytes that the server sends before it fails
 DECOYS = (
     "README.md",
@@ -48,7 +48,7 @@ DECOYS = (
 
 @dataclasses.dataclass
 class Hub:
-    """The server's files and faults, and what it was asked."""
+    """The server's files and faults, and the requests it got."""
 
     folder: Path
     endpoint: str = ""
@@ -95,9 +95,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if self.command == "HEAD":
             return self.answer(200, content, headers)
-        asked = self.headers.get("Range")
-        self.hub.downloads.append((name, asked))
-        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups() if asked else ("0", "")
+        span = self.headers.get("Range")
+        self.hub.downloads.append((name, span))
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", span).groups() if span else ("0", "")
         start, total = int(first), len(content)
         content = content[: int(last) + 1] if last else content
         if start or last:
@@ -182,21 +182,21 @@ def refused(hub: Hub, name: str, *fragments: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_only_wanted_files_are_fetched_and_the_revision_is_recorded(hub: Hub, shards: int) -> None:
+def test_only_needed_files_are_fetched_and_the_revision_is_recorded(hub: Hub, shards: int) -> None:
     if shards > 1:
         split = write_checkpoint(hub.folder.parent / "split", shards=shards)
         (hub.folder / "model.safetensors").unlink()
         for path in split.glob("model*"):
             path.rename(hub.folder / path.name)
         shutil.rmtree(split)
-    wanted = set(hub.files()) - set(DECOYS)
+    needed = set(hub.files()) - set(DECOYS)
     code, stderr = build(hub, f"{REPO}@v1")
     assert code == 0, stderr
-    assert sorted(name for name, _ in hub.downloads) == sorted(wanted)
+    assert sorted(name for name, _ in hub.downloads) == sorted(needed)
     engine = hub.folder.parent / "engine"
     manifest = json.loads((engine / "manifest.json").read_text())
     assert (manifest["checkpoint"]["name"], manifest["checkpoint"]["revision"]) == (REPO, COMMIT)
-    assert set(manifest["checkpoint"]["files"]) == wanted - {"model.safetensors.index.json"}
+    assert set(manifest["checkpoint"]["files"]) == needed - {"model.safetensors.index.json"}
     assert manifest["adapter"] == {"name": "linear_spec_lora", "rank": 4, "scale": 2.0, "acts_in": ["draft"]}
     assert nemodiff.generate(nemodiff.load(engine), [130, 131], max_new_tokens=2).token_ids
 
@@ -210,7 +210,7 @@ def test_dry_run_fetches_headers_alone(hub: Hub, shards: int) -> None:
     process = start_build(hub, REPO, "--dry-run", "--json")
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
-    weights = [asked for name, asked in hub.downloads if name.endswith(".safetensors")]
+    weights = [span for name, span in hub.downloads if name.endswith(".safetensors")]
     assert len(weights) == shards
     assert set(weights) == {"bytes=0-100000"}
     local = CliRunner().invoke(main, ["build", str(hub.folder), "-o", "engine", "--dry-run", "--json"])
@@ -224,7 +224,7 @@ def test_export_takes_a_hub_id_and_its_dry_run_fetches_headers_alone(hub: Hub) -
     large(hub)
     stdout, stderr = start_build(hub, REPO, "--dry-run", command="export").communicate(timeout=60)
     assert "twin         Ministral3ForCausalLM" in stdout, stderr
-    assert [asked for name, asked in hub.downloads if name.endswith(".safetensors")] == ["bytes=0-100000"]
+    assert [span for name, span in hub.downloads if name.endswith(".safetensors")] == ["bytes=0-100000"]
     process = start_build(hub, f"{REPO}@v1", command="export")
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 0
@@ -242,7 +242,7 @@ def test_a_cached_checkpoint_needs_no_hub(hub: Hub) -> None:
     assert hub.downloads == []
 
 
-def test_a_reset_connection_is_told_and_the_same_command_finishes(hub: Hub) -> None:
+def test_a_reset_connection_is_reported_and_the_same_command_finishes(hub: Hub) -> None:
     large(hub)
     hub.faults.append("reset")
     refused(hub, REPO, f"{REPO}: the download failed (", "run the same command again, whole files are kept")

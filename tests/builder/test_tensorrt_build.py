@@ -1,8 +1,7 @@
 """TensorRT engines, built without a GPU: both lowerings for every target, the guards, the refusals, and inspect.
 
-The two ops as plugins come from `creators.py`, which could not run them; what is shown is that the parser takes a
-plugin where one is registered and that a build which does not get what it asked for is refused. The surprising fact:
-without the library's second name the parser does not fail, it ends the process.
+The two ops as plugins come from `creators.py`, which could not run them. The tests show that the parser takes a plugin
+where one is registered, and that a build which does not get the lowering it needs is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +28,12 @@ from onnx import TensorProto, helper
 from stand_ins.checkpoints import TINY_CHAT, random_tensors
 
 import nemodiff
-from nemodiff.builder import build
+from nemodiff.builder import room
 from nemodiff.builder.build import Builder
-from nemodiff.builder.compilers import compile, tensorrt
-from nemodiff.builder.compilers.tensorrt import RTX_SMS, Choices, Job
+from nemodiff.builder.checkpoint.weights import write_weights
+from nemodiff.builder.compilers import checks, choices, compile, tensorrt
+from nemodiff.builder.compilers.choices import RTX_SMS, Choices
+from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.graph.stages import split
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
@@ -63,8 +64,8 @@ def copy(engine: Path, tmp_path: Path) -> Path:
 
 def small(checkpoint: Path, **changes: Any) -> Builder:
     """A build of the small checkpoint for one target."""
-    choices = {"backend": "tensorrt-rtx", "choices": Choices(sm=(89,)), "max_seq_len": 128} | changes
-    return Builder(checkpoint, checkpoint.parent / "engine", **choices)
+    arguments = {"backend": "tensorrt-rtx", "choices": Choices(sm=(89,)), "max_seq_len": 128} | changes
+    return Builder(checkpoint, checkpoint.parent / "engine", **arguments)
 
 
 def edit(folder: Path, name: str, **values: Any) -> None:
@@ -75,8 +76,8 @@ def edit(folder: Path, name: str, **values: Any) -> None:
 @pytest.mark.parametrize("plugins", [False, True], ids=["native", "plugin"])
 @pytest.mark.parametrize("sm", RTX_SMS)
 def test_tiny_chat_is_built_for_every_target(tmp_path: Path, sm: int, plugins: bool) -> None:
-    choices = Choices(sm=(sm,), plugins=plugins)
-    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="tensorrt-rtx", choices=choices).run()
+    flags = Choices(sm=(sm,), plugins=plugins)
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="tensorrt-rtx", choices=flags).run()
     about = read_engine(folder).manifest.tensorrt
     assert about is not None
     assert about.sms == (sm,)
@@ -118,8 +119,8 @@ def test_folder_holds_what_runs_and_nothing_else(engine: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("plugins", [False, True], ids=["native", "plugin"])
 def test_adapter_short_engine_and_no_logits(checkpoint: Path, dtype: Any, plugins: bool) -> None:
-    choices = Choices(sm=(86, 120), plugins=plugins)
-    folder = small(checkpoint, dtype=dtype, choices=choices, max_seq_len=40, max_batch_size=3, logits=False).run()
+    flags = Choices(sm=(86, 120), plugins=plugins)
+    folder = small(checkpoint, dtype=dtype, choices=flags, max_seq_len=40, max_batch_size=3, logits=False).run()
     info = read_engine(folder)
     assert info.has_adapter
     assert not info.build.gather_generation_logits
@@ -150,7 +151,7 @@ def test_bf16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
     builder = small(folder)
     path = tmp_path / "weights"
     written: list[int] = []
-    assert build.write_weights(builder.graph, builder.tensors, path, written.append, hashed=False) == ""
+    assert write_weights(builder.graph, builder.tensors, path, written.append, hashed=False) == ""
     data = path.read_bytes()
     tensors = random_tensors(json.loads((folder / "config.json").read_text()), seed=0)
     for weight in builder.graph.weights:
@@ -177,7 +178,7 @@ def test_an_input_that_the_parser_drops_is_refused(tmp_path: Path) -> None:
     network = api.network(api.builder())
     assert api.parser(network).parse(path.read_bytes(), str(path)), api.errors()
     with pytest.raises(BuildError, match="input 'lengths' of the graph reaches no layer"):
-        compile.check_inputs(network)
+        checks.check_inputs(network)
 
 
 def test_a_cache_that_is_not_updated_in_place_is_refused(checkpoint: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_plugin_that_nobody_asked_for_is_refused(checkpoint: Path) -> None:
     code = f"""
 import onnx
 from nemodiff.plugins.tensorrt.register import register
-from nemodiff.builder.compilers.compile import check_layers
+from nemodiff.builder.compilers.checks import check_layers
 from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.plugins.tensorrt.api import load
 from nemodiff.errors import BuildError
@@ -238,8 +239,8 @@ except BuildError as error:
     fix = library_folder(checkpoint.parent)
     environment = os.environ | fix | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
-    assert "became a plugin, asked for: native layers" in said
+    line = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert "became a plugin, asked for: native layers" in line
 
 
 def test_without_the_second_library_name_the_process_dies(
@@ -255,23 +256,24 @@ def test_without_the_second_library_name_the_process_dies(
 # What ends a build leaves nothing.
 
 
-@pytest.mark.parametrize(("creators", "said"), [("killed", "SIGKILL"), ("abort", "SIGABRT, having said 'terminate")])
+@pytest.mark.parametrize(("creators", "end"), [("killed", "SIGKILL"), ("abort", "SIGABRT, having said 'terminate")])
 def test_a_child_that_dies_leaves_nothing(
-    checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, creators: str, said: str
+    checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, creators: str, end: str
 ) -> None:
     monkeypatch.setattr(tensorrt, "CREATORS", f"stand_ins.creators:{creators}")
     output = str(checkpoint.parent / "engine")
-    refused(["build", str(checkpoint), "-o", output, "--backend", "tensorrt-rtx", "--plugins"], f"signal {said}")
+    refused(["build", str(checkpoint), "-o", output, "--backend", "tensorrt-rtx", "--plugins"], f"signal {end}")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_build_takes_its_child_along(checkpoint: Path, sign: signal.Signals) -> None:
     code = """
 import sys
-from nemodiff.builder.compilers import tensorrt
 from nemodiff.builder.build import Builder
+from nemodiff.builder.compilers import tensorrt
+from nemodiff.builder.compilers.choices import Choices
 tensorrt.CREATORS = "stand_ins.creators:wait"
-Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=tensorrt.Choices(plugins=True, sm=(89,))).run()
+Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=Choices(plugins=True, sm=(89,))).run()
 """
     pid_file = checkpoint.parent / "pid"
     before = {p.name for p in checkpoint.parent.iterdir()}
@@ -350,7 +352,7 @@ def test_sm_must_be_numbers(tmp_path: Path, refused: Refused) -> None:
 def test_missing_package(
     tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, backend: str, module: str
 ) -> None:
-    monkeypatch.setitem(tensorrt.load.__globals__["MODULES"], backend, module)
+    monkeypatch.setitem(choices.load.__globals__["MODULES"], backend, module)
     arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "engine"), "--backend", backend]
     refused(arguments, f"--backend {backend}: the package {module} cannot be imported", "pip install ")
 
@@ -358,16 +360,16 @@ def test_missing_package(
 def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *RTX]
     with monkeypatch.context() as patch:
-        patch.setattr(tensorrt, "memory_free", lambda: 2**20)
+        patch.setattr(room, "memory_free", lambda: 2**20)
         refused(arguments, "compiling needs about", "of memory, 1.0 MiB are free")
     with monkeypatch.context() as patch:
-        patch.setattr(build, "disk_free", lambda path: 2**20)
+        patch.setattr(room, "disk_free", lambda path: 2**20)
         refused(arguments, "of disk, 1.0 MiB are free")
 
 
 @NO_DRIVER
 def test_stripping_without_a_driver_fails_in_the_library_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "device_sm", lambda: 89)
+    monkeypatch.setattr(choices, "device_sm", lambda: 89)
     with pytest.raises(BuildError, match=r"building failed \(.*CUDA_SUCCESS"):
         small(checkpoint, choices=Choices(sm=(89,), strip_weights=True)).run()
 
@@ -382,10 +384,10 @@ def test_full_tensorrt_needs_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyP
 def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With TensorRT-RTX in TensorRT's place, since no package holds the full builder."""
     stand_in(checkpoint.parent, monkeypatch)
-    monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
+    monkeypatch.setattr(choices, "device_sm", lambda: 90)
     cache = checkpoint.parent / "timing"
-    choices = Choices(timing_cache=cache, opt_level=1, workspace=512)
-    info = read_engine(small(checkpoint, backend="tensorrt", choices=choices).run())
+    flags = Choices(timing_cache=cache, opt_level=1, workspace=512)
+    info = read_engine(small(checkpoint, backend="tensorrt", choices=flags).run())
     about = info.manifest.tensorrt
     assert about is not None
     assert (info.manifest.backend, about.sms) == ("tensorrt", (90,))
@@ -395,7 +397,7 @@ def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.
 
 def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(checkpoint.parent, monkeypatch)
-    monkeypatch.setattr(tensorrt, "device_sm", lambda: 90)
+    monkeypatch.setattr(choices, "device_sm", lambda: 90)
     monkeypatch.setattr(tensorrt, "CREATORS", "stand_ins.creators:stages")
     folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
     folder.mkdir()
@@ -490,7 +492,7 @@ def test_engine_does_not_load_without_a_gpu(engine: Path, refused: Refused) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"tensorrt": None}, "field tensorrt does not belong to backend tensorrt-rtx"),
         ({"tensorrt": {}}, "are incomplete"),
@@ -499,9 +501,9 @@ def test_engine_does_not_load_without_a_gpu(engine: Path, refused: Refused) -> N
         ({"backend": "other"}, "built for backend 'other', allowed: onnxruntime, tensorrt-rtx, tensorrt"),
     ],
 )
-def test_broken_manifest(copy: Path, change: dict[str, Any], said: str) -> None:
+def test_broken_manifest(copy: Path, change: dict[str, Any], message: str) -> None:
     edit(copy, "manifest.json", **change)
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=message):
         read_engine(copy)
 
 

@@ -1,0 +1,35 @@
+"""The names of a checkpoint folder's files, and how its JSON files are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...engine_folder import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from ...errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Files carried into the engine as they are; the first one must be there.
+CARRIED = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, GENERATION_FILE)
+
+# The drafter adapter lies in a folder of its own; its safetensors must never be taken for base weights.
+ADAPTER_FOLDER = "linear_spec_lora"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; give a complete checkpoint folder") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); download the file again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(values).__name__}, allowed: a JSON object; download the file again"
+        )
+    return values

@@ -1,0 +1,138 @@
+"""The safetensors format: headers are read and written here and nowhere else in the builder.
+
+A file is the header's length (8 bytes, little endian), the header (JSON: dtype, shape and place of each tensor), and
+the tensors' bytes with nothing between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ...errors import CheckpointError
+from ..files import forget
+
+DTYPES: dict[str, np.dtype[Any]] = {  # that a checkpoint may have
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PIECE = 16 * 2**20  # bytes copied at once
+_ALIGNMENT = 8  # bytes; the format wants the data aligned
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    file: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int  # in the file
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        """The tensor as a read-only map of the file."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+    def forget(self) -> None:
+        """Let the system take back the memory that holds it; every map of it must be gone."""
+        with self.file.open("rb") as file:
+            forget(file, self.offset, self.nbytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a header says about one tensor; `begin` and `end` count bytes from the end of the header."""
+
+    dtype: str  # the format's code
+    shape: Sequence[int]
+    begin: int
+    end: int
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Find all tensors of one file. Raises CheckpointError."""
+    again = "download the file again"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {again}")
+    try:
+        # The library itself proves the header and the file's length when it opens the file.
+        with safe_open(path, framework="np"), path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {again}") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(DTYPES)}; "
+                "use a checkpoint in one of them"
+            )
+        offset = 8 + length + entry["data_offsets"][0]
+        tensors[name] = Tensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+    return tensors
+
+
+def header_bytes(
+    entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None, alignment: int = _ALIGNMENT
+) -> bytes:
+    """Everything before the data, which begins at a multiple of `alignment`."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for name, entry in entries.items():
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [entry.begin, entry.end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % alignment)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_hollow(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Write a file that has its header and, as a hole, the length of its data."""
+    with path.open("wb") as out:
+        out.write(header_bytes(entries))
+        out.truncate(out.tell() + max((entry.end for entry in entries.values()), default=0))
+
+
+def copy_tensors(
+    tensors: Sequence[Tensor], rename: Callable[[str], str], path: Path, advance: Callable[[int], object]
+) -> None:
+    """Copy all tensors of one file, given by offset, into a new file under other names.
+
+    `advance` gets each number of bytes copied. Raises CheckpointError.
+    """
+    file = tensors[0].file
+    begin = tensors[0].offset
+    entries = {}
+    for tensor in tensors:
+        start = tensor.offset - begin
+        entries[rename(tensor.name)] = Entry(CODES[tensor.dtype], tensor.shape, start, start + tensor.nbytes)
+    left = sum(tensor.nbytes for tensor in tensors)
+    with file.open("rb") as source, path.open("wb") as out:
+        out.write(header_bytes(entries, {"format": "pt"}))
+        source.seek(begin)
+        while left:
+            piece = source.read(min(PIECE, left))
+            if not piece:
+                raise CheckpointError(f"{file}: ended {left} bytes early while it was copied; download the file again")
+            out.write(piece)
+            left -= len(piece)
+            advance(len(piece))

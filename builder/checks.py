@@ -1,0 +1,71 @@
+"""Refuses what a build may not choose: by the backend before anything is opened, then by the checkpoint's sizes."""
+
+from __future__ import annotations
+
+from ..config import ModelConfig
+from ..contract import (
+    BACKEND_DTYPES,
+    COMPILED,
+    MAX_BATCH,
+    MAX_BLOCK,
+    QUANTIZATIONS,
+    Backend,
+    Dtype,
+    Quantization,
+)
+from ..engine_folder import BuildConfig
+from ..errors import BuildError
+from ..plugins.ops import fp8_linear
+from .compilers.choices import Choices, check_choices
+
+
+def check_backend(
+    backend: Backend,
+    choices: Choices,
+    dtype: Dtype | None,
+    max_input_len: int | None,
+    logits: bool,
+    quantization: Quantization | None,
+) -> None:
+    """Refuse what the backend cannot do. Raises BuildError."""
+    if backend not in BACKEND_DTYPES:
+        raise BuildError(f"--backend is {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; choose one of them")
+    check_choices(backend, choices)
+    allowed = BACKEND_DTYPES[backend]
+    if dtype is not None and dtype not in allowed:
+        raise BuildError(f"--dtype is {dtype!r}, allowed on {backend}: {', '.join(allowed)}; use --dtype {allowed[0]}")
+    if backend not in COMPILED and (max_input_len is not None or not logits):
+        flag = "--no-logits" if max_input_len is None else "--max-input-len"
+        raise BuildError(
+            f"{flag}: not a choice of --backend {backend}, allowed: tensorrt-rtx or tensorrt; leave it out or "
+            "add --backend tensorrt-rtx"
+        )
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise BuildError(
+            f"--quantization is {quantization!r}, allowed: {', '.join(QUANTIZATIONS)}; choose one of them or none"
+        )
+    if quantization is not None and backend not in QUANTIZATIONS[quantization]:
+        backends = QUANTIZATIONS[quantization]
+        raise BuildError(
+            f"--quantization {quantization}: not a choice of --backend {backend}, allowed: "
+            f"{', '.join(backends)}; leave it out or add --backend {backends[0]}"
+        )
+
+
+def check_config(config: BuildConfig, model: ModelConfig) -> None:
+    """Refuse what the model or the engine's limits do not allow. Raises BuildError."""
+    for flag, value, high, reason in (
+        ("--max-seq-len", config.max_seq_len, model.max_position, "the model's max_position_embeddings"),
+        ("--max-batch-size", config.max_batch_size, MAX_BATCH, "rows of one forward"),
+        ("--block-length", config.block_length, MAX_BLOCK, "the longest block of an engine"),
+        ("--max-input-len", config.max_input_len, config.max_seq_len, "--max-seq-len"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise BuildError(f"{flag} is {value!r}, allowed: 1 to {high} ({reason}); choose a value in that range")
+    if config.quantization:
+        for width in (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size):
+            if width % fp8_linear.MULTIPLE:
+                raise BuildError(
+                    f"--quantization {config.quantization}: a projection has {width} inputs, allowed: multiples of "
+                    f"{fp8_linear.MULTIPLE}; leave it out"
+                )

@@ -1,0 +1,123 @@
+"""The parts of the decoder: what all layers share, attention, MLP and head, written into a graph."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from ...config import ModelConfig
+from ...contract import cache_names
+from .writer import GraphWriter
+
+
+def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool) -> None:
+    """What all layers read: rotation, query scale, cache slots, reshape targets, the adapter's gate."""
+    rope = model.rope
+    w.constant("axis.last", np.array([2], np.int64))
+    w.constant("shape.q", np.array([0, 0, model.num_heads, model.head_dim], np.int64))
+    w.constant("shape.kv", np.array([0, 0, model.num_kv_heads, model.head_dim], np.int64))
+    w.constant("shape.merged", np.array([0, 0, model.num_heads * model.head_dim], np.int64))
+    w.node("Cast", ["write_at"], "write_at.index", to=TensorProto.INT64)
+
+    pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
+    # cos and sin are computed from `pos` inside the graph, so no table bounds the sequence length.
+    w.node("Unsqueeze", [pos, "axis.last"], "rope.pos3")  # (B, S, 1) f32
+    w.constant("rope.inv_freq", rope.inv_freq(model.head_dim)[None, None])  # (1, 1, D/2) f32
+    angle = w.node("Mul", ["rope.pos3", "rope.inv_freq"], "rope.angle")
+    for op, name in (("Cos", "cos"), ("Sin", "sin")):
+        value = w.node(op, [angle], f"rope.{name}.f32")
+        if rope.attention_factor != 1.0:
+            factor = w.constant(f"rope.{name}.factor", np.float32(rope.attention_factor))
+            value = w.node("Mul", [value, factor], f"rope.{name}.scaled")
+        w.compute(value, f"rope.{name}")
+
+    if rope.llama_4_scaling_beta:  # 1 + beta * ln(1 + floor(pos / L0)), queries only
+        w.constant("query_scale.L0", np.float32(rope.original_max_position))
+        w.constant("query_scale.beta", np.float32(rope.llama_4_scaling_beta))
+        w.constant("query_scale.one", np.float32(1))
+        periods = w.node("Floor", [w.node("Div", [pos, "query_scale.L0"], "query_scale.ratio")], "query_scale.periods")
+        log = w.node("Log", [w.node("Add", [periods, "query_scale.one"], "query_scale.count")], "query_scale.log")
+        scale = w.node("Mul", [log, "query_scale.beta"], "query_scale.gain")
+        scale = w.node("Add", [scale, "query_scale.one"], "query_scale.f32")
+        w.constant("query_scale.axes", np.array([1, 3], np.int64))
+        w.compute(w.node("Unsqueeze", [scale, "query_scale.axes"], "query_scale.4d"), "query_scale")  # (B, 1, S, 1)
+
+    w.constant("slots.zero", np.int32(0))
+    w.constant("slots.one", np.int32(1))
+    w.constant("slots.axis", np.array([0], np.int64))
+    capacity = w.node("Shape", [cache_names(1)[0]], "slots.shape", start=2, end=3)
+    capacity = w.node("Squeeze", [capacity, "slots.axis"], "slots.capacity")
+    capacity = w.node("Cast", [capacity], "slots.count", to=TensorProto.INT32)
+    w.node("Range", ["slots.zero", capacity, "slots.one"], "slots")  # (T,) i32
+    if adapter:
+        w.compute(w.node("Unsqueeze", ["adapter", "axis.last"], "adapter.3d"), "adapter.gate")  # (B, S, 1)
+
+
+def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: int, scale: float) -> str:
+    """x + o_proj(attention(norm(x))), and the gated drafter branch on o_proj."""
+    at, source = f"layers.{layer}", f"encoder.layers.{layer}"
+    attn = f"{at}.self_attn"
+    q_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    normed = w.norm(
+        x, f"{at}.input_layernorm", f"{source}.input_layernorm.weight", model.hidden_size, model.rms_norm_eps
+    )
+    heads: dict[str, str] = {}
+    for part, size, shape in (("q", q_size, "shape.q"), ("k", kv_size, "shape.kv"), ("v", kv_size, "shape.kv")):
+        name = f"{attn}.{part}_proj"
+        flat = w.linear(normed, name, f"{source}.self_attn.{part}_proj.weight", model.hidden_size, size)
+        split = w.node("Reshape", [flat, shape], f"{name}.split")
+        heads[part] = w.node("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])  # (B, heads, S, D)
+    for part in "qk":
+        heads[part] = w.node("RotaryEmbedding", [heads[part], "rope.cos", "rope.sin"], f"{attn}.{part}_rope")
+    if model.rope.llama_4_scaling_beta:
+        heads["q"] = w.node("Mul", [heads["q"], "query_scale"], f"{attn}.q_scaled")
+    for part in "kv":
+        cache = f"{part}_cache_{layer}"
+        w.node("TensorScatter", [cache, heads[part], "write_at.index"], f"{cache}_out", axis=2)
+    w.plugin(
+        "BlockAttention",
+        [heads["q"], f"k_cache_{layer}_out", f"v_cache_{layer}_out", "visible", "slots"],
+        [attn],
+        attn,
+        scale=float(model.head_dim**-0.5),
+    )
+    merged = w.node("Transpose", [attn], f"{attn}.rows", perm=[0, 2, 1, 3])
+    merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
+    out = w.linear(merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", q_size, model.hidden_size)
+    if rank:
+        lora = f"{attn}.o_proj.lora"
+        key = f"base_model.model.{source}.self_attn.o_proj"
+        a = w.weight(f"{lora}_A.weight", f"{key}.lora_A.weight", (q_size, rank), True)
+        b = w.weight(f"{lora}_B.weight", f"{key}.lora_B.weight", (rank, model.hidden_size), True, scale)
+        low = w.node("MatMul", [merged, a], f"{lora}_A")
+        # The gate is exactly 0 or 1, so a token without the adapter gets exactly the base model's value.
+        low = w.node("Mul", [low, "adapter.gate"], f"{lora}.gated")
+        out = w.node("Add", [out, w.node("MatMul", [low, b], f"{lora}_B")], f"{lora}.sum")
+    return w.node("Add", [x, out], f"{attn}.residual")
+
+
+def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str) -> str:
+    """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+    at, source = f"layers.{layer}", f"encoder.layers.{layer}"
+    hidden, inner = model.hidden_size, model.intermediate_size
+    name = f"{at}.post_attention_layernorm"
+    normed = w.norm(x, name, f"{source}.post_attention_layernorm.weight", hidden, model.rms_norm_eps)
+    gate = w.linear(normed, f"{at}.mlp.gate_proj", f"{source}.mlp.gate_proj.weight", hidden, inner)
+    up = w.linear(normed, f"{at}.mlp.up_proj", f"{source}.mlp.up_proj.weight", hidden, inner)
+    silu = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
+    gated = w.node("Mul", [silu, up], f"{at}.mlp.gated")
+    down = w.linear(gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", inner, hidden)
+    return w.node("Add", [x, down], f"{at}.mlp.residual")
+
+
+def add_head(w: GraphWriter, model: ModelConfig, x: str) -> None:
+    """Final norm and head on the picked rows only, then the commit rule."""
+    rows = w.node("Cast", ["rows"], "rows.index", to=TensorProto.INT64)
+    rows = w.node("Unsqueeze", [rows, "axis.last"], "rows.3d")
+    picked = w.node("GatherND", [x, rows], "rows.hidden", batch_dims=1)  # (B, R, E)
+    ids = w.node("GatherND", ["ids", rows], "rows.ids", batch_dims=1)  # (B, R)
+    normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)
+    head = w.linear(normed, "diffusion_head", "diffusion_head.weight", model.hidden_size, model.vocab_size)
+    w.node("Cast", [head], "logits", to=TensorProto.FLOAT)
+    results = ["token", "confidence", "next_ids", "masks_left"]
+    w.plugin("ConfidenceCommit", ["logits", ids, "threshold"], results, "commit", mask_id=model.mask_id)

@@ -1,0 +1,90 @@
+"""Collects the nodes, constants and weights of one ONNX graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ...contract import DOMAIN, Dtype
+from ...engine_folder import WEIGHTS_FILE
+
+ALIGNMENT = 4096  # bytes; runtimes map external data by page
+_NUMPY_TYPE: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One weight of the graph and where it comes from: `source` in the checkpoint (or adapter), perhaps transposed."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]  # as stored in the engine
+    transposed: bool
+    scale: float
+    offset: int
+    nbytes: int
+    quantized: bool = False  # e4m3, and after it the f32 scale of each row
+
+
+class GraphWriter:
+    """A graph being written; each node is named after the tensor it makes.
+
+    Every method that returns a string returns the name of the tensor that it has added.
+    """
+
+    def __init__(self, dtype: Dtype) -> None:
+        self.dtype = _NUMPY_TYPE[dtype]
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.weights: list[Weight] = []
+        self._end = 0  # of the last weight, in bytes of the external data file
+
+    def node(self, op: str, args: list[str], name: str, **attributes: Any) -> str:
+        """Add a node with one output."""
+        self.nodes.append(helper.make_node(op, args, [name], name=name, **attributes))
+        return name
+
+    def plugin(self, op: str, args: list[str], results: list[str], name: str, **attributes: Any) -> None:
+        """Add a node of one of the custom ops."""
+        attributes["plugin_namespace"] = DOMAIN
+        self.nodes.append(helper.make_node(op, args, results, name=name, domain=DOMAIN, **attributes))
+
+    def constant(self, name: str, value: Any) -> str:
+        """Add a small constant, stored in the graph itself."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def weight(self, name: str, source: str, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
+        """Declare an external weight. `shape` is the one stored here, so (in, out) for a transposed projection."""
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        nbytes = int(np.prod(shape)) * self.dtype.itemsize
+        self._end = offset + nbytes
+        self.weights.append(Weight(name, source, shape, transposed, scale, offset, nbytes))
+        tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(self.dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", offset), ("length", nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self.initializers.append(tensor)
+        return name
+
+    def linear(self, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
+        """Multiply by a projection of the checkpoint."""
+        return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
+
+    def norm(self, x: str, name: str, source: str, size: int, eps: float) -> str:
+        """Normalize the last axis by its root mean square."""
+        weight = self.weight(f"{name}.weight", source, (size,), False)
+        return self.node("RMSNormalization", [x, weight], name, axis=-1, epsilon=eps)
+
+    def compute(self, x: str, name: str) -> str:
+        """Cast to the engine's dtype."""
+        return self.node("Cast", [x], name, to=helper.np_dtype_to_tensor_dtype(self.dtype))
