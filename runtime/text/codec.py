@@ -6,17 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
+from typing import TYPE_CHECKING, Any
 
 from ...engine_folder import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ...errors import EngineError, RequestError
 from .checks import check_text
+
+if TYPE_CHECKING:
+    import jinja2
 
 Message = Mapping[str, str]
 _SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
@@ -32,11 +29,14 @@ class TextCodec:
     """Tokenizer and chat template of one engine. Raises EngineError if a file is missing or broken."""
 
     def __init__(self, folder: Path) -> None:
+        import tokenizers.decoders  # takes time to import, and the command line's help needs none
+
         path = folder / TOKENIZER_FILE
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise EngineError(f"{path}: not a tokenizer ({error}); build the engine again") from None
+        self._byte_level = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
         self.source = path.read_text(encoding="utf-8")  # tokenizer.json
         self._tokenizer.encode_special_tokens = True  # text is text: specials are added by id
         added = self._tokenizer.get_added_tokens_decoder()
@@ -121,7 +121,7 @@ class TextCodec:
         name = self._tokenizer.id_to_token(token)
         if name is None:  # the model has ids that its tokenizer lacks
             return b""
-        if not isinstance(self._tokenizer.decoder, ByteLevel):
+        if not self._byte_level:
             return self.piece(token).encode("utf-8")
         if all(c in _BYTES for c in name):
             return bytes(_BYTES[c] for c in name)
@@ -153,6 +153,9 @@ class TextCodec:
         return ids
 
     def _load_template(self, folder: Path) -> jinja2.Template | None:
+        import jinja2.ext
+        import jinja2.sandbox
+
         path = folder / TEMPLATE_FILE
         try:
             source = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")

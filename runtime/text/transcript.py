@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers.decoders import DecodeStream
-
 from .codec import TextCodec
 
 
@@ -13,6 +11,8 @@ class Transcript:
     """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
 
     def __init__(self, codec: TextCodec, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> None:
+        from tokenizers.decoders import DecodeStream  # takes time to import, as in codec.py
+
         self.codec = codec
         self._stop = tuple(stop)
         self._stop_ids = frozenset(stop_ids)
