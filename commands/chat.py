@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @options.device
 @options.statistics
 def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **choices: Any) -> None:
-    """Hold a conversation with ENGINE; /reset forgets it, /exit or the end of input leaves."""
+    """Hold a conversation with ENGINE.
+
+    /reset forgets the conversation, /exit or the end of input leaves it.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     from ..runtime.loading import load

@@ -58,7 +58,10 @@ def infill(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Fill the holes of a text with ENGINE, which sees the text before and after them."""
+    """Fill the holes of a text with ENGINE.
+
+    The model sees the text before and after a hole.
+    """
     from ..runtime.editing.infill import fill, parse_template
     from ..runtime.loading import load
 
@@ -104,7 +107,10 @@ def revise(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Decode the improbable tokens of a text again with ENGINE."""
+    """Correct a text with ENGINE.
+
+    Tokens that the model finds improbable are decoded again; the number of tokens stays.
+    """
     from ..runtime.editing.revise import revise as revise_text
     from ..runtime.loading import load
 

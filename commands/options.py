@@ -16,6 +16,13 @@ Decorator = Callable[[Any], Any]
 PATH: click.Path[Path] = click.Path(path_type=Path)
 OUTPUT_FILE: click.Path[Path] = click.Path(path_type=Path, dir_okay=False)
 FLAGS = {"block_steps": "--steps"}  # whose name is not the option's
+# What a help text says besides, where the command line differs from other ways to give the option.
+_NOTES = {
+    "logit_bias": "may be repeated",
+    "logprobs": "needs --json",
+    "confidences": "needs --json",
+    "json_schema": "give the schema itself or a file that holds it",
+}
 
 engine = click.argument("engine", type=PATH)
 threads = click.option("--threads", type=click.IntRange(1), help="Use this many CPU threads. [default: one per core]")
@@ -53,15 +60,16 @@ def flag(name: str) -> str:
 
 def _attributes(option: Option) -> dict[str, Any]:
     help = option.help.text
+    note = "may be repeated" if option.many else _NOTES.get(option.name)
+    if note is not None:
+        help = f"{help.removesuffix('.')}; {note}."
     if option.type is bool:
         return {"is_flag": True, "default": option.default, "help": help}
     if option.many:
-        return {"multiple": True, "type": option.one_type, "help": _with(help, "may be repeated")}
+        return {"multiple": True, "type": option.one_type, "help": help}
     if option.name == "logit_bias":
-        help = _with(help, "may be repeated")
         return {"multiple": True, "callback": _biases, "metavar": "ID=NUMBER", "help": help}
     if option.name == "json_schema":
-        help = _with(help, "give the schema itself or a file that holds it")
         return {"callback": _file_or_text, "metavar": "FILE|TEXT", "help": help}
     if option.default is None and option.help.default not in (None, "none"):
         help += f" [default: {option.help.default}]"
@@ -69,10 +77,6 @@ def _attributes(option: Option) -> dict[str, Any]:
     if option.choices and option.type is int:
         return attributes | {"callback": _integer_or_word, "metavar": "|".join(("INTEGER", *option.choices))}
     return attributes | {"type": click.Choice(option.choices) if option.choices else option.type}
-
-
-def _with(help: str, addition: str) -> str:
-    return help.removesuffix(".") + f"; {addition}."
 
 
 def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, float]:

@@ -85,7 +85,10 @@ def serve(
     no_prefix_reuse: bool,
     **choices: Any,
 ) -> None:
-    """Serve ENGINE over HTTP with OpenAI's API, metrics, and a page to watch it decode."""
+    """Serve ENGINE over HTTP.
+
+    The server speaks OpenAI's API, reports metrics, and has a page to watch the engine decode.
+    """
     try:
         from ..serving.http.app import Limits, open_server
         from ..serving.http.server import bind

@@ -17,7 +17,7 @@ def trace() -> None:
 @trace.command()
 @click.argument("file", type=PATH)
 def show(file: Path) -> None:
-    """Summarize the passes, times and drafts of each request in FILE, a trace in JSON lines."""
+    """Summarize each request in FILE, a trace in JSON lines: its passes, times and drafts."""
     from ..runtime.events.trace import read, summary
 
     click.echo("\n".join(summary(read(file))))
@@ -27,7 +27,10 @@ def show(file: Path) -> None:
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("-o", "--output", type=OUTPUT_FILE, required=True, help="Write the page to this HTML file.")
 def view(files: tuple[Path, ...], output: Path) -> None:
-    """Write one HTML page that plays the traces of FILES side by side and needs no server."""
+    """Write one HTML page that plays the traces of FILES side by side.
+
+    The page needs no server.
+    """
     from ..runtime.events.trace import read
     from ..serving.http.page_export import html
 

@@ -62,7 +62,10 @@ def run(repo: Path, arguments: tuple[str, ...], host: str, http_port: int, grpc_
 
 @triton.command()
 def install() -> None:
-    """Install a tritonserver for CPUs beside the packages of this Python: 290 MB, Linux, no container needed."""
+    """Install a tritonserver for CPUs.
+
+    It is put beside the packages of this Python, takes 290 MB, and needs Linux but no container.
+    """
     from ..serving.triton_server.install import install as install_server
 
     click.echo(f"installed    {install_server()}; try: nemodiff triton run REPO", err=True)

@@ -74,7 +74,9 @@ class Options:
     frequency_penalty: Annotated[
         float, Range(-2, 2), Help("Subtract this from the logit of a token for each time it was generated.")
     ] = 0.0
-    seed: Annotated[int, Range(0, 2**64 - 1, text="0 to 2**64 - 1"), Help("Seed the noise of sampling.")] = 0
+    seed: Annotated[
+        int, Range(0, 2**64 - 1, text="0 to 2**64 - 1"), Help("Seed the random draws of sampling with this number.")
+    ] = 0
     logit_bias: Annotated[
         Mapping[int, float] | None,
         BeforeValidator(plain_biases),
