@@ -1,8 +1,6 @@
-"""The compiled kernels of one engine, for one card.
+"""Launches of an engine's compiled kernels through the CUDA driver: one by one, or all stages of an op.
 
-In: an engine folder's kernel records and files. Out: PTX for TensorRT's ahead-of-time plugins, and launches through the
-CUDA driver for those of TensorRT-RTX and for what runs after an engine. The surprising fact: a kernel with more than
-48 KiB of shared memory is refused at launch unless its function has been told so before.
+This is what the plugins of TensorRT-RTX run, and what draws tokens after an engine.
 """
 
 from __future__ import annotations
@@ -13,15 +11,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...engine_folder import Kernel
 from ...errors import EngineError
-from ..op import Grid
+from ..op import Grid, Op, ceil_div
+from .driver import call
+
+_ALIGNMENT = 256  # bytes, of each scratch tensor in a workspace
 
 
 class Kernels:
-    """Kernels of `sm` in an engine folder, whose files the caller has checked; nothing is loaded yet.
+    """Kernels of one card in an engine folder, each loaded when it is first launched.
 
-    `driver` is the module `cuda.bindings.driver`, or what plays it.
+    Args:
+        folder: the engine folder, whose files the caller has checked.
+        kernels: the records of its kernels.
+        sm: the card's compute capability.
+        driver: the module `cuda.bindings.driver`, or what plays it.
 
     Raises:
         EngineError: the engine has no kernels for the card.
@@ -29,9 +36,11 @@ class Kernels:
 
     def __init__(self, folder: Path, kernels: Sequence[Kernel], sm: int, driver: Any = None) -> None:
         self.records = {kernel.stage: kernel for kernel in kernels if kernel.sm == sm}
-        self._folder, self._loaded, self._given_driver = folder, dict[str, tuple[Any, Any]](), driver
+        self._folder = folder
+        self._chosen_driver = driver
+        self._loaded: dict[str, tuple[Any, Any]] = {}  # module and function by stage
         if not self.records:
-            built = ", ".join(map(str, sorted({kernel.sm for kernel in kernels}))) or "none"
+            built = ", ".join(str(sm) for sm in sorted({kernel.sm for kernel in kernels})) or "none"
             raise EngineError(
                 f"{folder}: has no plugin kernels for SM {sm}, allowed: {built}; build it again with --plugins and "
                 f"--sm {sm}"
@@ -58,28 +67,84 @@ class Kernels:
         if stage not in self._loaded:
             self._loaded[stage] = self._load(kernel)
         kinds = [ctypes.c_void_p if argument[0] == "*" else ctypes.c_int32 for argument in kernel.arguments]
-        scratch = (None, None)  # see contract.Kernel
+        scratch = (None, None)  # see engine_folder.Kernel
         parameters = ((*arguments, *scratch), (*kinds, ctypes.c_void_p, ctypes.c_void_p))
         _, function = self._loaded[stage]
         threads = 32 * kernel.num_warps
         self._call("cuLaunchKernel", function, *grid, threads, 1, 1, kernel.shared_bytes, stream, parameters, 0)
 
     def _load(self, kernel: Kernel) -> tuple[Any, Any]:
-        (module,) = self._call("cuModuleLoadData", (self._folder / kernel.file("cubin")).read_bytes())
-        (function,) = self._call("cuModuleGetFunction", module, kernel.entry.encode())
+        module = self._call("cuModuleLoadData", (self._folder / kernel.file("cubin")).read_bytes())
+        function = self._call("cuModuleGetFunction", module, kernel.entry.encode())
+        # Unless its function says so before, a kernel with more than 48 KiB of shared memory is refused at launch.
         attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._call("cuFuncSetAttribute", function, attribute, kernel.shared_bytes)
         return module, function
 
     @property
     def _driver(self) -> Any:
-        return self._given_driver or importlib.import_module("cuda.bindings.driver")
+        return self._chosen_driver or importlib.import_module("cuda.bindings.driver")
 
-    def _call(self, name: str, *args: Any) -> Any:
-        status, *values = getattr(self._driver, name)(*args)
-        if int(status):
-            raise EngineError(
-                f"{self._folder}: the CUDA driver refuses a plugin kernel ({name}: {status.name}); build the engine "
-                "again on this machine, or without --plugins"
-            )
-        return values
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return call(
+            self._driver,
+            name,
+            *arguments,
+            subject=f"{self._folder}: a plugin kernel",
+            next_step="build the engine again on this machine, or without --plugins",
+        )
+
+
+def run(
+    op: Op,
+    kernels: Kernels,
+    shapes: Sequence[Sequence[int]],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    workspace: int,
+    stream: int,
+) -> None:
+    """Launch every stage of an op.
+
+    Args:
+        op: the op.
+        kernels: its compiled kernels.
+        shapes: shapes of the inputs.
+        inputs: device pointers.
+        outputs: device pointers.
+        workspace: device pointer to `workspace_size` bytes.
+        stream: CUDA stream handle.
+    """
+    pointers = {arg.name: pointer for arg, pointer in zip(op.inputs, inputs, strict=True)}
+    pointers |= {arg.name: pointer for arg, pointer in zip(op.outputs, outputs, strict=True)}
+    for name, size in _scratch(op, shapes):
+        pointers[name] = workspace
+        workspace += size
+    dims = _int_dims(op, shapes)
+    for stage in op.stages:
+        arguments = [
+            *(pointers[name] for name in stage.inputs),
+            *(dims[letter] for letter in stage.scalars),
+            *(pointers[arg.name] for arg in stage.outputs),
+        ]
+        kernels.launch(stage.name, stage.grid(dims, ceil_div), arguments, stream)
+
+
+def workspace_size(op: Op, shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes of scratch that `run` needs."""
+    return sum(size for _, size in _scratch(op, shapes))
+
+
+def _int_dims(op: Op, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    by_name = {arg.name: shape for arg, shape in zip(op.inputs, shapes, strict=True)}
+    return {letter: int(size) for letter, size in op.dims(by_name).items()}
+
+
+def _scratch(op: Op, shapes: Sequence[Sequence[int]]) -> list[tuple[str, int]]:
+    """Name and bytes of each scratch tensor; all are of 4-byte types."""
+    dims = _int_dims(op, shapes)
+    scratch = []
+    for arg in op.scratch:
+        nbytes = 4 * int(np.prod(arg.sizes(dims, ceil_div)))
+        scratch.append((arg.name, ceil_div(nbytes, _ALIGNMENT) * _ALIGNMENT))
+    return scratch

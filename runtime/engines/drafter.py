@@ -1,9 +1,6 @@
-"""Whether the drafter adapter acts: once per engine by a probe, and per request by a count.
+"""Tells whether the drafter adapter acts: once per engine by a probe, and in a pass by a count of tokens.
 
-In: a loaded backend, or a pass. Out: an EngineError where the gate does nothing, or the number of tokens the adapter
-acts on. The surprising fact: an adapter that is never on changes no answer of self-speculation, only its speed, so
-nothing but a probe tells. One forward of two masks is enough that see themselves alone, one with the gate at 0 and one
-with it at 1.
+An adapter that is never on changes no answer of self-speculation, only its speed, so nothing but a probe finds it.
 """
 
 from __future__ import annotations
@@ -18,9 +15,11 @@ from .engine import Engine, Pass, every_token
 
 def check_gate(engine: Engine, folder: Path) -> None:
     """Run the probe on an engine that has an adapter. Raises EngineError if the gate changes nothing."""
+    # Two masks at position 0, each of which sees itself alone: they differ in their gate and in nothing else.
+    ids = np.full(2, engine.info.model.mask_id, np.int32)
+    pos = np.zeros(2, np.int32)
     visible = np.array([[0, 0, 1], [0, 1, 2]], np.int32)
     gate = np.array([0, 1], np.float32)
-    ids, pos = np.full(2, engine.info.model.mask_id, np.int32), np.zeros(2, np.int32)
     cache = engine.open(1)
     (prediction,) = cache.forward([Pass("draft", ids, pos, 0, visible, every_token(2), adapter=gate)])
     acts = bool(prediction.confidence[0] != prediction.confidence[1])
@@ -34,8 +33,6 @@ def check_gate(engine: Engine, folder: Path) -> None:
 
 def adapted(pass_: Pass) -> int:
     """Tokens of a pass that the adapter acts on."""
-    return (
-        int(np.count_nonzero(pass_.adapter))
-        if isinstance(pass_.adapter, np.ndarray)
-        else pass_.adapter * pass_.ids.size
-    )
+    if isinstance(pass_.adapter, np.ndarray):
+        return int(np.count_nonzero(pass_.adapter))
+    return pass_.ids.size if pass_.adapter else 0

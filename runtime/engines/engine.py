@@ -1,9 +1,9 @@
 """What a decoding loop asks of an engine, whatever the backend.
 
 A loop yields a `Pass` for its row and gets a `Prediction` back. An `Engine` opens a `Cache` of some rows; one `forward`
-serves the passes of consecutive rows together, each with its own tokens, positions and visibility. The surprising fact:
-a forward never moves a row's length. Every pass writes its K/V where it says, and what lies past the length a loop
-keeps in mind is scratch, so a rejected draft costs nothing to undo.
+serves the passes of consecutive rows together, each with its own tokens, positions and visibility. A cache knows no
+lengths: every pass writes its K/V at its own `write_at`, and what lies past a sequence's length is scratch memory, so
+a rejected draft costs nothing to undo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "ve
 # Slices of these two serve every position below 4096 without an allocation.
 _RAMP = np.arange(4096, dtype=np.int32)
 _CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
-_RAMP.flags.writeable = _CAUSAL.flags.writeable = False
+_RAMP.flags.writeable = False
+_CAUSAL.flags.writeable = False
 
 
 class Pass(NamedTuple):
@@ -33,11 +34,11 @@ class Pass(NamedTuple):
     pos: np.ndarray  # (S,) i32
     write_at: int
     visible: np.ndarray  # (S, 3) i32
-    predicted: np.ndarray  # (R,) i32: which of the S tokens get a prediction; the binding is called rows
+    predicted: np.ndarray  # (R,) i32: which of the S tokens get a prediction; the binding is called "rows"
     threshold: float = 0.0
     adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
     logits: bool = False
-    temperature: float = 0.0  # over 0, of an engine that `samples`: each token is drawn by the noise at its position
+    temperature: float = 0.0  # over 0 only for an engine that `samples`: it draws each token by its position's noise
     seed: int = 0  # of that noise, under 2**64
 
 
@@ -72,7 +73,7 @@ class Engine(Protocol):
     """A loaded engine."""
 
     info: EngineInfo
-    samples: bool  # whether it draws tokens where a pass has a temperature; if not, the host does from the logits
+    samples: bool  # whether it draws tokens where a pass has a temperature; otherwise the host draws from the logits
 
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
@@ -95,13 +96,12 @@ def bidirectional(
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size
     predicted = every_token(size)
-    return Pass(
-        kind, np.array(ids, np.int32), _ramp(start, size), start, visible, predicted, threshold, adapter, logits
-    )
+    pos = _ramp(start, size)
+    return Pass(kind, np.array(ids, np.int32), pos, start, visible, predicted, threshold, adapter, logits)
 
 
 def with_masks(pass_: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
-    """A causal pass with a group of masks behind it that sees all of it; predicted are the last token and the masks."""
+    """A causal pass with a group of masks after it that sees all of it; the last token and the masks are predicted."""
     count = pass_.ids.size
     end = pass_.write_at + count
     visible = np.zeros((size, 3), np.int32)
@@ -115,10 +115,10 @@ def with_masks(pass_: Pass, size: int, mask_id: int, *, adapter: bool = False) -
     )
 
 
-# Cached, so that a backend can tell by identity that a row asks for the same tokens as before.
+# Cached, so that a backend sees by identity that a row's `predicted` is the same as before.
 @functools.lru_cache(maxsize=1024)
 def every_token(size: int) -> np.ndarray:
-    """The `predicted` of a pass that wants every token's prediction."""
+    """The `predicted` of a pass that predicts after every token."""
     return _ramp(0, size)
 
 

@@ -1,15 +1,14 @@
-"""Where the small bindings of one shape of a pass lie in one buffer, and how a pass is written there.
+"""The shape of a forward, where its small bindings lie in one buffer, and how a pass is written there.
 
-In: an engine's description, the shape (rows, S, R) and passes. Out: offsets for a device and numpy views for the host.
-A GPU engine copies one such buffer up and one down per step, whatever the number of bindings. The surprising fact:
-padding is written, not left out: a padding token has a slot of its own past the pass and sees that alone.
+A GPU engine copies one buffer of inputs up and one of outputs down per step, whatever the number of bindings.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,17 @@ from .engine import Pass
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT gets; Triton assumes 16
 _NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32}
+
+
+class PassShape(NamedTuple):
+    """What decides the buffers of a forward; each engine keeps buffers, contexts and graphs by it."""
+
+    first: int  # the first row of the cache
+    rows: int  # B
+    tokens: int  # S
+    predicted: int  # R
+    logits: bool = False  # whether a row wants its logits on the host
+    sampled: bool = False  # whether a row is sampled on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,52 +46,66 @@ class Layout:
         }
 
 
-# What `SampledCommit` takes beside the logits and the threshold, given only where a row is sampled; see
-# `plugins/ops/confidence_commit.py`.
+# The inputs of `SampledCommit` (`plugins/ops/confidence_commit.py`) beside logits and threshold.
 SAMPLING = (
-    Binding("picked", "i32", ("B", "R")),  # its `ids`
+    Binding("predicted_ids", "i32", ("B", "R")),  # the op's `ids`
     Binding("temperature", "f32", ("B",)),
     Binding("seed", "i32", ("B", 2)),
     Binding("position", "i32", ("B", "R")),
 )
 
 
-def layouts(info: EngineInfo, rows: int, size: int, predicted: int, sampled: bool = False) -> tuple[Layout, Layout]:
-    """The layouts of what a pass is given and of what is taken from it."""
-    lengths = {"B": rows, "S": size, "R": predicted}
-
-    def layout(bindings: list[Binding]) -> Layout:
-        places, end = {}, 0
-        for b in bindings:
-            if b.kind != "compute" and b.name != "logits":
-                shape = tuple(lengths[d] if isinstance(d, str) else d for d in b.shape)
-                places[b.name] = (end, _NUMPY[b.kind], shape)
-                end += -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
-        return Layout(places, end)
-
-    given = [*inputs(info.model, info.has_adapter), *(SAMPLING if sampled else ())]
-    return layout(given), layout(outputs(info.model))
+def layouts(info: EngineInfo, shape: PassShape) -> tuple[Layout, Layout]:
+    """The layouts of the inputs and of the outputs of a forward."""
+    bindings = inputs(info.model, info.has_adapter)
+    if shape.sampled:
+        bindings += SAMPLING
+    return _layout(bindings, shape), _layout(outputs(info.model), shape)
 
 
-def fill(given: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> None:
+def _layout(bindings: Sequence[Binding], shape: PassShape) -> Layout:
+    """The small bindings one after the other; caches and logits have memory of their own."""
+    lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted}
+    places = {}
+    end = 0
+    for binding in bindings:
+        if binding.kind == "compute" or binding.name == "logits":
+            continue
+        sizes = tuple(lengths[size] if isinstance(size, str) else size for size in binding.shape)
+        places[binding.name] = (end, _NUMPY[binding.kind], sizes)
+        end += -(-4 * math.prod(sizes) // ALIGNMENT) * ALIGNMENT
+    return Layout(places, end)
+
+
+def fill(arrays: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> None:
     """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-    size, predicted, whole = p.ids.size, p.predicted.size, given["ids"].shape[1]
-    given["ids"][row, :size], given["pos"][row, :size] = p.ids, p.pos
-    given["visible"][row, :size], given["write_at"][row] = p.visible, p.write_at
-    given["rows"][row, :predicted], given["rows"][row, predicted:] = p.predicted, whole - 1
-    given["threshold"][row] = p.threshold
-    if "adapter" in given:
-        given["adapter"][row, :size], given["adapter"][row, size:] = p.adapter, 0
-    if size < whole:
-        own = np.arange(p.write_at + size, p.write_at + whole, dtype=np.int32)
-        given["ids"][row, size:], given["pos"][row, size:] = int(mask_id == 0), own  # any id but the mask
-        given["visible"][row, size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
-    if "seed" in given:
-        ids, pos = (given[name][row][given["rows"][row]] for name in ("ids", "pos"))  # (R,) i32
-        given["temperature"][row] = p.temperature
-        given["seed"][row] = np.array([p.seed], np.uint64).view(np.int32)
-        given["picked"][row] = ids
-        given["position"][row] = pos + (ids != mask_id)  # a mask stands where its token goes, another token before it
+    ids = arrays["ids"][row]  # (S,) i32
+    pos = arrays["pos"][row]
+    visible = arrays["visible"][row]
+    predicted = arrays["rows"][row]  # (R,) i32
+    size = p.ids.size
+    ids[:size] = p.ids
+    pos[:size] = p.pos
+    visible[:size] = p.visible
+    predicted[: p.predicted.size] = p.predicted
+    predicted[p.predicted.size :] = ids.size - 1
+    arrays["write_at"][row] = p.write_at
+    arrays["threshold"][row] = p.threshold
+    if "adapter" in arrays:
+        arrays["adapter"][row, :size] = p.adapter
+        arrays["adapter"][row, size:] = 0
+    if size < ids.size:
+        own = np.arange(p.write_at + size, p.write_at + ids.size, dtype=np.int32)
+        ids[size:] = int(mask_id == 0)  # any id but the mask
+        pos[size:] = own
+        visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+    if "seed" in arrays:
+        predicted_ids = ids[predicted]
+        arrays["temperature"][row] = p.temperature
+        arrays["seed"][row] = np.array([p.seed], np.uint64).view(np.int32)
+        arrays["predicted_ids"][row] = predicted_ids
+        # A mask stands at its token's position, any other token one before it.
+        arrays["position"][row] = pos[predicted] + (predicted_ids != mask_id)
 
 
 def rounded(number: int, limit: int) -> int:

@@ -1,9 +1,8 @@
 """The CPU engine: ONNX Runtime over the graph, with caches updated in place.
 
-In: an engine folder. Out: an `Engine`. All inputs and outputs of a forward live in numpy arrays bound once per
-shape, so a step writes a few integers, runs, and reads a few integers. The capacity T is dynamic here: it starts
-small and doubles, so cost follows the length in use. The surprising fact: a cache is bound as input and as output
-over the same memory, and ONNX Runtime's TensorScatter then skips its copy.
+All inputs and outputs of a forward live in numpy arrays bound once per shape, so a step writes a few integers, runs,
+and reads a few integers. The capacity T is dynamic here: it starts small and doubles, so the cost follows the length
+in use.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from ...engine_folder import MODEL_FILE, EngineInfo
 from ...contract import Binding, cache_names, inputs, outputs
+from ...engine_folder import MODEL_FILE, EngineInfo
 from ...errors import EngineError
 from .engine import Pass, Prediction
+from .layout import PassShape
 
 FIRST_CAPACITY = 256  # tokens
 _KEPT_FORWARDS = 256  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
 _KEPT_WITH_LOGITS = 16  # of those, shapes whose arrays hold a vocabulary per token
 _KEPT_CACHES = 4  # closed ones; binding a shape anew costs as much as a small model's forward
-_Shape = tuple[int, int, int, int, bool]  # first row, rows, S, R, with logits or not
-_BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: the array and its OrtValue
+_BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
 _NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
 
 
@@ -35,7 +34,7 @@ class OnnxRuntimeEngine:
 
     Args:
         folder: the engine folder.
-        info: its description, from `contract.read_engine`.
+        info: its description, from `engine_folder.read_engine`.
         threads: CPU threads of a forward; None lets ONNX Runtime take one per physical core.
 
     Raises:
@@ -61,14 +60,12 @@ class OnnxRuntimeEngine:
                 f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
                 f"build it again: nemodiff build CHECKPOINT -o {folder}"
             ) from None
-        wanted, got = (
-            {b.name for b in inputs(info.model, info.has_adapter)},
-            {i.name for i in self.session.get_inputs()},
-        )
-        if wanted != got:
+        expected = {binding.name for binding in inputs(info.model, info.has_adapter)}
+        declared = {item.name for item in self.session.get_inputs()}
+        if declared != expected:
             raise EngineError(
                 f"{folder / MODEL_FILE}: its inputs are not those of the engine's description (one of "
-                f"{', '.join(sorted(wanted ^ got)[:3])}); build it again: nemodiff build CHECKPOINT -o {folder}"
+                f"{', '.join(sorted(expected ^ declared)[:3])}); build it again: nemodiff build CHECKPOINT -o {folder}"
             )
         self.info = info
         self._closed: list[OnnxRuntimeCache] = []
@@ -96,29 +93,37 @@ class OnnxRuntimeCache:
 
     def __init__(self, engine: OnnxRuntimeEngine, rows: int) -> None:
         model = engine.info.model
-        self.rows, self.seconds, self._engine = rows, 0.0, engine
-        self._session, self._info = engine.session, engine.info
+        self.rows = rows
+        self.seconds = 0.0
         self.capacity = 0  # slots per row now allocated
+        self._engine = engine
+        self._session = engine.session
+        self._info = engine.info
         self._shape = (rows, model.num_kv_heads, 0, model.head_dim)
         self._pad_id = int(model.mask_id == 0)  # any id but the mask
         self._caches: dict[str, np.ndarray] = {
             name: np.zeros(self._shape, _NUMPY[engine.info.build.dtype]) for name in cache_names(model.num_layers)
         }
-        self._forwards: dict[_Shape, _Forward] = {}
+        self._forwards: dict[PassShape, _Forward] = {}
         self._bound_rows: dict[tuple[int, int], _BoundRows] = {}
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        size = predicted = end = 0
+        tokens = 0
+        predicted = 0
+        end = 0
         logits = False
         for p in passes:
-            size, predicted = max(size, p.ids.size), max(predicted, p.predicted.size)
-            end, logits = max(end, p.write_at), logits or p.logits
-        if end + size > self.capacity:
-            self._reserve(end + size)
-        bound = self._forwards.get((first, len(passes), size, predicted, logits))
+            tokens = max(tokens, p.ids.size)
+            predicted = max(predicted, p.predicted.size)
+            end = max(end, p.write_at)
+            logits = logits or p.logits
+        if end + tokens > self.capacity:
+            self._reserve(end + tokens)
+        shape = PassShape(first, len(passes), tokens, predicted, logits)
+        bound = self._forwards.get(shape)
         if bound is None:
-            bound = self._bind((first, len(passes), size, predicted, logits))
+            bound = self._bind(shape)
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
         started = time.perf_counter()
@@ -143,16 +148,17 @@ class OnnxRuntimeCache:
             new *= 2
         self._forwards.clear()
         self._bound_rows.clear()
-        self._shape, self.capacity = (rows, heads, new, width), new
+        self._shape = (rows, heads, new, width)
+        self.capacity = new
         for name, cache in self._caches.items():
             self._caches[name] = np.zeros(self._shape, cache.dtype)
             self._caches[name][:, :, :old] = cache
 
-    def _bind(self, shape: _Shape) -> _Forward:
-        kept = [other for other in self._forwards if other[-1] == shape[-1]]
-        if len(kept) >= (_KEPT_WITH_LOGITS if shape[-1] else _KEPT_FORWARDS):
+    def _bind(self, shape: PassShape) -> _Forward:
+        kept = [other for other in self._forwards if other.logits == shape.logits]
+        if len(kept) >= (_KEPT_WITH_LOGITS if shape.logits else _KEPT_FORWARDS):
             del self._forwards[kept[0]]
-        forward = _Forward(self._session, self._info, self._rows(shape[0], shape[1]), shape)
+        forward = _Forward(self._session, self._info, self._rows(shape.first, shape.rows), shape)
         self._forwards[shape] = forward
         return forward
 
@@ -160,75 +166,90 @@ class OnnxRuntimeCache:
         """Each cache's rows as ONNX Runtime sees them, made once: they are most of what a new shape binds."""
         import onnxruntime
 
-        found = self._bound_rows.get((first, count))
-        if found is None:
-            views = {name: cache[first : first + count] for name, cache in self._caches.items()}
-            found = {name: (view, onnxruntime.OrtValue.ortvalue_from_numpy(view)) for name, view in views.items()}
-            self._bound_rows[first, count] = found
-        return found
+        if (first, count) not in self._bound_rows:
+            bound = {}
+            for name, cache in self._caches.items():
+                view = cache[first : first + count]
+                bound[name] = (view, onnxruntime.OrtValue.ortvalue_from_numpy(view))
+            self._bound_rows[first, count] = bound
+        return self._bound_rows[first, count]
 
 
 class _Forward:
-    """The arrays and the IOBinding of one shape (first row, rows, S, R, with logits or not)."""
+    """The arrays and the IOBinding of one shape."""
 
-    def __init__(self, session: Any, info: EngineInfo, cached: _BoundRows, shape: _Shape) -> None:
-        import onnxruntime
-
-        _, rows, size, predicted, with_logits = shape
-        lengths = {"B": rows, "S": size, "R": predicted, "V": info.model.vocab_size}
+    def __init__(self, session: Any, info: EngineInfo, caches: _BoundRows, shape: PassShape) -> None:
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
-        self._values: list[Any] = [cached]  # keeps what the binding points to alive
+        self._caches = caches
+        self._values: list[Any] = []  # keeps what the binding points to alive
+        self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": info.model.vocab_size}
+        self._bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
+        self._bind(outputs(info.model, shape.logits), self.binding.bind_ortvalue_output)
+        inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
+        self._inputs = [self._row(row, inputs_of_row) for row in range(shape.rows)]
+        outputs_of_row = ("token", "confidence", "next_ids", "logits")
+        self._whole = [Prediction(*self._row(row, outputs_of_row)) for row in range(shape.rows)]
+        # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
+        self._last_predicted: list[np.ndarray | None] = [None] * shape.rows
+        self._threshold = [0.0] * shape.rows
 
-        def bind(names: list[Binding], into: Any) -> None:
-            for b in names:
-                if b.kind == "compute":
-                    into(b.name, cached[b.name.removesuffix("_out")][1])
-                    continue
-                if b.name == "logits" and not with_logits:
-                    continue
-                of = [lengths[d] if isinstance(d, str) else d for d in b.shape]
-                array = self.arrays[b.name] = np.zeros(of, _NUMPY[b.kind])
+    def _bind(self, bindings: list[Binding], bind_value: Any) -> None:
+        """Bind the caches' memory and a new array for everything else."""
+        import onnxruntime
+
+        for binding in bindings:
+            if binding.kind == "compute":
+                # A cache is input and output over the same memory: ONNX Runtime's TensorScatter then skips its copy.
+                _, value = self._caches[binding.name.removesuffix("_out")]
+            else:
+                sizes = [self._lengths[size] if isinstance(size, str) else size for size in binding.shape]
+                array: np.ndarray = np.zeros(sizes, _NUMPY[binding.kind])
+                self.arrays[binding.name] = array
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 self._values.append(value)
-                into(b.name, value)
-
-        bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
-        bind(outputs(info.model), self.binding.bind_ortvalue_output)
-        names = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
-        self._inputs = [self._row(row, names) for row in range(rows)]
-        outs = ("token", "confidence", "next_ids", "logits")
-        self._whole = [Prediction(*self._row(row, outs)) for row in range(rows)]
-        # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
-        self._last_predicted: list[np.ndarray | None] = [None] * rows
-        self._threshold = [0.0] * rows
+            bind_value(binding.name, value)
 
     def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
         """Views of one row of some arrays, (1,) where a row is a single number, None where there is no array."""
-        arrays = [self.arrays.get(name) for name in names]
-        return [None if a is None else a[row] if a.ndim > 1 else a[row : row + 1] for a in arrays]
+        views: list[Any] = []
+        for name in names:
+            array = self.arrays.get(name)
+            if array is None:
+                views.append(None)
+            else:
+                views.append(array[row] if array.ndim > 1 else array[row : row + 1])
+        return views
 
     def fill(self, row: int, p: Pass, pad_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
         ids, pos, visible, rows, write_at, threshold, adapter = self._inputs[row]
         size = p.ids.size
-        ids[:size], pos[:size], visible[:size], write_at[0] = p.ids, p.pos, p.visible, p.write_at
+        ids[:size] = p.ids
+        pos[:size] = p.pos
+        visible[:size] = p.visible
+        write_at[0] = p.write_at
         if p.predicted is not self._last_predicted[row]:
-            rows[: p.predicted.size], rows[p.predicted.size :] = p.predicted, ids.size - 1
+            rows[: p.predicted.size] = p.predicted
+            rows[p.predicted.size :] = ids.size - 1
             self._last_predicted[row] = p.predicted
         if p.threshold != self._threshold[row]:
-            threshold[0] = self._threshold[row] = p.threshold
+            threshold[0] = p.threshold
+            self._threshold[row] = p.threshold
         if adapter is not None:
-            adapter[:size], adapter[size:] = p.adapter, 0
+            adapter[:size] = p.adapter
+            adapter[size:] = 0
         if size < ids.size:
             own = np.arange(p.write_at + size, p.write_at + ids.size)
-            ids[size:], pos[size:] = pad_id, own
+            ids[size:] = pad_id
+            pos[size:] = own
             visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
 
     def prediction(self, row: int, p: Pass) -> Prediction:
         """One row's results as views."""
-        whole, n = self._whole[row], p.predicted.size
-        if n == whole.token.size and p.logits == (whole.logits is not None):
+        whole = self._whole[row]
+        count = p.predicted.size
+        if count == whole.token.size and p.logits == (whole.logits is not None):
             return whole
-        logits = whole.logits[:n] if p.logits and whole.logits is not None else None
-        return Prediction(whole.token[:n], whole.confidence[:n], whole.next_ids[:n], logits)
+        logits = whole.logits[:count] if p.logits and whole.logits is not None else None
+        return Prediction(whole.token[:count], whole.confidence[:count], whole.next_ids[:count], logits)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemodiff.plugins import OPS
-from nemodiff.plugins.tensorrt.register import register_v3, stage_op
+from nemodiff.plugins.op import stage_op
+from nemodiff.plugins.tensorrt.v3 import register_v3
 
 
 def stages(api: Any, kernels: Any) -> None:

@@ -1,5 +1,7 @@
 # mypy: ignore-errors
-"""Drives the quick plugins on the real registry of TensorRT 11.4's lean runtime: a job in JSON in, what they say out.
+"""Drives the quick plugins on the real registry of TensorRT 11.4's lean runtime.
+
+It reads a job as JSON from standard input and prints what each stage's plugin answers, as JSON too.
 
 The lean wheel has the registry and the plugin interfaces but no builder, so `tensorrt` is put together here: the lean
 module, the Python sources of `tensorrt.plugin` out of the bindings wheel, whose own library is in no wheel, and
@@ -62,8 +64,11 @@ def load_tensorrt():
 
     trt = types.ModuleType("tensorrt")
     trt.__dict__.update({k: v for k, v in vars(lean).items() if not k.startswith("__")})
-    trt.__path__, trt.__version__ = [], lean.__version__
-    trt.ITensor, trt.IDimensionExpr, trt.PluginTensorDesc = type("ITensor", (), {}), Number, types.SimpleNamespace
+    trt.__path__ = []
+    trt.__version__ = lean.__version__
+    trt.ITensor = type("ITensor", (), {})
+    trt.IDimensionExpr = Number
+    trt.PluginTensorDesc = types.SimpleNamespace
     trt.ISymExpr = type("ISymExpr", (), {})
     trt.TensorFormat = enum.IntEnum("TensorFormat", {"LINEAR": 0})
     trt.DimsExprs = lambda size: [None] * size
@@ -80,20 +85,22 @@ def load_tensorrt():
 
 def drive(trt, op, stage, job):
     """Create one stage's plugin by its creator in the registry and ask it everything a build asks."""
-    from nemodiff.plugins.op import ceil_div
-    from nemodiff.plugins.tensorrt.register import stage_op
+    from nemodiff.plugins.op import ceil_div, stage_op
 
     creator = trt.get_plugin_registry().get_creator(stage.name, "1", "nemodiff")
     kinds = {float: trt.PluginFieldType.FLOAT64, int: trt.PluginFieldType.INT64}
     fields = [trt.PluginField(name, np.array([job["values"][name]]), kinds[kind]) for name, kind in op.attributes]
-    collection, ahead = trt.PluginFieldCollection(fields), trt.QuickPluginCreationRequest.STRICT_AOT
+    collection = trt.PluginFieldCollection(fields)
+    ahead = trt.QuickPluginCreationRequest.STRICT_AOT
     plugin = creator.create_plugin(stage.name, "nemodiff", collection, trt.TensorRTPhase.BUILD, ahead)
 
-    one, data, builder = stage_op(op, stage), trt.DataType, Expressions()
+    one = stage_op(op, stage)
+    data = trt.DataType
+    builder = Expressions()
     types_ = {"compute": getattr(data, job["compute"]), "logits": data.FLOAT, "f32": data.FLOAT, "i32": data.INT32}
     shapes = [arg.sizes(job["dims"], ceil_div) for arg in one.inputs]
-    given = [types_[arg.dtype] for arg in one.inputs]
-    made = plugin.get_output_data_types(given, [len(shape) for shape in shapes])
+    input_types = [types_[arg.dtype] for arg in one.inputs]
+    output_types = plugin.get_output_data_types(input_types, [len(shape) for shape in shapes])
     expressions = [[Number(size) for size in shape] for shape in shapes]
     results = [[size.value for size in shape] for shape in plugin.get_output_shapes(expressions, [], builder)]
 
@@ -101,16 +108,18 @@ def drive(trt, op, stage, job):
         inner = types.SimpleNamespace(type=kind, format=trt.TensorFormat.LINEAR, scale=1.0, dims=shape)
         return types.SimpleNamespace(desc=inner, min=shape, max=shape, opt=shape)
 
-    io = [described(*pair) for pair in zip([*shapes, *results], [*given, *made], strict=True)]
-    inputs, outputs = io[: len(shapes)], io[len(shapes) :]
+    inputs = [described(shape, kind) for shape, kind in zip(shapes, input_types, strict=True)]
+    outputs = [described(shape, kind) for shape, kind in zip(results, output_types, strict=True)]
+    io = [*inputs, *outputs]
     formats = plugin.get_supported_format_combinations(io, len(shapes))
     plugin.configure_plugin(inputs, outputs)
     plugin.set_tactic(0)
-    launch, scalars = types.SimpleNamespace(), Setter()
+    launch = types.SimpleNamespace()
+    scalars = Setter()
     plugin.get_launch_params(expressions, io, len(shapes), launch, scalars, builder)
     entry, ptx = plugin.get_kernel([d.desc for d in inputs], [d.desc for d in outputs])
     return {
-        "types": [kind.name for kind in made],
+        "types": [kind.name for kind in output_types],
         "shapes": results,
         "formats": [f.type.name for f in formats],
         "launch": {name: value.expr.value for name, value in vars(launch).items()},
@@ -132,8 +141,8 @@ def main():
     records = [parse_kernel(kernel) for kernel in job["kernels"]]
     api = TensorRT("tensorrt", trt, trt.__version__, None, [])
     register(api, Kernels(Path(job["folder"]), records, job["sm"]))
-    found = {stage.name: drive(trt, op, stage, job) for op in OPS for stage in op.stages}
-    sys.stdout.write(json.dumps(found))
+    answers = {stage.name: drive(trt, op, stage, job) for op in OPS for stage in op.stages}
+    sys.stdout.write(json.dumps(answers))
 
 
 if __name__ == "__main__":

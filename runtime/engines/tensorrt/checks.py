@@ -1,8 +1,7 @@
-"""Whether a TensorRT engine can run here, said before anything is allocated.
+"""Checks whether a TensorRT engine can run here before anything is allocated, and loads it.
 
-In: an engine's description, the TensorRT module and the GPU. Out: nothing, or an `EngineError` whose one sentence says
-what the engine was built for, what is here, and the command that fixes it; `deserialize` gives the checked engine. The
-surprising fact: TensorRT itself answers a wrong version or a foreign GPU with None.
+TensorRT itself answers a wrong version or a foreign GPU with None. The errors here say what the engine was built for,
+what is here, and the command that fixes it.
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ import hashlib
 import mmap
 from pathlib import Path
 
+from ....contract import cache_names, inputs, outputs, size_text
 from ....engine_folder import ENGINE_FILE, KERNELS_FOLDER, WEIGHTS_FILE, EngineInfo, TensorRTInfo
-from ....contract import cache_names, inputs, outputs
 from ....errors import EngineError
+from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels
+from ....plugins.tensorrt.protocols import Engine
 from ....plugins.tensorrt.register import register
-from ....plugins.tensorrt.api import Engine, TensorRT
 from .device import Device
 
 MODEL_INPUT = cache_names(1)[0]  # its third axis is the capacity
@@ -24,8 +24,9 @@ _PACKAGES = {"tensorrt-rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt-cu13"}
 
 
 def check_here(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -> None:
-    """Version, compute capability and kernels. Raises EngineError."""
-    about, backend = info.manifest.tensorrt, info.manifest.backend
+    """Check version, compute capability and kernel files. Raises EngineError."""
+    about = info.manifest.tensorrt
+    backend = info.manifest.backend
     assert about is not None
     again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend"
     if api.version != about.version and not _compatible(about, api.version):
@@ -43,22 +44,23 @@ def check_here(folder: Path, info: EngineInfo, api: TensorRT, device: Device) ->
     for name, entry in info.manifest.files.items():
         if name.startswith(f"{KERNELS_FOLDER}/"):
             with (folder / name).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            if found != entry["sha256"]:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if digest != entry["sha256"]:
                 raise EngineError(
-                    f"{folder / name}: not the kernel that the engine was built with (sha256 {found[:12]}, the "
+                    f"{folder / name}: not the kernel that the engine was built with (sha256 {digest[:12]}, the "
                     f"manifest says {entry['sha256'][:12]}); copy it whole or {again} {backend}{flag}"
                 )
 
 
 def _compatible(about: TensorRTInfo, here: str) -> bool:
     """Whether a version-compatible engine runs on this later version of the same major number."""
-    built, now = ([int(part) for part in text.split(".")[:2]] for text in (about.version, here))
-    return "--version-compatible" in about.flags and built[0] == now[0] and built <= now
+    built_major, built_minor = (int(part) for part in about.version.split(".")[:2])
+    major, minor = (int(part) for part in here.split(".")[:2])
+    return "--version-compatible" in about.flags and major == built_major and minor >= built_minor
 
 
 def check_memory(folder: Path, device: Device, parts: dict[str, int]) -> None:
-    """Refuse what the device's free memory cannot hold. Raises EngineError."""
+    """Check that the device's free memory holds all parts, bytes by name. Raises EngineError."""
     free, total = device.memory()
     if sum(parts.values()) > free:
         listed = ", ".join(f"{size_text(nbytes)} for {name}" for name, nbytes in parts.items() if nbytes)
@@ -88,11 +90,11 @@ def deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -
         )
     expected = {b.name for b in inputs(info.model, info.has_adapter)}
     expected |= {b.name for b in outputs(info.model, info.build.gather_generation_logits)}
-    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    if expected != found or engine.num_optimization_profiles != len(about.profiles):
+    bindings = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    if expected != bindings or engine.num_optimization_profiles != len(about.profiles):
         raise EngineError(
             f"{folder / ENGINE_FILE}: its bindings or profiles are not those of the engine's description "
-            f"({', '.join(sorted(expected ^ found)[:3]) or 'profiles'}); {again}"
+            f"({', '.join(sorted(expected ^ bindings)[:3]) or 'profiles'}); {again}"
         )
     if "--strip-weights" in about.flags:
         _refit(folder, api, engine)
@@ -108,13 +110,3 @@ def _refit(folder: Path, api: TensorRT, engine: Engine) -> None:
             f"{folder / WEIGHTS_FILE}: its weights cannot be put into the engine ({api.errors()[:300]}); build it "
             "again without --strip-weights"
         )
-
-
-def size_text(nbytes: int) -> str:
-    """`1.5 GiB`."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.1f} {unit}"

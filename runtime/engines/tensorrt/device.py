@@ -1,8 +1,6 @@
-"""One CUDA device: memory, a stream's copies and waits, captured graphs.
+"""One CUDA device: memory, a stream's copies and waits, captured graphs. It knows nothing of engines.
 
-In: a device's number. Out: `Device`, over the driver functions of `cuda.bindings`; `Memory` and `Pinned` free
-themselves when nothing refers to them. It knows nothing of engines. The surprising fact: the driver module is an
-argument, so the tests play the driver in host memory and every line here runs without a GPU.
+`Memory` and `Pinned` free themselves when nothing refers to them.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import EngineError, RequestError
+from ....plugins.tensorrt.driver import call, status_name
 
 
 @dataclasses.dataclass(eq=False)
@@ -47,7 +46,7 @@ class Device:
 
     Args:
         number: as CUDA counts them, which CUDA_VISIBLE_DEVICES changes.
-        driver: the module `cuda.bindings.driver`, or what plays it.
+        driver: the module `cuda.bindings.driver`, or a stand-in, with which all of this runs without a GPU.
 
     Raises:
         EngineError: no package, no driver or no GPU.
@@ -55,6 +54,7 @@ class Device:
     """
 
     def __init__(self, number: int = 0, driver: Any = None) -> None:
+        self.number = number
         elsewhere = "run the engine on a machine with one, or build for this one: --backend onnxruntime"
         if driver is None:
             try:
@@ -75,13 +75,10 @@ class Device:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
             raise RequestError(f"device is {number!r}, allowed: 0 to {count - 1}; choose one of the GPUs that are here")
         handle = self._call("cuDeviceGet", number)
-        self.number = number
         self.name = self._call("cuDeviceGetName", 128, handle).split(b"\0")[0].decode()
         attribute = driver.CUdevice_attribute
-        major, minor = (
-            int(self._call("cuDeviceGetAttribute", getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
-            for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR")
-        )
+        major = int(self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
+        minor = int(self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
         self.sm = 10 * major + minor
         self._context = self._call("cuDevicePrimaryCtxRetain", handle)  # the one that TensorRT uses too
         self.use()
@@ -93,7 +90,7 @@ class Device:
         self._call("cuCtxSetCurrent", self._context)
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes on the device, other processes' counted as used."""
+        """Free and total bytes on the device; what other processes hold counts as used."""
         self.use()
         free, total = self._call("cuMemGetInfo")
         return int(free), int(total)
@@ -102,9 +99,9 @@ class Device:
         """Device memory, its content undefined. Raises EngineError when there is not enough."""
         self.use()
         address = int(self._call("cuMemAlloc", max(nbytes, 1)))
-        made = Memory(address, nbytes)
-        weakref.finalize(made, self._release, "cuMemFree", address)
-        return made
+        memory = Memory(address, nbytes)
+        weakref.finalize(memory, self._release, "cuMemFree", address)
+        return memory
 
     def pinned(self, nbytes: int) -> Pinned:
         """Pinned host memory, zeroed."""
@@ -112,9 +109,9 @@ class Device:
         address = int(self._call("cuMemHostAlloc", max(nbytes, 1), 0))
         array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
         array[:] = 0
-        made = Pinned(address, array)
-        weakref.finalize(made, self._release, "cuMemFreeHost", address)
-        return made
+        memory = Pinned(address, array)
+        weakref.finalize(memory, self._release, "cuMemFreeHost", address)
+        return memory
 
     def upload(self, target: int, source: int, nbytes: int) -> None:
         """Copy pinned host memory to the device, in the stream's order."""
@@ -139,11 +136,13 @@ class Device:
     def capture(self, work: Callable[[], bool]) -> Graph | str:
         """Record what `work` puts into the stream, without running it.
 
-        Returns the graph, or why there is none: `work` answered False, or did what cannot be captured.
+        Returns:
+            The graph, or the reason why there is none: `work` answered False, or did what cannot be captured.
         """
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self._stream, mode)
-        done, reason = False, "the backend did not enqueue"
+        done = False
+        reason = "the backend did not enqueue"
         try:
             done = work()
         except EngineError as error:
@@ -151,36 +150,32 @@ class Device:
         finally:  # the capture ends in any case, or the stream could not be used again
             code, captured = self.driver.cuStreamEndCapture(self._stream)
         if int(code):
-            return self._name(code)
+            return status_name(code)
         if not done:
             self._call("cuGraphDestroy", captured)
             return reason
         code, executable = self.driver.cuGraphInstantiate(captured, 0)
         self._call("cuGraphDestroy", captured)
         if int(code):
-            return self._name(code)
-        made = Graph(executable)
-        weakref.finalize(made, self._release, "cuGraphExecDestroy", executable)
-        return made
+            return status_name(code)
+        graph = Graph(executable)
+        weakref.finalize(graph, self._release, "cuGraphExecDestroy", executable)
+        return graph
 
     def launch(self, graph: Graph) -> None:
         """Run captured work, in the stream's order."""
         self._call("cuGraphLaunch", graph.executable, self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """Call the driver; what it returns after its code. Raises EngineError."""
-        code, *results = getattr(self.driver, name)(*arguments)
-        if int(code):
-            raise EngineError(
-                f"device {getattr(self, 'number', 0)}: {name} failed with {self._name(code)}; "
-                "free memory on the GPU or end what else uses it, see nvidia-smi"
-            )
-        return results[0] if len(results) == 1 else results
-
-    def _name(self, code: Any) -> str:
-        return str(getattr(code, "name", code))
+        return call(
+            self.driver,
+            name,
+            *arguments,
+            subject=f"device {self.number}",
+            next_step="free memory on the GPU or end what else uses it, see nvidia-smi",
+        )
 
     def _release(self, name: str, handle: Any) -> None:
-        """Give something back; at the end of a process the driver may be gone already."""
+        """Give a handle back to the driver; no error, since at the end of a process the driver may be gone already."""
         self.driver.cuCtxSetCurrent(self._context)
         getattr(self.driver, name)(handle)

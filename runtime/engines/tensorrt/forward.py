@@ -1,9 +1,4 @@
-"""One shape of a pass on a GPU: its buffers' layout, its execution context, perhaps its CUDA graph.
-
-In: an engine, a cache's buffers and a shape (`Key`). Out: `Forward`, which fills the inputs, runs them,
-and hands out views of the results. The surprising fact: a shape has an execution context of its own, because TensorRT
-ties a captured graph to the state of the context it was captured from.
-"""
+"""One shape of a forward on a GPU: its buffers' layout, its execution context, perhaps its CUDA graph."""
 
 from __future__ import annotations
 
@@ -17,15 +12,13 @@ import numpy as np
 from ....engine_folder import ENGINE_FILE, EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
-from ....plugins.tensorrt.launch import Kernels
 from ....plugins.op import ceil_div
-from ....plugins.tensorrt.register import run, workspace_size
-from ....plugins.tensorrt.api import Context, TensorRT
-from .device import Device, Graph, Memory, Pinned
+from ....plugins.tensorrt.api import TensorRT
+from ....plugins.tensorrt.launch import Kernels, run, workspace_size
+from ....plugins.tensorrt.protocols import Context
 from ..engine import Pass, Prediction
-from ..layout import SAMPLING, fill, layouts
-
-Key = tuple[int, int, int, int, bool]  # first row, rows, S, R, sampled or not
+from ..layout import SAMPLING, PassShape, fill, layouts
+from .device import Device, Graph, Memory, Pinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +30,14 @@ class Sampler:
 
     @staticmethod
     def scratch(predicted: int, vocab: int) -> int:
-        """Bytes for passes of at most `picked` predictions over all rows."""
+        """Bytes for forwards of at most `predicted` predictions over all rows."""
         return workspace_size(SAMPLED, _shapes(1, predicted, vocab))
 
     def enqueue(self, addresses: Mapping[str, int], rows: int, predicted: int, vocab: int, stream: int) -> None:
-        """Draw and commit anew: `addresses` has the op's tensors by name, its `ids` as `picked`."""
-        given = [addresses["picked" if arg.name == "ids" else arg.name] for arg in SAMPLED.inputs]
-        taken = [addresses[arg.name] for arg in SAMPLED.outputs]
-        run(SAMPLED, self.kernels, _shapes(rows, predicted, vocab), given, taken, self.workspace.address, stream)
+        """Draw and commit anew: `addresses` has the op's tensors by name, its `ids` as `predicted_ids`."""
+        inputs = [addresses["predicted_ids" if arg.name == "ids" else arg.name] for arg in SAMPLED.inputs]
+        outputs = [addresses[arg.name] for arg in SAMPLED.outputs]
+        run(SAMPLED, self.kernels, _shapes(rows, predicted, vocab), inputs, outputs, self.workspace.address, stream)
 
 
 def _shapes(rows: int, predicted: int, vocab: int) -> list[tuple[int, ...]]:
@@ -61,7 +54,7 @@ class Owner(Protocol):
     graphs: bool
     capacity: int
     captured: int
-    eager_shapes: dict[Key, str]
+    eager_shapes: dict[PassShape, str]
     logits: Memory | None
     sampler: Sampler | None
 
@@ -73,50 +66,64 @@ class Buffers(Protocol):
 
     caches: dict[str, Memory]
     row_bytes: int
-    given: Pinned
-    taken: Pinned
-    given_there: Memory
-    taken_there: Memory
+    host_inputs: Pinned
+    host_outputs: Pinned
+    device_inputs: Memory
+    device_outputs: Memory
 
 
 class Forward:
-    """One shape (see `Key`): its context, its views of the cache's buffers, perhaps its graph."""
+    """The forwards of one shape: their context, their views of the cache's buffers, perhaps their graph."""
 
-    def __init__(self, engine: Owner, cache: Buffers, profile: int, key: Key) -> None:
-        first, rows, size, predicted, self._sampled = self._key = key
-        self._engine, self._runs = engine, 0
+    def __init__(self, engine: Owner, cache: Buffers, profile: int, shape: PassShape) -> None:
+        self._engine = engine
+        self._shape = shape
+        self._runs = 0
         self._graph: Graph | None = None
-        given, taken = layouts(engine.info, rows, size, predicted, self._sampled)
-        self._inputs, self._outputs = given.views(cache.given.array), taken.views(cache.taken.array)
-        self._upload = (cache.given_there.address, cache.given.address, given.nbytes)
-        self._download = (cache.taken.address, cache.taken_there.address, taken.nbytes)
-        addresses = {name: cache.given_there.address + at for name, (at, _, _) in given.places.items()}
-        addresses |= {name: cache.taken_there.address + at for name, (at, _, _) in taken.places.items()}
-        own = {b.name for b in SAMPLING}  # for the sampler, not the engine
-        shapes = {name: shape for name, (_, _, shape) in given.places.items() if name not in own}
+        input_layout, output_layout = layouts(engine.info, shape)
+        self._inputs = input_layout.views(cache.host_inputs.array)
+        self._outputs = output_layout.views(cache.host_outputs.array)
+        self._upload = (cache.device_inputs.address, cache.host_inputs.address, input_layout.nbytes)
+        self._download = (cache.host_outputs.address, cache.device_outputs.address, output_layout.nbytes)
+        self._addresses: dict[str, int] = {}
+        tensor_shapes: dict[str, tuple[int, ...]] = {}
+        for name, (offset, _, tensor_shape) in input_layout.places.items():
+            self._addresses[name] = cache.device_inputs.address + offset
+            tensor_shapes[name] = tensor_shape
+        for name, (offset, _, _) in output_layout.places.items():
+            self._addresses[name] = cache.device_outputs.address + offset
         model = engine.info.model
         for name, memory in cache.caches.items():
-            addresses[name] = addresses[f"{name}_out"] = memory.address + first * cache.row_bytes
-            shapes[name] = (rows, model.num_kv_heads, engine.capacity, model.head_dim)
+            address = memory.address + shape.first * cache.row_bytes
+            self._addresses[name] = address
+            self._addresses[f"{name}_out"] = address
+            tensor_shapes[name] = (shape.rows, model.num_kv_heads, engine.capacity, model.head_dim)
         if engine.logits is not None:
-            addresses["logits"] = engine.logits.address
-        self._addresses, self._context = addresses, engine.context(profile)
-        done = all(self._context.set_input_shape(name, shape) for name, shape in shapes.items())
-        done = done and all(
-            self._context.set_tensor_address(name, address) for name, address in addresses.items() if name not in own
-        )
-        if not done or self._context.infer_shapes():
+            self._addresses["logits"] = engine.logits.address
+        self._context = engine.context(profile)
+        if not self._bind(tensor_shapes):
             raise EngineError(
-                f"{engine.folder / ENGINE_FILE}: does not take {rows} row(s) of {size} tokens "
+                f"{engine.folder / ENGINE_FILE}: does not take {shape.rows} row(s) of {shape.tokens} tokens "
                 f"({engine.api.errors()}); build it again: nemodiff build CHECKPOINT -o {engine.folder}"
             )
+
+    def _bind(self, tensor_shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Give the context its tensors' shapes and addresses; whether it takes them."""
+        of_the_sampler = {binding.name for binding in SAMPLING}  # the engine does not know these
+        for name, tensor_shape in tensor_shapes.items():
+            if name not in of_the_sampler and not self._context.set_input_shape(name, tensor_shape):
+                return False
+        for name, address in self._addresses.items():
+            if name not in of_the_sampler and not self._context.set_tensor_address(name, address):
+                return False
+        return not self._context.infer_shapes()
 
     def fill(self, row: int, p: Pass, mask_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
         fill(self._inputs, row, p, mask_id)
 
     def enqueue(self) -> None:
-        """Upload, run, download: eagerly at first, captured the second time, replayed from then on."""
+        """Upload, run, download: eagerly the first time, captured the second time, replayed from then on."""
         engine = self._engine
         self._runs += 1
         if self._runs == 2 and engine.graphs:
@@ -132,30 +139,32 @@ class Forward:
     def _capture(self) -> None:
         capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT-RTX alone
         if capturable is not None and not capturable(self._engine.device.stream):
-            made: Graph | str = "the backend says that it cannot be captured"
+            captured: Graph | str = "the backend says that it cannot be captured"
         else:
-            made = self._engine.device.capture(self._work)
-        if isinstance(made, str):
-            self._engine.eager_shapes[self._key] = made
+            captured = self._engine.device.capture(self._work)
+        if isinstance(captured, str):
+            self._engine.eager_shapes[self._shape] = captured
         else:
-            self._graph = made
+            self._graph = captured
             self._engine.captured += 1
 
     def _work(self) -> bool:
         device = self._engine.device
         device.upload(*self._upload)
         done = self._context.execute_async_v3(device.stream)
-        if self._sampled:
+        shape = self._shape
+        if shape.sampled:
             assert self._engine.sampler is not None
-            _, rows, _, predicted, _ = self._key
             vocab = self._engine.info.model.vocab_size
-            self._engine.sampler.enqueue(self._addresses, rows, predicted, vocab, device.stream)
+            self._engine.sampler.enqueue(self._addresses, shape.rows, shape.predicted, vocab, device.stream)
         device.download(*self._download)
         return done
 
     def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
         """One row's results as views."""
-        taken = self._outputs
         return Prediction(
-            taken["token"][row, :count], taken["confidence"][row, :count], taken["next_ids"][row, :count], logits
+            self._outputs["token"][row, :count],
+            self._outputs["confidence"][row, :count],
+            self._outputs["next_ids"][row, :count],
+            logits,
         )

@@ -1,7 +1,6 @@
 """Where torch computes: the CPU, or one GPU with a stream, pinned buffers and captured graphs.
 
-In: a device's number, or "cpu". Out: `TorchDevice`. It knows nothing of models. The surprising fact: on the CPU the
-host's side of a buffer and the device's side are the same memory, so copying up and down is nothing at all.
+It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -32,25 +31,26 @@ class Graph(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """The small bindings of one shape, on the host and on the device."""
+    """The small bindings of one shape, on the host and on the device; on the CPU both are the same memory."""
 
     host: Tensor  # (nbytes,) u8, pinned if there is a GPU
-    there: Tensor  # (nbytes,) u8
+    there: Tensor  # (nbytes,) u8, on the device
     arrays: dict[str, np.ndarray]  # views of the host's side
     tensors: dict[str, Tensor]  # views of the device's side
 
 
 def import_torch(folder: Path) -> Any:
-    """The module. Raises EngineError where it is missing or cannot be loaded."""
+    """The module torch. Raises EngineError where it is missing, cannot be loaded or is too old."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        found = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({error})"
+        missing = isinstance(error, ModuleNotFoundError)
+        problem = "is not installed" if missing else f"cannot be loaded ({error})"
         raise EngineError(
-            f"{folder}: needs torch, which {found}; install it with: pip install 'nemodiff[torch]', or build with "
+            f"{folder}: needs torch, which {problem}; install it with: pip install 'nemodiff[torch]', or build with "
             "--backend onnxruntime"
         ) from None
-    if not hasattr(torch, "OutOfMemoryError"):  # the youngest name that is used
+    if not hasattr(torch, "OutOfMemoryError"):  # the youngest name that the engine uses
         raise EngineError(f"{folder}: needs torch 2.5 or later, here is {torch.__version__}; update torch")
     return torch
 
@@ -69,7 +69,8 @@ class TorchDevice:
     """
 
     def __init__(self, folder: Path, device: int | Literal["cpu"] | None = None, threads: int | None = None) -> None:
-        self._torch = torch = import_torch(folder)
+        torch = import_torch(folder)
+        self._torch = torch
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device is None:
             device = 0 if count else "cpu"
@@ -83,8 +84,8 @@ class TorchDevice:
         if self.is_gpu:
             if importlib.util.find_spec("triton") is None:
                 raise EngineError(
-                    f"{folder}: needs Triton for its kernels on a GPU; install it with: pip install triton, or run "
-                    "with --device cpu"
+                    f"{folder}: needs the package triton for its kernels on a GPU; install it with: pip install "
+                    "triton, or run with --device cpu"
                 )
             self._stream = torch.cuda.Stream(self.name)
             self._pool = torch.cuda.graph_pool_handle()
@@ -108,7 +109,7 @@ class TorchDevice:
             ) from None
 
     def free(self) -> int:
-        """Bytes that can still be had, of the card or of what torch holds; a CPU's are not counted."""
+        """Bytes that can still be allocated, on the card or in what torch holds; a CPU's memory is not counted."""
         if not self.is_gpu:
             return 2**62
         cuda = self._torch.cuda
@@ -121,10 +122,10 @@ class TorchDevice:
         host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=self.is_gpu)
         there = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.name) if self.is_gpu else host
         types: dict[type, Any] = {np.int32: torch.int32, np.float32: torch.float32}
-        tensors = {
-            name: there[at : at + 4 * int(np.prod(shape))].view(types[dtype]).view(shape)
-            for name, (at, dtype, shape) in layout.places.items()
-        }
+        tensors = {}
+        for name, (at, dtype, shape) in layout.places.items():
+            nbytes = 4 * int(np.prod(shape))
+            tensors[name] = there[at : at + nbytes].view(types[dtype]).view(shape)
         return Buffer(host, there, layout.views(host.numpy()), tensors)
 
     def upload(self, buffer: Buffer) -> None:
@@ -145,23 +146,21 @@ class TorchDevice:
         return host.copy_(tensor, non_blocking=True)
 
     def wait(self) -> None:
-        """Return when everything in the stream is done."""
+        """Wait until everything in the stream is done."""
         if self.is_gpu:
             self._stream.synchronize()
 
     def capture(self, work: Callable[[], None]) -> Graph | str:
-        """Record what `work` puts into the stream, without running it; the graph, or why there is none.
-
-        All graphs share one pool of memory, since no two of them run at once.
-        """
+        """Record what `work` puts into the stream, without running it; the graph, or the reason why there is none."""
         if not self.is_gpu:
             return "a CPU has no graphs"
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         try:
+            # All graphs share one pool of memory, since no two of them run at once.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             return str(error).splitlines()[0]
-        made: Graph = graph
-        return made
+        captured: Graph = graph
+        return captured

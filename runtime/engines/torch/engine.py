@@ -1,9 +1,9 @@
 """The torch engine: `TorchModel` over caches that grow with use, on the CPU or on a GPU.
 
-In: an engine folder. Out: an `Engine`. On a GPU a forward is one upload, the network and one download; eager when its
-shape first comes, which compiles the kernels, then captured as a CUDA graph and replayed. The surprising fact: the same
-code serves both, and what a graph needs, whole caches and S and R rounded up to powers of two, is what the CPU leaves
-out: there a pass costs by its tokens and attention ends where the longest row does.
+On a GPU a forward is one upload, the network and one download: eager when its shape first comes, which compiles the
+kernels, then captured as a CUDA graph and replayed. A graph needs whole caches, and S and R rounded up to powers of two
+to be used again. The CPU has no graphs, so there a pass costs by its tokens and attention ends where the longest row
+does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction
-from ..layout import fill, layouts, rounded
+from ..layout import PassShape, fill, layouts, rounded
 from .device import Buffer, Graph, TorchDevice
 from .model import TorchModel
 
@@ -29,7 +29,6 @@ FIRST_CAPACITY = {False: 256, True: 4096}  # slots of a new cache, without graph
 _KEPT_SHAPES = 128  # per cache, each with buffers and perhaps a graph
 _KEPT_WITH_LOGITS = 8  # of those, shapes whose graph keeps a vocabulary per token
 _KEPT_CACHES = 4  # closed ones
-Shape = tuple[int, int, int, int, bool, bool]  # first row, rows, S, R, with logits or not, sampled or not
 
 
 class TorchEngine:
@@ -37,8 +36,8 @@ class TorchEngine:
 
     Args:
         folder: the engine folder.
-        info: its description, from `contract.read_engine`.
-        device: a GPU's number, "cpu", None for a GPU if there is one, or the device itself.
+        info: its description, from `engine_folder.read_engine`.
+        device: a GPU's number, "cpu", None for a GPU if there is one, or a device made before.
         threads: CPU threads, for all of torch in this process; None leaves torch's choice.
         kernels: run the project's Triton kernels; default on a GPU.
         graphs: capture CUDA graphs; default on a GPU. False runs every pass eagerly, for comparison.
@@ -59,7 +58,8 @@ class TorchEngine:
         graphs: bool | None = None,
     ) -> None:
         self.device = device if isinstance(device, TorchDevice) else TorchDevice(folder, device, threads)
-        self.info, self.folder = info, folder
+        self.info = info
+        self.folder = folder
         self.graphs = self.device.is_gpu if graphs is None else graphs
         self.static = self.device.is_gpu or self.graphs  # shapes are rounded and caches taken whole
         with self.device.use(folder):
@@ -67,18 +67,19 @@ class TorchEngine:
         self.samples = self.model.kernels
         self._closed: list[TorchCache] = []
         self.lock = threading.RLock()  # of the stream and _closed: requests may run in several threads
-        self.eager_shapes: dict[Shape, str] = {}  # shapes that cannot be captured, and why
+        self.eager_shapes: dict[PassShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made since the engine was loaded
 
     def open(self, rows: int) -> TorchCache:
         """A cache of at least `rows` rows: a closed one with its graphs if there is one, else a new one."""
         with self.lock:
-            found = min((c for c in self._closed if c.rows >= rows), key=lambda c: c.rows, default=None)
-            if found is None:
+            large_enough = [cache for cache in self._closed if cache.rows >= rows]
+            if not large_enough:
                 return TorchCache(self, rows)
-            self._closed.remove(found)
-            found.seconds = 0.0
-            return found
+            cache = min(large_enough, key=lambda cache: cache.rows)
+            self._closed.remove(cache)
+            cache.seconds = 0.0
+            return cache
 
     def take_back(self, cache: TorchCache) -> None:
         """Keep a closed cache for the next request; on a CPU not one that has grown, for its memory."""
@@ -86,9 +87,9 @@ class TorchEngine:
             with self.lock:
                 self._closed = [*self._closed, cache][-_KEPT_CACHES:]
 
-    def make_room(self, wanted: int) -> None:
-        """Let closed caches go if a GPU has fewer than `wanted` bytes free."""
-        if self._closed and self.device.free() < wanted:
+    def make_room(self, nbytes: int) -> None:
+        """Let closed caches go if a GPU has fewer than `nbytes` free."""
+        if self._closed and self.device.free() < nbytes:
             self._closed.clear()
 
 
@@ -96,28 +97,39 @@ class TorchCache:
     """K/V (rows, G, T, D) per layer on the device, and the shapes of passes over them."""
 
     def __init__(self, engine: TorchEngine, rows: int) -> None:
-        self.rows, self.seconds, self.capacity, self._engine = rows, 0.0, 0, engine
+        self.rows = rows
+        self.seconds = 0.0
+        self.capacity = 0  # slots per row now allocated
+        self._engine = engine
         self._mask_id = engine.info.model.mask_id
         self.caches: list[tuple[Tensor, Tensor]] = []
-        self._steps: dict[Shape, _Step] = {}
+        self._steps: dict[PassShape, _Step] = {}
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
         engine = self._engine
-        size, predicted = max(p.ids.size for p in passes), max(1, *(p.predicted.size for p in passes))
-        logits, sampled = any(p.logits for p in passes), any(p.temperature for p in passes)
+        tokens = max(p.ids.size for p in passes)
+        predicted = max(1, *(p.predicted.size for p in passes))
         if engine.static:
-            size, predicted = rounded(size, 2**31), rounded(predicted, size)
-        shape = (first, len(passes), size, predicted, logits, sampled)
+            tokens = rounded(tokens, 2**31)
+            predicted = rounded(predicted, tokens)
+        shape = PassShape(
+            first,
+            len(passes),
+            tokens,
+            predicted,
+            logits=any(p.logits for p in passes),
+            sampled=any(p.temperature for p in passes),
+        )
         with engine.lock, engine.device.use(engine.folder):
-            self._reserve(max(p.write_at for p in passes) + size)
+            self._reserve(max(p.write_at for p in passes) + tokens)
             step = self._step(shape)
             for row, p in enumerate(passes):
-                fill(step.given.arrays, row, p, self._mask_id)
+                fill(step.inputs.arrays, row, p, self._mask_id)
             started = time.perf_counter()
-            found = step.run([row for row, p in enumerate(passes) if p.logits])
+            logits = step.run([row for row, p in enumerate(passes) if p.logits])
             self.seconds += time.perf_counter() - started
-            return [step.prediction(row, p.predicted.size, found.get(row)) for row, p in enumerate(passes)]
+            return [step.prediction(row, p.predicted.size, logits.get(row)) for row, p in enumerate(passes)]
 
     def move(self, source: int, target: int, slots: int) -> None:
         """See `engine.Cache.move`."""
@@ -137,7 +149,8 @@ class TorchCache:
 
         if slots <= self.capacity:
             return
-        engine, model = self._engine, self._engine.info.model
+        engine = self._engine
+        model = engine.info.model
         new = max(self.capacity, FIRST_CAPACITY[engine.static])
         while new < slots:
             new *= 2
@@ -147,10 +160,10 @@ class TorchCache:
         engine.make_room((model.num_layers + 1) * 2 * int(np.prod(size)) * dtype.itemsize)
 
         def grown(old: Tensor | None) -> Tensor:
-            made = torch.zeros(size, dtype=dtype, device=engine.device.name)
+            cache = torch.zeros(size, dtype=dtype, device=engine.device.name)
             if old is not None:
-                made[:, :, : self.capacity] = old
-            return made
+                cache[:, :, : self.capacity] = old
+            return cache
 
         for layer in range(model.num_layers):  # one after the other, so that little is held twice
             if self.capacity:
@@ -160,31 +173,38 @@ class TorchCache:
                 self.caches.append((grown(None), grown(None)))
         self.capacity = new
 
-    def _step(self, shape: Shape) -> _Step:
+    def _step(self, shape: PassShape) -> _Step:
         step = self._steps.pop(shape, None) or _Step(self._engine, self, shape)
         self._steps[shape] = step  # the last used comes last
-        heavy = any(shape[4:])
-        alike = [other for other in self._steps if any(other[4:]) == heavy]
-        if len(alike) > (_KEPT_WITH_LOGITS if heavy else _KEPT_SHAPES):
+        keeps_logits = _keeps_logits(shape)
+        alike = [other for other in self._steps if _keeps_logits(other) == keeps_logits]
+        if len(alike) > (_KEPT_WITH_LOGITS if keeps_logits else _KEPT_SHAPES):
             del self._steps[alike[0]]
         return step
 
 
-class _Step:
-    """One shape of a pass: its buffers, its rows of the caches, perhaps its graph."""
+def _keeps_logits(shape: PassShape) -> bool:
+    return shape.logits or shape.sampled
 
-    def __init__(self, engine: TorchEngine, cache: TorchCache, shape: Shape) -> None:
-        first, rows, size, predicted, self._with_logits, sampled = self._shape = shape
-        self._engine, self._capacity, self._runs = engine, cache.capacity, 0
-        given, taken = layouts(engine.info, rows, size, predicted, sampled)
-        self.given: Buffer = engine.device.buffer(given)
-        self._taken: Buffer = engine.device.buffer(taken)
-        self._caches = [(k[first : first + rows], v[first : first + rows]) for k, v in cache.caches]
+
+class _Step:
+    """One shape of a forward: its buffers, its rows of the caches, perhaps its graph."""
+
+    def __init__(self, engine: TorchEngine, cache: TorchCache, shape: PassShape) -> None:
+        self._engine = engine
+        self._shape = shape
+        self._capacity = cache.capacity
+        self._runs = 0
+        input_layout, output_layout = layouts(engine.info, shape)
+        self.inputs: Buffer = engine.device.buffer(input_layout)
+        self._outputs: Buffer = engine.device.buffer(output_layout)
+        rows = slice(shape.first, shape.first + shape.rows)
+        self._caches = [(k[rows], v[rows]) for k, v in cache.caches]
         self._graph: Graph | None = None
         self._logits: Tensor | None = None
 
-    def run(self, pass_: list[int]) -> dict[int, np.ndarray]:
-        """Run the pass over the buffers; logits (R, V) f32 of the rows that ask, as views that the next run changes."""
+    def run(self, rows_with_logits: list[int]) -> dict[int, np.ndarray]:
+        """Run the network over the buffers; some rows' logits (R, V) f32, as views that the next run changes."""
         engine = self._engine
         self._runs += 1
         if self._runs == 2 and engine.graphs:
@@ -193,34 +213,39 @@ class _Step:
             self._work()
         else:
             self._graph.replay()
-        fetched = {row: engine.device.fetch(self._logits[row]) for row in pass_ if self._logits is not None}
+        fetched = {}
+        if self._logits is not None:
+            fetched = {row: engine.device.fetch(self._logits[row]) for row in rows_with_logits}
         engine.device.wait()
         return {row: tensor.numpy() for row, tensor in fetched.items()}
 
     def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
         """One row's results as views."""
-        taken = self._taken.arrays
+        arrays = self._outputs.arrays
         return Prediction(
-            taken["token"][row, :count],
-            taken["confidence"][row, :count],
-            taken["next_ids"][row, :count],
+            arrays["token"][row, :count],
+            arrays["confidence"][row, :count],
+            arrays["next_ids"][row, :count],
             None if logits is None else logits[:count],
         )
 
     def _capture(self) -> None:
-        made = self._engine.device.capture(self._work)
-        if isinstance(made, str):
-            self._engine.eager_shapes[self._shape] = made
+        captured = self._engine.device.capture(self._work)
+        if isinstance(captured, str):
+            self._engine.eager_shapes[self._shape] = captured
         else:
-            self._graph = made
+            self._graph = captured
             self._engine.captured += 1
 
     def _work(self) -> None:
-        """All that a graph holds; the result's logits are kept, so that a replay writes them to the same place."""
-        engine, end = self._engine, self._capacity
+        """All that a graph holds: upload, network, download."""
+        engine = self._engine
+        end = self._capacity
         if not engine.static:
-            end = min(end, int(self.given.arrays["visible"][:, :, ::2].max()))
-        engine.device.upload(self.given)
-        given, taken = self.given.tensors, self._taken.tensors
-        self._logits = engine.model.forward(given, taken, self._caches, end, self._with_logits)
-        engine.device.download(self._taken)
+            end = min(end, int(self.inputs.arrays["visible"][:, :, ::2].max()))
+        engine.device.upload(self.inputs)
+        # Kept, so that a replay writes the logits to the same place.
+        self._logits = engine.model.forward(
+            self.inputs.tensors, self._outputs.tensors, self._caches, end, self._shape.logits
+        )
+        engine.device.download(self._outputs)

@@ -1,10 +1,8 @@
 """The network in plain PyTorch, with the inputs and outputs of `contract.py` and caches written in place.
 
-In: an engine folder's weights, and per pass the small bindings on the device and views of the caches' rows. Out: the
-small results, written where the caller says, and logits if asked for. Where asked for (on a GPU) everything between two
-matrix products is one of the project's Triton kernels, and so is the head; elsewhere the same steps are plain torch.
-The surprising fact: nothing here reads a value back to the host, so a pass over fixed tensors can be captured and
-replayed.
+With `kernels`, as on a GPU, everything between two matrix products is one of the project's Triton kernels, and so is
+the head; otherwise the same steps are plain torch. Nothing reads a value back to the host, so that a forward over fixed
+tensors can be captured and replayed.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ....engine_folder import TENSORS_FILE, EngineInfo
 from ....plugins import SAMPLED
-from ....plugins.ops import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 from ....plugins.op import Arg, run
+from ....plugins.ops import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
 from .weights import Matrix, Quantized, WeightsFile
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ class TorchModel:
         folder: the engine folder.
         info: its description.
         device: torch's name of the device.
-        kernels: run attention and the commit rule as Triton kernels.
+        kernels: run the project's Triton kernels.
 
     Raises:
         EngineError: the weights file is not what the description says.
@@ -51,7 +49,8 @@ class TorchModel:
     def __init__(self, folder: Path, info: EngineInfo, device: str, kernels: bool) -> None:
         import torch
 
-        model = self.config = info.model
+        model = info.model
+        self.config = model
         self.kernels = kernels
         weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels)
         self.dtype = weights.dtype
@@ -62,50 +61,52 @@ class TorchModel:
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
 
     def forward(
-        self, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], caches: CacheViews, end: int, logits: bool
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], caches: CacheViews, end: int, logits: bool
     ) -> Tensor | None:
-        """One pass.
+        """Run one forward.
 
         Args:
-            given: the inputs of the contract but the caches, on the device; with those of `SampledCommit`, if a row
+            inputs: the inputs of the contract but the caches, on the device; with those of `SampledCommit`, if a row
                 is sampled.
-            taken: token, confidence, next_ids and masks_left, to be written.
+            outputs: token, confidence, next_ids and masks_left, which are written.
             caches: the rows' caches, updated in place.
-            end: no query sees a slot from here on; T where that must not depend on what the inputs hold.
+            end: no query sees this slot or a later one; T where that must not depend on what the inputs hold.
             logits: give the logits too; every token is chosen in the same way with them and without.
 
         Returns:
-            Logits (B, R, V) f32 if asked for.
+            Logits (B, R, V) f32, or None without `logits`.
         """
         import torch
         from torch.nn import functional
 
-        pos, visible = given["pos"], given["visible"]
-        turns = Turns(*self._rotation(pos), self._query_scale(pos))
-        gate = given["adapter"][:, :, None].to(self.dtype) if "adapter" in given else None  # (B, S, 1) compute
+        pos = inputs["pos"]
+        visible = inputs["visible"]
+        cos, sin = self._rotation(pos)
+        turns = Turns(cos, sin, self._query_scale(pos))
+        gate = inputs["adapter"][:, :, None].to(self.dtype) if "adapter" in inputs else None  # (B, S, 1) compute
         mask = None if self.kernels else self._mask(visible, end)
-        total = functional.embedding(given["ids"], self.embed)  # (B, S, E) compute
+        total = functional.embedding(inputs["ids"], self.embed)  # (B, S, E) compute
         x = self._normed(total, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
-            q = self._rotated(self._projected(x, layer.qkv), turns, given["write_at"], k_cache, v_cache)
-            merged = (
-                self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
-                if mask is not None
-                else self._attend_by_kernel(q, k_cache, v_cache, visible)
-            )  # (B, S, H D)
+            q = self._rotated(self._projected(x, layer.qkv), turns, inputs["write_at"], k_cache, v_cache)
+            if mask is None:
+                merged = self._attend_by_kernel(q, k_cache, v_cache, visible)  # (B, S, H D)
+            else:
+                merged = self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
             out = self._projected(merged, layer.o)
-            if layer.lora is not None and gate is not None:  # a gate of 0 adds exactly 0
-                out = out + functional.linear(functional.linear(merged, layer.lora[0]) * gate, layer.lora[1])
+            if layer.lora is not None and gate is not None:
+                a, b = layer.lora
+                out = out + functional.linear(functional.linear(merged, a) * gate, b)  # a gate of 0 adds exactly 0
             x, total = self._added(out, total, layer.post_norm)
             inner = self._activated(self._projected(x, layer.gate_up))
             x, total = self._added(self._projected(inner, layer.down), total, norm)
-        predicted = given["rows"].long()  # (B, R)
+        predicted = inputs["rows"].long()  # (B, R)
         x = x[torch.arange(len(pos), device=pos.device)[:, None], predicted]  # (B, R, E)
-        ids = given["ids"].gather(1, predicted)  # (B, R) i32
+        ids = inputs["ids"].gather(1, predicted)  # (B, R) i32
         choose = self._choose_by_kernel if self.kernels else self._choose
-        found = choose(x, ids, given, taken, logits)
-        return found if logits else None
+        head_logits = choose(x, ids, inputs, outputs, logits)
+        return head_logits if logits else None
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of each position's angles, (B, S, D/2) compute; pos (B, S) i32."""
@@ -114,7 +115,7 @@ class TorchModel:
         return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
 
     def _query_scale(self, pos: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; where the model has none 1 for the kernel, or None."""
+        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; for a model without it ones for the kernel, else None."""
         import torch
 
         rope = self.config.rope
@@ -168,11 +169,13 @@ class TorchModel:
             inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "write_at": write_at}
             (q,) = run(rope_write.OP, self.config, {**inputs, "k_cache": k_cache, "v_cache": v_cache}, self._new(qkv))
             return q  # type: ignore[no-any-return]
-        model, (rows, size) = self.config, qkv.shape[:2]
+        model = self.config
+        rows, size = qkv.shape[:2]
         turned = model.num_heads + model.num_kv_heads
         heads = qkv.view(rows, size, -1, model.head_dim)  # (B, S, H + 2 G, D)
         a, b = heads[:, :, :turned].chunk(2, -1)
-        cos, sin = turns.cos[:, :, None], turns.sin[:, :, None]
+        cos = turns.cos[:, :, None]
+        sin = turns.sin[:, :, None]
         both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (B, S, H + G, D)
         row = torch.arange(rows, device=qkv.device)[:, None]  # (B, 1) i64
         slots = write_at[:, None] + torch.arange(size, device=qkv.device)  # (B, S) i64
@@ -208,7 +211,7 @@ class TorchModel:
         return y.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
 
     def _choose(
-        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+        self, x: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
     ) -> Tensor:
         """Head and ConfidenceCommit in plain torch; x (B, R, E) compute -> logits (B, R, V) f32."""
         import torch
@@ -222,36 +225,37 @@ class TorchModel:
         confidence = (candidates - best[:, :, None]).exp().sum(-1).reciprocal()
         is_open = ids == mask
         rank = torch.where(is_open, confidence, -1.0)
-        chosen = (rank >= given["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
+        chosen = (rank >= inputs["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
         next_ids = torch.where(chosen & is_open, token, ids)
-        results = {"token": token, "confidence": confidence, "next_ids": next_ids}
-        for name, value in {**results, "masks_left": (next_ids == mask).sum(1)}.items():
-            taken[name].copy_(value)
+        outputs["token"].copy_(token)
+        outputs["confidence"].copy_(confidence)
+        outputs["next_ids"].copy_(next_ids)
+        outputs["masks_left"].copy_((next_ids == mask).sum(1))
         return logits
 
     def _choose_by_kernel(
-        self, x: Tensor, ids: Tensor, given: Mapping[str, Tensor], taken: Mapping[str, Tensor], keep: bool
+        self, x: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
     ) -> Tensor:
-        """The same by HeadCommit's kernels, which write where the results are wanted; logits (B, R, 0) unless kept.
+        """The same by HeadCommit's kernels, which write into `outputs`; logits (B, R, 0) unless kept.
 
-        Where a row is sampled, SampledCommit's take the logits and write anew.
+        Where a row is sampled, SampledCommit's kernels take the logits and write anew.
         """
         import torch
 
-        sampled = "seed" in given
+        sampled = "seed" in inputs
         shape = (*ids.shape, self.config.vocab_size if keep or sampled else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
-        inputs = {"x": x, "weight": self.head, "ids": ids, "threshold": given["threshold"], "kept": logits}
-        new = self._new(x, taken)
-        run(head_commit.op(_tile(head_commit.TILES, ids.numel())), self.config, inputs, new)
+        new = self._new(x, outputs)
+        head = {"x": x, "weight": self.head, "ids": ids, "threshold": inputs["threshold"], "kept": logits}
+        run(head_commit.op(_tile(head_commit.TILES, ids.numel())), self.config, head, new)
         if sampled:
             drawing = {"logits": logits, "ids": ids}
-            drawing |= {arg.name: given[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
+            drawing |= {arg.name: inputs[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
             run(SAMPLED, self.config, drawing, new)
         return logits
 
     def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
-        """Makes the tensors that a kernel writes: known ones by name, else new on the same device."""
+        """A function for `run` that gives the tensors a kernel writes: known ones by name, others new."""
         import torch
 
         types = {"f32": torch.float32, "i32": torch.int32, "compute": self.dtype}

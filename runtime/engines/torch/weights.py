@@ -1,9 +1,4 @@
-"""The torch engine's weights: an engine folder's safetensors file on a device.
-
-In: the file, and the names and shapes that the description wants. Out: `Layer`s of tensors. The surprising fact:
-projections that share their input are stacked while they are read, part by part into one tensor, so that loading holds
-no more than one part twice.
-"""
+"""The torch engine's weights: an engine folder's safetensors file, read onto a device layer by layer."""
 
 from __future__ import annotations
 
@@ -52,7 +47,10 @@ class WeightsFile:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        self._path, self._device, self._quantized, self._kernels = path, device, build.quantization is not None, kernels
+        self._path = path
+        self._device = device
+        self._quantized = build.quantization is not None
+        self._kernels = kernels
         self.dtype: torch.dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[build.dtype]
         self._errors = (SafetensorError, OSError, ValueError)
         try:
@@ -78,6 +76,7 @@ class WeightsFile:
         """Projections that share their input, one under the other, (sum of sizes, size_in)."""
         import torch
 
+        # Read part by part into one tensor, so that loading holds no more than one part twice.
         dtype = torch.uint8 if self._quantized and self._kernels else self.dtype
         values = torch.empty(sum(sizes), size_in, dtype=dtype, device=self._device)
         scale = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
@@ -94,10 +93,14 @@ class WeightsFile:
         return Quantized(values, scale) if self._quantized else values
 
     def layer(self, number: int, model: ModelConfig, adapter: bool) -> Layer:
-        """All of one layer."""
-        at, hidden, inner = f"layers.{number}", model.hidden_size, model.intermediate_size
-        q, kv = (count * model.head_dim for count in (model.num_heads, model.num_kv_heads))
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        """All weights of one layer."""
+        at = f"layers.{number}"
+        attention = f"{at}.self_attn"
+        mlp = f"{at}.mlp"
+        hidden = model.hidden_size
+        inner = model.intermediate_size
+        q = model.num_heads * model.head_dim
+        kv = model.num_kv_heads * model.head_dim
         return Layer(
             self.take(f"{at}.input_layernorm", hidden),
             self._projection([f"{attention}.{part}_proj" for part in "qkv"], [q, kv, kv], hidden),
