@@ -17,10 +17,14 @@ from ..text.checks import check_text
 
 @dataclasses.dataclass(frozen=True)
 class Help:
-    """One sentence, verb first, that says what an option does; `default` says what leaving it open means."""
+    """One sentence, verb first, that says what an option does.
+
+    default: what leaving it open means. allowed: its values in words, where its type does not say them.
+    """
 
     text: str
     default: str | None = None
+    allowed: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Option:
     @property
     def allowed(self) -> str:
         """The values of the right type, in words."""
+        if self.help.allowed is not None:
+            return self.help.allowed
         if self.choices and self.type is str:
             return ", ".join(self.choices)
         return " or ".join((_ALLOWED[self.type], *self.choices))
@@ -117,7 +123,6 @@ _ALLOWED: dict[Any, str] = {
     str: "text",
     tuple[str, ...]: "text or a list of texts",
     tuple[int, ...]: "a list of token ids",
-    Mapping[int, float]: "an object of token ids and numbers",
 }
 
 
@@ -187,10 +192,8 @@ def plain_biases(value: object) -> object:
 
 def schema_text(value: object) -> object:
     """A JSON schema as text. Raises RequestError."""
-    if value is None or isinstance(value, str):
-        return value
     if not isinstance(value, (Mapping, bool)):
-        raise RequestError(f"json_schema is {value!r:.60}, allowed: a JSON schema, as text or as an object")
+        return value
     try:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:

@@ -10,8 +10,16 @@ import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, Mode
 from ...errors import RequestError
@@ -26,9 +34,9 @@ _COLDEST = 1e-30  # least temperature over 0; a logit over it still is a number,
 _TEMPERATURE = Range(_COLDEST, sys.float_info.max, or_zero=True, text=f"0 or {_COLDEST} and more")
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(strict=True))
 class Options:
-    """What a request may choose; None leaves the choice to the engine or the mode. A wrong value is a RequestError."""
+    """What a request may choose; None leaves the choice to the engine or the mode. Raises RequestError."""
 
     mode: Annotated[
         Mode | Literal["auto"], Help("Decode in this mode; auto picks the fastest of those that give ar's tokens.")
@@ -80,10 +88,16 @@ class Options:
     logit_bias: Annotated[
         Mapping[int, float] | None,
         BeforeValidator(plain_biases),
-        Help("Add a number from -100 to 100 to the logit of a token id.", default="none"),
+        Help(
+            "Add a number from -100 to 100 to the logit of a token id.",
+            default="none",
+            allowed="an object of token ids and numbers",
+        ),
     ] = None
     bad_words: Annotated[tuple[str, ...], NotEmpty("a bad word"), Help("Never complete this text.")] = ()
-    min_tokens: Annotated[int, Help("Do not end the answer before this many tokens.")] = 0
+    min_tokens: Annotated[
+        int, Range(0, text="0 to max_new_tokens"), Help("Do not end the answer before this many tokens.")
+    ] = 0
 
     stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), Help("End the answer at this text.")] = ()
     stop_token_ids: Annotated[tuple[int, ...], Help("End the answer at this token id.")] = ()
@@ -101,7 +115,11 @@ class Options:
     json_schema: Annotated[
         str | None,
         BeforeValidator(schema_text),
-        Help("Make the answer follow this JSON schema.", default="none"),
+        Help(
+            "Make the answer follow this JSON schema.",
+            default="none",
+            allowed="a JSON schema, as text or as an object",
+        ),
     ] = None
     regex: Annotated[str | None, Help("Make the whole answer match this pattern.", default="none")] = None
 
@@ -126,6 +144,14 @@ class Options:
 
     prefill_chunk: Annotated[int, Range(1), Help("Read the prompt in passes of this many tokens.")] = PREFILL_CHUNK
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: ArgsKwargs) -> ArgsKwargs:
+        for name in values.kwargs or ():
+            if name not in OPTIONS:
+                raise RequestError(f"unknown option {name!r}; allowed: {', '.join(OPTIONS)}")
+        return values
+
     @field_validator("*", mode="wrap")
     @classmethod
     def _check(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
@@ -137,8 +163,5 @@ OPTIONS = describe(Options)
 
 
 def make_options(values: Mapping[str, Any]) -> Options:
-    """Options from keyword arguments; an unknown name or a wrong value is a RequestError."""
-    for name in values:
-        if name not in OPTIONS:
-            raise RequestError(f"unknown option {name!r}; allowed: {', '.join(OPTIONS)}")
+    """Options from keyword arguments. Raises RequestError."""
     return Options(**values)

@@ -60,7 +60,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
     if threshold is None:
         threshold = _DIFFUSION_THRESHOLD if o.mode == "diffusion" else 0.0
     _check_ids(info, o)
-    if not 0 <= o.min_tokens <= max_new_tokens:
+    if o.min_tokens > max_new_tokens:
         raise RequestError(f"min_tokens is {o.min_tokens}, allowed: 0 to max_new_tokens, which is {max_new_tokens}")
     _check_thinking(text, o)
     _check_diffusion(o)
