@@ -1,7 +1,7 @@
-"""What several test files share: one built engine, a small checkpoint to break, and what a refusal looks like.
+"""What several test files share: one built engine, a small checkpoint to break, and the form of a refusal.
 
-`refused` runs the command in this process and checks the manners that every refusal owes: one line, no traceback, and
-below `tmp_path` exactly the files that were there before.
+`refused` runs the command in this process and checks what every refusal owes: one line, no traceback, and below
+`tmp_path` exactly the files that were there before.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def assert_one_line(stderr: str, *fragments: str, code: int = 1) -> str:
     for fragment in fragments:
         assert fragment in line
     assert SUBJECT.search(line), "names neither file nor flag"
-    if code == 2:  # a wrong flag: click's usage and the pointer to --help stand before it
+    if code == 2:  # a bad flag: click's usage and the pointer to --help stand before it
         assert not before or (before[0].startswith("Usage: ") and "--help" in before[1])
     else:  # the plan may have been shown already, nothing else
         assert all(PLAN.match(other) for other in before), before
@@ -86,8 +86,8 @@ def assert_one_line(stderr: str, *fragments: str, code: int = 1) -> str:
     return line
 
 
-def said(*arguments: str) -> str:
-    """What the command prints when it does as it is told."""
+def output_of(*arguments: str) -> str:
+    """What the command prints when it succeeds."""
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     return result.stdout

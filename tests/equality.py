@@ -1,13 +1,11 @@
-"""Compares every mode with the oracles, prompt by prompt and token for token.
+"""Compare every mode with the oracles, prompt by prompt and token for token.
 
 `compare_prompt` is what the test suite runs on a sample and what this file, run as a command, runs over the whole grid:
 
     python tests/equality.py --prompts 300 --output benchmarks/results/equality.json
     python tests/equality.py --prompts 200 --against transformers --output benchmarks/results/equality_transformers.json
 
-In: tiny-chat, with and without a random drafter adapter. Out: how many requests were equal, and each one that was not
-with the smallest logit margin along its AR text. The surprising fact: diffusion and drafting have an oracle of their
-own, so passes are counted too, which is what shows that an adapter acts where it should and nowhere else.
+Passes are counted too, which shows that an adapter acts in drafts and nowhere else.
 """
 
 from __future__ import annotations
@@ -70,15 +68,15 @@ class Difference:
 def questions(count: int) -> list[str]:
     """Distinct held-out questions over all tasks."""
     data, rng = load_make_data(), random.Random(SEED)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[data.example(rng)[1]] = None
-    return list(found)
+    distinct: dict[str, None] = {}
+    while len(distinct) < count:
+        distinct[data.example(rng)[1]] = None
+    return list(distinct)
 
 
 @dataclasses.dataclass
 class Setup:
-    """Engines with and without the adapter, and one oracle for both: it uses the adapter only when told to."""
+    """Engines with and without the adapter, and one oracle for both: it uses the adapter only on request."""
 
     plain: nemodiff.LoadedEngine
     adapted: nemodiff.LoadedEngine
@@ -103,10 +101,10 @@ def grid(
     blocks: tuple[int, ...] = BLOCKS, thresholds: tuple[float, ...] = THRESHOLDS, limits: tuple[int, ...] = LIMITS
 ) -> list[Case]:
     """All cases of one prompt."""
+    cases = [Case("ar", 1, 0.0, limit) for limit in limits]
     modes = ("diffusion", "linear_spec", "linear_spec+adapter")
-    return [Case("ar", 1, 0.0, limit) for limit in limits] + [
-        Case(*values) for values in itertools.product(modes, blocks, thresholds, limits)
-    ]
+    cases += [Case(*values) for values in itertools.product(modes, blocks, thresholds, limits)]
+    return cases
 
 
 def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[tuple[Case, Difference | None]]:
@@ -156,13 +154,13 @@ def _oracle(
 
 
 def compare_with_transformers(
-    engine: nemodiff.LoadedEngine, asked: list[str]
+    engine: nemodiff.LoadedEngine, question_list: list[str]
 ) -> Iterator[tuple[Case, Difference | None]]:
     """Run every prompt through AR and through transformers' generate on the same weights."""
     from oracle import transformers_oracle
 
     model, case = transformers_oracle.load(TINY_CHAT), Case("ar", 1, 0.0, max(LIMITS))
-    for question in asked:
+    for question in question_list:
         prompt = engine.text.encode_chat([{"role": "user", "content": question}])
         expected = transformers_oracle.greedy(model, prompt, case.max_new_tokens, sorted(engine.info.model.eos_ids))
         got = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=case.max_new_tokens).token_ids
@@ -179,10 +177,10 @@ def _work(arguments: tuple[list[str], Path]) -> list[tuple[Case, Difference | No
     return done
 
 
-def _run_grid(asked: list[str], processes: int, folder: Path) -> list[tuple[Case, Difference | None]]:
+def _run_grid(question_list: list[str], processes: int, folder: Path) -> list[tuple[Case, Difference | None]]:
     """The whole grid, the prompts dealt out to processes of one thread each."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
-    parts = [(asked[i::processes], folder / str(i)) for i in range(processes)]
+    parts = [(question_list[i::processes], folder / str(i)) for i in range(processes)]
     for _, part in parts:
         part.mkdir()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -192,20 +190,20 @@ def _run_grid(asked: list[str], processes: int, folder: Path) -> list[tuple[Case
 def main() -> None:
     """Run the comparison and write the result file; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=300)
-    parser.add_argument("--against", choices=["reference", "transformers"], default="reference")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=300, help="questions to compare, default 300")
+    parser.add_argument("--against", choices=["reference", "transformers"], default="reference", help="the oracle")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default one per core")
+    parser.add_argument("--output", type=Path, required=True, help="result file to write")
     options = parser.parse_args()
-    started, asked = time.time(), questions(options.prompts)
+    started, question_list = time.time(), questions(options.prompts)
     packages = ["nemodiff", "numpy", "onnxruntime"]
     with tempfile.TemporaryDirectory() as folder:
         if options.against == "reference":
-            done = _run_grid(asked, options.processes, Path(folder))
+            done = _run_grid(question_list, options.processes, Path(folder))
         else:
             packages += ["torch", "transformers"]
             engine = nemodiff.load(Builder(TINY_CHAT, Path(folder) / "plain").run())
-            done = list(compare_with_transformers(engine, asked))
+            done = list(compare_with_transformers(engine, question_list))
     counts = collections.Counter(case.mode for case, _ in done)
     differences = [d for _, d in done if d is not None]
     values = {
@@ -216,7 +214,7 @@ def main() -> None:
         "thresholds": sorted({c.threshold for c, _ in done}),
         "max_new_tokens": sorted({c.max_new_tokens for c, _ in done}),
         "compared": COMPARED[options.against],
-        "prompts": len(asked),
+        "prompts": len(question_list),
         "seconds": round(time.time() - started),
         "requests": dict(counts),
         "equal": {m: n - sum(d.case.mode == m for d in differences) for m, n in counts.items()},

@@ -1,12 +1,11 @@
-"""Compares every mode with the oracle and with AR when a request asks for more than the best token.
+"""Compare every mode with the oracle and with AR when a request asks for more than the best token.
 
-`compare` is what the test suite runs on a sample and what this file, run as a command, runs over many prompts:
+`compare_causal` and `compare_diffusion` are what the test suite runs on a sample and what this file, run as a command,
+runs over many prompts:
 
     python tests/equality_sampled.py --prompts 300 --output benchmarks/results/equality_sampled.json
 
-In: tiny-chat, with and without a random drafter adapter, and the laws below. Out: how many requests gave exactly the
-expected tokens, and each one that did not with the margin of the choice where it parted. The surprising fact: equality
-holds at any temperature, because noise belongs to a position and not to a pass.
+Equality holds at any temperature, because noise belongs to a position and not to a pass.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import argparse
 import collections
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ from oracle.reference_choice import Control, SamplingParams
 import nemodiff
 
 NEW_TOKENS = 40
-TURNS = 4  # laws per prompt, and as many cases of diffusion; the prompts take turns
+TURNS = 4  # sampling parameters per prompt, and as many cases of diffusion; the prompts take turns
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "city": {"enum": ["Oslo", "Perth", "Lima"]}},
@@ -41,9 +41,9 @@ SCHEMA = {
 }
 REGEX = "[0-9]{1,3}(, [0-9]{1,3}){0,9}"
 
-Asked = dict[str, Any]
+Request = dict[str, Any]
 
-LAWS: dict[str, Asked] = {
+PARAMS: dict[str, Request] = {
     "T 0.7": {"temperature": 0.7},
     "T 1": {"temperature": 1.0},
     "T 1.5": {"temperature": 1.5},
@@ -57,12 +57,12 @@ LAWS: dict[str, Asked] = {
     "min tokens": {"temperature": 0.7, "min_tokens": 30, "stop_token_ids": (146,)},
     "thinking budget": {"temperature": 0.7, "thinking": True, "thinking_budget": 9},
 }
-GUIDES: dict[str, Asked] = {
+GUIDES: dict[str, Request] = {
     "json schema": {"json_schema": SCHEMA},
     "json schema, T 1": {"json_schema": SCHEMA, "temperature": 1.0},
     "regex, T 0.7": {"regex": REGEX, "temperature": 0.7},
 }
-CAUSAL: dict[str, Asked] = {
+CAUSAL: dict[str, Request] = {
     "ar, chunks of 7": {"mode": "ar", "prefill_chunk": 7},
     "linear_spec": {"mode": "linear_spec"},
     "linear_spec, blocks of 5, threshold 0.5": {"mode": "linear_spec", "block_length": 5, "threshold": 0.5},
@@ -70,7 +70,7 @@ CAUSAL: dict[str, Asked] = {
     "quadratic_spec": {"mode": "quadratic_spec"},
     "quadratic_spec, all groups of 8": {"mode": "quadratic_spec", "groups": "all", "block_length": 8},
 }
-CONTROLS: dict[str, Asked] = {
+CONTROLS: dict[str, Request] = {
     "threshold": {},
     "topk": {"policy": "topk", "per_step": 3},
     "entropy": {"policy": "entropy", "entropy_bound": 0.2},
@@ -87,113 +87,121 @@ class Difference:
     """A request that was not equal."""
 
     params: str
-    way: str
+    variant: str
     prompt: str
     seed: int
     expected: object
     got: object
 
 
-def law_of(engine: nemodiff.LoadedEngine, prompt: list[int], asked: Asked, seed: int) -> SamplingParams:
-    """The oracle's form of a request."""
+def oracle_params(engine: nemodiff.LoadedEngine, prompt: list[int], request: Request, seed: int) -> SamplingParams:
+    """The oracle's parameters of a request."""
     text = engine.text
-    words = {tuple(text.encode_plain(space + word)) for word in asked.get("bad_words", ()) for space in ("", " ")}
-    values = {k: v for k, v in asked.items() if k not in ("bad_words", "stop_token_ids", "thinking")}
-    stops = frozenset(engine.info.model.eos_ids).union(asked.get("stop_token_ids", ()))
-    end = text.end_think if "thinking_budget" in asked else None
+    words = {tuple(text.encode_plain(space + word)) for word in request.get("bad_words", ()) for space in ("", " ")}
+    values = {k: v for k, v in request.items() if k not in ("bad_words", "stop_token_ids", "thinking")}
+    stops = frozenset(engine.info.model.eos_ids).union(request.get("stop_token_ids", ()))
+    end = text.end_think if "thinking_budget" in request else None
     return SamplingParams(
         tuple(prompt), stops, bad_words=tuple(words), seed=seed, end_think=-1 if end is None else end, **values
     )
 
 
 def compare_causal(
-    setup: equality.Setup, question: str, name: str, seed: int, ways: list[str]
+    setup: equality.Setup, question: str, name: str, seed: int, variants: list[str]
 ) -> Iterator[tuple[str, Difference | None]]:
-    """One law on one prompt: AR against its oracle, and every other way against AR."""
-    asked = {**LAWS, **GUIDES}[name]
-    prompt = _prompt(setup, question, asked)
-    base = nemodiff.generate(setup.plain, prompt, mode="ar", seed=seed, max_new_tokens=NEW_TOKENS, **asked)
-    params = law_of(setup.plain, prompt, asked, seed) if name in LAWS else None
+    """One set of parameters on one prompt: AR against its oracle, and every other variant against AR."""
+    request = {**PARAMS, **GUIDES}[name]
+    prompt = _prompt(setup, question, request)
+    base = nemodiff.generate(setup.plain, prompt, mode="ar", seed=seed, max_new_tokens=NEW_TOKENS, **request)
+    params = oracle_params(setup.plain, prompt, request, seed) if name in PARAMS else None
 
-    def difference(way: str, expected: object, got: object) -> Difference | None:
-        return None if expected == got else Difference(name, way, question, seed, expected, got)
+    def difference(variant: str, expected: object, got: object) -> Difference | None:
+        return None if expected == got else Difference(name, variant, question, seed, expected, got)
 
     if params is not None:
         oracle = reference.ar(setup.model, prompt, NEW_TOKENS, params.stops, params)
         yield "ar", difference("ar", (oracle.tokens, oracle.finish_reason), (base.token_ids, base.finish_reason))
-    for way in ways:
-        engine = setup.adapted if way.endswith("+adapter") else setup.plain
-        options = {**asked, **CAUSAL[way], "seed": seed, "max_new_tokens": NEW_TOKENS}
+    for variant in variants:
+        engine = setup.adapted if variant.endswith("+adapter") else setup.plain
+        options = {**request, **CAUSAL[variant], "seed": seed, "max_new_tokens": NEW_TOKENS}
         answer = nemodiff.generate(engine, prompt, **options)
-        yield way, difference(way, (base.token_ids, base.finish_reason), (answer.token_ids, answer.finish_reason))
+        yield (
+            variant,
+            difference(variant, (base.token_ids, base.finish_reason), (answer.token_ids, answer.finish_reason)),
+        )
 
 
 def compare_passes(setup: equality.Setup, question: str, name: str, seed: int) -> Iterator[Difference]:
-    """One law on one prompt: passes and acceptance of self-speculation against the oracle; gives what differs."""
-    asked = LAWS[name]
-    prompt = _prompt(setup, question, asked)
-    params = law_of(setup.plain, prompt, asked, seed)
-    options = {**asked, "seed": seed, "max_new_tokens": NEW_TOKENS}
-    for way in ("linear_spec, blocks of 5, threshold 0.5", "linear_spec+adapter", "quadratic_spec, all groups of 8"):
-        adapter = way.endswith("+adapter")
-        got = nemodiff.generate(setup.adapted if adapter else setup.plain, prompt, **options, **CAUSAL[way])
-        size = CAUSAL[way]["block_length"]
-        if way.startswith("quadratic"):
+    """One set of parameters on one prompt: passes and acceptance of self-speculation that differ from the oracle's."""
+    request = PARAMS[name]
+    prompt = _prompt(setup, question, request)
+    params = oracle_params(setup.plain, prompt, request, seed)
+    options = {**request, "seed": seed, "max_new_tokens": NEW_TOKENS}
+    for variant in (
+        "linear_spec, blocks of 5, threshold 0.5",
+        "linear_spec+adapter",
+        "quadratic_spec, all groups of 8",
+    ):
+        adapter = variant.endswith("+adapter")
+        got = nemodiff.generate(setup.adapted if adapter else setup.plain, prompt, **options, **CAUSAL[variant])
+        size = CAUSAL[variant]["block_length"]
+        if variant.startswith("quadratic"):
             oracle = reference.quadratic_spec(setup.model, prompt, NEW_TOKENS, size, params.stops, params=params)
         else:
-            threshold = CAUSAL[way].get("threshold", 0.0)
+            threshold = CAUSAL[variant].get("threshold", 0.0)
             oracle = reference.linear_spec(
                 setup.model, prompt, NEW_TOKENS, size, threshold, params.stops, adapter, params
             )
         expected = (oracle.tokens, oracle.nfe, oracle.acceptance)
-        if expected != (found := (got.token_ids, got.nfe, got.acceptance.lengths)):
-            yield Difference(name, way, question, seed, expected, found)
+        if expected != (actual := (got.token_ids, got.nfe, got.acceptance.lengths)):
+            yield Difference(name, variant, question, seed, expected, actual)
 
 
 def compare_diffusion(
-    setup: equality.Setup, question: str, name: str | None, way: str, seed: int, block: int
+    setup: equality.Setup, question: str, name: str | None, variant: str, seed: int, block: int
 ) -> Difference | None:
-    """One law, or none, and one way to commit against the oracle."""
-    asked = LAWS[name] if name else {}
-    prompt = _prompt(setup, question, asked)
-    params = law_of(setup.plain, prompt, asked, seed) if name else None
-    values = {k.removeprefix("block_"): v for k, v in CONTROLS[way].items() if k != "threshold"}
-    threshold = CONTROLS[way].get("threshold", 0.9)
+    """One set of parameters, or none, and one policy of commits against the oracle."""
+    request = PARAMS[name] if name else {}
+    prompt = _prompt(setup, question, request)
+    params = oracle_params(setup.plain, prompt, request, seed) if name else None
+    values = {k.removeprefix("block_"): v for k, v in CONTROLS[variant].items() if k != "threshold"}
+    threshold = CONTROLS[variant].get("threshold", 0.9)
     stops = params.stops if params else setup.model.eos
     oracle = reference.diffusion(setup.model, prompt, NEW_TOKENS, block, threshold, stops, params, Control(**values))
-    options = {**asked, **CONTROLS[way], "seed": seed, "max_new_tokens": NEW_TOKENS, "block_length": block}
+    options = {**request, **CONTROLS[variant], "seed": seed, "max_new_tokens": NEW_TOKENS, "block_length": block}
     got = nemodiff.generate(setup.plain, prompt, mode="diffusion", **options)
-    expected, found = (oracle.tokens, oracle.finish_reason, oracle.nfe), (got.token_ids, got.finish_reason, got.nfe)
-    return None if expected == found else Difference(name or "none", way, question, seed, expected, found)
+    expected, actual = (oracle.tokens, oracle.finish_reason, oracle.nfe), (got.token_ids, got.finish_reason, got.nfe)
+    return None if expected == actual else Difference(name or "none", variant, question, seed, expected, actual)
 
 
 def diffusion_cases() -> list[tuple[str | None, str]]:
-    """Every way to commit with every law it takes."""
-    return [
-        (name, way) for name in (None, *LAWS) for way in CONTROLS if name not in LOOKS_BACK or way == "left_to_right"
-    ]
+    """Every policy of commits with every set of parameters that it takes."""
+    pairs = itertools.product((None, *PARAMS), CONTROLS)
+    return [(name, variant) for name, variant in pairs if name not in LOOKS_BACK or variant == "left_to_right"]
 
 
-def _prompt(setup: equality.Setup, question: str, asked: Asked) -> list[int]:
+def _prompt(setup: equality.Setup, question: str, request: Request) -> list[int]:
     message = {"role": "user", "content": question}
-    return setup.plain.text.encode_chat([message], thinking=bool(asked.get("thinking")))
+    return setup.plain.text.encode_chat([message], thinking=bool(request.get("thinking")))
 
 
-Done = list[tuple[str, str, Difference | None]]  # law, way, difference
+Done = list[tuple[str, str, Difference | None]]  # parameters, variant, difference
 
 
 def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
     chunk, folder = arguments
     setup = equality.Setup.make(folder, threads=1)
-    laws, cases, done = [*LAWS, *GUIDES], diffusion_cases(), Done()
+    names = [*PARAMS, *GUIDES]
+    cases = diffusion_cases()
+    done = Done()
     for count, (number, question) in enumerate(chunk, 1):
         setup.model.clear()
         for turn in range(TURNS):
-            params = laws[(TURNS * number + turn) % len(laws)]
-            done += [(params, way, d) for way, d in compare_causal(setup, question, params, number, list(CAUSAL))]
-            name, way = cases[(TURNS * number + turn) % len(cases)]
-            found = compare_diffusion(setup, question, name, way, number, (8, 32)[number % 2])
-            done.append((name or "none", f"diffusion, {way}", found))
+            name = names[(TURNS * number + turn) % len(names)]
+            done += [(name, variant, d) for variant, d in compare_causal(setup, question, name, number, list(CAUSAL))]
+            name, variant = cases[(TURNS * number + turn) % len(cases)]
+            difference = compare_diffusion(setup, question, name, variant, number, (8, 32)[number % 2])
+            done.append((name or "none", f"diffusion, {variant}", difference))
         different = sum(d is not None for _, _, d in done)
         print(f"{count} of {len(chunk)} prompts, {different} differences", file=sys.stderr, flush=True)
     return done
@@ -202,14 +210,14 @@ def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
 def main() -> None:
     """Run the comparison and write the result file; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=300)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=300, help="questions to compare, default 300")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default one per core")
+    parser.add_argument("--output", type=Path, required=True, help="result file to write")
     options = parser.parse_args()
-    started, asked = time.time(), list(enumerate(equality.questions(options.prompts)))
+    started, numbered = time.time(), list(enumerate(equality.questions(options.prompts)))
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
     with tempfile.TemporaryDirectory() as folder:
-        parts = [(asked[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
+        parts = [(numbered[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
         for _, part in parts:
             part.mkdir()
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
@@ -221,11 +229,11 @@ def main() -> None:
         "compared": "ar and diffusion with the oracle, every other way with ar; token ids and finish reason, in "
         "diffusion passes by kind too",
         "max_new_tokens": NEW_TOKENS,
-        "laws": {name: LAWS.get(name) or GUIDES[name] for name in (*LAWS, *GUIDES)},
-        "prompts": len(asked),
+        "laws": {name: PARAMS.get(name) or GUIDES[name] for name in (*PARAMS, *GUIDES)},
+        "prompts": len(numbered),
         "seconds": round(time.time() - started),
-        "requests": dict(collections.Counter(way for _, way, _ in done)),
-        "equal": dict(collections.Counter(way for _, way, d in done if d is None)),
+        "requests": dict(collections.Counter(variant for _, variant, _ in done)),
+        "equal": dict(collections.Counter(variant for _, variant, d in done if d is None)),
         "differences": [dataclasses.asdict(d) for _, _, d in done if d is not None],
     }
     options.output.write_text(json.dumps(values, indent=1) + "\n")

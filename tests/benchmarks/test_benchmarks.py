@@ -1,4 +1,4 @@
-"""The benchmarks: made-up checkpoints have the released shapes, scripts start, results say where they come from.
+"""The benchmarks: random checkpoints have the released shapes, scripts start, results say where they come from.
 
 Nothing is timed here. A cut checkpoint is written and built for real; the full sizes are only counted.
 """
@@ -136,22 +136,22 @@ def test_compiling_is_measured_against_the_bare_builder(tmp_path: Path) -> None:
     figures = re.compile(r": \d+\.\d s, (\d+\.\d+) GiB anonymous .*, engine (\d+\.\d+) GiB")
     for line, name in ((alone, "parser and builder alone"), (whole, "nemodiff build")):
         assert line.startswith(name)
-        found = figures.search(line)
-        assert found is not None
-        assert float(found[1]) > 0.05  # GiB, of the library alone: children are counted
-        assert float(found[2]) > 0
+        match = figures.search(line)
+        assert match is not None
+        assert float(match[1]) > 0.05  # GiB, of the library alone: children are counted
+        assert float(match[2]) > 0
     assert not list(tmp_path.iterdir())
 
 
 def test_kernels_fit_a_multiprocessor() -> None:
     """Of the graph's ops and of the fused ones, on every card, within what a multiprocessor holds."""
-    found = json.loads((FOLDER / "results" / "kernels.json").read_text(encoding="utf-8"))["kernels"]
+    kernels = json.loads((FOLDER / "results" / "kernels.json").read_text(encoding="utf-8"))["kernels"]
     most = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}  # blocks, by the CUDA C++ Programming Guide
-    assert {kernel["sm"] for kernel in found} == set(most)
+    assert {kernel["sm"] for kernel in kernels} == set(most)
     assert {"BlockAttentionSplit", "ConfidenceCommitScan", "ResidualNorm", "RopeWrite", "SwiGLU", "HeadScan16"} <= {
-        kernel["stage"] for kernel in found
+        kernel["stage"] for kernel in kernels
     }
-    for kernel in found:
+    for kernel in kernels:
         assert 1 <= kernel["blocks_per_multiprocessor"] <= most[kernel["sm"]], kernel
         assert 0 < kernel["occupancy"] <= 1
         assert kernel["spill_bytes"] == 0
@@ -163,10 +163,10 @@ def test_questions_repeat_and_cover_every_task() -> None:
     command = [sys.executable, "-c", code]
     runs = [subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, timeout=60).stdout for _ in range(2)]
     assert runs[0] == runs[1]
-    seed, tasks, asked = json.loads(runs[0])
+    seed, tasks, drawn = json.loads(runs[0])
     assert seed not in (1, 7, 999)  # training's
-    assert [q["task"] for q in asked] == tasks * 3
-    assert all(q["text"] and q["answer"] for q in asked)
+    assert [q["task"] for q in drawn] == tasks * 3
+    assert all(q["text"] and q["answer"] for q in drawn)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)

@@ -1,6 +1,6 @@
-"""The GPU benchmark on the CPU: all of its code at tiny sizes, its plan, its budget, what it keeps and concludes.
+"""The GPU benchmark on the CPU: all of its code at tiny sizes, its plan, its budget, and the verdicts it draws.
 
-Times mean nothing here and none is looked at, but that they are there.
+Times mean nothing here; tests only check that they are present.
 """
 
 from __future__ import annotations
@@ -55,19 +55,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *out, *arguments])
         _program().main()
         report = tmp_path / "gpu.json"
-        found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-        return {**found, "printed": capsys.readouterr().out}
+        figures = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        return {**figures, "printed": capsys.readouterr().out}
 
     return main
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton interprets nothing")
 def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
-    found = run("--only", QUICK)
-    cells = found["cells"]
-    assert [g["name"] for g in found["goals_not_measured"]] == []
-    assert len(found["goals"]) == 9
-    exact = {g["name"]: g["got"] for g in found["goals"] if "answers" in g["name"]}
+    report = run("--only", QUICK)
+    cells = report["cells"]
+    assert [g["name"] for g in report["goals_not_measured"]] == []
+    assert len(report["goals"]) == 9
+    exact = {g["name"]: g["got"] for g in report["goals"] if "answers" in g["name"]}
     assert list(exact.values()) == [0, 0]
     skipped = {name: cell["skipped"] for name, cell in cells.items() if "skipped" in cell}
     assert {name.split("/")[0] for name in skipped} == {"tensorrt"}
@@ -76,9 +76,9 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     for cell in forward:
         assert 0 < cell["device_us"] <= cell["wall_us"]
         assert cell["to_ceiling"] > 0
-    rows = [cell for name, cell in cells.items() if name.startswith("kernels/")]
-    kernels = {row["stages"][0] for row in rows if row["op"] != "linear"}
-    assert all(row["us"] > 0 and row["bytes"] > 0 for row in rows)
+    kernel_cells = [cell for name, cell in cells.items() if name.startswith("kernels/")]
+    kernels = {row["stages"][0] for row in kernel_cells if row["op"] != "linear"}
+    assert all(row["us"] > 0 and row["bytes"] > 0 for row in kernel_cells)
     plugins = importlib.import_module("nemodiff.plugins")
     assert kernels == {op.stages[0].name for op in (*plugins.OPS, plugins.confidence_commit.SAMPLED, *plugins.FUSED)}
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
@@ -99,8 +99,8 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its events, graphs and launches at a tiny size, before minutes are spent on a large one."""
-    given = ["--shapes", "tiny", "--only", "variants,decode,kernels", "--minutes", "3", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *given])
+    arguments = ["--shapes", "tiny", "--only", "variants,decode,kernels", "--minutes", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *arguments])
     _program().main()
     cells = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["cells"]
     assert [cell for cell in cells.values() if "skipped" in cell] == []
@@ -109,14 +109,14 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # transformers' and dynamo's own
 def test_the_peers(run: Run) -> None:
-    found = run("--only", "peers")
-    rows = [cell for name, cell in found["cells"].items() if name.startswith("peers/")]
-    assert [(r["rows"], r["context"], r["compiled"]) for r in rows] == [
+    report = run("--only", "peers")
+    peers = [cell for name, cell in report["cells"].items() if name.startswith("peers/")]
+    assert [(r["rows"], r["context"], r["compiled"]) for r in peers] == [
         *((count, context, False) for count in (1, 2) for context in (64, 128)),
         (1, 64, True),
     ]
-    assert {r["peer"] for r in rows} == {"Ministral3ForCausalLM"}
-    assert {g["reason"].split(": ")[-1] for g in found["goals_not_measured"]} >= {"not reached yet"}
+    assert {r["peer"] for r in peers} == {"Ministral3ForCausalLM"}
+    assert {g["reason"].split(": ")[-1] for g in report["goals_not_measured"]} >= {"not reached yet"}
 
 
 @pytest.mark.parametrize("shape", ["3b", "8b", "14b", "8b,3b,14b"])
@@ -155,8 +155,8 @@ def test_a_checkout_is_enough(tmp_path: Path) -> None:
     code += "import nemodiff; print(nemodiff.__file__)"
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60)
-    assert found.stdout.strip() == str(FOLDER.parent / "__init__.py")
+    result = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == str(FOLDER.parent / "__init__.py")
 
 
 def test_cells_fail_by_themselves() -> None:
@@ -184,7 +184,8 @@ def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) 
     card, models = importlib.import_module("gpu.card"), importlib.import_module("gpu.models")
     monkeypatch.setattr(TorchDevice, "capture", RecordingDevice.capture)
     there = card.Card("cpu")
-    there.graphs, there._refuses = [], 0
+    there.graphs = []
+    there._refuses = 0
     engine = models.load("tiny", "f32", there).backend
     engine.graphs = engine.static = True
     cache, spent = engine.open(1), [0.0]
@@ -202,8 +203,8 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     config = plan.RunConfig(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
     report = reports.Report(None, {"date": "", "command": ""}, {"name": "a card"}, {}, config)
 
-    def put(section: str, key: str, **row: Any) -> None:
-        report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), row)
+    def put(section: str, key: str, **figures: Any) -> None:
+        report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), figures)
 
     assert report.goals()[0] == []
     assert len(report.goals()[1]) == 9
@@ -233,14 +234,14 @@ def test_the_script_gives_the_published_tokens_per_pass() -> None:
     object.__setattr__(engine, "backend", script.Scripted(engine.backend))
     prompt = modes.prompt_of(plan.GPU.prompt)
     answers = {
-        name: generate(engine, prompt, max_new_tokens=plan.GPU.new_tokens, **way)
-        for name, way in modes.SETTINGS.items()
-        if "temperature" not in way
+        name: generate(engine, prompt, max_new_tokens=plan.GPU.new_tokens, **options)
+        for name, options in modes.SETTINGS.items()
+        if "temperature" not in options
     }
     assert len({tuple(a.token_ids) for a in answers.values()}) == 1
     assert answers["linear_spec"].decode_tpf == pytest.approx(script.PUBLISHED, rel=0.02)
     position = np.arange(10**5)
     guessed, sure = script.guess(position)
-    right = guessed == script.truth(position)
+    correct = guessed == script.truth(position)
     for chance in (script.EASY, script.HARD):
-        assert right[sure == np.float32(chance)].mean() == pytest.approx(chance, abs=0.01)
+        assert correct[sure == np.float32(chance)].mean() == pytest.approx(chance, abs=0.01)

@@ -1,8 +1,7 @@
-"""The benchmark through TensorRT-LLM, without it: how it says so, and which calls it makes of a stand-in.
+"""The TensorRT-LLM benchmark without TensorRT-LLM: how it reports that, and which calls it makes of a stand-in.
 
-The stand-in is a module of the package's name that knows the answers and has the parameters that TensorRT-LLM's
-documentation lists, no others. It proves the calls and the counting, and nothing about TensorRT-LLM itself. The
-surprising fact: the script runs in a copy of the tree, because a result written beside it would look measured.
+The stand-in is a module of the package's name that knows the answers and has only the parameters that TensorRT-LLM's
+documentation lists. It tests the calls and the counting, and nothing about TensorRT-LLM itself.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class LLM:
         assert all(type(i) is int for i in ids)
         self.calls["sampling"] = vars(sampling)
         prompt = self.tokenizer.decode(ids, skip_special_tokens=False)
-        asked = prompt.split("<|im_start|>user\\n")[1].split("<|im_end|>")[0]
-        new = self.tokenizer.encode(ANSWERS[asked], add_special_tokens=False).ids + [sampling.end_id]
+        question = prompt.split("<|im_start|>user\\n")[1].split("<|im_end|>")[0]
+        new = self.tokenizer.encode(ANSWERS[question], add_special_tokens=False).ids + [sampling.end_id]
         return new[: sampling.max_tokens]
 
     def generate(self, inputs, sampling_params=None, use_tqdm=True):
@@ -104,7 +103,7 @@ def run(script: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def write_stand_in(script: Path, tokenizer: Tokenizer, asked: list[dict[str, str]]) -> tuple[Path, int]:
+def write_stand_in(script: Path, tokenizer: Tokenizer, drawn: list[dict[str, str]]) -> tuple[Path, int]:
     """Write the module; it answers every second question wrongly. Its folder, and the tokens of all answers."""
     folder = script.parents[1] / "modules" / "tensorrt_llm"
     folder.mkdir(parents=True)
@@ -112,8 +111,8 @@ def write_stand_in(script: Path, tokenizer: Tokenizer, asked: list[dict[str, str
     about = folder.with_name("tensorrt_llm-0.0.dist-info")
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt-llm\nVersion: 0.0\n")
-    answers = {q["text"]: q["answer"] if i % 2 == 0 else "no" for i, q in enumerate(asked)}
-    assert len(answers) == len(asked)
+    answers = {q["text"]: q["answer"] if i % 2 == 0 else "no" for i, q in enumerate(drawn)}
+    assert len(answers) == len(drawn)
     (folder / "answers.json").write_text(json.dumps(answers))
     return folder, sum(len(tokenizer.encode(text, add_special_tokens=False).ids) + 1 for text in answers.values())
 

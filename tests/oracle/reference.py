@@ -1,8 +1,7 @@
 """The oracle's decoding loops, written from docs/semantics.md without sight of the product.
 
-In: a model (`reference_model`), a prompt, and what the request asks for. Out: the tokens, the finish reason and the
-counts. What a token is chosen by is `reference_choice`. Surprising: every loop keeps whole token lists and no cache, so
-what is committed, drafted or scratch is only a matter of which list a pass is given.
+Every loop keeps whole token lists and no cache, so whether a token is committed, drafted or scratch only depends on the
+list that a pass gets. `reference_choice` chooses the tokens.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,7 +32,7 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class Reference:
-    """What one request must give. `nfe` has every kind of pass, also those that never ran."""
+    """The result that one request must give. `nfe` has every kind of pass, also those that never ran."""
 
     tokens: list[int]
     finish_reason: str
@@ -48,7 +47,7 @@ def ar(
     eos: Collection[int],
     params: SamplingParams | None = None,
 ) -> Reference:
-    """Autoregressive decoding, greedy without a law."""
+    """Autoregressive decoding, greedy without `params`."""
     out = _Emission(max_new_tokens, eos)
     out.emit(out.prefill(model, prompt, params))
     while not out.stopped:
@@ -70,7 +69,9 @@ def diffusion(
 ) -> Reference:
     """Block diffusion: every block starts with the causal seed and is committed causally when it is full."""
     out = _Emission(max_new_tokens, eos)
-    committed, mask, size = list(prompt), model.mask_id, block_length
+    committed = list(prompt)
+    mask = model.mask_id
+    size = block_length
     seed, early = out.prefill(model, prompt, params), False
     while not out.stopped:
         block, passes = _with_end(params, [seed] + [mask] * (size - 1), committed[len(prompt) :]), 0
@@ -78,22 +79,23 @@ def diffusion(
         held = next((i for i in range(1, size) if block[i] == end), size)
         emitted = out.emit_decided(block, 0, mask)
         while not out.stopped and mask in block:
-            if early:  # what the commit pass said of masks, the seed's place masked too
-                said = _masks_behind(model, params, committed, block)
+            if early:  # predictions of the commit pass for masks, the seed's place masked too
+                prediction = _masks_after(model, params, committed, block)
             else:
-                said = _denoise(model, params, control, committed, block)
+                prediction = _denoise(model, params, control, committed, block)
                 out.nfe["denoise"] += 1
             early = False
             if control is None:
-                block = commit_rule(mask, block, threshold, eos, *said[:2])
+                block = commit_rule(mask, block, threshold, eos, *prediction[:2])
             else:
                 places = [i for i, t in enumerate(block) if t == mask]
-                for n in commits(control, threshold, said[1][places], said[2][places], passes):
-                    block[places[n]] = int(said[0][places[n]])
+                for n in commits(control, threshold, prediction[1][places], prediction[2][places], passes):
+                    block[places[n]] = int(prediction[0][places[n]])
                 block = _closed(block, mask, eos)
             passes += 1
             if held < size and end in block[:held]:
-                block[held], held = mask, size
+                block[held] = mask
+                held = size
             emitted = out.emit_decided(block, emitted, mask)
         if not out.stopped:
             token, _ = predict(model, params, committed, block, bidirectional=False)
@@ -113,7 +115,7 @@ def linear_spec(
     adapter: bool = False,
     params: SamplingParams | None = None,
 ) -> Reference:
-    """Linear self-speculation: a bidirectional draft, then one causal pass that keeps what AR would have said."""
+    """Linear self-speculation: a bidirectional draft, then one causal pass that keeps AR's tokens."""
     out = _Emission(max_new_tokens, eos)
     acceptance = []
     out.emit(out.prefill(model, prompt, params))
@@ -220,9 +222,9 @@ def predict(
     adapter: bool = False,
     first: int | None = None,
 ) -> tuple[Ints, Floats]:
-    """Chosen token (S,) and its probability (S,) f32 at the positions of a pass; without a law the best token.
+    """Chosen token (S,) and its probability (S,) f32 at the positions of a pass; without `params` the best token.
 
-    first: what the first of the pass's masks turns out to be, where that is not the pass's to choose.
+    first: the token of the pass's first mask, where the pass does not choose it.
     """
     if params is None:
         return model.forward(prefix, pass_ids, bidirectional, adapter)
@@ -241,32 +243,32 @@ def _chosen(
 ) -> tuple[Ints, Floats]:
     token = np.zeros(len(logits), np.int64)
     filled = list(ids)
-    for row in range(len(logits)):
-        at = start + row
+    for index in range(len(logits)):
+        at = start + index
         if not bidirectional:
-            token[row] = choose(logits[row], params, ids[len(params.prompt) : at + 1], mask_id)
-        elif row == 0 and first is not None:
+            token[index] = choose(logits[index], params, ids[len(params.prompt) : at + 1], mask_id)
+        elif index == 0 and first is not None:
             filled[at] = first
         elif ids[at] == mask_id:
-            token[row] = filled[at] = choose(logits[row], params, filled[len(params.prompt) : at], mask_id)
+            token[index] = filled[at] = choose(logits[index], params, filled[len(params.prompt) : at], mask_id)
     logits[:, mask_id] = -np.inf
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     return token, weights[np.arange(len(token)), token] / weights.sum(axis=1)
 
 
-Said = tuple[Ints, Floats, NDArray[np.float64]]  # token, confidence and entropy of each position of a block
+Predicted = tuple[Ints, Floats, NDArray[np.float64]]  # token, confidence and entropy of each position of a block
 
 
 def _denoise(
     model: Predictor, params: SamplingParams | None, control: Control | None, committed: list[int], block: list[int]
-) -> Said:
+) -> Predicted:
     token, confidence = predict(model, params, committed, block, bidirectional=True)
     if control is None or control.policy != "entropy":
         return token, confidence, np.zeros(len(block))
     return token, confidence, _entropy(model.logits(committed, block, True), model.mask_id)
 
 
-def _masks_behind(model: Predictor, params: SamplingParams | None, committed: list[int], block: list[int]) -> Said:
+def _masks_after(model: Predictor, params: SamplingParams | None, committed: list[int], block: list[int]) -> Predicted:
     """The first pass of a block that the commit of the block before it made: all its places were masks."""
     logits = model.logits(committed, [model.mask_id] * len(block), True)
     entropy = _entropy(logits, model.mask_id)
@@ -276,7 +278,7 @@ def _masks_behind(model: Predictor, params: SamplingParams | None, committed: li
 
 
 def _entropy(logits: Floats, mask_id: int) -> NDArray[np.float64]:
-    """Nats of each row's distribution, the mask id left out."""
+    """Nats of each position's distribution, the mask id left out."""
     scores = np.delete(logits.astype(np.float64), mask_id, axis=1)
     chances = np.exp(scores - scores.max(axis=1, keepdims=True))
     chances /= chances.sum(axis=1, keepdims=True)
@@ -310,7 +312,7 @@ class _Emission:
         return bool(self.tokens) and (self.tokens[-1] in self._eos or len(self.tokens) == self._limit)
 
     def prefill(self, model: Predictor, prompt: Sequence[int], params: SamplingParams | None = None) -> int:
-        """The seed. The last prompt token stands alone in the pass, since only its prediction is wanted."""
+        """The seed. The last prompt token stands alone in the pass, since only its prediction is needed."""
         self.nfe["prefill"] += 1
         return int(predict(model, params, prompt[:-1], prompt[-1:], bidirectional=False)[0][0])
 

@@ -1,8 +1,6 @@
 """The oracle's choice of a token and of the masks to commit, written from docs/semantics.md and nothing else.
 
-In: one row of logits, what has been said, and what the request asks for. Out: one id, or the masks of a block that
-become tokens. It follows the page literally: sets and sums where the product prunes and keeps counts,
-and Philox in plain integers. Surprising: it is fast enough, because noise is remembered by seed and position.
+It follows the page literally: sets and sums where the product prunes and keeps counts, and Philox in plain integers.
 """
 
 import functools
@@ -19,7 +17,7 @@ M32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asks of its tokens; `prompt` is its ids, `stops` what ends it."""
+    """How the tokens of one request are chosen; `prompt` is its ids, `stops` the ids that end it."""
 
     prompt: tuple[int, ...]
     stops: frozenset[int]
@@ -61,26 +59,31 @@ def philox(seed: int, first: int, position: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def gumbel(seed: int, position: int, size: int) -> NDArray[np.float64]:
+    """Noise (size,) of a seed at a position; remembered, which makes the oracle fast enough."""
     words = [word for first in range(-(-size // 4)) for word in philox(seed, first, position)][:size]
     return np.array([-math.log(-math.log((word + 0.5) / 2**32)) for word in words])
 
 
-def choose(logits: Floats, params: SamplingParams, said: Sequence[int], mask_id: int) -> int:
-    """The token after the prompt and `said`."""
-    if params.thinking_budget is not None and len(said) >= params.thinking_budget and params.end_think not in said:
+def choose(logits: Floats, params: SamplingParams, emitted: Sequence[int], mask_id: int) -> int:
+    """The token after the prompt and `emitted`."""
+    if (
+        params.thinking_budget is not None
+        and len(emitted) >= params.thinking_budget
+        and params.end_think not in emitted
+    ):
         return params.end_think
     score = logits.astype(np.float64)
-    for i in {*params.prompt, *said}:
+    for i in {*params.prompt, *emitted}:
         score[i] = score[i] / params.repetition_penalty if score[i] > 0 else score[i] * params.repetition_penalty
-    for i in set(said):
-        score[i] -= params.frequency_penalty * list(said).count(i) + params.presence_penalty
+    for i in set(emitted):
+        score[i] -= params.frequency_penalty * list(emitted).count(i) + params.presence_penalty
     for i, bias in params.logit_bias.items():
         score[i] += bias
     never = {mask_id}
-    if len(said) < params.min_tokens:
+    if len(emitted) < params.min_tokens:
         never |= params.stops
     for word in params.bad_words:
-        if list(said)[len(said) - len(word) + 1 :] == list(word[:-1]) and len(said) >= len(word) - 1:
+        if list(emitted)[len(emitted) - len(word) + 1 :] == list(word[:-1]) and len(emitted) >= len(word) - 1:
             never.add(word[-1])
     ids = np.array([i for i in range(score.size) if i not in never])
     if params.temperature == 0:
@@ -95,7 +98,7 @@ def choose(logits: Floats, params: SamplingParams, said: Sequence[int], mask_id:
         ids, chance = ids[left], chance[left]
     if params.min_p:
         ids = ids[chance >= params.min_p * chance.max()]
-    noise = gumbel(params.seed, len(params.prompt) + len(said), score.size)
+    noise = gumbel(params.seed, len(params.prompt) + len(emitted), score.size)
     return int(ids[(score[ids] + noise[ids]).argmax()])
 
 

@@ -1,10 +1,7 @@
 """The oracle's model in plain numpy, written from docs/semantics.md and the checkpoint's layout, not from the product.
 
-In: a checkpoint folder, or a config dict with its tensors. Out: per pass the best token and its confidence, or logits.
 There is no KV cache: every pass recomputes prefix and pass together under one explicit mask, so a cache bug of the
 engine cannot be repeated here. Equal passes are remembered, nothing else is.
-Surprising: the adapter of a draft acts on the rows of the pass only, so inside one forward the rows of the prefix go
-through a different o_proj than the rows after them.
 """
 
 import json
@@ -72,7 +69,7 @@ def llama4_scale(pos: Sequence[int] | Ints, rope_parameters: Mapping[str, Any]) 
 
 
 def visibility(prefix: int, length: int, bidirectional: bool) -> NDArray[np.bool_]:
-    """Which key each query sees: (P + S, P + S) bool. Rows of the prefix are causal whatever the pass is."""
+    """Which key each query sees: (P + S, P + S) bool. Queries of the prefix are causal whatever the pass is."""
     total = prefix + length
     mask = np.tril(np.ones((total, total), bool))
     if bidirectional:
@@ -93,7 +90,7 @@ class _Layer(NamedTuple):
 
 
 class ReferenceModel:
-    """One checkpoint in f32. `eos` and `mask_id` are what the files say; the loops take `eos` as an argument."""
+    """One checkpoint in f32. `eos` and `mask_id` come from the files; the loops take `eos` as an argument."""
 
     def __init__(
         self,
@@ -176,6 +173,7 @@ class ReferenceModel:
             mixed = self._attention(_rms_norm(x, layer.norm_in, self.eps) @ layer.qkv, cos, sin, query_scale, bias)
             x = x + mixed @ layer.out
             if adapter and layer.lora is not None:
+                # A draft's adapter acts on the pass only; the prefix goes through the plain o_proj.
                 x[p:] += mixed[p:] @ layer.lora[0] @ layer.lora[1]
             gate, up = np.split(_rms_norm(x, layer.norm_post, self.eps) @ layer.gate_up, 2, axis=1)
             x = x + (_silu(gate) * up) @ layer.down
@@ -183,7 +181,10 @@ class ReferenceModel:
 
     def _attention(self, qkv: Floats, cos: Floats, sin: Floats, query_scale: Floats, bias: Floats) -> Floats:
         """Scaled dot-product attention: (N, (H + 2G) D) to (N, H D); query heads j H/G ... share K/V head j."""
-        n, h, g, d = len(qkv), self.heads, self.groups, self.head_dim
+        n = len(qkv)
+        h = self.heads
+        g = self.groups
+        d = self.head_dim
         heads = qkv.reshape(n, h + 2 * g, d).transpose(1, 0, 2)  # (H + 2G, N, D)
         q = _rotate(heads[:h], cos, sin) * query_scale[:, None]
         k = _rotate(heads[h : h + g], cos, sin)

@@ -1,8 +1,7 @@
 """Whether the oracle itself can be trusted: the maths against published values and transformers, the loops by hand.
 
-The maths is compared on tiny-chat and on a small random model whose YaRN and llama-4 steps fall inside 64 tokens; the
-loops on scripted predictions worked out from docs/semantics.md, and by properties over random models.
-Surprising: a random model is the harder test of speculation, since hardly any of its drafts are accepted.
+The maths is compared on tiny-chat and on a small random model whose YaRN and llama-4 steps fall inside 64 tokens. The
+loops are compared with scripted predictions worked out from docs/semantics.md, and by properties over random models.
 """
 
 import importlib
@@ -131,8 +130,8 @@ def test_the_mask_id_is_in_neither_argmax_nor_denominator() -> None:
     np.testing.assert_allclose(confidence, weights.max(axis=1) / weights.sum(axis=1), rtol=1e-5)
 
 
-def test_no_row_of_the_prefix_sees_the_pass() -> None:
-    """Any split of a causal sequence gives the same rows, and a bidirectional pass looks back as a causal one does."""
+def test_no_position_of_the_prefix_sees_the_pass() -> None:
+    """Any split of a causal sequence gives the same logits; a bidirectional pass looks back as a causal one does."""
     model = ReferenceModel(SMALL, random_tensors(SMALL, 1))
     ids = list(range(20))
     whole = model.logits([], ids, False)
@@ -178,7 +177,10 @@ def test_chat_logits_equal_transformers(
 def test_small_logits_equal_transformers_past_the_original_length(oracle: ModuleType, rope: dict[str, float]) -> None:
     """64 tokens: four steps of the query scale; every kind of pass, with and without adapter."""
     config = SMALL | {"rope_parameters": SMALL["rope_parameters"] | rope}
-    tensors, adapter, p, n = random_tensors(SMALL, 3), random_adapter(SMALL, 4, 0.3, 4), 50, 64
+    tensors = random_tensors(SMALL, 3)
+    adapter = random_adapter(SMALL, 4, 0.3, 4)
+    p = 50
+    n = 64
     model, theirs = ReferenceModel(config, tensors, adapter, 2.0), oracle.build(config, tensors)
     ids = np.random.default_rng(5).integers(0, SMALL["vocab_size"], n).tolist()
     np.testing.assert_allclose(model.logits([], ids, False), oracle.logits(theirs, ids), atol=1e-4)
@@ -197,7 +199,7 @@ def test_small_logits_equal_transformers_past_the_original_length(oracle: Module
 
 
 def _add_from(start: int, delta: NDArray[np.floating]) -> Callable[[Any, tuple[Any], Any], Any]:
-    """A torch forward hook that adds `x @ delta.T` from row `start` on."""
+    """A torch forward hook that adds `x @ delta.T` from position `start` on."""
     import torch
 
     def hook(_module: Any, args: tuple[Any], output: Any) -> Any:
@@ -216,7 +218,7 @@ def test_chat_ar_equals_transformers_greedy(
         result = ar(chat, ids, 40, chat.eos)
         assert result.tokens == oracle.greedy(peer, ids, 40, chat.eos)
         ended += result.finish_reason == "stop"
-    assert 0 < ended < len(prompts)  # both ways to end are covered
+    assert 0 < ended < len(prompts)  # both finish reasons are covered
 
 
 @pytest.mark.torch
@@ -235,19 +237,19 @@ def test_transformers_greedy_never_gives_the_mask_id(oracle: ModuleType) -> None
 
 
 class Scripted:
-    """Stands in for a model: plays prepared predictions and writes down what it was asked."""
+    """Stands in for a model: plays prepared predictions and records its calls."""
 
     mask_id = MASK
 
     def __init__(self, *passes: Sequence[tuple[int, float]]) -> None:
         self.passes = list(passes)
-        self.asked: list[tuple[list[int], list[int], str]] = []
+        self.calls: list[tuple[list[int], list[int], str]] = []
 
     def forward(self, prefix: Sequence[int], ids: Sequence[int], bidirectional: bool, adapter: bool = False) -> Any:
-        self.asked.append((list(prefix), list(ids), ("bidi" if bidirectional else "causal") + "+" * adapter))
-        rows = self.passes.pop(0)
-        assert len(rows) == len(ids)
-        return np.array([t for t, _ in rows]), np.array([c for _, c in rows], np.float32)
+        self.calls.append((list(prefix), list(ids), ("bidi" if bidirectional else "causal") + "+" * adapter))
+        predictions = self.passes.pop(0)
+        assert len(predictions) == len(ids)
+        return np.array([t for t, _ in predictions]), np.array([c for _, c in predictions], np.float32)
 
 
 def nfe(**passes: int) -> dict[str, int]:
@@ -255,8 +257,8 @@ def nfe(**passes: int) -> dict[str, int]:
 
 
 def test_commit_rule_takes_all_that_reach_the_threshold_else_the_leftmost_best() -> None:
-    def rule(block: list[int], threshold: float, *rows: tuple[int, float]) -> list[int]:
-        token, confidence = Scripted(rows).forward([], block, True)
+    def rule(block: list[int], threshold: float, *predictions: tuple[int, float]) -> list[int]:
+        token, confidence = Scripted(predictions).forward([], block, True)
         return commit_rule(MASK, block, threshold, EOS, token, confidence)
 
     m = MASK
@@ -272,7 +274,7 @@ def test_commit_rule_takes_all_that_reach_the_threshold_else_the_leftmost_best()
 def test_ar_by_hand() -> None:
     model = Scripted([(20, 1.0)], [(21, 1.0)], [(3, 1.0)])
     assert ar(model, [1, 2], 3, EOS) == Reference([20, 21, 3], "stop", nfe(prefill=1, decode=2), [])
-    assert model.asked == [([1], [2], "causal"), ([1, 2], [20], "causal"), ([1, 2, 20], [21], "causal")]
+    assert model.calls == [([1], [2], "causal"), ([1, 2], [20], "causal"), ([1, 2, 20], [21], "causal")]
 
 
 def test_diffusion_by_hand() -> None:
@@ -281,13 +283,13 @@ def test_diffusion_by_hand() -> None:
         [(20, 1.0)],  # the seed
         [(0, 1.0), (21, 0.2), (22, 0.95)],  # the gap before 22 holds its emission back
         [(0, 1.0), (21, 0.2), (0, 1.0)],
-        [(0, 1.0), (0, 1.0), (13, 0.5)],  # commit: only the last row counts
+        [(0, 1.0), (0, 1.0), (13, 0.5)],  # commit: only the last position counts
         [(0, 1.0), (14, 0.3), (11, 0.9)],  # an EOS, but the token before it is not decided yet
         [(0, 1.0), (15, 0.1), (0, 1.0)],
     )
     result = diffusion(model, [1, 2], 9, 3, 0.9, EOS)
     assert result == Reference([20, 21, 22, 13, 15, 11], "stop", nfe(prefill=1, denoise=4, commit=1), [])
-    assert model.asked == [
+    assert model.calls == [
         ([1], [2], "causal"),
         ([1, 2], [20, m, m], "bidi"),
         ([1, 2], [20, m, 22], "bidi"),
@@ -309,12 +311,12 @@ def test_linear_spec_by_hand() -> None:
         [(20, 1.0)],
         [(0, 1.0), (21, 0.9), (22, 0.2), (23, 0.1)],  # block of 4, threshold 0
         [(21, 1.0), (9, 1.0), (0, 1.0), (0, 1.0)],  # 21 agreed, 9 instead of 22
-        [(0, 1.0), (11, 0.9)],  # two tokens are still wanted
+        [(0, 1.0), (11, 0.9)],  # two tokens are left to the limit
         [(11, 1.0), (13, 1.0)],  # the EOS is accepted, the bonus after it is cut
     )
     result = linear_spec(model, [1, 2], 5, 4, 0.0, EOS, adapter=True)
     assert result == Reference([20, 21, 9, 11], "stop", nfe(prefill=1, draft=2, verify=2), [2, 1])
-    assert model.asked == [
+    assert model.calls == [
         ([1], [2], "causal"),
         ([1, 2], [20, m, m, m], "bidi+"),
         ([1, 2], [20, 21, 22, 23], "causal"),
@@ -350,6 +352,7 @@ def test_chat_diffusion_makes_several_tokens_per_pass(chat: ReferenceModel, prom
         assert 2 * (result.nfe["denoise"] + result.nfe["commit"]) < len(result.tokens)
 
 
+# A random model is the harder test of speculation, since hardly any of its drafts are accepted.
 SMALL_MODELS = [
     ReferenceModel(SMALL, random_tensors(SMALL, seed), random_adapter(SMALL, 4, 0.3, seed), 2.0) for seed in range(3)
 ]

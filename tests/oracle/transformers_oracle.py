@@ -1,8 +1,6 @@
 """The outside oracle: the same checkpoint in transformers' Ministral3, for tests marked `torch` only.
 
-In: a checkpoint folder, or a config dict with its tensors. Out: logits of any mask, and greedy continuations.
-The family is a Ministral-3 under other tensor names, so renaming is all there is to do.
-Surprising: importing this module needs torch, so a test imports it through `pytest.importorskip`.
+Importing this module needs torch, so a test imports it through `pytest.importorskip`.
 """
 
 import json
@@ -44,8 +42,8 @@ def load(folder: str | Path) -> Ministral3ForCausalLM:
 def build(config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Ministral3ForCausalLM:
     """A model from a config dict and tensors under the family's names."""
     fields: dict[str, Any] = {name: config[name] for name in SHARED_FIELDS if name in config}
-    fields["rope_parameters"] = dict(fields["rope_parameters"])  # transformers adds fields to the dict it is given
-    # The defaults of the class are not this vocabulary's; generate() is told its ids instead.
+    fields["rope_parameters"] = dict(fields["rope_parameters"])  # transformers adds fields to it
+    # The defaults of the class are not this vocabulary's; generate() gets its ids as arguments instead.
     fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "eager"}
     model: Any = Ministral3ForCausalLM(Ministral3Config(**fields))
     state = {_rename(name): torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Planned block lengths and modes: always AR's tokens, and the plan that the cost and the acceptance call for."""
+"""Planned block lengths and modes: always AR's tokens, and the plan that follows from the cost and the acceptance."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_every_plan_gives_ars_tokens(
     met: list[tuple[int, int]],
     rows: int,
 ) -> None:
-    """Whatever a pass costs, whatever was met before, alone or beside others."""
+    """Whatever a pass costs, whatever was accepted before, alone or together with others."""
     params = {"temperature": temperature, "repetition_penalty": penalty, "max_new_tokens": limit}
     expected = nemodiff.generate(engine, question, mode="ar", **params).token_ids
     sequences = []
@@ -59,7 +59,8 @@ def test_every_plan_gives_ars_tokens(
         for size, emitted in met:
             record.add(size, min(size, emitted))
         assert sequence.planner is not None
-        sequence.cost, sequence.planner = curve, DraftPlanner(curve, record, sequence.planner._modes)
+        sequence.cost = curve
+        sequence.planner = DraftPlanner(curve, record, sequence.planner._modes)
         sequences.append(sequence)
     for _ in generate.decode(engine.backend, sequences, rows):
         pass
@@ -78,8 +79,8 @@ def test_a_scheduler_gives_the_same_tokens(engine: nemodiff.LoadedEngine) -> Non
             assert handle.result(60).token_ids == alone.token_ids
 
 
-def fed(size: int, emitted: int, ways: tuple[str, ...], curve: CostCurve) -> DraftPlanner:
-    planner = DraftPlanner(curve, AcceptanceStatistics(), ways)  # type: ignore[arg-type]
+def fed(size: int, emitted: int, modes: tuple[str, ...], curve: CostCurve) -> DraftPlanner:
+    planner = DraftPlanner(curve, AcceptanceStatistics(), modes)  # type: ignore[arg-type]
     for _ in range(40):
         planner.learn(size, emitted)
     return planner
@@ -96,9 +97,9 @@ def test_the_plan_follows_acceptance_and_cost() -> None:
 
 def test_plans_of_one_token_look_again_at_times() -> None:
     planner = fed(8, 1, ("ar", "linear_spec", "quadratic_spec"), EACH_PAID)
-    ways = [planner.plan().mode for _ in range(64)]
-    assert ways.count("linear_spec") == 2
-    assert ways.count("ar") == 62
+    modes = [planner.plan().mode for _ in range(64)]
+    assert modes.count("linear_spec") == 2
+    assert modes.count("ar") == 62
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
@@ -110,8 +111,8 @@ def test_expected_tokens_are_the_mean_that_was_met() -> None:
 
 
 def test_the_answer_says_what_was_used(engine: nemodiff.LoadedEngine) -> None:
-    told = list(nemodiff.stream(engine, QUESTIONS[2], steps=True, mode="auto"))
-    answer = told[-1]
+    events = list(nemodiff.stream(engine, QUESTIONS[2], steps=True, mode="auto"))
+    answer = events[-1]
     assert isinstance(answer, nemodiff.Generation)
     assert (answer.mode, answer.block_length) == ("auto", "auto")
     assert answer.acceptance.mean is not None

@@ -1,7 +1,7 @@
-"""Beyond the law of one token: stopping, budgets, logprobs, structured output, ways to commit.
+"""Stopping, budgets, logprobs, structured output and policies of diffusion, each in every mode that takes it.
 
-Each is tested in every mode that takes it. That the tokens are right is for tests/runtime/test_sampling.py; here it is
-what a user was promised. Surprising: a hot temperature makes good tests, since an obedient model hides faults.
+That the tokens are right is for tests/runtime/test_sampling.py. A hot temperature makes good tests, since an obedient
+model hides faults.
 """
 
 from __future__ import annotations
@@ -91,17 +91,17 @@ def test_thinking_ends_with_its_budget(
     engine: nemodiff.LoadedEngine, mode: str, temperature: float, budget: int
 ) -> None:
     end, question = engine.text.end_think, QUESTIONS[budget]
-    pass_ = {"mode": mode, "temperature": temperature, "thinking": True, "max_new_tokens": 40, "block_length": 8}
-    answer = nemodiff.generate(engine, question, thinking_budget=budget, **pass_)
+    options = {"mode": mode, "temperature": temperature, "thinking": True, "max_new_tokens": 40, "block_length": 8}
+    answer = nemodiff.generate(engine, question, thinking_budget=budget, **options)
     if len(answer.token_ids) > budget:
         assert end in answer.token_ids[: budget + 1]
         assert "</think>" in answer.text
     if mode != "diffusion":
-        free = nemodiff.generate(engine, question, **pass_)
+        free = nemodiff.generate(engine, question, **options)
         assert answer.token_ids[:budget] == free.token_ids[:budget]
     # A budget that is never used up changes nothing.
-    unused = nemodiff.generate(engine, question, thinking_budget=1000, **pass_)
-    assert unused.token_ids == nemodiff.generate(engine, question, **pass_).token_ids
+    unused = nemodiff.generate(engine, question, thinking_budget=1000, **options)
+    assert unused.token_ids == nemodiff.generate(engine, question, **options).token_ids
 
 
 @pytest.mark.parametrize("mode", CAUSAL)
@@ -116,10 +116,10 @@ def test_logprobs_are_the_models_own(
     logits = model.logits(prompt[:-1], [prompt[-1], *answer.token_ids[:-1]], False).astype(np.float64)
     logits[:, model.mask_id] = -np.inf
     expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    for row, token, got in zip(expected, answer.token_ids, answer.logprobs, strict=True):
-        assert got.logprob == pytest.approx(row[token], abs=1e-3)
-        np.testing.assert_allclose([p for _, p in got.top], np.sort(row)[::-1][:4], atol=1e-3)
-        np.testing.assert_allclose([row[i] for i, _ in got.top], [p for _, p in got.top], atol=1e-3)
+    for position, token, got in zip(expected, answer.token_ids, answer.logprobs, strict=True):
+        assert got.logprob == pytest.approx(position[token], abs=1e-3)
+        np.testing.assert_allclose([p for _, p in got.top], np.sort(position)[::-1][:4], atol=1e-3)
+        np.testing.assert_allclose([position[i] for i, _ in got.top], [p for _, p in got.top], atol=1e-3)
     assert "logprobs" not in nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=2).as_dict()
     none = nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=2, logprobs=0)
     assert [entry["top"] for entry in none.as_dict()["logprobs"]] == [[], []]
@@ -135,12 +135,11 @@ def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, para
     assert (answer.token_ids, answer.nfe) == (plain.token_ids, plain.nfe)
     assert "confidences" not in plain.as_dict()
     steps = [e for e in events if isinstance(e, nemodiff.Step) and e.kind == "denoise"]
-    committed = {
-        step.start + i: confidence
-        for step in steps
-        for i, (before, after, confidence) in enumerate(zip(step.before, step.after, step.confidence, strict=True))
-        if before != after
-    }
+    committed = dict[int, float]()
+    for step in steps:
+        for i, (before, after, confidence) in enumerate(zip(step.before, step.after, step.confidence, strict=True)):
+            if before != after:
+                committed[step.start + i] = confidence
     compared = 0
     for i, confidence in enumerate(answer.confidences):
         assert confidence is not None
@@ -159,7 +158,7 @@ def test_confidences_are_those_of_the_passes(engine: nemodiff.LoadedEngine, para
 def test_events_tell_every_decision_with_its_confidence(
     engine: nemodiff.LoadedEngine, params: dict[str, Any], merge: bool
 ) -> None:
-    """Also where a pass commits one block and begins the next; only what nobody chose has no confidence."""
+    """Also where a pass commits one block and begins the next; only a token that no pass chose has no confidence."""
     options = {"mode": "diffusion", "block_length": 4, "max_new_tokens": 40, "merge_commit": merge, **params}
     for question in QUESTIONS[:4]:
         *events, answer = nemodiff.stream(engine, question, steps=True, confidences=True, **options)
@@ -171,16 +170,15 @@ def test_events_tell_every_decision_with_its_confidence(
                 known |= {*event.text, *event.bytes, *event.special}
             elif isinstance(event, nemodiff.Step):
                 assert known >= {c.token for c in event.committed}
-        told = {
-            c.position - answer.prompt_tokens: (c.token, c.confidence)
-            for e in events
-            if isinstance(e, nemodiff.Step)
-            for c in e.committed
-        }
+        decisions = dict[int, tuple[int, float | None]]()
+        for event in events:
+            if isinstance(event, nemodiff.Step):
+                for c in event.committed:
+                    decisions[c.position - answer.prompt_tokens] = (c.token, c.confidence)
         chosen = {i: (t, c) for i, (t, c) in enumerate(zip(answer.token_ids, answer.confidences, strict=True)) if c}
-        assert {i: told.get(i) for i in chosen} == chosen
+        assert {i: decisions.get(i) for i in chosen} == chosen
         assert len(chosen) > 3
-        assert all(i >= len(answer.token_ids) for i in told.keys() - chosen.keys())
+        assert all(i >= len(answer.token_ids) for i in decisions.keys() - chosen.keys())
         blocks = [e.start - answer.prompt_tokens for e in events if isinstance(e, nemodiff.BlockStarted)]
         assert blocks == list(range(0, len(answer.token_ids), 4))[: len(blocks)]
         assert 4 * len(blocks) >= len(answer.token_ids) - 4
@@ -189,7 +187,7 @@ def test_events_tell_every_decision_with_its_confidence(
 @pytest.mark.parametrize("mode", CAUSAL)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_verify_keeps_no_more_than_it_emits(engine: nemodiff.LoadedEngine, mode: str, temperature: float) -> None:
-    """A stop inside a draft: what was drafted behind it is not kept, however right."""
+    """A stop inside a draft: what was drafted after it is not kept, even if it is right."""
     emitted, kept = 0, 0
     for event in nemodiff.stream(
         engine, "Count from 3 to 9.", steps=True, mode=mode, temperature=temperature, stop="5"
@@ -235,10 +233,10 @@ def test_a_schema_leaves_no_room_for_endless_space(engine: nemodiff.LoadedEngine
 def test_structure_begins_after_thinking(engine: nemodiff.LoadedEngine, mode: str) -> None:
     options = {"mode": mode, "thinking": True, "thinking_budget": 5, "max_new_tokens": 100}
     answer = nemodiff.generate(engine, QUESTIONS[0], regex=REGEX, **options)
-    thought, end, said = answer.text.partition("</think>")
+    thought, end, answer_text = answer.text.partition("</think>")
     assert end
     assert not re.fullmatch(REGEX, thought)
-    assert re.fullmatch(REGEX, said)
+    assert re.fullmatch(REGEX, answer_text)
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
@@ -253,10 +251,10 @@ def test_thinking_does_not_end_an_answer_that_owes_a_structure(engine: nemodiff.
         free = nemodiff.generate(engine, question, seed=seed, **options)
         assert (free.finish_reason, end in free.token_ids) == ("stop", False)
         answer = nemodiff.generate(engine, question, regex=REGEX, seed=seed, **options)
-        _, closed, said = answer.text.partition("</think>")
+        _, closed, answer_text = answer.text.partition("</think>")
         assert closed
         assert answer.finish_reason == "stop"
-        assert re.fullmatch(REGEX, said)
+        assert re.fullmatch(REGEX, answer_text)
 
 
 def test_a_schema_of_anything_is_one(engine: nemodiff.LoadedEngine) -> None:
@@ -265,17 +263,17 @@ def test_a_schema_of_anything_is_one(engine: nemodiff.LoadedEngine) -> None:
     assert isinstance(json.loads(answers[0].text), (int, float, str, list, dict))
 
 
-@pytest.mark.parametrize("way", [{}, {"policy": "topk", "per_step": 1}, {"threshold": 2.0}, {"merge_commit": True}])
+@pytest.mark.parametrize("control", [{}, {"policy": "topk", "per_step": 1}, {"threshold": 2.0}, {"merge_commit": True}])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, way: dict[str, Any], steps: int) -> None:
-    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 40, "temperature": 2.0, **way}
+def test_steps_bound_the_passes_of_a_block(engine: nemodiff.LoadedEngine, control: dict[str, Any], steps: int) -> None:
+    options = {"mode": "diffusion", "block_length": 8, "max_new_tokens": 40, "temperature": 2.0, **control}
     answer = nemodiff.generate(engine, QUESTIONS[5], block_steps=steps, min_tokens=40, **options)
     assert answer.nfe["commit"] == 4
     assert answer.nfe["denoise"] <= steps * 5
 
 
 def test_a_moved_end_of_thinking_costs_a_pass_at_most(engine: nemodiff.LoadedEngine) -> None:
-    """The model likes `</think>`, so it often says it before its budget, and the place kept for it opens again."""
+    """The model likes `</think>`, so it often emits it before its budget, and the place kept for it opens again."""
     end, passes = engine.text.end_think, list[int]()
     assert end is not None
     options = {"mode": "diffusion", "block_length": 8, "block_steps": 1, "max_new_tokens": 8, "temperature": 1.5}

@@ -1,7 +1,7 @@
 """Broken engine folders: `nemodiff run` refuses each with one line that says how to get a good one.
 
-Every case breaks one thing in a copy of an engine. Surprising: the tokenizer and the template are checked too, as their
-files travel with the engine and may have been edited in place.
+Every case breaks one thing in a copy of an engine; the tokenizer and the template too, as their files travel with the
+engine and may have been edited in place.
 """
 
 from __future__ import annotations

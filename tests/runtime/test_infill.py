@@ -1,4 +1,4 @@
-"""Filling in and revising: against oracles on the numpy model, token for token, and what must hold whatever they say.
+"""Filling in and revising: token for token against oracles on the numpy model, and what must hold without an oracle.
 
 The oracles know no cache, no slots and no two intervals: each pass is a plain prefix and a plain pass.
 """
@@ -46,17 +46,17 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def oracle_block(model: reference.ReferenceModel, before: list[int], size: int, behind: list[int]) -> list[int]:
-    block = [model.mask_id] * size + behind[: max(0, 32 - size)]
+def oracle_block(model: reference.ReferenceModel, before: list[int], size: int, after: list[int]) -> list[int]:
+    block = [model.mask_id] * size + after[: max(0, 32 - size)]
     while model.mask_id in block:
         block = reference.commit_rule(model.mask_id, block, 0.9, (), *model.forward(before, block, True))
     return block[:size]
 
 
 def oracle_search(
-    model: reference.ReferenceModel, before: list[int], sizes: range, behind: list[int], width: int
+    model: reference.ReferenceModel, before: list[int], sizes: range, after: list[int], width: int
 ) -> list[int]:
-    """Every beam of every wanted size is scored in full, none is left out early."""
+    """Every beam of every requested size is scored in full, none is left out early."""
     beams, best = [(0.0, [])], (-math.inf, [])  # type: ignore[var-annotated]
     for size in range(1, sizes[-1] + 1):
         grown = []
@@ -66,16 +66,16 @@ def oracle_search(
             grown += [(score + last[t], [*tokens, int(t)]) for t in np.argsort(-last)[:width]]
         beams = sorted(grown, key=lambda beam: -beam[0])[:width]
         for score, tokens in beams if size in sizes else []:
-            whole = log_softmax(model.logits(before[:-1], [before[-1], *tokens, *behind[:-1]], False))
-            total = score + (sum(whole[len(tokens) + i, t] for i, t in enumerate(behind)))
-            best = max(best, (total, tokens), key=lambda found: found[0])
+            whole = log_softmax(model.logits(before[:-1], [before[-1], *tokens, *after[:-1]], False))
+            total = score + (sum(whole[len(tokens) + i, t] for i, t in enumerate(after)))
+            best = max(best, (total, tokens), key=lambda beam: beam[0])
     return best[1]
 
 
-def oracle_revise(model: reference.ReferenceModel, before: list[int], given: list[int], keep: float) -> list[int]:
+def oracle_revise(model: reference.ReferenceModel, before: list[int], ids: list[int], keep: float) -> list[int]:
     done: list[int] = []
-    for start in range(0, len(given), 32):
-        block, context = given[start : start + 32], before + done
+    for start in range(0, len(ids), 32):
+        block, context = ids[start : start + 32], before + done
         for _ in range(4):
             own = log_softmax(model.logits(context[:-1], [context[-1], *block[:-1]], False))
             sure = [math.exp(own[i, t]) >= keep for i, t in enumerate(block)]
@@ -107,13 +107,13 @@ def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, model: referen
     got = nemodiff.fill(engine, template, prompt=question, method=method, width=3)
     before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(texts[0])
     for i, size in enumerate(sizes):
-        behind = engine.text.encode_plain(" " + texts[i + 1])
+        after = engine.text.encode_plain(" " + texts[i + 1])
         if method == "block":
-            expected = oracle_block(model, before, size, behind)
+            expected = oracle_block(model, before, size, after)
         else:
-            expected = oracle_search(model, before, range(size, size + 1), behind, 3)
+            expected = oracle_search(model, before, range(size, size + 1), after, 3)
         assert got.token_ids[i] == expected
-        before += expected + behind
+        before += expected + after
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -138,9 +138,9 @@ def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, model: refere
     text = " ".join(words)
     got = nemodiff.revise(engine, text, prompt=question)
     before = engine.text.encode_chat([{"role": "user", "content": question}])
-    given = engine.text.encode_plain(text)
-    assert got.token_ids == oracle_revise(model, before, given, 0.05)
-    assert got.changed == sum(a != b for a, b in zip(got.token_ids, given, strict=True))
+    ids = engine.text.encode_plain(text)
+    assert got.token_ids == oracle_revise(model, before, ids, 0.05)
+    assert got.changed == sum(a != b for a, b in zip(got.token_ids, ids, strict=True))
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
@@ -224,9 +224,9 @@ def test_commands_print_the_text(tiny_engine: Path, tmp_path: Path) -> None:
         (["infill", "--template", "a b"], "the template has no hole", 1),
         (["infill", "--prefix", "a", "--length", "65"], "--length of a hole is 65, allowed: 1 to 64 tokens", 1),
         (["infill", "--prefix", "a", "--length", "0"], "--length of a hole is 0, allowed: 1 to 64 tokens", 1),
-        (["infill", "--prefix", "a"], "needs --method search and text behind it", 1),
+        (["infill", "--prefix", "a"], "needs --method search and text after it", 1),
         (["infill", "--prefix", "a", "--suffix", "b", "--method", "block"], "needs --method search", 1),
-        (["infill", "--template", "a{hole}{hole:2}"], "needs --method search and text behind it", 1),
+        (["infill", "--template", "a{hole}{hole:2}"], "needs --method search and text after it", 1),
         (["infill", "--prefix", "", "--suffix", "b", "--length", "2"], "nothing stands before the first hole", 1),
         (["infill", "--prefix", "a", "--length", "2", "--width", "0"], "width is 0, allowed: 1 to 64", 1),
         (["infill", "--prefix", "a", "--length", "2", "--threshold", "-1"], "threshold is -1.0, allowed", 1),
@@ -254,10 +254,10 @@ def test_wrong_requests_are_one_line(
     refused([arguments[0], str(tiny_engine), *arguments[1:]], fragment, code=code)
 
 
-@pytest.mark.parametrize("wrong", [[1.5], ["a", True], ["a", "b"]])
-def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, wrong: Any) -> None:
+@pytest.mark.parametrize("template", [[1.5], ["a", True], ["a", "b"]])
+def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, template: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"allowed: 1 to 64|no hole"):
-        nemodiff.fill(engine, wrong, prompt=CODE)
+        nemodiff.fill(engine, template, prompt=CODE)
 
 
 def test_example_runs(tiny_engine: Path) -> None:

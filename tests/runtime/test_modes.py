@@ -63,10 +63,12 @@ class Flat:
     """A cost curve: a pass costs `base` and `slope` per token."""
 
     def __init__(self, base: float, slope: float) -> None:
-        self.base, self.slope, self.pass_ = base, slope, list[int]()
+        self.base = base
+        self.slope = slope
+        self.sizes = list[int]()
 
     def seconds(self, size: int) -> float:
-        self.pass_.append(size)
+        self.sizes.append(size)
         return self.base + self.slope * size
 
 
@@ -90,7 +92,7 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
 
 
 def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
-    """Where tokens are free all likely groups are taken, where they are dear hardly any."""
+    """With cheap tokens all likely groups are taken, with dear ones hardly any."""
     prompt = setup.plain.text.encode_chat([{"role": "user", "content": QUESTIONS[0]}])
     means = []
     for base in (0.0, 10_000.0):

@@ -1,4 +1,4 @@
-"""Sampling: an exact law, noise that depends on seed, position and token alone, the same tokens in every mode."""
+"""Sampling: exact distributions, noise that depends on seed, position and token alone, equal tokens in every mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from nemodiff.runtime.sampling.noise import Noise, gumbel, philox
 from nemodiff.runtime.sampling.sampler import SamplingParams, draw
 
 QUESTIONS = equality.questions(40)
-MASK, EOS, END = 6, 3, 5
+MASK = 6
+EOS = 3
+END = 5
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,14 @@ def test_samples_follow_the_softmax(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear_spec"])
-def test_first_two_tokens_follow_the_law_of_the_model(setup: equality.Setup, mode: str) -> None:
-    """Chi-square of what 1500 seeds give after a prompt, against the oracle's law of two tokens in a row.
+def test_first_two_tokens_follow_the_distribution_of_the_model(setup: equality.Setup, mode: str) -> None:
+    """Chi-square of what 1500 seeds give after a prompt, against the oracle's distribution of two tokens in a row.
 
     Pairs expected fewer than 8 times share a bin; the bound is mean plus 4 standard deviations of the distribution.
     """
-    prompt, temperature, draws = setup.plain.text.encode("Count"), 1.0, 1500
+    prompt = setup.plain.text.encode("Count")
+    temperature = 1.0
+    draws = 1500
     options = {"mode": mode, "temperature": temperature, "max_new_tokens": 2, "stop_token_ids": ()}
     got = [tuple(nemodiff.generate(setup.plain, prompt, seed=seed, **options).token_ids) for seed in range(draws)]
 
@@ -109,16 +113,16 @@ def test_noise_is_the_same_however_it_is_drawn(size: int, count: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Choice:
     """One choice to make."""
 
     logits: np.ndarray
     params: dict[str, Any]
-    said: list[int]
+    emitted: list[int]
 
 
 @st.composite
-def rows(draw_: st.DrawFn, size: int) -> Row:
+def choices(draw_: st.DrawFn, size: int) -> Choice:
     """Logits on a coarse grid, so that ties are common, and every processor on or off."""
     rng = np.random.default_rng(draw_(st.integers(0, 2**32)))
     logits = (rng.integers(-12, 13, size) / draw_(st.sampled_from([1, 2, 7]))).astype(np.float32)
@@ -136,35 +140,35 @@ def rows(draw_: st.DrawFn, size: int) -> Row:
         "bad_words": tuple(draw_(st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3))),
         "min_tokens": draw_(st.sampled_from([0, 2, 9])),
     }
-    return Row(logits, params, draw_(st.lists(ids, max_size=8)))
+    return Choice(logits, params, draw_(st.lists(ids, max_size=8)))
 
 
-def check(row: Row, prompt: list[int]) -> None:
-    params = {**row.params, "logit_bias": tuple(row.params["logit_bias"].items())}
+def check(choice: Choice, prompt: list[int]) -> None:
+    params = {**choice.params, "logit_bias": tuple(choice.params["logit_bias"].items())}
     stops = frozenset([EOS])
     made = Settings("ar", 99, 8, 0.0, params=SamplingParams(**params))
-    selector = TokenSelector(made, prompt, MASK, stops, row.logits.size)
-    for token in row.said:
+    selector = TokenSelector(made, prompt, MASK, stops, choice.logits.size)
+    for token in choice.emitted:
         selector.push(token)
     assert selector.plain == SamplingParams(**params).greedy
-    best = np.where(np.arange(row.logits.size) == MASK, -np.inf, row.logits).argmax()
+    best = np.where(np.arange(choice.logits.size) == MASK, -np.inf, choice.logits).argmax()
     zero = np.zeros(1, np.float32)
-    given_logits = None if selector.plain else row.logits[None]
+    given_logits = None if selector.plain else choice.logits[None]
     got = selector.next(Prediction(np.array([best], np.int32), zero, np.zeros(1, np.int32), given_logits), 0)
-    oracle = reference_choice.SamplingParams(tuple(prompt), stops, **row.params)
-    assert got == reference_choice.choose(row.logits, oracle, row.said, MASK)
+    oracle = reference_choice.SamplingParams(tuple(prompt), stops, **choice.params)
+    assert got == reference_choice.choose(choice.logits, oracle, choice.emitted, MASK)
 
 
 @settings(max_examples=600)
-@given(rows(40), st.lists(st.integers(0, 39), min_size=1, max_size=6))
-def test_choice_equals_the_oracle(row: Row, prompt: list[int]) -> None:
-    check(row, prompt)
+@given(choices(40), st.lists(st.integers(0, 39), min_size=1, max_size=6))
+def test_choice_equals_the_oracle(choice: Choice, prompt: list[int]) -> None:
+    check(choice, prompt)
 
 
 @settings(max_examples=6)
-@given(rows(9000))
-def test_choice_over_a_large_vocabulary_equals_the_oracle(row: Row) -> None:
-    check(row, [1, 2, 8999])
+@given(choices(9000))
+def test_choice_over_a_large_vocabulary_equals_the_oracle(choice: Choice) -> None:
+    check(choice, [1, 2, 8999])
 
 
 def test_drafting_leaves_no_trace() -> None:
@@ -189,11 +193,11 @@ def test_drafting_leaves_no_trace() -> None:
 @pytest.mark.parametrize("number", range(5))
 def test_sampled_modes_equal_ar_and_ar_its_oracle(setup: equality.Setup, number: int) -> None:
     """A sample of what tests/equality_sampled.py runs over many prompts."""
-    laws = [*equality_sampled.LAWS, *equality_sampled.GUIDES][number::5]
-    ways = random.Random(number).sample(list(equality_sampled.CAUSAL), 4)
-    for params in laws:
-        done = list(equality_sampled.compare_causal(setup, QUESTIONS[number], params, number, ways))
-        assert len(done) == len(ways) + (params in equality_sampled.LAWS)
+    names = [*equality_sampled.PARAMS, *equality_sampled.GUIDES][number::5]
+    variants = random.Random(number).sample(list(equality_sampled.CAUSAL), 4)
+    for params in names:
+        done = list(equality_sampled.compare_causal(setup, QUESTIONS[number], params, number, variants))
+        assert len(done) == len(variants) + (params in equality_sampled.PARAMS)
         assert [d for _, d in done if d is not None] == []
 
 
@@ -205,14 +209,14 @@ def test_drafts_and_passes_equal_the_oracle(setup: equality.Setup, params: str) 
 @pytest.mark.parametrize("number", range(4))
 def test_diffusion_equals_the_oracle(setup: equality.Setup, number: int) -> None:
     cases = [*random.Random(number).sample(equality_sampled.diffusion_cases(), 4), (None, "entropy")]
-    for name, way in cases:
-        difference = equality_sampled.compare_diffusion(setup, QUESTIONS[10 + number], name, way, number, 8)
+    for name, variant in cases:
+        difference = equality_sampled.compare_diffusion(setup, QUESTIONS[10 + number], name, variant, number, 8)
         assert difference is None
 
 
 @settings(max_examples=12)
 @given(
-    params=st.sampled_from(list(equality_sampled.LAWS)),
+    params=st.sampled_from(list(equality_sampled.PARAMS)),
     question=st.sampled_from(QUESTIONS),
     mode=st.sampled_from(["linear_spec", "quadratic_spec"]),
     block=st.integers(1, 40),
@@ -222,7 +226,7 @@ def test_diffusion_equals_the_oracle(setup: equality.Setup, number: int) -> None
 def test_same_seed_gives_the_same_tokens_in_every_mode(
     setup: equality.Setup, params: str, question: str, mode: str, block: int, chunk: int, seed: int
 ) -> None:
-    options = {**equality_sampled.LAWS[params], "seed": seed, "max_new_tokens": 30}
+    options = {**equality_sampled.PARAMS[params], "seed": seed, "max_new_tokens": 30}
     expected = nemodiff.generate(setup.plain, question, mode="ar", **options)
     got = nemodiff.generate(setup.plain, question, mode=mode, block_length=block, prefill_chunk=chunk, **options)
     assert (got.token_ids, got.text, got.finish_reason) == (expected.token_ids, expected.text, expected.finish_reason)
@@ -261,9 +265,9 @@ def test_shared_noise_is_what_keeps_acceptance_high(setup: equality.Setup) -> No
 
                 def alone(*arguments: Any, propose: Any = propose, own: Any = own, of: Any = sequence) -> Any:
                     of.selector._noise = Noise(99, of.model.vocab_size)
-                    found = propose(*arguments)
+                    proposed = propose(*arguments)
                     of.selector._noise = own
-                    return found
+                    return proposed
 
                 sequence.selector.propose = alone  # type: ignore[method-assign]
             for _ in decode(setup.plain.backend, [sequence], 1):

@@ -60,14 +60,14 @@ def backend(engine: nemodiff.LoadedEngine) -> ToyEngine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Request:
     """A request of a random schedule."""
 
     prompt: tuple[int, ...]
     options: Options
 
 
-def requests() -> st.SearchStrategy[Asked]:
+def requests() -> st.SearchStrategy[Request]:
     prompts = st.builds(
         lambda system, length, salt: (*SYSTEM[:system], *(130 + (salt * i * i + salt) % 500 for i in range(length))),
         st.sampled_from([0, 20, 60]),
@@ -86,31 +86,31 @@ def requests() -> st.SearchStrategy[Asked]:
         temperature=st.sampled_from([0.0, 0.0, 0.8]),
         seed=st.integers(0, 3),
     )
-    return st.builds(Asked, prompts, options)
+    return st.builds(Request, prompts, options)
 
 
-def sequence(engine: nemodiff.LoadedEngine, pass_: Asked) -> Sequence:
-    return prepare(engine, list(pass_.prompt), pass_.options)
+def sequence(engine: nemodiff.LoadedEngine, request: Request) -> Sequence:
+    return prepare(engine, list(request.prompt), request.options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _alone(engine_id: int, pass_: Asked) -> nemodiff.Generation:
-    values = {f.name: getattr(pass_.options, f.name) for f in dataclasses.fields(Options)}
-    return nemodiff.generate(_ENGINES[engine_id], list(pass_.prompt), **values)
+def _alone(engine_id: int, request: Request) -> nemodiff.Generation:
+    values = {f.name: getattr(request.options, f.name) for f in dataclasses.fields(Options)}
+    return nemodiff.generate(_ENGINES[engine_id], list(request.prompt), **values)
 
 
 _ENGINES: dict[int, nemodiff.LoadedEngine] = {}
 
 
-def alone(engine: nemodiff.LoadedEngine, pass_: Asked) -> nemodiff.Generation:
-    """What the request gives by itself."""
+def alone(engine: nemodiff.LoadedEngine, request: Request) -> nemodiff.Generation:
+    """The result of the request by itself."""
     _ENGINES[id(engine)] = engine
-    return _alone(id(engine), pass_)
+    return _alone(id(engine), request)
 
 
-def check(engine: nemodiff.LoadedEngine, pass_: Asked, got: nemodiff.Generation) -> None:
+def check(engine: nemodiff.LoadedEngine, request: Request, got: nemodiff.Generation) -> None:
     """What holds of every request that has ended."""
-    whole = alone(engine, pass_)
+    whole = alone(engine, request)
     assert engine.info.model.mask_id not in got.token_ids
     assert got.token_ids == whole.token_ids[: len(got.token_ids)]
     assert got.text == engine.text.decode(got.token_ids)
@@ -122,7 +122,7 @@ def check(engine: nemodiff.LoadedEngine, pass_: Asked, got: nemodiff.Generation)
         }
         assert got.acceptance == whole.acceptance
         rest = got.prompt_tokens - got.reused_tokens
-        assert got.nfe["prefill"] == -(-rest // pass_.options.prefill_chunk)
+        assert got.nfe["prefill"] == -(-rest // request.options.prefill_chunk)
 
 
 @settings(max_examples=120, deadline=None)
@@ -144,19 +144,19 @@ def test_any_schedule_gives_what_each_request_gives_alone(
     waiting = data.draw(st.lists(requests(), min_size=1, max_size=8))
     before = backend(engine).open_caches
     batch = Batch(engine.backend, rows, cost=None if cost is None else lambda: cost, kept=kept, prefill_tokens=budget)
-    running: dict[Sequence, Asked] = {}
+    running: dict[Sequence, Request] = {}
     cut = 0
     while waiting or running:
         for _ in range(data.draw(st.integers(0, 2), label="joining") if running else 1):
             if waiting and len(batch) < rows:
-                pass_ = waiting.pop()
-                running[new := sequence(engine, pass_)] = pass_
+                request = waiting.pop()
+                running[new := sequence(engine, request)] = request
                 batch.add(new)
         if len(running) > 1 and data.draw(st.integers(0, 9), label="cancel?") == 0:
             victim = data.draw(st.sampled_from(sorted(running, key=lambda s: s.submitted)), label="cancelled")
             batch.remove(victim)
-            pass_ = running.pop(victim)
-            assert victim.tokens == alone(engine, pass_).token_ids[: len(victim.tokens)]
+            request = running.pop(victim)
+            assert victim.tokens == alone(engine, request).token_ids[: len(victim.tokens)]
             cut += 1
         served = list(batch.step())
         assert len({s.sequence for s in served}) == len(served) > 0
@@ -177,11 +177,11 @@ def test_any_schedule_gives_what_each_request_gives_alone(
 def test_threads_cancels_and_a_scheduler_lose_nothing(
     engine: nemodiff.LoadedEngine, data: st.DataObject, rows: int, reuse: bool, seed: int
 ) -> None:
-    pass_ = data.draw(st.lists(requests(), min_size=1, max_size=10))
+    schedule = data.draw(st.lists(requests(), min_size=1, max_size=10))
     before, rng = backend(engine).open_caches, random.Random(seed)
-    cancelled = [rng.random() < 0.2 for _ in pass_]
+    cancelled = [rng.random() < 0.2 for _ in schedule]
 
-    def ask(item: tuple[Asked, bool]) -> list[nemodiff.Event]:
+    def ask(item: tuple[Request, bool]) -> list[nemodiff.Event]:
         a, cancel = item
         handle = scheduler.submit(list(a.prompt), steps=True, **dataclasses.asdict(a.options))
         events = []
@@ -197,12 +197,12 @@ def test_threads_cancels_and_a_scheduler_lose_nothing(
         nemodiff.Scheduler(engine, rows=rows, prefix_reuse=reuse) as scheduler,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
-        told = list(pool.map(ask, zip(pass_, cancelled, strict=True), timeout=PATIENCE))
+        streams = list(pool.map(ask, zip(schedule, cancelled, strict=True), timeout=PATIENCE))
         statistics = scheduler.statistics
     assert backend(engine).open_caches == before
-    answers = [check_events(engine, a, events) for a, events in zip(pass_, told, strict=True)]
+    answers = [check_events(engine, a, events) for a, events in zip(schedule, streams, strict=True)]
     assert (statistics.running, statistics.waiting, statistics.slots, statistics.failed) == (0, 0, 0, 0)
-    assert statistics.finished + statistics.cancelled == len(pass_)
+    assert statistics.finished + statistics.cancelled == len(schedule)
     assert statistics.cancelled == sum(a.finish_reason == "cancelled" for a in answers)
     assert statistics.emitted_tokens == sum(len(a.token_ids) for a in answers)
     assert statistics.prompt_tokens == sum(a.prompt_tokens for a in answers)
@@ -212,13 +212,13 @@ def test_threads_cancels_and_a_scheduler_lose_nothing(
         assert (statistics.reused_tokens, statistics.kept_prefixes) == (0, 0)
 
 
-def check_events(engine: nemodiff.LoadedEngine, pass_: Asked, events: list[nemodiff.Event]) -> nemodiff.Generation:
+def check_events(engine: nemodiff.LoadedEngine, request: Request, events: list[nemodiff.Event]) -> nemodiff.Generation:
     """One request's stream: its order, and that its parts add up to its end."""
     first, last = events[0], events[-1]
     assert isinstance(first, nemodiff.Started)
     assert isinstance(last, nemodiff.Finished)
     answer = last.generation
-    check(engine, pass_, answer)
+    check(engine, request, answer)
     assert "".join(e.text for e in events if isinstance(e, nemodiff.Text)) == answer.text
     steps = [e for e in events if isinstance(e, nemodiff.Step)]
     assert {kind: sum(s.kind == kind for s in steps) for kind in answer.nfe} == answer.nfe
@@ -238,8 +238,8 @@ def check_events(engine: nemodiff.LoadedEngine, pass_: Asked, events: list[nemod
         out = step.emitted
         if step.kind in FILLING and blocks[-1:] != [step.start]:
             blocks.append(step.start)
-        if step.kind == "commit" and len(step.committed) > 1:  # masks stand behind what is committed
-            blocks.append(step.start + pass_.options.block_length)
+        if step.kind == "commit" and len(step.committed) > 1:  # masks stand after what is committed
+            blocks.append(step.start + request.options.block_length)
     assert [e.start for e in events if isinstance(e, nemodiff.BlockStarted)] == blocks
     return answer
 
@@ -290,10 +290,10 @@ def gated(engine: nemodiff.LoadedEngine) -> tuple[nemodiff.LoadedEngine, threadi
     backend = Gated(engine.info)
     backend.gate = threading.Event()
     backend.gate.set()
-    found = dataclasses.replace(engine, backend=backend)
-    assert found.cost.times  # measured while the gate is open
+    slow = dataclasses.replace(engine, backend=backend)
+    assert slow.cost.times  # measured while the gate is open
     backend.gate.clear()
-    return found, backend.gate
+    return slow, backend.gate
 
 
 def test_closing_without_draining_cancels(engine: nemodiff.LoadedEngine) -> None:
@@ -342,7 +342,7 @@ def test_an_engine_that_cannot_open_a_cache_hangs_nobody(
 def test_one_request_with_broken_numbers_fails_alone(
     engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A denoise pass that commits nothing would never end; the row beside it has nothing to do with it."""
+    """A denoise pass that commits nothing would never end; the row beside it is not affected."""
     from stand_ins.toy_engine import ToyCache
 
     monkeypatch.setattr(ToyCache, "_commit", lambda self, ids, *rest: ids.copy())
@@ -357,7 +357,7 @@ def test_one_request_with_broken_numbers_fails_alone(
 
 def test_a_cancelled_row_is_free_in_the_next_step(engine: nemodiff.LoadedEngine) -> None:
     batch = Batch(engine.backend, 2)
-    first, second, third = (sequence(engine, Asked((130 + i,), Options("ar", 30))) for i in range(3))
+    first, second, third = (sequence(engine, Request((130 + i,), Options("ar", 30))) for i in range(3))
     batch.add(first)
     batch.add(second)
     list(batch.step())
@@ -370,11 +370,11 @@ def test_a_cancelled_row_is_free_in_the_next_step(engine: nemodiff.LoadedEngine)
 def test_a_long_prompt_does_not_stall_the_others(engine: nemodiff.LoadedEngine) -> None:
     """While 900 tokens are prefilled in pieces of 100, a decoding row gets a token in every step."""
     batch = Batch(engine.backend, 3, cost=lambda: STEEP, prefill_tokens=100)
-    runner = sequence(engine, Asked((130,), Options("ar", 300)))
+    runner = sequence(engine, Request((130,), Options("ar", 300)))
     batch.add(runner)
     list(batch.step())
     long, second = (
-        sequence(engine, Asked(tuple(130 + i * i % 500 for i in range(900)), Options("ar", 5, prefill_chunk=100)))
+        sequence(engine, Request(tuple(130 + i * i % 500 for i in range(900)), Options("ar", 5, prefill_chunk=100)))
         for _ in range(2)
     )
     batch.add(long)
@@ -395,9 +395,9 @@ def test_a_long_prompt_does_not_stall_the_others(engine: nemodiff.LoadedEngine) 
 def test_a_shared_system_prompt_is_computed_once(engine: nemodiff.LoadedEngine) -> None:
     prompts = [[*SYSTEM, 300 + i] for i in range(6)]
     for reuse, reused in ((True, 5 * len(SYSTEM)), (False, 0)):
-        told = list(nemodiff.generate_many(engine, prompts, rows=3, prefix_reuse=reuse, mode="ar", max_new_tokens=8))
-        assert sum(a.reused_tokens for a in told) == reused
-        assert [a.token_ids for a in told] == [
+        answers = list(nemodiff.generate_many(engine, prompts, rows=3, prefix_reuse=reuse, mode="ar", max_new_tokens=8))
+        assert sum(a.reused_tokens for a in answers) == reused
+        assert [a.token_ids for a in answers] == [
             nemodiff.generate(engine, p, mode="ar", max_new_tokens=8).token_ids for p in prompts
         ]
 
@@ -450,10 +450,10 @@ def test_cuts_are_the_cheapest_there_are(sizes: list[int], base: float) -> None:
     def price(ends: tuple[int, ...]) -> float:
         return sum(cost.seconds(max(sizes[a:b]) * (b - a)) for a, b in itertools.pairwise((0, *ends)))
 
-    found = split(tuple(sizes), cost)
-    assert found[-1] == len(sizes)
+    cuts = split(tuple(sizes), cost)
+    assert cuts[-1] == len(sizes)
     every = ((*cuts, len(sizes)) for n in range(len(sizes)) for cuts in itertools.combinations(range(1, len(sizes)), n))
-    assert price(tuple(found)) == pytest.approx(min(map(price, every)))
+    assert price(tuple(cuts)) == pytest.approx(min(map(price, every)))
 
 
 @given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
@@ -488,15 +488,15 @@ def test_mixed_requests_on_the_real_engine_equal_themselves_alone(
     real: nemodiff.LoadedEngine, mixed: nemodiff.Scheduler, seed: int
 ) -> None:
     rng = random.Random(seed)
-    pass_ = []
+    schedule = []
     for _ in range(6):
         messages = [{"role": "user", "content": f"Count from {rng.randint(1, 9)} to {rng.randint(10, 20)}."}]
         if rng.random() < 0.7:
             messages = [{"role": "system", "content": "Answer shortly, and in the form that was asked for."}, *messages]
         options = {"mode": rng.choice(MODES), "max_new_tokens": rng.randint(1, 40), "block_length": rng.choice([4, 8])}
-        pass_.append((messages, options))
-    handles = [mixed.submit(messages, **options) for messages, options in pass_]
-    for (messages, options), handle in zip(pass_, handles, strict=True):
+        schedule.append((messages, options))
+    handles = [mixed.submit(messages, **options) for messages, options in schedule]
+    for (messages, options), handle in zip(schedule, handles, strict=True):
         assert handle.result(PATIENCE).token_ids == nemodiff.generate(real, messages, **options).token_ids
     assert mixed.statistics.reused_tokens > 0
 
@@ -506,7 +506,7 @@ def test_a_listener_hears_all_events_and_the_error_of_a_failure(engine: nemodiff
     with nemodiff.Scheduler(engine, rows=1) as scheduler:
         handle = scheduler.submit([200, 300, 400], steps=True, listener=heard.append, max_new_tokens=9)
         answer = handle.result(PATIENCE)
-        events = [event for told in heard for event in told]
+        events = [event for batch in heard for event in batch]
         assert list(handle) == []
         assert isinstance(events[-1], nemodiff.Finished)
         assert events[-1].generation == answer
@@ -516,4 +516,4 @@ def test_a_listener_hears_all_events_and_the_error_of_a_failure(engine: nemodiff
         failing = scheduler.submit([200, 300, 400], listener=heard.append)
         with pytest.raises(nemodiff.EngineError):
             failing.result(PATIENCE)
-    assert [type(told) for told in heard] == [nemodiff.EngineError]
+    assert [type(batch) for batch in heard] == [nemodiff.EngineError]

@@ -104,8 +104,8 @@ def story(result: Callable[..., int]) -> Callable[[str, str], bool]:
 
 def right_json(question: str, answer: str) -> bool:
     name, age, city, pet = re.findall(r"for (\w+), age (\d+), from (\w+), who owns a (\w+)\.", question)[0]
-    wanted = {"name": name, "age": int(age), "city": city, "pet": pet, "adult": True}
-    return bool(json.loads(answer) == wanted)
+    expected = {"name": name, "age": int(age), "city": city, "pet": pet, "adult": True}
+    return bool(json.loads(answer) == expected)
 
 
 def right_code(question: str, answer: str) -> bool:
@@ -113,9 +113,9 @@ def right_code(question: str, answer: str) -> bool:
     scope: dict[str, Any] = {}
     exec(answer, scope)
     (function,) = (value for name, value in scope.items() if name != "__builtins__")
-    wanted = {"sum": 14, "difference": 8, "product": 33}[noun]
+    expected = {"sum": 14, "difference": 8, "product": 33}[noun]
     documented = function.__doc__ == f"Return the {noun} of {a} and {b}."
-    return documented and bool(function(**{a: 11, b: 3}) == wanted)
+    return documented and bool(function(**{a: 11, b: 3}) == expected)
 
 
 def right_table(question: str, answer: str) -> bool:
@@ -231,7 +231,9 @@ def test_clean_half_is_a_plain_causal_forward(recipe: SimpleNamespace) -> None:
 
 @pytest.mark.torch
 def test_noisy_block_is_a_bidirectional_pass_after_its_clean_prefix(recipe: SimpleNamespace) -> None:
-    torch, noisy, blocks = recipe.torch, recipe.noisy, 0
+    torch = recipe.torch
+    noisy = recipe.noisy
+    blocks = 0
     for row in range(noisy.tokens.shape[0]):
         for block in noisy.block[row].unique():
             index = (noisy.block[row] == block).nonzero()[:, 0]

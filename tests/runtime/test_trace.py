@@ -1,4 +1,4 @@
-"""Traces: both formats are what they say they are, hold the whole run, and survive a run that does not end."""
+"""Traces: both formats are valid, hold the whole run, and survive a run that does not end."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def assert_timeline(entries: Any) -> None:
         else:
             assert entry["s"] == "t"
     slack = 1.0  # microseconds: sums of floats
-    for track, found in spans.items():
-        passes = sorted(found)
+    for track, track_spans in spans.items():
+        passes = sorted(track_spans)
         for whole in requests[track]:
             assert all(whole[0] - slack <= begin and end <= whole[1] + slack for begin, end in passes)
         assert all(a[1] <= b[0] + slack for a, b in itertools.pairwise(passes))
@@ -172,9 +172,9 @@ def test_a_trace_that_cannot_be_written_is_one_line(tiny_engine: Path, tmp_path:
 def test_a_draft_made_beside_a_verdict_is_told_before_it_is_judged(tiny_engine: Path, params: dict[str, Any]) -> None:
     engine = nemodiff.load(tiny_engine, threads=1)
     options = {"mode": "quadratic_spec", "block_length": 8, "groups": "all", "max_new_tokens": 40, **params}
-    told = nemodiff.events(engine, ["Show the times table of 7 up to 5."], steps=True, **options)
+    events = nemodiff.events(engine, ["Show the times table of 7 up to 5."], steps=True, **options)
     proposed, judged = list[tuple[int, int]](), 0
-    for step in (event for event in told if isinstance(event, nemodiff.Step)):
+    for step in (event for event in events if isinstance(event, nemodiff.Step)):
         if step.kind == "verify":
             heads = [token for token in step.before[1:] if token != engine.info.model.mask_id]
             assert heads == [token for _, token in proposed][: len(heads)]
@@ -187,9 +187,9 @@ def test_a_draft_made_beside_a_verdict_is_told_before_it_is_judged(tiny_engine: 
 def test_a_merged_commit_tells_what_it_decides(tiny_engine: Path) -> None:
     engine = nemodiff.load(tiny_engine, threads=1)
     model, options = engine.info.model, {"mode": "diffusion", "merge_commit": True, "block_length": 8}
-    told = nemodiff.events(engine, [PROMPT], steps=True, max_new_tokens=40, **options)
+    events = nemodiff.events(engine, [PROMPT], steps=True, max_new_tokens=40, **options)
     decided, more = dict[int, int](), 0
-    for step in (event for event in told if isinstance(event, nemodiff.Step)):
+    for step in (event for event in events if isinstance(event, nemodiff.Step)):
         if step.kind == "denoise":
             for i, token in enumerate(step.before):
                 assert token in (model.mask_id, *model.eos_ids) or decided[step.start + i] == token

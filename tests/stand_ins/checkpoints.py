@@ -1,4 +1,4 @@
-"""Checkpoints for tests: where tiny-chat lies, its data generator, and small random folders in the released layout."""
+"""Checkpoints for tests: the path of tiny-chat, its data generator, and small random folders in the released layout."""
 
 import importlib.util
 import json
@@ -35,7 +35,9 @@ def load_make_data() -> ModuleType:
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, as spelled in the released files."""
-    e, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    e = config["hidden_size"]
+    f = config["intermediate_size"]
+    v = config["vocab_size"]
     q, kv = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
     named: dict[str, tuple[int, ...]] = {
         "encoder.embed_tokens": (v, e),
@@ -64,13 +66,12 @@ def random_adapter(config: dict[str, Any], rank: int, strength: float, seed: int
     """A drafter adapter on every o_proj, in f32."""
     rng = np.random.default_rng(seed)
     sides = (("A", (rank, config["num_attention_heads"] * config["head_dim"])), ("B", (config["hidden_size"], rank)))
-    return {
-        f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora_{side}.weight": rng.normal(
-            0, strength, shape
-        ).astype(np.float32)
-        for n in range(config["num_hidden_layers"])
-        for side, shape in sides
-    }
+    tensors = {}
+    for n in range(config["num_hidden_layers"]):
+        for side, shape in sides:
+            name = f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora_{side}.weight"
+            tensors[name] = rng.normal(0, strength, shape).astype(np.float32)
+    return tensors
 
 
 def write_adapter(checkpoint: Path, *, rank: int, alpha: float, strength: float) -> None:
