@@ -3,8 +3,8 @@
     nemodiff build examples/tiny-chat -o engines/tiny-chat
     python examples/fill-in/fill_in.py engines/tiny-chat
 
-What tiny-chat fills in it knows from the question: it never learned to look ahead, so without a question its fillings
-rarely fit the text after them.
+tiny-chat fills holes from the question; it never learned to look ahead, so without a question its fillings rarely fit
+the text after them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import nemodiff
 
 QUESTION = "Write a Python function that returns the sum of a and b."
-WRONG = 'def add(a, b):\n    """Return the sum of a and b."""\n    result = a * b\n    return result'
+BROKEN = 'def add(a, b):\n    """Return the sum of a and b."""\n    result = a * b\n    return result'
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         engine, "def add(a, b):", "\n    return result", length=16, prompt=QUESTION, method="block"
     )
     print(f"{between.text}\n-- filled in: 16 tokens, {sum(between.nfe.values())} passes\n")
-    revised = nemodiff.revise(engine, WRONG, prompt=QUESTION)
+    revised = nemodiff.revise(engine, BROKEN, prompt=QUESTION)
     print(f"{revised.text}\n-- revised: {revised.changed} of {len(revised.token_ids)} tokens changed")
 
 

@@ -91,7 +91,10 @@ def reverse(rng: random.Random) -> tuple[str, str]:
 
 def person_json(rng: random.Random) -> tuple[str, str]:
     """A person as an indented JSON object."""
-    name, age, city, pet = rng.choice(NAMES), rng.randint(18, 80), rng.choice(CITIES), rng.choice(ANIMALS)
+    name = rng.choice(NAMES)
+    age = rng.randint(18, 80)
+    city = rng.choice(CITIES)
+    pet = rng.choice(ANIMALS)
     question = f"Write JSON for {name}, age {age}, from {city}, who owns a {pet}."
     person = {"name": name, "age": age, "city": city, "pet": pet, "adult": True}
     return question, json.dumps(person, indent=2)

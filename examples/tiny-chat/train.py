@@ -1,10 +1,8 @@
 """Train tiny-chat from scratch: one set of weights, two readings. About an hour on two CPU cores.
 
-Reads the examples of `make_data.py` and writes a checkpoint folder. Each sequence goes through the network once as
-[noisy answer | clean sequence]: the clean half is causal and learns the next token; the noisy half is bidirectional
-inside blocks, sees the clean tokens before its block, and learns the masked tokens themselves. A block may start
-anywhere in the answer, because self-speculation restarts wherever the last verify stopped. The run ends by the clock
-unless `--steps` is given, so only then does a seed fix the weights.
+Each sequence goes through the network once as [noisy answer | clean sequence]. The clean half is causal and learns the
+next token; the noisy half is bidirectional inside blocks, sees the clean tokens before its block, and learns the masked
+tokens themselves. The run ends by the clock unless `--steps` is given, so only then does a seed fix the weights.
 """
 
 from __future__ import annotations
@@ -27,13 +25,19 @@ from torch import Tensor
 MAX_TOKENS, MAX_ANSWER = 192, 128
 TAIL = 6  # EOS after the answer that may be masked too, so that a draft learns to stop
 PAD = 8  # EOS after the longest sequence of a batch; at least TAIL
-MUON_RATE, MUON_MOMENTUM, MUON_DECAY, ADAM_RATE = 0.02, 0.95, 2e-4, 3e-3
-WARMUP, LOG_EVERY, HELD_OUT_SEED, HELD_OUT_BATCH = 50, 50, 999, 32
+MUON_RATE = 0.02
+MUON_MOMENTUM = 0.95
+MUON_DECAY = 2e-4
+ADAM_RATE = 3e-3
+WARMUP = 50
+LOG_EVERY = 50
+HELD_OUT_SEED = 999
+HELD_OUT_BATCH = 32
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The command line; `steps` replaces `minutes` where given."""
+    """The command line; `steps`, if set, replaces `minutes`."""
 
     out: Path
     minutes: float
@@ -98,8 +102,9 @@ def draw_batch(tokenizer: Tokenizer, rng: random.Random, rows: int) -> Batch:
 def noise(batch: Batch) -> Noisy:
     """Cut each answer into blocks and mask each block by one of two patterns; all from torch's global generator.
 
-    Half the rows have a first block of any length up to 31, so that blocks begin everywhere. Half the blocks
-    mask each token with one probability, as in denoising; half keep a short clean start, as in drafting.
+    Half the rows have a first block of any length up to 31, so that blocks begin everywhere, as self-speculation
+    restarts wherever the last verify stopped. Half the blocks mask each token with one probability, as in denoising;
+    half keep a short clean start, as in drafting.
     """
     rows, length = batch.tokens.shape
     count = int(batch.answer.max()) + TAIL
@@ -206,7 +211,9 @@ def train(model: TinyChat, tokenizer: Tokenizer, recipe: Recipe) -> None:
     """Run the recipe on `model` and print a line every `LOG_EVERY` steps."""
     optimiser = Optimiser(model)
     rng, held_out_rng = random.Random(recipe.seed), random.Random(HELD_OUT_SEED)
-    begin, step, done = time.monotonic(), 0, 0.0
+    begin = time.monotonic()
+    step = 0
+    done = 0.0
     while done < 1:
         loss = losses(model, draw_batch(tokenizer, rng, recipe.batch))
         (loss.ar + 0.1 * loss.prompt + loss.diffusion).backward()  # type: ignore[no-untyped-call]

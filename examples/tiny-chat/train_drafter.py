@@ -1,9 +1,8 @@
 """Train tiny-chat's drafter: a LoRA on every o_proj that acts in drafts only. About ten minutes on one CPU core.
 
-Writes a `linear_spec_lora` folder in the released layout. The target is not the right answer but the verifier's own
-greedy one, which `nemodiff` decodes first; a draft is worth what the verifier accepts of it. Each sequence goes through
-the network once as [drafts | clean sequence]: a draft is one token and masks after it, at the positions after the clean
-tokens that it sees, and the LoRA acts in it alone.
+The target is not the right answer but the verifier's own greedy one, which `nemodiff` decodes first. Each sequence goes
+through the network once as [drafts | clean sequence]: a draft is one token and masks after it, at the positions after
+the clean tokens that it sees, and the LoRA acts in it alone. Writes a `linear_spec_lora` folder in the released layout.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ import nemodiff
 from nemodiff.builder.build import Builder
 
 SCALE = 4.0  # alpha / rank, as released
-HELD_OUT, HELD_OUT_SEED, LOG_EVERY = 50, 999, 100
+HELD_OUT = 50
+HELD_OUT_SEED = 999
+LOG_EVERY = 100
 LIMIT = 120  # tokens of an answer
 
 
@@ -110,25 +111,25 @@ def verified(checkpoint: Path, seed: int, count: int, threads: int) -> list[Answ
         return [Answered(prompt, a.token_ids) for prompt, a in zip(prompts, answers, strict=True)]
 
 
-def lay_out(rows: list[Answered], starts: Tensor) -> Drafts:
+def lay_out(answers: list[Answered], starts: Tensor) -> Drafts:
     """One draft per start; `starts` (B, K) i64 counts from the answer's first token, which is a draft's first too."""
-    sequences = [row.prompt + row.answer for row in rows]
+    sequences = [row.prompt + row.answer for row in answers]
     ends = torch.tensor([len(s) for s in sequences])  # (B,)
     length = int(ends.max()) + BLOCK
     clean = torch.tensor([s + [EOS] * (length - len(s)) for s in sequences])  # (B, L)
-    begin = torch.tensor([len(row.prompt) for row in rows])[:, None] + starts  # (B, K), the draft's first position
+    begin = torch.tensor([len(row.prompt) for row in answers])[:, None] + starts  # (B, K), the draft's first position
     position = (begin[:, :, None] + torch.arange(BLOCK)).flatten(1)  # (B, N)
     target = clean.gather(1, position)
     masked = (torch.arange(position.shape[1]) % BLOCK > 0).expand_as(position)
     draft = torch.arange(position.shape[1]) // BLOCK
-    own = (draft[:, None] == draft).expand(len(rows), -1, -1)
+    own = (draft[:, None] == draft).expand(len(answers), -1, -1)
     prefix = torch.arange(length) < begin.repeat_interleave(BLOCK, 1)[:, :, None]  # (B, N, L)
-    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(rows), -1, -1)
-    unseen = torch.zeros(len(rows), length, position.shape[1], dtype=torch.bool)
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(len(answers), -1, -1)
+    unseen = torch.zeros(len(answers), length, position.shape[1], dtype=torch.bool)
     mask = torch.cat([torch.cat([own, prefix], 2), torch.cat([unseen, causal], 2)], 1)[:, None]
     return Drafts(
         torch.cat([target.masked_fill(masked, MASK), clean], 1),
-        torch.cat([position, torch.arange(length).expand(len(rows), -1)], 1),
+        torch.cat([position, torch.arange(length).expand(len(answers), -1)], 1),
         mask,
         target,
         masked & (position < ends[:, None]),
@@ -149,7 +150,7 @@ def guess(model: TinyChat, drafters: list[Drafter], drafts: Drafts) -> tuple[Ten
 
 
 def up_to_first_mistake(logits: Tensor, drafts: Drafts) -> Tensor:  # (B, N) bool
-    """The tokens of each draft that a verify would look at: all right ones and the first wrong one."""
+    """The tokens of each draft that a verify would look at: all correct ones and the first wrong one."""
     # What comes after the first wrong token is thrown away in decoding, so training ignores it too.
     agreed = ((logits.argmax(2) == drafts.target) | ~drafts.drafted).view(len(logits), -1, BLOCK)
     before = agreed.cumprod(2).roll(1, 2)
@@ -158,9 +159,12 @@ def up_to_first_mistake(logits: Tensor, drafts: Drafts) -> Tensor:  # (B, N) boo
 
 
 def loss_of(kind: str, logits: Tensor, verifier: Tensor, drafts: Drafts) -> Tensor:
-    """`all`: cross-entropy of every mask with a token to draft. `active`: of those up to the first mistake. `lk`: on
-    these also the divergence of the two distributions at temperature 3, mixed by their overlap as the model's report
-    does, over the whole vocabulary, which is small here."""
+    """The loss of a kind.
+
+    `all` is the cross-entropy of every mask with a token to draft, `active` that of the masks up to the first mistake.
+    `lk` adds to `active` the divergence of the two distributions at temperature 3, mixed by their overlap as the
+    model's report does, over the whole vocabulary, which is small here.
+    """
     chosen = drafts.drafted if kind == "all" else up_to_first_mistake(logits.detach(), drafts)
     loss = F.cross_entropy(logits[chosen], drafts.target[chosen])
     if kind != "lk":
@@ -172,24 +176,24 @@ def loss_of(kind: str, logits: Tensor, verifier: Tensor, drafts: Drafts) -> Tens
     return loss + (weight * divergence + (1 - weight) * (1 - overlap)).mean()
 
 
-def random_starts(rows: list[Answered], count: int) -> Tensor:  # (B, count) i64
+def random_starts(answers: list[Answered], count: int) -> Tensor:  # (B, count) i64
     """The answer's start, where every request drafts, and places anywhere after it."""
-    highest = torch.tensor([len(row.answer) - 1 for row in rows])[:, None]  # one token is left to draft
-    starts = (torch.rand(len(rows), count) * highest).long()
+    highest = torch.tensor([len(row.answer) - 1 for row in answers])[:, None]  # one token is left to draft
+    starts = (torch.rand(len(answers), count) * highest).long()
     starts[:, 0] = 0
     return starts
 
 
 @torch.no_grad()
-def kept(model: TinyChat, drafters: list[Drafter], rows: list[Answered]) -> float:
+def kept(model: TinyChat, drafters: list[Drafter], answers: list[Answered]) -> float:
     """Mean tokens that a verify looks at when every answer is decoded draft by draft; without cache and cut-offs."""
     looked = 0
     drafts_made = 0
-    at = [0] * len(rows)
-    while open_ := [i for i, row in enumerate(rows) if at[i] < len(row.answer) - 1]:
-        drafts = lay_out([rows[i] for i in open_], torch.tensor([[at[i]] for i in open_]))
+    at = [0] * len(answers)
+    while unfinished := [i for i, row in enumerate(answers) if at[i] < len(row.answer) - 1]:
+        drafts = lay_out([answers[i] for i in unfinished], torch.tensor([[at[i]] for i in unfinished]))
         logits, _ = guess(model, drafters, drafts)
-        for i, tokens in zip(open_, up_to_first_mistake(logits, drafts).sum(1).tolist(), strict=True):
+        for i, tokens in zip(unfinished, up_to_first_mistake(logits, drafts).sum(1).tolist(), strict=True):
             at[i] += tokens
             looked += tokens
             drafts_made += 1
@@ -198,16 +202,16 @@ def kept(model: TinyChat, drafters: list[Drafter], rows: list[Answered]) -> floa
 
 def train(model: TinyChat, drafters: list[Drafter], recipe: Recipe) -> None:
     """Run the recipe and print a line every LOG_EVERY steps."""
-    rows = [r for r in verified(recipe.checkpoint, recipe.seed, recipe.answers, recipe.threads) if len(r.answer) > 1]
+    answers = [r for r in verified(recipe.checkpoint, recipe.seed, recipe.answers, recipe.threads) if len(r.answer) > 1]
     held_out = [r for r in verified(recipe.checkpoint, HELD_OUT_SEED, HELD_OUT, recipe.threads) if len(r.answer) > 1]
     parameters = [p for d in drafters for p in (d.lora_A.weight, d.lora_B.weight)]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0)
     falling = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, recipe.steps, pct_start=0.1)
-    print(f"{len(rows)} answers, {sum(p.numel() for p in parameters)} parameters", flush=True)
+    print(f"{len(answers)} answers, {sum(p.numel() for p in parameters)} parameters", flush=True)
     print(f"step 0 held-out {kept(model, drafters, held_out):.3f} tokens per verify", flush=True)
     rng, begin = random.Random(0), time.monotonic()
     for step in range(1, recipe.steps + 1):
-        batch = rng.sample(rows, min(recipe.batch, len(rows)))
+        batch = rng.sample(answers, min(recipe.batch, len(answers)))
         drafts = lay_out(batch, random_starts(batch, recipe.drafts))
         loss = loss_of(recipe.loss, *guess(model, drafters, drafts), drafts)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -233,11 +237,11 @@ def save_adapter(drafters: list[Drafter], rank: int, folder: Path) -> None:
         "target_modules": ["o_proj"],
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {
-        f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora_{side}.weight": part.weight.detach().contiguous()
-        for n, drafter in enumerate(drafters)
-        for side, part in (("A", drafter.lora_A), ("B", drafter.lora_B))
-    }
+    tensors = {}
+    for n, drafter in enumerate(drafters):
+        name = f"base_model.model.encoder.layers.{n}.self_attn.o_proj.lora"
+        tensors[f"{name}_A.weight"] = drafter.lora_A.weight.detach().contiguous()
+        tensors[f"{name}_B.weight"] = drafter.lora_B.weight.detach().contiguous()
     # Not save_file: it makes the file readable by its owner only.
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
@@ -250,7 +254,7 @@ def parse() -> Recipe:
     )
     parser.add_argument("--steps", type=int, default=400, help="length of the run (400)")
     parser.add_argument("--answers", type=int, default=2000, help="questions that the verifier answers first (2000)")
-    parser.add_argument("--rank", type=int, default=32, help="of the LoRA (32)")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the LoRA (32)")
     parser.add_argument("--loss", choices=["all", "active", "lk"], default="active", help="see loss_of (active)")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (2e-3)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (8)")
