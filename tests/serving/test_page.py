@@ -117,7 +117,7 @@ def run_live(page: Page, address: str, prompt: str = PROMPT) -> None:
 
 def lanes(page: Page) -> list[dict[str, Any]]:
     """What every lane shows."""
-    found: list[dict[str, Any]] = page.evaluate(
+    shown: list[dict[str, Any]] = page.evaluate(
         """() => [...document.querySelectorAll(".lane")].map((lane) => ({
           mode: lane.querySelector(".mode").textContent,
           text: [...lane.querySelectorAll(".answer .token:not([hidden])")].map((t) => t.textContent).join(""),
@@ -130,7 +130,7 @@ def lanes(page: Page) -> list[dict[str, Any]]:
           pass: lane.querySelector(".pass").textContent,
         }))"""
     )
-    return found
+    return shown
 
 
 def figures(generation: dict[str, Any]) -> dict[str, Any]:
@@ -208,14 +208,14 @@ def test_what_a_merged_commit_decides_has_its_confidence(
     events = [as_dict(event) for event in nemodiff.events(engine, [PROMPT], steps=True, **options)]
     (tmp_path / "run.html").write_text(html([("merged", events)]))
     page.goto((tmp_path / "run.html").as_uri())
-    found = page.evaluate(
+    tokens = page.evaluate(
         "events => { const run = new Run(); events.forEach((e) => run.push(e));"
         "return run.answer.map((token) => [token.id, token.confidence]); }",
         json.loads(json.dumps(events)),
     )
     assert any(e.get("kind") == "commit" and len(e["committed"]) > 1 for e in events)
     ends = engine.info.model.eos_ids
-    assert [token for token, confidence in found if confidence is None and token not in ends] == []
+    assert [id for id, confidence in tokens if confidence is None and id not in ends] == []
 
 
 def test_scrubbing_with_slider_and_keys_follows_every_pass(page: Page, server: tuple[str, nemodiff.Scheduler]) -> None:
@@ -370,9 +370,9 @@ def test_text_is_large_and_has_contrast_in_light_and_dark(
     run_live(page, server[0], "Count from 3 to 9.")
     for moment in ("2", "3", "4"):
         page.get_by_label("Moment").fill(moment)
-        found = page.evaluate(CONTRAST)
-        assert len(found) > 60
-        assert [f for f in found if f[0] < 4.5 or f[1] < 14 * 0.87] == []
+        measured = page.evaluate(CONTRAST)
+        assert len(measured) > 60
+        assert [f for f in measured if f[0] < 4.5 or f[1] < 14 * 0.87] == []
     write_trace(tmp_path / "out.html", [f"{i} " for i in range(10)])  # every colour
     page.goto((tmp_path / "out.html").as_uri())
     assert {f"c{i}" for i in range(4)} <= {c for f in page.evaluate(CONTRAST) for c in f[2].split()}

@@ -1,4 +1,4 @@
-"""`nemodiff serve` over the wire: OpenAI's own client, strangers' requests, limits, clients that leave, and its end.
+"""`nemodiff serve` over the wire: OpenAI's own client, malformed requests, limits, clients that leave, and its end.
 
 What a request gives is compared with what the runtime gives alone. Nothing is timed.
 """
@@ -74,18 +74,18 @@ def chat(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_a_chat_is_what_the_runtime_gives(client: openai.OpenAI, engine: nemodiff.LoadedEngine, mode: str) -> None:
     alone = nemodiff.generate(engine, QUESTION, mode=mode, max_new_tokens=30, block_length=8)
-    asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30}
+    request: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30}
     extra = {"mode": mode, "block_length": 8}
-    answer = client.chat.completions.create(**asked, extra_body=extra)
+    answer = client.chat.completions.create(**request, extra_body=extra)
     assert answer.choices[0].message.content == alone.text
     assert answer.choices[0].finish_reason == alone.finish_reason
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (alone.prompt_tokens, len(alone.token_ids))
-    told = answer.usage.model_dump()
-    assert {**told["nfe"], "prefill": 0} == {**alone.nfe, "prefill": 0} or mode == "quadratic_spec"
-    assert told["mode"] == mode
+    usage = answer.usage.model_dump()
+    assert {**usage["nfe"], "prefill": 0} == {**alone.nfe, "prefill": 0} or mode == "quadratic_spec"
+    assert usage["mode"] == mode
     stream = client.chat.completions.create(
-        **asked, extra_body=extra, stream=True, stream_options={"include_usage": True}
+        **request, extra_body=extra, stream=True, stream_options={"include_usage": True}
     )
     *chunks, last = list(stream)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone.text
@@ -119,25 +119,25 @@ def test_logprobs_structure_and_model_list(client: openai.OpenAI, engine: nemodi
     answer = client.chat.completions.create(**chat(model="tiny", max_tokens=5, logprobs=True, top_logprobs=2))
     alone = nemodiff.generate(engine, QUESTION, max_new_tokens=5, logprobs=2).logprobs
     assert alone is not None
-    told = answer.choices[0].logprobs
-    assert told is not None
-    assert told.content is not None
-    assert [one.logprob for one in told.content] == pytest.approx([one.logprob for one in alone], abs=1e-4)
-    assert [len(one.top_logprobs) for one in told.content] == [2] * 5
-    assert "".join(one.token for one in told.content) == answer.choices[0].message.content
-    text = client.completions.create(model="tiny", prompt="x", max_tokens=5, logprobs=1).choices[0].logprobs
-    assert text is not None
-    assert text.text_offset is not None
-    assert len(text.text_offset) == 5
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert [one.logprob for one in logprobs.content] == pytest.approx([one.logprob for one in alone], abs=1e-4)
+    assert [len(one.top_logprobs) for one in logprobs.content] == [2] * 5
+    assert "".join(one.token for one in logprobs.content) == answer.choices[0].message.content
+    completion = client.completions.create(model="tiny", prompt="x", max_tokens=5, logprobs=1).choices[0].logprobs
+    assert completion is not None
+    assert completion.text_offset is not None
+    assert len(completion.text_offset) == 5
     schema = {
         "type": "object",
         "properties": {"a": {"enum": [12, 345]}},
         "required": ["a"],
         "additionalProperties": False,
     }
-    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    made = client.chat.completions.create(**chat(model="tiny", max_tokens=60, response_format=wanted))
-    assert json.loads(made.choices[0].message.content or "")["a"] in (12, 345)
+    response_format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = client.chat.completions.create(**chat(model="tiny", max_tokens=60, response_format=response_format))
+    assert json.loads(answer.choices[0].message.content or "")["a"] in (12, 345)
     names = [model.id for model in client.models.list()]
     assert names == ["tiny", *(f"tiny:{mode}" for mode in nemodiff.MODES)]
 
@@ -161,28 +161,28 @@ def test_streamed_text_is_whole_characters_and_never_taken_back(server: Served) 
     for seed in range(6):
         body = {"prompt": "é", "max_tokens": 60, "mode": "ar", "temperature": 30.0, "seed": seed}
         whole = server.ask("/v1/completions", body)["choices"][0]["text"]
-        told = server.stream("/v1/completions", {**body, "stream": True})
-        pieces = [chunk["choices"][0]["text"] for chunk in told]
+        chunks = server.stream("/v1/completions", {**body, "stream": True})
+        pieces = [chunk["choices"][0]["text"] for chunk in chunks]
         assert "".join(pieces) == whole
         assert any(not piece.isascii() for piece in pieces)
 
 
 def test_provisional_frames_stay_outside_of_the_text(server: Served, engine: nemodiff.LoadedEngine) -> None:
     alone = nemodiff.generate(engine, QUESTION, mode="diffusion", max_new_tokens=12)
-    told = server.stream(CHAT, chat(mode="diffusion", max_tokens=12, stream=True, diffusing=True))
-    frames = [chunk for chunk in told if "diffusing" in chunk]
+    chunks = server.stream(CHAT, chat(mode="diffusion", max_tokens=12, stream=True, diffusing=True))
+    frames = [chunk for chunk in chunks if "diffusing" in chunk]
     assert len(frames) == alone.nfe["denoise"]
     for frame in frames:
         assert frame["choices"][0]["delta"] == {}
         block = frame["diffusing"]
         assert len(block["tokens"]) == len(block["text"]) == len(block["confidence"]) == alone.block_length
-    assert "".join(c["choices"][0]["delta"].get("content", "") for c in told) == alone.text
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == alone.text
 
 
 def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -> None:
     alone = nemodiff.generate(engine, QUESTION, thinking=True, thinking_budget=4, max_new_tokens=20)
-    reasoning, found, content = alone.text.partition("</think>")
-    assert found
+    reasoning, marker, content = alone.text.partition("</think>")
+    assert marker
     body = chat(thinking=True, thinking_budget=4, max_tokens=20)
     message = server.ask(CHAT, body)["choices"][0]["message"]
     assert message["reasoning_content"].strip() == reasoning.strip()
@@ -194,17 +194,20 @@ def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -
 
 @hypothesis.given(st.lists(st.sampled_from(["<think>", "</think>", "<", "</thi", "nk>", "a", "\n"])), st.data())
 def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject) -> None:
-    text, thinking = "".join(parts), data.draw(st.booleans())
+    text = "".join(parts)
+    thinking = data.draw(st.booleans())
     whole = ReasoningParser(thinking).push(text, final=True)
-    splitter, said, at = ReasoningParser(thinking), ["", ""], 0
+    parser = ReasoningParser(thinking)
+    split = ["", ""]
+    at = 0
     while at < len(text):
         size = data.draw(st.integers(1, 9))
-        for i, new in enumerate(splitter.push(text[at : at + size])):
-            said[i] += new
+        for i, new in enumerate(parser.push(text[at : at + size])):
+            split[i] += new
         at += size
-    for i, new in enumerate(splitter.push("", final=True)):
-        said[i] += new
-    assert tuple(said) == whole
+    for i, new in enumerate(parser.push("", final=True)):
+        split[i] += new
+    assert tuple(split) == whole
     if not thinking and not text.lstrip("\n").startswith("<think>"):
         assert whole == ("", text)
     if thinking and "</think>" not in text:
@@ -217,7 +220,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
     assert ReasoningParser(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
 
 
-# --- what strangers send ---
+# --- malformed requests ---
 
 
 @pytest.mark.parametrize(
@@ -291,19 +294,19 @@ def test_what_changes_nothing_is_accepted(server: Served) -> None:
         "n": 1,
     }
     parts = [{"type": "text", "text": "Count from "}, {"type": "text", "text": "3 to 9."}]
-    asked = {"messages": [{"role": "user", "content": parts, "name": "x"}], "max_completion_tokens": 4, **extra}
-    assert server.ask(CHAT, asked)["choices"] == plain
+    request = {"messages": [{"role": "user", "content": parts, "name": "x"}], "max_completion_tokens": 4, **extra}
+    assert server.ask(CHAT, request)["choices"] == plain
 
 
 def test_the_commands_of_the_readme(server: Served) -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = re.findall(r"```bash\n(nemodiff serve .*?)```", text, re.DOTALL)
-    command, ask = block.split("\n", 1)
+    command, curl = block.split("\n", 1)
     assert command == "nemodiff serve engines/tiny-chat"  # as the server of these tests, but for the port
-    assert "localhost:8000/" in ask
-    words = ["bash", "-euc", ask.replace("localhost:8000", f"{server.host}:{server.port}")]
-    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert json.loads(told)["usage"]["mode"] == "diffusion"
+    assert "localhost:8000/" in curl
+    words = ["bash", "-euc", curl.replace("localhost:8000", f"{server.host}:{server.port}")]
+    answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert json.loads(answer)["usage"]["mode"] == "diffusion"
 
 
 def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
@@ -326,16 +329,16 @@ def test_the_description_says_what_the_routes_do(server: Served) -> None:
     """Requests made from /openapi.json, right and wrong ones: no route fails, or answers what is not described."""
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     tried = 0
-    for found in schema.get_all_operations():
-        operation = found.ok()
-        made = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        cases = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
         if operation.method == "post":
-            made |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+            cases |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
         @hypothesis.settings(
             max_examples=30, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
         )
-        @hypothesis.given(case=made)
+        @hypothesis.given(case=cases)
         def check(case: schemathesis.Case) -> None:
             nonlocal tried
             if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens", 0), int | None):
@@ -365,10 +368,10 @@ def test_a_hole_is_filled_as_the_runtime_does(server: Served, engine: nemodiff.L
 def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.LoadedEngine, mode: str) -> None:
     options = {"mode": mode, "max_new_tokens": 12, "block_length": 4, "groups": "all"}
     alone = list(nemodiff.events(engine, [QUESTION], steps=True, **options))
-    told = server.stream(
+    lines = server.stream(
         "/events", {"prompt": QUESTION, "max_tokens": 12, "mode": mode, "block_length": 4, "groups": "all"}
     )
-    assert told[0]["event"] == "trace"
+    assert lines[0]["event"] == "trace"
     changing = {"at", "request", "seconds", "confidence", "committed", "reused_tokens", "timings_ms", "nfe", "e2e_tpf"}
     changing |= {"ttft_ms", "itl_ms", "longest_gap_ms", "rows"}
 
@@ -380,29 +383,29 @@ def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.Loaded
     def decoding(values: list[dict[str, Any]]) -> list[dict[str, Any]]:  # what is reused need not be prefilled
         return [kept(value) for value in values if value.get("kind") != "prefill"]
 
-    assert decoding(told[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
+    assert decoding(lines[1:]) == json.loads(json.dumps(decoding(list(map(as_dict, alone)))))
 
 
 def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> None:
     body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 2}
-    before = server.figures()
+    before = server.metrics()
     nfe = server.ask("/v1/fim/completions", body)["usage"]["nfe"]
     for wrong in ({**body, "max_tokens": 99}, {**body, "mode": 5}):
         assert server.send("/v1/fim/completions", wrong)[0] == 400
     assert server.send(CHAT, chat(model="gpt"))[0] == 404
     assert server.send("/nothing")[0] == 404
-    after = server.figures()
+    after = server.metrics()
     grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
     passes = {f'nemodiff_fill_nfe_total{{kind="{kind}"}}': count for kind, count in nfe.items() if count}
     refused = "nemodiff_refused_requests_total"
     counted = {'nemodiff_fills_total{end="finished"}': 1, "nemodiff_fill_tokens_total": 2, **passes}
     assert grown == counted | {f'{refused}{{status="400"}}': 2, f'{refused}{{status="404"}}': 1}
-    then = guarded.figures()
+    then = guarded.metrics()
     assert guarded.send(CHAT, chat())[0] == 401
     assert guarded.send(CHAT, chat("x" * 3000), Authorization="Bearer a b")[0] == 413
     for status in (401, 413):
         name = f'{refused}{{status="{status}"}}'
-        assert guarded.figures()[name] == then[name] + 1
+        assert guarded.metrics()[name] == then[name] + 1
 
 
 # --- many, and those who leave ---
@@ -410,12 +413,12 @@ def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> N
 
 def test_many_at_once_lose_nothing_and_add_up(server: Served, engine: nemodiff.LoadedEngine) -> None:
     questions = [QUESTION, "Sort these numbers: 41, 7, 93.", "Reverse the list: river glass tiger"]
-    asked = [
+    requests = [
         chat(questions[i % 3], mode=nemodiff.MODES[i % 4], max_tokens=8 + i % 5, stream=i % 2 == 0) for i in range(120)
     ]
     expected = [
         nemodiff.generate(engine, b["messages"][0]["content"], mode=b["mode"], max_new_tokens=b["max_tokens"]).text
-        for b in asked
+        for b in requests
     ]
     before = server.settled()
 
@@ -425,7 +428,7 @@ def test_many_at_once_lose_nothing_and_add_up(server: Served, engine: nemodiff.L
         return str(server.ask(CHAT, body)["choices"][0]["message"]["content"])
 
     with concurrent.futures.ThreadPoolExecutor(120) as pool:
-        assert list(pool.map(get, asked)) == expected
+        assert list(pool.map(get, requests)) == expected
     after = server.settled()
     grown = {name: after[name] - before[name] for name in after}
     assert grown['nemodiff_requests_total{end="finished"}'] == 120
@@ -443,7 +446,7 @@ def leave(server: Served, path: str, body: dict[str, Any], read: int) -> None:
     connection.close()
 
 
-# Those that may leave before they are queued come last: nobody knows when their end is counted.
+# Clients that may leave before they are queued come last, because their end may be counted at any later time.
 @pytest.mark.parametrize(("stream", "path"), [*((True, p) for p in STREAMS), *((False, p) for p in STREAMS[:2])])
 def test_a_client_that_leaves_frees_its_row(server: Served, path: str, stream: bool) -> None:
     before = server.settled()['nemodiff_requests_total{end="cancelled"}']
@@ -475,11 +478,12 @@ def test_a_soak_of_random_leavers_leaves_nothing_behind(server: Served) -> None:
         server.settled()
 
     round_of(60)
-    before, figures = memory(), server.settled()
+    memory_before = memory()
+    before = server.settled()
     round_of(120)
-    assert memory() - before < 60e6
+    assert memory() - memory_before < 60e6
     after = server.settled()
-    ends = [sum(v for n, v in f.items() if n.startswith("nemodiff_requests_total")) for f in (figures, after)]
+    ends = [sum(v for n, v in f.items() if n.startswith("nemodiff_requests_total")) for f in (before, after)]
     assert ends[1] - ends[0] <= 120
     assert after['nemodiff_requests_total{end="failed"}'] == 0
     assert server.ask(CHAT, chat(max_tokens=4))["usage"]["completion_tokens"] == 4
@@ -510,8 +514,9 @@ def test_keys_size_time_and_queue_are_limited(guarded: Served) -> None:
         answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
     statuses = sorted(status for status, _, _ in answers)
     assert statuses == [429] * 4 + [504] * 2
-    figures, refused = guarded.figures(), "nemodiff_refused_requests_total"
-    assert [figures[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
+    values = guarded.metrics()
+    refused = "nemodiff_refused_requests_total"
+    assert [values[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
 
 
@@ -537,10 +542,10 @@ def test_sigterm_drains(tiny_engine: Path, engine: nemodiff.LoadedEngine, patien
         assert served.process.stderr.read() == ""
     *chunks, end, nothing = content.decode().split("\n\n")
     assert (end, nothing) == ("data: [DONE]", "")
-    told = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
-    assert told[-1]["finish_reason"] == ("length" if patience == "60" else "cancelled")
+    choices = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
+    assert choices[-1]["finish_reason"] == ("length" if patience == "60" else "cancelled")
     whole = nemodiff.generate(engine, "Once upon", chat=False, mode="ar", max_new_tokens=300, min_tokens=300).text
-    got = "".join(one["text"] for one in told)
+    got = "".join(choice["text"] for choice in choices)
     assert got == whole if patience == "60" else got.startswith(whole[:5])
 
 

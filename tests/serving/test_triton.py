@@ -1,4 +1,4 @@
-"""The exported model in a real Triton server, as its clients meet it.
+"""The exported model in a real Triton Inference Server, as its clients see it.
 
 One server holds three models: the tiny engine, the same one with other defaults and a batch dimension, and one that
 needs 0.1 s for a pass and breaks while a file is there. Nothing is timed.
@@ -59,7 +59,9 @@ class Cache:
 
 class Backend:
     def __init__(self, backend):
-        self._backend, self.info, self.samples = backend, backend.info, backend.samples
+        self._backend = backend
+        self.info = backend.info
+        self.samples = backend.samples
     def open(self, rows):
         return Cache(self._backend.open(rows))
 
@@ -95,7 +97,7 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def rough(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server for what keeps Triton 2.51 from a clean stop: dead processes, failed loads, tensors that it refuses."""
+    """A server for what keeps version 2.51 from a clean stop: dead processes, failed loads, tensors that it refuses."""
     models = ["--model-control-mode=explicit", "--load-model=slow", "--load-model=other", "--exit-timeout-secs=2"]
     log = tmp_path_factory.mktemp("log") / "rough.log"
     with TritonServer(repository, arguments=models, log=log) as running:
@@ -125,15 +127,15 @@ def generate(server: TritonServer, model: str = "nemodiff", **body: Any) -> dict
     return dict(answer)
 
 
-def figures(server: TritonServer, model: str = "nemodiff") -> dict[str, float]:
+def read_metrics(server: TritonServer, model: str = "nemodiff") -> dict[str, float]:
     """Values on the metrics port by name and label, of one model."""
-    found = {}
+    values = {}
     for line in get(server.metrics, "/metrics")[1].splitlines():
         if match := re.fullmatch(r"(nemodiff_\w+)\{(.*)\} (\S+)", line):
             labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             if labels.pop("model") == model and labels.pop("version") == "1":
-                found[" ".join([match[1], *labels.values()])] = float(match[3])
-    return found
+                values[" ".join([match[1], *labels.values()])] = float(match[3])
+    return values
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -213,8 +215,8 @@ def test_sampling_penalties_logprobs_and_grammars_are_the_runtimes(
         assert answer["cum_log_probs"] == pytest.approx(sum(answer["output_log_probs"]), abs=1e-3)
     regex = "[0-9]{3}-[0-9]{2}"
     guided = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": regex}
-    for asked in (guided, {"sampling_parameters": json.dumps({"guided_regex": regex})}):
-        assert re.fullmatch(regex, generate(server, text_input=QUESTIONS[0], **asked)["text_output"])
+    for fields in (guided, {"sampling_parameters": json.dumps({"guided_regex": regex})}):
+        assert re.fullmatch(regex, generate(server, text_input=QUESTIONS[0], **fields)["text_output"])
     endless = generate(server, text_input=QUESTIONS[0], sampling_parameters='{"ignore_eos": true, "max_tokens": 90}')
     assert endless["num_output_tokens"] == 90
 
@@ -227,9 +229,9 @@ def test_defaults_of_the_model_and_a_batch_dimension(
     with GrpcStream(server.grpc) as stream:
         shaped = [tensor("text_input", [QUESTIONS[0]], shape=[1, 1]), tensor("max_tokens", [4], shape=[1, 1])]
         stream.send("other", "a", [*shaped, tensor("stop_words", ["x", "y"], shape=[1, 2])])
-        told = next(iter(stream))
-    assert told.error == ""
-    assert told.outputs["text_output"] == QUESTIONS[0] + alone(QUESTIONS[0], mode="ar", max_new_tokens=4).text
+        response = next(iter(stream))
+    assert response.error == ""
+    assert response.outputs["text_output"] == QUESTIONS[0] + alone(QUESTIONS[0], mode="ar", max_new_tokens=4).text
 
 
 def test_requests_interleave_on_one_grpc_stream_and_a_refused_one_does_not_break_it(
@@ -242,13 +244,13 @@ def test_requests_interleave_on_one_grpc_stream_and_a_refused_one_does_not_break
         for mode in nemodiff.MODES:
             stream.ask("nemodiff", mode, QUESTIONS[1], mode=mode, stream=True)
         stream.ask("nemodiff", "bad", QUESTIONS[1], mode="bogus", stream=True)
-        stream.ended()
-        for told in stream:
-            if told.error:
-                errors[told.id] = told.error
+        stream.end()
+        for response in stream:
+            if response.error:
+                errors[response.id] = response.error
             else:
-                texts[told.id] = texts.get(told.id, "") + told.outputs.get("text_output", "")
-            finals[told.id] = finals.get(told.id, 0) + told.final
+                texts[response.id] = texts.get(response.id, "") + response.outputs.get("text_output", "")
+            finals[response.id] = finals.get(response.id, 0) + response.final
     assert texts == {mode: alone(QUESTIONS[1], mode=mode).text for mode in nemodiff.MODES}
     assert list(errors) == ["bad"]
     assert "mode is 'bogus', allowed: ar" in errors["bad"]
@@ -258,14 +260,14 @@ def test_requests_interleave_on_one_grpc_stream_and_a_refused_one_does_not_break
 def test_two_hundred_requests_at_once_lose_nothing(
     server: TritonServer, alone: Callable[..., nemodiff.Generation]
 ) -> None:
-    before = figures(server)
+    before = read_metrics(server)
     kinds = list(itertools.product(QUESTIONS, nemodiff.MODES, (9, 30)))
-    wanted = [kinds[i % len(kinds)] for i in range(200)]
+    requests = [kinds[i % len(kinds)] for i in range(200)]
     answers: dict[int, str] = {}
     barrier = threading.Barrier(104)
 
     def by_http(i: int) -> None:
-        question, mode, limit = wanted[i]
+        question, mode, limit = requests[i]
         body = {"text_input": question, "mode": mode, "max_tokens": limit, "stream": bool(i % 2)}
         barrier.wait(PATIENCE)
         if i % 2:
@@ -277,47 +279,47 @@ def test_two_hundred_requests_at_once_lose_nothing(
         barrier.wait(PATIENCE)
         with GrpcStream(server.grpc) as stream:
             for i in range(first, first + 25):
-                question, mode, limit = wanted[i]
+                question, mode, limit = requests[i]
                 stream.ask("nemodiff", str(i), question, mode=mode, max_tokens=limit, stream=True)
-            stream.ended()
-            for told in stream:
-                assert told.error == ""
-                answers[int(told.id)] = answers.get(int(told.id), "") + told.outputs.get("text_output", "")
+            stream.end()
+            for response in stream:
+                assert response.error == ""
+                answers[int(response.id)] = answers.get(int(response.id), "") + response.outputs.get("text_output", "")
 
     with concurrent.futures.ThreadPoolExecutor(104) as pool:
         jobs = [pool.submit(by_http, i) for i in range(100)] + [pool.submit(by_grpc, i) for i in range(100, 200, 25)]
         for job in jobs:
             job.result()
-    expected = {i: alone(q, mode=m, max_new_tokens=n).text for i, (q, m, n) in enumerate(wanted)}
+    expected = {i: alone(q, mode=m, max_new_tokens=n).text for i, (q, m, n) in enumerate(requests)}
     assert answers == expected
     end = "nemodiff_requests_total finished"
-    eventually(lambda: figures(server)[end] == before[end] + 200)
+    eventually(lambda: read_metrics(server)[end] == before[end] + 200)
 
 
 @pytest.mark.parametrize("client", ["grpc", "http"])
 def test_a_client_that_leaves_frees_its_row(server: TritonServer, client: str) -> None:
     cancelled, emitted = "nemodiff_requests_total cancelled", "nemodiff_generation_tokens_total"
-    before = figures(server, "slow")
+    before = read_metrics(server, "slow")
     long = {"mode": "ar", "max_tokens": 300, "min_tokens": 300, "stream": True}
     with contextlib.ExitStack() as open_stream, concurrent.futures.ThreadPoolExecutor(1) as pool:
         if client == "http":
-            told: Iterator[Any] = server_sent(server.http, "slow", {"text_input": QUESTIONS[0], **long})
-            open_stream.callback(told.close)  # type: ignore[attr-defined]
+            responses: Iterator[Any] = server_sent(server.http, "slow", {"text_input": QUESTIONS[0], **long})
+            open_stream.callback(responses.close)  # type: ignore[attr-defined]
         else:
             stream = open_stream.enter_context(GrpcStream(server.grpc))
             stream.ask("slow", "long", QUESTIONS[0], **long)
-            told = iter(stream)
+            responses = iter(stream)
         for _ in range(3):
-            next(told)
+            next(responses)
         next_one = pool.submit(generate, server, "slow", text_input=QUESTIONS[1], mode="ar", max_tokens=3)
-        eventually(lambda: figures(server, "slow")["nemodiff_requests_waiting"] == 1)
-        then = figures(server, "slow")[emitted]
+        eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_waiting"] == 1)
+        then = read_metrics(server, "slow")[emitted]
         open_stream.close()
         assert next_one.result(PATIENCE)["num_output_tokens"] == 3
-    eventually(lambda: figures(server, "slow")["nemodiff_requests_running"] == 0)
-    after = figures(server, "slow")
+    eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_running"] == 0)
+    after = read_metrics(server, "slow")
     assert after[cancelled] == before[cancelled] + 1
-    assert after[emitted] - then - 3 <= 6  # of 297 to come; figures are 2 passes old, and leaving takes one
+    assert after[emitted] - then - 3 <= 6  # of 297 to come; metrics are 2 passes old, and leaving takes one
 
 
 def test_a_client_that_leaves_the_queue_is_forgotten(server: TritonServer) -> None:
@@ -326,10 +328,10 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server: TritonServer) -> No
         next(first)
         with GrpcStream(server.grpc) as waiting:
             waiting.ask("slow", "waits", QUESTIONS[1])
-            eventually(lambda: figures(server, "slow")["nemodiff_requests_waiting"] == 1)
-        eventually(lambda: figures(server, "slow")["nemodiff_requests_waiting"] == 0)
-        assert figures(server, "slow")["nemodiff_requests_running"] == 1
-    eventually(lambda: figures(server, "slow")["nemodiff_requests_running"] == 0)
+            eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_waiting"] == 1)
+        eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_waiting"] == 0)
+        assert read_metrics(server, "slow")["nemodiff_requests_running"] == 1
+    eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_running"] == 0)
 
 
 def test_streams_one_after_another_leave_nothing_behind(server: TritonServer) -> None:
@@ -368,15 +370,15 @@ def test_errors_before_the_first_token(server: TritonServer) -> None:
 def test_a_full_queue_says_so(server: TritonServer) -> None:
     body = {"text_input": QUESTIONS[0], "mode": "ar", "max_tokens": 2}
     refusals = "nemodiff_refused_requests_total 503"
-    before = figures(server, "slow")[refusals]
+    before = read_metrics(server, "slow")[refusals]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        told = list(pool.map(lambda _: post(server.http, "/v2/models/slow/generate", body), range(8)))
-    refused = [(status, text) for status, text in told if status != 200]
+        answers = list(pool.map(lambda _: post(server.http, "/v2/models/slow/generate", body), range(8)))
+    refused = [(status, text) for status, text in answers if status != 200]
     assert len(refused) == 5
     for status, text in refused:
         assert status in (400, 503)  # Triton 2.51 answers 400 whatever status the model gives
         assert "requests run or wait, allowed: 1 and 2; try again later" in text
-    eventually(lambda: figures(server, "slow")[refusals] == before + 5)
+    eventually(lambda: read_metrics(server, "slow")[refusals] == before + 5)
 
 
 def test_an_engine_that_breaks_in_mid_stream(server: TritonServer, repository: Path) -> None:
@@ -389,17 +391,17 @@ def test_an_engine_that_breaks_in_mid_stream(server: TritonServer, repository: P
     assert last["status"] == 200
     assert last["error"] == "the engine failed (the device has gone); the request may be sent again"
     assert generate(server, "slow", text_input=QUESTIONS[0], mode="ar", max_tokens=3)["num_output_tokens"] == 3
-    assert figures(server, "slow")["nemodiff_requests_total failed"] == 1
+    assert read_metrics(server, "slow")["nemodiff_requests_total failed"] == 1
 
 
 def test_figures_on_the_metrics_port_add_up(server: TritonServer) -> None:
-    before = figures(server)
+    before = read_metrics(server)
     answers = [generate(server, text_input=question, mode="linear_spec") for question in QUESTIONS]
     done = before["nemodiff_requests_total finished"] + len(QUESTIONS)
-    eventually(lambda: figures(server)["nemodiff_requests_total finished"] == done)
-    last = "nemodiff_tokens_per_forward_count"  # of a request's figures, which follow its last response
-    eventually(lambda: figures(server)[last] == before.get(last, 0.0) + len(QUESTIONS))
-    after = figures(server)
+    eventually(lambda: read_metrics(server)["nemodiff_requests_total finished"] == done)
+    last = "nemodiff_tokens_per_forward_count"  # of a request's values, which follow its last response
+    eventually(lambda: read_metrics(server)[last] == before.get(last, 0.0) + len(QUESTIONS))
+    after = read_metrics(server)
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
     assert grown["nemodiff_prompt_tokens_total"] == sum(a["num_input_tokens"] for a in answers)
     assert grown["nemodiff_generation_tokens_total"] == sum(a["num_output_tokens"] for a in answers)
@@ -425,8 +427,8 @@ MALFORMED: list[Any] = [
     b'{"text_input": "\\ud800"}',
     b'{"text_input": ' + b"[" * 5000,
     *(
-        {"text_input": "x", **wrong}
-        for wrong in (
+        {"text_input": "x", **fields}
+        for fields in (
             {"text_input": 5},
             {"text_input": None},
             {"text_input": ["a", "b"]},
@@ -537,17 +539,17 @@ def test_malformed_tensors_get_a_sentence(rough: TritonServer) -> None:
         [],
     ]
     with GrpcStream(rough.grpc) as stream:
-        told = iter(stream)
+        responses = iter(stream)
         for each in tensors:
             stream.send("slow", "x", each)
-            answer = next(told)
+            answer = next(responses)
             assert answer.error, each
             assert not re.search(r"Traceback|File \"|\.py", answer.error)
 
 
 def test_the_commands_of_the_readme(tiny_engine: Path, tmp_path: Path) -> None:
     (block,) = re.findall(r"```bash\n(nemodiff triton.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    export_it, install_it, run_it, *asking = block.splitlines()
+    export_it, install_it, run_it, *curls = block.splitlines()
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "tiny-chat").symlink_to(tiny_engine)
     http, grpc_port, metrics = free_ports()
@@ -565,15 +567,15 @@ def test_the_commands_of_the_readme(tiny_engine: Path, tmp_path: Path) -> None:
         running = subprocess.Popen(words, cwd=tmp_path, stderr=log)
     try:
         eventually(lambda: "Started Metrics" in (tmp_path / "log").read_text())
-        told = [shell(c.replace(":8000", f":{http}").replace(":8002", f":{metrics}")) for c in asking]
+        outputs = [shell(c.replace(":8000", f":{http}").replace(":8002", f":{metrics}")) for c in curls]
     finally:
         running.terminate()
         code = running.wait(PATIENCE)
     assert code == 0, (tmp_path / "log").read_text()[-2000:]
-    answer, streamed, figured = told
+    answer, streamed, metrics_text = outputs
     assert json.loads(answer)["finish_reason"] == "stop"
     assert streamed.count("data: ") >= 2
-    assert "nemodiff_rows" in figured
+    assert "nemodiff_rows" in metrics_text
     assert not list(Path("/dev/shm").glob(f"nemodiff_{running.pid}_*"))
 
 
@@ -584,13 +586,13 @@ def processes(server: TritonServer, model: str) -> list[int]:
     for thread in Path(f"/proc/{server.process.pid}/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended
             children += map(int, (thread / "children").read_text().split())
-    found = []
+    pids = []
     for child in children:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
             if (len(words) > 1 and f"/{model}/1/model.py" in words[1]) or not model:
-                found.append(child)
-    return found
+                pids.append(child)
+    return pids
 
 
 def memory(pid: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The exported repository as files, the names of requests, and what is said where no server is; nothing is started."""
+"""The exported repository as files, the names of requests, and the errors without a server; nothing is started."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) 
     shutil.move(folder, moved)
     marks = [str(tmp_path), str(Path.home()) + "/", str(EXAMPLE.parents[1]), sys.prefix, socket.gethostname()]
     for file in (path for path in moved.rglob("*") if path.is_file()):
-        found = [mark for mark in marks if mark.encode() in file.read_bytes()]
-        assert found == [], file
+        leaked = [mark for mark in marks if mark.encode() in file.read_bytes()]
+        assert leaked == [], file
         assert not file.is_symlink()
     answered = subprocess.run(
         [sys.executable, "-W", "error", str(STAND_IN), str(moved)], capture_output=True, text=True, cwd=tmp_path
@@ -103,9 +103,9 @@ def test_the_configuration_declares_the_table(tiny_engine: Path, tmp_path: Path)
         folder = export(tiny_engine, tmp_path / "models", batched=batched, parameters={"system": value})
         text = (folder / "config.pbtxt").read_text(encoding="utf-8")
         declared = re.findall(r'name: "(\w+)" data_type: TYPE_(\w+) dims: \[ (-?1) \]( optional: true)?', text)
-        wanted = [(i.name, i.type, "-1" if i.many else "1", " optional: true") for i in INPUTS]
-        wanted[0] = ("text_input", "STRING", "1", "")
-        assert declared == [*wanted, *((o.name, o.type, "-1" if o.many else "1", "") for o in OUTPUTS)]
+        expected = [(i.name, i.type, "-1" if i.many else "1", " optional: true") for i in INPUTS]
+        expected[0] = ("text_input", "STRING", "1", "")
+        assert declared == [*expected, *((o.name, o.type, "-1" if o.many else "1", "") for o in OUTPUTS)]
         assert f"max_batch_size: {int(batched)}\n" in text
         assert r'value: { string_value: "a \"quoted\" \\ line\nend ü" }' in text
 
@@ -125,10 +125,10 @@ def test_what_is_nearer_to_the_request_wins() -> None:
     parameters = {"top_k": 2, "top_p": 0.2, "seed": "2", "timeout": 5, "triton_x": 1, "x-request-id": "a"}
     defaults = model_parameters({"top_k": "1", "top_p": "0.1", "seed": "1", "temperature": "0.5", "rows": "4"})
     assert defaults.rows == 4
-    asked = read(tensors, parameters, defaults.values)
-    assert asked.options == {"top_k": 4, "top_p": 0.3, "seed": 2, "temperature": 0.5}
-    assert not asked.stream
-    assert not asked.echo
+    request = read(tensors, parameters, defaults.values)
+    assert request.options == {"top_k": 4, "top_p": 0.3, "seed": 2, "temperature": 0.5}
+    assert not request.stream
+    assert not request.echo
 
 
 def test_sampling_without_a_seed_draws_one() -> None:
@@ -182,10 +182,10 @@ def test_a_server_on_the_path_is_taken_as_it_is(tmp_path: Path, monkeypatch: pyt
     log = tmp_path / "log"
     with pytest.raises(ServerError, match="tritonserver has ended with code 3; see its log"):
         triton_server.TritonServer(tmp_path / "models", ports=(1, 2, 3), arguments=["--log-verbose=1"], log=log)
-    given = log.read_text().splitlines()
-    assert given[0] == f"--model-repository={tmp_path / 'models'}"
-    assert {"--http-port=1", "--grpc-port=2", "--metrics-port=3", "--http-address=127.0.0.1"} < set(given)
-    assert given[-1] == "--log-verbose=1"
+    arguments = log.read_text().splitlines()
+    assert arguments[0] == f"--model-repository={tmp_path / 'models'}"
+    assert {"--http-port=1", "--grpc-port=2", "--metrics-port=3", "--http-address=127.0.0.1"} < set(arguments)
+    assert arguments[-1] == "--log-verbose=1"
     assert CliRunner().invoke(main, ["triton", "run", "--help"]).exit_code == 0
 
 

@@ -1,4 +1,4 @@
-"""What the Triton model sends, without a server: Triton's side is played."""
+"""What the model for Triton Inference Server sends, without a server: a stand-in plays its side."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def started(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     models = []
 
     def start(**parameters: str) -> TritonPythonModel:
-        given = {"engine": str(tiny_engine), "threads": "1", **parameters}
-        config = {"parameters": {name: {"string_value": value} for name, value in given.items()}}
+        values = {"engine": str(tiny_engine), "threads": "1", **parameters}
+        config = {"parameters": {name: {"string_value": value} for name, value in values.items()}}
         model = TritonPythonModel()
         place = {"model_repository": str(tiny_engine.parent), "model_version": "1", "model_name": "played"}
         model.initialize({**place, "model_config": json.dumps(config)})
@@ -69,19 +69,21 @@ def test_a_stream_sends_its_first_text_at_once_and_what_comes_meanwhile_together
 
 
 def test_a_streams_pieces_are_whole_characters(started: Callable[..., TritonPythonModel], tiny_engine: Path) -> None:
-    engine, params = nemodiff.load(tiny_engine, threads=1), {"mode": "ar", "temperature": 30.0}
-    model, beyond = started(stream_interval_ms="0"), 0
+    engine = nemodiff.load(tiny_engine, threads=1)
+    params: dict[str, Any] = {"mode": "ar", "temperature": 30.0}
+    model = started(stream_interval_ms="0")
+    non_ascii = 0
     for seed in range(3):
-        told = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **params)]
-        assert "".join(told) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **params).text
-        beyond += sum(not piece.isascii() for piece in told if piece.encode())
-    assert beyond
+        pieces = [one["text_output"] for one in ask(model, stream=True, max_tokens=60, seed=seed, **params)]
+        assert "".join(pieces) == nemodiff.generate(engine, QUESTION, max_new_tokens=60, seed=seed, **params).text
+        non_ascii += sum(not piece.isascii() for piece in pieces if piece.encode())
+    assert non_ascii
 
 
 def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
     model = started(rows="1", waiting="1")
-    for wrong in ({"mode": "bogus"}, {"max_tokens": 0}):
-        request = Request({"text_input": QUESTION, **wrong})
+    for fields in ({"mode": "bogus"}, {"max_tokens": 0}):
+        request = Request({"text_input": QUESTION, **fields})
         model.execute([request])
         (refusal,) = request.responses()
         assert refusal.error is not None
@@ -92,10 +94,11 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
     busy = [error for error in errors if error is not None]
     assert {error.kind for error in busy} == {TritonError.UNAVAILABLE}
     assert 1 <= len(busy) <= 4
-    told = sys.modules["triton_python_backend_utils"].MetricFamily.values
-    name, wanted = "nemodiff_refused_requests_total", {"400": 2, "503": len(busy), "500": 0}
+    values = sys.modules["triton_python_backend_utils"].MetricFamily.values
+    name = "nemodiff_refused_requests_total"
+    expected = {"400": 2, "503": len(busy), "500": 0}
     for _ in range(600):
-        if {status: told.get((name, status)) for status in wanted} == wanted:
+        if {status: values.get((name, status)) for status in expected} == expected:
             return
         time.sleep(0.05)
-    raise AssertionError(told)
+    raise AssertionError(values)

@@ -1,5 +1,4 @@
-"""Registrations for `builder/compilers/compile.py` to call in the place of the product's own: parts of it, and ways to
-fail."""
+"""Plugin registrations that `builder/compilers/compile.py` calls instead of the product's own: partial or failing."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from nemodiff.plugins.tensorrt.v3 import register_v3
 
 
 def stages(api: Any, kernels: Any) -> None:
-    """Every stage as a plugin of its own, which the full TensorRT has as quick plugins, which TensorRT-RTX lacks."""
+    """Register every stage as a plugin of its own, as the full TensorRT has them in quick plugins."""
     for op in OPS:
         for stage in op.stages:
             register_v3(api, stage_op(op, stage), None)

@@ -1,8 +1,4 @@
-"""A server started by the command, and plain HTTP to it, for tests of what goes over the wire.
-
-In: an engine folder and options of `nemodiff serve`. Out: `Served`, with its address and its process. The surprising
-fact: raw connections are needed, since a client library neither sends broken requests nor leaves in the middle.
-"""
+"""A running `nemodiff serve` and plain HTTP to it, since a client library sends no broken requests."""
 
 from __future__ import annotations
 
@@ -22,10 +18,12 @@ START = 60.0  # seconds until a server that does not start is given up
 
 
 class Served:
-    """A running server."""
+    """A running server: its process and its address."""
 
     def __init__(self, process: subprocess.Popen[str], host: str, port: int) -> None:
-        self.process, self.host, self.port = process, host, port
+        self.process = process
+        self.host = host
+        self.port = port
         self.url = f"http://{host}:{port}"
 
     def connect(self) -> http.client.HTTPConnection:
@@ -38,13 +36,14 @@ class Served:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         connection = self.connect()
         with contextlib.closing(connection):
-            sent = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-            connection.request(method or ("GET" if body is None else "POST"), path, data, sent)
-            answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            method = method or ("GET" if body is None else "POST")
+            connection.request(method, path, data, {"Content-Type": "application/json", **named})
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read()
 
     def ask(self, path: str, body: Any = None, **headers: str) -> Any:
-        """The same for an answer that is JSON and not a refusal."""
+        """One request whose answer is JSON and no error."""
         status, _, content = self.send(path, body, **headers)
         assert status == 200, content
         return json.loads(content)
@@ -55,17 +54,21 @@ class Served:
         assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8"), content
         return [json.loads(line[6:]) for line in content.decode().split("\n\n") if line and line != "data: [DONE]"]
 
-    def figures(self) -> dict[str, float]:
-        """What /metrics says."""
-        lines = self.send("/metrics")[2].decode().splitlines()
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+    def metrics(self) -> dict[str, float]:
+        """The values of /metrics by name and labels."""
+        values = {}
+        for line in self.send("/metrics")[2].decode().splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                values[name] = float(value)
+        return values
 
     def settled(self) -> dict[str, float]:
-        """The figures once nothing runs or waits."""
+        """The metrics once nothing runs or waits."""
         for _ in range(600):
-            figures = self.figures()
-            if not figures["nemodiff_requests_running"] + figures["nemodiff_requests_waiting"]:
-                return figures
+            values = self.metrics()
+            if not values["nemodiff_requests_running"] + values["nemodiff_requests_waiting"]:
+                return values
             time.sleep(0.05)
         raise AssertionError("requests still run")
 
@@ -80,9 +83,9 @@ def serving(engine: Path, *options: str, environment: dict[str, str] | None = No
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
-        found = re.fullmatch(r"serving \S+ on http://([\d.]+):(\d+)\n", line)
-        assert found is not None, line + process.stderr.read()
-        yield Served(process, found[1], int(found[2]))
+        announced = re.fullmatch(r"serving \S+ on http://([\d.]+):(\d+)\n", line)
+        assert announced is not None, line + process.stderr.read()
+        yield Served(process, announced[1], int(announced[2]))
     finally:
         if process.poll() is None:
             process.kill()

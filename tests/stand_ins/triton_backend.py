@@ -1,7 +1,5 @@
-"""What Triton's Python backend gives a model, played in this process.
+"""What the Python backend of Triton Inference Server gives a model, played in this process without a server.
 
-In: plain values of a request. Out: what the model sent, and with which flag. The surprising fact: the module that is
-played exists only inside a server, so a model can be driven by any Python that can import it, without one:
 `python3.12 tests/stand_ins/triton_backend.py REPOSITORY/nemodiff` answers one question from an exported folder.
 """
 
@@ -21,7 +19,8 @@ import numpy as np
 
 class Tensor:
     def __init__(self, name: str, array: np.ndarray) -> None:
-        self._name, self._array = name, array
+        self._name = name
+        self._array = array
 
     def name(self) -> str:
         return self._name
@@ -31,7 +30,10 @@ class Tensor:
 
 
 class TritonError(Exception):
-    INTERNAL, INVALID_ARG, UNAVAILABLE, CANCELLED = "internal", "invalid", "unavailable", "cancelled"
+    INTERNAL = "internal"
+    INVALID_ARG = "invalid"
+    UNAVAILABLE = "unavailable"
+    CANCELLED = "cancelled"
 
     def __init__(self, text: str, kind: str) -> None:
         super().__init__(text)
@@ -51,11 +53,12 @@ class Request:
     """A request, and the sender of its responses; `sent` gets each with whether it is the last."""
 
     def __init__(self, values: dict[str, Any], parameters: dict[str, Any] | None = None) -> None:
-        encoded = {k: v.encode() if isinstance(v, str) else v for k, v in values.items()}
-        self.tensors = {
-            k: Tensor(k, np.array([v], object if isinstance(v, bytes) else None)) for k, v in encoded.items()
-        }
-        self._parameters, self.gone = json.dumps(parameters or {}), False
+        self.tensors = {}
+        for name, value in values.items():
+            array = np.array([value.encode()], object) if isinstance(value, str) else np.array([value])
+            self.tensors[name] = Tensor(name, array)
+        self._parameters = json.dumps(parameters or {})
+        self.cancelled = False
         self.sent: queue.SimpleQueue[tuple[InferenceResponse, bool]] = queue.SimpleQueue()
 
     def parameters(self) -> str:
@@ -68,23 +71,24 @@ class Request:
         self.sent.put((response, bool(flags)))
 
     def is_cancelled(self) -> bool:
-        return self.gone
+        return self.cancelled
 
     def responses(self, patience: float = 30.0) -> list[InferenceResponse]:
-        """All of them, once the last has come."""
-        found = []
+        """All responses, once the last has come."""
+        responses = []
         while True:
             response, final = self.sent.get(timeout=patience)
-            found.append(response)
+            responses.append(response)
             if final:
-                return found
+                return responses
 
 
 class _Metric:
-    """Values by metric and labels stay in `values` of its family."""
+    """One series; its value is in `values` of its family."""
 
     def __init__(self, values: dict[Any, float], key: Any) -> None:
-        self._values, self._key = values, key
+        self._values = values
+        self._key = key
         values.setdefault(key, 0.0)
 
     def set(self, value: float) -> None:
@@ -98,7 +102,9 @@ class _Metric:
 
 
 class MetricFamily:
-    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
     values: ClassVar[dict[Any, float]] = {}
 
     def __init__(self, name: str, description: str, kind: str) -> None:
@@ -113,7 +119,7 @@ class Logger:
 
 
 def module() -> types.ModuleType:
-    """To be put into `sys.modules` as `triton_python_backend_utils`."""
+    """Make the module that belongs into `sys.modules` as `triton_python_backend_utils`."""
     made = types.ModuleType("triton_python_backend_utils")
     made.__dict__.update(
         Tensor=Tensor,
@@ -147,5 +153,5 @@ def run(folder: Path, values: dict[str, Any]) -> list[InferenceResponse]:
 
 
 if __name__ == "__main__":
-    asked = {"text_input": "Count from 3 to 9.", "max_tokens": 40}
-    sys.stdout.write("".join(r.outputs()["text_output"] for r in run(Path(sys.argv[1]), asked)) + "\n")
+    responses = run(Path(sys.argv[1]), {"text_input": "Count from 3 to 9.", "max_tokens": 40})
+    sys.stdout.write("".join(response.outputs()["text_output"] for response in responses) + "\n")

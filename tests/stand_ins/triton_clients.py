@@ -1,7 +1,7 @@
-"""Clients of a Triton server: HTTP by the standard library, gRPC by messages declared here.
+"""Clients of Triton Inference Server: HTTP by the standard library, gRPC by messages declared here.
 
-In: an address and plain values. Out: plain values. The surprising fact: the protocol's messages are built from the few
-fields that are used, so the tests need no client package, whose own requirements do not fit this environment's.
+The messages have only the few fields that are used. The official client package is not, because its requirements
+conflict with nemodiff's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def _declare() -> dict[str, Any]:
             added.label = kinds.LABEL_REPEATED if kind.startswith("*") else kinds.LABEL_OPTIONAL
             plain = kind.removeprefix("*")
             if plain in _MESSAGES:
-                added.type, added.type_name = kinds.TYPE_MESSAGE, f".subset.{plain}"
+                added.type = kinds.TYPE_MESSAGE
+                added.type_name = f".subset.{plain}"
             else:
                 added.type = getattr(kinds, f"TYPE_{plain.upper()}")
     pool = descriptor_pool.DescriptorPool()
@@ -53,8 +54,8 @@ MESSAGES = _declare()
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """A response on a gRPC stream; `final` is Triton's flag, and a failed request has an `error`."""
+class StreamResponse:
+    """A response on a gRPC stream; `final` is the server's flag, and a failed request has an `error`."""
 
     id: str
     error: str
@@ -67,15 +68,15 @@ def post(address: str, path: str, body: Any) -> tuple[int, str]:
     with contextlib.closing(http.client.HTTPConnection(address, timeout=TIMEOUT)) as connection:
         data = body if isinstance(body, bytes) else json.dumps(body)
         connection.request("POST", path, data, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        response = connection.getresponse()
+        return response.status, response.read().decode()
 
 
 def get(address: str, path: str) -> tuple[int, str]:
     with contextlib.closing(http.client.HTTPConnection(address, timeout=TIMEOUT)) as connection:
         connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        response = connection.getresponse()
+        return response.status, response.read().decode()
 
 
 def server_sent(address: str, model: str, body: Any) -> Iterator[dict[str, Any]]:
@@ -83,11 +84,11 @@ def server_sent(address: str, model: str, body: Any) -> Iterator[dict[str, Any]]
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT)
     try:
         connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(body))
-        answer = connection.getresponse()
-        for line in answer:
+        response = connection.getresponse()
+        for line in response:
             if line.strip():
                 assert line.startswith((b"data: ", b"{")), line
-                yield {"status": answer.status, **json.loads(line.removeprefix(b"data: "))}
+                yield {"status": response.status, **json.loads(line.removeprefix(b"data: "))}
     finally:
         connection.close()
 
@@ -118,24 +119,28 @@ class GrpcStream:
         self._call = method(iter(self._requests.get, None), timeout=TIMEOUT)
 
     def send(self, model: str, id: str, tensors: list[Any], parameters: Mapping[str, str] | None = None) -> None:
-        entry, parameter = MESSAGES["Entry"], MESSAGES["Parameter"]
-        given = [entry(key=k, value=parameter(string_param=v)) for k, v in (parameters or {}).items()]
-        given.append(entry(key="triton_enable_empty_final_response", value=parameter(bool_param=True)))
-        declared, raw = [t for t, _ in tensors], [r for _, r in tensors]
-        self._requests.put(MESSAGES["Request"](model_name=model, id=id, parameters=given, inputs=declared, raw=raw))
+        entry = MESSAGES["Entry"]
+        parameter = MESSAGES["Parameter"]
+        entries = [entry(key=k, value=parameter(string_param=v)) for k, v in (parameters or {}).items()]
+        entries.append(entry(key="triton_enable_empty_final_response", value=parameter(bool_param=True)))
+        inputs = [tensor for tensor, _ in tensors]
+        raw = [values for _, values in tensors]
+        self._requests.put(MESSAGES["Request"](model_name=model, id=id, parameters=entries, inputs=inputs, raw=raw))
 
     def ask(self, model: str, id: str, text: str, **options: Any) -> None:
         self.send(model, id, [tensor("text_input", [text]), *(tensor(k, [v]) for k, v in options.items())])
 
-    def __iter__(self) -> Iterator[Told]:
+    def __iter__(self) -> Iterator[StreamResponse]:
         for message in self._call:
             response = message.infer_response
             flags = {e.key: e.value.bool_param for e in response.parameters}
-            outputs = {t.name: _value(t.datatype, r) for t, r in zip(response.outputs, response.raw, strict=True)}
-            yield Told(response.id, message.error_message, outputs, flags.get("triton_final_response", False))
+            outputs = {}
+            for output, raw in zip(response.outputs, response.raw, strict=True):
+                outputs[output.name] = _value(output.datatype, raw)
+            yield StreamResponse(response.id, message.error_message, outputs, flags.get("triton_final_response", False))
 
-    def ended(self) -> None:
-        """No more requests."""
+    def end(self) -> None:
+        """Send no more requests."""
         self._requests.put(None)
 
     def cancel(self) -> None:
