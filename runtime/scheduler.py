@@ -7,32 +7,23 @@ budget of tokens per step in order of arrival, so a request waits for nothing bu
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import itertools
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..contract import PREFILL_CHUNK
 from ..errors import BusyError, EngineError, NemodiffError, RequestError
 from .batching.batch import KEPT_PREFIXES, Batch, Counts
 from .engines.engine import PASS_KINDS, PassKind
-from .events.events import Event, Finished
-from .events.reporter import Reporter
-from .loading import check_rows
-from .requests.generation import Generation
+from .events.events import Finished
+from .handle import Handle, Listener
+from .loading import LoadedEngine, check_rows
 from .requests.options import make_options
 from .requests.prepare import Prompt, prepare
 from .requests.sequence import Sequence
-
-if TYPE_CHECKING:
-    from .loading import LoadedEngine
-
-Listener = Callable[[list[Event] | NemodiffError], None]
 
 QUEUE = 64  # waiting requests, unless another number is given
 _SMALL = 256  # slots per row that may stay allocated for nothing
@@ -65,61 +56,6 @@ class Statistics:
     forwards: int
     computed_tokens: int
     padding_tokens: int
-
-
-class Handle:
-    """One submitted request. Iterate over it for its events; `result` waits for its end without them."""
-
-    def __init__(
-        self, scheduler: Scheduler, number: int, sequence: Sequence, steps: bool, listener: Listener | None
-    ) -> None:
-        self.number = number
-        self._scheduler = scheduler
-        self._sequence = sequence
-        self._reporter = Reporter(number, sequence, steps=steps)
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._listener = listener
-        self._future: concurrent.futures.Future[Finished] = concurrent.futures.Future()
-
-    def __iter__(self) -> Iterator[Event]:
-        """Events as they come, `Finished` last; each is given once. Raises NemodiffError if the request failed.
-
-        A request with a listener has none here.
-        """
-        while (event := self._events.get()) is not None:
-            yield event
-        self._events.put(None)  # for who iterates again
-        self._future.result()
-
-    def cancel(self) -> None:
-        """End the request: a waiting one now, a running one before the next step. It finishes as `cancelled`."""
-        self._scheduler._cancel(self)
-
-    def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the end. Raises NemodiffError if the request failed, TimeoutError after `timeout` seconds."""
-        return self._future.result(timeout).generation
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended, in whatever way."""
-        return self._future.done()
-
-    def _deliver(self, events: list[Event]) -> None:
-        if self._listener is not None:
-            if events:
-                self._listener(events)
-            return
-        for event in events:
-            self._events.put(event)
-
-    def _end(self, outcome: Finished | NemodiffError) -> None:
-        if isinstance(outcome, Finished):
-            self._future.set_result(outcome)
-        else:
-            self._future.set_exception(outcome)
-            if self._listener is not None:
-                self._listener(outcome)
-        self._events.put(None)
 
 
 class Scheduler:
@@ -193,7 +129,7 @@ class Scheduler:
         sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
         with self._changed:
             self._refuse_if_busy()
-            handle = Handle(self, next(self._numbers), sequence, steps, listener)
+            handle = Handle(next(self._numbers), sequence, self._cancel, steps=steps, listener=listener)
             self._waiting.append(handle)
             self._changed.notify_all()
         return handle
@@ -284,8 +220,8 @@ class Scheduler:
                 self._changed.wait()
 
     def _start(self, handle: Handle) -> None:
-        self._running[handle._sequence] = handle
-        self._prompt_tokens += len(handle._sequence.prompt)
+        self._running[handle.sequence] = handle
+        self._prompt_tokens += len(handle.sequence.prompt)
         if self._batch is None:
             self._batch = Batch(
                 self._engine.backend,
@@ -294,11 +230,11 @@ class Scheduler:
                 kept=self._kept,
                 prefill_tokens=self._prefill_tokens,
             )
-        self._batch.add(handle._sequence)
+        self._batch.add(handle.sequence)
 
     def _drop_cancelled(self) -> None:
         for handle in self._cancelled:
-            sequence = handle._sequence
+            sequence = handle.sequence
             if sequence in self._running and self._batch is not None:
                 self._batch.remove(sequence)
             elif handle in self._waiting:
@@ -317,28 +253,28 @@ class Scheduler:
             if result.error is not None:
                 self._fail(handle, result.error)
                 continue
-            handle._deliver(handle._reporter.passed(result))
+            handle.deliver(handle.reporter.passed(result))
             if result.sequence.ended:
                 with self._changed:
                     self._finish(handle)
 
     def _finish(self, handle: Handle) -> None:
         """Count a request that has ended and say so."""
-        sequence = handle._sequence
+        sequence = handle.sequence
         self._running.pop(sequence, None)
         self._ends["cancelled" if sequence.finish == "cancelled" else "finished"] += 1
         self._count(sequence)
-        events = handle._reporter.finished(self._engine)
-        handle._deliver(events)
+        events = handle.reporter.finished(self._engine)
+        handle.deliver(events)
         assert isinstance(events[-1], Finished)
-        handle._end(events[-1])
+        handle.end(events[-1])
 
     def _fail(self, handle: Handle, error: Exception) -> None:
         with self._changed:
-            self._running.pop(handle._sequence, None)
+            self._running.pop(handle.sequence, None)
             self._ends["failed"] += 1
-            self._count(handle._sequence)
-        handle._end(error if isinstance(error, NemodiffError) else _one_line(error))
+            self._count(handle.sequence)
+        handle.end(error if isinstance(error, NemodiffError) else _one_line(error))
 
     def _count(self, sequence: Sequence) -> None:
         self._emitted += len(sequence.tokens)

@@ -12,13 +12,11 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from ...errors import RequestError
+from ..loading import LoadedEngine
 from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
-
-if TYPE_CHECKING:
-    from ..loading import LoadedEngine
 
 SCHEMA = 1  # of the lines
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engines.engine import PassKind
+from ..loading import LoadedEngine
 from .selection import TokenLogprobs
 from .sequence import FinishReason, Sequence
-
-if TYPE_CHECKING:
-    from ..loading import LoadedEngine
 
 
 @dataclasses.dataclass(frozen=True)

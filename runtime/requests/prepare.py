@@ -7,9 +7,9 @@ or meet a broken engine.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from ...errors import RequestError
+from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.codec import Message
@@ -17,9 +17,6 @@ from ..text.transcript import Transcript
 from .options import AUTO, Options
 from .sequence import Sequence
 from .settings import settle
-
-if TYPE_CHECKING:
-    from ..loading import LoadedEngine
 
 Prompt = str | list[int] | list[Message]
 
