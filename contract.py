@@ -1,4 +1,4 @@
-"""What builder and runtime agree on: the bindings of the graph, and which choices exist.
+"""What builder and runtime agree on: the choices an engine is built with, and the bindings of its graph.
 
 `inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
 runtime allocates them from the same list.
@@ -39,6 +39,38 @@ BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
     "torch": ("bf16", "f16", "f32"),
 }
 Kind = Literal["i32", "f32", "compute"]  # compute: the engine's dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """The choices an engine is built with, in TensorRT-LLM's spelling where it has one.
+
+    Without `gather_generation_logits` there is no output `logits`, so the engine cannot sample. `quantization` is that
+    of the layers' projections; embedding, head, norms and adapter stay in `dtype`.
+    """
+
+    dtype: Dtype
+    max_seq_len: int
+    max_batch_size: int
+    block_length: int
+    # Tokens of one pass (a prefill chunk), not of a prompt: a limit of a compiled engine, else a default.
+    max_input_len: int = PREFILL_CHUNK
+    gather_generation_logits: bool = True
+    quantization: Quantization | None = None
+
+
+def dtype_line(dtype: str, quantization: str | None) -> str:
+    """What weights and cache are, for people."""
+    return f"{dtype} with {quantization} projections" if quantization else dtype
+
+
+def cache_slots(build: BuildConfig) -> int:
+    """T of a TensorRT engine: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
+
+    A block, a group of masks or a batch's padding may reach past the request's end.
+    """
+    # In whole pieces of 64, so that every row begins at an address that TensorRT takes.
+    return -(-(build.max_seq_len + max(MAX_BLOCK, build.max_input_len)) // 64) * 64
 
 
 @dataclasses.dataclass(frozen=True)

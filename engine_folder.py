@@ -9,87 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import ModelConfig, parse_config
-from .contract import (
-    BACKEND_DTYPES,
-    COMPILED,
-    ITEMSIZE,
-    MAX_BATCH,
-    MAX_BLOCK,
-    PREFILL_CHUNK,
-    QUANTIZATIONS,
-    Dtype,
-    Quantization,
-)
+from .contract import BACKEND_DTYPES, COMPILED, ITEMSIZE, MAX_BATCH, MAX_BLOCK, QUANTIZATIONS, BuildConfig
 from .errors import CheckpointError, EngineError
 
-SCHEMA = 3  # of the engine folder; a reader refuses a newer one, and reads 2 (no quantization), 1 (nor max_input_len)
-
-
+# A reader refuses a newer schema. It reads 2, which has no quantization, and 1, which has no max_input_len either.
+SCHEMA = 3
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
-
-
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
-
-
 MODEL_FILE = "model.onnx"
-
-
 WEIGHTS_FILE = "model.onnx.data"
-
-
 TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph
-
-
 CONFIG_FILE = "config.json"
-
-
 MANIFEST_FILE = "manifest.json"
-
-
 GENERATION_FILE = "generation_config.json"
-
-
 TOKENIZER_FILE = "tokenizer.json"
-
-
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-
-
 TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclasses.dataclass(frozen=True)
-class BuildConfig:
-    """The choices an engine was built with, in TensorRT-LLM's spelling where it has one.
-
-    `max_input_len` limits the tokens of one pass (a prefill chunk), not of a prompt; where nothing is compiled it is a
-    default.
-    In a TensorRT engine T of the caches is `cache_slots`. Without `gather_generation_logits` there is no output
-    `logits`, so the engine cannot sample. `quantization` is of the layers' projections; embedding, head, norms and
-    adapter stay in `dtype`.
-    """
-
-    dtype: Dtype
-    max_seq_len: int
-    max_batch_size: int
-    block_length: int
-    max_input_len: int = PREFILL_CHUNK
-    gather_generation_logits: bool = True
-    quantization: Quantization | None = None
-
-
-def dtype_line(dtype: str, quantization: str | None) -> str:
-    """What weights and cache are, for people."""
-    return f"{dtype} with {quantization} projections" if quantization else dtype
-
-
-def cache_slots(build: BuildConfig) -> int:
-    """T of a TensorRT engine: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
-
-    A block, a group of masks or a batch's padding may reach past the request's end. In whole pieces of 64, so that
-    every row begins at an address that TensorRT takes.
-    """
-    return -(-(build.max_seq_len + max(MAX_BLOCK, build.max_input_len)) // 64) * 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +41,7 @@ class Profile:
 class Kernel:
     """One compiled kernel of an engine: a stage of an op (`plugins/op.py`) for one compute capability.
 
-    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton's kernels
+    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton kernels
     may ask for and these do not. `registers` and `spill_bytes` (stored to memory for want of registers) are per thread,
     `shared_bytes` per block.
     """
@@ -129,8 +64,8 @@ class Kernel:
 class TensorRTInfo:
     """What a TensorRT engine is and what must be here to run it.
 
-    `profiles` are in the engine's order. `layers` counts what was found after parsing, by `native` or `plugin` and the
-    op's name.
+    `profiles` are in the engine's order. `layers` counts the layers after parsing, by `native` or `plugin` and the op's
+    name.
     """
 
     module: str  # Python module that built it: tensorrt_rtx or tensorrt
@@ -146,7 +81,7 @@ class TensorRTInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Where an engine comes from and what must be here to run it.
+    """Where an engine comes from and what its folder holds.
 
     File entries: `{name: {bytes, sha256}}`, names relative to the folder. `tensorrt` is there for its backends only.
     """
@@ -188,33 +123,14 @@ def is_engine(folder: Path) -> bool:
 def read_engine(folder: Path) -> EngineInfo:
     """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
     again = f"build it again: nemodiff build CHECKPOINT -o {folder}"
-    if not folder.is_dir():
-        raise EngineError(
-            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"
-        )
-    if not is_engine(folder):
-        hint = (
-            f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
-            if any(folder.glob("*.safetensors"))
-            else again
-        )
-        raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
+    _check_is_engine(folder, again)
     manifest = _read_object(folder / MANIFEST_FILE, again)
-    schema = manifest.get("schema")
-    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
-        raise EngineError(f"{folder / MANIFEST_FILE}: schema is {schema!r}, allowed: 1 to {SCHEMA}; {again}")
-    if schema > SCHEMA:
-        raise EngineError(
-            f"{folder}: written with engine schema {schema}, this nemodiff reads up to {SCHEMA}; "
-            f"update nemodiff or {again}"
-        )
+    _check_schema(folder, manifest.get("schema"), again)
     config = _read_object(folder / CONFIG_FILE, again)
+    generation = _read_object(folder / GENERATION_FILE, again) if (folder / GENERATION_FILE).is_file() else None
     try:
         build = BuildConfig(**config["build_config"])
-        generation = folder / GENERATION_FILE
-        model = parse_config(
-            config["pretrained_config"], _read_object(generation, again) if generation.is_file() else None
-        )
+        model = parse_config(config["pretrained_config"], generation)
         checked = Manifest(**{**manifest, "tensorrt": _parse_tensorrt(manifest.get("tensorrt"))})
         info = EngineInfo(model, build, checked, config["pretrained_config"])
         sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
@@ -224,14 +140,41 @@ def read_engine(folder: Path) -> EngineInfo:
         raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
     _check_build(build, folder / CONFIG_FILE, again)
     _check_backend(info, folder, again)
-    for name, size in sizes.items():
-        got = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if got != size:
-            found = "missing" if got is None else f"{got} bytes"
-            raise EngineError(f"{folder / name}: {found}, the manifest says {size} bytes; copy it whole or {again}")
+    _check_sizes(folder, sizes, again)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         _read_object(folder / TOKENIZER_CONFIG_FILE, again)
     return info
+
+
+def _check_is_engine(folder: Path, again: str) -> None:
+    if not folder.is_dir():
+        raise EngineError(
+            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"
+        )
+    if not is_engine(folder):
+        hint = again
+        if any(folder.glob("*.safetensors")):
+            hint = f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
+        raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
+
+
+def _check_schema(folder: Path, schema: Any, again: str) -> None:
+    if isinstance(schema, bool) or not isinstance(schema, int) or schema < 1:
+        raise EngineError(f"{folder / MANIFEST_FILE}: schema is {schema!r}, allowed: 1 to {SCHEMA}; {again}")
+    if schema > SCHEMA:
+        raise EngineError(
+            f"{folder}: written with engine schema {schema}, this nemodiff reads up to {SCHEMA}; "
+            f"update nemodiff or {again}"
+        )
+
+
+def _check_sizes(folder: Path, sizes: dict[str, int], again: str) -> None:
+    for name, size in sizes.items():
+        path = folder / name
+        nbytes = path.stat().st_size if path.is_file() else None
+        if nbytes != size:
+            state = "missing" if nbytes is None else f"{nbytes} bytes"
+            raise EngineError(f"{path}: {state}, the manifest says {size} bytes; copy it whole or {again}")
 
 
 def _check_build(build: BuildConfig, path: Path, again: str) -> None:
@@ -250,7 +193,8 @@ def _check_build(build: BuildConfig, path: Path, again: str) -> None:
 
 
 def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
-    backend, dtype = info.manifest.backend, info.build.dtype
+    backend = info.manifest.backend
+    dtype = info.build.dtype
     dtypes = {str(name): allowed for name, allowed in BACKEND_DTYPES.items()}.get(backend)
     if dtypes is None:
         raise EngineError(f"{folder}: built for backend {backend!r}, allowed: {', '.join(BACKEND_DTYPES)}; {again}")

@@ -23,8 +23,10 @@ from ..contract import (
     MAX_BLOCK,
     PREFILL_CHUNK,
     Backend,
+    BuildConfig,
     Dtype,
     Quantization,
+    cache_slots,
 )
 from ..engine_folder import (
     CONFIG_FILE,
@@ -32,11 +34,9 @@ from ..engine_folder import (
     MODEL_FILE,
     TENSORS_FILE,
     WEIGHTS_FILE,
-    BuildConfig,
     EngineInfo,
     Kernel,
     Profile,
-    cache_slots,
 )
 from ..errors import BuildError
 from ..plugins import OPS, SAMPLED
@@ -54,7 +54,7 @@ from .compilers.tensorrt import Compiled, compile_engine
 from .graph.graph import Graph, build_graph
 from .manifest import FileEntry, file_entry, folder_entries, make_manifest
 from .plan import Plan, make_plan
-from .room import check_build_disk, check_compile_memory
+from .resources import check_build_disk, check_compile_memory
 from .staging import check_target, staged
 
 

@@ -10,10 +10,10 @@ from ..contract import (
     MAX_BLOCK,
     QUANTIZATIONS,
     Backend,
+    BuildConfig,
     Dtype,
     Quantization,
 )
-from ..engine_folder import BuildConfig
 from ..errors import BuildError
 from ..plugins.ops import fp8_linear
 from .compilers.choices import Choices, check_choices

@@ -23,7 +23,7 @@ from .checkpoint.hub import Source, resolve
 from .checkpoint.layout import match
 from .checkpoint.safetensors_file import Tensor, copy_tensors
 from .graph.graph import build_graph
-from .room import check_export_disk, disk_free
+from .resources import check_export_disk, disk_free
 from .staging import Kind, check_target, staged
 from .twin import twin_config, twin_dtype, twin_generation, twin_name
 

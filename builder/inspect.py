@@ -15,8 +15,8 @@ from typing import Any
 
 import onnx
 
-from ..contract import DOMAIN, ITEMSIZE, size_text
-from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, dtype_line, read_engine
+from ..contract import DOMAIN, ITEMSIZE, dtype_line, size_text
+from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, read_engine
 from ..errors import EngineError
 from ..plugins.tensorrt.api import device_sm, load
 

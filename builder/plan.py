@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..contract import COMPILED, ITEMSIZE, Backend, size_text
-from ..engine_folder import BuildConfig, cache_slots, dtype_line
+from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, size_text
 from .checkpoint.checkpoint import Checkpoint
 from .graph.graph import Graph
-from .room import disk_free, memory_needed
+from .resources import disk_free, memory_needed
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB that GPUs are sold with
 CARD_RESERVE = 2**30  # bytes left for the driver, activations and kernels

@@ -17,8 +17,8 @@ import make_checkpoint
 import safetensors
 
 from nemodiff.config import ModelConfig, parse_config
-from nemodiff.contract import ITEMSIZE
-from nemodiff.engine_folder import SCHEMA, BuildConfig, EngineInfo, Manifest
+from nemodiff.contract import ITEMSIZE, BuildConfig
+from nemodiff.engine_folder import SCHEMA, EngineInfo, Manifest
 from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ...config import ModelConfig
-from ...contract import MAX_BLOCK
-from ...engine_folder import BuildConfig, Profile, cache_slots
+from ...contract import MAX_BLOCK, BuildConfig, cache_slots
+from ...engine_folder import Profile
 from ...errors import BuildError
 
 # Elements. TensorRT names this limit; TensorRT-RTX 1.7 builds past it without a word (2026-11-24), and nothing has run.

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper
 from stand_ins.checkpoints import TINY_CHAT, random_tensors
 
 import nemodiff
-from nemodiff.builder import room
+from nemodiff.builder import resources
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers import checks, choices, compile, tensorrt
@@ -37,8 +37,8 @@ from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.graph.stages import split
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
-from nemodiff.contract import inputs, outputs
-from nemodiff.engine_folder import BuildConfig, Kernel, Profile, cache_slots, read_engine
+from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
+from nemodiff.engine_folder import Kernel, Profile, read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load
@@ -360,10 +360,10 @@ def test_missing_package(
 def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *RTX]
     with monkeypatch.context() as patch:
-        patch.setattr(room, "memory_free", lambda: 2**20)
+        patch.setattr(resources, "memory_free", lambda: 2**20)
         refused(arguments, "compiling needs about", "of memory, 1.0 MiB are free")
     with monkeypatch.context() as patch:
-        patch.setattr(room, "disk_free", lambda path: 2**20)
+        patch.setattr(resources, "disk_free", lambda path: 2**20)
         refused(arguments, "of disk, 1.0 MiB are free")
 
 

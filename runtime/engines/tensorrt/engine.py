@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import ITEMSIZE, cache_names
-from ....engine_folder import EngineInfo, Profile, cache_slots
+from ....contract import ITEMSIZE, cache_names, cache_slots
+from ....engine_folder import EngineInfo, Profile
 from ....errors import EngineError, RequestError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load

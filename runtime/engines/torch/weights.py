@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ....config import ModelConfig
-from ....engine_folder import BuildConfig
+from ....contract import BuildConfig
 from ....errors import EngineError
 
 if TYPE_CHECKING:
