@@ -1,9 +1,7 @@
 """What a checkpoint's config.json says, parsed strictly into frozen dataclasses.
 
-In: the decoded JSON objects of `config.json` and, if there, `generation_config.json`. Out: `ModelConfig`. Every number
-that changes the maths is read from the file and none is assumed; a field that would change the maths in a way the graph
-does not have (biases, sliding windows, other activations) is an error. The surprising fact: the YaRN factor of released
-checkpoints is sometimes below one (0.25 in 3B-Base), so it must never be derived from the position limits.
+Every number that changes the maths is read from the file and none is assumed; a field that would change the maths in a
+way the graph does not have (biases, sliding windows, other activations) is an error.
 """
 
 from __future__ import annotations
@@ -17,8 +15,9 @@ import numpy as np
 
 from .errors import CheckpointError
 
-_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), 1e-30
-# Fields whose only supported value is the one given: anything else would need another graph.
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = 1e-30
+# Fields with one supported value: any other would need another graph.
 _FIXED: dict[str, object] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -56,7 +55,7 @@ class RopeConfig:
 
     rope_type: str
     theta: float
-    factor: float = 1.0
+    factor: float = 1.0  # 0.25 in 3B-Base, so it cannot be derived from the position limits
     original_max_position: int = 0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -119,7 +118,8 @@ class _Fields:
     """Reads typed fields of one JSON object, remembers which were read, and names the file in every message."""
 
     def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self.where, self.values = where, values
+        self.where = where
+        self.values = values
         self.read: set[str] = set()
 
     def fail(self, key: str, got: object, allowed: str) -> CheckpointError:
@@ -198,12 +198,13 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
 
 def _eos_ids(fields: _Fields, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json first, config.json where it is silent."""
-    value, where = fields.get("eos_token_id"), fields
+    value = fields.get("eos_token_id")
     if generation.get("eos_token_id") is not None:
-        value, where = generation["eos_token_id"], _Fields("generation_config.json", generation)
+        value = generation["eos_token_id"]
+        fields = _Fields("generation_config.json", generation)
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise where.fail("eos_token_id", value, "an id or a list of ids")
+        raise fields.fail("eos_token_id", value, "an id or a list of ids")
     return tuple(ids)
 
 

@@ -1,7 +1,7 @@
 """The errors a user can cause.
 
-Every one is a single sentence that says what is wrong, what was found, what is allowed and what to do next. The command
-line prints it on standard error and exits; a traceback is only ever shown for a defect of nemodiff itself.
+Each is one line that says what is wrong, what the value is, what is allowed and what to do next. The command line
+prints it on standard error and exits; a traceback is shown only for a defect of nemodiff itself.
 """
 
 
