@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from test_kernels import INTERPRETED, MASK, launch, released
+from stand_ins.kernel_launch import INTERPRETED, MASK, launch, released
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
@@ -39,7 +39,9 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 @given(st.integers(1, 3), st.integers(1, 64), st.sampled_from([1, 2, 47, 128, 300]), st.integers(0, 99))
 def test_norm_of_a_residual_sum(tiny: ModelConfig, rows: int, size: int, width: int, seed: int) -> None:
     model = dataclasses.replace(tiny, hidden_size=width)
-    x, residual, weight = normal(seed, rows, size, width) * 9, normal(seed + 1, rows, size, width), normal(2, width)
+    x = normal(seed, rows, size, width) * 9
+    residual = normal(seed + 1, rows, size, width)
+    weight = normal(2, width)
     expected = residual_norm.reference(x, residual, weight, model.rms_norm_eps)
     y, total = launch(residual_norm.OP, model, x=x, residual=residual, weight=weight)
     np.testing.assert_allclose(y, expected[0], rtol=2e-6, atol=1e-6)
@@ -48,7 +50,8 @@ def test_norm_of_a_residual_sum(tiny: ModelConfig, rows: int, size: int, width: 
 
 def test_norm_keeps_a_nan_in_its_token(tiny: ModelConfig) -> None:
     model = dataclasses.replace(tiny, hidden_size=40)
-    x, zero = np.ones((1, 3, 40), np.float32), np.zeros((1, 3, 40), np.float32)
+    x = np.ones((1, 3, 40), np.float32)
+    zero = np.zeros((1, 3, 40), np.float32)
     x[0, 1, 7] = np.nan
     y, _ = launch(residual_norm.OP, model, x=x, residual=zero, weight=np.ones(40, np.float32))
     assert np.isnan(y[0, 1]).all()
@@ -92,8 +95,8 @@ def test_rotation_writes_its_slots_and_no_other(
     q = rope_write.reference(**expected, heads=count)
     if not INTERPRETED:
         pytest.skip("the caches changed in place are copies on the device")
-    (found,) = launch(rope_write.OP, model, **inputs)  # tensors share the arrays' memory on the CPU
-    np.testing.assert_allclose(found, q, rtol=2e-6, atol=1e-6)
+    (got,) = launch(rope_write.OP, model, **inputs)  # tensors share the arrays' memory on the CPU
+    np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(inputs["k_cache"], expected["k_cache"], rtol=2e-6, atol=1e-6)
     np.testing.assert_array_equal(inputs["v_cache"], expected["v_cache"])
 
@@ -101,7 +104,10 @@ def test_rotation_writes_its_slots_and_no_other(
 def check_head(
     tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float, tile: int, *, seed: int = 0, keep: bool = False
 ) -> None:
-    """Integers are exact: weights and x are small multiples of a power of two, so every order of summing agrees."""
+    """Kernel and reference agree, in integers exactly.
+
+    Weights and x are small multiples of a power of two, so every order of summing gives the same logits.
+    """
     rows, size, width = x.shape
     model = dataclasses.replace(tiny, vocab_size=len(weight), hidden_size=width, mask_id=MASK)
     rng = np.random.default_rng(seed)
@@ -116,9 +122,9 @@ def check_head(
     if keep and INTERPRETED:  # elsewhere it is a copy on the device
         np.testing.assert_array_equal(kept, logits)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
-    for found, wanted in zip(got, expected, strict=True):
-        if wanted.dtype == np.int32:
-            np.testing.assert_array_equal(found, wanted)
+    for result, reference in zip(got, expected, strict=True):
+        if reference.dtype == np.int32:
+            np.testing.assert_array_equal(result, reference)
 
 
 def grid(seed: int, *shape: int) -> np.ndarray:
@@ -156,10 +162,12 @@ def test_grids_keep_within_what_cuda_allows(rows: int, tokens: int) -> None:
     """Only the first axis may exceed 65535, at the 8B model's sizes: prefill of many rows, blocks of the most."""
     sizes = {"B": rows, "S": tokens, "R": tokens, "T": 4096, "H": 32, "G": 8, "D": 128, "V": 131072}
     for op in (*OPS, SAMPLED, *FUSED):
-        shapes = {arg.name: arg.shape for arg in op.inputs}
-        wide = {letter for shape in shapes.values() for letter in shape if isinstance(letter, str)} - set(sizes)
+        letters = set[str]()
+        for arg in op.inputs:
+            letters |= {size for size in arg.shape if isinstance(size, str)}
+        widths = dict.fromkeys(letters - set(sizes), 28672)  # of projections
         for stage in op.stages:
-            _, *others = stage.grid({**sizes, **dict.fromkeys(wide, 28672)}, ceil_div)
+            _, *others = stage.grid({**sizes, **widths}, ceil_div)
             assert max(others) < 2**16, stage.name
 
 

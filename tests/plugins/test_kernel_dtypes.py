@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from stand_ins.checkpoints import TINY_CHAT
-from test_kernels import DEVICE, INTERPRETED, MASK, TYPES, bf16_products, causal, groups
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, TYPES, bf16_products, causal, groups
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
@@ -60,6 +60,7 @@ def on_device(array: np.ndarray) -> torch.Tensor:
 
 
 def wide(tensor: Any) -> np.ndarray:
+    """Numbers of any floating dtype as f32, integers as they are; of a tensor or an array."""
     if isinstance(tensor, torch.Tensor):
         tensor = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
     array: np.ndarray = tensor.astype(np.float32) if tensor.dtype.kind != "i" else tensor
@@ -77,8 +78,8 @@ def launch(op: Op, model: ModelConfig, dtype: str, inputs: dict[str, np.ndarray]
     return run(op, model, tensors, new), tensors
 
 
-def check(found: Any, expected: np.ndarray, dtype: str) -> None:
-    np.testing.assert_allclose(wide(found), wide(expected), rtol=CLOSE[dtype], atol=CLOSE[dtype])
+def check(got: Any, expected: np.ndarray, dtype: str) -> None:
+    np.testing.assert_allclose(wide(got), wide(expected), rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 
 @each_dtype
@@ -101,12 +102,12 @@ def commits(model: ModelConfig, size: int) -> dict[str, np.ndarray]:
     return {"ids": ids, "threshold": np.array([0.01, 2], np.float32)}
 
 
-def check_commit(found: list[Any], expected: Any) -> None:
+def check_commit(got: list[Any], expected: Any) -> None:
     """Integers exactly, ties to the left; confidence within f32 rounding of a sum over the vocabulary."""
-    np.testing.assert_allclose(wide(found[1]), expected[1], rtol=2e-5)
-    for got, wanted in zip(found, expected, strict=True):
-        if wanted.dtype == np.int32:
-            np.testing.assert_array_equal(wide(got), wanted)
+    np.testing.assert_allclose(wide(got[1]), expected[1], rtol=2e-5)
+    for result, reference in zip(got, expected, strict=True):
+        if reference.dtype == np.int32:
+            np.testing.assert_array_equal(wide(result), reference)
 
 
 @each_dtype
@@ -114,8 +115,8 @@ def check_commit(found: list[Any], expected: Any) -> None:
 def test_commit(model: ModelConfig, dtype: str, size: int) -> None:
     """16 bits make ties in the vocabulary and between positions."""
     case = {"logits": normal(4, dtype, 2, size, model.vocab_size), **commits(model, size)}
-    found, _ = launch(confidence_commit.OP, model, dtype, case)
-    check_commit(found, confidence_commit.reference(**case, mask_id=MASK))
+    got, _ = launch(confidence_commit.OP, model, dtype, case)
+    check_commit(got, confidence_commit.reference(**case, mask_id=MASK))
 
 
 @each_dtype
@@ -126,9 +127,9 @@ def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
     case = {"x": steps(5, dtype, 2, size, width), "weight": steps(6, dtype, model.vocab_size, width)}
     case |= commits(model, size)
     op = head_commit.op(tile)
-    unwanted = {arg.name: np.zeros((2, size, 0), np.float32) for arg in op.inputs if arg.name not in case}
-    found, _ = launch(op, model, dtype, {**case, **unwanted})
-    check_commit(found, head_commit.reference(**case, mask_id=MASK))
+    no_logits = np.zeros((2, size, 0), np.float32)
+    got, _ = launch(op, model, dtype, {**case, "kept": no_logits})
+    check_commit(got, head_commit.reference(**case, mask_id=MASK))
 
 
 @each_dtype

@@ -7,10 +7,8 @@ kernel must not look at are NaN, outputs start as NaN.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, bf16_products, causal, groups, launch, released, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, stages
@@ -27,15 +26,11 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.kernels.confidence_commit import gumbel
-from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.plugins.ops import block_attention, confidence_commit
 from nemodiff.runtime.sampling.noise import Noise, philox
 from nemodiff.runtime.sampling.sampler import SamplingParams, draw
 
-INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "u8": torch.uint8}
-MASK = 100
+__all__ = ["bf16_products"]  # a fixture
 
 
 @triton.jit
@@ -52,51 +47,6 @@ def tiny() -> ModelConfig:
     return open_checkpoint(TINY_CHAT).model
 
 
-@pytest.fixture
-def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter keeps bf16 as u16 and multiplies those; give its products the values instead."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    product = interpreter.InterpreterBuilder.create_dot
-
-    def widened(handle: Any) -> Any:
-        if handle.data.dtype != np.uint16:
-            return handle
-        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(wide, interpreter.tl.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return product(self, widened(a), widened(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
-    """Run an op's kernels; floating inputs named as `compute` are rounded to `dtype` first."""
-
-    def torch_type(arg: Arg) -> Any:
-        return TYPES[{"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)]
-
-    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
-        kind = torch_type(arg)
-        return torch.full(shape, float("nan") if kind.is_floating_point else -7, dtype=kind, device=DEVICE)
-
-    tensors = {
-        arg.name: torch.from_numpy(inputs[arg.name]).to(torch_type(arg)).to(DEVICE).contiguous()
-        for arg in op.inputs
-        if arg.name in inputs
-    }
-    outputs = run(op, model, tensors, new)
-    return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
-
-
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    array: np.ndarray = torch.from_numpy(values).to(TYPES[dtype]).float().numpy()
-    return array
-
-
 def attention_model(tiny: ModelConfig, heads: int, kv_heads: int, width: int) -> ModelConfig:
     return dataclasses.replace(tiny, num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
 
@@ -108,11 +58,9 @@ def attend(
     rows, size = visible.shape[:2]
     rng = np.random.default_rng(seed)
     model = attention_model(tiny, *heads, width)
-    q, k, v = (
-        rng.standard_normal((rows, n, length, width), dtype=np.float32)
-        for n, length in ((heads[0], size), (heads[1], slots), (heads[1], slots))
-    )
-    q, k, v = rounded(q, dtype), rounded(k, dtype), rounded(v, dtype)
+    q = rounded(rng.standard_normal((rows, heads[0], size, width), dtype=np.float32), dtype)
+    k = rounded(rng.standard_normal((rows, heads[1], slots, width), dtype=np.float32), dtype)
+    v = rounded(rng.standard_normal((rows, heads[1], slots, width), dtype=np.float32), dtype)
     slot = np.arange(slots)
     seen = (slot < visible[:, :, :1]) | ((slot >= visible[:, :, 1:2]) & (slot < visible[:, :, 2:]))  # (B, S, T)
     expected = block_attention.reference(q, k, v, visible, width**-0.5)
@@ -125,25 +73,9 @@ def attend(
     return float(np.abs(np.where(reads, y - expected, 0)).max())
 
 
-def causal(start: int, size: int) -> np.ndarray:
-    visible = np.zeros((1, size, 3), np.int32)
-    visible[0, :, 0] = np.arange(start, start + size) + 1
-    return visible
-
-
 def block(start: int, size: int) -> np.ndarray:
     visible = np.zeros((1, size, 3), np.int32)
     visible[0, :, 0] = start + size
-    return visible
-
-
-def groups(start: int, heads: int, size: int) -> np.ndarray:
-    """The layout of a quadratic pass: heads, then a group for each."""
-    visible = np.zeros((1, heads * (size + 1), 3), np.int32)
-    visible[0, :heads, 0] = start + 1 + np.arange(heads)
-    for j in range(heads):
-        at = heads + j * size
-        visible[0, at : at + size] = (start + j + 1, start + at, start + at + size)
     return visible
 
 
@@ -159,7 +91,7 @@ LAYOUTS = {
     "nothing": (np.zeros((1, 3, 3), np.int32), 64),
     "everything": (np.full((1, 2, 3), (128, 0, 128), np.int32), 128),
     "spans that overlap": (np.array([[[70, 40, 90], [0, 40, 90], [90, 0, 40]]], np.int32), 128),
-    "a span far behind": (np.array([[[3, 900, 990], [0, 0, 0], [1, 5, 4]]], np.int32), 1024),
+    "a span far after the prefix": (np.array([[[3, 900, 990], [0, 0, 0], [1, 5, 4]]], np.int32), 1024),
     "past the capacity": (np.array([[[999, 0, 0], [5, -3, 7], [0, 60, 999]]], np.int32), 70),
 }
 
@@ -200,7 +132,9 @@ def test_attention_splits_a_long_cache_and_merges_it(tiny: ModelConfig) -> None:
 
 def test_attention_passes_on_a_visible_nan(tiny: ModelConfig) -> None:
     model = attention_model(tiny, 2, 1, 16)
-    q, k, v = (np.ones((1, n, length, 16), np.float32) for n, length in ((2, 2), (1, 64), (1, 64)))
+    q = np.ones((1, 2, 2, 16), np.float32)
+    k = np.ones((1, 1, 64, 16), np.float32)
+    v = np.ones((1, 1, 64, 16), np.float32)
     k[0, 0, 5] = np.nan
     visible = np.array([[[10, 0, 0], [5, 0, 0]]], np.int32)
     (y,) = launch(block_attention.OP, model, q=q, k=k, v=v, visible=visible)
@@ -223,9 +157,9 @@ def check_commit(tiny: ModelConfig, case: dict[str, np.ndarray]) -> None:
         expected = confidence_commit.reference(case["logits"].copy(), case["ids"], case["threshold"], MASK)
     got = launch(confidence_commit.OP, model, **case)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)
-    for found, wanted in zip(got, expected, strict=True):
-        if wanted.dtype == np.int32:
-            np.testing.assert_array_equal(found, wanted)
+    for result, reference in zip(got, expected, strict=True):
+        if reference.dtype == np.int32:
+            np.testing.assert_array_equal(result, reference)
 
 
 @pytest.mark.parametrize(("rows", "size", "vocab"), [(1, 1, 891), (2, 18, 891), (3, 3, 40000), (1, 1, 131072)])
@@ -286,11 +220,12 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
         seed = int(words[row].view(np.uint64)[0])
         expected = greedy[row].tolist()
         if heat[row]:
-            params, noise = SamplingParams(temperature=float(heat[row]), seed=seed), Noise(seed, vocab)
+            params = SamplingParams(temperature=float(heat[row]), seed=seed)
+            noise = Noise(seed, vocab)
             scores = case["logits"][row].astype(np.float64)  # (R, V)
             scores[:, MASK] = -np.inf
             pairs = zip(scores, position[row].tolist(), strict=True)
-            expected = [draw(of_one, params, noise, at) for of_one, at in pairs]
+            expected = [draw(token_scores, params, noise, at) for token_scores, at in pairs]
         assert token[row].tolist() == expected
     logits = case["logits"].astype(np.float64)
     logits[:, :, MASK] = -np.inf
@@ -308,11 +243,6 @@ def test_noise_is_accurate_where_f32_rounds() -> None:
     gumbel_of[(1,)](torch.from_numpy(words.view(np.int32)).to(DEVICE), out, N=words.size)
     exact = -np.log(-np.log1p(-(2**32 - words.astype(np.float64) - 0.5) / 2**32))
     np.testing.assert_allclose(out.cpu().numpy(), exact, atol=2e-6, rtol=2e-6)
-
-
-def released(tiny: ModelConfig) -> ModelConfig:
-    """The head and vocabulary sizes of the 8B model."""
-    return dataclasses.replace(tiny, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=131072)
 
 
 @pytest.mark.trt

@@ -19,16 +19,17 @@ MASK = 5
 def run(function: onnx.FunctionProto, feeds: dict[str, np.ndarray], results: dict[str, int], **attributes: Any) -> Any:
     """Run a function body alone on ONNX Runtime; `results` maps output names to tensor types."""
     ranks = {"y": 4, "masks_left": 1}
-    graph = helper.make_graph(
-        [
-            helper.make_node(
-                function.name, list(feeds), list(results), domain=DOMAIN, plugin_namespace=DOMAIN, **attributes
-            )
-        ],
-        "op",
-        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()],
-        [helper.make_tensor_value_info(n, t, [None] * ranks.get(n, 2)) for n, t in results.items()],
+    node = helper.make_node(
+        function.name, list(feeds), list(results), domain=DOMAIN, plugin_namespace=DOMAIN, **attributes
     )
+    inputs = []
+    for name, array in feeds.items():
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        inputs.append(helper.make_tensor_value_info(name, kind, array.shape))
+    outputs = []
+    for name, kind in results.items():
+        outputs.append(helper.make_tensor_value_info(name, kind, [None] * ranks.get(name, 2)))
+    graph = helper.make_graph([node], "op", inputs, outputs)
     opsets = [helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[function])
     onnx.checker.check_model(model, full_check=True)
@@ -68,11 +69,14 @@ def test_block_attention_equals_its_reference(
 
 def test_block_attention_hides_what_is_outside_both_intervals() -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((1, 1, 1, 4), np.float32), *rng.standard_normal((2, 1, 1, 9, 4), np.float32))
+    q = rng.standard_normal((1, 1, 1, 4), np.float32)
+    k = rng.standard_normal((1, 1, 9, 4), np.float32)
+    v = rng.standard_normal((1, 1, 9, 4), np.float32)
     visible = np.array([[[2, 5, 7]]], np.int32)
     seen = [0, 1, 5, 6]
     y = block_attention.reference(q, k, v, visible, 0.5)
-    spoiled_k, spoiled_v = k.copy(), v.copy()
+    spoiled_k = k.copy()
+    spoiled_v = v.copy()
     hidden = [s for s in range(9) if s not in seen]
     spoiled_k[:, :, hidden] += 3
     spoiled_v[:, :, hidden] = 100
@@ -116,7 +120,7 @@ def test_confidence_commit_equals_its_reference(
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
     np.testing.assert_array_equal(got[2], expected[2])
     np.testing.assert_array_equal(got[3], expected[3])
-    # What the rule promises, said without the reference.
+    # What the rule promises, checked without the reference.
     masks = (ids == MASK).sum(1)
     assert (got[0] != MASK).all()
     assert (got[2][ids != MASK] == ids[ids != MASK]).all()

@@ -1,6 +1,6 @@
 """The quick plugins of the full TensorRT, on the real registry of TensorRT 11.4's lean runtime, without a GPU.
 
-`quick_plugins.py` drives them in a child process and prints what they say.
+`stand_ins/quick_plugins.py` drives them in a child process and prints what they answer.
 """
 
 from __future__ import annotations
@@ -31,15 +31,20 @@ DRIVER = Path(__file__).parents[1] / "stand_ins" / "quick_plugins.py"
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, int], Path]:
-    """What each stage's plugin says, the letters it was asked about, and the folder of the kernels."""
+    """What each stage's plugin answers, the sizes of letters it was asked for, and the folder of the kernels."""
     folder = tmp_path_factory.mktemp("quick")
     model = open_checkpoint(TINY_CHAT).model
     kernels = compile_kernels(model, "bf16", (90,), folder, OPS)
-    dims = {"B": 2, "S": 7, "R": 5, "T": 600, "H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
-    dims["V"] = model.vocab_size
-    values = {"scale": model.head_dim**-0.5, "mask_id": model.mask_id}
-    job = {"folder": str(folder), "kernels": [dataclasses.asdict(k) for k in kernels], "sm": 90, "compute": "BF16"}
-    job |= {"dims": dims, "values": values}
+    sizes = {"B": 2, "S": 7, "R": 5, "T": 600}
+    dims = {**sizes, "H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim, "V": model.vocab_size}
+    job = {
+        "folder": str(folder),
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
+        "sm": 90,
+        "compute": "BF16",
+        "dims": dims,
+        "values": {"scale": model.head_dim**-0.5, "mask_id": model.mask_id},
+    }
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-W", "ignore", str(DRIVER)]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, timeout=120)
@@ -48,17 +53,17 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
 
 
 def test_every_stage_is_a_plugin_with_its_own_kernel(driven: tuple[dict[str, Any], dict[str, int], Path]) -> None:
-    found, _, folder = driven
-    assert list(found) == [stage.name for op in OPS for stage in op.stages]
-    for stage, said in found.items():
-        assert said["ptx"] == (folder / "kernels" / f"{stage}.sm90.ptx").read_text()
-        assert f".entry {said['entry']}(" in said["ptx"]
+    answers, _, folder = driven
+    assert list(answers) == [stage.name for op in OPS for stage in op.stages]
+    for stage, answer in answers.items():
+        assert answer["ptx"] == (folder / "kernels" / f"{stage}.sm90.ptx").read_text()
+        assert f".entry {answer['entry']}(" in answer["ptx"]
 
 
 def test_shapes_and_types_are_the_ops(driven: tuple[dict[str, Any], dict[str, int], Path]) -> None:
-    found, d, _ = driven
+    answers, d, _ = driven
     tiles = -(-7 * (d["H"] // d["G"]) // 64) * 2 * d["G"]
-    split, merge, scan, rule = found.values()
+    split, merge, scan, rule = answers.values()
     assert split["shapes"] == [[tiles + 256, 64, d["D"]], [tiles + 256, 64, 2]]
     assert split["types"] == ["FLOAT", "FLOAT"]
     assert (merge["shapes"], merge["types"]) == ([[2, d["H"], 7, d["D"]]], ["BF16"])
@@ -70,18 +75,18 @@ def test_shapes_and_types_are_the_ops(driven: tuple[dict[str, Any], dict[str, in
 
 def test_launches_are_the_kernels(driven: tuple[dict[str, Any], dict[str, int], Path]) -> None:
     """The grid by the shapes, the block and shared memory by the compiled kernel, the scalars the kernel's."""
-    found, d, _ = driven
-    grids = {name: tuple(said["launch"][f"grid_{axis}"] for axis in "xyz") for name, said in found.items()}
+    answers, d, _ = driven
+    grids = {name: tuple(answer["launch"][f"grid_{axis}"] for axis in "xyz") for name, answer in answers.items()}
     assert grids == {
         "BlockAttentionSplit": (1, 2 * d["G"], 16),
         "BlockAttentionMerge": (2 * d["H"], 7, 1),
         "ConfidenceCommitScan": (10, 16, 1),
         "ConfidenceCommitRule": (2, 1, 1),
     }
-    assert [said["scalars"] for said in found.values()] == [[7, 600], [7], [], [5]]
+    assert [answer["scalars"] for answer in answers.values()] == [[7, 600], [7], [], [5]]
     for op in OPS:
         for stage in op.stages:
-            launch = found[stage.name]["launch"]
+            launch = answers[stage.name]["launch"]
             assert (launch["block_x"], launch["block_y"], launch["block_z"]) == (32 * stage.num_warps, 1, 1)
-            assert f".reqntid {launch['block_x']}" in found[stage.name]["ptx"]
-    assert found["BlockAttentionSplit"]["launch"]["shared_mem"] > 0
+            assert f".reqntid {launch['block_x']}" in answers[stage.name]["ptx"]
+    assert answers["BlockAttentionSplit"]["launch"]["shared_mem"] > 0

@@ -1,6 +1,6 @@
-"""The drafter adapter: given to a build from anywhere, acting where it should, and found out where it does not.
+"""The drafter adapter: given to a build from anywhere, acting where it should, and refused where it does not act.
 
-The gate is broken on purpose in the graph of a built engine; loading must tell.
+The gate is broken on purpose in the graph of a built engine; loading must refuse it.
 """
 
 import json
@@ -33,7 +33,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
 @pytest.mark.parametrize("mode", ["linear_spec", "quadratic_spec"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_adapter_acts_on_every_drafted_token_and_on_no_other(setup: equality.Setup, mode: str, question: str) -> None:
-    mask, on = setup.model.mask_id, 0
+    mask = setup.model.mask_id
+    on = 0
     for event in nemodiff.stream(setup.adapted, question, steps=True, mode=mode, max_new_tokens=30):
         if isinstance(event, nemodiff.Step):
             on += len(event.before) if event.kind == "draft" else event.before.count(mask)
@@ -89,7 +90,7 @@ def test_stuck_gate_is_refused_at_load(setup: equality.Setup, tmp_path: Path, re
 
 
 def test_untouched_gate_loads(setup: equality.Setup, tmp_path: Path) -> None:
-    """The same surgery with a gate that passes through: what is refused above is the gate and not the surgery."""
+    """The same change with a gate that passes through: what is refused above is the gate, not the changed graph."""
     same = [helper.make_node("Mul", ["true.gate", "one"], ["adapter.gate"])]
     engine = nemodiff.load(with_gate(setup.adapted.folder, tmp_path / "engine", same))
     answers = [nemodiff.generate(e, QUESTIONS[0], max_new_tokens=30) for e in (engine, setup.adapted)]
@@ -139,9 +140,9 @@ def test_stats_tell_of_the_adapter(setup: equality.Setup) -> None:
 
     from nemodiff.cli import main
 
-    for engine, told in ((setup.adapted, True), (setup.plain, False)):
+    for engine, has_adapter in ((setup.adapted, True), (setup.plain, False)):
         shown = CliRunner().invoke(main, ["run", str(engine.folder), "-p", QUESTIONS[0], "--stats"]).stderr
-        assert ("drafter adapter on" in shown) == told
+        assert ("drafter adapter on" in shown) == has_adapter
 
 
 def test_the_shipped_adapter_drafts_better_and_changes_no_answer(setup: equality.Setup, tmp_path: Path) -> None:

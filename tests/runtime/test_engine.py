@@ -97,7 +97,7 @@ def test_graph_rotates_and_scales_queries_beyond_position_16384() -> None:
     config = published_config()
     positions = np.array([[0, 16383, 16384, 32768, 262143]], np.int32)
     proto = build_graph(config, "f32").proto
-    wanted = ["query_scale.f32", "rope.cos", "rope.sin"]
+    names = ["query_scale.f32", "rope.cos", "rope.sin"]
     del proto.graph.output[:]
     kept = [n for n in proto.graph.node if n.name.startswith(("rope.", "query_scale"))]
     del proto.graph.node[:]
@@ -108,9 +108,9 @@ def test_graph_rotates_and_scales_queries_beyond_position_16384() -> None:
     small = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(small)
-    for name, rank in zip(wanted, (2, 3, 3), strict=True):
+    for name, rank in zip(names, (2, 3, 3), strict=True):
         proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank))
-    scale, cos, sin = onnxruntime.InferenceSession(proto.SerializeToString()).run(wanted, {"pos": positions})
+    scale, cos, sin = onnxruntime.InferenceSession(proto.SerializeToString()).run(names, {"pos": positions})
     np.testing.assert_allclose(scale[0], [1.0, 1.0, 1.0693147, 1.1098612, 1.2772589], rtol=1e-6)
     angle = positions[0, :, None] * reference_model.yarn_inv_freq(_rope(), 128).astype(np.float64)
     # The product is rounded to f32 before cos, as in the released code: 262143 rad +- 2**-7.
@@ -147,7 +147,8 @@ def test_one_forward_serves_rows_in_different_modes(
 
 def test_denoising_leaves_no_trace_and_rollback_is_free(engine: nemodiff.LoadedEngine) -> None:
     mask = engine.info.model.mask_id
-    clean, dirty = engine.backend.open(1), engine.backend.open(1)
+    clean = engine.backend.open(1)
+    dirty = engine.backend.open(1)
     for cache in (clean, dirty):
         cache.forward([causal("prefill", PROMPT, 0)])
     for ids in ([300] + [mask] * 31, [301] * 40):  # a draft, then a verify that is wholly refused
@@ -162,11 +163,15 @@ def test_two_intervals_give_the_quadratic_layout(
     engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel
 ) -> None:
     """Heads first, then their mask groups: a mask of group j sees the prompt, heads up to j and its own group."""
-    mask, n, k = engine.info.model.mask_id, len(PROMPT), 2
+    mask = engine.info.model.mask_id
+    n = len(PROMPT)
+    k = 2
     heads = [300, 301]
     cache = engine.backend.open(1)
     cache.forward([causal("prefill", PROMPT, 0)])
-    ids, pos, visible = list(heads), [n, n + 1], [(n + 1, 0, 0), (n + 2, 0, 0)]
+    ids = list(heads)
+    pos = [n, n + 1]
+    visible = [(n + 1, 0, 0), (n + 2, 0, 0)]
     for j in range(1, k + 1):
         begin = n + k + (j - 1) * k
         ids += [mask] * k
@@ -192,7 +197,8 @@ def test_two_intervals_give_the_quadratic_layout(
 
 def test_cache_grows_by_doubling_and_keeps_what_it_holds(engine: nemodiff.LoadedEngine) -> None:
     long = (PROMPT * 40)[:700]
-    whole, pieces = engine.backend.open(1), engine.backend.open(1)
+    whole = engine.backend.open(1)
+    pieces = engine.backend.open(1)
     expected = _copy(whole.forward([causal("prefill", long, 0)])[0])
     capacities = []
     for start in range(0, 700, 90):
@@ -216,7 +222,7 @@ def test_a_closed_cache_is_used_again_unless_it_has_grown(tiny_engine: Path) -> 
     assert backend.open(1) is not first  # attention costs by capacity, so a grown one would slow short texts down
 
 
-def test_requests_leave_nothing_behind(tiny_engine: Path) -> None:
+def test_requests_leave_nothing_after_them(tiny_engine: Path) -> None:
     """Answers do not depend on what ran before or runs beside, and memory returns to its start."""
     engine = nemodiff.load(tiny_engine, threads=1)
     questions = ["Count from 3 to 9.", "Sort these numbers: 4, 2, 9.", "Show the times table of 3 up to 5."]
@@ -251,7 +257,8 @@ def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None
 
 
 def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.LoadedEngine) -> None:
-    cache, alone = engine.backend.open(4), engine.backend.open(1)
+    cache = engine.backend.open(4)
+    alone = engine.backend.open(1)
     prompts = [PROMPT[i:] for i in range(4)]
     cache.forward([causal("prefill", p, 0) for p in prompts])
     cache.forward([causal("verify", [301] * 9, len(p), predict_all=True) for p in prompts[1:3]], 1)
@@ -269,7 +276,9 @@ def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.Loade
     np.testing.assert_allclose(cache.forward([causal("decode", [302], lengths[3])])[0].confidence, got[3], atol=1e-6)
 
 
-def test_logits_are_there_for_who_asks(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel) -> None:
+def test_logits_come_with_a_pass_that_asks_for_them(
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel
+) -> None:
     cache = engine.backend.open(1)
     assert cache.forward([causal("prefill", PROMPT, 0)])[0].logits is None
     logits = cache.forward([causal("prefill", PROMPT, 0, logits=True)])[0].logits
@@ -319,17 +328,21 @@ def _last_logits_of_one_layer(folder: Path, ids: list[int]) -> np.ndarray:
     from safetensors.numpy import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    weights = {
-        n.removesuffix(".weight"): t.astype(np.float64) for n, t in load_file(folder / "model.safetensors").items()
-    }
-    at, d, n = "encoder.layers.0", config["head_dim"], len(ids)
+    weights = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        weights[name.removesuffix(".weight")] = tensor.astype(np.float64)
+    at = "encoder.layers.0"
+    d = config["head_dim"]
+    n = len(ids)
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[name])
 
     def rotate(x: np.ndarray, angle: np.ndarray) -> np.ndarray:  # (rows, heads, D)
-        a, b = x[..., : d // 2], x[..., d // 2 :]
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        a = x[..., : d // 2]
+        b = x[..., d // 2 :]
+        cos = np.cos(angle)[:, None]
+        sin = np.sin(angle)[:, None]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
     angle = np.arange(n)[:, None] * reference_model.yarn_inv_freq(config["rope_parameters"], d).astype(np.float64)
@@ -371,10 +384,8 @@ def _copy(prediction: Prediction) -> Prediction:
 
 @pytest.mark.parametrize("paradigm", ["bidirectional", "block_diff", "autoregressive"])
 def test_config_fields_written_as_null_or_by_a_trainer_are_understood(paradigm: str) -> None:
-    plain, rope = (
-        published_config(),
-        {"attention_factor": None, "beta_fast": None, "mscale": None, "mscale_all_dim": None},
-    )
+    plain = published_config()
+    rope = {"attention_factor": None, "beta_fast": None, "mscale": None, "mscale_all_dim": None}
     assert plain.rope.attention_factor == 1.0
     assert published_config(**rope).rope.attention_factor == pytest.approx(0.1 * np.log(16) + 1)
     values = json.loads((TINY_CHAT / "config.json").read_text())

@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import Refused, said
+from conftest import Refused, output_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from test_kernels import INTERPRETED, bf16_products, launch, rounded  # noqa: F401 (a fixture)
+from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, rounded
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -31,6 +31,7 @@ from nemodiff.plugins.ops import fp8_linear
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
+__all__ = ["bf16_products"]  # a fixture
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
 
@@ -70,8 +71,10 @@ def test_product_equals_the_reference(
 def test_every_e4m3_is_rebuilt(tiny: ModelConfig) -> None:
     """All 254 finite values, one per output, each alone: exact."""
     bits = np.setdiff1d(np.arange(256), (0x7F, 0xFF)).astype(np.uint8)
-    weight, x = np.zeros((254, 16), np.uint8), np.zeros((1, 1, 16), np.float32)
-    weight[:, 5], x[0, 0, 5] = bits, 1.0
+    weight = np.zeros((254, 16), np.uint8)
+    weight[:, 5] = bits
+    x = np.zeros((1, 1, 16), np.float32)
+    x[0, 0, 5] = 1.0
     got = product(tiny, x, weight, np.full(254, 0.5, np.float32))[0, 0]
     np.testing.assert_array_equal(got, bits.view(E4M3).astype(np.float32) / 2)
 
@@ -112,7 +115,8 @@ def test_quantising_is_within_half_a_step(seed: int, exponent: float) -> None:
 
 def test_quantising_zeros_and_the_largest() -> None:
     weight = np.zeros((3, 16), np.float32)
-    weight[1, 4], weight[2] = -3e38, 1e-45
+    weight[1, 4] = -3e38
+    weight[2] = 1e-45
     stored, scale = fp8_linear.quantise(weight)
     np.testing.assert_array_equal(stored[0].astype(np.float32), 0)
     assert stored[1, 4] == -448
@@ -137,7 +141,8 @@ def build(checkpoint: Path, folder: Path, **choices: Any) -> Path:
 def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:
     """The checkpoint with the numbers that an engine's 8 bits stand for."""
     shutil.copytree(checkpoint, folder)
-    stored, weights = load_tensors(engine / "model.safetensors"), load_file(folder / "model.safetensors")
+    stored = load_tensors(engine / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     for name, scale in stored.items():
         if name.endswith("_scale"):
             short = name.removesuffix("_scale")
@@ -201,30 +206,32 @@ def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "margin"), [("bf16", 1.0), ("f16", 0.125)])
 def test_half_precision_agrees_where_it_is_clear(tmp_path: Path, folder: Path, dtype: Any, margin: float) -> None:
     pass_ = causal("verify", [130 + (i * 7) % 200 for i in range(40)], 0, predict_all=True, logits=True)
-    found = []
+    predictions = []
     for engine in (build(TINY_CHAT, tmp_path / "engine", dtype=dtype), folder):
         loaded = nemodiff.load(engine, device="cpu")
-        found += loaded.backend.open(1).forward([pass_])
-    logits = found[1].logits
+        predictions += loaded.backend.open(1).forward([pass_])
+    logits = predictions[1].logits
     assert logits is not None
     ranked = np.sort(np.delete(logits, loaded.info.model.mask_id, axis=1), axis=1)
     clear = ranked[:, -1] - ranked[:, -2] > margin
     assert clear.sum() > 10
-    np.testing.assert_array_equal(found[0].token[clear], found[1].token[clear])
+    np.testing.assert_array_equal(predictions[0].token[clear], predictions[1].token[clear])
 
 
 def test_plan_and_inspect_say_so(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "engine"
-    pass_ = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
-    assert "torch, bf16 with fp8 projections" in said(*pass_, "--dry-run")
-    plan = json.loads(said(*pass_, "--dry-run", "--json"))
-    said(*pass_)
+    command = ("build", str(checkpoint), "-o", str(target), "--backend", "torch", "--quantization", "fp8")
+    assert "torch, bf16 with fp8 projections" in output_of(*command, "--dry-run")
+    plan = json.loads(output_of(*command, "--dry-run", "--json"))
+    output_of(*command)
     assert plan["build"]["quantization"] == "fp8"
     assert plan["weight_bytes"] == (target / "model.safetensors").stat().st_size
     assert read_engine(target).build.quantization == "fp8"
-    assert "torch, bf16 with fp8 projections" in said("inspect", str(target))
-    assert json.loads(said("inspect", str(target), "--json"))["engine"]["quantization"] == "fp8"
-    answer = json.loads(said("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
+    assert "torch, bf16 with fp8 projections" in output_of("inspect", str(target))
+    assert json.loads(output_of("inspect", str(target), "--json"))["engine"]["quantization"] == "fp8"
+    answer = json.loads(
+        output_of("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu")
+    )
     assert len(answer["token_ids"]) <= 4
 
 
@@ -236,12 +243,12 @@ def test_eight_bits_take_about_half_of_sixteen() -> None:
 
 
 def test_refusals(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
-    pass_ = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
-    refused(pass_, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
-    refused([*pass_[:-1], "int4"], "int4", code=2)
+    command = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
+    refused(command, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
+    refused([*command[:-1], "int4"], "int4", code=2)
     narrow = write_checkpoint(tmp_path / "narrow", intermediate_size=40)
-    pass_ = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
-    refused(pass_, "a projection has 40 inputs, allowed: multiples of 16")
+    command = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
+    refused(command, "a projection has 40 inputs, allowed: multiples of 16")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -255,7 +262,7 @@ def test_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, bad: floa
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fragment"),
     [
         (lambda w: w.pop("layers.0.mlp.up_proj.weight_scale"), "up_proj.weight_scale"),
         (
@@ -265,7 +272,7 @@ def test_weights_that_are_not_finite(checkpoint: Path, tmp_path: Path, bad: floa
     ],
 )
 def test_weights_of_another_engine(
-    checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], said: str, refused: Refused
+    checkpoint: Path, tmp_path: Path, change: Callable[[Any], Any], fragment: str, refused: Refused
 ) -> None:
     from safetensors.torch import save_file as save_tensors
 
@@ -276,4 +283,4 @@ def test_weights_of_another_engine(
     manifest = json.loads((path.parent / "manifest.json").read_text())
     manifest["files"]["model.safetensors"]["bytes"] = path.stat().st_size
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
-    refused(["run", str(path.parent), "-p", "x", "--device", "cpu"], "not the weights of this engine", said)
+    refused(["run", str(path.parent), "-p", "x", "--device", "cpu"], "not the weights of this engine", fragment)

@@ -1,7 +1,7 @@
 """The TensorRT engine's logic without a GPU: the driver and TensorRT are played by stand_ins/gpu_driver.py.
 
 The stand-in runs the engine folder's own graph with ONNX Runtime over the very addresses that the engine class hands
-to TensorRT, so every mode must equal the ONNX Runtime engine token for token. What is not shown here is said there.
+to TensorRT, so every mode must equal the ONNX Runtime engine token for token. Its docstring says what it cannot show.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stand_ins import gpu_driver
 from stand_ins.checkpoints import TINY_CHAT, write_adapter
 
 import nemodiff
-from nemodiff import contract, engine_folder
+from nemodiff import contract
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.graph.graph import build_graph
@@ -35,6 +35,7 @@ from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
+from nemodiff.runtime.engines.layout import PassShape
 from nemodiff.runtime.engines.tensorrt import engine as tensorrt_engine
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
@@ -48,7 +49,7 @@ PROFILES = (Profile("block", 4, 32, 32), Profile("prefill", 2, 64, 64))
 
 @dataclasses.dataclass
 class Setup:
-    """The same weights behind both engines."""
+    """The same weights in both engines."""
 
     folder: Path  # as if compiled: model.onnx of static T, its weights, a rank0.engine that is none
     info: EngineInfo
@@ -94,11 +95,8 @@ def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
 def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
     """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
     engine, backend, _, _ = setup.load()
-    assert (
-        backend.capacity
-        == engine_folder.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64))
-        == CAPACITY
-    )
+    slots = contract.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64))
+    assert backend.capacity == slots == CAPACITY
     prompts: list[Any] = [(PROMPT * 13)[: LENGTH - 3], PROMPT * 2]
     for mode in nemodiff.MODES:
         options: dict[str, Any] = {"mode": mode, "max_new_tokens": 3, "rows": 2, "block_length": 24}
@@ -127,9 +125,11 @@ def test_sampling_reads_the_rows_of_logits_it_asks_for(setup: Setup) -> None:
         options: dict[str, Any] = {"mode": "ar", "temperature": 0.8, "seed": seed, "max_new_tokens": 20}
         expected, got = (nemodiff.generate(e, QUESTIONS[0], **options).token_ids for e in (setup.plain, engine))
         assert got == expected
-    backend, one = engine.backend, causal("decode", [300], 0, logits=True)
-    quiet, many = causal("decode", [301], 0), causal("verify", PROMPT, 0, predict_all=True, logits=True)
-    cache, plain = backend.open(3), setup.plain.backend.open(3)
+    one = causal("decode", [300], 0, logits=True)
+    quiet = causal("decode", [301], 0)
+    many = causal("verify", PROMPT, 0, predict_all=True, logits=True)
+    cache = engine.backend.open(3)
+    plain = setup.plain.backend.open(3)
     for got_row, row in zip(cache.forward([one, quiet, many]), plain.forward([one, quiet, many]), strict=True):
         assert (got_row.logits is None) == (row.logits is None)
         if row.logits is not None and got_row.logits is not None:
@@ -140,7 +140,8 @@ def test_sampling_reads_the_rows_of_logits_it_asks_for(setup: Setup) -> None:
 @pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu_engine.py samples on it")
 def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
     """The host's tokens in every mode, for rows of different laws in one forward, without a logit on the host."""
-    folder, driver = Path(shutil.copytree(setup.folder, tmp_path / "engine")), gpu_driver.Driver()
+    folder = Path(shutil.copytree(setup.folder, tmp_path / "engine"))
+    driver = gpu_driver.Driver()
     driver.model = setup.info.model
     (folder / "kernels").mkdir()
     kernels = []
@@ -218,7 +219,8 @@ def test_a_step_is_one_upload_one_run_one_download(setup: Setup) -> None:
 def test_a_replay_equals_an_eager_run(setup: Setup) -> None:
     _, graphs, *_ = setup.load()
     _, eager, *_ = setup.load(graphs=False)
-    a, b = graphs.open(2), eager.open(2)
+    a = graphs.open(2)
+    b = eager.open(2)
     rng = np.random.default_rng(0)
     for step in range(12):
         block = [int(i) for i in rng.integers(130, 400, 7 + step % 2)]
@@ -248,7 +250,7 @@ def test_shapes_are_rounded_and_graphs_are_kept_by_shape(setup: Setup, monkeypat
     gc.collect()
     assert len(cache._forwards) == 2
     assert driver.graphs == 1  # of S = 1, made anew; those dropped were destroyed
-    assert list(cache._forwards)[-1] == (0, 1, 1, 1, False)
+    assert list(cache._forwards)[-1] == PassShape(first=0, rows=1, tokens=1, predicted=1)
 
 
 def test_a_refused_capture_runs_eagerly_and_is_seen(setup: Setup) -> None:
@@ -263,7 +265,8 @@ def test_a_refused_capture_runs_eagerly_and_is_seen(setup: Setup) -> None:
 def test_long_passes_run_in_pieces(setup: Setup) -> None:
     """A causal pass is cut anywhere, groups of masks only between them, a block not at all."""
     _, backend, _, made = setup.load()
-    mask, ids = setup.info.model.mask_id, (PROMPT * 8)[:150]
+    mask = setup.info.model.mask_id
+    ids = (PROMPT * 8)[:150]
     group = np.tile([150, 150, 210], (60, 1)).astype(np.int32)
     pass_ = causal("prefill", ids, 0)
     pass_ = Pass(
@@ -278,7 +281,7 @@ def test_long_passes_run_in_pieces(setup: Setup) -> None:
     expected, got = (e.open(1).forward([pass_])[0] for e in (setup.plain.backend, backend))
     assert got.token.tolist() == expected.token.tolist()
     np.testing.assert_allclose(got.confidence, expected.confidence, atol=1e-5)
-    assert [key[2] for key in made.executed] == [64, 64, 32, 64]
+    assert [size for _, _, size, _ in made.executed] == [64, 64, 32, 64]
     with pytest.raises(EngineError, match=r"a denoise pass of 65 tokens .* allowed: 64; .*--max-input-len 65"):
         backend.open(1).forward([bidirectional("denoise", [mask] * 65, 0, 0.5)])
     with pytest.raises(EngineError, match=r"at slot 300 exceeds the cache, allowed: 320 slots"):
@@ -287,21 +290,23 @@ def test_long_passes_run_in_pieces(setup: Setup) -> None:
 
 def test_rows_may_start_anywhere_and_moves_copy_what_was_written(setup: Setup) -> None:
     _, backend, _, _ = setup.load()
-    cache, alone = backend.open(4), backend.open(1)
+    cache = backend.open(4)
+    alone = backend.open(1)
     cache.forward([causal("prefill", PROMPT, 0)], first=2)
     cache.move(2, 0)
     cache.forward([causal("prefill", PROMPT * 9, 0)], first=3)
     cache.move(3, 1)  # more than half of the row, which goes in one piece
     alone.forward([causal("prefill", PROMPT, 0)])
-    expected = [_taken(alone.forward([causal("decode", [300], 20)])[0])]
+    expected = [_as_lists(alone.forward([causal("decode", [300], 20)])[0])]
     alone.forward([causal("prefill", PROMPT * 9, 0)])
-    expected.append(_taken(alone.forward([causal("decode", [300], 180)])[0]))
+    expected.append(_as_lists(alone.forward([causal("decode", [300], 180)])[0]))
     got = cache.forward([causal("decode", [300], 20), causal("decode", [300], 180)])
-    assert [p[0] for p in map(_taken, got)] == [p[0] for p in expected]
-    np.testing.assert_allclose([p[1] for p in map(_taken, got)], [p[1] for p in expected], atol=1e-5)
+    assert [p.token.tolist() for p in got] == [token for token, _ in expected]
+    confidences = [p.confidence.tolist() for p in got]
+    np.testing.assert_allclose(confidences, [confidence for _, confidence in expected], atol=1e-5)
 
 
-def _taken(p: Prediction) -> tuple[list[int], list[float]]:
+def _as_lists(p: Prediction) -> tuple[list[int], list[float]]:
     return p.token.tolist(), p.confidence.tolist()
 
 
@@ -317,13 +322,17 @@ def test_memory_is_flat_over_a_thousand_requests_and_given_back(setup: Setup) ->
 
         expected = [ask(n) for n in range(15)]
         assert [ask(n) for n in range(15)] == expected  # by now every shape has been captured
-        before = (driver.used, len(driver.device), len(driver.host), len(made.contexts), driver.graphs)
+
+        def held() -> list[int]:
+            return [driver.used, len(driver.device), len(driver.host), len(made.contexts), driver.graphs]
+
+        before = held()
         for number in range(1000):
             assert ask(number) == expected[number % 15]
-        assert (driver.used, len(driver.device), len(driver.host), len(made.contexts), driver.graphs) == before
+        assert held() == before
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             assert list(pool.map(ask, range(60))) == expected * 4
-        return list(before)
+        return before
 
     assert min(serve()) > 0
     gc.collect()
@@ -340,7 +349,7 @@ def test_refusals_name_what_is_here_and_what_to_do(setup: Setup, tmp_path: Path)
     driver = gpu_driver.Driver
     refuse(setup, r"built for SM 86, 89, device 0 \(Host memory\) is SM 90; .*--backend tensorrt$", driver(sm=90))
     refuse(setup, r"built with tensorrt_rtx 1.7.1.116, here is 1.8.0.1; .*tensorrt-rtx-cu13==1.7", version="1.8.0.1")
-    refuse(setup, r"needs .* of GPU memory \(22.0 B for weights, .* for logits, .* for one row\)", driver(total=2**20))
+    refuse(setup, r"needs .* of GPU memory \(22 B for weights, .* for logits, .* for one row\)", driver(total=2**20))
     refuse(setup, "profiles are not those", info=with_about(setup.info, profiles=PROFILES[:1]))
     refuse(setup, "the driver finds none; run the engine on a machine", driver(count=0))
     later = with_about(setup.info, flags=("--version-compatible",))
@@ -428,25 +437,22 @@ def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytes
         made.append(setup.load(driver, graphs=graphs)[1])
         return made[-1]
 
-    found = gpu.measured(make, setup.folder, QUESTIONS[:1], 2, 2**16)
+    report = gpu.measured(make, setup.folder, QUESTIONS[:1], 2, 2**16)
     shapes = [(rows, context, size) for rows in (1, 3) for context in (0, 100) for size in (1, 4, 64)]
-    assert [(f["rows"], f["context"], f["tokens"]) for f in found["forward"]] == shapes
+    assert [(f["rows"], f["context"], f["tokens"]) for f in report["forward"]] == shapes
     per_token = setup.info.model.kv_bytes_per_token(4)
-    for f in found["forward"]:
+    for f in report["forward"]:
         assert f["bytes"] == 22 + f["rows"] * (f["context"] + f["tokens"]) * per_token
         rate = f["bytes"] / f["us"] * 1e6
-        assert f["ratio_to_ceiling"] == pytest.approx(rate / found["copy_ceiling_bytes_per_second"])
+        assert f["ratio_to_ceiling"] == pytest.approx(rate / report["copy_ceiling_bytes_per_second"])
         assert f["eager_over_graph"] == pytest.approx(f["eager_us"] / f["us"])
         assert f["host_gap_us"] > 0
     assert [engine.graphs for engine in made] == [True, False]
-    assert found["graphs_captured"] == made[0].captured > 0 == made[1].captured
-    assert found["shapes_not_captured"] == {}
-    assert 0 < found["memory_used_bytes"] < found["device"]["memory_bytes"]
-    assert {mode: m["answers_unlike_ar"] for mode, m in found["modes"].items() if mode != "diffusion"} == {
-        "ar": 0,
-        "linear_spec": 0,
-        "quadratic_spec": 0,
-    }
+    assert report["graphs_captured"] == made[0].captured > 0 == made[1].captured
+    assert report["shapes_not_captured"] == {}
+    assert 0 < report["memory_used_bytes"] < report["device"]["memory_bytes"]
+    for mode in ("ar", "linear_spec", "quadratic_spec"):
+        assert report["modes"][mode]["answers_unlike_ar"] == 0
 
 
 @pytest.mark.trt

@@ -1,17 +1,16 @@
 """The torch engine on the CPU: ONNX Runtime's tokens in every mode, and the GPU's paths as far as a CPU can show them.
 
 The kernels run in Triton's interpreter over the engine's own tensors, graphs are recorded and replayed by
-`torch_graphs.py`. What only a GPU can show is in test_gpu_engine.py.
+`stand_ins/torch_graphs.py`. What only a GPU can show is in test_gpu_engine.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,22 @@ import equality_sampled
 import numpy as np
 import pytest
 import torch
-from conftest import Refused, said
+from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
-from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
 from stand_ins.torch_graphs import RecordingDevice
+from stand_ins.torch_pair import (
+    CASES,
+    MODELS,
+    PROMPT,
+    QUESTIONS,
+    Pair,
+    adapted,
+    check_steps,
+    make_pair,
+    torch_backend,
+    without_times,
+)
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -30,53 +41,11 @@ from nemodiff.contract import MODES
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.infill import METHODS
-from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
+from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
 from nemodiff.runtime.engines.torch.model import TorchModel
-from nemodiff.runtime.loading import LoadedEngine
 
 pytestmark = pytest.mark.torch
-QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 41, 7, 93.", "Show the times table of 7 up to 5."]
-PROMPT = [130 + (i * 7) % 200 for i in range(40)]
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-EARLY = {  # every frequency band of YaRN and several steps of the query scale within a short text
-    "rope_type": "yarn",
-    "rope_theta": 1000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "llama_4_scaling_beta": 0.5,
-    "attention_factor": 1.3,
-}
-MODELS: dict[str, Callable[[Path], Path]] = {
-    "tiny-chat": lambda folder: TINY_CHAT,
-    "tiny-chat with adapter": lambda folder: adapted(shutil.copytree(TINY_CHAT, folder), 0.2),
-    "plain rotation": lambda folder: write_checkpoint(folder, seed=1, rope_parameters=ROPE, num_key_value_heads=4),
-    "early YaRN": lambda folder: adapted(
-        write_checkpoint(folder, seed=2, rope_parameters=EARLY, num_key_value_heads=1, head_dim=48, dtype="f32"), 0.1
-    ),
-}
-
-
-def adapted(folder: Path, strength: float) -> Path:
-    write_adapter(folder, rank=8, alpha=32, strength=strength)
-    return folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """One checkpoint behind both engines, in f32."""
-
-    ours: LoadedEngine
-    theirs: LoadedEngine
-
-    def with_backend(self, backend: TorchEngine) -> LoadedEngine:
-        return dataclasses.replace(self.ours, backend=backend)
-
-
-def make_pair(folder: Path, checkpoint: Path) -> Pair:
-    ours = Builder(checkpoint, folder / "torch", backend="torch", dtype="f32").run()
-    theirs = Builder(checkpoint, folder / "onnxruntime").run()
-    return Pair(nemodiff.load(ours, device="cpu"), nemodiff.load(theirs))
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -91,36 +60,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(folder, MODELS["tiny-chat with adapter"](folder / "checkpoint"))
 
 
-def torch_backend(engine: LoadedEngine) -> TorchEngine:
-    assert isinstance(engine.backend, TorchEngine)
-    return engine.backend
-
-
-def told(answer: nemodiff.Generation) -> dict[str, Any]:
-    """All of an answer but its times."""
-    return {name: value for name, value in answer.as_dict().items() if name != "timings_ms"}
-
-
-CASES: list[dict[str, Any]] = [
-    {"mode": "ar"},
-    {"mode": "ar", "prefill_chunk": 7},
-    {"mode": "diffusion"},
-    {"mode": "diffusion", "block_length": 5, "threshold": 0.6},
-    {"mode": "linear_spec"},
-    {"mode": "linear_spec", "block_length": 8, "threshold": 0.7},
-    {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
-]
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_mode_equals_onnxruntime(pair: Pair, case: dict[str, Any]) -> None:
     """Tokens, text, passes by kind, acceptance: all but times."""
     for prompt in [*QUESTIONS, PROMPT]:
         expected = nemodiff.generate(pair.theirs, prompt, max_new_tokens=48, **case)
-        assert told(nemodiff.generate(pair.ours, prompt, max_new_tokens=48, **case)) == told(expected)
+        got = nemodiff.generate(pair.ours, prompt, max_new_tokens=48, **case)
+        assert without_times(got) == without_times(expected)
 
 
-LAWS = {**equality_sampled.LAWS, **equality_sampled.GUIDES}
+LAWS = {**equality_sampled.PARAMS, **equality_sampled.GUIDES}
 WAYS = [*equality_sampled.CAUSAL.values(), {"mode": "ar"}]
 CONTROLS = list(equality_sampled.CONTROLS.values())
 
@@ -130,11 +79,11 @@ def test_every_law_of_sampling_equals_onnxruntime(tiny: Pair, params: str) -> No
     """Two of the ways to decode causally and one of diffusion, in turn; logprobs and confidences too."""
     turn = list(LAWS).index(params)
     ways = [WAYS[turn % len(WAYS)], WAYS[(turn + 3) % len(WAYS)]]
-    if params in equality_sampled.LAWS and params not in equality_sampled.LOOKS_BACK:
+    if params in equality_sampled.PARAMS and params not in equality_sampled.LOOKS_BACK:
         ways.append({"mode": "diffusion", **CONTROLS[turn % len(CONTROLS)]})
     for way in ways:
-        told_too = {"confidences": True} if way["mode"] == "diffusion" else {"logprobs": 2}
-        options = {**LAWS[params], **way, **told_too, "seed": turn, "max_new_tokens": 32}
+        reported = {"confidences": True} if way["mode"] == "diffusion" else {"logprobs": 2}
+        options = {**LAWS[params], **way, **reported, "seed": turn, "max_new_tokens": 32}
         answers = [nemodiff.generate(engine, QUESTIONS[turn % 3], **options) for engine in (tiny.ours, tiny.theirs)]
         assert answers[0].token_ids == answers[1].token_ids
         assert answers[0].finish_reason == answers[1].finish_reason
@@ -160,66 +109,13 @@ def test_batches_and_the_scheduler_equal_onnxruntime(pair: Pair) -> None:
 def test_filling_in_and_revising_equal_onnxruntime(tiny: Pair) -> None:
     question = "Write a Python function that returns the sum of a and b."
     for method in METHODS:
-        found = [
+        infilled = [
             nemodiff.infill(engine, "def add(", "):\n    return", prompt=question, method=method, length=3)
             for engine in (tiny.ours, tiny.theirs)
         ]
-        assert found[0].text == found[1].text
+        assert infilled[0].text == infilled[1].text
     revised = [nemodiff.revise(e, "3, 4, 9, 6, 7, 8, 9.", prompt=QUESTIONS[0]) for e in (tiny.ours, tiny.theirs)]
     assert revised[0].text == revised[1].text
-
-
-def two_intervals(mask: int, start: int) -> Pass:
-    """Two heads and a group of two masks for each, at `start`."""
-    ids = [300, 301, mask, mask, mask, mask]
-    pos = [start, start + 1, start + 1, start + 2, start + 2, start + 3]
-    groups = [(start + 1 + j, start + 2 + 2 * j, start + 4 + 2 * j) for j in (0, 0, 1, 1)]
-    visible = [(start + 1, 0, 0), (start + 2, 0, 0), *groups]
-    gate = np.array([0, 0, 1, 1, 0, 1], np.float32)
-    arrays = [np.array(values, np.int32) for values in (ids, pos)]
-    rows = np.arange(6, dtype=np.int32)
-    return Pass("verify", *arrays, start, np.array(visible, np.int32), rows, 0.3, gate, logits=True)
-
-
-def short_steps(mask: int) -> Iterator[list[Pass]]:
-    """Forwards of three rows: ragged, causal, bidirectional, two intervals, gated, with logits."""
-    yield [causal("prefill", PROMPT[:n], 0) for n in (9, 14, 11)]
-    block = bidirectional("denoise", [300, mask, mask, 301, mask], 9, 0.1)
-    yield [
-        block._replace(logits=True),
-        causal("verify", [300, 310, 320], 14, predict_all=True),
-        two_intervals(mask, 11),
-    ]
-    draft = bidirectional("draft", [300] + [mask] * 6, 9, 0.0, adapter=True)
-    yield [draft, causal("decode", [305], 14, logits=True), causal("decode", [306], 13)]
-
-
-def long_steps(mask: int) -> Iterator[list[Pass]]:
-    """More of them, past the slots that a cache begins with."""
-    draft = bidirectional("draft", [300] + [mask] * 6, 9, 0.0, adapter=True)
-    yield [causal("prefill", (PROMPT * 8)[:n], 9) for n in (280, 3, 17)]
-    yield [two_intervals(mask, 289), draft, causal("verify", [300] * 6, 26, predict_all=True)]
-
-
-def check_steps(ours: TorchEngine, theirs: LoadedEngine, *, short: bool = False, tolerance: float = 2e-4) -> None:
-    """Every result of the steps, against ONNX Runtime; then rows are moved, and two of three used."""
-    mask = theirs.info.model.mask_id
-    a, b = ours.open(3), theirs.backend.open(3)
-    for passes in [*short_steps(mask), *([] if short else long_steps(mask))]:
-        for got, expected in zip(a.forward(passes), b.forward(passes), strict=True):
-            np.testing.assert_array_equal(got.token, expected.token)
-            np.testing.assert_array_equal(got.next_ids, expected.next_ids)
-            np.testing.assert_allclose(got.confidence, expected.confidence, rtol=tolerance, atol=tolerance)
-            assert (got.logits is None) == (expected.logits is None)
-            if got.logits is not None and expected.logits is not None:
-                np.testing.assert_allclose(got.logits, expected.logits, rtol=tolerance, atol=10 * tolerance)
-    for cache in (a, b):
-        cache.move(0, 2, 9)
-        cache.forward([causal("verify", [301] * 4, 9)], 1)
-    last = [causal("decode", [302], 9), causal("decode", [303], 13), causal("decode", [302], 9)]
-    for got, expected in zip(a.forward(last), b.forward(last), strict=True):
-        np.testing.assert_array_equal(got.token, expected.token)
-    a.close()
 
 
 def test_passes_equal_onnxruntime(pair: Pair) -> None:
@@ -263,7 +159,7 @@ def test_the_kernels_give_the_same_tokens_in_every_mode(tmp_path: Path) -> None:
     ]
     for case in spoken:
         expected, got = (nemodiff.generate(e, PROMPT[:3], max_new_tokens=4, **case) for e in (pair.ours, fused))
-        assert told(got) == told(expected)
+        assert without_times(got) == without_times(expected)
 
 
 def test_a_replay_equals_an_eager_run(pair: Pair) -> None:
@@ -279,7 +175,8 @@ def test_a_replay_equals_an_eager_run(pair: Pair) -> None:
     for case in ({"mode": "linear_spec"}, {"mode": "diffusion", "block_length": 5}):
         for prompt in QUESTIONS:
             expected = nemodiff.generate(pair.theirs, prompt, max_new_tokens=32, **case)
-            assert told(nemodiff.generate(engine, prompt, max_new_tokens=32, **case)) == told(expected)
+            got = nemodiff.generate(engine, prompt, max_new_tokens=32, **case)
+            assert without_times(got) == without_times(expected)
 
 
 def test_a_shape_that_cannot_be_captured_runs_eagerly(tiny: Pair) -> None:
@@ -352,11 +249,9 @@ def test_build_writes_the_weights_as_they_are(checkpoint: Path, tmp_path: Path, 
     carried = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
     names = {path.name for path in folder.iterdir()}
     assert names == carried | {"config.json", "manifest.json", "model.safetensors"}
-    info, weights, source = (
-        read_engine(folder),
-        load_file(folder / "model.safetensors"),
-        load_file(checkpoint / "model.safetensors"),
-    )
+    info = read_engine(folder)
+    weights = load_file(folder / "model.safetensors")
+    source = load_file(checkpoint / "model.safetensors")
     assert info.manifest.backend == "torch"
     assert info.build.dtype == dtype
     kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[dtype]
@@ -373,17 +268,19 @@ def test_build_writes_the_weights_as_they_are(checkpoint: Path, tmp_path: Path, 
 def test_commands_work_on_a_torch_engine(checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "engine"
     build = ("build", str(checkpoint), "-o", str(target), "--backend", "torch")
-    plan = json.loads(said(*build, "--dry-run", "--json"))
+    plan = json.loads(output_of(*build, "--dry-run", "--json"))
     assert not target.exists()
-    said(*build)
+    output_of(*build)
     assert plan["build"]["dtype"] == "bf16"
     assert plan["weight_bytes"] == plan["disk_needed"] == (target / "model.safetensors").stat().st_size
-    said(*build)  # an engine of its own kind is replaced
-    described = json.loads(said("inspect", str(target), "--json"))
+    output_of(*build)  # an engine of its own kind is replaced
+    described = json.loads(output_of("inspect", str(target), "--json"))
     assert described["engine"]["backend"] == "torch"
     assert described["graph"] is None
-    assert "engine       torch, bf16" in said("inspect", str(target))
-    answer = json.loads(said("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu"))
+    assert "engine       torch, bf16" in output_of("inspect", str(target))
+    answer = json.loads(
+        output_of("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu")
+    )
     assert len(answer["token_ids"]) <= 4
 
 
@@ -412,7 +309,7 @@ def test_building_needs_no_torch(checkpoint: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    ("device", "said"),
+    ("device", "fragment"),
     [
         ("cuda", "device is cuda:0, allowed: cpu (torch "),
         ("cuda:3", "device is cuda:3, allowed: cpu (torch "),
@@ -420,8 +317,8 @@ def test_building_needs_no_torch(checkpoint: Path, tmp_path: Path, monkeypatch: 
         ("-1", "device is '-1', allowed on torch"),
     ],
 )
-def test_devices_that_are_not_there(tiny: Pair, refused: Refused, device: str, said: str) -> None:
-    refused(["run", str(tiny.ours.folder), "-p", "x", "--device", device], said)
+def test_devices_that_are_not_there(tiny: Pair, refused: Refused, device: str, fragment: str) -> None:
+    refused(["run", str(tiny.ours.folder), "-p", "x", "--device", device], fragment)
 
 
 def test_a_gpu_for_onnxruntime(tiny: Pair, refused: Refused) -> None:
@@ -435,21 +332,21 @@ def test_flags_of_tensorrt(checkpoint: Path, tmp_path: Path, refused: Refused) -
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "fragment"),
     [
         (lambda w: w.pop("norm.weight"), "norm"),
         (lambda w: w.update({"norm.weight": w["norm.weight"][:-1]}), "norm is torch.float32 [255], not torch.float32"),
         (lambda w: w.update({"norm.weight": w["norm.weight"].astype(np.float16)}), "norm is torch.float16 [256]"),
     ],
 )
-def test_weights_of_another_engine(tiny: Pair, tmp_path: Path, change: Callable[[Any], Any], said: str) -> None:
+def test_weights_of_another_engine(tiny: Pair, tmp_path: Path, change: Callable[[Any], Any], fragment: str) -> None:
     folder = Path(shutil.copytree(tiny.ours.folder, tmp_path / "engine"))
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(EngineError, match="not the weights of this engine") as error:
         TorchEngine(folder, tiny.ours.info, "cpu")
-    assert said in str(error.value)
+    assert fragment in str(error.value)
 
 
 def test_weights_that_are_no_safetensors(tiny: Pair, tmp_path: Path) -> None:

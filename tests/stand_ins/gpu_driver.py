@@ -2,9 +2,8 @@
 
 `Driver` has the driver's functions, with real addresses of host memory and with streams that can be captured and
 replayed; a launched kernel runs in Triton's interpreter. `make_api` gives a TensorRT facade whose engine runs the
-folder's own ONNX graph with ONNX Runtime over the addresses that it is told. What this proves: which bytes the engine
-puts where, when, in which shape and order. What it does not: that CUDA or TensorRT do the same, how fast, or with which
-rounding.
+folder's own ONNX graph with ONNX Runtime over the addresses that it gets. So tests see which bytes the engine puts
+where, when, in which shape and order, but not whether CUDA or TensorRT do the same, how fast, or with which rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +47,10 @@ class Driver:
     CUstreamCaptureMode = enum.IntEnum("CUstreamCaptureMode", {"CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1})
 
     def __init__(self, *, sm: int = 89, count: int = 1, total: int = 2**33, capturable: bool = True) -> None:
-        self.sm, self.count, self.total, self.capturable = sm, count, total, capturable
+        self.sm = sm
+        self.count = count
+        self.total = total
+        self.capturable = capturable
         self.device: dict[int, Any] = {}  # address -> what holds its bytes
         self.host: dict[int, Any] = {}
         self.graphs = 0
@@ -138,13 +140,14 @@ class Driver:
         return self._copy("copy", self.device, dstDevice, self.device, srcDevice, ByteCount)
 
     def _copy(self, name: str, into: Any, target: int, out_of: Any, source: int, nbytes: int) -> tuple[int]:
-        to, of = self.span(into, target, nbytes), self.span(out_of, source, nbytes)
-        self.enqueue(name, lambda: np.copyto(to, of))
+        target_bytes = self.span(into, target, nbytes)
+        source_bytes = self.span(out_of, source, nbytes)
+        self.enqueue(name, lambda: np.copyto(target_bytes, source_bytes))
         return (OK,)
 
     def cuMemsetD8Async(self, dstDevice: int, uc: int, N: int, hStream: int) -> tuple[int]:
-        to = self.span(self.device, dstDevice, N)
-        self.enqueue("zero", lambda: to.fill(uc))
+        target_bytes = self.span(self.device, dstDevice, N)
+        self.enqueue("zero", lambda: target_bytes.fill(uc))
         return (OK,)
 
     def cuModuleLoadData(self, image: bytes) -> tuple[int, Stage]:
@@ -173,12 +176,12 @@ class Driver:
         assert (blockDimX, blockDimY, blockDimZ, hStream) == (32 * f.num_warps, 1, 1, STREAM)
         values, kinds = kernelParams
         assert values[-2:] == (None, None)
-        given = [
-            value if kind is ctypes.c_int32 else self._tensor(name, value)
-            for name, value, kind in zip(_parameters(f), values, kinds, strict=False)
-        ]
-        grid, constants = (gridDimX, gridDimY, gridDimZ), f.constants(self.model)
-        self.enqueue("kernel", lambda: f.load()[grid](*given, **constants))
+        arguments = []
+        for name, value, kind in zip(_parameters(f), values, kinds, strict=False):
+            arguments.append(value if kind is ctypes.c_int32 else self._tensor(name, value))
+        grid = (gridDimX, gridDimY, gridDimZ)
+        constants = f.constants(self.model)
+        self.enqueue("kernel", lambda: f.load()[grid](*arguments, **constants))
         return (OK,)
 
     def _tensor(self, name: str, address: int) -> torch.Tensor:
@@ -200,7 +203,8 @@ class Driver:
         return (OK,)
 
     def cuStreamEndCapture(self, hStream: int) -> tuple[int, Any]:
-        recorded, self.recording = self.recording, None
+        recorded = self.recording
+        self.recording = None
         return (OK, recorded) if self.capturable else (CAPTURE_INVALIDATED, None)
 
     def cuGraphInstantiate(self, hGraph: Any, flags: int) -> tuple[int, Any]:
@@ -236,15 +240,19 @@ class Engine:
 
     def __init__(self, folder: Path, info: EngineInfo, driver: Driver, made: Made) -> None:
         assert info.manifest.tensorrt is not None
-        self.profiles, self.driver, self.made = info.manifest.tensorrt.profiles, driver, made
+        self.profiles = info.manifest.tensorrt.profiles
+        self.driver = driver
+        self.made = made
         options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, 1
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
         graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
         self.values = {v.name: v.type.tensor_type for v in [*graph.input, *graph.output]}
         self.inputs = [v.name for v in graph.input]
         self.names = list(self.values)
-        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(self.profiles)
+        self.num_io_tensors = len(self.names)
+        self.num_optimization_profiles = len(self.profiles)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -298,9 +306,11 @@ class Context:
         assert self.scratch >= 4096
         assert self.infer_shapes() == []
         assert self.profile is not None
-        (rows, size), picked = self.shapes["ids"], self.shapes["rows"][1]
-        letters = {"B": rows, "S": size, "R": picked}
-        binding, kept = self.engine.session.io_binding(), list[Any]()
+        rows, size = self.shapes["ids"]
+        predicted = self.shapes["rows"][1]
+        letters = {"B": rows, "S": size, "R": predicted}
+        binding = self.engine.session.io_binding()
+        kept = list[Any]()  # what the binding points to
         for name in self.engine.names:
             value = self.engine.values[name]
             shape = [d.dim_value or letters[d.dim_param] for d in value.shape.dim]
@@ -311,14 +321,17 @@ class Context:
             array = raw.view(dtype).reshape(shape)
             ort = onnxruntime.OrtValue.ortvalue_from_numpy(array)
             kept.append((array, ort))
-            (binding.bind_ortvalue_input if name in self.engine.inputs else binding.bind_ortvalue_output)(name, ort)
+            if name in self.engine.inputs:
+                binding.bind_ortvalue_input(name, ort)
+            else:
+                binding.bind_ortvalue_output(name, ort)
             if name.endswith("_out"):
                 assert self.addresses[name] == self.addresses[name.removesuffix("_out")]
-        key = (self.profile, rows, size, picked)
+        executed = (self.profile, rows, size, predicted)
 
         def run() -> None:
             assert kept
-            self.engine.made.executed.append(key)
+            self.engine.made.executed.append(executed)
             self.engine.session.run_with_iobinding(binding)
 
         self.engine.driver.enqueue("execute", run)
@@ -327,7 +340,8 @@ class Context:
 
 def make_api(folder: Path, info: EngineInfo, driver: Driver) -> tuple[TensorRT, Made]:
     """A facade whose runtime gives the stand-in engine, and what it makes."""
-    about, made = info.manifest.tensorrt, Made()
+    about = info.manifest.tensorrt
+    made = Made()
     assert about is not None
 
     class Runtime:

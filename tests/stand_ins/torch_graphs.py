@@ -1,9 +1,9 @@
 """CUDA graphs played on the CPU: what torch does while it is captured, done again over the very same tensors.
 
-In: work in torch. Out: a graph whose replay repeats each operation that touched memory, with the arguments it had, and
-writes to the tensors it had written to. So whatever a capture would freeze is frozen here too: a number read on the
-host, a slice whose length the inputs decide, a tensor that is made anew. What it does not show: that CUDA can capture
-the operations, nor that Triton's launches are captured; the engine runs torch's own attention here.
+A replay repeats each operation that touched memory, with the arguments it had, and writes to the tensors it had written
+to. So whatever a capture would freeze is frozen here too: a number read on the host, a slice whose length the inputs
+decide, a tensor that is made anew. It does not show that CUDA can capture the operations, nor that launches of Triton
+kernels are captured; the engine runs torch's own attention here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""Launches an op's Triton kernels from numpy arrays: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemodiff.config import ModelConfig
+from nemodiff.plugins.op import Arg, Op, run
+
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "u8": torch.uint8}
+MASK = 100
+
+
+@pytest.fixture
+def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make Triton's interpreter multiply bf16 values; it keeps them as u16 and would multiply those."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    product = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.data.dtype != np.uint16:
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
+    """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN."""
+
+    def torch_type(arg: Arg) -> Any:
+        return TYPES[{"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        kind = torch_type(arg)
+        return torch.full(shape, float("nan") if kind.is_floating_point else -7, dtype=kind, device=DEVICE)
+
+    tensors = {
+        arg.name: torch.from_numpy(inputs[arg.name]).to(torch_type(arg)).to(DEVICE).contiguous()
+        for arg in op.inputs
+        if arg.name in inputs
+    }
+    outputs = run(op, model, tensors, new)
+    return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """f32 values as they are in another dtype."""
+    array: np.ndarray = torch.from_numpy(values).to(TYPES[dtype]).float().numpy()
+    return array
+
+
+def causal(start: int, size: int) -> np.ndarray:
+    """The `visible` of a causal pass of one row."""
+    visible = np.zeros((1, size, 3), np.int32)
+    visible[0, :, 0] = np.arange(start, start + size) + 1
+    return visible
+
+
+def groups(start: int, heads: int, size: int) -> np.ndarray:
+    """The `visible` of a quadratic pass of one row: heads, then a group for each."""
+    visible = np.zeros((1, heads * (size + 1), 3), np.int32)
+    visible[0, :heads, 0] = start + 1 + np.arange(heads)
+    for j in range(heads):
+        at = heads + j * size
+        visible[0, at : at + size] = (start + j + 1, start + at, start + at + size)
+    return visible
+
+
+def released(tiny: ModelConfig) -> ModelConfig:
+    """The head and vocabulary sizes of the 8B model."""
+    return dataclasses.replace(tiny, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=131072)
