@@ -1,8 +1,8 @@
 """An engine without a model, for tests of what lies above it: exact, fast, and strict about the contract.
 
-In: passes. Out: predictions that are a hash of precisely the ids and positions a query sees. A slot remembers what was
-written to it, so a row that is moved short, a prefix that is copied wrong or a query that sees another row's K/V
-changes the answer. Two of three tokens follow from the beginning of the text alone, so that drafts are often right.
+A token is a hash of precisely the ids and positions that its query sees. A slot remembers what was written to it, so a
+row that is moved short, a prefix that is copied wrong or a query that sees another row's K/V changes the answer. Two of
+three tokens follow from the beginning of the text alone, so that drafts are often right.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def toy(engine: nemodiff.LoadedEngine) -> nemodiff.LoadedEngine:
 
 
 class ToyEngine:
-    """See `nemodiff.runtime.engines.engine.Engine`; counts its open caches, and fails in the forwards it is told to."""
+    """See `nemodiff.runtime.engines.engine.Engine`; counts its open caches, and fails in the forwards `fails_at`."""
 
     samples = False
 
     def __init__(self, info: EngineInfo) -> None:
-        self.info, self.open_caches, self.forwards = info, 0, 0
+        self.info = info
+        self.open_caches = 0
+        self.forwards = 0
         self.fails_at: set[int] = set()
 
     def open(self, rows: int) -> ToyCache:
@@ -43,7 +45,9 @@ class ToyCache:
     """See `nemodiff.runtime.engines.engine.Cache`."""
 
     def __init__(self, engine: ToyEngine, rows: int) -> None:
-        self.seconds, self._engine, self._closed = 0.0, engine, False
+        self.seconds = 0.0
+        self._engine = engine
+        self._closed = False
         self.written = np.full((rows, 4096, 2), -1, np.int64)  # id and position by row and slot
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
@@ -69,23 +73,24 @@ class ToyCache:
     def _row(self, slots: np.ndarray, p: Pass) -> Prediction:
         model = self._engine.info.model
         slots[p.write_at : p.write_at + p.ids.size] = np.stack([p.ids, p.pos], axis=1)
-        token, confidence = np.empty(p.predicted.size, np.int32), np.empty(p.predicted.size, np.float32)
+        token = np.empty(p.predicted.size, np.int32)
+        confidence = np.empty(p.predicted.size, np.float32)
         logits = np.zeros((p.predicted.size, model.vocab_size), np.float32) if p.logits else None
         for i, row in enumerate(p.predicted.tolist()):
             prefix, begin, end = p.visible[row].tolist()
             seen = np.concatenate([slots[:prefix], slots[max(prefix, begin) : max(prefix, end)]])
             assert (seen >= 0).all(), "a query sees a slot that nobody has written"
-            wanted = int(p.pos[row]) + (p.ids[row] != model.mask_id)
-            known = seen[(seen[:, 0] != model.mask_id) & (seen[:, 1] < wanted)]
-            if _mixed(np.array([[wanted, 7]])) % 3:
+            position = int(p.pos[row]) + (p.ids[row] != model.mask_id)  # of the token that is predicted
+            known = seen[(seen[:, 0] != model.mask_id) & (seen[:, 1] < position)]
+            if _mixed(np.array([[position, 7]])) % 3:
                 known = known[known[:, 1] < START]
-            value = _mixed(np.concatenate([known, [[wanted, -1]]]))
+            value = _mixed(np.concatenate([known, [[position, -1]]]))
             token[i] = model.eos_ids[0] if value % 41 == 0 else 130 + value % 600
             confidence[i] = (value >> 16) % 1000 / 1000
             if logits is not None:  # two tokens that a sample may well be
                 logits[i, [130 + (value >> 8) % 600, token[i]]] = (9, 10)
-        pass_ = p.ids[p.predicted]
-        return Prediction(token, confidence, self._commit(pass_, token, confidence, p.threshold), logits)
+        next_ids = self._commit(p.ids[p.predicted], token, confidence, p.threshold)
+        return Prediction(token, confidence, next_ids, logits)
 
     def _commit(self, ids: np.ndarray, token: np.ndarray, confidence: np.ndarray, threshold: float) -> np.ndarray:
         masked = ids == self._engine.info.model.mask_id
