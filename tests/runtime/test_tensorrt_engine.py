@@ -36,6 +36,7 @@ from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.layout import PassShape
+from nemodiff.runtime.engines.tensorrt import cache as tensorrt_cache
 from nemodiff.runtime.engines.tensorrt import engine as tensorrt_engine
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
@@ -244,7 +245,7 @@ def test_shapes_are_rounded_and_graphs_are_kept_by_shape(setup: Setup, monkeypat
     for size in (33, 40):
         cache.forward([causal("prefill", (PROMPT * 4)[:size], 0)])
     assert made.executed[-2:] == [(1, 1, 64, 1)] * 2
-    monkeypatch.setattr(tensorrt_engine, "_KEPT_FORWARDS", 2)
+    monkeypatch.setattr(tensorrt_cache, "_KEPT_FORWARDS", 2)
     for size in (1, 2, 4, 1, 1):
         cache.forward([causal("decode", PROMPT[:size], 0)])
     gc.collect()
