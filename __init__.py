@@ -11,10 +11,11 @@ from .runtime.editing.infill import Filled, fill, infill
 from .runtime.editing.revise import Revised, revise
 from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
 from .runtime.generate import events, generate, generate_many, stream
+from .runtime.handle import Handle
 from .runtime.loading import LoadedEngine, load
 from .runtime.requests.generation import Acceptance, Generation
 from .runtime.requests.options import Options
-from .runtime.scheduler import Handle, Scheduler, Statistics
+from .runtime.scheduler import Scheduler, Statistics
 
 __all__ = [
     "MODES",

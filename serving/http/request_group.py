@@ -15,8 +15,9 @@ from starlette.requests import Request
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished
+from ...runtime.handle import Handle, Listener
 from ...runtime.requests.prepare import Prompt
-from ...runtime.scheduler import Handle, Listener, Scheduler
+from ...runtime.scheduler import Scheduler
 
 
 class RequestTimeoutError(NemodiffError):

@@ -15,7 +15,8 @@ from typing import Any
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished, Text
-from ...runtime.scheduler import Handle, Scheduler
+from ...runtime.handle import Handle
+from ...runtime.scheduler import Scheduler
 from ..metrics import ServerStats
 from .metrics import TritonMetrics
 from .parameters import TritonRequest
