@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ..runtime.requests.generation import Generation
 
 
-def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_denoise: bool) -> Generation:
-    """Return the answer of one request; on the way print its text or its passes as they come."""
+def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_denoise: bool) -> Iterator[Generation]:
+    """The answers as they become complete; on the way text or passes are printed as they come."""
     from ..runtime.events.events import Finished, Step, Text
     from ..runtime.events.terminal import line
 
@@ -24,8 +24,7 @@ def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_
         elif isinstance(event, Text) and stream:
             click.echo(event.text, nl=False)
         elif isinstance(event, Finished):
-            return event.generation
-    raise AssertionError("a request without an end")
+            yield event.generation
 
 
 def print_statistics(answer: Generation) -> None:

@@ -49,7 +49,8 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
             elif line:
                 turn: list[Message] = [*messages, {"role": "user", "content": line}]
                 try:
-                    answer = follow(loaded, scheduler.submit(turn, **choices), stream=True, show_denoise=False)
+                    events = scheduler.submit(turn, **choices)
+                    answer = next(follow(loaded, events, stream=True, show_denoise=False))
                 except RequestError as error:
                     click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
                     continue

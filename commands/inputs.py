@@ -33,23 +33,24 @@ def read_text(path: Path) -> str:
         raise not_utf8(str(path), error) from None
 
 
-def read_prompts(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and prompt (text or messages) of each line of a JSON-lines file. Raises RequestError."""
+def read_prompts(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the prompt (text or messages) of each line of a JSON-lines file. Raises RequestError."""
     try:
         lines = read_text(path).split("\n")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file of JSON lines") from None
     for number, text in enumerate(lines, 1):
         if text.strip():
-            yield number, _parse_prompt(text, f"{path}, line {number}")
+            place = f"{path}, line {number}"
+            yield place, _parse_prompt(text, place)
 
 
-def _parse_prompt(text: str, where: str) -> Any:
+def _parse_prompt(text: str, place: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON ({error}); one object per line is allowed") from None
-    check_text(json.dumps(value, ensure_ascii=False), where)
+        raise RequestError(f"{place}: not JSON ({error}); one object per line is allowed") from None
+    check_text(json.dumps(value, ensure_ascii=False), place)
     fields = value if isinstance(value, dict) else {}
     prompt = fields.get("prompt")
     messages = fields.get("messages")
@@ -58,7 +59,7 @@ def _parse_prompt(text: str, where: str) -> Any:
     if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
         return messages
     raise RequestError(
-        f'{where}: allowed: an object with "prompt" (text) or "messages" (a list of role and content); fix the line'
+        f'{place}: allowed: an object with "prompt" (text) or "messages" (a list of role and content); fix the line'
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from .inputs import read_prompts, read_stdin
 
 if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine
-    from ..runtime.requests.generation import Generation
     from ..runtime.requests.sequence import Sequence
 
 
@@ -86,69 +85,51 @@ def run(
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
     from ..runtime.events.trace import record
-    from ..runtime.generate import events
-    from ..runtime.loading import load
-
-    choices["chat"] = not raw
-
-    def show(answer: Generation) -> None:
-        click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
-        if stats:
-            print_statistics(answer)
-
-    if input_file is not None:
-        prompts = list(read_prompts(input_file))
-        loaded = load(engine, threads=threads, device=device)
-        _answer_lines(loaded, input_file, prompts, batch_size, not no_prefix_reuse, trace, show, choices)
-        return
-    text = prompt
-    if text is None:
-        text = read_stdin("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
-    check_text(text, "--prompt")
-    loaded = load(engine, threads=threads, device=device)
-    traced = trace is not None
-    happening = events(loaded, [text], steps=show_denoise or traced, text=stream or traced, **choices)
-    with record(trace, loaded) as write:
-        show(follow(loaded, map(write, happening), stream=stream, show_denoise=show_denoise))
-
-
-def _answer_lines(
-    engine: LoadedEngine,
-    path: Path,
-    lines: list[tuple[int, Any]],
-    rows: int,
-    prefix_reuse: bool,
-    trace: Path | None,
-    show: Callable[[Generation], None],
-    choices: dict[str, Any],
-) -> None:
-    """Answer the prompts of a file, in its order; all of them are checked before the first is run."""
-    from ..runtime.events.events import answers
-    from ..runtime.events.trace import record
     from ..runtime.generate import sequence_events
-    from ..runtime.loading import check_rows
+    from ..runtime.loading import check_rows, load
+
+    prompts = list(read_prompts(input_file)) if input_file is not None else [("", _one_prompt(prompt))]
+    loaded = load(engine, threads=threads, device=device)
+    check_rows(loaded, batch_size)
+    events = sequence_events(
+        loaded,
+        _submitted(_prepared(loaded, prompts, {**choices, "chat": not raw})),
+        rows=batch_size,
+        prefix_reuse=input_file is not None and not no_prefix_reuse,
+        steps=show_denoise or trace is not None,
+        text=stream or trace is not None,
+    )
+    with record(trace, loaded) as write:
+        for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
+            click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+            if stats:
+                print_statistics(answer)
+
+
+def _one_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        prompt = read_stdin("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
+    check_text(prompt, "--prompt")
+    return prompt
+
+
+def _prepared(engine: LoadedEngine, prompts: list[tuple[str, Any]], choices: dict[str, Any]) -> list[Sequence]:
+    """Every prompt as a request, so that the last one is checked before the first is run. Raises RequestError."""
     from ..runtime.requests.options import make_options
     from ..runtime.requests.prepare import prepare
 
-    request = make_options(choices)
-    check_rows(engine, rows)
+    options = make_options(choices)
     sequences = []
-    for number, prompt in lines:
+    for place, prompt in prompts:
         try:
-            sequences.append(prepare(engine, prompt, request))
+            sequences.append(prepare(engine, prompt, options))
         except RequestError as error:
-            raise RequestError(f"{path}, line {number}: {error}") from None
-    traced = trace is not None
-    happening = sequence_events(
-        engine, _submitted(sequences), rows=rows, prefix_reuse=prefix_reuse, steps=traced, text=traced
-    )
-    with record(trace, engine) as write:
-        for answer in answers(map(write, happening)):
-            show(answer)
+            raise RequestError(f"{place}: {error}" if place else str(error)) from None
+    return sequences
 
 
 def _submitted(sequences: list[Sequence]) -> Iterator[Sequence]:
-    """The sequences as rows become free; their times count from then, not from the check of the file."""
+    """The requests as rows become free; their times count from then, not from their preparation."""
     for sequence in sequences:
         sequence.submitted = time.perf_counter()
         yield sequence

@@ -79,13 +79,13 @@ def test_options_reach_the_request(tiny_engine: Path) -> None:
     "options", [["--mode", m] for m in nemodiff.MODES] + [["--mode", "diffusion", "--merge-commit"]]
 )
 def test_show_denoise_tells_the_answers_own_tokens(tiny_engine: Path, options: list[str]) -> None:
-    """Also where masks stand behind a prompt or a block, whose predictions are another thing."""
-    asked = ["-p", "Count from 3 to 9.", "--block-length", 4, "--groups", "all", "--max-new-tokens", 16]
-    shown = run("run", tiny_engine, *asked, *options, "--show-denoise")
-    told = [ast.literal_eval(line.split(" tokens -> ")[1]) for line in shown.stderr.splitlines() if "-> " in line]
-    assert told[0] == shown.stdout[0] == "3"
-    assert all(text.partition("░")[0] in shown.stdout for text in told)
-    assert ("merge" in options[-1]) == any(len(text) > 1 for text in told)
+    """Also where masks stand after a prompt or a block, whose predictions are another thing."""
+    prompt = ["-p", "Count from 3 to 9.", "--block-length", 4, "--groups", "all", "--max-new-tokens", 16]
+    shown = run("run", tiny_engine, *prompt, *options, "--show-denoise")
+    texts = [ast.literal_eval(line.split(" tokens -> ")[1]) for line in shown.stderr.splitlines() if "-> " in line]
+    assert texts[0] == shown.stdout[0] == "3"
+    assert all(text.partition("░")[0] in shown.stdout for text in texts)
+    assert ("merge" in options[-1]) == any(len(text) > 1 for text in texts)
 
 
 def test_prompt_from_standard_input(tiny_engine: Path) -> None:
@@ -104,8 +104,8 @@ def test_input_file_gives_one_answer_per_line(tiny_engine: Path, tmp_path: Path,
 
 
 def test_chat_keeps_the_conversation(tiny_engine: Path) -> None:
-    said = "Count from 3 to 9.\n\n/what\nCount from 3 to 9.\n/reset\nCount from 3 to 9.\n/exit\nnever\n"
-    result = run("chat", tiny_engine, "--mode", "ar", "--max-new-tokens", "12", stdin=said)
+    lines = "Count from 3 to 9.\n\n/what\nCount from 3 to 9.\n/reset\nCount from 3 to 9.\n/exit\nnever\n"
+    result = run("chat", tiny_engine, "--mode", "ar", "--max-new-tokens", "12", stdin=lines)
     assert result.exit_code == 0
     first, second, third = result.stdout.splitlines()
     assert first == third

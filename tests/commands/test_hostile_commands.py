@@ -1,6 +1,6 @@
 """Wrong requests, on the command line and in Python: each is refused with one line before a token is decoded.
 
-Surprising: a prompt can be wrong without any wrong flag. JSON spells halves of surrogate pairs, a shell passes on bytes
+A prompt can be wrong without any wrong flag: JSON spells halves of surrogate pairs, a shell passes on bytes
 that are no text, and a valid JSON line may hold a line end of Unicode.
 """
 
