@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +20,7 @@ from conftest import Refused
 from safetensors.numpy import load_file, save_file
 
 from nemodiff.builder.build import Builder
-from nemodiff.errors import BuildError, CheckpointError
+from nemodiff.errors import CheckpointError
 
 Break = Callable[[Path], object]
 
@@ -389,80 +387,6 @@ def test_numbers_beyond_f16_are_refused_with_the_dtype_that_fits(
     refused([*arguments, "f16"], f"tensor {Q_PROJ} holds", "f16 allowed: up to 65504", "build with --dtype f32")
 
 
-@pytest.mark.parametrize(
-    ("flags", "code", "fragments"),
-    [
-        pytest.param(
-            ["--max-seq-len", "262145"],
-            1,
-            ["--max-seq-len is 262145, allowed: 1 to 262144"],
-            id="longer than the model",
-        ),
-        pytest.param(["--max-seq-len", "0"], 2, ["'--max-seq-len': 0"], id="no length"),
-        pytest.param(["--block-length", "0"], 2, ["'--block-length': 0"], id="block 0"),
-        pytest.param(["--block-length", "65"], 1, ["--block-length is 65, allowed: 1 to 64"], id="block 65"),
-        pytest.param(["--block-length", "x"], 2, ["--block-length", "'x'"], id="block is text"),
-        pytest.param(["--max-batch-size", "0"], 1, ["--max-batch-size is 0, allowed: 1 to 4096"], id="no rows"),
-        pytest.param(["--dtype", "int8"], 2, ["'int8'", "'f32', 'f16'"], id="dtype"),
-        pytest.param(["--json"], 2, ["--json goes with --dry-run"], id="json without dry run"),
-        pytest.param(["--tokens", "1"], 2, ["No such option", "--tokens"], id="unknown flag"),
-    ],
-)
-def test_build_flags_out_of_range_are_refused(
-    checkpoint: Path, refused: Refused, flags: list[str], code: int, fragments: list[str]
-) -> None:
-    refused(["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *flags], *fragments, code=code)
-
-
-@pytest.mark.parametrize("output", ["file", "folder", "link", "file/engine"])
-def test_output_that_is_something_else_is_kept(checkpoint: Path, refused: Refused, output: str) -> None:
-    root = checkpoint.parent
-    (root / "file").write_text("precious")
-    (root / "folder").mkdir()
-    (root / "folder" / "thesis.txt").write_text("precious")
-    (root / "link").symlink_to(root / "nowhere")
-    refused(["build", str(checkpoint), "-o", str(root / output)], f"{root / output}: ", "choose another --output")
-
-
-def test_output_that_is_the_checkpoint_is_refused(checkpoint: Path, refused: Refused) -> None:
-    refused(["build", str(checkpoint), "-o", str(checkpoint)], "is not an engine", "choose another --output")
-
-
-def test_checkpoint_inside_the_engine_to_replace_is_kept(checkpoint: Path, refused: Refused) -> None:
-    engine = checkpoint.parent / "engine"
-    Builder(checkpoint, engine).run()
-    checkpoint.rename(engine / "checkpoint")
-    refused(["build", str(engine / "checkpoint"), "-o", str(engine)], str(engine), "choose another --output")
-
-
-def test_full_disk_is_refused_before_a_byte_is_written(
-    checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024))
-    engine = checkpoint.parent / "engine"
-    refused(
-        ["build", str(checkpoint), "-o", str(engine)],
-        f"{engine}: the engine needs 64.",
-        "1.0 KiB are free",
-        "--dtype f16",
-    )
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("no/such/folder", id="path"), pytest.param("nowhere", id="word"), pytest.param("a/b@", id="id")],
-)
-def test_checkpoint_that_is_not_there(tmp_path: Path, refused: Refused, name: str) -> None:
-    refused(
-        ["build", name, "-o", str(tmp_path / "engine")], f"{name}: no such folder; give a checkpoint folder or a hub id"
-    )
-
-
-def test_checkpoint_that_is_a_file(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(["build", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "engine")], "no such folder; give a")
-
-
 def test_python_raises_the_same_line(checkpoint: Path) -> None:
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: missing; give a complete checkpoint folder"):
@@ -474,19 +398,3 @@ def test_unknown_fields_are_listed_and_do_not_stop_a_build(checkpoint: Path) -> 
     builder = Builder(checkpoint, checkpoint.parent / "engine")
     assert builder.plan().unknown_fields == ("flux_capacitor",)
     assert (builder.run() / "manifest.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("choices", "fragment"),
-    [
-        ({"block_length": 0}, "--block-length is 0, allowed: 1 to 64"),
-        ({"block_length": "8"}, "--block-length is '8', allowed"),
-        ({"max_seq_len": 0}, "--max-seq-len is 0, allowed"),
-        ({"max_batch_size": True}, "--max-batch-size is True, allowed"),
-        ({"dtype": "f64"}, "--dtype is 'f64', allowed on onnxruntime: f32, f16"),
-    ],
-)
-def test_choices_out_of_range_in_python(checkpoint: Path, choices: dict[str, Any], fragment: str) -> None:
-    with pytest.raises(BuildError) as caught:
-        Builder(checkpoint, checkpoint.parent / "engine", **choices)
-    assert fragment in str(caught.value)

@@ -1,4 +1,4 @@
-"""TensorRT engines, built without a GPU: both lowerings for every target, the guards, the refusals, and inspect.
+"""TensorRT engines, built without a GPU: both lowerings for every target, the guards, and inspect.
 
 The two ops as plugins come from `creators.py`, which could not run them. The tests show that the parser takes a plugin
 where one is registered, and that a build which does not get the lowering it needs is refused.
@@ -28,19 +28,17 @@ from onnx import TensorProto, helper
 from stand_ins.checkpoints import TINY_CHAT, random_tensors
 
 import nemodiff
-from nemodiff.builder import resources
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
-from nemodiff.builder.compilers import checks, choices, compile, tensorrt
+from nemodiff.builder.compilers import checks, compile, tensorrt
 from nemodiff.builder.compilers.choices import RTX_SMS, Choices
 from nemodiff.builder.compilers.tensorrt import Job
-from nemodiff.builder.graph.stages import split
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
 from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
 from nemodiff.engine_folder import Kernel, Profile, read_engine
 from nemodiff.errors import BuildError, EngineError
-from nemodiff.plugins import OPS, SAMPLED
+from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load
 
 pytestmark = [
@@ -298,150 +296,21 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.02)
 
 
-# Refusals.
-
-RTX = ["--backend", "tensorrt-rtx"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "fragments"),
-    [
-        pytest.param([*RTX, "--dtype", "f32"], ["--dtype is 'f32', allowed on tensorrt-rtx: bf16, f16"], id="f32"),
-        pytest.param(["--dtype", "bf16"], ["--dtype is 'bf16', allowed on onnxruntime: f32, f16"], id="bf16"),
-        pytest.param(
-            [*RTX, "--sm", "90"], ["--sm is 90, allowed on tensorrt-rtx: 80, 86", "--backend tensorrt"], id="sm"
-        ),
-        pytest.param(["--sm", "80"], ["--sm: not a choice of --backend onnxruntime"], id="sm on onnxruntime"),
-        pytest.param(["--plugins"], ["--plugins: not a choice of --backend onnxruntime"], id="plugins on onnxruntime"),
-        pytest.param(["--no-logits"], ["--no-logits: not a choice of --backend onnxruntime"], id="no logits"),
-        pytest.param(["--max-input-len", "8"], ["--max-input-len: not a choice"], id="input length on onnxruntime"),
-        pytest.param(
-            ["--backend", "tensorrt", "--sm", "80"], ["--sm: TensorRT builds for the GPU it runs on"], id="gpu"
-        ),
-        pytest.param([*RTX, "--timing-cache", "x"], ["--timing-cache: TensorRT-RTX times nothing"], id="timing cache"),
-        pytest.param([*RTX, "--version-compatible"], ["--version-compatible: needs a lean runtime"], id="version"),
-        pytest.param([*RTX, "--strip-weights"], ["--strip-weights: ", "NVIDIA driver"], id="strip", marks=NO_DRIVER),
-        pytest.param([*RTX, "--refit"], ["--refit: ", "NVIDIA driver"], id="refit", marks=NO_DRIVER),
-        pytest.param([*RTX, "--refit", "--strip-weights"], ["allowed: one of them"], id="both"),
-        pytest.param([*RTX, "--opt-level", "6"], ["--opt-level is 6, allowed: 0 to 5"], id="level"),
-        pytest.param([*RTX, "--workspace", "0"], ["--workspace is 0, allowed: 1 MiB"], id="workspace"),
-        pytest.param([*RTX, "--max-input-len", "99999999"], ["--max-input-len is 99999999, allowed: 1 to"], id="chunk"),
-        pytest.param([*RTX, "--max-input-len", "0"], ["--max-input-len is 0, allowed"], id="no chunk"),
-        pytest.param([*RTX, "--max-batch-size", "3000"], ["the K/V cache of that many rows", "use --max-b"], id="rows"),
-        pytest.param(
-            [*RTX, "--max-seq-len", "262144", "--max-input-len", "262144", "--max-batch-size", "1"],
-            ["--max-input-len is 262144", "use --max-input-len 4095 or less"],
-            id="tokens of a pass",
-        ),
-        pytest.param(
-            [*RTX, "--workspace", "1"], ["building failed", "OutOfMemory", "larger --workspace"], id="scratch"
-        ),
-    ],
-)
-def test_refused(tmp_path: Path, refused: Refused, flags: list[str], fragments: list[str]) -> None:
-    refused(["build", str(TINY_CHAT), "-o", str(tmp_path / "engine"), *flags], *fragments)
-
-
-def test_sm_must_be_numbers(tmp_path: Path, refused: Refused) -> None:
-    refused(["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *RTX, "--sm", "ada"], "--sm is 'ada'", code=2)
-
-
-@pytest.mark.parametrize(
-    ("backend", "module"), [("tensorrt-rtx", "no_such_tensorrt_rtx"), ("tensorrt", "no_such_tensorrt")]
-)
-def test_missing_package(
-    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, backend: str, module: str
-) -> None:
-    monkeypatch.setitem(choices.load.__globals__["MODULES"], backend, module)
-    arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "engine"), "--backend", backend]
-    refused(arguments, f"--backend {backend}: the package {module} cannot be imported", "pip install ")
-
-
-def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *RTX]
-    with monkeypatch.context() as patch:
-        patch.setattr(resources, "memory_free", lambda: 2**20)
-        refused(arguments, "compiling needs about", "of memory, 1.0 MiB are free")
-    with monkeypatch.context() as patch:
-        patch.setattr(resources, "disk_free", lambda path: 2**20)
-        refused(arguments, "of disk, 1.0 MiB are free")
-
-
-@NO_DRIVER
-def test_stripping_without_a_driver_fails_in_the_library_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "device_sm", lambda: 89)
-    with pytest.raises(BuildError, match=r"building failed \(.*CUDA_SUCCESS"):
-        small(checkpoint, choices=Choices(sm=(89,), strip_weights=True)).run()
-
-
-@NO_DRIVER
-def test_full_tensorrt_needs_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(checkpoint.parent, monkeypatch)
-    with pytest.raises(BuildError, match="needs a GPU and its driver to build"):
-        small(checkpoint, backend="tensorrt", choices=Choices()).run()
-
-
-def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With TensorRT-RTX in TensorRT's place, since no package holds the full builder."""
-    stand_in(checkpoint.parent, monkeypatch)
-    monkeypatch.setattr(choices, "device_sm", lambda: 90)
-    cache = checkpoint.parent / "timing"
-    flags = Choices(timing_cache=cache, opt_level=1, workspace=512)
-    info = read_engine(small(checkpoint, backend="tensorrt", choices=flags).run())
-    about = info.manifest.tensorrt
-    assert about is not None
-    assert (info.manifest.backend, about.sms) == ("tensorrt", (90,))
-    assert about.flags == ("--timing-cache", "--workspace", "--opt-level")
-    assert cache.stat().st_size > 0
-
-
-def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(checkpoint.parent, monkeypatch)
-    monkeypatch.setattr(choices, "device_sm", lambda: 90)
-    monkeypatch.setattr(tensorrt, "CREATORS", "stand_ins.creators:stages")
-    folder = checkpoint.parent / "library"  # the stand-in parses plugins as TensorRT-RTX does
-    folder.mkdir()
-    monkeypatch.setenv("LD_LIBRARY_PATH", library_folder(folder)["LD_LIBRARY_PATH"])
-    about = read_engine(small(checkpoint, backend="tensorrt", choices=Choices(plugins=True)).run()).manifest.tensorrt
-    assert about is not None
-    assert about.layers["plugin"] == {
-        "BlockAttentionSplit": 2,
-        "BlockAttentionMerge": 2,
-        "ConfidenceCommitScan": 1,
-        "ConfidenceCommitRule": 1,
-    }
-    assert about.layers["native"] == {"KV_CACHE_UPDATE": 4, "ROTARY_EMBEDDING": 4}
-
-
-def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
-    graph = split(small(checkpoint).graph.proto, OPS).graph
-    nodes = {node.name: node for node in graph.node}
-    first, second = (nodes[f"layers.1.self_attn.BlockAttention{part}"] for part in ("Split", "Merge"))
-    assert list(first.input[1:]) == ["k_cache_1_out", "v_cache_1_out", "visible"]
-    assert list(first.output) == ["layers.1.self_attn.part", "layers.1.self_attn.stats"]
-    assert list(second.input) == [first.input[0], *first.output]
-    assert list(second.output) == ["layers.1.self_attn"]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in second.attribute}
-    assert attributes == {"scale": 0.25, "plugin_namespace": b"nemodiff", "aot": 1}
-    made = {"", *(v.name for v in graph.input), *(t.name for t in graph.initializer)}
-    for node in graph.node:  # still in order
-        assert set(node.input) <= made, node.name
-        made |= set(node.output)
-
-
-def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "modules").mkdir()
-    text = "from tensorrt_rtx import *\nfrom tensorrt_rtx import __version__\n"
-    (folder / "modules" / "tensorrt.py").write_text(text)
-    monkeypatch.syspath_prepend(folder / "modules")
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-
-
 # The plan, inspect, and loading.
 
 
 def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
-    arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *RTX, "--max-batch-size", "90", "--dry-run"]
+    arguments = [
+        "build",
+        str(TINY_CHAT),
+        "-o",
+        str(tmp_path / "e"),
+        "--backend",
+        "tensorrt-rtx",
+        "--max-batch-size",
+        "90",
+        "--dry-run",
+    ]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     plan = json.loads(result.stdout)
     weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes
