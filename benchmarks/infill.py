@@ -104,12 +104,12 @@ def suffix_as_context(engine: LoadedEngine, hole: Hole) -> tuple[list[int], int]
         begin = len(before) + size
         at = np.arange(begin, begin + len(after), dtype=np.int32)
         visible = np.stack([np.full_like(at, len(before)), np.full_like(at, begin), at + 1], axis=1)
-        row.ask(Pass("verify", np.array(after, np.int32), at, begin, visible, every_token(len(after))))
+        row.run(Pass("verify", np.array(after, np.int32), at, begin, visible, every_token(len(after))))
         block = [row.mask_id] * size
         while row.mask_id in block:
             pass_ = bidirectional("denoise", block, len(before), 0.9)
             pass_.visible[:, 1:] = begin, begin + len(after)
-            block = row.ask(pass_).next_ids.tolist()
+            block = row.run(pass_).next_ids.tolist()
         return block, sum(row.nfe.values()) - row.nfe["prefill"]
 
 
