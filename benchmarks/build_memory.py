@@ -29,7 +29,7 @@ RUN = """
 import json, sys, time
 from pathlib import Path
 from nemodiff.runtime.engines.engine import causal
-from nemodiff.runtime.generate import load
+from nemodiff.runtime.loading import load
 
 def status():
     pairs = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -26,7 +26,8 @@ import json, sys, time
 marks = [time.perf_counter()]
 import onnxruntime
 marks.append(time.perf_counter())
-from nemodiff.runtime.generate import generate, load
+from nemodiff.runtime.generate import generate
+from nemodiff.runtime.loading import load
 marks.append(time.perf_counter())
 engine = load(sys.argv[1], threads=int(sys.argv[2]))
 marks.append(time.perf_counter())
