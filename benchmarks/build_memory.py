@@ -43,7 +43,7 @@ for size in (1, 8, 32):
     times = []
     for _ in range(4):
         before = cache.seconds
-        cache.forward([causal("verify", [300] * size, 10, every_row=True)])
+        cache.forward([causal("verify", [300] * size, 10, predict_all=True)])
         times.append(cache.seconds - before)
     seconds[size] = round(min(times), 3)
 memory = status()
