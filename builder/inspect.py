@@ -80,6 +80,7 @@ def _graph(path: Path) -> dict[str, Any]:
 
 def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
     """What the engine says about its layers, profile by profile; None without a GPU that it was built for."""
+    # What follows has not been executed on a GPU (docs/log.md).
     about = info.manifest.tensorrt
     if about is None or device_sm() not in about.sms or about.implementation == "plugin":
         return None
