@@ -25,7 +25,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import Refused, snapshot
 from onnx import TensorProto, helper
-from stand_ins.checkpoints import TINY_CHAT, random_tensors
+from stand_ins.checkpoints import TINY_CHAT, random_tensors, write_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -143,8 +143,6 @@ def test_profiles_keep_a_pass_within_limits(checkpoint: Path) -> None:
 
 
 def test_bf16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
-    from stand_ins.checkpoints import write_checkpoint
-
     folder = write_checkpoint(tmp_path / "checkpoint", dtype="bf16", hidden_size=70)
     builder = small(folder)
     path = tmp_path / "weights"
@@ -300,17 +298,8 @@ def wait_for(condition: Any) -> None:
 
 
 def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
-    arguments = [
-        "build",
-        str(TINY_CHAT),
-        "-o",
-        str(tmp_path / "e"),
-        "--backend",
-        "tensorrt-rtx",
-        "--max-batch-size",
-        "90",
-        "--dry-run",
-    ]
+    flags = ["--backend", "tensorrt-rtx", "--max-batch-size", "90", "--dry-run"]
+    arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *flags]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     plan = json.loads(result.stdout)
     weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes

@@ -91,6 +91,7 @@ def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyP
 @NO_DRIVER
 def test_stripping_without_a_driver_fails_in_the_library_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "device_sm", lambda: 89)
+    stripped = Choices(sm=(89,), strip_weights=True)
+    builder = Builder(checkpoint, checkpoint.parent / "engine", backend="tensorrt-rtx", choices=stripped)
     with pytest.raises(BuildError, match=r"building failed \(.*CUDA_SUCCESS"):
-        stripped = Choices(sm=(89,), strip_weights=True)
-        Builder(checkpoint, checkpoint.parent / "engine", backend="tensorrt-rtx", choices=stripped).run()
+        builder.run()
