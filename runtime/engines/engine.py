@@ -43,7 +43,7 @@ class Pass(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """One row's results. The arrays are views that the next forward overwrites; copy what must last."""
+    """One row's results, read-only. The arrays are views that the next forward overwrites; copy what must last."""
 
     token: np.ndarray  # (R,) i32
     confidence: np.ndarray  # (R,) f32
@@ -78,6 +78,13 @@ class Engine(Protocol):
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
         ...
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view of an array that refuses to be written, for a `Prediction`."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def causal(kind: PassKind, ids: Sequence[int], start: int, *, predict_all: bool = False, logits: bool = False) -> Pass:

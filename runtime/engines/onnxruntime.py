@@ -18,7 +18,7 @@ import numpy as np
 from ...contract import Binding, cache_names, inputs, outputs
 from ...engine_folder import MODEL_FILE, EngineInfo
 from ...errors import EngineError
-from .engine import Pass, Prediction
+from .engine import Pass, Prediction, read_only
 from .layout import PassShape
 
 FIRST_CAPACITY = 256  # tokens
@@ -189,6 +189,9 @@ class _Forward:
         inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
         self._inputs = [self._row(row, inputs_of_row) for row in range(shape.rows)]
         outputs_of_row = ("token", "confidence", "next_ids", "logits")
+        for name in outputs_of_row:
+            if name in self.arrays:
+                self.arrays[name] = read_only(self.arrays[name])
         self._whole = [Prediction(*self._row(row, outputs_of_row)) for row in range(shape.rows)]
         # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
         self._last_predicted: list[np.ndarray | None] = [None] * shape.rows

@@ -276,6 +276,14 @@ def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.Loade
     np.testing.assert_allclose(cache.forward([causal("decode", [302], lengths[3])])[0].confidence, got[3], atol=1e-6)
 
 
+def test_predictions_are_read_only(engine: nemodiff.LoadedEngine) -> None:
+    """Whole and cut short by another row's length, with logits and without."""
+    long = causal("verify", PROMPT, 0, predict_all=True, logits=True)
+    for prediction in engine.backend.open(2).forward([long, causal("prefill", PROMPT[:3], 0)]):
+        arrays = [array for array in prediction if array is not None]
+        assert [array.flags.writeable for array in arrays] == [False] * len(arrays)
+
+
 def test_logits_come_with_a_pass_that_asks_for_them(
     engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel
 ) -> None:

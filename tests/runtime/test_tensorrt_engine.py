@@ -289,6 +289,17 @@ def test_long_passes_run_in_pieces(setup: Setup) -> None:
         backend.open(1).forward([causal("verify", [*PROMPT, 300], 300)])
 
 
+def test_predictions_are_read_only(setup: Setup) -> None:
+    """Views, copies of a forward that runs in parts, and the joined pieces of a long pass."""
+    _, backend, _, _ = setup.load()
+    cache = backend.open(3)
+    one = causal("verify", PROMPT, 0, predict_all=True, logits=True)
+    long = causal("prefill", PROMPT * 8, 0, logits=True)
+    for passes in ([one], [one] * 3, [long]):
+        for prediction in cache.forward(passes):
+            assert [array.flags.writeable for array in prediction if array is not None] == [False] * 4
+
+
 def test_rows_may_start_anywhere_and_moves_copy_what_was_written(setup: Setup) -> None:
     _, backend, _, _ = setup.load()
     cache = backend.open(4)

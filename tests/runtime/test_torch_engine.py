@@ -202,6 +202,12 @@ def test_a_cache_that_grows_drops_its_graphs(tiny: Pair, monkeypatch: pytest.Mon
     assert len(device.graphs) == 4  # of one shape, at 64, 128, 256 and 512 slots
 
 
+def test_predictions_are_read_only(tiny: Pair) -> None:
+    pass_ = causal("verify", PROMPT, 0, predict_all=True, logits=True)
+    (prediction,) = tiny.ours.backend.open(1).forward([pass_])
+    assert [array.flags.writeable for array in prediction if array is not None] == [False] * 4
+
+
 def test_closed_caches_are_used_again_but_for_grown_ones(tiny: Pair) -> None:
     backend = TorchEngine(tiny.ours.folder, tiny.ours.info, "cpu")
     first = backend.open(2)

@@ -14,7 +14,7 @@ import numpy as np
 
 import nemodiff
 from nemodiff.engine_folder import EngineInfo
-from nemodiff.runtime.engines.engine import Pass, Prediction
+from nemodiff.runtime.engines.engine import Pass, Prediction, read_only
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 START = 12  # positions that every token depends on
@@ -90,7 +90,12 @@ class ToyCache:
             if logits is not None:  # two tokens that a sample may well be
                 logits[i, [130 + (value >> 8) % 600, token[i]]] = (9, 10)
         next_ids = self._commit(p.ids[p.predicted], token, confidence, p.threshold)
-        return Prediction(token, confidence, next_ids, logits)
+        return Prediction(
+            read_only(token),
+            read_only(confidence),
+            read_only(next_ids),
+            None if logits is None else read_only(logits),
+        )
 
     def _commit(self, ids: np.ndarray, token: np.ndarray, confidence: np.ndarray, threshold: float) -> np.ndarray:
         masked = ids == self._engine.info.model.mask_id

@@ -15,7 +15,7 @@ import numpy as np
 from ....contract import cache_names
 from ....engine_folder import Profile
 from ....errors import EngineError, RequestError
-from ..engine import Pass, Prediction
+from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, layouts, rounded
 from .device import Pinned
 from .forward import Forward, Owner
@@ -181,11 +181,12 @@ class TensorRTCache:
         if self._logits is None or self._logits.array.size < needed:
             self._logits = self._engine.device.pinned(needed)
         logits = {}
+        pinned = read_only(self._logits.array)
         at = 0
         for row in rows:
             count = passes[row].predicted.size
             nbytes = 4 * vocab * count
             self._engine.device.download(self._logits.address + at, source.address + row_bytes * row, nbytes)
-            logits[row] = self._logits.array[at : at + nbytes].view(np.float32).reshape(count, vocab)
+            logits[row] = pinned[at : at + nbytes].view(np.float32).reshape(count, vocab)
             at += nbytes
         return logits

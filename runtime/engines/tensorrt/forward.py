@@ -16,7 +16,7 @@ from ....plugins.op import ceil_div
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels, run, workspace_size
 from ....plugins.tensorrt.protocols import Context
-from ..engine import Pass, Prediction
+from ..engine import Pass, Prediction, read_only
 from ..layout import SAMPLING, PassShape, fill, layouts
 from .device import Device, Graph, Memory, Pinned
 
@@ -82,7 +82,7 @@ class Forward:
         self._graph: Graph | None = None
         input_layout, output_layout = layouts(engine.info, shape)
         self._inputs = input_layout.views(cache.host_inputs.array)
-        self._outputs = output_layout.views(cache.host_outputs.array)
+        self._outputs = output_layout.views(read_only(cache.host_outputs.array))
         self._upload = (cache.device_inputs.address, cache.host_inputs.address, input_layout.nbytes)
         self._download = (cache.host_outputs.address, cache.device_outputs.address, output_layout.nbytes)
         self._addresses: dict[str, int] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ....errors import EngineError
-from ..engine import Pass, Prediction
+from ..engine import Pass, Prediction, read_only
 
 
 def split(p: Pass, longest: int, folder: Path) -> list[Pass]:
@@ -52,8 +52,12 @@ def _piece(p: Pass, start: int, end: int) -> Pass:
 
 def copied(p: Prediction) -> Prediction:
     """A prediction that lasts over the next forward."""
-    logits = None if p.logits is None else p.logits.copy()
-    return Prediction(p.token.copy(), p.confidence.copy(), p.next_ids.copy(), logits)
+    return Prediction(
+        read_only(p.token.copy()),
+        read_only(p.confidence.copy()),
+        read_only(p.next_ids.copy()),
+        None if p.logits is None else read_only(p.logits.copy()),
+    )
 
 
 def joined(pieces: list[Prediction]) -> Prediction:
@@ -62,8 +66,8 @@ def joined(pieces: list[Prediction]) -> Prediction:
         return pieces[0]
     logits = [p.logits for p in pieces if p.logits is not None]
     return Prediction(
-        np.concatenate([p.token for p in pieces]),
-        np.concatenate([p.confidence for p in pieces]),
-        np.concatenate([p.next_ids for p in pieces]),
-        np.concatenate(logits) if logits else None,
+        read_only(np.concatenate([p.token for p in pieces])),
+        read_only(np.concatenate([p.confidence for p in pieces])),
+        read_only(np.concatenate([p.next_ids for p in pieces])),
+        read_only(np.concatenate(logits)) if logits else None,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from ....engine_folder import EngineInfo
-from ..engine import Pass, Prediction
+from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, fill, layouts, rounded
 from .device import Buffer, Graph, TorchDevice
 from .model import TorchModel
@@ -198,6 +198,7 @@ class _Step:
         input_layout, output_layout = layouts(engine.info, shape)
         self.inputs: Buffer = engine.device.buffer(input_layout)
         self._outputs: Buffer = engine.device.buffer(output_layout)
+        self._results = {name: read_only(array) for name, array in self._outputs.arrays.items()}
         rows = slice(shape.first, shape.first + shape.rows)
         self._caches = [(k[rows], v[rows]) for k, v in cache.caches]
         self._graph: Graph | None = None
@@ -217,15 +218,14 @@ class _Step:
         if self._logits is not None:
             fetched = {row: engine.device.fetch(self._logits[row]) for row in rows_with_logits}
         engine.device.wait()
-        return {row: tensor.numpy() for row, tensor in fetched.items()}
+        return {row: read_only(tensor.numpy()) for row, tensor in fetched.items()}
 
     def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
         """One row's results as views."""
-        arrays = self._outputs.arrays
         return Prediction(
-            arrays["token"][row, :count],
-            arrays["confidence"][row, :count],
-            arrays["next_ids"][row, :count],
+            self._results["token"][row, :count],
+            self._results["confidence"][row, :count],
+            self._results["next_ids"][row, :count],
             None if logits is None else logits[:count],
         )
 
