@@ -30,7 +30,7 @@ from nemodiff.cli import main
 
 PLAN = re.compile(r"(checkpoint|parameters|twin|left out|engine|disk|KV cache|memory|fits( here)?|ignored) {2,}")
 SUBJECT = re.compile(
-    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(device|keep|logprobs|mode|prompt|message|option|rounds|seed|standard|stop|system|"
+    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(device|keep|logprobs|mode|prompt|message|option|regex|rounds|seed|standard|stop|system|"
     r"temperature|template|threshold|width|word)\b"
 )
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")

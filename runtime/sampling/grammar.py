@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import EngineError, RequestError
+from ...errors import RequestError
+from .endless_schema import is_endless
 
 # A model that finds no end fills JSON up with space, so there is one way to set it, that of Python's json.
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LONGEST_REASON = 150  # characters of a message of the library
 
 
 class Grammar:
@@ -25,72 +27,78 @@ class Grammar:
         source: the schema as JSON text, or the pattern.
 
     Raises:
-        RequestError: the source is not understood.
+        RequestError: the source is not understood or too complex, or no answer follows it.
     """
 
     def __init__(self, tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str) -> None:
         import llguidance
 
         self._vocab = vocab
-        if kind == "json_schema":
-            try:
-                schema = json.loads(source)
-                if schema is False:
-                    raise RequestError("json_schema is false, which no answer follows; give another")
-                if not isinstance(schema, dict) and schema is not True:
-                    raise RequestError(f"json_schema is {source:.60}, allowed: an object or true; give a JSON schema")
-                text = llguidance.LLMatcher.grammar_from_json_schema(
-                    json.dumps({} if schema is True else schema), defaults=_JSON
-                )
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"json_schema is not JSON ({_line(error)}); give a JSON schema") from None
-        else:
-            text = llguidance.LLMatcher.grammar_from_regex(source)
+        self._kind = kind
         library = _tokenizer(tokenizer, vocab, eos)
-        wrong, messages = llguidance.LLMatcher.validate_grammar_with_warnings(text, library)
-        if wrong:
-            raise RequestError(f"{kind} is not understood ({_line(messages[0])}); change it")
-        self._first = llguidance.LLMatcher(library, text, log_level=0)
+        if kind == "json_schema":
+            schema = _checked_schema(source)
+            if '"$ref"' in source and is_endless(schema):
+                raise RequestError(f"{kind} allows no answer (every value would hold another, without end); change it")
+            self._first = _compile_schema(library, schema)
+        else:
+            self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source))
         if self._first.is_error():
-            raise RequestError(f"{kind} is not understood ({_line(self._first.get_error())}); change it")
+            raise _refusal(kind, self._first.get_error())
+        self._try_out()
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
-        return Matcher(self._first.deep_copy(), self._vocab)
+        return Matcher(self._first.deep_copy(), self._vocab, self._kind)
+
+    def _try_out(self) -> None:
+        """Take a first token, which shows most of what no answer follows or the library cannot do."""
+        matcher = self.matcher()
+        scores = np.zeros(self._vocab)
+        matcher.restrict(scores)
+        matcher.push(int(scores.argmax()))
+        matcher.restrict(scores)
 
 
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar. Every method raises RequestError once the library gives up."""
 
-    def __init__(self, matcher: Any, vocab: int) -> None:
+    def __init__(self, matcher: Any, vocab: int, kind: str) -> None:
         self._matcher = matcher
         self._vocab = vocab
+        self._kind = kind
         self._bits = np.zeros(-(-vocab // 32), np.int32)
         self._astray = 0  # tokens taken since the first that the grammar does not allow; the EOS of a full text is one
 
     def push(self, token: int) -> None:
         """Take one token."""
-        if self._astray or not self._matcher.try_consume_tokens([token]):
+        if self._astray:
             self._astray += 1
+        elif not self._matcher.try_consume_tokens([token]):
+            self._check()  # the library also refuses a token that it fails at
+            self._astray = 1
 
     def pop(self) -> None:
         """Take the last token back."""
         if self._astray:
             self._astray -= 1
-        else:
-            self._matcher.rollback(1)
+        elif not self._matcher.rollback(1):
+            self._check()
 
     def restrict(self, scores: np.ndarray) -> None:
         """Set what is not allowed next to -inf; scores (V,) f64."""
         if self._astray:
             return
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error() or not self._bits.any():
-            raise EngineError(
-                f"the grammar gave up ({_line(self._matcher.get_error())}); use a simpler schema or pattern"
-            )
+        self._check()
+        if not self._bits.any():
+            raise _refusal(self._kind, "NoExtension")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab]
         scores[allowed == 0] = -np.inf
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise _refusal(self._kind, self._matcher.get_error(), "too complex")
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,6 +109,51 @@ def _tokenizer(source: str, vocab: int, eos: tuple[int, ...]) -> Any:
     return llguidance.LLTokenizer(source, n_vocab=vocab, eos_token=list(eos))
 
 
-def _line(error: object) -> str:
-    """A message of the library in one line."""
-    return " ".join(str(error).split())
+def _checked_schema(source: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(source)
+    except ValueError as error:
+        raise RequestError(f"json_schema is not JSON ({_reason(str(error))}); give a JSON schema") from None
+    except RecursionError:
+        raise RequestError("json_schema is nested too deeply; use a simpler one") from None
+    if schema is False:
+        raise RequestError("json_schema is false, which no answer follows; give another")
+    if schema is not True and not isinstance(schema, dict):
+        raise RequestError(f"json_schema is {source:.60}, allowed: an object or true; give a JSON schema")
+    return {} if schema is True else schema
+
+
+def _compile_schema(library: Any, schema: dict[str, Any]) -> Any:
+    import llguidance
+
+    try:
+        text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON)
+    except (ValueError, RecursionError) as error:
+        raise _refusal("json_schema", str(error)) from None
+    return _compile(library, text)
+
+
+def _compile(library: Any, text: str) -> Any:
+    """The library's matcher, whose limits bound the work of one token; it may be in error."""
+    import llguidance
+
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    return llguidance.LLMatcher(library, text, log_level=0, limits=limits)
+
+
+def _refusal(kind: str, message: str, otherwise: str = "not understood", remedy: str = "change it") -> RequestError:
+    """An error of the library in one line, without what it dumps of its state."""
+    reason = _reason(message)
+    if message.startswith("NoExtension"):
+        return RequestError(f"{kind} allows no answer; change it")
+    if message.startswith("Unsatisfiable schema: "):
+        return RequestError(f"{kind} allows no answer ({reason.removeprefix('Unsatisfiable schema: ')}); change it")
+    return RequestError(f"{kind} is {otherwise} ({reason}); change it")
+
+
+def _reason(message: str) -> str:
+    """What a message of the library says, without what it quotes of the source and of its own state."""
+    lines = [line.strip() for line in message.partition("\n<")[0].splitlines() if line.strip()]
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), " ".join(lines[:1]))
+    reason = "".join(c if c.isprintable() else " " for c in reason.partition(":  (")[0])
+    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + "..."

@@ -106,6 +106,22 @@ def test_wrong_flags_are_refused(tiny_engine: Path, refused: Refused, flags: lis
         pytest.param(["--json-schema", '{"type": 5}'], ["json_schema is not understood"], id="schema"),
         pytest.param(["--json-schema", "false"], ["json_schema is false, which no answer follows"], id="schema false"),
         pytest.param(["--json-schema", "{"], ["json_schema is not JSON", "give a JSON schema"], id="schema no JSON"),
+        pytest.param(["--json-schema", '{"$ref": "#"}'], ["json_schema allows no answer"], id="schema of itself"),
+        pytest.param(
+            [
+                "--json-schema",
+                '{"$defs":{"N":{"type":"object","properties":{"next":{"$ref":"#/$defs/N"},"value":{"type":"integer"}},'
+                '"required":["next","value"]}},"$ref":"#/$defs/N"}',
+            ],
+            ["json_schema allows no answer (every value would hold another"],
+            id="endless schema",
+        ),
+        pytest.param(
+            ["--json-schema", '{"type":"array","items":{"const":0},"minItems":10716}'],
+            ["json_schema is too complex (", "; change it"],
+            id="schema of a long answer",
+        ),
+        pytest.param(["--regex", r"[^\s\S]"], ["regex allows no answer; change it"], id="regex of nothing"),
         pytest.param(["--json-schema", "true", "--regex", "x"], ["both given; use one"], id="two guides"),
         pytest.param(["--regex", "x", "--min-tokens", "2"], ["min_tokens could leave no way"], id="guide and minimum"),
         pytest.param(["--regex", "x", "--mode", "diffusion"], ["regex depends", "left_to_right"], id="warm guide"),

@@ -102,3 +102,16 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
             return
         time.sleep(0.05)
     raise AssertionError(values)
+
+
+def test_schemas_fail_as_in_the_runtime(started: Callable[..., TritonPythonModel]) -> None:
+    model = started()
+    properties = {"first": {"enum": [7, 8]}, "second": {"type": "array", "items": {"const": 0}, "minItems": 10716}}
+    schema = {"type": "object", "properties": properties, "required": ["first", "second"]}
+    for guide, message in ((schema, "json_schema is too complex ("), ({"$ref": "#"}, "json_schema allows no answer")):
+        guided = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(guide)}
+        request = Request({"text_input": QUESTION, **guided})
+        model.execute([request])
+        error = request.responses()[-1].error
+        assert isinstance(error, TritonError)
+        assert message in str(error)
