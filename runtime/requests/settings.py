@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
@@ -11,6 +10,7 @@ from ...engine_folder import EngineInfo
 from ...errors import RequestError
 from ..sampling.commit import Policy
 from ..sampling.grammar import Grammar
+from ..sampling.grammar_cache import GRAMMARS
 from ..sampling.sampler import SamplingParams
 from .options import AUTO, DEFAULT_NEW_TOKENS, OPTIONS, Options
 
@@ -191,12 +191,7 @@ def _grammar(info: EngineInfo, text: TextCodec, o: Options) -> Grammar | None:
     for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):
         if getattr(o, name):
             raise RequestError(f"{name} could leave no way to follow the {kind}; use one of them")
-    return _compiled(text.source, info.model.vocab_size, info.model.eos_ids, kind, source)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str) -> Grammar:
-    return Grammar(tokenizer, vocab, eos, kind, source)
+    return GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source)
 
 
 def _params(text: TextCodec, o: Options) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""Schemas and patterns: what is refused and what fails on the way."""
+"""Schemas and patterns: what is refused, what fails on the way, and what is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 import nemodiff
 from nemodiff.runtime.sampling.endless_schema import is_endless
-from nemodiff.runtime.sampling.grammar import Grammar, Matcher
+from nemodiff.runtime.sampling.grammar import MAX_SOURCE, Grammar, Matcher
+from nemodiff.runtime.sampling.grammar_cache import GrammarCache
 
 QUESTION = "Count from 3 to 9."
 ENDLESS: dict[str, Any] = {
@@ -111,9 +112,11 @@ def test_a_refused_token_of_a_draft_is_no_error(engine: nemodiff.LoadedEngine) -
         ("json_schema", "[" * 100_000, "json_schema is nested too deeply;"),
         ("json_schema", '{"items":' * 200 + "{}" + "}" * 200, "is not understood (recursion limit"),
         ("json_schema", {"x-guidance": {"a": 1}}, "is not understood (unknown field `a`"),
+        ("json_schema", {"enum": ["x" * MAX_SOURCE]}, f"bytes, allowed: at most {MAX_SOURCE}; use a shorter"),
         ("regex", r"[^\s\S]", "regex allows no answer; change it"),
         ("regex", r"a[^\s\S]", "regex allows no answer; change it"),
         ("regex", "x" * 3000 + "(", "regex is not understood (unclosed group); change it"),
+        ("regex", "x" * (MAX_SOURCE + 1), f"regex has {MAX_SOURCE + 1} bytes, allowed: at most {MAX_SOURCE}; use"),
     ],
 )
 def test_a_refusal_is_one_short_line_without_a_dump(
@@ -155,3 +158,25 @@ def test_a_schema_that_only_an_endless_value_follows_is_found(schema: dict[str, 
 def test_a_long_chain_of_references_is_not_endless() -> None:
     chain: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}
     assert not is_endless({"$defs": chain | {"d3000": {}}, "$ref": "#/$defs/d0"})
+
+
+# --- the cache ---
+
+
+def test_compiled_grammars_are_kept_up_to_a_number_of_bytes(engine: nemodiff.LoadedEngine) -> None:
+    model = engine.info.model
+    cache = GrammarCache(8 << 20)
+
+    def get(source: str) -> Grammar:
+        return cache.get(engine.text.source, model.vocab_size, model.eos_ids, "regex", source)
+
+    small = get("[ab]")
+    for number in range(5):
+        get("|".join(f"{number}x{i}" for i in range(1000)))
+        assert get("[ab]") is small  # used last, so it stays
+        assert cache.memory <= 8 << 20
+    first = get("|".join(f"0x{i}" for i in range(1000)))
+    assert get("|".join(f"0x{i}" for i in range(1000))) is first
+    huge = get("x" * 100_000)  # more than fits is made all the same
+    assert get("x" * 100_000) is not huge
+    assert cache.memory <= 8 << 20

@@ -260,6 +260,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, with_schema({"$ref": "#"}, stream=True), "json_schema allows no answer"),
         (CHAT, with_schema({"type": "array", "items": {"const": 0}, "minItems": 10716}), "json_schema is too complex"),
         (CHAT, with_schema(ENDLESS, stream=True), "json_schema allows no answer (every value"),
+        (CHAT, with_schema({"enum": ["x" * 300_000]}), "allowed: at most 262144"),
         (CHAT, chat(ignore_eos=True), "give max_tokens"),
         (CHAT, chat("\ud800"), "not UTF-8"),
         (CHAT, chat(stop="\udc00"), "not UTF-8"),
