@@ -27,6 +27,14 @@ def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_
             yield event.generation
 
 
+def print_warnings(answer: Generation, told: set[str]) -> None:
+    """Each warning that has not been told yet, as a line on standard error."""
+    for warning in answer.warnings:
+        if warning not in told:
+            told.add(warning)
+            click.echo(f"Warning: {one_line(warning)}", err=True)
+
+
 def print_statistics(answer: Generation) -> None:
     """One line on standard error: passes, tokens per pass and times."""
     passes = ", ".join(f"{count} {kind}" for kind, count in answer.nfe.items() if count)

@@ -11,7 +11,7 @@ import click
 
 from ..errors import RequestError
 from . import options
-from .answers import follow, one_line, print_statistics
+from .answers import follow, one_line, print_statistics, print_warnings
 from .inputs import not_utf8
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
     loaded = load(engine, threads=threads, device=device)
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
+        told = set[str]()
         while (line := _read_line()) is not None:
             if line in ("/exit", "/quit"):
                 return
@@ -55,6 +56,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
                     click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
                     continue
                 click.echo()
+                print_warnings(answer, told)
                 if stats:
                     print_statistics(answer)
                 messages = [*turn, {"role": "assistant", "content": answer.text}]

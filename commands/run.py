@@ -13,7 +13,7 @@ import click
 from ..errors import RequestError
 from ..runtime.text.checks import check_text
 from . import options
-from .answers import follow, print_statistics
+from .answers import follow, print_statistics, print_warnings
 from .inputs import read_prompts, read_stdin
 
 if TYPE_CHECKING:
@@ -99,9 +99,11 @@ def run(
         steps=show_denoise or trace is not None,
         text=stream or trace is not None,
     )
+    told = set[str]()
     with record(trace, loaded) as write:
         for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
             click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+            print_warnings(answer, told)
             if stats:
                 print_statistics(answer)
 

@@ -30,7 +30,7 @@ class Generation:
 
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
-    unless requested.
+    unless requested. warnings: sentences about what of the request was ignored.
     """
 
     text: str
@@ -49,12 +49,13 @@ class Generation:
     timings_ms: dict[str, float]
     logprobs: list[TokenLogprobs] | None = None
     confidences: list[float | None] | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """As one JSON object; what was not requested is left out."""
+        """As one JSON object; what was not requested is left out, and warnings where there are none."""
         values = dataclasses.asdict(self)
-        for name in ("logprobs", "confidences"):
-            if values[name] is None:
+        for name, nothing in (("logprobs", None), ("confidences", None), ("warnings", [])):
+            if values[name] == nothing:
                 del values[name]
         return values
 
@@ -95,4 +96,5 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         },
         logprobs=None if sequence.settings.logprobs is None else sequence.selector.logprobs,
         confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
+        warnings=[] if sequence.settings.grammar is None else list(sequence.settings.grammar.warnings),
     )

@@ -121,6 +121,9 @@ class Options:
             allowed="a JSON schema, as text or as an object",
         ),
     ] = None
+    strict_schema: Annotated[
+        bool, Help("Refuse a JSON schema with an unknown format or uniqueItems instead of ignoring these.")
+    ] = False
     regex: Annotated[str | None, Help("Make the whole answer match this pattern.", default="none")] = None
 
     policy: Annotated[PolicyName, Help("Choose by this rule which masked tokens a pass of mode diffusion commits.")] = (

@@ -191,7 +191,7 @@ def _grammar(info: EngineInfo, text: TextCodec, o: Options) -> Grammar | None:
     for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):
         if getattr(o, name):
             raise RequestError(f"{name} could leave no way to follow the {kind}; use one of them")
-    return GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source)
+    return GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source, o.strict_schema)
 
 
 def _params(text: TextCodec, o: Options) -> SamplingParams:

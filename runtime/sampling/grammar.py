@@ -19,12 +19,16 @@ _PER_BYTE = 128
 # A model that finds no end fills JSON up with space, so there is one way to set it, that of Python's json.
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LONGEST_REASON = 150  # characters of a message of the library
+_MOST_WARNINGS = 10
+# How the library begins to refuse what it does not implement.
+_UNKNOWN_FORMAT = "Unknown format: "
+_UNIMPLEMENTED = "Unimplemented keys: "
 
 
 class Grammar:
     """A compiled schema or pattern.
 
-    `memory` is an estimate in bytes.
+    `warnings` are sentences about what in a schema the answers are not held to; `memory` is an estimate in bytes.
 
     Args:
         tokenizer: tokenizer.json as text.
@@ -32,18 +36,22 @@ class Grammar:
         eos: ids that end an answer.
         kind: json_schema or regex.
         source: the schema as JSON text, or the pattern.
+        strict: refuse what would be a warning.
 
     Raises:
         RequestError: the source is not understood, too large or too complex, or no answer follows it.
     """
 
-    def __init__(self, tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str) -> None:
+    def __init__(
+        self, tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str, strict: bool = False
+    ) -> None:
         import llguidance
 
         size = len(source.encode())
         if size > MAX_SOURCE:
             raise RequestError(f"{kind} has {size} bytes, allowed: at most {MAX_SOURCE}; use a shorter one")
         self.memory = _BASE + _PER_BYTE * size
+        self.warnings: list[str] = []
         self._vocab = vocab
         self._kind = kind
         library = _tokenizer(tokenizer, vocab, eos)
@@ -52,15 +60,40 @@ class Grammar:
             if '"$ref"' in source and is_endless(schema):
                 raise RequestError(f"{kind} allows no answer (every value would hold another, without end); change it")
             self._first = _compile_schema(library, schema)
+            self.warnings = [f"json_schema: {_reason(warning)}" for warning in self._first.get_grammar_warnings()]
+            if not strict and self._first.get_error().startswith((_UNKNOWN_FORMAT, _UNIMPLEMENTED)):
+                self._ignore_annotations(library, schema)
         else:
             self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source))
         if self._first.is_error():
-            raise _refusal(kind, self._first.get_error())
+            remedy = "change it or leave strict_schema out" if strict else "change it"
+            raise _refusal(kind, self._first.get_error(), remedy=remedy)
+        if strict and self.warnings:  # simplifications that the schema's x-guidance asks for
+            raise RequestError(f"{self.warnings[0]}; change it or leave strict_schema out")
         self._try_out()
 
     def matcher(self) -> Matcher:
         """A matcher at the start of an answer."""
         return Matcher(self._first.deep_copy(), self._vocab, self._kind)
+
+    def _ignore_annotations(self, library: Any, schema: dict[str, Any]) -> None:
+        """Compile a schema without its unknown formats and its uniqueItems. Raises RequestError."""
+        lenient = _compile_schema(library, schema, {"lenient": True})
+        if lenient.is_error():
+            raise _refusal(self._kind, lenient.get_error())
+        warnings = []
+        for message in dict.fromkeys(lenient.get_grammar_warnings()):
+            if message.startswith(_UNKNOWN_FORMAT):
+                name = _reason(message.removeprefix(_UNKNOWN_FORMAT))
+                warnings.append(f"json_schema: format {name!r:.60} is unknown and ignored")
+            elif message == f'{_UNIMPLEMENTED}["uniqueItems"]':
+                warnings.append("json_schema: uniqueItems is ignored, so items may repeat")
+            else:
+                raise _refusal(self._kind, message)
+        self._first = lenient
+        self.warnings = warnings[:_MOST_WARNINGS]
+        if len(warnings) > _MOST_WARNINGS:
+            self.warnings.append(f"json_schema: {len(warnings) - _MOST_WARNINGS} more formats are unknown and ignored")
 
     def _try_out(self) -> None:
         """Take a first token, which shows most of what no answer follows or the library cannot do."""
@@ -134,11 +167,11 @@ def _checked_schema(source: str) -> dict[str, Any]:
     return {} if schema is True else schema
 
 
-def _compile_schema(library: Any, schema: dict[str, Any]) -> Any:
+def _compile_schema(library: Any, schema: dict[str, Any], options: Any = None) -> Any:
     import llguidance
 
     try:
-        text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON)
+        text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON, overrides=options)
     except (ValueError, RecursionError) as error:
         raise _refusal("json_schema", str(error)) from None
     return _compile(library, text)
@@ -159,7 +192,7 @@ def _refusal(kind: str, message: str, otherwise: str = "not understood", remedy:
         return RequestError(f"{kind} allows no answer; change it")
     if message.startswith("Unsatisfiable schema: "):
         return RequestError(f"{kind} allows no answer ({reason.removeprefix('Unsatisfiable schema: ')}); change it")
-    return RequestError(f"{kind} is {otherwise} ({reason}); change it")
+    return RequestError(f"{kind} is {otherwise} ({reason}); {remedy}")
 
 
 def _reason(message: str) -> str:

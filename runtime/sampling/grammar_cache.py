@@ -7,7 +7,7 @@ import threading
 
 from .grammar import Grammar
 
-_Key = tuple[str, int, tuple[int, ...], str, str]
+_Key = tuple[str, int, tuple[int, ...], str, str, bool]
 
 
 class GrammarCache:
@@ -28,9 +28,11 @@ class GrammarCache:
         """Bytes of all that is kept."""
         return self._memory
 
-    def get(self, tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str) -> Grammar:
+    def get(
+        self, tokenizer: str, vocab: int, eos: tuple[int, ...], kind: str, source: str, strict: bool = False
+    ) -> Grammar:
         """The grammar of these arguments of `Grammar`. Raises RequestError."""
-        key = (tokenizer, vocab, eos, kind, source)
+        key = (tokenizer, vocab, eos, kind, source, strict)
         with self._lock:
             kept = self._grammars.get(key)
             if kept is not None:

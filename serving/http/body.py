@@ -26,7 +26,7 @@ _DECODING = ("mode", "threshold", "groups")
 _GENERATING = (
     "block_length", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "logit_bias", "bad_words", "stop", "stop_token_ids", "min_tokens", "policy",
-    "per_step", "entropy_bound", "block_steps", "merge_commit", "confidences", "prefill_chunk",
+    "per_step", "entropy_bound", "block_steps", "merge_commit", "confidences", "prefill_chunk", "strict_schema",
 )  # fmt: skip
 
 

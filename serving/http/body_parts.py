@@ -72,7 +72,7 @@ class TemplateOptions(Body):
 
 
 class JsonSchema(Body):
-    """A named schema; `strict` is always so."""
+    """A named schema. `strict` changes nothing: answers follow the schema anyway, and clients set it unasked."""
 
     name: str | None = None
     description: str | None = None

@@ -38,7 +38,12 @@ class ResponseBuilder:
         """The answer to a request that is not streamed."""
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         object_name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._head(object_name), "choices": choices, "usage": usage(generations)}
+        return {
+            **self._head(object_name),
+            "choices": choices,
+            "usage": usage(generations),
+            **_warnings(generations),
+        }
 
     def infill(self, text: str, usage: dict[str, Any]) -> dict[str, Any]:
         """The answer to a fill-in-the-middle request; its finish reason is always that the hole is full."""
@@ -101,7 +106,8 @@ class ResponseBuilder:
         else:
             choice["finish_reason"] = generation.finish_reason
             choice |= self._token_values(generation)
-        return {**self._head(self._chunk_name), "choices": [choice]}
+        warnings = {} if generation is None else _warnings([generation])
+        return {**self._head(self._chunk_name), "choices": [choice], **warnings}
 
     def _deltas(self, parser: ReasoningParser, text: str, final: bool = False) -> list[dict[str, Any]]:
         if self.kind == "completion":
@@ -178,6 +184,12 @@ def usage(generations: Sequence[Generation]) -> dict[str, Any]:
         "e2e_tpf": e2e_tpf,
         "timings_ms": timings,
     }
+
+
+def _warnings(generations: Sequence[Generation]) -> dict[str, list[str]]:
+    """The field `warnings`, each one once; without any there is no such field."""
+    warnings = dict.fromkeys(warning for generation in generations for warning in generation.warnings)
+    return {"warnings": list(warnings)} if warnings else {}
 
 
 async def trace_lines(engine: LoadedEngine, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:

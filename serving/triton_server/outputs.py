@@ -50,6 +50,7 @@ OUTPUTS = (
     Output("acceptance_length", "FP32", lambda f: f.generation.acceptance.mean),
     Output("output_log_probs", "FP32", _logprobs, many=True),
     Output("cum_log_probs", "FP32", _sum_of_logprobs),
+    Output("warnings", "STRING", lambda f: f.generation.warnings or None, many=True),
     Output("time_to_first_token_ms", "FP32", lambda f: f.ttft_ms),
     Output("inter_token_latency_ms", "FP32", lambda f: f.itl_ms),
 )

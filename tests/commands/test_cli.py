@@ -103,6 +103,19 @@ def test_input_file_gives_one_answer_per_line(tiny_engine: Path, tmp_path: Path,
     assert got == expected
 
 
+def test_what_of_a_schema_is_ignored_is_said_once_on_standard_error(tiny_engine: Path, tmp_path: Path) -> None:
+    schema = '{"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": true, "minItems": 2, "maxItems": 2}'
+    warning = "Warning: json_schema: uniqueItems is ignored, so items may repeat\n"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    for source in (("-p", "one"), ("-p", "one", "--stream"), ("--input-file", tmp_path / "prompts.jsonl")):
+        result = run("run", tiny_engine, *source, "--json-schema", schema)
+        assert result.stderr == warning
+        assert all(len(json.loads(line)) == 2 for line in result.stdout.splitlines())
+    assert answers(run("run", tiny_engine, "-p", "one", "--json", "--json-schema", schema))["warnings"]
+    talk = run("chat", tiny_engine, "--json-schema", schema, stdin="one\ntwo\n")
+    assert talk.stderr == warning
+
+
 def test_chat_keeps_the_conversation(tiny_engine: Path) -> None:
     lines = "Count from 3 to 9.\n\n/what\nCount from 3 to 9.\n/reset\nCount from 3 to 9.\n/exit\nnever\n"
     result = run("chat", tiny_engine, "--mode", "ar", "--max-new-tokens", "12", stdin=lines)

@@ -121,6 +121,11 @@ def test_wrong_flags_are_refused(tiny_engine: Path, refused: Refused, flags: lis
             ["json_schema is too complex (", "; change it"],
             id="schema of a long answer",
         ),
+        pytest.param(
+            ["--json-schema", '{"type":"string","format":"password"}', "--strict-schema"],
+            ["Unknown format: password", "leave strict_schema out"],
+            id="strict schema",
+        ),
         pytest.param(["--regex", r"[^\s\S]"], ["regex allows no answer; change it"], id="regex of nothing"),
         pytest.param(["--json-schema", "true", "--regex", "x"], ["both given; use one"], id="two guides"),
         pytest.param(["--regex", "x", "--min-tokens", "2"], ["min_tokens could leave no way"], id="guide and minimum"),

@@ -1,12 +1,18 @@
-"""Schemas and patterns: what is refused, what fails on the way, and what is kept."""
+"""Schemas and patterns: what is refused, what fails on the way, what real models' schemas allow, and what is kept."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import enum
 import json
+import pathlib
+import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 
 import nemodiff
@@ -40,10 +46,10 @@ def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
     return nemodiff.load(tiny_engine, threads=1)
 
 
-def compiled(engine: nemodiff.LoadedEngine, source: Any, kind: str = "json_schema") -> Grammar:
+def compiled(engine: nemodiff.LoadedEngine, source: Any, kind: str = "json_schema", **options: Any) -> Grammar:
     text = source if isinstance(source, str) else json.dumps(source)
     model = engine.info.model
-    return Grammar(engine.text.source, model.vocab_size, model.eos_ids, kind, text)
+    return Grammar(engine.text.source, model.vocab_size, model.eos_ids, kind, text, **options)
 
 
 def allowed(matcher: Matcher, vocab: int) -> set[int]:
@@ -51,6 +57,16 @@ def allowed(matcher: Matcher, vocab: int) -> set[int]:
     scores = np.zeros(vocab)
     matcher.restrict(scores)
     return set(np.flatnonzero(scores == 0).tolist())
+
+
+def follows(engine: nemodiff.LoadedEngine, grammar: Grammar, text: str) -> bool:
+    """Whether a text is a whole answer."""
+    matcher, model = grammar.matcher(), engine.info.model
+    for token in engine.text.encode_plain(text):
+        if token not in allowed(matcher, model.vocab_size):
+            return False
+        matcher.push(token)
+    return model.eos_ids[0] in allowed(matcher, model.vocab_size)
 
 
 # --- errors of the library ---
@@ -107,6 +123,9 @@ def test_a_refused_token_of_a_draft_is_no_error(engine: nemodiff.LoadedEngine) -
         ("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}, "no answer (minimum (5) is greater than"),
         ("json_schema", {"enum": []}, "json_schema allows no answer ("),
         ("json_schema", {"not": {}}, 'json_schema is not understood (Unimplemented keys: ["not"])'),
+        ("json_schema", {"type": "array", "uniqueItems": True, "contains": {}}, '["contains", "uniqueItems"]'),
+        ("json_schema", {"format": "x", "type": "string", "not": {}}, '(Unimplemented keys: ["not"])'),
+        ("json_schema", {"type": "string", "format": "x", "pattern": "("}, "is not understood (unclosed group)"),
         ("json_schema", {"type": "string", "pattern": "(?=a)b"}, "is not understood (look-around, including"),
         ("json_schema", {"type": "object", "properties": {f"p{i}": {} for i in range(2000)}}, "is too complex (Parser"),
         ("json_schema", "[" * 100_000, "json_schema is nested too deeply;"),
@@ -158,6 +177,100 @@ def test_a_schema_that_only_an_endless_value_follows_is_found(schema: dict[str, 
 def test_a_long_chain_of_references_is_not_endless() -> None:
     chain: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}
     assert not is_endless({"$defs": chain | {"d3000": {}}, "$ref": "#/$defs/d0"})
+
+
+# --- schemas of real models ---
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Inner(pydantic.BaseModel):
+    password: pydantic.SecretStr
+    tags: frozenset[str]
+
+
+class Node(pydantic.BaseModel):
+    value: int
+    next: Node | None = None
+
+
+CASES: list[tuple[Any, Any, Any, list[str]]] = [
+    (pydantic.SecretStr, "a b", 5, ["format 'password' is unknown"]),
+    (bytes, "abc", 5, ["format 'binary' is unknown"]),
+    (pathlib.Path, "/a/b", 5, ["format 'path' is unknown"]),
+    (set[int], [1, 2], ["a"], ["uniqueItems is ignored"]),
+    (Inner, {"password": "x", "tags": ["a", "b"]}, {"password": "x"}, ["'password' is", "uniqueItems"]),
+    (uuid.UUID, "12345678-1234-5678-1234-567812345678", "1234", []),
+    (datetime.datetime, "2026-01-31T12:00:00Z", "today", []),
+    (int | None, None, "a", []),
+    (Colour, "blue", "green", []),
+    (Node, {"value": 1, "next": {"value": 2, "next": None}}, {"value": 1, "next": {}}, []),
+    (list[Node], [{"value": 1}], [{}], []),
+    (dict[str, tuple[int, bool]], {"a": [1, True]}, {"a": [1, 2]}, []),
+    (decimal.Decimal, 1.5, True, []),
+]
+
+
+@pytest.mark.parametrize(("type_", "value", "wrong", "warnings"), CASES, ids=lambda case: getattr(case, "__name__", ""))
+def test_schemas_of_pydantic_models_are_followed(
+    engine: nemodiff.LoadedEngine, type_: Any, value: Any, wrong: Any, warnings: list[str]
+) -> None:
+    model = pydantic.create_model("Model", field=(type_, ...))
+    schema = model.model_json_schema()
+    grammar = compiled(engine, schema)
+    assert len(grammar.warnings) == len(warnings)
+    for warning, part in zip(sorted(grammar.warnings), sorted(warnings), strict=True):
+        assert part in warning
+    model.model_validate_json(json.dumps({"field": value}))
+    assert follows(engine, grammar, json.dumps({"field": value}))
+    assert not follows(engine, grammar, json.dumps({"field": wrong}))
+    if warnings:
+        with pytest.raises(nemodiff.RequestError, match="json_schema is not understood"):
+            compiled(engine, schema, strict=True)
+    else:
+        assert not compiled(engine, schema, strict=True).warnings
+
+
+def test_names_that_look_like_ignored_keywords_stay(engine: nemodiff.LoadedEngine) -> None:
+    properties = {"format": {"type": "string", "format": "odd"}, "uniqueItems": {"enum": [{"uniqueItems": True}]}}
+    schema = {"type": "object", "properties": properties, "required": ["format", "uniqueItems"]}
+    grammar = compiled(engine, schema)
+    assert follows(engine, grammar, '{"format": "x", "uniqueItems": {"uniqueItems": true}}')
+    assert not follows(engine, grammar, '{"format": "x", "uniqueItems": {}}')
+
+
+def test_an_answer_says_what_was_ignored(engine: nemodiff.LoadedEngine) -> None:
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
+    answer = nemodiff.generate(engine, QUESTION, json_schema=schema)
+    assert answer.warnings == ["json_schema: uniqueItems is ignored, so items may repeat"]
+    assert answer.as_dict()["warnings"] == answer.warnings
+    assert len(json.loads(answer.text)) == 2
+    with pytest.raises(nemodiff.RequestError, match="leave strict_schema out"):
+        nemodiff.generate(engine, QUESTION, json_schema=schema, strict_schema=True)
+    plain = nemodiff.generate(engine, QUESTION, json_schema={"enum": [1]}, strict_schema=True)
+    assert plain.warnings == []
+    assert "warnings" not in plain.as_dict()
+
+
+def test_many_warnings_are_counted(engine: nemodiff.LoadedEngine) -> None:
+    formats = [{"type": "string", "format": f"odd\x1b{number}"} for number in range(30)]
+    warnings = compiled(engine, {"anyOf": formats}).warnings
+    assert len(warnings) == 11
+    assert warnings[-1] == "json_schema: 20 more formats are unknown and ignored"
+    assert all(warning.isprintable() for warning in warnings)
+
+
+def test_simplifications_that_a_schema_asks_for_are_warnings_too(engine: nemodiff.LoadedEngine) -> None:
+    one_of = [{"type": "string", "minLength": 1}, {"type": "string", "maxLength": 3}]
+    with pytest.raises(nemodiff.RequestError, match="oneOf constraints are not supported"):
+        compiled(engine, {"oneOf": one_of})
+    coerced = {"oneOf": one_of, "x-guidance": {"coerce_one_of": True}}
+    assert "oneOf not fully supported" in compiled(engine, coerced).warnings[0]
+    with pytest.raises(nemodiff.RequestError, match=r"falling back.*leave strict_schema out"):
+        compiled(engine, coerced, strict=True)
 
 
 # --- the cache ---

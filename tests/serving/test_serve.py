@@ -32,6 +32,7 @@ CHAT = "/v1/chat/completions"
 STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar"}
+SET = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/N"}, "value": {"type": "integer"}}}
 ENDLESS = {"$defs": {"N": {**NODE, "required": ["next", "value"]}}, "$ref": "#/$defs/N"}
 CHECKS = [
@@ -260,6 +261,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, with_schema({"$ref": "#"}, stream=True), "json_schema allows no answer"),
         (CHAT, with_schema({"type": "array", "items": {"const": 0}, "minItems": 10716}), "json_schema is too complex"),
         (CHAT, with_schema(ENDLESS, stream=True), "json_schema allows no answer (every value"),
+        (CHAT, with_schema(SET, strict_schema=True), "leave strict_schema out"),
         (CHAT, with_schema({"enum": ["x" * 300_000]}), "allowed: at most 262144"),
         (CHAT, chat(ignore_eos=True), "give max_tokens"),
         (CHAT, chat("\ud800"), "not UTF-8"),
@@ -310,6 +312,16 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_with_the_reason(server
         assert status == 400
         assert json.loads(content)["error"]["param"] == "json_schema"
     assert server.ask(CHAT, chat(max_tokens=4))["choices"]
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_what_of_a_schema_is_ignored_stands_in_the_answer(server: Served, strict: bool | None) -> None:
+    body = with_schema(SET, strict=strict, n=2)
+    warnings = ["json_schema: uniqueItems is ignored, so items may repeat"]
+    assert server.ask(CHAT, body)["warnings"] == warnings
+    chunks = server.stream(CHAT, {**body, "stream": True})
+    assert [chunk.get("warnings") for chunk in chunks if chunk["choices"][0]["finish_reason"]] == [warnings] * 2
+    assert "warnings" not in server.ask(CHAT, chat(max_tokens=4))
 
 
 def test_what_changes_nothing_is_accepted(server: Served) -> None:

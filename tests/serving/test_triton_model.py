@@ -104,12 +104,18 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
     raise AssertionError(values)
 
 
-def test_schemas_fail_as_in_the_runtime(started: Callable[..., TritonPythonModel]) -> None:
+def test_schemas_fail_and_warn_as_in_the_runtime(started: Callable[..., TritonPythonModel]) -> None:
     model = started()
+    items = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
+    guided = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(items)}
+    (answer,) = ask(model, **guided)
+    assert len(json.loads(answer["text_output"])) == 2
+    assert answer["warnings"] == "json_schema: uniqueItems is ignored, so items may repeat"
+    assert "warnings" not in ask(model, max_tokens=3)[-1]
     properties = {"first": {"enum": [7, 8]}, "second": {"type": "array", "items": {"const": 0}, "minItems": 10716}}
     schema = {"type": "object", "properties": properties, "required": ["first", "second"]}
     for guide, message in ((schema, "json_schema is too complex ("), ({"$ref": "#"}, "json_schema allows no answer")):
-        guided = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(guide)}
+        guided["guided_decoding_guide"] = json.dumps(guide)
         request = Request({"text_input": QUESTION, **guided})
         model.execute([request])
         error = request.responses()[-1].error
