@@ -19,6 +19,8 @@ from ...engine_folder import EngineInfo
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
 
+ABOVE_ALL = 2.0  # a threshold that no confidence reaches, as every one over 1; engines hold f32
+
 # Slices of these two serve every position below 4096 without an allocation.
 _RAMP = np.arange(4096, dtype=np.int32)
 _CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
@@ -99,6 +101,7 @@ def bidirectional(
     kind: PassKind, ids: Sequence[int], start: int, threshold: float, *, adapter: bool = False, logits: bool = False
 ) -> Pass:
     """A pass in which every token of the block at `start` sees the cache before it and the whole block."""
+    threshold = min(threshold, ABOVE_ALL)
     size = len(ids)
     visible = np.zeros((size, 3), np.int32)
     visible[:, 0] = start + size

@@ -14,6 +14,8 @@ from ..sampling.sampler import banned, draw, penalise
 from ..sampling.softmax import log_softmax
 from .settings import Settings
 
+_HOTTEST = float(np.finfo(np.float32).max)  # engines hold f32
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
@@ -74,7 +76,9 @@ class TokenSelector:
 
     def with_sampling(self, pass_: Pass) -> Pass:
         """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
-        return pass_._replace(temperature=self._params.temperature, seed=self._params.seed) if self._drawn else pass_
+        if not self._drawn:
+            return pass_
+        return pass_._replace(temperature=min(self._params.temperature, _HOTTEST), seed=self._params.seed)
 
     def next(self, prediction: Prediction, index: int) -> int:
         """The token after all that has been emitted, from the causal prediction of that index."""

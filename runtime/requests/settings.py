@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from ...engine_folder import EngineInfo
 from ...errors import RequestError
+from ..engines.engine import ABOVE_ALL
 from ..sampling.commit import Policy
 from ..sampling.grammar import Grammar
 from ..sampling.grammar_cache import GRAMMARS
@@ -80,7 +81,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         end_think=text.end_think,
         logprobs=o.logprobs,
         grammar=grammar,
-        policy=Policy(o.policy, threshold, o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
+        policy=Policy(o.policy, min(threshold, ABOVE_ALL), o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
         merge_commit=o.merge_commit,
         confidences=o.confidences,
         prefill_chunk=o.prefill_chunk,

@@ -359,9 +359,12 @@ def test_numbers_of_numpy_are_numbers(engine: nemodiff.LoadedEngine) -> None:
     assert json.loads(json.dumps(answer.as_dict()))["threshold"] == 0.5
 
 
-def test_infinite_threshold_commits_one_token_per_pass(engine: nemodiff.LoadedEngine) -> None:
+@pytest.mark.parametrize("threshold", [5e174, math.inf])  # beyond f32
+def test_a_threshold_that_nothing_reaches_commits_one_token_per_pass(
+    engine: nemodiff.LoadedEngine, threshold: float
+) -> None:
     answer = nemodiff.generate(
-        engine, [5, 6, 7], mode="diffusion", threshold=math.inf, block_length=4, max_new_tokens=4
+        engine, [5, 6, 7], mode="diffusion", threshold=threshold, block_length=4, max_new_tokens=4
     )
     assert answer.nfe["denoise"] == 3 or answer.finish_reason == "stop"
 
