@@ -5,6 +5,8 @@ engine = nemodiff.load("engines/tiny-chat")
 nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 """
 
+import os
+
 from .contract import MODES
 from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
 from .runtime.editing.infill import Filled, fill, infill
@@ -16,6 +18,11 @@ from .runtime.loading import LoadedEngine, load
 from .runtime.requests.generation import Acceptance, Generation
 from .runtime.requests.options import Options
 from .runtime.scheduler import Scheduler, Statistics
+
+# ONNX Runtime looks at this when it is imported, which nothing above does. With its telemetry on it keeps a device id
+# and a database in the user's cache folder and sends events to its vendor; =0 leaves it on.
+if not os.environ.get("ORT_DISABLE_TELEMETRY"):
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 __all__ = [
     "MODES",

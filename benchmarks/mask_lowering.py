@@ -16,7 +16,6 @@ from typing import Any
 
 import onnx
 import onnx.parser
-import onnxruntime
 from common import record
 
 from nemodiff.builder.build import Builder
@@ -51,6 +50,8 @@ def per_layer(folder: Path) -> None:
 
 def optimised_nodes(folder: Path) -> int:
     """Nodes of the graph that ONNX Runtime really runs."""
+    import onnxruntime  # after nemodiff, which turns its telemetry off
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimised.onnx")
