@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ MEMORY_BASE = 2**29
 
 def disk_free(path: Path) -> int:
     """Free bytes on the disk that will hold `path`."""
-    path = path.absolute()
+    path = Path(os.path.realpath(path))
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free

@@ -1,8 +1,9 @@
 """Puts a finished folder in place in one step, and leaves nothing behind when it is not finished.
 
-`staged(target)` yields a hidden sibling folder; leaving the block renames it to the target, an exception removes it. A
-small child process holds the other end of a pipe and, when the builder dies, even from kill -9, puts back the folder
-that was being replaced and removes the sibling. Only a folder of the same `Kind` is ever replaced.
+`staged(target)` yields a hidden folder beside the target, or inside it where the target is a mount point or its parent
+cannot be written; leaving the block puts it in place (`swap.py`), an exception removes it. A small child process holds
+the other end of a pipe and does the same when the builder dies, even from kill -9. Only a folder of the same `Kind` is
+ever replaced, and a link is followed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import dataclasses
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,18 +20,9 @@ from pathlib import Path
 
 from ..engine_folder import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
 from ..errors import BuildError
+from . import swap
 from .checkpoint.folder import CARRIED
-
-# What the child runs. After a success it does the same, on names that no longer exist.
-_REAPER = """
-import os, shutil, sys
-stage, replaced, target = sys.argv[1:]
-sys.stdin.read()
-if os.path.lexists(replaced) and not os.path.lexists(target):
-    os.rename(replaced, target)
-for folder in (stage, replaced):
-    shutil.rmtree(folder, ignore_errors=True)
-"""
+from .swap import Swap, is_mount, stays, sync
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +46,7 @@ def check_target(target: Path, kind: Kind = ENGINE) -> None:
     """Refuse an output that would destroy something other than a folder of this kind. Raises BuildError."""
     if target.is_dir():
         ours = (target / kind.marker).is_file()
-        if not ours and any(target.iterdir()):
+        if not ours and not all(stays(path.name) for path in target.iterdir()):
             raise BuildError(
                 f"{target}: exists and is not an {kind.name} ({kind.marker} is missing), allowed: a new or empty "
                 f"folder or an {kind.name} to replace; choose another {kind.option}"
@@ -65,7 +56,7 @@ def check_target(target: Path, kind: Kind = ENGINE) -> None:
                 f"{target}: replacing this {kind.name} would remove {strangers[0]!r}, which is not its own; "
                 f"move it away or choose another {kind.option}"
             )
-    elif target.exists() or target.is_symlink():
+    elif target.exists() or resolved(target).is_symlink():  # the latter are links in a circle
         raise BuildError(f"{target}: exists and is not a folder; choose another {kind.option}")
 
 
@@ -76,57 +67,51 @@ def _strangers(target: Path, kind: Kind) -> list[str]:
     with contextlib.suppress(OSError, ValueError, RecursionError, TypeError, KeyError):
         files = json.loads((target / kind.marker).read_text(encoding="utf-8"))["files"]
         known |= {name.partition("/")[0] for name in files}
-    return sorted({path.name for path in target.iterdir()} - known)
+    return sorted({path.name for path in target.iterdir() if not stays(path.name)} - known)
+
+
+def resolved(target: Path) -> Path:
+    """The folder that an output means, through links, whether it is there or not."""
+    return Path(os.path.realpath(target))
 
 
 @contextlib.contextmanager
 def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` at the end. Raises BuildError."""
-    target = target.absolute()
+    """Yield an empty folder that becomes `target` at the end. Raises BuildError."""
     check_target(target, kind)
-    stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    replaced = stage.with_name(f"{stage.name}-replaced")
+    place = resolved(target)
+    stage = _parent(place) / f".{place.name}.partial-{secrets.token_hex(4)}"
+    ending = Swap(stage, place, kind.marker)
     reaper = subprocess.Popen(  # started first: from here on nothing can be left behind
-        [sys.executable, "-I", "-S", "-c", _REAPER, str(stage), str(replaced), str(target)],
+        [sys.executable, "-I", "-S", str(swap.__file__), str(stage), str(place), kind.marker],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
     try:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            stage.parent.mkdir(parents=True, exist_ok=True)
             stage.mkdir()
         except OSError as error:
             raise BuildError(f"{target}: cannot be written ({error.strerror}); choose another {kind.option}") from None
         yield stage
-        _publish(stage, target, replaced, kind)
+        for path in [*stage.rglob("*"), stage]:
+            sync(path)
+        ending.put(lambda: check_target(place, kind))
     except OSError as error:
         raise BuildError(
             f"{target}: writing failed ({error.strerror or error}); free some space or choose another {kind.option}"
         ) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the child tries again
+            ending.clean_up()
         assert reaper.stdin is not None
         reaper.stdin.close()
         reaper.wait()
 
 
-def _publish(stage: Path, target: Path, replaced: Path, kind: Kind) -> None:
-    """Flush the stage to disk and rename it; a folder already there is moved to `replaced` first and removed after."""
-    for path in [*stage.rglob("*"), stage]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if not target.exists():
-        stage.rename(target)
-        return
-    check_target(target, kind)
-    target.rename(replaced)
-    try:
-        stage.rename(target)
-    except OSError:
-        with contextlib.suppress(OSError):  # another process may have come first
-            replaced.rename(target)
-        raise
-    finally:
-        if target.exists():  # else the child puts the old one back
-            replaced.unlink() if replaced.is_symlink() else shutil.rmtree(replaced, ignore_errors=True)
+def _parent(place: Path) -> Path:
+    """Where to stage: beside a folder that can be renamed, else inside it."""
+    inside = place.is_dir() and (
+        is_mount(place) or not os.access(place.parent, os.W_OK) or any(stays(path.name) for path in place.iterdir())
+    )
+    return place if inside else place.parent

@@ -27,7 +27,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "": PRODUCT,
     "plugins": [{"op", "kernels"}, {"ops"}, {"__init__"}, {"tensorrt"}],
     "builder": [
-        {"files", "resources"},
+        {"files", "resources", "swap"},
         {"graph"},
         {"checkpoint"},
         {"compilers"},

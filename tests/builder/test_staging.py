@@ -23,7 +23,10 @@ from nemodiff.errors import BuildError
 
 SLOW_BUILD = """
 import sys, time
+from nemodiff.builder import staging
 from nemodiff.builder.build import Builder
+if sys.argv[4] == "inside":
+    staging.is_mount = lambda folder: True
 pieces = []
 def advance(nbytes):
     pieces.append(nbytes)
@@ -74,18 +77,34 @@ def answers(engine: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_ended_build_leaves_nothing(checkpoint: Path, sign: signal.Signals, replacing: bool) -> None:
+@pytest.mark.parametrize(
+    ("sign", "place"),
+    [
+        (signal.SIGKILL, "beside"),
+        (signal.SIGKILL, "inside"),
+        (signal.SIGTERM, "beside"),
+        (signal.SIGINT, "beside"),
+        (signal.SIGHUP, "inside"),
+    ],
+)
+def test_ended_build_leaves_nothing(checkpoint: Path, sign: signal.Signals, place: str, replacing: bool) -> None:
     engine = checkpoint.parent / "engine"
-    before = snapshot(Builder(checkpoint, engine).run()) if replacing else {}
-    process = start(SLOW_BUILD, checkpoint, engine, "sleep")
+    if replacing:
+        Builder(checkpoint, engine).run()
+    elif place == "inside":
+        engine.mkdir()
+    before = snapshot(engine)
+    process = start(SLOW_BUILD, checkpoint, engine, "sleep", place)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    assert any(".engine.partial-" in p.name for p in engine.parent.iterdir())
+    parent = engine.parent if place == "beside" else engine
+    assert any(".engine.partial-" in p.name for p in parent.iterdir())
     process.send_signal(sign)
     process.communicate(timeout=30)
     assert process.returncode == -sign
-    assert siblings(engine) == ({"checkpoint", "engine"} if replacing else {"checkpoint"})
+    if place == "inside":
+        siblings(engine / "manifest.json")
+    assert siblings(engine) == ({"checkpoint", "engine"} if replacing or place == "inside" else {"checkpoint"})
     assert snapshot(engine) == before
     if replacing:
         assert answers(engine)
@@ -181,16 +200,6 @@ def test_file_beside_the_engine_s_own_is_never_removed(checkpoint: Path) -> None
     assert snapshot(checkpoint.parent) == before
 
 
-def test_link_to_an_engine_is_replaced_and_the_engine_kept(checkpoint: Path) -> None:
-    engine = Builder(checkpoint, checkpoint.parent / "engine").run()
-    before, link = snapshot(engine), checkpoint.parent / "link"
-    link.symlink_to(engine)
-    Builder(checkpoint, link).run()
-    assert snapshot(engine) == before
-    assert answers(link) == answers(engine)
-    assert siblings(engine) == {"checkpoint", "engine", "link"}
-
-
 def test_moved_engine_still_runs(checkpoint: Path, tmp_path: Path) -> None:
     engine = Builder(checkpoint, checkpoint.parent / "engine").run()
     expected = answers(engine)
@@ -200,12 +209,15 @@ def test_moved_engine_still_runs(checkpoint: Path, tmp_path: Path) -> None:
     assert str(checkpoint.parent) not in (moved / "manifest.json").read_text()
 
 
+@pytest.mark.parametrize("place", ["beside", "inside"])
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
-def test_two_builds_at_once_leave_one_good_engine(checkpoint: Path, replacing: bool) -> None:
+def test_two_builds_at_once_leave_one_good_engine(checkpoint: Path, replacing: bool, place: str) -> None:
     engine = checkpoint.parent / "engine"
     if replacing:
         Builder(checkpoint, engine).run()
-    both = [start(SLOW_BUILD, checkpoint, engine, "ask") for _ in range(2)]
+    elif place == "inside":
+        engine.mkdir()
+    both = [start(SLOW_BUILD, checkpoint, engine, "ask", place) for _ in range(2)]
     for process in both:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
