@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ WEIGHTS_FILE = "model.onnx.data"
 TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
+TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
+TRITON_FILE = "nemodiff_triton.json"  # marks an exported Triton model
+TRITON_ENGINE = "1/engine"  # the engine in an exported Triton model
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -120,6 +124,22 @@ def is_engine(folder: Path) -> bool:
     return (folder / MANIFEST_FILE).is_file()
 
 
+def made_as(folder: Path) -> tuple[str, str | None] | None:
+    """What nemodiff wrote a folder as and its checkpoint's name if it is known; None if nemodiff did not write it."""
+    for marker, kind, described in (
+        (MANIFEST_FILE, "an engine", MANIFEST_FILE),
+        (TWIN_FILE, "an exported twin", TWIN_FILE),
+        (TRITON_FILE, "an exported Triton model", f"{TRITON_ENGINE}/{MANIFEST_FILE}"),
+    ):
+        name = None
+        with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+            name = json.loads((folder / described).read_text(encoding="utf-8"))["checkpoint"]["name"]
+        # Others have a manifest.json too.
+        if (folder / marker).is_file() and (name is not None or marker != MANIFEST_FILE):
+            return kind, name if isinstance(name, str) else None
+    return None
+
+
 def read_engine(folder: Path) -> EngineInfo:
     """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
     again = f"build it again: nemodiff build CHECKPOINT -o {folder}"
@@ -153,7 +173,12 @@ def _check_is_engine(folder: Path, again: str) -> None:
         )
     if not is_engine(folder):
         hint = again
-        if any(folder.glob("*.safetensors")):
+        made = made_as(folder)
+        if made is not None and (folder / TRITON_FILE).is_file():
+            hint = f"it is {made[0]}, whose engine is in {folder / TRITON_ENGINE}"
+        elif made is not None:
+            hint = f"it is {made[0]} for other programs; build an engine from the checkpoint it was made from"
+        elif any(folder.glob("*.safetensors")):
             hint = f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
         raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
 

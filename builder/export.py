@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import EXPORT_FORMATS, size_text
-from ..engine_folder import CONFIG_FILE, GENERATION_FILE
+from ..engine_folder import CONFIG_FILE, GENERATION_FILE, TWIN_FILE
 from ..errors import BuildError
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import ADAPTER_FOLDER, CARRIED, INDEX, WEIGHTS, read_json
@@ -27,8 +27,7 @@ from .resources import check_export_disk, disk_free
 from .staging import Kind, check_target, staged
 from .twin import twin_config, twin_dtype, twin_generation, twin_name
 
-EXPORT_FILE = "nemodiff_export.json"  # marks an export; no loader reads it
-EXPORT = Kind("export", EXPORT_FILE, frozenset({EXPORT_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED}))
+EXPORT = Kind("export", TWIN_FILE, frozenset({TWIN_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,7 @@ class Exporter:
             if list(self.shards) != [WEIGHTS]:
                 _write(stage / INDEX, self._index(plan))
             self._write_small_files(stage)
-            _write(stage / EXPORT_FILE, self._origin(stage))
+            _write(stage / TWIN_FILE, self._origin(stage))
         return self.output
 
     def _index(self, plan: ExportPlan) -> dict[str, Any]:

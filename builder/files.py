@@ -10,6 +10,8 @@ import errno
 import hashlib
 import mmap
 import os
+import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -37,6 +39,18 @@ def sha256(path: Path, once: bool = False) -> str:
                 forget(file, at, count)
             at += count
     return digest.hexdigest()
+
+
+def copy_folder(source: Path, target: Path, skipped: Callable[[str], bool] = lambda name: False) -> None:
+    """Copy a folder's files but those of a skipped name; the first that fails ends it, and its OSError says why."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if skipped(path.name):
+            continue
+        if path.is_dir():
+            copy_folder(path, target / path.name, skipped)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 class EngineFile:

@@ -64,11 +64,11 @@ def check_compile_memory(backend: Backend, weight_bytes: int) -> None:
         )
 
 
-def check_export_disk(output: Path, weight_bytes: int, free: int) -> None:
+def check_export_disk(output: Path, weight_bytes: int, free: int, option: str = "--output") -> None:
     """Refuse an export that the disk cannot hold. Raises BuildError."""
     need = weight_bytes + SLACK
     if free < need:
         raise BuildError(
             f"{output}: the export needs {size_text(need)} of disk, {size_text(free)} are free; free some space or "
-            "choose another --output"
+            f"choose another {option}"
         )

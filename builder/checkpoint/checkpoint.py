@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ...config import ModelConfig, parse_config
-from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, made_as
 from ...errors import CheckpointError
 from .adapter import Adapter, open_adapter
 from .folder import CARRIED, read_json
@@ -49,11 +49,21 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: no such folder; give a checkpoint folder or a hub id like nvidia/Nemotron-Labs-Diffusion-8B"
         )
+    _check_kind(folder)
     config = read_json(folder / CONFIG_FILE)
     generation = folder / GENERATION_FILE
     model = parse_config(config, read_json(generation) if generation.is_file() else None)
     _check_tokenizer(folder, model.vocab_size)
     return Checkpoint(folder, config, model, open_weights(folder), open_adapter(folder, adapter))
+
+
+def _check_kind(folder: Path) -> None:
+    """Refuse what nemodiff itself has made of a checkpoint."""
+    made = made_as(folder)
+    if made is not None:
+        kind, name = made
+        source = "" if name is None else f": {name}"
+        raise CheckpointError(f"{folder}: {kind}, not a checkpoint; give the checkpoint that it was made from{source}")
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:

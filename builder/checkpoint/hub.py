@@ -18,6 +18,7 @@ from typing import Any
 
 from ...engine_folder import CONFIG_FILE
 from ...errors import CheckpointError
+from ..files import copy_folder
 from .folder import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS, read_json
 from .safetensors_file import Entry, write_hollow
 
@@ -110,7 +111,7 @@ def _with_headers(repo: str, snapshot: Path) -> Path:
     parent = Path(tempfile.mkdtemp(prefix="nemodiff-headers-"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     folder = parent / revision  # a source's revision is its folder's name
-    shutil.copytree(snapshot, folder)
+    copy_folder(snapshot, folder)
     for name in api.list_repo_files(repo, revision=revision):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _LARGE):
             continue

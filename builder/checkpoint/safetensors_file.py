@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ DTYPES: dict[str, np.dtype[Any]] = {  # that a checkpoint may have
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE = 16 * 2**20  # bytes copied at once
+# Buffers that older checkpoints carry and every loader computes anew from the config: they are passed over.
+_RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|position_ids)")
 _ALIGNMENT = 8  # bytes; the format wants the data aligned
 
 
@@ -64,8 +67,13 @@ class Entry:
     end: int
 
 
+def recomputed(name: str) -> bool:
+    """Whether a tensor is no weight but a buffer that the config gives."""
+    return _RECOMPUTED.fullmatch(name) is not None
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Find all tensors of one file. Raises CheckpointError."""
+    """Find all weights of one file. Raises CheckpointError."""
     again = "download the file again"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {again}")
@@ -79,6 +87,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if recomputed(name):
+            continue
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(DTYPES)}; "
@@ -115,24 +125,27 @@ def write_hollow(path: Path, entries: Mapping[str, Entry]) -> None:
 def copy_tensors(
     tensors: Sequence[Tensor], rename: Callable[[str], str], path: Path, advance: Callable[[int], object]
 ) -> None:
-    """Copy all tensors of one file, given by offset, into a new file under other names.
+    """Copy tensors of one file, in order of their offsets, into a new file under other names.
 
     `advance` gets each number of bytes copied. Raises CheckpointError.
     """
     file = tensors[0].file
-    begin = tensors[0].offset
     entries = {}
+    left = 0  # bytes to copy
     for tensor in tensors:
-        start = tensor.offset - begin
-        entries[rename(tensor.name)] = Entry(CODES[tensor.dtype], tensor.shape, start, start + tensor.nbytes)
-    left = sum(tensor.nbytes for tensor in tensors)
+        entries[rename(tensor.name)] = Entry(CODES[tensor.dtype], tensor.shape, left, left + tensor.nbytes)
+        left += tensor.nbytes
     with file.open("rb") as source, path.open("wb") as out:
         out.write(header_bytes(entries, {"format": "pt"}))
-        source.seek(begin)
-        while left:
-            piece = source.read(min(PIECE, left))
-            if not piece:
-                raise CheckpointError(f"{file}: ended {left} bytes early while it was copied; download the file again")
-            out.write(piece)
-            left -= len(piece)
-            advance(len(piece))
+        for tensor in tensors:
+            source.seek(tensor.offset)
+            end = tensor.offset + tensor.nbytes
+            while source.tell() < end:
+                piece = source.read(min(PIECE, end - source.tell()))
+                if not piece:
+                    raise CheckpointError(
+                        f"{file}: ended {left} bytes early while it was copied; download the file again"
+                    )
+                out.write(piece)
+                left -= len(piece)
+                advance(len(piece))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...errors import CheckpointError
 from .folder import INDEX, WEIGHTS, read_json
-from .safetensors_file import Tensor, read_tensors
+from .safetensors_file import Tensor, read_tensors, recomputed
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -62,4 +62,4 @@ def _read_index(index: Path) -> dict[str, str]:
                 f"{index}: tensor {name} is said to lie in {shard!r}, allowed: a .safetensors file; "
                 "convert the checkpoint to safetensors first"
             )
-    return weight_map
+    return {name: shard for name, shard in weight_map.items() if not recomputed(name)}

@@ -10,12 +10,14 @@ import importlib.metadata
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ...builder.files import copy_folder
+from ...builder.resources import check_export_disk, disk_free
 from ...builder.staging import Kind, staged
-from ...engine_folder import EngineInfo, read_engine
+from ...builder.swap import stays
+from ...engine_folder import TRITON_ENGINE, TRITON_FILE, EngineInfo, read_engine
 from ...errors import RequestError
 from ...runtime.loading import check_device
 from ...runtime.requests.options import make_options
@@ -24,8 +26,7 @@ from ...runtime.text.codec import TextCodec
 from .outputs import OUTPUTS, Output
 from .parameters import INPUTS, Input, model_parameters, read
 
-MARKER = "nemodiff_triton.json"  # marks a model folder as exported by nemodiff
-EXPORTED = Kind("exported Triton model", MARKER, frozenset({MARKER, "config.pbtxt", "1"}), "--repo or --name")
+EXPORTED = Kind("exported Triton model", TRITON_FILE, frozenset({TRITON_FILE, "config.pbtxt", "1"}), "--repo or --name")
 
 _MODEL = '''"""The model of this repository. All of it is in nemodiff, to be installed in the server's Python."""
 
@@ -78,18 +79,21 @@ def export(
         _check(info, TextCodec(engine), values)
     except RequestError as error:
         raise RequestError(f"--set: {error}") from None
+    if not link:
+        nbytes = sum(int(entry["bytes"]) for entry in info.manifest.files.values())
+        check_export_disk(repository / name, nbytes, disk_free(repository / name), "--repo or add --link")
     with staged(repository / name, EXPORTED) as stage:
-        version = stage / "1"
-        version.mkdir()
+        copied = stage / TRITON_ENGINE
+        copied.parent.mkdir()
         if link:
-            (version / "engine").symlink_to(engine.resolve(), target_is_directory=True)
+            copied.symlink_to(engine.resolve(), target_is_directory=True)
         else:
-            shutil.copytree(engine, version / "engine")
-        (version / "model.py").write_text(_MODEL, encoding="utf-8")
+            copy_folder(engine, copied, stays)
+        (copied.parent / "model.py").write_text(_MODEL, encoding="utf-8")
         (stage / "config.pbtxt").write_text(config(info, name, values, batched), encoding="utf-8")
         version_name = importlib.metadata.version("nemodiff")
         marker = {"files": sorted(EXPORTED.files), "nemodiff": version_name, "linked": link}
-        (stage / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+        (stage / TRITON_FILE).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return repository / name
 
 

@@ -9,21 +9,23 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import Refused, snapshot
+from conftest import Refused, assert_one_line, snapshot
 
 import nemodiff
 from nemodiff.cli import main
+from nemodiff.engine_folder import TRITON_FILE
 from nemodiff.errors import RequestError, ServerError
 from nemodiff.runtime.requests.options import OPTIONS
 from nemodiff.serving.triton_server import executable
 from nemodiff.serving.triton_server import server as triton_server
-from nemodiff.serving.triton_server.export import MARKER, export
+from nemodiff.serving.triton_server.export import export
 from nemodiff.serving.triton_server.outputs import OUTPUTS
 from nemodiff.serving.triton_server.parameters import INPUTS, model_parameters, read
 
@@ -35,10 +37,12 @@ def test_export_copies_the_engine_and_replaces_only_its_own_kind(
     tiny_engine: Path, tmp_path: Path, refused: Refused
 ) -> None:
     folder = export(tiny_engine, tmp_path / "models", parameters={"rows": "4", "mode": "ar"})
-    assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "1", MARKER}
+    assert {path.name for path in folder.iterdir()} == {"config.pbtxt", "1", TRITON_FILE}
     assert snapshot(folder / "1" / "engine").keys() != set()
     assert (folder / "1" / "engine" / "manifest.json").read_bytes() == (tiny_engine / "manifest.json").read_bytes()
-    text = "".join(path.read_text() for path in (folder / "config.pbtxt", folder / "1" / "model.py", folder / MARKER))
+    text = "".join(
+        path.read_text() for path in (folder / "config.pbtxt", folder / "1" / "model.py", folder / TRITON_FILE)
+    )
     assert not re.search(rf"{re.escape(str(tmp_path))}|{re.escape(str(tiny_engine))}|KIND_(CPU|GPU)", text)
     export(tiny_engine, tmp_path / "models", link=True)
     assert (folder / "1" / "engine").resolve() == tiny_engine.resolve()
@@ -68,6 +72,36 @@ def test_the_folder_works_wherever_it_is_put(tiny_engine: Path, tmp_path: Path) 
         [sys.executable, "-W", "error", str(STAND_IN), str(moved)], capture_output=True, text=True, cwd=tmp_path
     )
     assert (answered.stderr, answered.stdout) == ("", expected + "\n")
+
+
+SMALL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from nemodiff.cli import main
+main(["triton", "export", sys.argv[1], "--repo", sys.argv[2]])
+"""
+
+
+def test_a_disk_that_fills_up_is_one_short_line(tiny_engine: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", SMALL_DISK, str(tiny_engine), str(tmp_path / "models")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    folder = tmp_path / "models" / "nemodiff"
+    assert_one_line(
+        ended.stderr, f"{folder}: writing failed (File too large); free some space or choose another --repo"
+    )
+    assert len(ended.stderr) < 250 + len(str(folder))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_full_disk_is_refused_before_a_byte_is_written(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    command = ["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models")]
+    refused(command, "nemodiff: the export needs ", "of disk, 1000 B are free", "choose another --repo or add --link")
+    assert export(tiny_engine, tmp_path / "models", link=True).is_dir()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Folders that are nearly the wanted one: older checkpoints with buffers, and folders that nemodiff itself has made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Refused
+from safetensors.numpy import load_file, save_file
+from stand_ins.checkpoints import write_checkpoint
+
+from nemodiff.builder.build import Builder
+from nemodiff.builder.export import Exporter
+from nemodiff.serving.triton_server.export import export
+
+BUFFERS = {
+    "encoder.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+    "encoder.layers.1.self_attn.rotary_emb.inv_freq": np.ones(8, np.float64),
+    "encoder.layers.1.self_attn.rotary_emb.cos_cached": np.ones((1, 1, 40, 16), np.float16),
+    "encoder.rotary_emb.original_inv_freq": np.ones(8, np.float32),
+    "encoder.embeddings.position_ids": np.arange(40).reshape(1, 40),
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files that hold weights, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith("model")}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_buffers_that_the_config_gives_are_passed_over(tmp_path: Path, shards: int, backend: str) -> None:
+    plain = write_checkpoint(tmp_path / "plain", dtype="f32", shards=shards)
+    older = tmp_path / "older"
+    shutil.copytree(plain, older)
+    for number, file in enumerate(sorted(older.glob("*.safetensors"))):
+        ours = BUFFERS if number == 0 else {}
+        save_file(load_file(file) | ours, file, {"format": "pt"})
+        if shards > 1 and ours:
+            index = json.loads((older / "model.safetensors.index.json").read_text())
+            index["weight_map"] |= dict.fromkeys(ours, file.name)
+            (older / "model.safetensors.index.json").write_text(json.dumps(index))
+    built = [Builder(source, tmp_path / f"engine of {source.name}", backend=backend).run() for source in (plain, older)]  # type: ignore[arg-type]
+    assert files(built[0]) == files(built[1])
+    twins = [Exporter(source, tmp_path / f"twin of {source.name}").run() for source in (plain, older)]
+    for file in sorted(twins[0].glob("*.safetensors")):
+        ours, theirs = load_file(file), load_file(twins[1] / file.name)
+        assert {name: array.tobytes() for name, array in ours.items()} == {n: a.tobytes() for n, a in theirs.items()}
+
+
+def test_a_weight_of_a_like_name_is_still_refused(checkpoint: Path, refused: Refused) -> None:
+    weights = checkpoint / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"encoder.rotary_emb.inv_freq.weight": np.ones(8, np.float32)}, weights)
+    command = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine")]
+    refused(command, "tensor encoder.rotary_emb.inv_freq.weight is not part of this architecture")
+
+
+def test_what_nemodiff_made_is_no_checkpoint_and_says_which_is(
+    checkpoint: Path, tiny_engine: Path, refused: Refused
+) -> None:
+    root = checkpoint.parent
+    made = {
+        "an engine": Builder(checkpoint, root / "engine").run(),
+        "an exported twin": Exporter(checkpoint, root / "twin").run(),
+        "an exported Triton model": export(root / "engine", root / "models"),
+    }
+    for kind, folder in made.items():
+        for command in (["build", str(folder)], ["build", str(folder), "--dry-run"], ["export", str(folder)]):
+            line = refused(
+                [*command, "-o", str(root / "new")], f"{folder}: {kind}, not a checkpoint; give the checkpoint"
+            )
+            assert line.endswith("that it was made from: checkpoint")
+    (root / "engine" / "manifest.json").write_text("{")
+    refused(["build", str(root / "engine"), "-o", str(root / "new")], "architectures")
+    twin = ["not an engine", "it is an exported twin for other programs; build an engine from the checkpoint"]
+    refused(["run", str(root / "twin"), "-p", "x"], *twin)
+    model = root / "models" / "nemodiff"
+    refused(["run", str(model), "-p", "x"], "not an engine", f"whose engine is in {model / '1' / 'engine'}")
+
+
+def test_a_checkpoint_with_a_manifest_of_others_is_built(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text('{"name": "a progressive web app"}')
+    assert Builder(checkpoint, checkpoint.parent / "engine").run().is_dir()
