@@ -31,6 +31,12 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
+TEMPLATES_FOLDER = "additional_chat_templates"  # of named ones, NAME.jinja
+
+
+DEFAULT_TEMPLATE_FILE = f"{TEMPLATES_FOLDER}/default.jinja"
+
+
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """One optimization profile of a TensorRT engine: a pass fits if its B, S and R are at most these."""

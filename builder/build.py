@@ -8,7 +8,6 @@ alone are written, and torch itself is not needed.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +40,7 @@ from ..engine_folder import (
 from ..errors import BuildError
 from ..plugins import OPS, SAMPLED
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.folder import CARRIED
+from .checkpoint.folder import copy_carried
 from .checkpoint.hub import Source, resolve
 from .checkpoint.layout import as_safetensors, match
 from .checkpoint.safetensors_file import Tensor
@@ -162,9 +161,7 @@ class Builder:
                 digests[ENGINE_FILE] = compiled.sha256
                 if not self.choices.keeps_weights:
                     (stage / WEIGHTS_FILE).unlink()
-            for name in CARRIED:
-                if (self.source.folder / name).is_file():
-                    shutil.copyfile(self.source.folder / name, stage / name)
+            copy_carried(self.source.folder, stage)
             files = folder_entries(stage, digests)
             checkpoint_files = {name: entry.result() for name, entry in hashing.items()}
             adapter = self.checkpoint.adapter

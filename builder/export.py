@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..contract import EXPORT_FORMATS, size_text
 from ..engine_folder import CONFIG_FILE, GENERATION_FILE, TWIN_FILE
 from ..errors import BuildError
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.folder import ADAPTER_FOLDER, CARRIED, INDEX, WEIGHTS, read_json
+from .checkpoint.folder import ADAPTER_FOLDER, CARRIED_NAMES, INDEX, WEIGHTS, copy_carried, read_json
 from .checkpoint.hub import Source, resolve
 from .checkpoint.layout import match
 from .checkpoint.safetensors_file import Tensor, copy_tensors
@@ -27,7 +26,7 @@ from .resources import check_export_disk, disk_free
 from .staging import Kind, check_target, staged
 from .twin import twin_config, twin_dtype, twin_generation, twin_name
 
-EXPORT = Kind("export", TWIN_FILE, frozenset({TWIN_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED}))
+EXPORT = Kind("export", TWIN_FILE, frozenset({TWIN_FILE, CONFIG_FILE, WEIGHTS, INDEX, *CARRIED_NAMES}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +126,7 @@ class Exporter:
     def _write_small_files(self, stage: Path) -> None:
         """Write the configs, and copy what belongs to the tokenizer."""
         folder = self.source.folder
-        for name in CARRIED:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, stage / name)
+        copy_carried(folder, stage)
         generation = read_json(folder / GENERATION_FILE) if (folder / GENERATION_FILE).is_file() else {}
         _write(stage / GENERATION_FILE, twin_generation(self.checkpoint.model, generation))
         _write(stage / CONFIG_FILE, twin_config(self.checkpoint))
@@ -141,7 +138,11 @@ class Exporter:
             "checkpoint": {"name": self.source.name, "revision": self.source.revision},
             "left_out": [ADAPTER_FOLDER] if self.checkpoint.adapter else [],
             "versions": {"nemodiff": importlib.metadata.version("nemodiff")},
-            "files": {path.name: {"bytes": path.stat().st_size} for path in sorted(stage.iterdir())},
+            "files": {
+                path.relative_to(stage).as_posix(): {"bytes": path.stat().st_size}
+                for path in sorted(stage.rglob("*"))
+                if path.is_file()
+            },
         }
 
 

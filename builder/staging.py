@@ -21,7 +21,7 @@ from pathlib import Path
 from ..engine_folder import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
 from ..errors import BuildError
 from . import swap
-from .checkpoint.folder import CARRIED
+from .checkpoint.folder import CARRIED_NAMES
 from .swap import Swap, is_mount, stays, sync
 
 
@@ -38,7 +38,7 @@ class Kind:
 ENGINE = Kind(
     "engine",
     MANIFEST_FILE,
-    frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE, *CARRIED}),
+    frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE, *CARRIED_NAMES}),
 )
 
 

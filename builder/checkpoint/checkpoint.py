@@ -12,7 +12,7 @@ from ...config import ModelConfig, parse_config
 from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, made_as
 from ...errors import CheckpointError
 from .adapter import Adapter, open_adapter
-from .folder import CARRIED, read_json
+from .folder import carried, read_json
 from .safetensors_file import Tensor
 from .shards import open_weights
 
@@ -30,11 +30,8 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, Path]:
         """The files the engine is made from, by the names they have in a whole checkpoint, in a fixed order."""
-        paths = {tensor.file for tensor in self.tensors.values()}
-        for name in (CONFIG_FILE, *CARRIED):
-            if (self.folder / name).is_file():
-                paths.add(self.folder / name)
-        named = {path.name: path for path in paths}
+        named = {tensor.file.name: tensor.file for tensor in self.tensors.values()}
+        named |= {name: self.folder / name for name in (CONFIG_FILE, *carried(self.folder))}
         if self.adapter:
             named |= self.adapter.files
         return dict(sorted(named.items()))

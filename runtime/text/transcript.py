@@ -50,10 +50,10 @@ class Transcript:
         return text[: self._first_stop(text, 0)] if cut else text
 
     def _take(self, ids: Sequence[int]) -> None:
-        for token in self.codec._visible(ids[self._seen :]):
+        for token in self.codec.visible(ids[self._seen :]):
             if token in self._stop_ids:
                 continue
-            new = self._stream.step(self.codec._tokenizer, token)
+            new = self._stream.step(self.codec.tokenizer, token)
             self._waiting = new is None
             if new is None:
                 continue

@@ -148,7 +148,7 @@ def scramble(folder: Path) -> None:
         ),
         pytest.param(
             write("chat_template.jinja", "{% if %}"),
-            ["chat_template.jinja: not a chat template", "again"],
+            ["chat_template.jinja: not a chat template", "use --raw"],
             id="broken template",
         ),
         pytest.param(

@@ -41,7 +41,7 @@ def test_an_assistant_turn_of_a_stranger_opens_and_closes_no_turn(codec: TextCod
     plain = codec.encode_chat([*user("Count."), {"role": "assistant", "content": "1"}, *user("And now?")])
     assert [ids.count(i) for i in (IM_START, IM_END)] == [plain.count(i) for i in (IM_START, IM_END)]
     assert (ids.count(THINK), ids.count(END_THINK)) == (plain.count(THINK), plain.count(END_THINK))
-    assert turn in codec._tokenizer.decode(ids, skip_special_tokens=False)
+    assert turn in codec.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 @pytest.mark.torch
@@ -121,7 +121,7 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
     codec = TextCodec(tmp_path)
     for text, stop, kept in (("a.é b", ".", "a"), ("ab.é", "b.", "a"), ("x —", " ", "x"), ("a.é b", "é", "a.")):
         ids = codec.encode(text)
-        assert any(codec._bytes(i)[-1] in (0xC3, 0xE2) for i in ids)
+        assert any(codec.token_bytes(i)[-1] in (0xC3, 0xE2) for i in ids)
         transcript, shown = Transcript(codec, [stop]), ""
         for count in range(1, len(ids) + 1):
             if transcript.reaches_stop(ids[:count]):

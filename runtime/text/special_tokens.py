@@ -1,0 +1,79 @@
+"""Special tokens by their text, and text that spells one without being one."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+
+_HIGHEST = 0x10FFFF
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, found in rendered text.
+
+    What a message spells must stay text. `quote` puts one character, a mark, in the place of each spelling, and `split`
+    puts the spelling back once the real tokens are found. A message may hold any character: one that is a mark is
+    quoted too.
+
+    Args:
+        added: the tokenizer's added tokens by id.
+        template: text that will stand around quoted text; no mark is in it.
+    """
+
+    def __init__(self, added: Mapping[int, AddedToken], template: str = "") -> None:
+        self._tokens = {token.content: token for token in added.values() if token.special}
+        self.ids = {token.content: i for i, token in added.items() if token.special}
+        texts = sorted(self.ids, key=len, reverse=True)  # the longest of several is meant
+        taken = {*template, *"".join(texts)}
+        free = (c for c in map(chr, range(_HIGHEST, 0x7F, -1)) if c not in taken and not "\ud800" <= c <= "\udfff")
+        marks = list(itertools.islice(free, len(texts) + 1))
+        self._escape = marks[0]  # before a mark that a message holds itself
+        self._mark = dict(zip(texts, marks[1:], strict=True))
+        self._spelling = {mark: text for text, mark in self._mark.items()}
+        any_text = "|".join(map(re.escape, texts)) or "(?!)"
+        any_mark = f"[{''.join(map(re.escape, marks))}]"
+        self._any = re.compile(f"({any_text})")
+        self._to_quote = re.compile(f"{any_text}|{any_mark}")
+        self._quoted = re.compile(f"{re.escape(self._escape)}({any_mark})|{any_mark}")
+        self._not_ascii = re.compile(rf"{re.escape(self._escape)}({any_mark})|[^\x00-\x7e]")
+
+    def quote(self, text: str, keep: Collection[str] = ()) -> str:
+        """The text with a mark for each special token that it spells, except for those to `keep`."""
+
+        def quoted(match: re.Match[str]) -> str:
+            found = match[0]
+            return found if found in keep else self._mark.get(found, self._escape + found)
+
+        return self._to_quote.sub(quoted, text)
+
+    def to_ascii(self, quoted: str) -> str:
+        """Quoted text of JSON with every character outside ASCII spelled, marks left as they are."""
+
+        def spelled(match: re.Match[str]) -> str:
+            c = match[1] or match[0]
+            if match[1] is None and (c in self._spelling or c == self._escape):
+                return c
+            units = c.encode("utf-16-be").hex()
+            return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+        return self._not_ascii.sub(spelled, quoted)
+
+    def split(self, text: str) -> list[str | int]:
+        """Rendered text as its special tokens by id and the text between them, with all spellings put back."""
+        parts: list[str | int] = []
+        pieces = self._any.split(text)  # text, special, text, ..
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                parts.append(self.ids[piece])
+                continue
+            if i and self._tokens[pieces[i - 1]].rstrip:  # such a token takes in the space beside it
+                piece = piece.lstrip()
+            if i + 1 < len(pieces) and self._tokens[pieces[i + 1]].lstrip:
+                piece = piece.rstrip()
+            parts.append(self._quoted.sub(lambda match: match[1] or self._spelling.get(match[0], ""), piece))
+        return parts
