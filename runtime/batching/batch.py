@@ -117,7 +117,7 @@ class Batch:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out between two steps, wherever it is."""
-        row = next(i for i, slot in enumerate(self._slots) if slot.sequence is sequence)
+        (row,) = (i for i, slot in enumerate(self._slots) if slot.sequence is sequence)
         loop = self._slots[row].loop
         if loop is not None:
             loop.close()

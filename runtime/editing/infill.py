@@ -132,8 +132,8 @@ def fill(
             fillings.append(filling)
         nfe = row.nfe
     texts = [engine.text.decode(filling) for filling in fillings]
-    turns = iter(texts)
-    text = "".join(part if isinstance(part, str) else next(turns) for part in template)
+    turns = list(reversed(texts))
+    text = "".join(part if isinstance(part, str) else turns.pop() for part in template)
     return Filled(text, texts, fillings, method, nfe, (time.perf_counter() - started) * 1e3)
 
 

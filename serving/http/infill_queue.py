@@ -77,6 +77,8 @@ class InfillQueue:
         except RequestError:
             end = None  # a refused request is counted by its HTTP status instead
             raise
+        except StopIteration as error:  # no future of the event loop takes it, so that one would wait for ever
+            raise RuntimeError("an iterator ended too early") from error
         finally:
             self._count(end, filled)
 

@@ -58,12 +58,15 @@ class RequestGroup:
         """Queue prompts with their options: all of them, or none. Raises RequestError and BusyError."""
 
         def submit_all() -> None:
-            for index, (prompt, options) in enumerate(requests):
-                handle = self._scheduler.submit(prompt, steps=steps, listener=self._listener(index), **options)
-                self._handles.append(handle)
-                if self._closed:  # in the meantime, so that `close` did not see this handle
-                    handle.cancel()
-                    break
+            try:
+                for index, (prompt, options) in enumerate(requests):
+                    handle = self._scheduler.submit(prompt, steps=steps, listener=self._listener(index), **options)
+                    self._handles.append(handle)
+                    if self._closed:  # in the meantime, so that `close` did not see this handle
+                        handle.cancel()
+                        break
+            except StopIteration as error:  # no future takes it, so that one would wait for ever
+                raise RuntimeError("an iterator ended too early") from error
 
         try:
             await asyncio.to_thread(submit_all)  # encoding a long prompt would block the loop for other clients
