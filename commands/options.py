@@ -61,6 +61,8 @@ def flag(name: str) -> str:
 def _attributes(option: Option) -> dict[str, Any]:
     help = option.help.text
     note = "may be repeated" if option.many else _NOTES.get(option.name)
+    if option.most is not None:
+        note = f"may be repeated, {option.most}"
     if note is not None:
         help = f"{help.removesuffix('.')}; {note}."
     if option.type is bool:

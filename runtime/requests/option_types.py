@@ -66,6 +66,29 @@ class NotEmpty:
 
 
 @dataclasses.dataclass(frozen=True)
+class Most:
+    """The most values that may be given, and the most characters that all of them may have together."""
+
+    values: int
+    characters: int | None = None
+
+    def __str__(self) -> str:
+        text = f"at most {self.values}"
+        return text if self.characters is None else f"{text} with {self.characters} characters in all"
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse too many values, whatever they are. Raises RequestError."""
+        if not isinstance(value, (list, tuple, Mapping)):
+            value = (value,)
+        if len(value) > self.values:
+            raise RequestError(f"{name} has {len(value)} values, allowed: {self}; leave some out")
+        if self.characters is not None:
+            length = sum(len(text) for text in value if isinstance(text, str))
+            if length > self.characters:
+                raise RequestError(f"{name} has {length} characters, allowed: {self}; leave some out")
+
+
+@dataclasses.dataclass(frozen=True)
 class Option:
     """What a field of `Options` declares.
 
@@ -79,6 +102,7 @@ class Option:
     help: Help
     range: Range | None
     not_empty: NotEmpty | None
+    most: Most | None
     default: Any
 
     @property
@@ -95,13 +119,17 @@ class Option:
     def allowed(self) -> str:
         """The values of the right type, in words."""
         if self.help.allowed is not None:
-            return self.help.allowed
-        if self.choices and self.type is str:
-            return ", ".join(self.choices)
-        return " or ".join((_ALLOWED[self.type], *self.choices))
+            text = self.help.allowed
+        elif self.choices and self.type is str:
+            text = ", ".join(self.choices)
+        else:
+            text = " or ".join((_ALLOWED[self.type], *self.choices))
+        return text if self.most is None else f"{text}, {self.most}"
 
     def check(self, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         """The value as its plain type. Raises RequestError."""
+        if self.most is not None:
+            self.most.check(self.name, value)
         try:
             checked = validate(_plain(value, self.many))
         except ValidationError:
@@ -140,6 +168,7 @@ def describe(options: type) -> dict[str, Option]:
             help=next(extra for extra in extras if isinstance(extra, Help)),
             range=next((extra for extra in extras if isinstance(extra, Range)), None),
             not_empty=next((extra for extra in extras if isinstance(extra, NotEmpty)), None),
+            most=next((extra for extra in extras if isinstance(extra, Most)), None),
             default=field.default,
         )
     return described

@@ -24,7 +24,7 @@ from pydantic_core import ArgsKwargs
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, Mode
 from ...errors import RequestError
 from ..sampling.commit import PolicyName
-from .option_types import Help, NotEmpty, Range, describe, plain_biases, schema_text
+from .option_types import Help, Most, NotEmpty, Range, describe, plain_biases, schema_text
 
 DEFAULT_NEW_TOKENS = 512
 AUTO = "auto"  # a mode or block length by measured cost
@@ -32,6 +32,9 @@ BLOCK_LENGTH = Range(1, MAX_BLOCK)
 THRESHOLD = Range(0, text="0 or more (over 1 commits one token per pass)")
 _COLDEST = 1e-30  # least temperature over 0; a logit over it still is a number, also in f32
 _TEMPERATURE = Range(_COLDEST, sys.float_info.max, or_zero=True, text=f"0 or {_COLDEST} and more")
+# Every token of an answer is held against these, while all other requests wait.
+_MOST_TEXTS = Most(1024, 16384)
+_MOST_IDS = Most(1024)
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
@@ -88,19 +91,20 @@ class Options:
     logit_bias: Annotated[
         Mapping[int, float] | None,
         BeforeValidator(plain_biases),
+        _MOST_IDS,
         Help(
             "Add a number from -100 to 100 to the logit of a token id.",
             default="none",
             allowed="an object of token ids and numbers",
         ),
     ] = None
-    bad_words: Annotated[tuple[str, ...], NotEmpty("a bad word"), Help("Never complete this text.")] = ()
+    bad_words: Annotated[tuple[str, ...], NotEmpty("a bad word"), _MOST_TEXTS, Help("Never complete this text.")] = ()
     min_tokens: Annotated[
         int, Range(0, text="0 to max_new_tokens"), Help("Do not end the answer before this many tokens.")
     ] = 0
 
-    stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), Help("End the answer at this text.")] = ()
-    stop_token_ids: Annotated[tuple[int, ...], Help("End the answer at this token id.")] = ()
+    stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), _MOST_TEXTS, Help("End the answer at this text.")] = ()
+    stop_token_ids: Annotated[tuple[int, ...], _MOST_IDS, Help("End the answer at this token id.")] = ()
     chat: Annotated[bool, Help("Put the prompt through the chat template.")] = True
     system: Annotated[str | None, Help("Begin the conversation with this system text.", default="none")] = None
     thinking: Annotated[bool, Help("Let the model think before it answers.")] = False

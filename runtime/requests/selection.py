@@ -10,7 +10,7 @@ import numpy as np
 from ..engines.engine import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
-from ..sampling.sampler import banned, draw, penalise
+from ..sampling.sampler import BadWords, draw, penalise
 from ..sampling.softmax import log_softmax
 from .settings import Settings
 
@@ -63,6 +63,7 @@ class TokenSelector:
         self._prompt = np.unique(np.array(prompt if settings.params.repetition_penalty != 1 else [], np.int64))
         self._biased = np.array([token for token, _ in settings.params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in settings.params.logit_bias])
+        self._bad_words = BadWords(settings.params.bad_words)
         self._emitted: list[int] = []
         self._counts: collections.Counter[int] = collections.Counter()
         self._thought = 0  # how many `</think>` have been emitted
@@ -165,7 +166,7 @@ class TokenSelector:
         if thinking or len(self._emitted) < params.min_tokens:
             scores[list(self._stops)] = -np.inf
         if params.bad_words:
-            scores[banned(params, self._emitted)] = -np.inf
+            scores[self._bad_words.banned(self._emitted)] = -np.inf
         if guide is not None:
             guide.restrict(scores)
         return draw(scores, params, self._noise, self._start + len(self._emitted))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -66,13 +66,22 @@ def penalise(scores: np.ndarray, params: SamplingParams, prompt: np.ndarray, cou
         scores[emitted] -= params.frequency_penalty * times + params.presence_penalty
 
 
-def banned(params: SamplingParams, emitted: list[int]) -> list[int]:
-    """The last id of every bad word whose other ids are the last ones emitted."""
-    return [
-        last
-        for *before, last in params.bad_words
-        if not before or (len(before) <= len(emitted) and emitted[-len(before) :] == before)
-    ]
+class BadWords:
+    """Bad words as ids, by the id that comes before their last one."""
+
+    def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
+        self._alone = list[int]()
+        self._after = dict[int, list[tuple[list[int], int]]]()
+        for *before, last in words:
+            if before:
+                self._after.setdefault(before[-1], []).append((before, last))
+            else:
+                self._alone.append(last)
+
+    def banned(self, emitted: list[int]) -> list[int]:
+        """The last id of every bad word whose other ids are the last ones emitted."""
+        following = self._after.get(emitted[-1], []) if emitted else []
+        return self._alone + [last for before, last in following if emitted[-len(before) :] == before]
 
 
 def draw(scores: np.ndarray, params: SamplingParams, noise: Noise, position: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .codec import TextCodec
+from .stop_strings import stop_strings
 
 
 class Transcript:
@@ -14,12 +15,13 @@ class Transcript:
         from tokenizers.decoders import DecodeStream  # takes time to import, as in codec.py
 
         self.codec = codec
-        self._stop = tuple(stop)
+        self._stop = stop_strings(tuple(stop))
+        self._state = 0  # of the stop strings, after the text
         self._stop_ids = frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
         self._text = ""  # whole characters of them
-        self._waiting = False  # whether the last id has left a character incomplete
+        self._waiting = list[int]()  # the last ids, which have left a character incomplete
         self._sent = 0  # characters handed out
         self._cut: int | None = None  # where a stop string begins
 
@@ -27,8 +29,8 @@ class Transcript:
         """Take in new ids (all so far are given) and say whether a stop string is complete."""
         self._take(ids)
         if self._cut is None and self._waiting:  # text may stand before the part of a character that is waited with
-            text = self.text(ids, cut=False).rstrip("\ufffd")
-            self._cut = self._first_stop(text, len(self._text))
+            before = self.codec.decode(self._waiting).rstrip("\ufffd")
+            self._cut = self._stop.scan(before, self._state, len(self._text))[1]
         return self._cut is not None
 
     def push(self, ids: Sequence[int], final: bool) -> str:
@@ -38,8 +40,8 @@ class Transcript:
             text = self.text(ids)
             safe, new = len(text), text[self._sent :]
         else:
-            safe = len(self._text) if self._cut is None else self._cut
-            safe -= self._held_back()
+            # The end of the text may be the beginning of a stop string.
+            safe = len(self._text) - self._stop.depth[self._state] if self._cut is None else self._cut
             new = self._text[self._sent : safe]
         self._sent = max(self._sent, safe)
         return new
@@ -47,36 +49,18 @@ class Transcript:
     def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
         """The answer's text once all its ids are known, cut before the stop string."""
         text = self.codec.decode([i for i in ids if i not in self._stop_ids])
-        return text[: self._first_stop(text, 0)] if cut else text
+        return text[: self._stop.scan(text)[1]] if cut else text
 
     def _take(self, ids: Sequence[int]) -> None:
         for token in self.codec.visible(ids[self._seen :]):
             if token in self._stop_ids:
                 continue
             new = self._stream.step(self.codec.tokenizer, token)
-            self._waiting = new is None
             if new is None:
+                self._waiting.append(token)
                 continue
-            before, self._text = len(self._text), self._text + new
+            self._waiting.clear()
+            start, self._text = len(self._text), self._text + new
             if self._cut is None:
-                self._cut = self._first_stop(self._text, before)
+                self._state, self._cut = self._stop.scan(new, self._state, start)
         self._seen = len(ids)
-
-    def _first_stop(self, text: str, known: int) -> int | None:
-        """Where the first stop string begins, if one ends after the `known` characters; the others hold none."""
-        start = max(0, known - max(map(len, self._stop), default=0))
-        return min((at for at in (text.find(s, start) for s in self._stop) if at >= 0), default=None)
-
-    def _held_back(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        if self._cut is not None:
-            return 0
-        return max(
-            (
-                n
-                for s in self._stop
-                for n in range(min(len(s) - 1, len(self._text)), 0, -1)
-                if self._text.endswith(s[:n])
-            ),
-            default=0,
-        )

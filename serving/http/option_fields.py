@@ -31,6 +31,8 @@ def option_field(name: str) -> Any:
     sentences = [option.help.text]
     if option.range is not None:
         sentences.append(f"Allowed: {option.range}.")
+    if option.most is not None:
+        sentences.append(f"Allowed: {option.most}.")
     if option.help.default is not None:
         sentences.append(f"Default: {option.help.default}.")
     if name in _NOTES:

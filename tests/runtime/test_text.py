@@ -12,6 +12,7 @@ from stand_ins.checkpoints import TINY_CHAT, load_make_data
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
+from nemodiff.runtime.text.stop_strings import StopStrings
 from nemodiff.runtime.text.transcript import Transcript
 
 DATA = load_make_data()
@@ -130,6 +131,58 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
         assert stop not in codec.decode(ids[: count - 1])
         assert stop in codec.decode(ids[:count])
         assert shown + transcript.push(ids[:count], final=True) == transcript.text(ids[:count]) == kept
+
+
+@settings(max_examples=200)
+@given(st.text("ab.", max_size=12), st.lists(st.text("ab.", min_size=1, max_size=4), max_size=6), st.integers(0, 12))
+def test_all_stop_strings_are_looked_for_at_once(text: str, stop: list[str], at: int) -> None:
+    automaton = StopStrings(stop)
+    state, first = automaton.scan(text[:at])
+    if first is None:
+        assert automaton.depth[state] == max(
+            (n for s in stop for n in range(len(s) + 1) if text[:at].endswith(s[:n])), default=0
+        )
+        first = automaton.scan(text[at:], state, len(text[:at]))[1]
+        assert first == min((text.find(s) for s in stop if s in text), default=None)
+    else:
+        assert first == min(text[:at].find(s) for s in stop if s in text[:at])
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "logit_bias"])
+def test_what_every_token_is_held_against_is_limited(engine: nemodiff.LoadedEngine, name: str) -> None:
+    def values(count: int) -> object:
+        if name == "logit_bias":
+            return {token % 800 if count < 1025 else token: 1 for token in range(count)}
+        return [token % 128 if name == "stop_token_ids" else f"~{token}" for token in range(count)]
+
+    nemodiff.generate(engine, "Count from 3 to 9.", max_new_tokens=2, **{name: values(1024)})
+    with pytest.raises(nemodiff.RequestError, match=f"{name} has 300000 values, allowed: at most 1024"):
+        nemodiff.generate(engine, "x", **{name: values(300_000)})
+    if name in ("stop", "bad_words"):
+        with pytest.raises(
+            nemodiff.RequestError, match=f"{name} has 20000 characters, allowed: at most 1024 with 16384"
+        ):
+            nemodiff.generate(engine, "x", **{name: ["x" * 20_000]})
+
+
+def test_offsets_are_counted_in_the_text(codec: TextCodec) -> None:
+    text = "a漢é \n🦜🎨b"
+    ids = [*codec.encode(text), IM_END]
+    offsets = codec.offsets([THINK, *ids])
+    assert offsets[:2] == [0, len("<think>")]
+    assert offsets[-1] == len("<think>" + text)
+    said = b""
+    for token, offset in zip(ids, offsets[1:], strict=True):
+        assert offset == len("<think>") + len(said.decode("utf-8", "ignore"))
+        said += codec.token_bytes(token)
+    assert said == f"{text}<|im_end|>".encode()
+
+
+def test_a_part_of_a_character_is_named_by_its_bytes(codec: TextCodec) -> None:
+    ids = codec.encode("漢")
+    assert len(ids) > 1
+    assert [codec.name(i) for i in ids] == [f"bytes:\\x{b:02x}" for b in "漢".encode()]
+    assert [codec.name(i) for i in [*codec.encode("a"), IM_END]] == ["a", "<|im_end|>"]
 
 
 def test_incomplete_characters_wait_and_are_replaced_at_the_end(codec: TextCodec) -> None:
