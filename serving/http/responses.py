@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -133,7 +132,9 @@ class ResponseBuilder:
         values: dict[str, Any] = {"logprobs": None}
         if self.logprobs and generation.logprobs is not None:
             pairs = list(zip(generation.token_ids, generation.logprobs, strict=True))
-            values["logprobs"] = self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(pairs)
+            values["logprobs"] = (
+                self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(generation, pairs)
+            )
         if generation.confidences is not None:
             values["confidences"] = generation.confidences
         return values
@@ -146,18 +147,18 @@ class ResponseBuilder:
         return {"content": content, "refusal": None}
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        piece = self.engine.text.piece(token)
-        return {"token": piece, "logprob": logprob, "bytes": None if "\ufffd" in piece else list(piece.encode())}
+        text = self.engine.text
+        return {"token": text.name(token), "logprob": logprob, "bytes": list(text.token_bytes(token))}
 
-    def _text_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
-        piece = self.engine.text.piece
-        pieces = [piece(token) for token, _ in pairs]
-        ends = list(itertools.accumulate(map(len, pieces)))
+    def _text_logprobs(self, generation: Generation, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
+        name = self.engine.text.name
+        offsets = self.engine.text.offsets(generation.token_ids)
         return {
-            "tokens": pieces,
+            "tokens": [name(token) for token, _ in pairs],
             "token_logprobs": [logprobs.logprob for _, logprobs in pairs],
-            "top_logprobs": [{piece(token): value for token, value in logprobs.top} for _, logprobs in pairs],
-            "text_offset": [0, *ends[:-1]] if pieces else [],
+            "top_logprobs": [{name(token): value for token, value in logprobs.top} for _, logprobs in pairs],
+            # A token of the stop string lies behind the text.
+            "text_offset": [min(offset, len(generation.text)) for offset in offsets],
         }
 
 

@@ -5,6 +5,7 @@ What a request gives is compared with what the runtime gives alone. Nothing is t
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import random
@@ -12,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,10 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from stand_ins.http_server import Served, serving
 
 import nemodiff
+from nemodiff.runtime.scheduler import Scheduler
+from nemodiff.serving.http.infill_queue import InfillQueue
 from nemodiff.serving.http.reasoning import ReasoningParser
+from nemodiff.serving.http.request_group import RequestGroup
 
 CHAT = "/v1/chat/completions"
 STREAMS = (CHAT, "/v1/completions", "/events")
@@ -121,6 +126,58 @@ def test_completions_lists_of_prompts_and_several_answers(client: openai.OpenAI,
     for chunk in chunks:
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == alone
+
+
+def test_logprobs_of_parts_of_characters_have_their_bytes(client: openai.OpenAI, engine: nemodiff.LoadedEngine) -> None:
+    """A grammar makes the model say them, and a stop string ends behind the text."""
+    said = "a漢é🦜b"
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "extra_body": {"structured_outputs": {"regex": said}}}
+    told = client.chat.completions.create(**chat(logprobs=True, **asked)).choices[0]
+    assert told.message.content == said
+    assert told.logprobs is not None
+    assert told.logprobs.content is not None
+    assert bytes(b for one in told.logprobs.content for b in one.bytes or []).decode() == f"{said}<|im_end|>"
+    flat = client.completions.create(prompt="x", logprobs=2, **asked).choices[0]
+    assert flat.text == said
+    assert flat.logprobs is not None
+    assert flat.logprobs.tokens is not None
+    assert flat.logprobs.text_offset is not None
+    for token, offset in zip(flat.logprobs.tokens, flat.logprobs.text_offset, strict=True):
+        rest = said[offset:]
+        assert rest.startswith(token) or token.startswith("bytes:") or (token, rest) == ("<|im_end|>", "")
+    assert flat.logprobs.text_offset == engine.text.offsets([*engine.text.encode(said), 11])
+
+
+def test_an_iterator_that_ends_too_early_hangs_no_request(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No future takes a StopIteration, so nobody would ever answer."""
+
+    def ends(*_: Any, **__: Any) -> None:
+        next(iter(()))
+
+    async def submit() -> None:
+        group = RequestGroup(Scheduler(loaded), lambda _: None, 5)
+        await asyncio.wait_for(group.submit([("x", {})]), 5)
+
+    async def fill() -> None:
+        queue = InfillQueue(loaded, 1)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(queue.submit("x", "y", threading.Event())), 5)
+        finally:
+            queue.close()
+
+    loaded = nemodiff.load(tiny_engine, threads=1)
+    monkeypatch.setattr(Scheduler, "submit", ends)
+    monkeypatch.setattr("nemodiff.serving.http.infill_queue.infill", ends)
+    for ask in (submit, fill):
+        with pytest.raises(RuntimeError, match="an iterator ended too early"):
+            asyncio.run(ask())
+
+
+def test_a_message_of_every_private_character_is_answered(server: Served) -> None:
+    content = "".join(map(chr, range(0xE000, 0xF900)))
+    status, _, answer = server.send(CHAT, chat(content, max_tokens=10**6))  # a refusal is quicker than 19,000 tokens
+    assert status == 400
+    assert b"the prompt has 19" in answer
 
 
 def test_logprobs_structure_and_model_list(client: openai.OpenAI, engine: nemodiff.LoadedEngine) -> None:
@@ -248,6 +305,8 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(max_tokens=True), "max_tokens"),
         (CHAT, chat(n=0), "n:"),
         (CHAT, chat(stop=[""]), "a stop string is empty"),
+        (CHAT, chat(stop=["x"] * 1025), "stop has 1025 values, allowed: at most 1024 with 16384 characters"),
+        ("/v1/completions", {"prompt": "x", "bad_words": ["x" * 16385]}, "bad_words has 16385 characters"),
         (CHAT, chat(seed=-1), "seed is -1"),
         (CHAT, chat(logit_bias={"x": 1}), "token ids"),
         (CHAT, chat(top_logprobs=2), "logprobs"),
