@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
 import time
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +20,7 @@ from ..contract import PREFILL_CHUNK
 from ..errors import BusyError, EngineError, NemodiffError, RequestError
 from .batching.batch import KEPT_PREFIXES, Batch, Counts
 from .engines.engine import PASS_KINDS, PassKind
-from .events.events import Finished
+from .events.events import Event, Finished
 from .handle import Handle, Listener
 from .loading import LoadedEngine, check_rows
 from .requests.options import make_options
@@ -123,16 +125,29 @@ class Scheduler:
             RequestError: an option is out of range or the prompt does not fit.
             BusyError: too many requests wait already, or the scheduler is closed.
         """
-        self._refuse_if_busy()
-        sequence = prepare(self._engine, prompt, make_options(options))
-        chunk = min(sequence.settings.prefill_chunk, self._prefill_tokens)
-        sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
-        with self._changed:
-            self._refuse_if_busy()
-            handle = Handle(next(self._numbers), sequence, self._cancel, steps=steps, listener=listener)
-            self._waiting.append(handle)
-            self._changed.notify_all()
-        return handle
+        return self._queue([(prompt, options)], steps, [listener])[0]
+
+    def submit_many(
+        self,
+        requests: Iterable[tuple[Prompt, Mapping[str, Any]]],
+        *,
+        steps: bool = False,
+        listener: Callable[[int, list[Event] | NemodiffError], None] | None = None,
+    ) -> list[Handle]:
+        """Queue several requests side by side: all of them, or none.
+
+        Args:
+            requests: prompts with their options.
+            steps: as in `submit`.
+            listener: as in `submit`; it gets a request's place before each outcome.
+
+        Raises:
+            RequestError: as in `submit`, or more requests than can ever run and wait at a time.
+            BusyError: as in `submit`.
+        """
+        asked = list(requests)
+        listeners = [None if listener is None else functools.partial(listener, index) for index in range(len(asked))]
+        return self._queue(asked, steps, listeners)
 
     @property
     def statistics(self) -> Statistics:
@@ -177,14 +192,47 @@ class Scheduler:
     ) -> None:
         self.close(drain=kind is None)
 
-    def _refuse_if_busy(self) -> None:
+    def _queue(
+        self,
+        requests: list[tuple[Prompt, Mapping[str, Any]]],
+        steps: bool,
+        listeners: list[Listener | None],
+    ) -> list[Handle]:
+        """Queue all requests, or raise RequestError or BusyError before any is queued."""
+        most = self._rows + self._most_waiting
+        if len(requests) > most:
+            raise RequestError(
+                f"{len(requests)} answers are asked for at once, allowed: {most} ({self._rows} that run and "
+                f"{self._most_waiting} that wait); ask for fewer at a time"
+            )
+        self._refuse_if_busy(len(requests))
+        sequences = [self._prepare(prompt, options) for prompt, options in requests]
+        with self._changed:
+            self._refuse_if_busy(len(requests))
+            handles = [
+                Handle(next(self._numbers), sequence, self._cancel, steps=steps, listener=listener)
+                for sequence, listener in zip(sequences, listeners, strict=True)
+            ]
+            self._waiting.extend(handles)
+            self._changed.notify_all()
+        return handles
+
+    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> Sequence:
+        sequence = prepare(self._engine, prompt, make_options(options))
+        chunk = min(sequence.settings.prefill_chunk, self._prefill_tokens)
+        sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
+        return sequence
+
+    def _refuse_if_busy(self, count: int) -> None:
+        """Raise BusyError unless there is room for `count` further requests."""
         if self._closed:
             raise BusyError("the scheduler is closed; give the request to a new one")
         present = len(self._waiting) + len(self._running)  # a free row is about to be filled, so it counts as room
-        if present >= self._most_waiting + self._rows:
+        if present + count > self._most_waiting + self._rows:
+            further = f", and {count} more are asked for" if count > 1 else ""
             raise BusyError(
-                f"{present} requests run or wait, allowed: {self._rows} and {self._most_waiting}; try again later, or "
-                "make the scheduler with more rows or a longer queue"
+                f"{present} requests run or wait{further}, allowed: {self._rows} and {self._most_waiting}; try again "
+                "later, or make the scheduler with more rows or a longer queue"
             )
 
     def _cancel(self, handle: Handle) -> None:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished
-from ...runtime.handle import Handle, Listener
+from ...runtime.handle import Handle
 from ...runtime.requests.prepare import Prompt
 from ...runtime.scheduler import Scheduler
 
@@ -59,14 +59,11 @@ class RequestGroup:
 
         def submit_all() -> None:
             try:
-                for index, (prompt, options) in enumerate(requests):
-                    handle = self._scheduler.submit(prompt, steps=steps, listener=self._listener(index), **options)
-                    self._handles.append(handle)
-                    if self._closed:  # in the meantime, so that `close` did not see this handle
-                        handle.cancel()
-                        break
+                self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
             except StopIteration as error:  # no future takes it, so that one would wait for ever
                 raise RuntimeError("an iterator ended too early") from error
+            if self._closed:  # in the meantime, so that `close` did not see these handles
+                self.close()
 
         try:
             await asyncio.to_thread(submit_all)  # encoding a long prompt would block the loop for other clients
@@ -109,15 +106,12 @@ class RequestGroup:
             if not handle.done:
                 handle.cancel()
 
-    def _listener(self, index: int) -> Listener:
-        def listen(outcome: list[Event] | NemodiffError) -> None:
-            # Called here and not where events are read, because nobody reads them once the client has gone.
-            if isinstance(outcome, list) and isinstance(outcome[-1], Finished):
-                self._on_finished(outcome[-1])
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
-
-        return listen
+    def _listen(self, index: int, outcome: list[Event] | NemodiffError) -> None:
+        # Called here and not where events are read, because nobody reads them once the client has gone.
+        if isinstance(outcome, list) and isinstance(outcome[-1], Finished):
+            self._on_finished(outcome[-1])
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
 
     def _expire(self) -> None:
         self._expired = True

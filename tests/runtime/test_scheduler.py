@@ -268,6 +268,34 @@ def test_a_full_queue_refuses_with_one_line_and_recovers(engine: nemodiff.Loaded
         scheduler.submit([1])
 
 
+def test_several_requests_are_queued_all_or_none(engine: nemodiff.LoadedEngine) -> None:
+    slow, gate = gated(engine)
+    heard: list[tuple[int, Any]] = []
+
+    def many(count: int) -> list[tuple[list[int], dict[str, Any]]]:
+        return [([140 + i], {"max_new_tokens": 3}) for i in range(count)]
+
+    with nemodiff.Scheduler(slow, rows=2, waiting=3) as scheduler:
+        with pytest.raises(nemodiff.RequestError, match=r"^6 answers are asked for at once, allowed: 5 \(2 .* 3 "):
+            scheduler.submit_many(many(6))
+        with pytest.raises(nemodiff.RequestError, match="max_new_tokens is 0"):
+            scheduler.submit_many([*many(2), ([150], {"max_new_tokens": 0})])
+        first = scheduler.submit([150], max_new_tokens=3)
+        with pytest.raises(nemodiff.BusyError, match=r"^1 requests run or wait, and 5 more are asked for, allowed: 2"):
+            scheduler.submit_many(many(5))
+        statistics = scheduler.statistics
+        assert statistics.running + statistics.waiting == 1
+        handles = scheduler.submit_many(many(4), listener=lambda *outcome: heard.append(outcome))
+        gate.set()
+        answers = [handle.result(PATIENCE) for handle in (first, *handles)]
+        assert scheduler.submit_many([]) == []
+    assert [a.token_ids for a in answers[1:]] == [
+        nemodiff.generate(engine, prompt, **options).token_ids for prompt, options in many(4)
+    ]
+    for index in range(4):
+        assert isinstance([outcome for place, outcome in heard if place == index][-1][-1], nemodiff.Finished)
+
+
 class Gated(ToyEngine):
     """Every forward waits for the gate."""
 
