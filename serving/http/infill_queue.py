@@ -51,12 +51,18 @@ class InfillQueue:
     def submit(
         self, prefix: str, suffix: str, cancelled: threading.Event, **options: Any
     ) -> concurrent.futures.Future[Filled]:
-        """Queue a hole; once `cancelled` is set, the future raises CancelledError. Raises BusyError."""
+        """Queue a hole. Raises BusyError.
+
+        Once `cancelled` is set, the future raises CancelledError; a hole that waits gives its place up at once if the
+        future is cancelled too.
+        """
         with self._lock:
             if self._present >= self._capacity:
                 raise BusyError(f"{self._present} holes are filled or wait, allowed: {self._capacity}; try again later")
             self._present += 1
-        return self._worker.submit(self._fill, prefix, suffix, cancelled, options)
+        future = self._worker.submit(self._fill, prefix, suffix, cancelled, options)
+        future.add_done_callback(self._count)
+        return future
 
     def close(self) -> None:
         """Drop the holes that wait, and end after the one that is being filled."""
@@ -64,33 +70,27 @@ class InfillQueue:
 
     def _fill(self, prefix: str, suffix: str, cancelled: threading.Event, options: dict[str, Any]) -> Filled:
         engine = dataclasses.replace(self._engine, backend=_CancellableEngine(self._engine.backend, cancelled))
-        end: str | None = "failed"
-        filled = None
+        _check(cancelled)
         try:
-            _check(cancelled)
-            filled = infill(engine, prefix, suffix, **options)
-            end = "finished"
-            return filled
-        except CancelledError:
-            end = "cancelled"
-            raise
-        except RequestError:
-            end = None  # a refused request is counted by its HTTP status instead
-            raise
+            return infill(engine, prefix, suffix, **options)
         except StopIteration as error:  # no future of the event loop takes it, so that one would wait for ever
             raise RuntimeError("an iterator ended too early") from error
-        finally:
-            self._count(end, filled)
 
-    def _count(self, end: str | None, filled: Filled | None) -> None:
+    def _count(self, future: concurrent.futures.Future[Filled]) -> None:
+        """Count a hole that has ended, in whatever way; one that was cancelled while it waited has never begun."""
+        error = CancelledError() if future.cancelled() else future.exception()
         with self._lock:
             self._present -= 1
-            if end is not None:
-                self._ends[end] += 1
-            if filled is not None:
+            if isinstance(error, CancelledError):
+                self._ends["cancelled"] += 1
+            elif error is None:
+                filled = future.result()
+                self._ends["finished"] += 1
                 self._tokens += sum(map(len, filled.token_ids))
                 for kind, passes in filled.nfe.items():
                     self._nfe[kind] += passes
+            elif not isinstance(error, RequestError):  # a refused request is counted by its HTTP status instead
+                self._ends["failed"] += 1
 
 
 class _CancellableEngine:
