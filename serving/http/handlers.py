@@ -21,7 +21,7 @@ from ...runtime.requests.prepare import Prompt
 from ...runtime.scheduler import Scheduler
 from .body import Chat, Completion, Decoding, Fim, Watched
 from .error_responses import ModelNotFoundError
-from .infill_queue import InfillQueue
+from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
 from .responses import ResponseBuilder, trace_lines
@@ -54,8 +54,9 @@ class Handlers:
             model,
             thinking=bool(options.get("thinking")),
             logprobs="logprobs" in options,
+            answers=body.n or 1,
         )
-        requests = _choices(body.prompts(), options, body.n or 1)
+        requests = _choices(body.prompts(), options, builder.answers)
         group = self._request_group()
         diffusing = bool(body.diffusing)
         await group.submit(requests, steps=diffusing)
@@ -80,11 +81,20 @@ class Handlers:
         options = body.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
         cancelled = threading.Event()
         future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, length=body.max_tokens, **options)
-        watch = asyncio.create_task(on_disconnect(request, cancelled.set))
+
+        def leave() -> None:
+            cancelled.set()
+            future.cancel()
+
+        watch = asyncio.create_task(on_disconnect(request, leave))
         try:
             filled = await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
         except TimeoutError:
             raise RequestTimeoutError(self.timeout) from None
+        except (CancelledError, asyncio.CancelledError):
+            if not cancelled.is_set():
+                raise
+            return Response()  # the client has gone, and nobody reads this
         finally:
             cancelled.set()
             watch.cancel()

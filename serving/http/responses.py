@@ -22,7 +22,8 @@ Kind = Literal["chat", "completion"]
 class ResponseBuilder:
     """Builds all objects of one HTTP request, which share an id and a time.
 
-    thinking: whether the text begins inside a think block. logprobs: whether they are part of the answer.
+    thinking: whether the text begins inside a think block. logprobs: whether they are part of the answer. answers: to
+    each prompt.
     """
 
     engine: LoadedEngine
@@ -30,6 +31,7 @@ class ResponseBuilder:
     model: str
     thinking: bool = False
     logprobs: bool = False
+    answers: int = 1
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -40,7 +42,7 @@ class ResponseBuilder:
         return {
             **self._head(object_name),
             "choices": choices,
-            "usage": usage(generations),
+            "usage": usage(generations, self.answers),
             **_warnings(generations),
         }
 
@@ -71,7 +73,7 @@ class ResponseBuilder:
                     yield self._chunk(index, delta)
                 yield self._chunk(index, {}, event.generation)
         if with_usage:
-            total = usage([generations[index] for index in sorted(generations)])
+            total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}
 
     @property
@@ -162,20 +164,24 @@ class ResponseBuilder:
         }
 
 
-def usage(generations: Sequence[Generation]) -> dict[str, Any]:
-    """What a request took, over all its answers; docs/semantics.md defines the counts."""
+def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]:
+    """What a request took, over all its answers; docs/semantics.md defines the counts.
+
+    Of the `answers` to the same prompt, which stand side by side, the first one counts the prompt.
+    """
     first = generations[0]
     emitted = sum(len(g.token_ids) for g in generations)
     nfe = {kind: sum(g.nfe[kind] for g in generations) for kind in first.nfe}
     lengths = [length for g in generations for length in g.acceptance.lengths]
     decode_tpf, e2e_tpf = tokens_per_pass(emitted, nfe)
-    prompt = sum(g.prompt_tokens for g in generations)
+    prompts = generations[::answers]
+    prompt = sum(g.prompt_tokens for g in prompts)
     timings = {name: max(g.timings_ms[name] for g in generations) for name in ("queued", "prefill", "decode", "total")}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": emitted,
         "total_tokens": prompt + emitted,
-        "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in generations)},
+        "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in prompts)},
         "mode": first.mode,
         "block_length": first.block_length,
         "threshold": first.threshold,

@@ -1,0 +1,97 @@
+"""Requests for several answers: they are taken all or none, and what can never be taken disturbs nobody."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins.http_server import Served, serving
+
+CHAT = "/v1/chat/completions"
+LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "min_tokens": 3000, "mode": "ar", "stream": True}
+MESSAGES = [{"role": "user", "content": "Count from 3 to 9."}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Path) -> Iterator[Served]:
+    with serving(tiny_engine, "--rows", "2", "--max-queue", "3") as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "count"),
+    [
+        (CHAT, {"messages": MESSAGES, "n": 6}, 6),
+        (CHAT, {"messages": MESSAGES, "n": 128, "stream": True}, 128),
+        ("/v1/completions", {"prompt": "x", "n": 6}, 6),
+        ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2}, 6),
+        ("/v1/completions", {"prompt": [[200]] * 70}, 70),
+    ],
+)
+def test_more_than_can_ever_fit_is_a_wrong_request(server: Served, path: str, body: dict[str, Any], count: int) -> None:
+    before = server.settled()
+    status, headers, content = server.send(path, body)
+    assert status == 400, content
+    assert "retry-after" not in headers
+    message = json.loads(content)["error"]["message"]
+    assert message.startswith(f"{count} answers are asked for at once, allowed: 5 (2 that run and 3 that wait); ")
+    after = server.metrics()
+    grown = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert grown == {'nemodiff_refused_requests_total{status="400"}': 1}
+
+
+def test_what_does_not_fit_now_takes_no_place(server: Served) -> None:
+    running = server.connect()
+    running.request("POST", "/v1/completions", json.dumps(LONG), {"Content-Type": "application/json"})
+    answer = running.getresponse()
+    assert answer.read(200)
+    status, headers, content = server.send(CHAT, {"messages": MESSAGES, "n": 5})
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert "1 requests run or wait, and 5 more are asked for" in json.loads(content)["error"]["message"]
+    values = server.metrics()
+    assert values["nemodiff_requests_running"] + values["nemodiff_requests_waiting"] == 1
+    fitting = server.ask(CHAT, {"messages": MESSAGES, "n": 4, "max_tokens": 3})
+    assert len(fitting["choices"]) == 4
+    running.close()
+    answer.close()
+    server.settled()
+
+
+def test_a_prompt_is_counted_once_for_all_its_answers(server: Served) -> None:
+    one = server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 3})["usage"]
+    body = {"messages": MESSAGES, "max_tokens": 3, "n": 3}
+    chunks = server.stream(CHAT, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    for usage in (server.ask(CHAT, body)["usage"], chunks[-1]["usage"]):
+        assert usage["prompt_tokens"] == one["prompt_tokens"]
+        assert usage["completion_tokens"] == 3 * one["completion_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] <= usage["prompt_tokens"]
+    alone = [server.ask("/v1/completions", {"prompt": p, "max_tokens": 2})["usage"] for p in ("Count", "Sort these")]
+    both = server.ask("/v1/completions", {"prompt": ["Count", "Sort these"], "n": 2, "max_tokens": 2})["usage"]
+    assert both["prompt_tokens"] == sum(usage["prompt_tokens"] for usage in alone)
+    assert both["completion_tokens"] == 8
+
+
+def test_a_client_that_leaves_a_hole_leaves_no_trace(tiny_engine: Path) -> None:
+    body = json.dumps({"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 60, "width": 64})
+    with serving(tiny_engine, "--max-queue", "3") as served:
+        for _ in range(4):
+            connection = served.connect()
+            connection.request("POST", "/v1/fim/completions", body, {"Content-Type": "application/json"})
+            connection.close()
+        for _ in range(600):
+            values = served.metrics()
+            ended = sum(count for name, count in values.items() if name.startswith("nemodiff_fills_total"))
+            if ended == 4:
+                break
+            threading.Event().wait(0.05)
+        assert values['nemodiff_fills_total{end="failed"}'] == 0
+        assert served.send("/v1/fim/completions", {"prompt": "a", "suffix": "b", "max_tokens": 1})[0] == 200
+        served.process.terminate()
+        assert served.process.wait(60) == 0
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
