@@ -27,6 +27,12 @@ from . import options
     envvar="NEMODIFF_API_KEY",
     help="Require this key from clients; repeat the option to allow several.",
 )
+@click.option(
+    "--allowed-host",
+    multiple=True,
+    metavar="NAME",
+    help="Answer under this name too, or *.NAME, or * for any; may be repeated. [default: its address and localhost]",
+)
 @click.option("--served-model-name", help="Show the model to clients by this name. [default: the engine folder's]")
 @click.option(
     "--mode",
@@ -76,6 +82,7 @@ def serve(
     host: str,
     port: int,
     api_key: tuple[str, ...],
+    allowed_host: tuple[str, ...],
     served_model_name: str | None,
     mode: str,
     max_queue: int,
@@ -91,11 +98,13 @@ def serve(
     """
     try:
         from ..serving.http.app import Limits, open_server
+        from ..serving.http.hosts import AllowedHosts
         from ..serving.http.server import bind
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
-    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue)
+    hosts = AllowedHosts(host, allowed_host)
+    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue, hosts=hosts)
     with bind(host, port) as listening:
         server = open_server(
             engine,

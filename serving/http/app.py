@@ -11,6 +11,7 @@ from ...runtime.loading import LoadedEngine, load
 from ...runtime.scheduler import Scheduler
 from ..metrics import ServerStats
 from .handlers import Handlers
+from .hosts import AllowedHosts
 from .infill_queue import InfillQueue
 from .metrics import ServerMetrics
 from .middleware import AdmissionMiddleware
@@ -22,13 +23,14 @@ class Limits:
     """What a server allows.
 
     timeout: seconds of one request. max_request_bytes: of a body. keys: a client must send one of them; without any
-    the server is open. waiting: requests that may wait for a row.
+    the server is open. waiting: requests that may wait for a row. hosts: that a client may call the server by.
     """
 
     timeout: float = 600.0
     max_request_bytes: int = 4 << 20
     keys: tuple[str, ...] = ()
     waiting: int = 64
+    hosts: AllowedHosts = dataclasses.field(default_factory=lambda: AllowedHosts("localhost"))
 
 
 class Server:
@@ -52,7 +54,7 @@ class Server:
         metrics = ServerMetrics(self._stats)
         handlers = Handlers(engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout)
         routes = create_routes(handlers, self.draining)
-        self.app = AdmissionMiddleware(routes, limits.keys, limits.max_request_bytes, self.draining)
+        self.app = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
 
     @property
     def busy(self) -> bool:

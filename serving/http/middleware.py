@@ -1,4 +1,4 @@
-"""The middleware before the routes: API keys, the size of a body, and refusal while the server drains."""
+"""The middleware before the routes: the host, API keys, the size of a body, and refusal while the server drains."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .error_responses import DrainingError, error_body, error_response, status_and_body
+from .hosts import AllowedHosts
 
 PROTECTED = ("/v1", "/events")  # paths that need a key and are refused while the server drains
 
@@ -20,18 +21,22 @@ class AdmissionMiddleware:
 
     Args:
         app: answers the requests that are admitted.
+        hosts: that a client may call the server by.
         keys: a client must send one of them; without any the server is open.
         max_bytes: of a request's body.
         draining: set once the server is about to stop.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_bytes: int, draining: threading.Event) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: AllowedHosts, keys: Sequence[str], max_bytes: int, draining: threading.Event
+    ) -> None:
         self._app = app
+        self._hosts = hosts
         self._keys = [key.encode() for key in keys]
         self._max_bytes = max_bytes
         self._draining = draining
         # Error responses of protected paths by status, whoever gives them.
-        self.refused = dict.fromkeys((400, 401, 404, 413, 429, 500, 503, 504), 0)
+        self.refused = dict.fromkeys((400, 401, 404, 413, 421, 429, 500, 503, 504), 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,6 +77,10 @@ class AdmissionMiddleware:
     def _refusal(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
         """Why a request is not admitted, as a status and a body."""
         headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if not self._hosts.allows(host):
+            message = f"the server does not go by the host {host!r:.60}; call it by its address, or start it with "
+            return 421, error_body(421, message + "--allowed-host NAME")
         if str(scope["path"]).startswith(PROTECTED):
             if self._keys and not self._has_key(headers.get("authorization", "")):
                 message = "no valid key; send the header Authorization: Bearer KEY"
