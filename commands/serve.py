@@ -59,6 +59,20 @@ from . import options
     help="Refuse a request whose body is longer than this.",
 )
 @click.option(
+    "--max-connections",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Hold this many connections; a further one takes the place of one that is idle.",
+)
+@click.option(
+    "--client-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    show_default=True,
+    help="Close a connection whose request has not arrived, or whose answer is not read, for this many seconds.",
+)
+@click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=600,
@@ -87,6 +101,8 @@ def serve(
     mode: str,
     max_queue: int,
     max_request_bytes: int,
+    max_connections: int,
+    client_timeout: float,
     timeout: float,
     drain: float,
     no_prefix_reuse: bool,
@@ -99,12 +115,20 @@ def serve(
     try:
         from ..serving.http.app import Limits, open_server
         from ..serving.http.hosts import AllowedHosts
-        from ..serving.http.server import bind
+        from ..serving.http.server import bind, check_connections
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
-    hosts = AllowedHosts(host, allowed_host)
-    limits = Limits(timeout=timeout, max_request_bytes=max_request_bytes, keys=api_key, waiting=max_queue, hosts=hosts)
+    check_connections(max_connections)
+    limits = Limits(
+        timeout=timeout,
+        max_request_bytes=max_request_bytes,
+        keys=api_key,
+        waiting=max_queue,
+        hosts=AllowedHosts(host, allowed_host),
+        connections=max_connections,
+        patience=client_timeout,
+    )
     with bind(host, port) as listening:
         server = open_server(
             engine,

@@ -146,7 +146,9 @@ class Scheduler:
             BusyError: as in `submit`.
         """
         asked = list(requests)
-        listeners = [None if listener is None else functools.partial(listener, index) for index in range(len(asked))]
+        listeners: list[Listener | None] = [
+            None if listener is None else functools.partial(listener, index) for index in range(len(asked))
+        ]
         return self._queue(asked, steps, listeners)
 
     @property

@@ -24,6 +24,7 @@ class Limits:
 
     timeout: seconds of one request. max_request_bytes: of a body. keys: a client must send one of them; without any
     the server is open. waiting: requests that may wait for a row. hosts: that a client may call the server by.
+    connections: at a time. patience: seconds that a client has to send a request, or to read some of an answer.
     """
 
     timeout: float = 600.0
@@ -31,6 +32,8 @@ class Limits:
     keys: tuple[str, ...] = ()
     waiting: int = 64
     hosts: AllowedHosts = dataclasses.field(default_factory=lambda: AllowedHosts("localhost"))
+    connections: int = 512
+    patience: float = 60.0
 
 
 class Server:
@@ -48,6 +51,7 @@ class Server:
         self, engine: LoadedEngine, scheduler: Scheduler, limits: Limits, name: str, defaults: dict[str, Any]
     ) -> None:
         self.name = name
+        self.limits = limits
         self.scheduler = scheduler
         self.infill_queue = InfillQueue(engine, limits.waiting)
         self.draining = threading.Event()

@@ -8,18 +8,29 @@ balancer could not ask for its health otherwise.
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from ...errors import RequestError
 from .app import Server
+from .connection import ConnectionConfig
 
 # Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
 _KEEP_ALIVE = 75
 _SHUTDOWN = 2  # seconds for the last responses to reach their clients
+# Connections that the system may hold, and the loop may take, before the server sees the first of them.
+_BACKLOG = 256
+_FILES = 128  # open files of the engine, the page and the process itself
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LOGGER = logging.getLogger("uvicorn.error")
+_QUIET = 60.0  # seconds between two lines about that
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -34,15 +45,40 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
+def check_connections(most: int) -> None:
+    """Make sure that so many connections can be open, with the process's own limit raised if need be.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    needed = most + _BACKLOG + _FILES
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
+    except (OSError, ValueError):
+        fitting = max(1, highest - _BACKLOG - _FILES)
+        raise RequestError(
+            f"--max-connections {most} needs {needed} open files, allowed: {highest}; give --max-connections {fitting} "
+            "or less, or raise the limit: ulimit -n"
+        ) from None
+
+
 def serve(server: Server, listening: socket.socket, drain: float, announce: Callable[[str], None]) -> None:
     """Serve until a signal; `announce` is called with the address once requests are taken."""
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    config = uvicorn.Config(
+    config = ConnectionConfig(
         server.app,
-        log_level="warning",
+        most=server.limits.connections,
+        patience=server.limits.patience,
+        loop="asyncio",
+        ws="none",
+        log_level="error",  # warnings are about what clients send
         access_log=False,
         lifespan="off",
+        backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_SHUTDOWN,
     )
@@ -62,10 +98,12 @@ class _DrainingServer(uvicorn.Server):
         self._drain = drain
         self._announce = announce
         self._drain_task: asyncio.Task[None] | None = None
+        self._quiet_until = 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._on_loop_error)
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -86,3 +124,14 @@ class _DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._server.scheduler.close, drain=False)
         self.should_exit = True
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Say now and then that no connection can be taken; asyncio says it many times a second, with a traceback."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _EXHAUSTED:
+            loop.default_exception_handler(context)
+            return
+        if loop.time() >= self._quiet_until:
+            self._quiet_until = loop.time() + _QUIET
+            remedy = "lower --max-connections, or raise the limit of open files: ulimit -n"
+            _LOGGER.error("no connection can be taken (%s); %s", error.strerror, remedy)

@@ -1,0 +1,181 @@
+"""Clients that connect and do not do their part, over real sockets: they are closed, and never keep others out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Refused
+from stand_ins.http_server import Served, serving
+
+MOST = 20  # connections
+PATIENCE = 1.0  # seconds that a client has
+SLOWNESS = 20.0  # seconds until a test says that something hangs
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Path) -> Iterator[Served]:
+    with serving(tiny_engine, "--max-connections", str(MOST), "--client-timeout", str(PATIENCE)) as served:
+        yield served
+        served.process.terminate()
+        assert served.process.wait(60) == 0
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""  # nothing that clients do is worth a line
+
+
+@contextlib.contextmanager
+def connected(server: Served, count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    """Connections that have sent so much."""
+    with contextlib.ExitStack() as stack:
+        sockets = []
+        for _ in range(count):
+            sockets.append(stack.enter_context(socket.create_connection((server.host, server.port), SLOWNESS)))
+            sockets[-1].sendall(sent)
+        yield sockets
+
+
+def open_files(server: Served) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+def read_all(client: socket.socket) -> bytes:
+    """What comes until the server closes the connection, or drops it."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := client.recv(65536):
+            received += part
+    return received
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"", None),
+        (b"G", 408),
+        (GET, 408),
+        (POST + b"Content-Length: 100\r\n\r\n", 408),
+        (POST + b"Content-Length: 100\r\n\r\n{", 408),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", 408),
+        (GET + b"Content-Length: 9\r\n\r\n", 200),  # is answered before its body has come
+        (POST + b"Content-Length: 99999999\r\n\r\n{", 413),
+        (GET + b"\r\n" + GET, 200),
+    ],
+)
+def test_what_is_not_sent_in_full_is_closed(server: Served, sent: bytes, status: int | None) -> None:
+    with connected(server, 1, sent) as (client,):
+        received = read_all(client)
+    if status is None:
+        assert received == b""
+        return
+    assert int(received.split()[1]) == status
+    if status == 408:
+        message = json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert message == "the request has not arrived in full in 1 seconds; send it again"
+
+
+def test_a_trickle_does_not_keep_a_connection_open(server: Served) -> None:
+    for first, further in ((GET, b"A: b\r\n"), (POST + b"Content-Length: 5000\r\n\r\n", b" "), (GET + b"\r\nG", b"E")):
+        with connected(server, 1, first) as (client,):
+            deadline = time.monotonic() + SLOWNESS
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < deadline:
+                    client.sendall(further)
+                    if select.select([client], [], [], 0.1)[0] and not client.recv(65536):
+                        break
+            assert time.monotonic() < deadline
+
+
+def test_a_kept_connection_may_be_idle_for_longer(server: Served) -> None:
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(2):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            time.sleep(1.5 * PATIENCE)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("sent", [b"", GET, POST + b"Content-Length: 100\r\n\r\n{"])
+def test_half_open_connections_keep_nobody_out(server: Served, sent: bytes) -> None:
+    with connected(server, 4 * MOST, sent) as clients:
+        for _ in range(5):
+            assert server.ask("/v1/completions", {"prompt": "x", "max_tokens": 2})["usage"]["completion_tokens"] == 2
+        for client in clients:
+            read_all(client)
+
+
+def test_a_client_that_does_not_read_is_closed(server: Served) -> None:
+    before = open_files(server)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect((server.host, server.port))
+    with client:
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        deadline = time.monotonic() + SLOWNESS
+        while open_files(server) == before:
+            assert time.monotonic() < deadline
+        while open_files(server) > before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with connected(server, 1, (GET + b"\r\n") * 2000) as (client,):  # while one that reads slowly gets all
+        received = b""
+        while received.count(b"HTTP/1.1 200 OK") < 2000:
+            received += client.recv(8192)
+
+
+def test_room_is_made_by_clients_that_are_waited_for_alone(tiny_engine: Path) -> None:
+    body = json.dumps({"prompt": "Once", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar", "stream": True}).encode()
+    post = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with serving(tiny_engine, "--max-connections", "2") as served:
+        with connected(served, 2, post) as busy:
+            assert all(client.recv(1) for client in busy)
+            status, headers, content = served.send("/health")
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "2 connections are open and none is idle" in json.loads(content)["error"]["message"]
+            for client in busy:
+                assert client.recv(1)
+        with connected(served, 2, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000):
+            deadline = time.monotonic() + SLOWNESS
+            while served.send("/health")[0] != 200:  # until nothing more can be written to one that does not read
+                assert time.monotonic() < deadline
+
+
+def test_what_is_not_http_gets_one_sentence(server: Served) -> None:
+    for sent in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"NONSENSE\r\n\r\n"):
+        with connected(server, 1, sent) as (client,):
+            head, _, body = read_all(client).partition(b"\r\n\r\n")
+        assert head.split()[1] == b"400"
+        assert "HTTP/1.1" in json.loads(body)["error"]["message"]
+    garbage = POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"500000\r\n" + b" " * 0x500000 + b"\r\nnonsense\r\n"
+    with connected(server, 1, b"") as (client,), contextlib.suppress(ConnectionError):
+        client.sendall(garbage)
+        assert read_all(client).split()[1] == b"413"
+
+
+def test_being_out_of_descriptors_is_one_line_and_passes(tiny_engine: Path) -> None:
+    with serving(tiny_engine) as served:
+        limits = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (open_files(served), limits[1]))
+        with connected(served, 5, GET):
+            time.sleep(2.5)  # asyncio tries again every second
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert served.ask("/health") == {"status": "ok"}
+        served.process.terminate()
+        assert served.process.wait(60) == 0
+        assert served.process.stderr is not None
+        (line,) = served.process.stderr.read().splitlines()
+    assert "no connection can be taken (Too many open files); lower --max-connections" in line
+
+
+def test_more_connections_than_files_are_refused(tiny_engine: Path, refused: Refused) -> None:
+    most = 1 << 40
+    refused(["serve", str(tiny_engine), "--max-connections", str(most)], f"--max-connections {most} needs", "ulimit -n")
