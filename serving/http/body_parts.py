@@ -12,6 +12,20 @@ _WITHOUT_EFFECT = (
     "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user", "verbosity",
 )  # fmt: skip
+# Fields of OpenAI's and vLLM's that are accepted at the values that ask for what is always done here.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "best_of": (1,),
+    "function_call": ("auto",),
+    "length_penalty": (1,),
+    "modalities": (["text"],),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "tool_choice": ("auto",),
+}
+_EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the field
+# What a message may say beside its content, so that an answer without it would be wrong.
+_SAYING = ("audio", "function_call", "images", "tool_calls")
 
 
 class Body(BaseModel):
@@ -29,28 +43,41 @@ class Body(BaseModel):
         for name, value in values.items():
             if name in names and value is not None:
                 accepted[name] = value
-            elif not (value is None or name in _WITHOUT_EFFECT or value in ([], {}, "none", False)):
+            elif not (value is None or cls._ignores(name) or value in _EMPTY or value in _NEUTRAL.get(name, ())):
                 near = difflib.get_close_matches(name, names, 1)
                 raise ValueError(
                     f"{name!r:.60} is not supported; " + (f"is {near[0]} meant?" if near else "leave it out")
                 )
         return accepted
 
+    @classmethod
+    def _ignores(cls, name: str) -> bool:
+        """Whether a field is accepted at any value and has no effect."""
+        return name in _WITHOUT_EFFECT
 
-class Part(Body):
+
+class ConversationPart(Body):
+    """A part of a conversation; clients keep notes of their own in it, which are accepted and not used."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    @classmethod
+    def _ignores(cls, name: str) -> bool:
+        return name not in _SAYING
+
+
+class Part(ConversationPart):
     """A piece of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
-    """A turn of a conversation; a name and an assistant's reasoning are accepted and not used."""
+class Message(ConversationPart):
+    """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part]
-    name: str | None = None
-    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, str]:
         """As the runtime takes it."""

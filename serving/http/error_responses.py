@@ -94,9 +94,19 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
         return error_response(400, error_body(400, f"the body is not JSON ({first['ctx']['error']}); send an object"))
     if first["type"] == "value_error":
         return error_response(400, error_body(400, str(first["ctx"]["error"]), param))
+    sent = request.headers.get("content-type")
+    if param is None and isinstance(first["input"], bytes | None) and not _is_json(sent):  # so it has not been parsed
+        got = "is missing" if sent is None else f"is {sent!r:.60}"
+        remedy = "allowed: application/json; with curl: -H 'Content-Type: application/json'"
+        return error_response(400, error_body(400, f"the header Content-Type {got}, {remedy}"))
     subject = "the body" if param is None else param
     got = f", got {first['input']!r:.60}" if first["type"] != "missing" else ""
     return error_response(400, error_body(400, f"{subject}: {first['msg'][:200]}{got}; change it", param))
+
+
+def _is_json(content_type: str | None) -> bool:
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -117,14 +117,19 @@ class Handlers:
 
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""
-        shared = {
+        names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
+        return {"object": "list", "data": [self.model(name) for name in names]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One model by any of its names. Raises ModelNotFoundError."""
+        self._mode(name)
+        return {
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "nemodiff",
             "max_model_len": self.engine.info.build.max_seq_len,
         }
-        names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
-        return {"object": "list", "data": [{"id": name, **shared} for name in names]}
 
     def _request_group(self) -> RequestGroup:
         return RequestGroup(self.scheduler, self.metrics.observe, self.timeout)
@@ -132,11 +137,16 @@ class Handlers:
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""
         model = body.model if body.model is not None else self.name
+        mode = self._mode(model)
+        return model, self.defaults | ({} if mode is None else {"mode": mode})
+
+    def _mode(self, model: str) -> str | None:
+        """The mode that a model's name chooses, None for its plain name. Raises ModelNotFoundError."""
         if model == self.name:
-            return model, dict(self.defaults)
+            return None
         base, _, mode = model.rpartition(":")
         if base == self.name and mode in MODES:
-            return model, {**self.defaults, "mode": mode}
+            return mode
         raise ModelNotFoundError(f"model {model!r:.60} is not here, allowed: {self.name}; see /v1/models")
 
 

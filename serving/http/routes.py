@@ -91,6 +91,11 @@ def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.
         """List the model, and its names that choose a mode."""
         return handlers.models()
 
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """Describe one of the models."""
+        return handlers.model(model)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Tell whether the process answers."""

@@ -1,0 +1,110 @@
+"""What real clients send beside what matters: it is accepted, or refused with what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from stand_ins.http_server import Served, serving
+
+CHAT = "/v1/chat/completions"
+QUESTION = {"role": "user", "content": "Count from 3 to 9."}
+TURNS = [QUESTION, {"role": "assistant", "content": "3, 4"}, {"role": "user", "content": "Go on."}]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Path) -> Iterator[Served]:
+    with serving(tiny_engine, "--served-model-name", "some/tiny") as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modalities": ["text"]},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": None, "tool_choice": "none", "function_call": "auto", "functions": []},
+        {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_generation_prompt": True},
+        {"best_of": 1, "length_penalty": 1.0, "echo": False, "suffix": ""},
+    ],
+)
+def test_fields_that_ask_for_what_is_done_anyway(server: Served, fields: dict[str, Any]) -> None:
+    plain = server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4})["choices"]
+    assert server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4, **fields})["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modalities": ["audio"]}, {"tool_choice": "required"}, {"modalities": ["text", "audio"]}]
+)
+def test_fields_that_ask_for_more_are_refused(server: Served, fields: dict[str, Any]) -> None:
+    (name,) = fields
+    status, _, content = server.send(CHAT, {"messages": [QUESTION], **fields})
+    assert status == 400
+    assert f"'{name}' is not supported" in json.loads(content)["error"]["message"]
+
+
+def test_what_clients_note_in_messages_is_ignored(server: Served) -> None:
+    notes: dict[str, Any] = {
+        "id": "a1",
+        "opts": {"x": [1]},
+        "name": "me",
+        "created_at": 5,
+        "tool_calls": [],
+        "audio": None,
+    }
+    thoughts = {
+        "reasoning": "hm",
+        "reasoning_content": "hm",
+        "reasoning_details": [{}],
+        "refusal": None,
+        "annotations": [],
+    }
+    noted = [{**TURNS[0], **notes}, {**TURNS[1], **notes, **thoughts}, {**TURNS[2], **notes}]
+    parts = [{"type": "text", "text": "Go on.", "cache_control": {"type": "ephemeral"}, "id": 3}]
+    plain = server.ask(CHAT, {"messages": TURNS, "max_tokens": 4})
+    for messages in (noted, [*noted[:2], {**TURNS[2], "content": parts}]):
+        answer = server.ask(CHAT, {"messages": messages, "max_tokens": 4})
+        assert answer["choices"] == plain["choices"]
+        assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "images", "audio"])
+def test_what_a_message_says_otherwise_is_not_ignored(server: Served, name: str) -> None:
+    status, _, content = server.send(CHAT, {"messages": [{**QUESTION, name: [{"id": "x"}]}]})
+    assert status == 400
+    assert f"{name!r} is not supported" in json.loads(content)["error"]["message"]
+
+
+def test_a_model_is_described_by_each_of_its_names(server: Served) -> None:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client:
+        for model in client.models.list():
+            assert client.models.retrieve(model.id) == model
+        with pytest.raises(openai.NotFoundError, match="allowed: some/tiny"):
+            client.models.retrieve("gpt")
+    assert server.ask("/v1/models/some/tiny:ar")["id"] == "some/tiny:ar"
+    assert server.send("/v1/models/some/tiny:fast")[0] == 404
+    assert server.send("/v1/models/tiny")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("flags", "got"),
+    [
+        ([], "is 'application/x-www-form-urlencoded'"),
+        (["-H", "Content-Type: text/plain"], "is 'text/plain'"),
+        (["-H", "Content-Type:"], "is missing"),
+    ],
+)
+def test_curl_without_a_content_type_is_told_the_header(server: Served, flags: list[str], got: str) -> None:
+    body = json.dumps({"messages": [QUESTION], "max_tokens": 4})
+    command = ["curl", "-s", server.url + CHAT, "-d", body]
+    answer = subprocess.run([*command, *flags], capture_output=True, text=True, check=True).stdout
+    message = json.loads(answer)["error"]["message"]
+    assert message.startswith(f"the header Content-Type {got}, allowed: application/json; ")
+    remedy = message.partition("with curl: -H ")[2].strip("'")
+    answer = subprocess.run([*command, "-H", remedy], capture_output=True, text=True, check=True).stdout
+    assert json.loads(answer)["choices"]
