@@ -166,7 +166,7 @@ def test_an_iterator_that_ends_too_early_hangs_no_request(tiny_engine: Path, mon
             queue.close()
 
     loaded = nemodiff.load(tiny_engine, threads=1)
-    monkeypatch.setattr(Scheduler, "submit", ends)
+    monkeypatch.setattr(Scheduler, "submit_many", ends)
     monkeypatch.setattr("nemodiff.serving.http.infill_queue.infill", ends)
     for ask in (submit, fill):
         with pytest.raises(RuntimeError, match="an iterator ended too early"):
