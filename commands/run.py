@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import RequestError
 from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_statistics, print_warnings
-from .inputs import read_prompts, read_stdin
+from .batch import answer_lines, print_lines
+from .inputs import read_stdin
+from .lines import check_lines, read_lines
 
 if TYPE_CHECKING:
+    from ..runtime.events.events import Event
     from ..runtime.loading import LoadedEngine
-    from ..runtime.requests.sequence import Sequence
 
 
 @click.command()
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--input-file",
     type=options.PATH,
-    help='Answer every line of this file, a JSON object {"prompt": ...} or {"messages": [...]}.',
+    help='Answer every line of this file, a JSON object with "prompt" or "messages", and options by their names.',
 )
 @click.option(
     "--batch-size",
@@ -85,27 +85,31 @@ def run(
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
     from ..runtime.events.trace import record
-    from ..runtime.generate import sequence_events
-    from ..runtime.loading import check_rows, load
+    from ..runtime.loading import load
 
-    prompts = list(read_prompts(input_file)) if input_file is not None else [("", _one_prompt(prompt))]
+    flags = {**choices, "chat": not raw}
+    # What is asked is read before the engine, which takes longer.
+    asked = _one_prompt(prompt) if input_file is None else read_lines(input_file, as_json=as_json)
     loaded = load(engine, threads=threads, device=device)
-    check_rows(loaded, batch_size)
-    events = sequence_events(
-        loaded,
-        _submitted(_prepared(loaded, prompts, {**choices, "chat": not raw})),
-        rows=batch_size,
-        prefix_reuse=input_file is not None and not no_prefix_reuse,
-        steps=show_denoise or trace is not None,
-        text=stream or trace is not None,
-    )
-    told = set[str]()
+    watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}
     with record(trace, loaded) as write:
-        for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
-            click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
-            print_warnings(answer, told)
-            if stats:
-                print_statistics(answer)
+        if isinstance(asked, str):
+            events = _events(loaded, asked, flags, watched)
+            for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
+                click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+                print_warnings(answer, set())
+                if stats:
+                    print_statistics(answer)
+            return
+        check_lines(loaded, asked, flags, batch_size)
+        watched |= {"rows": batch_size, "prefix_reuse": not no_prefix_reuse}
+        refused = print_lines(answer_lines(loaded, asked, flags, write, **watched), as_json=as_json, stats=stats)
+    if refused and as_json:
+        raise click.ClickException(
+            f'{input_file}: {refused} of {len(asked)} lines are refused; see "error" in their objects'
+        )
+    if refused:
+        raise click.exceptions.Exit(1)
 
 
 def _one_prompt(prompt: str | None) -> str:
@@ -115,23 +119,9 @@ def _one_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def _prepared(engine: LoadedEngine, prompts: list[tuple[str, Any]], choices: dict[str, Any]) -> list[Sequence]:
-    """Every prompt as a request, so that the last one is checked before the first is run. Raises RequestError."""
+def _events(engine: LoadedEngine, prompt: str, flags: Mapping[str, Any], watched: Mapping[str, Any]) -> Iterator[Event]:
+    from ..runtime.generate import sequence_events
     from ..runtime.requests.options import make_options
     from ..runtime.requests.prepare import prepare
 
-    options = make_options(choices)
-    sequences = []
-    for place, prompt in prompts:
-        try:
-            sequences.append(prepare(engine, prompt, options))
-        except RequestError as error:
-            raise RequestError(f"{place}: {error}" if place else str(error)) from None
-    return sequences
-
-
-def _submitted(sequences: list[Sequence]) -> Iterator[Sequence]:
-    """The requests as rows become free; their times count from then, not from their preparation."""
-    for sequence in sequences:
-        sequence.submitted = time.perf_counter()
-        yield sequence
+    return sequence_events(engine, [prepare(engine, prompt, make_options(flags))], **watched)

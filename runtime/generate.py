@@ -5,9 +5,10 @@ Servers come through `scheduler.Scheduler`, which adds a thread and a queue to t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..errors import NemodiffError
 from .batching.batch import KEPT_PREFIXES, Batch, PassResult
 from .engines.engine import Engine, Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
@@ -95,8 +96,12 @@ def sequence_events(
     prefix_reuse: bool = False,
     steps: bool = False,
     text: bool = True,
+    failed: Callable[[int, NemodiffError], None] | None = None,
 ) -> Iterator[Event]:
-    """The events of requests that `prepare` has made, as `events` gives those of prompts."""
+    """The events of requests that `prepare` has made, as `events` gives those of prompts.
+
+    `failed` is told the number of a request that cannot go on, and why; the others do. Without it they all end.
+    """
     reporters: dict[Sequence, Reporter] = {}
 
     def reported() -> Iterator[Sequence]:
@@ -106,6 +111,12 @@ def sequence_events(
 
     batch = Batch(engine.backend, rows, cost=lambda: engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
     for result in _drive(batch, reported()):
+        if result.error is not None:
+            number = reporters.pop(result.sequence).number
+            if failed is None or not isinstance(result.error, NemodiffError):
+                raise result.error
+            failed(number, result.error)
+            continue
         yield from reporters[result.sequence].passed(result)
         if result.sequence.ended:
             yield from reporters.pop(result.sequence).finished(engine)
@@ -117,6 +128,8 @@ def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator
     The prediction's arrays are overwritten by the next forward.
     """
     for result in _drive(Batch(engine, rows), iter(sequences)):
+        if result.error is not None:
+            raise result.error
         yield result.sequence, result.pass_, result.prediction
 
 
@@ -127,9 +140,6 @@ def _drive(batch: Batch, waiting: Iterator[Sequence]) -> Iterator[PassResult]:
                 batch.add(sequence)
             if not len(batch):
                 return
-            for result in batch.step():
-                if result.error is not None:
-                    raise result.error
-                yield result
+            yield from batch.step()
     finally:
         batch.close()

@@ -59,11 +59,16 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
         raise RequestError(
             f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
         )
-    if options.system is not None:
-        if messages and messages[0].get("role") == "system":
-            raise RequestError("system text is given as an option and as the first message too; give it once")
-        messages = [{"role": "system", "content": options.system}, *messages]
-    return _not_empty(engine.text.encode_chat(messages, options.thinking))
+    return _not_empty(engine.text.encode_chat(conversation(messages, options.system), options.thinking))
+
+
+def conversation(messages: list[Message], system: str | None) -> list[Message]:
+    """The messages with the system text that is given as an option before them. Raises RequestError."""
+    if system is None:
+        return messages
+    if messages and messages[0].get("role") == "system":
+        raise RequestError("system text is given as an option and as the first message too; give it once")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _not_empty(ids: list[int]) -> list[int]:

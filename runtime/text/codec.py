@@ -26,6 +26,18 @@ _BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
 }
 
 
+def check_messages(messages: Iterable[Message]) -> None:
+    """Refuse messages without a known role or without text. Raises RequestError."""
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            check_text(content, "message")
+        if message.get("role") not in _ROLES or not isinstance(content, str):
+            raise RequestError(
+                f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
+            )
+
+
 class TextCodec:
     """Tokenizer and chat template of one engine. Raises EngineError if a file is missing or broken."""
 
@@ -71,14 +83,7 @@ class TextCodec:
         Raises:
             RequestError: a message is malformed, the template refuses it, or there is no template.
         """
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, str):
-                check_text(content, "message")
-            if message.get("role") not in _ROLES or not isinstance(content, str):
-                raise RequestError(
-                    f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
-                )
+        check_messages(messages)
         # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
         quoted = [self._quote(dict(m), _SHOWN if m["role"] == "assistant" else ()) for m in messages]
         text = self._template.render(quoted, thinking)

@@ -399,7 +399,6 @@ def test_wrong_threads_in_python(tiny_engine: Path, threads: Any) -> None:
 @pytest.mark.parametrize(
     ("line", "fragment"),
     [
-        ({"prompt": "word " * 40_000}, "line 2: the prompt has "),
         ({"messages": [{"role": "user"}]}, "line 2: message {'role': 'user'} is malformed"),
         ({"messages": [{"role": "system", "content": "x"}]}, "line 2: system text is given as an option and"),
     ],

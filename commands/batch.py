@@ -1,0 +1,98 @@
+"""The answers to a file of prompts, in the order of its lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import NemodiffError
+from .answers import one_line, print_statistics, print_warnings
+
+if TYPE_CHECKING:
+    from ..runtime.events.events import Event
+    from ..runtime.loading import LoadedEngine
+    from ..runtime.requests.generation import Generation
+    from ..runtime.requests.sequence import Sequence
+    from .lines import Line
+
+
+@dataclasses.dataclass
+class _Place:
+    """A line whose turn has come; it has a result when it has ended."""
+
+    line: Line
+    result: Generation | NemodiffError | None = None
+
+
+def answer_lines(
+    engine: LoadedEngine,
+    lines: list[Line],
+    flags: Mapping[str, Any],
+    write: Callable[[Event], Event],
+    **choices: Any,
+) -> Iterator[tuple[Line, Generation | NemodiffError]]:
+    """Each line with its answer, or with what went wrong with it alone.
+
+    Lines become requests as rows become free. `write` sees every event; `choices` are those of `sequence_events`.
+    """
+    from ..runtime.events.events import Finished
+    from ..runtime.generate import sequence_events
+    from ..runtime.requests.prepare import prepare
+
+    begun: deque[_Place] = deque()
+    running: dict[int, _Place] = {}
+
+    def prepared() -> Iterator[Sequence]:
+        number = 0
+        for line in lines:
+            place = _Place(line)
+            begun.append(place)
+            try:
+                sequence = prepare(engine, line.prompt, line.chosen(flags))
+            except NemodiffError as error:
+                place.result = error
+                continue
+            running[number] = place
+            number += 1
+            yield sequence
+
+    def failed(number: int, error: NemodiffError) -> None:
+        running.pop(number).result = error
+
+    for event in map(write, sequence_events(engine, prepared(), failed=failed, **choices)):
+        if isinstance(event, Finished):
+            running.pop(event.request).result = event.generation
+        yield from _ended(begun)
+    yield from _ended(begun)
+
+
+def _ended(begun: deque[_Place]) -> Iterator[tuple[Line, Generation | NemodiffError]]:
+    while begun and (result := begun[0].result) is not None:
+        yield begun.popleft().line, result
+
+
+def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, as_json: bool, stats: bool) -> int:
+    """Print answers, and what was refused: one line on standard error, or an object in the answer's place.
+
+    Returns how many lines were refused.
+    """
+    refused = 0
+    told = set[str]()
+    for line, result in results:
+        if isinstance(result, NemodiffError):
+            refused += 1
+            if as_json:
+                click.echo(json.dumps({**line.labels, "error": {"message": str(result), "line": line.number}}))
+            else:
+                click.echo(f"Error: {one_line(str(line.refusal(result)))}", err=True)
+            continue
+        click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else result.text)
+        print_warnings(result, told)
+        if stats:
+            print_statistics(result)
+    return refused

@@ -1,0 +1,150 @@
+"""The lines of a file of prompts: reading them, and what can be checked of all before the first is answered."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..runtime.requests.options import OPTIONS, Options, make_options
+from ..runtime.text.checks import check_text
+from .inputs import read_text
+from .options import FLAGS
+
+if TYPE_CHECKING:
+    from ..runtime.loading import LoadedEngine
+    from ..runtime.text.codec import Message
+
+_SPELLINGS = dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens")  # as in HTTP bodies
+_LABELS = ("id", "custom_id")
+_KEYS = ("prompt", "messages", *_LABELS, *OPTIONS, *_SPELLINGS)
+_REPORTS = ("logprobs", "confidences")
+_SETS = 256  # of options, checked against the engine beforehand: a schema among them takes a millisecond or more
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A prompt of a file.
+
+    number: of the line, from 1. options: those that the line sets. labels: what comes back with its answer.
+    """
+
+    path: Path
+    number: int
+    prompt: str | list[Message]
+    options: Mapping[str, Any]
+    labels: Mapping[str, Any]
+
+    def chosen(self, flags: Mapping[str, Any]) -> Options:
+        """The options of the command with the line's own on top. Raises RequestError."""
+        return make_options({**flags, **self.options})
+
+    def refusal(self, error: Exception) -> RequestError:
+        """An error with the line's place before it."""
+        return RequestError(f"{self.path}, line {self.number}: {error}")
+
+
+def read_lines(path: Path, *, as_json: bool) -> list[Line]:
+    """The prompts of a file of JSON lines, each with its keys and the values of its options checked.
+
+    as_json: whether answers have a place for what belongs to tokens. Raises RequestError.
+    """
+    try:
+        texts = read_text(path).split("\n")
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror}; give a file of JSON lines") from None
+    lines = []
+    for number, text in enumerate(texts, 1):
+        if text.strip():
+            place = f"{path}, line {number}"
+            fields = _object(text, place)
+            try:
+                prompt, options = _prompt(fields), _options(fields, as_json)
+            except RequestError as error:
+                raise RequestError(f"{place}: {error}") from None
+            lines.append(Line(path, number, prompt, options, {n: fields[n] for n in _LABELS if n in fields}))
+    return lines
+
+
+def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any], rows: int) -> None:
+    """Refuse malformed conversations, and options that do not suit the engine or one another. Raises RequestError.
+
+    What the length of a prompt decides is left for later, and so are options of which there are very many.
+    """
+    from ..runtime.loading import check_rows
+    from ..runtime.requests.prepare import conversation, prepare
+    from ..runtime.requests.settings import settle
+    from ..runtime.text.codec import check_messages
+
+    check_rows(engine, rows)
+    known = set[str]()
+    for line in lines:
+        try:
+            if not isinstance(line.prompt, str):
+                system = line.options.get("system", flags.get("system"))
+                check_messages(conversation(line.prompt, system))
+            kind = json.dumps({n: v for n, v in line.options.items() if n != "seed"}, sort_keys=True)
+            if kind in known or len(known) == _SETS:
+                continue
+            known.add(kind)
+            options = line.chosen(flags)
+            try:
+                settle(engine.info, engine.text, 0, options)
+            except RequestError:
+                prepare(engine, line.prompt, options)  # refuses it with the real length
+                raise
+        except RequestError as error:
+            raise line.refusal(error) from None
+
+
+def _object(text: str, place: str) -> dict[str, Any]:
+    """The fields that a line gives: null means not given, as in HTTP bodies."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{place}: not JSON ({error}); one object per line is allowed") from None
+    if "\\u" in text:  # the only way to spell half a character
+        check_text(json.dumps(value, ensure_ascii=False), place)
+    return {n: v for n, v in value.items() if v is not None} if isinstance(value, dict) else {}
+
+
+def _prompt(fields: Mapping[str, Any]) -> str | list[Message]:
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    if prompt is not None and messages is not None:
+        raise RequestError("prompt and messages are both given, allowed: one of them; leave one out")
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        return messages
+    raise RequestError(
+        'allowed: an object with "prompt" (text) or "messages" (a list of role and content); fix the line'
+    )
+
+
+def _options(fields: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in fields.items():
+        name = _SPELLINGS.get(key, key)
+        if name in OPTIONS:
+            if options.setdefault(name, value) != value:
+                raise RequestError(f"{spelled[name]} and {key} differ; give one of them")
+            spelled[name] = key
+        elif key not in _KEYS:
+            raise RequestError(f"{key!r:.60} is no key of a line; {_remedy(key)}")
+    for name in _REPORTS:
+        if options.get(name, False) is not False and not as_json:
+            raise RequestError(f"{name} goes with --json; give the flag or leave {name} out")
+    if options:
+        make_options(options)
+    return options
+
+
+def _remedy(key: str) -> str:
+    flags = {flag.removeprefix("--"): name for name, flag in FLAGS.items()}
+    near = [flags[key]] if key in flags else difflib.get_close_matches(key, _KEYS, 1)
+    return f"is {near[0]} meant?" if near else f"allowed: prompt or messages, {', '.join(_LABELS)}, and request options"
