@@ -19,6 +19,7 @@ from .commands.edit import infill, revise
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.serve import serve
+from .commands.streams import settle_streams
 from .commands.trace import trace
 from .commands.triton import triton
 from .contract import MODES
@@ -28,6 +29,10 @@ from .runtime.sampling.commit import POLICIES
 
 class _Group(click.Group):
     """Turns every problem that a user can cause into one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        settle_streams()  # before the first word is printed
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

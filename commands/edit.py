@@ -12,15 +12,17 @@ import click
 from ..runtime.editing.infill import METHODS
 from . import options
 from .inputs import read_stdin, read_text
+from .streams import TEXT
 
 
 @click.command()
 @options.engine
-@click.option("--prefix", help="Put this text before the hole.")
-@click.option("--suffix", default="", help="Put this text after the hole.")
+@click.option("--prefix", type=TEXT, help="Put this text before the hole.")
+@click.option("--suffix", type=TEXT, default="", help="Put this text after the hole.")
 @click.option("--length", type=int, help="Fill the hole with this many tokens. [default: a length that fits]")
 @click.option(
     "--template",
+    type=TEXT,
     help="Fill every {hole} or {hole:12} of this text, in place of --prefix, --suffix and --length.",
 )
 @options.editing_prompt
@@ -76,7 +78,7 @@ def infill(
 
 @click.command()
 @options.engine
-@click.option("--text", help="Revise this text. [default: standard input]")
+@click.option("--text", type=TEXT, help="Revise this text. [default: standard input]")
 @click.option("--file", type=options.PATH, help="Revise the text of this file.")
 @options.editing_prompt
 @click.option(

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..errors import RequestError
+from .streams import plain
 
 
 def read_stdin(missing: str) -> str:
@@ -16,6 +17,7 @@ def read_stdin(missing: str) -> str:
         text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise not_utf8("standard input", error) from None
+    text = plain(text)
     if not text.strip():
         raise click.UsageError(missing)
     return text.removesuffix("\n")
@@ -24,7 +26,7 @@ def read_stdin(missing: str) -> str:
 def read_text(path: Path) -> str:
     """A file's text. Raises RequestError."""
     try:
-        return path.read_text(encoding="utf-8")
+        return plain(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise not_utf8(str(path), error) from None
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import click
 
+from ..errors import RequestError
 from ..runtime.requests.option_types import Option
 from ..runtime.requests.options import OPTIONS
+from .inputs import read_text
+from .streams import TEXT, typed
 
 Decorator = Callable[[Any], Any]
 
@@ -32,7 +35,7 @@ device = click.option(
 statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
 host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 editing_prompt = click.option(
-    "-p", "--prompt", help="Treat the text as an answer to this prompt. [default: the text stands alone]"
+    "-p", "--prompt", type=TEXT, help="Treat the text as an answer to this prompt. [default: the text stands alone]"
 )
 
 
@@ -68,7 +71,7 @@ def _attributes(option: Option) -> dict[str, Any]:
     if option.type is bool:
         return {"is_flag": True, "default": option.default, "help": help}
     if option.many:
-        return {"multiple": True, "type": option.one_type, "help": help}
+        return {"multiple": True, "type": _type(option.one_type), "help": help}
     if option.name == "logit_bias":
         return {"multiple": True, "callback": _biases, "metavar": "ID=NUMBER", "help": help}
     if option.name == "json_schema":
@@ -78,7 +81,11 @@ def _attributes(option: Option) -> dict[str, Any]:
     attributes = {"help": help, "default": option.default, "show_default": option.default is not None}
     if option.choices and option.type is int:
         return attributes | {"callback": _integer_or_word, "metavar": "|".join(("INTEGER", *option.choices))}
-    return attributes | {"type": click.Choice(option.choices) if option.choices else option.type}
+    return attributes | {"type": click.Choice(option.choices) if option.choices else _type(option.type)}
+
+
+def _type(kind: Any) -> Any:
+    return TEXT if kind is str else kind
 
 
 def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str, ...]) -> dict[str, float]:
@@ -96,10 +103,10 @@ def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str,
 def _file_or_text(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
     """The value itself if it is an object or a literal of JSON, else what the file of that name holds."""
     if value is None or value.lstrip().startswith("{") or value.strip() in ("true", "false"):
-        return value
+        return value if value is None else typed(value)
     try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        return read_text(Path(value))
+    except (OSError, ValueError, RequestError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise click.BadParameter(f"{value}: {reason}; give a file or the schema itself, which begins with {{") from None
 

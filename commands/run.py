@@ -15,6 +15,7 @@ from .answers import follow, print_statistics, print_warnings
 from .batch import answer_lines, print_lines
 from .inputs import read_stdin
 from .lines import check_lines, read_lines
+from .streams import TEXT
 
 if TYPE_CHECKING:
     from ..runtime.events.events import Event
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @options.engine
-@click.option("-p", "--prompt", help="Answer this prompt. [default: standard input]")
+@click.option("-p", "--prompt", type=TEXT, help="Answer this prompt. [default: standard input]")
 @click.option(
     "--input-file",
     type=options.PATH,

@@ -9,6 +9,7 @@ import click
 
 from ..contract import MODES
 from . import options
+from .streams import TEXT
 
 
 @click.command()
@@ -23,6 +24,7 @@ from . import options
 )
 @click.option(
     "--api-key",
+    type=TEXT,
     multiple=True,
     envvar="NEMODIFF_API_KEY",
     help="Require this key from clients; repeat the option to allow several.",
@@ -30,10 +32,13 @@ from . import options
 @click.option(
     "--allowed-host",
     multiple=True,
+    type=TEXT,
     metavar="NAME",
     help="Answer under this name too, or *.NAME, or * for any; may be repeated. [default: its address and localhost]",
 )
-@click.option("--served-model-name", help="Show the model to clients by this name. [default: the engine folder's]")
+@click.option(
+    "--served-model-name", type=TEXT, help="Show the model to clients by this name. [default: the engine folder's]"
+)
 @click.option(
     "--mode",
     type=click.Choice(MODES),

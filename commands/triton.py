@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from . import options
+from .streams import TEXT
 
 _PORT = click.IntRange(1, 65535)
 
@@ -20,10 +21,11 @@ def triton() -> None:
 @triton.command()
 @options.engine
 @click.option("--repo", type=options.PATH, required=True, help="Write the model into this model repository.")
-@click.option("--name", default="nemodiff", show_default=True, help="Give the model this name.")
+@click.option("--name", type=TEXT, default="nemodiff", show_default=True, help="Give the model this name.")
 @click.option(
     "--set",
     "assignments",
+    type=TEXT,
     multiple=True,
     metavar="NAME=VALUE",
     help="Set a value for the whole model; repeat the option to set several.",

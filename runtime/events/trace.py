@@ -109,7 +109,7 @@ def _named(what: str, track: int, name: str) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The events of a file of JSON lines, its header left out. Raises RequestError."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
         header = lines[0]
         right = header["event"] == "trace" and all(isinstance(line["event"], str) for line in lines)
     except OSError as error:

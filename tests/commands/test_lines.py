@@ -199,3 +199,13 @@ def test_many_lines_are_checked_without_being_encoded(tiny_engine: Path, file: P
     for _ in range(200):
         prepare(engine, QUESTION, lines[0].chosen({}))
     assert checked < (time.perf_counter() - began) / 200  # a line used to take more than that
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_file_from_windows(tiny_engine: Path, file: Path, mark: str, end: str) -> None:
+    lines = [{"prompt": "Hi", "max_tokens": 2}, {"prompt": QUESTION, "max_tokens": 2}]
+    file.write_bytes((mark + end.join(map(json.dumps, lines)) + end).encode())
+    result = click.testing.CliRunner().invoke(main, ["run", str(tiny_engine), "--input-file", str(file)])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == run(tiny_engine, file.with_name("plain"), lines).stdout

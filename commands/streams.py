@@ -1,0 +1,52 @@
+"""The standard streams and the words of the command line as UTF-8, whatever the locale is."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Any
+
+import click
+
+_BOM = "\ufeff"
+
+
+def settle_streams() -> None:
+    """Read and write UTF-8, but in a terminal its own encoding, where what that lacks is escaped: `\\u4f60`.
+
+    A terminal in plain ASCII is one whose locale says nothing; what it shows is UTF-8 nearly everywhere.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=_encoding(stream, "utf-8"), errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding=_encoding(sys.stdin, "utf-8-sig"), errors="strict")
+
+
+def _encoding(stream: io.TextIOWrapper, utf8: str) -> str:
+    keeps = stream.isatty() and stream.encoding.lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
+    return stream.encoding if keeps else utf8
+
+
+def plain(text: str) -> str:
+    """Text without the mark that some editors put before it, and with line ends as Python has them."""
+    return text.removeprefix(_BOM).replace("\r\n", "\n")
+
+
+def typed(word: str) -> str:
+    """A word of the command line as UTF-8 if its bytes are that, also where the locale made it something else."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word
+
+
+class _Text(click.types.StringParamType):
+    """Text for the model or a client; a path stays as the system spelled it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return typed(super().convert(value, param, ctx))
+
+
+TEXT = _Text()
