@@ -8,6 +8,7 @@ the external data file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ def build_graph(
         x = add_attention(w, model, layer, x, adapter_rank, adapter_scale)
         x = add_mlp(w, model, layer, x)
     add_head(w, model, x)
-    functions = [block_attention.function(), confidence_commit.function()]
+    hidden = -math.inf if capacity is None else block_attention.FINITE[dtype]
+    functions = [block_attention.function(hidden), confidence_commit.function()]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
     proto = helper.make_model(

@@ -5,6 +5,8 @@
 q (B, H, S, D), k and v (B, G, T, D) in f32, f16 or bf16; visible (B, S, 3) i32; slots (T,) i32; y like q. Query head
 `h` reads key/value head `h * G // H`. A query with `visible = (prefix_end, span_begin, span_end)` sees cache slots
 `[0, prefix_end)` and `[span_begin, span_end)`; what one gets that sees nothing is finite and otherwise unspecified.
+A slot that a query does not see has no influence on what it gets, whatever finite values lie there, as long as their
+product with the query is finite too. A NaN or infinity may spread, since zero times either is NaN.
 
 `slots` is 0..T-1, made once per graph. A fused kernel does not need it; the function body does, because ONNX Runtime
 merges masks built from one shared tensor into one, but not masks built from each layer's own cache shape.
@@ -12,6 +14,7 @@ merges masks built from one shared tensor into one, but not masks built from eac
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,18 @@ import onnx
 import onnx.parser
 
 from ...config import ModelConfig
+from ...contract import Dtype
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 
 SPLITS = 16  # at most so many shares of the cache
 PROGRAMS = 256  # enough to keep a card busy: two for each of an H100's 132 multiprocessors
 LEAST_TILES = 4  # tiles of the cache in a split, since fewer are not worth the merge
 BLOCK_M, BLOCK_N = 64, 64  # queries and cache slots of a tile; with 8 warps nothing spills (benchmarks/kernels.py)
+
+# What an engine's body adds to a hidden score. TensorRT's kernels may keep a running maximum over tiles, and of a tile
+# with nothing but -inf that can make NaN, so there it is finite: low enough for any real score, high enough that a sum
+# with one stays finite (docs/log.md). ONNX Runtime takes -inf as a score of nothing even where the product overflows.
+FINITE: dict[Dtype, float] = {"f32": -1e30, "bf16": -1e30, "f16": -60000.0}
 
 # The mask is additive and in the compute type: TensorRT-RTX does not build a bool mask shared by two attentions.
 BODY = """
@@ -38,7 +47,7 @@ BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
     in_span = And (after_begin, before_end)
     seen = Or (in_prefix, in_span)
     nothing = Constant <value = float {0.0}> ()
-    hidden = Constant <value = float {-30000.0}> ()
+    hidden = Constant <value = float {-inf}> ()
     mask = Where (seen, nothing, hidden)
     heads_axis = Constant <value = int64[1] {1}> ()
     mask4 = Unsqueeze (mask, heads_axis)
@@ -48,9 +57,9 @@ BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
 """
 
 
-def function() -> onnx.FunctionProto:
-    """The op as an ONNX local function of standard opset-24 ops."""
-    return onnx.parser.parse_function(BODY)
+def function(hidden: float = -math.inf) -> onnx.FunctionProto:
+    """The op as an ONNX local function of standard opset-24 ops, which adds `hidden` to the score of a hidden slot."""
+    return onnx.parser.parse_function(BODY.replace("-inf", str(hidden)))
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:
@@ -62,9 +71,11 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray, 
     prefix_end, begin, end = (visible[:, :, i, None] for i in range(3))  # (B, S, 1) i32
     seen = (slots < prefix_end) | ((slots >= begin) & (slots < end))  # (B, S, T) bool
     scores = q.astype(np.float32) @ keys.swapaxes(2, 3) * np.float32(scale)
-    scores = np.where(seen[:, None], scores, np.float32(-30000.0))  # (B, H, S, T) f32
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    y: np.ndarray = weights / weights.sum(-1, keepdims=True) @ values
+    scores = np.where(seen[:, None], scores, np.float32(-np.inf))  # (B, H, S, T) f32
+    highest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(highest == -np.inf, np.float32(0), highest))
+    total = weights.sum(-1, keepdims=True)
+    y: np.ndarray = weights / np.where(total == 0, np.float32(1), total) @ values  # 0 for a query that sees nothing
     return y.astype(q.dtype)
 
 

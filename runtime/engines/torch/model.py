@@ -192,7 +192,7 @@ class TorchModel:
         prefix_end, begin, span_end = visible[:, None].unbind(-1)  # (B, 1, S) i32
         seen = slots < prefix_end[..., None]
         seen |= (slots >= begin[..., None]) & (slots < span_end[..., None])
-        mask = torch.where(seen, 0.0, -30000.0).to(self.dtype)
+        mask = torch.where(seen, 0.0, -torch.inf).to(self.dtype)  # no query sees nothing, so no row is all -inf
         return mask.repeat(1, 1, self.config.num_heads // self.config.num_kv_heads, 1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
