@@ -27,11 +27,11 @@ def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_
             yield event.generation
 
 
-def print_warnings(answer: Generation, told: set[str]) -> None:
-    """Each warning that has not been told yet, as a line on standard error."""
+def print_warnings(answer: Generation, printed: set[str]) -> None:
+    """Each warning that was not printed before, as a line on standard error."""
     for warning in answer.warnings:
-        if warning not in told:
-            told.add(warning)
+        if warning not in printed:
+            printed.add(warning)
             click.echo(f"Warning: {one_line(warning)}", err=True)
 
 

@@ -82,7 +82,7 @@ def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, a
     Returns how many lines were refused.
     """
     refused = 0
-    told = set[str]()
+    printed = set[str]()
     for line, result in results:
         if isinstance(result, NemodiffError):
             refused += 1
@@ -92,7 +92,7 @@ def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, a
                 click.echo(f"Error: {one_line(str(line.refusal(result)))}", err=True)
             continue
         click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else result.text)
-        print_warnings(result, told)
+        print_warnings(result, printed)
         if stats:
             print_statistics(result)
     return refused

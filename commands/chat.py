@@ -39,7 +39,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
     loaded = load(engine, threads=threads, device=device)
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
-        told = set[str]()
+        printed = set[str]()
         while (line := _read_line()) is not None:
             if line in ("/exit", "/quit"):
                 return
@@ -56,7 +56,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
                     click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
                     continue
                 click.echo()
-                print_warnings(answer, told)
+                print_warnings(answer, printed)
                 if stats:
                     print_statistics(answer)
                 messages = [*turn, {"role": "assistant", "content": answer.text}]

@@ -89,25 +89,25 @@ def run(
     from ..runtime.loading import load
 
     flags = {**choices, "chat": not raw}
-    # What is asked is read before the engine, which takes longer.
-    asked = _one_prompt(prompt) if input_file is None else read_lines(input_file, as_json=as_json)
+    # The input is read before the engine, which takes longer.
+    prompts = _one_prompt(prompt) if input_file is None else read_lines(input_file, as_json=as_json)
     loaded = load(engine, threads=threads, device=device)
     watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}
     with record(trace, loaded) as write:
-        if isinstance(asked, str):
-            events = _events(loaded, asked, flags, watched)
+        if isinstance(prompts, str):
+            events = _events(loaded, prompts, flags, watched)
             for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
                 click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
                 print_warnings(answer, set())
                 if stats:
                     print_statistics(answer)
             return
-        check_lines(loaded, asked, flags, batch_size)
+        check_lines(loaded, prompts, flags, batch_size)
         watched |= {"rows": batch_size, "prefix_reuse": not no_prefix_reuse}
-        refused = print_lines(answer_lines(loaded, asked, flags, write, **watched), as_json=as_json, stats=stats)
+        refused = print_lines(answer_lines(loaded, prompts, flags, write, **watched), as_json=as_json, stats=stats)
     if refused and as_json:
         raise click.ClickException(
-            f'{input_file}: {refused} of {len(asked)} lines are refused; see "error" in their objects'
+            f'{input_file}: {refused} of {len(prompts)} lines are refused; see "error" in their objects'
         )
     if refused:
         raise click.exceptions.Exit(1)

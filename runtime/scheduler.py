@@ -145,11 +145,11 @@ class Scheduler:
             RequestError: as in `submit`, or more requests than can ever run and wait at a time.
             BusyError: as in `submit`.
         """
-        asked = list(requests)
+        submitted = list(requests)
         listeners: list[Listener | None] = [
-            None if listener is None else functools.partial(listener, index) for index in range(len(asked))
+            None if listener is None else functools.partial(listener, index) for index in range(len(submitted))
         ]
-        return self._queue(asked, steps, listeners)
+        return self._queue(submitted, steps, listeners)
 
     @property
     def statistics(self) -> Statistics:

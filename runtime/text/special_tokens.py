@@ -46,8 +46,8 @@ class SpecialTokens:
         """The text with a mark for each special token that it spells, except for those to `keep`."""
 
         def quoted(match: re.Match[str]) -> str:
-            found = match[0]
-            return found if found in keep else self._mark.get(found, self._escape + found)
+            spelled = match[0]
+            return spelled if spelled in keep else self._mark.get(spelled, self._escape + spelled)
 
         return self._to_quote.sub(quoted, text)
 
