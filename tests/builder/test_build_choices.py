@@ -45,7 +45,7 @@ def test_output_that_is_something_else_is_kept(checkpoint: Path, refused: Refuse
     (root / "file").write_text("precious")
     (root / "folder").mkdir()
     (root / "folder" / "thesis.txt").write_text("precious")
-    (root / "link").symlink_to(root / "nowhere")
+    (root / "link").symlink_to(root / "folder")
     refused(["build", str(checkpoint), "-o", str(root / output)], f"{root / output}: ", "choose another --output")
 
 
