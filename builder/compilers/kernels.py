@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,32 @@ def compile_kernels(
         command = child_command("nemodiff.builder.compilers.kernels")
         child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or ["nothing said"])[-1]
         raise BuildError(
-            f"the kernels cannot be compiled ({reason:.300}); install Triton with: pip install 'nemodiff[trt]', or "
-            "build without --plugins and with --no-logits"
+            f"the kernels cannot be compiled ({failure(child.stderr):.300}); install Triton with: "
+            "pip install 'nemodiff[trt]', or build without --plugins and with --no-logits"
         )
     return tuple(parse_kernel(record) for record in json.loads(child.stdout))
+
+
+def failure(stderr: str) -> str:
+    """What went wrong, in one line: the assembler's own words if it has said any, else Python's last."""
+    lines = stderr.strip().splitlines()
+    for line in lines:
+        if line.startswith("ptxas") and ("fatal" in line or "error" in line):
+            return line
+    return lines[-1] if lines else "the compiler gave no reason"
+
+
+def ptx_version(sm: int) -> int:
+    """The PTX version for a compute capability, 88 for 8.8: `PTX_VERSION`, or the newest that the assembler knows.
+
+    Triton brings an assembler of its own, and from 3.6 on another for newer cards: 3.5 knows PTX up to 8.7, 3.6 up to
+    8.7 and from SM 100 on 8.8, 3.9 up to 8.8 and from SM 90 on 9.4.
+    """
+    from triton.backends.nvidia import compiler
+
+    newest: int = compiler.get_ptx_version_from_options(types.SimpleNamespace(ptx_version=None), sm)
+    return min(PTX_VERSION, newest)
 
 
 def stages(ops: Sequence[Op]) -> list[tuple[Op, Stage]]:
@@ -112,7 +133,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     options = {
         "num_warps": stage.num_warps,
         "num_stages": stage.num_stages,
-        "ptx_version": PTX_VERSION,
+        "ptx_version": ptx_version(sm),
         "enable_fp_fusion": True,
     }
     with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():

@@ -7,6 +7,7 @@ kernel must not look at are NaN, outputs start as NaN.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, bf16_products, causal, groups, launch, released, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
-from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, stages
+from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, failure, ptx_version, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
 from nemodiff.plugins import OPS, SAMPLED
@@ -246,6 +247,24 @@ def test_noise_is_accurate_where_f32_rounds() -> None:
 
 
 @pytest.mark.trt
+@pytest.mark.parametrize(("newest", "expected"), [(87, 87), (88, PTX_VERSION), (94, PTX_VERSION)])
+def test_ptx_is_of_a_version_that_the_assembler_knows(
+    monkeypatch: pytest.MonkeyPatch, newest: int, expected: int
+) -> None:
+    compiler = importlib.import_module("triton.backends.nvidia.compiler")
+    monkeypatch.setattr(compiler, "get_ptx_version_from_options", lambda options, sm: newest)
+    assert ptx_version(90) == expected
+
+
+def test_a_failure_is_told_in_the_assemblers_own_words() -> None:
+    refusal = "ptxas /tmp/x.ptx, line 5; fatal   : Unsupported .version 8.8; current version is '8.7'"
+    stderr = f"Traceback (most recent call last):\n`ptxas` stderr:\n{refusal}\nptxas fatal   : Ptx assembly aborted\n"
+    assert failure(f"{stderr}\nRepro command: ptxas -lineinfo /tmp/x.ptx\n") == refusal
+    assert failure("Traceback\nModuleNotFoundError: No module named 'triton'\n").startswith("ModuleNotFoundError")
+    assert failure("") == "the compiler gave no reason"
+
+
+@pytest.mark.trt
 @pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
 def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]) -> None:
     ops = (*OPS, SAMPLED)
@@ -253,7 +272,8 @@ def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype
     assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(ops) for sm in sms}
     for kernel in kernels:
         ptx = (tmp_path / kernel.file("ptx")).read_text()
-        assert f".version {PTX_VERSION // 10}.{PTX_VERSION % 10}" in ptx
+        version = ptx_version(kernel.sm)
+        assert f".version {version // 10}.{version % 10}" in ptx
         assert re.search(rf"\.target sm_{kernel.sm}a?\b", ptx)
         assert f".entry {kernel.entry}(" in ptx
         kinds = re.findall(r"\.param \.(u64|u32)", ptx[ptx.index(".entry") : ptx.index(".reqntid")])
