@@ -111,9 +111,11 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
             f"{kernel['spill_bytes']} spilled)"
         )
     flags = f", {' '.join(about['flags'])}" if about["flags"] else ""
+    rtx = about["module"] == "tensorrt_rtx"
     return [
         f"compiled     {about['module']} {about['version']} for SM {', '.join(map(str, about['sms']))}, "
         f"{size_text(about['engine_bytes'])}{flags}",
+        *(["             TensorRT-RTX 1.7 runs on no SM 90 card, such as H100 and H200 (2026-11-27)"] * rtx),
         f"profiles     {profiles}",
         f"layers       {counted}",
         *(f"kernels      SM {sm}: {', '.join(names)}" for sm, names in by_sm.items()),

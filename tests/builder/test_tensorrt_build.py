@@ -326,6 +326,7 @@ def test_inspect(engine: Path) -> None:
     for fragment in (
         "engine       tensorrt-rtx, bf16",
         "for SM 80, 86, 89, 120",
+        "TensorRT-RTX 1.7 runs on no SM 90 card, such as H100 and H200 (2026-11-27)",
         "profiles     block up to 8 rows of 64 tokens, 64 predicted; prefill up to 8 rows of 512",
         "layers       native 6 BlockAttention, 1 ConfidenceCommit, 6 ATTENTION_INPUT, 12 KV_CACHE_UPDATE",
         "rank0.engine",
