@@ -26,27 +26,11 @@ _FIXED: dict[str, object] = {
     "sliding_window": None,
 }
 # Fields without influence on what the engine computes.
-_IGNORED = frozenset(
-    {
-        "attention_dropout",
-        "initializer_range",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "attn_implementation",
-        "_attn_implementation",
-        "ar_loss_weight",
-        "dlm_loss_weight",
-        "dp_varying_mask_ratio",
-        "bos_token_id",
-        "pad_token_id",
-        "transformers_version",
-        "auto_map",
-        "rope_scaling",
-        "rope_theta",
-        "_name_or_path",
-    }
-)
+_IGNORED = """
+    attention_dropout initializer_range torch_dtype dtype use_cache attn_implementation _attn_implementation
+    ar_loss_weight dlm_loss_weight dp_varying_mask_ratio bos_token_id pad_token_id transformers_version auto_map
+    rope_scaling rope_theta _name_or_path
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +143,7 @@ class _Fields:
 
 
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Read `config.json` (and `generation_config.json`, which wins for the EOS ids). Raises CheckpointError."""
+    """Read `config.json`, and `generation_config.json` for more EOS ids. Raises CheckpointError."""
     fields = _Fields("config.json", values)
     fields.one_of("architectures", (["NemotronLabsDiffusionModel"],), "missing")
     fields.one_of("model_type", ("nemotron_labs_diffusion",), "missing")
@@ -192,16 +176,24 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
             raise fields.fail(name, ids, f"ids below vocab_size {config.vocab_size}")
     if config.mask_id in config.eos_ids:
         raise fields.fail("mask_token_id", config.mask_id, "an id that is not an EOS")
-    unknown = set(values) - fields.read - _IGNORED
+    unknown = set(values) - fields.read - set(_IGNORED.split())
     return dataclasses.replace(config, unknown_fields=tuple(sorted(unknown)))
 
 
 def _eos_ids(fields: _Fields, generation: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json first, config.json where it is silent."""
+    """The ids that end a text: those of generation_config.json and then those of config.json."""
+    own = fields.get("eos_token_id")
+    if generation.get("eos_token_id") is None:
+        return _ids(fields)
+    named = _ids(_Fields("generation_config.json", generation))
+    # What no token of a text can be is left out here, since generation_config.json gives an end without it.
+    vocab, mask = fields.integer("vocab_size", 2), fields.integer("mask_token_id", 0)
+    more = [i for i in (own if isinstance(own, list) else [own]) if type(i) is int and 0 <= i < vocab and i != mask]
+    return tuple(dict.fromkeys([*named, *more]))
+
+
+def _ids(fields: _Fields) -> tuple[int, ...]:
     value = fields.get("eos_token_id")
-    if generation.get("eos_token_id") is not None:
-        value = generation["eos_token_id"]
-        fields = _Fields("generation_config.json", generation)
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise fields.fail("eos_token_id", value, "an id or a list of ids")

@@ -41,6 +41,7 @@ class ExportPlan:
     disk_free: int
     adapter_rank: int
     unknown_fields: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def lines(self, checkpoint: str, output: Path) -> list[str]:
         """The plan for people."""
@@ -54,6 +55,7 @@ class ExportPlan:
             f"disk         {weights} to write under {output} in {count}, {size_text(self.disk_free)} free",
             *([f"left out     {adapter}"] if self.adapter_rank else []),
             *([f"ignored      unknown config fields: {unknown}"] if unknown else []),
+            *(f"note         {note}" for note in self.notes),
         ]
 
 
@@ -100,6 +102,7 @@ class Exporter:
             disk_free=disk_free(self.output),
             adapter_rank=adapter.rank if adapter else 0,
             unknown_fields=model.unknown_fields,
+            notes=self.checkpoint.notes,
         )
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, size_text
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.notes import sampling_notes
 from .graph.graph import Graph
 from .resources import disk_free, memory_needed
 
@@ -40,6 +41,7 @@ class Plan:
     build: BuildConfig
     rows_that_fit: dict[int, int]
     unknown_fields: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -60,6 +62,7 @@ class Plan:
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {build.max_seq_len}",
             *(self._processor_lines() if self.backend == "onnxruntime" else self._gpu_lines()),
             *(ignored if self.unknown_fields else []),
+            *(f"note         {note}" for note in self.notes),
         ]
 
     def _processor_lines(self) -> list[str]:
@@ -125,4 +128,5 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
         build=build,
         rows_that_fit={key: min(build.max_batch_size, rows) for key, rows in room.items()},
         unknown_fields=model.unknown_fields,
+        notes=(*checkpoint.notes, *sampling_notes(checkpoint.generation)),
     )

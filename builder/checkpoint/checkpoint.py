@@ -13,19 +13,25 @@ from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from ...errors import CheckpointError
 from .adapter import Adapter, open_adapter
 from .folder import carried, read_json
+from .notes import end_notes
 from .safetensors_file import Tensor
 from .shards import open_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder says, and where each of its tensors lies."""
+    """What a checkpoint folder says, and where each of its tensors lies.
+
+    `generation` is its generation_config.json; `notes` says where its files contradict each other.
+    """
 
     folder: Path
     config: dict[str, Any]
     model: ModelConfig
     tensors: dict[str, Tensor]
     adapter: Adapter | None
+    generation: dict[str, Any]
+    notes: tuple[str, ...]
 
     @property
     def files(self) -> dict[str, Path]:
@@ -48,10 +54,16 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
         )
     _check_kind(folder)
     config = read_json(folder / CONFIG_FILE)
-    generation = folder / GENERATION_FILE
-    model = parse_config(config, read_json(generation) if generation.is_file() else None)
-    _check_tokenizer(folder, model.vocab_size)
-    return Checkpoint(folder, config, model, open_weights(folder), open_adapter(folder, adapter))
+    generation = _read_if_there(folder / GENERATION_FILE)
+    model = parse_config(config, generation)
+    tokenizer = _open_tokenizer(folder, model.vocab_size)
+    notes = end_notes(model, config, generation, tokenizer, _read_if_there(folder / TOKENIZER_CONFIG_FILE))
+    tensors = open_weights(folder)
+    return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, tuple(notes))
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_kind(folder: Path) -> None:
@@ -63,8 +75,8 @@ def _check_kind(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {kind}, not a checkpoint; give the checkpoint that it was made from{source}")
 
 
-def _check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Refuse here what the engine could only refuse once it is built."""
+def _open_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """Read it, and refuse here what the engine could only refuse once it is built."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; an engine carries its tokenizer, so download the checkpoint again")
@@ -78,5 +90,4 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> None:
             f"{path}: holds token id {highest}, allowed: ids below vocab_size {vocab_size} of {CONFIG_FILE}; "
             "download the checkpoint again"
         )
-    if (folder / TOKENIZER_CONFIG_FILE).is_file():
-        read_json(folder / TOKENIZER_CONFIG_FILE)
+    return tokenizer

@@ -127,7 +127,7 @@ class ReferenceModel:
         eos = _ids(config.get("eos_token_id"))
         if (root / "generation_config.json").exists():
             generation = json.loads((root / "generation_config.json").read_text("utf-8"))
-            eos = _ids(generation.get("eos_token_id")) or eos
+            eos = [*_ids(generation.get("eos_token_id")), *eos]
         lora = root / "linear_spec_lora"
         if not lora.is_dir():
             return cls(config, tensors, eos=eos)

@@ -1,0 +1,59 @@
+"""What a checkpoint's own files say against each other, and what of it the engine does not use: lines of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from ...config import ModelConfig
+from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def end_notes(
+    model: ModelConfig,
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    tokenizer_config: Mapping[str, Any],
+) -> list[str]:
+    """Where two files name other ends of a text, and the ends that the tokenizer does not call one."""
+    notes = []
+    ours, theirs = config.get("eos_token_id"), generation.get("eos_token_id")
+    if ours is not None and theirs is not None and _set(ours) != _set(theirs):
+        notes.append(
+            f"{CONFIG_FILE} ends a text at {ours!r:.100}, {GENERATION_FILE} at {theirs!r:.100}: "
+            f"each of {', '.join(map(str, model.eos_ids))} ends it"
+        )
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    plain = [id for id in model.eos_ids if id not in special]
+    if plain:
+        notes.append(f"{_named(plain, tokenizer)} ends a text, but is no special token of {TOKENIZER_FILE}")
+    name = tokenizer_config.get("eos_token")
+    name = name.get("content") if isinstance(name, dict) else name
+    end = tokenizer.token_to_id(name) if isinstance(name, str) else None
+    unlike = [id for id in model.eos_ids if id in special and id != end]
+    if end is not None and unlike:
+        notes.append(
+            f"{_named(unlike, tokenizer)} ends a text, but the eos_token of {TOKENIZER_CONFIG_FILE} is "
+            f"{_named([end], tokenizer)}"
+        )
+    return notes
+
+
+def sampling_notes(generation: Mapping[str, Any]) -> list[str]:
+    """The sampling that the checkpoint proposes; an engine is greedy unless it is asked."""
+    given = [f"{name} {generation[name]!r:.30}" for name in _SAMPLING if generation.get(name) is not None]
+    return [f"{', '.join(given)} of {GENERATION_FILE}: not used; give them as options"] if given else []
+
+
+def _set(value: object) -> set[str]:
+    return set(map(repr, value if isinstance(value, list) else [value]))
+
+
+def _named(ids: list[int], tokenizer: Tokenizer) -> str:
+    """`11 ('<|im_end|>')`, and so on."""
+    return ", ".join(f"{id} ({tokenizer.id_to_token(id)!r:.60})" for id in ids)
