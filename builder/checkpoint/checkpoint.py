@@ -13,7 +13,7 @@ from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from ...errors import CheckpointError
 from .adapter import Adapter, open_adapter
 from .folder import carried, read_json
-from .notes import end_notes
+from .notes import end_notes, weight_notes
 from .safetensors_file import Tensor
 from .shards import open_weights
 
@@ -57,9 +57,10 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
     generation = _read_if_there(folder / GENERATION_FILE)
     model = parse_config(config, generation)
     tokenizer = _open_tokenizer(folder, model.vocab_size)
-    notes = end_notes(model, config, generation, tokenizer, _read_if_there(folder / TOKENIZER_CONFIG_FILE))
+    ends = end_notes(model, config, generation, tokenizer, _read_if_there(folder / TOKENIZER_CONFIG_FILE))
     tensors = open_weights(folder)
-    return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, tuple(notes))
+    notes = (*ends, *weight_notes(folder, tensors))
+    return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, notes)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from ...config import ModelConfig
 from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from .folder import INDEX, WEIGHTS
+from .safetensors_file import Tensor
+from .shards import is_stray
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -42,6 +46,12 @@ def end_notes(
             f"{_named([end], tokenizer)}"
         )
     return notes
+
+
+def weight_notes(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Weights that lie there and are not read."""
+    stray = f"{WEIGHTS} lies beside {INDEX}: the index decides, and {WEIGHTS} is not read"
+    return [stray] if is_stray(folder, tensors) else []
 
 
 def sampling_notes(generation: Mapping[str, Any]) -> list[str]:

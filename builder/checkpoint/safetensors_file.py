@@ -10,7 +10,7 @@ import dataclasses
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,25 @@ def recomputed(name: str) -> bool:
     return _RECOMPUTED.fullmatch(name) is not None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Find all weights of one file. Raises CheckpointError."""
+def read_tensors(path: Path, without: Set[str] = frozenset()) -> dict[str, Tensor]:
+    """Find all weights of one file, `without` those of these names. Raises CheckpointError."""
+    header, begin = read_header(path)
+    tensors = {}
+    for name, entry in header.items():
+        if recomputed(name) or name in without:
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(DTYPES)}; "
+                "use a checkpoint in one of them"
+            )
+        offset = begin + entry["data_offsets"][0]
+        tensors[name] = Tensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+    return tensors
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file says of each tensor, and the offset at which its data begins. Raises CheckpointError."""
     again = "download the file again"
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {again}")
@@ -85,18 +102,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {again}") from None
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if recomputed(name):
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(DTYPES)}; "
-                "use a checkpoint in one of them"
-            )
-        offset = 8 + length + entry["data_offsets"][0]
-        tensors[name] = Tensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
-    return tensors
+    return header, 8 + length
 
 
 def header_bytes(

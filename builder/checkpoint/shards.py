@@ -1,22 +1,29 @@
-"""The base weights of a checkpoint folder: one safetensors file, or shards that an index lists."""
+"""The base weights of a checkpoint folder: one safetensors file, or shards that an index lists.
+
+Where both are there the index decides, as what it names is whole or refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...errors import CheckpointError
 from .folder import INDEX, WEIGHTS, read_json
-from .safetensors_file import Tensor, read_tensors, recomputed
+from .safetensors_file import CODES, Tensor, read_header, read_tensors, recomputed
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
     """Find all base tensors of a checkpoint folder. Raises CheckpointError."""
+    if (folder / INDEX).is_file():
+        tensors = _open_shards(folder)
+        if is_stray(folder, tensors):
+            _check_stray(folder / WEIGHTS, tensors)
+        return tensors
     if (folder / WEIGHTS).is_file():
         return read_tensors(folder / WEIGHTS)
-    if (folder / INDEX).is_file():
-        return _open_shards(folder)
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -26,17 +33,47 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there; give a complete checkpoint folder")
 
 
+def is_stray(folder: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether model.safetensors lies beside the index and none of the tensors is read from it."""
+    return (
+        (folder / INDEX).is_file()
+        and (folder / WEIGHTS).is_file()
+        and not any(tensor.file.name == WEIGHTS for tensor in tensors.values())
+    )
+
+
+def _check_stray(stray: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose tensors cannot be those of the index; one that is not whole says nothing."""
+    try:
+        header, _ = read_header(stray)
+    except CheckpointError:
+        return
+    for name in sorted(header.keys() & tensors.keys()):
+        entry, tensor = header[name], tensors[name]
+        if (entry["dtype"], tuple(entry["shape"])) != (CODES[tensor.dtype], tensor.shape):
+            raise CheckpointError(
+                f"{stray}: tensor {name} is {entry['dtype']} {entry['shape']}, allowed: {CODES[tensor.dtype]} "
+                f"{list(tensor.shape)} as in {tensor.file.name}, which {INDEX} names; remove {WEIGHTS} or {INDEX}, "
+                "whichever is not the model's"
+            )
+
+
 def _open_shards(folder: Path) -> dict[str, Tensor]:
     weight_map = _read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_tensors(folder / shard).items():
-            if weight_map.get(name) != shard:
-                raise CheckpointError(
-                    f"{folder / shard}: holds tensor {name}, which {INDEX} places in {weight_map.get(name)!r}; "
-                    "download the checkpoint again"
-                )
-            tensors[name] = tensor
+        if not (folder / shard).is_file() and (folder / WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{folder / shard}: missing although {INDEX} names it; download the file again, or remove {INDEX} if "
+                f"{WEIGHTS} is the whole model"
+            )
+        # A copy of a tensor that the index gives to another file is passed over.
+        held = read_tensors(folder / shard, {name for name, file in weight_map.items() if file != shard})
+        for name in sorted(held.keys() - weight_map.keys()):
+            raise CheckpointError(
+                f"{folder / shard}: holds tensor {name}, which {INDEX} places in no file; download the checkpoint again"
+            )
+        tensors |= held
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
         raise CheckpointError(

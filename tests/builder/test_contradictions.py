@@ -6,12 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
+from conftest import Refused
+from safetensors.numpy import load_file, save_file
+from stand_ins.checkpoints import write_checkpoint
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
 from nemodiff.config import parse_config
 from nemodiff.engine_folder import read_engine
+
+INDEX = "model.safetensors.index.json"
+NORM = "encoder.norm.weight"
+BOTH = f"model.safetensors lies beside {INDEX}: the index decides, and model.safetensors is not read"
 
 
 def change(path: Path, **values: Any) -> None:
@@ -79,3 +88,78 @@ def test_sampling_that_is_not_used_is_mentioned(checkpoint: Path) -> None:
     plan = Builder(checkpoint, checkpoint.parent / "engine").plan()
     assert plan.as_dict()["notes"] == (expected,)
     assert Exporter(checkpoint, checkpoint.parent / "twin").plan().notes == ()  # the twin carries them
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A checkpoint in three shards."""
+    return write_checkpoint(tmp_path / "sharded", dtype="f32", shards=3)
+
+
+def merged(folder: Path) -> dict[str, np.ndarray]:
+    """The tensors of all shards."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in folder.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("content", ["other values", "a few tensors", "a cut file"])
+def test_the_index_decides_over_a_stray_file(sharded: Path, content: str) -> None:
+    engine = Builder(sharded, sharded.parent / "before", backend="torch").run()
+    expected = load_file(engine / "model.safetensors")
+    stray = sharded / "model.safetensors"
+    tensors = {name: array * 2 for name, array in merged(sharded).items()}
+    save_file({NORM: tensors[NORM], "extra": tensors[NORM]} if content == "a few tensors" else tensors, stray)
+    if content == "a cut file":
+        stray.write_bytes(stray.read_bytes()[:-100])
+    assert notes(sharded) == [BOTH]
+    builder = Builder(sharded, sharded.parent / "after", backend="torch")
+    built = load_file(builder.run() / "model.safetensors")
+    assert {name: array.tobytes() for name, array in built.items()} == {n: a.tobytes() for n, a in expected.items()}
+    files = json.loads((builder.output / "manifest.json").read_text())["checkpoint"]["files"]
+    assert "model.safetensors" not in files
+    exporter = Exporter(sharded, sharded.parent / "twin")
+    assert exporter.plan().notes == (BOTH,)
+    assert list(exporter.shards) == [path.name for path in sorted(sharded.glob("model-*.safetensors"))]
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (np.ones(16, np.float32), "is F32 [16], allowed: F32 [32] as in model-"),
+        (np.ones(32, ml_dtypes.bfloat16), "is BF16 [32], allowed: F32 [32] as in model-"),
+        (np.ones(32, np.int8), "is I8 [32], allowed: F32 [32] as in model-"),
+    ],
+    ids=["shape", "dtype", "a dtype that is not read"],
+)
+def test_a_stray_file_that_contradicts_the_index_is_refused(
+    sharded: Path, refused: Refused, norm: np.ndarray, said: str
+) -> None:
+    save_file(merged(sharded) | {NORM: norm}, sharded / "model.safetensors")
+    for command in (["build"], ["build", "--dry-run"], ["export"]):
+        refused([*command, str(sharded), "-o", str(sharded.parent / "new")], f"tensor {NORM} {said}", "remove")
+
+
+def test_a_stale_index_is_refused_with_the_way_out(checkpoint: Path, refused: Refused) -> None:
+    index = json.dumps({"weight_map": {NORM: "model-00001-of-00001.safetensors"}})
+    (checkpoint / INDEX).write_text(index)
+    command = ["build", str(checkpoint), "-o", str(checkpoint.parent / "new")]
+    refused(command, f"missing although {INDEX} names it", f"or remove {INDEX} if model.safetensors is the whole model")
+
+
+def test_an_index_that_names_the_one_file_is_no_contradiction(checkpoint: Path) -> None:
+    names = load_file(checkpoint / "model.safetensors")
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert notes(checkpoint) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_copy_in_another_shard_is_passed_over(sharded: Path, dtype: type) -> None:
+    before = Builder(sharded, sharded.parent / "before", backend="torch").run()
+    place = json.loads((sharded / INDEX).read_text())["weight_map"][NORM]
+    for file in sharded.glob("model-*.safetensors"):
+        if file.name != place:
+            save_file(load_file(file) | {NORM: np.full(7, 5, dtype)}, file)
+    after = Builder(sharded, sharded.parent / "after", backend="torch").run()
+    assert (before / "model.safetensors").read_bytes() == (after / "model.safetensors").read_bytes()

@@ -309,7 +309,7 @@ SHARDS = [
     pytest.param(sharded(other=SHARD), ["tensor other is missing although", "download"], id="index says more"),
     pytest.param(
         both(sharded(), lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {NORM: SHARD}}))),
-        [f"{SHARD}: holds tensor", "places in None"],
+        [f"{SHARD}: holds tensor", "places in no file"],
         id="shard says more",
     ),
     pytest.param(both(sharded(), text(INDEX, "{}")), [f"{INDEX}: weight_map is missing"], id="no weight_map"),
