@@ -292,6 +292,32 @@ def test_a_run_too_quick_to_see_is_replayed_where_motion_is_welcome(
     expect(page.locator("#where")).to_have_text("end")
 
 
+def test_enter_sends_the_prompt_and_shift_enter_makes_a_line(
+    page: Page, server: tuple[str, nemodiff.Scheduler]
+) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.url.endswith("/events") else None)
+    page.goto(server[0])
+    title = page.get_by_role("button", name="Run").get_attribute("title")
+    assert title == "Enter sends the prompt, Shift+Enter makes a new line"
+    prompt = page.get_by_label("Prompt")
+    prompt.fill("Count from")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("3 to 9.")
+    expect(prompt).to_have_value("Count from\n3 to 9.")
+    keyboard = page.context.new_cdp_session(page)
+    keyboard.send("Input.imeSetComposition", {"text": "に", "selectionStart": 1, "selectionEnd": 1})
+    page.keyboard.press("Enter")  # it accepts the word of the input method
+    keyboard.send("Input.insertText", {"text": "に"})
+    expect(page.locator("#runs")).to_be_hidden()
+    assert sent == []
+    written = prompt.input_value()
+    page.keyboard.press("Enter")
+    expect(page.locator("#note")).to_have_text("Finished")
+    assert len(sent) == 3
+    expect(prompt).to_have_value(written)
+
+
 def test_cancel_stops_the_requests_on_the_server(
     page: Page, server: tuple[str, nemodiff.Scheduler], monkeypatch: pytest.MonkeyPatch
 ) -> None:

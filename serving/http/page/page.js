@@ -61,7 +61,12 @@ class LivePage {
       this.run();
     });
     form.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+      const composing = event.isComposing || event.keyCode === 229; // Safari ends a composition before this event
+      if (event.key !== "Enter" || composing) return;
+      const inPrompt = event.target === byId("prompt") && !event.shiftKey;
+      if (!inPrompt && !event.ctrlKey && !event.metaKey) return;
+      event.preventDefault();
+      if (!event.repeat) form.requestSubmit();
     });
     byId("cancel").addEventListener("click", () => this.abort?.abort());
     byId("save").addEventListener("click", () => this.save());
