@@ -5,24 +5,44 @@ engine = nemodiff.load("engines/tiny-chat")
 nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 """
 
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 from .contract import MODES
 from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
-from .runtime.editing.infill import Filled, fill, infill
-from .runtime.editing.revise import Revised, revise
-from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
-from .runtime.generate import events, generate, generate_many, stream
-from .runtime.handle import Handle
-from .runtime.loading import LoadedEngine, load
-from .runtime.requests.generation import Acceptance, Generation
-from .runtime.requests.options import Options
-from .runtime.scheduler import Scheduler, Statistics
+
+if TYPE_CHECKING:
+    from .runtime.editing.infill import Filled, fill, infill
+    from .runtime.editing.revise import Revised, revise
+    from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
+    from .runtime.generate import events, generate, generate_many, stream
+    from .runtime.handle import Handle
+    from .runtime.loading import LoadedEngine, load
+    from .runtime.requests.generation import Acceptance, Generation
+    from .runtime.requests.options import Options
+    from .runtime.scheduler import Scheduler, Statistics
 
 # ONNX Runtime looks at this when it is imported, which nothing above does. With its telemetry on it keeps a device id
 # and a database in the user's cache folder and sends events to its vendor; =0 leaves it on.
 if not os.environ.get("ORT_DISABLE_TELEMETRY"):
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+# Modules that are imported when one of their names is first used, so that a command waits for no more than it needs.
+_LAZY = {
+    "runtime.editing.infill": ("Filled", "fill", "infill"),
+    "runtime.editing.revise": ("Revised", "revise"),
+    "runtime.events.events": ("BlockStarted", "Committed", "Event", "Finished", "Pieces", "Started", "Step", "Text"),
+    "runtime.generate": ("events", "generate", "generate_many", "stream"),
+    "runtime.handle": ("Handle",),
+    "runtime.loading": ("LoadedEngine", "load"),
+    "runtime.requests.generation": ("Acceptance", "Generation"),
+    "runtime.requests.options": ("Options",),
+    "runtime.scheduler": ("Scheduler", "Statistics"),
+}
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
 __all__ = [
     "MODES",
@@ -58,3 +78,15 @@ __all__ = [
     "revise",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    value: object = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,7 +24,7 @@ from .commands.trace import trace
 from .commands.triton import triton
 from .contract import MODES
 from .errors import NemodiffError
-from .runtime.sampling.commit import POLICIES
+from .runtime.sampling.policies import POLICIES
 
 
 class _Group(click.Group):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 
-_LARGEST = float(np.finfo(np.float32).max)
+if TYPE_CHECKING:
+    import numpy as np
+
+_LARGEST = (2 - 2**-23) * 2.0**127  # of f32
 _SMALLEST = 1e-30
 # Fields with one supported value: any other would need another graph.
 _FIXED: dict[str, object] = {
@@ -52,6 +53,8 @@ class RopeConfig:
 
         Source: YaRN, arXiv 2309.00071, with the correction range rounded outwards unless `truncate` is false.
         """
+        import numpy as np  # not above: most that reads a config needs no arrays
+
         period = self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         if self.rope_type == "default":
             return np.asarray(1.0 / period, np.float32)

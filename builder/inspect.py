@@ -13,12 +13,9 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from ..contract import DOMAIN, ITEMSIZE, dtype_line, size_text
 from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, read_engine
 from ..errors import EngineError
-from ..plugins.tensorrt.api import device_sm, load
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -63,6 +60,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
 def _graph(path: Path) -> dict[str, Any]:
     """What the graph consists of. Raises EngineError."""
+    import onnx
+
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf's errors have no common base that onnx exports
@@ -82,7 +81,11 @@ def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
     """What the engine says about its layers, profile by profile; None without a GPU that it was built for."""
     # What follows has not been executed on a GPU (docs/log.md).
     about = info.manifest.tensorrt
-    if about is None or device_sm() not in about.sms or about.implementation == "plugin":
+    if about is None or about.implementation == "plugin":
+        return None
+    from ..plugins.tensorrt.api import device_sm, load
+
+    if device_sm() not in about.sms:
         return None
     api = load("tensorrt-rtx" if about.module == "tensorrt_rtx" else "tensorrt", EngineError)
     with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

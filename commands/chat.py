@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from ..runtime.text.codec import Message
 
 
-@click.command()
+@click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk", "logprobs", "confidences"))
 @options.engine
-@options.request_options("chat", "prefill_chunk", "logprobs", "confidences")
 @options.threads
 @options.device
 @options.statistics

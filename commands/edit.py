@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..runtime.editing.infill import METHODS
+from ..runtime.editing.methods import METHODS
 from . import options
 from .inputs import read_stdin, read_text
 from .streams import TEXT

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import RequestError
-from ..runtime.requests.option_types import Option
-from ..runtime.requests.options import OPTIONS
 from .inputs import read_text
 from .streams import TEXT, typed
+
+if TYPE_CHECKING:
+    from ..runtime.requests.option_types import Option
 
 Decorator = Callable[[Any], Any]
 
@@ -44,16 +46,28 @@ def json_output(help: str = "Print one JSON object instead of text.") -> Decorat
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-def request_options(*left_out: str) -> Decorator:
-    """An option of the command for every option of a request, but for those left out."""
+class RequestCommand(click.Command):
+    """A command with an option for every option of a request, before --threads.
 
-    def decorate(command: Any) -> Any:
-        for option in reversed(OPTIONS.values()):
-            if option.name not in left_out:
-                command = click.option(flag(option.name), option.name, **_attributes(option))(command)
-        return command
+    They are made when a command line is read or explained: the table of options takes long to import.
+    """
 
-    return decorate
+    def __init__(self, *args: Any, left_out: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._left_out = left_out
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """See click.Command."""
+        params = super().get_params(ctx)
+        at = [param.name for param in params].index("threads")
+        return [*params[:at], *self._request_options, *params[at:]]
+
+    @functools.cached_property
+    def _request_options(self) -> list[click.Option]:
+        from ..runtime.requests.options import OPTIONS
+
+        shown = [option for option in OPTIONS.values() if option.name not in self._left_out]
+        return [click.Option([flag(option.name), option.name], **_attributes(option)) for option in shown]
 
 
 def flag(name: str) -> str:
@@ -112,6 +126,8 @@ def _file_or_text(_context: click.Context, _option: click.Parameter, value: str 
 
 
 def _integer_or_word(context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
+    from ..runtime.requests.options import OPTIONS
+
     if value is None or value in OPTIONS[option.name or ""].choices:
         return value
     return int(click.INT(value, option, context))

@@ -14,7 +14,6 @@ from . import options
 from .answers import follow, print_statistics, print_warnings
 from .batch import answer_lines, print_lines
 from .inputs import read_stdin
-from .lines import check_lines, read_lines
 from .streams import TEXT
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine
 
 
-@click.command()
+@click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk"))
 @options.engine
 @click.option("-p", "--prompt", type=TEXT, help="Answer this prompt. [default: standard input]")
 @click.option(
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     help="Decode this many prompts of --input-file at the same time.",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@options.request_options("chat", "prefill_chunk")
 @options.threads
 @options.device
 @options.statistics
@@ -87,6 +85,7 @@ def run(
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
     from ..runtime.events.trace import record
     from ..runtime.loading import load
+    from .lines import check_lines, read_lines
 
     flags = {**choices, "chat": not raw}
     # The input is read before the engine, which takes longer.

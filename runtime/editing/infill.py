@@ -12,7 +12,6 @@ import dataclasses
 import re
 import time
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -24,10 +23,9 @@ from ..requests.options import THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..sampling.softmax import log_softmax
 from ..text.checks import check_text
+from .methods import METHODS
 from .row import Row
 
-Method = Literal["search", "block"]
-METHODS: tuple[str, ...] = get_args(Method)
 LONGEST_FREE = 16  # tokens of a hole without a length
 _HOLE = re.compile(r"\{hole(?::(\d+))?\}")
 

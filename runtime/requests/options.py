@@ -23,7 +23,7 @@ from pydantic_core import ArgsKwargs
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, Mode
 from ...errors import RequestError
-from ..sampling.commit import PolicyName
+from ..sampling.policies import PolicyName
 from .option_types import Help, Most, NotEmpty, Range, describe, plain_biases, schema_text
 
 DEFAULT_NEW_TOKENS = 512

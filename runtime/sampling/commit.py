@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
 
 import numpy as np
-
-PolicyName = Literal["threshold", "topk", "entropy", "left_to_right"]
-POLICIES: tuple[str, ...] = get_args(PolicyName)
 
 
 @dataclasses.dataclass(frozen=True)

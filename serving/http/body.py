@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
-from ...runtime.editing.infill import LONGEST_FREE, Method
+from ...runtime.editing.infill import LONGEST_FREE
+from ...runtime.editing.methods import Method
 from ...runtime.requests.prepare import Prompt
 from ..spellings import resolve
 from .body_parts import Body, Message, ResponseFormat, StreamOptions, StructuredOutputs, TemplateOptions

@@ -161,7 +161,8 @@ def test_a_schema_and_a_path_on_the_command_line(tiny_engine: Path, tmp_path: Pa
 def test_every_word_of_text_is_taken_as_utf8() -> None:
     def texts(command: click.Command) -> list[str]:
         inner = command.commands.values() if isinstance(command, click.Group) else ()
-        own = [p.name or "" for p in command.params if type(p.type) is type(click.STRING)]
+        params = command.get_params(click.Context(command))
+        own = [p.name or "" for p in params if type(p.type) is type(click.STRING)]
         return [*own, *(name for one in inner for name in texts(one))]
 
     assert set(texts(main)) <= {*PATHS, "json_schema", "block_length", "logit_bias"}

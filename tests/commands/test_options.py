@@ -29,8 +29,9 @@ def test_every_help_text_is_one_sentence() -> None:
 
 
 def test_flags_have_the_defaults_of_the_options() -> None:
-    parameters = {parameter.name: parameter for parameter in run.params if isinstance(parameter, click.Option)}
-    values = run.make_context("run", ["engine", "-p", "x"]).params
+    context = run.make_context("run", ["engine", "-p", "x"])
+    parameters = {one.name: one for one in run.get_params(context) if isinstance(one, click.Option)}
+    values = context.params
     for name, option in OPTIONS.items():
         if name not in ("chat", "prefill_chunk"):
             assert parameters[name].opts == [flag(name)]

@@ -20,7 +20,7 @@ from stand_ins.torch_pair import CASES, QUESTIONS, without_times
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.contract import Backend, Dtype
-from nemodiff.runtime.editing.infill import METHODS
+from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime import OnnxRuntimeCache
 from nemodiff.runtime.engines.torch.engine import TorchCache

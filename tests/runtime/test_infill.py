@@ -23,6 +23,7 @@ from stand_ins.checkpoints import TINY_CHAT, load_make_data
 import nemodiff
 from nemodiff.cli import main
 from nemodiff.runtime.editing.infill import LONGEST_FREE, parse_template
+from nemodiff.runtime.editing.methods import METHODS
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fill-in" / "fill_in.py"
 DATA = load_make_data()
@@ -150,7 +151,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size
 @given(
     texts=st.lists(TEXT, min_size=2, max_size=4),
     sizes=st.lists(st.integers(1, 9), min_size=3, max_size=3),
-    method=st.sampled_from(nemodiff.runtime.editing.infill.METHODS),
+    method=st.sampled_from(METHODS),
     prompt=st.sampled_from([CODE, "", "<SPECIAL_100> Count."]),
     width=st.integers(1, 5),
 )

@@ -40,7 +40,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
-from nemodiff.runtime.editing.infill import METHODS
+from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
 from nemodiff.runtime.engines.torch.model import TorchModel
