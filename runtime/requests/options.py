@@ -104,6 +104,7 @@ class Options:
     ] = 0
 
     stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), _MOST_TEXTS, Help("End the answer at this text.")] = ()
+    stop_in_thinking: Annotated[bool, Help("End the answer at a stop text in its thoughts too.")] = False
     stop_token_ids: Annotated[tuple[int, ...], _MOST_IDS, Help("End the answer at this token id.")] = ()
     chat: Annotated[bool, Help("Put the prompt through the chat template.")] = True
     system: Annotated[str | None, Help("Begin the conversation with this system text.", default="none")] = None

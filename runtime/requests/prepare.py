@@ -13,6 +13,7 @@ from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.codec import Message
+from ..text.thoughts import opens_thoughts
 from ..text.transcript import Transcript
 from .options import AUTO, Options
 from .sequence import Sequence
@@ -34,7 +35,14 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
             AUTO: ("ar", "linear_spec", "quadratic_spec"),
         }
         planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
-    transcript = Transcript(engine.text, settings.stop, settings.stop_token_ids)
+    thoughts = bool(settings.stop) and settings.thinking and not options.stop_in_thinking
+    transcript = Transcript(
+        engine.text,
+        settings.stop,
+        settings.stop_token_ids,
+        thoughts=thoughts,
+        opened=thoughts and opens_thoughts(engine.text.decode(ids)),
+    )
     cost = engine.cost if budgeted else None
     return Sequence(engine.info.model, ids, settings, transcript, cost, planner, engine.backend.samples)
 

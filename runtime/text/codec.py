@@ -14,9 +14,10 @@ from ...errors import EngineError, RequestError
 from .chat_template import ChatTemplate, token_texts
 from .checks import check_text
 from .special_tokens import SpecialTokens
+from .thoughts import CLOSE, OPEN
 
 Message = Mapping[str, str]
-_SHOWN = ("<think>", "</think>")  # special tokens that are part of an answer's text
+_SHOWN = (OPEN, CLOSE)  # special tokens that are part of an answer's text
 _ROLES = ("system", "user", "assistant", "tool")
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -60,7 +61,7 @@ class TextCodec:
         self._template = ChatTemplate(folder, self._config)
         self._special = SpecialTokens(self.tokenizer.get_added_tokens_decoder(), self._template.source)
         self._template.to_ascii = self._special.to_ascii
-        self.end_think: int | None = self.tokenizer.token_to_id("</think>")  # special or not
+        self.end_think: int | None = self.tokenizer.token_to_id(CLOSE)  # special or not
         self._hidden_ids = frozenset(i for token, i in self._special.ids.items() if token not in _SHOWN)
 
     @functools.cached_property

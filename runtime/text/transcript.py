@@ -6,17 +6,37 @@ from collections.abc import Sequence
 
 from .codec import TextCodec
 from .stop_strings import stop_strings
+from .thoughts import answer_start, may_open_thoughts
 
 
 class Transcript:
-    """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete."""
+    """The text of one answer. `push` returns what may be shown for good; `text` is the answer when it is complete.
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), stop_ids: Sequence[int] = ()) -> None:
+    Args:
+        codec: the engine's.
+        stop: texts that end the answer.
+        stop_ids: ids that end it and are not part of its text.
+        thoughts: whether the text may begin with thoughts, in which no stop string is looked for.
+        opened: whether it begins inside a think block, because the prompt has opened it.
+    """
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        *,
+        thoughts: bool = False,
+        opened: bool = False,
+    ) -> None:
         from tokenizers.decoders import DecodeStream  # takes time to import, as in codec.py
 
         self.codec = codec
         self._stop = stop_strings(tuple(stop))
         self._state = 0  # of the stop strings, after the text
+        self._opened = opened
+        self._thoughts = thoughts
+        self._answering = not thoughts  # whether a character of the answer is there
         self._stop_ids = frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
@@ -30,7 +50,7 @@ class Transcript:
         self._take(ids)
         if self._cut is None and self._waiting:  # text may stand before the part of a character that is waited with
             before = self.codec.decode(self._waiting).rstrip("\ufffd")
-            self._cut = self._stop.scan(before, self._state, len(self._text))[1]
+            self._cut = self._scan(before)[1]
         return self._cut is not None
 
     def push(self, ids: Sequence[int], final: bool) -> str:
@@ -40,8 +60,7 @@ class Transcript:
             text = self.text(ids)
             safe, new = len(text), text[self._sent :]
         else:
-            # The end of the text may be the beginning of a stop string.
-            safe = len(self._text) - self._stop.depth[self._state] if self._cut is None else self._cut
+            safe = self._safe() if self._cut is None else self._cut
             new = self._text[self._sent : safe]
         self._sent = max(self._sent, safe)
         return new
@@ -49,7 +68,29 @@ class Transcript:
     def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
         """The answer's text once all its ids are known, cut before the stop string."""
         text = self.codec.decode([i for i in ids if i not in self._stop_ids])
-        return text[: self._stop.scan(text)[1]] if cut else text
+        return text[: self._stop_in(text)] if cut else text
+
+    def _safe(self) -> int:
+        """How many characters no stop string can cut any more."""
+        if not self._answering and not self._opened and may_open_thoughts(self._text):
+            return 0
+        # The end of the text may be the beginning of a stop string.
+        return len(self._text) - self._stop.depth[self._state]
+
+    def _stop_in(self, text: str) -> int | None:
+        """Where a stop string begins in the whole text."""
+        start: int | None = 0
+        if self._thoughts and (self._opened or not may_open_thoughts(text)):
+            start = answer_start(text, self._opened)
+        return None if start is None else self._stop.scan(text[start:], 0, start)[1]
+
+    def _scan(self, new: str) -> tuple[int, int | None]:
+        """The stop strings' state after the text and `new`, and where one of them begins, if any."""
+        if self._answering:
+            return self._stop.scan(new, self._state, len(self._text))
+        text = self._text + new
+        start = answer_start(text, self._opened)
+        return (0, None) if start is None else self._stop.scan(text[start:], 0, start)
 
     def _take(self, ids: Sequence[int]) -> None:
         for token in self.codec.visible(ids[self._seen :]):
@@ -60,7 +101,8 @@ class Transcript:
                 self._waiting.append(token)
                 continue
             self._waiting.clear()
-            start, self._text = len(self._text), self._text + new
             if self._cut is None:
-                self._state, self._cut = self._stop.scan(new, self._state, start)
+                self._state, self._cut = self._scan(new)
+            self._text += new
+            self._answering = self._answering or answer_start(self._text, self._opened) is not None
         self._seen = len(ids)

@@ -103,6 +103,7 @@ class Chat(Generating):
     )
     thinking: bool | None = option_field("thinking")
     thinking_budget: int | None = option_field("thinking_budget")
+    stop_in_thinking: bool | None = option_field("stop_in_thinking")
     chat_template_kwargs: TemplateOptions | None = Field(
         None, description="Let the model think before it answers, with enable_thinking."
     )
@@ -137,6 +138,8 @@ class Chat(Generating):
             chosen["thinking"] = True
         if self.thinking_budget is not None:
             chosen["thinking_budget"] = self.thinking_budget
+        if self.stop_in_thinking is not None:
+            chosen["stop_in_thinking"] = self.stop_in_thinking
         return chosen
 
 

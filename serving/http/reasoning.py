@@ -6,8 +6,7 @@ content as it is.
 
 from __future__ import annotations
 
-OPEN = "<think>"
-CLOSE = "</think>"
+from ...runtime.text.thoughts import CLOSE, OPEN
 
 
 class ReasoningParser:
