@@ -60,6 +60,11 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
         wrong = next((i for i in ids if not 0 <= i < vocab), None)
         if wrong is not None:
             raise RequestError(f"prompt holds token id {wrong}, allowed: 0 to {vocab - 1}")
+        mask = engine.info.model.mask_id
+        if mask in ids:
+            raise RequestError(
+                f"prompt holds token id {mask}, the mask, allowed: any other id; leave it out, or fill a hole by infill"
+            )
         return _not_empty(ids)
     elif isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt):
         messages = [m for m in prompt if isinstance(m, Mapping)]

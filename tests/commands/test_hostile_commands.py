@@ -332,6 +332,7 @@ def test_wrong_options_in_python(
     [
         pytest.param([5, 891], "prompt holds token id 891, allowed: 0 to 890", id="id too large"),
         pytest.param([-1], "prompt holds token id -1, allowed", id="id negative"),
+        pytest.param([5, 100], "prompt holds token id 100, the mask, allowed: any other id", id="mask"),
         pytest.param([5, "x"], "allowed: text, a list of messages", id="mixed"),
         pytest.param([{"role": "user", "content": "x"}, 5], "allowed: text, a list of messages", id="message and id"),
         pytest.param([], "the prompt is empty; give at least one token", id="empty"),

@@ -327,6 +327,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(stop="\udc00"), "not UTF-8"),
         ("/v1/completions", {"prompt": ""}, "the prompt is empty"),
         ("/v1/completions", {"prompt": [10**9]}, "token id 1000000000"),
+        ("/v1/completions", {"prompt": [[5], [5, 100]]}, "token id 100, the mask"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "'suffix' is not supported"),
         ("/v1/completions", {"prompt": "x", "echo": True}, "'echo' is not supported"),
         ("/v1/fim/completions", {"prompt": "x"}, "length"),
