@@ -7,10 +7,17 @@ from typing import Any
 
 from ..errors import RequestError
 
+_OPEN = ("max_new_tokens", "seed")  # options that clients leave open by -1 too
+
+
+def left_open(option: str, value: Any) -> bool:
+    """Whether a value is how clients say that they do not choose: -1 for no limit, and for any seed."""
+    return option in _OPEN and value == -1
+
 
 def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
-    """The options with -1 for all ids, an ignored end and a missing seed resolved. Raises RequestError."""
-    chosen = dict(options)
+    """The options with every -1, an ignored end and a missing seed resolved. Raises RequestError."""
+    chosen = {name: value for name, value in options.items() if not left_open(name, value)}
     if chosen.get("top_k") == -1:
         del chosen["top_k"]
     if ignore_eos:

@@ -96,7 +96,9 @@ class Chat(Generating):
     """A conversation that waits for its next turn."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, description="Stop after this many new tokens, as max_tokens.")
+    max_completion_tokens: int | None = Field(
+        None, description="Stop after this many new tokens, as max_tokens; -1 leaves it open."
+    )
     logprobs: bool | None = Field(None, description="Report the log-probability of each token; not in mode diffusion.")
     top_logprobs: int | None = Field(
         None, description="Report the log-probabilities of this many likeliest tokens too; needs logprobs."
@@ -125,8 +127,8 @@ class Chat(Generating):
 
     def options(self) -> dict[str, Any]:
         """See `Generating.options`."""
-        if self.max_completion_tokens is not None:
-            if self.max_tokens not in (None, self.max_completion_tokens):
+        if self.max_completion_tokens not in (None, -1):
+            if self.max_tokens not in (None, -1, self.max_completion_tokens):
                 raise RequestError("max_tokens and max_completion_tokens differ; give one of them")
             self.max_tokens = self.max_completion_tokens
         chosen = super().options()

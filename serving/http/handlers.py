@@ -80,7 +80,8 @@ class Handlers:
         model, _ = self._model_options(body)
         options = body.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
         cancelled = threading.Event()
-        future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, length=body.max_tokens, **options)
+        length = None if body.max_tokens == -1 else body.max_tokens
+        future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, length=length, **options)
 
         def leave() -> None:
             cancelled.set()

@@ -12,7 +12,11 @@ from ...runtime.requests.options import OPTIONS
 
 Model = TypeVar("Model", bound=BaseModel)
 # What a body means besides, by option; see serving/spellings.py.
-_NOTES = {"seed": "A sampled request without it draws one.", "top_k": "-1 is all of them too."}
+_NOTES = {
+    "max_new_tokens": "-1 leaves it open too.",
+    "seed": "A sampled request without it, or with -1, draws one.",
+    "top_k": "-1 is all of them too.",
+}
 
 
 def with_options(*names: str) -> Callable[[type[Model]], type[Model]]:

@@ -16,7 +16,7 @@ from ...errors import RequestError
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.text.checks import check_text
-from ..spellings import resolve
+from ..spellings import left_open, resolve
 from .values import convert
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]
@@ -224,6 +224,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
             allowed = sorted({*_BY_NAME, *OPTIONS, *_READ, *_ONLY} - {"text_input", "sampling_parameters"})
             raise RequestError(f"unknown parameter {name!r:.60}; allowed: {', '.join(allowed)}")
         converted = convert(name, OPTIONS[option].type, value, OPTIONS[option].choices)
+        if left_open(option, converted):
+            continue
         if option in chosen and chosen[option] != converted:
             raise RequestError(
                 f"{names[option]} is {chosen[option]!r:.60} and {name} is {converted!r:.60}; give one of them"

@@ -48,6 +48,35 @@ def test_fields_that_ask_for_more_are_refused(server: Served, fields: dict[str, 
     assert f"'{name}' is not supported" in json.loads(content)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": -1, "seed": -1},
+        {"max_completion_tokens": -1},
+        {"max_tokens": -1, "max_completion_tokens": -1},
+    ],
+)
+def test_minus_one_leaves_a_limit_and_a_seed_open(server: Served, fields: dict[str, Any]) -> None:
+    plain = server.ask(CHAT, {"messages": [QUESTION]})["choices"]
+    assert server.ask(CHAT, {"messages": [QUESTION], **fields})["choices"] == plain
+
+
+def test_one_limit_may_be_open_and_the_other_given(server: Served) -> None:
+    for limits in ({"max_tokens": -1, "max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": -1}):
+        assert server.ask(CHAT, {"messages": [QUESTION], **limits})["usage"]["completion_tokens"] == 3
+
+
+def test_a_seed_of_minus_one_is_drawn_each_time(server: Served) -> None:
+    body = {"prompt": "Count", "seed": -1, "temperature": 5.0, "max_tokens": 12}
+    assert len({server.ask("/v1/completions", body)["choices"][0]["text"] for _ in range(3)}) > 1
+
+
+def test_a_hole_of_minus_one_tokens_has_a_length_that_fits(server: Served) -> None:
+    body = {"prompt": "Count from ", "suffix": " to 9.", "width": 2}
+    plain, open_one = (server.ask("/v1/fim/completions", body | more) for more in ({}, {"max_tokens": -1}))
+    assert open_one["choices"] == plain["choices"]
+
+
 def test_what_clients_note_in_messages_is_ignored(server: Served) -> None:
     notes: dict[str, Any] = {
         "id": "a1",

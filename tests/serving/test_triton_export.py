@@ -165,6 +165,16 @@ def test_what_is_nearer_to_the_request_wins() -> None:
     assert not request.echo
 
 
+@pytest.mark.parametrize("minus_one", [-1, "-1"])
+def test_minus_one_leaves_a_limit_and_a_seed_to_the_model(minus_one: object) -> None:
+    sampling = json.dumps({"max_tokens": minus_one, "random_seed": minus_one})
+    defaults = model_parameters({"max_tokens": "20", "seed": "3"})
+    request = read({"text_input": ["x"], "sampling_parameters": [sampling]}, {}, defaults.values)
+    assert request.options == {"max_new_tokens": 20, "seed": 3}
+    tensors = {"text_input": ["x"], "max_tokens": [-1]}
+    assert read(tensors, {"seed": "-1"}, {}).options == {}
+
+
 def test_sampling_without_a_seed_draws_one() -> None:
     warm = {"text_input": ["x"], "temperature": [0.7]}
     assert len({read(warm, {}, {}).options["seed"] for _ in range(5)}) > 1
