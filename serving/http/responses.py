@@ -54,24 +54,28 @@ class ResponseBuilder:
     async def chunks(
         self, events: AsyncIterator[tuple[int, Event]], count: int, *, with_usage: bool, diffusing: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        """The answer to a streamed request, in pieces as its text comes."""
+        """The answer to a streamed request, in pieces as its text comes.
+
+        with_usage: a last chunk has the usage, and those before it say that it is yet to come.
+        """
+        pending = {"usage": None} if with_usage else {}
         parsers = [ReasoningParser(self.thinking) for _ in range(count)]
         generations: dict[int, Generation] = {}
         if self.kind == "chat":
             for index in range(count):
-                yield self._chunk(index, {"role": "assistant", "content": ""})
+                yield {**self._chunk(index, {"role": "assistant", "content": ""}), **pending}
         async for index, event in events:
             if isinstance(event, Text):
                 for delta in self._deltas(parsers[index], event.text):
-                    yield self._chunk(index, delta)
+                    yield {**self._chunk(index, delta), **pending}
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
-                    yield {**self._chunk(index, {}), "diffusing": self._block(event)}
+                    yield {**self._chunk(index, {}), "diffusing": self._block(event), **pending}
             elif isinstance(event, Finished):
                 generations[index] = event.generation
                 for delta in self._deltas(parsers[index], "", final=True):
-                    yield self._chunk(index, delta)
-                yield self._chunk(index, {}, event.generation)
+                    yield {**self._chunk(index, delta), **pending}
+                yield {**self._chunk(index, {}, event.generation), **pending}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}

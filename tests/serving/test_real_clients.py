@@ -109,6 +109,17 @@ def test_what_a_message_says_otherwise_is_not_ignored(server: Served, name: str)
     assert f"{name!r} is not supported" in json.loads(content)["error"]["message"]
 
 
+@pytest.mark.parametrize(("path", "asked"), [(CHAT, {"messages": [QUESTION]}), ("/v1/completions", {"prompt": "x"})])
+def test_usage_is_null_until_it_is_known(server: Served, path: str, asked: dict[str, Any]) -> None:
+    body = {**asked, "max_tokens": 5, "stream": True, "mode": "diffusion", "diffusing": True}
+    *before, last = server.stream(path, body | {"stream_options": {"include_usage": True}})
+    assert before
+    assert all(chunk["choices"] and chunk["usage"] is None for chunk in before)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] > 0
+    assert not any("usage" in chunk for chunk in server.stream(path, body))
+
+
 def test_a_model_is_described_by_each_of_its_names(server: Served) -> None:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as client:
         for model in client.models.list():
