@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 # Fields of OpenAI's that change no answer here.
 _WITHOUT_EFFECT = (
@@ -24,6 +24,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
 }
 _EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the field
+_OF_TOOLS = ("function_call", "functions", "tool_calls", "tool_choice", "tools")
 # What a message may say beside its content, so that an answer without it would be wrong.
 _SAYING = ("audio", "function_call", "images", "tool_calls")
 
@@ -44,16 +45,21 @@ class Body(BaseModel):
             if name in names and value is not None:
                 accepted[name] = value
             elif not (value is None or cls._ignores(name) or value in _EMPTY or value in _NEUTRAL.get(name, ())):
-                near = difflib.get_close_matches(name, names, 1)
-                raise ValueError(
-                    f"{name!r:.60} is not supported; " + (f"is {near[0]} meant?" if near else "leave it out")
-                )
+                raise ValueError(f"{name!r:.60} is not supported{_remedy(name, names)}")
         return accepted
 
     @classmethod
     def _ignores(cls, name: str) -> bool:
         """Whether a field is accepted at any value and has no effect."""
         return name in _WITHOUT_EFFECT
+
+
+def _remedy(name: str, names: list[str]) -> str:
+    """The end of the sentence that refuses a field, where `names` are known."""
+    if name in _OF_TOOLS:
+        return ": tools are not supported yet; ask without them, and give what they said as text"
+    near = difflib.get_close_matches(name, names, 1)
+    return f"; is {near[0]} meant?" if near else "; leave it out"
 
 
 class ConversationPart(Body):
@@ -67,17 +73,36 @@ class ConversationPart(Body):
 
 
 class Part(ConversationPart):
-    """A piece of a message."""
+    """A piece of a message; an assistant's refusal is what it said, as text is."""
 
-    type: Literal["text"]
+    type: Literal["text", "refusal"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "refusal" and "refusal" in values:
+            return {**values, "text": values["refusal"]}
+        return values
 
 
 class Message(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part]
+    # The kind is settled first, so that a refusal is about the part that is wrong.
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
+        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, values: Any) -> Any:
+        """A turn without content whose text is a refusal, as OpenAI's answers have it."""
+        if isinstance(values, dict) and values.get("content") is None and values.get("refusal"):
+            return {**values, "content": values["refusal"]}
+        return values
 
     def plain(self) -> dict[str, str]:
         """As the runtime takes it."""

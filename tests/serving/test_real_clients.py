@@ -109,6 +109,51 @@ def test_what_a_message_says_otherwise_is_not_ignored(server: Served, name: str)
     assert f"{name!r} is not supported" in json.loads(content)["error"]["message"]
 
 
+@pytest.mark.parametrize("name", ["tool_calls", "function_call"])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": "Wait."}])
+def test_a_call_of_a_tool_is_refused_by_its_name(server: Served, name: str, content: dict[str, Any]) -> None:
+    call = {"role": "assistant", **content, name: [{"id": "x", "type": "function"}]}
+    status, _, answer = server.send(CHAT, {"messages": [QUESTION, call]})
+    assert status == 400
+    message = json.loads(answer)["error"]["message"]
+    assert message.startswith(f"{name!r} is not supported: tools are not supported yet; ")
+
+
+def test_tools_are_refused_by_their_name(server: Served) -> None:
+    status, _, answer = server.send(CHAT, {"messages": [QUESTION], "tools": [{"type": "function"}]})
+    assert status == 400
+    assert json.loads(answer)["error"]["message"].startswith("'tools' is not supported: tools are not supported yet; ")
+
+
+def test_a_refusal_is_what_the_assistant_said(server: Served) -> None:
+    said = [QUESTION, {"role": "assistant", "content": "I can't."}, TURNS[2]]
+    plain = server.ask(CHAT, {"messages": said, "max_tokens": 4})
+    part = {"type": "refusal", "refusal": "I can't.", "cache_control": {"type": "ephemeral"}}
+    for turn in ({"content": [part]}, {"content": None, "refusal": "I can't."}):
+        answer = server.ask(CHAT, {"messages": [QUESTION, {"role": "assistant", **turn}, TURNS[2]], "max_tokens": 4})
+        assert answer["choices"] == plain["choices"]
+        assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("part", "problem"),
+    [
+        (
+            {"type": "image_url", "image_url": {"url": "x"}},
+            "'text' or 'refusal', got 'image_url'",
+        ),
+        ({"type": "text"}, "text: Field required"),
+        ({"type": "text", "text": 5}, "text: Input should be a valid string, got 5"),
+        ({"type": "refusal"}, "text: Field required"),
+        ({"type": "text", "text": "x", "images": ["y"]}, "'images' is not supported; leave it out"),
+    ],
+)
+def test_a_wrong_part_is_named(server: Served, part: dict[str, Any], problem: str) -> None:
+    status, _, answer = server.send(CHAT, {"messages": [{"role": "user", "content": [part]}]})
+    assert status == 400
+    assert problem in json.loads(answer)["error"]["message"]
+
+
 @pytest.mark.parametrize(("path", "asked"), [(CHAT, {"messages": [QUESTION]}), ("/v1/completions", {"prompt": "x"})])
 def test_usage_is_null_until_it_is_known(server: Served, path: str, asked: dict[str, Any]) -> None:
     body = {**asked, "max_tokens": 5, "stream": True, "mode": "diffusion", "diffusing": True}
