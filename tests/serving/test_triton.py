@@ -437,7 +437,7 @@ MALFORMED: list[Any] = [
             {"max_tokens": "many"},
             {"max_tokens": 1e9},
             {"max_tokens": 2**40},
-            {"max_tokens": -1},
+            {"max_tokens": -2},
             {"max_tokens": [1, 2]},
             {"temperature": "hot"},
             {"temperature": -1.0},
