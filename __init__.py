@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .runtime.handle import Handle
     from .runtime.loading import LoadedEngine, load
     from .runtime.requests.generation import Acceptance, Generation
+    from .runtime.requests.generation_config import sampling_defaults
     from .runtime.requests.options import Options
     from .runtime.scheduler import Scheduler, Statistics
 
@@ -39,6 +40,7 @@ _LAZY = {
     "runtime.handle": ("Handle",),
     "runtime.loading": ("LoadedEngine", "load"),
     "runtime.requests.generation": ("Acceptance", "Generation"),
+    "runtime.requests.generation_config": ("sampling_defaults",),
     "runtime.requests.options": ("Options",),
     "runtime.scheduler": ("Scheduler", "Statistics"),
 }
@@ -76,6 +78,7 @@ __all__ = [
     "infill",
     "load",
     "revise",
+    "sampling_defaults",
     "stream",
 ]
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk", "logprobs", "confidences"))
 @options.engine
+@options.generation_config
 @options.threads
 @options.device
 @options.statistics

@@ -34,6 +34,14 @@ threads = click.option("--threads", type=click.IntRange(1), help="Use this many 
 device = click.option(
     "--device", help="Run on cpu, cuda or cuda:N. [default: the device that the engine was built for]"
 )
+generation_config = click.option(
+    "--generation-config",
+    type=click.Choice(["none", "auto"]),
+    default="none",
+    show_default=True,
+    help="Where sampling is not chosen, take what the model's generation_config.json proposes (auto) or decode "
+    "greedily (none).",
+)
 statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
 host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 editing_prompt = click.option(
@@ -61,6 +69,16 @@ class RequestCommand(click.Command):
         params = super().get_params(ctx)
         at = [param.name for param in params].index("threads")
         return [*params[:at], *self._request_options, *params[at:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See click.Command. Options that the user has not given may come from the model."""
+        if ctx.params.pop("generation_config") == "auto":
+            from ..runtime.requests.generation_config import sampling_defaults
+
+            for name, value in sampling_defaults(ctx.params["engine"]).items():
+                if ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT:
+                    ctx.params[name] = value
+        return super().invoke(ctx)
 
     @functools.cached_property
     def _request_options(self) -> list[click.Option]:

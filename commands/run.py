@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     help="Decode this many prompts of --input-file at the same time.",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@options.generation_config
 @options.threads
 @options.device
 @options.statistics

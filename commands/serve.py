@@ -94,6 +94,7 @@ from .streams import TEXT
 @click.option(
     "--no-prefix-reuse", is_flag=True, help="Compute every prompt in full, even where it begins like an earlier one."
 )
+@options.generation_config
 @options.threads
 @options.device
 def serve(
@@ -111,6 +112,7 @@ def serve(
     timeout: float,
     drain: float,
     no_prefix_reuse: bool,
+    generation_config: str,
     **choices: Any,
 ) -> None:
     """Serve ENGINE over HTTP.
@@ -118,6 +120,7 @@ def serve(
     The server speaks OpenAI's API, reports metrics, and has a page to watch the engine decode.
     """
     try:
+        from ..runtime.requests.generation_config import sampling_defaults
         from ..serving.http.app import Limits, open_server
         from ..serving.http.hosts import AllowedHosts
         from ..serving.http.server import bind, check_connections
@@ -134,12 +137,13 @@ def serve(
         connections=max_connections,
         patience=client_timeout,
     )
+    sampling = sampling_defaults(engine) if generation_config == "auto" else {}
     with bind(host, port) as listening:
         server = open_server(
             engine,
             limits=limits,
             name=served_model_name,
-            defaults={"mode": mode},
+            defaults={"mode": mode, **sampling},
             prefix_reuse=not no_prefix_reuse,
             **choices,
         )

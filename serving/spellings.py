@@ -16,7 +16,7 @@ def left_open(option: str, value: Any) -> bool:
 
 
 def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
-    """The options with every -1, an ignored end and a missing seed resolved. Raises RequestError."""
+    """The options with every -1 and an ignored end resolved. Raises RequestError."""
     chosen = {name: value for name, value in options.items() if not left_open(name, value)}
     if chosen.get("top_k") == -1:
         del chosen["top_k"]
@@ -24,7 +24,14 @@ def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
         if "max_new_tokens" not in chosen:
             raise RequestError("ignore_eos needs a limit; give max_tokens")
         chosen["min_tokens"] = chosen["max_new_tokens"]
-    # A client that samples without a seed expects another answer each time; the runtime's default seed is fixed.
-    if chosen.get("temperature") and "seed" not in chosen:
-        chosen["seed"] = secrets.randbits(32)
     return chosen
+
+
+def with_seed(options: dict[str, Any]) -> dict[str, Any]:
+    """All options of a request, defaults included, with a seed.
+
+    A client that samples without one expects another answer each time; the runtime's default seed is fixed.
+    """
+    return (
+        {**options, "seed": secrets.randbits(32)} if options.get("temperature") and "seed" not in options else options
+    )

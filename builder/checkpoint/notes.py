@@ -57,7 +57,8 @@ def weight_notes(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
 def sampling_notes(generation: Mapping[str, Any]) -> list[str]:
     """The sampling that the checkpoint proposes; an engine is greedy unless it is asked."""
     given = [f"{name} {generation[name]!r:.30}" for name in _SAMPLING if generation.get(name) is not None]
-    return [f"{', '.join(given)} of {GENERATION_FILE}: not used; give them as options"] if given else []
+    unless = "not used unless given as options or by --generation-config auto"
+    return [f"{', '.join(given)} of {GENERATION_FILE}: {unless}"] if given else []
 
 
 def _set(value: object) -> set[str]:

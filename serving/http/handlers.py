@@ -19,6 +19,7 @@ from ...contract import MODES
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.prepare import Prompt
 from ...runtime.scheduler import Scheduler
+from ..spellings import with_seed
 from .body import Chat, Completion, Decoding, Fim, Watched
 from .error_responses import ModelNotFoundError
 from .infill_queue import CancelledError, InfillQueue
@@ -47,7 +48,7 @@ class Handlers:
     async def generate(self, request: Request, body: Chat | Completion) -> Response:
         """Answer a chat or a completion, whole or streamed. Raises NemodiffError."""
         model, options = self._model_options(body)
-        options |= body.options()
+        options = with_seed(options | body.options())
         builder = ResponseBuilder(
             self.engine,
             "chat" if isinstance(body, Chat) else "completion",
@@ -70,7 +71,7 @@ class Handlers:
     async def trace(self, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
         _, options = self._model_options(body)
-        options |= body.options()
+        options = with_seed(options | body.options())
         group = self._request_group()
         await group.submit([(body.prompts()[0], options)], steps=True)
         return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)

@@ -76,7 +76,7 @@ def export(
         raise RequestError(f"--name is {name!r:.60}, allowed: letters, digits, '.', '_' and '-'")
     values = dict(parameters or {})
     try:
-        _check(info, TextCodec(engine), values)
+        _check(info, engine, values)
     except RequestError as error:
         raise RequestError(f"--set: {error}") from None
     if not link:
@@ -97,7 +97,7 @@ def export(
     return repository / name
 
 
-def _check(info: EngineInfo, text: TextCodec, values: dict[str, str]) -> None:
+def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
     """Refuse what the server would refuse when it loads the model, or at every request. Raises RequestError."""
     parsed = model_parameters(values)
     limit = info.build.max_batch_size
@@ -110,7 +110,8 @@ def _check(info: EngineInfo, text: TextCodec, values: dict[str, str]) -> None:
     if not 0 <= parsed.stream_interval_ms < math.inf:
         raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")
     check_device(parsed.device, info.manifest.backend)
-    settle(info, text, 1, make_options(read({"text_input": ["x"]}, {}, parsed.values).options))
+    request = read({"text_input": ["x"]}, {}, parsed.defaults(engine))
+    settle(info, TextCodec(engine), 1, make_options(request.options))
 
 
 def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: bool) -> str:

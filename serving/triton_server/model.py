@@ -63,7 +63,9 @@ class TritonPythonModel:
 
     def _start(self, args: dict[str, str], parameters: dict[str, str], batched: bool) -> None:
         self._parameters = model_parameters(parameters)
-        engine = self.load(Path(args["model_repository"]) / args["model_version"] / self._parameters.engine)
+        folder = Path(args["model_repository"]) / args["model_version"] / self._parameters.engine
+        engine = self.load(folder)
+        self._defaults = self._parameters.defaults(folder)
         self._scheduler = Scheduler(
             engine,
             rows=self._parameters.rows,
@@ -84,7 +86,7 @@ class TritonPythonModel:
             tensor = self._pb.get_input_tensor_by_name(request, declared.name)
             if tensor is not None:
                 tensors[declared.name] = [_plain(declared.name, value) for value in tensor.as_numpy().reshape(-1)]
-        return read(tensors, json.loads(request.parameters() or "{}"), self._parameters.values)
+        return read(tensors, json.loads(request.parameters() or "{}"), self._defaults)
 
     def _submit(self, sender: Any, request: TritonRequest) -> None:
         active = self._responder.add(sender, request)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from ...contract import PREFILL_CHUNK
 from ...errors import RequestError
+from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.text.checks import check_text
-from ..spellings import left_open, resolve
+from ..spellings import left_open, resolve, with_seed
 from .values import convert
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]
@@ -108,7 +110,8 @@ class ModelParameters:
 
     rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device: of `load`. stream_interval_ms: least
     time between two responses of a stream; 0 sends text as it comes. engine: its folder, beside the model's file or
-    absolute. values: defaults of requests, by their names.
+    absolute. generation_config: auto takes the sampling that the engine's generation_config.json proposes as defaults,
+    none does not. values: defaults of requests, by their names.
     """
 
     rows: int | None = None
@@ -119,7 +122,16 @@ class ModelParameters:
     prefill_tokens: int = PREFILL_CHUNK
     stream_interval_ms: float = 10.0
     engine: str = "engine"
+    generation_config: str = "none"
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def defaults(self, folder: Path) -> Mapping[str, Any]:
+        """The defaults of requests, for the engine in this folder. Raises RequestError."""
+        if self.generation_config == "auto":
+            return {**sampling_defaults(folder), **self.values}
+        if self.generation_config != "none":
+            raise RequestError(f"generation_config is {self.generation_config!r:.60}, allowed: auto or none")
+        return self.values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +183,7 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     if chosen.pop("return_log_probs", False):
         chosen.setdefault("logprobs", 0)
     ignore_eos = chosen.pop("ignore_eos", False)
-    return TritonRequest(prompt, stream, not exclude, resolve(chosen, ignore_eos=ignore_eos))
+    return TritonRequest(prompt, stream, not exclude, with_seed(resolve(chosen, ignore_eos=ignore_eos)))
 
 
 def _element(declared: Input, values: list[Any]) -> Any:

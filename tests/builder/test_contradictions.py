@@ -83,7 +83,8 @@ def test_an_end_that_the_tokenizer_does_not_call_one_is_warned_about(checkpoint:
 
 def test_sampling_that_is_not_used_is_mentioned(checkpoint: Path) -> None:
     change(checkpoint / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.95, top_k=None)
-    expected = "temperature 0.6, top_p 0.95 of generation_config.json: not used; give them as options"
+    expected = "temperature 0.6, top_p 0.95 of generation_config.json: not used unless given as options "
+    expected += "or by --generation-config auto"
     assert notes(checkpoint) == [expected]
     plan = Builder(checkpoint, checkpoint.parent / "engine").plan()
     assert plan.as_dict()["notes"] == (expected,)
