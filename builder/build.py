@@ -32,6 +32,7 @@ from ..engine_folder import (
     ENGINE_FILE,
     MODEL_FILE,
     TENSORS_FILE,
+    TOKENIZER_FILE,
     WEIGHTS_FILE,
     EngineInfo,
     Kernel,
@@ -43,6 +44,7 @@ from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import copy_carried
 from .checkpoint.hub import Source, resolve
 from .checkpoint.layout import as_safetensors, match
+from .checkpoint.mistral_regex import correct, has_wrong_regex
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
 from .checks import check_backend, check_config
@@ -74,6 +76,7 @@ class Builder:
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
+        fix_mistral_regex: mend a tokenizer with the pattern that `checkpoint/mistral_regex.py` knows to be wrong.
 
     Raises:
         CheckpointError, BuildError: one line that says what to do.
@@ -95,6 +98,7 @@ class Builder:
         choices: Choices = Choices(),  # noqa: B008  (frozen)
         adapter: str | Path | None = None,
         headers_only: bool = False,
+        fix_mistral_regex: bool = False,
     ) -> None:
         self.output = Path(output)
         self.backend = backend
@@ -106,6 +110,10 @@ class Builder:
         check_target(self.output)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
         self.checkpoint: Checkpoint = open_checkpoint(self.source.folder, None if adapter is None else Path(adapter))
+        self.fix_mistral_regex = fix_mistral_regex
+        tokenizer = self.source.folder / TOKENIZER_FILE
+        if fix_mistral_regex and not has_wrong_regex(tokenizer):
+            raise BuildError(f"--fix-mistral-regex: {tokenizer} does not have the wrong pattern; leave the flag out")
         model = self.checkpoint.model
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         self.config = BuildConfig(
@@ -136,7 +144,9 @@ class Builder:
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""
-        return make_plan(self.checkpoint, self.graph, self.config, self.output, self.backend)
+        return make_plan(
+            self.checkpoint, self.graph, self.config, self.output, self.backend, fix_regex=self.fix_mistral_regex
+        )
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
@@ -162,6 +172,8 @@ class Builder:
                 if not self.choices.keeps_weights:
                     (stage / WEIGHTS_FILE).unlink()
             copy_carried(self.source.folder, stage)
+            if self.fix_mistral_regex:
+                correct(stage / TOKENIZER_FILE)
             files = folder_entries(stage, digests)
             checkpoint_files = {name: entry.result() for name, entry in hashing.items()}
             adapter = self.checkpoint.adapter

@@ -16,6 +16,7 @@ from typing import Any
 from ..contract import EXPORT_FORMATS, size_text
 from ..engine_folder import CONFIG_FILE, GENERATION_FILE, TWIN_FILE
 from ..errors import BuildError
+from .checkpoint.carried_notes import regex_notes
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import ADAPTER_FOLDER, CARRIED_NAMES, INDEX, WEIGHTS, copy_carried, read_json
 from .checkpoint.hub import Source, resolve
@@ -102,7 +103,10 @@ class Exporter:
             disk_free=disk_free(self.output),
             adapter_rank=adapter.rank if adapter else 0,
             unknown_fields=model.unknown_fields,
-            notes=self.checkpoint.notes,
+            notes=(
+                *self.checkpoint.notes,
+                *regex_notes(self.checkpoint.folder, "it is copied as it is, so load it with fix_mistral_regex=True"),
+            ),
         )
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:

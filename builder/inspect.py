@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import DOMAIN, ITEMSIZE, dtype_line, size_text
-from ..engine_folder import ENGINE_FILE, MODEL_FILE, EngineInfo, read_engine
+from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, EngineInfo, read_engine
 from ..errors import EngineError
+from .checkpoint.carried_notes import regex_notes, sampling_notes
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def describe(folder: Path) -> dict[str, Any]:
     model = info.model
     build = info.build
     manifest = info.manifest
+    generation = folder / GENERATION_FILE
     return {
         "engine": {
             "backend": manifest.backend,
@@ -51,6 +53,12 @@ def describe(folder: Path) -> dict[str, Any]:
             "max_position": model.max_position,
         },
         "kv_bytes_per_token": model.kv_bytes_per_token(ITEMSIZE[build.dtype]),
+        "notes": [
+            *sampling_notes(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}),
+            *regex_notes(
+                folder, "build with --fix-mistral-regex for the right one, unless it was trained with this one"
+            ),
+        ],
         "tensorrt": dataclasses.asdict(manifest.tensorrt) if manifest.tensorrt else None,
         "engine_layers": engine_layers(folder, info),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
@@ -163,6 +171,7 @@ def lines(described: dict[str, Any]) -> list[str]:
         f"KV cache     {described['kv_bytes_per_token']:,} bytes per token",
         *_tensorrt_lines(described),
         *_graph_lines(described["graph"]),
+        *(f"note         {note}" for note in described["notes"]),
         f"files        {files}",
         f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",
     ]

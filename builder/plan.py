@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, size_text
+from .checkpoint.carried_notes import regex_notes, sampling_notes
 from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.notes import sampling_notes
 from .graph.graph import Graph
 from .resources import disk_free, memory_needed
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB that GPUs are sold with
 CARD_RESERVE = 2**30  # bytes left for the driver, activations and kernels
+REGEX_REMEDY = "give --fix-mistral-regex for the right one, unless the model was trained with this one"
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
 
 
@@ -93,8 +94,10 @@ def _first_cards(rows_that_fit: dict[int, int], most: int) -> str:
     return ", ".join(f"{rows} in {card} GiB" for card, rows in rows_that_fit.items() if rows and card <= enough)
 
 
-def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: Path, backend: Backend) -> Plan:
-    """Compute the plan; nothing is written and no weight is read."""
+def make_plan(
+    checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: Path, backend: Backend, *, fix_regex: bool
+) -> Plan:
+    """Compute the plan; nothing is written and no weight is read. `fix_regex`: the tokenizer is mended."""
     model = checkpoint.model
     adapter = checkpoint.adapter
     tensors = [*checkpoint.tensors.values(), *(adapter.tensors.values() if adapter else ())]
@@ -128,5 +131,9 @@ def make_plan(checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: 
         build=build,
         rows_that_fit={key: min(build.max_batch_size, rows) for key, rows in room.items()},
         unknown_fields=model.unknown_fields,
-        notes=(*checkpoint.notes, *sampling_notes(checkpoint.generation)),
+        notes=(
+            *checkpoint.notes,
+            *sampling_notes(checkpoint.generation),
+            *regex_notes(checkpoint.folder, "the engine gets the right one" if fix_regex else REGEX_REMEDY),
+        ),
     )

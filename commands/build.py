@@ -79,6 +79,11 @@ from .options import PATH, json_output
     default=True,
     help="Keep or leave out the logits that sampling needs; for the TensorRT backends.",
 )
+@click.option(
+    "--fix-mistral-regex",
+    is_flag=True,
+    help="Give the engine the right pattern where tokenizer.json has the wrong one; the plan says whether it does.",
+)
 @click.option("--sm", help="Compile for these GPU architectures; for tensorrt-rtx. [default: 80,86,89,120]")
 @click.option(
     "--plugins",

@@ -1,4 +1,4 @@
-"""What a checkpoint's own files say against each other, and what of it the engine does not use: lines of the plan."""
+"""What a checkpoint's own files say against each other, and weights that are not read: lines of the plan."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from .folder import INDEX, WEIGHTS
 from .safetensors_file import Tensor
 from .shards import is_stray
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def end_notes(
@@ -52,13 +50,6 @@ def weight_notes(folder: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     """Weights that lie there and are not read."""
     stray = f"{WEIGHTS} lies beside {INDEX}: the index decides, and {WEIGHTS} is not read"
     return [stray] if is_stray(folder, tensors) else []
-
-
-def sampling_notes(generation: Mapping[str, Any]) -> list[str]:
-    """The sampling that the checkpoint proposes; an engine is greedy unless it is asked."""
-    given = [f"{name} {generation[name]!r:.30}" for name in _SAMPLING if generation.get(name) is not None]
-    unless = "not used unless given as options or by --generation-config auto"
-    return [f"{', '.join(given)} of {GENERATION_FILE}: {unless}"] if given else []
 
 
 def _set(value: object) -> set[str]:
