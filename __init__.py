@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .runtime.requests.generation_config import sampling_defaults
     from .runtime.requests.options import Options
     from .runtime.scheduler import Scheduler, Statistics
+    from .runtime.score import Score, score, score_many
 
 # ONNX Runtime looks at this when it is imported, which nothing above does. With its telemetry on it keeps a device id
 # and a database in the user's cache folder and sends events to its vendor; =0 leaves it on.
@@ -43,6 +44,7 @@ _LAZY = {
     "runtime.requests.generation_config": ("sampling_defaults",),
     "runtime.requests.options": ("Options",),
     "runtime.scheduler": ("Scheduler", "Statistics"),
+    "runtime.score": ("Score", "score", "score_many"),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -67,6 +69,7 @@ __all__ = [
     "RequestError",
     "Revised",
     "Scheduler",
+    "Score",
     "Started",
     "Statistics",
     "Step",
@@ -79,6 +82,8 @@ __all__ = [
     "load",
     "revise",
     "sampling_defaults",
+    "score",
+    "score_many",
     "stream",
 ]
 

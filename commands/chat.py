@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ..runtime.text.codec import Message
 
 
-@click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk", "logprobs", "confidences"))
+@click.command(
+    cls=options.RequestCommand, left_out=("chat", "prefill_chunk", "logprobs", "confidences", "prompt_logprobs")
+)
 @options.engine
 @options.generation_config
 @options.threads

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _SPELLINGS = dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens")  # as in HTTP bodies
 _LABELS = ("id", "custom_id")
 _KEYS = ("prompt", "messages", *_LABELS, *OPTIONS, *_SPELLINGS)
-_REPORTS = ("logprobs", "confidences")
+REPORTS = ("logprobs", "confidences", "prompt_logprobs")  # what belongs to tokens
 _SETS = 256  # of options, checked against the engine beforehand: a schema among them takes a millisecond or more
 
 
@@ -136,7 +136,7 @@ def _options(fields: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
             spelled[name] = key
         elif key not in _KEYS:
             raise RequestError(f"{key!r:.60} is no key of a line; {_remedy(key)}")
-    for name in _REPORTS:
+    for name in REPORTS:
         if options.get(name, False) is not False and not as_json:
             raise RequestError(f"{name} goes with --json; give the flag or leave {name} out")
     if options:

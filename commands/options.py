@@ -26,6 +26,7 @@ _NOTES = {
     "logit_bias": "may be repeated",
     "logprobs": "needs --json",
     "confidences": "needs --json",
+    "prompt_logprobs": "needs --json",
     "json_schema": "give the schema itself or a file that holds it",
 }
 

@@ -77,16 +77,17 @@ def run(
         raise click.UsageError("--batch-size goes with --input-file")
     if input_file is None and no_prefix_reuse:
         raise click.UsageError("--no-prefix-reuse goes with --input-file")
-    for name in ("logprobs", "confidences"):
+    from .lines import REPORTS, check_lines, read_lines
+
+    for name in REPORTS:
         if choices[name] not in (None, False) and not as_json:
-            raise click.UsageError(f"--{name} goes with --json")
+            raise click.UsageError(f"{options.flag(name)} goes with --json")
     if stream and as_json:
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):
         raise click.UsageError("--stream and --show-denoise are for a single prompt, not for --input-file")
     from ..runtime.events.trace import record
     from ..runtime.loading import load
-    from .lines import check_lines, read_lines
 
     flags = {**choices, "chat": not raw}
     # The input is read before the engine, which takes longer.

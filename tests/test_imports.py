@@ -45,7 +45,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"batching"},
         {"events"},
         {"generate", "handle"},
-        {"scheduler"},
+        {"scheduler", "score"},
         {"editing"},
     ],
     "serving": [{"metrics", "spellings"}, {"http", "triton_server"}],

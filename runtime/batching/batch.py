@@ -18,6 +18,7 @@ from ..engines.drafter import adapted
 from ..engines.engine import Engine, Pass, Prediction
 from ..modes import LOOPS
 from ..modes.ar import Loop
+from ..modes.scoring import scored
 from ..planning.cost import CostCurve, split
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
@@ -218,8 +219,7 @@ class Batch:
         """Start a slot's loop after what can be copied; False if a row ahead is about to have more of its prompt."""
         sequence = slot.sequence
         if self.prefixes is not None:
-            most = len(sequence.prompt) - 1  # the last token is always forwarded: its prediction is the seed
-            ids = sequence.prompt[:most]
+            ids = sequence.prompt[: sequence.reusable]
             source, shared = self.prefixes.find(ids)
             for other_row, other in enumerate(self._slots):
                 if other is not slot and (length := common(_held(other.sequence), ids)) > shared:
@@ -230,7 +230,7 @@ class Batch:
                 self._cache.move(source, row, shared)
                 sequence.length = sequence.reused = slot.reach = shared
                 self.counts.reused += shared
-        slot.loop = LOOPS[sequence.settings.mode](sequence)
+        slot.loop = scored(sequence, LOOPS[sequence.settings.mode])
         slot.pass_ = sequence.selector.with_sampling(next(slot.loop))
         return True
 

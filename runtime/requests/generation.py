@@ -8,8 +8,8 @@ from typing import Any
 
 from ..engines.engine import PassKind
 from ..loading import LoadedEngine
-from .selection import TokenLogprobs
 from .sequence import FinishReason, Sequence
+from .token_logprobs import TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Generation:
 
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
-    unless requested. warnings: sentences about what of the request was ignored.
+    unless requested. prompt_logprobs: one per token of the prompt, None for the first, which nothing stands before.
+    warnings: sentences about what of the request was ignored.
     """
 
     text: str
@@ -49,12 +50,14 @@ class Generation:
     timings_ms: dict[str, float]
     logprobs: list[TokenLogprobs] | None = None
     confidences: list[float | None] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """As one JSON object; what was not requested is left out, and warnings where there are none."""
         values = dataclasses.asdict(self)
-        for name, nothing in (("logprobs", None), ("confidences", None), ("warnings", [])):
+        optional: dict[str, Any] = {"logprobs": None, "confidences": None, "prompt_logprobs": None, "warnings": []}
+        for name, nothing in optional.items():
             if values[name] == nothing:
                 del values[name]
         return values
@@ -72,6 +75,7 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
     assert sequence.finish is not None
     decode_tpf, e2e_tpf = tokens_per_pass(len(sequence.tokens), sequence.nfe)
     lengths = sequence.accepted
+    scores = sequence.prompt_scores
     first = sequence.first_token if sequence.tokens else sequence.ended
     return Generation(
         text=sequence.transcript.text(sequence.tokens),
@@ -96,5 +100,6 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         },
         logprobs=None if sequence.settings.logprobs is None else sequence.selector.logprobs,
         confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
+        prompt_logprobs=None if scores is None else [None] * (scores.begin + 1) + scores.logprobs,
         warnings=[] if sequence.settings.grammar is None else list(sequence.settings.grammar.warnings),
     )

@@ -45,7 +45,9 @@ class Options:
         Mode | Literal["auto"], Help("Decode in this mode; auto picks the fastest of those that give ar's tokens.")
     ] = "linear_spec"
     max_new_tokens: Annotated[
-        int | None, Range(1), Help("Stop after this many new tokens.", default=f"{DEFAULT_NEW_TOKENS} or what fits")
+        int | None,
+        Range(0, text="1 or more, or 0 to score the prompt alone"),
+        Help("Stop after this many new tokens.", default=f"{DEFAULT_NEW_TOKENS} or what fits"),
     ] = None
     block_length: Annotated[
         int | Literal["auto"] | None,
@@ -116,6 +118,13 @@ class Options:
         int | None,
         Range(0, 100),
         Help("Report the log-probabilities of each token and of this many likeliest ones.", default="none"),
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None,
+        Range(0, 100),
+        Help(
+            "Report the log-probabilities of each token of the prompt and of this many likeliest ones.", default="none"
+        ),
     ] = None
     json_schema: Annotated[
         str | None,

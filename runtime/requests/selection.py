@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 
 import numpy as np
 
@@ -11,21 +10,10 @@ from ..engines.engine import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
 from ..sampling.sampler import BadWords, draw, penalise
-from ..sampling.softmax import log_softmax
 from .settings import Settings
+from .token_logprobs import TokenLogprobs, measure
 
 _HOTTEST = float(np.finfo(np.float32).max)  # engines hold f32
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities at one position, the mask id left out.
-
-    logprob: of the emitted token. top: the likeliest ids with theirs, best first, the smaller id first of equals.
-    """
-
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 class TokenSelector:
@@ -90,7 +78,7 @@ class TokenSelector:
         logits = prediction.logits[index]
         token = self._choose(logits)
         if self._top_logprobs is not None:
-            self.logprobs.append(self._measure(logits, token, self._top_logprobs))
+            self.logprobs += measure(logits[None], [token], self._top_logprobs, self._mask_id)
         return token
 
     def propose(self, prediction: Prediction, tokens: list[int], indices: range) -> list[int]:
@@ -170,12 +158,3 @@ class TokenSelector:
         if guide is not None:
             guide.restrict(scores)
         return draw(scores, params, self._noise, self._start + len(self._emitted))
-
-    def _measure(self, logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
-        scores = log_softmax(logits.astype(np.float64)[None], self._mask_id)[0]
-        top = np.empty(0, np.int64)
-        if count:
-            lowest = np.partition(scores, -count)[-count]
-            top = np.flatnonzero(scores >= lowest)
-            top = top[np.argsort(-scores[top], kind="stable")][:count]
-        return TokenLogprobs(float(scores[token]), [(int(i), float(scores[i])) for i in top])

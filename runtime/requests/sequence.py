@@ -13,6 +13,7 @@ from ..text.transcript import Transcript
 from .outcome import Commit, PassOutcome
 from .selection import TokenSelector
 from .settings import Settings
+from .token_logprobs import PromptScores
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -59,6 +60,23 @@ class Sequence:
         # Whether a pass must bring its logits.
         self.needs_logits = not self.selector.plain or settings.policy.by_entropy
         self._watch_text = bool(settings.stop)
+        self.prompt_scores: PromptScores | None = None
+        if settings.prompt_logprobs is not None:
+            self.score_from(1)
+
+    def score_from(self, first: int) -> None:
+        """Score the prompt's tokens from this one on; see `PromptScores`."""
+        assert self.settings.prompt_logprobs is not None
+        model = self.model
+        self.prompt_scores = PromptScores(
+            self.prompt, first, self.settings.prompt_logprobs, model.mask_id, model.vocab_size
+        )
+
+    @property
+    def reusable(self) -> int:
+        """Of the prompt, the tokens whose K/V may be copied: what follows them must be forwarded for its prediction."""
+        last = len(self.prompt) - 1  # its prediction is the seed
+        return last if self.prompt_scores is None else min(last, self.prompt_scores.begin)
 
     @property
     def remaining(self) -> int:

@@ -40,6 +40,7 @@ class Settings:
     thinking_budget: int | None = None
     end_think: int | None = None  # the id of `</think>`
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     policy: Policy = dataclasses.field(default_factory=Policy)
     merge_commit: bool = False
@@ -80,6 +81,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         thinking_budget=o.thinking_budget,
         end_think=text.end_think,
         logprobs=o.logprobs,
+        prompt_logprobs=o.prompt_logprobs,
         grammar=grammar,
         policy=Policy(o.policy, min(threshold, ABOVE_ALL), o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
         merge_commit=o.merge_commit,
@@ -89,6 +91,8 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
 
 
 def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
+    if o.max_new_tokens == 0 and o.prompt_logprobs is None:
+        raise RequestError("max_new_tokens is 0, allowed: 1 or more, and 0 with prompt_logprobs alone; give a limit")
     limit = info.build.max_seq_len
     room = limit - prompt_tokens
     tokens = o.max_new_tokens if o.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))

@@ -12,7 +12,7 @@ from ...runtime.events.events import Event, Finished, Step, Text, as_dict
 from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
-from ...runtime.requests.selection import TokenLogprobs
+from ...runtime.requests.token_logprobs import TokenLogprobs
 from .reasoning import ReasoningParser
 
 Kind = Literal["chat", "completion"]

@@ -39,6 +39,12 @@ def _sum_of_logprobs(finished: Finished) -> float | None:
     return None if logprobs is None else sum(logprobs)
 
 
+def _logprobs_of_prompt(finished: Finished) -> list[float] | None:
+    """From the prompt's second token on."""
+    logprobs = finished.generation.prompt_logprobs
+    return None if logprobs is None else [token.logprob for token in logprobs if token is not None]
+
+
 OUTPUTS = (
     Output("text_output", "STRING"),
     Output("finish_reason", "STRING", lambda f: f.generation.finish_reason),
@@ -50,6 +56,7 @@ OUTPUTS = (
     Output("acceptance_length", "FP32", lambda f: f.generation.acceptance.mean),
     Output("output_log_probs", "FP32", _logprobs, many=True),
     Output("cum_log_probs", "FP32", _sum_of_logprobs),
+    Output("prompt_log_probs", "FP32", _logprobs_of_prompt, many=True),
     Output("warnings", "STRING", lambda f: f.generation.warnings or None, many=True),
     Output("time_to_first_token_ms", "FP32", lambda f: f.ttft_ms),
     Output("inter_token_latency_ms", "FP32", lambda f: f.itl_ms),

@@ -106,6 +106,20 @@ def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> No
         assert [(g.token_ids, g.nfe) for g in got] == [(e.token_ids, e.nfe) for e in expected]
 
 
+def test_scores_equal_the_onnxruntime_engine(setup: Setup) -> None:
+    """Also where a text is longer than the profiles, and rows are more than one of them takes."""
+    engine, _, _, _ = setup.load()
+    prompts: list[Any] = [*QUESTIONS, PROMPT * 8]
+    pairs: list[Any] = [(prompt, ids) for prompt in prompts for ids in ([11], PROMPT, [150, 151])]
+    expected, got = (list(nemodiff.score_many(e, pairs, top=2, rows=3)) for e in (setup.plain, engine))
+    assert got == expected
+    for mode in nemodiff.MODES:
+        options: dict[str, Any] = {"mode": mode, "prompt_logprobs": 1, "max_new_tokens": 4}
+        assert (
+            len({str(nemodiff.generate(e, PROMPT * 8, **options).prompt_logprobs) for e in (setup.plain, engine)}) == 1
+        )
+
+
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_every_mode_equals_the_onnxruntime_engine(setup: Setup, mode: str, graphs: bool) -> None:
@@ -391,7 +405,7 @@ def test_kernels_must_be_those_of_the_manifest(setup: Setup, tmp_path: Path) -> 
 def test_an_engine_without_logits_cannot_sample(setup: Setup) -> None:
     _, backend, _, _ = setup.load()
     backend.logits = None
-    with pytest.raises(RequestError, match="built with --no-logits; use temperature 0"):
+    with pytest.raises(RequestError, match="built with --no-logits; leave them out"):
         backend.open(1).forward([causal("decode", [300], 0, logits=True)])
 
 

@@ -106,6 +106,21 @@ def test_batches_and_the_scheduler_equal_onnxruntime(pair: Pair) -> None:
             assert [handle.result().token_ids for handle in handles] == expected
 
 
+def test_scores_equal_onnxruntime(pair: Pair) -> None:
+    pairs: list[Any] = [(prompt, ids) for prompt in [*QUESTIONS, PROMPT * 8] for ids in ([11], PROMPT, [150, 151])]
+    expected, got = (list(nemodiff.score_many(e, pairs, rows=3)) for e in (pair.theirs, pair.ours))
+    assert [(one.greedy, one.token_ids) for one in got] == [(one.greedy, one.token_ids) for one in expected]
+    assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+    options: dict[str, Any] = {"prompt_logprobs": 1, "max_new_tokens": 4}
+    for mode in MODES:
+        theirs, ours = (nemodiff.generate(e, PROMPT, mode=mode, **options) for e in (pair.theirs, pair.ours))
+        assert theirs.token_ids == ours.token_ids
+        for one, other in zip(theirs.prompt_logprobs or [], ours.prompt_logprobs or [], strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
 def test_filling_in_and_revising_equal_onnxruntime(tiny: Pair) -> None:
     question = "Write a Python function that returns the sum of a and b."
     for method in METHODS:

@@ -80,6 +80,18 @@ def test_a_streams_pieces_are_whole_characters(started: Callable[..., TritonPyth
     assert non_ascii
 
 
+def test_a_prompt_is_scored(started: Callable[..., TritonPythonModel], tiny_engine: Path) -> None:
+    scoring = json.dumps({"prompt_logprobs": 0, "max_tokens": 0})
+    request = Request({"text_input": QUESTION, "sampling_parameters": scoring})
+    started().execute([request])
+    (response,) = request.responses()
+    (told,) = (t.as_numpy().reshape(-1) for t in response.output_tensors if t.name() == "prompt_log_probs")
+    alone = nemodiff.generate(nemodiff.load(tiny_engine, threads=1), QUESTION, prompt_logprobs=0, max_new_tokens=0)
+    expected = [one.logprob for one in alone.prompt_logprobs or [] if one is not None]
+    assert told.tolist() == pytest.approx(expected, abs=1e-4)
+    assert (response.outputs()["text_output"], response.outputs()["num_output_tokens"]) == ("", 0)
+
+
 def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
     model = started(rows="1", waiting="1")
     for fields in ({"mode": "bogus"}, {"max_tokens": 0}):

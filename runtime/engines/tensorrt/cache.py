@@ -73,8 +73,8 @@ class TensorRTCache:
         longest = max(p.max_tokens for p in self._engine.profiles)
         if self._engine.logits is None and any(p.logits for p in passes):
             raise RequestError(
-                "temperature needs logits, and the engine was built with --no-logits; use temperature 0, or build it "
-                "again with --logits"
+                "sampling and log-probabilities need logits, and the engine was built with --no-logits; leave them out, "
+                "or build it again with --logits"
             )
         with self._engine.lock:
             self._engine.device.use()

@@ -1,0 +1,66 @@
+"""What a model says of tokens that have been chosen, or that a prompt holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..sampling.softmax import log_softmax
+
+_LOGITS = 1 << 24  # elements of one pass's logits while a prompt is scored, 64 MiB in f32
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities at one position, the mask id left out.
+
+    logprob: of the token that stands there. top: the likeliest ids with theirs, best first, the smaller id first of
+    equals. rank: the token's own place in that order, from 1, which is the one that mode ar would choose.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+    rank: int
+
+
+def measure(logits: np.ndarray, tokens: Sequence[int], count: int, mask_id: int) -> list[TokenLogprobs]:
+    """One entry per row of logits (n, V) f32, for n tokens; `count` of the likeliest are told."""
+    measured = []
+    for token, scores in zip(tokens, log_softmax(logits.astype(np.float64), mask_id), strict=True):
+        own = scores[token]
+        rank = 1 + np.count_nonzero(scores > own) + np.count_nonzero(scores[:token] == own)
+        top = np.empty(0, np.int64)
+        if count:
+            lowest = np.partition(scores, -count)[-count]
+            top = np.flatnonzero(scores >= lowest)
+            top = top[np.argsort(-scores[top], kind="stable")][:count]
+        measured.append(TokenLogprobs(float(own), [(int(i), float(scores[i])) for i in top], int(rank)))
+    return measured
+
+
+class PromptScores:
+    """The log-probabilities of a prompt's tokens, each after those before it, as its passes bring them.
+
+    Args:
+        prompt: its ids.
+        first: the first token to score, 1 or more: nothing stands before token 0.
+        count: likeliest ids to tell at each position.
+        mask_id: left out.
+        vocab: entries of the vocabulary.
+    """
+
+    def __init__(self, prompt: list[int], first: int, count: int, mask_id: int, vocab: int) -> None:
+        self.begin = first - 1  # the token whose prediction scores the first one; K/V may be copied up to it
+        self.end = len(prompt) - 1  # the last token's prediction is of no token of the prompt
+        self.chunk = max(16, _LOGITS // vocab)  # tokens of a pass
+        self.logprobs: list[TokenLogprobs] = []
+        self._prompt = prompt
+        self._count = count
+        self._mask_id = mask_id
+
+    def take(self, start: int, logits: np.ndarray) -> None:
+        """The predictions (n, V) f32 of the n tokens from `start`."""
+        following = self._prompt[start + 1 : start + 1 + len(logits)]
+        self.logprobs += measure(logits, following, self._count, self._mask_id)
