@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import NemodiffError
+
 if TYPE_CHECKING:
+    from ..batch.lines import Line
     from ..runtime.events.events import Event
     from ..runtime.loading import LoadedEngine
     from ..runtime.requests.generation import Generation
@@ -25,6 +29,28 @@ def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_
             click.echo(event.text, nl=False)
         elif isinstance(event, Finished):
             yield event.generation
+
+
+def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, as_json: bool, stats: bool) -> int:
+    """Print answers, and what was refused: one line on standard error, or an object in the answer's place.
+
+    Returns how many lines were refused.
+    """
+    refused = 0
+    printed = set[str]()
+    for line, result in results:
+        if isinstance(result, NemodiffError):
+            refused += 1
+            if as_json:
+                click.echo(json.dumps({**line.labels, "error": {"message": str(result), "line": line.number}}))
+            else:
+                click.echo(f"Error: {one_line(str(line.refusal(result)))}", err=True)
+            continue
+        click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else result.text)
+        print_warnings(result, printed)
+        if stats:
+            print_statistics(result)
+    return refused
 
 
 def print_warnings(answer: Generation, printed: set[str]) -> None:

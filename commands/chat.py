@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RequestError
+from ..runtime.text.files import not_utf8
 from . import options
 from .answers import follow, one_line, print_statistics, print_warnings
-from .inputs import not_utf8
 
 if TYPE_CHECKING:
     from ..runtime.text.codec import Message

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from ..runtime.editing.methods import METHODS
+from ..runtime.text.files import read_text
 from . import options
-from .inputs import read_stdin, read_text
+from .inputs import read_stdin
 from .streams import TEXT
 
 

@@ -1,14 +1,12 @@
-"""Text that comes from standard input and from files."""
+"""Text that comes from standard input."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import click
 
-from ..errors import RequestError
-from .streams import plain
+from ..runtime.text.files import not_utf8, plain
 
 
 def read_stdin(missing: str) -> str:
@@ -21,16 +19,3 @@ def read_stdin(missing: str) -> str:
     if not text.strip():
         raise click.UsageError(missing)
     return text.removesuffix("\n")
-
-
-def read_text(path: Path) -> str:
-    """A file's text. Raises RequestError."""
-    try:
-        return plain(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(str(path), error) from None
-
-
-def not_utf8(where: str, error: UnicodeDecodeError) -> RequestError:
-    """The refusal of bytes that are not text."""
-    return RequestError(f"{where}: not UTF-8 at byte {error.start}; convert it first")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RequestError
-from .inputs import read_text
+from ..runtime.text.files import read_text
 from .streams import TEXT, typed
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ Decorator = Callable[[Any], Any]
 
 PATH: click.Path[Path] = click.Path(path_type=Path)
 OUTPUT_FILE: click.Path[Path] = click.Path(path_type=Path, dir_okay=False)
-FLAGS = {"block_steps": "--steps"}  # whose name is not the option's
 # What a help text says besides, where the command line differs from other ways to give the option.
 _NOTES = {
     "logit_bias": "may be repeated",
@@ -91,6 +90,8 @@ class RequestCommand(click.Command):
 
 def flag(name: str) -> str:
     """How the command line spells an option of a request."""
+    from ..runtime.requests.options import FLAGS
+
     return FLAGS.get(name, "--" + name.replace("_", "-"))
 
 

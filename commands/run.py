@@ -11,8 +11,7 @@ import click
 
 from ..runtime.text.checks import check_text
 from . import options
-from .answers import follow, print_statistics, print_warnings
-from .batch import answer_lines, print_lines
+from .answers import follow, print_lines, print_statistics, print_warnings
 from .inputs import read_stdin
 from .streams import TEXT
 
@@ -77,7 +76,8 @@ def run(
         raise click.UsageError("--batch-size goes with --input-file")
     if input_file is None and no_prefix_reuse:
         raise click.UsageError("--no-prefix-reuse goes with --input-file")
-    from .lines import REPORTS, check_lines, read_lines
+    from ..batch.answers import answer_lines
+    from ..batch.lines import REPORTS, check_lines, read_lines
 
     for name in REPORTS:
         if choices[name] not in (None, False) and not as_json:

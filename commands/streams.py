@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-_BOM = "\ufeff"
-
 
 def settle_streams() -> None:
     """Read and write UTF-8, but in a terminal its own encoding, where what that lacks is escaped: `\\u4f60`.
@@ -27,11 +25,6 @@ def settle_streams() -> None:
 def _encoding(stream: io.TextIOWrapper, utf8: str) -> str:
     keeps = stream.isatty() and stream.encoding.lower() not in ("ascii", "us-ascii", "ansi_x3.4-1968", "646")
     return stream.encoding if keeps else utf8
-
-
-def plain(text: str) -> str:
-    """Text without the mark that some editors put before it, and with line ends as Python has them."""
-    return text.removeprefix(_BOM).replace("\r\n", "\n")
 
 
 def typed(word: str) -> str:

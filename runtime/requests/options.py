@@ -177,6 +177,7 @@ class Options:
 
 
 OPTIONS = describe(Options)
+FLAGS = {"block_steps": "--steps"}  # of the command line, where they are not the option's name
 
 
 def make_options(values: Mapping[str, Any]) -> Options:

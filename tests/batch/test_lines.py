@@ -12,8 +12,8 @@ import pytest
 from conftest import Refused
 
 import nemodiff
+from nemodiff.batch import lines as lines_of_a_file
 from nemodiff.cli import main
-from nemodiff.commands import lines as lines_of_a_file
 from nemodiff.runtime.requests.options import OPTIONS
 from nemodiff.runtime.requests.prepare import prepare
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ..errors import NemodiffError
-from .answers import one_line, print_statistics, print_warnings
 
 if TYPE_CHECKING:
     from ..runtime.events.events import Event
@@ -74,25 +70,3 @@ def answer_lines(
 def _ended(begun: deque[_Place]) -> Iterator[tuple[Line, Generation | NemodiffError]]:
     while begun and (result := begun[0].result) is not None:
         yield begun.popleft().line, result
-
-
-def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, as_json: bool, stats: bool) -> int:
-    """Print answers, and what was refused: one line on standard error, or an object in the answer's place.
-
-    Returns how many lines were refused.
-    """
-    refused = 0
-    printed = set[str]()
-    for line, result in results:
-        if isinstance(result, NemodiffError):
-            refused += 1
-            if as_json:
-                click.echo(json.dumps({**line.labels, "error": {"message": str(result), "line": line.number}}))
-            else:
-                click.echo(f"Error: {one_line(str(line.refusal(result)))}", err=True)
-            continue
-        click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else result.text)
-        print_warnings(result, printed)
-        if stats:
-            print_statistics(result)
-    return refused

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..runtime.requests.options import OPTIONS, Options, make_options
+from ..runtime.requests.options import FLAGS, OPTIONS, Options, make_options
 from ..runtime.text.checks import check_text
-from .inputs import read_text
-from .options import FLAGS
+from ..runtime.text.files import read_text
 
 if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine

@@ -1,0 +1,27 @@
+"""Text out of files and streams: UTF-8, whatever editor wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...errors import RequestError
+
+_BOM = "\ufeff"
+
+
+def plain(text: str) -> str:
+    """Text without the mark that some editors put before it, and with line ends as Python has them."""
+    return text.removeprefix(_BOM).replace("\r\n", "\n")
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises RequestError where it is not UTF-8, OSError where it cannot be read."""
+    try:
+        return plain(path.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(path), error) from None
+
+
+def not_utf8(where: str, error: UnicodeDecodeError) -> RequestError:
+    """The refusal of bytes that are not text."""
+    return RequestError(f"{where}: not UTF-8 at byte {error.start}; convert it first")
