@@ -16,7 +16,7 @@ from ..runtime.text.files import read_text
 
 if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine
-    from ..runtime.text.codec import Message
+    from ..runtime.text.messages import Message
 
 _SPELLINGS = dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens")  # as in HTTP bodies
 _LABELS = ("id", "custom_id")
@@ -77,7 +77,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
     from ..runtime.loading import check_rows
     from ..runtime.requests.prepare import conversation, prepare
     from ..runtime.requests.settings import settle
-    from ..runtime.text.codec import check_messages
+    from ..runtime.text.messages import checked_messages
 
     check_rows(engine, rows)
     known = set[str]()
@@ -85,7 +85,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
         try:
             if not isinstance(line.prompt, str):
                 system = line.options.get("system", flags.get("system"))
-                check_messages(conversation(line.prompt, system))
+                checked_messages(conversation(line.prompt, system))
             kind = json.dumps({n: v for n, v in line.options.items() if n != "seed"}, sort_keys=True)
             if kind in known or len(known) == _SETS:
                 continue

@@ -15,7 +15,7 @@ from . import options
 from .answers import follow, one_line, print_statistics, print_warnings
 
 if TYPE_CHECKING:
-    from ..runtime.text.codec import Message
+    from ..runtime.text.messages import Message
 
 
 @click.command(

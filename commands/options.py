@@ -27,7 +27,11 @@ _NOTES = {
     "confidences": "needs --json",
     "prompt_logprobs": "needs --json",
     "json_schema": "give the schema itself or a file that holds it",
+    "tools": "give the list itself or a file that holds it",
+    "chat_template_kwargs": "give the object itself or a file that holds it",
 }
+
+_FILES = ("json_schema", "tools", "chat_template_kwargs")  # options of JSON
 
 engine = click.argument("engine", type=PATH)
 threads = click.option("--threads", type=click.IntRange(1), help="Use this many CPU threads. [default: one per core]")
@@ -85,7 +89,7 @@ class RequestCommand(click.Command):
         from ..runtime.requests.options import OPTIONS
 
         shown = [option for option in OPTIONS.values() if option.name not in self._left_out]
-        return [click.Option([flag(option.name), option.name], **_attributes(option)) for option in shown]
+        return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
 
 
 def flag(name: str) -> str:
@@ -93,6 +97,12 @@ def flag(name: str) -> str:
     from ..runtime.requests.options import FLAGS
 
     return FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _declaration(option: Option) -> str:
+    """The flag, and where it is on by default the one that turns it off."""
+    on = flag(option.name)
+    return f"{on}/--no-{on.removeprefix('--')}" if option.type is bool and option.default else on
 
 
 def _attributes(option: Option) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def _attributes(option: Option) -> dict[str, Any]:
         return {"multiple": True, "type": _type(option.one_type), "help": help}
     if option.name == "logit_bias":
         return {"multiple": True, "callback": _biases, "metavar": "ID=NUMBER", "help": help}
-    if option.name == "json_schema":
+    if option.name in _FILES:
         return {"callback": _file_or_text, "metavar": "FILE|TEXT", "help": help}
     if option.default is None and option.help.default not in (None, "none"):
         help += f" [default: {option.help.default}]"
@@ -135,14 +145,16 @@ def _biases(_context: click.Context, _option: click.Parameter, words: tuple[str,
 
 
 def _file_or_text(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
-    """The value itself if it is an object or a literal of JSON, else what the file of that name holds."""
-    if value is None or value.lstrip().startswith("{") or value.strip() in ("true", "false"):
+    """The value itself if it is an object, a list or a literal of JSON, else what the file of that name holds."""
+    if value is None or value.lstrip().startswith(("{", "[")) or value.strip() in ("true", "false"):
         return value if value is None else typed(value)
     try:
         return read_text(Path(value))
     except (OSError, ValueError, RequestError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise click.BadParameter(f"{value}: {reason}; give a file or the schema itself, which begins with {{") from None
+        raise click.BadParameter(
+            f"{value}: {reason}; give a file or the JSON itself, which begins with {{ or ["
+        ) from None
 
 
 def _integer_or_word(context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:

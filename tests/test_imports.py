@@ -37,6 +37,7 @@ ROOMS: dict[str, list[set[str]]] = {
     ],
     "runtime": [
         {"text"},
+        {"tools"},
         {"engines"},
         {"planning"},
         {"loading"},

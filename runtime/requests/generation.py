@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engines.engine import PassKind
 from ..loading import LoadedEngine
+from ..tools.answer import ToolCall
 from .sequence import FinishReason, Sequence
 from .token_logprobs import TokenLogprobs
 
@@ -31,7 +32,8 @@ class Generation:
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
     unless requested. prompt_logprobs: one per token of the prompt, None for the first, which nothing stands before.
-    warnings: sentences about what of the request was ignored.
+    warnings: sentences about what of the request was ignored. reasoning, content, tool_calls: what the
+    text consists of.
     """
 
     text: str
@@ -52,15 +54,33 @@ class Generation:
     confidences: list[float | None] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     warnings: list[str] = dataclasses.field(default_factory=list)
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """As one JSON object; what was not requested is left out, and warnings where there are none."""
         values = dataclasses.asdict(self)
-        optional: dict[str, Any] = {"logprobs": None, "confidences": None, "prompt_logprobs": None, "warnings": []}
-        for name, nothing in optional.items():
+        nothings: dict[str, Any] = {
+            "logprobs": None, "confidences": None, "prompt_logprobs": None, "warnings": [], "reasoning": "",
+            "tool_calls": [], "content": self.text,
+        }  # fmt: skip
+        for name, nothing in nothings.items():
             if values[name] == nothing:
                 del values[name]
         return values
+
+    def as_message(self) -> dict[str, Any]:
+        """As the assistant's turn of a conversation that goes on."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            functions = [{"name": call.name, "arguments": call.arguments} for call in self.tool_calls]
+            message["tool_calls"] = [
+                {"id": f"call_{i}", "type": "function", "function": function} for i, function in enumerate(functions)
+            ]
+        return message
 
 
 def tokens_per_pass(emitted: int, nfe: Mapping[PassKind, int]) -> tuple[float | None, float | None]:
@@ -77,8 +97,10 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
     lengths = sequence.accepted
     scores = sequence.prompt_scores
     first = sequence.first_token if sequence.tokens else sequence.ended
+    text = sequence.transcript.text(sequence.tokens)
+    answer = sequence.settings.answer_format.parse(text, sequence.opened)
     return Generation(
-        text=sequence.transcript.text(sequence.tokens),
+        text=text,
         token_ids=sequence.tokens,
         prompt_tokens=len(sequence.prompt),
         reused_tokens=sequence.reused,
@@ -101,5 +123,8 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         logprobs=None if sequence.settings.logprobs is None else sequence.selector.logprobs,
         confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
         prompt_logprobs=None if scores is None else [None] * (scores.begin + 1) + scores.logprobs,
-        warnings=[] if sequence.settings.grammar is None else list(sequence.settings.grammar.warnings),
+        warnings=list(sequence.settings.warnings),
+        reasoning=answer.reasoning,
+        content=answer.content,
+        tool_calls=answer.calls,
     )

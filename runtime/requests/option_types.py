@@ -6,7 +6,7 @@ import dataclasses
 import json
 import numbers
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError, ValidatorFunctionWrapHandler
@@ -219,11 +219,20 @@ def plain_biases(value: object) -> object:
     return biases
 
 
-def schema_text(value: object) -> object:
-    """A JSON schema as text. Raises RequestError."""
-    if not isinstance(value, (Mapping, bool)):
-        return value
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"json_schema is not JSON ({error}); give text or an object of plain values") from None
+def json_text(name: str) -> Callable[[object], object]:
+    """Turns values of JSON, which an option of this name may be given as, into text; it raises RequestError."""
+
+    def spelled(value: object) -> object:
+        if not isinstance(value, (Mapping, bool, list, tuple)):
+            return value
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(
+                f"{name} is not JSON ({error}); give text or {_WHAT.get(name, 'an object')} of plain values"
+            ) from None
+
+    return spelled
+
+
+_WHAT = {"tools": "a list"}

@@ -24,7 +24,7 @@ from pydantic_core import ArgsKwargs
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, Mode
 from ...errors import RequestError
 from ..sampling.policies import PolicyName
-from .option_types import Help, Most, NotEmpty, Range, describe, plain_biases, schema_text
+from .option_types import Help, Most, NotEmpty, Range, describe, json_text, plain_biases
 
 DEFAULT_NEW_TOKENS = 512
 AUTO = "auto"  # a mode or block length by measured cost
@@ -114,6 +114,33 @@ class Options:
     thinking_budget: Annotated[
         int | None, Range(0), Help("End the thinking after this many tokens.", default="no limit")
     ] = None
+    tools: Annotated[
+        str | None,
+        BeforeValidator(json_text("tools")),
+        Help(
+            "Offer these tools to the model.",
+            default="none",
+            allowed="a list of tools in OpenAI's form, as JSON text or as a list",
+        ),
+    ] = None
+    tool_choice: Annotated[
+        str,
+        NotEmpty("tool_choice"),
+        Help(
+            "Let the model call tools as it likes (auto), not at all (none), some (required), or the one named.",
+            allowed="auto, none, required, or the name of a tool",
+        ),
+    ] = "auto"
+    parallel_tool_calls: Annotated[bool, Help("Let an answer call more than one tool.")] = True
+    chat_template_kwargs: Annotated[
+        str | None,
+        BeforeValidator(json_text("chat_template_kwargs")),
+        Help(
+            "Give the chat template these variables of its own.",
+            default="none",
+            allowed="a JSON object, as text or as an object",
+        ),
+    ] = None
     logprobs: Annotated[
         int | None,
         Range(0, 100),
@@ -128,7 +155,7 @@ class Options:
     ] = None
     json_schema: Annotated[
         str | None,
-        BeforeValidator(schema_text),
+        BeforeValidator(json_text("json_schema")),
         Help(
             "Make the answer follow this JSON schema.",
             default="none",

@@ -12,13 +12,15 @@ from ...errors import RequestError
 from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
-from ..text.codec import Message
+from ..text.messages import Message
 from ..text.thoughts import opens_thoughts
 from ..text.transcript import Transcript
 from .options import AUTO, Options
 from .sequence import Sequence
 from .settings import settle
+from .tool_use import read_tool_use, template_variables
 
+_LAST = 64  # tokens at the end of a prompt, among which is how it opens the answer
 Prompt = str | list[int] | list[Message]
 
 
@@ -35,16 +37,17 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
             AUTO: ("ar", "linear_spec", "quadratic_spec"),
         }
         planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
+    opened = options.chat and opens_thoughts(engine.text.decode(ids[-_LAST:]))
     thoughts = bool(settings.stop) and settings.thinking and not options.stop_in_thinking
     transcript = Transcript(
         engine.text,
         settings.stop,
         settings.stop_token_ids,
         thoughts=thoughts,
-        opened=thoughts and opens_thoughts(engine.text.decode(ids)),
+        opened=thoughts and opened,
     )
     cost = engine.cost if budgeted else None
-    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, engine.backend.samples)
+    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, engine.backend.samples, opened)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
@@ -72,7 +75,10 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
         raise RequestError(
             f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
         )
-    return _not_empty(engine.text.encode_chat(conversation(messages, options.system), options.thinking))
+    use = read_tool_use(engine.text, options)
+    turns = conversation(messages, options.system)
+    shown = None if use is None else use.shown
+    return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, template_variables(options)))
 
 
 def conversation(messages: list[Message], system: str | None) -> list[Message]:

@@ -33,8 +33,10 @@ class Sequence:
         cost: CostCurve | None = None,
         planner: DraftPlanner | None = None,
         samples: bool = False,
+        opened: bool = False,
     ) -> None:
         self.model = model
+        self.opened = opened  # whether the answer begins inside a think block
         self.prompt = prompt
         self.settings = settings
         self.transcript = transcript

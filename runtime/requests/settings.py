@@ -13,7 +13,9 @@ from ..sampling.commit import Policy
 from ..sampling.grammar import Grammar
 from ..sampling.grammar_cache import GRAMMARS
 from ..sampling.sampler import SamplingParams
+from ..tools.answer import PLAIN, AnswerFormat
 from .options import AUTO, DEFAULT_NEW_TOKENS, OPTIONS, Options
+from .tool_use import ToolUse, answer_format, read_tool_use
 
 if TYPE_CHECKING:
     from ..text.codec import TextCodec
@@ -42,6 +44,8 @@ class Settings:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    answer_format: AnswerFormat = PLAIN
+    warnings: tuple[str, ...] = ()  # what of the request is ignored, in sentences
     policy: Policy = dataclasses.field(default_factory=Policy)
     merge_commit: bool = False
     confidences: bool = False
@@ -66,7 +70,8 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         raise RequestError(f"min_tokens is {o.min_tokens}, allowed: 0 to max_new_tokens, which is {max_new_tokens}")
     _check_thinking(text, o)
     _check_diffusion(o)
-    grammar = _grammar(info, text, o)
+    use = read_tool_use(text, o)
+    grammar, warnings = _grammar(info, text, o, use)
     return Settings(
         mode=o.mode,
         max_new_tokens=max_new_tokens,
@@ -83,6 +88,8 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         logprobs=o.logprobs,
         prompt_logprobs=o.prompt_logprobs,
         grammar=grammar,
+        answer_format=answer_format(use, o),
+        warnings=warnings,
         policy=Policy(o.policy, min(threshold, ABOVE_ALL), o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
         merge_commit=o.merge_commit,
         confidences=o.confidences,
@@ -186,17 +193,32 @@ def _check_diffusion(o: Options) -> None:
             )
 
 
-def _grammar(info: EngineInfo, text: TextCodec, o: Options) -> Grammar | None:
+def _grammar(
+    info: EngineInfo, text: TextCodec, o: Options, use: ToolUse | None
+) -> tuple[Grammar | None, tuple[str, ...]]:
+    """What the answer must follow, and what of that is ignored."""
     if o.json_schema is not None and o.regex is not None:
         raise RequestError("json_schema and regex are both given; use one of them")
-    kind = "regex" if o.json_schema is None else "json_schema"
-    source = o.regex if o.json_schema is None else o.json_schema
-    if source is None:
-        return None
+    calls = None if use is None else use.grammar(text, o.json_schema)
+    if calls is not None:
+        kind, source, warnings = "tools", calls.source, calls.warnings
+        if o.mode == "diffusion" and o.policy != "left_to_right":
+            raise RequestError(
+                f"tools that are strict or required depend on the tokens before, which policy {o.policy} of diffusion "
+                "may decide later; use policy left_to_right or another mode"
+            )
+        if o.strict_schema and warnings:
+            raise RequestError(f"{warnings[0]}; change it or leave strict_schema out")
+    elif o.json_schema is not None or o.regex is not None:
+        kind = "regex" if o.json_schema is None else "json_schema"
+        source, warnings = o.regex or o.json_schema or "", ()
+    else:
+        return None, ()
     for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):
         if getattr(o, name):
             raise RequestError(f"{name} could leave no way to follow the {kind}; use one of them")
-    return GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source, o.strict_schema)
+    grammar = GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source, o.strict_schema)
+    return grammar, (*warnings, *grammar.warnings)
 
 
 def _params(text: TextCodec, o: Options) -> SamplingParams:

@@ -1,4 +1,4 @@
-"""Structured output: which tokens a JSON schema or a regular expression allows next, by llguidance."""
+"""Structured output: which tokens a JSON schema, a regular expression or calls of tools allow next, by llguidance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNIMPLEMENTED = "Unimplemented keys: "
 
 
 class Grammar:
-    """A compiled schema or pattern.
+    """A compiled schema, pattern or grammar.
 
     `warnings` are sentences about what in a schema the answers are not held to; `memory` is an estimate in bytes.
 
@@ -34,8 +34,8 @@ class Grammar:
         tokenizer: tokenizer.json as text.
         vocab: entries of the vocabulary.
         eos: ids that end an answer.
-        kind: json_schema or regex.
-        source: the schema as JSON text, or the pattern.
+        kind: json_schema, regex or tools.
+        source: the schema as JSON text, the pattern, or a grammar in llguidance's dialect of Lark.
         strict: refuse what would be a warning.
 
     Raises:
@@ -63,6 +63,10 @@ class Grammar:
             self.warnings = [f"json_schema: {_reason(warning)}" for warning in self._first.get_grammar_warnings()]
             if not strict and self._first.get_error().startswith((_UNKNOWN_FORMAT, _UNIMPLEMENTED)):
                 self._ignore_annotations(library, schema)
+        elif kind == "tools":
+            self._first = _compile(library, source)
+            if not self._first.is_error():
+                self.warnings = self._ignored(self._first)
         else:
             self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source))
         if self._first.is_error():
@@ -81,19 +85,23 @@ class Grammar:
         lenient = _compile_schema(library, schema, {"lenient": True})
         if lenient.is_error():
             raise _refusal(self._kind, lenient.get_error())
+        self.warnings = self._ignored(lenient)
+        self._first = lenient
+
+    def _ignored(self, lenient: Any) -> list[str]:
+        """What a lenient compilation has left out, in sentences. Raises RequestError."""
         warnings = []
         for message in dict.fromkeys(lenient.get_grammar_warnings()):
             if message.startswith(_UNKNOWN_FORMAT):
                 name = _reason(message.removeprefix(_UNKNOWN_FORMAT))
-                warnings.append(f"json_schema: format {name!r:.60} is unknown and ignored")
+                warnings.append(f"{self._kind}: format {name!r:.60} is unknown and ignored")
             elif message == f'{_UNIMPLEMENTED}["uniqueItems"]':
-                warnings.append("json_schema: uniqueItems is ignored, so items may repeat")
+                warnings.append(f"{self._kind}: uniqueItems is ignored, so items may repeat")
             else:
                 raise _refusal(self._kind, message)
-        self._first = lenient
-        self.warnings = warnings[:_MOST_WARNINGS]
-        if len(warnings) > _MOST_WARNINGS:
-            self.warnings.append(f"json_schema: {len(warnings) - _MOST_WARNINGS} more formats are unknown and ignored")
+        more = len(warnings) - _MOST_WARNINGS
+        rest = [f"{self._kind}: {more} more formats are unknown and ignored"] if more > 0 else []
+        return warnings[:_MOST_WARNINGS] + rest
 
     def _try_out(self) -> None:
         """Take a first token, which shows most of what no answer follows or the library cannot do."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...engine_folder import DEFAULT_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from ...engine_folder import DEFAULT_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TOKENIZER_CONFIG_FILE
 from ...errors import RequestError
 
 if TYPE_CHECKING:
     import jinja2
 
 _INSTEAD = "use --raw (chat=False)"
+_TOOL_USE = "tool_use"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -33,6 +36,7 @@ class ChatTemplate:
         self.to_ascii: Callable[[str], str] = str  # spells JSON for which the template wants no other characters
         try:
             where, source = _find(folder, config)
+            tool_source = _find_tool_use(folder, config)
         except ValueError as error:
             self.problem = str(error)
             return
@@ -41,13 +45,28 @@ class ChatTemplate:
             self._template = self._environment().from_string(source)
         except Exception as error:  # a SyntaxError or RecursionError of what Jinja makes of it, too
             self.problem = f"{where}: not a chat template ({_short(error)})"
+        self._tool_source = tool_source
+        self.source += tool_source or ""  # of both, since both stand around quoted text
 
-    def render(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> str:
-        """The conversation up to the start of the assistant's turn. Raises RequestError."""
+    @functools.cached_property
+    def _tool_template(self) -> jinja2.Template:
+        return self._template if self._tool_source is None else self._environment().from_string(self._tool_source)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation up to the start of the assistant's turn; `variables` are the template's own.
+
+        Raises RequestError.
+        """
         if self.problem is not None:
             raise RequestError(f"{self.problem}; {_INSTEAD} for plain completion")
         try:
-            return self._rendered(messages, thinking)
+            return self._rendered(messages, thinking, tools, variables or {})
         except Exception as error:  # a template is a program: it can divide by zero
             raise RequestError(
                 f"the chat template refuses the conversation ({_short(error)}); change the messages, or {_INSTEAD}"
@@ -63,15 +82,16 @@ class ChatTemplate:
             return f"the chat template refuses a plain question ({_short(error)})"
         return None
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], thinking: bool) -> str:
-        values = {
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-            "enable_thinking": thinking,
-        }
-        return str(self._template.render({**token_texts(self._config), **values}))
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> str:
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": True, "enable_thinking": thinking}
+        template = self._template if tools is None else self._tool_template
+        return str(template.render({"documents": None, **token_texts(self._config), **variables, **values}))
 
     def _environment(self) -> jinja2.Environment:
         import jinja2.ext  # takes time to import, and the command line's help needs none
@@ -143,6 +163,19 @@ def _find(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(templates, str):
         raise ValueError(f"{where} holds a {type(templates).__name__}, expected text or templates by name")
     return where, templates
+
+
+def _find_tool_use(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The template for a conversation with tools, where it is another one."""
+    path = folder / TEMPLATES_FOLDER / f"{_TOOL_USE}.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    templates = config.get("chat_template")
+    if (folder / TEMPLATE_FILE).is_file() or not isinstance(templates, (list, dict)):
+        return None
+    named = templates if isinstance(templates, dict) else {one["name"]: one.get("template") for one in templates}
+    source = named.get(_TOOL_USE)
+    return source if isinstance(source, str) else None
 
 
 def _short(error: Exception) -> str:

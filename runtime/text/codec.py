@@ -10,33 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ...engine_folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from ...errors import EngineError, RequestError
+from ...errors import EngineError
 from .chat_template import ChatTemplate, token_texts
-from .checks import check_text
+from .messages import CALL_CLOSE, CALL_OPEN, Message, checked_messages
 from .special_tokens import SpecialTokens
 from .thoughts import CLOSE, OPEN
 
-Message = Mapping[str, str]
-_SHOWN = (OPEN, CLOSE)  # special tokens that are part of an answer's text
-_ROLES = ("system", "user", "assistant", "tool")
+_MARKERS = (OPEN, CLOSE)
+_SHOWN = (*_MARKERS, CALL_OPEN, CALL_CLOSE)  # special tokens that are part of an answer's text
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
 _BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _SHOWN_BYTES)
 }
-
-
-def check_messages(messages: Iterable[Message]) -> None:
-    """Refuse messages without a known role or without text. Raises RequestError."""
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            check_text(content, "message")
-        if message.get("role") not in _ROLES or not isinstance(content, str):
-            raise RequestError(
-                f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
-            )
 
 
 class TextCodec:
@@ -74,32 +61,55 @@ class TextCodec:
         bos = self._special.ids.get(token_texts(self._config).get("bos_token", ""))
         return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.encode_plain(text)
 
-    def encode_chat(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Ids of a conversation that ends with the start of the assistant's turn.
 
         Args:
-            messages: `{"role": ..., "content": ...}` in order.
+            messages: in order, see `checked_messages`.
             thinking: whether the template opens a think block.
+            tools: definitions that the template shows, in OpenAI's form.
+            variables: of the template, beside those that every template has.
 
         Raises:
             RequestError: a message is malformed, the template refuses it, or there is no template.
         """
-        check_messages(messages)
-        # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
-        quoted = [self._quote(dict(m), _SHOWN if m["role"] == "assistant" else ()) for m in messages]
-        text = self._template.render(quoted, thinking)
+        quoted = [self._quoted_message(message) for message in checked_messages(messages)]
+        text = self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
         ids: list[int] = []
         for part in self._special.split(text):
             ids += [part] if isinstance(part, int) else self.encode_plain(part)
         return ids
 
-    def _quote(self, value: Any, keep: Collection[str]) -> Any:
-        """A message with all its texts quoted, without what is null in it."""
+    @property
+    def template(self) -> ChatTemplate:
+        """The folder's chat template, which may be missing or broken."""
+        return self._template
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the special tokens by their text."""
+        return self._special.ids
+
+    def _quoted_message(self, message: Message) -> dict[str, Any]:
+        quoted: dict[str, Any] = self._quote(message)
+        # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
+        if message["role"] == "assistant" and isinstance(message["content"], str):
+            quoted["content"] = self._quote(message["content"], _MARKERS)
+        return quoted
+
+    def _quote(self, value: Any, keep: Collection[str] = ()) -> Any:
+        """A value of JSON with all its texts quoted."""
         if isinstance(value, str):
             return self._special.quote(value, keep)
         if isinstance(value, Mapping):
-            return {name: self._quote(one, keep) for name, one in value.items() if one is not None}
-        return [self._quote(one, keep) for one in value] if isinstance(value, (list, tuple)) else value
+            return {self._special.quote(str(name)): self._quote(one) for name, one in value.items()}
+        return [self._quote(one) for one in value] if isinstance(value, (list, tuple)) else value
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens other than the think markers left out."""

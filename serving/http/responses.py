@@ -13,7 +13,7 @@ from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.token_logprobs import TokenLogprobs
-from .reasoning import ReasoningParser
+from ...runtime.text.reasoning import ReasoningParser
 
 Kind = Literal["chat", "completion"]
 

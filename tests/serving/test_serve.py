@@ -29,8 +29,8 @@ from stand_ins.http_server import Served, serving
 
 import nemodiff
 from nemodiff.runtime.scheduler import Scheduler
+from nemodiff.runtime.text.reasoning import ReasoningParser
 from nemodiff.serving.http.infill_queue import InfillQueue
-from nemodiff.serving.http.reasoning import ReasoningParser
 from nemodiff.serving.http.request_group import RequestGroup
 
 CHAT = "/v1/chat/completions"

@@ -6,7 +6,7 @@ content as it is.
 
 from __future__ import annotations
 
-from ...runtime.text.thoughts import CLOSE, OPEN
+from .thoughts import CLOSE, OPEN
 
 
 class ReasoningParser:

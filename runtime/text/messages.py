@@ -1,0 +1,71 @@
+"""The turns of a conversation, checked and in the form that chat templates expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...errors import RequestError
+from .checks import check_text
+
+Message = Mapping[str, Any]
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Messages as templates expect them: without what is null in them, and with the arguments of calls as objects.
+
+    A message has a role and content, which is text. An assistant's may have `tool_calls` in OpenAI's form beside it or
+    instead of it, and `reasoning_content`. Raises RequestError.
+    """
+    checked = []
+    for message in messages:
+        plain = {name: value for name, value in message.items() if value is not None}
+        calls = plain.get("tool_calls")
+        if calls and plain.get("role") == "assistant":
+            plain["tool_calls"] = _checked_calls(calls)
+            plain.setdefault("content", "")
+        else:
+            plain.pop("tool_calls", None)
+        if isinstance(plain.get("content"), str):
+            check_text(plain["content"], "message")
+        if plain.get("role") not in _ROLES or not isinstance(plain.get("content"), str):
+            raise RequestError(
+                f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
+            )
+        checked.append(plain)
+    return checked
+
+
+def _checked_calls(calls: Any) -> list[dict[str, Any]]:
+    if not isinstance(calls, (list, tuple)):
+        raise RequestError(f"tool_calls is {calls!r:.60}, allowed: a list of calls")
+    checked = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RequestError(f"tool_calls holds {call!r:.60}, allowed: an object with a function and its name in it")
+        arguments = _arguments(function.get("arguments"), function["name"])
+        checked.append({**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return checked
+
+
+def _arguments(given: Any, name: str) -> dict[str, Any]:
+    """The arguments of a call as an object; clients send JSON text, and empty text where there are none."""
+    value = given
+    if isinstance(given, str):
+        try:
+            value = json.loads(given) if given.strip() else {}
+        except (ValueError, RecursionError):
+            value = None
+    elif given is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"the arguments of a call of {name!r:.60} are {given!r:.60}, allowed: a JSON object; send that of the call"
+        )
+    check_text(json.dumps(value, ensure_ascii=False), "tool_calls")
+    return dict(value)

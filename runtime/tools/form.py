@@ -1,0 +1,59 @@
+"""Which form the calls of a model have: what its chat template makes of one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Literal
+
+from ...errors import RequestError
+from ..text.chat_template import ChatTemplate
+from ..text.messages import CALL_OPEN
+from .json_form import JsonReader
+from .reader import CallReader
+from .xml_form import FUNCTION, PARAMETER, XmlReader
+
+Form = Literal["xml", "json"]
+READERS: dict[Form, type[CallReader]] = {"xml": XmlReader, "json": JsonReader}
+_NAME, _KEY, _VALUE, _QUESTION = "probe_tool", "probe_key", "probe value", "probe question"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
+    },
+}
+_CALL = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+
+
+@functools.lru_cache(maxsize=16)
+def find_form(template: ChatTemplate) -> Form:
+    """The form of calls in a template's conversations. Raises RequestError where it shows no tools."""
+    asked = {"role": "user", "content": _QUESTION}
+    called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    answered = {"role": "tool", "name": _NAME, "tool_call_id": _CALL["id"], "content": "probe result"}
+    try:
+        shown = template.render([asked], False, [_TOOL])
+        turns = template.render([asked, called, answered], False, [_TOOL]).rpartition(_QUESTION)[2]
+    except RequestError as error:
+        raise RequestError(f"tools are not for this engine: {error}") from None
+    if _NAME not in shown:
+        raise RequestError("tools are not for this engine: its chat template does not show them; ask without tools")
+    _, opened, call = turns.partition(CALL_OPEN)
+    if opened and f"{FUNCTION}{_NAME}>" in call and f"{PARAMETER}{_KEY}>" in call:
+        return "xml"
+    if opened and _is_json_call(call):
+        return "json"
+    raise RequestError(
+        "tools are not for this engine: its chat template writes calls in a form that is unknown here, allowed: "
+        f"{CALL_OPEN} with {FUNCTION}NAME> or with a JSON object; ask without tools"
+    )
+
+
+def _is_json_call(text: str) -> bool:
+    try:
+        call, _ = json.JSONDecoder().raw_decode(text.lstrip())
+    except ValueError:
+        return False
+    return isinstance(call, dict) and call.get("name") == _NAME and _KEY in str(call.get("arguments"))

@@ -1,0 +1,155 @@
+"""Calls that must be right: names and argument schemas as a grammar in llguidance's dialect of Lark."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from ..text.messages import CALL_CLOSE, CALL_OPEN
+from .definition import Tool
+from .form import Form
+from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
+
+_GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+# A value ends at its closing tag, so that tag is nowhere else in it.
+_TAIL = rf"\n{re.escape(END_PARAMETER)}".replace("/", r"\/")
+_ONCE = rf"~/(?s:.*){re.escape(END_PARAMETER)}(?s:.+)/".replace("</", r"<\/")
+_UNHELD = ("pattern", "format")  # of text that stands without quotation marks
+
+
+@dataclasses.dataclass(frozen=True)
+class CallGrammar:
+    """A grammar, and sentences about what of the schemas the calls are not held to."""
+
+    source: str
+    warnings: tuple[str, ...]
+
+
+def call_grammar(
+    form: Form,
+    tools: Collection[Tool],
+    special: Collection[str],
+    *,
+    required: bool,
+    several: bool,
+    json_schema: str | None = None,
+) -> CallGrammar:
+    """The grammar of an answer that may call tools.
+
+    Args:
+        form: of a call.
+        tools: that may be called; where calls are not required, those that are not strict take any arguments.
+        special: texts of the tokenizer's special tokens.
+        required: whether the answer must be calls, and nothing else.
+        several: whether it may have more than one.
+        json_schema: of an answer without calls.
+    """
+    writer = _Writer(form)
+    rules = [writer.tool(tool, held=required or tool.strict) for tool in tools]
+    writer.add("function", " | ".join(rules))
+    end = f'"\\n" {CALL_CLOSE}' if CALL_CLOSE in special else json.dumps("\n" + CALL_CLOSE)
+    begin = f'{CALL_OPEN} "\\n"' if CALL_OPEN in special else json.dumps(CALL_OPEN + "\n")
+    writer.add("call", f"{begin} function {end}")
+    calls = 'call ("\\n" call)*' if several else "call"
+    if required:
+        writer.add("start", rf"/\n{{0,2}}/ {calls}")
+    elif json_schema is not None:
+        writer.add("answer", f"%json {_guided(json.loads(json_schema))}")
+        writer.add("start", rf"answer | /\n{{0,2}}/ {calls}")
+    elif CALL_OPEN in special:
+        writer.add("TEXT", r"/(?s:.*)/")
+        writer.add("start", rf"(TEXT call){'*' if several else '?'} TEXT")
+    else:
+        writer.add("before[lazy]", f"/(?s:.*){re.escape(CALL_OPEN)}/")
+        writer.add("call", rf'"\n" function {end}')
+        writer.add("TEXT", r"/(?s:.*)/")
+        writer.add("start", rf"(before call){'*' if several else '?'} TEXT")
+    return CallGrammar(writer.source(), tuple(dict.fromkeys(writer.warnings)))
+
+
+class _Writer:
+    """Collects the rules of a grammar by name."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self.rules: dict[str, str] = {}
+        self.warnings: list[str] = []
+
+    def add(self, name: str, body: str) -> str:
+        self.rules[name] = body
+        return name
+
+    def source(self) -> str:
+        return "%llguidance {}\n" + "".join(f"{name}: {body}\n" for name, body in self.rules.items())
+
+    def tool(self, tool: Tool, *, held: bool) -> str:
+        """The rule of one tool's calls, `held` to its schema or not."""
+        rule = f"tool_{len(self.rules)}"
+        if self._form == "json":
+            schema = _closed(tool.parameters) if held else _ANY_OBJECT
+            begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
+            return self.add(rule, f'{begin} %json {_guided(schema)} "}}"')
+        parameters = " ".join(self._parameters(rule, tool) if held and tool.properties else self._any(tool, held))
+        begin, end = json.dumps(f"{FUNCTION}{tool.name}>\n"), json.dumps(END_FUNCTION)
+        return self.add(rule, f"{begin} {parameters} {end}")
+
+    def _any(self, tool: Tool, held: bool) -> Iterator[str]:
+        """Parameters of any names, where the schema has none or is not asked for."""
+        if held and not any(name in tool.parameters for name in ("additionalProperties", "anyOf", "oneOf", "allOf")):
+            return
+        if held:
+            self.warnings.append(f"tool {tool.name}: a schema without properties is not held to")
+        value = self._text("any", {})
+        yield rf'({json.dumps(PARAMETER)} /[^<>\n]+/ ">\n" {value} "\n")*'
+
+    def _parameters(self, rule: str, tool: Tool) -> Iterator[str]:
+        for index, (name, schema) in enumerate(tool.properties.items()):
+            value = self._value(f"{rule}_{index}", tool, name, schema)
+            parameter = f'{json.dumps(f"{PARAMETER}{name}>{chr(10)}", ensure_ascii=False)} {value} "\\n"'
+            yield parameter if name in tool.required else f"({parameter})?"
+
+    def _value(self, rule: str, tool: Tool, name: str, schema: Any) -> str:
+        """A value with its closing tag."""
+        types = tool.types(name)
+        if "string" not in types:
+            end = json.dumps("\n" + END_PARAMETER)
+            rooted = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+            rooted = (schema if isinstance(schema, dict) else {}) | rooted
+            return f"{self.add(rule, f'%json {_guided(rooted)}')} {end}"
+        schema = schema if isinstance(schema, dict) else {}
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if values is not None:
+            spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            choices = [json.dumps(f"{one}\n{END_PARAMETER}", ensure_ascii=False) for one in spelled]
+            return f"({' | '.join(choices)})"
+        for key in _UNHELD:
+            if key in schema:
+                self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")
+        return self._text(rule, schema if types == {"string"} else {})
+
+    def _text(self, rule: str, schema: Mapping[str, Any]) -> str:
+        """Plain text up to its closing tag; its length may be limited."""
+        least, most = schema.get("minLength"), schema.get("maxLength")
+        number = {"minLength": least, "maxLength": most}
+        count = "*"
+        if any(isinstance(n, int) for n in number.values()):
+            count = f"{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}"
+        terminal = rule.upper()
+        self.add(terminal, f"/(?s:.{count}){_TAIL}/ & {_ONCE}")
+        return self.add(f"{rule}_text[lazy]", terminal).removesuffix("[lazy]")
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema without further arguments, where it does not say itself whether there may be any."""
+    says = any(name in schema for name in ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref"))
+    return schema if says else {**schema, "additionalProperties": False}
+
+
+def _guided(schema: Any) -> str:
+    """A schema as text, with the one way to set JSON that every answer has."""
+    plain = schema if isinstance(schema, Mapping) else {}
+    return json.dumps({**plain, "x-guidance": _GUIDANCE})

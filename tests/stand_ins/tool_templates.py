@@ -1,0 +1,110 @@
+"""Chat templates that show tools, and engines with them: calls as XML, as Nemotron 3 writes them, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stand_ins.checkpoints import TINY_CHAT
+
+from nemodiff.builder.build import Builder
+
+_END = """
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' + ('<think>\\n' if enable_thinking else '<think></think>') -}}
+{%- endif -%}
+"""
+XML = (
+    """
+{%- set truncate = truncate_history_thinking | default(true) -%}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' -%}
+{{- '<|im_start|>system\\n' + system -}}
+{%- if effort is defined -%}{{- ' effort ' + effort -}}{%- endif -%}
+{%- if reasoning_effort is defined -%}{{- ' reasoning ' + reasoning_effort -}}{%- endif -%}
+{%- if tools -%}
+{{- '\\n\\n# Tools\\n<tools>\\n' -}}
+{%- for tool in tools -%}
+{%- set f = tool.function -%}
+{{- '<function>\\n<name>' + f.name + '</name>\\n<description>' + (f.description or '') + '</description>\\n' -}}
+{%- for name, p in f.parameters.properties | items -%}
+{{- '<parameter>\\n<name>' + name + '</name>\\n<type>' + (p.type | string) + '</type>\\n</parameter>\\n' -}}
+{%- endfor -%}
+{{- '</function>\\n' -}}
+{%- endfor -%}
+{{- '</tools>' -}}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- for m in messages if m.role != 'system' -%}
+{%- if m.role == 'assistant' -%}
+{{- '<|im_start|>assistant\\n' -}}
+{{- '<think>' + m.reasoning_content + '</think>' if m.reasoning_content and not truncate else '<think></think>' -}}
+{{- m.content.split('</think>')[-1] -}}
+{%- for call in m.tool_calls or [] -%}
+{{- ('\\n' if not loop.first else '') + '<tool_call>\\n<function=' + call.function.name + '>\\n' -}}
+{%- for name, value in call.function.arguments | items -%}
+{{- '<parameter=' + name + '>\\n' + (value if value is string else value | tojson) + '\\n</parameter>\\n' -}}
+{%- endfor -%}
+{{- '</function>\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- elif m.role == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response>\\n<|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+    + _END
+)
+JSON = (
+    """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content -}}
+{%- if loop.first and tools -%}{{- '\\n<tools>\\n' + (tools | tojson) + '\\n</tools>' -}}{%- endif -%}
+{%- for call in m.tool_calls or [] -%}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) -}}
+{{- '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+"""
+    + _END
+)
+TEMPLATES = {"xml": XML, "json": JSON}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tell the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 12},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "unit": {"enum": ["C", "F"]},
+            },
+            "required": ["city", "days"],
+        },
+    },
+}
+CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock", "description": "Tell the time."}}
+TOOLS = [WEATHER, CLOCK]
+
+
+def tool_checkpoint(folder: Path, form: str, *, special: bool = True, source: Path = TINY_CHAT) -> Path:
+    """A checkpoint with a template that shows tools; `special`: whether the markers of a call are special tokens."""
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[form])
+    if special:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            text = (folder / name).read_text()
+            text = text.replace("<SPECIAL_14>", "<tool_call>").replace("<SPECIAL_15>", "</tool_call>")
+            (folder / name).write_text(json.dumps(json.loads(text)))
+    return folder
+
+
+def tool_engine(folder: Path, form: str, *, special: bool = True) -> Path:
+    """An engine of such a checkpoint, with tiny-chat's weights."""
+    return Builder(tool_checkpoint(folder / "checkpoint", form, special=special), folder / "engine").run()
