@@ -15,6 +15,7 @@ import click
 from .commands.answers import one_line
 from .commands.build import build, export
 from .commands.chat import chat
+from .commands.doctor import doctor
 from .commands.edit import infill, revise
 from .commands.inspect import inspect
 from .commands.run import run
@@ -69,5 +70,5 @@ def main(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (build, export, inspect, run, chat, infill, revise, serve, trace, triton):
+for command in (build, export, inspect, run, chat, infill, revise, serve, trace, triton, doctor):
     main.add_command(command)

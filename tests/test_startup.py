@@ -41,7 +41,7 @@ def imported(script: str, *words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "build", "export", "infill", "inspect", "revise", "serve", "trace view", "triton"]
+    "words", ["", "build", "export", "infill", "inspect", "revise", "serve", "trace view", "triton", "doctor"]
 )
 def test_help_needs_no_library_but_click(words: str) -> None:
     modules = imported(COMMAND, *words.split(), "--help")

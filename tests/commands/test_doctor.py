@@ -1,0 +1,149 @@
+"""`nemodiff doctor`: every state of a line, libraries that crash or hang, and what it prints."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from packaging.requirements import Requirement
+
+from nemodiff.cli import main
+from nemodiff.doctor import diagnose as doctor
+from nemodiff.doctor import packages
+from nemodiff.doctor.check import Check
+
+ROOT = Path(__file__).parents[2]
+HEALTHY: dict[str, dict[str, Any]] = {
+    "onnxruntime": {"version": "1.32.0", "providers": ["CPUExecutionProvider"]},
+    "torch": {"version": "2.13.0", "cuda": "13.0", "gpus": ["NVIDIA L4"]},
+    "triton": {"version": "3.9.0", "ptxas": "12.9"},
+    "tensorrt_rtx": {"version": "1.7.1.116", "sms": [80, 86, 89, 90, 120]},
+    "tensorrt": {"missing": True},
+    "driver": {"cuda": "13.0", "gpus": [{"name": "NVIDIA L4", "sm": 89, "bytes": 24 * 2**30}]},
+}
+
+
+def diagnosed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: dict[str, Any]) -> dict[str, Check]:
+    found = {**HEALTHY, **changes}
+    monkeypatch.setattr(doctor, "_probe", found.__getitem__)
+    return {check.name: check for check in doctor.diagnose(tmp_path)}
+
+
+def test_a_healthy_machine_says_what_it_builds_and_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checks = diagnosed(monkeypatch, tmp_path)
+    assert {name for name, check in checks.items() if check.state == "wrong"} == set()
+    assert checks["GPU 0"].found == "NVIDIA L4, SM 89, 24.0 GiB, for torch, tensorrt-rtx"
+    assert checks["Triton"].found == "3.9.0, ptxas 12.9"
+    assert checks["TensorRT"] == Check("TensorRT", "missing", "not installed", "pip install tensorrt-cu13")
+    assert "processors" in checks["machine"].found
+    for check in checks.values():
+        assert bool(check.remedy) == (check.state != "ok")
+
+
+def test_a_card_that_nothing_here_can_use_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    h100 = {"cuda": "13.0", "gpus": [{"name": "NVIDIA H100", "sm": 90, "bytes": 80 * 2**30}]}
+    checks = diagnosed(monkeypatch, tmp_path, driver=h100, torch={"version": "2.13.0+cpu", "cuda": None, "gpus": []})
+    assert (checks["GPU 0"].state, checks["torch"].state) == ("missing", "ok")
+    assert "pip install torch" in checks["GPU 0"].remedy
+    checks = diagnosed(monkeypatch, tmp_path, driver={"error": "cuInit fails with code 999"})
+    assert (checks["NVIDIA driver"].state, checks["NVIDIA driver"].found) == ("wrong", "cuInit fails with code 999")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import os; os.abort()", "crashes when it is imported (SIGABRT)"),
+        ("import time; time.sleep(60)", "does not answer within 2 seconds"),
+        ("raise OSError('libcudart.so.13: cannot open shared object file')", "OSError: libcudart.so.13: cannot open"),
+        ("import nowhere_to_be_found", "No module named 'nowhere_to_be_found'"),
+    ],
+)
+def test_a_library_that_is_broken_is_wrong_and_does_not_break_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, found: str
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    if "sleep" in source:
+        monkeypatch.setattr(doctor, "_PATIENCE", 2)
+    probed = doctor._probe("tensorrt")
+    assert str(probed["error"]).startswith(found)
+    check = diagnosed(monkeypatch, tmp_path, tensorrt=probed)["TensorRT"]
+    assert (check.state, check.remedy) == ("wrong", "pip install --force-reinstall tensorrt-cu13")
+
+
+def test_little_disk_and_little_memory_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "disk_free", lambda folder: 5 * 2**20)
+    monkeypatch.setattr(doctor, "memory_free", lambda: 5 * 2**20)
+    checks = diagnosed(monkeypatch, tmp_path)
+    assert (checks["disk"].state, checks["memory"].state) == ("wrong", "wrong")
+    assert "5.0 MiB free" in checks["disk"].found
+
+
+def test_packages_are_held_against_what_is_declared() -> None:
+    extras = {
+        "": [Requirement("numpy>=2.0"), Requirement("nowhere-to-be-found")],
+        "torch": [Requirement("numpy<1"), Requirement("packaging>=1")],
+        "trt": [Requirement("nowhere-to-be-found==3")],
+        "serve": [Requirement("packaging>=1")],
+        "test": [Requirement("nowhere-to-be-found")],
+    }
+    checks = {check.name: check for check in packages.package_checks(extras)}
+    assert {name: check.state for name, check in checks.items()} == {
+        "packages": "wrong",
+        "extra torch": "wrong",
+        "extra trt": "missing",
+        "extra serve": "ok",
+    }
+    assert checks["extra torch"].remedy == "pip install 'numpy<1'"
+    assert "pip install 'nemodiff[trt]'" in checks["extra trt"].remedy
+    assert packages.python_check(">=3.99").state == "wrong"
+
+
+def test_what_is_declared_comes_from_pyproject_or_from_the_metadata(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted, extras = packages.declared()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert wanted == project["requires-python"]
+    assert set(extras) == {"", *project["optional-dependencies"]}
+    (tmp_path / "demo-1.dist-info").mkdir()
+    (tmp_path / "demo-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: demo\nVersion: 1\nRequires-Python: >=3.11\nProvides-Extra: serve\n"
+        'Requires-Dist: click>=8\nRequires-Dist: uvicorn>=0.3; extra == "serve"\n'
+    )
+    (distribution,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    monkeypatch.setattr(packages, "_ROOT", tmp_path)
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: distribution.metadata)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: distribution.requires)
+    wanted, extras = packages.declared()
+    assert wanted == ">=3.11"
+    assert {name: [one.name for one in found] for name, found in extras.items()} == {
+        "": ["click"],
+        "serve": ["uvicorn"],
+    }
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_prints_lines_or_json_and_fails_if_anything_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    found = {**HEALTHY, **({"onnxruntime": {"error": "OSError: \x1b[1mno"}} if broken else {})}
+    monkeypatch.setattr(doctor, "_probe", found.__getitem__)
+    result = CliRunner().invoke(main, ["doctor", "--json"])
+    value = json.loads(result.stdout)
+    assert (result.exit_code, value["ok"]) == (int(broken), not broken)
+    assert {check["state"] for check in value["checks"]} <= {"ok", "missing", "wrong"}
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == int(broken)
+    assert result.stdout.isascii()
+    assert ("wrong    ONNX Runtime   OSError: \\x1b[1mno; pip install" in result.stdout) == broken
+
+
+def test_the_real_probes_answer() -> None:
+    assert doctor._probe("onnxruntime")["version"]
+    assert doctor._probe("driver").keys() & {"missing", "cuda", "error"}
