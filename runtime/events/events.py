@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..engines.engine import PassKind
 from ..requests.generation import Generation
-
-if TYPE_CHECKING:
-    pass
+from ..requests.token_logprobs import TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +95,17 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """New text of the answer; it is never taken back."""
+    """New text of the answer; it is never taken back.
+
+    token_ids: the next tokens of the answer, up to the last whose text has come in full; those that stand behind the
+    last text are in the `Generation` alone. logprobs: one for each of them, None unless requested.
+    """
 
     request: int
     at: float
     text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +140,8 @@ def as_dict(event: Event) -> dict[str, Any]:
     values = dataclasses.asdict(event)
     if isinstance(event, Finished):
         values["generation"] = event.generation.as_dict()
+    elif isinstance(event, Text) and event.logprobs is None:
+        del values["logprobs"]
     return {"event": _NAMES[type(event)], **values}
 
 

@@ -35,6 +35,7 @@ class Reporter:
         self._reported_ids: set[int] = set()
         self._tokens = 0  # of the answer, by the last pass
         self._last = 0.0  # when they came
+        self._told = 0  # of them, those in a `Text`
         self._gap = 0.0
 
     def passed(self, result: PassResult) -> list[Event]:
@@ -99,8 +100,14 @@ class Reporter:
         return [Pieces(self.number, at, *self.sequence.transcript.codec.pieces(new))]
 
     def _new_text(self, final: bool) -> list[Event]:
-        new = self.sequence.transcript.push(self.sequence.tokens, final=final)
-        return [Text(self.number, time.perf_counter(), new)] if new else []
+        sequence = self.sequence
+        new = sequence.transcript.push(sequence.tokens, final=final)
+        if not new:
+            return []
+        told = slice(self._told, sequence.transcript.told)
+        self._told = told.stop
+        logprobs = None if sequence.settings.logprobs is None else sequence.selector.logprobs[told]
+        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs)]
 
     def _step(self, result: PassResult) -> list[Event]:
         """A pass as its loop recorded it, after what its ids stand for and the block that it began."""

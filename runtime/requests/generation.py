@@ -122,7 +122,7 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         },
         logprobs=None if sequence.settings.logprobs is None else sequence.selector.logprobs,
         confidences=sequence.confidences[: len(sequence.tokens)] if sequence.settings.confidences else None,
-        prompt_logprobs=None if scores is None else [None] * (scores.begin + 1) + scores.logprobs,
+        prompt_logprobs=None if scores is None else scores.by_token,
         warnings=list(sequence.settings.warnings),
         reasoning=answer.reasoning,
         content=answer.content,

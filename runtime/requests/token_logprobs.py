@@ -60,6 +60,11 @@ class PromptScores:
         self._count = count
         self._mask_id = mask_id
 
+    @property
+    def by_token(self) -> list[TokenLogprobs | None]:
+        """One per token of the prompt, None before the first that is scored."""
+        return [None] * (self.begin + 1) + self.logprobs
+
     def take(self, start: int, logits: np.ndarray) -> None:
         """The predictions (n, V) f32 of the n tokens from `start`."""
         following = self._prompt[start + 1 : start + 1 + len(logits)]

@@ -130,14 +130,7 @@ class TextCodec:
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """Where each token begins in the text of all, in characters; inside of a character, where that begins."""
-        from tokenizers.decoders import DecodeStream
-
-        stream, length, offsets = DecodeStream(skip_special_tokens=False), 0, list[int]()
-        for token in ids:
-            offsets.append(length)
-            if token not in self._hidden_ids:
-                length += len(stream.step(self.tokenizer, token) or "")
-        return offsets
+        return TokenOffsets(self).push(ids)
 
     def pieces(self, ids: Iterable[int]) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
         """What each id stands for: text, or bytes (hexadecimal) that are no whole character, or a special token.
@@ -173,6 +166,30 @@ class TextCodec:
         """The ids that are part of an answer's text."""
         return [i for i in ids if i not in self._hidden_ids]
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens by their names."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
     def encode_plain(self, text: str) -> list[int]:
         """Ids of text and nothing else."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+class TokenOffsets:
+    """Where tokens begin in the text of all, as `TextCodec.offsets`, as they come."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._codec = codec
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._length = 0
+
+    def push(self, ids: Sequence[int]) -> list[int]:
+        """The offsets of the next tokens."""
+        offsets = list[int]()
+        for token in ids:
+            offsets.append(self._length)
+            for shown in self._codec.visible([token]):
+                self._length += len(self._stream.step(self._codec.tokenizer, shown) or "")
+        return offsets

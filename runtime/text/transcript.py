@@ -43,6 +43,8 @@ class Transcript:
         self._text = ""  # whole characters of them
         self._waiting = list[int]()  # the last ids, which have left a character incomplete
         self._sent = 0  # characters handed out
+        self._ends = list[int]()  # of the ids in order, where the text ends that has all of each; unknown for the last
+        self.told = 0  # ids whose text has been handed out as a whole
         self._cut: int | None = None  # where a stop string begins
 
     def reaches_stop(self, ids: Sequence[int]) -> bool:
@@ -59,10 +61,13 @@ class Transcript:
         if final:
             text = self.text(ids)
             safe, new = len(text), text[self._sent :]
+            self.told = len(ids)
         else:
             safe = self._safe() if self._cut is None else self._cut
             new = self._text[self._sent : safe]
         self._sent = max(self._sent, safe)
+        while self.told < len(self._ends) and self._ends[self.told] <= self._sent:
+            self.told += 1
         return new
 
     def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
@@ -93,8 +98,10 @@ class Transcript:
         return (0, None) if start is None else self._stop.scan(text[start:], 0, start)
 
     def _take(self, ids: Sequence[int]) -> None:
-        for token in self.codec.visible(ids[self._seen :]):
-            if token in self._stop_ids:
+        for count, token in enumerate(ids[self._seen :], self._seen + 1):
+            if token in self._stop_ids or not self.codec.visible([token]):
+                if not self._waiting:
+                    self._ends.append(len(self._text))
                 continue
             new = self._stream.step(self.codec.tokenizer, token)
             if new is None:
@@ -104,5 +111,6 @@ class Transcript:
             if self._cut is None:
                 self._state, self._cut = self._scan(new)
             self._text += new
+            self._ends += [len(self._text)] * (count - len(self._ends))
             self._answering = self._answering or answer_start(self._text, self._opened) is not None
         self._seen = len(ids)

@@ -48,6 +48,7 @@ class Generating(Decoding):
     n: int | None = Field(
         None, ge=1, le=MOST_CHOICES, description="Give this many answers, each with a seed of its own."
     )
+    prompt_logprobs: int | None = option_field("prompt_logprobs")
     ignore_eos: bool | None = Field(
         None, description="Generate max_tokens tokens even where the model would end before; needs max_tokens."
     )
@@ -67,7 +68,7 @@ class Generating(Decoding):
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
-        chosen = self.model_dump(include={"max_tokens", *_DECODING, *_GENERATING}, exclude_none=True)
+        chosen = self.model_dump(include={"max_tokens", "prompt_logprobs", *_DECODING, *_GENERATING}, exclude_none=True)
         if "max_tokens" in chosen:
             chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return resolve(chosen, ignore_eos=bool(self.ignore_eos)) | self._structure()
@@ -170,6 +171,10 @@ class Completion(Generating):
 
     prompt: str | list[str] | list[Vocabulary] | list[list[Vocabulary]]
     logprobs: int | None = option_field("logprobs")
+    echo: bool | None = Field(
+        None,
+        description="Repeat the prompt before its completion; its tokens have log-probabilities too, with logprobs.",
+    )
     best_of: Literal[1] | None = Field(None, description="Choose among this many answers; only 1 is allowed.")
 
     def prompts(self) -> list[Prompt]:
@@ -182,9 +187,18 @@ class Completion(Generating):
         return [item for item in self.prompt if not isinstance(item, int)]
 
     def options(self) -> dict[str, Any]:
-        """See `Generating.options`."""
+        """See `Generating.options`. Raises RequestError."""
         chosen = super().options() | {"chat": False}
-        return chosen if self.logprobs is None else chosen | {"logprobs": self.logprobs}
+        if self.logprobs is not None and self.max_tokens != 0:
+            chosen["logprobs"] = self.logprobs
+        if not self.echo:
+            return chosen
+        scored = self.logprobs
+        if scored is None and self.max_tokens == 0:
+            scored = 0  # such a request is there for its prompt
+        if scored is not None and chosen.setdefault("prompt_logprobs", scored) != scored:
+            raise RequestError("logprobs and prompt_logprobs differ, and echo reports both alike; give one of them")
+        return chosen
 
 
 class Fim(Decoding):
@@ -203,3 +217,27 @@ class Fim(Decoding):
     width: int | None = Field(None, description=f"Keep this many candidate fillings in a search, 1 to {MAX_BLOCK}.")
     stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
     stream_options: StreamOptions | None = None
+
+
+class Tokenize(Body):
+    """A text or a conversation that is to become tokens, in vLLM's spelling."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="Encode this text, without the chat template.")
+    messages: list[Message] | None = Field(
+        None, min_length=1, description="Encode this conversation up to the start of the next answer."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a text as the tokenizer begins one. Default: true; a template says it by itself."
+    )
+    chat_template_kwargs: TemplateOptions | None = Field(
+        None, description="Let the model think before it answers, with enable_thinking."
+    )
+    return_token_strs: bool | None = Field(None, description="Give the tokens by their names too.")
+
+
+class Detokenize(Body):
+    """Tokens that are to become text, in vLLM's spelling."""
+
+    model: str | None = None
+    tokens: list[Vocabulary]

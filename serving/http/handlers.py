@@ -9,18 +9,21 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ...contract import MODES
+from ...errors import RequestError
 from ...runtime.loading import LoadedEngine
-from ...runtime.requests.prepare import Prompt
+from ...runtime.requests.options import Options
+from ...runtime.requests.prepare import Prompt, encode
 from ...runtime.scheduler import Scheduler
+from ...runtime.text.checks import check_text
 from ..spellings import with_seed
-from .body import Chat, Completion, Decoding, Fim, Watched
+from .body import Chat, Completion, Decoding, Detokenize, Fim, Tokenize, Watched
 from .error_responses import ModelNotFoundError
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
@@ -54,13 +57,20 @@ class Handlers:
             "chat" if isinstance(body, Chat) else "completion",
             model,
             thinking=bool(options.get("thinking")),
-            logprobs="logprobs" in options,
+            logprobs="logprobs" in options or (isinstance(body, Completion) and body.logprobs is not None),
+            prompt_logprobs=body.prompt_logprobs is not None,
             answers=body.n or 1,
         )
         requests = _choices(body.prompts(), options, builder.answers)
         group = self._request_group()
         diffusing = bool(body.diffusing)
         await group.submit(requests, steps=diffusing)
+        builder.sequences = group.sequences
+        if isinstance(body, Completion) and body.echo:
+            builder.echoes = [
+                prompt if isinstance(prompt, str) else self.engine.text.decode(sequence.prompt)
+                for (prompt, _), sequence in zip(requests, group.sequences, strict=True)
+            ]
         if not body.stream:
             finished = await group.finished(request)
             return JSONResponse(builder.full([event.generation for event in finished]))
@@ -116,6 +126,37 @@ class Handlers:
         if body.stream_options is None or not body.stream_options.include_usage:
             del response["usage"]
         return EventStreamResponse(_single(response), cancelled.set, done=True)
+
+    async def tokenize(self, body: Tokenize) -> dict[str, Any]:
+        """The tokens of a text or a conversation. Raises RequestError."""
+        self._mode(self.name if body.model is None else body.model)
+        if (body.messages is None) == (body.prompt is None):
+            raise RequestError("messages or prompt: exactly one of them is allowed; give one")
+        text = self.engine.text
+
+        def encoded() -> list[int]:
+            if body.prompt is not None:
+                check_text(body.prompt, "prompt")
+                return text.encode_plain(body.prompt) if body.add_special_tokens is False else text.encode(body.prompt)
+            thinks = body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking
+            messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
+            return encode(self.engine, messages, Options(thinking=thinks))
+
+        tokens = await asyncio.to_thread(encoded)
+        return {
+            "count": len(tokens),
+            "max_model_len": self.engine.info.build.max_seq_len,
+            "tokens": tokens,
+            "token_strs": [text.name(token) for token in tokens] if body.return_token_strs else None,
+        }
+
+    async def detokenize(self, body: Detokenize) -> dict[str, Any]:
+        """The text of tokens. Raises RequestError."""
+        self._mode(self.name if body.model is None else body.model)
+        vocab = self.engine.info.model.vocab_size
+        if (wrong := max(body.tokens, default=0)) >= vocab:
+            raise RequestError(f"tokens holds token id {wrong}, allowed: 0 to {vocab - 1}")
+        return {"prompt": await asyncio.to_thread(self.engine.text.decode_all, body.tokens)}
 
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""

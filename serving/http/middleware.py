@@ -13,7 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .error_responses import DrainingError, error_body, error_response, status_and_body
 from .hosts import AllowedHosts
 
-PROTECTED = ("/v1", "/events")  # paths that need a key and are refused while the server drains
+PROTECTED = (
+    "/v1",
+    "/events",
+    "/tokenize",
+    "/detokenize",
+)  # paths that need a key and are refused while the server drains
 
 
 class AdmissionMiddleware:

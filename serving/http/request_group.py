@@ -17,6 +17,7 @@ from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished
 from ...runtime.handle import Handle
 from ...runtime.requests.prepare import Prompt
+from ...runtime.requests.sequence import Sequence
 from ...runtime.scheduler import Scheduler
 
 
@@ -70,6 +71,11 @@ class RequestGroup:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The submitted requests, in their order; the scheduler's worker changes them."""
+        return [handle.sequence for handle in self._handles]
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """What happens, until all requests have ended. Raises NemodiffError for the first that fails."""

@@ -12,8 +12,9 @@ from ...runtime.events.events import Event, Finished, Step, Text, as_dict
 from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
-from ...runtime.requests.token_logprobs import TokenLogprobs
+from ...runtime.requests.sequence import Sequence as RunningSequence
 from ...runtime.text.reasoning import ReasoningParser
+from .token_values import AnswerLogprobs, prompt_logprobs
 
 Kind = Literal["chat", "completion"]
 
@@ -22,8 +23,9 @@ Kind = Literal["chat", "completion"]
 class ResponseBuilder:
     """Builds all objects of one HTTP request, which share an id and a time.
 
-    thinking: whether the text begins inside a think block. logprobs: whether they are part of the answer. answers: to
-    each prompt.
+    thinking: whether the text begins inside a think block. logprobs, prompt_logprobs: whether they are part of the
+    answer. answers: to each prompt. sequences: the runtime's, one per answer; they are known once the request is
+    submitted. echoes: the prompt's text per answer, where it is repeated before it.
     """
 
     engine: LoadedEngine
@@ -31,7 +33,10 @@ class ResponseBuilder:
     model: str
     thinking: bool = False
     logprobs: bool = False
+    prompt_logprobs: bool = False
     answers: int = 1
+    sequences: Sequence[RunningSequence] = ()
+    echoes: Sequence[str] = ()
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -43,6 +48,7 @@ class ResponseBuilder:
             **self._head(object_name),
             "choices": choices,
             "usage": usage(generations, self.answers),
+            **(self._of_prompt(0, generations[0]) if self.kind == "chat" else {}),
             **_warnings(generations),
         }
 
@@ -61,21 +67,28 @@ class ResponseBuilder:
         pending = {"usage": None} if with_usage else {}
         parsers = [ReasoningParser(self.thinking) for _ in range(count)]
         generations: dict[int, Generation] = {}
+        logprobs: dict[int, AnswerLogprobs] = {}
         if self.kind == "chat":
             for index in range(count):
                 yield {**self._chunk(index, {"role": "assistant", "content": ""}), **pending}
         async for index, event in events:
+            if index not in logprobs and isinstance(event, Text | Finished):
+                logprobs[index] = self._begin(index)  # now the prompt's are complete
+                if echo := self._echo(index):
+                    yield {**self._chunk(index, {"content": echo}, logprobs[index]), **pending}
             if isinstance(event, Text):
+                if self.logprobs:
+                    logprobs[index].tell(event.token_ids, event.logprobs or [])
                 for delta in self._deltas(parsers[index], event.text):
-                    yield {**self._chunk(index, delta), **pending}
+                    yield {**self._chunk(index, delta, logprobs[index]), **pending}
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
                     yield {**self._chunk(index, {}), "diffusing": self._block(event), **pending}
             elif isinstance(event, Finished):
                 generations[index] = event.generation
                 for delta in self._deltas(parsers[index], "", final=True):
-                    yield {**self._chunk(index, delta), **pending}
-                yield {**self._chunk(index, {}, event.generation), **pending}
+                    yield {**self._chunk(index, delta, logprobs[index]), **pending}
+                yield {**self._last_chunk(index, event.generation, logprobs[index]), **pending}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}
@@ -96,23 +109,27 @@ class ResponseBuilder:
             if reasoning:
                 choice["message"]["reasoning_content"] = reasoning
         else:
-            choice["text"] = generation.text
-        return {**choice, **self._token_values(generation)}
+            choice["text"] = self._echo(index) + generation.text
+        return {**choice, **self._token_values(index, generation, self._begin(index))}
 
-    def _chunk(self, index: int, delta: dict[str, Any], generation: Generation | None = None) -> dict[str, Any]:
-        """One chunk; the last one of a choice has its `generation`."""
+    def _chunk(self, index: int, delta: dict[str, Any], told: AnswerLogprobs | None = None) -> dict[str, Any]:
+        """One chunk with what has been told of tokens."""
         choice: dict[str, Any] = {"index": index, "finish_reason": None}
         if self.kind == "chat":
             choice["delta"] = delta
         else:
             choice["text"] = delta.get("content", "")
-        if generation is None:
-            choice["logprobs"] = None
-        else:
-            choice["finish_reason"] = generation.finish_reason
-            choice |= self._token_values(generation)
-        warnings = {} if generation is None else _warnings([generation])
-        return {**self._head(self._chunk_name), "choices": [choice], **warnings}
+        choice["logprobs"] = None if told is None else told.take()
+        return {**self._head(self._chunk_name), "choices": [choice]}
+
+    def _last_chunk(self, index: int, generation: Generation, told: AnswerLogprobs) -> dict[str, Any]:
+        """The chunk that ends an answer."""
+        chunk = self._chunk(index, {})
+        chunk["choices"][0] |= {"finish_reason": generation.finish_reason}
+        chunk["choices"][0] |= self._token_values(index, generation, told)
+        if self.kind == "chat":
+            chunk |= self._of_prompt(index, generation)
+        return chunk | _warnings([generation])
 
     def _deltas(self, parser: ReasoningParser, text: str, final: bool = False) -> list[dict[str, Any]]:
         if self.kind == "completion":
@@ -133,39 +150,34 @@ class ResponseBuilder:
             "confidence": [round(value, 4) for value in step.confidence],
         }
 
-    def _token_values(self, generation: Generation) -> dict[str, Any]:
-        """Log-probabilities and confidences of the tokens, where they were requested."""
-        values: dict[str, Any] = {"logprobs": None}
-        if self.logprobs and generation.logprobs is not None:
-            pairs = list(zip(generation.token_ids, generation.logprobs, strict=True))
-            values["logprobs"] = (
-                self._chat_logprobs(pairs) if self.kind == "chat" else self._text_logprobs(generation, pairs)
-            )
+    def _begin(self, index: int) -> AnswerLogprobs:
+        """What collects the log-probabilities of one answer, its echoed prompt first."""
+        told = AnswerLogprobs(self.engine.text, chat=self.kind == "chat")
+        scores = self.sequences[index].prompt_scores
+        if self.echoes and self.logprobs and scores is not None:
+            told.echo(self.sequences[index].prompt, scores.by_token)
+        return told
+
+    def _echo(self, index: int) -> str:
+        return self.echoes[index] if self.echoes else ""
+
+    def _token_values(self, index: int, generation: Generation, told: AnswerLogprobs) -> dict[str, Any]:
+        """Log-probabilities and confidences of the tokens that were not told yet, where they were requested."""
+        if self.logprobs:
+            told.finish(generation)
+        values: dict[str, Any] = {"logprobs": told.take(end=len(self._echo(index)) + len(generation.text))}
         if generation.confidences is not None:
             values["confidences"] = generation.confidences
+        if self.kind == "completion":
+            values |= self._of_prompt(index, generation)
         return values
 
-    def _chat_logprobs(self, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
-        content = []
-        for token, logprobs in pairs:
-            top = [self._logprob(*candidate) for candidate in logprobs.top]
-            content.append({**self._logprob(token, logprobs.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
-
-    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.engine.text
-        return {"token": text.name(token), "logprob": logprob, "bytes": list(text.token_bytes(token))}
-
-    def _text_logprobs(self, generation: Generation, pairs: list[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
-        name = self.engine.text.name
-        offsets = self.engine.text.offsets(generation.token_ids)
-        return {
-            "tokens": [name(token) for token, _ in pairs],
-            "token_logprobs": [logprobs.logprob for _, logprobs in pairs],
-            "top_logprobs": [{name(token): value for token, value in logprobs.top} for _, logprobs in pairs],
-            # A token of the stop string lies behind the text.
-            "text_offset": [min(offset, len(generation.text)) for offset in offsets],
-        }
+    def _of_prompt(self, index: int, generation: Generation) -> dict[str, Any]:
+        """The field `prompt_logprobs`, where it was requested."""
+        if not self.prompt_logprobs or generation.prompt_logprobs is None:
+            return {}
+        prompt = self.sequences[index].prompt
+        return {"prompt_logprobs": prompt_logprobs(self.engine.text, prompt, generation.prompt_logprobs)}
 
 
 def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from ...errors import NemodiffError
 from . import error_responses
-from .body import Chat, Completion, Fim, Watched
+from .body import Chat, Completion, Detokenize, Fim, Tokenize, Watched
 from .handlers import Handlers
 from .page_export import PAGE
 from .sse import MEDIA_TYPE
@@ -78,6 +78,16 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
     async def fim(request: Request, body: Fim) -> Response:
         """Fill the hole in a text."""
         return await handlers.infill(request, body)
+
+    @app.post("/tokenize")
+    async def tokenize(body: Tokenize) -> dict[str, Any]:
+        """Encode a text or a conversation."""
+        return await handlers.tokenize(body)
+
+    @app.post("/detokenize")
+    async def detokenize(body: Detokenize) -> dict[str, Any]:
+        """Decode tokens, special ones included."""
+        return await handlers.detokenize(body)
 
     @app.post("/events", responses=_STREAM)
     async def events(body: Watched) -> Response:

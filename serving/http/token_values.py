@@ -1,0 +1,88 @@
+"""Log-probabilities as JSON objects: OpenAI's of chats and of completions, and vLLM's of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Values
+from typing import Any
+
+from ...runtime.requests.generation import Generation
+from ...runtime.requests.token_logprobs import TokenLogprobs
+from ...runtime.text.codec import TextCodec, TokenOffsets
+
+
+def chat_logprobs(codec: TextCodec, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> dict[str, Any]:
+    """Of tokens of a chat's answer."""
+
+    def described(token: int, logprob: float) -> dict[str, Any]:
+        return {"token": codec.name(token), "logprob": logprob, "bytes": list(codec.token_bytes(token))}
+
+    content = []
+    for token, one in zip(tokens, logprobs, strict=True):
+        top = [described(*candidate) for candidate in one.top]
+        content.append({**described(token, one.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+class AnswerLogprobs:
+    """Of one answer's tokens, as the objects of its chunks: each stands in the chunk that has the end of its text.
+
+    Args:
+        codec: the engine's.
+        chat: whether in the form of a chat, or in that of a completion, which may begin with an echoed prompt.
+    """
+
+    def __init__(self, codec: TextCodec, *, chat: bool) -> None:
+        self._codec = codec
+        self._chat = chat
+        self._offsets = TokenOffsets(codec)
+        self._count = 0  # of the answer's tokens that were told
+        self._tokens = list[int]()  # to come with the next chunk
+        self._logprobs = list[TokenLogprobs | None]()
+
+    def echo(self, tokens: Values[int], logprobs: Values[TokenLogprobs | None]) -> None:
+        """The tokens of the prompt come first."""
+        self._tokens += tokens
+        self._logprobs += logprobs
+
+    def tell(self, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> None:
+        """The answer's next tokens."""
+        self._count += len(tokens)
+        self._tokens += tokens
+        self._logprobs += logprobs
+
+    def finish(self, generation: Generation) -> None:
+        """All of the answer's tokens that were not told yet."""
+        self.tell(generation.token_ids[self._count :], (generation.logprobs or [])[self._count :])
+
+    def take(self, end: int | None = None) -> dict[str, Any] | None:
+        """The object of a chunk, None without new tokens; `end` is the length of the whole text where that is known."""
+        tokens, logprobs = self._tokens, self._logprobs
+        self._tokens, self._logprobs = [], []
+        if not tokens:
+            return None
+        if self._chat:
+            return chat_logprobs(self._codec, tokens, [one for one in logprobs if one is not None])
+        name = self._codec.name
+        offsets = self._offsets.push(tokens)
+        return {
+            "tokens": [name(token) for token in tokens],
+            "token_logprobs": [None if one is None else one.logprob for one in logprobs],
+            "top_logprobs": [None if one is None else {name(i): value for i, value in one.top} for one in logprobs],
+            # A token of the stop string lies behind the text.
+            "text_offset": offsets if end is None else [min(offset, end) for offset in offsets],
+        }
+
+
+def prompt_logprobs(
+    codec: TextCodec, tokens: Values[int], logprobs: Values[TokenLogprobs | None]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Of a prompt's tokens: each and the likeliest ones by their ids, null where nothing stands before."""
+    return [None if one is None else _by_id(codec, token, one) for token, one in zip(tokens, logprobs, strict=True)]
+
+
+def _by_id(codec: TextCodec, token: int, one: TokenLogprobs) -> dict[str, dict[str, Any]]:
+    ranked = {id: (value, rank) for rank, (id, value) in enumerate(one.top, 1)}
+    return {
+        str(id): {"logprob": value, "rank": rank, "decoded_token": codec.piece(id)}
+        for id, (value, rank) in {token: (one.logprob, one.rank), **ranked}.items()
+    }

@@ -1,0 +1,190 @@
+"""Scoring over HTTP: echo, prompt_logprobs, log-probabilities in the chunks of their tokens, and tokens of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from stand_ins.http_server import Served, serving
+
+import nemodiff
+
+QUESTION = "Count from 3 to 9."
+CAUSAL = ["ar", "linear_spec", "quadratic_spec", "auto"]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_engine: Path) -> Iterator[Served]:
+    with serving(tiny_engine, "--served-model-name", "tiny", "--threads", "1") as running:
+        yield running
+
+
+def flat(chunks: list[Any]) -> dict[str, list[Any]]:
+    """The log-probabilities of a streamed completion, joined."""
+    joined: dict[str, list[Any]] = {}
+    for chunk in chunks:
+        for name, values in (chunk["choices"][0]["logprobs"] or {}).items():
+            joined.setdefault(name, []).extend(values)
+    return joined
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+@pytest.mark.parametrize("prompt", ["Count from é€", [130, 131, 11, 140]])
+def test_echo_with_logprobs_and_no_new_tokens_scores_a_text(
+    server: Served, engine: nemodiff.LoadedEngine, mode: str, prompt: Any
+) -> None:
+    """As lm-eval asks for log-likelihoods."""
+    ids = engine.text.encode(prompt) if isinstance(prompt, str) else prompt
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 0, "mode": mode}
+    answer = server.ask(COMPLETIONS, body)
+    alone = nemodiff.generate(engine, ids, prompt_logprobs=2, max_new_tokens=0).prompt_logprobs
+    assert alone is not None
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (engine.text.decode(ids), "length")
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == [engine.text.name(token) for token in ids]
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    expected = [one.logprob for one in alone if one is not None]
+    assert logprobs["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+    assert [len(top) for top in logprobs["top_logprobs"][1:]] == [2] * (len(ids) - 1)
+    assert logprobs["text_offset"] == engine.text.offsets(ids)
+    assert answer["usage"]["completion_tokens"] == 0
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert sum(answer["usage"]["nfe"].values()) == 1
+    chunks = server.stream(COMPLETIONS, {**body, "stream": True})
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+    assert flat(chunks) == logprobs
+    bare = server.ask(COMPLETIONS, {"prompt": prompt, "echo": True, "max_tokens": 0})["choices"][0]
+    assert (bare["text"], bare["logprobs"], "prompt_logprobs" in bare) == (choice["text"], None, False)
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_an_echoed_prompt_stands_before_its_completion(
+    server: Served, engine: nemodiff.LoadedEngine, mode: str
+) -> None:
+    body = {"prompt": [QUESTION, "Sort these"], "echo": True, "logprobs": 1, "max_tokens": 9, "mode": mode}
+    answer = server.ask(COMPLETIONS, body)
+    for prompt, choice in zip(body["prompt"], answer["choices"], strict=True):  # type: ignore[arg-type]
+        ids = engine.text.encode(prompt)
+        alone = nemodiff.generate(engine, ids, mode=mode, max_new_tokens=9, logprobs=1, prompt_logprobs=1)
+        assert choice["text"] == prompt + alone.text
+        logprobs = choice["logprobs"]
+        assert logprobs["tokens"] == [engine.text.name(token) for token in ids + alone.token_ids]
+        assert alone.logprobs is not None
+        assert logprobs["token_logprobs"][len(ids) :] == pytest.approx(
+            [one.logprob for one in alone.logprobs], abs=1e-4
+        )
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert choice["text"][offset:].startswith(token) or (token, offset) == ("<|im_end|>", len(choice["text"]))
+
+
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("fields", [{}, {"stop": ["9"]}, {"temperature": 30.0, "seed": 3}, {"thinking": True}])
+def test_chunks_have_the_logprobs_of_the_tokens_whose_text_they_end(
+    server: Served, engine: nemodiff.LoadedEngine, mode: str, fields: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"messages": messages, "logprobs": True, "top_logprobs": 1, "mode": mode, "max_tokens": 60, **fields}
+    whole = server.ask(CHAT, body)["choices"][0]
+    chunks = server.stream(CHAT, {**body, "stream": True})
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    joined = [one for each in told if each is not None for one in each["content"]]
+    assert [one["token"] for one in joined] == [one["token"] for one in whole["logprobs"]["content"]]
+    assert [one["logprob"] for one in joined] == pytest.approx(
+        [one["logprob"] for one in whole["logprobs"]["content"]], abs=1e-3
+    )
+    assert sum(each is not None for each in told) > 1
+    if "thinking" in fields or "temperature" in fields:  # markers, and bytes that are no text
+        return
+    # Never more text than tokens, and no token later than the chunk in which its text ends.
+    text, tokens = "", b""
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        text += choice["delta"].get("content", "")
+        for one in (choice["logprobs"] or {"content": []})["content"]:
+            tokens += bytes(one["bytes"]) if one["token"] != "<|im_end|>" else b""
+        if choice["finish_reason"] is None:
+            if "stop" in fields and tokens.startswith(text.encode()):  # the stop string itself is no text
+                continue
+            assert text.encode().startswith(tokens)
+            rest = text.encode()[len(tokens) :]
+            longest = max(len(one["bytes"]) for one in joined)
+            assert len(rest) < longest
+
+
+def test_completions_stream_logprobs_with_offsets_too(server: Served) -> None:
+    body = {"prompt": "é Count", "logprobs": 1, "max_tokens": 40, "temperature": 30.0, "seed": 5, "mode": "ar"}
+    whole = server.ask(COMPLETIONS, body)["choices"][0]
+    chunks = server.stream(COMPLETIONS, {**body, "stream": True})
+    assert flat(chunks) == whole["logprobs"]
+    assert sum(chunk["choices"][0]["logprobs"] is not None for chunk in chunks) > 5
+    length = 0
+    for chunk in chunks[:-1]:
+        choice = chunk["choices"][0]
+        length += len(choice["text"])
+        assert all(offset < length for offset in (choice["logprobs"] or {"text_offset": []})["text_offset"])
+
+
+@pytest.mark.parametrize("mode", nemodiff.MODES)
+def test_prompt_logprobs_are_vllms(server: Served, engine: nemodiff.LoadedEngine, mode: str) -> None:
+    ids = engine.text.encode_chat([{"role": "user", "content": QUESTION}])
+    alone = nemodiff.generate(engine, ids, prompt_logprobs=2, max_new_tokens=0).prompt_logprobs
+    assert alone is not None
+    body = {"mode": mode, "max_tokens": 4, "prompt_logprobs": 2}
+    chat = server.ask(CHAT, {**body, "messages": [{"role": "user", "content": QUESTION}]})
+    completion = server.ask(COMPLETIONS, {**body, "prompt": ids})["choices"][0]
+    streamed = server.stream(COMPLETIONS, {**body, "prompt": ids, "stream": True})[-1]["choices"][0]
+    for told in (chat["prompt_logprobs"], completion["prompt_logprobs"], streamed["prompt_logprobs"]):
+        assert told[0] is None
+        for token, entry, one in zip(ids[1:], told[1:], alone[1:], strict=True):
+            assert one is not None
+            assert set(entry) == {str(token), *(str(i) for i, _ in one.top)}
+            own = entry[str(token)]
+            assert (own["rank"], own["decoded_token"]) == (one.rank, engine.text.piece(token))
+            assert own["logprob"] == pytest.approx(one.logprob, abs=1e-4)
+            assert sorted(each["rank"] for each in entry.values()) == sorted({1, 2, one.rank})
+    assert "prompt_logprobs" not in server.ask(CHAT, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1})
+
+
+def test_texts_become_tokens_and_text_again(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    text = "Count é<|im_end|>"
+    ids = engine.text.encode(text)
+    told = server.ask("/tokenize", {"model": "tiny", "prompt": text})
+    assert told == {"count": len(ids), "max_model_len": 32768, "tokens": ids, "token_strs": None}
+    named = server.ask("/tokenize", {"prompt": text, "add_special_tokens": False, "return_token_strs": True})
+    assert named["token_strs"] == [engine.text.name(token) for token in ids]
+    assert server.ask("/detokenize", {"model": "tiny:ar", "tokens": ids}) == {"prompt": text}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    for thinks in (False, True):
+        body = {
+            "messages": messages,
+            "add_generation_prompt": True,
+            "chat_template_kwargs": {"enable_thinking": thinks},
+        }
+        ids = engine.text.encode_chat(messages, thinks)
+        assert server.ask("/tokenize", body)["tokens"] == ids
+        assert server.ask("/detokenize", {"tokens": ids})["prompt"] == engine.text.decode_all(ids)
+    assert "<|im_start|>user\nCount" in engine.text.decode_all(ids)
+    assert server.ask("/detokenize", {"tokens": []}) == {"prompt": ""}
+    assert server.send("/tokenize", {"model": "other", "prompt": "x"})[0] == 404
+
+
+def test_openais_client_reads_an_echo(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    answer = client.completions.create(model="tiny", prompt="Count from", echo=True, logprobs=1, max_tokens=0)
+    logprobs = answer.choices[0].logprobs
+    assert answer.choices[0].text == "Count from"
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert logprobs.token_logprobs[0] is None
+    client.close()
