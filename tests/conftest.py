@@ -24,6 +24,7 @@ import hypothesis.configuration
 import pytest
 from click.testing import CliRunner
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+from stand_ins.tool_templates import tool_engine
 
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
@@ -54,6 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """examples/tiny-chat as an engine; read it, never change it."""
     return Builder(TINY_CHAT, tmp_path_factory.mktemp("engines") / "tiny-chat").run()
+
+
+@pytest.fixture(scope="session")
+def xml_tool_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat with a template that shows tools and writes calls as XML; read it, never change it."""
+    return tool_engine(tmp_path_factory.mktemp("engines") / "tools", "xml")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 from ..engines.engine import PassKind
 from ..requests.generation import Generation
 from ..requests.token_logprobs import TokenLogprobs
+from ..tools.answer import Delta
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +99,16 @@ class Text:
     """New text of the answer; it is never taken back.
 
     token_ids: the next tokens of the answer, up to the last whose text has come in full; those that stand behind the
-    last text are in the `Generation` alone. logprobs: one for each of them, None unless requested.
+    last text are in the `Generation` alone. logprobs: one for each of them, None unless requested. parts: what the text
+    adds to thoughts, content and calls; what may belong to a marker comes later, so the last text may be empty.
     """
 
     request: int
     at: float
     text: str
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None
+    parts: list[Delta]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +143,11 @@ def as_dict(event: Event) -> dict[str, Any]:
     values = dataclasses.asdict(event)
     if isinstance(event, Finished):
         values["generation"] = event.generation.as_dict()
-    elif isinstance(event, Text) and event.logprobs is None:
-        del values["logprobs"]
+    if isinstance(event, Text):
+        if event.logprobs is None:
+            del values["logprobs"]
+        if [(part.part, part.text) for part in event.parts] == [("content", event.text)]:
+            del values["parts"]  # which say no more than the text
     return {"event": _NAMES[type(event)], **values}
 
 

@@ -13,6 +13,7 @@ from ..requests.generation import finished_generation
 from ..requests.outcome import Commit
 from ..requests.sequence import Sequence
 from ..sampling.softmax import probability
+from ..tools.answer import AnswerParser
 from .events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
 
 
@@ -37,6 +38,7 @@ class Reporter:
         self._last = 0.0  # when they came
         self._told = 0  # of them, those in a `Text`
         self._gap = 0.0
+        self._parser: AnswerParser | None = AnswerParser(sequence.settings.answer_format, sequence.opened)
 
     def passed(self, result: PassResult) -> list[Event]:
         """The events of one pass; the loop has already taken its prediction."""
@@ -102,12 +104,15 @@ class Reporter:
     def _new_text(self, final: bool) -> list[Event]:
         sequence = self.sequence
         new = sequence.transcript.push(sequence.tokens, final=final)
-        if not new:
+        parts = [] if self._parser is None else self._parser.push(new, final)
+        if final:
+            self._parser = None  # which has given all
+        if not new and not parts:
             return []
-        told = slice(self._told, sequence.transcript.told)
+        told = slice(self._told, sequence.transcript.told if new else self._told)
         self._told = told.stop
         logprobs = None if sequence.settings.logprobs is None else sequence.selector.logprobs[told]
-        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs)]
+        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs, parts)]
 
     def _step(self, result: PassResult) -> list[Event]:
         """A pass as its loop recorded it, after what its ids stand for and the block that it began."""

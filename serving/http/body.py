@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
@@ -16,11 +16,16 @@ from ...runtime.editing.infill import LONGEST_FREE
 from ...runtime.editing.methods import Method
 from ...runtime.requests.prepare import Prompt
 from ..spellings import resolve
-from .body_parts import Body, Message, ResponseFormat, StreamOptions, StructuredOutputs, TemplateOptions
+from .body_parts import Body, Message, NamedTool, ResponseFormat, StreamOptions, StructuredOutputs
 from .option_fields import option_field, with_options
 
 MOST_CHOICES = 128  # answers to one request
 Vocabulary = Annotated[int, Field(ge=0)]
+
+ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedTool, Tag("name")],
+    Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedTool) else "word"),
+]
 
 # Options of a request that are fields by their own names.
 _DECODING = ("mode", "threshold", "groups")
@@ -93,7 +98,41 @@ class Generating(Decoding):
         return {"json_schema": form.json_schema.schema_}
 
 
-class Chat(Generating):
+class Templated(Body):
+    """What a chat template makes a prompt of, beside the conversation."""
+
+    thinking: bool | None = option_field("thinking")
+    tools: list[dict[str, Any]] | None = option_field("tools")
+    tool_choice: ToolChoice | None = option_field("tool_choice")
+    parallel_tool_calls: bool | None = option_field("parallel_tool_calls")
+    chat_template_kwargs: dict[str, Any] | None = option_field("chat_template_kwargs")
+    reasoning_effort: str | None = Field(
+        None, description="Let the model think before it answers, unless it is none; the chat template gets it too."
+    )
+
+    def template_options(self) -> dict[str, Any]:
+        """Options of the runtime, those that were given. Raises RequestError."""
+        effort = self.reasoning_effort
+        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+        variables |= self.chat_template_kwargs or {}
+        thinks = variables.pop("enable_thinking", None)
+        if not isinstance(thinks, bool | None):
+            raise RequestError(f"chat_template_kwargs.enable_thinking is {thinks!r:.60}, allowed: true or false")
+        if thinks is None and effort is not None:
+            thinks = effort != "none"
+        given = {
+            "thinking": thinks if self.thinking is None else self.thinking,
+            "tools": self.tools,
+            "tool_choice": self.tool_choice.function.name
+            if isinstance(self.tool_choice, NamedTool)
+            else self.tool_choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "chat_template_kwargs": variables or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Chat(Templated, Generating):
     """A conversation that waits for its next turn."""
 
     messages: list[Message] = Field(min_length=1)
@@ -104,27 +143,13 @@ class Chat(Generating):
     top_logprobs: int | None = Field(
         None, description="Report the log-probabilities of this many likeliest tokens too; needs logprobs."
     )
-    thinking: bool | None = option_field("thinking")
     thinking_budget: int | None = option_field("thinking_budget")
     stop_in_thinking: bool | None = option_field("stop_in_thinking")
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Let the model think before it answers, with enable_thinking."
-    )
-    reasoning_effort: str | None = Field(None, description="Let the model think before it answers, unless it is none.")
 
     def prompts(self) -> list[Prompt]:
         """The conversation."""
-        messages: list[Mapping[str, str]] = [message.plain() for message in self.messages]
+        messages: list[Mapping[str, Any]] = [message.plain() for message in self.messages]
         return [messages]
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the template opens a think block."""
-        if self.thinking is not None:
-            return self.thinking
-        if self.chat_template_kwargs is not None:
-            return self.chat_template_kwargs.enable_thinking
-        return self.reasoning_effort not in (None, "none")
 
     def options(self) -> dict[str, Any]:
         """See `Generating.options`."""
@@ -137,13 +162,11 @@ class Chat(Generating):
             raise RequestError("top_logprobs needs logprobs; set logprobs to true")
         if self.logprobs:
             chosen["logprobs"] = self.top_logprobs or 0
-        if self.thinks:
-            chosen["thinking"] = True
         if self.thinking_budget is not None:
             chosen["thinking_budget"] = self.thinking_budget
         if self.stop_in_thinking is not None:
             chosen["stop_in_thinking"] = self.stop_in_thinking
-        return chosen
+        return chosen | self.template_options()
 
 
 class Watched(Chat):
@@ -219,7 +242,7 @@ class Fim(Decoding):
     stream_options: StreamOptions | None = None
 
 
-class Tokenize(Body):
+class Tokenize(Templated):
     """A text or a conversation that is to become tokens, in vLLM's spelling."""
 
     model: str | None = None
@@ -229,9 +252,6 @@ class Tokenize(Body):
     )
     add_special_tokens: bool | None = Field(
         None, description="Begin a text as the tokenizer begins one. Default: true; a template says it by itself."
-    )
-    chat_template_kwargs: TemplateOptions | None = Field(
-        None, description="Let the model think before it answers, with enable_thinking."
     )
     return_token_strs: bool | None = Field(None, description="Give the tokens by their names too.")
 

@@ -24,7 +24,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
 }
 _EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the field
-_OF_TOOLS = ("function_call", "functions", "tool_calls", "tool_choice", "tools")
+_OLD_TOOLS = ("function_call", "functions")  # what tools were before they had that name
 # What a message may say beside its content, so that an answer without it would be wrong.
 _SAYING = ("audio", "function_call", "images", "tool_calls")
 
@@ -56,8 +56,8 @@ class Body(BaseModel):
 
 def _remedy(name: str, names: list[str]) -> str:
     """The end of the sentence that refuses a field, where `names` are known."""
-    if name in _OF_TOOLS:
-        return ": tools are not supported yet; ask without them, and give what they said as text"
+    if name in _OLD_TOOLS:
+        return "; give tools, tool_choice and tool_calls instead"
     near = difflib.get_close_matches(name, names, 1)
     return f"; is {near[0]} meant?" if near else "; leave it out"
 
@@ -86,6 +86,21 @@ class Part(ConversationPart):
         return values
 
 
+class Function(ConversationPart):
+    """What is called, and with which arguments: an object, mostly as JSON text."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class Call(ConversationPart):
+    """A call that the assistant has made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class Message(ConversationPart):
     """A turn of a conversation."""
 
@@ -95,19 +110,49 @@ class Message(ConversationPart):
         Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
         Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
     ]
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _refused(cls, values: Any) -> Any:
-        """A turn without content whose text is a refusal, as OpenAI's answers have it."""
-        if isinstance(values, dict) and values.get("content") is None and values.get("refusal"):
-            return {**values, "content": values["refusal"]}
+    def _spelled(cls, values: Any) -> Any:
+        """An assistant's turn without content: it refuses, calls tools, or says nothing."""
+        if not isinstance(values, dict):
+            return values
+        assistant = values.get("role") == "assistant"
+        if values.get("tool_calls") and not assistant:
+            raise ValueError(f"'tool_calls' is not supported in a message of {values.get('role')!r:.20}; leave it out")
+        if isinstance(values.get("reasoning"), str) and values.get("reasoning_content") is None:
+            values = {**values, "reasoning_content": values["reasoning"]}
+        if values.get("content") is None and (values.get("refusal") or assistant):
+            return {**values, "content": values.get("refusal") or ""}
         return values
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As the runtime takes it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.role == "assistant":
+            plain["reasoning_content"] = self.reasoning_content
+            plain["tool_calls"] = [call.model_dump() for call in self.tool_calls or ()]
+        if self.role == "tool":
+            plain |= {"tool_call_id": self.tool_call_id, "name": self.name}
+        return {name: value for name, value in plain.items() if value is not None}
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The one tool that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class StreamOptions(Body):
@@ -115,12 +160,6 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
-
-
-class TemplateOptions(Body):
-    """What is handed to the chat template."""
-
-    enable_thinking: bool = False
 
 
 class JsonSchema(Body):

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from ...contract import MODES
 from ...errors import RequestError
 from ...runtime.loading import LoadedEngine
-from ...runtime.requests.options import Options
+from ...runtime.requests.options import make_options
 from ...runtime.requests.prepare import Prompt, encode
 from ...runtime.scheduler import Scheduler
 from ...runtime.text.checks import check_text
@@ -56,7 +56,6 @@ class Handlers:
             self.engine,
             "chat" if isinstance(body, Chat) else "completion",
             model,
-            thinking=bool(options.get("thinking")),
             logprobs="logprobs" in options or (isinstance(body, Completion) and body.logprobs is not None),
             prompt_logprobs=body.prompt_logprobs is not None,
             answers=body.n or 1,
@@ -138,9 +137,8 @@ class Handlers:
             if body.prompt is not None:
                 check_text(body.prompt, "prompt")
                 return text.encode_plain(body.prompt) if body.add_special_tokens is False else text.encode(body.prompt)
-            thinks = body.chat_template_kwargs is not None and body.chat_template_kwargs.enable_thinking
             messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
-            return encode(self.engine, messages, Options(thinking=thinks))
+            return encode(self.engine, messages, make_options(body.template_options()))
 
         tokens = await asyncio.to_thread(encoded)
         return {

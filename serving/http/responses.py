@@ -13,7 +13,7 @@ from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.sequence import Sequence as RunningSequence
-from ...runtime.text.reasoning import ReasoningParser
+from ...runtime.tools.answer import Delta
 from .token_values import AnswerLogprobs, prompt_logprobs
 
 Kind = Literal["chat", "completion"]
@@ -23,15 +23,14 @@ Kind = Literal["chat", "completion"]
 class ResponseBuilder:
     """Builds all objects of one HTTP request, which share an id and a time.
 
-    thinking: whether the text begins inside a think block. logprobs, prompt_logprobs: whether they are part of the
-    answer. answers: to each prompt. sequences: the runtime's, one per answer; they are known once the request is
-    submitted. echoes: the prompt's text per answer, where it is repeated before it.
+    logprobs, prompt_logprobs: whether they are part of the answer. answers: to each prompt. sequences: the runtime's,
+    one per answer; they are known once the request is submitted. echoes: the prompt's text per answer, where it is
+    repeated before it.
     """
 
     engine: LoadedEngine
     kind: Kind
     model: str
-    thinking: bool = False
     logprobs: bool = False
     prompt_logprobs: bool = False
     answers: int = 1
@@ -65,7 +64,6 @@ class ResponseBuilder:
         with_usage: a last chunk has the usage, and those before it say that it is yet to come.
         """
         pending = {"usage": None} if with_usage else {}
-        parsers = [ReasoningParser(self.thinking) for _ in range(count)]
         generations: dict[int, Generation] = {}
         logprobs: dict[int, AnswerLogprobs] = {}
         if self.kind == "chat":
@@ -79,15 +77,13 @@ class ResponseBuilder:
             if isinstance(event, Text):
                 if self.logprobs:
                     logprobs[index].tell(event.token_ids, event.logprobs or [])
-                for delta in self._deltas(parsers[index], event.text):
+                for delta in self._deltas(event):
                     yield {**self._chunk(index, delta, logprobs[index]), **pending}
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
                     yield {**self._chunk(index, {}), "diffusing": self._block(event), **pending}
             elif isinstance(event, Finished):
                 generations[index] = event.generation
-                for delta in self._deltas(parsers[index], "", final=True):
-                    yield {**self._chunk(index, delta, logprobs[index]), **pending}
                 yield {**self._last_chunk(index, event.generation, logprobs[index]), **pending}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
@@ -102,12 +98,18 @@ class ResponseBuilder:
         return {"id": f"{prefix}-{self.id}", "object": object_name, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason(generation)}
         if self.kind == "chat":
-            reasoning, content = ReasoningParser(self.thinking).push(generation.text, final=True)
+            calls = [
+                {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in generation.tool_calls
+            ]
+            content = generation.content or (None if calls else "")
             choice["message"] = {"role": "assistant", "content": content, "refusal": None}
-            if reasoning:
-                choice["message"]["reasoning_content"] = reasoning
+            if generation.reasoning:
+                choice["message"]["reasoning_content"] = generation.reasoning
+            if calls:
+                choice["message"]["tool_calls"] = calls
         else:
             choice["text"] = self._echo(index) + generation.text
         return {**choice, **self._token_values(index, generation, self._begin(index))}
@@ -125,18 +127,16 @@ class ResponseBuilder:
     def _last_chunk(self, index: int, generation: Generation, told: AnswerLogprobs) -> dict[str, Any]:
         """The chunk that ends an answer."""
         chunk = self._chunk(index, {})
-        chunk["choices"][0] |= {"finish_reason": generation.finish_reason}
+        chunk["choices"][0] |= {"finish_reason": finish_reason(generation)}
         chunk["choices"][0] |= self._token_values(index, generation, told)
         if self.kind == "chat":
             chunk |= self._of_prompt(index, generation)
         return chunk | _warnings([generation])
 
-    def _deltas(self, parser: ReasoningParser, text: str, final: bool = False) -> list[dict[str, Any]]:
+    def _deltas(self, event: Text) -> list[dict[str, Any]]:
         if self.kind == "completion":
-            return [{"content": text}] if text else []
-        reasoning, content = parser.push(text, final)
-        parts = {"reasoning_content": reasoning, "content": content}
-        return [{name: value} for name, value in parts.items() if value]
+            return [{"content": event.text}] if event.text else []
+        return [_delta(part) for part in event.parts]
 
     def _block(self, step: Step) -> dict[str, Any]:
         """A block as a pass left it: provisional, and null where it is still masked."""
@@ -178,6 +178,25 @@ class ResponseBuilder:
             return {}
         prompt = self.sequences[index].prompt
         return {"prompt_logprobs": prompt_logprobs(self.engine.text, prompt, generation.prompt_logprobs)}
+
+
+def finish_reason(generation: Generation) -> str:
+    """Why an answer ends, in OpenAI's words."""
+    return "tool_calls" if generation.tool_calls and generation.finish_reason == "stop" else generation.finish_reason
+
+
+def call_id() -> str:
+    """A name for a call, which its result comes back with."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def _delta(part: Delta) -> dict[str, Any]:
+    if part.part == "call":
+        function = {"name": part.text, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": call_id(), "type": "function", "function": function}]}
+    if part.part == "arguments":
+        return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+    return {"reasoning_content" if part.part == "reasoning" else "content": part.text}
 
 
 def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]:

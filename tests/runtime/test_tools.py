@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +335,17 @@ def test_thinking_comes_before_a_required_call(engine: nemodiff.LoadedEngine) ->
     assert answer.text.count("</think>") == 1
     assert answer.text.startswith(answer.reasoning)
     assert [call.name for call in answer.tool_calls] == ["clock"]
+
+
+def test_thinking_that_the_template_ignores_makes_no_thoughts(engine: nemodiff.LoadedEngine, tmp_path: Path) -> None:
+    shutil.copytree(TINY_CHAT, tmp_path / "c")
+    template = (tmp_path / "c" / "chat_template.jinja").read_text().replace("'<think>\\n' if enable_thinking else ", "")
+    (tmp_path / "c" / "chat_template.jinja").write_text(template)
+    other = dataclasses.replace(engine, text=TextCodec(tmp_path / "c"))
+    answer = nemodiff.generate(other, QUESTION, thinking=True)
+    assert (answer.reasoning, answer.content) == ("", answer.text)
+    thinks = nemodiff.generate(engine, QUESTION, thinking=True, max_new_tokens=5)
+    assert (thinks.reasoning, thinks.content) == (thinks.text, "")
 
 
 def test_tools_that_may_not_be_called_are_not_shown(engine: nemodiff.LoadedEngine) -> None:

@@ -296,7 +296,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, {"messages": "hello"}, "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "'system', 'developer', 'user'"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url"),
-        (CHAT, chat(tools=[{"type": "function"}]), "'tools' is not supported"),
+        (CHAT, chat(tools=[{"type": "function"}]), 'tools holds the name null, allowed'),
         (CHAT, chat(temperature="1"), "temperature"),
         (CHAT, chat(temperature=-1), "temperature is -1.0, allowed"),
         (CHAT, chat(max_tokens=0), "allowed: 1 or more"),
