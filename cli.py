@@ -17,6 +17,7 @@ from .commands.build import build, export
 from .commands.chat import chat
 from .commands.doctor import doctor
 from .commands.edit import infill, revise
+from .commands.eval import evaluate
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.serve import serve
@@ -70,5 +71,5 @@ def main(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (build, export, inspect, run, chat, infill, revise, serve, trace, triton, doctor):
+for command in (build, export, inspect, run, chat, infill, revise, serve, trace, triton, doctor, evaluate):
     main.add_command(command)

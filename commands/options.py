@@ -59,14 +59,17 @@ def json_output(help: str = "Print one JSON object instead of text.") -> Decorat
 
 
 class RequestCommand(click.Command):
-    """A command with an option for every option of a request, before --threads.
+    """A command with an option for every option of a request, or for those that are `kept`, before --threads.
 
     They are made when a command line is read or explained: the table of options takes long to import.
     """
 
-    def __init__(self, *args: Any, left_out: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, left_out: tuple[str, ...] = (), kept: tuple[str, ...] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._left_out = left_out
+        self._kept = kept
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """See click.Command."""
@@ -76,7 +79,7 @@ class RequestCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Command. Options that the user has not given may come from the model."""
-        if ctx.params.pop("generation_config") == "auto":
+        if ctx.params.pop("generation_config", "none") == "auto":
             from ..runtime.requests.generation_config import sampling_defaults
 
             for name, value in sampling_defaults(ctx.params["engine"]).items():
@@ -88,7 +91,8 @@ class RequestCommand(click.Command):
     def _request_options(self) -> list[click.Option]:
         from ..runtime.requests.options import OPTIONS
 
-        shown = [option for option in OPTIONS.values() if option.name not in self._left_out]
+        names = OPTIONS.keys() - set(self._left_out) if self._kept is None else set(self._kept)
+        shown = [option for option in OPTIONS.values() if option.name in names]
         return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
 
 

@@ -18,7 +18,7 @@ PRODUCT: list[set[str]] = [
     {"engine_folder"},
     {"plugins"},
     {"builder", "runtime"},
-    {"batch", "serving"},
+    {"batch", "evaluation", "serving"},
     {"doctor"},
     {"__init__", "commands"},
     {"cli"},
@@ -51,6 +51,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"scheduler", "score"},
         {"editing"},
     ],
+    "evaluation": [{"lm"}, {"evaluate", "table"}],
     "doctor": [{"check", "probe"}, {"packages"}, {"diagnose"}],
     "serving": [{"metrics", "spellings"}, {"http", "triton_server"}],
 }
@@ -60,7 +61,7 @@ def modules() -> dict[str, Path]:
     """The product's files by dotted name below the package; a folder's `__init__` has the folder's name."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    product = {"batch", "builder", "commands", "doctor", "plugins", "runtime", "serving"}
+    product = {"batch", "builder", "commands", "doctor", "evaluation", "plugins", "runtime", "serving"}
     paths = [Path(file) for file in files if "/" not in file or file.split("/")[0] in product]
     return {".".join(path.with_suffix("").parts): path for path in paths if (ROOT / path).is_file()}
 
@@ -115,7 +116,9 @@ def test_no_import_runs_upwards(folder: str) -> None:
     upwards = []
     for module, targets in GRAPH.items():
         here = room(module)
-        if here is None or (here == "__init__" and folder in ("batch", "builder", "doctor", "runtime", "serving")):
+        if here is None or (
+            here == "__init__" and folder in ("batch", "builder", "doctor", "evaluation", "runtime", "serving")
+        ):
             continue
         assert here in level, f"{module} has no place in the order of {folder or 'the package'}"
         for target in targets:

@@ -58,8 +58,13 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, as a raw prompt; starts with the BOS only if the tokenizer says so."""
-        bos = self._special.ids.get(token_texts(self._config).get("bos_token", ""))
-        return ([bos] if self._config.get("add_bos_token") and bos is not None else []) + self.encode_plain(text)
+        bos = self.bos if self._config.get("add_bos_token") else None
+        return ([] if bos is None else [bos]) + self.encode_plain(text)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that begins a text, if the tokenizer names one."""
+        return self._special.ids.get(token_texts(self._config).get("bos_token", ""))
 
     def encode_chat(
         self,
@@ -79,8 +84,24 @@ class TextCodec:
         Raises:
             RequestError: a message is malformed, the template refuses it, or there is no template.
         """
+        return self.encode_rendered(self.render_chat(messages, thinking, tools, variables))
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of which `encode_rendered` makes the ids of `encode_chat`; raises as that does.
+
+        Marks stand in it for special tokens that a message merely spells.
+        """
         quoted = [self._quoted_message(message) for message in checked_messages(messages)]
-        text = self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
+        return self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a rendered conversation, whose special tokens are tokens."""
         ids: list[int] = []
         for part in self._special.split(text):
             ids += [part] if isinstance(part, int) else self.encode_plain(part)

@@ -1,0 +1,225 @@
+"""lm-eval over an engine, in process and through the server: the figures are those of plain answers and scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import Refused
+from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.http_server import serving
+
+import nemodiff
+from nemodiff.cli import main
+
+pytestmark = pytest.mark.eval
+COUNT = 12
+BOS = 1
+MODES = ("ar", "diffusion", "linear_spec")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat's questions as three tasks."""
+    folder = tmp_path_factory.mktemp("tasks")
+    run = [sys.executable, str(TINY_CHAT / "make_tasks.py"), str(folder), "--count", str(COUNT)]
+    subprocess.run(run, check=True, timeout=60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tasks: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tasks / "questions.jsonl").read_text().splitlines()]
+
+
+def environment(tasks: Path) -> dict[str, str]:
+    """Nothing from a network, and caches in a temporary folder."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tasks / "hub"), "HF_DATASETS_OFFLINE": "1"}
+    return {**os.environ, **offline, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+
+def evaluated(tasks: Path, *words: str) -> str:
+    """What `nemodiff eval` prints, in a process of its own: the libraries look at their environment when imported."""
+    command = [sys.executable, "-c", "from nemodiff.cli import main; main()", "eval", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(tasks))
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def evaluation(tasks: Path, tiny_engine: Path) -> Mapping[str, Any]:
+    modes = [word for mode in MODES for word in ("--mode", mode)]
+    words = [str(tiny_engine), "--tasks", str(tasks), *modes, "--threads", "1", "--apply-chat-template"]
+    return dict(json.loads(evaluated(tasks, *words, "--batch-size", "3", "--threshold", "0.8", "--json")))
+
+
+def metrics(evaluation: Mapping[str, Any], mode: str, task: str) -> Mapping[str, float]:
+    return dict(evaluation["modes"][mode]["tasks"][f"tiny_chat_{task}"]["metrics"])
+
+
+def test_generated_answers_are_the_engines_in_every_mode(
+    evaluation: Mapping[str, Any], engine: nemodiff.LoadedEngine, questions: list[dict[str, Any]]
+) -> None:
+    for mode in MODES:
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 160, "threshold": 0.8}
+        answers = [nemodiff.generate(engine, question["question"], **options) for question in questions]
+        right = sum(answer.text == question["answer"] for answer, question in zip(answers, questions, strict=True))
+        told = evaluation["modes"][mode]["tasks"]["tiny_chat_answers"]
+        assert told["metrics"]["exact_match"] == pytest.approx(right / COUNT)
+        assert told["samples"] == COUNT
+        assert told["tokens"] == sum(len(answer.token_ids) for answer in answers)
+        decoding = {kind: sum(answer.nfe[kind] for answer in answers) for kind in told["nfe"] if kind != "prefill"}
+        assert {kind: count for kind, count in told["nfe"].items() if kind != "prefill"} == decoding
+        assert told["tokens_per_pass"] == pytest.approx(told["tokens"] / sum(decoding.values()))
+    assert 0 < metrics(evaluation, "ar", "answers")["exact_match"] < 1
+    assert evaluation["modes"]["diffusion"]["tasks"]["tiny_chat_answers"]["tokens_per_pass"] > 2
+
+
+def test_choices_and_texts_are_the_engines_scores(
+    evaluation: Mapping[str, Any], engine: nemodiff.LoadedEngine, questions: list[dict[str, Any]]
+) -> None:
+    right = nats = size = 0.0
+    for question in questions:
+        scores = nemodiff.score(engine, question["question"], question["choices"])
+        likeliest = max(range(4), key=lambda choice: scores[choice].logprob)
+        right += likeliest == question["label"]
+        nats += nemodiff.score(engine, [BOS], [question["answer"]])[0].logprob
+        size += len(question["answer"].encode())
+    for mode in MODES:
+        assert metrics(evaluation, mode, "choices")["acc"] == pytest.approx(right / COUNT)
+        assert metrics(evaluation, mode, "texts")["byte_perplexity"] == pytest.approx(math.exp(-nats / size), rel=1e-4)
+
+
+def test_lm_evals_client_of_the_server_gives_the_same(
+    tiny_engine: Path, engine: nemodiff.LoadedEngine, questions: list[dict[str, Any]]
+) -> None:
+    """It scores by echo and one new token, with the engine folder's tokenizer in transformers."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from nemodiff.evaluation.lm import EngineLM
+
+    inside = EngineLM(engine, rows=1)
+    inside.options = {"mode": "linear_spec"}
+    pairs: list[Any] = [_Instance(q["question"], choice) for q in questions[:4] for choice in q["choices"]]
+    pairs += [_Instance("", "Sorted"), _Instance("a ", "b")]
+    texts: list[Any] = [_Instance(question["answer"]) for question in questions[:4]]
+    kwargs = {"until": ["9"], "max_gen_toks": 20}
+    prompts: list[Any] = [_Instance(question["question"], kwargs) for question in questions[:4]]
+    with serving(tiny_engine, "--served-model-name", "tiny", "--threads", "1") as server:
+        url = f"{server.url}/v1/completions"
+        outside = LocalCompletionsAPI(url, tokenizer_backend="huggingface", model="tiny", tokenizer=str(tiny_engine))
+        for ours, theirs in zip(inside.loglikelihood(pairs), outside.loglikelihood(pairs, True), strict=True):
+            assert theirs[0] == pytest.approx(ours[0], abs=1e-2)
+            assert theirs[1] == ours[1]
+        rolling = outside.loglikelihood_rolling(texts, True)
+        assert rolling == pytest.approx(inside.loglikelihood_rolling(texts), abs=1e-2)
+        assert outside.generate_until(prompts, True) == inside.generate_until(prompts)
+
+
+def test_the_table_has_a_column_for_every_mode(evaluation: Mapping[str, Any]) -> None:
+    from nemodiff.evaluation.table import table
+
+    head, *lines = table(evaluation)
+    assert head.split() == ["task", "figure", *MODES]
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+        "tiny_chat_answers",
+        "tiny_chat_choices",
+        "tiny_chat_texts",
+    ]
+    (passes,) = (line.split()[1:] for line in lines if line.split()[0] == "tokens/pass")
+    expected = [evaluation["modes"][mode]["tasks"]["tiny_chat_answers"]["tokens_per_pass"] for mode in MODES]
+    assert passes == [f"{value:.2f}" for value in expected]
+
+
+class _Instance:
+    """What the adapter reads of lm-eval's."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.task_name = "task"
+
+
+def test_long_texts_are_scored_in_windows_and_long_prompts_cut(tmp_path: Path) -> None:
+    from nemodiff.builder.build import Builder
+    from nemodiff.evaluation.lm import EngineLM
+
+    short = nemodiff.load(Builder(TINY_CHAT, tmp_path / "short", max_seq_len=32).run(), threads=1)
+    lm = EngineLM(short, rows=2)
+    text = "Count from 3 to 9. Sort these numbers: 4, 2, 9. Reverse the list: river glass tiger cloud metal."
+    ids = short.text.encode(text)
+    assert len(ids) > 31
+    (rolling,) = lm.loglikelihood_rolling([_Instance(text)])  # type: ignore[list-item]
+    first = nemodiff.score(short, [BOS], [ids[:31]])[0].logprob
+    rest = nemodiff.score(short, ids[-32 : 31 - len(ids)], [ids[31:]])[0].logprob
+    assert rolling == pytest.approx(first + rest, abs=1e-3)
+    pairs = [(text, " done"), ("a ", "b"), ("", "a b")]
+    cut, spaced, bare = lm.loglikelihood([_Instance(*pair) for pair in pairs])  # type: ignore[misc]
+    end = short.text.encode(text + " done")[len(ids) :]
+    assert cut[0] == pytest.approx(nemodiff.score(short, ids[-(32 - len(end)) :], [end])[0].logprob, abs=1e-3)
+    assert spaced[0] == pytest.approx(nemodiff.score(short, "a", [" b"], chat=False)[0].logprob, abs=1e-3)
+    assert bare[0] == pytest.approx(nemodiff.score(short, [BOS], ["a b"])[0].logprob, abs=1e-3)
+    lm.options = {"mode": "ar"}
+    said = lm.generate_until([_Instance(text, {"until": "9", "max_gen_toks": 6})])  # type: ignore[list-item]
+    alone = nemodiff.generate(short, ids[-26:], mode="ar", max_new_tokens=6, stop=["9"])
+    assert said == [alone.text]
+
+
+def test_what_a_task_says_of_generation_becomes_options() -> None:
+    from nemodiff.evaluation.lm import _options
+
+    assert _options({"until": ["\n", ""], "do_sample": False, "temperature": 0.7, "max_gen_toks": 9}) == {
+        "stop": ["\n"],
+        "max_new_tokens": 9,
+    }
+    assert _options({"do_sample": True, "top_p": 0.9}) == {
+        "temperature": 1.0, "top_p": 0.9, "stop": [], "max_new_tokens": 256,
+    }  # fmt: skip
+    with pytest.raises(nemodiff.RequestError, match="generation_kwargs have num_beams, allowed: until"):
+        _options({"num_beams": 4})
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (None, "nothing.yaml: no such file"),
+        ("task: [", "nothing.yaml: "),
+        (
+            "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test\n",
+            "gone.jsonl",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_had_are_one_line(
+    tiny_engine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+    content: str | None,
+    fragment: str,
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("nothing.yaml").write_text(content)
+    refused(["eval", str(tiny_engine), "--tasks", "nothing.yaml"], "--tasks: ", fragment)
+
+
+def test_without_the_extra_one_line_says_how_to_get_it(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nemodiff.evaluation.evaluate", None)
+    result = CliRunner().invoke(main, ["eval", str(tiny_engine), "--tasks", "x"])
+    assert result.stderr.endswith("is missing; install it: pip install 'nemodiff[eval]'\n")
+    assert "--tasks NAME|FILE,..." in CliRunner().invoke(main, ["eval", "--help"]).output
