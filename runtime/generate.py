@@ -122,12 +122,14 @@ def sequence_events(
             yield from reporters.pop(result.sequence).finished(engine)
 
 
-def decode(engine: Engine, sequences: Iterable[Sequence], rows: int) -> Iterator[tuple[Sequence, Pass, Prediction]]:
-    """Run sequences to their end, up to `rows` at a time; yields after each pass of each sequence.
+def decode(
+    engine: Engine, sequences: Iterable[Sequence], rows: int, *, kept: int | None = None
+) -> Iterator[tuple[Sequence, Pass, Prediction]]:
+    """Run sequences to their end, up to `rows` at a time and in one forward; yields after each pass of each sequence.
 
-    The prediction's arrays are overwritten by the next forward.
+    The prediction's arrays are overwritten by the next forward. `kept` is that of `Batch`.
     """
-    for result in _drive(Batch(engine, rows), iter(sequences)):
+    for result in _drive(Batch(engine, rows, kept=kept), iter(sequences)):
         if result.error is not None:
             raise result.error
         yield result.sequence, result.pass_, result.prediction

@@ -71,6 +71,14 @@ class Cache(Protocol):
         ...
 
 
+class ReadableCache(Cache, Protocol):
+    """The cache of a backend, whose content can be looked at; for verification alone."""
+
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """A copy of what slots `start` to `stop` of a row hold, by `contract.cache_names`; each (G, slots, D) f32."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded engine."""
 

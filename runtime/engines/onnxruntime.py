@@ -136,6 +136,10 @@ class OnnxRuntimeCache:
         for cache in self._caches.values():
             cache[target, :, :slots] = cache[source, :, :slots]
 
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """See `engine.ReadableCache.read`."""
+        return {name: cache[row, :, start:stop].astype(np.float32) for name, cache in self._caches.items()}
+
     def close(self) -> None:
         """See `engine.Cache.close`."""
         self._engine.take_back(self)

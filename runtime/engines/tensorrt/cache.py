@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
 from ....contract import cache_names
@@ -21,6 +22,7 @@ from .device import Pinned
 from .forward import Forward, Owner
 from .pieces import copied, joined, split
 
+_STORED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 _KEPT_FORWARDS = 48  # shapes kept per cache, each with an execution context and perhaps a graph
 
 
@@ -100,6 +102,21 @@ class TensorRTCache:
                     device.copy(target_address + at, source_address + at, used_bytes)
             device.wait()
         self._ends[target] = count
+
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """See `engine.ReadableCache.read`."""
+        device = self._engine.device
+        model = self._engine.info.model
+        held = {}
+        with self._engine.lock:
+            pinned = device.pinned(self.row_bytes)
+            for name, memory in self.caches.items():
+                device.download(pinned.address, memory.address + row * self.row_bytes, self.row_bytes)
+                device.wait()
+                whole = pinned.array.view(_STORED[self._engine.info.build.dtype])
+                heads = whole.reshape(model.num_kv_heads, self.capacity, model.head_dim)
+                held[name] = heads[:, start:stop].astype(np.float32)
+        return held
 
     def close(self) -> None:
         """See `engine.Cache.close`."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ....contract import cache_names
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, fill, layouts, rounded
@@ -138,6 +139,13 @@ class TorchCache:
             for pair in self.caches:
                 for cache in pair:
                     cache[target, :, :slots] = cache[source, :, :slots]
+
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """See `engine.ReadableCache.read`."""
+        engine = self._engine
+        with engine.lock, engine.device.use(engine.folder):
+            held = [cache[row, :, start:stop].float().cpu().numpy() for pair in self.caches for cache in pair]
+        return dict(zip(cache_names(engine.info.model.num_layers), held, strict=True))
 
     def close(self) -> None:
         """See `engine.Cache.close`."""
