@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ MANIFEST_FILE = "manifest.json"
 TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
 TRITON_FILE = "nemodiff_triton.json"  # marks an exported Triton model
 TRITON_ENGINE = "1/engine"  # the engine in an exported Triton model
+VERIFY_FILE = "verify.json"  # what `nemodiff verify` found last; written after the build, so not in the manifest
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -123,6 +126,36 @@ class EngineInfo:
         config = {"pretrained_config": self.pretrained, "build_config": dataclasses.asdict(self.build)}
         for name, values in ((CONFIG_FILE, config), (MANIFEST_FILE, dataclasses.asdict(self.manifest))):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def partial(name: str) -> str:
+    """What a file beside the engine's own is called until it is whole."""
+    return f"{name}.partial"
+
+
+def engine_digest(folder: Path) -> str:
+    """sha256 of the description, by which a record knows the engine that it was made of."""
+    return hashlib.sha256((folder / CONFIG_FILE).read_bytes() + (folder / MANIFEST_FILE).read_bytes()).hexdigest()
+
+
+def write_record(folder: Path, name: str, values: Mapping[str, Any]) -> None:
+    """Put a record beside an engine's files, whole or not at all, with the engine's digest. Raises OSError."""
+    stage = folder / partial(name)
+    record = {**values, "engine": engine_digest(folder)}
+    with stage.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    stage.replace(folder / name)
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """A record that was made of this very engine; None where there is none, or one that cannot be read."""
+    try:
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        return record if record["engine"] == engine_digest(folder) else None
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
 
 
 def is_engine(folder: Path) -> bool:

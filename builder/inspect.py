@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import DOMAIN, ITEMSIZE, dtype_line, size_text
-from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, EngineInfo, read_engine
+from ..engine_folder import (
+    ENGINE_FILE,
+    GENERATION_FILE,
+    MODEL_FILE,
+    VERIFY_FILE,
+    EngineInfo,
+    read_engine,
+    read_record,
+)
 from ..errors import EngineError
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 
@@ -63,6 +71,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "engine_layers": engine_layers(folder, info),
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "graph": None if manifest.backend == "torch" else _graph(folder / MODEL_FILE),
+        "verified": read_record(folder, VERIFY_FILE),
     }
 
 
@@ -147,6 +156,21 @@ def _graph_lines(graph: dict[str, Any] | None) -> list[str]:
     return [f"graph        {graph['nodes']} nodes: {plugins}; {common}, ..."]
 
 
+def _verified_lines(record: dict[str, Any] | None) -> list[str]:
+    if record is None:
+        return []
+    try:
+        tallies = [*record["modes"].values(), *record["passes"].values()]
+        counts = [sum(tally[kind] for tally in tallies) for kind in ("equal", "near_ties", "wrong", "strays")]
+        result = f"{counts[0]} tokens equal, {counts[1]} near ties, {counts[2] + counts[3]} wrong"
+        return [
+            f"verified     {'ok' if record['ok'] else 'WRONG'} on {record['date']} against {record['against']} in "
+            f"{record['precision']}: {result}"
+        ]
+    except (LookupError, TypeError, AttributeError):
+        return []
+
+
 def lines(described: dict[str, Any]) -> list[str]:
     """The description for people."""
     engine = described["engine"]
@@ -174,4 +198,5 @@ def lines(described: dict[str, Any]) -> list[str]:
         *(f"note         {note}" for note in described["notes"]),
         f"files        {files}",
         f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",
+        *_verified_lines(described["verified"]),
     ]

@@ -18,7 +18,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..engine_folder import CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE
+from ..engine_folder import (
+    CONFIG_FILE,
+    ENGINE_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    TENSORS_FILE,
+    VERIFY_FILE,
+    WEIGHTS_FILE,
+    partial,
+)
 from ..errors import BuildError
 from . import swap
 from .checkpoint.folder import CARRIED_NAMES
@@ -38,7 +47,19 @@ class Kind:
 ENGINE = Kind(
     "engine",
     MANIFEST_FILE,
-    frozenset({CONFIG_FILE, ENGINE_FILE, MANIFEST_FILE, MODEL_FILE, TENSORS_FILE, WEIGHTS_FILE, *CARRIED_NAMES}),
+    frozenset(
+        {
+            CONFIG_FILE,
+            ENGINE_FILE,
+            MANIFEST_FILE,
+            MODEL_FILE,
+            TENSORS_FILE,
+            VERIFY_FILE,
+            WEIGHTS_FILE,
+            partial(VERIFY_FILE),
+            *CARRIED_NAMES,
+        }
+    ),
 )
 
 
