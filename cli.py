@@ -24,6 +24,7 @@ from .commands.serve import serve
 from .commands.streams import settle_streams
 from .commands.trace import trace
 from .commands.triton import triton
+from .commands.verify import verify
 from .contract import MODES
 from .errors import NemodiffError
 from .runtime.sampling.policies import POLICIES
@@ -71,5 +72,5 @@ def main(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (build, export, inspect, run, chat, infill, revise, serve, trace, triton, doctor, evaluate):
+for command in (build, export, inspect, verify, run, chat, infill, revise, serve, trace, triton, doctor, evaluate):
     main.add_command(command)

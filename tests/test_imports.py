@@ -18,7 +18,7 @@ PRODUCT: list[set[str]] = [
     {"engine_folder"},
     {"plugins"},
     {"builder", "runtime"},
-    {"batch", "evaluation", "serving"},
+    {"batch", "evaluation", "serving", "verification"},
     {"doctor"},
     {"__init__", "commands"},
     {"cli"},
@@ -53,6 +53,15 @@ ROOMS: dict[str, list[set[str]]] = {
     ],
     "evaluation": [{"lm"}, {"evaluate", "table"}],
     "doctor": [{"check", "probe"}, {"packages"}, {"diagnose"}],
+    "verification": [
+        {"arithmetic", "positions", "prompts", "rounding", "script", "weights"},
+        {"network", "shown_graph"},
+        {"recorder", "replay"},
+        {"verdict"},
+        {"report"},
+        {"verify"},
+        {"layers", "references"},
+    ],
     "serving": [{"metrics", "spellings"}, {"http", "triton_server"}],
 }
 
@@ -61,7 +70,7 @@ def modules() -> dict[str, Path]:
     """The product's files by dotted name below the package; a folder's `__init__` has the folder's name."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    product = {"batch", "builder", "commands", "doctor", "evaluation", "plugins", "runtime", "serving"}
+    product = {"batch", "builder", "commands", "doctor", "evaluation", "plugins", "runtime", "serving", "verification"}
     paths = [Path(file) for file in files if "/" not in file or file.split("/")[0] in product]
     return {".".join(path.with_suffix("").parts): path for path in paths if (ROOT / path).is_file()}
 
@@ -117,7 +126,8 @@ def test_no_import_runs_upwards(folder: str) -> None:
     for module, targets in GRAPH.items():
         here = room(module)
         if here is None or (
-            here == "__init__" and folder in ("batch", "builder", "doctor", "evaluation", "runtime", "serving")
+            here == "__init__"
+            and folder in ("batch", "builder", "doctor", "evaluation", "runtime", "serving", "verification")
         ):
             continue
         assert here in level, f"{module} has no place in the order of {folder or 'the package'}"

@@ -41,7 +41,20 @@ def imported(script: str, *words: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "build", "export", "infill", "inspect", "revise", "serve", "trace view", "triton", "doctor"]
+    "words",
+    [
+        "",
+        "build",
+        "export",
+        "infill",
+        "inspect",
+        "revise",
+        "serve",
+        "trace view",
+        "triton",
+        "verify",
+        "doctor",
+    ],
 )
 def test_help_needs_no_library_but_click(words: str) -> None:
     modules = imported(COMMAND, *words.split(), "--help")

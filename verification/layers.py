@@ -1,0 +1,194 @@
+"""The first layer that strays, on Polygraphy: a runner per engine and one for the reference, under its Comparator.
+
+Every engine shows the K and V that it keeps of each layer, which are a projection of the state that enters the layer;
+so nothing has to be built into an engine to look into it. The graph of an ONNX Runtime engine is run once more with
+every value as an output, which names the op.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import RequestError
+from ..runtime.engines.engine import Engine
+from .network import Network
+from .replay import replay
+from .rounding import STATE, UNIT
+from .script import Block, Script
+from .shown_graph import ShownGraph
+from .verify import Reference
+
+# What is to blame where the first thing that strays is of an engine that shows K and V alone.
+_KEYS = "k_proj, its rotation, or the cache write of layer {}"
+_VALUES = "v_proj or the cache write of layer {}"
+_STATE = "what enters layer {0}: its input norm, or attention or MLP before it"
+_END = "attention or MLP of the last layer, the last norm, or the head"
+
+
+def import_polygraphy() -> Any:
+    """Polygraphy, silent. Raises RequestError where it is missing."""
+    try:
+        import polygraphy.backend.base
+        import polygraphy.comparator
+        import polygraphy.logger
+    except ImportError:
+        raise RequestError(
+            "--layers needs Polygraphy, which is not installed; install it with: pip install 'nemodiff[verify]'"
+        ) from None
+    polygraphy.logger.G_LOGGER.module_severity = polygraphy.logger.G_LOGGER.CRITICAL
+    polygraphy.logger.G_LOGGER.colors = False  # it would print that it misses a package for them
+    return polygraphy
+
+
+def compare_layers(
+    engine: Engine,
+    folder: Path,
+    reference: Reference,
+    scripts: Sequence[Script],
+    columns: np.ndarray,
+    save: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Mean deviation and bound of every value that both have, in the order of computation.
+
+    Args:
+        engine: the engine that is judged.
+        folder: where its files are.
+        reference: what says which values are right.
+        scripts: what both compute.
+        columns: ids whose logits are compared.
+        save: a file for all values, as Polygraphy's tools read it.
+
+    Raises:
+        RequestError: Polygraphy is missing.
+        EngineError: the engine shows no K and V.
+    """
+    polygraphy = import_polygraphy()
+    comparator = polygraphy.comparator
+    noise: dict[str, float] = {}
+
+    base: Any = polygraphy.backend.base.BaseRunner
+
+    class Runner(base):  # type: ignore[misc]
+        """Computes a script; `compute` gives its values by name."""
+
+        def __init__(self, name: str, compute: Any) -> None:
+            super().__init__(name)
+            self._compute = compute
+
+        def get_input_metadata_impl(self) -> Any:
+            from polygraphy.common import TensorMetadata
+
+            metadata = TensorMetadata()
+            for name, (dtype, shape) in _INPUTS.items():
+                metadata.add(name, dtype=np.dtype(dtype), shape=shape)
+            return metadata
+
+        def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            started = time.perf_counter()
+            values: dict[str, np.ndarray] = self._compute(_from_arrays(feed_dict))
+            self.inference_time = time.perf_counter() - started
+            return {name: np.ascontiguousarray(value) for name, value in values.items()}
+
+    def right(script: Script) -> dict[str, np.ndarray]:
+        (answer,) = reference.answer([script], columns, states=True)
+        values = {**answer.states, "logits": _of(answer.logits, answer.ids, columns)}
+        found = {**answer.state_noise, "logits": float(answer.noise.mean())}
+        for name, value in values.items():
+            bound = STATE * found[name] + UNIT["f32"] * float(np.abs(value).mean())
+            noise[name] = max(noise.get(name, 0.0), bound)
+        return values
+
+    def given(script: Script) -> dict[str, np.ndarray]:
+        got = replay(engine, script, columns, states=True)
+        return {**got.states, **({"logits": got.logits} if got.logits.size else {})}
+
+    runners = [Runner("reference", right), Runner("engine", given)]
+    if engine.info.manifest.backend == "onnxruntime" and isinstance(reference, Network):
+        runners.append(Runner("graph", lambda script: ShownGraph(folder, engine.info, noise).run(script)))
+    feeds = [_arrays(script) for script in scripts]
+    results = comparator.Comparator.run(runners, data_loader=feeds)
+    if save is not None:
+        results.save(str(save))
+    deviations: dict[str, float] = {}
+    for other in range(1, len(runners)):
+        # Names that a runner lacks are skipped: an engine shows K and V alone, a graph has no value of another name.
+        compare = comparator.SimpleCompareFunc(
+            atol={"": 0.0, **noise}, rtol=0.0, check_error_stat="mean", find_output_func=_same_name
+        )
+        (result,) = comparator.Comparator.compare_accuracy(results, comparisons=[(0, other)], compare_func=compare)
+        for iterations in result.values():
+            for iteration in iterations:
+                for name, compared in iteration.items():
+                    deviations[name] = max(deviations.get(name, 0.0), compared.mean_absdiff)
+    return [
+        {"name": name, "deviation": deviations[name], "bound": bound}
+        for name, bound in noise.items()
+        if name in deviations
+    ]
+
+
+def blame(layers: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the first stray value tells: the op where all were compared, else the parts that K and V leave over."""
+    strays = {layer["name"] for layer in layers if not layer["deviation"] <= layer["bound"]}
+    first = next((layer["name"] for layer in layers if layer["name"] in strays), None)
+    if first is None:
+        return None
+    if any(layer["name"] == "embed_tokens" for layer in layers):
+        return str(first)
+    if first == "logits":
+        return _END
+    number = first.rpartition("_")[2]
+    keys, values = (f"{kind}_cache_{number}" in strays for kind in "kv")
+    return (_STATE if keys and values else _KEYS if keys else _VALUES).format(number)
+
+
+# A script as arrays: M blocks of at most S tokens, ids of -1 after a block's end.
+_INPUTS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+    "tokens": (np.int32, (None,)),
+    "offset": (np.int32, (1,)),
+    "prefix": (np.int32, (None,)),
+    "ids": (np.int32, (None, None)),
+    "pos": (np.int32, (None, None)),
+    "visible": (np.int32, (None, None, 3)),
+    "gate": (np.float32, (None, None)),
+}
+
+
+def _arrays(script: Script) -> dict[str, np.ndarray]:
+    count = len(script.blocks)
+    size = max((block.ids.size for block in script.blocks), default=0)
+    arrays = {
+        "tokens": script.tokens,
+        "offset": np.array([script.offset], np.int32),
+        "prefix": np.array([block.prefix for block in script.blocks], np.int32),
+        "ids": np.full((count, size), -1, np.int32),
+        "pos": np.zeros((count, size), np.int32),
+        "visible": np.zeros((count, size, 3), np.int32),
+        "gate": np.zeros((count, size), np.float32),
+    }
+    for number, block in enumerate(script.blocks):
+        for name in ("ids", "pos", "visible", "gate"):
+            arrays[name][number, : block.ids.size] = getattr(block, name)
+    return arrays
+
+
+def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Script:
+    script = Script(arrays["tokens"].tolist(), int(arrays["offset"][0]))
+    for number, prefix in enumerate(arrays["prefix"].tolist()):
+        size = int((arrays["ids"][number] >= 0).sum())
+        ids, pos, visible, gate = (arrays[name][number, :size] for name in ("ids", "pos", "visible", "gate"))
+        script.place(Block(prefix, ids, pos, visible, gate))
+    return script
+
+
+def _of(logits: np.ndarray, ids: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return np.asarray(logits[:, np.searchsorted(ids, columns)], np.float32)
+
+
+def _same_name(name: str, _index: int, other: Mapping[str, Any]) -> list[str]:
+    return [name] if name in other else []

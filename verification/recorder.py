@@ -1,0 +1,67 @@
+"""An engine that notes every pass it serves, around any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..runtime.engines.engine import Cache, Engine, Pass, Prediction
+
+SAMPLE = 256  # logits of a prediction that are compared, spread over the vocabulary
+
+
+class Served(NamedTuple):
+    """A pass and copies of its results."""
+
+    pass_: Pass
+    token: np.ndarray  # (R,) i32
+    confidence: np.ndarray  # (R,) f32
+    next_ids: np.ndarray  # (R,) i32
+    logits: np.ndarray | None  # (R, SAMPLE) f32
+
+
+class Recorder:
+    """Passes on what it is asked, with logits where the engine has them; `served` is what went through."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.info = engine.info
+        self.samples = engine.samples
+        self.columns = columns(engine.info.model.vocab_size)
+        self.served: list[Served] = []
+        self._engine = engine
+
+    def open(self, rows: int) -> Cache:
+        """See `engine.Engine.open`."""
+        return _RecordedCache(self, self._engine.open(rows))
+
+
+class _RecordedCache:
+    def __init__(self, recorder: Recorder, cache: Cache) -> None:
+        self.seconds = 0.0
+        self._recorder = recorder
+        self._cache = cache
+
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        recorder = self._recorder
+        if recorder.info.build.gather_generation_logits:
+            passes = [p._replace(logits=True) for p in passes]
+        predictions = self._cache.forward(passes, first)
+        self.seconds = self._cache.seconds
+        for p, got in zip(passes, predictions, strict=True):
+            logits = None if got.logits is None else got.logits[:, recorder.columns].copy()
+            result = (got.token.copy(), got.confidence.copy(), got.next_ids.copy(), logits)
+            recorder.served.append(Served(p, *result))
+        return predictions
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        self._cache.move(source, target, slots)
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def columns(vocab: int) -> np.ndarray:
+    """Ids spread over a vocabulary, at most SAMPLE of them."""
+    return np.unique(np.linspace(0, vocab - 1, min(vocab, SAMPLE)).astype(np.int64))

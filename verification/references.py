@@ -1,0 +1,57 @@
+"""What a verification compares with, by what --against names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..builder.checkpoint.folder import ADAPTER_FOLDER
+from ..builder.checkpoint.hub import resolve
+from ..config import ModelConfig, parse_config
+from ..engine_folder import is_engine
+from ..errors import CheckpointError, RequestError
+from ..runtime.loading import LoadedEngine, load
+from .network import Network
+from .replay import EngineReference
+from .verify import Reference
+from .weights import Weights
+
+
+def open_reference(
+    engine: LoadedEngine, against: str | None, adapter: Path | None, threads: int | None
+) -> tuple[Reference, str]:
+    """The reference and its name: the engine itself without `against`, else an engine or a checkpoint.
+
+    adapter: the folder of the drafter adapter, where it is not in the checkpoint's. Raises RequestError,
+    CheckpointError, EngineError.
+    """
+    if adapter is not None and (against is None or not engine.info.has_adapter):
+        raise RequestError(f"adapter is {adapter}, allowed: with --against a checkpoint, of an engine that has one")
+    if against is None:
+        return EngineReference(engine.backend, engine.backend), "itself"
+    if is_engine(Path(against)):
+        other = load(against, threads=threads)
+        _check_same(engine.info.model, other.info.model, against)
+        if engine.info.has_adapter != other.info.has_adapter:
+            raise RequestError(f"{against}: only one of the engines has a drafter adapter; choose another engine")
+        return EngineReference(other.backend, engine.backend), against
+    source = resolve(against)
+    weights = Weights(source.folder, None)
+    _check_same(engine.info.model, parse_config(weights.config), against)
+    if engine.info.has_adapter:
+        adapter = adapter or source.folder / ADAPTER_FOLDER
+        if not adapter.is_dir():
+            raise CheckpointError(f"{adapter}: no such folder, and the engine has a drafter adapter; give --adapter")
+        weights = Weights(source.folder, adapter)
+    build = engine.info.build
+    return Network(weights, build.dtype, build.quantization), source.name
+
+
+def _check_same(one: ModelConfig, other: ModelConfig, against: str) -> None:
+    """Refuse a model of another shape."""
+    for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "mask_id"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs:
+            raise RequestError(
+                f"{against}: another model, its {name} is {theirs} and the engine's is {mine}; give the checkpoint "
+                "that the engine was built from, or an engine of it"
+            )

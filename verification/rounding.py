@@ -1,0 +1,41 @@
+"""What rounding may do to a logit: from the checkpoint's own network where there is one, else by this estimate.
+
+Every result of a layer is rounded to within the unit roundoff `u` of its dtype, and a sum over E products in f32 to
+within about sqrt(E) 2^-24. Such errors are independent, so after n of them the relative error is about sqrt(n) as
+large. A layer has eight that count: two norms, projections in and out of attention and MLP, two inner values, two sums;
+embedding, last norm and head are four more. Logits have the relative error of the state they come from:
+
+    noise = sqrt(u^2 + E 2^-48) sqrt(8 layers + 4) std(logits)
+
+A weight on a coarser grid adds its own relative error to the u of its engine. docs/verify.md says what this was held
+against.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..engine_folder import EngineInfo
+
+UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+GRID = {"fp8": 0.03, "int8": 0.01, "int4": 0.1}  # relative error of a projection's result
+# The bounds, as multiples of the noise. Deviations of honest engines have a root mean square of 0.1 to 1.4 and long
+# tails, up to 25 in single positions whose attention hangs in the balance (docs/verify.md).
+LARGEST = 32.0  # deviation of one position
+NEAR_TIE = 16.0  # how far two logits may come closer or go apart, each
+USUAL = 2.0  # root mean square over many positions
+STATE = 4.0  # mean deviation of a layer's values
+
+
+def usual_bound(count: int) -> float:
+    """What the root mean square of `count` deviations may be; few are no average."""
+    return USUAL + LARGEST / 2 / math.sqrt(max(count, 1))
+
+
+def relative_noise(one: EngineInfo, other: EngineInfo) -> float:
+    """Expected relative difference of two engines' logits."""
+    squares = sum(UNIT[info.build.dtype] ** 2 + info.model.hidden_size * UNIT["f32"] ** 2 for info in (one, other))
+    grids = {info.build.quantization for info in (one, other)}
+    if len(grids) == 2:
+        squares += sum(GRID[name] ** 2 for name in grids if name is not None)
+    return math.sqrt(squares * (8 * one.model.num_layers + 4))

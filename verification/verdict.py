@@ -1,0 +1,119 @@
+"""Whether what an engine has predicted is right, a near tie, or wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from .network import Answer
+from .recorder import Served
+from .rounding import LARGEST, NEAR_TIE, usual_bound
+
+Kind = Literal["equal", "near_tie", "wrong", "strays"]
+
+
+@dataclasses.dataclass
+class Tally:
+    """Positions by verdict.
+
+    strays: right or nearly tied tokens whose logits or confidence are farther off than rounding takes them. largest,
+    squares: the largest deviation of logits, in multiples of what rounding does, and the sum of all their squares.
+    """
+
+    equal: int = 0
+    near_ties: int = 0
+    wrong: int = 0
+    strays: int = 0
+    largest: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        """How many were judged."""
+        return self.equal + self.near_ties + self.wrong + self.strays
+
+    @property
+    def usual(self) -> float:
+        """Root mean square of the deviations."""
+        return math.sqrt(self.squares / max(self.positions, 1))
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the positions together are farther off than rounding takes them, though each may be within it."""
+        return not self.usual <= usual_bound(self.positions)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong and not self.strays and not self.drifts
+
+    def add(self, verdict: Verdict) -> None:
+        """Count one position."""
+        self.equal += verdict.kind == "equal"
+        self.near_ties += verdict.kind == "near_tie"
+        self.wrong += verdict.kind == "wrong"
+        self.strays += verdict.kind == "strays"
+        self.largest = max(self.largest, verdict.deviation)
+        self.squares += verdict.deviation**2
+
+
+class Verdict(NamedTuple):
+    """Of one position."""
+
+    kind: Kind
+    deviation: float  # of its logits, in multiples of what rounding does
+    reason: str = ""
+
+
+def judge(served: Served, index: int, answer: Answer, place: int, columns: np.ndarray) -> Verdict:
+    """The verdict on prediction `index` of a pass, whose answer is at `place`."""
+    token = int(served.token[index])
+    noise = usual_noise(answer, place)
+    deviation = 0.0
+    if served.logits is not None:
+        right = answer.logits[place, np.searchsorted(answer.ids, columns)]
+        deviation = float(np.sqrt(np.square(served.logits[index] - right).mean())) / noise
+    expected = int(answer.token[place])
+    gap = answer.best[place] - answer.logit(place, token)
+    certainty = math.log(max(float(served.confidence[index]), 1e-30))
+    if token != expected and not is_near_tie(gap, certainty, answer, place):
+        return Verdict("wrong", deviation, f"token {token} where {expected} is best by {gap:.3g} in logits")
+    if not deviation <= LARGEST:  # nan too
+        return Verdict("strays", deviation, f"logits are off by {deviation:.3g} times what rounding does")
+    right_certainty = answer.best[place] - (0 if math.isnan(gap) else gap) - answer.total[place]
+    off = abs(certainty - right_certainty)
+    if off > 2 * LARGEST * noise + 1e-5:  # of the chosen logit and of the sum over all; and of f32's exp and log
+        return Verdict("strays", deviation, f"its probability is off by a factor of {math.exp(min(off, 700)):.6g}")
+    return Verdict("equal" if token == expected else "near_tie", deviation)
+
+
+def is_near_tie(gap: float, certainty: float, answer: Answer, place: int) -> bool:
+    """Whether rounding may make another token the best one that is `gap` behind it in logits."""
+    bound = math.sqrt(2) * NEAR_TIE * usual_noise(answer, place)
+    if not math.isnan(gap):
+        return bool(abs(gap) <= bound)
+    # Without logits: each of two tied tokens has half of the probability or less, and as much as the other.
+    right = float(answer.best[place] - answer.total[place])
+    return max(certainty, right) <= math.log(0.5) + bound and abs(certainty - right) <= bound
+
+
+def usual_noise(answer: Answer, place: int) -> float:
+    """What rounding does to logits at a place, at least what it does on average."""
+    return float(max(answer.noise[place], np.sqrt(np.square(answer.noise).mean()), 1e-30))
+
+
+def commit_error(served: Served, mask_id: int) -> str | None:
+    """What a pass has committed against the rule, by its own tokens and confidences."""
+    ids = served.pass_.ids[served.pass_.predicted]
+    is_open = ids == mask_id
+    chosen = is_open & (served.confidence >= np.float32(served.pass_.threshold))
+    if is_open.any():
+        chosen[np.where(is_open, served.confidence, -1).argmax()] = True
+    expected = np.where(chosen, served.token, ids)
+    if np.array_equal(served.next_ids, expected):
+        return None
+    at = int(np.flatnonzero(served.next_ids != expected)[0])
+    return f"commits {served.next_ids[at]} at {at}, where the rule gives {expected[at]}"

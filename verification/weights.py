@@ -1,0 +1,81 @@
+"""A checkpoint's tensors, each read when it is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  # gives numpy the name bfloat16, without which such a file cannot be read
+import numpy as np
+
+from ..errors import CheckpointError
+
+_PARTS = (
+    "input_layernorm",
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    "post_attention_layernorm",
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
+
+
+class Weights:
+    """The safetensors files of a checkpoint folder and of a drafter adapter, if the engine has one.
+
+    Raises CheckpointError where a file cannot be read.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None) -> None:
+        self.folder = folder
+        self.config: Mapping[str, Any] = _json(folder / "config.json")
+        self._files: dict[str, Path] = {}
+        index = folder / "model.safetensors.index.json"
+        names = set(_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        for file in sorted(names):
+            self._list(folder / file)
+        self._scale = np.float32(1)
+        self._adapter = adapter is not None
+        if adapter is not None:
+            values = _json(adapter / "adapter_config.json")
+            self._scale = np.float32(values["lora_alpha"] / values["r"])
+            self._list(adapter / "adapter_model.safetensors")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as f32."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._files.get(name)
+        if path is None:
+            raise CheckpointError(f"{self.folder}: has no tensor {name}; give the checkpoint the engine was built from")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return np.asarray(file.get_tensor(name), np.float32)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable ({error}); download the file again") from None
+
+    def layer(self, number: int) -> dict[str, np.ndarray]:
+        """The tensors of a layer by their part of the name; those of the adapter are `lora_A` and `lora_B`."""
+        at = f"encoder.layers.{number}"
+        layer = {part: self.read(f"{at}.{part}.weight") for part in _PARTS}
+        if self._adapter:
+            for side, scale in (("A", np.float32(1)), ("B", self._scale)):
+                layer[f"lora_{side}"] = self.read(f"base_model.model.{at}.self_attn.o_proj.lora_{side}.weight") * scale
+        return layer
+
+    def _list(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not readable ({error}); give a complete checkpoint folder") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable ({error}); give a complete checkpoint folder") from None
+    return values
