@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from .commands.answers import one_line
+from .commands.batch import batch
 from .commands.build import build, export
 from .commands.chat import chat
 from .commands.doctor import doctor
@@ -72,5 +73,20 @@ def main(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (build, export, inspect, verify, run, chat, infill, revise, serve, trace, triton, doctor, evaluate):
+for command in (
+    build,
+    export,
+    inspect,
+    verify,
+    run,
+    chat,
+    batch,
+    infill,
+    revise,
+    serve,
+    trace,
+    triton,
+    doctor,
+    evaluate,
+):
     main.add_command(command)

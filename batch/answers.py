@@ -1,4 +1,4 @@
-"""The answers to a file of prompts, in the order of its lines."""
+"""The answers to the lines of a file of prompts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def answer_lines(
     lines: list[Line],
     flags: Mapping[str, Any],
     write: Callable[[Event], Event],
+    *,
+    in_order: bool = True,
     **choices: Any,
 ) -> Iterator[tuple[Line, Generation | NemodiffError]]:
-    """Each line with its answer, or with what went wrong with it alone.
+    """Each line with its answer, or with what went wrong with it alone; in their order, or as they end.
 
     Lines become requests as rows become free. `write` sees every event; `choices` are those of `sequence_events`.
     """
@@ -63,10 +65,15 @@ def answer_lines(
     for event in map(write, sequence_events(engine, prepared(), failed=failed, **choices)):
         if isinstance(event, Finished):
             running.pop(event.request).result = event.generation
-        yield from _ended(begun)
-    yield from _ended(begun)
+        yield from _ended(begun, in_order)
+    yield from _ended(begun, in_order)
 
 
-def _ended(begun: deque[_Place]) -> Iterator[tuple[Line, Generation | NemodiffError]]:
-    while begun and (result := begun[0].result) is not None:
-        yield begun.popleft().line, result
+def _ended(begun: deque[_Place], in_order: bool) -> Iterator[tuple[Line, Generation | NemodiffError]]:
+    """Those of the places that have a result and, in order, none before them without one; they are taken out."""
+    for place in list(begun):
+        if place.result is not None:
+            begun.remove(place)
+            yield place.line, place.result
+        elif in_order:
+            return

@@ -59,14 +59,34 @@ def read_lines(path: Path, *, as_json: bool) -> list[Line]:
     lines = []
     for number, text in enumerate(texts, 1):
         if text.strip():
-            place = f"{path}, line {number}"
-            fields = _object(text, place)
-            try:
-                prompt, options = _prompt(fields), _options(fields, as_json)
-            except RequestError as error:
-                raise RequestError(f"{place}: {error}") from None
-            lines.append(Line(path, number, prompt, options, {n: fields[n] for n in _LABELS if n in fields}))
+            fields = read_object(text, f"{path}, line {number}")
+            lines.append(make_line(fields, path, number, as_json=as_json))
     return lines
+
+
+def make_line(fields: Mapping[str, Any], path: Path, number: int, *, as_json: bool) -> Line:
+    """The line with some fields, its keys and the values of its options checked. Raises RequestError."""
+    try:
+        prompt, options = _prompt(fields), _options(fields, as_json)
+    except RequestError as error:
+        raise RequestError(f"{path}, line {number}: {error}") from None
+    return Line(path, number, prompt, options, labels(fields))
+
+
+def labels(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What comes back with the answer to some fields."""
+    return {name: fields[name] for name in _LABELS if name in fields}
+
+
+def read_object(text: str, place: str) -> dict[str, Any]:
+    """The fields that a line gives: null means not given, as in HTTP bodies. Raises RequestError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{place}: not JSON ({error}); one object per line is allowed") from None
+    if "\\u" in text:  # the only way to spell half a character
+        check_text(json.dumps(value, ensure_ascii=False), place)
+    return {n: v for n, v in value.items() if v is not None} if isinstance(value, dict) else {}
 
 
 def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any], rows: int) -> None:
@@ -98,17 +118,6 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
                 raise
         except RequestError as error:
             raise line.refusal(error) from None
-
-
-def _object(text: str, place: str) -> dict[str, Any]:
-    """The fields that a line gives: null means not given, as in HTTP bodies."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{place}: not JSON ({error}); one object per line is allowed") from None
-    if "\\u" in text:  # the only way to spell half a character
-        check_text(json.dumps(value, ensure_ascii=False), place)
-    return {n: v for n, v in value.items() if v is not None} if isinstance(value, dict) else {}
 
 
 def _prompt(fields: Mapping[str, Any]) -> str | list[Message]:

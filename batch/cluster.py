@@ -1,0 +1,56 @@
+"""Ray: connected to a cluster or begun on this machine, silent but for what is asked of it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import RequestError
+
+_PATIENCE = 10.0  # seconds
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Any]:
+    """The module ray, connected. Raises RequestError where it is missing or no cluster answers."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of its native code, which else writes into ours
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # the same for its usage reports as for ONNX Runtime's
+    try:
+        import ray
+        from ray.data import DataContext
+    except ModuleNotFoundError as error:
+        raise RequestError(f"{error.name} is missing; install it: pip install 'nemodiff[ray]'") from None
+    begun = not ray.is_initialized()
+    if begun:
+        address = address or os.environ.get("RAY_ADDRESS")
+        try:
+            if address is not None and ":" in address:  # Ray itself tries for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RequestError(
+                f"{address or 'Ray'}: no cluster answers ({reason(error)}); give "
+                "--address HOST:PORT of its head, or none for this machine"
+            ) from None
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        yield ray
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+def reason(error: BaseException) -> str:
+    """The last line of what a worker raised, without Ray's own words around it."""
+    cause = getattr(error, "cause", None) or error.__cause__
+    if isinstance(cause, BaseException):
+        return reason(cause)
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

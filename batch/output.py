@@ -1,0 +1,83 @@
+"""The folder of a job's answers: whose it is, and what lies in it beside the parts."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+from .parts import JOURNALS
+from .shards import Shard
+
+JOB_FILE = "job.json"
+FAILED_FILE = "failed.jsonl"
+
+
+@contextlib.contextmanager
+def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
+    """The folder for this process and this job alone; `said` is what makes it the same job, as plain JSON.
+
+    Raises RequestError where the folder belongs to another job or process.
+    """
+    made = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / JOB_FILE
+    if not path.exists() and any(output.iterdir()):
+        raise RequestError(f"{output}: holds files but no {JOB_FILE}; give an empty folder or one of the same job")
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RequestError(f"{output}: another process works on it; wait or give another folder") from None
+        file.seek(0)
+        try:
+            before = json.loads(file.read() or "null")
+        except ValueError:
+            before = None  # torn when it was first written: nothing had been answered
+        if before is None:
+            file.truncate(0)
+            file.write(json.dumps(said, indent=2) + "\n")
+            file.flush()
+        elif before != said:
+            name = next(name for name in said if before.get(name) != said[name])
+            raise RequestError(
+                f"{output}: holds answers of another job, whose {name} is {_short(before.get(name))}, now "
+                f"{_short(said[name])}; give another folder, or the same command to go on"
+            )
+        try:
+            yield
+        finally:
+            if list(output.iterdir()) == [path]:  # nothing has come of it
+                path.unlink()
+                if made:
+                    output.rmdir()
+
+
+def check_leftovers(output: Path, shards: list[Shard], suffix: str) -> None:
+    """Refuse parts whose rows the input no longer has. Raises RequestError."""
+    known = {output / f"{shard.part}{suffix}" for shard in shards} | {output / FAILED_FILE}
+    for path in sorted(output.rglob(f"*{suffix}")):
+        if path not in known and JOURNALS not in path.parts and not path.name.startswith("."):
+            raise RequestError(
+                f"{path}: holds answers to rows that the input no longer has; restore the input or give another folder"
+            )
+
+
+def write_failed(output: Path, failures: list[dict[str, Any]]) -> None:
+    """Put the rows that failed, and why, into a file of their own; no file where none did."""
+    path = output / FAILED_FILE
+    if not failures:
+        path.unlink(missing_ok=True)
+        return
+    partial = output / f".{FAILED_FILE}.partial"
+    partial.write_text("".join(json.dumps(failure) + "\n" for failure in failures), encoding="utf-8")
+    partial.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,155 @@
+"""`nemodiff batch` on real Ray: a killed command goes on, a lost machine costs nothing, wrong folders are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Refused, assert_one_line
+
+import nemodiff
+from nemodiff.batch.parts import JOURNALS
+
+pytest.importorskip("ray")
+ROWS = 240
+OPTIONS = ["--max-new-tokens", "24", "--mode", "ar", "--rows-per-part", "20", "--batch-size", "2"]
+CLUSTER = Path(__file__).parents[1] / "stand_ins" / "ray_cluster.py"
+PATIENCE = 120.0  # seconds
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """Of a command whose Ray keeps its files in a short-lived folder; a socket's path has room for a short name."""
+    folder = tempfile.mkdtemp(prefix="ray")
+    yield {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"id": i, "prompt": f"Count from {i % 12} to {i}."} for i in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(engine: Path, prompts: Path, output: Path, *flags: str) -> list[str]:
+    words = ["batch", str(engine), "--input", str(prompts), "--output", str(output), *OPTIONS, *flags]
+    return [sys.executable, "-m", "nemodiff", *words]
+
+
+def waited(condition: Any) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def journaled(output: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in output.glob(f"{JOURNALS}/*"))
+
+
+def check(output: Path, engine: Path) -> None:
+    """Every row has one answer, in the input's order; a sample is what the engine answers alone."""
+    rows = [
+        json.loads(line) for path in sorted(output.glob("prompts-*.jsonl")) for line in path.read_text().splitlines()
+    ]
+    assert [row["id"] for row in rows] == list(range(ROWS))
+    assert not (output / JOURNALS).exists()
+    loaded = nemodiff.load(engine, threads=1)
+    for i in range(0, ROWS, 40):
+        alone = nemodiff.generate(loaded, f"Count from {i % 12} to {i}.", max_new_tokens=24, mode="ar")
+        assert rows[i]["token_ids"] == alone.token_ids
+
+
+def test_a_killed_command_goes_on(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    words = command(tiny_engine, prompts, output, "--threads", "1")
+    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    waited(lambda: journaled(output) > 3 or first.poll() is not None)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    waited(lambda: not _alive(first.pid))
+    before = journaled(output) + 20 * len(list(output.glob("prompts-*.jsonl")))
+    assert 3 < before < ROWS
+    second = subprocess.run(words, env=environment, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert second.returncode == 0, second.stderr
+    last = second.stderr.splitlines()[-1]
+    assert f"{ROWS - before} rows answered" in last
+    assert f"{before} kept from before, 0 failed" in last
+    check(output, tiny_engine)
+
+
+def _alive(group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, 0)
+        return True
+    return False
+
+
+def test_a_lost_machine_costs_nothing(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    started = [sys.executable, str(CLUSTER)]
+    with subprocess.Popen(
+        started, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as cluster:
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            address = cluster.stdout.readline().strip()
+            words = command(tiny_engine, prompts, output, "--address", address)
+            job = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+            waited(lambda: len(list(output.glob(f"{JOURNALS}/*"))) > 1 or job.poll() is not None)
+            cluster.stdin.write("kill\n")
+            cluster.stdin.flush()
+            assert cluster.stdout.readline() == "killed\n"
+            assert len(list(output.glob("prompts-*.jsonl"))) < ROWS // 20
+            _, said = job.communicate(timeout=PATIENCE)
+        finally:
+            cluster.stdin.close()
+    assert job.returncode == 0, said
+    assert "by 2 workers" in said.splitlines()[-1]
+    check(output, tiny_engine)
+
+
+def test_folders_of_others_are_refused(tiny_engine: Path, prompts: Path, tmp_path: Path, refused: Refused) -> None:
+    words = ["batch", str(tiny_engine), "--input", str(prompts), "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    refused(words, "holds files but no job.json", "give an empty folder")
+    (tmp_path / "out" / "notes.txt").unlink()
+    (tmp_path / "out" / "job.json").write_text(json.dumps({"engine": "another"}))
+    refused(words, "holds answers of another job, whose engine is", "give another folder")
+
+
+def test_what_no_row_could_get_is_refused_at_once(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, refused: Refused
+) -> None:
+    words = ["batch", str(tiny_engine), "--output", str(tmp_path / "out"), "--input"]
+    refused([*words, str(tmp_path / "none.jsonl")], "none.jsonl: no such file")
+    refused([*words, str(prompts), "--threshold", "-1"], "threshold")
+
+
+def test_a_cluster_that_is_not_there(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    words = command(tiny_engine, prompts, tmp_path / "out", "--address", "127.0.0.1:1")
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert_one_line(ended.stderr, "127.0.0.1:1: no cluster answers", "give --address HOST:PORT")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,50 @@
+"""`nemodiff.batch.Predictor`: the answers of `generate`, in columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nemodiff
+from nemodiff.batch import Predictor
+from nemodiff.errors import RequestError
+
+
+def test_a_batch_gets_its_answers(tiny_engine: Path) -> None:
+    predictor = Predictor(tiny_engine, threads=1, max_new_tokens=8, block_length=8)
+    prompts = ["Count from 3 to 9.", "Count from 1 to 4.", "x" * 60_000]
+    batch = {
+        "prompt": np.array(prompts, object),
+        "mode": np.array(["ar", None, "ar"], object),
+        "max_new_tokens": np.array([5.0, np.nan, np.nan]).astype(object),
+        "weight": np.arange(3),
+    }
+    batch["max_new_tokens"][0] = 5
+    out = predictor(batch)
+    engine = nemodiff.load(tiny_engine, threads=1)
+    first = nemodiff.generate(engine, prompts[0], mode="ar", max_new_tokens=5)
+    second = nemodiff.generate(engine, prompts[1], max_new_tokens=8, block_length=8)
+    assert out["text"].tolist() == [first.text, second.text, None]
+    assert out["tokens"].tolist() == [len(first.token_ids), len(second.token_ids), 0]
+    assert out["error"][:2].tolist() == [None, None]
+    assert "max_seq_len" in out["error"][2]
+    assert out["weight"].tolist() == [0, 1, 2]
+
+
+def test_messages_of_numpy_are_taken(tiny_engine: Path) -> None:
+    predictor = Predictor(tiny_engine, threads=1, max_new_tokens=4, mode="ar")
+    message = {"role": "user", "content": "Count from 3 to 9."}
+    column = np.empty(1, object)
+    column[0] = np.array([message], object)
+    engine = nemodiff.load(tiny_engine, threads=1)
+    assert (
+        predictor({"messages": column})["text"][0]
+        == nemodiff.generate(engine, [message], max_new_tokens=4, mode="ar").text
+    )
+
+
+def test_a_wrong_option_is_refused_before_the_engine_is_read() -> None:
+    with pytest.raises(RequestError, match="allowed"):
+        Predictor("nowhere", mode="arr")
