@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .fields import Fields
+from .vision import VisionConfig, parse_vision
 
 if TYPE_CHECKING:
     import numpy as np
 
-_LARGEST = (2 - 2**-23) * 2.0**127  # of f32
-_SMALLEST = 1e-30
+_VLM = "nemotron_labs_diffusion_vlm"
+_ARCHITECTURES = {"nemotron_labs_diffusion": "NemotronLabsDiffusionModel", _VLM: "NemotronLabsDiffusionVLMModel"}
 # Fields with one supported value: any other would need another graph.
 _FIXED: dict[str, object] = {
     "hidden_act": "silu",
@@ -31,6 +32,11 @@ _IGNORED = """
     attention_dropout initializer_range torch_dtype dtype use_cache attn_implementation _attn_implementation
     ar_loss_weight dlm_loss_weight dp_varying_mask_ratio bos_token_id pad_token_id transformers_version auto_map
     rope_scaling rope_theta _name_or_path
+"""
+# Of the vision-language model's training.
+_IGNORED_VLM = """
+    dlm_type dlm_arch complementary_mask global_loss_avg prefix_ratio adaptive_mask_rate tok_mask_half_life_ratio
+    diff_loss_weight
 """
 
 
@@ -87,11 +93,12 @@ class ModelConfig:
     block_length: int
     eos_ids: tuple[int, ...]
     rope: RopeConfig
+    vision: VisionConfig | None = None  # of a model that sees images
     unknown_fields: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
-        """Number of weights, the drafter adapter not counted."""
+        """Number of the decoder's weights, the drafter adapter not counted."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
@@ -101,55 +108,11 @@ class ModelConfig:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
 
-class _Fields:
-    """Reads typed fields of one JSON object, remembers which were read, and names the file in every message."""
-
-    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self.where = where
-        self.values = values
-        self.read: set[str] = set()
-
-    def fail(self, key: str, got: object, allowed: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.where}: {key} is {got!r:.100}, allowed: {allowed}; fix the file or use another checkpoint"
-        )
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return self.values.get(key, default)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None:  # a field written as null is a field left out
-            value = default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-            raise self.fail(key, value if key in self.values else "missing", "a finite f32 number")
-        return float(value)
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self.number(key, default)
-        if value < _SMALLEST:  # a smaller divisor would overflow
-            raise self.fail(key, value, f"{_SMALLEST:g} or more")
-        return value
-
-    def integer(self, key: str, low: int = 1, high: int = 2**31 - 1) -> int:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(key, value if key in self.values else "missing", f"an integer from {low} to {high}")
-        return value
-
-    def one_of(self, key: str, allowed: tuple[object, ...], default: object) -> Any:
-        value = self.get(key, default)
-        if value not in allowed:
-            raise self.fail(key, value, " or ".join(map(repr, allowed)))
-        return value
-
-
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read `config.json`, and `generation_config.json` for more EOS ids. Raises CheckpointError."""
-    fields = _Fields("config.json", values)
-    fields.one_of("architectures", (["NemotronLabsDiffusionModel"],), "missing")
-    fields.one_of("model_type", ("nemotron_labs_diffusion",), "missing")
+    fields = Fields("config.json", values)
+    kind = fields.one_of("model_type", tuple(_ARCHITECTURES), "missing")
+    fields.one_of("architectures", ([_ARCHITECTURES[kind]],), "missing")
     for key, allowed in _FIXED.items():
         fields.one_of(key, (allowed,), allowed)
     # How it was trained; the mask is chosen per request, so an engine is the same for each.
@@ -169,6 +132,7 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
         block_length=fields.integer("block_size"),
         eos_ids=_eos_ids(fields, generation or {}),
         rope=rope,
+        vision=parse_vision(fields) if kind == _VLM else None,
     )
     if config.num_heads % config.num_kv_heads:
         raise fields.fail("num_key_value_heads", config.num_kv_heads, f"a divisor of {config.num_heads}")
@@ -179,23 +143,23 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
             raise fields.fail(name, ids, f"ids below vocab_size {config.vocab_size}")
     if config.mask_id in config.eos_ids:
         raise fields.fail("mask_token_id", config.mask_id, "an id that is not an EOS")
-    unknown = set(values) - fields.read - set(_IGNORED.split())
+    unknown = set(values) - fields.read - set(_IGNORED.split()) - (set(_IGNORED_VLM.split()) if kind == _VLM else set())
     return dataclasses.replace(config, unknown_fields=tuple(sorted(unknown)))
 
 
-def _eos_ids(fields: _Fields, generation: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos_ids(fields: Fields, generation: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text: those of generation_config.json and then those of config.json."""
     own = fields.get("eos_token_id")
     if generation.get("eos_token_id") is None:
         return _ids(fields)
-    named = _ids(_Fields("generation_config.json", generation))
+    named = _ids(Fields("generation_config.json", generation))
     # What no token of a text can be is left out here, since generation_config.json gives an end without it.
     vocab, mask = fields.integer("vocab_size", 2), fields.integer("mask_token_id", 0)
     more = [i for i in (own if isinstance(own, list) else [own]) if type(i) is int and 0 <= i < vocab and i != mask]
     return tuple(dict.fromkeys([*named, *more]))
 
 
-def _ids(fields: _Fields) -> tuple[int, ...]:
+def _ids(fields: Fields) -> tuple[int, ...]:
     value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
@@ -203,13 +167,13 @@ def _ids(fields: _Fields) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _parse_rope(outer: _Fields) -> RopeConfig:
+def _parse_rope(outer: Fields) -> RopeConfig:
     """`rope_parameters`, or `rope_scaling` (its older name) with `rope_theta` beside it."""
     values = outer.get("rope_parameters") or outer.get("rope_scaling")
     if not isinstance(values, Mapping):
         raise outer.fail("rope_parameters", values, "an object with rope_type and rope_theta")
     outside = {"rope_theta": outer.get("rope_theta")} if "rope_theta" in outer.values else {}
-    fields = _Fields("config.json: rope_parameters", {**outside, **values})
+    fields = Fields("config.json: rope_parameters", {**outside, **values})
     kind = fields.one_of("rope_type", ("yarn", "default"), fields.get("type", "missing"))
     theta = fields.number("rope_theta")
     if theta <= 1:
@@ -234,7 +198,7 @@ def _parse_rope(outer: _Fields) -> RopeConfig:
     return rope
 
 
-def _attention_factor(fields: _Fields, factor: float) -> float:
+def _attention_factor(fields: Fields, factor: float) -> float:
     """What cos and sin are multiplied by: 1 in every released checkpoint, as mscale equals mscale_all_dim."""
 
     def magnitude(scale: float) -> float:

@@ -4,7 +4,7 @@
 runtime allocates them from the same list.
 
 Letters in shapes: B rows, S tokens this pass, R of them that are predicted, T cache capacity, V vocabulary; G key/value
-heads and D head size are numbers of the model.
+heads and D head size are numbers of the model. Of images: N patches, M and F embeddings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from .config import ModelConfig
+from .vision import CHANNELS, VisionConfig
 
 DOMAIN = "nemodiff"  # of the custom ops
 MAX_BLOCK = 64  # tokens; the block profile of the compiled backends is 1..64
@@ -30,6 +31,7 @@ Dtype = Literal["f32", "f16", "bf16"]
 Quantization = Literal["fp8"]  # of the projections: e4m3 with an f32 scale per output
 # Which backends have each; a projection's inputs are then a multiple of 16.
 QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"fp8": ("torch",)}
+VISION_BACKENDS: tuple[Backend, ...] = ("onnxruntime",)  # that have the second graph of a model that sees images
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
@@ -57,6 +59,7 @@ class BuildConfig:
     max_input_len: int = PREFILL_CHUNK
     gather_generation_logits: bool = True
     quantization: Quantization | None = None
+    max_image_size: int = 0  # pixels; larger images are scaled down to it. 0 for a model that sees none
 
 
 def dtype_line(dtype: str, quantization: str | None) -> str:
@@ -93,7 +96,9 @@ def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
 
     `visible` holds `(prefix_end, span_begin, span_end)` per query: it sees cache slots `[0, prefix_end)` and
     `[span_begin, span_end)`, after this pass has written its own K/V at `[write_at, write_at + S)`. `rows` picks the
-    tokens that get the head. `adapter` is 1 where the drafter LoRA acts, present only if the engine has one.
+    tokens that get the head. `adapter` is 1 where the drafter LoRA acts, present only if the engine has one. A model
+    that sees images has `embeddings`, F of them and at least one, and `embedding`: which of them stands in the place of
+    a token's own, -1 for none.
     """
     cache = ("B", model.num_kv_heads, "T", model.head_dim)
     gate = [Binding("adapter", "f32", ("B", "S"))] if adapter else []
@@ -104,9 +109,32 @@ def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
         Binding("visible", "i32", ("B", "S", 3)),
         Binding("rows", "i32", ("B", "R")),
         *gate,
+        *(_embeddings(model) if model.vision else []),
         Binding("threshold", "f32", ("B",)),
         *(Binding(name, "compute", cache) for name in cache_names(model.num_layers)),
     ]
+
+
+def _embeddings(model: ModelConfig) -> list[Binding]:
+    return [Binding("embedding", "i32", ("B", "S")), Binding("embeddings", "f32", ("F", model.hidden_size))]
+
+
+def vision_inputs(vision: VisionConfig) -> list[Binding]:
+    """Inputs of the vision graph, for N patches of one or more images.
+
+    The patches of a token are neighbours, row by row, as are the tokens of an image. `positions` holds row and column
+    in patches. `visible` is as in `inputs`, over patches: each sees those of its own image.
+    """
+    return [
+        Binding("patches", "f32", ("N", CHANNELS * vision.patch_size**2)),
+        Binding("positions", "i32", ("N", 2)),
+        Binding("visible", "i32", (1, "N", 3)),
+    ]
+
+
+def vision_outputs(model: ModelConfig) -> list[Binding]:
+    """Output of the vision graph: the embedding of each of M tokens, M = N / merge^2."""
+    return [Binding("features", "f32", ("M", model.hidden_size))]
 
 
 def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:

@@ -9,19 +9,24 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .config import ModelConfig, parse_config
 from .contract import BACKEND_DTYPES, COMPILED, ITEMSIZE, MAX_BATCH, MAX_BLOCK, QUANTIZATIONS, BuildConfig
 from .errors import CheckpointError, EngineError
 
-# A reader refuses a newer schema. It reads 2, which has no quantization, and 1, which has no max_input_len either.
-SCHEMA = 3
+# A reader refuses a newer schema. It reads 3, which has no images, 2, which has no quantization, and 1, which has no
+# max_input_len either.
+SCHEMA = 4
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph
+# The second graph of a model that sees images.
+VISION_MODEL_FILE = "vision.onnx"
+VISION_WEIGHTS_FILE = "vision.onnx.data"
+VISION_TENSORS_FILE = "vision.safetensors"
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
@@ -38,6 +43,18 @@ TEMPLATES_FOLDER = "additional_chat_templates"  # of named ones, NAME.jinja
 
 
 DEFAULT_TEMPLATE_FILE = f"{TEMPLATES_FOLDER}/default.jinja"
+
+
+class ImageTokens(NamedTuple):
+    """The special tokens of an image in a prompt: a start, rows of pads with a break between two, and an end."""
+
+    start: str = "<|image_start|>"
+    pad: str = "<|image_pad|>"
+    row_break: str = "<|image_break|>"
+    end: str = "<|image_end|>"
+
+
+IMAGE_TOKENS = ImageTokens()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +216,7 @@ def read_engine(folder: Path) -> EngineInfo:
         raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
     _check_build(build, folder / CONFIG_FILE, again)
     _check_backend(info, folder, again)
+    _check_images(info, folder / CONFIG_FILE, again)
     _check_sizes(folder, sizes, again)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         _read_object(folder / TOKENIZER_CONFIG_FILE, again)
@@ -272,6 +290,14 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
         )
     if (info.manifest.tensorrt is None) == (backend in COMPILED):
         raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
+
+
+def _check_images(info: EngineInfo, path: Path, again: str) -> None:
+    size, vision = info.build.max_image_size, info.model.vision
+    allowed = "0, as the model sees no images" if vision is None else f"a multiple of {vision.cell}"
+    right = type(size) is int and (size == 0 if vision is None else size > 0 and size % vision.cell == 0)
+    if not right:
+        raise EngineError(f"{path}: max_image_size is {size!r}, allowed: {allowed}; {again}")
 
 
 def _parse_tensorrt(values: Any) -> TensorRTInfo | None:

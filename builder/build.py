@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 
+from ..config import ModelConfig
 from ..contract import (
     BACKEND_DTYPES,
     COMPILED,
@@ -33,6 +34,8 @@ from ..engine_folder import (
     MODEL_FILE,
     TENSORS_FILE,
     TOKENIZER_FILE,
+    VISION_MODEL_FILE,
+    VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
     EngineInfo,
     Kernel,
@@ -47,12 +50,13 @@ from .checkpoint.layout import as_safetensors, match
 from .checkpoint.mistral_regex import correct, has_wrong_regex
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
-from .checks import check_backend, check_config
+from .checks import check_backend, check_config, check_vision
 from .compilers.choices import Choices, require, targets
 from .compilers.kernels import OLDEST_SM, compile_kernels
 from .compilers.profiles import profiles
 from .compilers.tensorrt import Compiled, compile_engine
 from .graph.graph import Graph, build_graph
+from .graph.vision import build_vision_graph
 from .manifest import FileEntry, file_entry, folder_entries, make_manifest
 from .plan import Plan, make_plan
 from .resources import check_build_disk, check_compile_memory
@@ -75,6 +79,8 @@ class Builder:
         quantization: `fp8` stores the layers' projections in 8 bits, torch only; default none.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
+        max_image_size: pixels to which the longer side of a larger image is scaled down; a model that sees images
+            only; default 1400 or what its tower was trained on if smaller.
         headers_only: of a hub id fetch no weights, which is enough for `plan()`.
         fix_mistral_regex: mend a tokenizer with the pattern that `checkpoint/mistral_regex.py` knows to be wrong.
 
@@ -99,6 +105,7 @@ class Builder:
         adapter: str | Path | None = None,
         headers_only: bool = False,
         fix_mistral_regex: bool = False,
+        max_image_size: int | None = None,
     ) -> None:
         self.output = Path(output)
         self.backend = backend
@@ -115,6 +122,7 @@ class Builder:
         if fix_mistral_regex and not has_wrong_regex(tokenizer):
             raise BuildError(f"--fix-mistral-regex: {tokenizer} does not have the wrong pattern; leave the flag out")
         model = self.checkpoint.model
+        check_vision(backend, model)
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
@@ -124,6 +132,7 @@ class Builder:
             max_input_len=min(PREFILL_CHUNK, length) if max_input_len is None else max_input_len,
             gather_generation_logits=logits,
             quantization=quantization,
+            max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
         )
         check_config(self.config, model)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()
@@ -139,23 +148,34 @@ class Builder:
         self._header = b""  # of the weights file
         if backend == "torch":
             self.graph, self._header = as_safetensors(self.graph, quantization)
+        self.vision: Graph | None = build_vision_graph(model, self.config.dtype) if model.vision else None
         self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
-        match(self.graph, self.tensors, self.source.folder / CONFIG_FILE)
+        match([self.graph, *([self.vision] if self.vision else [])], self.tensors, self.source.folder / CONFIG_FILE)
 
     def plan(self) -> Plan:
         """What the build will make and need; nothing is written."""
         return make_plan(
-            self.checkpoint, self.graph, self.config, self.output, self.backend, fix_regex=self.fix_mistral_regex
+            self.checkpoint,
+            self.weight_bytes,
+            self.config,
+            self.output,
+            self.backend,
+            fix_regex=self.fix_mistral_regex,
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights files."""
+        return self.graph.weight_bytes + (self.vision.weight_bytes if self.vision else 0)
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Path:
         """Write the engine folder and return its path; `advance` gets each number of weight bytes written."""
         if self.source.headers_only:
             raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to build")
         sms = targets(self.backend, self.choices) if self._compiled else ()
-        check_build_disk(self.output, self.graph.weight_bytes, self.config.dtype, self._compiled)
+        check_build_disk(self.output, self.weight_bytes, self.config.dtype, self._compiled)
         if self._compiled:
-            check_compile_memory(self.backend, self.graph.weight_bytes)
+            check_compile_memory(self.backend, self.weight_bytes)
         with ThreadPoolExecutor(1) as pool, staged(self.output) as stage:
             # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
             # A compiled build hashes later: copying keeps two processors busy, compiling hardly more than one, and
@@ -197,9 +217,14 @@ class Builder:
             header=self._header,
             once=self._compiled,
         )
+        digests = {weights.name: digest}
         if self.backend != "torch":
             onnx.save(self.graph.proto, stage / MODEL_FILE)
-        return {weights.name: digest}
+        if self.vision:
+            weights = stage / VISION_WEIGHTS_FILE
+            digests[weights.name] = write_weights(self.vision, self.tensors, weights, advance)
+            onnx.save(self.vision.proto, stage / VISION_MODEL_FILE)
+        return digests
 
     def _start_kernels(self, pool: Executor, stage: Path, sms: tuple[int, ...]) -> Future[tuple[Kernel, ...]]:
         """Compile the kernels of the plugins and of what samples after the engine."""
@@ -221,3 +246,7 @@ class Builder:
             model=stage / MODEL_FILE,
             engine=stage / ENGINE_FILE,
         )
+
+
+def _max_image_size(model: ModelConfig) -> int:
+    return model.vision.default_max_image_size if model.vision else 0

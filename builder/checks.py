@@ -9,6 +9,7 @@ from ..contract import (
     MAX_BATCH,
     MAX_BLOCK,
     QUANTIZATIONS,
+    VISION_BACKENDS,
     Backend,
     BuildConfig,
     Dtype,
@@ -52,6 +53,15 @@ def check_backend(
         )
 
 
+def check_vision(backend: Backend, model: ModelConfig) -> None:
+    """Refuse a model that sees images where the backend has no graph for them. Raises BuildError."""
+    if model.vision and backend not in VISION_BACKENDS:
+        raise BuildError(
+            f"--backend {backend}: has no graph for the images that this model sees, allowed: "
+            f"{', '.join(VISION_BACKENDS)}; build with --backend {VISION_BACKENDS[0]}"
+        )
+
+
 def check_config(config: BuildConfig, model: ModelConfig) -> None:
     """Refuse what the model or the engine's limits do not allow. Raises BuildError."""
     for flag, value, high, reason in (
@@ -62,6 +72,12 @@ def check_config(config: BuildConfig, model: ModelConfig) -> None:
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
             raise BuildError(f"{flag} is {value!r}, allowed: 1 to {high} ({reason}); choose a value in that range")
+    if model.vision:
+        cell, size = model.vision.cell, config.max_image_size
+        if type(size) is not int or size < cell or size % cell:
+            raise BuildError(f"--max-image-size is {size!r}, allowed: multiples of {cell}; choose one of them")
+    elif config.max_image_size:
+        raise BuildError("--max-image-size: this model sees no images; leave it out")
     if config.quantization:
         for width in (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size):
             if width % fp8_linear.MULTIPLE:

@@ -83,9 +83,14 @@ class Exporter:
         check_target(self.output, EXPORT)
         self.source: Source = resolve(str(checkpoint), headers_only=headers_only)
         self.checkpoint: Checkpoint = open_checkpoint(self.source.folder)
+        if self.checkpoint.model.vision:
+            raise BuildError(
+                f"{self.source.folder / CONFIG_FILE}: the model sees images, which no Ministral-3 twin does; build an "
+                "engine from it, or export one of the text models"
+            )
         # The twin's tensors are the engine's, so the graph of an engine is the list of what must be there.
         graph = build_graph(self.checkpoint.model, "f32")
-        match(graph, self.checkpoint.tensors, self.source.folder / CONFIG_FILE)
+        match([graph], self.checkpoint.tensors, self.source.folder / CONFIG_FILE)
         self.shards: dict[str, list[Tensor]] = {}
         for tensor in sorted(self.checkpoint.tensors.values(), key=lambda t: (t.file.name, t.offset)):
             self.shards.setdefault(tensor.file.name, []).append(tensor)

@@ -10,7 +10,6 @@ from typing import Any
 from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, size_text
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 from .checkpoint.checkpoint import Checkpoint
-from .graph.graph import Graph
 from .resources import disk_free, memory_needed
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB that GPUs are sold with
@@ -31,6 +30,8 @@ class Plan:
     tensors: int
     checkpoint_bytes: int
     parameters: int
+    vision_parameters: int
+    image_tokens: int  # of an image of the largest size; 0 for a model that sees none
     adapter_rank: int
     weight_bytes: int
     disk_free: int
@@ -58,6 +59,7 @@ class Plan:
         return [
             f"checkpoint   {checkpoint}: {self.tensors} tensors, {size_text(self.checkpoint_bytes)}",
             f"parameters   {self.parameters:,}, {adapter}",
+            *([self._image_line()] if self.image_tokens else []),
             f"engine       {self.backend}, {dtype}, block length {build.block_length}, {limits}",
             f"disk         {size_text(self.disk_needed)} to write under {output}, {size_text(self.disk_free)} free",
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {build.max_seq_len}",
@@ -65,6 +67,13 @@ class Plan:
             *(ignored if self.unknown_fields else []),
             *(f"note         {note}" for note in self.notes),
         ]
+
+    def _image_line(self) -> str:
+        size = self.build.max_image_size
+        return (
+            f"images       {self.vision_parameters:,} parameters of tower and projector, up to {self.image_tokens} "
+            f"tokens for an image, of {size} x {size} pixels or larger"
+        )
 
     def _processor_lines(self) -> list[str]:
         loaded, here = size_text(self.memory_loaded), size_text(self.memory_here)
@@ -95,24 +104,25 @@ def _first_cards(rows_that_fit: dict[int, int], most: int) -> str:
 
 
 def make_plan(
-    checkpoint: Checkpoint, graph: Graph, build: BuildConfig, output: Path, backend: Backend, *, fix_regex: bool
+    checkpoint: Checkpoint, weight_bytes: int, build: BuildConfig, output: Path, backend: Backend, *, fix_regex: bool
 ) -> Plan:
     """Compute the plan; nothing is written and no weight is read. `fix_regex`: the tokenizer is mended."""
     model = checkpoint.model
     adapter = checkpoint.adapter
     tensors = [*checkpoint.tensors.values(), *(adapter.tensors.values() if adapter else ())]
     per_token = model.kv_bytes_per_token(ITEMSIZE[build.dtype])
+    seeing = model.vision.parameters(model.hidden_size) if model.vision else 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiled = backend in COMPILED
     if backend == "onnxruntime":
         # The embedding stays mapped. f16 weights take f32's memory once loaded: ONNX Runtime converts them where the
         # processor has no f16 arithmetic that it uses (benchmarks/build_memory.py).
-        loaded = (model.parameters - model.vocab_size * model.hidden_size) * ITEMSIZE["f32"]
+        loaded = (model.parameters - model.vocab_size * model.hidden_size + seeing) * ITEMSIZE["f32"]
         # Caches grow with use, so a long `max_seq_len` costs nothing until a text is that long.
         lengths = [length for length in LENGTHS if length < build.max_seq_len] + [build.max_seq_len]
         room = {length: max(0, memory - loaded) // (per_token * length) for length in lengths}
     else:
-        loaded = graph.weight_bytes
+        loaded = weight_bytes
         row = per_token * (cache_slots(build) if compiled else build.max_seq_len)
         room = {card: max(0, card * 2**30 - loaded - CARD_RESERVE) // row for card in CARDS}
     return Plan(
@@ -120,14 +130,16 @@ def make_plan(
         tensors=len(tensors),
         checkpoint_bytes=sum(tensor.nbytes for tensor in tensors),
         parameters=model.parameters,
+        vision_parameters=seeing,
+        image_tokens=model.vision.tokens(build.max_image_size, build.max_image_size) if model.vision else 0,
         adapter_rank=adapter.rank if adapter else 0,
-        weight_bytes=graph.weight_bytes,
+        weight_bytes=weight_bytes,
         disk_free=disk_free(output),
         kv_bytes_per_token=per_token,
         memory_loaded=loaded,
         memory_here=memory,
-        disk_needed=graph.weight_bytes * (2 if compiled else 1),
-        build_memory=memory_needed(graph.weight_bytes) if compiled else 0,
+        disk_needed=weight_bytes * (2 if compiled else 1),
+        build_memory=memory_needed(weight_bytes) if compiled else 0,
         build=build,
         rows_that_fit={key: min(build.max_batch_size, rows) for key, rows in room.items()},
         unknown_fields=model.unknown_fields,

@@ -84,6 +84,13 @@ from .options import PATH, json_output
     is_flag=True,
     help="Give the engine the right pattern where tokenizer.json has the wrong one; the plan says whether it does.",
 )
+@click.option(
+    "--max-image-size",
+    type=int,
+    metavar="PIXELS",
+    help="Scale larger images down to this many pixels a side; for a model that sees images. [default: 1400 or what it "
+    "was trained on]",
+)
 @click.option("--sm", help="Compile for these GPU architectures; for tensorrt-rtx. [default: 80,86,89,120]")
 @click.option(
     "--plugins",

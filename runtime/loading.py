@@ -13,6 +13,7 @@ from ..engine_folder import EngineInfo, read_engine
 from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine
+from .images.sight import Sight
 from .planning.cost import CostCurve, measure
 from .planning.draft_planner import AcceptanceStatistics
 from .text.codec import TextCodec
@@ -36,6 +37,11 @@ class LoadedEngine:
     def cost(self) -> CostCurve:
         """Seconds of a forward by its tokens, measured at the first use."""
         return measure(self.backend)
+
+    @functools.cached_property
+    def sight(self) -> Sight:
+        """What the engine sees in images, of a model that sees them."""
+        return Sight(self.backend.see)
 
     @functools.cached_property
     def acceptance(self) -> AcceptanceStatistics:

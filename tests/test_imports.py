@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the lowest up; those of one set never import each other.
 PRODUCT: list[set[str]] = [
     {"errors"},
+    {"fields"},
+    {"vision"},
     {"config"},
     {"contract"},
     {"engine_folder"},
@@ -39,6 +41,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "runtime": [
         {"text"},
         {"tools"},
+        {"images"},
         {"engines"},
         {"planning"},
         {"loading"},

@@ -13,6 +13,7 @@ from ...engine_folder import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from ...errors import CheckpointError
 from .adapter import Adapter, open_adapter
 from .folder import carried, read_json
+from .image_tokens import check_image_tokens, image_token_notes
 from .notes import end_notes, weight_notes
 from .safetensors_file import Tensor
 from .shards import open_weights
@@ -58,6 +59,9 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
     model = parse_config(config, generation)
     tokenizer = _open_tokenizer(folder, model.vocab_size)
     ends = end_notes(model, config, generation, tokenizer, _read_if_there(folder / TOKENIZER_CONFIG_FILE))
+    if model.vision:
+        check_image_tokens(folder, tokenizer)
+        ends = [*ends, *image_token_notes(config, tokenizer)]
     tensors = open_weights(folder)
     notes = (*ends, *weight_notes(folder, tensors))
     return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from ..graph.writer import ALIGNMENT, Weight
 from .safetensors_file import CODES, Entry, Tensor, header_bytes
 
 
-def match(graph: Graph, tensors: Mapping[str, Tensor], config_file: Path) -> None:
-    """Check that graph and checkpoint name the same tensors with the same shapes. Raises CheckpointError."""
-    shapes = {w.source: w.shape[::-1] if w.transposed else w.shape for w in graph.weights}
+def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor], config_file: Path) -> None:
+    """Check that the graphs and the checkpoint name the same tensors with the same shapes. Raises CheckpointError."""
+    shapes = {w.source: w.shape[::-1] if w.transposed else w.shape for graph in graphs for w in graph.weights}
     again = f"check that {config_file} belongs to these weights, or download the checkpoint again"
     somewhere = next((t.file for t in tensors.values()), config_file)
     for name, shape in shapes.items():

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from ...config import ModelConfig
 from ...contract import DOMAIN, Binding, Dtype, inputs, outputs
 from ...plugins.ops import block_attention, confidence_commit
-from .layers import add_attention, add_head, add_mlp, add_shared
+from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
 from .writer import GraphWriter, Weight
 
 OPSET = 24
@@ -67,6 +67,8 @@ def build_graph(
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
     x = w.node("Gather", [embed, ids], "embed_tokens", axis=0)
+    if model.vision:
+        x = add_embeddings(w, x)
     add_shared(w, model, bool(adapter_rank))
     for layer in range(model.num_layers):
         x = add_attention(w, model, layer, x, adapter_rank, adapter_scale)
@@ -76,12 +78,25 @@ def build_graph(
     functions = [block_attention.function(hidden), confidence_commit.function()]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
+    return make_graph(w, "nemodiff", dtype, sizes, inputs(model, adapter), outputs(model, logits), functions)
+
+
+def make_graph(
+    w: GraphWriter,
+    name: str,
+    dtype: Dtype,
+    sizes: dict[str, int],
+    inputs: list[Binding],
+    outputs: list[Binding],
+    functions: list[onnx.FunctionProto],
+) -> Graph:
+    """What a writer has collected as a model; `sizes` gives letters of the bindings' shapes a number."""
     proto = helper.make_model(
         helper.make_graph(
             w.nodes,
-            "nemodiff",
-            [_value_info(b, dtype, sizes) for b in inputs(model, adapter)],
-            [_value_info(b, dtype, sizes) for b in outputs(model, logits)],
+            name,
+            [_value_info(b, dtype, sizes) for b in inputs],
+            [_value_info(b, dtype, sizes) for b in outputs],
             w.initializers,
         ),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],

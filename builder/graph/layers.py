@@ -53,6 +53,17 @@ def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool) -> None:
         w.compute(w.node("Unsqueeze", ["adapter", "axis.last"], "adapter.3d"), "adapter.gate")  # (B, S, 1)
 
 
+def add_embeddings(w: GraphWriter, x: str) -> str:
+    """The tokens' embeddings (B, S, E), or those that are given in their place."""
+    w.constant("embedding.zero", np.int32(0))
+    w.constant("embedding.axis", np.array([2], np.int64))
+    given = w.node("GreaterOrEqual", ["embedding", "embedding.zero"], "embedding.given")
+    given = w.node("Unsqueeze", [given, "embedding.axis"], "embedding.given3")  # (B, S, 1) bool
+    index = w.node("Max", ["embedding", "embedding.zero"], "embedding.index")
+    own = w.node("Gather", [w.compute("embeddings", "embeddings.compute"), index], "embedding.gathered", axis=0)
+    return w.node("Where", [given, own, x], "embedding.chosen")
+
+
 def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: int, scale: float) -> str:
     """x + o_proj(attention(norm(x))), and the gated drafter branch on o_proj."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"

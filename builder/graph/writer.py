@@ -41,8 +41,9 @@ class GraphWriter:
     Every method that returns a string returns the name of the tensor that it has added.
     """
 
-    def __init__(self, dtype: Dtype) -> None:
+    def __init__(self, dtype: Dtype, file: str = WEIGHTS_FILE) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
+        self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: list[Weight] = []
@@ -71,7 +72,7 @@ class GraphWriter:
         self.weights.append(Weight(name, source, shape, transposed, scale, offset, nbytes))
         tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(self.dtype))
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", WEIGHTS_FILE), ("offset", offset), ("length", nbytes)):
+        for key, value in (("location", self.file), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
         self.initializers.append(tensor)
         return name

@@ -158,7 +158,7 @@ class Batch:
         sequence.adapter_tokens += adapted(pass_)
         slot.reach = max(slot.reach, pass_.write_at + pass_.ids.size)
         try:
-            slot.pass_ = sequence.selector.with_sampling(slot.loop.send(prediction))
+            slot.pass_ = sequence.for_engine(slot.loop.send(prediction))
         except StopIteration:
             slot.ended = True
             sequence.ended = time.perf_counter()
@@ -219,19 +219,19 @@ class Batch:
         """Start a slot's loop after what can be copied; False if a row ahead is about to have more of its prompt."""
         sequence = slot.sequence
         if self.prefixes is not None:
-            ids = sequence.prompt[: sequence.reusable]
+            ids = sequence.keys[: sequence.reusable]
             source, shared = self.prefixes.find(ids)
             for other_row, other in enumerate(self._slots):
                 if other is not slot and (length := common(_held(other.sequence), ids)) > shared:
                     source, shared = other_row, length
-            if any(common(other.sequence.prompt, ids) >= shared + SHORTEST for other in ahead):
+            if any(common(other.sequence.keys, ids) >= shared + SHORTEST for other in ahead):
                 return False
             if shared >= SHORTEST:
                 self._cache.move(source, row, shared)
                 sequence.length = sequence.reused = slot.reach = shared
                 self.counts.reused += shared
         slot.loop = scored(sequence, LOOPS[sequence.settings.mode])
-        slot.pass_ = sequence.selector.with_sampling(next(slot.loop))
+        slot.pass_ = sequence.for_engine(next(slot.loop))
         return True
 
     def _size(self, row: int) -> int:
@@ -269,7 +269,7 @@ class Batch:
 
 
 def _held(sequence: Sequence) -> list[int]:
-    """The ids whose K/V a row holds."""
-    if sequence.length <= len(sequence.prompt):
-        return sequence.prompt[: sequence.length]
-    return (sequence.prompt + sequence.tokens)[: sequence.length]
+    """The ids whose K/V a row holds, those of images by their content."""
+    if sequence.length <= len(sequence.keys):
+        return sequence.keys[: sequence.length]
+    return (sequence.keys + sequence.tokens)[: sequence.length]

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from ...engine_folder import EngineInfo
+from ..images.image import Image
 
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
@@ -42,6 +43,9 @@ class Pass(NamedTuple):
     logits: bool = False
     temperature: float = 0.0  # over 0 only for an engine that `samples`: it draws each token by its position's noise
     seed: int = 0  # of that noise, under 2**64
+    # Only for an engine whose model sees images.
+    embedded: np.ndarray | None = None  # (K,) i32: which of the S tokens have an embedding in the place of their id's
+    embeddings: np.ndarray | None = None  # (K, E) f32: those embeddings
 
 
 class Prediction(NamedTuple):
@@ -87,6 +91,10 @@ class Engine(Protocol):
 
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
+        ...
+
+    def see(self, image: Image) -> np.ndarray:
+        """The embeddings of an image's tokens, (rows * columns, E) f32; only where the model sees images."""
         ...
 
 

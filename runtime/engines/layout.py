@@ -29,6 +29,7 @@ class PassShape(NamedTuple):
     predicted: int  # R
     logits: bool = False  # whether a row wants its logits on the host
     sampled: bool = False  # whether a row is sampled on the device
+    embedded: bool = False  # whether a row has embeddings of an image
 
 
 @dataclasses.dataclass(frozen=True)

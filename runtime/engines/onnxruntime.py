@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from ...contract import Binding, cache_names, inputs, outputs
-from ...engine_folder import MODEL_FILE, EngineInfo
+from ...contract import Binding, cache_names, inputs, outputs, vision_inputs
+from ...engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
 from ...errors import EngineError
+from ..images.image import Image
 from .engine import Pass, Prediction, read_only
 from .layout import PassShape
 
@@ -44,29 +45,11 @@ class OnnxRuntimeEngine:
     samples = False
 
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self.session = onnxruntime.InferenceSession(
-                folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime raises classes of its own without a common base
-            reason = str(error).strip().splitlines()[0]
-            raise EngineError(
-                f"{folder / MODEL_FILE}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); "
-                f"build it again: nemodiff build CHECKPOINT -o {folder}"
-            ) from None
-        expected = {binding.name for binding in inputs(info.model, info.has_adapter)}
-        declared = {item.name for item in self.session.get_inputs()}
-        if declared != expected:
-            raise EngineError(
-                f"{folder / MODEL_FILE}: its inputs are not those of the engine's description (one of "
-                f"{', '.join(sorted(expected ^ declared)[:3])}); build it again: nemodiff build CHECKPOINT -o {folder}"
-            )
+        self.session = _open_session(folder / MODEL_FILE, inputs(info.model, info.has_adapter), threads)
+        vision = info.model.vision
+        self._vision = (
+            _open_session(folder / VISION_MODEL_FILE, vision_inputs(vision), threads) if vision is not None else None
+        )
         self.info = info
         self._closed: list[OnnxRuntimeCache] = []
         self._lock = threading.Lock()  # of _closed: requests may run in several threads
@@ -81,11 +64,46 @@ class OnnxRuntimeEngine:
                     return cache
         return OnnxRuntimeCache(self, rows)
 
+    def see(self, image: Image) -> np.ndarray:
+        """See `engine.Engine.see`."""
+        assert self._vision is not None
+        visible = np.zeros((1, len(image.patches), 3), np.int32)
+        visible[:, :, 2] = len(image.patches)
+        inputs = {"patches": image.patches, "positions": image.positions, "visible": visible}
+        (features,) = self._vision.run(["features"], inputs)
+        return np.asarray(features)
+
     def take_back(self, cache: OnnxRuntimeCache) -> None:
         """Keep a closed cache for the next request, unless it has grown: cost follows a cache's capacity."""
         if cache.capacity <= FIRST_CAPACITY:
             with self._lock:
                 self._closed = [*self._closed, cache][-_KEPT_CACHES:]
+
+
+def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> Any:
+    """A session of a graph whose inputs are those bindings. Raises EngineError."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    again = f"build it again: nemodiff build CHECKPOINT -o {path.parent}"
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises classes of its own without a common base
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {again}"
+        ) from None
+    expected = {binding.name for binding in bindings}
+    declared = {item.name for item in session.get_inputs()}
+    if declared != expected:
+        raise EngineError(
+            f"{path}: its inputs are not those of the engine's description (one of "
+            f"{', '.join(sorted(expected ^ declared)[:3])}); {again}"
+        )
+    return session
 
 
 class OnnxRuntimeCache:
@@ -112,15 +130,16 @@ class OnnxRuntimeCache:
         tokens = 0
         predicted = 0
         end = 0
-        logits = False
+        logits = embedded = False
         for p in passes:
             tokens = max(tokens, p.ids.size)
             predicted = max(predicted, p.predicted.size)
             end = max(end, p.write_at)
             logits = logits or p.logits
+            embedded = embedded or p.embedded is not None
         if end + tokens > self.capacity:
             self._reserve(end + tokens)
-        shape = PassShape(first, len(passes), tokens, predicted, logits)
+        shape = PassShape(first, len(passes), tokens, predicted, logits, embedded=embedded)
         bound = self._forwards.get(shape)
         if bound is None:
             bound = self._bind(shape)
@@ -186,11 +205,15 @@ class _Forward:
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
         self._caches = caches
+        self._embedded = shape.embedded
         self._values: list[Any] = []  # keeps what the binding points to alive
         self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": info.model.vocab_size}
+        self._lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
         self._bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
         self._bind(outputs(info.model, shape.logits), self.binding.bind_ortvalue_output)
-        inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter")
+        inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter", "embedding")
+        if "embedding" in self.arrays:
+            self.arrays["embedding"][:] = -1
         self._inputs = [self._row(row, inputs_of_row) for row in range(shape.rows)]
         outputs_of_row = ("token", "confidence", "next_ids", "logits")
         for name in outputs_of_row:
@@ -230,7 +253,7 @@ class _Forward:
 
     def fill(self, row: int, p: Pass, pad_id: int) -> None:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
-        ids, pos, visible, rows, write_at, threshold, adapter = self._inputs[row]
+        ids, pos, visible, rows, write_at, threshold, adapter, embedding = self._inputs[row]
         size = p.ids.size
         ids[:size] = p.ids
         pos[:size] = p.pos
@@ -246,6 +269,12 @@ class _Forward:
         if adapter is not None:
             adapter[:size] = p.adapter
             adapter[size:] = 0
+        if self._embedded:
+            embedding[:] = -1
+            if p.embedded is not None:
+                places = row * ids.size + p.embedded
+                embedding[p.embedded] = places
+                self.arrays["embeddings"][places] = p.embeddings
         if size < ids.size:
             own = np.arange(p.write_at + size, p.write_at + ids.size)
             ids[size:] = pad_id

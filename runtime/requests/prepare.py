@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import RequestError
+from ..images.sight import PromptImages
 from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.messages import Message
 from ..text.thoughts import opens_thoughts
 from ..text.transcript import Transcript
+from .image_parts import place_images, take_images
 from .options import AUTO, Options
 from .sequence import Sequence
 from .settings import settle
@@ -26,7 +28,7 @@ Prompt = str | list[int] | list[Message]
 
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
-    ids = encode(engine, prompt, options)
+    ids, images = _encoded(engine, prompt, options)
     settings = settle(engine.info, engine.text, len(ids), options)
     budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
     planner = None
@@ -47,15 +49,24 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
         opened=thoughts and opened,
     )
     cost = engine.cost if budgeted else None
-    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, engine.backend.samples, opened)
+    samples = engine.backend.samples
+    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, samples, opened, images)
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
-    """The prompt's token ids. Raises RequestError."""
+    """The prompt's token ids, of a prompt without images. Raises RequestError."""
+    ids, images = _encoded(engine, prompt, options)
+    if images is not None:
+        raise RequestError("the prompt has an image, allowed here: text alone; leave it out")
+    return ids
+
+
+def _encoded(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[list[int], PromptImages | None]:
+    """The prompt's token ids, and its images if it has some. Raises RequestError."""
     if isinstance(prompt, str):
         check_text(prompt, "prompt")
         if not options.chat:
-            return _not_empty(engine.text.encode(prompt))
+            return _not_empty(engine.text.encode(prompt)), None
         messages: list[Message] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
         vocab = engine.info.model.vocab_size
@@ -68,7 +79,7 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
             raise RequestError(
                 f"prompt holds token id {mask}, the mask, allowed: any other id; leave it out, or fill a hole by infill"
             )
-        return _not_empty(ids)
+        return _not_empty(ids), None
     elif isinstance(prompt, list) and all(isinstance(m, Mapping) for m in prompt):
         messages = [m for m in prompt if isinstance(m, Mapping)]
     else:
@@ -76,9 +87,14 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
             f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
         )
     use = read_tool_use(engine.text, options)
-    turns = conversation(messages, options.system)
+    turns, images = take_images(engine, conversation(messages, options.system))
     shown = None if use is None else use.shown
-    return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, template_variables(options)))
+    if not images:
+        return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))), None
+    if not options.chat:
+        raise RequestError("the prompt has an image and no chat template, which makes its place; leave out --raw")
+    ids = engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))
+    return place_images(engine, ids, images)
 
 
 def conversation(messages: list[Message], system: str | None) -> list[Message]:

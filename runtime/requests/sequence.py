@@ -6,7 +6,8 @@ import time
 from typing import Literal
 
 from ...config import ModelConfig
-from ..engines.engine import PASS_KINDS, PassKind, Prediction
+from ..engines.engine import PASS_KINDS, Pass, PassKind, Prediction
+from ..images.sight import PromptImages
 from ..planning.cost import CostCurve
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.transcript import Transcript
@@ -34,10 +35,14 @@ class Sequence:
         planner: DraftPlanner | None = None,
         samples: bool = False,
         opened: bool = False,
+        images: PromptImages | None = None,
     ) -> None:
         self.model = model
         self.opened = opened  # whether the answer begins inside a think block
         self.prompt = prompt
+        self.images = images
+        # By what two prompts are compared: equal ids of images are equal only where the images are.
+        self.keys = prompt if images is None else images.keys(prompt)
         self.settings = settings
         self.transcript = transcript
         self.cost = cost  # None: a loop that could save work by it does not
@@ -65,6 +70,14 @@ class Sequence:
         self.prompt_scores: PromptScores | None = None
         if settings.prompt_logprobs is not None:
             self.score_from(1)
+
+    def for_engine(self, pass_: Pass) -> Pass:
+        """A loop's pass as the engine must get it: with what it draws by, and with the embeddings of images."""
+        pass_ = self.selector.with_sampling(pass_)
+        if self.images is None or pass_.kind != "prefill":
+            return pass_
+        found = self.images.within(pass_.write_at, pass_.write_at + pass_.ids.size)
+        return pass_ if found is None else pass_._replace(embedded=found[0], embeddings=found[1])
 
     def score_from(self, first: int) -> None:
         """Score the prompt's tokens from this one on; see `PromptScores`."""

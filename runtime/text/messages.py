@@ -18,7 +18,8 @@ _ROLES = ("system", "user", "assistant", "tool")
 def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them: without what is null in them, and with the arguments of calls as objects.
 
-    A message has a role and content, which is text. An assistant's may have `tool_calls` in OpenAI's form beside it or
+    A message has a role and content, which is text, or a list of `{"type": "text"}` with a text and `{"type": "image"}`
+    where an image is. An assistant's may have `tool_calls` in OpenAI's form beside it or
     instead of it, and `reasoning_content`. Raises RequestError.
     """
     checked = []
@@ -30,14 +31,25 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
             plain.setdefault("content", "")
         else:
             plain.pop("tool_calls", None)
-        if isinstance(plain.get("content"), str):
-            check_text(plain["content"], "message")
-        if plain.get("role") not in _ROLES or not isinstance(plain.get("content"), str):
+        texts = _texts(plain.get("content"))
+        for text in texts or ():
+            check_text(text, "message")
+        if plain.get("role") not in _ROLES or texts is None:
             raise RequestError(
                 f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
             )
         checked.append(plain)
     return checked
+
+
+def _texts(content: Any) -> list[str] | None:
+    """The texts of a message's content: text, or parts of text and places of images; None if it is neither."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return None
+    texts = [part.get("text") for part in content if part.get("type") != "image"]
+    return [text for text in texts if isinstance(text, str)] if all(isinstance(t, str) for t in texts) else None
 
 
 def _checked_calls(calls: Any) -> list[dict[str, Any]]:

@@ -114,6 +114,8 @@ class ReferenceModel:
         tied = bool(config.get("tie_word_embeddings"))
         self._head = _matrix(tensors["encoder.embed_tokens.weight" if tied else "diffusion_head.weight"])  # (E, V)
         self._layers = [_layer(n, tensors, adapter, adapter_scale) for n in range(int(config["num_hidden_layers"]))]
+        self.image_pad = 19
+        self.images: Floats | None = None  # what stands in the place of the pads' embeddings, in order
         self._memo: dict[tuple[object, ...], tuple[Ints, Floats]] = {}
 
     @classmethod
@@ -168,7 +170,10 @@ class ReferenceModel:
         query_scale = llama4_scale(pos, self.rope) / np.float32(math.sqrt(self.head_dim))
         bias = np.where(visibility(p, s, bidirectional), np.float32(0), np.float32(-np.inf))
 
-        x = self._embed[np.array([*prefix_ids, *pass_ids], dtype=np.int64)]  # (P + S, E)
+        ids = np.array([*prefix_ids, *pass_ids], dtype=np.int64)
+        x = self._embed[ids]  # (P + S, E)
+        if self.images is not None:  # a prompt's images are whole, so every pass of it has all of them
+            x[ids == self.image_pad] = self.images
         for layer in self._layers:
             mixed = self._attention(_rms_norm(x, layer.norm_in, self.eps) @ layer.qkv, cos, sin, query_scale, bias)
             x = x + mixed @ layer.out

@@ -1,0 +1,82 @@
+"""What the vision graph makes of images, remembered by their content, and where it stands in a prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .image import Image
+
+KEPT_BYTES = 256 * 2**20  # of embeddings; a conversation sends its images with every turn
+See = Callable[[Image], np.ndarray]
+
+
+class Sight:
+    """Embeddings of images, (tokens, E) f32; the latest are kept."""
+
+    def __init__(self, see: See) -> None:
+        self._see = see
+        self._kept: dict[bytes, np.ndarray] = {}
+        self._lock = threading.Lock()  # requests may run in several threads
+
+    def __call__(self, image: Image) -> np.ndarray:
+        """The embeddings of an image's pads, in order."""
+        with self._lock:
+            found = self._kept.pop(image.digest, None)
+        if found is None:
+            found = self._see(image)
+        with self._lock:
+            self._kept[image.digest] = found
+            while sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES and len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+        return found
+
+
+class Placed(NamedTuple):
+    """An image in a prompt: `pads` are the numbers of the tokens whose embeddings it gives, (K,) i64."""
+
+    image: Image
+    pads: np.ndarray
+
+
+class PromptImages:
+    """The images of one prompt; the vision graph is run when the first of an image's pads is forwarded."""
+
+    def __init__(self, placed: Sequence[Placed], sight: See) -> None:
+        self._placed = placed
+        self._sight = sight
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each image, its start, breaks and end included."""
+        return [placed.image.rows * (placed.image.columns + 1) + 1 for placed in self._placed]
+
+    def keys(self, ids: list[int]) -> list[int]:
+        """The prompt's ids with a number of its own for each image's pads, by which prompts are compared.
+
+        It is negative, as no id is, and equal for images of equal content only.
+        """
+        keys = list(ids)
+        for image, pads in self._placed:
+            key = -1 - int.from_bytes(image.digest)
+            for at in pads.tolist():
+                keys[at] = key
+        return keys
+
+    def within(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Of the prompt's tokens `start` to `end`, those that are pads, (K,) i32 from `start`, and their embeddings."""
+        indices, embeddings = [], []
+        for image, pads in self._placed:
+            first, last = np.searchsorted(pads, (start, end)).tolist()
+            if first < last:
+                indices.append(pads[first:last] - start)
+                embeddings.append(self._sight(image)[first:last])
+        if not indices:
+            return None
+        return np.concatenate(indices).astype(np.int32), np.concatenate(embeddings)

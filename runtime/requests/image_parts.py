@@ -1,0 +1,99 @@
+"""The images of a conversation: taken out of its messages, and put as tokens where the chat template wants them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...engine_folder import IMAGE_TOKENS
+from ...errors import RequestError
+from ..images.decode import decode
+from ..images.image import Image, make_image
+from ..images.sight import Placed, PromptImages
+from ..loading import LoadedEngine
+from ..text.messages import Message
+
+_ALLOWED = 'text, {"type": "image", "image": PATH, bytes or a Pillow image} or {"type": "image_url"} with a data URL'
+
+
+def take_images(engine: LoadedEngine, messages: Sequence[Message]) -> tuple[list[Message], list[Image]]:
+    """The messages with `{"type": "image"}` in the place of each image, and the images in order.
+
+    Parts of text alone become one text. Raises RequestError.
+    """
+    images: list[Image] = []
+    plain: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, (list, tuple)):
+            parts = [_part(engine, part, images) for part in content]
+            if any(part["type"] == "image" for part in parts):
+                if message.get("role") != "user":
+                    raise RequestError("an image is in a message that is no user's, allowed: role user; move it there")
+                plain.append({**message, "content": parts})
+            else:
+                plain.append({**message, "content": "".join(part["text"] for part in parts)})
+        else:
+            plain.append(message)
+    return plain, images
+
+
+def _part(engine: LoadedEngine, part: Any, images: list[Image]) -> dict[str, Any]:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("image", "image_url"):
+        raise RequestError(f"a part of a message is {part!r:.80}, allowed: {_ALLOWED}")
+    vision = engine.info.model.vision
+    if vision is None:
+        raise RequestError("the prompt has an image, which this model cannot see; use an engine of a model that sees")
+    name = f"image {len(images) + 1}"
+    value = part.get(kind)
+    if kind == "image_url":
+        url = value.get("url") if isinstance(value, Mapping) else value
+        value = _from_data_url(url, name)
+    if not isinstance(value, (str, bytes, Path)) and type(value).__module__.partition(".")[0] != "PIL":
+        raise RequestError(f"{name} is {value!r:.80}, allowed: {_ALLOWED}")
+    images.append(make_image(decode(value, name), vision, engine.info.build.max_image_size))
+    return {"type": "image"}
+
+
+def _from_data_url(url: Any, name: str) -> bytes:
+    """The bytes of a `data:` URL in base64. Raises RequestError."""
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise RequestError(f"{name}: the URL is {url!r:.60}, allowed: data:image/png;base64,..; send the image itself")
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise RequestError(f"{name}: the URL is {url!r:.40}, allowed: data:image/png;base64,..; encode it so")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(
+            f"{name}: the URL is no base64 ({error}), allowed: A-Z a-z 0-9 + / =; encode it anew"
+        ) from None
+
+
+def place_images(engine: LoadedEngine, ids: list[int], images: Sequence[Image]) -> tuple[list[int], PromptImages]:
+    """Put each image's tokens where the template has its start. Raises RequestError."""
+    special = engine.text.special_tokens
+    start, pad, row_break, end = (special[text] for text in IMAGE_TOKENS)
+    if ids.count(start) != len(images):
+        raise RequestError(
+            f"the chat template has made {ids.count(start)} places for {len(images)} images; give another template"
+        )
+    placed: list[int] = []
+    found: list[Placed] = []
+    for token in ids:
+        if token != start:
+            placed.append(token)
+            continue
+        image = images[len(found)]
+        layout = np.array(image.layout(start, pad, row_break, end))
+        found.append(Placed(image, np.flatnonzero(layout == pad) + len(placed)))
+        placed += layout.tolist()
+    return placed, PromptImages(found, engine.sight)

@@ -1,0 +1,383 @@
+"""A model that sees: features against transformers, tokens against the reference, and every way to give an image."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from oracle import reference
+from oracle.reference_model import ReferenceModel
+from PIL import Image as Pillow
+from safetensors.numpy import load_file, save_file
+from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.builder.export import Exporter
+from nemodiff.errors import BuildError, CheckpointError, RequestError
+from nemodiff.runtime.images.decode import decode
+from nemodiff.runtime.images.image import MEAN, STD, Image, make_image
+from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
+
+MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
+SIZES = [(30, 20), (8, 8), (1, 1), (64, 24), (100, 37)]  # the last is scaled down
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vision_checkpoint(tmp_path_factory.mktemp("vision") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> LoadedEngine:
+    return nemodiff.load(Builder(checkpoint, checkpoint.parent / "engine").run())
+
+
+def seen(engine: LoadedEngine, source: Any) -> Image:
+    vision = engine.info.model.vision
+    assert vision is not None
+    return make_image(decode(source), vision, engine.info.build.max_image_size)
+
+
+def whole(image: Image, side: int = 4, merge: int = 2) -> np.ndarray:
+    """The normalized pixels that an image was cut from, (3, height, width)."""
+    cut = image.patches.reshape(image.rows, image.columns, merge, merge, 3, side, side)
+    return np.ascontiguousarray(
+        cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.rows * merge * side, image.columns * merge * side)
+    )
+
+
+def asked(*images: Any, text: str = "What is this?") -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_features_are_those_of_transformers(tmp_path: Path, act: str) -> None:
+    from oracle import vision_oracle
+
+    vision = {"hidden_act": act}
+    folder = write_vision_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= vision
+    (folder / "config.json").write_text(json.dumps(config))
+    engine = nemodiff.load(Builder(folder, tmp_path / "engine").run())
+    images = [seen(engine, picture(*size, seed)) for seed, size in enumerate(SIZES)]
+    expected = vision_oracle.features(folder, [whole(image) for image in images])
+    for image, one in zip(images, expected, strict=True):
+        np.testing.assert_allclose(engine.backend.see(image), one, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("old", "new"), [((300, 100), (56, 28)), ((20, 30), (56, 84)), ((13, 57), (40, 56))])
+def test_pixels_are_interpolated_as_torch_does(
+    engine: LoadedEngine, old: tuple[int, int], new: tuple[int, int]
+) -> None:
+    import torch
+
+    from nemodiff.runtime.images.image import _resized
+
+    pixels = np.random.default_rng(3).uniform(0, 255, (*old, 3)).astype(np.float32)
+    ours = _resized(_resized(pixels, new[1], 1), new[0], 0)
+    batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy())
+    # Without antialiasing torch's cubic kernel is OpenCV's, by which the released processor resizes.
+    theirs = torch.nn.functional.interpolate(batch, new, mode="bicubic", align_corners=False)[0]
+    np.testing.assert_allclose(ours.transpose(2, 0, 1), theirs.numpy(), atol=1e-2)
+
+
+def test_pixels_are_normalized_and_patches_in_order(engine: LoadedEngine) -> None:
+    source = picture(24, 16)
+    image = seen(engine, source)
+    assert (image.columns, image.rows) == (3, 2)
+    expected = (np.asarray(source, np.float32) / np.float32(255) - MEAN) / STD
+    np.testing.assert_array_equal(whole(image), expected.transpose(2, 0, 1))
+    assert image.positions[:8].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((1400, 1400), (50, 50)),
+        ((1540, 1540), (50, 50)),
+        ((28, 28), (1, 1)),
+        ((29, 28), (2, 1)),
+        ((50, 100), (2, 4)),
+        ((1500, 3000), (25, 50)),
+        ((1401, 1401), (50, 50)),
+        ((3080, 770), (50, 13)),
+        ((1, 1), (1, 1)),
+        ((20000, 1), (50, 1)),
+    ],
+)
+def test_the_grid_of_the_released_sizes(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    from nemodiff.vision import VisionConfig
+
+    released = VisionConfig(1024, 24, 4096, 16, 64, 14, 1540, "silu", 10000.0, 2)
+    assert released.default_max_image_size == 1400
+    assert released.grid(*size, 1400) == grid
+    assert released.tokens(1400, 1400) == 2500 + 49 + 2
+    assert released.tokens(28, 56) == 5
+
+
+def test_an_image_is_rows_of_pads_between_start_and_end(engine: LoadedEngine) -> None:
+    sequence = prepare(engine, asked(picture(24, 16), picture(8, 8)), Options())
+    start, pad, row_break, end = 18, 19, 20, 21
+    two_by_three = [start, pad, pad, pad, row_break, pad, pad, pad, end]
+    at = sequence.prompt.index(start)
+    assert sequence.prompt[at : at + 12] == [*two_by_three, start, pad, end]
+    assert sequence.images is not None
+    assert sequence.images.tokens == [9, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_those_of_the_reference(checkpoint: Path, engine: LoadedEngine, mode: str) -> None:
+    model = ReferenceModel.load(checkpoint)
+    pictures = [picture(30, 20), picture(9, 40, 1)]
+    sequence = prepare(engine, asked(*pictures), Options())
+    model.images = np.concatenate([engine.backend.see(seen(engine, one)) for one in pictures])
+    answer = nemodiff.generate(engine, asked(*pictures), mode=mode, max_new_tokens=24, block_length=8)
+    if mode == "diffusion":
+        expected = reference.diffusion(model, sequence.prompt, 24, 8, 0.9, model.eos)
+    else:
+        expected = reference.ar(model, sequence.prompt, 24, model.eos)
+    assert answer.token_ids == list(expected.tokens)
+    small = nemodiff.generate(engine, asked(*pictures), mode=mode, max_new_tokens=24, block_length=8, prefill_chunk=5)
+    assert small.token_ids == answer.token_ids
+    model.images = model.images[::-1].copy()
+    model.clear()
+    assert list(reference.ar(model, sequence.prompt, 24, model.eos).tokens) != list(expected.tokens)
+
+
+def test_images_are_told_apart_by_their_content(engine: LoadedEngine) -> None:
+    prompts = [asked(picture(40, 40, seed)) for seed in (0, 1, 0, 1)]
+    alone = [nemodiff.generate(engine, prompt, max_new_tokens=8) for prompt in prompts]
+    assert alone[0].token_ids != alone[1].token_ids
+    for rows in (1, 3):
+        together = list(nemodiff.generate_many(engine, prompts, rows=rows, max_new_tokens=8))
+        assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+        assert [one.prompt_tokens for one in together] == [one.prompt_tokens for one in alone]
+    first = prepare(engine, prompts[0], Options())
+    other = prepare(engine, prompts[1], Options())
+    assert first.prompt == other.prompt
+    assert first.keys != other.keys
+
+
+def test_what_was_seen_is_remembered(engine: LoadedEngine) -> None:
+    image = seen(engine, picture(16, 16, 7))
+    first = engine.sight(image)
+    assert engine.sight(seen(engine, picture(16, 16, 7))) is first
+
+
+def test_text_alone_needs_no_image(checkpoint: Path, engine: LoadedEngine) -> None:
+    sequence = prepare(engine, "Hello", Options())
+    answer = nemodiff.generate(engine, "Hello", mode="linear_spec", max_new_tokens=16)
+    model = ReferenceModel.load(checkpoint)
+    assert answer.token_ids == list(reference.ar(model, sequence.prompt, 16, model.eos).tokens)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
+    assert prepare(engine, parts, Options()).prompt == sequence.prompt
+
+
+def test_every_way_to_give_an_image_is_the_same(engine: LoadedEngine, tmp_path: Path) -> None:
+    source = picture(20, 12)
+    data = as_bytes(source)
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    keys = [prepare(engine, asked(one), Options()).keys for one in (source, data, path, str(path))]
+    for value in ({"url": url}, url):
+        message = [{"role": "user", "content": [{"type": "image_url", "image_url": value}, asked()[0]["content"][0]]}]
+        keys.append(prepare(engine, message, Options()).keys)
+    assert all(one == keys[0] for one in keys)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "options"),
+    [
+        ("PNG", "RGB", {}),
+        ("PNG", "L", {}),
+        ("PNG", "1", {}),
+        ("PNG", "P", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "LA", {}),
+        ("JPEG", "RGB", {}),
+        ("JPEG", "CMYK", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("GIF", "P", {}),
+    ],
+)
+def test_files_of_every_kind(form: str, mode: str, options: dict[str, Any]) -> None:
+    colour = Pillow.new("RGBA", (6, 4), (200, 30, 90, 255))
+    source = colour.convert("RGB").convert(mode) if mode != "RGBA" else colour
+    pixels = decode(as_bytes(source, form, **options))
+    assert pixels.shape == (4, 6, 3)
+    expected = np.asarray(source.convert("RGB"))
+    np.testing.assert_allclose(pixels.astype(int), expected.astype(int), atol=6 if form == "JPEG" else 0)
+
+
+def test_what_shines_through_is_white() -> None:
+    clear = as_bytes(Pillow.new("RGBA", (3, 3), (0, 0, 0, 0)))
+    np.testing.assert_array_equal(decode(clear), np.full((3, 3, 3), 255))
+    palette = Pillow.new("P", (2, 2), 0)
+    palette.putpalette([10, 20, 30])
+    np.testing.assert_array_equal(decode(as_bytes(palette, transparency=0)), np.full((2, 2, 3), 255))
+
+
+def test_of_an_animation_the_first_picture_is_seen_and_orientation_is_not_applied() -> None:
+    frames = [Pillow.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    data = as_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode(data)[0, 0], [255, 0, 0])
+    exif = Pillow.Exif()
+    exif[0x0112] = 6
+    turned = as_bytes(Pillow.new("RGB", (56, 28)), "JPEG", exif=exif.tobytes())
+    assert decode(turned).shape == (28, 56, 3)
+
+
+def test_sixteen_bits_of_grey_keep_their_brightness() -> None:
+    grey = Pillow.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    np.testing.assert_array_equal(decode(as_bytes(grey)), np.full((2, 2, 3), 128))
+
+
+def hostile() -> list[tuple[str, bytes]]:
+    png = as_bytes(picture(30, 30))
+    bomb = bytearray(as_bytes(Pillow.new("1", (1, 1))))
+    import struct
+    import zlib
+
+    header = struct.pack(">II", 100_000, 100_000) + bytes(bomb[24:29])
+    bomb[16:29] = header
+    bomb[29:33] = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return [
+        ("empty", b""),
+        ("text", b"hello"),
+        ("truncated", png[: len(png) // 2]),
+        ("header", png[:20]),
+        ("tiff", as_bytes(picture(4, 4), "TIFF")),
+        ("bomb", bytes(bomb)),
+        ("broken jpeg", as_bytes(picture(30, 30), "JPEG")[:60]),
+    ]
+
+
+@pytest.mark.parametrize(("name", "data"), hostile(), ids=[name for name, _ in hostile()])
+def test_broken_and_hostile_files_are_refused(name: str, data: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        decode(data, "image 1")
+    line = str(caught.value)
+    assert line.startswith("image 1: ")
+    assert "allowed" in line
+    assert line.isprintable()
+    if name == "bomb":
+        assert "67,108,864" in line
+
+
+def test_extreme_shapes(engine: LoadedEngine) -> None:
+    for size in ((1, 1), (20_000, 1), (1, 20_000)):
+        answer = nemodiff.generate(engine, asked(Pillow.new("RGB", size)), max_new_tokens=2)
+        assert len(answer.token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ([{"type": "image", "image": "/nowhere.png"}], "/nowhere.png: cannot be read"),
+        ([{"type": "image", "image": 3}], "image 1 is 3"),
+        ([{"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}], "allowed: data:image"),
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,*"}}], "no base64"),
+        ([{"type": "image_url"}], "the URL is None"),
+        ([{"type": "audio"}], "a part of a message"),
+        ([3], "a part of a message"),
+    ],
+)
+def test_malformed_parts_are_refused(engine: LoadedEngine, content: Any, fragment: str) -> None:
+    with pytest.raises(RequestError, match=r"; give|allowed") as caught:
+        prepare(engine, [{"role": "user", "content": content}], Options())
+    assert fragment in str(caught.value)
+
+
+def test_an_image_is_refused_where_it_cannot_be_seen(engine: LoadedEngine, tiny_engine: Path) -> None:
+    for loaded, message, options, fragment in (
+        (nemodiff.load(tiny_engine), asked(picture(4, 4)), Options(), "cannot see"),
+        (engine, asked(picture(4, 4)), Options(chat=False), "leave out --raw"),
+        (engine, [{**asked(picture(4, 4))[0], "role": "assistant"}], Options(), "allowed: role user"),
+    ):
+        with pytest.raises(RequestError, match=fragment):
+            prepare(loaded, message, options)
+
+
+def test_what_a_text_spells_is_no_image(engine: LoadedEngine) -> None:
+    sequence = prepare(engine, asked(picture(4, 4), text="<|image_start|><|image_pad|>"), Options())
+    assert sequence.prompt.count(18) == sequence.prompt.count(19) == 1
+
+
+def test_the_plan_tells_what_an_image_takes(checkpoint: Path, tmp_path: Path) -> None:
+    builder = Builder(checkpoint, tmp_path / "engine", max_image_size=32)
+    (line,) = [line for line in builder.plan().lines("x", tmp_path) if line.startswith("images")]
+    assert "up to 21 tokens" in line
+    assert builder.plan().vision_parameters == sum(
+        tensor.array().size for name, tensor in builder.tensors.items() if "vision_tower" in name or "projector" in name
+    )
+    engine = nemodiff.load(builder.run())
+    assert len(prepare(engine, asked(picture(64, 64)), Options()).images or ()) == 1
+    assert seen(engine, picture(64, 64)).rows == 4
+
+
+def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_path: Path) -> None:
+    small = nemodiff.load(Builder(checkpoint, tmp_path / "engine", dtype="f16").run())
+    image = seen(engine, picture(20, 20))
+    np.testing.assert_allclose(small.backend.see(image), engine.backend.see(image), rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"vision_config": None}, "vision_config is None"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
+        ({"multimodal_projector_bias": True}, "multimodal_projector_bias is True"),
+        ({"vision_feature_layer": -2}, "vision_feature_layer is -2"),
+        ({"spatial_merge_size": 0}, "spatial_merge_size is 0"),
+        ({"spatial_merge_size": 3}, "has shape"),
+        ({"architectures": ["NemotronLabsDiffusionModel"]}, "architectures"),
+    ],
+)
+def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any], fragment: str) -> None:
+    folder = write_vision_checkpoint(tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        Builder(folder, tmp_path / "engine")
+    assert fragment in str(caught.value)
+
+
+def test_tensors_and_tokens_that_are_missing_are_named(tmp_path: Path) -> None:
+    folder = write_vision_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    lost = "encoder.multi_modal_projector.linear_2.weight"
+    save_file({name: one for name, one in tensors.items() if name != lost}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=lost):
+        Builder(folder, tmp_path / "engine")
+    text = (folder / "tokenizer.json").read_text("utf-8").replace("<|image_break|>", "<|other|>")
+    (folder / "tokenizer.json").write_text(text, "utf-8")
+    with pytest.raises(CheckpointError, match="image_break"):
+        Builder(folder, tmp_path / "engine")
+
+
+def test_another_image_token_in_the_config_is_told(tmp_path: Path) -> None:
+    folder = write_vision_checkpoint(tmp_path / "checkpoint", image_token_index=10)
+    (note,) = [note for note in Builder(folder, tmp_path / "engine").plan().notes if "image" in note]
+    assert "image_token_index 10" in note
+    assert "the tokenizer decides" in note
+
+
+def test_what_no_backend_or_twin_has_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no graph for the images"):
+        Builder(checkpoint, tmp_path / "engine", backend="torch")
+    with pytest.raises(BuildError, match="sees images"):
+        Exporter(checkpoint, tmp_path / "twin")
+    with pytest.raises(BuildError, match="multiples of 8"):
+        Builder(checkpoint, tmp_path / "engine", max_image_size=30)
