@@ -17,8 +17,8 @@ from .vision import VisionConfig, parse_vision
 if TYPE_CHECKING:
     import numpy as np
 
-_VLM = "nemotron_labs_diffusion_vlm"
-_ARCHITECTURES = {"nemotron_labs_diffusion": "NemotronLabsDiffusionModel", _VLM: "NemotronLabsDiffusionVLMModel"}
+_TEXT, _VLM = "NemotronLabsDiffusionModel", "NemotronLabsDiffusionVLMModel"
+_MODEL_TYPES = {_TEXT: "nemotron_labs_diffusion", _VLM: "nemotron_labs_diffusion_vlm"}
 # Fields with one supported value: any other would need another graph.
 _FIXED: dict[str, object] = {
     "hidden_act": "silu",
@@ -111,8 +111,8 @@ class ModelConfig:
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read `config.json`, and `generation_config.json` for more EOS ids. Raises CheckpointError."""
     fields = Fields("config.json", values)
-    kind = fields.one_of("model_type", tuple(_ARCHITECTURES), "missing")
-    fields.one_of("architectures", ([_ARCHITECTURES[kind]],), "missing")
+    architecture = fields.one_of("architectures", ([_TEXT], [_VLM]), "missing")
+    fields.one_of("model_type", (_MODEL_TYPES[architecture[0]],), "missing")
     for key, allowed in _FIXED.items():
         fields.one_of(key, (allowed,), allowed)
     # How it was trained; the mask is chosen per request, so an engine is the same for each.
@@ -132,7 +132,7 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
         block_length=fields.integer("block_size"),
         eos_ids=_eos_ids(fields, generation or {}),
         rope=rope,
-        vision=parse_vision(fields) if kind == _VLM else None,
+        vision=parse_vision(fields) if architecture == [_VLM] else None,
     )
     if config.num_heads % config.num_kv_heads:
         raise fields.fail("num_key_value_heads", config.num_kv_heads, f"a divisor of {config.num_heads}")
@@ -143,7 +143,12 @@ def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None
             raise fields.fail(name, ids, f"ids below vocab_size {config.vocab_size}")
     if config.mask_id in config.eos_ids:
         raise fields.fail("mask_token_id", config.mask_id, "an id that is not an EOS")
-    unknown = set(values) - fields.read - set(_IGNORED.split()) - (set(_IGNORED_VLM.split()) if kind == _VLM else set())
+    unknown = (
+        set(values)
+        - fields.read
+        - set(_IGNORED.split())
+        - (set(_IGNORED_VLM.split()) if architecture == [_VLM] else set())
+    )
     return dataclasses.replace(config, unknown_fields=tuple(sorted(unknown)))
 
 

@@ -342,7 +342,7 @@ def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_pa
         ({"vision_feature_layer": -2}, "vision_feature_layer is -2"),
         ({"spatial_merge_size": 0}, "spatial_merge_size is 0"),
         ({"spatial_merge_size": 3}, "has shape"),
-        ({"architectures": ["NemotronLabsDiffusionModel"]}, "architectures"),
+        ({"architectures": ["NemotronLabsDiffusionModel"]}, "model_type"),
     ],
 )
 def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path, changes: dict[str, Any], fragment: str) -> None:
