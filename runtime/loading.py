@@ -12,7 +12,7 @@ from typing import Any
 from ..engine_folder import EngineInfo, read_engine
 from ..errors import RequestError
 from .engines.drafter import check_gate
-from .engines.engine import Engine
+from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
 from .planning.cost import CostCurve, measure
 from .planning.draft_planner import AcceptanceStatistics
@@ -41,6 +41,7 @@ class LoadedEngine:
     @functools.cached_property
     def sight(self) -> Sight:
         """What the engine sees in images, of a model that sees them."""
+        assert isinstance(self.backend, SeeingEngine)
         return Sight(self.backend.see)
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -93,8 +93,13 @@ class Engine(Protocol):
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""
         ...
 
+
+@runtime_checkable
+class SeeingEngine(Protocol):
+    """An engine of a model that sees images."""
+
     def see(self, image: Image) -> np.ndarray:
-        """The embeddings of an image's tokens, (rows * columns, E) f32; only where the model sees images."""
+        """The embeddings of an image's tokens, (rows * columns, E) f32."""
         ...
 
 

@@ -65,7 +65,7 @@ class OnnxRuntimeEngine:
         return OnnxRuntimeCache(self, rows)
 
     def see(self, image: Image) -> np.ndarray:
-        """See `engine.Engine.see`."""
+        """See `engine.SeeingEngine.see`."""
         assert self._vision is not None
         visible = np.zeros((1, len(image.patches), 3), np.int32)
         visible[:, :, 2] = len(image.patches)
