@@ -32,7 +32,7 @@ class Image:
     def digest(self) -> bytes:
         """What its content is known by, 32 bytes: equal only for equal pixels of equal shape."""
         digest = hashlib.sha256(f"{self.columns} x {self.rows}".encode())
-        digest.update(self.patches)
+        digest.update(self.patches.data)
         return digest.digest()
 
     def layout(self, start: int, pad: int, row_break: int, end: int) -> list[int]:
