@@ -29,6 +29,7 @@ VISION_WEIGHTS_FILE = "vision.onnx.data"
 VISION_TENSORS_FILE = "vision.safetensors"
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
+COST_FILE = "cost_curves.json"  # what `nemodiff bench` leaves; not of the build, so not in the manifest
 TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
 TRITON_FILE = "nemodiff_triton.json"  # marks an exported Triton model
 TRITON_ENGINE = "1/engine"  # the engine in an exported Triton model

@@ -43,7 +43,7 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
     """Tokens per second by setting, task and clock, the median over rounds; and how many answers differ from AR's."""
     rates: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    curve = engine.cost
+    curve = engine.cost.curve  # one measure for all settings, whatever plans learn meanwhile
     unlike = 0
     plain = list[list[int]]()
     tasks = [*questions.TASKS, "all"]
@@ -55,7 +55,7 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
                 cost = 0.0
                 cpu = time.process_time()
                 wall = time.perf_counter()
-                for _, pass_, _ in decode(engine.backend, [sequence], 1):
+                for _, pass_, _ in decode(engine.backend, [sequence], 1, costs=engine.cost):
                     cost += curve.seconds(pass_.ids.size) if pass_.kind != "prefill" else 0.0
                 took = (cost, time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
                 for task in (question.task, "all"):
@@ -131,7 +131,7 @@ def main() -> None:
             folder = Builder(record.TINY_CHAT, Path(work) / name, adapter=adapter).run()
             engine = load(folder, threads=arguments.threads)
             engines[name], unlike = measure(engine, drawn, arguments.rounds)
-            curve = engine.cost
+            curve = engine.cost.curve
             curves[name] = {s: round(t * 1e3, 3) for s, t in zip(curve.sizes, curve.times, strict=True)}
             goals.append(record.goal(f"{name}: answers unlike AR's", unlike, "at most", 0, "answers"))
             for clock in CLOCKS:

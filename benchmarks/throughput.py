@@ -70,7 +70,7 @@ def serve(engine: LoadedEngine, workload: Workload, rows: int, *, static: bool, 
     that of prefixes and of not waiting.
     """
     started = time.perf_counter()
-    cost = (lambda: engine.cost) if grouped else None
+    cost = engine.cost if grouped else None
     batch = Batch(engine.backend, rows, cost=cost, kept=KEPT_PREFIXES if reuse else None)
     waiting = iter([prepare(engine, prompt, options) for prompt, options in workload])
     reporters: dict[Sequence, Reporter] = {}
@@ -179,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nemodiff-throughput-") as work:
         folder = Builder(record.TINY_CHAT, Path(work) / "engine", max_batch_size=arguments.rows).run()
         engine = load(folder, threads=arguments.threads)
-        curve = engine.cost
+        curve = engine.cost.curve
         figures = compare(contenders(engine, workload, arguments.rows), arguments.rounds)
     title = (
         f"`{origin['command']}`, {origin['date'][:10]}: {len(workload)} mixed requests that are all there at the "

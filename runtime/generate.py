@@ -14,6 +14,7 @@ from .engines.engine import Engine, Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
 from .events.reporter import Reporter
 from .loading import LoadedEngine, check_rows
+from .planning.pass_costs import PassCosts
 from .requests.generation import Generation
 from .requests.options import make_options
 from .requests.prepare import Prompt, prepare
@@ -109,7 +110,7 @@ def sequence_events(
             reporters[sequence] = Reporter(number, sequence, steps=steps, text=text)
             yield sequence
 
-    batch = Batch(engine.backend, rows, cost=lambda: engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
+    batch = Batch(engine.backend, rows, cost=engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
     for result in _drive(batch, reported()):
         if result.error is not None:
             number = reporters.pop(result.sequence).number
@@ -123,13 +124,14 @@ def sequence_events(
 
 
 def decode(
-    engine: Engine, sequences: Iterable[Sequence], rows: int, *, kept: int | None = None
+    engine: Engine, sequences: Iterable[Sequence], rows: int, *, kept: int | None = None, costs: PassCosts | None = None
 ) -> Iterator[tuple[Sequence, Pass, Prediction]]:
-    """Run sequences to their end, up to `rows` at a time and in one forward; yields after each pass of each sequence.
+    """Run sequences to their end, up to `rows` at a time; yields after each pass of each sequence.
 
-    The prediction's arrays are overwritten by the next forward. `kept` is that of `Batch`.
+    The prediction's arrays are overwritten by the next forward. `kept` and `costs` are those of `Batch`; without
+    `costs` all rows are in one forward.
     """
-    for result in _drive(Batch(engine, rows, kept=kept), iter(sequences)):
+    for result in _drive(Batch(engine, rows, kept=kept, cost=costs), iter(sequences)):
         if result.error is not None:
             raise result.error
         yield result.sequence, result.pass_, result.prediction

@@ -14,8 +14,10 @@ from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
-from .planning.cost import CostCurve, measure
+from .planning.cost import measure
 from .planning.draft_planner import AcceptanceStatistics
+from .planning.kept_curve import cpu_name, read_curve
+from .planning.pass_costs import PassCosts
 from .text.codec import TextCodec
 
 
@@ -27,6 +29,7 @@ class LoadedEngine:
     backend: Engine
     text: TextCodec
     load_ms: float
+    threads: int | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -34,9 +37,25 @@ class LoadedEngine:
         return self.backend.info
 
     @functools.cached_property
-    def cost(self) -> CostCurve:
-        """Seconds of a forward by its tokens, measured at the first use."""
-        return measure(self.backend)
+    def cost(self) -> PassCosts:
+        """Seconds of a forward by its tokens, learned from those that run.
+
+        It begins with the curve that `nemodiff bench` has left in the folder, or with one that is measured at the
+        first use.
+        """
+        return PassCosts(lambda: read_curve(self.folder, self.processor, self.threads) or measure(self.backend))
+
+    @property
+    def processor(self) -> str:
+        """What forwards run on, as it calls itself."""
+        name: str = getattr(getattr(self.backend, "device", None), "name", "cpu")
+        if name == "cpu":
+            return cpu_name()
+        if name.startswith("cuda:"):
+            import torch
+
+            return str(torch.cuda.get_device_name(name))
+        return name
 
     @functools.cached_property
     def sight(self) -> Sight:
@@ -85,7 +104,7 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
         backend = TensorRTEngine(folder, info, 0 if chosen is None else chosen)
     if info.has_adapter:
         check_gate(backend, folder)
-    return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3)
+    return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3, threads)
 
 
 def check_device(device: object, backend: str) -> Any:

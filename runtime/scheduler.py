@@ -89,7 +89,7 @@ class Scheduler:
             if not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}, allowed: 1 or more")
         if self._rows > 1:
-            engine.cost  # noqa: B018  (measured before the first request, not in the middle of it)
+            engine.cost.curve  # noqa: B018  (measured before the first request, not in the middle of it)
         self._engine = engine
         self._most_waiting = waiting
         self._kept = KEPT_PREFIXES if prefix_reuse else None
@@ -276,7 +276,7 @@ class Scheduler:
             self._batch = Batch(
                 self._engine.backend,
                 self._rows,
-                cost=lambda: self._engine.cost,
+                cost=self._engine.cost,
                 kept=self._kept,
                 prefill_tokens=self._prefill_tokens,
             )

@@ -77,7 +77,7 @@ def decode_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
 
     def curve(lab: Lab) -> Figures:
         started = time.perf_counter()
-        cost = engine(lab, True).cost
+        cost = engine(lab, True).cost.curve
         spent = time.perf_counter() - started
         return {"sizes": cost.sizes, "curve_us": [1e6 * s for s in cost.times], "seconds_to_measure": spent}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...contract import PREFILL_CHUNK
@@ -19,7 +19,8 @@ from ..engines.engine import Engine, Pass, Prediction
 from ..modes import LOOPS
 from ..modes.ar import Loop
 from ..modes.scoring import scored
-from ..planning.cost import CostCurve, split
+from ..planning.cost import split
+from ..planning.pass_costs import PassCosts
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
 from .prefix_cache import SHORTEST, PrefixCache, common
@@ -70,7 +71,7 @@ class Batch:
     Args:
         backend: the engine.
         rows: sequences at a time.
-        cost: gives the cost curve, called when rows meet; None never splits a step.
+        cost: decides by its curve where rows that meet are split, and learns from every forward; None does neither.
         kept: rows for K/V of finished prompts; None switches the reuse of prefixes off, 0 reuses running rows only.
         prefill_tokens: prompt tokens of one step, over all rows; one pass always runs.
     """
@@ -80,7 +81,7 @@ class Batch:
         backend: Engine,
         rows: int,
         *,
-        cost: Callable[[], CostCurve] | None = None,
+        cost: PassCosts | None = None,
         kept: int | None = None,
         prefill_tokens: int = PREFILL_CHUNK,
     ) -> None:
@@ -140,7 +141,7 @@ class Batch:
             began = time.perf_counter()
             predictions = self._cache.forward(passes, first)
             seconds = time.perf_counter() - began
-            self._count(passes)
+            self._count(passes, seconds)
             for slot, pass_, prediction in zip(slots, passes, predictions, strict=True):
                 error = self._advance(slot, pass_, prediction)
                 yield PassResult(
@@ -168,12 +169,15 @@ class Batch:
             return error
         return None
 
-    def _count(self, passes: list[Pass]) -> None:
+    def _count(self, passes: list[Pass], seconds: float) -> None:
         counts = self.counts
         tokens = sum(p.ids.size for p in passes)
+        computed = max(p.ids.size for p in passes) * len(passes)
         counts.forwards += 1
         counts.tokens += tokens
-        counts.padding += max(p.ids.size for p in passes) * len(passes) - tokens
+        counts.padding += computed - tokens
+        if self._cost is not None and all(p.kind != "prefill" for p in passes):
+            self._cost.learn(computed, seconds)
 
     # --- which rows run, and which of them together ---
 
@@ -189,7 +193,7 @@ class Batch:
             while end < len(rows) and rows[end] == rows[end - 1] + 1:
                 end += 1
             sizes = tuple(self._size(row) for row in rows[first:end])
-            cuts = [end - first] if self._cost is None or len(sizes) == 1 else split(sizes, self._cost())
+            cuts = [end - first] if self._cost is None or len(sizes) == 1 else split(sizes, self._cost.curve)
             start = 0
             for cut in cuts:
                 ranges.append((rows[first] + start, rows[first] + cut))

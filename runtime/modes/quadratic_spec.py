@@ -22,6 +22,8 @@ from ..requests.sequence import Sequence
 from ..sampling.softmax import probability
 from .ar import Loop, prompt_parts
 
+_FREE = CostCurve((1, PREFILL_CHUNK), (1.0, 1.0))  # all passes cost the same
+_USUAL = 5.0  # tokens of a pass with a draft, before anything is known: of drafts kept with a chance of 0.8
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
@@ -47,6 +49,8 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
     prediction = yield layout.make_pass(sequence, heads)
     accepted = sequence.verify(prediction, heads[1:])
+    if sequence.planner is not None:
+        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted)
     return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
 
 
@@ -138,16 +142,23 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     if sequence.cost is None:
         return _Layout(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, lambda a, b: a * b)][:most]
-    return _best(reached, sizes, sequence.accepted, sequence.cost)
+    # Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
+    useful = [float(kept) for kept, seen in zip(sequence.accepted, sequence.verified, strict=True) if seen > 1]
+    best = _best(reached, sizes, useful, sequence.cost.curve)
+    more = max(2 * best.tokens, 1 + max(sizes.values(), default=0))
+    return _best(reached, sizes, useful, _FREE, more) if sequence.cost.wants(more) else best
 
 
-def _best(reached: Tokens[float], sizes: dict[int, int], history: list[int], cost: CostCurve) -> _Layout:
+def _best(
+    reached: Tokens[float], sizes: dict[int, int], useful: list[float], cost: CostCurve, most: int = PREFILL_CHUNK
+) -> _Layout:
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
-    is needed times what a draft is worth: the mean number of tokens that passes with a draft have given so far.
+    is needed times what a draft is worth: the mean of `useful`, the tokens that passes with a draft have given so far.
+    A layout has at most `most` tokens.
     """
-    useful = history[-16:] or [round(sum(reached))]
+    useful = [*useful[-16:], _USUAL]
     worth = sum(useful) / len(useful) - 1
     best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
     earlier: list[tuple[float, int]] = []  # chance and number of the groups before the last head
@@ -160,7 +171,7 @@ def _best(reached: Tokens[float], sizes: dict[int, int], history: list[int], cos
         ranked = sorted([*earlier, (chance_of_all, heads)], reverse=True) if heads in sizes else []
         for chance, number in ranked:
             size, tokens = size + sizes[number], tokens + chance * worth
-            if size > PREFILL_CHUNK or (longer := tokens / (cost.seconds(size) + next_pass)) <= rate:
+            if size > most or (longer := tokens / (cost.seconds(size) + next_pass)) <= rate:
                 break
             rate, taken = longer, taken + 1
         if rate > best_rate:

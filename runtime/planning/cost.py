@@ -6,59 +6,72 @@ The curve's shape decides what speculation is worth: on a CPU 32 tokens cost thr
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
+import itertools
 import time
+
+import numpy as np
 
 from ..engines.engine import Engine, causal
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-_REPEATS = 5
-_LIMIT = 1.0  # seconds for all of it; longer passes are extrapolated
+_FIRST = (1, 32)  # measured before any other, however long they take: their ratio is what plans hang on
+_TURNS = 5
+_LIMIT = 1.0  # seconds for all of it; sizes for which there is no time left lie between or beyond the others
 
 
 @dataclasses.dataclass(frozen=True)
 class CostCurve:
-    """Seconds of a forward at some sizes, linear between them and beyond."""
+    """Seconds of a forward at some sizes, two at least, linear between them and beyond."""
 
     sizes: tuple[int, ...]
     times: tuple[float, ...]
 
     def seconds(self, size: int) -> float:
         """Expected seconds of a forward of `size` tokens in one row."""
-        return self._table[size] if size < len(self._table) else self._between(size)
+        if size < len(self._table):
+            return self._table[size]
+        (a, b), (low, high) = self.sizes[-2:], self.times[-2:]
+        return low + (high - low) * (size - a) / (b - a)
 
     @functools.cached_property
     def _table(self) -> list[float]:
-        """Seconds by size up to the largest pass; planning looks up dozens of sizes per pass."""
-        return [self._between(size) for size in range(SIZES[-1] + 1)]
-
-    def _between(self, size: int) -> float:
-        at = min(max(bisect.bisect_left(self.sizes, size), 1), len(self.sizes) - 1)
-        (a, b), (low, high) = self.sizes[at - 1 : at + 1], self.times[at - 1 : at + 1]
-        return low + (high - low) * (size - a) / (b - a)
+        """Seconds by size up to the largest one; planning looks up dozens of sizes per pass."""
+        table: list[float] = np.interp(np.arange(self.sizes[-1] + 1), self.sizes, self.times).tolist()
+        (a, b), (low, high) = self.sizes[:2], self.times[:2]
+        table[:a] = [low + (high - low) * (size - a) / (b - a) for size in range(a)]
+        return table
 
 
-def measure(engine: Engine) -> CostCurve:
-    """Time forwards of growing size, the least of some repeats each, until the time for it is used up."""
-    cache, times, started = engine.open(1), list[float](), time.perf_counter()
+def without_noise(curve: CostCurve) -> CostCurve:
+    """The curve without what cannot be: other work on the machine adds to a measured time and never takes away.
+
+    A pass costs no more than a longer one, nor than the passes of half its size that could stand for it.
+    """
+    times = list(itertools.accumulate(reversed(curve.times), min))[::-1]
+    for at in range(1, len(times)):
+        times[at] = min(times[at], times[at - 1] * curve.sizes[at] / curve.sizes[at - 1])
+    return CostCurve(curve.sizes, tuple(times))
+
+
+def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve:
+    """Time forwards of every size in turns, the least of each, until the time for it is used up."""
+    cache, least, started = engine.open(1), dict[int, float](), time.perf_counter()
     token = int(engine.info.model.mask_id == 0)
-    for size in SIZES:
-        if len(times) > 1 and size > engine.info.build.max_seq_len:
+    longest = max(2, engine.info.build.max_seq_len)
+    sizes = [size for size in dict.fromkeys((*_FIRST, *SIZES)) if size <= longest]
+    for turn, size in itertools.product(range(_TURNS), sizes):
+        if (turn or size not in _FIRST) and len(least) > 1 and time.perf_counter() - started > limit:
             break
         pass_ = causal("verify", [token] * size, 0, predict_all=True)
-        cache.forward([pass_])  # binds the shape
-        seconds = []
-        for _ in range(_REPEATS):
-            before = cache.seconds
-            cache.forward([pass_])
-            seconds.append(cache.seconds - before)
-        times.append(max(min(seconds), times[-1] if times else 0.0))
-        if len(times) > 1 and time.perf_counter() - started > _LIMIT:
-            break
+        cache.forward([pass_])  # binds the shape, and warms what a change of shape has cooled
+        before = time.perf_counter()
+        cache.forward([pass_])
+        least[size] = min(time.perf_counter() - before, least.get(size, float("inf")))
     cache.close()
-    return CostCurve(SIZES[: len(times)], tuple(times))
+    measured = sorted(least.items())
+    return without_noise(CostCurve(tuple(size for size, _ in measured), tuple(seconds for _, seconds in measured)))
 
 
 @functools.lru_cache(maxsize=4096)

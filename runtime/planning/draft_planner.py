@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ...contract import MAX_BLOCK
-from .cost import CostCurve
+from .pass_costs import PassCosts
 
 ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
 BLOCKS = (2, 4, 8, 16, 32, 64)
@@ -19,6 +19,7 @@ _WEIGHT = 4.0  # verifies that a prior is worth
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
+_GROUPED = 8.0  # passes of quadratic_spec that its estimate is worth
 
 
 class AcceptanceStatistics:
@@ -27,6 +28,7 @@ class AcceptanceStatistics:
     def __init__(self) -> None:
         self.seen = np.zeros(MAX_BLOCK - 1)  # verified, all positions before being kept
         self.kept = np.zeros(MAX_BLOCK - 1)
+        self.quadratic = QuadraticStatistics()
 
     def add(self, size: int, emitted: int) -> None:
         """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
@@ -46,6 +48,32 @@ class AcceptanceStatistics:
         return float((self.kept.sum() + _WEIGHT * _GUESS) / (self.seen.sum() + _WEIGHT))
 
 
+class QuadraticStatistics:
+    """What passes of budgeted quadratic_spec gave and took, over what was expected of a pass with their block.
+
+    Some leave out their groups, and then the next pass has no draft: how often that is right is known afterwards.
+    """
+
+    def __init__(self) -> None:
+        # Sums by block, to begin with of passes that were as expected; [tokens emitted, seconds] over those expected.
+        self._sums = np.full((2, len(BLOCKS)), _GROUPED)
+        self._passes = np.zeros(len(BLOCKS))
+
+    def add(self, block: int, tokens: float, seconds: float) -> None:
+        """A pass that was planned with this block gave and took these parts of what was expected."""
+        at = BLOCKS.index(block)
+        self._passes[at] += 1
+        self._sums[:, at] += tokens, seconds
+        if self._passes[at] > _FORGET:
+            self._passes[at] *= 0.5
+            self._sums[:, at] *= 0.5
+
+    def factors(self) -> list[float]:
+        """By which to multiply what is expected of each of `BLOCKS` in tokens per second."""
+        factors: list[float] = (self._sums[0] / self._sums[1]).tolist()
+        return factors
+
+
 class Plan(NamedTuple):
     """The next pass or two: a mode, and the length of its block."""
 
@@ -57,37 +85,52 @@ class DraftPlanner:
     """Plans the passes of one request.
 
     Args:
-        cost: seconds of a pass by its tokens.
+        costs: seconds of a pass by its tokens.
         engine: the statistics of all requests of the engine. They are the prior, since an answer is often over after
             three verifies, and what this request meets is added to them.
         modes: the modes to choose among.
     """
 
-    def __init__(self, cost: CostCurve, engine: AcceptanceStatistics, modes: tuple[ExactMode, ...]) -> None:
+    def __init__(self, costs: PassCosts, engine: AcceptanceStatistics, modes: tuple[ExactMode, ...]) -> None:
+        self._costs = costs
         self._engine = engine
         self._own = AcceptanceStatistics()
         self._modes = modes
         self._passes_without_draft = 0
-        self._seconds = {size: cost.seconds(size) for size in (1, *BLOCKS, 2 * BLOCKS[-1])}
+        self._expected = (0.0, 0.0)  # tokens and seconds of the pass that is planned, if it is one of quadratic_spec
 
     def plan(self) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it.
 
-        A block costs linear_spec two passes of it, and quadratic_spec about one of twice its length: the heads, and one
-        group after them.
+        Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
+        where ar is the best, at times a short draft.
         """
-        expected, seconds_of = self.expected(), self._seconds
-        best = Plan("ar", 1)
-        best_rate = 1 / seconds_of[1] if "ar" in self._modes else 0.0
-        for size in BLOCKS:
-            tokens = float(expected[size - 1])
-            for mode, seconds in (("linear_spec", 2 * seconds_of[size]), ("quadratic_spec", seconds_of[2 * size])):
-                if mode in self._modes and tokens / seconds > best_rate:
-                    best, best_rate = Plan(mode, size), tokens / seconds
+        expected = self.expected()
+        best = self._best(expected)
         if best.mode == "ar":
             self._passes_without_draft += 1
-            if self._passes_without_draft % _PROBE == 0:
-                return Plan("linear_spec", _PROBE_BLOCK)
+            if self._passes_without_draft % _PROBE == 0 or self._costs.wants(_PROBE_BLOCK):
+                best = Plan("linear_spec", _PROBE_BLOCK)
+        else:
+            at = BLOCKS.index(best.size)
+            nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
+            best = next((other for other in nearby if self._costs.wants(_tokens(other))), best)
+        self._expected = (float(expected[best.size - 1]), self._costs.curve.seconds(_tokens(best)))
+        return best
+
+    def _best(self, expected: np.ndarray) -> Plan:
+        """A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says."""
+        curve, factors = self._costs.curve, self._engine.quadratic.factors()
+        best = Plan("ar", 1)
+        best_rate = 1 / curve.seconds(1) if "ar" in self._modes else 0.0
+        for size, factor in zip(BLOCKS, factors, strict=True):
+            tokens = float(expected[size - 1])
+            for mode, rate in (
+                ("linear_spec", tokens / (2 * curve.seconds(size))),
+                ("quadratic_spec", tokens / curve.seconds(2 * size) * factor),
+            ):
+                if mode in self._modes and rate > best_rate:
+                    best, best_rate = Plan(mode, size), rate
         return best
 
     def expected(self) -> np.ndarray:
@@ -99,3 +142,13 @@ class DraftPlanner:
         """Take in a verify of a block of `size` tokens that emitted this many."""
         self._own.add(size, emitted)
         self._engine.add(size, emitted)
+
+    def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
+        """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
+        expected, seconds = self._expected
+        self._engine.quadratic.add(block, emitted / expected, self._costs.curve.seconds(tokens) / seconds)
+
+
+def _tokens(plan: Plan) -> int:
+    """Of one of its passes; of quadratic_spec about: as many heads as the block has, and one group."""
+    return 2 * plan.size if plan.mode == "quadratic_spec" else plan.size

@@ -8,8 +8,8 @@ from typing import Literal
 from ...config import ModelConfig
 from ..engines.engine import PASS_KINDS, Pass, PassKind, Prediction
 from ..images.sight import PromptImages
-from ..planning.cost import CostCurve
 from ..planning.draft_planner import DraftPlanner, ExactMode
+from ..planning.pass_costs import PassCosts
 from ..text.transcript import Transcript
 from .outcome import Commit, PassOutcome
 from .selection import TokenSelector
@@ -31,7 +31,7 @@ class Sequence:
         prompt: list[int],
         settings: Settings,
         transcript: Transcript,
-        cost: CostCurve | None = None,
+        cost: PassCosts | None = None,
         planner: DraftPlanner | None = None,
         samples: bool = False,
         opened: bool = False,

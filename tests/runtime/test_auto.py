@@ -12,6 +12,7 @@ from nemodiff.errors import RequestError
 from nemodiff.runtime import generate
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests import prepare as request
 
 QUESTIONS = ["Count from 3 to 9.", "Reverse the list: river glass tiger", "Show the times table of 7 up to 5."]
@@ -59,8 +60,8 @@ def test_every_plan_gives_ars_tokens(
         for size, emitted in met:
             record.add(size, min(size, emitted))
         assert sequence.planner is not None
-        sequence.cost = curve
-        sequence.planner = DraftPlanner(curve, record, sequence.planner._modes)
+        sequence.cost = PassCosts(curve)
+        sequence.planner = DraftPlanner(sequence.cost, record, sequence.planner._modes)
         sequences.append(sequence)
     for _ in generate.decode(engine.backend, sequences, rows):
         pass
@@ -80,7 +81,7 @@ def test_a_scheduler_gives_the_same_tokens(engine: nemodiff.LoadedEngine) -> Non
 
 
 def fed(size: int, emitted: int, modes: tuple[str, ...], curve: CostCurve) -> DraftPlanner:
-    planner = DraftPlanner(curve, AcceptanceStatistics(), modes)  # type: ignore[arg-type]
+    planner = DraftPlanner(PassCosts(curve), AcceptanceStatistics(), modes)  # type: ignore[arg-type]
     for _ in range(40):
         planner.learn(size, emitted)
     return planner
@@ -103,7 +104,7 @@ def test_plans_of_one_token_look_again_at_times() -> None:
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
-    planner, rng = DraftPlanner(MIXED, AcceptanceStatistics(), ("linear_spec",)), np.random.default_rng(1)
+    planner, rng = DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",)), np.random.default_rng(1)
     met = [min(16, int(n)) for n in rng.geometric(0.15, 2000)]
     for emitted in met:
         planner.learn(16, emitted)

@@ -27,6 +27,7 @@ from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.batching.prefix_cache import PrefixCache, common
 from nemodiff.runtime.planning.cost import CostCurve, split
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.generation import finished_generation
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
@@ -143,7 +144,9 @@ def test_any_schedule_gives_what_each_request_gives_alone(
 ) -> None:
     waiting = data.draw(st.lists(requests(), min_size=1, max_size=8))
     before = backend(engine).open_caches
-    batch = Batch(engine.backend, rows, cost=None if cost is None else lambda: cost, kept=kept, prefill_tokens=budget)
+    batch = Batch(
+        engine.backend, rows, cost=None if cost is None else PassCosts(cost), kept=kept, prefill_tokens=budget
+    )
     running: dict[Sequence, Request] = {}
     cut = 0
     while waiting or running:
@@ -319,7 +322,7 @@ def gated(engine: nemodiff.LoadedEngine) -> tuple[nemodiff.LoadedEngine, threadi
     backend.gate = threading.Event()
     backend.gate.set()
     slow = dataclasses.replace(engine, backend=backend)
-    assert slow.cost.times  # measured while the gate is open
+    assert slow.cost.curve.times  # measured while the gate is open
     backend.gate.clear()
     return slow, backend.gate
 
@@ -359,7 +362,7 @@ def test_an_engine_that_cannot_open_a_cache_hangs_nobody(
         raise MemoryError
 
     broken = toy(engine)
-    broken.cost  # noqa: B018  (measured while it still works)
+    broken.cost.curve  # noqa: B018  (measured while it still works)
     monkeypatch.setattr(broken.backend, "open", refuse)
     with nemodiff.Scheduler(broken, rows=2) as scheduler:
         for handle in [scheduler.submit([130], max_new_tokens=3) for _ in range(5)]:
@@ -397,7 +400,7 @@ def test_a_cancelled_row_is_free_in_the_next_step(engine: nemodiff.LoadedEngine)
 
 def test_a_long_prompt_does_not_stall_the_others(engine: nemodiff.LoadedEngine) -> None:
     """While 900 tokens are prefilled in pieces of 100, a decoding row gets a token in every step."""
-    batch = Batch(engine.backend, 3, cost=lambda: STEEP, prefill_tokens=100)
+    batch = Batch(engine.backend, 3, cost=PassCosts(STEEP), prefill_tokens=100)
     runner = sequence(engine, Request((130,), Options("ar", 300)))
     batch.add(runner)
     list(batch.step())

@@ -94,7 +94,7 @@ def test_a_prompt_is_forwarded_once_for_all_its_continuations(engine: nemodiff.L
             return Counting(self.inner.open(rows))
 
     counted = dataclasses.replace(engine, backend=Backend(engine.backend))
-    assert counted.cost  # measured by forwards, once
+    assert counted.cost.curve  # measured by forwards, once
     continuations: list[Any] = [[150, 151, 152], [160, 161], [150, 151, 153]]
     alone = [nemodiff.score(engine, prompt, [one])[0] for one in continuations]
     for rows in (1, 3):

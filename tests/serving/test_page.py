@@ -20,6 +20,7 @@ from nemodiff.cli import main
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.events.events import as_dict
 from nemodiff.runtime.planning.cost import CostCurve
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.serving.http.page_export import PAGE, html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'nemodiff[test]'")
@@ -60,8 +61,10 @@ CONTRAST = """() => {
 @pytest.fixture(scope="module")
 def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
     engine = nemodiff.load(tiny_engine, threads=1)
-    # A fixed cost curve: by one that is measured on a busy machine quadratic_spec may plan without drafts.
-    vars(engine)["cost"] = CostCurve(sizes=(1, 512), times=(1.0, 3.0))
+    # Fixed costs: where tokens are dear, as on a busy machine, quadratic_spec plans without drafts.
+    costs = PassCosts(CostCurve(sizes=(1, 512), times=(1.0, 3.0)))
+    vars(costs)["learn"] = lambda size, seconds: None
+    vars(engine)["cost"] = costs
     return engine
 
 

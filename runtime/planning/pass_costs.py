@@ -1,0 +1,105 @@
+"""What passes cost by what they have cost: a prior curve, corrected by the passes that really ran.
+
+Only the ratios of costs matter to a plan, so what disturbs all sizes alike (another load, a longer context) may pass
+by. Figures of single sizes are what must be right, and those that no pass has met lately are asked for at times.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .cost import SIZES, CostCurve, without_noise
+
+_KEPT = 384  # passes
+_HALF_LIFE = 128  # passes after which one counts half, so that a size that runs no more follows the others
+_TRUST = 1.0  # passes that the prior's shape is worth at each size
+_FAR = 16.0  # a pass of twice the size says as much about a size as this part of one of the size itself
+_REFIT = 8  # passes after which the curve is made anew
+_GAP = 6  # passes between two that are taken to learn what they cost
+_KNOWN = 3.0  # passes of about a size that make its cost known
+
+
+class PassCosts:
+    """Learns what passes cost.
+
+    Args:
+        prior: the curve to begin with, or what makes it when a cost is first asked for.
+    """
+
+    def __init__(self, prior: CostCurve | Callable[[], CostCurve]) -> None:
+        self._make_prior = prior
+        self._prior: CostCurve | None = None
+        self._curve: CostCurve | None = None
+        self._met: collections.deque[tuple[int, float]] = collections.deque(maxlen=_KEPT)
+        self._passes = 0
+        self._fitted = 0
+        self._probed = 0
+        self._evidence = [0.0] * len(SIZES)
+
+    @property
+    def curve(self) -> CostCurve:
+        """Seconds of a pass by its tokens, by what is known now."""
+        if self._curve is None:
+            prior = self._make_prior() if callable(self._make_prior) else self._make_prior
+            self._prior = self._curve = without_noise(prior)
+        if self._passes - self._fitted >= _REFIT:
+            self._fit()
+        return self._curve
+
+    def learn(self, size: int, seconds: float) -> None:
+        """Take in a forward of `size` tokens, padding included, that has predicted all of them."""
+        self._met.append((size, seconds))
+        self._passes += 1
+
+    def wants(self, size: int) -> bool:
+        """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""
+        self.curve  # noqa: B018  (brings the evidence up to date)
+        knot = min(max(round(math.log2(size)), 0), len(SIZES) - 1)
+        if self._passes - self._probed < _GAP or self._evidence[knot] >= _KNOWN:
+            return False
+        self._probed = self._passes
+        return True
+
+    def _fit(self) -> None:
+        """The prior times two corrections: one of all sizes, and at each size one by the passes near it."""
+        prior = self._prior
+        assert prior is not None
+        self._fitted = self._passes
+        sizes, seconds = np.array(tuple(self._met)).T
+        off = np.log(seconds / [prior.seconds(int(size)) for size in sizes])  # (n,) f64
+        recent = 0.5 ** (np.arange(len(off))[::-1] / _HALF_LIFE)  # (n,)
+        common = _middle_mean(np.append(off, 0.0), np.append(recent, _TRUST)[None])  # (1,)
+        near = recent * _FAR ** -((np.log2(SIZES)[:, None] - np.log2(sizes)) ** 2)  # (knots, n)
+        trust = np.full((len(SIZES), 1), _TRUST)
+        corrections = _middle_mean(np.append(off, common), np.concatenate([near, trust], axis=1))
+        logs = np.log([prior.seconds(size) for size in SIZES]) + corrections
+        evidence = near.sum(axis=1)
+        self._evidence = evidence.tolist()
+        self._curve = CostCurve(SIZES, tuple(np.exp(_rising(logs, evidence + _TRUST)).tolist()))
+
+
+def _middle_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean without the lowest and the highest quarter; values (n,), weights (m, n), result (m,)."""
+    order = np.argsort(values)
+    ends = np.cumsum(weights[:, order], axis=1)
+    whole = ends[:, -1:]
+    kept = np.diff(np.clip(ends, whole / 4, whole * 3 / 4), axis=1, prepend=whole / 4)
+    mean: np.ndarray = kept @ values[order] / (whole[:, 0] / 2)
+    return mean
+
+
+def _rising(values: np.ndarray, weights: np.ndarray) -> list[float]:
+    """The nearest values that never fall (weighted isotonic regression): what falls is replaced by its mean."""
+    pools: list[tuple[float, float, int]] = []  # mean, weight, number of values
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        mean, count = value, 1
+        while pools and pools[-1][0] > mean:
+            before, other, number = pools.pop()
+            mean = (mean * weight + before * other) / (weight + other)
+            weight, count = weight + other, count + number
+        pools.append((mean, weight, count))
+    return [mean for mean, _, count in pools for _ in range(count)]

@@ -1,0 +1,213 @@
+"""What passes cost: learned from those that run, whatever the curve to begin with, and kept beside the engine."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nemodiff
+from nemodiff.engine_folder import COST_FILE
+from nemodiff.runtime import loading
+from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
+from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.kept_curve import cpu_name, read_curve, write_curve
+from nemodiff.runtime.planning.pass_costs import PassCosts
+from nemodiff.runtime.requests import prepare as request
+
+Seconds = Callable[[float], float]
+TRUTHS: dict[str, Seconds] = {
+    "a CPU": lambda size: 1.0 + 0.085 * size,
+    "a slow CPU": lambda size: 0.3 + 0.7 * size,
+    "a GPU": lambda size: 1.0 + max(0.0, size - 128) / 128,
+}
+# How the curve to begin with is wrong. What all sizes share does not matter, so these bend it.
+MISTAKES: dict[str, Seconds] = {
+    "right": lambda size: 1.0,
+    "three times too dear": lambda size: 3.0,
+    "three times too cheap": lambda size: 1 / 3,
+    "long passes three times too dear": lambda size: 3.0 ** min(1, np.log2(size) / 5),
+    "long passes three times too cheap": lambda size: 3.0 ** -min(1, np.log2(size) / 5),
+}
+
+
+def curve(truth: Seconds, mistake: Seconds) -> CostCurve:
+    return CostCurve(SIZES, tuple(truth(size) * mistake(size) for size in SIZES))
+
+
+def noise(rng: np.random.Generator) -> float:
+    """Of a machine with other work: a tenth of jitter, and every fifth pass takes up to five times as long."""
+    return float(np.exp(rng.normal(0, 0.1)) * (rng.uniform(2, 5) if rng.random() < 0.2 else 1))
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_curve_is_gone_after_some_dozens_of_passes(truth: str, mistake: str) -> None:
+    real, rng = TRUTHS[truth], np.random.default_rng(1)
+    costs = PassCosts(curve(real, MISTAKES[mistake]))
+    sizes = [1, 3, 8, 16, 32]
+    for _ in range(12):
+        for size in sizes:
+            costs.learn(size, real(size) * noise(rng))
+    learned = [costs.curve.seconds(size) / real(size) for size in sizes]
+    assert max(learned) / min(learned) < 1.35
+    assert list(costs.curve.times) == sorted(costs.curve.times)
+
+
+def rate(planner: DraftPlanner, costs: PassCosts, real: Seconds, rng: np.random.Generator, chance: float) -> float:
+    """Tokens per second of forty verifies, each draft's token being kept at a chance; half as many to settle first."""
+    tokens = seconds = 0.0
+    for verify in range(60):
+        plan = planner.plan()
+        emitted = min(plan.size, int(rng.geometric(1 - chance)))
+        passes = 1 if plan.mode == "ar" else 2
+        for _ in range(passes):
+            costs.learn(plan.size, real(plan.size) * noise(rng))
+        if plan.size > 1:
+            planner.learn(plan.size, emitted)
+        if verify >= 20:
+            tokens += emitted
+            seconds += passes * real(plan.size)
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("truth", TRUTHS)
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("chance", [0.5, 0.95])
+def test_plans_get_over_a_wrong_curve(truth: str, mistake: str, chance: float) -> None:
+    """After twenty verifies they give nine tenths of what the best fixed block gives, those tried for knowledge too."""
+    real = TRUTHS[truth]
+    kept = [(1 - chance**size) / (1 - chance) for size in BLOCKS]  # mean tokens of a verify
+    best = max([1 / real(1), *(tokens / (2 * real(size)) for size, tokens in zip(BLOCKS, kept, strict=True))])
+    rates = []
+    for seed in range(12):
+        costs = PassCosts(curve(real, MISTAKES[mistake]))
+        planner = DraftPlanner(costs, AcceptanceStatistics(), ("ar", "linear_spec"))
+        rates.append(rate(planner, costs, real, np.random.default_rng(seed), chance))
+    assert np.mean(rates) > 0.85 * best
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+QUESTIONS = ["Count from 3 to 9.", "Show the times table of 7 up to 5.", "Count from 20 to 29."]
+
+
+def tokens_per_pass(engine: nemodiff.LoadedEngine, prior: CostCurve, real: Seconds) -> float:
+    """Of budgeted quadratic_spec where passes take what `real` says, some answers after the first."""
+    costs = PassCosts(prior)
+    vars(costs)["learn"] = lambda size, seconds: PassCosts.learn(costs, size, real(size))
+    vars(engine)["cost"] = costs
+    try:
+        options = {"mode": "quadratic_spec", "block_length": 16, "max_new_tokens": 48}
+        answers = [nemodiff.generate(engine, question, **options) for question in QUESTIONS * 2]
+    finally:
+        del vars(engine)["cost"]
+    later = answers[len(QUESTIONS) :]
+    return sum(len(a.token_ids) for a in later) / sum(a.nfe["verify"] for a in later)
+
+
+@pytest.mark.parametrize("truth", ["a CPU", "a GPU"])
+def test_a_noisy_measurement_does_not_stop_drafting(engine: nemodiff.LoadedEngine, truth: str) -> None:
+    real = TRUTHS[truth]
+    usual = tokens_per_pass(engine, curve(real, MISTAKES["right"]), real)
+    assert usual > 3
+    for noisy in (2, 8, 32):
+        measured = curve(real, lambda size, noisy=noisy: 20.0 if size == noisy else 1.0)
+        assert tokens_per_pass(engine, measured, real) > 0.7 * usual
+    for mistake in list(MISTAKES)[3:]:
+        assert tokens_per_pass(engine, curve(real, MISTAKES[mistake]), real) > 0.7 * usual
+
+
+def test_drafts_are_not_given_up_for_passes_without_one(engine: nemodiff.LoadedEngine) -> None:
+    """A few passes of one head do not make drafts look worthless, or there would never be another."""
+    options = nemodiff.Options(mode="quadratic_spec", block_length=8, max_new_tokens=60)
+    sequence = request.prepare(engine, QUESTIONS[0], options)
+    sequence.cost = PassCosts(curve(TRUTHS["a GPU"], MISTAKES["right"]))
+    sequence.accepted, sequence.verified = [1] * 16, [1] * 16
+    for _ in nemodiff.runtime.generate.decode(engine.backend, [sequence], 1):
+        pass
+    assert max(sequence.verified[16:]) > 4
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(1e-6, 10), min_size=2, max_size=len(SIZES)))
+def test_what_cannot_be_is_noise(times: list[float]) -> None:
+    clean = without_noise(CostCurve(SIZES[: len(times)], tuple(times)))
+    assert clean.sizes == SIZES[: len(times)]
+    assert all(low <= high <= 2 * low for low, high in zip(clean.times, clean.times[1:], strict=False))
+    assert all(after <= before for before, after in zip(times, clean.times, strict=True))
+
+
+def test_a_size_is_asked_for_until_it_is_known_and_not_in_a_row() -> None:
+    costs = PassCosts(curve(TRUTHS["a CPU"], MISTAKES["right"]))
+    wanted = []
+    for number in range(60):
+        if costs.wants(32):
+            wanted.append(number)
+            costs.learn(32, 3.7)
+        else:
+            costs.learn(4, 1.3)
+    assert 3 <= len(wanted) <= 6
+    assert min(b - a for a, b in itertools.pairwise(wanted)) >= 6
+
+
+def test_a_batch_learns_from_its_forwards(engine: nemodiff.LoadedEngine) -> None:
+    vars(engine).pop("cost", None)
+    list(nemodiff.generate_many(engine, QUESTIONS, rows=3, mode="ar", max_new_tokens=8))
+    met = {size for size, _ in engine.cost._met}
+    assert met <= {1, 2, 3}  # no prefill
+    assert measure(engine.backend, limit=0.0).sizes == (1, 32)  # what there is no time for is left out
+
+
+def test_a_kept_curve_spares_the_measurement(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_engine, tmp_path / "engine")
+    kept, other = curve(TRUTHS["a CPU"], MISTAKES["right"]), curve(TRUTHS["a GPU"], MISTAKES["right"])
+    write_curve(folder, cpu_name(), 1, kept, "2026-11-27")
+    write_curve(folder, cpu_name(), 2, other, "2026-11-27")
+    write_curve(folder, "another processor", 1, other, "2026-11-27")
+    write_curve(folder, cpu_name(), 1, kept, "2026-11-28")
+    assert len(json.loads((folder / COST_FILE).read_text())["curves"]) == 3
+    assert [path.name for path in folder.glob(".*")] == []
+
+    def fails(*_: object) -> CostCurve:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(loading, "measure", fails)
+    loaded = nemodiff.load(folder, threads=1)
+    assert nemodiff.generate(loaded, QUESTIONS[0], mode="auto", max_new_tokens=8).token_ids
+    assert loaded.cost._prior == kept
+    assert nemodiff.load(folder, threads=2).cost.curve == other
+    with pytest.raises(AssertionError, match="measured"):
+        nemodiff.load(folder).cost.curve  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"curves": 3}',
+        '{"curves": [3, {}]}',
+        '{"curves": [{"processor": "p", "threads": 1, "sizes": [1], "seconds": [1.0]}]}',
+        '{"curves": [{"processor": "p", "threads": 1, "sizes": [2, 1], "seconds": [1.0, 1.0]}]}',
+        '{"curves": [{"processor": "p", "threads": 1, "sizes": [1, 2], "seconds": [1.0, 0.0]}]}',
+        '{"curves": [{"processor": "p", "threads": 1, "sizes": [1, 2], "seconds": [1.0, "x"]}]}',
+        '{"curves": [{"processor": "p", "threads": 1, "sizes": [1, 2], "seconds": [1.0, NaN]}]}',
+    ],
+)
+def test_a_broken_file_is_no_curve_and_can_be_replaced(tmp_path: Path, text: str) -> None:
+    (tmp_path / COST_FILE).write_text(text)
+    assert read_curve(tmp_path, "p", 1) is None
+    good = CostCurve((1, 2), (1.0, 1.5))
+    write_curve(tmp_path, "p", 1, good, "2026-11-27")
+    assert read_curve(tmp_path, "p", 1) == good
