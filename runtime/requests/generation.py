@@ -33,7 +33,7 @@ class Generation:
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
     unless requested. prompt_logprobs: one per token of the prompt, None for the first, which nothing stands before.
     warnings: sentences about what of the request was ignored. reasoning, content, tool_calls: what the
-    text consists of.
+    text consists of. reasoning_tokens: those of the thoughts, their end included. stop_text: what ended it.
     """
 
     text: str
@@ -57,13 +57,15 @@ class Generation:
     reasoning: str = ""
     content: str = ""
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
+    reasoning_tokens: int = 0
+    stop_text: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As one JSON object; what was not requested is left out, and warnings where there are none."""
         values = dataclasses.asdict(self)
         nothings: dict[str, Any] = {
             "logprobs": None, "confidences": None, "prompt_logprobs": None, "warnings": [], "reasoning": "",
-            "tool_calls": [], "content": self.text,
+            "tool_calls": [], "content": self.text, "reasoning_tokens": 0, "stop_text": None,
         }  # fmt: skip
         for name, nothing in nothings.items():
             if values[name] == nothing:
@@ -127,4 +129,18 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         reasoning=answer.reasoning,
         content=answer.content,
         tool_calls=answer.calls,
+        reasoning_tokens=_reasoning_tokens(sequence) if answer.reasoning else 0,
+        stop_text=_stop_text(sequence, text) if sequence.finish == "stop" else None,
     )
+
+
+def _reasoning_tokens(sequence: Sequence) -> int:
+    end = sequence.settings.end_think
+    return sequence.tokens.index(end) + 1 if end in sequence.tokens else len(sequence.tokens)
+
+
+def _stop_text(sequence: Sequence, text: str) -> str | None:
+    if not sequence.settings.stop:
+        return None
+    whole = sequence.transcript.text(sequence.tokens, cut=False)
+    return max((s for s in sequence.settings.stop if whole.startswith(s, len(text))), key=len, default=None)

@@ -29,6 +29,10 @@ _OLD_TOOLS = ("function_call", "functions")  # what tools were before they had t
 _SAYING = ("audio", "function_call", "images", "tool_calls")
 
 
+# The kind is settled first, so that a refusal is about the part that is wrong.
+TEXT_OR_PARTS = Discriminator(lambda content: "parts" if isinstance(content, list) else "text")
+
+
 class Body(BaseModel):
     """Strict about types, and about names: a misspelt option that is silently ignored costs its user hours."""
 
@@ -105,11 +109,7 @@ class Message(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    # The kind is settled first, so that a refusal is about the part that is wrong.
-    content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")],
-        Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
-    ]
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], TEXT_OR_PARTS]
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None

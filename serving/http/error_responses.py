@@ -1,5 +1,7 @@
 """Errors as responses in OpenAI's form: a status and `{"error": {"message", "type", "param", "code"}}`.
 
+Beside that stands `"type": "error"`, with which it is Anthropic's form too.
+
 A message may quote what the client sent, so quotes are cut short. Characters beyond ASCII are escaped, because half of
 a surrogate pair has no UTF-8 bytes.
 """
@@ -38,6 +40,7 @@ class ErrorInfo(BaseModel):
 class ErrorResponse(BaseModel):
     """The body of every status from 400 on."""
 
+    type: str = "error"
     error: ErrorInfo
 
 
@@ -50,9 +53,9 @@ class ModelNotFoundError(NemodiffError):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON object of an error."""
+    """The JSON object of an error; its `type` is for clients of Anthropic's API."""
     error_type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+    return {"type": "error", "error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
 def status_and_body(error: NemodiffError) -> tuple[int, dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import datetime
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -24,12 +25,18 @@ from ...runtime.scheduler import Scheduler
 from ...runtime.text.checks import check_text
 from ..spellings import with_seed
 from .body import Chat, Completion, Decoding, Detokenize, Fim, Tokenize, Watched
+from .dialects.dialect import DialectBody, Writer
+from .dialects.messages_body import Counted, Messages
+from .dialects.messages_writer import MessagesWriter
+from .dialects.responses_body import Responses
+from .dialects.responses_writer import ResponsesWriter
 from .error_responses import ModelNotFoundError
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
 from .responses import ResponseBuilder, trace_lines
 from .sse import EventStreamResponse
+from .threads import in_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +83,39 @@ class Handlers:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = builder.chunks(group.events(), len(requests), with_usage=with_usage, diffusing=diffusing)
         return EventStreamResponse(chunks, group.close, done=True)
+
+    async def answer(self, request: Request, body: Messages | Responses) -> Response:
+        """Answer a request of another API, whole or streamed. Raises NemodiffError."""
+        model, options = self._model_options(body)
+        options = with_seed(options | body.options())
+        prompt = await self._encoded(body, options)
+        # Such APIs have no limit that is too high: it is a bound, and clients send that of their own model.
+        room = max(1, self.engine.info.build.max_seq_len - len(prompt))
+        if "max_new_tokens" in options:
+            options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        writer: Writer
+        if isinstance(body, Messages):
+            writer = MessagesWriter(model, len(prompt))
+        else:
+            writer = ResponsesWriter(model, len(prompt), body=body)
+        group = self._request_group()
+        await group.submit([(prompt, options)])
+        if not body.stream:
+            (finished,) = await group.finished(request)
+            return JSONResponse(writer.full(finished.generation))
+        return EventStreamResponse(writer.events(group.events()), group.close, done=False, named=True)
+
+    async def count(self, body: Counted) -> dict[str, Any]:
+        """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
+        _, options = self._model_options(body)
+        return {"input_tokens": len(await self._encoded(body, options | body.options()))}
+
+    async def _encoded(self, body: DialectBody, options: dict[str, Any]) -> list[int]:
+        """The prompt's ids. Raises RequestError."""
+        if self.engine.text.end_think is None:
+            options.pop("thinking_budget", None)  # which nothing could enforce
+        chosen = make_options(options)
+        return await in_thread(lambda: encode(self.engine, list(body.turns()), chosen))
 
     async def trace(self, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
@@ -140,7 +180,7 @@ class Handlers:
             messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
             return encode(self.engine, messages, make_options(body.template_options()))
 
-        tokens = await asyncio.to_thread(encoded)
+        tokens = await in_thread(encoded)
         return {
             "count": len(tokens),
             "max_model_len": self.engine.info.build.max_seq_len,
@@ -159,17 +199,26 @@ class Handlers:
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""
         names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
-        return {"object": "list", "data": [self.model(name) for name in names]}
+        ends = {"has_more": False, "first_id": names[0], "last_id": names[-1]}  # for Anthropic's clients
+        return {"object": "list", "data": [self.model(name) for name in names], **ends}
 
     def model(self, name: str) -> dict[str, Any]:
-        """One model by any of its names. Raises ModelNotFoundError."""
+        """One model by any of its names, in the words of OpenAI, vLLM and Anthropic. Raises ModelNotFoundError."""
         self._mode(name)
+        build = self.engine.info.build
+        created = datetime.datetime.fromtimestamp(self.created, datetime.UTC)
         return {
             "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "nemodiff",
-            "max_model_len": self.engine.info.build.max_seq_len,
+            "max_model_len": build.max_seq_len,
+            "type": "model",
+            "display_name": name,
+            "created_at": created.isoformat().replace("+00:00", "Z"),
+            "max_input_tokens": build.max_seq_len - 1,
+            "max_tokens": build.max_seq_len - 1,
+            "max_requests": self.scheduler.statistics.rows,
         }
 
     def _request_group(self) -> RequestGroup:

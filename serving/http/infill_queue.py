@@ -18,6 +18,7 @@ from ...runtime.editing.infill import Filled, infill
 from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
 from ...runtime.loading import LoadedEngine
 from ..metrics import InfillStats
+from .threads import without_stop_iteration
 
 
 class CancelledError(Exception):
@@ -71,10 +72,7 @@ class InfillQueue:
     def _fill(self, prefix: str, suffix: str, cancelled: threading.Event, options: dict[str, Any]) -> Filled:
         engine = dataclasses.replace(self._engine, backend=_CancellableEngine(self._engine.backend, cancelled))
         _check(cancelled)
-        try:
-            return infill(engine, prefix, suffix, **options)
-        except StopIteration as error:  # no future of the event loop takes it, so that one would wait for ever
-            raise RuntimeError("an iterator ended too early") from error
+        return without_stop_iteration(lambda: infill(engine, prefix, suffix, **options))
 
     def _count(self, future: concurrent.futures.Future[Filled]) -> None:
         """Count a hole that has ended, in whatever way; one that was cancelled while it waited has never begun."""

@@ -87,7 +87,7 @@ class AdmissionMiddleware:
             message = f"the server does not go by the host {host!r:.60}; call it by its address, or start it with "
             return 421, error_body(421, message + "--allowed-host NAME")
         if str(scope["path"]).startswith(PROTECTED):
-            if self._keys and not self._has_key(headers.get("authorization", "")):
+            if self._keys and not self._has_key(headers):
                 message = "no valid key; send the header Authorization: Bearer KEY"
                 return 401, error_body(401, message, code="invalid_api_key")
             if self._draining.is_set() and scope["method"] == "POST":
@@ -98,10 +98,11 @@ class AdmissionMiddleware:
             return 413, error_body(413, self._too_large())
         return None
 
-    def _has_key(self, authorization: str) -> bool:
-        scheme, _, value = authorization.partition(" ")
-        sent = value.strip().encode()
-        return scheme.lower() == "bearer" and any(secrets.compare_digest(sent, key) for key in self._keys)
+    def _has_key(self, headers: Headers) -> bool:
+        """Whether a key is sent, as OpenAI's clients do or as Anthropic's."""
+        scheme, _, value = headers.get("authorization", "").partition(" ")
+        sent = [headers.get("x-api-key", "")] + ([value] if scheme.lower() == "bearer" else [])
+        return any(secrets.compare_digest(one.strip().encode(), key) for one in sent for key in self._keys)
 
     def _too_large(self) -> str:
         return f"the body has more than {self._max_bytes} bytes; send less, or raise --max-request-bytes"

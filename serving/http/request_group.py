@@ -19,6 +19,7 @@ from ...runtime.handle import Handle
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.sequence import Sequence
 from ...runtime.scheduler import Scheduler
+from .threads import in_thread
 
 
 class RequestTimeoutError(NemodiffError):
@@ -59,15 +60,12 @@ class RequestGroup:
         """Queue prompts with their options: all of them, or none. Raises RequestError and BusyError."""
 
         def submit_all() -> None:
-            try:
-                self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
-            except StopIteration as error:  # no future takes it, so that one would wait for ever
-                raise RuntimeError("an iterator ended too early") from error
+            self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
             if self._closed:  # in the meantime, so that `close` did not see these handles
                 self.close()
 
         try:
-            await asyncio.to_thread(submit_all)  # encoding a long prompt would block the loop for other clients
+            await in_thread(submit_all)  # encoding a long prompt takes time
         except BaseException:
             self.close()
             raise

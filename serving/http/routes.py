@@ -20,6 +20,8 @@ from starlette.requests import Request
 from ...errors import NemodiffError
 from . import error_responses
 from .body import Chat, Completion, Detokenize, Fim, Tokenize, Watched
+from .dialects.messages_body import Counted, Messages
+from .dialects.responses_body import Responses
 from .handlers import Handlers
 from .page_export import PAGE
 from .sse import MEDIA_TYPE
@@ -73,6 +75,21 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
     async def completion(request: Request, body: Completion) -> Response:
         """Continue a text."""
         return await handlers.generate(request, body)
+
+    @app.post("/v1/messages", responses=_STREAM)
+    async def messages(request: Request, body: Messages) -> Response:
+        """Generate the next turn of a conversation, in Anthropic's words."""
+        return await handlers.answer(request, body)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: Counted) -> dict[str, Any]:
+        """Count the tokens of a conversation, in Anthropic's words."""
+        return await handlers.count(body)
+
+    @app.post("/v1/responses", responses=_STREAM)
+    async def responses(request: Request, body: Responses) -> Response:
+        """Generate the next turn of a conversation, in the words of OpenAI's Responses API."""
+        return await handlers.answer(request, body)
 
     @app.post("/v1/fim/completions", responses=_STREAM)
     async def fim(request: Request, body: Fim) -> Response:

@@ -1,0 +1,58 @@
+"""What another API over the same requests needs: a body that becomes a prompt with options, and a writer of answers."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ....runtime.events.events import Event
+from ....runtime.requests.generation import Generation
+from ..body import Decoding
+from ..option_fields import with_options
+
+# Options that every such body takes by their own names, beside those that its API has.
+OPTIONS = (
+    "block_length", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "policy", "per_step", "entropy_bound", "block_steps", "merge_commit", "strict_schema",
+    "thinking_budget",
+)  # fmt: skip
+
+
+@with_options(*OPTIONS)
+class DialectBody(Decoding):
+    """A request of another API."""
+
+    stream: bool | None = None
+
+    def turns(self) -> list[Mapping[str, Any]]:
+        """The conversation as the runtime takes it. Raises RequestError."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Options of the runtime, those that were given. Raises RequestError."""
+        return self.model_dump(include={"mode", "threshold", "groups", *OPTIONS}, exclude_none=True)
+
+
+@dataclasses.dataclass
+class Writer(abc.ABC):
+    """Writes one answer in the words of an API.
+
+    model: its name, for clients. tools: whether any were offered. prompt_tokens: of the request.
+    """
+
+    model: str
+    prompt_tokens: int
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @abc.abstractmethod
+    def full(self, generation: Generation) -> dict[str, Any]:
+        """The whole answer."""
+
+    @abc.abstractmethod
+    def events(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
+        """The answer as a stream of objects, each with its name as `type`."""

@@ -1,0 +1,211 @@
+"""The body of `/v1/messages`: Anthropic's fields, and what they mean here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Tag
+
+from ....errors import RequestError
+from ..body_parts import TEXT_OR_PARTS, ConversationPart
+from .dialect import DialectBody
+
+# Fields that change no answer here; Claude Code sends several of them.
+_WITHOUT_EFFECT = (
+    "betas", "billing_policy", "cache_control", "compaction", "context_management", "diagnostics", "fallbacks",
+    "inference_geo", "metadata", "service_tier", "speed", "user_profile_id", "workspace_id",
+)  # fmt: skip
+
+
+class TextBlock(ConversationPart):
+    """Text of a turn."""
+
+    type: Literal["text"]
+    text: str
+
+
+Texts = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextBlock], Tag("parts")], TEXT_OR_PARTS]
+
+
+class ThinkingBlock(ConversationPart):
+    """Thoughts of an earlier answer."""
+
+    type: Literal["thinking"]
+    thinking: str
+
+
+class RedactedBlock(ConversationPart):
+    """Thoughts of another model that nobody can read."""
+
+    type: Literal["redacted_thinking"]
+
+
+class ToolUseBlock(ConversationPart):
+    """A call that the assistant has made."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any] = Field(default_factory=dict)
+
+
+class ToolResultBlock(ConversationPart):
+    """What a call gave."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: Texts = ""
+    is_error: bool = False
+
+
+Block = Annotated[
+    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+
+
+class Turn(ConversationPart):
+    """A turn of a conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Block], Tag("parts")], TEXT_OR_PARTS]
+
+
+class Tool(ConversationPart):
+    """A tool of the client's."""
+
+    type: Literal["custom"] = "custom"
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        described = {} if self.description is None else {"description": self.description}
+        function = {"name": self.name, **described, "parameters": self.input_schema}
+        return {
+            "type": "function",
+            "function": function if self.strict is None else {**function, "strict": self.strict},
+        }
+
+
+class Choice(ConversationPart):
+    """Which tool must be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+
+class Thinking(ConversationPart):
+    """Whether the model thinks first."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+
+
+class Format(ConversationPart):
+    """A schema that the answer follows."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(ConversationPart):
+    """What the answer is like."""
+
+    effort: str | None = None
+    format: Format | None = None
+
+
+class Counted(DialectBody):
+    """A conversation whose tokens are counted."""
+
+    messages: list[Turn] = Field(min_length=1)
+    system: Texts | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Choice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: Format | None = None
+
+    @classmethod
+    def _ignores(cls, name: str) -> bool:
+        return name in _WITHOUT_EFFECT
+
+    def turns(self) -> list[Mapping[str, Any]]:
+        """See `DialectBody.turns`."""
+        system = [] if not self.system else [{"role": "system", "content": _text(self.system)}]
+        return [*system, *(part for turn in self.messages for part in _parts(turn))]
+
+    def options(self) -> dict[str, Any]:
+        """See `DialectBody.options`."""
+        chosen = super().options()
+        if self.tools:
+            chosen["tools"] = [tool.plain() for tool in self.tools]
+        if self.tool_choice is not None:
+            if self.tool_choice.type == "tool" and self.tool_choice.name is None:
+                raise RequestError("tool_choice has no name; give that of the tool")
+            words = {"auto": "auto", "any": "required", "none": "none"}
+            chosen["tool_choice"] = words.get(self.tool_choice.type, self.tool_choice.name)
+            chosen["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
+        if self.thinking is not None:
+            chosen["thinking"] = self.thinking.type != "disabled"
+            if self.thinking.budget_tokens is not None and chosen["thinking"]:
+                chosen["thinking_budget"] = self.thinking.budget_tokens
+        config = self.output_config
+        if config is not None and config.effort is not None:
+            chosen["chat_template_kwargs"] = {"reasoning_effort": config.effort}
+        form = self.output_format or (config.format if config is not None else None)
+        return chosen if form is None else chosen | {"json_schema": form.schema_}
+
+
+class Messages(Counted):
+    """A conversation that waits for its next turn, in Anthropic's words."""
+
+    max_tokens: int = Field(ge=1, description="Stop after at most this many tokens, or where the engine is full.")
+    stop_sequences: list[str] | None = None
+
+    def options(self) -> dict[str, Any]:
+        """See `DialectBody.options`."""
+        stop = {} if not self.stop_sequences else {"stop": self.stop_sequences}
+        return super().options() | stop | {"max_new_tokens": self.max_tokens}
+
+
+def _text(content: str | list[TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n\n".join(block.text for block in content)
+
+
+def _parts(turn: Turn) -> list[Mapping[str, Any]]:
+    """A turn as messages: results of calls are messages of their own."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    texts = [block.text for block in turn.content if isinstance(block, TextBlock)]
+    if turn.role == "assistant":
+        calls = [
+            {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": json.dumps(block.input)}}
+            for block in turn.content
+            if isinstance(block, ToolUseBlock)
+        ]
+        thoughts = "".join(block.thinking for block in turn.content if isinstance(block, ThinkingBlock))
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(texts), "tool_calls": calls}
+        return [message if not thoughts else {**message, "reasoning_content": thoughts}]
+    messages: list[Mapping[str, Any]] = []
+    for block in turn.content:
+        if isinstance(block, ToolResultBlock):
+            error = "Error: " if block.is_error else ""
+            content = error + _text(block.content)
+            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+        elif isinstance(block, TextBlock):
+            if messages and messages[-1]["role"] == turn.role:
+                content = f"{messages[-1]['content']}\n\n{block.text}"
+                messages[-1] = {"role": turn.role, "content": content}
+            else:
+                messages.append({"role": turn.role, "content": block.text})
+        else:
+            raise RequestError(
+                f"messages holds a block {block.type} of the {turn.role}'s, allowed: text and tool_result"
+            )
+    return messages

@@ -1,0 +1,236 @@
+"""The body of `/v1/responses`: the fields of OpenAI's newer API, and what they mean here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from ....errors import RequestError
+from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
+from .dialect import DialectBody
+
+_WITHOUT_EFFECT = (
+    "client_metadata", "include", "max_tool_calls", "metadata", "prompt_cache_key", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "stream_options", "truncation", "user",
+)  # fmt: skip
+_STORED = ("previous_response_id", "conversation")
+
+
+class TextPart(ConversationPart):
+    """Text of a message."""
+
+    type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
+    text: str
+
+
+class RefusalPart(ConversationPart):
+    """What an assistant said when it refused."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """As text."""
+        return self.refusal
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], TEXT_OR_PARTS]
+
+
+class MessageItem(ConversationPart):
+    """A turn of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+
+
+class CallItem(ConversationPart):
+    """A call that the model has made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class ResultItem(ConversationPart):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Content
+
+
+class ReasoningItem(ConversationPart):
+    """What the model thought; what is encrypted is another model's and left out."""
+
+    type: Literal["reasoning"]
+    summary: list[TextPart] = Field(default_factory=list)
+    content: list[TextPart] | None = None
+
+
+def _kind(item: Any) -> Any:
+    """The type of an item; a message need not say that it is one."""
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return kind if isinstance(kind, str) else ""
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[ResultItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class Tool(ConversationPart):
+    """A function of the client's."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(Body):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(ConversationPart):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class TextConfig(ConversationPart):
+    """What the text is like."""
+
+    format: TextFormat | None = None
+
+
+class Reasoning(ConversationPart):
+    """Whether the model thinks first."""
+
+    effort: str | None = None
+
+
+class Responses(DialectBody):
+    """A conversation that waits for its next turn, in the words of OpenAI's Responses API."""
+
+    input: Annotated[Annotated[str, Tag("text")] | Annotated[list[Item], Tag("parts")], TEXT_OR_PARTS]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(
+        None, ge=1, description="Stop after at most this many tokens, or where the engine is full."
+    )
+    tools: list[Tool] | None = None
+    tool_choice: Annotated[
+        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedFunction, Tag("name")],
+        Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedFunction) else "word"),
+    ] = "auto"
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stored(cls, values: Any) -> Any:
+        for name in _STORED if isinstance(values, dict) else ():
+            if values.get(name) is not None:
+                raise ValueError(
+                    f"{name} is not supported, since responses are not stored; send the whole input instead"
+                )
+        return values
+
+    @classmethod
+    def _ignores(cls, name: str) -> bool:
+        return name in _WITHOUT_EFFECT
+
+    def turns(self) -> list[Mapping[str, Any]]:
+        """See `DialectBody.turns`: thoughts, text and calls of an assistant in a row are one turn."""
+        turns: list[dict[str, Any]] = []
+        if self.instructions:
+            turns.append({"role": "system", "content": self.instructions})
+        if isinstance(self.input, str):
+            return [*turns, {"role": "user", "content": self.input}]
+        open_turn: dict[str, Any] | None = None  # the assistant's
+        for item in self.input:
+            said = _said(item)
+            if said is None:
+                open_turn = None
+                turns.append(_message(item))
+                continue
+            if open_turn is None:
+                open_turn = {"role": "assistant", "content": "", "tool_calls": []}
+                turns.append(open_turn)
+            for name, value in said.items():
+                open_turn[name] = open_turn[name] + value if name in open_turn else value
+        return _one_system(turns)
+
+    def options(self) -> dict[str, Any]:
+        """See `DialectBody.options`."""
+        chosen = super().options()
+        if self.max_output_tokens is not None:
+            chosen["max_new_tokens"] = self.max_output_tokens
+        if self.tools:
+            chosen["tools"] = [{"type": "function", "function": _function(tool)} for tool in self.tools]
+        choice = self.tool_choice
+        chosen["tool_choice"] = choice.name if isinstance(choice, NamedFunction) else choice
+        if self.parallel_tool_calls is not None:
+            chosen["parallel_tool_calls"] = self.parallel_tool_calls
+        effort = None if self.reasoning is None else self.reasoning.effort
+        if effort is not None:
+            chosen |= {"thinking": effort != "none", "chat_template_kwargs": {"reasoning_effort": effort}}
+        form = None if self.text is None else self.text.format
+        if form is not None and form.type == "json_object":
+            chosen["json_schema"] = {"type": "object"}
+        elif form is not None and form.type == "json_schema":
+            if form.schema_ is None:
+                raise RequestError("text.format has no schema; give one")
+            chosen["json_schema"] = form.schema_
+        return chosen
+
+
+def _text(content: str | list[Any]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _said(item: Any) -> dict[str, Any] | None:
+    """What an item adds to the assistant's turn; None where it is no part of one."""
+    if isinstance(item, CallItem):
+        function = {"name": item.name, "arguments": item.arguments}
+        return {"tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
+    if isinstance(item, ReasoningItem):
+        return {"reasoning_content": _text(item.content or item.summary)}
+    return {"content": _text(item.content)} if item.type == "message" and item.role == "assistant" else None
+
+
+def _message(item: Any) -> dict[str, Any]:
+    if isinstance(item, ResultItem):
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+    return {"role": "system" if item.role == "developer" else item.role, "content": _text(item.content)}
+
+
+def _one_system(turns: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    """Turns whose system texts at the beginning are one, which is what templates expect."""
+    count = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+    if count < 2:
+        return [*turns]
+    text = "\n\n".join(turn["content"] for turn in turns[:count])
+    return [{"role": "system", "content": text}, *turns[count:]]
+
+
+def _function(tool: Tool) -> dict[str, Any]:
+    values = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
+    return {"name": tool.name, **{name: value for name, value in values.items() if value is not None}}

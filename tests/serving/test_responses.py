@@ -1,0 +1,160 @@
+"""`/v1/responses` by OpenAI's own client: text, thoughts, functions, streams, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from stand_ins.http_server import Served, serving
+
+QUESTION = "What is the weather in Rome?"
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "Tell it.",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "days": {"type": "integer", "maximum": 9}},
+        "required": ["city", "days"],
+    },
+}
+MODES = ("ar", "linear_spec", "quadratic_spec")
+
+
+@pytest.fixture(scope="module")
+def server(xml_tool_engine: Path) -> Iterator[Served]:
+    with serving(xml_tool_engine, "--served-model-name", "tiny") as served:
+        yield served
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+def test_text_is_that_of_a_chat(server: Served, client: openai.OpenAI) -> None:
+    parts: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    chat = server.ask("/v1/chat/completions", {"messages": parts})
+    answer = client.responses.create(model="tiny", input=QUESTION, instructions="Be brief.", max_output_tokens=99999)
+    assert answer.output_text == chat["choices"][0]["message"]["content"]
+    assert answer.status == "completed"
+    assert answer.usage is not None
+    assert answer.usage.input_tokens == chat["usage"]["prompt_tokens"]
+    assert answer.usage.total_tokens == chat["usage"]["total_tokens"]
+    assert client.responses.create(model="tiny", input=parts).output_text == answer.output_text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_is_the_whole_answer_in_order(client: openai.OpenAI, mode: str) -> None:
+    asked: dict[str, Any] = {
+        "model": f"tiny:{mode}",
+        "input": QUESTION,
+        "tools": [WEATHER],
+        "tool_choice": {"type": "function", "name": "weather"},
+        "reasoning": {"effort": "low"},
+        "extra_body": {"thinking_budget": 6},
+    }
+    whole = client.responses.create(**asked)
+    assert [item.type for item in whole.output] == ["reasoning", "function_call"]
+    assert whole.usage is not None
+    assert whole.usage.output_tokens_details.reasoning_tokens in range(1, 8)
+    kinds, numbers = [], []
+    with client.responses.stream(**asked) as stream:
+        for event in stream:
+            kinds.append(event.type)
+            numbers.append(event.sequence_number)
+        streamed = stream.get_final_response()
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert kinds[-2:] == ["response.output_item.done", "response.completed"]
+    assert numbers == list(range(len(numbers)))
+    call, ours = whole.output[1], streamed.output[1]
+    assert call.type == "function_call"
+    assert ours.type == "function_call"
+    assert (ours.name, ours.arguments) == (call.name, call.arguments)
+    assert json.loads(call.arguments)["days"] <= 9
+    thoughts = [
+        item.content[0].text
+        for item in (whole.output[0], streamed.output[0])
+        if item.type == "reasoning" and item.content
+    ]
+    assert len(thoughts) == 2
+    assert thoughts[0] == thoughts[1]
+
+
+def test_text_and_its_end_are_streamed(client: openai.OpenAI) -> None:
+    text, done = "", []
+    for event in client.responses.create(model="tiny", input=QUESTION, max_output_tokens=5, stream=True):
+        text += event.delta if event.type == "response.output_text.delta" else ""
+        done += [event.text] if event.type == "response.output_text.done" else []
+    assert done == [text]
+    assert event.type == "response.incomplete"
+    assert event.response.incomplete_details is not None
+    assert event.response.incomplete_details.reason == "max_output_tokens"
+    assert event.response.output_text == text
+
+
+def test_a_conversation_goes_on_after_a_call(server: Served, client: openai.OpenAI) -> None:
+    first = client.responses.create(
+        model="tiny", input=QUESTION, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False
+    )
+    (call,) = first.output
+    assert call.type == "function_call"
+    items: list[Any] = [
+        {"role": "user", "content": [{"type": "input_text", "text": QUESTION}]},
+        {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        call.model_dump(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+        {"role": "user", "content": "And?"},
+    ]
+    second = client.responses.create(model="tiny", input=items, tools=[WEATHER], max_output_tokens=4)
+    function = {"name": call.name, "arguments": call.arguments}
+    plain = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "x", "function": function}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "user", "content": "And?"},
+    ]
+    nested = {"type": "function", "function": {k: v for k, v in WEATHER.items() if k != "type"}}
+    assert second.usage is not None
+    assert server.ask("/tokenize", {"messages": plain, "tools": [nested]})["count"] == second.usage.input_tokens
+
+
+def test_a_schema_is_followed(client: openai.OpenAI) -> None:
+    class Point(pydantic.BaseModel):
+        x: int
+
+    parsed = client.responses.parse(model="tiny", input=QUESTION, text_format=Point).output_parsed
+    assert isinstance(parsed, Point)
+    form: Any = {"format": {"type": "json_object"}}
+    assert isinstance(json.loads(client.responses.create(model="tiny", input=QUESTION, text=form).output_text), dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id is not supported, since responses are not stored"),
+        ({"conversation": "conv_1"}, "conversation is not supported, since responses are not stored"),
+        ({"background": True}, "'background' is not supported"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "Input tag 'item_reference' found"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "tag 'input_image' found",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'"),
+        ({"tool_choice": "required"}, "tool_choice is 'required', but no tools are given"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format has no schema"),
+        ({"input": 5}, "input.text: Input should be a valid string"),
+        ({"input": [{"type": 5}]}, "input.parts.0"),
+    ],
+)
+def test_what_is_wrong_is_told(server: Served, fields: dict[str, Any], problem: str) -> None:
+    status, _, content = server.send("/v1/responses", {"input": QUESTION, **fields})
+    assert status == 400, content
+    assert problem in json.loads(content)["error"]["message"]
