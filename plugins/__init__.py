@@ -1,12 +1,24 @@
 """The `nemodiff` ops: each file of `ops/` specifies one, with a numpy reference and the stages that run it on a GPU."""
 
-from .ops import block_attention, confidence_commit, fp8_linear, head_commit, residual_norm, rope_write, swiglu
+from .ops import (
+    block_attention,
+    confidence_commit,
+    fp8_linear,
+    head_commit,
+    paged_attention,
+    residual_norm,
+    rope_write,
+    swiglu,
+)
 
 OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     residual_norm.OP,
     rope_write.OP,
+    rope_write.PAGED,
+    paged_attention.PLAN,
+    paged_attention.OP,
     swiglu.OP,
     *map(head_commit.op, head_commit.TILES),
     *map(fp8_linear.op, fp8_linear.TILES),
@@ -20,6 +32,7 @@ __all__ = [
     "confidence_commit",
     "fp8_linear",
     "head_commit",
+    "paged_attention",
     "residual_norm",
     "rope_write",
     "swiglu",

@@ -4,8 +4,8 @@ A stage is one kernel launch. Its kernel lives in `plugins/kernels/<same file na
 `ops/block_attention.py` name functions of `kernels/block_attention.py`. From the description come the ahead-of-time
 compiler (`builder/compilers/kernels.py`), the TensorRT plugins (`tensorrt/register.py`) and plain launches (`run`).
 
-Letters in shapes: B rows, S tokens, R of them predicted, T cache slots are known at run time; H query heads, G
-key/value heads, D head size, V vocabulary belong to the model.
+Letters in shapes: B rows, S tokens, R of them predicted, T cache slots, N flat tokens, A pages and M of a row are known
+at run time; H query heads, G key/value heads, D head size, V vocabulary belong to the model.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Ar
         new: makes the tensor of an output, given its argument and shape; the content may be anything.
     """
     tensors = dict(inputs)
-    dims = op.dims({name: tensor.shape for name, tensor in inputs.items()})
+    heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
+    dims = heads | op.dims({name: tensor.shape for name, tensor in inputs.items()})
     for stage in op.stages:
         constants = stage.constants(model)
         for arg in stage.outputs:

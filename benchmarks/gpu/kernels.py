@@ -17,7 +17,9 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
-from nemodiff.plugins.ops import confidence_commit
+from nemodiff.plugins.ops import confidence_commit, paged_attention
+
+ATTENTION = ("BlockAttention", "PagedAttention")  # ops that read a context
 
 
 def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, int]:
@@ -26,20 +28,26 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
     Caches are as long as the context and a rotation's as its tokens, so every byte counted must be moved.
     """
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    pages = ceil_div(tokens if op.name == "PagedRopeWrite" else context, paged_attention.PAGE)
+    letters = {"N": tokens, "A": pages, "M": pages, "B": 1, "H": model.num_heads, "G": model.num_kv_heads}
     return {
-        "B": 1,
+        **letters,
         "S": tokens,
         "R": tokens,
         "T": tokens if op.name == "RopeWrite" else context,
-        "H": model.num_heads,
-        "G": model.num_kv_heads,
         "D": model.head_dim,
         "P": model.head_dim // 2,
         "V": model.vocab_size,
         "E": model.hidden_size,
-        "W": {"RopeWrite": heads, "SwiGLU": 2 * model.intermediate_size}.get(op.name, 0),
-        "N": 2 * model.intermediate_size,
+        **({"N": 2 * model.intermediate_size} if op.name == "Fp8Linear" else {}),
         "K": model.hidden_size,
+        "W": {
+            "RopeWrite": heads,
+            "PagedRopeWrite": heads,
+            "SwiGLU": 2 * model.intermediate_size,
+            "PagedAttention": paged_attention.items(letters, ceil_div),
+        }.get(op.name, 0),
+        "C": paged_attention.tiles(letters, ceil_div),
     }
 
 
@@ -77,7 +85,7 @@ def types(torch: Any) -> dict[str, Any]:
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
     """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
-    torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs}
+    torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs} | {"page_table"}
     inputs = [arg for arg in op.inputs if arg.name in used]
 
     def new(arg: Arg, shape: tuple[int, ...]) -> Any:
@@ -87,7 +95,15 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     def made() -> dict[str, Any]:
         arrays = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
         if "visible" in arrays:
-            arrays["visible"][:, :, 0] = letters["T"]
+            arrays["visible"][..., 0] = letters["T"]
+        if "slot" in arrays:
+            arrays["slot"].copy_(torch.arange(letters["N"]))
+        if "page_table" in arrays:
+            arrays["page_table"].copy_(torch.arange(letters["M"]))
+        if "items" in arrays:
+            of_tokens = torch.zeros(letters["N"], dtype=torch.int32, device=lab.card.name)
+            plan = {name: arrays[name] for name in ("visible", "page_table")} | {"row": of_tokens, "first": of_tokens}
+            arrays["items"], arrays["counters"] = run(paged_attention.PLAN, model, plan, new)
         return arrays
 
     with lab.card.use(gpu_models.CARRIED):
@@ -142,17 +158,17 @@ def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """Every op at the sizes of a decode pass and of blocks; attention at every context; then torch's products."""
     model, scale = gpu_models.work(shape, config.dtype).model, config.scale
     for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
-        contexts = scale.kernel_contexts if op.name == "BlockAttention" else scale.kernel_contexts[:1]
+        contexts = scale.kernel_contexts if op.name in ATTENTION else scale.kernel_contexts[:1]
         for context, tokens in itertools.product(contexts, scale.kernel_sizes):
             letters = sizes(op, model, tokens, context)
 
             def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Figures:
                 figures = measured(lab, op, model, config.dtype, letters)
-                return {**figures, "tokens": tokens, "context": letters["T"] if op.name == "BlockAttention" else None}
+                return {**figures, "tokens": tokens, "context": letters["T"] if op.name in ATTENTION else None}
 
-            where = f" context {context}" if op.name == "BlockAttention" else ""
+            where = f" context {context}" if op.name in ATTENTION else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
             nbytes = sum(map(math.prod, known)) * ITEMSIZE[config.dtype]
-            name = op.name if op.name == "BlockAttention" else op.stages[0].name
+            name = op.name if op.name in ATTENTION else op.stages[0].name
             yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
     yield from linear_cells(config, shape)

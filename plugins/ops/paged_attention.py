@@ -1,0 +1,161 @@
+"""PagedAttention: grouped-query attention over K/V in pages, for flat tokens of any number of rows; the torch engine's.
+
+    items, counters = AttentionPlan(row, first, visible, page_table)
+    y = PagedAttention(q, k_pages, v_pages, page_table, visible, items, counters)
+
+row (N,) i32 is a token's row of the page table; the tokens of a row lie together, and first (N,) i32 is the number of
+their first one. q (N, H, D) compute; k_pages and v_pages (A, G, PAGE, D) compute; page_table (B, M) i32: slot s of row
+b is in page page_table[b, s // PAGE]; visible (N, 3) i32 as in `block_attention`, in slots of the token's row; y as q.
+
+A token that sees nothing gets 0. A slot that a query does not see has no influence on what it gets, whatever finite
+values lie there; what no query of its row sees may be NaN. Page numbers past what a row's tokens see are not read.
+
+The plan is made once per pass and used by every layer: which tile of tokens reads which pages in which program. So
+sizes of grids depend on N and B alone, and rows of any length share a launch. `counters` is zero between launches.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...config import ModelConfig
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+from . import block_attention
+
+PAGE = 64  # slots of a page, and the step over them
+PROGRAMS = 264  # that a pass is split into: two for each of an H100's 132 multiprocessors
+SPLITS = 32  # at most so many shares of a tile
+SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile
+SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
+MOST_SMALL = 16  # small tiles of a row; one with more tokens gets large ones
+SHORT = 10  # pages up to which a row of more than one small tile keeps to them: they read K/V once each
+_FIELDS = 16  # of an item, see the kernel
+
+
+def reference(
+    q: np.ndarray, k_pages: np.ndarray, v_pages: np.ndarray, page_table: np.ndarray,
+    row: np.ndarray, visible: np.ndarray, scale: float,
+) -> np.ndarray:  # fmt: skip
+    """The specification in numpy; shapes as in the module's docstring."""
+    y = np.zeros_like(q)
+    for number in np.unique(row):
+        here = row == number
+        pages = page_table[number, : -(-int(visible[here, ::2].max(initial=0)) // PAGE)]
+        # (pages, G, PAGE, D) -> (1, G, T, D)
+        k, v = (cache[pages].swapaxes(0, 1).reshape(1, cache.shape[1], -1, q.shape[2]) for cache in (k_pages, v_pages))
+        if k.shape[2]:
+            packed = q[here].swapaxes(0, 1)[None]  # (1, H, S, D)
+            y[here] = block_attention.reference(packed, k, v, visible[here][None], scale)[0].swapaxes(0, 1)
+    return y
+
+
+def _rows(group: int) -> tuple[int, int]:
+    """Packed rows of a small tile and of a large one, which hold one token at least."""
+    small = max(SMALL_M, 1 << (group - 1).bit_length())
+    return small, max(LARGE_M, small)
+
+
+def _shared(groups: int) -> int:
+    """Programs of a key/value head that the pages of a pass are shared between."""
+    return max(1, PROGRAMS // groups)
+
+
+def _group_constants(model: ModelConfig) -> dict[str, int]:
+    small, large = _rows(model.num_heads // model.num_kv_heads)
+    return {"G": model.num_kv_heads, "PAGE": PAGE, "SPLITS": SPLITS, "SMALL_M": small, "LARGE_M": large}
+
+
+def _plan_constants(model: ModelConfig) -> Constants:
+    group = model.num_heads // model.num_kv_heads
+    tokens = 1 << (_rows(group)[1] // group - 1).bit_length()
+    limits = {"MANY_POW2": tokens, "MOST": MOST_SMALL, "SHORT": SHORT, "SHARED": _shared(model.num_kv_heads)}
+    return {**_group_constants(model), "GROUP": group, **limits}
+
+
+def _constants(model: ModelConfig) -> Constants:
+    heads = {"H": model.num_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
+    block = max(16, 1 << (model.head_dim - 1).bit_length())  # a tensor core takes a power of two of 16 or more
+    return {**_group_constants(model), **heads, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block}
+
+
+def tiles(dims: Dims, ceil: Ceil) -> int:
+    """The most tiles that the tokens of a pass make."""
+    group = dims["H"] // dims["G"]
+    few, many = (rows // group for rows in _rows(group))
+    most: int = min(dims["N"], dims["N"] // few + dims["B"], dims["N"] // many + MOST_SMALL * dims["B"])
+    return most
+
+
+def items(dims: Dims, ceil: Ceil) -> int:
+    """The most shares of all tiles: each of `_shared` is full, but for the last of every tile."""
+    most = tiles(dims, ceil)
+    return min(most + _shared(dims["G"]), SPLITS * most)
+
+
+def _parts(dims: Dims, ceil: Ceil) -> int:
+    """The most shares of tiles that have more than one: those are more than half full on average."""
+    return min(2 * _shared(dims["G"]), items(dims, ceil))
+
+
+def _grid(dims: Dims, ceil: Ceil) -> Grid:
+    return dims["W"], dims["G"], 1
+
+
+def _large(dims: Dims, ceil: Ceil) -> int:
+    return _rows(dims["H"] // dims["G"])[1]
+
+
+_TABLE = Arg("page_table", "i32", ("B", "M"))
+_VISIBLE = Arg("visible", "i32", ("N", 3))
+_PLANNED = (Arg("items", "i32", (items, _FIELDS)), Arg("counters", "i32", (tiles, "G")))
+_PAGES = ("A", "G", PAGE, "D")
+
+PLAN = Op(
+    "AttentionPlan",
+    inputs=(Arg("row", "i32", ("N",)), Arg("first", "i32", ("N",)), _VISIBLE, _TABLE),
+    outputs=_PLANNED,
+    attributes=(),
+    stages=(
+        Stage(
+            "AttentionPlan",
+            "paged_attention.plan",
+            inputs=("row", "first", "visible"),
+            scalars=("N", "B", "M"),
+            outputs=(Arg("tiles", "i32", (tiles, _FIELDS)), *_PLANNED),
+            constants=_plan_constants,
+            grid=lambda dims, ceil: (1, 1, 1),
+            num_warps=8,
+        ),
+    ),
+)
+
+OP = Op(
+    "PagedAttention",
+    inputs=(
+        Arg("q", "compute", ("N", "H", "D")),
+        Arg("k_pages", "compute", _PAGES),
+        Arg("v_pages", "compute", _PAGES),
+        _TABLE,
+        _VISIBLE,
+        Arg("items", "i32", ("W", _FIELDS)),
+        Arg("counters", "i32", ("C", "G")),
+    ),
+    outputs=(Arg("y", "compute", ("N", "H", "D")),),
+    attributes=(),
+    stages=(
+        Stage(
+            "PagedAttention",
+            "paged_attention.attend",
+            inputs=("q", "k_pages", "v_pages", "page_table", "visible", "items", "counters"),
+            scalars=("M",),
+            outputs=(
+                Arg("part", "f32", (_parts, "G", _large, "D")),
+                Arg("stats", "f32", (_parts, "G", _large, 2)),
+                Arg("y", "compute", ("N", "H", "D")),
+            ),
+            constants=_constants,
+            grid=_grid,
+            num_stages=3,
+        ),
+    ),
+)

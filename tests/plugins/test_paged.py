@@ -1,0 +1,277 @@
+"""Attention over pages, its plan and the write into pages against their references, interpreted or on a GPU.
+
+Pages lie in any order and hold NaN where no token of their row looks; page numbers past a row's end lead nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, TYPES, bf16_products, causal, groups, launch, rounded
+
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.config import ModelConfig
+from nemodiff.plugins.op import Arg, run
+from nemodiff.plugins.ops import paged_attention, rope_write
+from nemodiff.plugins.ops.paged_attention import PAGE
+
+__all__ = ["bf16_products"]  # a fixture
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ModelConfig:
+    return open_checkpoint(TINY_CHAT).model
+
+
+def flat(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and first token of each token, where the rows follow each other, the first of them at the end."""
+    counts = [*map(len, rows[1:]), len(rows[0])]
+    row = np.repeat([*range(1, len(rows)), 0], counts).astype(np.int32)
+    return row, np.repeat(np.cumsum([0, *counts[:-1]]), counts).astype(np.int32)
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Split as for a small card, since the interpreter takes its time for every program."""
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 12)
+
+
+@dataclasses.dataclass
+class Paged:
+    """A pass over rows whose tokens see given slots, in pages of a random order; row 0 comes last, as padding does."""
+
+    row: np.ndarray  # (N,) i32
+    first: np.ndarray  # (N,) i32
+    visible: np.ndarray  # (N, 3) i32
+    page_table: np.ndarray  # (B, M) i32
+    q: np.ndarray  # (N, H, D) f32
+    k_pages: np.ndarray  # (A, G, PAGE, D)
+    v_pages: np.ndarray
+
+    @classmethod
+    def of(cls, rows: list[np.ndarray], heads: tuple[int, int], width: int, dtype: str, seed: int = 0) -> Paged:
+        """`rows` holds a `visible` (S, 3) per row, empty for a row without tokens."""
+        rng = np.random.default_rng(seed)
+        ends = [int(row[:, ::2].max(initial=0)) for row in rows]
+        pages = [-(-end // PAGE) for end in ends]
+        table = np.full((len(rows), max(1, *pages)), 2**30, np.int32)
+        order = rng.permutation(sum(pages) + 2).astype(np.int32)
+        shape = (len(order), heads[1], PAGE, width)
+        k, v = (np.full(shape, fill, np.float32) for fill in (np.nan, np.inf))
+        used = 0
+        for row, (visible, count) in enumerate(zip(rows, pages, strict=True)):
+            table[row, :count] = order[used : used + count]
+            used += count
+            slots = np.arange(count * PAGE)
+            seen = (slots < visible[:, :1]) | ((slots >= visible[:, 1:2]) & (slots < visible[:, 2:]))  # (S, T)
+            for slot in np.flatnonzero(seen.any(0)):
+                for cache in (k, v):
+                    values = rng.standard_normal((heads[1], width), np.float32)
+                    cache[table[row, slot // PAGE], :, slot % PAGE] = rounded(values, dtype)
+        row_of, first = flat(rows)
+        q = rounded(rng.standard_normal((len(first), heads[0], width), np.float32), dtype)
+        return cls(row_of, first, np.concatenate([*rows[1:], rows[0]]).astype(np.int32), table, q, k, v)
+
+
+def attend(tiny: ModelConfig, case: Paged, dtype: str = "f32") -> float:
+    """The largest difference of kernel and reference."""
+    width = case.q.shape[2]
+    model = dataclasses.replace(tiny, num_heads=case.q.shape[1], num_kv_heads=case.k_pages.shape[1], head_dim=width)
+    with np.errstate(invalid="ignore"):
+        arrays = (case.q, *(np.nan_to_num(p, posinf=0) for p in (case.k_pages, case.v_pages)))
+        expected = paged_attention.reference(*arrays, case.page_table, case.row, case.visible, width**-0.5)
+    y, counters = launched(model, case, dtype)
+    assert np.isfinite(y).all()
+    assert not counters.any()  # as they were found, for the next layer
+    return float(np.abs(y - expected).max(initial=0))
+
+
+def launched(model: ModelConfig, case: Paged, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """y and the counters, after two layers with one plan."""
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> torch.Tensor:
+        kind = TYPES[dtype if arg.dtype == "compute" else arg.dtype]
+        return torch.full(shape, float("nan") if kind.is_floating_point else 10**6, dtype=kind, device=DEVICE)
+
+    seen = {"visible": case.visible, "page_table": case.page_table}
+    ints = {
+        name: torch.from_numpy(array).to(DEVICE)
+        for name, array in {**seen, "row": case.row, "first": case.first}.items()
+    }
+    items, counters = run(paged_attention.PLAN, model, ints, new)
+    caches = {"q": case.q, "k_pages": case.k_pages, "v_pages": case.v_pages}
+    floats = {name: torch.from_numpy(array).to(TYPES[dtype]).to(DEVICE) for name, array in caches.items()}
+    layer = {**floats, **{name: ints[name] for name in seen}, "items": items, "counters": counters}
+    results = [run(paged_attention.OP, model, layer, new)[0].float().cpu().numpy() for _ in range(2)]
+    np.testing.assert_array_equal(results[0], results[1])
+    return results[0], counters.cpu().numpy()
+
+
+def chunk(start: int, size: int) -> np.ndarray:
+    visible: np.ndarray = causal(start, size)[0]
+    return visible
+
+
+def block(start: int, size: int) -> np.ndarray:
+    return np.tile(np.array([start + size, 0, 0], np.int32), (size, 1))
+
+
+def quadratic(start: int, heads: int, size: int) -> np.ndarray:
+    visible: np.ndarray = groups(start, heads, size)[0]
+    return visible
+
+
+NOBODY = np.zeros((0, 3), np.int32)
+LAYOUTS = {
+    "one token": [chunk(0, 1)],
+    "a page's end": [chunk(63, 1), chunk(64, 1), chunk(62, 3)],
+    "decode": [chunk(700, 1)],
+    "prefill": [chunk(0, 90)],
+    "chunk": [chunk(190, 65)],
+    "block": [block(90, 32)],
+    "quadratic": [quadratic(50, 5, 8)],
+    "quadratic over pages": [quadratic(190, 5, 9)],
+    "rows of every kind": [chunk(900, 1), NOBODY, block(40, 32), quadratic(100, 3, 4), chunk(5, 20), NOBODY],
+    "padding": [chunk(30, 2), np.zeros((5, 3), np.int32)],
+    "nobody but padding": [NOBODY, np.zeros((3, 3), np.int32)],
+    "spans": [np.array([[70, 40, 90], [0, 40, 90], [90, 0, 40], [3, 400, 490], [1, 5, 4]], np.int32)],
+}
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_attention_over_pages_sees_what_it_should(tiny: ModelConfig, name: str) -> None:
+    assert attend(tiny, Paged.of(LAYOUTS[name], (4, 2), WIDTH, "f32")) < 2e-6
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("heads", "width"), [((4, 4), 48), ((4, 1), 128), ((6, 2), 16), ((32, 1), 16)])
+def test_attention_over_pages_packs_every_group_and_width(
+    tiny: ModelConfig, heads: tuple[int, int], width: int
+) -> None:
+    assert attend(tiny, Paged.of([chunk(100, 7), block(40, 5)], heads, width, "f32")) < 2e-6
+
+
+@pytest.mark.usefixtures("bf16_products", "few_programs")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2)])
+def test_attention_over_pages_in_half_precision(tiny: ModelConfig, dtype: str, tolerance: float) -> None:
+    case = Paged.of([quadratic(300, 4, 6), chunk(70, 1)], (8, 2), 64, dtype)
+    assert attend(tiny, case, dtype) < tolerance
+
+
+@st.composite
+def passes(draw: st.DrawFn) -> list[np.ndarray]:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=3).filter(any))
+    return [rng.integers(0, draw(st.sampled_from([50, 300])), (count, 3)).astype(np.int32) for count in counts]
+
+
+@pytest.mark.usefixtures("few_programs")
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(passes(), st.integers(0, 99))
+def test_attention_over_pages_of_random_rows(tiny: ModelConfig, rows: list[np.ndarray], seed: int) -> None:
+    assert attend(tiny, Paged.of(rows, (4, 2), WIDTH, "f32", seed)) < 4e-6
+
+
+def planned(model: ModelConfig, rows: list[np.ndarray], width: int = 1000) -> tuple[np.ndarray, dict[str, int]]:
+    """The items of a pass that have something to do, and the pass's sizes."""
+    row, first = flat(rows)
+    visible = np.concatenate([*rows[1:], rows[0]]).astype(np.int32)
+    items, _ = launch(
+        paged_attention.PLAN,
+        model,
+        row=row,
+        first=first,
+        visible=visible,
+        page_table=np.zeros((len(rows), width), np.int32),
+    )
+    dims = {"N": len(visible), "B": len(rows), "H": model.num_heads, "G": model.num_kv_heads}
+    assert len(items) == paged_attention.items(dims, lambda a, b: -(-a // b))
+    return items[items[:, 1] != 0], dims
+
+
+@settings(max_examples=10, deadline=None)
+@given(passes(), st.sampled_from([(4, 2), (32, 8), (3, 3)]))
+def test_a_plan_has_every_token_and_page_once(
+    tiny: ModelConfig, rows: list[np.ndarray], heads: tuple[int, int]
+) -> None:
+    model = dataclasses.replace(tiny, num_heads=heads[0], num_kv_heads=heads[1])
+    items, dims = planned(model, rows)
+    tokens = np.zeros(dims["N"], int)
+    parts = []
+    for tile in np.unique(items[:, 13]):
+        of_tile = items[items[:, 13] == tile]
+        first, count = of_tile[0, :2]
+        tokens[first : first + count] += 1
+        assert of_tile[:, 10].tolist() == list(range(of_tile[0, 11]))
+        assert of_tile[0, 8] == 0
+        assert (of_tile[1:, 8] == of_tile[:-1, 9]).all()
+        if len(of_tile) > 1:
+            assert (of_tile[:, 9] > of_tile[:, 8]).all()
+            parts += list(range(of_tile[0, 12], of_tile[0, 12] + len(of_tile)))
+    assert (tokens == 1).all()
+    assert parts == list(range(len(parts)))
+    assert len(parts) <= 2 * paged_attention.PROGRAMS // heads[1]
+
+
+def test_a_plan_fills_the_card_and_balances_rows(tiny: ModelConfig) -> None:
+    """At the 8B model's heads: one long row alone is split to fill a card, beside short ones it is split likewise."""
+    model = dataclasses.replace(tiny, num_heads=32, num_kv_heads=8)
+    programs = paged_attention.PROGRAMS // 8
+    long, dims = planned(model, [chunk(32767, 1)])
+    assert programs * 0.9 <= len(long) <= programs
+    assert (long[:, 9] - long[:, 8]).max() == 16
+    mixed, dims = planned(model, [chunk(32767, 1), *[chunk(511, 1)] * 15])
+    assert len(mixed) <= programs + 16
+    most = -(-(512 + 15 * 8) // programs)
+    assert (mixed[:, 9] - mixed[:, 8]).max() == most
+    assert dims["N"] == 16
+
+
+def test_a_pass_that_only_one_program_reads_is_not_split(tiny: ModelConfig) -> None:
+    items, _ = planned(tiny, [chunk(30, 1), chunk(20, 2)])
+    assert items[:, 11].tolist() == [1, 1]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(1, 9), st.sampled_from([(4, 2), (3, 3), (8, 1)]), st.sampled_from([2, 16, 48]), st.integers(0, 99)
+)  # fmt: skip
+def test_rotation_writes_into_pages(
+    tiny: ModelConfig, tokens: int, heads: tuple[int, int], width: int, seed: int
+) -> None:
+    """A slot before the first page or past the last is not written."""
+    count, kv = heads
+    model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=kv, head_dim=width)
+    rng = np.random.default_rng(seed)
+    pages = 3
+    slot = rng.permutation(np.arange(pages * PAGE))[:tokens].astype(np.int32)
+    slot[0] = rng.choice([-1, pages * PAGE, slot[0]])
+    angle = rng.standard_normal((tokens, width // 2), np.float32) * 50
+    inputs: dict[str, Any] = {
+        "qkv": rng.standard_normal((tokens, (count + 2 * kv) * width), np.float32),
+        "cos": np.cos(angle),
+        "sin": np.sin(angle),
+        "scale": 1 + rng.random(tokens, np.float32),
+        "slot": slot,
+        "k_pages": rng.standard_normal((pages, kv, PAGE, width), np.float32),
+        "v_pages": rng.standard_normal((pages, kv, PAGE, width), np.float32),
+    }
+    expected = {name: array.copy() for name, array in inputs.items()}
+    q = rope_write.paged_reference(**expected, heads=count)
+    if not INTERPRETED:
+        pytest.skip("the pages changed in place are copies on the device")
+    (got,) = launch(rope_write.PAGED, model, **inputs)
+    np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(inputs["k_pages"], expected["k_pages"], rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(inputs["v_pages"], expected["v_pages"])
