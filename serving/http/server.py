@@ -58,10 +58,11 @@ def check_connections(most: int) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
     except (OSError, ValueError):
-        fitting = max(1, highest - _BACKLOG - _FILES)
+        fitting = highest - _BACKLOG - _FILES
+        fewer = f"give --max-connections {fitting} or less, or " if fitting > 0 else ""
         raise RequestError(
-            f"--max-connections {most} needs {needed} open files, allowed: {highest}; give --max-connections {fitting} "
-            "or less, or raise the limit: ulimit -n"
+            f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: ulimit -n "
+            f"{needed}"
         ) from None
 
 
