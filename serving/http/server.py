@@ -61,8 +61,8 @@ def check_connections(most: int) -> None:
         fitting = highest - _BACKLOG - _FILES
         fewer = f"give --max-connections {fitting} or less, or " if fitting > 0 else ""
         raise RequestError(
-            f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: ulimit -n "
-            f"{needed}"
+            f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: "
+            f"ulimit -n {needed}"
         ) from None
 
 
