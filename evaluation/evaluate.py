@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.metadata
 import logging
 import os
@@ -116,10 +117,9 @@ def _load(tasks: Sequence[str], num_fewshot: int | None) -> Any:
         elif path.is_file():
             specs, folder = [str(path.resolve())], path.parent
         elif task not in manager.all_tasks:
-            raise RequestError(
-                f"--tasks: {task!r:.60} is no task of lm-eval and no file; list them: lm-eval ls tasks, or give "
-                "the path of a YAML file"
-            )
+            near = difflib.get_close_matches(task, manager.all_tasks, 1)
+            remedy = f"is {near[0]} meant?" if near else "list them: lm-eval ls tasks, or give the path of a YAML file"
+            raise RequestError(f"--tasks: {task!r:.60} is no task of lm-eval and no file; {remedy}")
         for spec in specs:
             with _refusing(f"--tasks: {spec}: "), contextlib.chdir(folder):  # where a task's data files are looked for
                 found = manager.load([spec])

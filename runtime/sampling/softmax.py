@@ -21,9 +21,9 @@ def entropies(logits: np.ndarray, mask_id: int) -> np.ndarray:
     return nats
 
 
-def log_softmax(logits: np.ndarray, mask_id: int | None = None) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural logarithms of the probabilities; logits (n, V) -> (n, V) of the same dtype."""
-    scores, total = _shifted(logits, mask_id)
+    scores, total = _shifted(logits, None)
     scores -= np.log(total)[:, None]
     return scores
 
