@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
 
 STORED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+GROUP = 32  # inputs of an int4 weight that share a scale
+
+Part = Literal["projection", "head", "other"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """How numbers are computed: in `compute`, each result rounded to `stored`, weights of projections to a grid."""
+    """How numbers are computed: in `compute`, each result rounded to `stored`, projections on a grid.
+
+    fp8 is e4m3 with a scale per output; int8 has a scale per output and one per token of the inputs, also in the head;
+    int4 has scales of weights and of inputs by groups, and the head in int8.
+    """
 
     compute: Any
     stored: Any = None
@@ -26,22 +33,42 @@ class Arithmetic:
         rounded: np.ndarray = x.astype(self.stored).astype(self.compute)
         return rounded
 
-    def weight(self, weight: np.ndarray, projection: bool = False) -> np.ndarray:
+    def weight(self, weight: np.ndarray, part: Part = "other") -> np.ndarray:
         """A weight as it is stored, (out, in) where it is a matrix."""
         if self.stored is None:
             return weight.astype(self.compute)
-        if projection and self.quantization is not None:
-            weight = _on_grid(weight, self.quantization)
+        grid = self._grid(part)
+        if grid == "fp8":
+            scale = np.maximum(np.abs(weight).max(-1, keepdims=True) / 448, 1e-30)
+            weight = (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+        elif grid == "int8":
+            weight = _integers(weight, 127)
+        elif grid == "int4":
+            weight = _by_groups(weight, 8)
         return self.round(weight.astype(self.compute))
 
+    def inputs(self, x: np.ndarray, part: Part = "projection") -> np.ndarray:
+        """What a matrix is multiplied by, (T, in)."""
+        grid = self._grid(part)
+        if grid == "int8":
+            return _integers(x, 127)
+        return _by_groups(x, 127) if grid == "int4" else x
 
-def _on_grid(weight: np.ndarray, quantization: str) -> np.ndarray:
-    """A projection (out, in) f32 in 8 or 4 bits: fp8 by outputs, integers by outputs and 32 inputs."""
-    group = weight.shape[1] if quantization == "fp8" or weight.shape[1] % 32 else 32
-    parts = weight.reshape(weight.shape[0], -1, group)
-    most = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}[quantization]
-    scale = np.maximum(np.abs(parts).max(-1, keepdims=True) / most, 1e-30)
-    steps = parts / scale
-    rounded = steps.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if quantization == "fp8" else np.rint(steps)
-    result: np.ndarray = (rounded * scale).reshape(weight.shape).astype(np.float32)
-    return result
+    def _grid(self, part: Part) -> str | None:
+        if self.stored is None or part == "other" or (part == "head" and self.quantization == "fp8"):
+            return None
+        return "int8" if part == "head" and self.quantization else self.quantization
+
+
+def _integers(x: np.ndarray, most: int) -> np.ndarray:
+    """Whole multiples of a step that is `most` times in each row's largest magnitude."""
+    step = np.maximum(np.abs(x).max(-1, keepdims=True) / most, 1e-30)
+    rounded: np.ndarray = np.rint(x / step) * step
+    return rounded
+
+
+def _by_groups(x: np.ndarray, most: int) -> np.ndarray:
+    """The same with a step for every group of the last axis."""
+    if x.shape[-1] % GROUP:
+        return _integers(x, most)
+    return _integers(x.reshape(len(x), -1, GROUP), most).reshape(x.shape)

@@ -115,7 +115,8 @@ class _Pass:
     def logits(self, norm: np.ndarray, head: np.ndarray, places: slice) -> np.ndarray:
         """(n, V) of some tokens."""
         x = self.x[places]
-        return self._round(self._round(_normed(x, self._eps) * norm) @ head.T)
+        normed = self._round(_normed(x, self._eps) * norm)
+        return self._round(self.arithmetic.inputs(normed, "head") @ head.T)
 
     def _note(self, name: str, value: np.ndarray) -> np.ndarray:
         if self.states is not None:
@@ -126,7 +127,7 @@ class _Pass:
         return self._note(name, self._round(_normed(self.x, self._eps) * weight))
 
     def _times(self, name: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return self._note(name, self._round(x @ weight.T))
+        return self._note(name, self._round(self.arithmetic.inputs(x) @ weight.T))
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
         """The first half of a head is turned against the second; (T, heads, D)."""
@@ -152,15 +153,15 @@ class Network:
 
     Args:
         weights: the checkpoint's tensors.
-        dtype: of the engine that is judged; the reference is f64 for f32 and f32 for 16 bits.
+        dtype: of the engine that is judged; the reference is f64 for f32, and f32 for 16 bits or fewer.
         quantization: of its projections.
     """
 
     def __init__(self, weights: Weights, dtype: str, quantization: str | None = None) -> None:
         self._weights = weights
-        exact = Arithmetic(np.float64 if dtype == "f32" else np.float32)
+        self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
+        exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
         rounded = Arithmetic(np.float32, STORED[dtype], quantization)
-        self.precision = "f64" if dtype == "f32" else "f32"
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:
@@ -176,7 +177,9 @@ class Network:
         for number in range(int(config["num_hidden_layers"])):
             layer = self._weights.layer(number)
             for lane, arithmetic in enumerate(self._arithmetics):
-                w = {name: arithmetic.weight(value, name.endswith("proj")) for name, value in layer.items()}
+                w = {}
+                for name, value in layer.items():
+                    w[name] = arithmetic.weight(value, "projection" if name.endswith("proj") else "other")
                 for of_script in passes:
                     if not states:
                         of_script[lane].states = None
@@ -190,7 +193,7 @@ class Network:
         norm = self._weights.read("encoder.norm.weight")
         head = self._weights.read("diffusion_head.weight")
         done: list[tuple[list[_Pass], list[Answer]]] = []
-        prepared = [(a.weight(norm), a.weight(head)) for a in self._arithmetics]
+        prepared = [(a.weight(norm), a.weight(head, "head")) for a in self._arithmetics]
         for of_script, script in zip(passes, scripts, strict=True):
             ids = np.union1d(columns, sorted(script.asked)).astype(np.int64)
             pieces = []

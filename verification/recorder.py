@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -29,12 +29,13 @@ class Recorder:
         self.info = engine.info
         self.samples = engine.samples
         self.columns = columns(engine.info.model.vocab_size)
+        self.pages = None  # of a backend that has them: without, every pass goes through `forward`
         self.served: list[Served] = []
         self._engine = engine
 
     def open(self, rows: int) -> Cache:
         """See `engine.Engine.open`."""
-        return _RecordedCache(self, self._engine.open(rows))
+        return cast(Cache, _RecordedCache(self, self._engine.open(rows)))
 
 
 class _RecordedCache:
@@ -55,11 +56,8 @@ class _RecordedCache:
             recorder.served.append(Served(p, *result))
         return predictions
 
-    def move(self, source: int, target: int, slots: int) -> None:
-        self._cache.move(source, target, slots)
-
-    def close(self) -> None:
-        self._cache.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
 
 def columns(vocab: int) -> np.ndarray:

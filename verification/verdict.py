@@ -79,7 +79,7 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
     expected = int(answer.token[place])
     gap = answer.best[place] - answer.logit(place, token)
     certainty = math.log(max(float(served.confidence[index]), 1e-30))
-    if token != expected and not is_near_tie(gap, certainty, answer, place):
+    if token != expected and not is_near_tie(gap, certainty, answer, place, deviation):
         return Verdict("wrong", deviation, f"token {token} where {expected} is best by {gap:.3g} in logits")
     if not deviation <= LARGEST:  # nan too
         return Verdict("strays", deviation, f"logits are off by {deviation:.3g} times what rounding does")
@@ -90,9 +90,12 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
     return Verdict("equal" if token == expected else "near_tie", deviation)
 
 
-def is_near_tie(gap: float, certainty: float, answer: Answer, place: int) -> bool:
-    """Whether rounding may make another token the best one that is `gap` behind it in logits."""
-    bound = math.sqrt(2) * NEAR_TIE * usual_noise(answer, place)
+def is_near_tie(gap: float, certainty: float, answer: Answer, place: int, deviation: float = 0.0) -> bool:
+    """Whether rounding may make another token the best one that is `gap` behind it in logits.
+
+    deviation: of the position's logits; where it is large, as it may be up to its bound, so may be that of two of them.
+    """
+    bound = math.sqrt(2) * max(NEAR_TIE, 4 * min(deviation, LARGEST)) * usual_noise(answer, place)
     if not math.isnan(gap):
         return bool(abs(gap) <= bound)
     # Without logits: each of two tied tokens has half of the probability or less, and as much as the other.

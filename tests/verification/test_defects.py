@@ -150,14 +150,8 @@ class Passing:
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         return self.cache.forward(passes, first)  # type: ignore[no-any-return]
 
-    def move(self, source: int, target: int, slots: int) -> None:
-        self.cache.move(source, target, slots)
-
-    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        return self.cache.read(row, start, stop)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        self.cache.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
 
 
 class StalePage(Passing):
@@ -183,7 +177,7 @@ class LosesASlot(Passing):
     """Moving a row forgets its last slot."""
 
     def move(self, source: int, target: int, slots: int) -> None:
-        super().move(source, target, slots - 1)
+        self.cache.move(source, target, slots - 1)
 
 
 class RowsMixedUp(Passing):
@@ -268,9 +262,17 @@ def test_a_batch_that_moves_no_row_is_caught(setup: Setup, monkeypatch: pytest.M
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("dtype", "quantization"), [("f32", None), ("bf16", None), ("f16", None), ("bf16", "fp8")])
-def test_honest_rounding_is_not_wrong(tmp_path: Path, dtype: str, quantization: Any) -> None:
-    checkpoint = MODELS["tiny-chat with adapter"](tmp_path / "checkpoint")
+@pytest.mark.parametrize(
+    ("model", "dtype", "quantization"),
+    [
+        ("early YaRN", "f32", None),
+        ("early YaRN", "f16", None),
+        ("plain rotation", "bf16", "fp8"),
+        ("tiny-chat with adapter", "bf16", None),
+    ],
+)
+def test_honest_rounding_is_not_wrong(tmp_path: Path, model: str, dtype: str, quantization: Any) -> None:
+    checkpoint = MODELS[model](tmp_path / "checkpoint")
     folder = Builder(checkpoint, tmp_path / "engine", backend="torch", dtype=dtype, quantization=quantization).run()
     report = judged(nemodiff.load(folder, device="cpu"), network(checkpoint, dtype, quantization))
     assert report.ok, report.lines()

@@ -29,6 +29,7 @@ from nemodiff.commands import verify as command
 from nemodiff.engine_folder import VERIFY_FILE, Profile, TensorRTInfo, read_engine
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
+from nemodiff.verification.arithmetic import Arithmetic
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
 from nemodiff.verification.recorder import columns
@@ -253,3 +254,20 @@ def test_a_script_tells_passes_of_the_text_from_blocks() -> None:
     both = np.array([[3, 0, 0]] * 2, np.int32)
     assert script.place(Block(1, np.array([6, 7], np.int32), ramp, both, gate)) == 6
     assert (script.place(other), len(script.blocks)) == (4, 2)
+
+
+@pytest.mark.parametrize(("quantization", "most"), [("fp8", 0.04), ("int8", 0.01), ("int4", 0.12)])
+def test_the_network_rounds_to_the_grid_of_an_engine(quantization: str, most: float) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(0, 1, (48, 64)).astype(np.float32)
+    x = rng.normal(0, 1, (5, 64)).astype(np.float32)
+    arithmetic = Arithmetic(np.float32, np.float32, quantization)
+    for part, inputs in (("projection", quantization != "fp8"), ("head", quantization != "fp8"), ("other", False)):
+        stored = arithmetic.weight(weight, part)  # type: ignore[arg-type]
+        rounded = part == "projection" or (part == "head" and inputs)
+        error = np.abs(stored - weight).mean() / np.abs(weight).mean()
+        assert (0 < error < most) if rounded else error == 0
+        assert np.array_equal(arithmetic.inputs(x, part), x) != inputs  # type: ignore[arg-type]
+    # int4 has 16 values per group, int8 one step per output.
+    stored = arithmetic.weight(weight, "projection")
+    assert len(np.unique(stored[0, :32])) <= {"fp8": 32, "int8": 32, "int4": 17}[quantization]
