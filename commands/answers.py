@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import NemodiffError
+from .calls import CallLines, spelled
 
 if TYPE_CHECKING:
     from ..batch.lines import Line
@@ -17,17 +18,26 @@ if TYPE_CHECKING:
     from ..runtime.requests.generation import Generation
 
 
-def follow(engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_denoise: bool) -> Iterator[Generation]:
-    """The answers as they become complete; on the way text or passes are printed as they come."""
+def follow(
+    engine: LoadedEngine, events: Iterable[Event], *, stream: bool, show_denoise: bool, tools: bool = False
+) -> Iterator[Generation]:
+    """The answers as they become complete; on the way text or passes are printed as they come.
+
+    tools: whether calls are shown as such instead of the text that they are.
+    """
     from ..runtime.events.events import Finished, Step, Text
     from ..runtime.events.terminal import line
 
+    calls = CallLines()
     for event in events:
         if isinstance(event, Step) and show_denoise:
             click.echo(line(engine, event), err=True)
         elif isinstance(event, Text) and stream:
-            click.echo(event.text, nl=False)
+            text = "".join(calls.push(part.part, part.text) for part in event.parts) if tools else event.text
+            click.echo(text, nl=False)
         elif isinstance(event, Finished):
+            if stream and tools:
+                click.echo(calls.end(), nl=False)
             yield event.generation
 
 
@@ -46,7 +56,8 @@ def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, a
             else:
                 click.echo(f"Error: {one_line(str(line.refusal(result)))}", err=True)
             continue
-        click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else result.text)
+        text = spelled(result) if result.tool_calls else result.text
+        click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else text)
         print_warnings(result, printed)
         if stats:
             print_statistics(result)

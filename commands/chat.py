@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from . import options
 from .answers import follow, one_line, print_statistics, print_warnings
 
 if TYPE_CHECKING:
+    from ..runtime.loading import LoadedEngine
+    from ..runtime.scheduler import Scheduler
     from ..runtime.text.messages import Message
 
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **choices: Any) -> None:
     """Hold a conversation with ENGINE.
 
-    /reset forgets the conversation, /exit or the end of input leaves it.
+    /reset forgets the conversation, /exit or the end of input leaves it. With --tools the next line after a call is its
+    result.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
@@ -41,7 +45,7 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
     loaded = load(engine, threads=threads, device=device)
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
-        printed = set[str]()
+        conversation = _Conversation(loaded, scheduler, choices, stats)
         while (line := _read_line()) is not None:
             if line in ("/exit", "/quit"):
                 return
@@ -50,24 +54,53 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
             elif line.startswith("/"):
                 click.echo(f"unknown command {line.split()[0]}; allowed: /reset, /exit", err=True)
             elif line:
-                turn: list[Message] = [*messages, {"role": "user", "content": line}]
-                try:
-                    events = scheduler.submit(turn, **choices)
-                    answer = next(follow(loaded, events, stream=True, show_denoise=False))
-                except RequestError as error:
-                    click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
-                    continue
-                click.echo()
-                print_warnings(answer, printed)
-                if stats:
-                    print_statistics(answer)
-                messages = [*turn, {"role": "assistant", "content": answer.text}]
+                said = conversation.say(messages, line)
+                if said is None:
+                    return
+                messages = said
 
 
-def _read_line() -> str | None:
+@dataclasses.dataclass
+class _Conversation:
+    """Answers lines one after the other; `printed` are the warnings that were shown."""
+
+    engine: LoadedEngine
+    scheduler: Scheduler
+    choices: dict[str, Any]
+    stats: bool
+    printed: set[str] = dataclasses.field(default_factory=set)
+
+    def say(self, messages: list[Message], line: str) -> list[Message] | None:
+        """The messages with a line and its answer, or without where that fails; None at the end of input."""
+        tools = self.choices["tools"] is not None
+        turns: list[Message] = [*messages, {"role": "user", "content": line}]
+        while True:
+            try:
+                events = self.scheduler.submit(turns, **self.choices)
+                answer = next(follow(self.engine, events, stream=True, show_denoise=False, tools=tools))
+            except RequestError as error:
+                click.echo(f"Error: {one_line(str(error))}; /reset starts over", err=True)
+                return messages
+            click.echo()
+            print_warnings(answer, self.printed)
+            if self.stats:
+                print_statistics(answer)
+            if not answer.tool_calls or answer.finish_reason != "stop":  # one that was cut has no result
+                return [*turns, {"role": "assistant", "content": answer.text}]
+            message = answer.as_message()
+            turns.append(message)
+            for call in message["tool_calls"]:
+                name = call["function"]["name"]
+                result = _read_line(f"result of {name}> ")
+                if result is None:
+                    return None
+                turns.append({"role": "tool", "tool_call_id": call["id"], "name": name, "content": result})
+
+
+def _read_line(prompt: str = "> ") -> str | None:
     """The next line of standard input, None at its end. Raises RequestError."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input(prompt if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
     except UnicodeDecodeError as error:

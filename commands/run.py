@@ -12,6 +12,7 @@ import click
 from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
+from .calls import spelled
 from .inputs import read_stdin
 from .streams import TEXT
 
@@ -97,8 +98,10 @@ def run(
     with record(trace, loaded) as write:
         if isinstance(prompts, str):
             events = _events(loaded, prompts, flags, watched)
-            for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise):
-                click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else answer.text)
+            tools = choices["tools"] is not None
+            for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise, tools=tools):
+                text = spelled(answer) if tools else answer.text
+                click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else text)
                 print_warnings(answer, set())
                 if stats:
                     print_statistics(answer)

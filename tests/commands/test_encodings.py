@@ -165,7 +165,7 @@ def test_every_word_of_text_is_taken_as_utf8() -> None:
         own = [p.name or "" for p in params if type(p.type) is type(click.STRING)]
         return [*own, *(name for one in inner for name in texts(one))]
 
-    assert set(texts(main)) <= {*PATHS, "json_schema", "block_length", "logit_bias"}
+    assert set(texts(main)) <= {*PATHS, "json_schema", "tools", "chat_template_kwargs", "block_length", "logit_bias"}
     assert TEXT.convert(WORDS, None, None) == WORDS
 
 
