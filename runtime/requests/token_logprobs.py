@@ -65,8 +65,10 @@ class PromptScores:
 
     @property
     def by_token(self) -> list[TokenLogprobs | None]:
-        """One per token of the prompt, None before the first that is scored."""
-        return [None] * (self.begin + 1) + self.logprobs
+        """One per token of the prompt; None before the first that is scored, and where a request was cancelled."""
+        before = self.begin + 1
+        unscored = len(self._prompt) - before - len(self.logprobs)
+        return [*[None] * before, *self.logprobs, *[None] * unscored]
 
     def take(self, start: int, logits: np.ndarray) -> None:
         """The predictions (n, V) f32 of the n tokens from `start`."""

@@ -79,7 +79,9 @@ class Handlers:
             ]
         if not body.stream:
             finished = await group.finished(request)
-            return JSONResponse(builder.full([event.generation for event in finished]))
+            generations = [event.generation for event in finished]
+            # In a thread, since thousands of tokens with their names and neighbours would hold up other clients.
+            return await asyncio.to_thread(lambda: JSONResponse(builder.full(generations)))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = builder.chunks(group.events(), len(requests), with_usage=with_usage, diffusing=diffusing)
         return EventStreamResponse(chunks, group.close, done=True)

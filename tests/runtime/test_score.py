@@ -164,6 +164,25 @@ def test_scoring_shares_a_scheduler_with_other_requests(engine: nemodiff.LoadedE
                     assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_a_cancelled_prompt_has_the_logprobs_that_it_got(engine: nemodiff.LoadedEngine) -> None:
+    prompt = (prompt_of(engine, QUESTIONS[3]) * 200)[:5000]
+    with nemodiff.Scheduler(engine, rows=1, prefill_tokens=16) as scheduler:
+        running = scheduler.submit(prompt, steps=True, prompt_logprobs=0, max_new_tokens=1)
+        waiting = scheduler.submit(prompt, prompt_logprobs=0, max_new_tokens=1)
+        steps = (event for event in running if isinstance(event, nemodiff.Step))
+        next(steps)
+        next(steps)
+        for handle, least in ((waiting, 0), (running, 32)):
+            handle.cancel()
+            answer = handle.result()
+            assert answer.finish_reason == "cancelled"
+            assert answer.prompt_logprobs is not None
+            assert len(answer.prompt_logprobs) == len(prompt)
+            scored = sum(one is not None for one in answer.prompt_logprobs)
+            assert least <= scored < len(prompt) - 1
+            assert None not in answer.prompt_logprobs[1 : scored + 1]
+
+
 def test_a_prompt_of_one_token_has_no_logprobs_but_an_end(engine: nemodiff.LoadedEngine) -> None:
     only = nemodiff.generate(engine, [150], prompt_logprobs=3, max_new_tokens=0)
     assert (only.prompt_logprobs, only.token_ids, only.nfe["prefill"]) == ([None], [], 1)
