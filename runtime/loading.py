@@ -91,7 +91,7 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
     text = TextCodec(folder)
     backend: Engine
     if info.manifest.backend == "onnxruntime":
-        from .engines.onnxruntime import OnnxRuntimeEngine
+        from .engines.onnxruntime.engine import OnnxRuntimeEngine
 
         backend = OnnxRuntimeEngine(folder, info, threads)
     elif info.manifest.backend == "torch":

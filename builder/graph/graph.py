@@ -8,7 +8,6 @@ the external data file.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -74,8 +73,11 @@ def build_graph(
         x = add_attention(w, model, layer, x, adapter_rank, adapter_scale)
         x = add_mlp(w, model, layer, x)
     add_head(w, model, x)
-    hidden = -math.inf if capacity is None else block_attention.FINITE[dtype]
-    functions = [block_attention.function(hidden), confidence_commit.function()]
+    if capacity is None:
+        attention = block_attention.function(heads=(model.num_heads, model.num_kv_heads, model.head_dim))
+    else:
+        attention = block_attention.function(block_attention.FINITE[dtype])
+    functions = [attention, confidence_commit.function()]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
     return make_graph(w, "nemodiff", dtype, sizes, inputs(model, adapter), outputs(model, logits), functions)

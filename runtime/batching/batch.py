@@ -260,6 +260,7 @@ class Batch:
             self._place(slots[last], last, row)
             row = last
         slots.pop()
+        self._cache.free(len(slots))
 
     def _first_of_kind(self, row: int) -> int:
         while row and self._slots[row - 1].width == self._slots[row].width:

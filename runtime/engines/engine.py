@@ -70,6 +70,10 @@ class Cache(Protocol):
         """Copy the first `slots` slots of a row over those of another."""
         ...
 
+    def free(self, row: int) -> None:
+        """Take note that what a row holds is needed no more; a forward or a copy may use the row all the same."""
+        ...
+
     def close(self) -> None:
         """Give the cache back to its engine; it must not be used afterwards."""
         ...

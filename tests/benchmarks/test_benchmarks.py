@@ -31,6 +31,7 @@ SCRIPTS = (
     "auto",
     "build_memory",
     "build_tensorrt",
+    "context",
     "drafter",
     "fp8",
     "gpu",

@@ -73,7 +73,8 @@ def by_onnxruntime(case: Case, dtype: str, hidden: float) -> np.ndarray:
     feeds = {"q": case.q.astype(kind), "k": case.k.astype(kind), "v": case.v.astype(kind), "visible": case.visible}
     feeds["slots"] = np.arange(case.k.shape[2], dtype=np.int32)
     result = {"y": helper.np_dtype_to_tensor_dtype(np.dtype(kind))}
-    (y,) = run(block_attention.function(hidden), feeds, result, scale=SCALE)
+    heads = (case.q.shape[1], case.k.shape[1], case.q.shape[3])
+    (y,) = run(block_attention.function(hidden, heads), feeds, result, scale=SCALE)
     return np.asarray(y)
 
 

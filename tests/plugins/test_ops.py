@@ -39,7 +39,8 @@ def test_block_attention_equals_its_reference(
     feeds = {"q": q, "k": k, "v": v, "visible": visible, "slots": np.arange(slots, dtype=np.int32)}
     scale = float(width**-0.5)
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    (y,) = run(block_attention.function(), feeds, {"y": kind}, scale=scale)
+    heads = data.draw(st.sampled_from([None, (groups * kv_heads, kv_heads, width)]))
+    (y,) = run(block_attention.function(heads=heads), feeds, {"y": kind}, scale=scale)
     expected = block_attention.reference(q, k, v, visible, scale)
     assert y.dtype == dtype
     np.testing.assert_allclose(

@@ -22,7 +22,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import Backend, Dtype
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
-from nemodiff.runtime.engines.onnxruntime import OnnxRuntimeCache
+from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.engines.torch.engine import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
 
@@ -40,7 +40,7 @@ def slots_of(cache: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(cache, TorchCache):
         yield from cache.caches
     elif isinstance(cache, OnnxRuntimeCache):
-        arrays = cache._caches
+        arrays = cache.memory.views(0, cache.rows)
         for name in arrays:
             if name.startswith("k_"):
                 yield arrays[name], arrays["v_" + name[2:]]
@@ -59,6 +59,8 @@ class PoisonedCache:
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         used = [p.write_at + p.ids.size for p in passes]
+        if isinstance(self.cache, OnnxRuntimeCache):  # what it is about to do itself
+            self.cache.memory.use(first, [p.write_at for p in passes], used, max(used) + 64)
         with torch.inference_mode():  # as the torch engine's tensors were made
             for layer, (k, v) in enumerate(slots_of(self.cache)):
                 for row, start in [*enumerate(used, first), (self.rows, 0)]:

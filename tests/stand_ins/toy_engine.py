@@ -65,6 +65,10 @@ class ToyCache:
         self.written[target] = -1  # what is not copied may be anything
         self.written[target, :slots] = self.written[source, :slots]
 
+    def free(self, row: int) -> None:
+        assert not self._closed
+        self.written[row] = -1
+
     def close(self) -> None:
         assert not self._closed
         self._closed = True

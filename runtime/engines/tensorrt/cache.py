@@ -118,6 +118,9 @@ class TensorRTCache:
                 held[name] = heads[:, start:stop].astype(np.float32)
         return held
 
+    def free(self, row: int) -> None:
+        """See `engine.Cache.free`; nothing to do, as T is the same for a row of any length."""
+
     def close(self) -> None:
         """See `engine.Cache.close`."""
         self._engine.take_back(self)

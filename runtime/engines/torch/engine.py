@@ -147,6 +147,9 @@ class TorchCache:
             held = [cache[row, :, start:stop].float().cpu().numpy() for pair in self.caches for cache in pair]
         return dict(zip(cache_names(engine.info.model.num_layers), held, strict=True))
 
+    def free(self, row: int) -> None:
+        """See `engine.Cache.free`; nothing to do, as T is the same for a row of any length."""
+
     def close(self) -> None:
         """See `engine.Cache.close`."""
         self._engine.take_back(self)

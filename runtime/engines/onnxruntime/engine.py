@@ -1,0 +1,99 @@
+"""The CPU engine: ONNX Runtime over the graph, with caches updated in place.
+
+All inputs and outputs of a forward live in numpy arrays bound once per shape, so a step writes a few integers, runs,
+and reads a few integers.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ....contract import Binding, inputs, vision_inputs
+from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
+from ....errors import EngineError
+from ...images.image import Image
+from .cache import OnnxRuntimeCache
+from .memory import FIRST_ROOM
+
+_KEPT_CACHES = 4  # closed ones; binding a shape anew costs as much as a small model's forward
+
+
+class OnnxRuntimeEngine:
+    """An engine folder loaded on the CPU.
+
+    Args:
+        folder: the engine folder.
+        info: its description, from `engine_folder.read_engine`.
+        threads: CPU threads of a forward; None lets ONNX Runtime take one per physical core.
+
+    Raises:
+        EngineError: the graph cannot be loaded.
+    """
+
+    samples = False
+
+    def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
+        self.session = _open_session(folder / MODEL_FILE, inputs(info.model, info.has_adapter), threads)
+        vision = info.model.vision
+        self._vision = (
+            _open_session(folder / VISION_MODEL_FILE, vision_inputs(vision), threads) if vision is not None else None
+        )
+        self.info = info
+        self._closed: list[OnnxRuntimeCache] = []
+        self._lock = threading.Lock()  # of _closed: requests may run in several threads
+
+    def open(self, rows: int) -> OnnxRuntimeCache:
+        """A cache of `rows` rows: a closed one with its bound forwards if there is one, else a new one."""
+        with self._lock:
+            for cache in self._closed:
+                if cache.rows == rows:
+                    self._closed.remove(cache)
+                    cache.seconds = 0.0
+                    return cache
+        return OnnxRuntimeCache(self.session, self.info, rows, self.take_back)
+
+    def see(self, image: Image) -> np.ndarray:
+        """See `engine.SeeingEngine.see`."""
+        assert self._vision is not None
+        visible = np.zeros((1, len(image.patches), 3), np.int32)
+        visible[:, :, 2] = len(image.patches)
+        inputs = {"patches": image.patches, "positions": image.positions, "visible": visible}
+        (features,) = self._vision.run(["features"], inputs)
+        return np.asarray(features)
+
+    def take_back(self, cache: OnnxRuntimeCache) -> None:
+        """Keep a closed cache for the next request, unless its memory has grown."""
+        if cache.memory.room <= FIRST_ROOM:
+            cache.memory.free_all()
+            with self._lock:
+                self._closed = [*self._closed, cache][-_KEPT_CACHES:]
+
+
+def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> Any:
+    """A session of a graph whose inputs are those bindings. Raises EngineError."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    again = f"build it again: nemodiff build CHECKPOINT -o {path.parent}"
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises classes of its own without a common base
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(
+            f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {again}"
+        ) from None
+    expected = {binding.name for binding in bindings}
+    declared = {item.name for item in session.get_inputs()}
+    if declared != expected:
+        raise EngineError(
+            f"{path}: its inputs are not those of the engine's description (one of "
+            f"{', '.join(sorted(expected ^ declared)[:3])}); {again}"
+        )
+    return session

@@ -1,0 +1,108 @@
+"""One shape of a forward: its arrays, bound once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ....contract import Binding, inputs, outputs
+from ....engine_folder import EngineInfo
+from ..engine import Pass, Prediction, read_only
+from ..layout import PassShape
+
+NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
+BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
+
+
+class Forward:
+    """The arrays and the IOBinding of one shape."""
+
+    def __init__(self, session: Any, info: EngineInfo, caches: BoundRows, shape: PassShape) -> None:
+        self.binding = session.io_binding()
+        self.arrays: dict[str, np.ndarray] = {}
+        self._caches = caches
+        self._embedded = shape.embedded
+        self._values: list[Any] = []  # keeps what the binding points to alive
+        self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": info.model.vocab_size}
+        self._lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
+        self._bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
+        self._bind(outputs(info.model, shape.logits), self.binding.bind_ortvalue_output)
+        inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter", "embedding")
+        if "embedding" in self.arrays:
+            self.arrays["embedding"][:] = -1
+        self._inputs = [self._row(row, inputs_of_row) for row in range(shape.rows)]
+        outputs_of_row = ("token", "confidence", "next_ids", "logits")
+        for name in outputs_of_row:
+            if name in self.arrays:
+                self.arrays[name] = read_only(self.arrays[name])
+        self._whole = [Prediction(*self._row(row, outputs_of_row)) for row in range(shape.rows)]
+        # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
+        self._last_predicted: list[np.ndarray | None] = [None] * shape.rows
+        self._threshold = [0.0] * shape.rows
+
+    def _bind(self, bindings: list[Binding], bind_value: Any) -> None:
+        """Bind the caches' memory and a new array for everything else."""
+        import onnxruntime
+
+        for binding in bindings:
+            if binding.kind == "compute":
+                # A cache is input and output over the same memory: ONNX Runtime's TensorScatter then skips its copy.
+                _, value = self._caches[binding.name.removesuffix("_out")]
+            else:
+                sizes = [self._lengths[size] if isinstance(size, str) else size for size in binding.shape]
+                array: np.ndarray = np.zeros(sizes, NUMPY[binding.kind])
+                self.arrays[binding.name] = array
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                self._values.append(value)
+            bind_value(binding.name, value)
+
+    def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
+        """Views of one row of some arrays, (1,) where a row is a single number, None where there is no array."""
+        views: list[Any] = []
+        for name in names:
+            array = self.arrays.get(name)
+            if array is None:
+                views.append(None)
+            else:
+                views.append(array[row] if array.ndim > 1 else array[row : row + 1])
+        return views
+
+    def fill(self, row: int, p: Pass, pad_id: int) -> None:
+        """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
+        ids, pos, visible, rows, write_at, threshold, adapter, embedding = self._inputs[row]
+        size = p.ids.size
+        ids[:size] = p.ids
+        pos[:size] = p.pos
+        visible[:size] = p.visible
+        write_at[0] = p.write_at
+        if p.predicted is not self._last_predicted[row]:
+            rows[: p.predicted.size] = p.predicted
+            rows[p.predicted.size :] = ids.size - 1
+            self._last_predicted[row] = p.predicted
+        if p.threshold != self._threshold[row]:
+            threshold[0] = p.threshold
+            self._threshold[row] = p.threshold
+        if adapter is not None:
+            adapter[:size] = p.adapter
+            adapter[size:] = 0
+        if self._embedded:
+            embedding[:] = -1
+            if p.embedded is not None:
+                places = row * ids.size + p.embedded
+                embedding[p.embedded] = places
+                self.arrays["embeddings"][places] = p.embeddings
+        if size < ids.size:
+            own = np.arange(p.write_at + size, p.write_at + ids.size)
+            ids[size:] = pad_id
+            pos[size:] = own
+            visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+
+    def prediction(self, row: int, p: Pass) -> Prediction:
+        """One row's results as views."""
+        whole = self._whole[row]
+        count = p.predicted.size
+        if count == whole.token.size and p.logits == (whole.logits is not None):
+            return whole
+        logits = whole.logits[:count] if p.logits and whole.logits is not None else None
+        return Prediction(whole.token[:count], whole.confidence[:count], whole.next_ids[:count], logits)

@@ -1,0 +1,101 @@
+"""The memory of a cache on the CPU: K/V arrays whose capacity follows the texts that they hold.
+
+Attention reads every slot up to the capacity T, so T is the least multiple of a step that the longest row in use needs.
+It changes often and cheaply: what is in use is moved within memory that is there already and doubles when it is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+STEP = 64  # slots; T at a multiple of it is also quicker than just below one (benchmarks/context.py)
+_SHARE = 32  # a step is at most this part of T, so that moving costs a small part of a token at any length
+_SLACK = 16  # T shrinks only if this part of it is not needed
+FIRST_ROOM = 256  # slots
+
+
+class Memory:
+    """K/V of `rows` rows. A row that was copied lies apart, as long as what it holds, until a forward uses it."""
+
+    def __init__(self, names: Iterable[str], rows: int, heads: int, width: int, dtype: type) -> None:
+        self.capacity = 0  # T
+        self.room = 0  # the largest T that the memory holds
+        self._heads = heads
+        self._width = width
+        self._arrays: dict[str, np.ndarray] = {name: np.zeros(0, dtype) for name in names}
+        self._reach = [0] * rows  # slots in use, of rows that do not lie apart
+        self._apart: dict[int, dict[str, np.ndarray]] = {}  # by row and cache: (G, slots, D)
+
+    def views(self, first: int, count: int) -> dict[str, np.ndarray]:
+        """By cache: `count` rows (count, G, T, D) over the memory itself, valid as long as T and room are the same."""
+        return {name: self._view(array)[first : first + count] for name, array in self._arrays.items()}
+
+    def use(self, first: int, begins: Sequence[int], ends: Sequence[int], slots: int) -> None:
+        """Fit T to a forward whose rows write from `begins` to `ends`, and with padding up to `slots` at most."""
+        rows = range(first, first + len(begins))
+        joining = {row: self._apart.pop(row) for row in rows if row in self._apart} if self._apart else {}
+        for row, begin in zip(rows, begins, strict=True):
+            if begin == 0:
+                self._reach[row] = 0
+        for row, held in joining.items():
+            slots = max(slots, next(iter(held.values())).shape[1])
+        self._fit(max(slots, *self._reach))
+        for row, held in joining.items():
+            for name, kept in held.items():
+                self._view(self._arrays[name])[row, :, : kept.shape[1]] = kept
+        for row, end in zip(rows, ends, strict=True):
+            self._reach[row] = max(self._reach[row], end)
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        """Copy the first `slots` slots of a row over those of another."""
+        held = self._apart.get(source) or {name: rows[0] for name, rows in self.views(source, 1).items()}
+        self.free(target)
+        self._apart[target] = {name: rows[:, :slots].copy() for name, rows in held.items()}
+
+    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """By cache: a copy of some slots of a row, (G, slots, D) f32."""
+        held = self._apart.get(row) or {name: rows[0] for name, rows in self.views(row, 1).items()}
+        return {name: rows[:, start:stop].astype(np.float32) for name, rows in held.items()}
+
+    def free(self, row: int) -> None:
+        """Forget what a row holds; without a row nothing."""
+        self._apart.pop(row, None)
+        self._reach[row] = 0
+
+    def free_all(self) -> None:
+        """Forget what all rows hold."""
+        self._apart.clear()
+        self._reach = [0] * len(self._reach)
+
+    def _view(self, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
+        """An array's memory as (rows, G, T, D)."""
+        shape = (len(self._reach), self._heads, self.capacity if capacity is None else capacity, self._width)
+        return array[: np.prod(shape)].reshape(shape)
+
+    def _fit(self, slots: int) -> None:
+        """Bring T to what `slots` need."""
+        step = max(STEP, 1 << (slots // _SHARE).bit_length() >> 1)
+        new = -(-slots // step) * step
+        old = self.capacity
+        if old >= new > old - max(STEP, old // _SLACK):
+            return
+        room = max(self.room, FIRST_ROOM)
+        while room < new:
+            room *= 2
+        for name, array in self._arrays.items():
+            target = array
+            if room > self.room:
+                target = np.zeros(len(self._reach) * self._heads * room * self._width, array.dtype)
+                self._arrays[name] = target
+            self._shift(self._view(array), self._view(target, new))
+        self.capacity, self.room = new, room
+
+    def _shift(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copy what is in use to where it lies under another T, perhaps within the same memory."""
+        used = [(row, head) for row, reach in enumerate(self._reach) if reach for head in range(self._heads)]
+        # A head moves up where T grows and down where it shrinks, so no copy hits what is still to be read.
+        for row, head in reversed(used) if target.shape[2] > source.shape[2] else used:
+            reach = self._reach[row]
+            target[row, head, :reach] = source[row, head, :reach]
