@@ -28,9 +28,12 @@ MODES: tuple[str, ...] = get_args(Mode)
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
-Quantization = Literal["fp8"]  # of the projections: e4m3 with an f32 scale per output
-# Which backends have each; a projection's inputs are then a multiple of 16.
-QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"fp8": ("torch",)}
+# Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, and inputs in 8 bits with one per token.
+# int4: a scale per output and 32 inputs, and the head in int8.
+Quantization = Literal["fp8", "int8", "int4"]
+# Which backends have each, and what a projection's inputs are then a multiple of.
+QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"int8": ("onnxruntime",), "int4": ("onnxruntime",), "fp8": ("torch",)}
+QUANTIZED_INPUTS: dict[str, int] = {"int8": 4, "int4": 32, "fp8": 16}
 VISION_BACKENDS: tuple[Backend, ...] = ("onnxruntime",)  # that have the second graph of a model that sees images
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
@@ -48,7 +51,7 @@ class BuildConfig:
     """The choices an engine is built with, in TensorRT-LLM's spelling where it has one.
 
     Without `gather_generation_logits` there is no output `logits`, so the engine cannot sample. `quantization` is that
-    of the layers' projections; embedding, head, norms and adapter stay in `dtype`.
+    of the layers' projections, on a CPU of the head as well; embedding, norms and adapter stay in `dtype`.
     """
 
     dtype: Dtype

@@ -286,8 +286,8 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
     quantization = info.build.quantization
     if quantization is not None and backend not in QUANTIZATIONS.get(quantization, ()):
         raise EngineError(
-            f"{folder}: quantization is {quantization!r} on {backend}, allowed: {', '.join(QUANTIZATIONS)} on torch; "
-            f"{again}"
+            f"{folder}: quantization is {quantization!r} on {backend}, allowed: "
+            f"{', '.join(name for name, backends in QUANTIZATIONS.items() if backend in backends) or 'none'}; {again}"
         )
     if (info.manifest.tensorrt is None) == (backend in COMPILED):
         raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")

@@ -76,7 +76,7 @@ class Builder:
         block_length: default block length of the engine, 1..64; default the checkpoint's.
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
-        quantization: `fp8` stores the layers' projections in 8 bits, torch only; default none.
+        quantization: `int8` or `int4` projections on onnxruntime, `fp8` on torch; default none.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         max_image_size: pixels to which the longer side of a larger image is scaled down; a model that sees images
@@ -134,7 +134,7 @@ class Builder:
             quantization=quantization,
             max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
         )
-        check_config(self.config, model)
+        check_config(self.config, model, backend)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()
         lora = self.checkpoint.adapter
         self.graph: Graph = build_graph(
@@ -144,6 +144,7 @@ class Builder:
             lora.scale if lora else 1.0,
             capacity=cache_slots(self.config) if self._compiled else None,
             logits=logits,
+            quantization=quantization if backend == "onnxruntime" else None,
         )
         self._header = b""  # of the weights file
         if backend == "torch":

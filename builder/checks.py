@@ -9,6 +9,7 @@ from ..contract import (
     MAX_BATCH,
     MAX_BLOCK,
     QUANTIZATIONS,
+    QUANTIZED_INPUTS,
     VISION_BACKENDS,
     Backend,
     BuildConfig,
@@ -16,7 +17,6 @@ from ..contract import (
     Quantization,
 )
 from ..errors import BuildError
-from ..plugins.ops import fp8_linear
 from .compilers.choices import Choices, check_choices
 
 
@@ -51,6 +51,11 @@ def check_backend(
             f"--quantization {quantization}: not a choice of --backend {backend}, allowed: "
             f"{', '.join(backends)}; leave it out or add --backend {backends[0]}"
         )
+    if quantization is not None and backend == "onnxruntime" and dtype not in (None, "f32"):
+        raise BuildError(
+            f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "
+            "quantized; leave it out"
+        )
 
 
 def check_vision(backend: Backend, model: ModelConfig) -> None:
@@ -62,7 +67,7 @@ def check_vision(backend: Backend, model: ModelConfig) -> None:
         )
 
 
-def check_config(config: BuildConfig, model: ModelConfig) -> None:
+def check_config(config: BuildConfig, model: ModelConfig, backend: Backend) -> None:
     """Refuse what the model or the engine's limits do not allow. Raises BuildError."""
     for flag, value, high, reason in (
         ("--max-seq-len", config.max_seq_len, model.max_position, "the model's max_position_embeddings"),
@@ -78,10 +83,16 @@ def check_config(config: BuildConfig, model: ModelConfig) -> None:
             raise BuildError(f"--max-image-size is {size!r}, allowed: multiples of {cell}; choose one of them")
     elif config.max_image_size:
         raise BuildError("--max-image-size: this model sees no images; leave it out")
+    if config.quantization and backend == "onnxruntime" and model.num_heads == model.num_kv_heads:
+        # Attention of one query with one head is another kernel there, so self-speculation would not be ar's equal.
+        raise BuildError(
+            f"--quantization {config.quantization}: the model has one query head per key/value head, allowed: models "
+            "whose query heads share them; leave it out"
+        )
     if config.quantization:
         for width in (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size):
-            if width % fp8_linear.MULTIPLE:
+            if width % QUANTIZED_INPUTS[config.quantization]:
                 raise BuildError(
                     f"--quantization {config.quantization}: a projection has {width} inputs, allowed: multiples of "
-                    f"{fp8_linear.MULTIPLE}; leave it out"
+                    f"{QUANTIZED_INPUTS[config.quantization]}; leave it out"
                 )

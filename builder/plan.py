@@ -117,7 +117,10 @@ def make_plan(
     if backend == "onnxruntime":
         # The embedding stays mapped. f16 weights take f32's memory once loaded: ONNX Runtime converts them where the
         # processor has no f16 arithmetic that it uses (benchmarks/build_memory.py).
-        loaded = (model.parameters - model.vocab_size * model.hidden_size + seeing) * ITEMSIZE["f32"]
+        embedding = model.vocab_size * model.hidden_size
+        loaded = (model.parameters - embedding + seeing) * ITEMSIZE["f32"]
+        if build.quantization is not None:
+            loaded = weight_bytes - embedding * ITEMSIZE["f32"]
         # Caches grow with use, so a long `max_seq_len` costs nothing until a text is that long.
         lengths = [length for length in LENGTHS if length < build.max_seq_len] + [build.max_seq_len]
         room = {length: max(0, memory - loaded) // (per_token * length) for length in lengths}

@@ -45,8 +45,8 @@ def as_safetensors(graph: Graph, quantization: Quantization | None = None) -> tu
     for weight in graph.weights:
         begin = end
         shape = weight.shape[::-1] if weight.transposed else weight.shape
-        quantized = quantization is not None and weight.name.endswith("_proj.weight")
-        if quantized:
+        kind = quantization if weight.name.endswith("_proj.weight") else None
+        if kind:
             middle = begin + int(np.prod(shape))
             end = middle + 4 * shape[0]  # an f32 scale per row
             entries[weight.name] = Entry("F8_E4M3", shape, begin, middle)
@@ -56,7 +56,7 @@ def as_safetensors(graph: Graph, quantization: Quantization | None = None) -> tu
             entries[weight.name] = Entry(CODES[graph.dtype], shape, begin, end)
         weights.append(
             dataclasses.replace(
-                weight, shape=shape, transposed=False, offset=begin, nbytes=end - begin, quantized=quantized
+                weight, shape=shape, transposed=False, offset=begin, nbytes=end - begin, quantization=kind
             )
         )
     header = header_bytes(entries, alignment=ALIGNMENT)

@@ -19,6 +19,7 @@ from ...errors import BuildError, CheckpointError
 from ...plugins.ops.fp8_linear import quantise
 from ..graph.graph import Graph
 from ..graph.writer import Weight
+from .low_bits import int8_scale, quantise_int4, quantise_int8
 from .safetensors_file import Tensor
 
 PIECE = 128 * 2**20  # bytes of f32 per step; about four times this is held at once
@@ -91,11 +92,14 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
 
 def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
     """The weight as it is stored, in bands of its first axis, and its scales if it is quantized."""
+    if weight.quantization == "int8":
+        yield from _int8_pieces(weight, tensor)
+        return
     # A transposed weight is gathered from the map band by band, so a large head is read from the page cache several
     # times.
     source = tensor.array().T if weight.transposed else tensor.array()
     scales: list[np.ndarray] = []
-    as_bits = tensor.dtype == dtype == _BF16 and weight.scale == 1.0 and not weight.quantized
+    as_bits = tensor.dtype == dtype == _BF16 and weight.scale == 1.0 and weight.quantization is None
     elements = BITS_PIECE // 2 if as_bits else PIECE // 4
     step = max(1, elements // max(1, int(np.prod(weight.shape[1:]))))
     for start in range(0, weight.shape[0], step):
@@ -105,14 +109,30 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
             continue
         values = _to_f32(band)
         _check_finite(values, tensor, start)
-        if weight.quantized:
-            stored, scale = quantise(values)
+        if weight.quantization is not None:
+            stored, scale = quantise(values) if weight.quantization == "fp8" else quantise_int4(values)
             scales.append(scale)
             yield stored
         else:
             yield _stored(values, weight, tensor, dtype)
     if scales:
         yield np.concatenate(scales)
+
+
+def _int8_pieces(weight: Weight, tensor: Tensor) -> Iterator[np.ndarray]:
+    """An int8 projection (in, out) and its scales, for which the tensor is read once more, before."""
+    source = tensor.array()
+    step = max(1, PIECE // 4 // source.shape[1])
+    scales = []
+    for start in range(0, len(source), step):
+        values = _to_f32(_contiguous(source[start : start + step]))
+        _check_finite(values, tensor, start)
+        scales.append(int8_scale(values))
+    scale = np.concatenate(scales)
+    step = max(1, PIECE // 4 // len(source))
+    for start in range(0, weight.shape[0], step):
+        yield quantise_int8(_to_f32(_contiguous(source.T[start : start + step])), scale)
+    yield scale
 
 
 def _check_finite(values: np.ndarray, tensor: Tensor, start: int) -> None:

@@ -15,9 +15,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...config import ModelConfig
-from ...contract import DOMAIN, Binding, Dtype, inputs, outputs
+from ...contract import DOMAIN, Binding, Dtype, Quantization, inputs, outputs
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
+from .projection import CONTRIB
 from .writer import GraphWriter, Weight
 
 OPSET = 24
@@ -51,6 +52,7 @@ def build_graph(
     *,
     capacity: int | None = None,
     logits: bool = True,
+    quantization: Quantization | None = None,
 ) -> Graph:
     """Write the graph.
 
@@ -61,6 +63,7 @@ def build_graph(
         adapter_scale: folded into the adapter's B matrices.
         capacity: fixes T for TensorRT, which updates a cache in place only where its length is static.
         logits: False leaves that output out.
+        quantization: `int8` or `int4` projections, for ONNX Runtime.
     """
     w = GraphWriter(dtype)
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
@@ -68,11 +71,11 @@ def build_graph(
     x = w.node("Gather", [embed, ids], "embed_tokens", axis=0)
     if model.vision:
         x = add_embeddings(w, x)
-    add_shared(w, model, bool(adapter_rank))
+    add_shared(w, model, bool(adapter_rank), quantization)
     for layer in range(model.num_layers):
-        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale)
-        x = add_mlp(w, model, layer, x)
-    add_head(w, model, x)
+        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization)
+        x = add_mlp(w, model, layer, x, quantization)
+    add_head(w, model, x, quantization)
     if capacity is None:
         attention = block_attention.function(heads=(model.num_heads, model.num_kv_heads, model.head_dim))
     else:
@@ -93,6 +96,9 @@ def make_graph(
     functions: list[onnx.FunctionProto],
 ) -> Graph:
     """What a writer has collected as a model; `sizes` gives letters of the bindings' shapes a number."""
+    versions = {"": OPSET, DOMAIN: 1}
+    if any(node.domain == CONTRIB for node in w.nodes):
+        versions[CONTRIB] = 1
     proto = helper.make_model(
         helper.make_graph(
             w.nodes,
@@ -101,7 +107,7 @@ def make_graph(
             [_value_info(b, dtype, sizes) for b in outputs],
             w.initializers,
         ),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in versions.items()],
         ir_version=11,
         producer_name="nemodiff",
         functions=functions,

@@ -6,11 +6,23 @@ import numpy as np
 from onnx import TensorProto
 
 from ...config import ModelConfig
-from ...contract import cache_names
+from ...contract import Quantization, cache_names
+from .projection import add_zero, int4, int8
 from .writer import GraphWriter
 
 
-def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool) -> None:
+def _project(
+    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: str, sizes: tuple[int, int], zero: str
+) -> str:
+    """Multiply by a projection (inputs, outputs) in the bits of its kind; `zero` is int8's for these tokens."""
+    if kind == "int8":
+        return int8(w, x, zero, name, source, *sizes)
+    if kind == "int4":
+        return int4(w, x, name, source, *sizes)
+    return w.linear(x, name, source, *sizes)
+
+
+def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantization | None) -> None:
     """What all layers read: rotation, query scale, cache slots, reshape targets, the adapter's gate."""
     rope = model.rope
     w.constant("axis.last", np.array([2], np.int64))
@@ -22,6 +34,11 @@ def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool) -> None:
     pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
     # cos and sin are computed from `pos` inside the graph, so no table bounds the sequence length.
     w.node("Unsqueeze", [pos, "axis.last"], "rope.pos3")  # (B, S, 1) f32
+    if kind:
+        w.constant("int8.step", np.float32(1 / 127))
+        w.constant("int8.zero", np.uint8(128))
+    if kind == "int8":
+        add_zero(w, "rope.pos3", "tokens.zero")
     w.constant("rope.inv_freq", rope.inv_freq(model.head_dim)[None, None])  # (1, 1, D/2) f32
     angle = w.node("Mul", ["rope.pos3", "rope.inv_freq"], "rope.angle")
     for op, name in (("Cos", "cos"), ("Sin", "sin")):
@@ -64,7 +81,9 @@ def add_embeddings(w: GraphWriter, x: str) -> str:
     return w.node("Where", [given, own, x], "embedding.chosen")
 
 
-def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: int, scale: float) -> str:
+def add_attention(
+    w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: int, scale: float, kind: Quantization | None
+) -> str:
     """x + o_proj(attention(norm(x))), and the gated drafter branch on o_proj."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"
     attn = f"{at}.self_attn"
@@ -73,9 +92,11 @@ def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: 
         x, f"{at}.input_layernorm", f"{source}.input_layernorm.weight", model.hidden_size, model.rms_norm_eps
     )
     heads: dict[str, str] = {}
+    zero = "tokens.zero"
     for part, size, shape in (("q", q_size, "shape.q"), ("k", kv_size, "shape.kv"), ("v", kv_size, "shape.kv")):
         name = f"{attn}.{part}_proj"
-        flat = w.linear(normed, name, f"{source}.self_attn.{part}_proj.weight", model.hidden_size, size)
+        sizes = model.hidden_size, size
+        flat = _project(w, kind, normed, name, f"{source}.self_attn.{part}_proj.weight", sizes, zero)
         split = w.node("Reshape", [flat, shape], f"{name}.split")
         heads[part] = w.node("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])  # (B, heads, S, D)
     for part in "qk":
@@ -94,7 +115,8 @@ def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: 
     )
     merged = w.node("Transpose", [attn], f"{attn}.rows", perm=[0, 2, 1, 3])
     merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
-    out = w.linear(merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", q_size, model.hidden_size)
+    sizes = q_size, model.hidden_size
+    out = _project(w, kind, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, zero)
     if rank:
         lora = f"{attn}.o_proj.lora"
         key = f"base_model.model.{source}.self_attn.o_proj"
@@ -107,28 +129,34 @@ def add_attention(w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: 
     return w.node("Add", [x, out], f"{attn}.residual")
 
 
-def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str) -> str:
+def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quantization | None) -> str:
     """x + down(silu(gate(norm(x))) * up(norm(x)))."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"
     hidden, inner = model.hidden_size, model.intermediate_size
     name = f"{at}.post_attention_layernorm"
     normed = w.norm(x, name, f"{source}.post_attention_layernorm.weight", hidden, model.rms_norm_eps)
-    gate = w.linear(normed, f"{at}.mlp.gate_proj", f"{source}.mlp.gate_proj.weight", hidden, inner)
-    up = w.linear(normed, f"{at}.mlp.up_proj", f"{source}.mlp.up_proj.weight", hidden, inner)
+    zero, sizes = "tokens.zero", (hidden, inner)
+    gate = _project(w, kind, normed, f"{at}.mlp.gate_proj", f"{source}.mlp.gate_proj.weight", sizes, zero)
+    up = _project(w, kind, normed, f"{at}.mlp.up_proj", f"{source}.mlp.up_proj.weight", sizes, zero)
     silu = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
     gated = w.node("Mul", [silu, up], f"{at}.mlp.gated")
-    down = w.linear(gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", inner, hidden)
+    down = _project(w, kind, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], zero)
     return w.node("Add", [x, down], f"{at}.mlp.residual")
 
 
-def add_head(w: GraphWriter, model: ModelConfig, x: str) -> None:
+def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | None) -> None:
     """Final norm and head on the picked rows only, then the commit rule."""
     rows = w.node("Cast", ["rows"], "rows.index", to=TensorProto.INT64)
     rows = w.node("Unsqueeze", [rows, "axis.last"], "rows.3d")
     picked = w.node("GatherND", [x, rows], "rows.hidden", batch_dims=1)  # (B, R, E)
     ids = w.node("GatherND", ["ids", rows], "rows.ids", batch_dims=1)  # (B, R)
     normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)
-    head = w.linear(normed, "diffusion_head", "diffusion_head.weight", model.hidden_size, model.vocab_size)
+    sizes = model.hidden_size, model.vocab_size
+    if kind:  # in 4 bits it would decide other tokens, and int8 reads its half as quickly
+        zero = add_zero(w, rows, "rows.zero")
+        head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)
+    else:
+        head = w.linear(normed, "diffusion_head", "diffusion_head.weight", *sizes)
     w.node("Cast", [head], "logits", to=TensorProto.FLOAT)
     results = ["token", "confidence", "next_ids", "masks_left"]
     w.plugin("ConfidenceCommit", ["logits", ids, "threshold"], results, "commit", mask_id=model.mask_id)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...contract import DOMAIN, Dtype
+from ...contract import DOMAIN, Dtype, Quantization
 from ...engine_folder import WEIGHTS_FILE
 
 ALIGNMENT = 4096  # bytes; runtimes map external data by page
@@ -32,7 +32,7 @@ class Weight:
     scale: float
     offset: int
     nbytes: int
-    quantized: bool = False  # e4m3, and after it the f32 scale of each row
+    quantization: Quantization | None = None  # then the f32 scales come after it: of its rows, int8 of its columns
 
 
 class GraphWriter:
@@ -47,6 +47,7 @@ class GraphWriter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: list[Weight] = []
+        self.quantized: set[str] = set()  # tensors that the graph has in 8 bits as well
         self._end = 0  # of the last weight, in bytes of the external data file
 
     def node(self, op: str, args: list[str], name: str, **attributes: Any) -> str:
@@ -66,19 +67,49 @@ class GraphWriter:
 
     def weight(self, name: str, source: str, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
         """Declare an external weight. `shape` is the one stored here, so (in, out) for a transposed projection."""
-        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
-        nbytes = int(np.prod(shape)) * self.dtype.itemsize
-        self._end = offset + nbytes
-        self.weights.append(Weight(name, source, shape, transposed, scale, offset, nbytes))
-        tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(self.dtype))
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.file), ("offset", offset), ("length", nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self.initializers.append(tensor)
+        offset = self._begin()
+        self._external(name, shape, self.dtype)
+        self.weights.append(Weight(name, source, shape, transposed, scale, offset, self._end - offset))
         return name
 
+    def int8_weight(self, name: str, source: str, size_in: int, size_out: int) -> tuple[str, str]:
+        """Declare an external int8 projection (in, out) and its f32 scales (out)."""
+        offset = self._begin()
+        self._external(name, (size_in, size_out), np.dtype(np.int8))
+        self._external(f"{name}_scale", (size_out,), np.dtype(np.float32))
+        self.weights.append(
+            Weight(name, source, (size_in, size_out), True, 1.0, offset, self._end - offset, quantization="int8")
+        )
+        return name, f"{name}_scale"
+
+    def int4_weight(self, name: str, source: str, size_in: int, size_out: int, group: int) -> tuple[str, str]:
+        """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups)."""
+        groups = size_in // group
+        offset = self._begin()
+        self._external(name, (size_out, groups, group // 2), np.dtype(np.uint8))
+        self._external(f"{name}_scale", (size_out, groups), np.dtype(np.float32))
+        self.weights.append(
+            Weight(name, source, (size_out, size_in), False, 1.0, offset, self._end - offset, quantization="int4")
+        )
+        return name, f"{name}_scale"
+
+    def _begin(self) -> int:
+        """Begin a weight at the next page."""
+        self._end = -(-self._end // ALIGNMENT) * ALIGNMENT
+        return self._end
+
+    def _external(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Declare an initializer that comes next in the external data file."""
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.file), ("offset", self._end), ("length", nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._end += nbytes
+        self.initializers.append(tensor)
+
     def linear(self, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
-        """Multiply by a projection of the checkpoint."""
+        """Multiply by a projection of the checkpoint, in the engine's dtype."""
         return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
 
     def norm(self, x: str, name: str, source: str, size: int, eps: float) -> str:

@@ -117,6 +117,9 @@ class _CancellableCache:
     def move(self, source: int, target: int, slots: int) -> None:
         self._cache.move(source, target, slots)
 
+    def free(self, row: int) -> None:
+        self._cache.free(row)
+
     def close(self) -> None:
         self._cache.close()
 

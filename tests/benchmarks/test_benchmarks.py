@@ -37,6 +37,7 @@ SCRIPTS = (
     "gpu",
     "infill",
     "kernels",
+    "low_bits",
     "make_checkpoint",
     "mask_lowering",
     "quadratic",

@@ -245,7 +245,7 @@ def test_eight_bits_take_about_half_of_sixteen() -> None:
 def test_refusals(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
     command = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--quantization", "fp8"]
     refused(command, "--quantization fp8: not a choice of --backend onnxruntime, allowed: torch")
-    refused([*command[:-1], "int4"], "int4", code=2)
+    refused([*command[:-1], "int3"], "int3", code=2)
     narrow = write_checkpoint(tmp_path / "narrow", intermediate_size=40)
     command = ["build", str(narrow), "-o", str(tmp_path / "engine"), "--backend", "torch", "--quantization", "fp8"]
     refused(command, "a projection has 40 inputs, allowed: multiples of 16")

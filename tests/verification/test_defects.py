@@ -23,7 +23,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.engine_folder import read_engine
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.engine import Cache, Engine, Pass, Prediction, bidirectional
-from nemodiff.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from nemodiff.runtime.requests.sequence import Sequence as Request
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
@@ -158,13 +158,13 @@ class StalePage(Passing):
     """The first slots keep what another request has left there."""
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
-        arrays = self.cache._caches
-        before = {name: array[:, :, :4].copy() for name, array in arrays.items()}
+        rows = len(passes)
+        before = {name: array[:, :, :4].copy() for name, array in self.cache.memory.views(first, rows).items()}
         predictions = super().forward(passes, first)
         if passes[0].write_at == 0:
-            for name, kept in before.items():
-                if kept.size:
-                    arrays[name][:, :, :4] = kept
+            for name, array in self.cache.memory.views(first, rows).items():
+                if before[name].size:
+                    array[:, :, :4] = before[name]
         return predictions
 
 

@@ -79,6 +79,8 @@ def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> A
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    # Processors before VNNI add products of bytes in 16 bits, which overflow; there this takes a slower way.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     again = f"build it again: nemodiff build CHECKPOINT -o {path.parent}"

@@ -1,0 +1,36 @@
+"""Weights in 8 and 4 bits, as the CPU engine stores them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..graph.projection import GROUP
+
+_TINY = np.finfo(np.float32).tiny  # the scale of zeros
+
+
+def int8_scale(weight: np.ndarray) -> np.ndarray:
+    """The scales (out) f32 of a projection (out, in) f32: the row's largest magnitude is 127."""
+    scale: np.ndarray = np.maximum(np.abs(weight).max(-1) / np.float32(127), _TINY)
+    return scale
+
+
+def quantise_int8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The nearest int8 of a transposed projection's rows (in, out) f32 for its scales (out)."""
+    numbers: np.ndarray = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
+    return numbers
+
+
+def quantise_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A projection (out, in) f32 as MatMulNBits reads it.
+
+    Returns:
+        (out, in / 32, 16) u8, each with two inputs, the earlier one in the lower bits, as their number plus 8; and
+        scales (out, in / 32) f32. The input of the largest magnitude is -8, so no step is lost to an unused -8.
+    """
+    groups = weight.reshape(len(weight), -1, GROUP)
+    at = np.abs(groups).argmax(-1, keepdims=True)
+    scale = np.take_along_axis(groups, at, -1) / np.float32(-8)
+    scale = np.where(np.abs(scale) < _TINY, _TINY, scale)
+    numbers = np.clip(np.rint(groups / scale) + 8, 0, 15).astype(np.uint8)
+    return numbers[..., 0::2] | numbers[..., 1::2] << 4, scale[..., 0]

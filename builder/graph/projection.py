@@ -1,0 +1,46 @@
+"""Projections with weights of fewer bits, as nodes that give a token the same bits whatever else is in its pass.
+
+That is what self-speculation rests on: it verifies in one pass what mode ar decides one token at a time. So a token's
+scale is made from that token alone, sums are of integers or, per output, of fixed groups, and one kernel serves passes
+of every size. Measured with ONNX Runtime 1.32 (docs/log.md): MatMulNBits keeps it in groups of 32 with 8-bit sums.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from .writer import GraphWriter
+
+GROUP = 32  # inputs of an int4 weight that share a scale
+CONTRIB = "com.microsoft"  # the domain of MatMulNBits
+
+
+def add_zero(w: GraphWriter, like: str, name: str) -> str:
+    """The byte that stands for 0 in a token's quantized inputs, (B, tokens, 1) u8 of the shape of `like`."""
+    shape = w.node("Shape", [like], f"{name}.shape")
+    middle = helper.make_attribute("value", numpy_helper.from_array(np.array([128], np.uint8)))
+    w.node("ConstantOfShape", [shape], name)
+    w.nodes[-1].attribute.append(middle)
+    return name
+
+
+def int8(w: GraphWriter, x: str, zero: str, name: str, source: str, size_in: int, size_out: int) -> str:
+    """Multiply by an int8 projection: inputs in 8 bits with a scale per token, weights with one per output."""
+    scale = f"{x}.scale"
+    if x not in w.quantized:
+        w.quantized.add(x)
+        most = w.node("ReduceMax", [w.node("Abs", [x], f"{x}.magnitude"), "axis.last"], f"{x}.most", keepdims=1)
+        w.node("Mul", [most, "int8.step"], scale)  # (B, S, 1)
+        w.node("QuantizeLinear", [x, scale, zero], f"{x}.int8", axis=2, block_size=size_in)
+    weight, step = w.int8_weight(f"{name}.weight", source, size_in, size_out)
+    sums = w.node("MatMulInteger", [f"{x}.int8", weight, "int8.zero"], f"{name}.sums")
+    sums = w.node("Cast", [sums], f"{name}.sums.f32", to=TensorProto.FLOAT)
+    return w.node("Mul", [w.node("Mul", [sums, scale], f"{name}.scaled"), step], name)
+
+
+def int4(w: GraphWriter, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
+    """Multiply by an int4 projection, with a scale per output and group of inputs."""
+    weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
+    sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
+    return w.node("MatMulNBits", [x, weight, scale], name, domain=CONTRIB, **sizes)

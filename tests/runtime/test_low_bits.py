@@ -1,0 +1,170 @@
+"""int8 and int4 on the CPU: what is stored, and that a token's numbers do not depend on what else is in its pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Refused, output_of
+from safetensors.numpy import load_file, save_file
+from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_checkpoint
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint import weights as weights_module
+from nemodiff.errors import CheckpointError
+from nemodiff.runtime.engines.engine import Pass, Prediction, causal
+from nemodiff.runtime.loading import LoadedEngine
+
+KINDS = ("int8", "int4")
+WIDE = {"hidden_size": 64, "intermediate_size": 96}  # multiples of 32
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(kind: str, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    folder = Builder(TINY_CHAT, tmp_path_factory.mktemp(kind) / "engine", quantization=kind).run()  # type: ignore[arg-type]
+    return nemodiff.load(folder, threads=1)
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """Every weight of an engine by name."""
+    model = onnx.load(folder / "model.onnx")
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, **WIDE)
+    whole = Builder(checkpoint, tmp_path / "whole", quantization=kind).run()  # type: ignore[arg-type]
+    monkeypatch.setattr(weights_module, "PIECE", 4096)  # bytes: bands of a few rows
+    engine = Builder(checkpoint, tmp_path / "engine", quantization=kind).run()  # type: ignore[arg-type]
+    assert (whole / "model.onnx.data").read_bytes() == (engine / "model.onnx.data").read_bytes()
+    arrays = stored(engine)
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        mine = name.removeprefix("encoder.")
+        if not (mine.endswith("_proj.weight") or mine == "diffusion_head.weight"):
+            continue
+        exact, scale, got = weight.astype(np.float32), arrays[f"{mine}_scale"], arrays[mine]
+        if got.dtype == np.int8:
+            values = got.T * scale[:, None]
+            step = scale[:, None]
+        else:
+            nibbles = np.stack([got & 15, got >> 4], -1).reshape(len(got), -1).astype(np.float32) - 8
+            step = scale.repeat(32, axis=1)
+            values = nibbles * step
+        over = np.abs(values - exact) / np.abs(step)
+        assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.0001)  # the far end of int4 has no step of its own
+        assert np.mean(over) < 0.26
+
+
+def causal_bits(engine: LoadedEngine, ids: list[int], size: int) -> np.ndarray:
+    """The logits after every token, in passes of `size`."""
+    cache = engine.backend.open(1)
+    rows = []
+    for start in range(0, len(ids), size):
+        pass_ = causal("verify", ids[start : start + size], start, predict_all=True, logits=True)
+        logits = cache.forward([pass_])[0].logits
+        assert logits is not None
+        rows.append(logits.copy())
+    return np.concatenate(rows)
+
+
+def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
+    ids = np.random.default_rng(0).integers(200, 800, 70).tolist()
+    one = causal_bits(engine, ids, 1)
+    for size in (2, 3, 16, 33, 70):
+        np.testing.assert_array_equal(causal_bits(engine, ids, size), one, err_msg=f"passes of {size}")
+
+
+def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine) -> None:
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(200, 800, size).tolist() for size in (20, 3, 11)]
+
+    def copied(prediction: Prediction) -> Prediction:
+        return Prediction(*(None if a is None else a.copy() for a in prediction))  # type: ignore[arg-type]
+
+    def pass_of(text: list[int]) -> Pass:
+        return causal("verify", text, 0, predict_all=True, logits=True)
+
+    together = [copied(p) for p in engine.backend.open(3).forward([pass_of(text) for text in texts])]
+    for text, got in zip(texts, together, strict=True):
+        (alone,) = engine.backend.open(1).forward([pass_of(text)])
+        np.testing.assert_array_equal(got.logits, alone.logits)
+
+
+def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:
+    """A sample; `python benchmarks/low_bits.py` asks a hundred questions."""
+    import random
+
+    data, rng = load_make_data(), random.Random(4)
+    for _ in range(5):
+        question = data.example(rng)[1]
+        expected = nemodiff.generate(engine, question, mode="ar", max_new_tokens=60).token_ids
+        for mode in ("linear_spec", "quadratic_spec"):
+            for block_length in (5, 32):
+                answer = nemodiff.generate(engine, question, mode=mode, block_length=block_length, max_new_tokens=60)
+                assert answer.token_ids == expected
+
+
+def test_predictions_are_near_those_of_f32(kind: str, engine: LoadedEngine, tiny_engine: Path) -> None:
+    ids = nemodiff.generate(engine, "Count from 3 to 9.", max_new_tokens=60).token_ids
+    got, expected = (causal_bits(e, ids, len(ids)) for e in (engine, nemodiff.load(tiny_engine, threads=1)))
+    assert np.mean(got.argmax(-1) == expected.argmax(-1)) > {"int8": 0.9, "int4": 0.8}[kind]
+
+
+def test_a_token_of_zeros_is_no_nan(kind: str, tmp_path: Path) -> None:
+    """Its largest magnitude, and so its scale, is 0."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="f32", **WIDE)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["encoder.embed_tokens.weight"][300] = 0
+    save_file(weights, checkpoint / "model.safetensors")
+    engine = nemodiff.load(Builder(checkpoint, tmp_path / "engine", quantization=kind).run())  # type: ignore[arg-type]
+    assert np.isfinite(causal_bits(engine, [300, 300, 301], 3)).all()
+
+
+def test_plan_and_inspect_name_it(kind: str, tmp_path: Path) -> None:
+    target = str(tmp_path / "engine")
+    output_of("build", str(TINY_CHAT), "-o", target, "--quantization", kind)
+    assert f"onnxruntime, f32 with {kind} projections" in output_of("inspect", target)
+    plans = [Builder(TINY_CHAT, tmp_path / "none", quantization=q).plan() for q in (kind, None)]  # type: ignore[arg-type]
+    embedding = plans[0].parameters and 891 * 256 * 4
+    small, large = (plan.weight_bytes - embedding for plan in plans)
+    assert small / large < {"int8": 0.27, "int4": 0.18}[kind]
+    assert plans[0].memory_loaded < plans[1].memory_loaded / 2
+
+
+def test_refusals(tmp_path: Path, refused: Refused) -> None:
+    narrow = write_checkpoint(tmp_path / "narrow", intermediate_size=40)
+    output = ["-o", str(tmp_path / "engine")]
+    refused(["build", str(narrow), *output, "--quantization", "int4"], "has 40 inputs, allowed: multiples of 32")
+    command = ["build", str(TINY_CHAT), *output, "--quantization", "int8"]
+    refused([*command, "--dtype", "f16"], "--dtype f16", "allowed: f32")
+    refused([*command, "--backend", "torch"], "allowed: onnxruntime")
+    single = write_checkpoint(tmp_path / "single", num_key_value_heads=4, num_attention_heads=4)
+    refused(["build", str(single), *output, "--quantization", "int8"], "one query head per key/value head")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite(kind: str, tmp_path: Path, bad: float) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="f32", **WIDE)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["encoder.layers.1.mlp.up_proj.weight"][3, 7] = bad
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight holds .* near \[3, 7\]"):
+        Builder(checkpoint, tmp_path / "engine", quantization=kind).run()  # type: ignore[arg-type]
+
+
+def test_the_graph_has_no_other_domain_in_int8(tmp_path: Path) -> None:
+    """Ops of the standard alone, so that other runtimes and onnx.reference read it."""
+    builder = Builder(TINY_CHAT, tmp_path / "engine", quantization="int8")
+    assert {o.domain for o in builder.graph.proto.opset_import} == {"", "nemodiff"}
+    assert dataclasses.asdict(builder.config)["quantization"] == "int8"
