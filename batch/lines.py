@@ -95,6 +95,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
     What the length of a prompt decides is left for later, and so are options of which there are very many.
     """
     from ..runtime.loading import check_rows
+    from ..runtime.requests.image_parts import plain_messages
     from ..runtime.requests.prepare import conversation, prepare
     from ..runtime.requests.settings import settle
     from ..runtime.text.messages import checked_messages
@@ -105,7 +106,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
         try:
             if not isinstance(line.prompt, str):
                 system = line.options.get("system", flags.get("system"))
-                checked_messages(conversation(line.prompt, system))
+                checked_messages(plain_messages(conversation(line.prompt, system))[0])
             kind = json.dumps({n: v for n, v in line.options.items() if n != "seed"}, sort_keys=True)
             if kind in known or len(known) == _SETS:
                 continue

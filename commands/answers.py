@@ -80,8 +80,9 @@ def print_statistics(answer: Generation) -> None:
     tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
     kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
     kept += f", drafter adapter on {answer.adapter_tokens} tokens" if answer.adapter_tokens else ""
+    images = f" after images of {', '.join(map(str, answer.image_tokens))} tokens" if answer.image_tokens else ""
     click.echo(
-        f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}) in {passes}; "
+        f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}){images} in {passes}; "
         f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "
         f"{rate:.0f} tokens/s",
         err=True,

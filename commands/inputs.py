@@ -19,3 +19,10 @@ def read_stdin(missing: str) -> str:
     if not text.strip():
         raise click.UsageError(missing)
     return text.removesuffix("\n")
+
+
+def read_stdin_bytes() -> bytes:
+    """All of standard input, an image."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise click.UsageError("--image - reads standard input; give it an image file")
+    return sys.stdin.buffer.read()

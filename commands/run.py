@@ -13,12 +13,13 @@ from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
 from .calls import spelled
-from .inputs import read_stdin
+from .inputs import read_stdin, read_stdin_bytes
 from .streams import TEXT
 
 if TYPE_CHECKING:
     from ..runtime.events.events import Event
     from ..runtime.loading import LoadedEngine
+    from ..runtime.requests.prepare import Prompt
 
 
 @click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk"))
@@ -35,6 +36,13 @@ if TYPE_CHECKING:
     default=1,
     show_default=True,
     help="Decode this many prompts of --input-file at the same time.",
+)
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE",
+    help="Show the model this image before the prompt, - for standard input; may be repeated.",
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @options.generation_config
@@ -59,6 +67,7 @@ def run(
     prompt: str | None,
     input_file: Path | None,
     batch_size: int,
+    images: tuple[str, ...],
     raw: bool,
     threads: int | None,
     device: str | None,
@@ -73,6 +82,10 @@ def run(
     """Answer a prompt with ENGINE."""
     if prompt is not None and input_file is not None:
         raise click.UsageError("give --prompt or --input-file, not both")
+    if images and input_file is not None:
+        raise click.UsageError("--image goes with --prompt; a line of --input-file has images in its messages")
+    if images and raw:
+        raise click.UsageError("--image needs the chat template; leave out --raw")
     if input_file is None and batch_size != 1:
         raise click.UsageError("--batch-size goes with --input-file")
     if input_file is None and no_prefix_reuse:
@@ -92,12 +105,13 @@ def run(
 
     flags = {**choices, "chat": not raw}
     # The input is read before the engine, which takes longer.
-    prompts = _one_prompt(prompt) if input_file is None else read_lines(input_file, as_json=as_json)
+    single = _one_prompt(prompt, images) if input_file is None else ""
+    prompts = [] if input_file is None else read_lines(input_file, as_json=as_json)
     loaded = load(engine, threads=threads, device=device)
     watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}
     with record(trace, loaded) as write:
-        if isinstance(prompts, str):
-            events = _events(loaded, prompts, flags, watched)
+        if input_file is None:
+            events = _events(loaded, single, flags, watched)
             tools = choices["tools"] is not None
             for answer in follow(loaded, map(write, events), stream=stream, show_denoise=show_denoise, tools=tools):
                 text = spelled(answer) if tools else answer.text
@@ -117,14 +131,22 @@ def run(
         raise click.exceptions.Exit(1)
 
 
-def _one_prompt(prompt: str | None) -> str:
+def _one_prompt(prompt: str | None, images: tuple[str, ...]) -> Prompt:
+    if images.count("-") > 1 or ("-" in images and prompt is None):
+        raise click.UsageError("standard input is one image or the prompt; give the other images by name, and --prompt")
     if prompt is None:
         prompt = read_stdin("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
     check_text(prompt, "--prompt")
-    return prompt
+    if not images:
+        return prompt
+    parts = [{"type": "image", "image": read_stdin_bytes() if image == "-" else image} for image in images]
+    message: Mapping[str, Any] = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+    return [message]
 
 
-def _events(engine: LoadedEngine, prompt: str, flags: Mapping[str, Any], watched: Mapping[str, Any]) -> Iterator[Event]:
+def _events(
+    engine: LoadedEngine, prompt: Prompt, flags: Mapping[str, Any], watched: Mapping[str, Any]
+) -> Iterator[Event]:
     from ..runtime.generate import sequence_events
     from ..runtime.requests.options import make_options
     from ..runtime.requests.prepare import prepare

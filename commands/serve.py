@@ -92,6 +92,11 @@ from .streams import TEXT
     help="Give running requests this many seconds to finish after SIGTERM.",
 )
 @click.option(
+    "--allow-image-urls",
+    is_flag=True,
+    help="Fetch images that a request names by http URL: up to 16 MiB, 10 seconds, from public addresses only.",
+)
+@click.option(
     "--no-prefix-reuse", is_flag=True, help="Compute every prompt in full, even where it begins like an earlier one."
 )
 @options.generation_config
@@ -111,6 +116,7 @@ def serve(
     client_timeout: float,
     timeout: float,
     drain: float,
+    allow_image_urls: bool,
     no_prefix_reuse: bool,
     generation_config: str,
     **choices: Any,
@@ -136,6 +142,7 @@ def serve(
         hosts=AllowedHosts(host, allowed_host),
         connections=max_connections,
         patience=client_timeout,
+        image_urls=allow_image_urls,
     )
     sampling = sampling_defaults(engine) if generation_config == "auto" else {}
     with bind(host, port) as listening:

@@ -34,6 +34,7 @@ class Generation:
     unless requested. prompt_logprobs: one per token of the prompt, None for the first, which nothing stands before.
     warnings: sentences about what of the request was ignored. reasoning, content, tool_calls: what the
     text consists of. reasoning_tokens: those of the thoughts, their end included. stop_text: what ended it.
+    image_tokens: of the prompt, those of each image.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Generation:
     tool_calls: list[ToolCall] = dataclasses.field(default_factory=list)
     reasoning_tokens: int = 0
     stop_text: str | None = None
+    image_tokens: list[int] = dataclasses.field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """As one JSON object; what was not requested is left out, and warnings where there are none."""
@@ -66,6 +68,7 @@ class Generation:
         nothings: dict[str, Any] = {
             "logprobs": None, "confidences": None, "prompt_logprobs": None, "warnings": [], "reasoning": "",
             "tool_calls": [], "content": self.text, "reasoning_tokens": 0, "stop_text": None,
+            "image_tokens": [],
         }  # fmt: skip
         for name, nothing in nothings.items():
             if values[name] == nothing:
@@ -131,6 +134,7 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         tool_calls=answer.calls,
         reasoning_tokens=_reasoning_tokens(sequence) if answer.reasoning else 0,
         stop_text=_stop_text(sequence, text) if sequence.finish == "stop" else None,
+        image_tokens=[] if sequence.images is None else sequence.images.tokens,
     )
 
 

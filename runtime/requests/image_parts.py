@@ -21,46 +21,52 @@ from ..text.messages import Message
 _ALLOWED = 'text, {"type": "image", "image": PATH, bytes or a Pillow image} or {"type": "image_url"} with a data URL'
 
 
-def take_images(engine: LoadedEngine, messages: Sequence[Message]) -> tuple[list[Message], list[Image]]:
-    """The messages with `{"type": "image"}` in the place of each image, and the images in order.
+def plain_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Any]]:
+    """The messages with `{"type": "image"}` in the place of each image, and what the images are given as, in order.
 
     Parts of text alone become one text. Raises RequestError.
     """
-    images: list[Image] = []
+    sources: list[Any] = []
     plain: list[Message] = []
     for message in messages:
         content = message.get("content")
-        if isinstance(content, (list, tuple)):
-            parts = [_part(engine, part, images) for part in content]
-            if any(part["type"] == "image" for part in parts):
-                if message.get("role") != "user":
-                    raise RequestError("an image is in a message that is no user's, allowed: role user; move it there")
-                plain.append({**message, "content": parts})
-            else:
-                plain.append({**message, "content": "".join(part["text"] for part in parts)})
-        else:
+        if not isinstance(content, (list, tuple)):
             plain.append(message)
-    return plain, images
+            continue
+        before = len(sources)
+        parts = [_part(part, sources) for part in content]
+        if len(sources) == before:
+            plain.append({**message, "content": "".join(part["text"] for part in parts)})
+        elif message.get("role") == "user":
+            plain.append({**message, "content": parts})
+        else:
+            raise RequestError("an image is in a message that is no user's, allowed: role user; move it there")
+    return plain, sources
 
 
-def _part(engine: LoadedEngine, part: Any, images: list[Image]) -> dict[str, Any]:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
+def _part(part: Any, sources: list[Any]) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
     if kind not in ("image", "image_url"):
         raise RequestError(f"a part of a message is {part!r:.80}, allowed: {_ALLOWED}")
+    name = f"image {len(sources) + 1}"
+    source = part.get(kind)
+    if kind == "image_url":
+        source = _from_data_url(source.get("url") if isinstance(source, Mapping) else source, name)
+    if not isinstance(source, (str, bytes, Path)) and type(source).__module__.partition(".")[0] != "PIL":
+        raise RequestError(f"{name} is {source!r:.80}, allowed: {_ALLOWED}")
+    sources.append(source)
+    return {"type": "image"}
+
+
+def read_images(engine: LoadedEngine, sources: Sequence[Any]) -> list[Image]:
+    """The images as the engine sees them. Raises RequestError."""
     vision = engine.info.model.vision
     if vision is None:
         raise RequestError("the prompt has an image, which this model cannot see; use an engine of a model that sees")
-    name = f"image {len(images) + 1}"
-    value = part.get(kind)
-    if kind == "image_url":
-        url = value.get("url") if isinstance(value, Mapping) else value
-        value = _from_data_url(url, name)
-    if not isinstance(value, (str, bytes, Path)) and type(value).__module__.partition(".")[0] != "PIL":
-        raise RequestError(f"{name} is {value!r:.80}, allowed: {_ALLOWED}")
-    images.append(make_image(decode(value, name), vision, engine.info.build.max_image_size))
-    return {"type": "image"}
+    limit = engine.info.build.max_image_size
+    return [make_image(decode(source, f"image {n}"), vision, limit) for n, source in enumerate(sources, 1)]
 
 
 def _from_data_url(url: Any, name: str) -> bytes:

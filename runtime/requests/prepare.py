@@ -16,7 +16,7 @@ from ..text.checks import check_text
 from ..text.messages import Message
 from ..text.thoughts import opens_thoughts
 from ..text.transcript import Transcript
-from .image_parts import place_images, take_images
+from .image_parts import place_images, plain_messages, read_images
 from .options import AUTO, Options
 from .sequence import Sequence
 from .settings import settle
@@ -87,12 +87,13 @@ def _encoded(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[li
             f"prompt is {prompt!r:.60}, allowed: text, a list of messages (role and content), or a list of token ids"
         )
     use = read_tool_use(engine.text, options)
-    turns, images = take_images(engine, conversation(messages, options.system))
+    turns, sources = plain_messages(conversation(messages, options.system))
     shown = None if use is None else use.shown
-    if not images:
+    if not sources:
         return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))), None
     if not options.chat:
         raise RequestError("the prompt has an image and no chat template, which makes its place; leave out --raw")
+    images = read_images(engine, sources)
     ids = engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))
     return place_images(engine, ids, images)
 

@@ -25,6 +25,7 @@ class Limits:
     timeout: seconds of one request. max_request_bytes: of a body. keys: a client must send one of them; without any
     the server is open. waiting: requests that may wait for a row. hosts: that a client may call the server by.
     connections: at a time. patience: seconds that a client has to send a request, or to read some of an answer.
+    image_urls: whether images are fetched that a request names by http URL.
     """
 
     timeout: float = 600.0
@@ -34,6 +35,7 @@ class Limits:
     hosts: AllowedHosts = dataclasses.field(default_factory=lambda: AllowedHosts("localhost"))
     connections: int = 512
     patience: float = 60.0
+    image_urls: bool = False
 
 
 class Server:
@@ -56,7 +58,9 @@ class Server:
         self.infill_queue = InfillQueue(engine, limits.waiting)
         self.draining = threading.Event()
         metrics = ServerMetrics(self._stats)
-        handlers = Handlers(engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout)
+        handlers = Handlers(
+            engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, limits.image_urls
+        )
         routes = create_routes(handlers, self.draining)
         self.app = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
 

@@ -76,11 +76,32 @@ class ConversationPart(Body):
         return name not in _SAYING
 
 
-class Part(ConversationPart):
-    """A piece of a message; an assistant's refusal is what it said, as text is."""
+class ImageUrl(ConversationPart):
+    """Where an image is: a data URL, or of http where the server fetches those."""
 
-    type: Literal["text", "refusal"]
-    text: str
+    url: str
+
+
+class Part(ConversationPart):
+    """A piece of a message: text, an image, or an assistant's refusal, which is what it said, as text is."""
+
+    type: Literal["text", "refusal", "image_url"]
+    text: str = ""
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Part:
+        if (self.type == "image_url") == (self.image_url is None) or (self.type != "image_url") == (
+            "text" not in self.model_fields_set
+        ):
+            raise ValueError(f"a part of type {self.type} needs {'image_url' if self.type == 'image_url' else 'text'}")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As the runtime takes it."""
+        if self.image_url is not None:
+            return {"type": "image_url", "image_url": {"url": self.image_url.url}}
+        return {"type": "text", "text": self.text}
 
     @model_validator(mode="before")
     @classmethod
@@ -132,8 +153,14 @@ class Message(ConversationPart):
 
     def plain(self) -> dict[str, Any]:
         """As the runtime takes it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        content: str | list[dict[str, Any]]
+        if isinstance(self.content, str):
+            content = self.content
+        elif any(part.image_url is not None for part in self.content):
+            content = [part.plain() for part in self.content]
+        else:
+            content = "".join(part.text for part in self.content)
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.role == "assistant":
             plain["reasoning_content"] = self.reasoning_content
             plain["tool_calls"] = [call.model_dump() for call in self.tool_calls or ()]

@@ -31,6 +31,7 @@ from .dialects.messages_writer import MessagesWriter
 from .dialects.responses_body import Responses
 from .dialects.responses_writer import ResponsesWriter
 from .error_responses import ModelNotFoundError
+from .image_urls import with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
@@ -44,6 +45,7 @@ class Handlers:
     """One engine for the routes.
 
     name: the model's, for clients. defaults: options that a request does not give. timeout: seconds of one request.
+    image_urls: whether images are fetched that a request names by http URL.
     """
 
     engine: LoadedEngine
@@ -53,6 +55,7 @@ class Handlers:
     name: str
     defaults: dict[str, Any]
     timeout: float
+    image_urls: bool = False
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def generate(self, request: Request, body: Chat | Completion) -> Response:
@@ -67,7 +70,7 @@ class Handlers:
             prompt_logprobs=body.prompt_logprobs is not None,
             answers=body.n or 1,
         )
-        requests = _choices(body.prompts(), options, builder.answers)
+        requests = _choices(await self._prompts(body), options, builder.answers)
         group = self._request_group()
         diffusing = bool(body.diffusing)
         await group.submit(requests, steps=diffusing)
@@ -124,8 +127,12 @@ class Handlers:
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
         group = self._request_group()
-        await group.submit([(body.prompts()[0], options)], steps=True)
+        await group.submit([((await self._prompts(body))[0], options)], steps=True)
         return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)
+
+    async def _prompts(self, body: Chat | Completion) -> list[Prompt]:
+        """The prompts with their images. Raises RequestError."""
+        return await asyncio.to_thread(with_images, body.prompts(), self.image_urls)
 
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""

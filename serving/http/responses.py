@@ -216,7 +216,8 @@ def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]
         "prompt_tokens": prompt,
         "completion_tokens": emitted,
         "total_tokens": prompt + emitted,
-        "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in prompts)},
+        "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in prompts)}
+        | ({"image_tokens": sum(sum(g.image_tokens) for g in prompts)} if first.image_tokens else {}),
         "mode": first.mode,
         "block_length": first.block_length,
         "threshold": first.threshold,

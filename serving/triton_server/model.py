@@ -92,7 +92,7 @@ class TritonPythonModel:
         active = self._responder.add(sender, request)
         try:
             active.handle = self._scheduler.submit(
-                request.prompt, listener=lambda outcome: self._responder.listen(active, outcome), **request.options
+                request.content, listener=lambda outcome: self._responder.listen(active, outcome), **request.options
             )
         except BaseException:
             self._responder.discard(active)

@@ -6,6 +6,7 @@ One table declares the inputs, for the exported configuration as for reading req
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from ...errors import RequestError
 from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
+from ...runtime.requests.prepare import Prompt
 from ...runtime.text.checks import check_text
 from ..spellings import left_open, resolve, with_seed
 from .values import convert
@@ -51,6 +53,7 @@ def _option(name: str, option: str | None = None) -> Input:
 
 INPUTS = (
     Input("text_input", "STRING"),
+    Input("image", "STRING", many=True),  # files in base64, as vLLM's backend takes them
     Input("stream", "BOOL"),
     Input("exclude_input_in_output", "BOOL"),
     Input("sampling_parameters", "STRING"),
@@ -142,6 +145,16 @@ class TritonRequest:
     stream: bool
     echo: bool
     options: dict[str, Any]
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def content(self) -> Prompt:
+        """The prompt as the runtime takes it."""
+        if not self.images:
+            return self.prompt
+        parts: list[Mapping[str, Any]] = [{"type": "image", "image": image} for image in self.images]
+        message: Mapping[str, Any] = {"role": "user", "content": [*parts, {"type": "text", "text": self.prompt}]}
+        return [message]
 
 
 def model_parameters(texts: Mapping[str, str]) -> ModelParameters:
@@ -174,6 +187,7 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     prompt = plain.pop("text_input", None)
     if prompt is None:
         raise RequestError("text_input is missing; give one text")
+    images = tuple(_image(text, n) for n, text in enumerate(plain.pop("image", ()), 1))
     sampling = _sampling_parameters(plain.pop("sampling_parameters", None))
     chosen: dict[str, Any] = {}
     for level in (defaults, _without_passing(parameters), sampling, plain):
@@ -183,7 +197,16 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     if chosen.pop("return_log_probs", False):
         chosen.setdefault("logprobs", 0)
     ignore_eos = chosen.pop("ignore_eos", False)
-    return TritonRequest(prompt, stream, not exclude, with_seed(resolve(chosen, ignore_eos=ignore_eos)))
+    return TritonRequest(prompt, stream, not exclude, with_seed(resolve(chosen, ignore_eos=ignore_eos)), images)
+
+
+def _image(text: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise RequestError(
+            f"image {number} is no base64 ({error}), allowed: an image file in base64; encode it"
+        ) from None
 
 
 def _element(declared: Input, values: list[Any]) -> Any:

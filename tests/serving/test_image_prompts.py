@@ -1,0 +1,187 @@
+"""Images as users send them: on the command line, in files of prompts, over HTTP, and to Triton's model."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import ipaddress
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import output_of
+from stand_ins.http_server import Served, serving
+from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.cli import main
+from nemodiff.errors import RequestError
+from nemodiff.serving.http import image_urls
+from nemodiff.serving.http.image_urls import fetch, is_public
+from nemodiff.serving.triton_server.parameters import read
+
+QUESTION = "What is this?"
+DATA = as_bytes(picture(30, 20))
+URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    return Builder(write_vision_checkpoint(folder / "checkpoint"), folder / "seeing").run()
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Path) -> dict[str, Any]:
+    content = [{"type": "image", "image": DATA}, {"type": "text", "text": QUESTION}]
+    answer = nemodiff.generate(nemodiff.load(engine), [{"role": "user", "content": content}], max_new_tokens=12)
+    return {"text": answer.text, "image_tokens": answer.image_tokens, "prompt_tokens": answer.prompt_tokens}
+
+
+@pytest.fixture(scope="module")
+def server(engine: Path) -> Iterator[Served]:
+    with serving(engine, "--threads", "1") as served:
+        yield served
+
+
+def test_run_shows_images(engine: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(DATA)
+    base = ["run", str(engine), "-p", QUESTION, "--max-new-tokens", "12", "--json"]
+    for image, stdin in ((str(path), b""), ("-", DATA)):
+        result = CliRunner().invoke(main, [*base, "--image", image, "--stats"], input=stdin)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["text"] == expected["text"]
+        assert f"after images of {expected['image_tokens'][0]} tokens" in result.stderr
+    twice = json.loads(output_of(*base, "--image", str(path), "--image", str(path)))
+    assert twice["image_tokens"] == expected["image_tokens"] * 2
+    lines = tmp_path / "lines.jsonl"
+    content = [{"type": "image", "image": str(path)}, {"type": "text", "text": QUESTION}]
+    by_url = [{"type": "image_url", "image_url": {"url": URL}}, content[1]]
+    texts = [json.dumps({"messages": [{"role": "user", "content": one}]}) for one in (content, by_url)]
+    lines.write_text("\n".join(texts))
+    answers = output_of("run", str(engine), "--input-file", str(lines), "--json", "--max-new-tokens", "12")
+    assert [json.loads(line)["text"] for line in answers.splitlines()] == [expected["text"]] * 2
+
+
+def test_run_refuses_what_is_no_image(engine: Path, tmp_path: Path, refused: Any) -> None:
+    base = ["run", str(engine), "-p", QUESTION]
+    refused([*base, "--image", str(tmp_path / "none.png")], "none.png", "cannot be read")
+    refused([*base, "--image", "-", "--image", "-"], "standard input", code=2)
+    refused(["run", str(engine), "--image", "-"], "standard input", code=2)
+    refused([*base, "--raw", "--image", "x"], "leave out --raw", code=2)
+    refused(["run", str(engine), "--input-file", "x", "--image", "y"], "--image goes with --prompt", code=2)
+
+
+def chat(*parts: Any, **fields: Any) -> dict[str, Any]:
+    content = [*parts, {"type": "text", "text": QUESTION}]
+    return {"model": "seeing", "messages": [{"role": "user", "content": content}], "max_tokens": 12, **fields}
+
+
+def test_chat_takes_image_parts(server: Served, expected: dict[str, Any]) -> None:
+    image = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
+    for mode in ("ar", "linear_spec", "quadratic_spec"):
+        answer = server.ask("/v1/chat/completions", chat(image, mode=mode))
+        assert answer["choices"][0]["message"]["content"] == expected["text"]
+        assert answer["usage"]["prompt_tokens"] == expected["prompt_tokens"]
+        assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == sum(expected["image_tokens"])
+    again = server.ask("/v1/chat/completions", chat(image))
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > sum(expected["image_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("part", "fragment"),
+    [
+        ({"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}, "--allow-image-urls"),
+        ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "allowed: data:image"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}, "not a whole image file"),
+        ({"type": "image_url"}, "needs image_url"),
+        ({"type": "image", "image": "/etc/passwd"}, "type"),
+    ],
+)
+def test_chat_refuses_what_is_no_image(server: Served, part: dict[str, Any], fragment: str) -> None:
+    status, _, body = server.send("/v1/chat/completions", chat(part))
+    assert status in (400, 422)
+    assert fragment in json.loads(body)["error"]["message"]
+
+
+def test_a_request_to_triton_has_images_in_base64(expected: dict[str, Any], engine: Path) -> None:
+    request = read({"text_input": [QUESTION], "image": [base64.b64encode(DATA).decode()], "max_tokens": [12]}, {}, {})
+    answer = nemodiff.generate(nemodiff.load(engine), request.content, max_new_tokens=12)
+    assert answer.text == expected["text"]
+    with pytest.raises(RequestError, match="image 1 is no base64"):
+        read({"text_input": [QUESTION], "image": ["*"]}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("fd00::1", False),
+        ("fe80::1", False),
+    ],
+)
+def test_private_addresses_are_not_called(address: str, public: bool) -> None:
+    assert is_public(ipaddress.ip_address(address)) == public
+
+
+class Pictures(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/slow.png":
+            time.sleep(1)
+        self.send_response({"/moved.png": 302, "/lost.png": 404}.get(self.path, 200))
+        self.send_header("Location", "/a.png")
+        self.end_headers()
+        self.wfile.write(DATA if self.path != "/large.png" else bytes(5000))
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_image_is_fetched_under_limits(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def anyone(address: object) -> bool:
+        return True
+
+    assert fetch(f"{web}/a.png", anyone) == DATA
+    with pytest.raises(RequestError, match="no public address"):
+        fetch(f"{web}/a.png")
+    for name, fragment in (("moved", "302"), ("lost", "404")):
+        with pytest.raises(RequestError, match=fragment):
+            fetch(f"{web}/{name}.png", anyone)
+    with pytest.raises(RequestError, match="cannot be fetched"):
+        fetch(f"{web}/slow.png", anyone, seconds=0.2)
+    monkeypatch.setattr(image_urls, "MOST_BYTES", 4000)
+    with pytest.raises(RequestError, match="more than 4,000 bytes"):
+        fetch(f"{web}/large.png", anyone)
+    for url in ("http://", "http://user@host/", "http://[::1", "http://host:x/"):
+        with pytest.raises(RequestError, match="cannot be fetched"):
+            fetch(url, anyone)
