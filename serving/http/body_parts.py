@@ -82,25 +82,25 @@ class ImageUrl(ConversationPart):
     url: str
 
 
-class Part(ConversationPart):
-    """A piece of a message: text, an image, or an assistant's refusal, which is what it said, as text is."""
+class ImagePart(ConversationPart):
+    """An image in a message."""
 
-    type: Literal["text", "refusal", "image_url"]
-    text: str = ""
-    image_url: ImageUrl | None = None
-
-    @model_validator(mode="after")
-    def _whole(self) -> Part:
-        if (self.type == "image_url") == (self.image_url is None) or (self.type != "image_url") == (
-            "text" not in self.model_fields_set
-        ):
-            raise ValueError(f"a part of type {self.type} needs {'image_url' if self.type == 'image_url' else 'text'}")
-        return self
+    type: Literal["image_url"]
+    image_url: ImageUrl
 
     def plain(self) -> dict[str, Any]:
         """As the runtime takes it."""
-        if self.image_url is not None:
-            return {"type": "image_url", "image_url": {"url": self.image_url.url}}
+        return {"type": "image_url", "image_url": {"url": self.image_url.url}}
+
+
+class Part(ConversationPart):
+    """A piece of a message; an assistant's refusal is what it said, as text is."""
+
+    type: Literal["text", "refusal"]
+    text: str
+
+    def plain(self) -> dict[str, Any]:
+        """As the runtime takes it."""
         return {"type": "text", "text": self.text}
 
     @model_validator(mode="before")
@@ -109,6 +109,14 @@ class Part(ConversationPart):
         if isinstance(values, dict) and values.get("type") == "refusal" and "refusal" in values:
             return {**values, "text": values["refusal"]}
         return values
+
+
+def _kind(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "image" if kind == "image_url" else "said"
+
+
+_Piece = Annotated[Annotated[Part, Tag("said")] | Annotated[ImagePart, Tag("image")], Discriminator(_kind)]
 
 
 class Function(ConversationPart):
@@ -130,7 +138,7 @@ class Message(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], TEXT_OR_PARTS]
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[_Piece], Tag("parts")], TEXT_OR_PARTS]
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
@@ -156,10 +164,10 @@ class Message(ConversationPart):
         content: str | list[dict[str, Any]]
         if isinstance(self.content, str):
             content = self.content
-        elif any(part.image_url is not None for part in self.content):
-            content = [part.plain() for part in self.content]
         else:
-            content = "".join(part.text for part in self.content)
+            content = [part.plain() for part in self.content]
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.role == "assistant":
             plain["reasoning_content"] = self.reasoning_content

@@ -101,7 +101,7 @@ def test_chat_takes_image_parts(server: Served, expected: dict[str, Any]) -> Non
         ({"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}, "--allow-image-urls"),
         ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "allowed: data:image"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}, "not a whole image file"),
-        ({"type": "image_url"}, "needs image_url"),
+        ({"type": "image_url"}, "image_url"),
         ({"type": "image", "image": "/etc/passwd"}, "type"),
     ],
 )

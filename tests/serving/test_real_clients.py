@@ -129,10 +129,8 @@ def test_a_refusal_is_what_the_assistant_said(server: Served) -> None:
 @pytest.mark.parametrize(
     ("part", "problem"),
     [
-        (
-            {"type": "image_url", "image_url": {"url": "x"}},
-            "'text' or 'refusal', got 'image_url'",
-        ),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "image 1: the URL is 'x', allowed: data:image"),
+        ({"type": "input_audio"}, "'text' or 'refusal', got 'input_audio'"),
         ({"type": "text"}, "text: Field required"),
         ({"type": "text", "text": 5}, "text: Input should be a valid string, got 5"),
         ({"type": "refusal"}, "text: Field required"),
