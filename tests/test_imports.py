@@ -57,7 +57,7 @@ ROOMS: dict[str, list[set[str]]] = {
     "evaluation": [{"lm"}, {"evaluate", "table"}],
     "doctor": [{"check", "probe"}, {"packages"}, {"diagnose"}],
     "verification": [
-        {"arithmetic", "positions", "prompts", "rounding", "script", "weights"},
+        {"arithmetic", "hidden_states", "positions", "prompts", "rounding", "script", "weights"},
         {"network", "shown_graph"},
         {"recorder", "replay"},
         {"verdict"},

@@ -138,10 +138,16 @@ def blame(layers: Sequence[Mapping[str, Any]]) -> str | None:
     first = next((layer["name"] for layer in layers if layer["name"] in strays), None)
     if first is None:
         return None
-    if any(layer["name"] == "embed_tokens" for layer in layers):
+    compared = {layer["name"] for layer in layers}
+    if any(name.endswith(".o_proj") for name in compared):  # every value was
         return str(first)
+    if first.endswith(".residual"):
+        _, number, half, _ = first.split(".")
+        return f"attention of layer {number}" if half == "self_attn" else f"the MLP of layer {number}"
+    if first == "embed_tokens":
+        return "the embedding"
     if first == "logits":
-        return _END
+        return "the last norm or the head" if "embed_tokens" in compared else _END
     number = first.rpartition("_")[2]
     keys, values = (f"{kind}_cache_{number}" in strays for kind in "kv")
     return (_STATE if keys and values else _KEYS if keys else _VALUES).format(number)

@@ -10,6 +10,7 @@ import numpy as np
 from ..contract import PREFILL_CHUNK
 from ..errors import EngineError
 from ..runtime.engines.engine import Engine, Pass, Prediction, ReadableCache, causal, every_token
+from .hidden_states import named, watched
 from .network import Answer
 from .rounding import relative_noise
 from .script import Block, Script
@@ -22,7 +23,7 @@ class Replayed(NamedTuple):
     confidence: np.ndarray  # (T,) f64
     best: np.ndarray  # (T,) logit of `token`; nan without logits
     logits: np.ndarray  # (T, C) of the wanted ids; (T, 0) without logits
-    states: dict[str, np.ndarray]  # K and V (T, G D) f32 by the names of the caches, if they were wanted
+    states: dict[str, np.ndarray]  # (T, width) f32 by name, if wanted: K and V, and the hidden states that can be had
 
 
 def replay(engine: Engine, script: Script, ids: np.ndarray, *, states: bool = False) -> Replayed:
@@ -44,15 +45,16 @@ def replay(engine: Engine, script: Script, ids: np.ndarray, *, states: bool = Fa
     )
 
     def take(at: int, pass_: Pass) -> None:
-        (got,) = cache.forward([pass_])
+        with watched(info, states) as seen:
+            (got,) = cache.forward([pass_])
         _put(result, at, got, ids)
         if states:
-            size = pass_.ids.size
-            for name, held in cache.read(0, pass_.write_at, pass_.write_at + size).items():
-                flat = held.transpose(1, 0, 2).reshape(size, -1)
-                result.states.setdefault(name, np.zeros((script.size, flat.shape[1]), np.float32))[at : at + size] = (
-                    flat
-                )
+            count = pass_.ids.size
+            held = cache.read(0, pass_.write_at, pass_.write_at + count)
+            found = {name: value.transpose(1, 0, 2).reshape(count, -1) for name, value in held.items()}
+            for name, value in (found | named(seen, info.model.num_layers, count)).items():
+                result.states.setdefault(name, np.zeros((script.size, value.shape[1]), np.float32))
+                result.states[name][at : at + count] = value
 
     logits = info.build.gather_generation_logits
     size = min(PREFILL_CHUNK, info.build.max_input_len)
@@ -62,7 +64,17 @@ def replay(engine: Engine, script: Script, ids: np.ndarray, *, states: bool = Fa
     for at, block in sorted(zip(script.starts(), script.blocks, strict=True), key=lambda pair: -pair[1].prefix):
         take(at, as_pass(block, logits=logits, adapter=info.has_adapter))
     cache.close()
-    return result
+    return result._replace(states=dict(sorted(result.states.items(), key=lambda item: _when(item[0]))))
+
+
+def _when(name: str) -> tuple[int, int]:
+    """When a state is computed: its layer, and its place in it."""
+    if name == "embed_tokens":
+        return -1, 0
+    if name.startswith("layers."):
+        _, layer, half, _ = name.split(".")
+        return int(layer), 1 if half == "self_attn" else 2
+    return int(name.rpartition("_")[2]), 0
 
 
 def as_pass(block: Block, *, logits: bool, adapter: bool) -> Pass:

@@ -190,11 +190,13 @@ def reference_vocab(engine: nemodiff.LoadedEngine) -> int:
         (None, None),
         ("layers.1.self_attn.k_proj.weight", "k_proj, its rotation, or the cache write of layer 1"),
         ("layers.1.self_attn.v_proj.weight", "v_proj or the cache write of layer 1"),
-        ("layers.0.self_attn.o_proj.weight", "what enters layer 1: its input norm, or attention or MLP before it"),
-        ("layers.1.mlp.down_proj.weight", "attention or MLP of the last layer, the last norm, or the head"),
+        ("layers.0.self_attn.o_proj.weight", "attention of layer 0"),
+        ("layers.1.mlp.down_proj.weight", "the MLP of layer 1"),
+        ("embed_tokens.weight", "the embedding"),
+        ("norm.weight", "the last norm or the head"),
     ],
 )
-def test_an_engine_that_shows_k_and_v_alone_is_blamed_by_the_layer(
+def test_a_torch_engine_is_blamed_by_k_and_v_and_hidden_states(
     checkpoint: Path, tmp_path: Path, weight: str | None, blamed: str | None
 ) -> None:
     folder = Builder(checkpoint, tmp_path / "engine", backend="torch", dtype="f32", block_length=8).run()
