@@ -99,8 +99,9 @@ class Text:
     """New text of the answer; it is never taken back.
 
     token_ids: the next tokens of the answer, up to the last whose text has come in full; those that stand behind the
-    last text are in the `Generation` alone. logprobs: one for each of them, None unless requested. parts: what the text
-    adds to thoughts, content and calls; what may belong to a marker comes later, so the last text may be empty.
+    last text are in the `Generation` alone. logprobs, confidences: one for each of them, None unless requested. parts:
+    what the text adds to thoughts, content and calls; what may belong to a marker comes later, so the last text may be
+    empty.
     """
 
     request: int
@@ -108,6 +109,7 @@ class Text:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
+    confidences: list[float | None] | None
     parts: list[Delta]
 
 
@@ -144,8 +146,9 @@ def as_dict(event: Event) -> dict[str, Any]:
     if isinstance(event, Finished):
         values["generation"] = event.generation.as_dict()
     if isinstance(event, Text):
-        if event.logprobs is None:
-            del values["logprobs"]
+        for name in ("logprobs", "confidences"):
+            if values[name] is None:
+                del values[name]
         if [(part.part, part.text) for part in event.parts] == [("content", event.text)]:
             del values["parts"]  # which say no more than the text
     return {"event": _NAMES[type(event)], **values}

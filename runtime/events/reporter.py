@@ -112,7 +112,8 @@ class Reporter:
         told = slice(self._told, sequence.transcript.told if new else self._told)
         self._told = told.stop
         logprobs = None if sequence.settings.logprobs is None else sequence.selector.logprobs[told]
-        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs, parts)]
+        confidences = sequence.confidences[told] if sequence.settings.confidences else None
+        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs, confidences, parts)]
 
     def _step(self, result: PassResult) -> list[Event]:
         """A pass as its loop recorded it, after what its ids stand for and the block that it began."""

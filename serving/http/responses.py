@@ -14,7 +14,7 @@ from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.sequence import Sequence as RunningSequence
 from ...runtime.tools.answer import Delta
-from .token_values import AnswerLogprobs, prompt_logprobs
+from .token_values import TokenValues, prompt_logprobs
 
 Kind = Literal["chat", "completion"]
 
@@ -65,26 +65,25 @@ class ResponseBuilder:
         """
         pending = {"usage": None} if with_usage else {}
         generations: dict[int, Generation] = {}
-        logprobs: dict[int, AnswerLogprobs] = {}
+        values: dict[int, TokenValues] = {}
         if self.kind == "chat":
             for index in range(count):
                 yield {**self._chunk(index, {"role": "assistant", "content": ""}), **pending}
         async for index, event in events:
-            if index not in logprobs and isinstance(event, Text | Finished):
-                logprobs[index] = self._begin(index)  # now the prompt's are complete
+            if index not in values and isinstance(event, Text | Finished):
+                values[index] = self._begin(index)  # now the prompt's are complete
                 if echo := self._echo(index):
-                    yield {**self._chunk(index, {"content": echo}, logprobs[index]), **pending}
+                    yield {**self._chunk(index, {"content": echo}, values[index]), **pending}
             if isinstance(event, Text):
-                if self.logprobs:
-                    logprobs[index].tell(event.token_ids, event.logprobs or [])
+                values[index].tell(event.token_ids, event.logprobs, event.confidences)
                 for delta in self._deltas(event):
-                    yield {**self._chunk(index, delta, logprobs[index]), **pending}
+                    yield {**self._chunk(index, delta, values[index]), **pending}
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
                     yield {**self._chunk(index, {}), "diffusing": self._block(event), **pending}
             elif isinstance(event, Finished):
                 generations[index] = event.generation
-                yield {**self._last_chunk(index, event.generation, logprobs[index]), **pending}
+                yield {**self._last_chunk(index, event.generation, values[index]), **pending}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}
@@ -114,17 +113,17 @@ class ResponseBuilder:
             choice["text"] = self._echo(index) + generation.text
         return {**choice, **self._token_values(index, generation, self._begin(index))}
 
-    def _chunk(self, index: int, delta: dict[str, Any], told: AnswerLogprobs | None = None) -> dict[str, Any]:
+    def _chunk(self, index: int, delta: dict[str, Any], told: TokenValues | None = None) -> dict[str, Any]:
         """One chunk with what has been told of tokens."""
         choice: dict[str, Any] = {"index": index, "finish_reason": None}
         if self.kind == "chat":
             choice["delta"] = delta
         else:
             choice["text"] = delta.get("content", "")
-        choice["logprobs"] = None if told is None else told.take()
+        choice |= {"logprobs": None} if told is None else told.take()
         return {**self._head(self._chunk_name), "choices": [choice]}
 
-    def _last_chunk(self, index: int, generation: Generation, told: AnswerLogprobs) -> dict[str, Any]:
+    def _last_chunk(self, index: int, generation: Generation, told: TokenValues) -> dict[str, Any]:
         """The chunk that ends an answer."""
         chunk = self._chunk(index, {})
         chunk["choices"][0] |= {"finish_reason": finish_reason(generation)}
@@ -150,9 +149,9 @@ class ResponseBuilder:
             "confidence": [round(value, 4) for value in step.confidence],
         }
 
-    def _begin(self, index: int) -> AnswerLogprobs:
+    def _begin(self, index: int) -> TokenValues:
         """What collects the log-probabilities of one answer, its echoed prompt first."""
-        told = AnswerLogprobs(self.engine.text, chat=self.kind == "chat")
+        told = TokenValues(self.engine.text, chat=self.kind == "chat")
         scores = self.sequences[index].prompt_scores
         if self.echoes and self.logprobs and scores is not None:
             told.echo(self.sequences[index].prompt, scores.by_token)
@@ -161,13 +160,10 @@ class ResponseBuilder:
     def _echo(self, index: int) -> str:
         return self.echoes[index] if self.echoes else ""
 
-    def _token_values(self, index: int, generation: Generation, told: AnswerLogprobs) -> dict[str, Any]:
+    def _token_values(self, index: int, generation: Generation, told: TokenValues) -> dict[str, Any]:
         """Log-probabilities and confidences of the tokens that were not told yet, where they were requested."""
-        if self.logprobs:
-            told.finish(generation)
-        values: dict[str, Any] = {"logprobs": told.take(end=len(self._echo(index)) + len(generation.text))}
-        if generation.confidences is not None:
-            values["confidences"] = generation.confidences
+        told.finish(generation)
+        values = told.take(end=len(self._echo(index)) + len(generation.text))
         if self.kind == "completion":
             values |= self._of_prompt(index, generation)
         return values

@@ -1,4 +1,4 @@
-"""Log-probabilities as JSON objects: OpenAI's of chats and of completions, and vLLM's of prompts."""
+"""What is told of tokens, as JSON: OpenAI's log-probabilities of chats and of completions, and vLLM's of prompts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def chat_logprobs(codec: TextCodec, tokens: Values[int], logprobs: Values[TokenL
     return {"content": content, "refusal": None}
 
 
-class AnswerLogprobs:
-    """Of one answer's tokens, as the objects of its chunks: each stands in the chunk that has the end of its text.
+class TokenValues:
+    """Of one answer's tokens, as the fields of its chunks: each token's are in the chunk that has the end of its text.
 
     Args:
         codec: the engine's.
@@ -36,26 +36,40 @@ class AnswerLogprobs:
         self._chat = chat
         self._offsets = TokenOffsets(codec)
         self._count = 0  # of the answer's tokens that were told
-        self._tokens = list[int]()  # to come with the next chunk
+        self._tokens = list[int]()  # to come with the next chunk, and so are those below
         self._logprobs = list[TokenLogprobs | None]()
+        self._confidences = list[float | None]()
 
     def echo(self, tokens: Values[int], logprobs: Values[TokenLogprobs | None]) -> None:
         """The tokens of the prompt come first."""
         self._tokens += tokens
         self._logprobs += logprobs
 
-    def tell(self, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> None:
-        """The answer's next tokens."""
+    def tell(
+        self, tokens: Values[int], logprobs: Values[TokenLogprobs] | None, confidences: Values[float | None] | None
+    ) -> None:
+        """The answer's next tokens, with what is known of them."""
         self._count += len(tokens)
-        self._tokens += tokens
-        self._logprobs += logprobs
+        if logprobs is not None:
+            self._tokens += tokens
+            self._logprobs += logprobs
+        self._confidences += confidences or ()
 
     def finish(self, generation: Generation) -> None:
         """All of the answer's tokens that were not told yet."""
-        self.tell(generation.token_ids[self._count :], (generation.logprobs or [])[self._count :])
+        rest = slice(self._count, None)
+        logprobs, confidences = generation.logprobs, generation.confidences
+        self.tell(generation.token_ids[rest], logprobs and logprobs[rest], confidences and confidences[rest])
 
-    def take(self, end: int | None = None) -> dict[str, Any] | None:
-        """The object of a chunk, None without new tokens; `end` is the length of the whole text where that is known."""
+    def take(self, end: int | None = None) -> dict[str, Any]:
+        """The fields of a chunk; `end` is the length of the whole text where that is known."""
+        fields: dict[str, Any] = {"logprobs": self._taken_logprobs(end)}
+        if self._confidences:
+            fields["confidences"] = self._confidences
+            self._confidences = []
+        return fields
+
+    def _taken_logprobs(self, end: int | None) -> dict[str, Any] | None:
         tokens, logprobs = self._tokens, self._logprobs
         self._tokens, self._logprobs = [], []
         if not tokens:

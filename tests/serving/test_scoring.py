@@ -122,6 +122,19 @@ def test_chunks_have_the_logprobs_of_the_tokens_whose_text_they_end(
             assert len(rest) < longest
 
 
+@pytest.mark.parametrize("policy", ["threshold", "left_to_right"])
+def test_chunks_have_the_confidences_of_diffusion(server: Served, engine: nemodiff.LoadedEngine, policy: str) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    body = {"messages": messages, "mode": "diffusion", "confidences": True, "policy": policy, "max_tokens": 30}
+    alone = nemodiff.generate(engine, QUESTION, mode="diffusion", confidences=True, policy=policy, max_new_tokens=30)
+    whole = server.ask(CHAT, body)["choices"][0]
+    assert whole["confidences"] == pytest.approx(alone.confidences, abs=1e-4)
+    chunks = server.stream(CHAT, {**body, "stream": True})
+    told = [chunk["choices"][0].get("confidences") for chunk in chunks]
+    assert [one for each in told if each for one in each] == pytest.approx(whole["confidences"], abs=1e-4)
+    assert sum(each is not None for each in told) > 1
+
+
 def test_completions_stream_logprobs_with_offsets_too(server: Served) -> None:
     body = {"prompt": "é Count", "logprobs": 1, "max_tokens": 40, "temperature": 30.0, "seed": 5, "mode": "ar"}
     whole = server.ask(COMPLETIONS, body)["choices"][0]
