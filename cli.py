@@ -14,6 +14,7 @@ import click
 
 from .commands.answers import one_line
 from .commands.batch import batch
+from .commands.bench import bench
 from .commands.build import build, export
 from .commands.chat import chat
 from .commands.doctor import doctor
@@ -78,6 +79,7 @@ for command in (
     export,
     inspect,
     verify,
+    bench,
     run,
     chat,
     batch,

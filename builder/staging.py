@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..engine_folder import (
     CONFIG_FILE,
+    COST_FILE,
     ENGINE_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
@@ -53,6 +54,7 @@ ENGINE = Kind(
     frozenset(
         {
             CONFIG_FILE,
+            COST_FILE,
             ENGINE_FILE,
             MANIFEST_FILE,
             MODEL_FILE,
@@ -63,6 +65,7 @@ ENGINE = Kind(
             VISION_WEIGHTS_FILE,
             WEIGHTS_FILE,
             partial(VERIFY_FILE),
+            partial(COST_FILE),
             *CARRIED_NAMES,
         }
     ),

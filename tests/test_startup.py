@@ -44,6 +44,7 @@ def imported(script: str, *words: str) -> set[str]:
     "words",
     [
         "",
+        "bench",
         "build",
         "export",
         "infill",

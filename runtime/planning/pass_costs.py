@@ -50,6 +50,13 @@ class PassCosts:
             self._fit()
         return self._curve
 
+    def begin(self, curve: CostCurve) -> None:
+        """Forget what passes have cost so far, and begin with this curve."""
+        self._make_prior, self._prior, self._curve = curve, None, None
+        self._met.clear()
+        self._passes = self._fitted = self._probed = 0
+        self._evidence = [0.0] * len(SIZES)
+
     def learn(self, size: int, seconds: float) -> None:
         """Take in a forward of `size` tokens, padding included, that has predicted all of them."""
         self._met.append((size, seconds))

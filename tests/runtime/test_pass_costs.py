@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemodiff
-from nemodiff.engine_folder import COST_FILE
+from nemodiff.engine_folder import CONFIG_FILE, COST_FILE, MANIFEST_FILE, engine_digest
 from nemodiff.runtime import loading
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
 from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
@@ -206,8 +206,14 @@ def test_a_kept_curve_spares_the_measurement(
     ],
 )
 def test_a_broken_file_is_no_curve_and_can_be_replaced(tmp_path: Path, text: str) -> None:
+    for name in (CONFIG_FILE, MANIFEST_FILE):
+        (tmp_path / name).write_text("{}")
+    if text.startswith("{"):
+        text = json.dumps({**json.loads(text), "engine": engine_digest(tmp_path)})
     (tmp_path / COST_FILE).write_text(text)
     assert read_curve(tmp_path, "p", 1) is None
     good = CostCurve((1, 2), (1.0, 1.5))
     write_curve(tmp_path, "p", 1, good, "2026-11-27")
     assert read_curve(tmp_path, "p", 1) == good
+    (tmp_path / MANIFEST_FILE).write_text("{ }")  # another engine
+    assert read_curve(tmp_path, "p", 1) is None

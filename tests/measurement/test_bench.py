@@ -1,0 +1,148 @@
+"""`nemodiff bench`: its figures by their definitions, two engines in turns, and the curve that it keeps."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import Refused, output_of
+
+import nemodiff
+from nemodiff.cli import main
+from nemodiff.engine_folder import COST_FILE, partial
+from nemodiff.measurement import bench
+from nemodiff.measurement.figures import Percentiles, Spread, figures, ratios
+from nemodiff.measurement.round import Answer, Request, Round, serve
+from nemodiff.runtime.planning.kept_curve import read_curve
+
+SHORT = ("--threads", "1", "-r", "2", "--max-new-tokens", "12", "--input-len", "40")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take no more time for the curve to begin with than it must have."""
+    monkeypatch.setattr(bench, "_CURVE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def engine(tiny_engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_engine, tmp_path / "engine"))
+
+
+def answer(outputs: list[float], tokens: int, **counts: Any) -> Any:
+    nfe = {"prefill": 1, "draft": 2, "verify": 2}
+    sequence = SimpleNamespace(
+        tokens=list(range(tokens)), prompt=[1, 2, 3], nfe=nfe, accepted=counts.pop("accepted", [])
+    )
+    return Answer(sequence, 10.0, outputs, **counts)  # type: ignore[arg-type]
+
+
+def test_figures_are_what_they_are_called() -> None:
+    one = answer([10.5, 11.0, 12.5], 9, accepted=[5, 3], drafted=10, kept=6)
+    assert (one.ttft, one.e2el, one.tpot, one.itl) == (0.5, 2.5, 0.25, [0.5, 1.5])
+    two = answer([10.25], 1)
+    assert (two.tpot, two.itl) == (None, [])
+    memory: dict[str, int | None] = {"process": 7, "gpu": None}
+    ar = Round(9.0, [answer([11.0], 9), answer([11.0], 2)], memory)
+    rounds = [Round(2.0, [one, two], memory), Round(4.0, [one, two], {"process": 9, "gpu": None})]
+    got = figures("linear_spec", 2, rounds, ar)
+    assert got.throughput == Spread(3.75, 2.5, 5.0, pytest.approx(3.125**0.5), [5.0, 2.5])
+    assert got.ttft_ms == Percentiles(375.0, 375.0, 500.0, 500.0)
+    assert got.itl_ms == Percentiles(1000.0, 1000.0, 1500.0, 1500.0)
+    assert got.tokens_per_pass == 20 / 16  # of four answers, in four passes each beside prefill
+    assert (got.acceptance_length, got.acceptance_rate) == (4.0, 0.6)
+    assert got.passes == {"prefill": 4, "draft": 8, "verify": 8}
+    assert got.peak_memory_bytes == {"process": 9, "gpu": None}
+    assert got.different_from_ar == 1
+    assert figures("pp3", 1, rounds, ar).throughput.rounds == [3.0, 1.5]
+    slower = figures("linear_spec", 2, [Round(4.0, [one, two], memory), Round(4.0, [one, two], memory)], ar)
+    assert ratios(got, slower).rounds == [2.0, 1.0]
+
+
+def test_a_round_gives_the_tokens_that_a_request_gives(tiny_engine: Path) -> None:
+    loaded = nemodiff.load(tiny_engine, threads=1)
+    options = nemodiff.Options(mode="linear_spec", block_length=8, max_new_tokens=20)
+    served = serve(loaded, [Request(prompt, options) for prompt in bench.PROMPTS], 3)
+    for prompt, one in zip(bench.PROMPTS, served.answers, strict=True):
+        alone = nemodiff.generate(loaded, prompt, mode="linear_spec", block_length=8, max_new_tokens=20)
+        assert one.tokens == alone.token_ids
+        assert len(one.outputs) <= 1 + alone.nfe["verify"]  # what a pass emits comes together
+        assert one.submitted < one.outputs[0] <= one.outputs[-1] < one.submitted + served.seconds
+        assert one.kept <= one.drafted
+
+
+def test_it_measures_every_mode_and_keeps_the_curve(engine: Path) -> None:
+    result = json.loads(output_of("bench", str(engine), *SHORT, "--concurrency", "1", "--concurrency", "2", "--json"))
+    (measured,) = result["engines"]
+    ways = [(one["test"], one["concurrency"]) for one in measured["tests"]]
+    modes = ("ar", "diffusion", "linear_spec", "quadratic_spec", "auto")
+    assert ways == [("pp40", 1), *((mode, rows) for rows in (1, 2) for mode in modes)]
+    for one in measured["tests"]:
+        assert len(one["throughput"]["rounds"]) == 2
+        assert 0 < one["throughput"]["min"] <= one["throughput"]["median"] <= one["throughput"]["max"]
+        assert one["peak_memory_bytes"]["process"] > 10**7
+        if one["test"] in ("linear_spec", "quadratic_spec", "auto", "ar"):
+            assert one["different_from_ar"] == 0
+        assert (one["acceptance_rate"] is None) == (one["test"] in ("pp40", "ar", "diffusion")) or one["test"] == "auto"
+    assert measured["tests"][1]["tokens_per_pass"] > 1  # the first token comes with the prefill
+    curve = read_curve(engine, measured["processor"], 1)
+    assert curve is not None
+    assert curve.sizes == tuple(map(int, measured["cost_curve_ms"]))
+    described = json.loads(output_of("inspect", str(engine), "--json"))
+    assert COST_FILE not in described["files"]  # a record of use, not of the build
+
+
+def test_two_engines_take_turns(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Path(shutil.copytree(engine, engine.with_name("other")))
+    turns = []
+
+    def noted(loaded: nemodiff.LoadedEngine, *rest: Any) -> Round:
+        turns.append(loaded.folder.name[0])
+        return serve(loaded, *rest)
+
+    monkeypatch.setattr(bench, "serve", noted)
+    words = ["bench", str(engine), "--compare", str(other), *SHORT, "--mode", "ar", "--no-keep"]
+    text = output_of(*words)
+    assert "".join(turns) in ("oeeooe" * 2, "eooeeo" * 2)  # warm-up and two rounds of two tests, none always first
+    assert re.search(r"tokens/s of engine over other.*\n.*\npp40 .*\nar +1 +\d+\.\d\d \(\d+\.\d\d\.\.\d+\.\d\d\)", text)
+    assert not (engine / COST_FILE).exists()
+    ratio = json.loads(output_of(*words, "--json"))["ratios"][1]
+    assert (ratio["test"], ratio["concurrency"]) == ("ar", 1)
+    assert ratio["min"] <= ratio["median"] <= ratio["max"]
+
+
+def test_a_folder_that_cannot_be_written_is_measured_all_the_same(engine: Path) -> None:
+    (engine / partial(COST_FILE)).mkdir()  # in the way of a new file, for root too
+    result = CliRunner().invoke(main, ["bench", str(engine), *SHORT, "--mode", "ar"])
+    assert result.exit_code == 0
+    assert "\nar " in result.stdout
+    assert result.stderr.splitlines()[-1].startswith(f"{engine}: the cost curve is not kept (")
+
+
+def test_a_picture_is_drawn(engine: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output_of("bench", str(engine), *SHORT, "--mode", "ar", "--plot", str(tmp_path / "bench.png"))
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_measured_is_refused(
+    engine: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["bench", str(engine), "--threads", "1"]
+    refused([*words, "--concurrency", "5000"], "max-batch-size")
+    refused([*words, "--input-len", "40000000"], "--input-len", "allowed: 1 to")
+    refused([*words, "--block-length", "65"], "block_length is 65", "1 to 64")
+    refused([*words, "--block-length", "long"], "block_length is 'long'", "auto")
+    refused([*words, "--mode", "fast"], "--mode", code=2)
+    (tmp_path / "none.jsonl").write_text("\n")
+    refused([*words, "--input-file", str(tmp_path / "none.jsonl")], "no prompts; give")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 40000}))
+    refused([*words, "--input-file", str(tmp_path / "long.jsonl"), "--input-len", "8", "--no-keep"], "max_seq_len")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    refused([*words, "--plot", str(tmp_path / "bench.png")], "--plot needs the package matplotlib", "nemodiff[plot]")
