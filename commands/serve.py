@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -100,6 +100,14 @@ from .streams import TEXT
     "--no-prefix-reuse", is_flag=True, help="Compute every prompt in full, even where it begins like an earlier one."
 )
 @options.generation_config
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Write a line per request to standard error, with the id of its X-Request-Id. [default: none]",
+)
+@click.option(
+    "--trace-spans", is_flag=True, help="Send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says."
+)
 @options.threads
 @options.device
 def serve(
@@ -119,6 +127,8 @@ def serve(
     allow_image_urls: bool,
     no_prefix_reuse: bool,
     generation_config: str,
+    log_format: Literal["text", "json"] | None,
+    trace_spans: bool,
     **choices: Any,
 ) -> None:
     """Serve ENGINE over HTTP.
@@ -127,7 +137,7 @@ def serve(
     """
     try:
         from ..runtime.requests.generation_config import sampling_defaults
-        from ..serving.http.app import Limits, open_server
+        from ..serving.http.app import Limits, Reports, open_server
         from ..serving.http.hosts import AllowedHosts
         from ..serving.http.server import bind, check_connections
         from ..serving.http.server import serve as listen
@@ -152,6 +162,7 @@ def serve(
             name=served_model_name,
             defaults={"mode": mode, **sampling},
             prefix_reuse=not no_prefix_reuse,
+            reports=Reports(log_format, trace_spans),
             **choices,
         )
         listen(server, listening, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from .hosts import AllowedHosts
 from .infill_queue import InfillQueue
 from .metrics import ServerMetrics
 from .middleware import AdmissionMiddleware
+from .request_log import Format, Record, RequestLog, log_record
 from .routes import create_routes
+from .spans import Spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,14 @@ class Limits:
     image_urls: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """What a server tells of each request. log: the format of a line on standard error. spans: over OpenTelemetry."""
+
+    log: Format | None = None
+    spans: bool = False
+
+
 class Server:
     """One engine behind HTTP; `app` is the ASGI application.
 
@@ -47,12 +58,20 @@ class Server:
         limits: what is allowed.
         name: of the model, for clients.
         defaults: options that a request does not give.
+        reports: what is told of each request.
     """
 
     def __init__(
-        self, engine: LoadedEngine, scheduler: Scheduler, limits: Limits, name: str, defaults: dict[str, Any]
+        self,
+        engine: LoadedEngine,
+        scheduler: Scheduler,
+        limits: Limits,
+        name: str,
+        defaults: dict[str, Any],
+        reports: Reports = Reports(),
     ) -> None:
         self.name = name
+        self.reports = reports
         self.limits = limits
         self.scheduler = scheduler
         self.infill_queue = InfillQueue(engine, limits.waiting)
@@ -62,7 +81,10 @@ class Server:
             engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, limits.image_urls
         )
         routes = create_routes(handlers, self.draining)
-        self.app = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
+        self.admission = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
+        self._spans = Spans() if reports.spans else None
+        sinks: list[Callable[[Record], None]] = [] if reports.log is None else [log_record]
+        self.app = RequestLog(self.admission, sinks if self._spans is None else [*sinks, self._spans])
 
     @property
     def busy(self) -> bool:
@@ -70,8 +92,14 @@ class Server:
         statistics = self.scheduler.statistics
         return bool(statistics.running or statistics.waiting or self.infill_queue.stats.present)
 
+    def close(self) -> None:
+        """Let go of the threads; to be called once, after the last request."""
+        self.infill_queue.close()
+        if self._spans is not None:
+            self._spans.close()
+
     def _stats(self) -> ServerStats:
-        return ServerStats(self.scheduler.statistics, self.app.refused, self.infill_queue.stats)
+        return ServerStats(self.scheduler.statistics, self.admission.refused, self.infill_queue.stats)
 
 
 def open_server(
@@ -84,8 +112,9 @@ def open_server(
     device: str | None = None,
     rows: int | None = None,
     prefix_reuse: bool = True,
+    reports: Reports = Reports(),
 ) -> Server:
     """Load an engine and put it behind HTTP. Raises NemodiffError."""
     engine = load(folder, threads=threads, device=device)
     scheduler = Scheduler(engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse)
-    return Server(engine, scheduler, limits, name or folder.resolve().name, defaults)
+    return Server(engine, scheduler, limits, name or folder.resolve().name, defaults, reports)

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from ...contract import MODES
 from ...errors import RequestError
+from ...runtime.events.events import Event, Finished
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.options import make_options
 from ...runtime.requests.prepare import Prompt, encode
@@ -35,6 +36,7 @@ from .image_urls import with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
+from .request_log import record_of
 from .responses import ResponseBuilder, trace_lines
 from .sse import EventStreamResponse
 from .threads import in_thread
@@ -71,7 +73,7 @@ class Handlers:
             answers=body.n or 1,
         )
         requests = _choices(await self._prompts(body), options, builder.answers)
-        group = self._request_group()
+        group = self._request_group(request)
         diffusing = bool(body.diffusing)
         await group.submit(requests, steps=diffusing)
         builder.sequences = group.sequences
@@ -103,7 +105,7 @@ class Handlers:
             writer = MessagesWriter(model, len(prompt))
         else:
             writer = ResponsesWriter(model, len(prompt), body=body)
-        group = self._request_group()
+        group = self._request_group(request)
         await group.submit([(prompt, options)])
         if not body.stream:
             (finished,) = await group.finished(request)
@@ -122,11 +124,11 @@ class Handlers:
         chosen = make_options(options)
         return await in_thread(lambda: encode(self.engine, list(body.turns()), chosen))
 
-    async def trace(self, body: Watched) -> Response:
+    async def trace(self, request: Request, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
-        group = self._request_group()
+        group = self._request_group(request)
         await group.submit([((await self._prompts(body))[0], options)], steps=True)
         return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)
 
@@ -230,8 +232,16 @@ class Handlers:
             "max_requests": self.scheduler.statistics.rows,
         }
 
-    def _request_group(self) -> RequestGroup:
-        return RequestGroup(self.scheduler, self.metrics.observe, self.timeout)
+    def _request_group(self, request: Request) -> RequestGroup:
+        record = record_of(request)
+
+        def observe(index: int, events: list[Event]) -> None:
+            if isinstance(events[-1], Finished):
+                self.metrics.observe(events[-1])
+            if record is not None:
+                record.observe(index, events)
+
+        return RequestGroup(self.scheduler, observe, self.timeout)
 
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""

@@ -41,13 +41,13 @@ class RequestGroup:
 
     Args:
         scheduler: takes the requests.
-        on_finished: called in the scheduler's worker with every finished request.
+        observe: called in the scheduler's worker with what happened to a request, by its index.
         timeout: seconds until what still runs is cancelled.
     """
 
-    def __init__(self, scheduler: Scheduler, on_finished: Callable[[Finished], None], timeout: float) -> None:
+    def __init__(self, scheduler: Scheduler, observe: Callable[[int, list[Event]], None], timeout: float) -> None:
         self._scheduler = scheduler
-        self._on_finished = on_finished
+        self._observe = observe
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._outcomes: asyncio.Queue[tuple[int, list[Event] | NemodiffError]] = asyncio.Queue()
@@ -112,8 +112,8 @@ class RequestGroup:
 
     def _listen(self, index: int, outcome: list[Event] | NemodiffError) -> None:
         # Called here and not where events are read, because nobody reads them once the client has gone.
-        if isinstance(outcome, list) and isinstance(outcome[-1], Finished):
-            self._on_finished(outcome[-1])
+        if isinstance(outcome, list):
+            self._observe(index, outcome)
         with contextlib.suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
 

@@ -107,9 +107,9 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
         return await handlers.detokenize(body)
 
     @app.post("/events", responses=_STREAM)
-    async def events(body: Watched) -> Response:
+    async def events(request: Request, body: Watched) -> Response:
         """Stream what the runtime does for one request, pass by pass."""
-        return await handlers.trace(body)
+        return await handlers.trace(request, body)
 
 
 def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.Event, version: str) -> None:

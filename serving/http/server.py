@@ -2,16 +2,19 @@
 
 The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what runs or
 waits may finish. A second signal ends the process at once. The port stays open while the server drains, because a load
-balancer could not ask for its health otherwise.
+balancer could not ask for its health otherwise. SIGUSR1 writes what the server is doing to standard error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import resource
+import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -21,6 +24,8 @@ import uvicorn
 from ...errors import RequestError
 from .app import Server
 from .connection import ConnectionConfig
+from .request_log import settle_logging
+from .state import state_of
 
 # Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
 _KEEP_ALIVE = 75
@@ -83,11 +88,13 @@ def serve(server: Server, listening: socket.socket, drain: float, announce: Call
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_SHUTDOWN,
     )
+    if server.reports.log is not None:
+        settle_logging(server.reports.log)
     process = _DrainingServer(config, server, drain, lambda: announce(address))
     try:
         process.run([listening])
     finally:
-        server.infill_queue.close()
+        server.close()
 
 
 class _DrainingServer(uvicorn.Server):
@@ -105,6 +112,7 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(self._on_loop_error)
+        self._loop.add_signal_handler(signal.SIGUSR1, self._write_state)
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -114,6 +122,10 @@ class _DrainingServer(uvicorn.Server):
             return
         self._server.draining.set()
         self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _write_state(self) -> None:
+        sys.stderr.write(json.dumps({"state": state_of(self._server)}) + "\n")
+        sys.stderr.flush()
 
     def _start_drain(self) -> None:
         self._drain_task = self._loop.create_task(self._finish_requests())

@@ -155,7 +155,7 @@ def test_an_iterator_that_ends_too_early_hangs_no_request(tiny_engine: Path, mon
         next(iter(()))
 
     async def submit() -> None:
-        group = RequestGroup(Scheduler(loaded), lambda _: None, 5)
+        group = RequestGroup(Scheduler(loaded), lambda *_: None, 5)
         await asyncio.wait_for(group.submit([("x", {})]), 5)
 
     async def fill() -> None:

@@ -1,0 +1,174 @@
+"""A record of each request: its id, its status and times, and what the engine did for it; as lines, as spans, or both.
+
+A client may send the id in `X-Request-Id`; without it the server makes one. Every response has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...runtime.events.events import Event, Finished, Started, Text
+
+Format = Literal["text", "json"]
+_HEADER = "x-request-id"
+_LONGEST = 128  # characters of a client's id
+_LOGGER = logging.getLogger("nemodiff.requests")
+
+
+@dataclasses.dataclass
+class Answer:
+    """What is known of one answer. Times are seconds of `time.perf_counter`; blocks: when text came, and its tokens."""
+
+    started: float | None = None
+    blocks: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    finished: Finished | None = None
+
+    @property
+    def state(self) -> Literal["waiting", "running", "finished"]:
+        """How far it has come."""
+        if self.finished is not None:
+            return "finished"
+        return "waiting" if self.started is None else "running"
+
+
+@dataclasses.dataclass(eq=False)
+class Record:
+    """One HTTP request. began, first, ended: seconds of `time.perf_counter`; first: when its response began."""
+
+    id: str
+    method: str
+    path: str
+    headers: Headers
+    began: float
+    first: float | None = None
+    ended: float = 0.0
+    status: int = 0
+    answers: dict[int, Answer] = dataclasses.field(default_factory=dict)
+
+    def observe(self, index: int, events: Sequence[Event]) -> None:
+        """Take in what happened to one answer; the scheduler's worker calls this."""
+        answer = self.answers.setdefault(index, Answer())
+        for event in events:
+            if isinstance(event, Started):
+                answer.started = event.at
+            elif isinstance(event, Text) and event.token_ids:
+                answer.blocks.append((event.at, len(event.token_ids)))
+            elif isinstance(event, Finished):
+                answer.finished = event
+
+    def fields(self) -> dict[str, Any]:
+        """The record as plain values: milliseconds, and sums over its answers."""
+        done = [answer.finished.generation for answer in self.answers.values() if answer.finished is not None]
+        fields: dict[str, Any] = {
+            "request_id": self.id,
+            "method": self.method,
+            "path": self.path,
+            "status": self.status,
+            "ms": round((self.ended - self.began) * 1e3, 3),
+        }
+        if self.first is not None:
+            fields["first_byte_ms"] = round((self.first - self.began) * 1e3, 3)
+        if done:
+            fields |= {
+                "mode": done[0].mode,
+                "prompt_tokens": sum(one.prompt_tokens for one in done),
+                "completion_tokens": sum(len(one.token_ids) for one in done),
+                "reused_tokens": sum(one.reused_tokens for one in done),
+                "passes": sum(sum(one.nfe.values()) for one in done),
+                "queued_ms": round(max(one.timings_ms["queued"] for one in done), 3),
+                "finish_reasons": [one.finish_reason for one in done],
+            }
+        return fields
+
+
+def record_of(request: Request) -> Record | None:
+    """The record of a request, None where nobody keeps one."""
+    return getattr(request.state, "record", None)
+
+
+class RequestLog:
+    """An ASGI application that keeps a record of each request to another.
+
+    Args:
+        app: answers the requests.
+        sinks: get every finished record.
+    """
+
+    def __init__(self, app: ASGIApp, sinks: Sequence[Callable[[Record], None]]) -> None:
+        self.open: set[Record] = set()  # of requests that have not ended
+        self._app = app
+        self._sinks = sinks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(_HEADER, "")
+        usable = 0 < len(given) <= _LONGEST and given.isascii() and given.isprintable()
+        record = Record(
+            given if usable else uuid.uuid4().hex, scope["method"], scope["path"], headers, time.perf_counter()
+        )
+        scope.setdefault("state", {})["record"] = record
+        self.open.add(record)
+
+        async def recording_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.first = time.perf_counter()
+                record.status = int(message["status"])
+                message["headers"] = [*message.get("headers", []), (_HEADER.encode(), record.id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, recording_send)
+        finally:
+            record.ended = time.perf_counter()
+            self.open.discard(record)
+            for sink in self._sinks:
+                sink(record)
+
+
+def log_record(record: Record) -> None:
+    """Write a record as a line; a status of 0 is a client that left before its response began."""
+    fields = record.fields()
+    level = logging.INFO if record.status < 500 else logging.ERROR
+    _LOGGER.log(level, " ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields})
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time (UTC), level, logger, message, and the fields of a request's record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "logger": record.name}
+        fields = getattr(record, "fields", None)
+        line |= fields if fields is not None else {"message": record.getMessage()}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def settle_logging(format: Format) -> None:
+    """Send the records, and what the server itself says, to standard error in one format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter() if format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    )
+    for name in ("nemodiff", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    logging.getLogger("nemodiff").setLevel(logging.INFO)

@@ -1,0 +1,113 @@
+"""Records of requests: ids, lines in both formats, the state of a running server, and spans."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins.http_server import Served, serving
+from starlette.datastructures import Headers
+
+import nemodiff
+from nemodiff.errors import RequestError
+from nemodiff.serving.http.request_log import Record
+from nemodiff.serving.http.spans import Spans
+
+BODY = {"model": "tiny-chat", "messages": [{"role": "user", "content": "Count from 3 to 9."}], "max_tokens": 12}
+
+
+def line(served: Served) -> str:
+    assert served.process.stderr is not None
+    return served.process.stderr.readline()
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_a_line_per_request_with_the_client_s_id(tiny_engine: Path, format: str) -> None:
+    with serving(tiny_engine, "--log-format", format, "--threads", "1") as served:
+        status, headers, content = served.send("/v1/chat/completions", BODY, X_Request_Id="order-7")
+        assert (status, headers["x-request-id"]) == (200, "order-7")
+        first = line(served)
+        _, headers, _ = served.send("/v1/chat/completions", {**BODY, "mode": "no"}, X_Request_Id="x" * 129)
+        second = line(served)
+    assert len(headers["x-request-id"]) == 32  # one of the server's own
+    usage = json.loads(content)["usage"]
+    if format == "text":
+        assert "INFO request_id=order-7 method=POST path=/v1/chat/completions status=200 ms=" in first
+        assert "status=400 ms=" in second
+        return
+    record = json.loads(first)
+    assert record["time"].endswith("+00:00")
+    assert (record["level"], record["request_id"], record["status"]) == ("info", "order-7", 200)
+    assert record["completion_tokens"] == usage["completion_tokens"]
+    assert record["prompt_tokens"] == usage["prompt_tokens"]
+    assert record["finish_reasons"] == ["length"]
+    assert 0 < record["first_byte_ms"] <= record["ms"]
+    refused = json.loads(second)
+    assert (refused["request_id"], refused["status"]) == (headers["x-request-id"], 400)
+    assert "mode" not in refused
+
+
+def test_a_signal_tells_what_the_server_does(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--threads", "1", "--rows", "1") as served:
+        connection = served.connect()
+        body = {**BODY, "max_tokens": 20_000, "mode": "ar", "stream": True, "ignore_eos": True}
+        headers = {"Content-Type": "application/json", "X-Request-Id": "long"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        while b"content" not in response.readline():
+            pass
+        served.process.send_signal(signal.SIGUSR1)
+        state = json.loads(line(served))["state"]
+        connection.close()
+        assert served.settled()["nemodiff_requests_running"] == 0
+    (request,) = state["requests"]
+    assert (request["request_id"], request["path"]) == ("long", "/v1/chat/completions")
+    assert request["answers"][0]["state"] == "running"
+    assert request["answers"][0]["tokens"] > 0
+    assert state["scheduler"]["running"] == 1
+    assert state["most_memory_bytes"] > 2**20
+    assert any("scheduler" in call for call in state["threads"]["nemodiff-scheduler"])
+
+
+def test_spans_follow_one_another(tiny_engine: Path) -> None:
+    export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    exporter, provider = export.InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = Headers({"traceparent": f"00-{trace}-00f067aa0ba902b7-01"})
+    engine = nemodiff.load(tiny_engine, threads=1)
+    record = Record("r", "POST", "/v1/completions", headers, time.perf_counter())
+    for event in nemodiff.events(engine, ["Count from 3 to 9."], mode="linear_spec", block_length=8, max_new_tokens=30):
+        record.observe(0, [event])
+    record.status, record.ended = 200, time.perf_counter()
+    spans = Spans(provider)
+    spans(record)
+    *inner, root = exporter.get_finished_spans()
+    spans.close()
+    assert root.name == "POST /v1/completions"
+    assert f"{root.context.trace_id:032x}" == trace
+    assert root.attributes is not None
+    assert root.attributes["request_id"] == "r"
+    assert [span.name for span in inner[:2]] == ["queue", "prefill"]
+    assert {span.name for span in inner[2:]} == {"block"}
+    assert all(span.parent is not None and span.parent.span_id == root.context.span_id for span in inner)
+    for before, after in itertools.pairwise(inner):
+        assert before.end_time == after.start_time
+    assert all(root.start_time <= span.start_time <= span.end_time <= root.end_time for span in inner)
+    tokens: list[Any] = [span.attributes["tokens"] for span in inner[2:]]
+    assert sum(tokens) + 1 >= root.attributes["completion_tokens"] > len(tokens)
+
+
+def test_spans_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    with pytest.raises(RequestError, match=r"pip install 'nemodiff\[otel\]'"):
+        Spans()
