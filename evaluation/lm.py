@@ -31,7 +31,7 @@ _Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclasses.dataclass
 class Work:
-    """What the generated answers to a task took."""
+    """What the generated answers to a task took; seconds are the sum of each answer's own."""
 
     tokens: int = 0
     nfe: dict[PassKind, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PASS_KINDS, 0))
@@ -117,9 +117,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         """The answer to each prompt, by the task's own limits and sampling, in the mode that `options` chooses."""
 
         def prepared() -> Iterator[Request]:
-            for request in requests:
+            for number, request in enumerate(requests):
                 context, settings = request.args
-                options = make_options({**_options(settings), **self.options, "chat": False})
+                chosen = {**_options(settings), **self.options, "chat": False}
+                if chosen.get("temperature"):  # a question that a task asks several times is answered anew
+                    chosen["seed"] = chosen.get("seed", 0) + number
+                options = make_options(chosen)
                 room = self._limit - (options.max_new_tokens or _NEW_TOKENS)
                 if room < 1:
                     raise RequestError(
