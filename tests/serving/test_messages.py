@@ -130,6 +130,41 @@ def test_an_error_of_a_tool_is_said(server: Served) -> None:
     assert count(is_error=True) > count(is_error=False) == count()
 
 
+def test_what_claude_code_sends(server: Served) -> None:
+    ephemeral = {"cache_control": {"type": "ephemeral"}}
+    found = [{"type": "tool_reference", "tool_name": "clock"}]
+    body = {
+        "max_tokens": 32000,
+        "system": [{"type": "text", "text": "You are an agent."}, {"type": "text", "text": "Use tools.", **ephemeral}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What time is it?"}]},
+            {"role": "system", "content": "The user opened a file."},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "A clock.", "signature": ""},
+                    {"type": "tool_use", "id": "toolu_1", "name": "clock", "input": {}, "caller": {"type": "direct"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": found, **ephemeral}],
+            },
+        ],
+        "tools": [{**TOOLS[0], "eager_input_streaming": True, "defer_loading": False}, TOOLS[1]],
+        "metadata": {"user_id": "x"},
+        "thinking": {"type": "adaptive", "display": "omitted"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "temperature": 1,
+        "stream": True,
+    }
+    status, _, content = server.send("/v1/messages?beta=true", {"model": "tiny", **body}, x_api_key="key")
+    assert status == 200, content
+    names = [line for line in content.decode().splitlines() if line.startswith("event: ")]
+    assert (names[0], names[-1]) == ("event: message_start", "event: message_stop")
+
+
 def test_why_an_answer_ends(client: anthropic.Anthropic) -> None:
     cut = client.messages.create(model="tiny", max_tokens=3, messages=ASKED)
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 3)

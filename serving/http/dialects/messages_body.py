@@ -51,12 +51,27 @@ class ToolUseBlock(ConversationPart):
     input: dict[str, Any] = Field(default_factory=dict)
 
 
+class ToolReference(ConversationPart):
+    """A tool that was found, by its name."""
+
+    type: Literal["tool_reference"]
+    tool_name: str
+
+    @property
+    def text(self) -> str:
+        """As text."""
+        return self.tool_name
+
+
+Result = Annotated[TextBlock | ToolReference, Field(discriminator="type")]
+
+
 class ToolResultBlock(ConversationPart):
     """What a call gave."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Texts = ""
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Result], Tag("parts")], TEXT_OR_PARTS] = ""
     is_error: bool = False
 
 
@@ -136,9 +151,13 @@ class Counted(DialectBody):
         return name in _WITHOUT_EFFECT
 
     def turns(self) -> list[Mapping[str, Any]]:
-        """See `DialectBody.turns`."""
-        system = [] if not self.system else [{"role": "system", "content": _text(self.system)}]
-        return [*system, *(part for turn in self.messages for part in _parts(turn))]
+        """See `DialectBody.turns`; a system text inside of the conversation, which no template expects, is a user's."""
+        turns: list[Mapping[str, Any]] = []
+        if self.system:
+            turns.append({"role": "system", "content": _text(self.system)})
+        for part in (part for turn in self.messages for part in _parts(turn)):
+            turns.append({**part, "role": "user"} if turns and part["role"] == "system" else part)
+        return turns
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
@@ -174,7 +193,7 @@ class Messages(Counted):
         return super().options() | stop | {"max_new_tokens": self.max_tokens}
 
 
-def _text(content: str | list[TextBlock]) -> str:
+def _text(content: str | list[Any]) -> str:
     return content if isinstance(content, str) else "\n\n".join(block.text for block in content)
 
 
