@@ -21,6 +21,8 @@ FUSED = (  # the ops of the torch engine
     paged_attention.OP,
     swiglu.OP,
     *map(head_commit.op, head_commit.TILES),
+    *map(head_commit.flat_op, head_commit.TILES),
+    confidence_commit.FLAT_SAMPLED,
     *map(fp8_linear.op, fp8_linear.TILES),
 )
 

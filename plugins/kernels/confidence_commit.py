@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The kernels of `ops/confidence_commit.py`: one scans the vocabulary in splits, one applies the commit rule per row.
+"""The kernels of `ops/confidence_commit.py`: one scans the vocabulary in splits, one applies the commit rule.
 
 Every logit is read once and none is written. The sampled form adds Gumbel noise to the logits over the temperature
 before the argmax, from the same Philox words as `runtime/sampling/noise.py`, with f32 logarithms where that takes f64.
@@ -32,38 +32,32 @@ def noise(low, high, position, start, BLOCK: tl.constexpr):
 @triton.jit
 def _scan(
     logits, at, low, high, position, temperature, part, best,
-    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """One split of one position: part (4,) f32 = highest logit, sum of exp(l - highest), best score, its logit."""
+    """One split of one position: part (4,) f32 = highest logit, sum of exp(l - highest), best score, its logit.
+
+    A program reads its whole split at once, so that all of its loads are under way together.
+    """
     share = tl.program_id(1)
-    each: tl.constexpr = (V + SPLITS * BLOCK - 1) // (SPLITS * BLOCK) * BLOCK
-    highest = float("-inf")
-    total = 0.0
-    top = float("-inf")
-    value = float("-inf")
-    token = V
-    broken = V  # the first NaN
-    for start in range(share * each, tl.minimum(share * each + each, V), BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        inside = ids < V
-        x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf")).to(tl.float32)
-        x = tl.where(ids == MASK_ID, -1e30, x)
-        broken = tl.minimum(broken, tl.min(tl.where(x != x, ids, V), 0))
-        above = tl.maximum(highest, tl.max(x, 0))
-        safe = tl.where(above == float("-inf"), 0.0, above)
-        total = total * tl.exp(highest - safe) + tl.sum(tl.exp(x - safe), 0)
-        highest = above
-        score = x
-        if SAMPLED:  # noqa: SIM102 (decided when compiling, the inner one on the device)
-            if temperature > 0:
-                score = x / temperature + noise(low, high, position, start, BLOCK)
-                score = tl.where(ids == MASK_ID, -1e30, tl.where(inside, score, float("-inf")))
-        block_top = tl.max(score, 0)
-        block_token = tl.min(tl.where((score == block_top) & inside, ids, V), 0)
-        if block_top > top or (token == V and block_token < V):
-            top = block_top
-            token = block_token
-            value = tl.max(tl.where(ids == block_token, x, float("-inf")), 0)
+    start = share * BLOCK
+    ids = start + tl.arange(0, BLOCK)
+    inside = ids < V
+    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
+    broken = tl.min(tl.where(x != x, ids, V), 0)  # the first NaN
+    highest = tl.max(x, 0)
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(x - safe), 0)
+    score = x
+    if SAMPLED:  # noqa: SIM102 (decided when compiling, the inner one on the device)
+        if temperature > 0:
+            score = x / temperature + noise(low, high, position, start, BLOCK)
+            score = tl.where(ids == MASK_ID, -1e30, score)
+            score = tl.where(inside, score, float("-inf"))
+    top = tl.max(score, 0)
+    token = tl.min(tl.where((score == top) & inside, ids, V), 0)
+    value = tl.max(tl.where(ids == token, x, float("-inf")), 0)
     if broken < V:
         token = broken
         top = float("nan")
@@ -101,9 +95,24 @@ def sampled_scan(
 
 
 @triton.jit
-def _merge(part, best, first, r, R, SPLITS: tl.constexpr):
+def flat_sampled_scan(
+    logits, temperature, seed, position, part, best,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`sampled_scan` with temperature (R,) f32, seed (R, 2) and position (R,) i32."""
+    at = tl.program_id(0)
+    low = tl.load(seed + at * 2)
+    high = tl.load(seed + at * 2 + 1)
+    _scan(
+        logits, at, low, high, tl.load(position + at), tl.load(temperature + at), part, best,
+        V, MASK_ID, SPLITS, BLOCK, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge(part, best, first, r, R, SPLITS: tl.constexpr, LANES: tl.constexpr):
     """Token and confidence of some positions of one row, (BLOCK_R,) each; a NaN logit gives its own id and NaN."""
-    share = tl.arange(0, SPLITS)
+    share = tl.arange(0, LANES)
     inside = (r < R)[:, None] & (share < SPLITS)[None, :]
     place = (first + r).to(tl.int64)[:, None] * SPLITS + share[None, :]
     highest = tl.load(part + place * 4, mask=inside, other=0.0)
@@ -111,6 +120,11 @@ def _merge(part, best, first, r, R, SPLITS: tl.constexpr):
     top = tl.load(part + place * 4 + 2, mask=inside, other=0.0)
     value = tl.load(part + place * 4 + 3, mask=inside, other=0.0)
     token = tl.load(best + place, mask=inside, other=0)
+    is_share = (share < SPLITS)[None, :]  # and not one of the lanes behind the last
+    highest = tl.where(is_share, highest, float("-inf"))
+    total = tl.where(is_share, total, 0.0)
+    top = tl.where(is_share, top, float("-inf"))
+    token = tl.where(is_share, token, 2147483647)
     broken = top != top
     any_broken = tl.max(broken.to(tl.int32), 1) > 0
     above = tl.max(highest, 1)
@@ -125,23 +139,20 @@ def _merge(part, best, first, r, R, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def commit(
-    part, best, ids, threshold, R, token, confidence, next_ids, masks_left,
-    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr,
+def _commit(
+    part, best, ids, bar, first, R, token, confidence, next_ids,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row.
+    """The commit rule of positions first..first + R - 1, and the number of masks it leaves.
 
     The most confident open position is the leftmost of equals, and NaN counts as the highest confidence, as numpy's
     argmax has it, so that a broken engine commits and is noticed instead of looping.
     """
-    row = tl.program_id(0)
-    first = row * R
-    bar = tl.load(threshold + row)
     surest = -1.0
     where = -1
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        chosen, sure = _merge(part, best, first, r, R, SPLITS)
+        chosen, sure = _merge(part, best, first, r, R, SPLITS, LANES)
         tl.store(token + first + r, chosen, mask=r < R)
         tl.store(confidence + first + r, sure, mask=r < R)
         is_open = (r < R) & (tl.load(ids + first + r, mask=r < R, other=0) == MASK_ID)
@@ -153,10 +164,37 @@ def commit(
     left = 0
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        chosen, sure = _merge(part, best, first, r, R, SPLITS)
+        chosen, sure = _merge(part, best, first, r, R, SPLITS, LANES)
         before = tl.load(ids + first + r, mask=r < R, other=0)
         commits = ((sure >= bar) | (r == where)) & (before == MASK_ID)
         after = tl.where(commits, chosen, before)
         tl.store(next_ids + first + r, after, mask=r < R)
         left += tl.sum(((after == MASK_ID) & (r < R)).to(tl.int32), 0)
+    return left
+
+
+@triton.jit
+def commit(
+    part, best, ids, threshold, R, token, confidence, next_ids, masks_left,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row."""
+    row = tl.program_id(0)
+    bar = tl.load(threshold + row)
+    left = _commit(part, best, ids, bar, row * R, R, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R)
     tl.store(masks_left + row, left)
+
+
+@triton.jit
+def flat_commit(
+    part, best, ids, span, threshold, token, confidence, next_ids,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """ids and threshold (R,), span (R, 2) -> the op's outputs; the program of a span's first position does the span."""
+    at = tl.program_id(0)
+    begin = tl.load(span + at * 2)
+    if at != begin:
+        return
+    count = tl.load(span + at * 2 + 1) - begin
+    bar = tl.load(threshold + at)
+    _commit(part, best, ids, bar, begin, count, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R)

@@ -19,10 +19,30 @@ def head_scan(
 
     kept (B, R, W) f32 gets the logits if W is V, and nothing if not.
     """
+    _scan(x, weight, kept, B * R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E)
+
+
+@triton.jit
+def flat_head_scan(
+    x, weight, kept, R, W, tile_part, tile_best,
+    V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The same for x (R, E)."""
+    _scan(x, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E)
+
+
+@triton.jit
+def _scan(
+    x, weight, kept, positions, W, tile_part, tile_best,
+    V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One tile of positions and vocabulary."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
-    real = m < B * R
+    real = m < positions
     inside = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, E, BLOCK_E):
@@ -55,19 +75,18 @@ def head_scan(
 @triton.jit
 def head_reduce(
     tile_part, tile_best, part, best,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """tile_part (B, R, TILES, 4), tile_best (B, R, TILES) -> part (B, R, SPLITS, 4), best (B, R, SPLITS).
 
     One program per position.
     """
     position = tl.program_id(0).to(tl.int64)
-    share = tl.arange(0, SPLITS)
-    n = tl.arange(0, BLOCK)[None, :]
-    tile = share[:, None] * SHARE + n
-    real = (n < SHARE) & (tile < TILES)
+    share = tl.arange(0, LANES)
+    tile = share[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    real = tile < TILES
     place = position * TILES + tile
-    highest = tl.load(tile_part + place * 4, mask=real, other=float("-inf"))  # (SPLITS, BLOCK) f32
+    highest = tl.load(tile_part + place * 4, mask=real, other=float("-inf"))  # (LANES, SHARE) f32
     total = tl.load(tile_part + place * 4 + 1, mask=real, other=0.0)
     top = tl.load(tile_part + place * 4 + 2, mask=real, other=float("-inf"))
     token = tl.load(tile_best + place, mask=real, other=2147483647)
@@ -79,8 +98,8 @@ def head_reduce(
     best_top = tl.max(tl.where(broken, float("-inf"), top), 1)
     wins = tl.where(any_broken[:, None], broken, top == best_top[:, None])
     to = position * SPLITS + share
-    tl.store(part + to * 4, above)
-    tl.store(part + to * 4 + 1, summed)
-    tl.store(part + to * 4 + 2, tl.where(any_broken, float("nan"), best_top))
-    tl.store(part + to * 4 + 3, best_top)
-    tl.store(best + to, tl.min(tl.where(wins, token, 2147483647), 1))
+    tl.store(part + to * 4, above, mask=share < SPLITS)
+    tl.store(part + to * 4 + 1, summed, mask=share < SPLITS)
+    tl.store(part + to * 4 + 2, tl.where(any_broken, float("nan"), best_top), mask=share < SPLITS)
+    tl.store(part + to * 4 + 3, best_top, mask=share < SPLITS)
+    tl.store(best + to, tl.min(tl.where(wins, token, 2147483647), 1), mask=share < SPLITS)

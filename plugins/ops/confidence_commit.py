@@ -11,19 +11,24 @@ threshold takes its token, and always the most confident one does (the leftmost 
 (B, R) i32: where a row's temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise
 that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
 and has no function body: on a CPU the host samples.
+
+`FLAT_SAMPLED` is that for positions of any number of rows: logits (R, V), ids, threshold, temperature and position (R),
+seed (R, 2), and span (R, 2) i32, the begin and end of the positions among which the rule chooses, the same for all of
+them. `flat_reference` specifies its rule; there is no masks_left.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.parser
 
 from ...config import ModelConfig
-from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
 
-SPLITS = 16  # shares of the vocabulary
-BLOCK = 2048  # vocabulary entries of a step, a multiple of 4
+SHARE = 2048  # vocabulary entries of a program, read at once; a multiple of 4, as noise comes in fours
 BLOCK_R = 16  # positions of a step of the commit rule
 
 # -1e30 and not -inf: it is safe in TensorRT's f16 paths, and in exp(x - x), where -inf gives NaN.
@@ -94,23 +99,43 @@ def reference(
     return token, confidence, next_ids, (next_ids == mask_id).sum(1).astype(np.int32)
 
 
+def flat_reference(
+    logits: np.ndarray, ids: np.ndarray, span: np.ndarray, threshold: np.ndarray, mask_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rule over flat positions, span after span; shapes as in the module's docstring."""
+    parts = [
+        reference(logits[None, begin:end], ids[None, begin:end], threshold[None, begin], mask_id)[:3]
+        for begin, end in np.unique(span, axis=0)
+    ]
+    token, confidence, next_ids = (np.concatenate([part[i][0] for part in parts]) for i in range(3))
+    return token, confidence, next_ids
+
+
 def _scan_constants(model: ModelConfig) -> Constants:
-    return {"V": model.vocab_size, "MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK": BLOCK}
+    sizes = {"V": model.vocab_size, "MASK_ID": model.mask_id}
+    return {**sizes, "SPLITS": ceil_div(model.vocab_size, SHARE), "BLOCK": SHARE}
+
+
+def splits(dims: Dims, ceil: Ceil) -> Any:
+    """Shares of the vocabulary."""
+    return ceil(dims["V"], SHARE)
 
 
 def _scan_grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["B"] * dims["R"], SPLITS, 1
+    return dims["B"] * dims["R"], splits(dims, ceil), 1
 
 
 def _commit_constants(model: ModelConfig) -> Constants:
-    return {"MASK_ID": model.mask_id, "SPLITS": SPLITS, "BLOCK_R": BLOCK_R}
+    shares = ceil_div(model.vocab_size, SHARE)
+    lanes = 1 << (shares - 1).bit_length()
+    return {"MASK_ID": model.mask_id, "SPLITS": shares, "LANES": lanes, "BLOCK_R": BLOCK_R}
 
 
 def _commit_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"], 1, 1
 
 
-_SCAN = (Arg("part", "f32", ("B", "R", SPLITS, 4)), Arg("best", "i32", ("B", "R", SPLITS)))
+_SCAN = (Arg("part", "f32", ("B", "R", splits, 4)), Arg("best", "i32", ("B", "R", splits)))
 _OUTPUTS = (
     Arg("token", "i32", ("B", "R")),
     Arg("confidence", "f32", ("B", "R")),
@@ -125,7 +150,7 @@ _COMMIT = Stage(
     outputs=_OUTPUTS,
     constants=_commit_constants,
     grid=_commit_grid,
-    num_warps=1,
+    num_warps=4,
 )
 _INPUTS = (
     Arg("logits", "logits", ("B", "R", "V")),
@@ -152,7 +177,7 @@ OP = Op(
             outputs=_SCAN,
             constants=_scan_constants,
             grid=_scan_grid,
-            num_warps=8,
+            num_warps=4,
         ),
         _COMMIT,
     ),
@@ -172,8 +197,45 @@ SAMPLED = Op(
             outputs=_SCAN,
             constants=_scan_constants,
             grid=_scan_grid,
-            num_warps=8,
+            num_warps=4,
         ),
         _COMMIT,
+    ),
+)
+
+FLAT_SCAN = (Arg("part", "f32", ("R", splits, 4)), Arg("best", "i32", ("R", splits)))
+FLAT_INPUTS = (Arg("ids", "i32", ("R",)), Arg("span", "i32", ("R", 2)), Arg("threshold", "f32", ("R",)))
+FLAT_OUTPUTS = (Arg("token", "i32", ("R",)), Arg("confidence", "f32", ("R",)), Arg("next_ids", "i32", ("R",)))
+FLAT_COMMIT = Stage(
+    "FlatCommitRule",
+    "confidence_commit.flat_commit",
+    inputs=("part", "best", *(arg.name for arg in FLAT_INPUTS)),
+    scalars=(),
+    outputs=FLAT_OUTPUTS,
+    constants=_commit_constants,
+    grid=lambda dims, ceil: (dims["R"], 1, 1),
+)
+_FLAT_NOISE = (
+    Arg("temperature", "f32", ("R",)),
+    Arg("seed", "i32", ("R", 2)),
+    Arg("position", "i32", ("R",)),
+)
+
+FLAT_SAMPLED = Op(
+    "FlatSampledCommit",
+    inputs=(Arg("logits", "f32", ("R", "V")), *FLAT_INPUTS, *_FLAT_NOISE),
+    outputs=FLAT_OUTPUTS,
+    attributes=(),
+    stages=(
+        Stage(
+            "FlatSampledScan",
+            "confidence_commit.flat_sampled_scan",
+            inputs=("logits", "temperature", "seed", "position"),
+            scalars=(),
+            outputs=FLAT_SCAN,
+            constants=_scan_constants,
+            grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
+        ),
+        FLAT_COMMIT,
     ),
 )

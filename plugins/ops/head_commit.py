@@ -6,7 +6,8 @@ x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of lo
 (B, R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
 highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the
 commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may choose
-another of two near-equal entries.
+another of two near-equal entries. `flat_op` is the same for flat positions: x (R, E), ids and threshold (R), kept
+(R, W) and span (R, 2) as in `confidence_commit.FLAT_SAMPLED`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import functools
 import numpy as np
 
 from ...config import ModelConfig
-from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
 from . import confidence_commit
-from .confidence_commit import SPLITS
+from .confidence_commit import FLAT_COMMIT, FLAT_INPUTS, FLAT_OUTPUTS, FLAT_SCAN, SHARE
 
 TILES = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
 BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
@@ -47,9 +48,8 @@ def _scan_grid(dims: Dims, ceil: Ceil, tile: int) -> Grid:
 
 
 def _reduce_constants(model: ModelConfig) -> Constants:
-    tiles = -(-model.vocab_size // BLOCK_V)
-    share = -(-tiles // SPLITS)
-    return {"TILES": tiles, "SPLITS": SPLITS, "SHARE": share, "BLOCK": max(2, 1 << (share - 1).bit_length())}
+    sizes = {"TILES": ceil_div(model.vocab_size, BLOCK_V), "SPLITS": ceil_div(model.vocab_size, SHARE)}
+    return {**sizes, "LANES": 1 << (sizes["SPLITS"] - 1).bit_length(), "SHARE": SHARE // BLOCK_V}
 
 
 def _reduce_grid(dims: Dims, ceil: Ceil) -> Grid:
@@ -96,5 +96,44 @@ def op(tile: int) -> Op:
                 grid=_reduce_grid,
             ),
             _COMMIT,
+        ),
+    )
+
+
+@functools.cache
+def flat_op(tile: int) -> Op:
+    """The op over flat positions for tiles of `tile` of them, one of TILES."""
+    tile_outputs = (Arg("tile_part", "f32", ("R", _tiles, 4)), Arg("tile_best", "i32", ("R", _tiles)))
+    return Op(
+        "FlatHeadCommit",
+        inputs=(
+            Arg("x", "compute", ("R", "E")),
+            Arg("weight", "compute", ("V", "E")),
+            *FLAT_INPUTS,
+            Arg("kept", "f32", ("R", "W")),
+        ),
+        outputs=FLAT_OUTPUTS,
+        attributes=(),
+        stages=(
+            Stage(
+                f"FlatHeadScan{tile}",
+                "head_commit.flat_head_scan",
+                inputs=("x", "weight", "kept"),
+                scalars=("R", "W"),
+                outputs=tile_outputs,
+                constants=functools.partial(_scan_constants, tile=tile),
+                grid=lambda dims, ceil: (ceil(dims["R"], tile), ceil(dims["V"], BLOCK_V), 1),
+                num_stages=3,
+            ),
+            Stage(
+                "HeadReduce",  # compiled once for both ops
+                "head_commit.head_reduce",
+                inputs=("tile_part", "tile_best"),
+                scalars=(),
+                outputs=FLAT_SCAN,
+                constants=_reduce_constants,
+                grid=lambda dims, ceil: (dims["R"], 1, 1),
+            ),
+            FLAT_COMMIT,
         ),
     )

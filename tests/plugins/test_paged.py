@@ -1,4 +1,4 @@
-"""Attention over pages, its plan and the write into pages against their references, interpreted or on a GPU.
+"""What works on flat tokens of any rows, over pages, against its references, interpreted or on a GPU.
 
 Pages lie in any order and hold NaN where no token of their row looks; page numbers past a row's end lead nowhere.
 """
@@ -14,12 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import DEVICE, INTERPRETED, TYPES, bf16_products, causal, groups, launch, rounded
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, TYPES, bf16_products, causal, groups, launch, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
+from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Arg, run
-from nemodiff.plugins.ops import paged_attention, rope_write
+from nemodiff.plugins.ops import confidence_commit, head_commit, paged_attention, rope_write
 from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
@@ -275,3 +276,68 @@ def test_rotation_writes_into_pages(
     np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(inputs["k_pages"], expected["k_pages"], rtol=2e-6, atol=1e-6)
     np.testing.assert_array_equal(inputs["v_pages"], expected["v_pages"])
+
+
+SPANS = [3, 1, 18, 1, 1]  # predictions of each row
+
+
+def flat_rule(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """ids, span and threshold of predictions of several rows."""
+    rng = np.random.default_rng(seed)
+    total = sum(SPANS)
+    ids = rng.integers(0, vocab, total).astype(np.int32)
+    ids[rng.random(total) < 0.7] = MASK
+    end = np.repeat(np.cumsum(SPANS), SPANS)
+    span = np.stack([end - np.repeat(SPANS, SPANS), end], 1).astype(np.int32)
+    threshold = np.repeat(rng.uniform(0, 0.3, len(SPANS)), SPANS).astype(np.float32)
+    return {"ids": ids, "span": span, "threshold": threshold}
+
+
+@pytest.mark.parametrize("tile", head_commit.TILES)
+def test_flat_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
+    rng = np.random.default_rng(3)
+    vocab, width = 500, 40
+    x, weight = ((rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((sum(SPANS), width), (vocab, width)))
+    model = dataclasses.replace(tiny, vocab_size=vocab, hidden_size=width, mask_id=MASK)
+    rule = flat_rule(vocab)
+    logits = x @ weight.T
+    expected = confidence_commit.flat_reference(logits, **rule, mask_id=MASK)
+    kept = np.full((sum(SPANS), vocab), 7, np.float32)
+    token, confidence, next_ids = launch(head_commit.flat_op(tile), model, x=x, weight=weight, **rule, kept=kept)
+    np.testing.assert_array_equal(token, expected[0])
+    np.testing.assert_allclose(confidence, expected[1], rtol=2e-5)
+    np.testing.assert_array_equal(next_ids, expected[2])
+    if INTERPRETED:  # elsewhere it is a copy on the device
+        np.testing.assert_array_equal(kept, logits)
+
+
+def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
+    """Every position has a temperature and a seed of its own; the rule chooses by the samples' confidences."""
+    rng = np.random.default_rng(5)
+    vocab, total = 700, sum(SPANS)
+    model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
+    rule = flat_rule(vocab)
+    logits = (rng.standard_normal((total, vocab)) * 3).astype(np.float32)
+    noise = {
+        "temperature": np.where(np.arange(total) % 3, 0.8, 0).astype(np.float32),
+        "seed": rng.integers(-(2**31), 2**31, (total, 2)).astype(np.int32),
+        "position": np.arange(total, dtype=np.int32) * 7,
+    }
+    flat_case = {"logits": logits, **rule, **noise}
+    token, confidence, next_ids = launch(confidence_commit.FLAT_SAMPLED, model, **flat_case)
+    alone = {
+        **flat_case,
+        "logits": logits[:, None],
+        "ids": rule["ids"][:, None],
+        "position": noise["position"][:, None],
+    }
+    del alone["span"]
+    by_rows = launch(SAMPLED, model, **alone)
+    np.testing.assert_array_equal(token, by_rows[0][:, 0])
+    np.testing.assert_array_equal(confidence, by_rows[1][:, 0])
+    for begin, end in np.unique(rule["span"], axis=0):
+        here = slice(begin, end)
+        is_open = rule["ids"][here] == MASK
+        rank = np.where(is_open, confidence[here], -1)
+        commits = is_open & ((rank >= rule["threshold"][begin]) | (np.arange(end - begin) == rank.argmax()))
+        np.testing.assert_array_equal(next_ids[here], np.where(commits, token[here], rule["ids"][here]))

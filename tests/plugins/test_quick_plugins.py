@@ -20,6 +20,7 @@ from stand_ins.checkpoints import TINY_CHAT
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import compile_kernels
 from nemodiff.plugins import OPS
+from nemodiff.plugins.ops.confidence_commit import SHARE
 
 pytestmark = [
     pytest.mark.trt,
@@ -63,11 +64,12 @@ def test_every_stage_is_a_plugin_with_its_own_kernel(driven: tuple[dict[str, Any
 def test_shapes_and_types_are_the_ops(driven: tuple[dict[str, Any], dict[str, int], Path]) -> None:
     answers, d, _ = driven
     tiles = -(-7 * (d["H"] // d["G"]) // 64) * 2 * d["G"]
+    shares = -(-d["V"] // SHARE)
     split, merge, scan, rule = answers.values()
     assert split["shapes"] == [[tiles + 256, 64, d["D"]], [tiles + 256, 64, 2]]
     assert split["types"] == ["FLOAT", "FLOAT"]
     assert (merge["shapes"], merge["types"]) == ([[2, d["H"], 7, d["D"]]], ["BF16"])
-    assert (scan["shapes"], scan["types"]) == ([[2, 5, 16, 4], [2, 5, 16]], ["FLOAT", "INT32"])
+    assert (scan["shapes"], scan["types"]) == ([[2, 5, shares, 4], [2, 5, shares]], ["FLOAT", "INT32"])
     assert rule["shapes"] == [[2, 5], [2, 5], [2, 5], [2]]
     assert rule["types"] == ["INT32", "FLOAT", "INT32", "INT32"]
     assert split["formats"] == ["BF16", "BF16", "BF16", "INT32", "FLOAT", "FLOAT"]
@@ -76,11 +78,12 @@ def test_shapes_and_types_are_the_ops(driven: tuple[dict[str, Any], dict[str, in
 def test_launches_are_the_kernels(driven: tuple[dict[str, Any], dict[str, int], Path]) -> None:
     """The grid by the shapes, the block and shared memory by the compiled kernel, the scalars the kernel's."""
     answers, d, _ = driven
+    shares = -(-d["V"] // SHARE)
     grids = {name: tuple(answer["launch"][f"grid_{axis}"] for axis in "xyz") for name, answer in answers.items()}
     assert grids == {
         "BlockAttentionSplit": (1, 2 * d["G"], 16),
         "BlockAttentionMerge": (2 * d["H"], 7, 1),
-        "ConfidenceCommitScan": (10, 16, 1),
+        "ConfidenceCommitScan": (10, shares, 1),
         "ConfidenceCommitRule": (2, 1, 1),
     }
     assert [answer["scalars"] for answer in answers.values()] == [[7, 600], [7], [], [5]]
