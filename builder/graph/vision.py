@@ -1,7 +1,8 @@
 """The vision tower and the projector behind it as a second ONNX graph: from patches to embeddings of image tokens.
 
 A Pixtral tower is a bidirectional transformer whose positions are rows and columns. An image's patches see one another
-and no other image's, which is what `visible` says of spans, so the decoder's attention op serves here too.
+and no other image's, which is what `visible` says of spans, so the decoder's attention op serves here too. On ONNX
+Runtime, which holds all scores of an attention at once, the heads come one after the other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from ...config import ModelConfig
 from ...contract import Dtype, vision_inputs, vision_outputs
@@ -23,25 +24,26 @@ _TOWER = "encoder.vision_tower"
 _PROJECTOR = "encoder.multi_modal_projector"
 
 
-def build_vision_graph(model: ModelConfig, dtype: Dtype, *, finite: bool = False) -> Graph:
+def build_vision_graph(model: ModelConfig, dtype: Dtype, *, fused: bool = False) -> Graph:
     """Write the graph.
 
     Args:
         model: one that sees images.
         dtype: of the weights and the arithmetic.
-        finite: what a patch does not see is hidden by a finite number, for TensorRT.
+        fused: take the decoder's attention op with all heads at once, for TensorRT.
     """
     vision = model.vision
     assert vision is not None
     w = GraphWriter(dtype, VISION_WEIGHTS_FILE)
     x = _add_patches(w, vision)
     _add_rotation(w, vision)
+    if not fused:
+        _add_mask(w)
     for layer in range(vision.num_layers):
-        x = _add_attention(w, vision, layer, x)
+        x = _add_attention(w, vision, layer, x, fused)
         x = _add_mlp(w, vision, layer, x)
     _add_projector(w, model, vision, x)
-    hidden = block_attention.FINITE[dtype] if finite else -math.inf
-    functions = [block_attention.function(hidden)]
+    functions = [block_attention.function(block_attention.FINITE[dtype])] if fused else []
     return make_graph(w, "nemodiff_vision", dtype, {}, vision_inputs(vision), vision_outputs(model), functions)
 
 
@@ -80,7 +82,34 @@ def _add_rotation(w: GraphWriter, vision: VisionConfig) -> None:
     w.node("Range", ["slots.zero", count, "slots.one"], "slots")  # (N,) i32
 
 
-def _add_attention(w: GraphWriter, vision: VisionConfig, layer: int, x: str) -> str:
+def _add_mask(w: GraphWriter) -> None:
+    """What hides the patches of other images, (N, N)."""
+    visible = w.node("Squeeze", ["visible", "rows.axis"], "mask.visible")
+    for at, name in ((1, "begin"), (2, "end")):
+        w.constant(f"mask.{name}.at", np.array([at], np.int64))
+        w.node("Gather", [visible, f"mask.{name}.at"], f"mask.{name}", axis=1)  # (N, 1)
+    begun = w.node("GreaterOrEqual", ["slots", "mask.begin"], "mask.begun")
+    seen = w.node("And", [begun, w.node("Less", ["slots", "mask.end"], "mask.before_end")], "mask.seen")
+    nothing = w.constant("mask.nothing", np.zeros((), w.dtype))
+    hidden = w.constant("mask.hidden", np.full((), -math.inf, w.dtype))
+    w.node("Where", [seen, nothing, hidden], "mask")
+
+
+def _scan_heads(w: GraphWriter, heads: list[str], name: str, scale: float) -> None:
+    """Attention head by head: q, k and v (1, H, N, D), the result is named `name`.
+
+    At 10,000 patches the scores of one head are 400 MB.
+    """
+    kind = helper.np_dtype_to_tensor_dtype(w.dtype)
+    q, k, v, y = (helper.make_tensor_value_info(f"{name}.head.{part}", kind, [1, "N", "D"]) for part in "qkvy")
+    inputs = [q.name, k.name, v.name, "mask"]
+    node = helper.make_node("Attention", inputs, [y.name], scale=scale, q_num_heads=1, kv_num_heads=1)
+    body = helper.make_graph([node], f"{name}.heads", [q, k, v], [y])
+    axes = {"scan_input_axes": [1, 1, 1], "scan_output_axes": [1], "num_scan_inputs": 3}
+    w.node("Scan", heads, name, body=body, **axes)
+
+
+def _add_attention(w: GraphWriter, vision: VisionConfig, layer: int, x: str, fused: bool) -> str:
     """x + o_proj(attention(norm(x)))."""
     at, source = f"layers.{layer}", f"{_TOWER}.transformer.layers.{layer}"
     size = vision.hidden_size
@@ -95,8 +124,12 @@ def _add_attention(w: GraphWriter, vision: VisionConfig, layer: int, x: str) -> 
         inputs = [heads[part], "rope.cos", "rope.sin"]
         heads[part] = w.node("RotaryEmbedding", inputs, f"{at}.attention.{part}_rope")
     name = f"{at}.attention"
-    inputs = [heads["q"], heads["k"], heads["v"], "visible", "slots"]
-    w.plugin("BlockAttention", inputs, [name], name, scale=float(vision.head_dim**-0.5))
+    scale = float(vision.head_dim**-0.5)
+    if fused:
+        inputs = [heads["q"], heads["k"], heads["v"], "visible", "slots"]
+        w.plugin("BlockAttention", inputs, [name], name, scale=scale)
+    else:
+        _scan_heads(w, [heads[part] for part in "qkv"], name, scale)
     merged = w.node("Transpose", [name], f"{name}.rows", perm=[0, 2, 1, 3])
     merged = w.node("Reshape", [merged, "shape.merged"], f"{name}.merged")
     out = w.linear(merged, f"{name}.o_proj", f"{source}.attention.o_proj.weight", size, size)
