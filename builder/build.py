@@ -35,6 +35,7 @@ from ..engine_folder import (
     TENSORS_FILE,
     TOKENIZER_FILE,
     VISION_MODEL_FILE,
+    VISION_TENSORS_FILE,
     VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
     EngineInfo,
@@ -221,7 +222,11 @@ class Builder:
         digests = {weights.name: digest}
         if self.backend != "torch":
             onnx.save(self.graph.proto, stage / MODEL_FILE)
-        if self.vision:
+        if self.vision and self.backend == "torch":
+            graph, header = as_safetensors(self.vision)
+            weights = stage / VISION_TENSORS_FILE
+            digests[weights.name] = write_weights(graph, self.tensors, weights, advance, header=header)
+        elif self.vision:
             weights = stage / VISION_WEIGHTS_FILE
             digests[weights.name] = write_weights(self.vision, self.tensors, weights, advance)
             onnx.save(self.vision.proto, stage / VISION_MODEL_FILE)

@@ -67,6 +67,7 @@ def layouts(info: EngineInfo, shape: PassShape) -> tuple[Layout, Layout]:
 def _layout(bindings: Sequence[Binding], shape: PassShape) -> Layout:
     """The small bindings one after the other; caches and logits have memory of their own."""
     lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted}
+    lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
     places = {}
     end = 0
     for binding in bindings:
@@ -100,6 +101,12 @@ def fill(arrays: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> N
         ids[size:] = int(mask_id == 0)  # any id but the mask
         pos[size:] = own
         visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
+    if "embedding" in arrays:
+        arrays["embedding"][row] = -1
+        if p.embedded is not None:
+            places = row * ids.size + p.embedded
+            arrays["embedding"][row, p.embedded] = places
+            arrays["embeddings"][places] = p.embeddings
     if "seed" in arrays:
         predicted_ids = ids[predicted]
         arrays["temperature"][row] = p.temperature

@@ -155,6 +155,19 @@ def test_tokens_are_those_of_the_reference(checkpoint: Path, engine: LoadedEngin
     assert list(reference.ar(model, sequence.prompt, 24, model.eos).tokens) != list(expected.tokens)
 
 
+@pytest.mark.torch
+def test_torch_sees_the_same(checkpoint: Path, engine: LoadedEngine, tmp_path: Path) -> None:
+    folder = Builder(checkpoint, tmp_path / "torch", backend="torch", dtype="f32").run()
+    torch_engine = nemodiff.load(folder, device="cpu")
+    image = seen(engine, picture(30, 20))
+    np.testing.assert_allclose(torch_engine.backend.see(image), engine.backend.see(image), rtol=2e-4, atol=2e-5)
+    prompts = [asked(picture(30, 20), picture(9, 40, 1)), asked(text="Hello"), asked(picture(16, 16))]
+    for mode in MODES:
+        expected = [nemodiff.generate(engine, one, mode=mode, max_new_tokens=16).token_ids for one in prompts]
+        answers = nemodiff.generate_many(torch_engine, prompts, rows=3, mode=mode, max_new_tokens=16)
+        assert [answer.token_ids for answer in answers] == expected
+
+
 def test_images_are_told_apart_by_their_content(engine: LoadedEngine) -> None:
     prompts = [asked(picture(40, 40, seed)) for seed in (0, 1, 0, 1)]
     alone = [nemodiff.generate(engine, prompt, max_new_tokens=8) for prompt in prompts]
@@ -376,7 +389,7 @@ def test_another_image_token_in_the_config_is_told(tmp_path: Path) -> None:
 
 def test_what_no_backend_or_twin_has_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no graph for the images"):
-        Builder(checkpoint, tmp_path / "engine", backend="torch")
+        Builder(checkpoint, tmp_path / "engine", backend="tensorrt-rtx", headers_only=True)
     with pytest.raises(BuildError, match="sees images"):
         Exporter(checkpoint, tmp_path / "twin")
     with pytest.raises(BuildError, match="multiples of 8"):

@@ -18,10 +18,12 @@ import numpy as np
 
 from ....contract import cache_names
 from ....engine_folder import EngineInfo
+from ...images.image import Image
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, fill, layouts, rounded
 from .device import Buffer, Graph, TorchDevice
 from .model import TorchModel
+from .vision import TorchVision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +67,7 @@ class TorchEngine:
         self.static = self.device.is_gpu or self.graphs  # shapes are rounded and caches taken whole
         with self.device.use(folder):
             self.model = TorchModel(folder, info, self.device.name, self.device.is_gpu if kernels is None else kernels)
+            self._vision = TorchVision(folder, info, self.device.name) if info.model.vision else None
         self.samples = self.model.kernels
         self._closed: list[TorchCache] = []
         self.lock = threading.RLock()  # of the stream and _closed: requests may run in several threads
@@ -81,6 +84,12 @@ class TorchEngine:
             self._closed.remove(cache)
             cache.seconds = 0.0
             return cache
+
+    def see(self, image: Image) -> np.ndarray:
+        """See `engine.SeeingEngine.see`."""
+        assert self._vision is not None
+        with self.lock, self.device.use(self.folder):
+            return self._vision.see(image)
 
     def take_back(self, cache: TorchCache) -> None:
         """Keep a closed cache for the next request; on a CPU not one that has grown, for its memory."""
@@ -121,6 +130,7 @@ class TorchCache:
             predicted,
             logits=any(p.logits for p in passes),
             sampled=any(p.temperature for p in passes),
+            embedded=any(p.embedded is not None for p in passes),
         )
         with engine.lock, engine.device.use(engine.folder):
             self._reserve(max(p.write_at for p in passes) + tokens)

@@ -86,6 +86,8 @@ class TorchModel:
         gate = inputs["adapter"][:, :, None].to(self.dtype) if "adapter" in inputs else None  # (B, S, 1) compute
         mask = None if self.kernels else self._mask(visible, end)
         total = functional.embedding(inputs["ids"], self.embed)  # (B, S, E) compute
+        if "embedding" in inputs:
+            total = self._given(inputs["embedding"], inputs["embeddings"], total)
         x = self._normed(total, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
@@ -107,6 +109,13 @@ class TorchModel:
         choose = self._choose_by_kernel if self.kernels else self._choose
         head_logits = choose(x, ids, inputs, outputs, logits)
         return head_logits if logits else None
+
+    def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
+        """The tokens' own embeddings (B, S, E), or where `index` is not negative the given one of that number."""
+        import torch
+
+        given = embeddings.to(self.dtype)[index.clamp(min=0).long()]
+        return torch.where((index >= 0)[:, :, None], given, own)
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of each position's angles, (B, S, D/2) compute; pos (B, S) i32."""
