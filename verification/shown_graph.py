@@ -70,6 +70,7 @@ class ShownGraph:
             "rows": np.arange(size, dtype=np.int32)[None],
             "threshold": np.zeros(1, np.float32),
             **({"adapter": block.gate[None]} if self._info.has_adapter else {}),
+            **(self._no_image(size) if self._info.model.vision else {}),
             **caches,
         }
         outputs = [f"{name}_out" for name in self._caches]
@@ -78,6 +79,11 @@ class ShownGraph:
             caches[name] = value
             yield name, value[:, :, block.prefix : block.prefix + size]
         yield from zip(self._taps, results[len(outputs) :], strict=True)
+
+    def _no_image(self, size: int) -> dict[str, np.ndarray]:
+        """No embedding stands in the place of a token's own."""
+        none = np.full((1, size), -1, np.int32)
+        return {"embedding": none, "embeddings": np.zeros((1, self._info.model.hidden_size), np.float32)}
 
 
 def _flat(value: np.ndarray) -> np.ndarray:
