@@ -511,10 +511,35 @@ def test_a_live_run_is_saved_as_the_same_file(
     expect(page.locator("form")).to_have_count(0)
 
 
+def test_calls_and_warnings_stand_beside_the_text(page: Page, xml_tool_engine: Path, tmp_path: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "format": "town"}, "n": {"enum": [HOSTILE[0]]}},
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {**schema, "required": ["n"]}}}
+    loaded = nemodiff.load(xml_tool_engine, threads=1)
+    options: dict[str, Any] = {"tools": [tool], "tool_choice": "weather", "max_new_tokens": 300}
+    events = [as_dict(event) for event in nemodiff.events(loaded, [PROMPT], steps=True, **options)]
+    generation = events[-1]["generation"]
+    (tmp_path / "run.html").write_text(html([("calls", events)]))
+    page.goto((tmp_path / "run.html").as_uri())
+    shown = page.get_by_label("Calls of tools").get_by_role("listitem").all_text_contents()
+    (call,) = generation["tool_calls"]
+    assert [(text.split(" ")[0], json.loads(text.partition(" ")[2])) for text in shown] == [
+        ("weather", json.loads(call["arguments"]))
+    ]
+    warnings = page.get_by_label("Warnings").get_by_role("listitem").all_text_contents()
+    assert warnings == generation["warnings"] != []
+    assert "<tool_call>" in lanes(page)[0]["text"]
+    assert page.evaluate("[typeof hacked, document.images.length]") == ["undefined", 0]
+
+
 def test_hostile_text_of_a_model_is_text(page: Page, tmp_path: Path) -> None:
     write_trace(tmp_path / "out.html", list(HOSTILE))
     page.goto((tmp_path / "out.html").as_uri())
     assert lanes(page)[0]["text"] == "".join(HOSTILE)
+    for beside in (".calls", ".warnings"):
+        expect(page.locator(beside)).to_be_hidden()
     page.locator(".text").focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".readout")).to_contain_text("onerror")

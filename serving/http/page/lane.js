@@ -150,6 +150,20 @@ class Lane {
     const error = this.element.querySelector(".error");
     error.hidden = !run.error;
     if (error.textContent !== run.error) error.textContent = run.error;
+    if (run.finished) this.#notes(run.finished.generation);
+  }
+
+  /** What stands beside the text of a finished run: its calls, and what of the request was ignored. */
+  #notes({ tool_calls: calls = [], warnings = [] }) {
+    const lines = { calls: calls.map((call) => `${call.name} ${spaced(call.arguments)}`), warnings };
+    for (const [name, texts] of Object.entries(lines)) {
+      const list = this.element.querySelector(`.${name}`);
+      if (list.childElementCount === texts.length) continue;
+      list.hidden = false;
+      list.replaceChildren(
+        ...texts.map((text) => Object.assign(document.createElement("li"), { textContent: text })),
+      );
+    }
   }
 
   /** Scroll only the text, so that its newest token is visible. */
@@ -179,6 +193,15 @@ class Lane {
     this.chosen = span;
     span?.classList.add("chosen");
     this.readout.textContent = span ? describe(span.token) : "";
+  }
+}
+
+/** The arguments of a call with space in them; those of a call that was cut as they are. */
+function spaced(text) {
+  try {
+    return JSON.stringify(JSON.parse(text), null, 2);
+  } catch {
+    return text;
   }
 }
 
