@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def verify(
     Every token of every pass is equal, a near tie that rounding may decide, or wrong. The result is printed and kept in
     the engine folder as verify.json; the exit code is 1 if anything is wrong.
     """
+    from tqdm import tqdm
+
     from ..runtime.loading import load
     from ..verification.prompts import token_ids
     from ..verification.recorder import columns
@@ -93,7 +96,8 @@ def verify(
         f"{reference.precision}, {len(ids)} prompts",
         err=True,
     )
-    report, scripts = run(loaded, ids, reference, max_new_tokens=max_new_tokens)
+    with tqdm(total=len(ids) + 1, desc="verifying", disable=None, file=sys.stderr) as bar:
+        report, scripts = run(loaded, ids, reference, max_new_tokens=max_new_tokens, advance=bar.update)
     if layers:
         sample = columns(loaded.info.model.vocab_size)
         few = [script.shortened(_BLOCKS) for script in scripts if script.blocks][:_SCRIPTS]

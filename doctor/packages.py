@@ -26,7 +26,7 @@ def declared() -> tuple[str, dict[str, list[Requirement]]]:
     if project.is_file():
         values = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         extras = {"": values["dependencies"], **values["optional-dependencies"]}
-        return values["requires-python"], {name: [Requirement(r) for r in rs] for name, rs in extras.items()}
+        return values["requires-python"], {name: _needed_here(texts) for name, texts in extras.items()}
     metadata = importlib.metadata.metadata("nemodiff")
     found: dict[str, list[Requirement]] = {"": []}
     for text in importlib.metadata.requires("nemodiff") or ():
@@ -75,6 +75,12 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
         elif not any(check.name == name for check in checks):
             checks.append(Check(name, "ok", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return checks
+
+
+def _needed_here(texts: list[str]) -> list[Requirement]:
+    """The requirements whose marker, if they have one, names this machine."""
+    requirements = map(Requirement, texts)
+    return [one for one in requirements if one.marker is None or one.marker.evaluate()]
 
 
 def _local(extra: str) -> str:

@@ -7,7 +7,7 @@ checkpoint's own network, another engine, or the same engine in a fresh cache.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,7 +68,12 @@ class _Run:
 
 
 def verify(
-    engine: LoadedEngine, prompts: Sequence[list[int]], reference: Reference, *, max_new_tokens: int
+    engine: LoadedEngine,
+    prompts: Sequence[list[int]],
+    reference: Reference,
+    *,
+    max_new_tokens: int,
+    advance: Callable[[int], object] = lambda steps: None,
 ) -> tuple[Report, list[Script]]:
     """Run every mode over the prompts and judge all of it; also the scripts, for a look into the layers.
 
@@ -77,11 +82,15 @@ def verify(
         prompts: as token ids.
         reference: what says which predictions are right.
         max_new_tokens: of each answer.
+        advance: gets 1 after each prompt, and at last for the reference.
     """
     work = _Work(engine, prompts, Report(len(prompts), reference.precision), max_new_tokens)
-    work.run_alone()
+    for number in range(len(prompts)):
+        work.run_alone(number)
+        advance(1)
     work.run_side_by_side()
     work.judge(reference)
+    advance(1)
     return work.report, list(work.scripts.values())
 
 
@@ -101,19 +110,19 @@ class _Work:
         self._runs: list[_Run] = []
         self._answers: dict[str, list[list[int]]] = {}  # tokens of each prompt's answer by mode
 
-    def run_alone(self) -> None:
-        """Answer each prompt in each mode, and probe its text."""
-        for number, prompt in enumerate(self._prompts):
-            for mode in ("ar", *EXACT, "diffusion"):
-                options = {"mode": mode, **EXACT.get(mode, {})}
-                name = f"prompt {number}, {mode}"
-                (tokens,) = _answers(self.report, name, self._recorded, [prompt], options, [self._max_new_tokens])
-                self._answers.setdefault(mode, []).append(tokens)
-                self._take(number, mode, [*prompt, *tokens], 0)
-            text = [*prompt, *self._answers["ar"][number]]
-            for offset in sorted({0, _far(self._engine, len(text))}):
-                _probe(self._recorder, text, offset)
-                self._take(number, f"probe at {offset}" if offset else "probe", text, offset)
+    def run_alone(self, number: int) -> None:
+        """Answer a prompt in each mode, and probe its text."""
+        prompt = self._prompts[number]
+        for mode in ("ar", *EXACT, "diffusion"):
+            options = {"mode": mode, **EXACT.get(mode, {})}
+            name = f"prompt {number}, {mode}"
+            (tokens,) = _answers(self.report, name, self._recorded, [prompt], options, [self._max_new_tokens])
+            self._answers.setdefault(mode, []).append(tokens)
+            self._take(number, mode, [*prompt, *tokens], 0)
+        text = [*prompt, *self._answers["ar"][number]]
+        for offset in sorted({0, _far(self._engine, len(text))}):
+            _probe(self._recorder, text, offset)
+            self._take(number, f"probe at {offset}" if offset else "probe", text, offset)
 
     def run_side_by_side(self) -> None:
         """Answer the prompts in one batch, in each exact mode."""
