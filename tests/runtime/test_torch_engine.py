@@ -107,11 +107,11 @@ def test_batches_and_the_scheduler_equal_onnxruntime(pair: Pair) -> None:
 
 
 def test_scores_equal_onnxruntime(pair: Pair) -> None:
-    pairs: list[Any] = [(prompt, ids) for prompt in [*QUESTIONS, PROMPT * 8] for ids in ([11], PROMPT, [150, 151])]
+    pairs: list[Any] = [(prompt, ids) for prompt in [QUESTIONS[0], PROMPT * 8] for ids in ([11], PROMPT)]
     expected, got = (list(nemodiff.score_many(e, pairs, rows=3)) for e in (pair.theirs, pair.ours))
     assert [(one.greedy, one.token_ids) for one in got] == [(one.greedy, one.token_ids) for one in expected]
     assert [one.logprob for one in got] == pytest.approx([one.logprob for one in expected], abs=1e-3)
-    options: dict[str, Any] = {"prompt_logprobs": 1, "max_new_tokens": 4}
+    options: dict[str, Any] = {"prompt_logprobs": 1, "max_new_tokens": 2}
     for mode in MODES:
         theirs, ours = (nemodiff.generate(e, PROMPT, mode=mode, **options) for e in (pair.theirs, pair.ours))
         assert theirs.token_ids == ours.token_ids
