@@ -29,6 +29,7 @@ _FIXED: dict[str, object] = {
 }
 # Fields without influence on what the engine computes.
 _IGNORED = """
+    quantization_config
     attention_dropout initializer_range torch_dtype dtype use_cache attn_implementation _attn_implementation
     ar_loss_weight dlm_loss_weight dp_varying_mask_ratio bos_token_id pad_token_id transformers_version auto_map
     rope_scaling rope_theta _name_or_path

@@ -22,6 +22,7 @@ from ..contract import (
     DEFAULT_MAX_SEQ_LEN,
     MAX_BLOCK,
     PREFILL_CHUNK,
+    QUANTIZATIONS,
     Backend,
     BuildConfig,
     Dtype,
@@ -49,6 +50,7 @@ from .checkpoint.folder import copy_carried
 from .checkpoint.hub import Source, resolve
 from .checkpoint.layout import as_safetensors, match
 from .checkpoint.mistral_regex import correct, has_wrong_regex
+from .checkpoint.quantized import QuantizedTensor
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
 from .checks import check_backend, check_config, check_vision
@@ -125,6 +127,11 @@ class Builder:
         model = self.checkpoint.model
         check_vision(backend, model)
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
+        packed = [t for t in self.checkpoint.tensors.values() if isinstance(t, QuantizedTensor)]
+        kinds = {t.kind for t in packed if t.exact and backend in QUANTIZATIONS[t.kind]}
+        if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
+            (quantization,) = kinds
+        kept = {t.name: t.scheme.symmetric for t in packed if t.exact and t.kind == quantization}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
             max_seq_len=length,
@@ -146,12 +153,16 @@ class Builder:
             capacity=cache_slots(self.config) if self._compiled else None,
             logits=logits,
             quantization=quantization if backend == "onnxruntime" else None,
+            kept=kept if packed else None,
         )
         self._header = b""  # of the weights file
         if backend == "torch":
-            self.graph, self._header = as_safetensors(self.graph, quantization)
+            self.graph, self._header = as_safetensors(self.graph, quantization, kept if packed else None)
         self.vision: Graph | None = build_vision_graph(model, self.config.dtype) if model.vision else None
-        self.tensors: dict[str, Tensor] = {**self.checkpoint.tensors, **(lora.tensors if lora else {})}
+        self.tensors: dict[str, Tensor | QuantizedTensor] = {
+            **self.checkpoint.tensors,
+            **(lora.tensors if lora else {}),
+        }
         match([self.graph, *([self.vision] if self.vision else [])], self.tensors, self.source.folder / CONFIG_FILE)
 
     def plan(self) -> Plan:

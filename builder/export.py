@@ -90,9 +90,15 @@ class Exporter:
             )
         # The twin's tensors are the engine's, so the graph of an engine is the list of what must be there.
         graph = build_graph(self.checkpoint.model, "f32")
+        plain = [tensor for tensor in self.checkpoint.tensors.values() if isinstance(tensor, Tensor)]
+        if len(plain) < len(self.checkpoint.tensors):
+            raise BuildError(
+                f"{self.source.folder}: its projections are quantized, allowed: f32, f16 or bf16; export the "
+                "checkpoint that it was made from"
+            )
         match([graph], self.checkpoint.tensors, self.source.folder / CONFIG_FILE)
         self.shards: dict[str, list[Tensor]] = {}
-        for tensor in sorted(self.checkpoint.tensors.values(), key=lambda t: (t.file.name, t.offset)):
+        for tensor in sorted(plain, key=lambda t: (t.file.name, t.offset)):
             self.shards.setdefault(tensor.file.name, []).append(tensor)
 
     def plan(self) -> ExportPlan:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.safetensors_file import Tensor
 
 # Fields that mean the same in both configs, with what is written where the checkpoint is silent: `Ministral3Config`
 # has defaults of its own, so a field left out would get another model's value.
@@ -73,7 +74,7 @@ def twin_generation(model: ModelConfig, values: dict[str, Any]) -> dict[str, Any
 
 def twin_dtype(checkpoint: Checkpoint) -> str:
     """The dtype to load the twin in: the one of all tensors, or f32, which holds any mixture."""
-    names = {t.dtype.name for t in checkpoint.tensors.values()}
+    names = {t.dtype.name for t in checkpoint.tensors.values() if isinstance(t, Tensor)}
     return names.pop() if len(names) == 1 else "float32"
 
 

@@ -15,7 +15,9 @@ from .adapter import Adapter, open_adapter
 from .folder import carried, read_json
 from .image_tokens import check_image_tokens, image_token_notes
 from .notes import end_notes, weight_notes
+from .quantized import QuantizedTensor, assemble
 from .safetensors_file import Tensor
+from .scheme import parse_scheme
 from .shards import open_weights
 
 
@@ -29,7 +31,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     model: ModelConfig
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | QuantizedTensor]
     adapter: Adapter | None
     generation: dict[str, Any]
     notes: tuple[str, ...]
@@ -37,7 +39,10 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, Path]:
         """The files the engine is made from, by the names they have in a whole checkpoint, in a fixed order."""
-        named = {tensor.file.name: tensor.file for tensor in self.tensors.values()}
+        named: dict[str, Path] = {}
+        for tensor in self.tensors.values():
+            parts = tensor.parts.values() if isinstance(tensor, QuantizedTensor) else [tensor]
+            named |= {part.file.name: part.file for part in parts}
         named |= {name: self.folder / name for name in (CONFIG_FILE, *carried(self.folder))}
         if self.adapter:
             named |= self.adapter.files
@@ -62,8 +67,13 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
     if model.vision:
         check_image_tokens(folder, tokenizer)
         ends = [*ends, *image_token_notes(config, tokenizer)]
-    tensors = open_weights(folder)
-    notes = (*ends, *weight_notes(folder, tensors))
+    scheme = parse_scheme(config, folder / CONFIG_FILE)
+    opened = open_weights(folder, packed=scheme is not None)
+    notes = (*ends, *weight_notes(folder, opened))
+    tensors: dict[str, Tensor | QuantizedTensor] = {**opened}
+    if scheme is not None:
+        tensors = assemble(opened, scheme)
+        notes = (*notes, scheme.note())
     return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, notes)
 
 

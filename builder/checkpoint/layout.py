@@ -12,10 +12,11 @@ from ...contract import Quantization
 from ...errors import CheckpointError
 from ..graph.graph import Graph
 from ..graph.writer import ALIGNMENT, Weight
+from .quantized import QuantizedTensor
 from .safetensors_file import CODES, Entry, Tensor, header_bytes
 
 
-def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor], config_file: Path) -> None:
+def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor | QuantizedTensor], config_file: Path) -> None:
     """Check that the graphs and the checkpoint name the same tensors with the same shapes. Raises CheckpointError."""
     shapes = {w.source: w.shape[::-1] if w.transposed else w.shape for graph in graphs for w in graph.weights}
     again = f"check that {config_file} belongs to these weights, or download the checkpoint again"
@@ -33,11 +34,13 @@ def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor], config_file: P
             raise CheckpointError(f"{tensor.file}: tensor {name} is not part of this architecture; {again}")
 
 
-def as_safetensors(graph: Graph, quantization: Quantization | None = None) -> tuple[Graph, bytes]:
+def as_safetensors(
+    graph: Graph, quantization: Quantization | None = None, kept: Mapping[str, bool] | None = None
+) -> tuple[Graph, bytes]:
     """Lay the graph's weights out as one safetensors file, and write the header that stands before them.
 
     Projections are (out, in), as in the checkpoint. Quantized, those of the layers are e4m3, each followed by its
-    `NAME_scale`.
+    `NAME_scale`. `kept` names those that a checkpoint has in these bits already, and then no other is quantized.
     """
     entries: dict[str, Entry] = {}
     weights: list[Weight] = []
@@ -45,7 +48,8 @@ def as_safetensors(graph: Graph, quantization: Quantization | None = None) -> tu
     for weight in graph.weights:
         begin = end
         shape = weight.shape[::-1] if weight.transposed else weight.shape
-        kind = quantization if weight.name.endswith("_proj.weight") else None
+        chosen = weight.source in kept if kept is not None else weight.name.endswith("_proj.weight")
+        kind = quantization if chosen else None
         if kind:
             middle = begin + int(np.prod(shape))
             end = middle + 4 * shape[0]  # an f32 scale per row

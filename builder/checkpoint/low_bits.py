@@ -32,5 +32,14 @@ def quantise_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     at = np.abs(groups).argmax(-1, keepdims=True)
     scale = np.take_along_axis(groups, at, -1) / np.float32(-8)
     scale = np.where(np.abs(scale) < _TINY, _TINY, scale)
-    numbers = np.clip(np.rint(groups / scale) + 8, 0, 15).astype(np.uint8)
-    return numbers[..., 0::2] | numbers[..., 1::2] << 4, scale[..., 0]
+    numbers = np.clip(np.rint(groups / scale), -8, 7).astype(np.int8)
+    return packed_int4(numbers), scale[..., 0]
+
+
+def packed_int4(numbers: np.ndarray) -> np.ndarray:
+    """Numbers -8..7 plus 8, two in a byte, the earlier one in the lower bits; an odd axis ends with half a byte."""
+    fields = (numbers + 8).astype(np.uint8)
+    if fields.shape[-1] % 2:
+        fields = np.concatenate([fields, np.zeros_like(fields[..., :1])], axis=-1)
+    packed: np.ndarray = fields[..., 0::2] | fields[..., 1::2] << 4
+    return packed

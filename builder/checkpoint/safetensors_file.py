@@ -26,7 +26,14 @@ DTYPES: dict[str, np.dtype[Any]] = {  # that a checkpoint may have
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+# That the parts of quantized projections have as well.
+PACKED_DTYPES: dict[str, np.dtype[Any]] = {
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+CODES = {dtype: code for code, dtype in (DTYPES | PACKED_DTYPES).items()}
 PIECE = 16 * 2**20  # bytes copied at once
 # Buffers that older checkpoints carry and every loader computes anew from the config: they are passed over.
 _RECOMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|position_ids)")
@@ -72,20 +79,24 @@ def recomputed(name: str) -> bool:
     return _RECOMPUTED.fullmatch(name) is not None
 
 
-def read_tensors(path: Path, without: Set[str] = frozenset()) -> dict[str, Tensor]:
-    """Find all weights of one file, `without` those of these names. Raises CheckpointError."""
+def read_tensors(path: Path, without: Set[str] = frozenset(), packed: bool = False) -> dict[str, Tensor]:
+    """Find all weights of one file, `without` those of these names, with `packed` also those of quantized projections.
+
+    Raises CheckpointError.
+    """
+    dtypes = DTYPES | PACKED_DTYPES if packed else DTYPES
     header, begin = read_header(path)
     tensors = {}
     for name, entry in header.items():
         if recomputed(name) or name in without:
             continue
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in dtypes:
             raise CheckpointError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(DTYPES)}; "
+                f"{path}: tensor {name} has dtype {entry['dtype']}, allowed: {', '.join(dtypes)}; "
                 "use a checkpoint in one of them"
             )
         offset = begin + entry["data_offsets"][0]
-        tensors[name] = Tensor(path, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), offset)
+        tensors[name] = Tensor(path, name, dtypes[entry["dtype"]], tuple(entry["shape"]), offset)
     return tensors
 
 

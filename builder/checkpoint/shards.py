@@ -15,15 +15,15 @@ from .safetensors_file import CODES, Tensor, read_header, read_tensors, recomput
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
-def open_weights(folder: Path) -> dict[str, Tensor]:
-    """Find all base tensors of a checkpoint folder. Raises CheckpointError."""
+def open_weights(folder: Path, packed: bool = False) -> dict[str, Tensor]:
+    """Find all base tensors of a checkpoint folder, see `read_tensors`. Raises CheckpointError."""
     if (folder / INDEX).is_file():
-        tensors = _open_shards(folder)
+        tensors = _open_shards(folder, packed)
         if is_stray(folder, tensors):
             _check_stray(folder / WEIGHTS, tensors)
         return tensors
     if (folder / WEIGHTS).is_file():
-        return read_tensors(folder / WEIGHTS)
+        return read_tensors(folder / WEIGHTS, packed=packed)
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -58,7 +58,7 @@ def _check_stray(stray: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _open_shards(folder: Path) -> dict[str, Tensor]:
+def _open_shards(folder: Path, packed: bool) -> dict[str, Tensor]:
     weight_map = _read_index(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
@@ -68,7 +68,7 @@ def _open_shards(folder: Path) -> dict[str, Tensor]:
                 f"{WEIGHTS} is the whole model"
             )
         # A copy of a tensor that the index gives to another file is passed over.
-        held = read_tensors(folder / shard, {name for name, file in weight_map.items() if file != shard})
+        held = read_tensors(folder / shard, {name for name, file in weight_map.items() if file != shard}, packed)
         for name in sorted(held.keys() - weight_map.keys()):
             raise CheckpointError(
                 f"{folder / shard}: holds tensor {name}, which {INDEX} places in no file; download the checkpoint again"

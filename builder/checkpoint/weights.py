@@ -18,8 +18,10 @@ import numpy as np
 from ...errors import BuildError, CheckpointError
 from ...plugins.ops.fp8_linear import quantise
 from ..graph.graph import Graph
+from ..graph.projection import GROUP
 from ..graph.writer import Weight
-from .low_bits import int8_scale, quantise_int4, quantise_int8
+from .low_bits import int8_scale, packed_int4, quantise_int4, quantise_int8
+from .quantized import QuantizedTensor
 from .safetensors_file import Tensor
 
 PIECE = 128 * 2**20  # bytes of f32 per step; about four times this is held at once
@@ -37,7 +39,7 @@ _Item = TypeVar("_Item")
 
 def write_weights(
     graph: Graph,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | QuantizedTensor],
     path: Path,
     advance: Callable[[int], object],
     hashed: bool = True,
@@ -90,20 +92,29 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
             yield item
 
 
-def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+def _pieces(weight: Weight, tensor: Tensor | QuantizedTensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
     """The weight as it is stored, in bands of its first axis, and its scales if it is quantized."""
+    if isinstance(tensor, QuantizedTensor):
+        tensor.check()
+        if tensor.exact and tensor.kind == weight.quantization:
+            yield from _kept_pieces(weight, tensor)
+            return
     if weight.quantization == "int8":
         yield from _int8_pieces(weight, tensor)
         return
     # A transposed weight is gathered from the map band by band, so a large head is read from the page cache several
     # times.
-    source = tensor.array().T if weight.transposed else tensor.array()
     scales: list[np.ndarray] = []
-    as_bits = tensor.dtype == dtype == _BF16 and weight.scale == 1.0 and weight.quantization is None
+    as_bits = (
+        isinstance(tensor, Tensor)
+        and tensor.dtype == dtype == _BF16
+        and weight.scale == 1.0
+        and weight.quantization is None
+    )
     elements = BITS_PIECE // 2 if as_bits else PIECE // 4
     step = max(1, elements // max(1, int(np.prod(weight.shape[1:]))))
     for start in range(0, weight.shape[0], step):
-        band = _contiguous(source[start : start + step])
+        band = _band(tensor, start, min(start + step, weight.shape[0]), weight.transposed)
         if as_bits and _all_finite(band):
             yield band
             continue
@@ -119,23 +130,59 @@ def _pieces(weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> Iterator[np
         yield np.concatenate(scales)
 
 
-def _int8_pieces(weight: Weight, tensor: Tensor) -> Iterator[np.ndarray]:
+def _band(tensor: Tensor | QuantizedTensor, start: int, stop: int, transposed: bool) -> np.ndarray:
+    """Rows of a tensor or of its transpose, in C order."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.columns(start, stop) if transposed else tensor.rows(start, stop)
+    source = tensor.array().T if transposed else tensor.array()
+    return _contiguous(source[start:stop])
+
+
+def _kept_pieces(weight: Weight, tensor: QuantizedTensor) -> Iterator[np.ndarray]:
+    """A projection in the bits that it has in the checkpoint: its numbers, scales, and zero points if they count."""
+    outputs, inputs = tensor.shape
+    step = max(1, PIECE // 4 // inputs)
+    bands = [(start, min(start + step, outputs)) for start in range(0, outputs, step)]
+    scales = np.concatenate([tensor.scales(*band) for band in bands])
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name} has a scale that is not finite; download the file again or use another "
+            "checkpoint"
+        )
+    if weight.quantization == "int8":
+        numbers = np.concatenate([tensor.numbers(*band) for band in bands])  # a byte for each weight
+        yield _contiguous(numbers.T)
+        yield scales[:, 0]
+        return
+    for band in bands:
+        yield packed_int4(tensor.numbers(*band)) if weight.quantization == "int4" else tensor.numbers(*band)
+    if weight.quantization == "fp8":
+        yield scales[:, 0]
+        return
+    repeats = tensor.group // GROUP
+    yield scales.repeat(repeats, axis=1)
+    if not tensor.scheme.symmetric:
+        zeros = [tensor.zeros(*band) for band in bands]
+        yield packed_int4(np.concatenate([z.repeat(repeats, axis=1) for z in zeros if z is not None]))
+
+
+def _int8_pieces(weight: Weight, tensor: Tensor | QuantizedTensor) -> Iterator[np.ndarray]:
     """An int8 projection (in, out) and its scales, for which the tensor is read once more, before."""
-    source = tensor.array()
-    step = max(1, PIECE // 4 // source.shape[1])
+    outputs, inputs = tensor.shape
+    step = max(1, PIECE // 4 // inputs)
     scales = []
-    for start in range(0, len(source), step):
-        values = _to_f32(_contiguous(source[start : start + step]))
+    for start in range(0, outputs, step):
+        values = _to_f32(_band(tensor, start, min(start + step, outputs), transposed=False))
         _check_finite(values, tensor, start)
         scales.append(int8_scale(values))
     scale = np.concatenate(scales)
-    step = max(1, PIECE // 4 // len(source))
-    for start in range(0, weight.shape[0], step):
-        yield quantise_int8(_to_f32(_contiguous(source.T[start : start + step])), scale)
+    step = max(1, PIECE // 4 // outputs)
+    for start in range(0, inputs, step):
+        yield quantise_int8(_to_f32(_band(tensor, start, min(start + step, inputs), transposed=True)), scale)
     yield scale
 
 
-def _check_finite(values: np.ndarray, tensor: Tensor, start: int) -> None:
+def _check_finite(values: np.ndarray, tensor: Tensor | QuantizedTensor, start: int) -> None:
     """Refuse a band that begins at row `start` and holds NaN or Inf."""
     if np.isfinite(values).all():
         return
@@ -146,7 +193,7 @@ def _check_finite(values: np.ndarray, tensor: Tensor, start: int) -> None:
     )
 
 
-def _stored(values: np.ndarray, weight: Weight, tensor: Tensor, dtype: np.dtype[Any]) -> np.ndarray:
+def _stored(values: np.ndarray, weight: Weight, tensor: Tensor | QuantizedTensor, dtype: np.dtype[Any]) -> np.ndarray:
     """Finite f32 values scaled and rounded to the engine's dtype."""
     with np.errstate(over="ignore"):
         if weight.scale != 1.0:

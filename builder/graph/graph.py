@@ -8,6 +8,7 @@ the external data file.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def build_graph(
     capacity: int | None = None,
     logits: bool = True,
     quantization: Quantization | None = None,
+    kept: Mapping[str, bool] | None = None,
 ) -> Graph:
     """Write the graph.
 
@@ -64,8 +66,11 @@ def build_graph(
         capacity: fixes T for TensorRT, which updates a cache in place only where its length is static.
         logits: False leaves that output out.
         quantization: `int8` or `int4` projections, for ONNX Runtime.
+        kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
+            projection of the layers is quantized.
     """
     w = GraphWriter(dtype)
+    w.kept = kept
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
     x = w.node("Gather", [embed, ids], "embed_tokens", axis=0)

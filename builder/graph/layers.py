@@ -15,6 +15,8 @@ def _project(
     w: GraphWriter, kind: Quantization | None, x: str, name: str, source: str, sizes: tuple[int, int], zero: str
 ) -> str:
     """Multiply by a projection (inputs, outputs) in the bits of its kind; `zero` is int8's for these tokens."""
+    if w.kept is not None and source not in w.kept:
+        kind = None
     if kind == "int8":
         return int8(w, x, zero, name, source, *sizes)
     if kind == "int4":

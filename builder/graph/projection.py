@@ -41,6 +41,6 @@ def int8(w: GraphWriter, x: str, zero: str, name: str, source: str, size_in: int
 
 def int4(w: GraphWriter, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
     """Multiply by an int4 projection, with a scale per output and group of inputs."""
-    weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
+    weights = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
     sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
-    return w.node("MatMulNBits", [x, weight, scale], name, domain=CONTRIB, **sizes)
+    return w.node("MatMulNBits", [x, *weights], name, domain=CONTRIB, **sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -48,6 +49,7 @@ class GraphWriter:
         self.initializers: list[onnx.TensorProto] = []
         self.weights: list[Weight] = []
         self.quantized: set[str] = set()  # tensors that the graph has in 8 bits as well
+        self.kept: Mapping[str, bool] | None = None  # see `build_graph`
         self._end = 0  # of the last weight, in bytes of the external data file
 
     def node(self, op: str, args: list[str], name: str, **attributes: Any) -> str:
@@ -82,16 +84,23 @@ class GraphWriter:
         )
         return name, f"{name}_scale"
 
-    def int4_weight(self, name: str, source: str, size_in: int, size_out: int, group: int) -> tuple[str, str]:
-        """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups)."""
+    def int4_weight(self, name: str, source: str, size_in: int, size_out: int, group: int) -> list[str]:
+        """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups).
+
+        A kept one that is not around 0 has bytes of two zero points after them.
+        """
         groups = size_in // group
         offset = self._begin()
         self._external(name, (size_out, groups, group // 2), np.dtype(np.uint8))
         self._external(f"{name}_scale", (size_out, groups), np.dtype(np.float32))
+        names = [name, f"{name}_scale"]
+        if self.kept is not None and not self.kept.get(source, True):
+            names.append(f"{name}_zero")
+            self._external(names[-1], (size_out, -(-groups // 2)), np.dtype(np.uint8))
         self.weights.append(
             Weight(name, source, (size_out, size_in), False, 1.0, offset, self._end - offset, quantization="int4")
         )
-        return name, f"{name}_scale"
+        return names
 
     def _begin(self) -> int:
         """Begin a weight at the next page."""

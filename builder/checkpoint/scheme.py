@@ -1,0 +1,117 @@
+"""What a checkpoint's `quantization_config` says: GPTQ, AWQ or compressed-tensors, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...contract import Quantization
+from ...errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What a checkpoint's `quantization_config` says. `group` inputs share a scale, 0: all of an output."""
+
+    method: str  # gptq, awq, or a format of compressed-tensors
+    kind: Quantization
+    bits: int
+    group: int
+    symmetric: bool
+
+    def note(self) -> str:
+        """A line of the plan."""
+        grouped = f"groups of {self.group}" if self.group else "a scale per output"
+        return (
+            f"projections are quantized already ({self.method}, {self.bits} bits, {grouped}): an engine with "
+            f"{self.kind} projections keeps their numbers, any other computes with the same values in its dtype"
+        )
+
+
+def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
+    """What config.json says of quantization, None if nothing. Raises CheckpointError for what cannot be read."""
+    values = config.get("quantization_config")
+    if values is None:
+        return None
+
+    def refusal(key: str, value: object, allowed: str) -> CheckpointError:
+        return CheckpointError(
+            f"{where}: quantization_config.{key} is {value!r:.100}, allowed: {allowed}; use another checkpoint"
+        )
+
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: quantization_config is no object; use another checkpoint")
+    method = values.get("quant_method")
+    readers: dict[str, Callable[[dict[str, Any], Callable[..., CheckpointError]], Scheme]] = {
+        "gptq": _gptq,
+        "awq": _awq_scheme,
+        "compressed-tensors": _compressed,
+    }
+    if method not in readers:
+        raise refusal("quant_method", method, ", ".join(readers))
+    scheme = readers[method](values, refusal)
+    if scheme.bits not in (4, 8) or (scheme.bits == 4) != (scheme.kind == "int4"):
+        raise refusal("bits", scheme.bits, "4 or 8")
+    if isinstance(scheme.group, bool) or not isinstance(scheme.group, int) or scheme.group < 0 or scheme.group % 32:
+        raise refusal("group_size", scheme.group, "a multiple of 32, or -1")
+    return scheme
+
+
+def _gptq(values: dict[str, Any], refusal: Callable[..., CheckpointError]) -> Scheme:
+    if values.get("desc_act"):
+        # Its groups are no runs of inputs, so no kernel reads them without reordering the activations.
+        raise refusal("desc_act", values["desc_act"], "false")
+    if values.get("checkpoint_format", "gptq") != "gptq":
+        raise refusal("checkpoint_format", values["checkpoint_format"], "gptq")
+    bits = values.get("bits", 0)
+    return Scheme("gptq", "int4" if bits == 4 else "int8", bits, _group(values), symmetric=False)
+
+
+def _awq_scheme(values: dict[str, Any], refusal: Callable[..., CheckpointError]) -> Scheme:
+    if str(values.get("version", "gemm")).lower() != "gemm":
+        raise refusal("version", values["version"], "gemm")
+    if values.get("bits") != 4:
+        raise refusal("bits", values.get("bits"), "4")
+    if values.get("zero_point") is not True:
+        raise refusal("zero_point", values.get("zero_point"), "true")
+    return Scheme("awq", "int4", 4, _group(values), symmetric=False)
+
+
+def _compressed(values: dict[str, Any], refusal: Callable[..., CheckpointError]) -> Scheme:
+    groups = values.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise refusal("config_groups", groups, "one group")
+    (described,) = groups.values()
+    weights = described.get("weights") if isinstance(described, dict) else None
+    if not isinstance(weights, dict):
+        raise refusal("config_groups.weights", weights, "an object")
+    if described.get("targets") != ["Linear"]:
+        raise refusal("config_groups.targets", described.get("targets"), "['Linear']")
+    activations = described.get("input_activations")
+    if isinstance(activations, dict) and not activations.get("dynamic"):
+        raise refusal("config_groups.input_activations.dynamic", activations.get("dynamic"), "true")
+    if weights.get("actorder") not in (None, "static", "weight"):
+        raise refusal("config_groups.weights.actorder", weights["actorder"], "null, static or weight")
+    if values.get("kv_cache_scheme") is not None:
+        raise refusal("kv_cache_scheme", values["kv_cache_scheme"], "null")
+    form, kind, bits = values.get("format"), weights.get("type"), weights.get("num_bits", 0)
+    symmetric = weights.get("symmetric", True) is True
+    strategy = weights.get("strategy")
+    group = _group(weights) if strategy == "group" else 0
+    if strategy not in ("tensor", "channel", "group"):
+        raise refusal("config_groups.weights.strategy", strategy, "tensor, channel or group")
+    if form == "pack-quantized" and kind == "int":
+        return Scheme(form, "int4" if bits == 4 else "int8", bits, group, symmetric)
+    if form == "int-quantized" and kind == "int" and symmetric:
+        return Scheme(form, "int8", bits, group, True)
+    if form == "float-quantized" and kind == "float" and symmetric:
+        return Scheme(form, "fp8", bits, group, True)
+    allowed = "pack-quantized or symmetric int-quantized of type int, float-quantized of type float"
+    raise refusal("format", f"{form} of type {kind}", allowed)
+
+
+def _group(values: dict[str, Any]) -> Any:
+    group = values.get("group_size")
+    return 0 if group in (-1, None) else group

@@ -1,0 +1,201 @@
+"""GPTQ, AWQ and compressed-tensors: read to the last bit, kept as they are where the engine has such bits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Refused
+from safetensors.numpy import load_file, save_file
+from stand_ins import quantized_checkpoints
+from stand_ins.quantized_checkpoints import WIDE, write
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.checkpoint.quantized import QuantizedTensor
+from nemodiff.builder.checkpoint.safetensors_file import read_tensors
+from nemodiff.runtime.engines.engine import causal
+
+FORMS: list[tuple[str, int, bool]] = [
+    ("gptq", 32, False),
+    ("gptq", 32, True),
+    ("gptq8", 32, False),
+    ("awq", 32, False),
+    ("pack", 32, True),
+    ("pack", 32, False),
+    ("pack", 0, True),
+    ("pack8", 32, True),
+    ("int8", 0, True),
+    ("fp8", 0, True),
+]
+NAMED = [f"{form}-{group}-{'symmetric' if symmetric else 'zeros'}" for form, group, symmetric in FORMS]
+
+
+@pytest.mark.parametrize(("form", "group", "symmetric"), FORMS, ids=NAMED)
+def test_rows_and_columns_are_what_was_written(form: str, group: int, symmetric: bool, tmp_path: Path) -> None:
+    truth = write(tmp_path / "checkpoint", form, group, symmetric)
+    tensors = open_checkpoint(tmp_path / "checkpoint").tensors
+    for name, values in truth.items():
+        tensor = tensors[name]
+        assert isinstance(tensor, QuantizedTensor)
+        assert tensor.shape == values.shape
+        np.testing.assert_array_equal(tensor.rows(0, len(values)), values)
+        np.testing.assert_array_equal(tensor.rows(3, 13), values[3:13])  # from the middle of a word
+        np.testing.assert_array_equal(tensor.columns(5, 40), values.T[5:40])
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    """As safetensors' load_file, which knows no fp8 in numpy."""
+    return {name: np.array(tensor.array()) for name, tensor in read_tensors(path, packed=True).items()}
+
+
+def logits(folder: Path) -> np.ndarray:
+    engine = nemodiff.load(folder, threads=1)
+    ids = np.random.default_rng(0).integers(200, 800, 12).tolist()
+    (prediction,) = engine.backend.open(1).forward([causal("verify", ids, 0, predict_all=True, logits=True)])
+    assert prediction.logits is not None
+    return prediction.logits.copy()
+
+
+def dequantized(folder: Path, truth: dict[str, np.ndarray]) -> Path:
+    """The same model as a plain f32 checkpoint."""
+    quantized_checkpoints.write_checkpoint(folder, dtype="f32", **WIDE)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | truth, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("form", "group", "symmetric"), FORMS, ids=NAMED)
+def test_an_engine_computes_with_the_same_values(form: str, group: int, symmetric: bool, tmp_path: Path) -> None:
+    truth = write(tmp_path / "checkpoint", form, group, symmetric)
+    plain = Builder(dequantized(tmp_path / "plain", truth), tmp_path / "expected").run()
+    builder = Builder(tmp_path / "checkpoint", tmp_path / "engine")
+    kind = {"gptq": "int4", "awq": "int4", "pack": "int4", "int8": "int8"}.get(form)
+    assert builder.config.quantization == kind
+    got, expected = logits(builder.run()), logits(plain)
+    if kind is None:
+        np.testing.assert_array_equal(got, expected)
+    else:  # the activations are in 8 bits
+        assert np.abs(got - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("form", "symmetric"), [("awq", False), ("gptq", False), ("pack", True)])
+def test_int4_is_kept_bit_for_bit(form: str, symmetric: bool, tmp_path: Path) -> None:
+    truth = write(tmp_path / "checkpoint", form, 32, symmetric)
+    model = onnx.load(Builder(tmp_path / "checkpoint", tmp_path / "engine").run() / "model.onnx")
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+    def halves(array: np.ndarray) -> np.ndarray:
+        return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
+
+    for name, values in truth.items():
+        mine = name.removeprefix("encoder.")
+        numbers, scale = halves(arrays[mine]), arrays[f"{mine}_scale"]
+        zeros = np.full(scale.shape, np.float32(8))
+        if not symmetric:
+            zeros = halves(arrays[f"{mine}_zero"])[:, : scale.shape[1]]
+        np.testing.assert_array_equal((numbers - zeros.repeat(32, 1)) * scale.repeat(32, 1), values)
+
+
+def test_a_token_has_the_same_bits_in_every_pass(tmp_path: Path) -> None:
+    """With zero points too, or self-speculation would not equal ar."""
+    write(tmp_path / "checkpoint", "awq")
+    folder = Builder(tmp_path / "checkpoint", tmp_path / "engine").run()
+    cache = nemodiff.load(folder, threads=1).backend.open(1)
+    ids = np.random.default_rng(0).integers(200, 800, 12).tolist()
+    for place, (token, whole) in enumerate(zip(ids, logits(folder), strict=True)):
+        (alone,) = cache.forward([causal("decode", [token], place, logits=True)])
+        assert alone.logits is not None
+        np.testing.assert_array_equal(alone.logits[0], whole)
+
+
+def test_what_the_checkpoint_leaves_in_f32_stays_so(tmp_path: Path) -> None:
+    truth = write(tmp_path / "checkpoint", "pack", 32, True)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = load_file(path)
+    base = "encoder.layers.0.self_attn.q_proj"
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(base)}
+    save_file(tensors | {f"{base}.weight": truth[f"{base}.weight"]}, path)
+    engine = Builder(tmp_path / "checkpoint", tmp_path / "engine").run()
+    model = onnx.load(engine / "model.onnx", load_external_data=False)
+    ops = {node.name: node.op_type for node in model.graph.node}
+    assert ops["layers.0.self_attn.q_proj"] == "MatMul"
+    assert ops["layers.0.self_attn.k_proj"] == "MatMulNBits"
+
+
+@pytest.mark.torch
+def test_torch_keeps_fp8_and_computes_with_any_other(tmp_path: Path) -> None:
+    for form, group, kind in (("fp8", 0, "fp8"), ("awq", 32, None)):
+        truth = write(tmp_path / form, form, group)
+        builder = Builder(tmp_path / form, tmp_path / f"{form}-engine", backend="torch")
+        assert builder.config.quantization == kind
+        builder.run()
+        if kind == "fp8":
+            stored = loaded(tmp_path / "fp8-engine" / "model.safetensors")
+            for name, values in truth.items():
+                mine = name.removeprefix("encoder.")
+                got = stored[mine].astype(np.float32) * stored[f"{mine}_scale"][:, None]
+                np.testing.assert_array_equal(got, values)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "fragment"),
+    [
+        ("gptq", {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', allowed: gptq, awq"),
+        ("gptq", {"desc_act": True}, "desc_act is True, allowed: false"),
+        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ("gptq", {"bits": 3}, "bits is 3, allowed: 4 or 8"),
+        ("gptq", {"bits": None}, "bits is None"),
+        ("gptq", {"group_size": 48}, "group_size is 48, allowed: a multiple of 32"),
+        ("gptq", {"group_size": 64}, "allowed: "),
+        ("awq", {"version": "gemv"}, "version is 'gemv', allowed: gemm"),
+        ("awq", {"zero_point": False}, "zero_point is False"),
+        ("pack", {"format": "marlin-24"}, "format is 'marlin-24 of type int'"),
+        ("pack", {"config_groups": {}}, "config_groups is {}, allowed: one group"),
+        ("pack", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+    ],
+)
+def test_refused_configs(form: str, changes: dict[str, Any], fragment: str, tmp_path: Path, refused: Refused) -> None:
+    write(tmp_path / "checkpoint", form, 32, symmetric=True)
+    change_config(tmp_path / "checkpoint", **changes)
+    refused(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "engine")], fragment)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "fragment"),
+    [
+        ("gptq", lambda t, p: t.pop(f"{p}.qzeros"), "qzeros is missing"),
+        ("gptq", lambda t, p: t.update({f"{p}.qweight": t[f"{p}.qweight"].astype(np.int64)}), "qweight is int64"),
+        ("gptq", lambda t, p: t.update({f"{p}.scales": t[f"{p}.scales"][:1]}), "scales is float16 [1, 64]"),
+        ("gptq", lambda t, p: t.update({f"{p}.extra": t[f"{p}.scales"]}), "extra is there"),
+        ("gptq", lambda t, p: t.update({f"{p}.g_idx": t[f"{p}.g_idx"][::-1].copy()}), "g_idx reorders the inputs"),
+        ("pack", lambda t, p: t.update({f"{p}.bias": t[f"{p}.weight_scale"]}), "bias is there"),
+        ("fp8", lambda t, p: t.update({f"{p}.weight_scale": t[f"{p}.weight_scale"] * np.float32("nan")}), "nan"),
+    ],
+)
+def test_refused_tensors(
+    form: str, change: Callable[[dict[str, Any], str], Any], fragment: str, tmp_path: Path, refused: Refused
+) -> None:
+    write(tmp_path / "checkpoint", form, 0 if form == "fp8" else 32, symmetric=True)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    tensors = loaded(path)
+    change(tensors, "encoder.layers.1.mlp.down_proj")
+    save_file(tensors, path)
+    refused(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "engine")], fragment)
+
+
+def test_no_twin_of_a_quantized_checkpoint(tmp_path: Path, refused: Refused) -> None:
+    write(tmp_path / "checkpoint", "awq")
+    refused(["export", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "twin")], "its projections are quantized")
