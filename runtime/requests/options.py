@@ -49,6 +49,7 @@ class Options:
         Range(0, text="1 or more, or 0 to score the prompt alone"),
         Help("Stop after this many new tokens.", default=f"{DEFAULT_NEW_TOKENS} or what fits"),
     ] = None
+    fit: Annotated[bool, Help("Stop after fewer new tokens where the engine has no room for all.")] = False
     block_length: Annotated[
         int | Literal["auto"] | None,
         BLOCK_LENGTH,

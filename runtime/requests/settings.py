@@ -103,6 +103,8 @@ def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
     limit = info.build.max_seq_len
     room = limit - prompt_tokens
     tokens = o.max_new_tokens if o.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
+    if o.fit:
+        tokens = min(tokens, max(1, room))
     if tokens > room:
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens and max_new_tokens is {tokens}, together {prompt_tokens + tokens}; "

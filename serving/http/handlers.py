@@ -21,12 +21,12 @@ from ...errors import RequestError
 from ...runtime.events.events import Event, Finished
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.options import make_options
-from ...runtime.requests.prepare import Prompt, encode
+from ...runtime.requests.prepare import Prompt, encode, prepare
 from ...runtime.scheduler import Scheduler
 from ...runtime.text.checks import check_text
 from ..spellings import with_seed
 from .body import Chat, Completion, Decoding, Detokenize, Fim, Tokenize, Watched
-from .dialects.dialect import DialectBody, Writer
+from .dialects.dialect import DialectBody
 from .dialects.messages_body import Counted, Messages
 from .dialects.messages_writer import MessagesWriter
 from .dialects.responses_body import Responses
@@ -94,19 +94,12 @@ class Handlers:
     async def answer(self, request: Request, body: Messages | Responses) -> Response:
         """Answer a request of another API, whole or streamed. Raises NemodiffError."""
         model, options = self._model_options(body)
-        options = with_seed(options | body.options())
-        prompt = await self._encoded(body, options)
         # Such APIs have no limit that is too high: it is a bound, and clients send that of their own model.
-        room = max(1, self.engine.info.build.max_seq_len - len(prompt))
-        if "max_new_tokens" in options:
-            options["max_new_tokens"] = min(options["max_new_tokens"], room)
-        writer: Writer
-        if isinstance(body, Messages):
-            writer = MessagesWriter(model, len(prompt))
-        else:
-            writer = ResponsesWriter(model, len(prompt), body=body)
+        room = {"max_new_tokens": self.engine.info.build.max_seq_len, "fit": True}
+        options = self._enforceable(with_seed(room | options | body.options()))
+        writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body)
         group = self._request_group(request)
-        await group.submit([(prompt, options)])
+        await group.submit([((await self._prompts(body))[0], options)])
         if not body.stream:
             (finished,) = await group.finished(request)
             return JSONResponse(writer.full(finished.generation))
@@ -115,14 +108,16 @@ class Handlers:
     async def count(self, body: Counted) -> dict[str, Any]:
         """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
         _, options = self._model_options(body)
-        return {"input_tokens": len(await self._encoded(body, options | body.options()))}
+        chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
+        (prompt,) = await self._prompts(body)
+        sequence = await in_thread(lambda: prepare(self.engine, prompt, chosen))
+        return {"input_tokens": len(sequence.prompt)}
 
-    async def _encoded(self, body: DialectBody, options: dict[str, Any]) -> list[int]:
-        """The prompt's ids. Raises RequestError."""
+    def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of another API without a budget of thinking that nothing could enforce."""
         if self.engine.text.end_think is None:
-            options.pop("thinking_budget", None)  # which nothing could enforce
-        chosen = make_options(options)
-        return await in_thread(lambda: encode(self.engine, list(body.turns()), chosen))
+            options.pop("thinking_budget", None)
+        return options
 
     async def trace(self, request: Request, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
@@ -132,9 +127,9 @@ class Handlers:
         await group.submit([((await self._prompts(body))[0], options)], steps=True)
         return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)
 
-    async def _prompts(self, body: Chat | Completion) -> list[Prompt]:
+    async def _prompts(self, body: Chat | Completion | DialectBody) -> list[Prompt]:
         """The prompts with their images. Raises RequestError."""
-        return await asyncio.to_thread(with_images, body.prompts(), self.image_urls)
+        return await in_thread(lambda: with_images(body.prompts(), self.image_urls))
 
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""

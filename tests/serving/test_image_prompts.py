@@ -95,6 +95,19 @@ def test_chat_takes_image_parts(server: Served, expected: dict[str, Any]) -> Non
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > sum(expected["image_tokens"])
 
 
+def test_other_apis_take_images(server: Served, expected: dict[str, Any]) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(DATA).decode()}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": QUESTION}]
+    body = {"model": "seeing", "messages": [{"role": "user", "content": content}]}
+    message = server.ask("/v1/messages", {**body, "max_tokens": 12})
+    assert "".join(block["text"] for block in message["content"]) == expected["text"]
+    assert server.ask("/v1/messages/count_tokens", body) == {"input_tokens": expected["prompt_tokens"]}
+    parts = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": QUESTION}]
+    items = [{"role": "user", "content": parts}]
+    answer = server.ask("/v1/responses", {"model": "seeing", "input": items, "max_output_tokens": 12})
+    assert "".join(item["content"][0]["text"] for item in answer["output"]) == expected["text"]
+
+
 @pytest.mark.parametrize(
     ("part", "fragment"),
     [

@@ -145,11 +145,15 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "Input tag 'item_reference' found"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "tag 'input_image' found",
+            "image 1: the URL is 'x', allowed: data:image/png",
         ),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'"),
         ({"tool_choice": "required"}, "tool_choice is 'required', but no tools are given"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format has no schema"),
+        (
+            {"input": [{"role": "assistant", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input holds an image that is no user's",
+        ),
         ({"input": 5}, "input.text: Input should be a valid string"),
         ({"input": [{"type": 5}]}, "input.parts.0"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 
 from ....runtime.events.events import Event
 from ....runtime.requests.generation import Generation
+from ....runtime.requests.prepare import Prompt
 from ..body import Decoding
 from ..option_fields import with_options
 
@@ -32,6 +33,10 @@ class DialectBody(Decoding):
         """The conversation as the runtime takes it. Raises RequestError."""
         raise NotImplementedError
 
+    def prompts(self) -> list[Prompt]:
+        """The conversation, the only prompt. Raises RequestError."""
+        return [self.turns()]
+
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
         return self.model_dump(include={"mode", "threshold", "groups", *OPTIONS}, exclude_none=True)
@@ -41,11 +46,10 @@ class DialectBody(Decoding):
 class Writer(abc.ABC):
     """Writes one answer in the words of an API.
 
-    model: its name, for clients. tools: whether any were offered. prompt_tokens: of the request.
+    model: its name, for clients.
     """
 
     model: str
-    prompt_tokens: int
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 

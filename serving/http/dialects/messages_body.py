@@ -29,6 +29,28 @@ class TextBlock(ConversationPart):
 Texts = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextBlock], Tag("parts")], TEXT_OR_PARTS]
 
 
+class ImageSource(ConversationPart):
+    """An image's bytes, or where they are."""
+
+    type: Literal["base64", "url"]
+    media_type: str = "image/png"
+    data: str = ""
+    url: str = ""
+
+
+class ImageBlock(ConversationPart):
+    """An image of a turn."""
+
+    type: Literal["image"]
+    source: ImageSource
+
+    def plain(self) -> dict[str, Any]:
+        """In OpenAI's form."""
+        source = self.source
+        url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+
 class ThinkingBlock(ConversationPart):
     """Thoughts of an earlier answer."""
 
@@ -76,7 +98,8 @@ class ToolResultBlock(ConversationPart):
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    TextBlock | ImageBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
 ]
 
 
@@ -212,19 +235,25 @@ def _parts(turn: Turn) -> list[Mapping[str, Any]]:
         message: dict[str, Any] = {"role": "assistant", "content": "".join(texts), "tool_calls": calls}
         return [message if not thoughts else {**message, "reasoning_content": thoughts}]
     messages: list[Mapping[str, Any]] = []
+    said = list[TextBlock | ImageBlock]()
     for block in turn.content:
-        if isinstance(block, ToolResultBlock):
-            error = "Error: " if block.is_error else ""
-            content = error + _text(block.content)
+        if isinstance(block, TextBlock | ImageBlock):
+            said.append(block)
+        elif isinstance(block, ToolResultBlock):
+            messages += _said(turn.role, said)
+            said = []
+            content = ("Error: " if block.is_error else "") + _text(block.content)
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
-        elif isinstance(block, TextBlock):
-            if messages and messages[-1]["role"] == turn.role:
-                content = f"{messages[-1]['content']}\n\n{block.text}"
-                messages[-1] = {"role": turn.role, "content": content}
-            else:
-                messages.append({"role": turn.role, "content": block.text})
         else:
-            raise RequestError(
-                f"messages holds a block {block.type} of the {turn.role}'s, allowed: text and tool_result"
-            )
-    return messages
+            allowed = "allowed: text, image and tool_result"
+            raise RequestError(f"messages holds a block {block.type} of the {turn.role}'s, {allowed}")
+    return [*messages, *_said(turn.role, said)]
+
+
+def _said(role: str, blocks: list[TextBlock | ImageBlock]) -> list[Mapping[str, Any]]:
+    """Blocks in a row as one message."""
+    texts = [block for block in blocks if isinstance(block, TextBlock)]
+    if len(texts) == len(blocks):
+        return [{"role": role, "content": _text(texts)}] if texts else []
+    parts = [{"type": "text", "text": b.text} if isinstance(b, TextBlock) else b.plain() for b in blocks]
+    return [{"role": role, "content": parts}]

@@ -37,7 +37,14 @@ class RefusalPart(ConversationPart):
         return self.refusal
 
 
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+class ImagePart(ConversationPart):
+    """An image of a message."""
+
+    type: Literal["input_image"]
+    image_url: str
+
+
+Part = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
 Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], TEXT_OR_PARTS]
 
 
@@ -203,7 +210,21 @@ class Responses(DialectBody):
 
 
 def _text(content: str | list[Any]) -> str:
+    if isinstance(content, list) and any(isinstance(part, ImagePart) for part in content):
+        raise RequestError("input holds an image that is no user's, allowed: images in messages of role user")
     return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _seen(content: str | list[Any]) -> str | list[dict[str, Any]]:
+    """A user's content; images make it a list of parts."""
+    if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
+        return _text(content)
+    return [
+        {"type": "image_url", "image_url": {"url": part.image_url}}
+        if isinstance(part, ImagePart)
+        else {"type": "text", "text": part.text}
+        for part in content
+    ]
 
 
 def _said(item: Any) -> dict[str, Any] | None:
@@ -219,7 +240,9 @@ def _said(item: Any) -> dict[str, Any] | None:
 def _message(item: Any) -> dict[str, Any]:
     if isinstance(item, ResultItem):
         return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
-    return {"role": "system" if item.role == "developer" else item.role, "content": _text(item.content)}
+    if item.role == "user":
+        return {"role": "user", "content": _seen(item.content)}
+    return {"role": "system", "content": _text(item.content)}
 
 
 def _one_system(turns: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
