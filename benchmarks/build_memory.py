@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut the network; for a quick try, writes no result")
     parser.add_argument("--dtype", choices=("f16", "f32"), nargs="+", default=["f16", "f32"], help="default both")
     parser.add_argument("--adapter", action="store_true", help="with a drafter adapter")
+    parser.add_argument("--build-only", action="store_true", help="do not load what was built, for want of memory")
     parser.add_argument("--workdir", type=Path, help="folder for checkpoint and engine; default a temporary one")
     arguments = parser.parse_args()
     origin = record.origin(("nemodiff", "numpy", "onnx", "onnxruntime", "ml_dtypes", "safetensors"), None)
@@ -115,17 +116,22 @@ def main() -> None:
         runs = []
         for dtype in arguments.dtype:
             built = build(checkpoint, work / "engine", dtype)
-            built["loaded"] = loaded = run(work / "engine")
+            loaded = None if arguments.build_only else run(work / "engine")
             shutil.rmtree(work / "engine")
-            runs.append(built)
+            runs.append(built | ({} if loaded is None else {"loaded": loaded}))
             print(
                 f"{dtype}: built with {built['peak_anonymous_bytes'] / 2**20:.0f} MiB anonymous and "
                 f"{built['peak_file_bytes'] / 2**20:.0f} MiB of mapped files in {built['seconds']:.0f} s, engine "
-                f"{built['engine_bytes'] / 1e9:.2f} GB; loaded in {loaded['load_seconds']:.0f} s into "
-                f"{loaded['anonymous_bytes'] / 1e9:.1f} GB (peak {loaded['peak_resident_bytes'] / 1e9:.1f}), seconds "
-                f"of a pass by tokens {loaded['seconds_of_a_pass_by_tokens']}",
+                f"{built['engine_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
+            if loaded is not None:
+                print(
+                    f"loaded in {loaded['load_seconds']:.0f} s into {loaded['anonymous_bytes'] / 1e9:.1f} GB (peak "
+                    f"{loaded['peak_resident_bytes'] / 1e9:.1f}), seconds of a pass by tokens "
+                    f"{loaded['seconds_of_a_pass_by_tokens']}",
+                    flush=True,
+                )
     finally:
         shutil.rmtree(work)
     if arguments.layers:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,30 @@ SIZES: dict[str, dict[str, int]] = {
     "8b": {**COMMON, "hidden_size": 4096, "num_hidden_layers": 34, "intermediate_size": 14336},
     "14b": {**COMMON, "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 16384},
 }
-ROPE_THETA = {"3b": 1e6, "8b": 1e6, "14b": 1e9}
+SIZES["vlm-8b"] = SIZES["8b"]
+ROPE_THETA = {"3b": 1e6, "8b": 1e6, "14b": 1e9, "vlm-8b": 1e6}
+# What the model that sees has beside the fields of its decoder; tiny-chat's reserved tokens take the images' names.
+SEEING: dict[str, Any] = {
+    "architectures": ["NemotronLabsDiffusionVLMModel"],
+    "model_type": "nemotron_labs_diffusion_vlm",
+    "spatial_merge_size": 2,
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": False,
+    "vision_feature_layer": -1,
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "intermediate_size": 4096,
+        "patch_size": 14,
+        "image_size": 1540,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+    },
+}
+IMAGE_TOKENS = {18: "<|image_start|>", 19: "<|image_pad|>", 20: "<|image_break|>", 21: "<|image_end|>"}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -42,7 +64,7 @@ def config(size: str, changes: Mapping[str, int] | None = None) -> dict[str, Any
     """config.json of a size; `changes` replace fields, for cuts. All other fields are tiny-chat's, as released."""
     values: dict[str, Any] = json.loads((TINY_CHAT / "config.json").read_text(encoding="utf-8"))
     values["rope_parameters"]["rope_theta"] = ROPE_THETA[size]
-    return {**values, **SIZES[size], **(changes or {})}
+    return {**values, **SIZES[size], **(SEEING if size.startswith("vlm") else {}), **(changes or {})}
 
 
 def shapes(values: Mapping[str, Any]) -> Shapes:
@@ -66,7 +88,35 @@ def shapes(values: Mapping[str, Any]) -> Shapes:
             "mlp.down_proj": (hidden, ffn),
         }
         tensors |= {f"encoder.layers.{layer}.{name}.weight": shape for name, shape in parts.items()}
+    if "vision_config" in values:
+        tensors |= vision_shapes(values)
     return {**tensors, "encoder.norm.weight": (hidden,), "diffusion_head.weight": (vocab, hidden)}
+
+
+def vision_shapes(values: Mapping[str, Any]) -> Shapes:
+    """The tower and the projector behind it."""
+    vision = values["vision_config"]
+    width, ffn, side, hidden = (
+        vision["hidden_size"],
+        vision["intermediate_size"],
+        vision["patch_size"],
+        values["hidden_size"],
+    )
+    tower, projector = "encoder.vision_tower", "encoder.multi_modal_projector"
+    tensors: Shapes = {f"{tower}.patch_conv": (width, 3, side, side), f"{tower}.ln_pre": (width,)}
+    for layer in range(vision["num_hidden_layers"]):
+        at = f"{tower}.transformer.layers.{layer}"
+        tensors |= {f"{at}.{name}": (width,) for name in ("attention_norm", "ffn_norm")}
+        tensors |= {f"{at}.attention.{part}_proj": (width, width) for part in "qkvo"}
+        tensors |= {f"{at}.feed_forward.{part}_proj": (ffn, width) for part in ("gate", "up")}
+        tensors[f"{at}.feed_forward.down_proj"] = (width, ffn)
+    tensors |= {
+        f"{projector}.norm": (width,),
+        f"{projector}.patch_merger.merging_layer": (width, width * values["spatial_merge_size"] ** 2),
+        f"{projector}.linear_1": (hidden, width),
+        f"{projector}.linear_2": (hidden, hidden),
+    }
+    return {f"{name}.weight": shape for name, shape in tensors.items()}
 
 
 def adapter_shapes(values: Mapping[str, Any]) -> Shapes:
@@ -152,7 +202,11 @@ def write_checkpoint(
     folder.mkdir(parents=True)  # an existing folder is an error: stray shards in it would be taken for weights
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name in CARRIED:
-        shutil.copyfile(TINY_CHAT / name, folder / name)
+        text = (TINY_CHAT / name).read_text(encoding="utf-8")
+        if size.startswith("vlm"):
+            for number, token in IMAGE_TOKENS.items():
+                text = text.replace(f'"<SPECIAL_{number}>"', json.dumps(token))
+        (folder / name).write_text(text, encoding="utf-8")
     write_weights(folder, shapes(values), Pool(seed, ml_dtypes.bfloat16))
     if adapter:
         lora = folder / "linear_spec_lora"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from common import checkout  # noqa: F401  (before nemodiff)
 
 from nemodiff.measurement.machine import machine
+from nemodiff.measurement.machine import memory as memory  # for the benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -6,6 +6,7 @@ import base64
 import http.server
 import ipaddress
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -198,3 +199,43 @@ def test_an_image_is_fetched_under_limits(web: str, monkeypatch: pytest.MonkeyPa
     for url in ("http://", "http://user@host/", "http://[::1", "http://host:x/"):
         with pytest.raises(RequestError, match="cannot be fetched"):
             fetch(url, anyone)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium; install it: scripts/debian-packages")
+def test_a_picture_is_dropped_on_the_page(server: Served, expected: dict[str, Any]) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'nemodiff[test]'")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(reduced_motion="reduce")
+        page.set_default_timeout(10_000)
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.goto(f"http://{server.host}:{server.port}/")
+        page.get_by_label("Prompt", exact=True).fill(QUESTION)
+        page.get_by_text("Options").click()
+        page.get_by_label("Most tokens").fill("12")
+        page.get_by_label("Diffusion").uncheck()
+        picture = page.locator("#pictures img")
+        page.locator("#picture").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": DATA})
+        playwright.expect(picture).to_have_count(1)
+        page.get_by_title("Take this picture away").click()
+        playwright.expect(picture).to_have_count(0)
+        page.evaluate(
+            """(text) => {
+              const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+              const transfer = new DataTransfer();
+              transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+              document.getElementById("request").dispatchEvent(
+                new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+            }""",
+            base64.b64encode(DATA).decode(),
+        )
+        playwright.expect(picture).to_have_count(1)
+        page.get_by_role("button", name="Run").click()
+        playwright.expect(page.locator("#note")).to_have_text("Finished")
+        for lane in page.locator(".lane").all():
+            tokens = lane.locator(".answer .token:not([hidden])").all_text_contents()
+            assert "".join(tokens).strip() == expected["text"].strip()
+        assert page.locator(".lane").count() == 2
+        assert complaints == []
+        browser.close()

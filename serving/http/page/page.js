@@ -68,6 +68,17 @@ class LivePage {
       event.preventDefault();
       if (!event.repeat) form.requestSubmit();
     });
+    byId("picture").addEventListener("change", (event) => {
+      this.show([...event.target.files]);
+      event.target.value = "";
+    });
+    form.addEventListener("paste", (event) => this.show([...event.clipboardData.files]));
+    form.addEventListener("dragover", (event) => event.preventDefault());
+    form.addEventListener("drop", (event) => {
+      if (!event.dataTransfer.files.length) return;
+      event.preventDefault();
+      this.show([...event.dataTransfer.files]);
+    });
     byId("cancel").addEventListener("click", () => this.abort?.abort());
     byId("save").addEventListener("click", () => this.save());
     byId("save").hidden = false;
@@ -80,11 +91,34 @@ class LivePage {
 
   /** The form as the body of a request; the server chooses a number that was left empty. */
   body() {
-    const body = { prompt: byId("prompt").value };
+    const text = byId("prompt").value;
+    const pictures = [...byId("pictures").querySelectorAll("img")].map(({ src }) => ({ type: "image_url", image_url: { url: src } }));
+    const body = pictures.length
+      ? { messages: [{ role: "user", content: [...pictures, { type: "text", text }] }] }
+      : { prompt: text };
     for (const field of this.form.querySelectorAll("input[type=number]")) {
       if (field.value !== "") body[field.name] = field.valueAsNumber;
     }
     return body;
+  }
+
+  /** Put pictures before the prompt; a click takes one away. */
+  show(files) {
+    for (const file of files) {
+      const reader = new FileReader();
+      reader.addEventListener("load", () => {
+        const button = document.createElement("button");
+        button.type = "button";
+        button.title = "Take this picture away";
+        const picture = document.createElement("img");
+        picture.src = reader.result;
+        picture.alt = file.name;
+        button.append(picture);
+        button.addEventListener("click", () => button.remove());
+        byId("pictures").append(button);
+      });
+      reader.readAsDataURL(file);
+    }
   }
 
   /** Show one line under the form, as a note or as an error. */
