@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 from ..errors import RequestError
@@ -76,7 +77,7 @@ def score_many(
     """
     check_rows(engine, rows)
     options = Options(chat=chat, prompt_logprobs=top, max_new_tokens=0)
-    tokens: list[list[int]] = []  # of each continuation that has been begun
+    begun: deque[list[int]] = deque()  # the continuations that have no score yet
 
     def sequences() -> Iterator[Sequence]:
         for prompt, continuation in pairs:
@@ -84,14 +85,12 @@ def score_many(
             before = encode(engine, prompt, options)
             sequence = prepare(engine, [*before, *ids], options)
             sequence.score_from(len(before))
-            tokens.append(ids)
+            begun.append(ids)
             yield sequence
 
-    for number, answer in enumerate(
-        answers(sequence_events(engine, sequences(), rows=rows, prefix_reuse=True, text=False))
-    ):
+    for answer in answers(sequence_events(engine, sequences(), rows=rows, prefix_reuse=True, text=False)):
         assert answer.prompt_logprobs is not None
-        ids = tokens[number]
+        ids = begun.popleft()
         logprobs = [one for one in answer.prompt_logprobs[-len(ids) :] if one is not None]
         yield Score(sum(one.logprob for one in logprobs), all(one.rank == 1 for one in logprobs), ids, logprobs)
 
