@@ -165,4 +165,11 @@ def serve(
             reports=Reports(log_format, trace_spans),
             **choices,
         )
-        listen(server, listening, drain, lambda address: click.echo(f"serving {server.name} on {address}", err=True))
+
+        def announce(address: str) -> None:
+            click.echo(f"serving {server.name} on {address}", err=True)
+            if sampling:
+                proposed = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
+                click.echo(f"where a request does not say otherwise, by generation_config.json: {proposed}", err=True)
+
+        listen(server, listening, drain, announce)

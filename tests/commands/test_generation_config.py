@@ -88,6 +88,11 @@ def test_chat_takes_it(engine: Path) -> None:
 def test_the_server_takes_it_below_what_requests_say(engine: Path) -> None:
     loaded = nemodiff.load(engine, threads=1)
     with serving(engine, "--mode", "ar", "--generation-config", "auto") as server:
+        assert server.process.stderr is not None
+        said = server.process.stderr.readline()
+        assert said.endswith(
+            "by generation_config.json: temperature 1.5, top_p 0.9, top_k 40, repetition_penalty 1.2\n"
+        )
         body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 30}
 
         def answer(**fields: Any) -> str:
