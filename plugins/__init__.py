@@ -8,6 +8,7 @@ from .ops import (
     paged_attention,
     residual_norm,
     rope_write,
+    rotation,
     swiglu,
 )
 
@@ -15,6 +16,7 @@ OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     residual_norm.OP,
+    rotation.OP,
     rope_write.OP,
     rope_write.PAGED,
     paged_attention.PLAN,
@@ -37,5 +39,6 @@ __all__ = [
     "paged_attention",
     "residual_norm",
     "rope_write",
+    "rotation",
     "swiglu",
 ]

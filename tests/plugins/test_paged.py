@@ -20,7 +20,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Arg, run
-from nemodiff.plugins.ops import confidence_commit, head_commit, paged_attention, rope_write
+from nemodiff.plugins.ops import confidence_commit, head_commit, paged_attention, rope_write, rotation
 from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
@@ -276,6 +276,17 @@ def test_rotation_writes_into_pages(
     np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(inputs["k_pages"], expected["k_pages"], rtol=2e-6, atol=1e-6)
     np.testing.assert_array_equal(inputs["v_pages"], expected["v_pages"])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_rotation_tables_are_exact_far_out(tiny: ModelConfig, beta: float) -> None:
+    rope = dataclasses.replace(tiny.rope, attention_factor=1.2, llama_4_scaling_beta=beta, original_max_position=16384)
+    model = dataclasses.replace(tiny, head_dim=48, rope=rope)
+    pos = np.array([0, 1, 16383, 16384, 262143], np.int32)
+    inv_freq = rope.inv_freq(48)
+    got = launch(rotation.OP, model, pos=pos, inv_freq=inv_freq)
+    for result, expected in zip(got, rotation.reference(pos, inv_freq, rope), strict=True):
+        np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 SPANS = [3, 1, 18, 1, 1]  # predictions of each row
