@@ -10,6 +10,7 @@ from .ops import (
     rope_write,
     rotation,
     swiglu,
+    token_quantise,
 )
 
 OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
@@ -17,6 +18,7 @@ SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     residual_norm.OP,
     rotation.OP,
+    token_quantise.OP,
     rope_write.OP,
     rope_write.PAGED,
     paged_attention.PLAN,
@@ -41,4 +43,5 @@ __all__ = [
     "rope_write",
     "rotation",
     "swiglu",
+    "token_quantise",
 ]

@@ -17,7 +17,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
-from nemodiff.plugins.ops import confidence_commit, paged_attention
+from nemodiff.plugins.ops import confidence_commit, paged_attention, token_quantise
 
 ATTENTION = ("BlockAttention", "PagedAttention")  # ops that read a context
 
@@ -80,7 +80,7 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
 
 def types(torch: Any) -> dict[str, Any]:
     """torch's types by the names of `Arg.dtype` and of engines."""
-    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "u8": torch.uint8}
 
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
@@ -134,24 +134,48 @@ def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures
     return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
 
 
+def linear_by_8_bits(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
+    """The same product with both sides in e4m3, the activations quantised first; torch's, on cards with fp8."""
+    torch, device = lab.card.torch, lab.card.name
+    model = gpu_models.work("tiny", dtype).model  # for constants, of which the op has none
+    nbytes = out * size_in + tokens * (size_in + out) * ITEMSIZE[dtype]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        return torch.empty(shape, dtype={"u8": torch.uint8, "f32": torch.float32}[arg.dtype], device=device)
+
+    with lab.card.use(gpu_models.CARRIED):
+        x = torch.empty(tokens, size_in, dtype=types(torch)[dtype], device=device).normal_()
+        gain = torch.ones(1, out, dtype=torch.float32, device=device)
+        matrices = [
+            torch.randint(0, 120, (out, size_in), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).t()
+            for _ in range(lab.card.sets(nbytes))
+        ]
+
+    def product(matrix: Any) -> Any:
+        values, scale = run(token_quantise.OP, model, {"x": x}, new)
+        a = values.view(torch.float8_e4m3fn)
+        return torch._scaled_mm(a, matrix, scale[:, None], gain, out_dtype=torch.bfloat16)
+
+    seconds = lab.card.per_launch([lambda m=m: product(m) for m in matrices])
+    return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
+
+
 def linear_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """torch's products, which the AR step mostly consists of."""
     model = gpu_models.work(shape, config.dtype).model
     for name, (out, size_in) in projections(model).items():
         for tokens in config.scale.kernel_sizes:
+            for how, of in (("linear", linear), ("e4m3 linear", linear_by_8_bits)):
 
-            def measure(lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens) -> Figures:
-                figures = linear(lab, out, size_in, config.dtype, tokens)
-                return {
-                    "op": "linear",
-                    "stages": [f"torch, {out} x {size_in}"],
-                    **figures,
-                    "tokens": tokens,
-                    "context": None,
-                }
+                def measure(
+                    lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens, how: str = how, of: Any = of
+                ) -> Figures:
+                    figures = of(lab, out, size_in, config.dtype, tokens)
+                    stages = [f"torch, {how}, {out} x {size_in}"]
+                    return {"op": how, "stages": stages, **figures, "tokens": tokens, "context": None}
 
-            nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
-            yield Cell("kernels", shape, f"linear {name} tokens {tokens}", nbytes, 0.7, measure)
+                nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
+                yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.7, measure)
 
 
 def cells(config: RunConfig, shape: str) -> Iterator[Cell]:

@@ -178,7 +178,7 @@ def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         for r in report.figures("variants")
     ]  # fmt: skip
     yield "Kernels", ["shape", "op", "tokens", "context", "us", "KiB", "over the copy ceiling"], [
-        [r["shape"], r["op"] if r["op"] == "BlockAttention" else r["stages"][0], str(r["tokens"]),
+        [r["shape"], r["op"] if r["op"].endswith("Attention") else r["stages"][0], str(r["tokens"]),
          str(r["context"] or ""), f"{r['us']:.2f}", f"{r['bytes'] / 1024:.0f}", f"{r['to_copy_ceiling']:.2f}"]
         for r in report.figures("kernels")
     ]  # fmt: skip

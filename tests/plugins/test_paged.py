@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,15 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Arg, run
-from nemodiff.plugins.ops import confidence_commit, head_commit, paged_attention, rope_write, rotation
+from nemodiff.plugins.ops import (
+    confidence_commit,
+    fp8_linear,
+    head_commit,
+    paged_attention,
+    rope_write,
+    rotation,
+    token_quantise,
+)
 from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
@@ -287,6 +296,36 @@ def test_rotation_tables_are_exact_far_out(tiny: ModelConfig, beta: float) -> No
     got = launch(rotation.OP, model, pos=pos, inv_freq=inv_freq)
     for result, expected in zip(got, rotation.reference(pos, inv_freq, rope), strict=True):
         np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 2064])
+def test_tokens_are_quantised_to_the_nearest_e4m3(tiny: ModelConfig, width: int) -> None:
+    """Every bit, also of ties, subnormal numbers and zeros of both signs."""
+    rng = np.random.default_rng(width)
+    x = (rng.standard_normal((6, width)) * 2.0 ** rng.integers(-12, 3, (6, width))).astype(np.float32)
+    x[1] = 0
+    x[2] = rng.integers(-448 * 4, 448 * 4 + 1, width) / 4  # many ties, once the largest is 448
+    x[2, 0] = 448
+    x[3] = rng.integers(-64, 65, width) / 1024  # around the subnormal numbers
+    x[3, :2] = 448, -0.0
+    values, scale = launch(token_quantise.OP, tiny, x=x)
+    expected = token_quantise.reference(x)
+    np.testing.assert_array_equal(scale, expected[1])
+    np.testing.assert_array_equal(values, expected[0])
+
+
+def test_the_product_of_8_bits_by_8_bits_is_torch_s(tiny: ModelConfig) -> None:
+    """`torch._scaled_mm` takes the values and scales as they are."""
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 64), (48, 64)))
+    values, scale = launch(token_quantise.OP, tiny, x=x)
+    stored, weight_scale = fp8_linear.quantise(weight)
+    a = torch.from_numpy(values).to(DEVICE).view(torch.float8_e4m3fn)
+    b = torch.from_numpy(stored.view(np.uint8)).to(DEVICE).view(torch.float8_e4m3fn).t()
+    scales = torch.from_numpy(scale)[:, None].to(DEVICE), torch.from_numpy(weight_scale)[None].to(DEVICE)
+    y = torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16).float().cpu().numpy()
+    wide = values.view(ml_dtypes.float8_e4m3fn).astype(np.float32) @ stored.astype(np.float32).T
+    np.testing.assert_allclose(y, wide * scale[:, None] * weight_scale, rtol=1e-2, atol=1e-2)
 
 
 SPANS = [3, 1, 18, 1, 1]  # predictions of each row
