@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..runtime.requests.options import FLAGS, OPTIONS, Options, make_options
+from ..runtime.requests.spellings import resolve
 from ..runtime.text.checks import check_text
 from ..runtime.text.files import read_text
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _SPELLINGS = dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens")  # as in HTTP bodies
 _LABELS = ("id", "custom_id")
-_KEYS = ("prompt", "messages", *_LABELS, *OPTIONS, *_SPELLINGS)
+_IGNORE_EOS = "ignore_eos"
+_KEYS = ("prompt", "messages", *_LABELS, *OPTIONS, *_SPELLINGS, _IGNORE_EOS)
 REPORTS = ("logprobs", "confidences", "prompt_logprobs")  # what belongs to tokens
 _SETS = 256  # of options, checked against the engine beforehand: a schema among them takes a millisecond or more
 
@@ -148,6 +150,10 @@ def _options(fields: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
     for name in REPORTS:
         if options.get(name, False) is not False and not as_json:
             raise RequestError(f"{name} goes with --json; give the flag or leave {name} out")
+    ignore_eos = fields.get(_IGNORE_EOS, False)
+    if not isinstance(ignore_eos, bool):
+        raise RequestError(f"{_IGNORE_EOS} is {ignore_eos!r:.60}, allowed: true or false")
+    options = resolve(options, ignore_eos=ignore_eos)
     if options:
         make_options(options)
     return options

@@ -66,7 +66,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"layers", "references"},
     ],
     "measurement": [{"machine"}, {"round"}, {"figures"}, {"bench"}, {"plot", "table"}],
-    "serving": [{"metrics", "spellings"}, {"http", "triton_server"}],
+    "serving": [{"metrics"}, {"http", "triton_server"}],
 }
 
 

@@ -15,7 +15,7 @@ from ...errors import RequestError
 from ...runtime.editing.infill import LONGEST_FREE
 from ...runtime.editing.methods import Method
 from ...runtime.requests.prepare import Prompt
-from ..spellings import resolve
+from ...runtime.requests.spellings import resolve
 from .body_parts import Body, Message, NamedTool, ResponseFormat, StreamOptions, StructuredOutputs
 from .option_fields import option_field, with_options
 

@@ -22,9 +22,9 @@ from ...runtime.events.events import Event, Finished
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.options import make_options
 from ...runtime.requests.prepare import Prompt, encode, prepare
+from ...runtime.requests.spellings import with_seed
 from ...runtime.scheduler import Scheduler
 from ...runtime.text.checks import check_text
-from ..spellings import with_seed
 from .body import Chat, Completion, Decoding, Detokenize, Fim, Tokenize, Watched
 from .dialects.dialect import DialectBody
 from .dialects.messages_body import Counted, Messages

@@ -11,7 +11,7 @@ from ...runtime.requests.option_types import Option
 from ...runtime.requests.options import OPTIONS
 
 Model = TypeVar("Model", bound=BaseModel)
-# What a body means besides, by option; see serving/spellings.py.
+# What a body means besides, by option; see runtime/requests/spellings.py.
 _NOTES = {
     "max_new_tokens": "-1 leaves it open too.",
     "seed": "A sampled request without it, or with -1, draws one.",

@@ -19,8 +19,8 @@ from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.requests.prepare import Prompt
+from ...runtime.requests.spellings import left_open, resolve, with_seed
 from ...runtime.text.checks import check_text
-from ..spellings import left_open, resolve, with_seed
 from .values import convert
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]

@@ -37,6 +37,17 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "prompts.jsonl"
 
 
+def test_a_line_spells_options_as_servers_do(tiny_engine: Path, file: Path) -> None:
+    own: list[dict[str, Any]] = [
+        {},
+        {"max_tokens": -1, "seed": -1, "top_k": -1},
+        {"max_tokens": 60, "ignore_eos": True},
+    ]
+    plain, same, long = answers(run(tiny_engine, file, [{"prompt": QUESTION, **o} for o in own], "--json"))
+    assert same["token_ids"] == plain["token_ids"]
+    assert len(long["token_ids"]) == 60 > len(plain["token_ids"])
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_options_of_a_line_go_on_top_of_the_flags(tiny_engine: Path, file: Path, rows: int) -> None:
     own: list[dict[str, Any]] = [
@@ -96,6 +107,8 @@ def test_answers_come_in_the_order_of_the_lines(tiny_engine: Path, file: Path, r
         pytest.param({"mode": "fast"}, ["mode is 'fast', allowed: ar, diffusion"], id="mode"),
         pytest.param({"max_tokens": 0}, ["max_new_tokens is 0, allowed: 1 or more"], id="limit"),
         pytest.param({"max_tokens": "4"}, ["max_new_tokens is '4', allowed: an integer"], id="limit is text"),
+        pytest.param({"ignore_eos": 1}, ["ignore_eos is 1, allowed: true or false"], id="ignore_eos"),
+        pytest.param({"ignore_eos": True}, ["ignore_eos needs a limit; give max_tokens"], id="no limit"),
         pytest.param({"max_tokens": 4, "max_new_tokens": 5}, ["max_tokens and max_new_tokens differ"], id="two limits"),
         pytest.param({"messages": [{"role": "user", "content": "x"}]}, ["prompt and messages are both"], id="both"),
         pytest.param({"stop": [""]}, ["a stop string is empty; give"], id="stop"),

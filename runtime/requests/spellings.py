@@ -1,11 +1,11 @@
-"""What clients of every server here spell alike, and the runtime spells otherwise."""
+"""What clients of servers and files of prompts spell alike, and the runtime spells otherwise."""
 
 from __future__ import annotations
 
 import secrets
 from typing import Any
 
-from ..errors import RequestError
+from ...errors import RequestError
 
 _OPEN = ("max_new_tokens", "seed")  # options that clients leave open by -1 too
 
