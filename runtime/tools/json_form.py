@@ -12,6 +12,8 @@ from .reader import CallReader
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
 
+_LONGEST_HEAD = 1000  # characters in which the name is looked for, again with each new text
+
 
 class JsonReader(CallReader):
     """Reads `{"name": ..., "arguments": {...}}`; in that order the arguments come as they grow, else once complete."""
@@ -22,7 +24,7 @@ class JsonReader(CallReader):
         self._whole: str | None = None  # the arguments, where they were known before the name
 
     def _begin(self, final: bool) -> None:
-        match = _HEAD.match(self.unread)
+        match = _HEAD.match(self.unread[:_LONGEST_HEAD])
         if match and (name := _loaded(match[1])) and isinstance(name, str):
             self.name = name
             self.unread = self.unread[match.end() :]

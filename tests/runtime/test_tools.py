@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.tool_templates import CLOCK, TEMPLATES, TOOLS, WEATHER, tool_checkpoint, tool_engine
+from stand_ins.toy_engine import ToyEngine, toy
 
 import nemodiff
 from nemodiff.errors import RequestError
+from nemodiff.runtime.events.events import Text
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.text.chat_template import ChatTemplate
@@ -303,6 +305,36 @@ def test_one_of_several_is_called_where_one_is_required(engine: nemodiff.LoadedE
         options["parallel_tool_calls"] = False
         one = nemodiff.generate(engine, QUESTION, tools=TOOLS, tool_choice="required", **options)
         assert len(one.tool_calls) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block", [3, 32])
+def test_a_free_call_is_read_as_it_comes_in_every_mode(engine: nemodiff.LoadedEngine, mode: str, block: int) -> None:
+    other = toy(engine)
+    assert isinstance(other.backend, ToyEngine)
+    start = len(prepare(other, QUESTION, make_options({"tools": TOOLS})).prompt)
+    markers = [other.text.special_tokens[name] for name in ("<tool_call>", "</tool_call>")]
+    inside = xml("weather", city="São </par Paulo", days="3")[len("<tool_call>") : -len("</tool_call>")]
+    plain = other.text.encode_plain
+    said = [*plain("I look. "), markers[0], *plain(inside), markers[1], other.info.model.eos_ids[0]]
+    other.backend.said = dict(enumerate(said, start))
+    options: dict[str, Any] = {"tools": TOOLS, "max_new_tokens": 200, "mode": mode}
+    if mode != "ar":
+        options["block_length"] = block
+    *texts, answer = nemodiff.stream(other, QUESTION, **options)
+    assert isinstance(answer, nemodiff.Generation)
+    assert answer.token_ids == said
+    assert answer.content == "I look."
+    (call,) = answer.tool_calls
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "São </par Paulo", "days": 3})
+    parts = [part for text in texts if isinstance(text, Text) for part in text.parts]
+    assert "".join(part.text for part in parts if part.part == "content") == answer.content
+    assert [part.text for part in parts if part.part == "call"] == ["weather"]
+    assert "".join(part.text for part in parts if part.part == "arguments") == call.arguments
+    if mode == "linear_spec" and block == 32:
+        assert len(texts) < len(said) / 4  # several tokens come at once
+    if mode == "ar":
+        assert len([part for part in parts if part.part == "arguments"]) > 10
 
 
 def test_a_strict_tool_leaves_the_answer_free(engine: nemodiff.LoadedEngine) -> None:

@@ -35,6 +35,7 @@ class ToyEngine:
         self.open_caches = 0
         self.forwards = 0
         self.fails_at: set[int] = set()
+        self.said: dict[int, int] = {}  # tokens at positions where it is no hash
 
     def open(self, rows: int) -> ToyCache:
         self.open_caches += 1
@@ -90,6 +91,7 @@ class ToyCache:
                 known = known[known[:, 1] < START]
             value = _mixed(np.concatenate([known, [[position, -1]]]))
             token[i] = model.eos_ids[0] if value % 41 == 0 else 130 + value % 600
+            token[i] = self._engine.said.get(position, token[i])
             confidence[i] = (value >> 16) % 1000 / 1000
             if logits is not None:  # two tokens that a sample may well be
                 logits[i, [130 + (value >> 8) % 600, token[i]]] = (9, 10)
