@@ -5,10 +5,10 @@ within about sqrt(E) 2^-24. Such errors are independent, so after n of them the 
 large. A layer has eight that count: two norms, projections in and out of attention and MLP, two inner values, two sums;
 embedding, last norm and head are four more. Logits have the relative error of the state they come from:
 
-    noise = sqrt(u^2 + E 2^-48) sqrt(8 layers + 4) std(logits)
+    noise = 4 sqrt(u1^2 + u2^2 + 2 E 2^-48) sqrt(8 layers + 4) std(logits)
 
-A weight on a coarser grid adds its own relative error to the u of its engine. docs/verify.md says what this was held
-against.
+The 4 is for what the estimate leaves out: layers may amplify the errors of those before them. A weight on a coarser
+grid adds its own relative error to the u of its engine. docs/verify.md says what this was held against.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import math
 from ..engine_folder import EngineInfo
 
 UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
+_AMPLIFIED = 4.0
 GRID = {"fp8": 0.03, "int8": 0.01, "int4": 0.1}  # relative error of a projection's result
 # The bounds, as multiples of the noise. Deviations of honest engines have a root mean square below 1 and long tails, up
 # to 25 in single positions whose attention hangs in the balance (docs/verify.md).
 LARGEST = 64.0  # deviation of one position
-NEAR_TIE = 16.0  # how far two logits may come closer or go apart, each
+NEAR_TIE = 6.0  # how far a logit may move, in multiples of its position's deviation
+NEAR_TIE_UNSEEN = 16.0  # the same in multiples of the noise, where that deviation is not known
 USUAL = 2.0  # root mean square over many positions
 STATE = 4.0  # mean deviation of a layer's values
 
@@ -38,4 +40,4 @@ def relative_noise(one: EngineInfo, other: EngineInfo) -> float:
     grids = {info.build.quantization for info in (one, other)}
     if len(grids) == 2:
         squares += sum(GRID[name] ** 2 for name in grids if name is not None)
-    return math.sqrt(squares * (8 * one.model.num_layers + 4))
+    return _AMPLIFIED * math.sqrt(squares * (8 * one.model.num_layers + 4))

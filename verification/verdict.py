@@ -10,8 +10,9 @@ import numpy as np
 
 from .network import Answer
 from .recorder import Served
-from .rounding import LARGEST, NEAR_TIE, usual_bound
+from .rounding import LARGEST, NEAR_TIE, NEAR_TIE_UNSEEN, usual_bound
 
+_LEAST = 0.25  # of a deviation: the logits that are compared may all be small, and a large one is rounded more
 Kind = Literal["equal", "near_tie", "wrong", "strays"]
 
 
@@ -72,14 +73,15 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
     """The verdict on prediction `index` of a pass, whose answer is at `place`."""
     token = int(served.token[index])
     noise = usual_noise(answer, place)
-    deviation = 0.0
+    seen = None
     if served.logits is not None:
         right = answer.logits[place, np.searchsorted(answer.ids, columns)]
-        deviation = float(np.sqrt(np.square(served.logits[index] - right).mean())) / noise
+        seen = float(np.sqrt(np.square(served.logits[index] - right).mean())) / noise
+    deviation = seen or 0.0
     expected = int(answer.token[place])
     gap = answer.best[place] - answer.logit(place, token)
     certainty = math.log(max(float(served.confidence[index]), 1e-30))
-    if token != expected and not is_near_tie(gap, certainty, answer, place, deviation):
+    if token != expected and not is_near_tie(gap, certainty, answer, place, seen):
         return Verdict("wrong", deviation, f"token {token} where {expected} is best by {gap:.3g} in logits")
     if not deviation <= LARGEST:  # nan too
         return Verdict("strays", deviation, f"logits are off by {deviation:.3g} times what rounding does")
@@ -90,12 +92,13 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
     return Verdict("equal" if token == expected else "near_tie", deviation)
 
 
-def is_near_tie(gap: float, certainty: float, answer: Answer, place: int, deviation: float = 0.0) -> bool:
+def is_near_tie(gap: float, certainty: float, answer: Answer, place: int, deviation: float | None = None) -> bool:
     """Whether rounding may make another token the best one that is `gap` behind it in logits.
 
-    deviation: of the position's logits; where it is large, as it may be up to its bound, so may be that of two of them.
+    deviation: that of the position's logits, in multiples of the noise, if it is known.
     """
-    bound = math.sqrt(2) * max(NEAR_TIE, 4 * min(deviation, LARGEST)) * usual_noise(answer, place)
+    moved = NEAR_TIE_UNSEEN if deviation is None else NEAR_TIE * min(max(deviation, _LEAST), LARGEST)
+    bound = math.sqrt(2) * moved * usual_noise(answer, place)
     if not math.isnan(gap):
         return bool(abs(gap) <= bound)
     # Without logits: each of two tied tokens has half of the probability or less, and as much as the other.
