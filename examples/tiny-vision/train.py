@@ -1,0 +1,232 @@
+"""Teach tiny-chat to see: a Pixtral tower of 0.5 M parameters before its decoder, trained together on the CPU.
+
+    python examples/tiny-vision/train.py --out examples/tiny-vision --minutes 40
+
+The decoder begins as tiny-chat is, tower and projector are transformers' classes with random weights. The objective is
+tiny-chat's: each answer is learnt causally and, cut into blocks of masks, bidirectionally. Images stand in the prompt
+alone. The state dict has the released names, so it is the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+CHAT = HERE.parent / "tiny-chat"
+sys.path[:0] = [str(CHAT), str(HERE)]
+
+import model as chat  # noqa: E402
+import train as recipe  # noqa: E402
+from make_data import prompt  # noqa: E402
+from make_pictures import KINDS, SIZE, TASKS, draw_scene, example, paint, quarters  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig, PixtralVisionModel  # noqa: E402
+from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector  # noqa: E402
+
+IMAGE_TOKENS = {18: "<|image_start|>", 19: "<|image_pad|>", 20: "<|image_break|>", 21: "<|image_end|>"}
+PAD = 19
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 24,
+    "intermediate_size": 256,
+    "patch_size": 4,
+    "image_size": SIZE,
+    "num_channels": 3,
+    "hidden_act": "silu",
+    "rope_theta": 100.0,
+}
+MERGE = 2
+SIDE = SIZE // (VISION["patch_size"] * MERGE)  # type: ignore[operator]  # tokens
+LAYOUT = "<|image_break|>".join(["<|image_pad|>" * SIDE] * SIDE)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+class SeeingEmbedding(nn.Embedding):
+    """Token embeddings, with those of `images` (B, SIDE^2, HIDDEN) in the place of the pads."""
+
+    images: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = super().forward(tokens)
+        assert self.images is not None
+        return x.masked_scatter((tokens == PAD)[..., None], self.images)
+
+
+def make_model() -> chat.TinyChat:
+    """tiny-chat with a tower and a projector beside its layers."""
+    model = chat.TinyChat()
+    chat.load_weights(model, CHAT)
+    vision = PixtralVisionConfig(**VISION)
+    text = MistralConfig(hidden_size=chat.HIDDEN, rms_norm_eps=chat.CONFIG["rms_norm_eps"])
+    whole = Mistral3Config(vision_config=vision, text_config=text, spatial_merge_size=MERGE)
+    embedding = SeeingEmbedding(chat.VOCAB, chat.HIDDEN)
+    embedding.load_state_dict(model.encoder.embed_tokens.state_dict())
+    model.encoder.embed_tokens = embedding
+    model.encoder.vision_tower = PixtralVisionModel(vision)
+    model.encoder.multi_modal_projector = Mistral3MultiModalProjector(whole)
+    return model
+
+
+def make_tokenizer() -> Tokenizer:
+    """tiny-chat's, with four of its reserved tokens under the names that images have."""
+    text = (CHAT / "tokenizer.json").read_text("utf-8")
+    for number, name in IMAGE_TOKENS.items():
+        text = text.replace(f'"<SPECIAL_{number}>"', json.dumps(name))
+    return Tokenizer.from_str(text)
+
+
+def look(model: chat.TinyChat, minutes: float, seed: int) -> None:
+    """Teach tower and projector alone what the quarters of a picture hold; without the decoder a step is cheap.
+
+    A linear probe reads the mean of the tokens of a quarter, and is thrown away.
+    """
+    probe = nn.Linear(chat.HIDDEN, KINDS)
+    seeing = [p for name, p in model.named_parameters() if "vision" in name or "projector" in name]
+    optimiser = torch.optim.AdamW([*seeing, *probe.parameters()], lr=2e-3)
+    rng = random.Random(seed)
+    begin = time.monotonic()
+    step, done = 0, 0.0
+    while done < 1:
+        scenes = [draw_scene(rng) for _ in range(16)]
+        seen = see(model, pixels([paint(scene, rng) for scene in scenes]))
+        grid = seen.view(len(scenes), 2, SIDE // 2, 2, SIDE // 2, -1).mean((2, 4))  # (B, 2, 2, HIDDEN)
+        loss = F.cross_entropy(probe(grid).flatten(0, 2), torch.tensor([quarters(scene) for scene in scenes]).flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 100) * max(0.05, 1 - done)
+        torch.nn.utils.clip_grad_norm_(seeing, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step, done = step + 1, (time.monotonic() - begin) / (60 * minutes)
+        if step % 100 == 0:
+            print(f"look {step} {time.monotonic() - begin:.0f} s {loss.item():.4f}", flush=True)
+
+
+def pixels(pictures: list[Image.Image]) -> Tensor:
+    """Normalized pictures, (B, 3, SIZE, SIZE) f32."""
+    normal = [(np.asarray(picture, np.float32) / 255 - MEAN) / STD for picture in pictures]
+    return torch.from_numpy(np.stack(normal).transpose(0, 3, 1, 2).copy())
+
+
+def see(model: chat.TinyChat, pictures: Tensor) -> Tensor:
+    """The embeddings of the pictures' tokens, (B * SIDE^2, HIDDEN) f32."""
+    sizes = torch.tensor([[SIZE, SIZE]] * len(pictures))
+    hidden = model.encoder.vision_tower(pictures, image_sizes=sizes).last_hidden_state.squeeze(0)
+    seen: Tensor = model.encoder.multi_modal_projector(hidden, sizes)
+    return seen
+
+
+def draw_batch(tokenizer: Tokenizer, rng: random.Random, rows: int) -> tuple[recipe.Batch, Tensor]:
+    """The next `rows` examples of `rng`, and their pictures (B, 3, SIZE, SIZE) f32."""
+    pictures, lines = [], []
+    tasks = ["describe"] if rng.random() < 0.15 else TASKS[:-1]  # apart, since its answers are three times as long
+    for _ in range(rows):
+        picture, question, answer = example(rng, rng.choice(tasks))
+        pictures.append(picture)
+        head = tokenizer.encode(prompt(f"<|image_start|>{LAYOUT}<|image_end|>{question}")).ids
+        lines.append((head, [*tokenizer.encode(answer).ids, chat.EOS]))
+    longest = max(len(head) + len(answer) for head, answer in lines) + recipe.PAD
+    tokens = torch.full((rows, longest), chat.EOS)
+    for row, (head, answer) in enumerate(lines):
+        tokens[row, : len(head) + len(answer)] = torch.tensor(head + answer)
+    heads, answers = torch.tensor([[len(head), len(answer)] for head, answer in lines]).T
+    return recipe.Batch(tokens, heads, answers), pixels(pictures)
+
+
+def losses(model: chat.TinyChat, batch: recipe.Batch, pictures: Tensor) -> recipe.Losses:
+    """tiny-chat's losses, with the pictures seen first."""
+    model.encoder.embed_tokens.images = see(model, pictures)
+    return recipe.losses(model, batch)
+
+
+def save_checkpoint(model: chat.TinyChat, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a checkpoint folder in the released layout, weights in bf16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template = (HERE / "chat_template.jinja").read_bytes()
+    config = chat.CONFIG | {
+        "architectures": ["NemotronLabsDiffusionVLMModel"],
+        "model_type": "nemotron_labs_diffusion_vlm",
+        "vision_config": VISION,
+        "spatial_merge_size": MERGE,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": False,
+        "vision_feature_layer": -1,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "generation_config.json").write_bytes((CHAT / "generation_config.json").read_bytes())
+    names = (CHAT / "tokenizer_config.json").read_text("utf-8")
+    for number, name in IMAGE_TOKENS.items():
+        names = names.replace(f'"<SPECIAL_{number}>"', json.dumps(name))
+    (folder / "tokenizer_config.json").write_text(names, "utf-8")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    (folder / "chat_template.jinja").write_bytes(template)
+    (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train tiny-vision and write a checkpoint folder.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
+    parser.add_argument("--minutes", type=float, default=40, help="length of the run by the clock (40)")
+    parser.add_argument("--look", type=float, default=5, help="minutes before that for the tower alone (5)")
+    parser.add_argument("--init", type=Path, help="checkpoint folder to continue from")
+    parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (1)")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step (16)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the examples (1)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    model, tokenizer = make_model(), make_tokenizer()
+    seeing = sum(p.numel() for name, p in model.named_parameters() if "vision" in name or "projector" in name)
+    print(f"{seeing:,} parameters of tower and projector", flush=True)
+    if args.init:
+        held = load_file(args.init / "model.safetensors")
+        model.load_state_dict({name: tensor.float() for name, tensor in held.items()})
+    if args.look:
+        look(model, args.look, args.seed)
+    groups = {
+        2e-3: [p for name, p in model.named_parameters() if "vision" in name or "projector" in name],
+        6e-4: [p for name, p in model.named_parameters() if "vision" not in name and "projector" not in name],
+    }
+    optimiser = torch.optim.AdamW([{"params": of, "lr": rate, "peak": rate} for rate, of in groups.items()])
+    rng, held_out = random.Random(args.seed), random.Random(10**6)
+    begin = saved = time.monotonic()
+    step, done = 0, 0.0
+    while done < 1:
+        loss = losses(model, *draw_batch(tokenizer, rng, args.batch))
+        (loss.ar + loss.diffusion).backward()  # type: ignore[no-untyped-call]
+        scale = min(1, (step + 1) / 100) * (1 if done < 0.5 else max(0.02, 2 * (1 - done)))
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * scale
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        step, seconds = step + 1, time.monotonic() - begin
+        done = seconds / (60 * args.minutes)
+        if step % 50 == 0:
+            with torch.no_grad():
+                other = losses(model, *draw_batch(tokenizer, held_out, 32))
+            print(f"step {step} {seconds:.0f} s train {loss} | held-out {other}", flush=True)
+        if time.monotonic() - saved > 300:
+            save_checkpoint(model, tokenizer, args.out)
+            saved = time.monotonic()
+    save_checkpoint(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The recipe of tiny-vision: its pictures, and that training for seconds makes a checkpoint that builds and answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import nemodiff
+from nemodiff.builder.build import Builder
+
+FOLDER = Path(__file__).parents[2] / "examples" / "tiny-vision"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tiny_vision_make_pictures", FOLDER / "make_pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_hold_what_their_scene_says(pictures: ModuleType) -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        scene = pictures.draw_scene(rng)
+        pixels = np.asarray(pictures.paint(scene, rng)).astype(int)
+        for _, colour, place in scene.things:
+            y, x = 16 * ("bottom" in place), 16 * ("right" in place)
+            distance = np.abs(pixels[y : y + 16, x : x + 16] - np.array(pictures.COLOURS[colour])).max(axis=-1)
+            assert (distance <= 15).sum() > 30
+        assert len({place for _, _, place in scene.things} | {scene.digit_place}) == 3
+        assert len(set(pictures.quarters(scene))) == 4
+    again = [pictures.example(random.Random(5), task) for task in pictures.TASKS]
+    assert [one[1:] for one in again] == [pictures.example(random.Random(5), task)[1:] for task in pictures.TASKS]
+
+
+@pytest.mark.torch
+def test_the_recipe_makes_a_checkpoint(pictures: ModuleType, tmp_path: Path) -> None:
+    short = ["--look", "0.005", "--minutes", "0.005", "--batch", "2"]
+    command = [sys.executable, str(FOLDER / "train.py"), "--out", str(tmp_path / "checkpoint"), *short]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    engine = nemodiff.load(Builder(tmp_path / "checkpoint", tmp_path / "engine").run(), threads=1)
+    picture, question, _ = pictures.example(random.Random(1), "describe")
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    answers = [
+        nemodiff.generate(engine, [{"role": "user", "content": content}], mode=mode, max_new_tokens=24)
+        for mode in ("ar", "linear_spec", "quadratic_spec", "diffusion")
+    ]
+    assert answers[0].image_tokens == [21]
+    assert answers[1].token_ids == answers[2].token_ids == answers[0].token_ids
