@@ -1,7 +1,8 @@
 """Compare the planned block length and mode with every fixed length, with the trained drafter of tiny-chat and without.
 
-Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve summed over the passes
-taken, which no other load changes. All settings take turns in each round. Writes `results/auto.json` and `.md`.
+Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve that all passes have
+taught, summed over the passes taken, which no other load changes. All settings take turns in each round. Writes
+`results/auto.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -42,32 +43,39 @@ def name_of(setting: dict[str, Any]) -> str:
 def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) -> tuple[dict[str, Any], int]:
     """Tokens per second by setting, task and clock, the median over rounds; and how many answers differ from AR's."""
     rates: dict[tuple[str, str, str], list[float]] = collections.defaultdict(list)
+    sizes: dict[tuple[str, str], list[tuple[int, list[int]]]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    curve = engine.cost.curve  # one measure for all settings, whatever plans learn meanwhile
     unlike = 0
     plain = list[list[int]]()
     tasks = [*questions.TASKS, "all"]
     for turn in range(rounds):
         for setting in SETTINGS:
-            spent: dict[str, list[float]] = {task: [0.0] * 4 for task in tasks}
+            spent: dict[str, list[float]] = {task: [0.0] * 3 for task in tasks}
+            passes: dict[str, list[int]] = {task: [] for task in tasks}
             for number, question in enumerate(drawn):
                 sequence = prepare(engine, question.text, make_options({**setting, "max_new_tokens": NEW_TOKENS}))
-                cost = 0.0
+                forwarded = []
                 cpu = time.process_time()
                 wall = time.perf_counter()
                 for _, pass_, _ in decode(engine.backend, [sequence], 1, costs=engine.cost):
-                    cost += curve.seconds(pass_.ids.size) if pass_.kind != "prefill" else 0.0
-                took = (cost, time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
+                    if pass_.kind != "prefill":
+                        forwarded.append(pass_.ids.size)
+                took = (time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
                 for task in (question.task, "all"):
+                    passes[task] += forwarded
                     spent[task] = [a + b for a, b in zip(spent[task], took, strict=True)]
                 used[name_of(setting)].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
                 if setting["mode"] == "ar" and not turn:
                     plain.append(sequence.tokens)
                 unlike += sequence.tokens != plain[number]
             for task, (*seconds, tokens) in spent.items():
-                for clock, value in zip(CLOCKS, seconds, strict=True):
+                sizes[name_of(setting), task].append((int(tokens), passes[task]))
+                for clock, value in zip(CLOCKS[1:], seconds, strict=True):
                     rates[name_of(setting), task, clock].append(tokens / value)
         print(f"round {turn + 1} of {rounds}", flush=True)
+    curve = engine.cost.curve  # what all passes have taught: one measure for all settings
+    for (name, task), rounds_of in sizes.items():
+        rates[name, task, "curve"] = [tokens / sum(map(curve.seconds, forwarded)) for tokens, forwarded in rounds_of]
     results = dict[str, Any]()
     for setting in SETTINGS:
         name = name_of(setting)

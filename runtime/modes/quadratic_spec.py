@@ -50,7 +50,9 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     prediction = yield layout.make_pass(sequence, heads)
     accepted = sequence.verify(prediction, heads[1:])
     if sequence.planner is not None:
-        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted)
+        cut = accepted == layout.heads and not sequence.finish
+        unseen = draft.confidence[accepted - 1 :] if cut else []
+        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted, unseen)
     return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
 
 

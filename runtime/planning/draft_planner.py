@@ -19,7 +19,8 @@ _WEIGHT = 4.0  # verifies that a prior is worth
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_GROUPED = 8.0  # passes of quadratic_spec that its estimate is worth
+_STAY = 8  # passes of quadratic_spec with the same block: each verifies the draft that the one before it has made
+_GROUPED = 32.0  # passes of quadratic_spec that its estimate is worth
 
 
 class AcceptanceStatistics:
@@ -38,6 +39,17 @@ class AcceptanceStatistics:
             self.seen *= 0.5
             self.kept *= 0.5
 
+    def add_unseen(self, kept: int, confidences: list[float]) -> None:
+        """Tokens of a draft after `kept` others that a verify kept and it did not look at, by their confidences.
+
+        They are left out for being unlikely, so without them a draft would seem better than it is.
+        """
+        chance = 1.0
+        for at, confidence in enumerate(confidences[: MAX_BLOCK - 1 - kept], kept):
+            self.seen[at] += chance
+            chance *= confidence
+            self.kept[at] += chance
+
     def chances(self, prior: np.ndarray | float) -> np.ndarray:
         """The chance of each position to be kept if all before it were; prior and result (MAX_BLOCK - 1,) f64."""
         chances: np.ndarray = (self.kept + _WEIGHT * prior) / (self.seen + _WEIGHT)
@@ -55,22 +67,26 @@ class QuadraticStatistics:
     """
 
     def __init__(self) -> None:
-        # Sums by block, to begin with of passes that were as expected; [tokens emitted, seconds] over those expected.
-        self._sums = np.full((2, len(BLOCKS)), _GROUPED)
-        self._passes = np.zeros(len(BLOCKS))
+        self.passes = np.zeros(len(BLOCKS))
+        self._sums = np.zeros((2, len(BLOCKS)))  # by block: tokens emitted, and seconds, over those expected
 
     def add(self, block: int, tokens: float, seconds: float) -> None:
         """A pass that was planned with this block gave and took these parts of what was expected."""
         at = BLOCKS.index(block)
-        self._passes[at] += 1
+        self.passes[at] += 1
         self._sums[:, at] += tokens, seconds
-        if self._passes[at] > _FORGET:
-            self._passes[at] *= 0.5
+        if self.passes[at] > _FORGET:
+            self.passes[at] *= 0.5
             self._sums[:, at] *= 0.5
 
     def factors(self) -> list[float]:
-        """By which to multiply what is expected of each of `BLOCKS` in tokens per second."""
-        factors: list[float] = (self._sums[0] / self._sums[1]).tolist()
+        """By which to multiply what is expected of each of `BLOCKS` in tokens per second.
+
+        A block of which little is known is taken to be as the others were.
+        """
+        usual = (self._sums.sum(axis=1, keepdims=True) + _GROUPED) / (self.passes.sum() + _GROUPED)
+        tokens, seconds = (self._sums + _GROUPED * usual) / (self.passes + _GROUPED)
+        factors: list[float] = (tokens / seconds).tolist()
         return factors
 
 
@@ -97,6 +113,8 @@ class DraftPlanner:
         self._own = AcceptanceStatistics()
         self._modes = modes
         self._passes_without_draft = 0
+        self._plan = Plan("ar", 1)  # the last one
+        self._stay = 0  # passes for which it stands yet
         self._expected = (0.0, 0.0)  # tokens and seconds of the pass that is planned, if it is one of quadratic_spec
 
     def plan(self) -> Plan:
@@ -106,6 +124,16 @@ class DraftPlanner:
         where ar is the best, at times a short draft.
         """
         expected = self.expected()
+        if self._stay:
+            self._stay -= 1
+        else:
+            self._plan = self._next(expected)
+            self._stay = _STAY - 1 if self._plan.mode == "quadratic_spec" else 0
+        plan = self._plan
+        self._expected = (float(expected[plan.size - 1]), self._costs.curve.seconds(_tokens(plan)))
+        return plan
+
+    def _next(self, expected: np.ndarray) -> Plan:
         best = self._best(expected)
         if best.mode == "ar":
             self._passes_without_draft += 1
@@ -114,9 +142,13 @@ class DraftPlanner:
         else:
             at = BLOCKS.index(best.size)
             nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
-            best = next((other for other in nearby if self._costs.wants(_tokens(other))), best)
-        self._expected = (float(expected[best.size - 1]), self._costs.curve.seconds(_tokens(best)))
+            best = next((other for other in nearby if self._is_news(other)), best)
         return best
+
+    def _is_news(self, plan: Plan) -> bool:
+        if plan.mode == "quadratic_spec" and self._engine.quadratic.passes[BLOCKS.index(plan.size)] < _STAY:
+            return True
+        return self._costs.wants(_tokens(plan))
 
     def _best(self, expected: np.ndarray) -> Plan:
         """A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says."""
@@ -143,8 +175,13 @@ class DraftPlanner:
         self._own.add(size, emitted)
         self._engine.add(size, emitted)
 
-    def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
-        """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
+    def learn_quadratic(self, block: int, tokens: int, emitted: int, unseen: list[float]) -> None:
+        """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many.
+
+        `unseen` are the confidences of what its draft had beyond the emitted ones, if it kept all that it looked at.
+        """
+        for statistics in (self._own, self._engine):
+            statistics.add_unseen(emitted - 1, unseen)
         expected, seconds = self._expected
         self._engine.quadratic.add(block, emitted / expected, self._costs.curve.seconds(tokens) / seconds)
 
