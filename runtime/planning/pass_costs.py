@@ -16,7 +16,8 @@ from .cost import SIZES, CostCurve, without_noise
 
 _KEPT = 384  # passes
 _HALF_LIFE = 128  # passes after which one counts half, so that a size that runs no more follows the others
-_TRUST = 1.0  # passes that the prior's shape is worth at each size
+_LOWER = (0.05, 0.35)  # of the passes of a size, in the order of their seconds
+_TRUST = 0.5  # passes that the prior's shape is worth at each size
 _FAR = 16.0  # a pass of twice the size says as much about a size as this part of one of the size itself
 _REFIT = 8  # passes after which the curve is made anew
 _GAP = 6  # passes between two that are taken to learn what they cost
@@ -79,23 +80,28 @@ class PassCosts:
         sizes, seconds = np.array(tuple(self._met)).T
         off = np.log(seconds / [prior.seconds(int(size)) for size in sizes])  # (n,) f64
         recent = 0.5 ** (np.arange(len(off))[::-1] / _HALF_LIFE)  # (n,)
-        common = _middle_mean(np.append(off, 0.0), np.append(recent, _TRUST)[None])  # (1,)
+        common = _lower_mean(np.append(off, 0.0), np.append(recent, _TRUST)[None])  # (1,)
         near = recent * _FAR ** -((np.log2(SIZES)[:, None] - np.log2(sizes)) ** 2)  # (knots, n)
         trust = np.full((len(SIZES), 1), _TRUST)
-        corrections = _middle_mean(np.append(off, common), np.concatenate([near, trust], axis=1))
+        corrections = _lower_mean(np.append(off, common), np.concatenate([near, trust], axis=1))
         logs = np.log([prior.seconds(size) for size in SIZES]) + corrections
         evidence = near.sum(axis=1)
         self._evidence = evidence.tolist()
         self._curve = CostCurve(SIZES, tuple(np.exp(_rising(logs, evidence + _TRUST)).tolist()))
 
 
-def _middle_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted mean without the lowest and the highest quarter; values (n,), weights (m, n), result (m,)."""
+def _lower_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted mean of the lower part, without the lowest; values (n,), weights (m, n), result (m,).
+
+    Other work on the machine only adds, and meets nearly every long pass and few short ones: a mean or a median would
+    take long passes for dearer than they are.
+    """
     order = np.argsort(values)
     ends = np.cumsum(weights[:, order], axis=1)
     whole = ends[:, -1:]
-    kept = np.diff(np.clip(ends, whole / 4, whole * 3 / 4), axis=1, prepend=whole / 4)
-    mean: np.ndarray = kept @ values[order] / (whole[:, 0] / 2)
+    low, high = (share * whole for share in _LOWER)
+    kept = np.diff(np.clip(ends, low, high), axis=1, prepend=low)
+    mean: np.ndarray = kept @ values[order] / (high - low)[:, 0]
     return mean
 
 

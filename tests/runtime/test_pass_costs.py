@@ -59,6 +59,18 @@ def test_a_wrong_curve_is_gone_after_some_dozens_of_passes(truth: str, mistake: 
     assert list(costs.curve.times) == sorted(costs.curve.times)
 
 
+def test_interruptions_do_not_make_long_passes_dear() -> None:
+    """Other work meets a pass the likelier the longer it is: nearly all long ones, few short ones."""
+    real, rng = TRUTHS["a CPU"], np.random.default_rng(1)
+    costs = PassCosts(curve(real, MISTAKES["right"]))
+    for _ in range(40):
+        for size in (1, 4, 8, 16, 32):
+            interruptions = rng.poisson(0.25 * real(size))
+            costs.learn(size, real(size) + float(rng.exponential(6.0, interruptions).sum()))
+    learned = [costs.curve.seconds(size) / real(size) for size in (1, 4, 8, 16, 32)]
+    assert max(learned) / min(learned) < 1.35
+
+
 def rate(planner: DraftPlanner, costs: PassCosts, real: Seconds, rng: np.random.Generator, chance: float) -> float:
     """Tokens per second of forty verifies, each draft's token being kept at a chance; half as many to settle first."""
     tokens = seconds = 0.0
