@@ -20,7 +20,8 @@ from common import questions, record
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import MODES
-from nemodiff.runtime.batching.batch import KEPT_PREFIXES, Batch, Counts
+from nemodiff.runtime.batching.batch import KEPT_PREFIXES, Batch
+from nemodiff.runtime.batching.slot import Counts
 from nemodiff.runtime.events.events import Finished
 from nemodiff.runtime.events.reporter import Reporter
 from nemodiff.runtime.loading import LoadedEngine, load

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import NemodiffError
-from .batching.batch import KEPT_PREFIXES, Batch, PassResult
+from .batching.batch import Batch, kept_prefixes
+from .batching.slot import PassResult
 from .engines.engine import Engine, Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
 from .events.reporter import Reporter
@@ -110,7 +111,8 @@ def sequence_events(
             reporters[sequence] = Reporter(number, sequence, steps=steps, text=text)
             yield sequence
 
-    batch = Batch(engine.backend, rows, cost=engine.cost, kept=KEPT_PREFIXES if prefix_reuse else None)
+    kept = kept_prefixes(engine.backend) if prefix_reuse else None
+    batch = Batch(engine.backend, rows, cost=engine.cost, kept=kept)
     for result in _drive(batch, reported()):
         if result.error is not None:
             number = reporters.pop(result.sequence).number

@@ -18,8 +18,10 @@ from typing import Any
 
 from ..contract import PREFILL_CHUNK
 from ..errors import BusyError, EngineError, NemodiffError, RequestError
-from .batching.batch import KEPT_PREFIXES, Batch, Counts
+from .batching.batch import Batch, kept_prefixes
+from .batching.slot import Counts
 from .engines.engine import PASS_KINDS, PassKind
+from .engines.pages import PAGE
 from .events.events import Event, Finished
 from .handle import Handle, Listener
 from .loading import LoadedEngine, check_rows
@@ -35,9 +37,11 @@ _SMALL = 256  # slots per row that may stay allocated for nothing
 class Statistics:
     """What a scheduler does and has done; taken at one moment, while a step may be under way.
 
-    running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes, of `capacity`.
-    The rest count from the start: requests by their end; tokens of prompts, of these reused, and emitted; passes of
-    ended requests by kind; steps, forwards, tokens computed in them and padding beside those.
+    running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes, of `capacity`;
+    where rows have pages, those of all users of the engine. The rest count from the start: requests by their end;
+    tokens of prompts, of these reused, and emitted; passes of ended requests by kind; steps, forwards, tokens computed
+    in them, padding beside those, how often a request had to give its pages to an older one, and the tokens computed
+    again for it.
     """
 
     rows: int
@@ -58,6 +62,8 @@ class Statistics:
     forwards: int
     computed_tokens: int
     padding_tokens: int
+    preempted: int
+    rebuilt_tokens: int
 
 
 class Scheduler:
@@ -92,7 +98,7 @@ class Scheduler:
             engine.cost.curve  # noqa: B018  (measured before the first request, not in the middle of it)
         self._engine = engine
         self._most_waiting = waiting
-        self._kept = KEPT_PREFIXES if prefix_reuse else None
+        self._kept = kept_prefixes(engine.backend) if prefix_reuse else None
         self._prefill_tokens = prefill_tokens
         self._numbers = itertools.count()
         self._changed = threading.Condition()  # over all below
@@ -158,14 +164,21 @@ class Scheduler:
             batch = self._batch
             counts = self._counts()
             prefixes = batch.prefixes if batch is not None else None
+            capacity = (self._rows + (self._kept or 0)) * self._engine.info.build.max_seq_len
+            slots = sum(sequence.length for sequence in self._running)
+            kept_slots = prefixes.tokens if prefixes is not None else 0
+            if (pages := self._engine.backend.pages) is not None:
+                capacity = pages.slots
+                kept_slots = pages.spare * PAGE
+                slots = capacity - pages.free * PAGE - kept_slots
             return Statistics(
                 rows=self._rows,
                 running=len(self._running),
                 waiting=len(self._waiting),
-                capacity=(self._rows + (self._kept or 0)) * self._engine.info.build.max_seq_len,
-                slots=sum(sequence.length for sequence in self._running),
+                capacity=capacity,
+                slots=slots,
                 kept_prefixes=prefixes.count if prefixes is not None else 0,
-                kept_slots=prefixes.tokens if prefixes is not None else 0,
+                kept_slots=kept_slots,
                 **self._ends,
                 prompt_tokens=self._prompt_tokens,
                 reused_tokens=counts.reused,
@@ -175,6 +188,8 @@ class Scheduler:
                 forwards=counts.forwards,
                 computed_tokens=counts.tokens,
                 padding_tokens=counts.padding,
+                preempted=counts.preempted,
+                rebuilt_tokens=counts.rebuilt,
             )
 
     def close(self, *, drain: bool = True) -> None:

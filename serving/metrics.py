@@ -136,6 +136,10 @@ METRICS = (
         lambda s: s.computed_tokens,
     ),
     _counter("nemodiff_padding_tokens_total", "Padding tokens computed in forward passes", lambda s: s.padding_tokens),
+    _counter(
+        "nemodiff_preemptions_total", "Times that a request gave its memory to an older one", lambda s: s.preempted
+    ),
+    _counter("nemodiff_rebuilt_tokens_total", "Tokens computed again after that", lambda s: s.rebuilt_tokens),
     _histogram(
         "nemodiff_time_to_first_token_seconds",
         "Time from submission to the first token",

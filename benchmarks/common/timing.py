@@ -44,6 +44,7 @@ class Recorder:
     def __init__(self, engine: LoadedEngine) -> None:
         self._backend = engine.backend
         self.info: EngineInfo = engine.info
+        self.pages = engine.backend.pages
         self.caches: list[Cache] = []
 
     def open(self, rows: int) -> Cache:

@@ -57,6 +57,11 @@ class PrefixCache:
         best.used = self._uses
         return best.row, length
 
+    def forget(self, row: int) -> None:
+        """Take note that a kept row holds nothing any more."""
+        self._kept = [kept for kept in self._kept if kept.row != row]
+        self._free.append(row)
+
     def keep(self, ids: list[int]) -> int | None:
         """The row to copy these ids' K/V to, or None if that is not worth it.
 

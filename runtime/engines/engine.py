@@ -16,6 +16,7 @@ import numpy as np
 
 from ...engine_folder import EngineInfo
 from ..images.image import Image
+from .pages import Pages
 
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
@@ -87,11 +88,52 @@ class ReadableCache(Cache, Protocol):
         ...
 
 
+class Flight(Protocol):
+    """A forward that has been started."""
+
+    seconds: float  # from its start to its end, once it is finished
+
+    def finish(self) -> list[Prediction]:
+        """Wait for it; its predictions last."""
+        ...
+
+
+class PagedCache(Cache, Protocol):
+    """A cache whose rows have pages of a memory that all caches of the engine share.
+
+    Any of its rows share a forward, which pads nothing, and a row begins as another one does by sharing its pages.
+    `forward` reserves what it writes, `move` shares.
+    """
+
+    most_tokens: int  # of a forward of several rows
+
+    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> Flight:
+        """Start a forward; `passes[i]` reads and writes row `rows[i]`, which has been reserved."""
+        ...
+
+    def reserve(self, row: int, begin: int, end: int) -> bool:
+        """Make slots `begin` to `end` of a row its own to write; False where memory is short."""
+        ...
+
+    def share(self, source: int, target: int, slots: int) -> int:
+        """Let a row begin with `slots` slots of another; 0 where that was spare and has been emptied."""
+        ...
+
+    def set_spare(self, row: int) -> None:
+        """Let a row be emptied when pages run out."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded engine."""
 
     info: EngineInfo
     samples: bool  # whether it draws tokens where a pass has a temperature; otherwise the host draws from the logits
+
+    @property
+    def pages(self) -> Pages | None:
+        """The memory of all rows, if its caches are a `PagedCache`; None: rows that share a forward are neighbours."""
+        ...
 
     def open(self, rows: int) -> Cache:
         """A cache of `rows` rows, each of length 0; what its slots hold is undefined."""

@@ -61,13 +61,13 @@ def layouts(info: EngineInfo, shape: PassShape) -> tuple[Layout, Layout]:
     bindings = inputs(info.model, info.has_adapter)
     if shape.sampled:
         bindings += SAMPLING
-    return _layout(bindings, shape), _layout(outputs(info.model), shape)
-
-
-def _layout(bindings: Sequence[Binding], shape: PassShape) -> Layout:
-    """The small bindings one after the other; caches and logits have memory of their own."""
     lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted}
     lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
+    return layout(bindings, lengths), layout(outputs(info.model), lengths)
+
+
+def layout(bindings: Sequence[Binding], lengths: Mapping[str, int]) -> Layout:
+    """The small bindings one after the other; caches and logits have memory of their own."""
     places = {}
     end = 0
     for binding in bindings:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..batching.batch import PassResult
+from ..batching.slot import PassResult
 from ..loading import LoadedEngine
 from ..requests.generation import finished_generation
 from ..requests.outcome import Commit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from ...errors import RequestError
 from ..images.sight import PromptImages
 from ..loading import LoadedEngine
@@ -19,7 +20,7 @@ from ..text.transcript import Transcript
 from .image_parts import place_images, plain_messages, read_images
 from .options import AUTO, Options
 from .sequence import Sequence
-from .settings import settle
+from .settings import Settings, settle
 from .tool_use import read_tool_use, template_variables
 
 _LAST = 64  # tokens at the end of a prompt, among which is how it opens the answer
@@ -30,6 +31,7 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids, images = _encoded(engine, prompt, options)
     settings = settle(engine.info, engine.text, len(ids), options)
+    _check_memory(engine, len(ids), settings)
     budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
     planner = None
     if settings.auto_block and settings.mode != "ar":
@@ -51,6 +53,22 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     cost = engine.cost if budgeted else None
     samples = engine.backend.samples
     return Sequence(engine.info.model, ids, settings, transcript, cost, planner, samples, opened, images)
+
+
+def _check_memory(engine: LoadedEngine, prompt_tokens: int, settings: Settings) -> None:
+    """Refuse a request that could not run even alone, where rows share a memory. Raises RequestError."""
+    pages = engine.backend.pages
+    if pages is None:
+        return
+    # What a pass may write past the answer's end: mask groups, or a block with the next one's masks.
+    past = {"ar": 0, "diffusion": 2 * MAX_BLOCK, "linear_spec": MAX_BLOCK}.get(settings.mode, PREFILL_CHUNK + MAX_BLOCK)
+    room = pages.slots - past
+    if prompt_tokens + settings.max_new_tokens > room:
+        raise RequestError(
+            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {settings.max_new_tokens}, the memory for "
+            f"K/V holds {max(room, 0)} in mode {settings.mode}; ask for less, or give the engine more memory by "
+            "--gpu-memory-utilization"
+        )
 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:

@@ -98,6 +98,7 @@ class _CancellableEngine:
         self._engine = engine
         self._cancelled = cancelled
         self.samples = engine.samples
+        self.pages = engine.pages
         self.info: EngineInfo = engine.info
 
     def open(self, rows: int) -> Cache:

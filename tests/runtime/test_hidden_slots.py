@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nemodiff.contract import Backend, Dtype
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
+from nemodiff.runtime.engines.pages import PAGE
 from nemodiff.runtime.engines.torch.engine import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
 
@@ -35,22 +36,9 @@ KINDS: list[Any] = [
 ]
 
 
-def slots_of(cache: Any) -> Iterator[tuple[Any, Any]]:
-    """K and V (rows, G, T, D) of each layer."""
-    if isinstance(cache, TorchCache):
-        yield from cache.caches
-    elif isinstance(cache, OnnxRuntimeCache):
-        arrays = cache.memory.views(0, cache.rows)
-        for name in arrays:
-            if name.startswith("k_"):
-                yield arrays[name], arrays["v_" + name[2:]]
-    else:
-        raise TypeError(type(cache))
-
-
 @dataclasses.dataclass
 class PoisonedCache:
-    """A cache with a row too many, whose scratch is spoilt before every pass."""
+    """A cache whose scratch is spoilt before every pass; of rows of one length there is one too many."""
 
     cache: Any
     rows: int
@@ -59,14 +47,41 @@ class PoisonedCache:
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         used = [p.write_at + p.ids.size for p in passes]
-        if isinstance(self.cache, OnnxRuntimeCache):  # what it is about to do itself
+        if isinstance(self.cache, TorchCache):
+            rows = range(first, first + len(passes))
+            for row, p, end in zip(rows, passes, used, strict=True):
+                assert self.cache.reserve(row, p.write_at, end)
+            self.spoil_pages(passes, rows)
+        else:
+            assert isinstance(self.cache, OnnxRuntimeCache)
+            # What it is about to do itself.
             self.cache.memory.use(first, [p.write_at for p in passes], used, max(used) + 64)
-        with torch.inference_mode():  # as the torch engine's tensors were made
-            for layer, (k, v) in enumerate(slots_of(self.cache)):
+            arrays = self.cache.memory.views(0, self.cache.rows)
+            for layer, name in enumerate(name for name in arrays if name.startswith("k_")):
+                k, v = arrays[name], arrays["v_" + name[2:]]
                 for row, start in [*enumerate(used, first), (self.rows, 0)]:
                     self.spoil(k[row, :, start:], v[row, :, start:], layer + start)
         predictions: list[Prediction] = self.cache.forward(passes, first)
         return predictions
+
+    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> Any:
+        self.spoil_pages(passes, rows)
+        return self.cache.launch(passes, rows)
+
+    def spoil_pages(self, passes: Sequence[Pass], rows: Sequence[int]) -> None:
+        """Spoil the next free pages, the scratch page, and what the passes' rows hold past their end."""
+        pages, pool = self.cache._memory.pages, self.cache._memory.pool
+        starts = [(page, 0) for page in (0, *pages._free[-3:])]
+        for row, p in zip(rows, passes, strict=True):
+            end = p.write_at + p.ids.size
+            held = pages._rows[self.cache.rows[row]]
+            for at in range(end // PAGE, len(held)):
+                if pages._holders[held[at]] == 1:
+                    starts.append((held[at], max(0, end - at * PAGE)))
+        with torch.inference_mode():  # as the torch engine's tensors were made
+            for layer, (k, v) in enumerate(pool):
+                for page, start in starts:
+                    self.spoil(k[page, :, start:], v[page, :, start:], layer + start)
 
     def spoil(self, k: Any, v: Any, seed: int) -> None:
         sides = np.random.default_rng(seed).choice([-self.large, self.large], k.shape)

@@ -169,7 +169,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(
             check(engine, running.pop(done), finished_generation(engine, done))
         assert len(batch) == len(running)
         assert batch.cache_slots == sum(s.length for s in running)
-        widths = [slot.width for slot in batch._slots]
+        widths = [slot.width for slot in batch._rows.slots]
         assert widths == sorted(widths)  # rows that ask for equally many tokens are neighbours
     batch.close()
     assert backend(engine).open_caches == before

@@ -6,6 +6,7 @@ The kernels run in Triton's interpreter over the engine's own tensors, graphs ar
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -37,12 +38,15 @@ from stand_ins.torch_pair import (
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.contract import MODES
+from nemodiff.contract import MODES, cache_slots
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import causal
-from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
+from nemodiff.runtime.engines.pages import PAGE
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape, graph_shapes, rounded_shape, rounded_tokens
+from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 
 pytestmark = pytest.mark.torch
@@ -177,16 +181,22 @@ def test_the_kernels_give_the_same_tokens_in_every_mode(tmp_path: Path) -> None:
         assert without_times(got) == without_times(expected)
 
 
+def graphed(pair: Pair, device: RecordingDevice, pages: int = 32) -> TorchEngine:
+    """The engine over graphs, with a pool that plain torch can look at whole."""
+    backend = torch_backend(pair.ours)
+    return TorchEngine(backend.folder, backend.info, device, graphs=True, pages=pages)
+
+
 def test_a_replay_equals_an_eager_run(pair: Pair) -> None:
-    """Shapes rounded, caches whole, each shape captured when it comes again: the same tokens."""
-    backend, device = torch_backend(pair.ours), RecordingDevice()
-    graphed = TorchEngine(backend.folder, backend.info, device, graphs=True)
+    """Sizes rounded, the pool taken whole, each shape captured when it comes again: the same tokens."""
+    device = RecordingDevice()
+    backend = graphed(pair, device)
     for _ in range(3):
-        check_steps(graphed, pair.theirs)
-    assert graphed.captured == len(device.graphs) > 3
+        check_steps(backend, pair.theirs)
+    assert backend.captured == len(device.graphs) > 3
     assert all(graph.replays for graph in device.graphs)
-    assert graphed.eager_shapes == {}
-    engine = pair.with_backend(graphed)
+    assert backend.eager_shapes == {}
+    engine = pair.with_backend(backend)
     for case in ({"mode": "linear_spec"}, {"mode": "diffusion", "block_length": 5}):
         for prompt in QUESTIONS:
             expected = nemodiff.generate(pair.theirs, prompt, max_new_tokens=32, **case)
@@ -195,26 +205,103 @@ def test_a_replay_equals_an_eager_run(pair: Pair) -> None:
 
 
 def test_a_shape_that_cannot_be_captured_runs_eagerly(tiny: Pair) -> None:
-    backend = torch_backend(tiny.ours)
-    graphed = TorchEngine(backend.folder, backend.info, RecordingDevice(refuses=2), graphs=True)
+    backend = graphed(tiny, RecordingDevice(refuses=2))
     for _ in range(2):
-        check_steps(graphed, tiny.theirs)
-    assert len(graphed.eager_shapes) == 2
-    assert graphed.captured > 0
+        check_steps(backend, tiny.theirs)
+    assert len(backend.eager_shapes) == 2
+    assert backend.captured > 0
 
 
-def test_a_cache_that_grows_drops_its_graphs(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph knows the addresses of the old cache."""
-    monkeypatch.setitem(FIRST_CAPACITY, True, 64)
-    backend, device = torch_backend(tiny.ours), RecordingDevice()
-    cache = TorchEngine(backend.folder, backend.info, device, graphs=True).open(1)
-    plain = tiny.theirs.backend.open(1)
-    for start in range(0, 300, 16):
-        ids = (PROMPT * 8)[start : start + 16]
-        got, expected = (c.forward([causal("prefill", ids, start)])[0] for c in (cache, plain))
-        np.testing.assert_array_equal(got.token, expected.token)
-    assert cache.capacity == 512
-    assert len(device.graphs) == 4  # of one shape, at 64, 128, 256 and 512 slots
+def test_sizes_of_graphs() -> None:
+    """Padding is free up to 256 tokens and at most a quarter beyond; a prompt's chunk with masks is not doubled."""
+    assert [rounded_tokens(n) for n in (1, 2, 3, 31, 33, 256, 257, 544, 577, 1025)] == [
+        *(1, 2, 4, 32, 64, 256, 320, 576, 640, 1280)
+    ]
+    assert all(n <= rounded_tokens(n) < 1.25 * n + 1 for n in range(257, 5000))
+    shapes = [rounded_shape(FlatShape(n, r)) for n in (1, 30, 200, 512, 544) for r in (1, 25, n)]
+    assert sorted({(s.tokens, s.predicted) for s in shapes}) == [
+        *((1, 1), (32, 32), (256, 256), (512, 64), (512, 512), (576, 64), (576, 576))
+    ]
+    alone = graph_shapes(576)
+    assert len([s for s in alone if not (s.logits or s.sampled)]) == 19
+    assert len(alone) == 33
+    assert [s.tokens for s in alone[:19]] == sorted((s.tokens for s in alone[:19]), reverse=True)
+    assert len(graph_shapes(2048 + 576)) < 60
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One layer."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_key_value_heads": 1, "dtype": "f32"}
+    return make_pair(folder, write_checkpoint(folder / "checkpoint", seed=7, **sizes))
+
+
+def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
+    """Every mode alone and all of them together, sampled ones and long prompts too."""
+    backend = torch_backend(small.ours)
+    info = dataclasses.replace(backend.info, build=dataclasses.replace(backend.info.build, max_batch_size=2))
+    device = RecordingDevice()
+    warm = TorchEngine(backend.folder, info, device, graphs=True, pages=24)
+    seen = list[FlatShape]()
+
+    def show(shapes: list[FlatShape]) -> list[FlatShape]:
+        seen.extend(shapes)
+        return shapes
+
+    warm.warm_up(show)
+    graphs = len(device.graphs)
+    assert graphs == warm.captured == len(seen) == len(warm.graph_shapes())
+    engine = small.with_backend(warm)
+    prompts: list[Any] = [QUESTIONS[0], PROMPT * 13]
+    for mode in MODES:
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 12}
+        expected = [nemodiff.generate(small.theirs, prompt, **options).token_ids for prompt in prompts]
+        got = nemodiff.generate_many(engine, prompts, rows=2, **options)
+        assert [answer.token_ids for answer in got] == expected
+    mixed = [{"mode": mode, "max_new_tokens": 12} for mode in MODES] + [{"mode": "ar", "temperature": 0.8}]
+    with nemodiff.Scheduler(engine) as scheduler:
+        handles = [scheduler.submit(QUESTIONS[1], **{"max_new_tokens": 12, **o}) for o in mixed]
+        for handle, chosen in zip(handles, mixed, strict=True):
+            answer = nemodiff.generate(small.theirs, QUESTIONS[1], **{"max_new_tokens": 12, **chosen})
+            assert handle.result().token_ids == answer.token_ids
+    assert len(device.graphs) == graphs
+    assert warm.pages.free == warm.pages.count
+
+
+def test_modes_share_a_forward(tiny: Pair) -> None:
+    """Rows of every mode and length in one batch, without padding, each as it would be alone."""
+    modes = [*MODES, "auto"]
+    prompts: list[Any] = [QUESTIONS[0], PROMPT, PROMPT * 5, QUESTIONS[1], QUESTIONS[2]]
+    with nemodiff.Scheduler(tiny.ours, rows=5) as scheduler:
+        handles = [
+            scheduler.submit(p, mode=m, max_new_tokens=40, block_length=None if m == "auto" else 7)
+            for p, m in zip(prompts, modes, strict=True)
+        ]
+        for handle, prompt, mode in zip(handles, prompts, modes, strict=True):
+            block = None if mode == "auto" else 7
+            alone = nemodiff.generate(tiny.theirs, prompt, mode=mode, max_new_tokens=40, block_length=block)
+            assert handle.result().token_ids == alone.token_ids
+        statistics = scheduler.statistics
+    assert statistics.padding_tokens == 0
+    assert statistics.forwards < sum(statistics.nfe.values())
+
+
+def test_short_memory_changes_no_token(small: Pair) -> None:
+    """Kept prefixes are given up, rows are computed again, copies are made at the border of what is shared."""
+    backend = torch_backend(small.ours)
+    scarce = TorchEngine(backend.folder, backend.info, "cpu", pages=12)
+    engine = small.with_backend(scarce)
+    prompts = [PROMPT * 3 + [300 + n] * (1 + 9 * n) for n in range(6)]
+    options: dict[str, Any] = {"mode": "linear_spec", "max_new_tokens": 90}
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        handles = [scheduler.submit(prompt, **options) for prompt in prompts]
+        got = [handle.result().token_ids for handle in handles]
+        statistics = scheduler.statistics
+    assert got == [nemodiff.generate(small.theirs, prompt, **options).token_ids for prompt in prompts]
+    assert statistics.preempted > 0
+    assert statistics.reused_tokens > 0
+    assert scarce.pages.free == 12
 
 
 def test_predictions_are_read_only(tiny: Pair) -> None:
@@ -223,15 +310,35 @@ def test_predictions_are_read_only(tiny: Pair) -> None:
     assert [array.flags.writeable for array in prediction if array is not None] == [False] * 4
 
 
-def test_closed_caches_are_used_again_but_for_grown_ones(tiny: Pair) -> None:
-    backend = TorchEngine(tiny.ours.folder, tiny.ours.info, "cpu")
-    first = backend.open(2)
-    first.forward([causal("prefill", PROMPT, 0)])
-    first.close()
-    assert backend.open(1) is first
-    first.forward([causal("prefill", (PROMPT * 8)[:300], 0)])
-    first.close()
-    assert backend.open(1) is not first
+def test_a_cache_that_is_forgotten_holds_nothing(tiny: Pair) -> None:
+    backend = TorchEngine(tiny.ours.folder, tiny.ours.info, "cpu", pages=20)
+    backend.open(2).forward([causal("prefill", PROMPT, 0)])
+    assert (backend.pages.free, backend.pages.open_rows) == (20, 0)
+    cache = backend.open(1)
+    with pytest.raises(EngineError, match="1600 slots of K/V are needed, of 1280 1280 are free; let other requests"):
+        cache.forward([causal("prefill", PROMPT * 40, 0)])
+    held = backend.open(200)
+    with pytest.raises(EngineError, match="200 rows are asked for and "):
+        backend.open(200)
+    assert backend.pages.open_rows == 1 + len(held.rows)
+
+
+def test_memory_for_pages(tiny: Pair) -> None:
+    """What a share of a GPU leaves beside weights and passes, or half of a CPU's free memory; at most what is used."""
+    info = tiny.ours.info
+    device = RecordingDevice()
+    rows = 2 * info.build.max_batch_size * -(-cache_slots(info.build) // PAGE)
+    for free, total, is_gpu, expected in (
+        (2**40, 2**41, False, rows),
+        (1000 * page_bytes(info), 2**35, False, 500),
+        (2**34, 2**34, True, (int(0.5 * 2**34) - pass_bytes(info, 64)) // page_bytes(info)),
+    ):
+        device.memory = lambda free=free, total=total: (free, total)  # type: ignore[method-assign]
+        device.is_gpu = is_gpu
+        assert page_count(device, Path("engine"), info, 64, 0.5) == min(rows, expected)
+    device.memory = lambda: (2**20, 2**34)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=r"cpu has 0 B for K/V beside the weights, needs .* raise --gpu-memory"):
+        page_count(device, Path("engine"), info, 64, 0.5)
 
 
 def test_memory_is_flat(tiny: Pair) -> None:

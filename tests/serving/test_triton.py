@@ -62,6 +62,7 @@ class Backend:
         self._backend = backend
         self.info = backend.info
         self.samples = backend.samples
+        self.pages = backend.pages
     def open(self, rows):
         return Cache(self._backend.open(rows))
 

@@ -60,7 +60,7 @@ class RecordingDevice(TorchDevice):
         self.graphs: list[Recorded] = []
         self._refuses = refuses
 
-    def capture(self, work: Callable[[], None]) -> Graph | str:
+    def capture(self, work: Callable[[], None], pool: Any = None) -> Graph | str:
         if self._refuses:
             self._refuses -= 1
             return "operation not permitted when stream is capturing"

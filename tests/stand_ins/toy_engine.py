@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 import nemodiff
 from nemodiff.engine_folder import EngineInfo
 from nemodiff.runtime.engines.engine import Pass, Prediction, read_only
+from nemodiff.runtime.engines.pages import PAGE, Pages
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 START = 12  # positions that every token depends on
@@ -29,6 +31,7 @@ class ToyEngine:
     """See `nemodiff.runtime.engines.engine.Engine`; counts its open caches, and fails in the forwards `fails_at`."""
 
     samples = False
+    pages: Any = None
 
     def __init__(self, info: EngineInfo) -> None:
         self.info = info
@@ -110,6 +113,114 @@ class ToyCache:
         chosen = masked & (confidence >= np.float32(threshold))
         chosen[int(np.where(masked, confidence, -1).argmax())] = True
         return np.where(chosen, token, ids)
+
+
+class PagedToyEngine(ToyEngine):
+    """The same with rows of pages; see `nemodiff.runtime.engines.engine.PagedCache`.
+
+    `late`: a forward runs when it is finished, as on a CPU, not when it is launched.
+    """
+
+    def __init__(self, info: EngineInfo, pages: int, *, late: bool = False) -> None:
+        super().__init__(info)
+        self.pages = Pages(pages, 400, 64)
+        self.late = late
+        self.pool = np.full((pages + 1, PAGE, 2), -1, np.int64)  # id and position by page and slot
+        self.flight: ToyFlight | None = None
+
+    def open(self, rows: int) -> PagedToyCache:
+        numbers = self.pages.open(rows)
+        assert numbers is not None
+        self.open_caches += 1
+        return PagedToyCache(self, numbers)
+
+    def settle(self) -> None:
+        if self.flight is not None:
+            self.flight.finish()
+
+
+class PagedToyCache(ToyCache):
+    most_tokens = 40
+
+    def __init__(self, engine: PagedToyEngine, rows: list[int]) -> None:
+        self.seconds = 0.0
+        self._engine: PagedToyEngine = engine
+        self._closed = False
+        self.rows = rows
+
+    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> ToyFlight:
+        assert not self._closed
+        assert len(set(rows)) == len(rows)
+        engine = self._engine
+        engine.settle()
+        engine.forwards += 1
+        if engine.forwards in engine.fails_at:
+            raise RuntimeError("the device has gone\nand more lines")
+        engine.flight = ToyFlight(self, passes, [self.rows[row] for row in rows])
+        if not engine.late:
+            engine.flight.run()
+        return engine.flight
+
+    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        rows = range(first, first + len(passes))
+        for row, p in zip(rows, passes, strict=True):
+            assert self.reserve(row, p.write_at, p.write_at + p.ids.size)
+        self.seconds += 1e-3 + 1e-4 * sum(p.ids.size for p in passes)
+        return self.launch(passes, rows).finish()
+
+    def reserve(self, row: int, begin: int, end: int) -> bool:
+        pages, pool, number = self._engine.pages, self._engine.pool, self.rows[row]
+        before = set(pages.table[number].tolist())
+        copies = pages.reserve(number, begin, end)
+        for page in set(pages.table[number].tolist()) - before:
+            pool[page] = -1  # what it held before may be anything
+        for source, target in copies or ():
+            pool[target] = pool[source]
+        return copies is not None
+
+    def share(self, source: int, target: int, slots: int) -> int:
+        return self._engine.pages.share(self.rows[source], self.rows[target], slots)
+
+    def move(self, source: int, target: int, slots: int) -> None:
+        assert self.share(source, target, slots) == slots
+
+    def free(self, row: int) -> None:
+        self._engine.settle()
+        self._engine.pages.drop(self.rows[row])
+
+    def set_spare(self, row: int) -> None:
+        self._engine.pages.set_spare(self.rows[row])
+
+    def close(self) -> None:
+        super().close()
+        self._engine.settle()
+        self._engine.pages.close(self.rows)
+
+    def run(self, number: int, p: Pass) -> Prediction:
+        pages, pool = self._engine.pages, self._engine.pool
+        slots = pool[pages.table[number]].reshape(-1, 2)
+        prediction = self._row(slots, p)
+        where = pages.slots_of(number, p.write_at, p.ids.size)
+        pool.reshape(-1, 2)[where] = slots[p.write_at : p.write_at + p.ids.size]
+        return prediction
+
+
+class ToyFlight:
+    def __init__(self, cache: PagedToyCache, passes: Sequence[Pass], rows: list[int]) -> None:
+        self._cache = cache
+        self._work = list(zip(rows, passes, strict=True))
+        self._predictions: list[Prediction] | None = None
+        self.seconds = 1e-3
+
+    def run(self) -> None:
+        self._predictions = [self._cache.run(number, p) for number, p in self._work]
+
+    def finish(self) -> list[Prediction]:
+        self._cache._engine.flight = None
+        if self._predictions is None:
+            self.run()
+        assert self._predictions is not None
+        return self._predictions
 
 
 def _mixed(pairs: np.ndarray) -> int:

@@ -134,6 +134,7 @@ class Around:
     def __init__(self, engine: Engine, change: Callable[[Any], Cache]) -> None:
         self.info = engine.info
         self.samples = engine.samples
+        self.pages = None
         self._engine = engine
         self._change = change
 

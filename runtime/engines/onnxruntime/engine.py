@@ -35,6 +35,7 @@ class OnnxRuntimeEngine:
     """
 
     samples = False
+    pages = None
 
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
         self.session = _open_session(folder / MODEL_FILE, inputs(info.model, info.has_adapter), threads)

@@ -55,6 +55,7 @@ class TensorRTEngine:
         backend: Any = info.manifest.backend
         self.info = info
         self.folder = folder
+        self.pages = None
         self.graphs = graphs
         self.api = load(backend, EngineError) if api is None else api
         try:

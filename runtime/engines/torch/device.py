@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -88,7 +90,6 @@ class TorchDevice:
                     "triton, or run with --device cpu"
                 )
             self._stream = torch.cuda.Stream(self.name)
-            self._pool = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager
     def use(self, folder: Path) -> Iterator[None]:
@@ -108,13 +109,35 @@ class TorchDevice:
                 "rows or a shorter text, or build again with --dtype bf16"
             ) from None
 
-    def free(self) -> int:
-        """Bytes that can still be allocated, on the card or in what torch holds; a CPU's memory is not counted."""
+    def memory(self) -> tuple[int, int]:
+        """Bytes that can still be allocated, on the card or in what torch holds, and all of them; of a CPU's RAM too."""
         if not self.is_gpu:
-            return 2**62
+            page = os.sysconf("SC_PAGE_SIZE")
+            return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
         cuda = self._torch.cuda
         held = cuda.memory_reserved(self.name) - cuda.memory_allocated(self.name)
-        return int(cuda.mem_get_info(self.name)[0]) + int(held)
+        free, total = cuda.mem_get_info(self.name)
+        return int(free) + int(held), int(total)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Tensor:
+        """Zeroed memory; on the CPU it takes none before it is written."""
+        torch = self._torch
+        if self.is_gpu:
+            made: Tensor = torch.zeros(shape, dtype=dtype, device=self.name)
+        else:
+            made = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+        return made
+
+    def table(self, rows: np.ndarray) -> Tensor:
+        """A page table on the device."""
+        torch = self._torch
+        made: Tensor = torch.tensor(rows, device=self.name)
+        return made
+
+    def copy_row(self, table: Tensor, rows: np.ndarray, row: int) -> None:
+        """Bring one row of a page table to the device, in the stream's order."""
+        source = self._torch.from_numpy(rows[row])
+        table[row].copy_(source.pin_memory() if self.is_gpu else source, non_blocking=True)
 
     def buffer(self, layout: Layout) -> Buffer:
         """Zeroed memory for some bindings."""
@@ -139,26 +162,37 @@ class TorchDevice:
             buffer.host.copy_(buffer.there, non_blocking=True)
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A tensor's values on the host; they are there after `wait`."""
+        """A copy of a tensor's values on the host; they are there after the next `wait`."""
         if not self.is_gpu:
-            return tensor
+            return tensor.clone()
         host: Tensor = self._torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
-    def wait(self) -> None:
-        """Wait until everything in the stream is done."""
-        if self.is_gpu:
-            self._stream.synchronize()
+    def mark(self) -> Any:
+        """A point in the stream that can be waited for."""
+        if not self.is_gpu:
+            return None
+        event = self._torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
-    def capture(self, work: Callable[[], None]) -> Graph | str:
+    def wait(self, mark: Any) -> None:
+        """Wait until everything in the stream before a mark is done."""
+        if mark is not None:
+            mark.synchronize()
+
+    def graph_pool(self) -> Any:
+        """Memory that graphs share, since no two of them run at once; it is gone for good with the last of them."""
+        return self._torch.cuda.graph_pool_handle() if self.is_gpu else None
+
+    def capture(self, work: Callable[[], None], pool: Any = None) -> Graph | str:
         """Record what `work` puts into the stream, without running it; the graph, or the reason why there is none."""
         if not self.is_gpu:
             return "a CPU has no graphs"
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         try:
-            # All graphs share one pool of memory, since no two of them run at once.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             return str(error).splitlines()[0]

@@ -1,37 +1,35 @@
-"""The torch engine: `TorchModel` over caches that grow with use, on the CPU or on a GPU.
+"""The torch engine: `TorchModel` over pages of one memory, on the CPU or on a GPU.
 
-On a GPU a forward is one upload, the network and one download: eager when its shape first comes, which compiles the
-kernels, then captured as a CUDA graph and replayed. A graph needs whole caches, and S and R rounded up to powers of two
-to be used again. The CPU has no graphs, so there a pass costs by its tokens and attention ends where the longest row
-does.
+A forward is flat tokens of any rows. On a GPU it is one upload, the network and one download, captured as a CUDA graph
+for a number of tokens and of predictions, which are rounded up; the sizes of decoding are captured when the engine is
+loaded. The CPU has no graphs, so there a pass costs by its tokens, and attention ends where a row does.
 """
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from ....contract import cache_names
+from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, cache_names
 from ....engine_folder import EngineInfo
+from ....errors import EngineError
 from ...images.image import Image
-from ..engine import Pass, Prediction, read_only
-from ..layout import PassShape, fill, layouts, rounded
-from .device import Buffer, Graph, TorchDevice
+from ..engine import Pass, Prediction
+from ..pages import PAGE, Pages
+from .device import TorchDevice
+from .flat import FlatShape, graph_shapes
+from .forwards import Forwards, TorchFlight
+from .memory import Memory, page_count
 from .model import TorchModel
 from .vision import TorchVision
+from .vision import TorchVision
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-FIRST_CAPACITY = {False: 256, True: 4096}  # slots of a new cache, without graphs and with; growing drops all graphs
-_KEPT_SHAPES = 128  # per cache, each with buffers and perhaps a graph
-_KEPT_WITH_LOGITS = 8  # of those, shapes whose graph keeps a vocabulary per token
-_KEPT_CACHES = 4  # closed ones
+MOST_TOKENS = 2048  # of a forward's rows that decode; prompts come on top
 
 
 class TorchEngine:
@@ -44,6 +42,8 @@ class TorchEngine:
         threads: CPU threads, for all of torch in this process; None leaves torch's choice.
         kernels: run the project's Triton kernels; default on a GPU.
         graphs: capture CUDA graphs; default on a GPU. False runs every pass eagerly, for comparison.
+        memory: share of the GPU's memory that weights, passes and K/V may take together.
+        pages: pages of K/V; None takes what `memory` allows.
 
     Raises:
         EngineError: torch is missing, or the weights do not belong to the description, or do not fit.
@@ -59,31 +59,56 @@ class TorchEngine:
         *,
         kernels: bool | None = None,
         graphs: bool | None = None,
+        memory: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+        pages: int | None = None,
     ) -> None:
         self.device = device if isinstance(device, TorchDevice) else TorchDevice(folder, device, threads)
         self.info = info
         self.folder = folder
-        self.graphs = self.device.is_gpu if graphs is None else graphs
-        self.static = self.device.is_gpu or self.graphs  # shapes are rounded and caches taken whole
+        self.lock: Any = threading.RLock()  # of the stream and the memory: requests may run in several threads
+        is_gpu = self.device.is_gpu
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device.name, self.device.is_gpu if kernels is None else kernels)
+            self.model = TorchModel(folder, info, self.device.name, is_gpu if kernels is None else kernels)
             self._vision = TorchVision(folder, info, self.device.name) if info.model.vision else None
+            if pages is None:
+                pages = page_count(self.device, folder, info, MOST_TOKENS + PREFILL_CHUNK, memory)
+            self.memory = Memory(self.device, info, self.model.dtype, pages)
+            self.forwards = Forwards(
+                folder,
+                self.device,
+                self.model,
+                self.memory,
+                info,
+                is_gpu if graphs is None else graphs,
+                self.lock,
+            )
         self.samples = self.model.kernels
-        self._closed: list[TorchCache] = []
-        self.lock = threading.RLock()  # of the stream and _closed: requests may run in several threads
-        self.eager_shapes: dict[PassShape, str] = {}  # shapes that cannot be captured, and why
-        self.captured = 0  # graphs made since the engine was loaded
+
+    @property
+    def pages(self) -> Pages:
+        """See `engine.Engine`."""
+        return self.memory.pages
+
+    @property
+    def captured(self) -> int:
+        """Graphs made since the engine was loaded."""
+        return self.forwards.captured
+
+    @property
+    def eager_shapes(self) -> dict[FlatShape, str]:
+        """Shapes that cannot be captured, and why."""
+        return self.forwards.eager_shapes
 
     def open(self, rows: int) -> TorchCache:
-        """A cache of at least `rows` rows: a closed one with its graphs if there is one, else a new one."""
+        """A cache of `rows` empty rows. Raises EngineError where all rows of the page table are taken."""
         with self.lock:
-            large_enough = [cache for cache in self._closed if cache.rows >= rows]
-            if not large_enough:
-                return TorchCache(self, rows)
-            cache = min(large_enough, key=lambda cache: cache.rows)
-            self._closed.remove(cache)
-            cache.seconds = 0.0
-            return cache
+            numbers = self.pages.open(rows)
+        if numbers is None:
+            raise EngineError(
+                f"{self.folder}: {rows} rows are asked for and {self.pages.open_rows} are in use, allowed together: "
+                f"{len(self.pages.table) - 1}; close what is not needed, or build with a larger --max-batch-size"
+            )
+        return TorchCache(self, numbers)
 
     def see(self, image: Image) -> np.ndarray:
         """See `engine.SeeingEngine.see`."""
@@ -91,182 +116,95 @@ class TorchEngine:
         with self.lock, self.device.use(self.folder):
             return self._vision.see(image)
 
-    def take_back(self, cache: TorchCache) -> None:
-        """Keep a closed cache for the next request; on a CPU not one that has grown, for its memory."""
-        if cache.capacity <= FIRST_CAPACITY[False] or self.static:
-            with self.lock:
-                self._closed = [*self._closed, cache][-_KEPT_CACHES:]
+    def graph_shapes(self) -> list[FlatShape]:
+        """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
+        build = self.info.build
+        blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
+        return graph_shapes(blocks + PREFILL_CHUNK + MAX_BLOCK)
 
-    def make_room(self, nbytes: int) -> None:
-        """Let closed caches go if a GPU has fewer than `nbytes` free."""
-        if self._closed and self.device.free() < nbytes:
-            self._closed.clear()
+    def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
+        """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
+        if self.forwards.graphs:
+            self.forwards.warm_up(show(self.graph_shapes()))
 
 
 class TorchCache:
-    """K/V (rows, G, T, D) per layer on the device, and the shapes of passes over them."""
+    """See `engine.PagedCache`; its rows are numbered from 0 and have other numbers in the engine's table."""
 
-    def __init__(self, engine: TorchEngine, rows: int) -> None:
+    def __init__(self, engine: TorchEngine, rows: list[int]) -> None:
         self.rows = rows
         self.seconds = 0.0
-        self.capacity = 0  # slots per row now allocated
+        self.most_tokens = MOST_TOKENS
         self._engine = engine
-        self._mask_id = engine.info.model.mask_id
-        self.caches: list[tuple[Tensor, Tensor]] = []
-        self._steps: dict[PassShape, _Step] = {}
+        self._forwards = engine.forwards
+        self._memory = engine.memory
+        self._lock = engine.lock
+        # One that is forgotten holds no pages either.
+        self._given_back = weakref.finalize(self, _give_back, self._lock, self._forwards, self._memory.pages, rows)
+        self._given_back.atexit = False
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
-        """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
-        engine = self._engine
-        tokens = max(p.ids.size for p in passes)
-        predicted = max(1, *(p.predicted.size for p in passes))
-        if engine.static:
-            tokens = rounded(tokens, 2**31)
-            predicted = rounded(predicted, tokens)
-        shape = PassShape(
-            first,
-            len(passes),
-            tokens,
-            predicted,
-            logits=any(p.logits for p in passes),
-            sampled=any(p.temperature for p in passes),
-            embedded=any(p.embedded is not None for p in passes),
-        )
-        with engine.lock, engine.device.use(engine.folder):
-            self._reserve(max(p.write_at for p in passes) + tokens)
-            step = self._step(shape)
-            for row, p in enumerate(passes):
-                fill(step.inputs.arrays, row, p, self._mask_id)
-            started = time.perf_counter()
-            logits = step.run([row for row, p in enumerate(passes) if p.logits])
-            self.seconds += time.perf_counter() - started
-            return [step.prediction(row, p.predicted.size, logits.get(row)) for row, p in enumerate(passes)]
+        """See `engine.Cache.forward`. Raises EngineError where other rows have all the memory."""
+        rows = range(first, first + len(passes))
+        with self._lock:
+            for row, p in zip(rows, passes, strict=True):
+                end = p.write_at + p.ids.size
+                if not self.reserve(row, p.write_at, end):
+                    pages = self._memory.pages
+                    raise EngineError(
+                        f"{self._engine.folder}: {end} slots of K/V are needed, of {pages.slots} {pages.free * PAGE} "
+                        "are free; let other requests end first, or allow more by --gpu-memory-utilization"
+                    )
+            flight = self.launch(passes, rows)
+            predictions = flight.finish()
+        self.seconds += flight.seconds
+        return predictions
+
+    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TorchFlight:
+        """See `engine.PagedCache.launch`."""
+        return self._forwards.launch(passes, [self.rows[row] for row in rows])
+
+    def reserve(self, row: int, begin: int, end: int) -> bool:
+        """See `engine.PagedCache.reserve`."""
+        with self._lock, self._engine.device.use(self._engine.folder):
+            return self._memory.reserve(self.rows[row], begin, end)
+
+    def share(self, source: int, target: int, slots: int) -> int:
+        """See `engine.PagedCache.share`."""
+        with self._lock:
+            return self._memory.pages.share(self.rows[source], self.rows[target], slots)
 
     def move(self, source: int, target: int, slots: int) -> None:
         """See `engine.Cache.move`."""
-        engine = self._engine
-        with engine.lock, engine.device.use(engine.folder):
-            for pair in self.caches:
-                for cache in pair:
-                    cache[target, :, :slots] = cache[source, :, :slots]
+        if not self.share(source, target, slots):
+            raise EngineError(f"row {source} has fewer than {slots} slots, so they cannot be given to row {target}")
+
+    def free(self, row: int) -> None:
+        """See `engine.PagedCache.free`; a forward under way may still write to what it holds."""
+        with self._lock:
+            self._forwards.settle()
+            self._memory.pages.drop(self.rows[row])
+
+    def set_spare(self, row: int) -> None:
+        """See `engine.PagedCache.set_spare`."""
+        with self._lock:
+            self._memory.pages.set_spare(self.rows[row])
 
     def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """See `engine.ReadableCache.read`."""
         engine = self._engine
-        with engine.lock, engine.device.use(engine.folder):
-            held = [cache[row, :, start:stop].float().cpu().numpy() for pair in self.caches for cache in pair]
-        return dict(zip(cache_names(engine.info.model.num_layers), held, strict=True))
-
-    def free(self, row: int) -> None:
-        """See `engine.Cache.free`; nothing to do, as T is the same for a row of any length."""
+        with self._lock, engine.device.use(engine.folder):
+            self._forwards.settle()
+            held = self._memory.read(self.rows[row], start, stop)
+        names = cache_names(engine.info.model.num_layers)
+        return dict(zip(names, held.reshape(-1, *held.shape[2:]), strict=True))
 
     def close(self) -> None:
         """See `engine.Cache.close`."""
-        self._engine.take_back(self)
-
-    def _reserve(self, slots: int) -> None:
-        """Grow every cache to at least `slots` by doubling; a fresh slot is 0, since 0 times NaN is NaN."""
-        import torch
-
-        if slots <= self.capacity:
-            return
-        engine = self._engine
-        model = engine.info.model
-        new = max(self.capacity, FIRST_CAPACITY[engine.static])
-        while new < slots:
-            new *= 2
-        self._steps.clear()
-        size = (self.rows, model.num_kv_heads, new, model.head_dim)
-        dtype = engine.model.dtype
-        engine.make_room((model.num_layers + 1) * 2 * int(np.prod(size)) * dtype.itemsize)
-
-        def grown(old: Tensor | None) -> Tensor:
-            cache = torch.zeros(size, dtype=dtype, device=engine.device.name)
-            if old is not None:
-                cache[:, :, : self.capacity] = old
-            return cache
-
-        for layer in range(model.num_layers):  # one after the other, so that little is held twice
-            if self.capacity:
-                k, v = self.caches[layer]
-                self.caches[layer] = grown(k), grown(v)
-            else:
-                self.caches.append((grown(None), grown(None)))
-        self.capacity = new
-
-    def _step(self, shape: PassShape) -> _Step:
-        step = self._steps.pop(shape, None) or _Step(self._engine, self, shape)
-        self._steps[shape] = step  # the last used comes last
-        keeps_logits = _keeps_logits(shape)
-        alike = [other for other in self._steps if _keeps_logits(other) == keeps_logits]
-        if len(alike) > (_KEPT_WITH_LOGITS if keeps_logits else _KEPT_SHAPES):
-            del self._steps[alike[0]]
-        return step
+        self._given_back()
 
 
-def _keeps_logits(shape: PassShape) -> bool:
-    return shape.logits or shape.sampled
-
-
-class _Step:
-    """One shape of a forward: its buffers, its rows of the caches, perhaps its graph."""
-
-    def __init__(self, engine: TorchEngine, cache: TorchCache, shape: PassShape) -> None:
-        self._engine = engine
-        self._shape = shape
-        self._capacity = cache.capacity
-        self._runs = 0
-        input_layout, output_layout = layouts(engine.info, shape)
-        self.inputs: Buffer = engine.device.buffer(input_layout)
-        self._outputs: Buffer = engine.device.buffer(output_layout)
-        self._results = {name: read_only(array) for name, array in self._outputs.arrays.items()}
-        rows = slice(shape.first, shape.first + shape.rows)
-        self._caches = [(k[rows], v[rows]) for k, v in cache.caches]
-        self._graph: Graph | None = None
-        self._logits: Tensor | None = None
-
-    def run(self, rows_with_logits: list[int]) -> dict[int, np.ndarray]:
-        """Run the network over the buffers; some rows' logits (R, V) f32, as views that the next run changes."""
-        engine = self._engine
-        self._runs += 1
-        if self._runs == 2 and engine.graphs:
-            self._capture()
-        if self._graph is None:
-            self._work()
-        else:
-            self._graph.replay()
-        fetched = {}
-        if self._logits is not None:
-            fetched = {row: engine.device.fetch(self._logits[row]) for row in rows_with_logits}
-        engine.device.wait()
-        return {row: read_only(tensor.numpy()) for row, tensor in fetched.items()}
-
-    def prediction(self, row: int, count: int, logits: np.ndarray | None) -> Prediction:
-        """One row's results as views."""
-        return Prediction(
-            self._results["token"][row, :count],
-            self._results["confidence"][row, :count],
-            self._results["next_ids"][row, :count],
-            None if logits is None else logits[:count],
-        )
-
-    def _capture(self) -> None:
-        captured = self._engine.device.capture(self._work)
-        if isinstance(captured, str):
-            self._engine.eager_shapes[self._shape] = captured
-        else:
-            self._graph = captured
-            self._engine.captured += 1
-
-    def _work(self) -> None:
-        """All that a graph holds: upload, network, download."""
-        engine = self._engine
-        end = self._capacity
-        if not engine.static:
-            end = min(end, int(self.inputs.arrays["visible"][:, :, ::2].max()))
-        engine.device.upload(self.inputs)
-        # Kept, so that a replay writes the logits to the same place.
-        self._logits = engine.model.forward(
-            self.inputs.tensors, self._outputs.tensors, self._caches, end, self._shape.logits
-        )
-        engine.device.download(self._outputs)
+def _give_back(lock: Any, forwards: Forwards, pages: Pages, rows: list[int]) -> None:
+    with lock:
+        forwards.settle()
+        pages.close(rows)

@@ -1,8 +1,8 @@
-"""The network in plain PyTorch, with the inputs and outputs of `contract.py` and caches written in place.
+"""The network in PyTorch over flat tokens, with the inputs and outputs of `flat.py` and K/V pages written in place.
 
 With `kernels`, as on a GPU, everything between two matrix products is one of the project's Triton kernels, and so is
-the head; otherwise the same steps are plain torch. Nothing reads a value back to the host, so that a forward over fixed
-tensors can be captured and replayed.
+the head; otherwise the same steps are plain torch (`plain.py`). Nothing reads a value back to the host, so that a
+forward over fixed tensors can be captured and replayed.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....engine_folder import TENSORS_FILE, EngineInfo
-from ....plugins import SAMPLED
 from ....plugins.op import Arg, run
-from ....plugins.ops import block_attention, fp8_linear, head_commit, residual_norm, rope_write, swiglu
+from ....plugins.ops import confidence_commit, fp8_linear, head_commit, paged_attention, residual_norm, rope_write, swiglu
+from ..pages import PAGE
+from . import plain
 from .weights import Matrix, Quantized, WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CacheViews = Sequence[tuple["Tensor", "Tensor"]]  # K and V (B, G, T, D) of each layer, of some rows
+    from .plain import View
 
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
     """What rotates the heads of a pass, the same in every layer."""
 
-    cos: Tensor  # (B, S, D / 2) compute
+    cos: Tensor  # (N, D / 2) compute
     sin: Tensor
-    scale: Tensor | None  # of queries, (B, S) compute
+    scale: Tensor | None  # of queries, (N,) compute
 
 
 class TorchModel:
@@ -61,41 +62,48 @@ class TorchModel:
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
 
     def forward(
-        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], caches: CacheViews, end: int, logits: bool
+        self,
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        pool: Tensor,
+        table: Tensor,
+        views: Sequence[View] | None,
+        logits: bool,
     ) -> Tensor | None:
         """Run one forward.
 
         Args:
-            inputs: the inputs of the contract but the caches, on the device; with those of `SampledCommit`, if a row
-                is sampled.
-            outputs: token, confidence, next_ids and masks_left, which are written.
-            caches: the rows' caches, updated in place.
-            end: no query sees this slot or a later one; T where that must not depend on what the inputs hold.
+            inputs: those of `flat.py`, on the device.
+            outputs: token, confidence and next_ids, which are written.
+            pool: K and V of all pages, (L, 2, P, G, PAGE, D) compute, updated in place.
+            table: the pages of every row, (B, M) i32.
+            views: for plain torch, which tokens look at which pages; None looks at the whole pool.
             logits: give the logits too; every token is chosen in the same way with them and without.
 
         Returns:
-            Logits (B, R, V) f32, or None without `logits`.
+            Logits (R, V) f32, or None without `logits`.
         """
-        import torch
         from torch.nn import functional
 
         pos = inputs["pos"]
-        visible = inputs["visible"]
         cos, sin = self._rotation(pos)
         turns = Turns(cos, sin, self._query_scale(pos))
-        gate = inputs["adapter"][:, :, None].to(self.dtype) if "adapter" in inputs else None  # (B, S, 1) compute
-        mask = None if self.kernels else self._mask(visible, end)
-        total = functional.embedding(inputs["ids"], self.embed)  # (B, S, E) compute
+        gate = inputs["adapter"][:, None].to(self.dtype) if "adapter" in inputs else None  # (N, 1) compute
+        if self.kernels:
+            plan = {"page_table": table, "visible": inputs["visible"], **self._plan(inputs, table)}
+        else:
+            sights = plain.sights(inputs, table, pool.shape[2], views, self.dtype)
+        total = functional.embedding(inputs["ids"], self.embed)  # (N, E) compute
         if "embedding" in inputs:
             total = self._given(inputs["embedding"], inputs["embeddings"], total)
         x = self._normed(total, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
-        for layer, norm, (k_cache, v_cache) in zip(self.layers, norms, caches, strict=True):
-            q = self._rotated(self._projected(x, layer.qkv), turns, inputs["write_at"], k_cache, v_cache)
-            if mask is None:
-                merged = self._attend_by_kernel(q, k_cache, v_cache, visible)  # (B, S, H D)
+        for layer, norm, (k_pages, v_pages) in zip(self.layers, norms, pool, strict=True):
+            q = self._rotated(self._projected(x, layer.qkv), turns, inputs["slot"], k_pages, v_pages)  # (N, H, D)
+            if self.kernels:
+                merged = self._attend(q, k_pages, v_pages, plan)  # (N, H D)
             else:
-                merged = self._attend(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
+                merged = plain.attend(q, k_pages, v_pages, sights)
             out = self._projected(merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
@@ -103,28 +111,30 @@ class TorchModel:
             x, total = self._added(out, total, layer.post_norm)
             inner = self._activated(self._projected(x, layer.gate_up))
             x, total = self._added(self._projected(inner, layer.down), total, norm)
-        predicted = inputs["rows"].long()  # (B, R)
-        x = x[torch.arange(len(pos), device=pos.device)[:, None], predicted]  # (B, R, E)
-        ids = inputs["ids"].gather(1, predicted)  # (B, R) i32
-        choose = self._choose_by_kernel if self.kernels else self._choose
-        head_logits = choose(x, ids, inputs, outputs, logits)
+        index = inputs["index"].long()  # (R,)
+        x = x[index]  # (R, E)
+        ids = inputs["ids"][index]  # (R,) i32
+        if self.kernels:
+            head_logits = self._choose(x, ids, inputs, outputs, logits)
+        else:
+            head_logits = plain.choose(functional.linear(x, self.head), ids, inputs, outputs, self.config.mask_id)
         return head_logits if logits else None
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
-        """The tokens' own embeddings (B, S, E), or where `index` is not negative the given one of that number."""
+        """The tokens' own embeddings (N, E), or where `index` is not negative the given one of that number."""
         import torch
 
         given = embeddings.to(self.dtype)[index.clamp(min=0).long()]
-        return torch.where((index >= 0)[:, :, None], given, own)
+        return torch.where((index >= 0)[:, None], given, own)
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of each position's angles, (B, S, D/2) compute; pos (B, S) i32."""
-        angle = pos[:, :, None].float() * self._inv_freq
+        """cos and sin of each position's angles, (N, D/2) compute; pos (N,) i32."""
+        angle = pos[:, None].float() * self._inv_freq
         factor = self.config.rope.attention_factor
         return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
 
     def _query_scale(self, pos: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(pos / L0)), (B, S) compute; for a model without it ones for the kernel, else None."""
+        """1 + beta ln(1 + floor(pos / L0)), (N,) compute; for a model without it ones for the kernel, else None."""
         import torch
 
         rope = self.config.rope
@@ -140,127 +150,88 @@ class TorchModel:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def _projected(self, x: Tensor, weight: Matrix) -> Tensor:
-        """x weight^T: (B, S, in) -> (B, S, out) compute."""
+        """x weight^T: (N, in) -> (N, out) compute."""
         from torch.nn import functional
 
         if not isinstance(weight, Quantized):
             return functional.linear(x, weight)
         if self.kernels:
-            op = fp8_linear.op(_tile(fp8_linear.TILES, x.shape[0] * x.shape[1]))
-            (y,) = run(op, self.config, {"x": x, "weight": weight.values, "scale": weight.scale}, self._new(x))
-            return y  # type: ignore[no-any-return]
+            op = fp8_linear.op(_tile(fp8_linear.TILES, len(x)))
+            (y,) = run(op, self.config, {"x": x[None], "weight": weight.values, "scale": weight.scale}, self._new(x))
+            return y[0]  # type: ignore[no-any-return]
         return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of a residual sum, and the sum; all (B, S, E) compute but weight (E,)."""
+        """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,)."""
         if self.kernels:
-            inputs = {"x": x, "residual": residual, "weight": weight}
+            inputs = {"x": x[None], "residual": residual[None], "weight": weight}
             y, total = run(residual_norm.OP, self.config, inputs, self._new(x))
-            return y, total
+            return y[0], total[0]
         total = residual + x
         return self._normed(total, weight), total
 
     def _activated(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, (B, S, F) of (B, S, 2 F)."""
+        """silu(gate) * up, (N, F) of (N, 2 F)."""
         from torch.nn import functional
 
         if self.kernels:
-            (y,) = run(swiglu.OP, self.config, {"gate_up": gate_up}, self._new(gate_up))
-            return y  # type: ignore[no-any-return]
+            (y,) = run(swiglu.OP, self.config, {"gate_up": gate_up[None]}, self._new(gate_up))
+            return y[0]  # type: ignore[no-any-return]
         gate, up = gate_up.chunk(2, -1)
         return functional.silu(gate) * up
 
-    def _rotated(self, qkv: Tensor, turns: Turns, write_at: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """q (B, H, S, D) of qkv (B, S, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the caches."""
+    def _rotated(self, qkv: Tensor, turns: Turns, slot: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        """q (N, H, D) of qkv (N, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the pages."""
         import torch
 
         if self.kernels:
-            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "write_at": write_at}
-            (q,) = run(rope_write.OP, self.config, {**inputs, "k_cache": k_cache, "v_cache": v_cache}, self._new(qkv))
+            inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "slot": slot}
+            pages = {"k_pages": k_pages, "v_pages": v_pages}
+            (q,) = run(rope_write.PAGED, self.config, {**inputs, **pages}, self._new(qkv))
             return q  # type: ignore[no-any-return]
         model = self.config
-        rows, size = qkv.shape[:2]
         turned = model.num_heads + model.num_kv_heads
-        heads = qkv.view(rows, size, -1, model.head_dim)  # (B, S, H + 2 G, D)
-        a, b = heads[:, :, :turned].chunk(2, -1)
-        cos = turns.cos[:, :, None]
-        sin = turns.sin[:, :, None]
-        both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (B, S, H + G, D)
-        row = torch.arange(rows, device=qkv.device)[:, None]  # (B, 1) i64
-        slots = write_at[:, None] + torch.arange(size, device=qkv.device)  # (B, S) i64
-        k_cache.transpose(1, 2)[row, slots] = both[:, :, model.num_heads :]
-        v_cache.transpose(1, 2)[row, slots] = heads[:, :, turned:]
-        q = both[:, :, : model.num_heads].transpose(1, 2)
-        return q if turns.scale is None else q * turns.scale[:, None, :, None]
+        heads = qkv.view(len(qkv), -1, model.head_dim)  # (N, H + 2 G, D)
+        a, b = heads[:, :turned].chunk(2, -1)
+        cos, sin = turns.cos[:, None], turns.sin[:, None]
+        both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (N, H + G, D)
+        page, offset = slot.long() // PAGE, slot.long() % PAGE
+        k_pages[page, :, offset] = both[:, model.num_heads :]
+        v_pages[page, :, offset] = heads[:, turned:]
+        q = both[:, : model.num_heads]
+        return q if turns.scale is None else q * turns.scale[:, None, None]
 
-    def _mask(self, visible: Tensor, end: int) -> Tensor:
-        """Additive mask of the first `end` slots, (B, 1, H / G * S, end) compute; visible (B, S, 3) i32."""
-        import torch
+    def _plan(self, inputs: Mapping[str, Tensor], table: Tensor) -> dict[str, Tensor]:
+        """Which program of every layer's attention reads which pages for which tokens."""
+        arguments = {name: inputs[name] for name in ("row", "first", "visible")}
+        planned = run(paged_attention.PLAN, self.config, {**arguments, "page_table": table}, self._new(table))
+        return dict(zip(("items", "counters"), planned, strict=True))
 
-        slots = torch.arange(end, device=visible.device)
-        prefix_end, begin, span_end = visible[:, None].unbind(-1)  # (B, 1, S) i32
-        seen = slots < prefix_end[..., None]
-        seen |= (slots >= begin[..., None]) & (slots < span_end[..., None])
-        mask = torch.where(seen, 0.0, -torch.inf).to(self.dtype)  # no query sees nothing, so no row is all -inf
-        return mask.repeat(1, 1, self.config.num_heads // self.config.num_kv_heads, 1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Attention in plain torch: the query heads that share a key/value head are packed with the queries."""
-        from torch.nn import functional
-
-        rows, heads, size, width = q.shape
-        packed = q.reshape(rows, k.shape[1], -1, width)  # (B, G, H / G * S, D)
-        y = functional.scaled_dot_product_attention(packed, k, v, mask, scale=width**-0.5)
-        return y.view(rows, heads, size, width).transpose(1, 2).flatten(2)
-
-    def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-        """The same by BlockAttention's kernels; K and V are the whole cache."""
-        inputs = {"q": q, "k": k, "v": v, "visible": visible}
-        (y,) = run(block_attention.OP, self.config, inputs, self._new(q))
-        return y.transpose(1, 2).flatten(2)  # type: ignore[no-any-return]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sight: Mapping[str, Tensor]) -> Tensor:
+        """PagedAttention's kernels, (N, H D)."""
+        arguments = {"q": q, "k_pages": k, "v_pages": v, **sight}
+        (y,) = run(paged_attention.OP, self.config, arguments, self._new(q))
+        return y.flatten(1)  # type: ignore[no-any-return]
 
     def _choose(
         self, x: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
     ) -> Tensor:
-        """Head and ConfidenceCommit in plain torch; x (B, R, E) compute -> logits (B, R, V) f32."""
-        import torch
-        from torch.nn import functional
-
-        mask = self.config.mask_id
-        logits = functional.linear(x, self.head).float()
-        candidates = logits.clone() if keep else logits
-        candidates[:, :, mask] = -1e30
-        best, token = candidates.max(-1)  # the first of equals
-        confidence = (candidates - best[:, :, None]).exp().sum(-1).reciprocal()
-        is_open = ids == mask
-        rank = torch.where(is_open, confidence, -1.0)
-        chosen = (rank >= inputs["threshold"][:, None]).scatter(1, rank.argmax(1, keepdim=True), True)
-        next_ids = torch.where(chosen & is_open, token, ids)
-        outputs["token"].copy_(token)
-        outputs["confidence"].copy_(confidence)
-        outputs["next_ids"].copy_(next_ids)
-        outputs["masks_left"].copy_((next_ids == mask).sum(1))
-        return logits
-
-    def _choose_by_kernel(
-        self, x: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
-    ) -> Tensor:
-        """The same by HeadCommit's kernels, which write into `outputs`; logits (B, R, 0) unless kept.
+        """HeadCommit's kernels, which write into `outputs`; logits (R, V) f32, or (R, 0) unless kept.
 
         Where a row is sampled, SampledCommit's kernels take the logits and write anew.
         """
         import torch
 
         sampled = "seed" in inputs
-        shape = (*ids.shape, self.config.vocab_size if keep or sampled else 0)
+        shape = (len(ids), self.config.vocab_size if keep or sampled else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         new = self._new(x, outputs)
-        head = {"x": x, "weight": self.head, "ids": ids, "threshold": inputs["threshold"], "kept": logits}
-        run(head_commit.op(_tile(head_commit.TILES, ids.numel())), self.config, head, new)
+        rule = {"ids": ids, "span": inputs["span"], "threshold": inputs["threshold"]}
+        head = {"x": x, "weight": self.head, **rule, "kept": logits}
+        run(head_commit.flat_op(_tile(head_commit.TILES, len(ids))), self.config, head, new)
         if sampled:
-            drawing = {"logits": logits, "ids": ids}
-            drawing |= {arg.name: inputs[arg.name] for arg in SAMPLED.inputs if arg.name not in drawing}
-            run(SAMPLED, self.config, drawing, new)
+            drawing = {name: inputs[name] for name in ("temperature", "seed", "position")}
+            run(confidence_commit.FLAT_SAMPLED, self.config, {"logits": logits, **rule, **drawing}, new)
         return logits
 
     def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:

@@ -1,0 +1,82 @@
+"""Rows of a cache: which sequence has which, and where a new one finds the beginning of its prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..engines.engine import Cache, Pass
+from ..modes import LOOPS
+from ..modes.scoring import scored
+from ..planning.pass_costs import PassCosts
+from .prefix_cache import SHORTEST, PrefixCache, common
+from .slot import Counts, Slot
+
+
+class Found(NamedTuple):
+    """A row that holds the beginning of a prompt."""
+
+    row: int
+    length: int
+
+
+class Rows:
+    """What rows of both kinds of cache have in common; see `neighbours.py` and `paged.py`."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        prefixes: PrefixCache | None,
+        prefill_tokens: int,
+        counts: Counts,
+        cost: PassCosts | None,
+    ) -> None:
+        self.slots: list[Slot] = []
+        self.reach = 0  # slots that a row has been grown to
+        self.counts = counts
+        self._cache = cache
+        self._prefixes = prefixes
+        self._prefill_tokens = prefill_tokens
+        self._cost = cost
+
+    def find(self, slot: Slot) -> Found:
+        """The row that holds most of a prompt, kept or running; of length 0 if a copy is not worth it."""
+        assert self._prefixes is not None
+        ids = slot.sequence.keys[: slot.sequence.reusable]
+        best = Found(*self._prefixes.find(ids))
+        for other in self.slots:
+            if other is not slot and (length := common(other.held, ids)) > best.length:
+                best = Found(other.row, length)
+        return best if best.length >= SHORTEST else Found(0, 0)
+
+    def begin(self, slot: Slot, ahead: list[Slot]) -> bool:
+        """Start a slot's loop after what can be copied; False if a row ahead is about to have more of its prompt."""
+        sequence = slot.sequence
+        if self._prefixes is not None:
+            ids = sequence.keys[: sequence.reusable]
+            found = self.find(slot)
+            if any(common(other.sequence.keys, ids) >= found.length + SHORTEST for other in ahead):
+                return False
+            if found.length and self.copy(found, slot.row):
+                sequence.length = sequence.reused = slot.reach = found.length
+                self.counts.reused += found.length
+        slot.loop = scored(sequence, LOOPS[sequence.settings.mode])
+        slot.pass_ = sequence.for_engine(next(slot.loop))
+        return True
+
+    def copy(self, found: Found, row: int) -> bool:
+        """Let a row begin as another one does; False if that is gone."""
+        self._cache.move(found.row, row, found.length)
+        return True
+
+    def by_arrival(self, slots: list[Slot]) -> list[Slot]:
+        """The oldest first."""
+        return sorted(slots, key=lambda slot: slot.arrival)
+
+    def count(self, passes: list[Pass], computed: int, seconds: float) -> None:
+        """Take note of a forward that has ended and of the tokens that it has computed, padding included."""
+        tokens = sum(p.ids.size for p in passes)
+        self.counts.forwards += 1
+        self.counts.tokens += tokens
+        self.counts.padding += computed - tokens
+        if self._cost is not None and all(p.kind != "prefill" for p in passes):
+            self._cost.learn(computed, seconds)

@@ -1,0 +1,98 @@
+"""A sequence while it has a row, and what a forward and a pass of it come to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from ..engines.engine import Pass, Prediction
+from ..modes.ar import Loop
+from ..requests.outcome import PassOutcome
+from ..requests.sequence import Sequence
+
+
+class PassResult(NamedTuple):
+    """One pass of one sequence. The prediction's arrays are overwritten by the next forward."""
+
+    sequence: Sequence
+    pass_: Pass
+    prediction: Prediction
+    outcome: PassOutcome
+    began: float
+    seconds: float
+    rows: int  # that shared the forward
+    error: Exception | None  # why this sequence alone cannot go on
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a batch has done so far.
+
+    `padding` are tokens computed for nobody, `preempted` how often a row's pages went to an older request, and
+    `rebuilt` the tokens computed again for it.
+    """
+
+    steps: int = 0
+    forwards: int = 0
+    tokens: int = 0
+    padding: int = 0
+    reused: int = 0
+    preempted: int = 0
+    rebuilt: int = 0
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """A row of the cache in use by a sequence."""
+
+    sequence: Sequence
+    arrival: int
+    row: int = 0
+    loop: Loop | None = None
+    pass_: Pass | None = None  # None: not begun
+    reach: int = 0  # slots that a pass has written to
+    ended: bool = False
+    built: int | None = None  # tokens computed again of a row whose pages were taken; None: it lacks none
+
+    @property
+    def width(self) -> int:
+        """Tokens of its usual pass."""
+        settings = self.sequence.settings
+        return 1 if settings.mode == "ar" else settings.block_length
+
+    @property
+    def next_pass(self) -> Pass:
+        """What its loop wants, once it has begun."""
+        assert self.pass_ is not None
+        return self.pass_
+
+    @property
+    def size(self) -> int:
+        """Tokens of its next pass."""
+        return int(self.next_pass.ids.size)
+
+    @property
+    def held(self) -> list[int]:
+        """The ids whose K/V its row holds, those of images by their content."""
+        sequence = self.sequence
+        length = sequence.length if self.built is None else self.built
+        if length <= len(sequence.keys):
+            return sequence.keys[:length]
+        return (sequence.keys + sequence.tokens)[:length]
+
+
+def committed(sequence: Sequence) -> list[int]:
+    """The ids whose K/V every next pass of a sequence relies on."""
+    return (sequence.prompt + sequence.tokens)[: sequence.length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A forward that has ended."""
+
+    slots: list[Slot]
+    passes: list[Pass]
+    predictions: list[Prediction]
+    began: float
+    seconds: float
+    rows: int

@@ -1,0 +1,162 @@
+"""K/V memory in pages: which row of which cache has which pages of one pool. Bookkeeping alone; it needs no device.
+
+A row is a list of pages. Rows share the pages of a common prefix, each page counts its holders, and a page that several
+hold is copied before one of them writes to it. A spare row, such as a kept prefix, is emptied when pages run out, the
+least recently used first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+PAGE = 64  # slots
+SCRATCH = 0  # the page that padding writes to; row 0 of the table is the padding's
+
+
+class Copy(NamedTuple):
+    """A page whose K/V another one must get before the next pass."""
+
+    source: int
+    target: int
+
+
+class Pages:
+    """The pages of one engine, by the rows that hold them; the caller sees to it that one thread is in here at a time.
+
+    Args:
+        count: pages that rows can have; the scratch page comes on top.
+        rows: rows of all caches together.
+        width: pages of the longest row.
+    """
+
+    def __init__(self, count: int, rows: int, width: int) -> None:
+        self.count = count
+        self.table = np.zeros((rows + 1, width), np.int32)  # past a row's pages it holds the scratch page
+        self.changed: set[int] = set()  # rows of the table that the device has not seen yet
+        self._holders = [0] * (count + 1)
+        self._free = list(range(count, 0, -1))  # the last freed, or the lowest, is the next
+        self._free_rows = list(range(rows, 0, -1))
+        self._rows: dict[int, list[int]] = {}
+        self._spare: dict[int, None] = {}  # the least recently used first
+
+    @property
+    def slots(self) -> int:
+        """Of all pages."""
+        return self.count * PAGE
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def spare(self) -> int:
+        """Pages that spare rows alone hold."""
+        return len({page for row in list(self._spare) for page in self._rows[row]} - self._held_by_others())
+
+    @property
+    def open_rows(self) -> int:
+        """Rows that caches have."""
+        return len(self._rows)
+
+    def open(self, count: int) -> list[int] | None:
+        """The numbers of `count` empty rows, or None if there are not so many."""
+        if count > len(self._free_rows):
+            return None
+        rows = [self._free_rows.pop() for _ in range(count)]
+        for row in rows:
+            self._rows[row] = []
+        return rows
+
+    def close(self, rows: list[int]) -> None:
+        """Give rows back with what they hold."""
+        for row in rows:
+            self.drop(row)
+            del self._rows[row]
+            self._free_rows.append(row)
+
+    def reserve(self, row: int, begin: int, end: int) -> list[Copy] | None:
+        """Make slots `begin` to `end` of a row its own to write: the copies to make first, or None if memory is short.
+
+        Nothing has changed for the row if it is None.
+        """
+        pages = self._rows[row]
+        needed = -(-end // PAGE)
+        assert needed <= self.table.shape[1], "a pass reaches past the longest row"
+        while True:
+            shared = [at for at in range(begin // PAGE, min(needed, len(pages))) if self._holders[pages[at]] > 1]
+            if max(0, needed - len(pages)) + len(shared) <= len(self._free):
+                break
+            if not self._evict(row):
+                return None
+        copies = []
+        for at in shared:
+            copies.append(Copy(pages[at], self._take()))
+            self._release(pages[at])
+            pages[at] = copies[-1].target
+        while len(pages) < needed:
+            pages.append(self._take())
+        if copies or self.table[row, needed - 1] != pages[needed - 1]:
+            self._show(row)
+        return copies
+
+    def share(self, source: int, target: int, slots: int) -> int:
+        """Let a row begin as another one does, for `slots` slots; returns 0 if the other has been emptied meanwhile."""
+        needed = -(-slots // PAGE)
+        pages = self._rows[source][:needed]
+        if len(pages) < needed:
+            return 0
+        for page in pages:
+            self._holders[page] += 1
+        self.drop(target)
+        self._rows[target] = pages
+        if source in self._spare:
+            self.set_spare(source)  # used just now
+        self._show(target)
+        return slots
+
+    def drop(self, row: int) -> None:
+        """Empty a row."""
+        self._spare.pop(row, None)
+        for page in self._rows[row]:
+            self._release(page)
+        self._rows[row] = []
+        self._show(row)
+
+    def set_spare(self, row: int) -> None:
+        """Let a row be emptied whenever pages run out, until it is dropped or written anew."""
+        self._spare.pop(row, None)
+        self._spare[row] = None
+
+    def slots_of(self, row: int, begin: int, size: int) -> np.ndarray:
+        """Where in the pool `size` slots of a row from `begin` on lie, (size,) i32."""
+        at = np.arange(begin, begin + size, dtype=np.int32)
+        where: np.ndarray = self.table[row, at // PAGE] * np.int32(PAGE) + at % PAGE
+        return where
+
+    def _held_by_others(self) -> set[int]:
+        return {page for row, pages in list(self._rows.items()) if row not in self._spare for page in pages}
+
+    def _evict(self, but: int) -> bool:
+        victim = next((row for row in self._spare if row != but), None)
+        if victim is not None:
+            self.drop(victim)
+        return victim is not None
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
+
+    def _show(self, row: int) -> None:
+        pages = self._rows[row]
+        self.table[row, : len(pages)] = pages
+        self.table[row, len(pages) :] = SCRATCH
+        self.changed.add(row)

@@ -1,0 +1,174 @@
+"""A forward as flat tokens: the tokens of all its rows one after the other, whatever their number, mode or length.
+
+A graph is captured for a number of tokens and of predictions alone, so those are rounded up; the tokens that this adds
+write to the scratch page and see one slot of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ....contract import MAX_BLOCK, PREFILL_CHUNK, Binding
+from ....engine_folder import EngineInfo
+from ..engine import Pass
+from ..layout import Layout, layout
+from ..pages import PAGE, Pages
+
+FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)
+
+
+class FlatShape(NamedTuple):
+    """What decides the buffers and the graph of a forward."""
+
+    tokens: int  # N
+    predicted: int  # R
+    logits: bool = False  # whether a row wants its logits on the host
+    sampled: bool = False  # whether a row is sampled on the device
+    embedded: bool = False  # whether a token has another embedding than its id's
+
+
+# Letters: N tokens, R predictions. `row` is a row of the page table, `first` the number of its first token here;
+# `span` are the first and last predictions of a row, among which the commit rule chooses.
+_TOKENS = (
+    Binding("ids", "i32", ("N",)),
+    Binding("pos", "i32", ("N",)),
+    Binding("slot", "i32", ("N",)),
+    Binding("row", "i32", ("N",)),
+    Binding("first", "i32", ("N",)),
+    Binding("visible", "i32", ("N", 3)),
+)
+_PREDICTIONS = (
+    Binding("index", "i32", ("R",)),
+    Binding("span", "i32", ("R", 2)),
+    Binding("threshold", "f32", ("R",)),
+)
+_SAMPLING = (
+    Binding("temperature", "f32", ("R",)),
+    Binding("seed", "i32", ("R", 2)),
+    Binding("position", "i32", ("R",)),
+)
+_OUTPUTS = (
+    Binding("token", "i32", ("R",)),
+    Binding("confidence", "f32", ("R",)),
+    Binding("next_ids", "i32", ("R",)),
+)
+
+
+def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
+    """The layouts of the inputs and of the outputs of a forward."""
+    bindings = list(_TOKENS)
+    if info.has_adapter:
+        bindings.append(Binding("adapter", "f32", ("N",)))
+    if shape.embedded:  # as in `contract.inputs`
+        bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
+    bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled else ())]
+    lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
+    return layout(bindings, lengths), layout(_OUTPUTS, lengths)
+
+
+def flat_shape(passes: Sequence[Pass]) -> FlatShape:
+    """The exact shape of a forward."""
+    return FlatShape(
+        sum(p.ids.size for p in passes),
+        max(1, sum(p.predicted.size for p in passes)),
+        logits=any(p.logits for p in passes),
+        sampled=any(p.temperature for p in passes),
+        embedded=any(p.embedded is not None for p in passes),
+    )
+
+
+def rounded_tokens(count: int) -> int:
+    """The next size that graphs are made for: powers of two, then in quarters between them and in steps of 64."""
+    if count <= FREE:
+        return 1 << (count - 1).bit_length()
+    longest = PREFILL_CHUNK + MAX_BLOCK  # a chunk of a prompt with a block of masks, which every answer may begin with
+    if PREFILL_CHUNK < count <= longest:
+        return longest
+    step = max(64, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // step) * step
+
+
+def rounded_shape(shape: FlatShape) -> FlatShape:
+    """The shape of the graph that runs a forward: its predictions are few, or as many as its tokens."""
+    tokens = rounded_tokens(max(shape.tokens, shape.predicted))
+    few = tokens > FREE and shape.predicted <= MAX_BLOCK
+    return shape._replace(tokens=tokens, predicted=MAX_BLOCK if few else tokens)
+
+
+def graph_shapes(most_tokens: int) -> list[FlatShape]:
+    """What is captured when an engine is loaded, the largest first: later graphs fit into the memory of the first.
+
+    Greedy passes of every size; and of those that decode one request, also the ones that are sampled or bring logits.
+    """
+    sizes = sorted({rounded_tokens(count) for count in range(1, most_tokens + 1)}, reverse=True)
+    shapes: dict[FlatShape, None] = {}
+    for size in sizes:
+        for predicted in (size, 1):
+            shapes[rounded_shape(FlatShape(size, predicted))] = None
+    for size in sizes:
+        if size <= MAX_BLOCK:
+            shapes[FlatShape(size, size, sampled=True)] = None
+            shapes[FlatShape(size, size, logits=True)] = None
+    return list(shapes)
+
+
+def fill(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequence[int], pages: Pages, mask: int) -> None:
+    """Write the inputs of a forward."""
+    ids, pos, visible, index, span = (arrays[name] for name in ("ids", "pos", "visible", "index", "span"))
+    at = begin = 0
+    if "embedding" in arrays:
+        arrays["embedding"][:] = -1
+    for p, row in zip(passes, rows, strict=True):
+        size = p.ids.size
+        here = slice(at, at + size)
+        ids[here] = p.ids
+        pos[here] = p.pos
+        visible[here] = p.visible
+        arrays["slot"][here] = pages.slots_of(row, p.write_at, size)
+        arrays["row"][here] = row
+        arrays["first"][here] = at
+        if "adapter" in arrays:
+            arrays["adapter"][here] = p.adapter
+        if p.embedded is not None:
+            arrays["embedding"][at + p.embedded] = at + p.embedded
+            arrays["embeddings"][at + p.embedded] = p.embeddings
+        end = begin + p.predicted.size
+        picked = slice(begin, end)
+        index[picked] = p.predicted + np.int32(at)
+        span[picked] = (begin, end)
+        arrays["threshold"][picked] = p.threshold
+        if "seed" in arrays:
+            chosen = p.ids[p.predicted]
+            arrays["temperature"][picked] = p.temperature
+            arrays["seed"][picked] = np.array([p.seed], np.uint64).view(np.int32)
+            # A mask stands at its token's position, any other token one before it.
+            arrays["position"][picked] = p.pos[p.predicted] + (chosen != mask)
+        at += size
+        begin = end
+    _pad(arrays, at, begin, mask)
+
+
+def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:
+    """Fill what is left behind the passes' tokens and predictions."""
+    ids, index = arrays["ids"], arrays["index"]
+    if at < ids.size:
+        offset = np.arange(at, ids.size, dtype=np.int32) % PAGE
+        ids[at:] = int(mask == 0)  # any id but the mask
+        arrays["pos"][at:] = 0
+        arrays["slot"][at:] = offset
+        arrays["row"][at:] = 0
+        arrays["first"][at:] = at
+        arrays["visible"][at:] = np.stack([np.zeros_like(offset), offset, offset + 1], axis=1)
+        if "adapter" in arrays:
+            arrays["adapter"][at:] = 0
+    if begin < index.size:
+        own = np.arange(begin, index.size, dtype=np.int32)
+        index[begin:] = ids.size - 1
+        arrays["span"][begin:] = np.stack([own, own + 1], axis=1)
+        arrays["threshold"][begin:] = 0
+        if "seed" in arrays:
+            for name in ("temperature", "seed", "position"):
+                arrays[name][begin:] = 0

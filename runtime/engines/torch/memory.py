@@ -1,0 +1,95 @@
+"""K/V of an engine on its device: how many pages there is room for, the pool of them, and the table of who has which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ....contract import ITEMSIZE, cache_slots, size_text
+from ....engine_folder import EngineInfo
+from ....errors import EngineError
+from ..pages import PAGE, Pages
+from .device import TorchDevice
+
+if TYPE_CHECKING:
+    import torch
+
+_LEAST_SLOTS = 1024  # of an engine that can answer anything
+_SPARE_ROWS = 256  # of the page table, beside two for each of max_batch_size
+
+
+class Memory:
+    """The pool of pages; see `engine.lock` for who may use it.
+
+    Args:
+        device: where it lies.
+        info: of the engine.
+        dtype: of K and V.
+        count: pages, from `page_count`.
+    """
+
+    def __init__(self, device: TorchDevice, info: EngineInfo, dtype: torch.dtype, count: int) -> None:
+        model, build = info.model, info.build
+        width = -(-cache_slots(build) // PAGE) + 1
+        self.pages = Pages(count, 2 * build.max_batch_size + _SPARE_ROWS, width)
+        # K and V of every layer, (L, 2, P, G, PAGE, D). A fresh slot is 0, since 0 times NaN is NaN.
+        self.pool = device.zeros((model.num_layers, 2, count + 1, model.num_kv_heads, PAGE, model.head_dim), dtype)
+        self.table = device.table(self.pages.table)  # (B, M) i32
+        self._device = device
+
+    def reserve(self, row: int, begin: int, end: int) -> bool:
+        """See `engine.PagedCache.reserve`; pages that are shared are copied in the stream's order."""
+        copies = self.pages.reserve(row, begin, end)
+        for source, target in copies or ():
+            self.pool[:, :, target] = self.pool[:, :, source]
+        return copies is not None
+
+    def show_table(self) -> None:
+        """Bring the rows of the page table that have changed to the device."""
+        while self.pages.changed:
+            self._device.copy_row(self.table, self.pages.table, self.pages.changed.pop())
+
+    def read(self, row: int, start: int, stop: int) -> np.ndarray:
+        """A copy of what slots of a row hold, (L, 2, G, slots, D) f32."""
+        pages = self.pages.table[row, : -(-stop // PAGE)].tolist()
+        held = self.pool[:, :, pages].transpose(2, 3).flatten(3, 4)[:, :, :, start:stop]
+        values: np.ndarray = held.float().cpu().numpy()
+        return values
+
+
+def page_bytes(info: EngineInfo) -> int:
+    """K and V of a page in all layers."""
+    return PAGE * info.model.kv_bytes_per_token(ITEMSIZE[info.build.dtype])
+
+
+def pass_bytes(info: EngineInfo, tokens: int) -> int:
+    """What a forward of so many tokens holds at its peak, about: the widest tensors of a layer, and the head's."""
+    m = info.model
+    wide = 4 * m.intermediate_size + 6 * m.hidden_size + 3 * m.num_heads * m.head_dim
+    # The head keeps 20 bytes for every tile of 64 vocabulary entries (plugins/ops/head_commit.py).
+    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64)
+
+
+def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens: int, share: float) -> int:
+    """Pages beside what is loaded already: what `share` of all memory leaves, and no more than could ever be used.
+
+    That is `max_batch_size` rows of `max_seq_len`, and as many again for kept prefixes. A CPU's pages take memory as
+    they are written to, and at most half of what is free now. Raises EngineError where next to nothing is left.
+    """
+    free, total = device.memory()
+    most = 2 * info.build.max_batch_size * -(-cache_slots(info.build) // PAGE)
+    if device.is_gpu:
+        left = int(share * total) - (total - free) - pass_bytes(info, most_tokens)
+    else:
+        left = free // 2
+    count = min(most, left // page_bytes(info))
+    least = -(-min(_LEAST_SLOTS, cache_slots(info.build)) // PAGE)
+    if count < least:
+        raise EngineError(
+            f"{folder}: {device.name} has {size_text(max(left, 0))} for K/V beside the weights, needs "
+            f"{size_text(least * page_bytes(info))} for {least * PAGE} tokens; end what else uses it, raise "
+            f"--gpu-memory-utilization ({share:g}), or build again with --dtype bf16"
+        )
+    return count

@@ -1,0 +1,115 @@
+"""Attention over pages and the commit rule in plain torch: what runs without the kernels, and what they must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..pages import PAGE
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class View(NamedTuple):
+    """Tokens `begin` to `end` of a pass, all of one row, and its first `pages` pages, which hold all that they see."""
+
+    begin: int
+    end: int
+    row: int
+    pages: int
+
+
+class Sight(NamedTuple):
+    """The same on the device; without pages they look at the whole pool."""
+
+    begin: int
+    end: int
+    pages: Tensor | None  # (m,) i32
+    mask: Tensor  # additive, (n, slots) compute
+
+
+def sights(
+    inputs: Mapping[str, Tensor], table: Tensor, pages: int, views: Sequence[View] | None, dtype: torch.dtype
+) -> list[Sight]:
+    """What each token looks at, the same in every layer.
+
+    With views each row looks at its own pages. Without, for a graph, which must not depend on a row's length, every
+    token looks at all pages of the pool, and at a slot only if its row has it where the token may look.
+    """
+    import torch
+
+    visible = inputs["visible"]
+    if views is not None:
+        made = []
+        for view in views:
+            slots = torch.arange(view.pages * PAGE, device=table.device)
+            mask = _mask(visible[view.begin : view.end], slots, dtype)
+            made.append(Sight(view.begin, view.end, table[view.row, : view.pages], mask))
+        return made
+    rows, width = table.shape
+    number = torch.full((rows, pages), -1, dtype=torch.int64, device=table.device)  # of each page in each row
+    number.scatter_(1, table.long(), torch.arange(width, device=table.device).expand(rows, width))
+    number[1:, 0] = -1  # what fills up a row's list; the padding alone has the scratch page
+    number[0] = -1
+    number[0, 0] = 0
+    numbers = number[inputs["row"].long()][:, :, None]  # (N, P, 1)
+    slots = torch.where(numbers < 0, -1, numbers * PAGE + torch.arange(PAGE, device=table.device))
+    return [Sight(0, len(visible), None, _mask(visible, slots.flatten(1), dtype))]
+
+
+def _mask(visible: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (n, slots) compute; slots (slots,) or (n, slots), -1 where there is none; visible (n, 3) i32."""
+    import torch
+
+    prefix_end, begin, end = visible[:, :, None].unbind(1)  # (n, 1) i32
+    seen = (slots >= 0) & ((slots < prefix_end) | ((slots >= begin) & (slots < end)))
+    return torch.where(seen, 0.0, -torch.inf).to(dtype)  # no query sees nothing, so no row is all -inf
+
+
+def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, seen: Sequence[Sight]) -> Tensor:
+    """Attention of q (N, H, D) over pages (P, G, PAGE, D), (N, H D).
+
+    The query heads that share a key/value head are packed with the queries.
+    """
+    import torch
+    from torch.nn import functional
+
+    _, heads, width = q.shape
+    groups = k_pages.shape[1]
+    parts = []
+    for begin, end, pages, mask in seen:
+        k, v = (p if pages is None else p[pages] for p in (k_pages, v_pages))
+        k, v = (p.transpose(0, 1).reshape(1, groups, -1, width) for p in (k, v))  # (1, G, slots, D)
+        packed = q[begin:end].transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
+        y = functional.scaled_dot_product_attention(
+            packed, k, v, mask.repeat(heads // groups, 1), scale=width**-0.5
+        )
+        parts.append(y.view(heads, end - begin, width).transpose(0, 1).flatten(1))
+    return torch.cat(parts)
+
+
+def choose(
+    head: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int
+) -> Tensor:
+    """The best tokens and the commit rule; head (R, V) compute, ids (R,) i32 -> logits (R, V) f32."""
+    import torch
+
+    logits = head.float()
+    candidates = logits.clone()
+    candidates[:, mask_id] = -1e30
+    best, token = candidates.max(-1)  # the first of equals
+    confidence = (candidates - best[:, None]).exp().sum(-1).reciprocal()
+    is_open = ids == mask_id
+    rank = torch.where(is_open, confidence, -1.0)
+    first = inputs["span"][:, 0].long()  # (R,): the first prediction of the same row
+    here = torch.arange(len(ids), device=ids.device)
+    highest = torch.full_like(rank, -1.0).scatter_reduce(0, first, rank, "amax")[first]
+    at_top = torch.where(rank == highest, here, len(ids))
+    leftmost = torch.full_like(here, len(ids)).scatter_reduce(0, first, at_top, "amin")[first]
+    chosen = (rank >= inputs["threshold"]) | (here == leftmost)
+    outputs["token"].copy_(token)
+    outputs["confidence"].copy_(confidence)
+    outputs["next_ids"].copy_(torch.where(chosen & is_open, token, ids))
+    return logits

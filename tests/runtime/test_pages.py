@@ -1,0 +1,259 @@
+"""Rows of pages: sharing, copy on write, eviction, admission, preemption and cancel, and no page is ever lost.
+
+Schedules are random and run on an engine without a model (`toy_engine`), whose answers are a hash of exactly what each
+query sees, so a page that is shared, copied or given away wrongly changes an answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stand_ins.toy_engine import PagedToyEngine, toy
+
+import nemodiff
+from nemodiff.contract import MODES
+from nemodiff.runtime.batching.batch import Batch
+from nemodiff.runtime.engines.pages import PAGE, Copy, Pages
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.sequence import Sequence
+
+SYSTEM = [200 + i * 7 % 300 for i in range(150)]
+
+
+@pytest.fixture(scope="module")
+def real(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@pytest.fixture(scope="module")
+def dense(real: nemodiff.LoadedEngine) -> nemodiff.LoadedEngine:
+    return toy(real)
+
+
+def paged(real: nemodiff.LoadedEngine, pages: int, *, late: bool = False) -> nemodiff.LoadedEngine:
+    return dataclasses.replace(real, backend=PagedToyEngine(real.info, pages, late=late))
+
+
+def backend(engine: nemodiff.LoadedEngine) -> PagedToyEngine:
+    assert isinstance(engine.backend, PagedToyEngine)
+    return engine.backend
+
+
+def opened(count: int, rows: int = 3, width: int = 8) -> tuple[Pages, list[int]]:
+    pages = Pages(count, 8, width)
+    numbers = pages.open(rows)
+    assert numbers is not None
+    return pages, numbers
+
+
+def test_a_row_takes_a_page_at_its_border() -> None:
+    pages, (a, *_) = opened(5)
+    assert pages.reserve(a, 0, PAGE) == []
+    assert pages.free == 4
+    assert pages.reserve(a, PAGE - 1, PAGE) == []
+    assert pages.free == 4
+    assert pages.reserve(a, PAGE, PAGE + 1) == []
+    assert pages.free == 3
+    page = pages.table[a, :2].tolist()
+    assert pages.slots_of(a, PAGE - 1, 2).tolist() == [page[0] * PAGE + PAGE - 1, page[1] * PAGE]
+    assert pages.table[a, 2:].tolist() == [0] * 6
+
+
+def test_what_is_shared_is_copied_before_it_is_written() -> None:
+    pages, (a, b, c) = opened(6)
+    pages.reserve(a, 0, 3 * PAGE)
+    before = pages.table[a].tolist()
+    assert pages.share(a, b, 2 * PAGE + 1) == 2 * PAGE + 1
+    assert pages.free == 3
+    assert pages.table[b].tolist() == before
+    (copy,) = pages.reserve(b, 2 * PAGE + 1, 2 * PAGE + 9) or ()
+    assert copy == Copy(before[2], pages.table[b, 2])
+    assert pages.table[b, :2].tolist() == before[:2]
+    assert pages.reserve(a, 2 * PAGE + 1, 3 * PAGE) == []  # it is alone with its page again
+    pages.share(b, c, PAGE)
+    pages.close([a, b, c])
+    assert pages.free == 6
+
+
+def test_memory_that_is_short_changes_nothing() -> None:
+    pages, (a, b, _) = opened(3)
+    pages.reserve(a, 0, 2 * PAGE)
+    pages.share(a, b, 2 * PAGE)
+    assert pages.reserve(b, PAGE, 3 * PAGE) is None  # a copy and a new page, where one is free
+    assert pages.table[a].tolist() == pages.table[b].tolist()
+    assert pages.free == 1
+
+
+def test_spare_rows_go_first_the_oldest_before_the_others() -> None:
+    pages, (a, b, c) = opened(4)
+    for row in (a, b):
+        pages.reserve(row, 0, PAGE)
+        pages.set_spare(row)
+    assert (pages.free, pages.spare) == (2, 2)
+    pages.share(a, c, PAGE)  # a has been used after b
+    assert pages.spare == 1
+    assert pages.reserve(c, PAGE, 4 * PAGE) == []
+    assert pages.table[b].tolist() == [0] * 8
+    assert pages.share(b, a, PAGE) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 5), st.integers(1, 6 * PAGE))))
+def test_pages_are_counted(steps: list[tuple[int, int, int, int]]) -> None:
+    """After anything, each page is free or held by exactly as many rows as its count says."""
+    pages, rows = opened(9, rows=6)
+    for what, one, other, slots in steps:
+        a, b = rows[one], rows[other]
+        if what == 0:
+            pages.reserve(a, max(0, slots - 70), slots)
+        elif what == 1 and a != b:
+            pages.share(a, b, slots)
+        elif what == 2:
+            pages.drop(a)
+        elif what == 3:
+            pages.set_spare(a)
+        held = [page for row in rows for page in pages._rows[row]]
+        assert pages._holders[1:] == [held.count(page) for page in range(1, 10)]
+        assert sorted(pages._free) == sorted(set(range(1, 10)) - set(held))
+        for row in rows:
+            np.testing.assert_array_equal(np.trim_zeros(pages.table[row], "b"), pages._rows[row])
+    pages.close(rows)
+    assert pages.free == 9
+
+
+# --- whole requests ---
+
+
+def requests() -> st.SearchStrategy[tuple[list[int], dict[str, Any]]]:
+    prompts = st.builds(
+        lambda system, length, salt: [*SYSTEM[:system], *(130 + (salt * i * i + salt) % 500 for i in range(length))],
+        st.sampled_from([0, 64, 100, 150]),
+        st.integers(1, 90),
+        st.integers(1, 3),
+    )
+    options = st.builds(
+        lambda mode, **rest: {"mode": mode, "merge_commit": mode == "diffusion", **rest},
+        mode=st.sampled_from(MODES),
+        max_new_tokens=st.integers(1, 60),
+        block_length=st.sampled_from([1, 5, 8]),
+        groups=st.sampled_from(["all"]),
+        prefill_chunk=st.sampled_from([30, 512]),
+        temperature=st.sampled_from([0.0, 0.0, 0.8]),
+    )
+    return st.tuples(prompts, options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    rows=st.integers(1, 5),
+    kept=st.sampled_from([None, 0, 1, 3]),
+    count=st.sampled_from([14, 16, 24, 60]),
+    budget=st.sampled_from([1, 30, 512]),
+    late=st.booleans(),
+)
+def test_any_schedule_gives_what_each_request_gives_alone(
+    dense: nemodiff.LoadedEngine,
+    real: nemodiff.LoadedEngine,
+    data: st.DataObject,
+    rows: int,
+    kept: int | None,
+    count: int,
+    budget: int,
+    late: bool,
+) -> None:
+    """With memory for all of them, or for hardly more than one."""
+    waiting = data.draw(st.lists(requests(), min_size=1, max_size=7))
+    engine = paged(real, count, late=late)
+    pages = backend(engine).pages
+    batch = Batch(engine.backend, rows, kept=kept, prefill_tokens=budget)
+    running: dict[Sequence, tuple[list[int], dict[str, Any]]] = {}
+    idle = 0
+    while waiting or running:
+        while waiting and len(batch) < rows and (not running or data.draw(st.booleans(), label="joins")):
+            prompt, options = waiting.pop()
+            new = prepare(engine, prompt, Options(**options))
+            running[new] = (prompt, options)
+            batch.add(new)
+        if len(running) > 1 and data.draw(st.integers(0, 14), label="cancel?") == 0:
+            victim = data.draw(st.sampled_from(sorted(running, key=lambda s: s.submitted)), label="cancelled")
+            batch.remove(victim)
+            prompt, options = running.pop(victim)
+            assert victim.tokens == nemodiff.generate(dense, prompt, **options).token_ids[: len(victim.tokens)]
+        served = list(batch.step())
+        idle = 0 if served else idle + 1
+        assert idle < 100  # a step may compute again what a row has lost, and then yields nothing
+        for done in [s for s in running if s.ended]:
+            prompt, options = running.pop(done)
+            assert done.tokens == nemodiff.generate(dense, prompt, **options).token_ids
+        assert len(batch) == len(running)
+    batch.close()
+    assert (pages.free, pages.open_rows) == (count, 0)
+
+
+def test_the_youngest_gives_its_pages_up_and_goes_on_later(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine
+) -> None:
+    engine = paged(real, 7)
+    batch = Batch(engine.backend, 3)
+    prompts = [[130 + i + n for n in range(60)] for i in range(3)]
+    options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 150, "min_tokens": 150}
+    sequences = [prepare(engine, prompt, Options(**options)) for prompt in prompts]
+    for sequence in sequences:
+        batch.add(sequence)
+    ends = list[Sequence]()
+    while len(batch):
+        ends += [result.sequence for result in batch.step() if result.sequence.ended]
+    assert ends[-1] is sequences[2]
+    assert batch.counts.preempted > 0
+    assert batch.counts.rebuilt > 60
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        assert sequence.tokens == nemodiff.generate(dense, prompt, **options).token_ids
+    batch.close()
+    assert batch.counts.padding == 0
+
+
+def test_a_request_that_can_never_fit_is_refused_with_numbers(real: nemodiff.LoadedEngine) -> None:
+    engine = paged(real, 4)
+    with pytest.raises(nemodiff.RequestError, match=r"has 100 tokens and .* is 200, .* holds 256 in mode ar"):
+        nemodiff.generate(engine, SYSTEM[:100], mode="ar", max_new_tokens=200)
+    assert nemodiff.generate(engine, SYSTEM[:100], mode="ar", max_new_tokens=156).token_ids
+
+
+def test_a_system_prompt_is_held_once(real: nemodiff.LoadedEngine) -> None:
+    engine = paged(real, 40)
+    pages = backend(engine).pages
+    batch = Batch(engine.backend, 8, kept=4)
+    for number in range(8):
+        batch.add(prepare(engine, [*SYSTEM[:128], 400 + number], Options("ar", 20)))
+    for _ in range(3):
+        list(batch.step())
+    assert batch.counts.reused == 7 * 128
+    assert pages.count - pages.free == 2 + 8
+    batch.close()
+
+
+def test_a_thousand_requests_leave_no_page_behind(real: nemodiff.LoadedEngine) -> None:
+    rng = random.Random(1)
+    engine = paged(real, 40)
+    pages = backend(engine).pages
+    with nemodiff.Scheduler(engine, rows=6, waiting=2000) as scheduler:
+        handles = []
+        for number in range(1000):
+            prompt = [*SYSTEM[: rng.choice((0, 64, 90))], *(130 + number % 7 + n for n in range(rng.randint(1, 9)))]
+            mode = MODES[number % 4]
+            handles.append(scheduler.submit(prompt, mode=mode, max_new_tokens=rng.randint(1, 4), block_length=4))
+            if rng.random() < 0.1:
+                rng.choice(handles).cancel()
+        for handle in handles:
+            handle.result(60)
+        assert pages.count - pages.free == pages.spare
+    assert (pages.free, pages.open_rows) == (40, 0)
