@@ -28,8 +28,18 @@ if TYPE_CHECKING:
 @options.generation_config
 @options.threads
 @options.device
+@options.gpu_memory_utilization
+@options.no_warmup
 @options.statistics
-def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **choices: Any) -> None:
+def chat(
+    engine: Path,
+    threads: int | None,
+    device: str | None,
+    gpu_memory_utilization: float,
+    no_warmup: bool,
+    stats: bool,
+    **choices: Any,
+) -> None:
     """Hold a conversation with ENGINE.
 
     /reset forgets the conversation, /exit or the end of input leaves it. With --tools the next line after a call is its
@@ -42,7 +52,14 @@ def chat(engine: Path, threads: int | None, device: str | None, stats: bool, **c
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
-    loaded = load(engine, threads=threads, device=device)
+    loaded = load(
+        engine,
+        threads=threads,
+        device=device,
+        gpu_memory_utilization=gpu_memory_utilization,
+        warmup=not no_warmup,
+        progress=True,
+    )
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
         conversation = _Conversation(loaded, scheduler, choices, stats)

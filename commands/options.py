@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
 from ..errors import RequestError
 from ..runtime.text.files import read_text
 from .streams import TEXT, typed
@@ -45,6 +46,16 @@ generation_config = click.option(
     show_default=True,
     help="Where sampling is not chosen, take what the model's generation_config.json proposes (auto) or decode "
     "greedily (none).",
+)
+gpu_memory_utilization = click.option(
+    "--gpu-memory-utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=DEFAULT_GPU_MEMORY_UTILIZATION,
+    show_default=True,
+    help="Take this share of a GPU's memory for weights, passes and K/V, in a torch engine.",
+)
+no_warmup = click.option(
+    "--no-warmup", is_flag=True, help="Capture a torch engine's passes on a GPU when they first come, not at loading."
 )
 statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
 host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 @options.generation_config
 @options.threads
 @options.device
+@options.gpu_memory_utilization
+@options.no_warmup
 @options.statistics
 @click.option("--stream", is_flag=True, help="Print the text as it becomes final.")
 @click.option("--show-denoise", is_flag=True, help="Print a line per pass on standard error as the blocks fill in.")
@@ -71,6 +73,8 @@ def run(
     raw: bool,
     threads: int | None,
     device: str | None,
+    gpu_memory_utilization: float,
+    no_warmup: bool,
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -107,7 +111,14 @@ def run(
     # The input is read before the engine, which takes longer.
     single = _one_prompt(prompt, images) if input_file is None else ""
     prompts = [] if input_file is None else read_lines(input_file, as_json=as_json)
-    loaded = load(engine, threads=threads, device=device)
+    loaded = load(
+        engine,
+        threads=threads,
+        device=device,
+        gpu_memory_utilization=gpu_memory_utilization,
+        warmup=not no_warmup,
+        progress=True,
+    )
     watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}
     with record(trace, loaded) as write:
         if input_file is None:

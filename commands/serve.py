@@ -110,6 +110,8 @@ from .streams import TEXT
 )
 @options.threads
 @options.device
+@options.gpu_memory_utilization
+@options.no_warmup
 def serve(
     engine: Path,
     host: str,
@@ -126,6 +128,7 @@ def serve(
     drain: float,
     allow_image_urls: bool,
     no_prefix_reuse: bool,
+    no_warmup: bool,
     generation_config: str,
     log_format: Literal["text", "json"] | None,
     trace_spans: bool,
@@ -163,6 +166,7 @@ def serve(
             defaults={"mode": mode, **sampling},
             prefix_reuse=not no_prefix_reuse,
             reports=Reports(log_format, trace_spans),
+            warmup=not no_warmup,
             **choices,
         )
 

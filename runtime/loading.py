@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
 from ..engine_folder import EngineInfo, read_engine
 from ..errors import RequestError
 from .engines.drafter import check_gate
@@ -19,6 +22,8 @@ from .planning.draft_planner import AcceptanceStatistics
 from .planning.kept_curve import cpu_name, read_curve
 from .planning.pass_costs import PassCosts
 from .text.codec import TextCodec
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,15 @@ class LoadedEngine:
         return AcceptanceStatistics()
 
 
-def load(path: str | Path, *, threads: int | None = None, device: int | str | None = None) -> LoadedEngine:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    device: int | str | None = None,
+    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
+    warmup: bool = True,
+    progress: bool = False,
+) -> LoadedEngine:
     """Load an engine folder.
 
     Args:
@@ -77,14 +90,19 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
         threads: CPU threads of an ONNX Runtime or torch engine; None takes one per physical core.
         device: "cpu", "cuda", or a GPU by CUDA's number, as 1 or "cuda:1"; None is what the engine was built for, and
             for a torch engine a GPU if there is one.
+        gpu_memory_utilization: share of a GPU's memory that a torch engine takes for weights, passes and K/V.
+        warmup: capture the passes of decoding now, for a torch engine on a GPU, and not when they first come.
+        progress: show a bar of that on standard error, if it is a terminal.
 
     Raises:
         EngineError: with the command that fixes it.
-        RequestError: threads or device is out of range.
+        RequestError: threads, device or gpu_memory_utilization is out of range.
     """
     started = time.perf_counter()
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise RequestError(f"threads is {threads!r}, allowed: 1 or more, or None for one per core")
+    if not 0 < gpu_memory_utilization <= 1:
+        raise RequestError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, allowed: over 0 to 1")
     folder = Path(path)
     info = read_engine(folder)
     chosen = check_device(device, info.manifest.backend)
@@ -97,7 +115,9 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
     elif info.manifest.backend == "torch":
         from .engines.torch.engine import TorchEngine
 
-        backend = TorchEngine(folder, info, chosen, threads)
+        backend = TorchEngine(folder, info, chosen, threads, memory=gpu_memory_utilization)
+        if warmup:
+            backend.warm_up(_shown if progress else iter)
     else:
         from .engines.tensorrt.engine import TensorRTEngine
 
@@ -105,6 +125,14 @@ def load(path: str | Path, *, threads: int | None = None, device: int | str | No
     if info.has_adapter:
         check_gate(backend, folder)
     return LoadedEngine(folder, backend, text, (time.perf_counter() - started) * 1e3, threads)
+
+
+def _shown(shapes: list[T]) -> Iterable[T]:
+    """The shapes, with a bar that counts them."""
+    from tqdm import tqdm
+
+    shown: Iterable[T] = tqdm(shapes, desc="warming up", unit="graph", disable=None, file=sys.stderr, leave=False)
+    return shown
 
 
 def check_device(device: object, backend: str) -> Any:

@@ -41,7 +41,14 @@ class TritonPythonModel:
 
     def load(self, folder: Path) -> LoadedEngine:
         """Load the engine; tests put others in its place."""
-        return load(folder, threads=self._parameters.threads, device=self._parameters.device)
+        chosen = self._parameters
+        return load(
+            folder,
+            threads=chosen.threads,
+            device=chosen.device,
+            gpu_memory_utilization=chosen.gpu_memory_utilization,
+            warmup=chosen.warmup,
+        )
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Submit each request; the responder sends its responses."""
