@@ -1,4 +1,4 @@
-"""Measure the GPU path in one command: the torch engine, its kernels, graphs and loops, and transformers as a peer.
+"""Measure the GPU path in one command: the torch engine, its kernels, graphs, loops and scheduler, and a peer.
 
     python benchmarks/gpu.py --plan              print what would run, with bytes and minutes; needs no GPU
     python benchmarks/gpu.py --minutes 9         measure the most important figures first; repeat to continue
@@ -34,6 +34,7 @@ try:
     from gpu import peers as gpu_peers
     from gpu import plan as gpu_plan
     from gpu import report as gpu_report
+    from gpu import serve as gpu_serve
     from gpu import tensorrt as gpu_tensorrt
     from gpu.card import Card
     from gpu.plan import Cell, Lab, RunConfig
@@ -42,8 +43,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"nothing measured: the package {error.name} is missing; pip install {error.name}") from None
 
-PACKAGES = ("nemodiff", "numpy", "torch", "triton", "transformers")
-SECTIONS = ("forward", "kernels", "decode", "variants", "modes", "peers", "tensorrt")
+PACKAGES = ("nemodiff", "numpy", "torch", "triton")
+SECTIONS = ("forward", "kernels", "decode", "serve", "variants", "modes", "peers", "tensorrt")
 SAVE_SECONDS = 5.0  # between two writes of the report
 
 
@@ -55,10 +56,10 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.variant_cells(config, shape)
         yield from gpu_modes.decode_cells(config, shape)
         yield from gpu_kernels.cells(config, shape)
+        yield from gpu_serve.cells(config, shape)
         yield from gpu_modes.answer_cells(config)
-        yield from gpu_peers.cells(config, shape, compiled=False)
         yield from gpu_forward.cells(config, shape, many)
-        yield from gpu_peers.cells(config, shape, compiled=True)
+        yield from gpu_peers.cells(config, shape)
     for shape in config.shapes[1:]:
         yield from gpu_forward.cells(config, shape, few)
         yield from gpu_modes.decode_cells(config, shape)
@@ -66,8 +67,8 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.variant_cells(config, shape)
     for shape in config.shapes[1:]:
         yield from gpu_forward.cells(config, shape, many)
-        yield from gpu_peers.cells(config, shape, compiled=False)
-        yield from gpu_peers.cells(config, shape, compiled=True)
+        yield from gpu_serve.cells(config, shape)
+        yield from gpu_peers.cells(config, shape)
     yield from gpu_tensorrt.cells(config)
 
 

@@ -58,16 +58,16 @@ class Card(TorchDevice):
         if not self._capturing:
             self._marks[1] = self._mark()
 
-    def capture(self, work: Callable[[], None]) -> Any:
+    def capture(self, work: Callable[[], None], pool: Any = None) -> Any:
         self._capturing = True
         try:
-            made = super().capture(work)
+            made = super().capture(work, pool)
         finally:
             self._capturing = False
         return made if isinstance(made, str) else _Marked(self, made)
 
-    def wait(self) -> None:
-        super().wait()
+    def wait(self, mark: Any) -> None:
+        super().wait(mark)
         self.spent += self.step_seconds()
 
     def step_seconds(self) -> float:
@@ -92,7 +92,7 @@ class Card(TorchDevice):
                 start = self._mark()
                 work()
                 end = self._mark()
-                TorchDevice.wait(self)
+                self.synchronize()
                 times.append(self._between(start, end))
         return statistics.median(times)
 
@@ -120,7 +120,7 @@ class Card(TorchDevice):
             return self.median(everything) / len(launches)
         with self.use(Path("benchmark")):
             everything()  # compiles
-            TorchDevice.wait(self)
+            self.synchronize()
             made = TorchDevice.capture(self, everything)
             if isinstance(made, str):
                 raise RuntimeError(f"the launches cannot be captured: {made}")
@@ -130,6 +130,10 @@ class Card(TorchDevice):
     def sets(self, nbytes: int) -> int:
         """How many copies of some inputs are needed for each to be out of the second-level cache when it is read."""
         return max(4, min(64, -(-4 * self.cache_bytes // max(nbytes, 1)))) if self.is_gpu else 1
+
+    def synchronize(self) -> None:
+        """Wait for everything."""
+        TorchDevice.wait(self, TorchDevice.mark(self))
 
     def start_peak(self) -> None:
         """Count the highest use of memory from here on."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
+from nemodiff.errors import EngineError
 from nemodiff.runtime.engines.engine import bidirectional, causal
-from nemodiff.runtime.engines.torch.engine import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
@@ -28,28 +28,35 @@ class Passes:
         self.engine = engine
         self.backend = engine.backend
         self._cache: Any = None
+        self._opened = (0, 0)
         self._variant = "graphs"
+        self.warm_seconds: float | None = None  # to capture the graphs of decoding, once that is done
         self.scripted: Any = None  # the same engine with scripted tokens, once it is made
 
     def cache(self, rows: int, context: int) -> Any:
         """A cache of so many rows and slots, full of random numbers."""
-        if self._cache is None or self._cache.rows != rows or self._cache.capacity < context:
-            self._cache = None
-            self.backend.device.forget()
-            self._cache = TorchCache(self.backend, rows)  # a closed one may hold graphs of another variant
-            self._cache.forward([causal("decode", [1], context - 1)] * rows)
+        if self._cache is None or self._opened != (rows, context):
+            if self._cache is not None:
+                self._cache.close()
+            self._cache = self.backend.open(rows)
+            self._opened = rows, context
+            for row in range(rows):
+                if not self._cache.reserve(row, 0, context):
+                    raise EngineError(f"no pages for {rows} rows of {context} slots")
+            memory = self.backend.memory
             with self.backend.device.use(gpu_models.CARRIED):
-                for pair in self._cache.caches:
-                    for tensor in pair:
-                        tensor.normal_()  # no prompt is run: what K and V hold does not change the time
+                # No prompt is run: what K and V hold does not change the time.
+                memory.pool[:, :, 1 : int(memory.pages.table.max()) + 1].normal_()
         return self._cache
 
     def vary(self, variant: str) -> None:
         """Run another variant from here on, and forget what was captured."""
         if variant != self._variant:
-            self.backend.graphs = variant != "eager" and self.backend.device.is_gpu
-            self.backend.model.kernels = variant != "without kernels" and self.backend.device.is_gpu
-            self._cache = None
+            is_gpu = self.backend.device.is_gpu
+            # Without kernels a graph would look at the whole pool (runtime/engines/torch/plain.py).
+            self.backend.forwards.graphs = variant not in ("eager", "without kernels") and is_gpu
+            self.backend.model.kernels = variant != "without kernels" and is_gpu
+            self.backend.forwards.forget()
             self._variant = variant
 
     def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:
@@ -74,7 +81,7 @@ class Passes:
             wall.append(time.perf_counter() - started)
             device.append(card.step_seconds())
         figures = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
-        reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.graphs else []
+        reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.forwards.graphs else []
         return {**figures, "not_captured": reasons} if reasons else figures
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpu import script as gpu_script
+from gpu import serve as gpu_serve
 from gpu.plan import RunConfig
 
 
@@ -19,6 +20,8 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
     block, picked = (
         max(size for size in sizes if size <= 32) for sizes in (config.scale.sizes, config.scale.kernel_sizes)
     )
+
+    crowd = max(count for count in config.scale.requests if count <= 16)
 
     def field(section: str, key: str, name: str, where: str = shape) -> float:
         figures = report.cells.get(f"{section}/{where}/{key}", {"skipped": "not reached yet"})
@@ -38,6 +41,12 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
 
     def rate(setting: str) -> float:
         return field("decode", setting, "tokens_per_second")
+
+    def served(way: str, count: int) -> float:
+        return field("serve", f"{way} requests {count}", "tokens_per_second")
+
+    def captured() -> float:
+        return sum(field("serve", f"{way} requests {crowd}", "captured_meanwhile") for way in gpu_serve.WAYS)
 
     def unlike(other: str) -> float:
         figures = report.cells.get(f"modes/{config.checkpoint.name}/f32", {"skipped": "not reached yet"})
@@ -69,6 +78,11 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
          lambda: rate("linear_spec") / rate("ar"), "at least", 5.0, "x"),
         (f"budgeted quadratic_spec over linear_spec at the same acceptance, {shape}",
          lambda: rate("quadratic_spec, budget") / rate("linear_spec"), "at least", 1.15, "x"),
+        (f"{crowd} requests over one in ar, {shape}",
+         lambda: served("ar", crowd) / served("ar", 1), "at least", 8.0, "x"),
+        (f"{crowd} requests over one in linear_spec, {shape}",
+         lambda: served("linear_spec", crowd) / served("linear_spec", 1), "at least", 4.0, "x"),
+        ("graphs captured while requests are served", captured, "at most", 0, "graphs"),
         ("answers of causal modes unlike ar, f32", lambda: unlike("answers_unlike_ar"), "at most", 0, "answers"),
         ("answers unlike the CPU's, f32", lambda: unlike("answers_unlike_cpu"), "at most", 0, "answers"),
     ]  # fmt: skip

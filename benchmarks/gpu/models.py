@@ -19,7 +19,8 @@ import safetensors
 from nemodiff.config import ModelConfig, parse_config
 from nemodiff.contract import ITEMSIZE, BuildConfig
 from nemodiff.engine_folder import SCHEMA, EngineInfo, Manifest
-from nemodiff.runtime.engines.torch.engine import FIRST_CAPACITY, TorchEngine
+from nemodiff.runtime.engines.pages import PAGE
+from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec
 
@@ -117,7 +118,7 @@ class Work:
     def memory(self, rows: int, context: int, size: int) -> int:
         """Bytes at the peak of a pass, about: weights, whole caches, and the widest tensors of a layer and the head."""
         m, item = self.model, ITEMSIZE[self.dtype]
-        slots = max(FIRST_CAPACITY[True], 1 << (context - 1).bit_length())
+        slots = -(-context // PAGE) * PAGE
         wide = 4 * m.intermediate_size + 6 * m.hidden_size + m.vocab_size
         caches = rows * slots * m.kv_bytes_per_token(item)
         return self.weight_bytes + caches + rows * size * wide * item + min(self.weight_bytes, 2**30)
@@ -128,7 +129,9 @@ def work(shape: str, dtype: str) -> Work:
     return Work(parse_config(config_values(shape)), dtype)
 
 
-def load(source: str | Path, dtype: Any, card: Any, variant: str | None = None) -> LoadedEngine:
+def load(
+    source: str | Path, dtype: Any, card: Any, variant: str | None = None, pages: int | None = None
+) -> LoadedEngine:
     """A shape by its name, or a checkpoint by its folder, ready to generate.
 
     `variant` "adapter" adds a random drafter adapter to a shape, "fp8" has its projections in 8 bits; a checkpoint's
@@ -156,5 +159,5 @@ def load(source: str | Path, dtype: Any, card: Any, variant: str | None = None) 
     )
     manifest = Manifest(SCHEMA, "torch", {}, {}, {} if variant == "adapter" else None, {})
     with mock.patch.object(safetensors, "safe_open", return_value=file):  # the engine's one door to weights
-        backend = TorchEngine(folder, EngineInfo(model, build, manifest, values), card)
+        backend = TorchEngine(folder, EngineInfo(model, build, manifest, values), card, pages=pages)
     return LoadedEngine(folder, backend, TextCodec(folder), 0.0)

@@ -32,6 +32,7 @@ class Scale:
     new_tokens: int
     questions: int
     answer: int  # tokens of an answer to a question, at most
+    requests: tuple[int, ...]  # of a scheduler at the same time
 
 
 GPU = Scale(
@@ -45,8 +46,9 @@ GPU = Scale(
     new_tokens=256,
     questions=10,
     answer=64,
+    requests=(1, 4, 16, 64),
 )
-CPU = Scale((1, 4), (1, 2), (64, 128), (1,), (64,), ((1, 64),), 16, 12, 1, 8)
+CPU = Scale((1, 4), (1, 2), (64, 128), (1,), (64,), ((1, 64),), 16, 12, 1, 8, (1, 3))
 
 
 class Lab:

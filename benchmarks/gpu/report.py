@@ -157,18 +157,16 @@ def markdown(report: Report, drawn: bool) -> str:
 
 def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, head and lines of each section."""
-    peers = {(r["shape"], r["rows"], r["context"], r["compiled"]): r["wall_us"] for r in report.figures("peers")}
+    peers = {(r["shape"], r["rows"], r["context"]): r["device_us"] for r in report.figures("peers")}
 
-    def over_ours(forward: Figures, compiled: bool) -> str:
-        if forward["tokens"] != 1:
-            return ""
-        peer_us = peers.get((forward["shape"], forward["rows"], forward["context"], compiled))
-        return f"{peer_us / forward['wall_us']:.2f}" if peer_us else ""
+    def over_ours(forward: Figures) -> str:
+        peer_us = peers.get((forward["shape"], forward["rows"], forward["context"]))
+        return f"{peer_us / forward['device_us']:.2f}" if peer_us and forward["tokens"] == 1 else ""
 
     yield "Forward", ["shape", "rows", "context", "tokens", "device us", "wall us", "bound", "to its ceiling",
-                      "transformers eager over it", "compiled over it", "GiB at most"], [
+                      "compiled plain torch over it", "GiB at most"], [
         [r["shape"], str(r["rows"]), str(r["context"]), str(r["tokens"]), f"{r['device_us']:.0f}",
-         f"{r['wall_us']:.0f}", r["bound"], f"{r['to_ceiling']:.2f}", over_ours(r, False), over_ours(r, True),
+         f"{r['wall_us']:.0f}", r["bound"], f"{r['to_ceiling']:.2f}", over_ours(r),
          f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else ""]
         for r in report.figures("forward")
     ]  # fmt: skip
@@ -209,9 +207,16 @@ def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
         for r in report.figures("modes")
         for mode, m in r["modes"].items()
     ]  # fmt: skip
-    yield "transformers, one token", ["shape", "peer", "rows", "context", "wall us", "first step s"], [
-        [r["shape"], f"{r['peer']} {'compiled' if r['compiled'] else 'eager'}", str(r["rows"]), str(r["context"]),
-         f"{r['wall_us']:.0f}", f"{r['first_seconds']:.1f}"]
+    yield "Many requests", ["shape", "way", "requests", "tokens/s", "ms to first", "gap ms", "99th", "tokens a forward",
+                            "card idle", "pages", "preempted", "captured meanwhile"], [
+        [r["shape"], r["way"], str(r["requests"]), f"{r['tokens_per_second']:.0f}", f"{r['ms_to_first_token']:.0f}",
+         f"{r['gap_ms']:.1f}", f"{r['gap_ms_p99']:.1f}", f"{r['tokens_per_forward']:.0f}",
+         f"{100 * r['host_gap']:.0f} %", str(r["pages"]), str(r["preempted"]), str(r["captured_meanwhile"])]
+        for r in report.figures("serve")
+    ]  # fmt: skip
+    yield "Plain torch, one token", ["shape", "peer", "rows", "context", "us", "without a graph", "first step s"], [
+        [r["shape"], r["peer"], str(r["rows"]), str(r["context"]), f"{r['device_us']:.0f}",
+         f"{r['wall_us_without_graph']:.0f}", f"{r['first_seconds']:.1f}"]
         for r in report.figures("peers")
     ]  # fmt: skip
     yield "TensorRT", ["backend", "rows", "context", "tokens", "us", "to ceiling", "eager over graph", "host gap us"], [

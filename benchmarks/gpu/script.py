@@ -44,6 +44,7 @@ class Scripted:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.info = engine.info
+        self.pages = engine.pages
 
     def open(self, rows: int) -> ScriptedCache:
         """See `engine.Engine.open`."""
@@ -56,18 +57,20 @@ class ScriptedCache:
     def __init__(self, cache: Any, mask: int) -> None:
         self._cache = cache
         self._mask = mask
-        self.rows = cache.rows
-        self.move = cache.move
-        self.close = cache.close
 
-    @property
-    def seconds(self) -> float:
-        """See `engine.Cache`."""
-        return float(self._cache.seconds)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        predictions = self._cache.forward(passes, first)
+        return self.replaced(passes, self._cache.forward(passes, first))
+
+    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> ScriptedFlight:
+        """See `engine.PagedCache.launch`."""
+        return ScriptedFlight(self, self._cache.launch(passes, rows), passes)
+
+    def replaced(self, passes: Sequence[Pass], predictions: list[Prediction]) -> list[Prediction]:
+        """What the script says instead of some predictions."""
         return [self._replaced(pass_, prediction) for pass_, prediction in zip(passes, predictions, strict=True)]
 
     def _replaced(self, pass_: Pass, prediction: Prediction) -> Prediction:
@@ -80,6 +83,24 @@ class ScriptedCache:
             confidence=np.where(is_mask, sure, 1).astype(np.float32),
             next_ids=np.where(is_mask, token, ids).astype(np.int32),
         )
+
+
+class ScriptedFlight:
+    """A forward under way."""
+
+    def __init__(self, cache: ScriptedCache, flight: Any, passes: Sequence[Pass]) -> None:
+        self._cache = cache
+        self._flight = flight
+        self._passes = passes
+
+    @property
+    def seconds(self) -> float:
+        """See `engine.Flight`."""
+        return float(self._flight.seconds)
+
+    def finish(self) -> list[Prediction]:
+        """See `engine.Flight`."""
+        return self._cache.replaced(self._passes, self._flight.finish())
 
 
 def _hash(position: np.ndarray, salt: int) -> np.ndarray:
