@@ -124,7 +124,8 @@ def compare_layers(
         for iterations in result.values():
             for iteration in iterations:
                 for name, compared in iteration.items():
-                    deviations[name] = max(deviations.get(name, 0.0), compared.mean_absdiff)
+                    deviation = compared.mean_absdiff
+                    deviations[name] = max(deviations.get(name, 0.0), deviation if np.isfinite(deviation) else 1e30)
     return [
         {"name": name, "deviation": deviations[name], "bound": bound}
         for name, bound in noise.items()

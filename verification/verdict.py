@@ -13,6 +13,7 @@ from .recorder import Served
 from .rounding import LARGEST, NEAR_TIE, NEAR_TIE_UNSEEN, usual_bound
 
 _LEAST = 0.25  # of a deviation: the logits that are compared may all be small, and a large one is rounded more
+_ENDLESS = 1e30  # stands for a deviation that is no number, so that the record is JSON
 Kind = Literal["equal", "near_tie", "wrong", "strays"]
 
 
@@ -57,8 +58,9 @@ class Tally:
         self.near_ties += verdict.kind == "near_tie"
         self.wrong += verdict.kind == "wrong"
         self.strays += verdict.kind == "strays"
-        self.largest = max(self.largest, verdict.deviation)
-        self.squares += verdict.deviation**2
+        deviation = min(verdict.deviation, _ENDLESS) if math.isfinite(verdict.deviation) else _ENDLESS
+        self.largest = max(self.largest, deviation)
+        self.squares += deviation**2
 
 
 class Verdict(NamedTuple):
@@ -87,8 +89,12 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
         return Verdict("strays", deviation, f"logits are off by {deviation:.3g} times what rounding does")
     right_certainty = answer.best[place] - (0 if math.isnan(gap) else gap) - answer.total[place]
     off = abs(certainty - right_certainty)
-    if off > 2 * LARGEST * noise + 1e-5:  # of the chosen logit and of the sum over all; and of f32's exp and log
-        return Verdict("strays", deviation, f"its probability is off by a factor of {math.exp(min(off, 700)):.6g}")
+    if not off <= 2 * LARGEST * noise + 1e-5:  # of the chosen logit and of the sum over all; and of f32's exp and log
+        return Verdict(
+            "strays",
+            deviation,
+            f"its probability is off by a factor of {math.exp(min(off, 700)):.6g}",
+        )
     return Verdict("equal" if token == expected else "near_tie", deviation)
 
 

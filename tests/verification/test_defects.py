@@ -115,17 +115,19 @@ def test_a_wrong_commit_rule_is_caught_and_no_layer_blamed(setup: Setup, tmp_pat
     assert report.blame is None
 
 
-def test_a_changed_weight_is_named(setup: Setup, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [3.0, float("nan")])
+def test_a_changed_weight_is_named(setup: Setup, tmp_path: Path, value: float) -> None:
     engine = with_graph(setup, tmp_path / "engine", lambda proto: None)
     proto = onnx.load(engine.folder / "model.onnx", load_external_data=False)
     weight = next(one for one in proto.graph.initializer if one.name == "layers.1.self_attn.v_proj.weight")
     offset = int(next(entry.value for entry in weight.external_data if entry.key == "offset"))
     data = bytearray((engine.folder / "model.onnx.data").read_bytes())
-    data[offset : offset + 4] = np.float32(3).tobytes()
+    data[offset : offset + 4] = np.float32(value).tobytes()
     (engine.folder / "model.onnx.data").unlink()
     (engine.folder / "model.onnx.data").write_bytes(data)
     report = judged(nemodiff.load(engine.folder, threads=1), setup.network)
     assert (report.ok, report.blame) == (False, "layers.1.self_attn.v_proj")
+    assert "NaN" not in json.dumps(report.as_dict())
 
 
 class Around:
