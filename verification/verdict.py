@@ -12,7 +12,7 @@ from .network import Answer
 from .recorder import Served
 from .rounding import LARGEST, NEAR_TIE, NEAR_TIE_UNSEEN, usual_bound
 
-_LEAST = 0.25  # of a deviation: the logits that are compared may all be small, and a large one is rounded more
+_LEAST = 0.1  # of a deviation: the logits that are compared may all be small, and a large one is rounded more
 _ENDLESS = 1e30  # stands for a deviation that is no number, so that the record is JSON
 Kind = Literal["equal", "near_tie", "wrong", "strays"]
 

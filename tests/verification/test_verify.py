@@ -27,6 +27,7 @@ from nemodiff.builder.graph.graph import build_graph
 from nemodiff.cli import main
 from nemodiff.commands import verify as command
 from nemodiff.engine_folder import VERIFY_FILE, Profile, TensorRTInfo, read_engine
+from nemodiff.plugins.tensorrt.api import MODULES
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.verification.arithmetic import Arithmetic
@@ -211,9 +212,18 @@ def test_a_torch_engine_is_blamed_by_k_and_v_and_hidden_states(
     assert (report.ok, report.blame) == (weight is None, blamed)
 
 
-@pytest.mark.parametrize("name", [None, "swapped rotation", "a residual dropped", "a span one slot short"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (None, "tensorrt-rtx"),
+        (None, "tensorrt"),
+        ("swapped rotation", "tensorrt-rtx"),
+        ("a residual dropped", "tensorrt"),
+        ("a span one slot short", "tensorrt-rtx"),
+    ],
+)
 def test_a_tensorrt_engine_is_looked_into_through_its_caches(
-    checkpoint: Path, tmp_path: Path, name: str | None
+    checkpoint: Path, tmp_path: Path, name: str | None, backend: Any
 ) -> None:
     """The driver and TensorRT are stand-ins, so the paths are shown and not the numbers of a GPU."""
     plain = Builder(checkpoint, tmp_path / "plain", max_seq_len=128, max_batch_size=4, block_length=8).run()
@@ -227,14 +237,12 @@ def test_a_tensorrt_engine_is_looked_into_through_its_caches(
     (folder / "rank0.engine").write_bytes(b"played by ONNX Runtime")
     info = read_engine(plain)
     profiles = (Profile("block", 4, 64, 64), Profile("prefill", 2, 128, 128))
-    about = TensorRTInfo("tensorrt_rtx", "1.7.1.116", (86, 89), profiles, "native", {}, (), 22)
-    info = dataclasses.replace(
-        info, manifest=dataclasses.replace(info.manifest, backend="tensorrt-rtx", tensorrt=about)
-    )
+    about = TensorRTInfo(MODULES[backend], "1.7.1.116", (86, 89), profiles, "native", {}, (), 22)
+    info = dataclasses.replace(info, manifest=dataclasses.replace(info.manifest, backend=backend, tensorrt=about))
     driver = gpu_driver.Driver()
     api, _ = gpu_driver.make_api(folder, info, driver)
-    backend = TensorRTEngine(folder, info, Device(0, driver), api=api)
-    engine = dataclasses.replace(nemodiff.load(plain), folder=folder, backend=backend)
+    loaded = TensorRTEngine(folder, info, Device(0, driver), api=api)
+    engine = dataclasses.replace(nemodiff.load(plain), folder=folder, backend=loaded)
     report = layers_of(engine, network(checkpoint))
     assert report.ok == (name is None), report.lines()
     expected = {
