@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence as Prompts
 from typing import NamedTuple
 
-from ..runtime.batching.batch import Batch, PassResult
+from ..runtime.batching.batch import Batch
+from ..runtime.batching.slot import PassResult
 from ..runtime.loading import LoadedEngine
 from ..runtime.requests.options import Options
 from ..runtime.requests.prepare import Prompt, prepare
