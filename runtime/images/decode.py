@@ -68,7 +68,7 @@ def _pixels(picture: Picture, name: str) -> np.ndarray:
         raise RequestError(f"{name}: {width} x {height} pixels, allowed: at least one; give another image")
     try:
         if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 8
-            grey = np.asarray(picture).astype(np.int64) >> 8
+            grey = np.asarray(picture) >> 8
             return np.repeat(grey.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
         if picture.mode in ("RGB", "L", "1", "CMYK", "YCbCr") and "transparency" not in picture.info:
             return np.asarray(picture.convert("RGB"))

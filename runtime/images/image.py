@@ -35,6 +35,11 @@ class Image:
         digest.update(self.patches.data)
         return digest.digest()
 
+    @property
+    def tokens(self) -> int:
+        """Its tokens in a prompt: pads, breaks, start and end."""
+        return self.rows * (self.columns + 1) + 1
+
     def layout(self, start: int, pad: int, row_break: int, end: int) -> list[int]:
         """Its token ids in a prompt: a start, rows of pads with a break between two, an end."""
         ids = [start]
@@ -54,8 +59,11 @@ def make_image(pixels: np.ndarray, vision: VisionConfig, limit: int) -> Image:
     """
     height, width = pixels.shape[:2]
     columns, rows = vision.grid(width, height, limit)
-    sized = _resized(_resized(pixels.astype(np.float32), columns * vision.cell, 1), rows * vision.cell, 0)
-    normal = (sized / np.float32(255) - MEAN) / STD
+    sizes = (rows * vision.cell, columns * vision.cell)
+    # The axis that shrinks most comes first, so that a strip of millions of pixels is never widened.
+    for axis in sorted((1, 0), key=lambda axis: sizes[axis] / pixels.shape[axis]):
+        pixels = _resized(pixels, sizes[axis], axis)
+    normal = (pixels / np.float32(255) - MEAN) / STD
     side, merge = vision.patch_size, vision.merge
     # (token row, patch row in it, pixel row in that, and the same for columns, channel)
     cut = normal.reshape(rows, merge, side, columns, merge, side, CHANNELS)

@@ -55,7 +55,7 @@ class PromptImages:
     @property
     def tokens(self) -> list[int]:
         """Tokens of each image, its start, breaks and end included."""
-        return [placed.image.rows * (placed.image.columns + 1) + 1 for placed in self._placed]
+        return [placed.image.tokens for placed in self._placed]
 
     def keys(self, ids: list[int]) -> list[int]:
         """The prompt's ids with a number of its own for each image's pads, by which prompts are compared.

@@ -65,8 +65,18 @@ def read_images(engine: LoadedEngine, sources: Sequence[Any]) -> list[Image]:
     vision = engine.info.model.vision
     if vision is None:
         raise RequestError("the prompt has an image, which this model cannot see; use an engine of a model that sees")
-    limit = engine.info.build.max_image_size
-    return [make_image(decode(source, f"image {n}"), vision, limit) for n, source in enumerate(sources, 1)]
+    build = engine.info.build
+    images: list[Image] = []
+    tokens = 0
+    for number, source in enumerate(sources, 1):
+        images.append(make_image(decode(source, f"image {number}"), vision, build.max_image_size))
+        tokens += images[-1].tokens
+        if tokens > build.max_seq_len:  # here, before any number of further ones is decoded
+            raise RequestError(
+                f"image {number} brings the prompt to {tokens} tokens or more, allowed: the engine's max_seq_len, "
+                f"{build.max_seq_len}; send fewer or smaller images"
+            )
+    return images
 
 
 def _from_data_url(url: Any, name: str) -> bytes:

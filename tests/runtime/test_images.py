@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,24 @@ def test_extreme_shapes(engine: LoadedEngine) -> None:
     for size in ((1, 1), (20_000, 1), (1, 20_000)):
         answer = nemodiff.generate(engine, asked(Pillow.new("RGB", size)), max_new_tokens=2)
         assert len(answer.token_ids) == 2
+
+
+def test_a_strip_of_millions_of_pixels_takes_little_memory(engine: LoadedEngine) -> None:
+    vision = engine.info.model.vision
+    assert vision is not None
+    for shape in ((3_000_000, 1, 3), (1, 3_000_000, 3)):
+        pixels = np.zeros(shape, np.uint8)
+        tracemalloc.start()
+        make_image(pixels, vision, 64)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10 * 2**20
+
+
+def test_no_more_images_are_decoded_than_a_prompt_can_hold(tmp_path: Path, checkpoint: Path) -> None:
+    short = nemodiff.load(Builder(checkpoint, tmp_path / "engine", max_seq_len=100).run())
+    with pytest.raises(RequestError, match="image 2 brings the prompt to 146 tokens"):
+        prepare(short, asked(picture(64, 64), picture(64, 64), "never looked at"), Options())
 
 
 @pytest.mark.parametrize(
