@@ -60,6 +60,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "rope": [model.rope.rope_type, model.rope.theta, model.rope.factor],
             "max_position": model.max_position,
         },
+        "images": _images(info),
         "kv_bytes_per_token": model.kv_bytes_per_token(ITEMSIZE[build.dtype]),
         "notes": [
             *sampling_notes(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}),
@@ -72,6 +73,21 @@ def describe(folder: Path) -> dict[str, Any]:
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "graph": None if manifest.backend == "torch" else _graph(folder / MODEL_FILE),
         "verified": read_record(folder, VERIFY_FILE),
+    }
+
+
+def _images(info: EngineInfo) -> dict[str, Any] | None:
+    """What a model that sees takes of an image; None for one that sees none."""
+    vision, size = info.model.vision, info.build.max_image_size
+    if vision is None:
+        return None
+    return {
+        "parameters": vision.parameters(info.model.hidden_size),
+        "layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "patch_size": vision.patch_size,
+        "max_image_size": size,
+        "max_tokens": vision.tokens(size, size),
     }
 
 
@@ -112,6 +128,15 @@ def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
     text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
     layers: list[Any] = json.loads(text).get("Layers", [])
     return layers
+
+
+def _image_lines(images: dict[str, Any] | None) -> list[str]:
+    if images is None:
+        return []
+    return [
+        f"images       {images['layers']} layers, hidden {images['hidden_size']}, {images['parameters']:,} parameters with "
+        f"the projector; up to {images['max_image_size']} pixels a side, {images['max_tokens']} tokens"
+    ]
 
 
 def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
@@ -191,6 +216,7 @@ def lines(described: dict[str, Any]) -> list[str]:
         f"model        {model['layers']} layers, hidden {model['hidden_size']}, {heads} heads on {kv_heads} key/value "
         f"heads of {head_dim}, vocabulary {model['vocab_size']}",
         f"positions    {kind}, theta {theta:g}, factor {factor:g}, up to {model['max_position']}",
+        *_image_lines(described["images"]),
         f"ids          mask {model['mask_id']}, end of sequence {', '.join(map(str, model['eos_ids']))}",
         f"KV cache     {described['kv_bytes_per_token']:,} bytes per token",
         *_tensorrt_lines(described),

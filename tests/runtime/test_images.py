@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import output_of
 from oracle import reference
 from oracle.reference_model import ReferenceModel
 from PIL import Image as Pillow
@@ -357,6 +358,8 @@ def test_the_plan_tells_what_an_image_takes(checkpoint: Path, tmp_path: Path) ->
     engine = nemodiff.load(builder.run())
     assert len(prepare(engine, asked(picture(64, 64)), Options()).images or ()) == 1
     assert seen(engine, picture(64, 64)).rows == 4
+    (line,) = [line for line in output_of("inspect", str(builder.output)).splitlines() if line.startswith("images")]
+    assert line.endswith("up to 32 pixels a side, 21 tokens")
 
 
 def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_path: Path) -> None:
