@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Field
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
@@ -16,16 +16,12 @@ from ...runtime.editing.infill import LONGEST_FREE
 from ...runtime.editing.methods import Method
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.spellings import resolve
-from .body_parts import Body, Message, NamedTool, ResponseFormat, StreamOptions, StructuredOutputs
+from .body_parts import Body, Message, ResponseFormat, StreamOptions, StructuredOutputs
 from .option_fields import option_field, with_options
+from .template_fields import Templated
 
 MOST_CHOICES = 128  # answers to one request
 Vocabulary = Annotated[int, Field(ge=0)]
-
-ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedTool, Tag("name")],
-    Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedTool) else "word"),
-]
 
 # Options of a request that are fields by their own names.
 _DECODING = ("mode", "threshold", "groups")
@@ -96,40 +92,6 @@ class Generating(Decoding):
         if form.json_schema is None:
             raise RequestError("response_format has no json_schema; give one")
         return {"json_schema": form.json_schema.schema_}
-
-
-class Templated(Body):
-    """What a chat template makes a prompt of, beside the conversation."""
-
-    thinking: bool | None = option_field("thinking")
-    tools: list[dict[str, Any]] | None = option_field("tools")
-    tool_choice: ToolChoice | None = option_field("tool_choice")
-    parallel_tool_calls: bool | None = option_field("parallel_tool_calls")
-    chat_template_kwargs: dict[str, Any] | None = option_field("chat_template_kwargs")
-    reasoning_effort: str | None = Field(
-        None, description="Let the model think before it answers, unless it is none; the chat template gets it too."
-    )
-
-    def template_options(self) -> dict[str, Any]:
-        """Options of the runtime, those that were given. Raises RequestError."""
-        effort = self.reasoning_effort
-        variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
-        variables |= self.chat_template_kwargs or {}
-        thinks = variables.pop("enable_thinking", None)
-        if not isinstance(thinks, bool | None):
-            raise RequestError(f"chat_template_kwargs.enable_thinking is {thinks!r:.60}, allowed: true or false")
-        if thinks is None and effort is not None:
-            thinks = effort != "none"
-        given = {
-            "thinking": thinks if self.thinking is None else self.thinking,
-            "tools": self.tools,
-            "tool_choice": self.tool_choice.function.name
-            if isinstance(self.tool_choice, NamedTool)
-            else self.tool_choice,
-            "parallel_tool_calls": self.parallel_tool_calls,
-            "chat_template_kwargs": variables or None,
-        }
-        return {name: value for name, value in given.items() if value is not None}
 
 
 class Chat(Templated, Generating):

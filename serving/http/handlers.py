@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -35,6 +34,7 @@ from .error_responses import ModelNotFoundError
 from .image_urls import with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
+from .models import describe
 from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
 from .request_log import record_of
 from .responses import ResponseBuilder, trace_lines
@@ -211,21 +211,7 @@ class Handlers:
     def model(self, name: str) -> dict[str, Any]:
         """One model by any of its names, in the words of OpenAI, vLLM and Anthropic. Raises ModelNotFoundError."""
         self._mode(name)
-        build = self.engine.info.build
-        created = datetime.datetime.fromtimestamp(self.created, datetime.UTC)
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "nemodiff",
-            "max_model_len": build.max_seq_len,
-            "type": "model",
-            "display_name": name,
-            "created_at": created.isoformat().replace("+00:00", "Z"),
-            "max_input_tokens": build.max_seq_len - 1,
-            "max_tokens": build.max_seq_len - 1,
-            "max_requests": self.scheduler.statistics.rows,
-        }
+        return describe(name, self.created, self.engine.info.build, self.scheduler.statistics.rows)
 
     def _request_group(self, request: Request) -> RequestGroup:
         record = record_of(request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -105,8 +104,8 @@ def test_calls_are_read_at_every_split(form: Form, text: str, content: str, call
     whole = format_of(form, F).parse(text, False)
     assert (whole.content, [(call.name, call.arguments) for call in whole.calls]) == (content, calls)
     assert joined(format_of(form, F), list(text)) == expected
-    for first, second in itertools.combinations_with_replacement(range(len(text) + 1), 2):
-        assert joined(format_of(form, F), [text[:first], text[first:second], text[second:]]) == expected
+    for at in range(len(text) + 1):
+        assert joined(format_of(form, F), [text[:at], text[at:]]) == expected
 
 
 PARTS = st.sampled_from(
@@ -269,8 +268,9 @@ def test_what_calls_and_tools_spell_is_text(engine: nemodiff.LoadedEngine) -> No
     assert [i for i in ids if i < 128] == [i for i in other if i < 128]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("special", "mode"), [*((True, mode) for mode in MODES), (False, "linear_spec")], ids=lambda value: str(value)
+)
 @pytest.mark.parametrize("form", TEMPLATES)
 def test_a_required_call_follows_its_schema_in_every_mode(
     engines: dict[tuple[str, bool], nemodiff.LoadedEngine], form: str, special: bool, mode: str
@@ -357,7 +357,7 @@ def test_a_strict_tool_leaves_the_answer_free(engine: nemodiff.LoadedEngine) -> 
 
 def test_a_schema_and_tools_leave_a_choice(engine: nemodiff.LoadedEngine) -> None:
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
-    answer = nemodiff.generate(engine, QUESTION, tools=TOOLS, json_schema=schema, max_new_tokens=300)
+    answer = nemodiff.generate(engine, QUESTION, tools=[CLOCK], json_schema=schema, max_new_tokens=60)
     assert answer.tool_calls or json.loads(answer.text) == {"a": 1}
 
 
