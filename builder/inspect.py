@@ -134,8 +134,8 @@ def _image_lines(images: dict[str, Any] | None) -> list[str]:
     if images is None:
         return []
     return [
-        f"images       {images['layers']} layers, hidden {images['hidden_size']}, {images['parameters']:,} parameters with "
-        f"the projector; up to {images['max_image_size']} pixels a side, {images['max_tokens']} tokens"
+        f"images       {images['layers']} layers, hidden {images['hidden_size']}, {images['parameters']:,} parameters "
+        f"with the projector; up to {images['max_image_size']} pixels a side, {images['max_tokens']} tokens"
     ]
 
 
