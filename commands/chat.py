@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @options.device
 @options.gpu_memory_utilization
 @options.no_warmup
+@options.tp_size
 @options.statistics
 def chat(
     engine: Path,
@@ -37,6 +38,7 @@ def chat(
     device: str | None,
     gpu_memory_utilization: float,
     no_warmup: bool,
+    tp_size: int | None,
     stats: bool,
     **choices: Any,
 ) -> None:
@@ -58,6 +60,7 @@ def chat(
         device=device,
         gpu_memory_utilization=gpu_memory_utilization,
         warmup=not no_warmup,
+        tp_size=tp_size,
         progress=True,
     )
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn

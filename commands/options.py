@@ -54,6 +54,11 @@ gpu_memory_utilization = click.option(
     show_default=True,
     help="Take this share of a GPU's memory for weights, passes and K/V, in a torch engine.",
 )
+tp_size = click.option(
+    "--tp-size",
+    type=click.IntRange(1),
+    help="Split a torch engine's weights and K/V over so many GPUs. [default: torchrun's ranks, or 1]",
+)
 no_warmup = click.option(
     "--no-warmup", is_flag=True, help="Capture a torch engine's passes on a GPU when they first come, not at loading."
 )

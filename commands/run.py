@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @options.device
 @options.gpu_memory_utilization
 @options.no_warmup
+@options.tp_size
 @options.statistics
 @click.option("--stream", is_flag=True, help="Print the text as it becomes final.")
 @click.option("--show-denoise", is_flag=True, help="Print a line per pass on standard error as the blocks fill in.")
@@ -75,6 +76,7 @@ def run(
     device: str | None,
     gpu_memory_utilization: float,
     no_warmup: bool,
+    tp_size: int | None,
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -117,6 +119,7 @@ def run(
         device=device,
         gpu_memory_utilization=gpu_memory_utilization,
         warmup=not no_warmup,
+        tp_size=tp_size,
         progress=True,
     )
     watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}

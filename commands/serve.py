@@ -112,6 +112,7 @@ from .streams import TEXT
 @options.device
 @options.gpu_memory_utilization
 @options.no_warmup
+@options.tp_size
 def serve(
     engine: Path,
     host: str,
@@ -129,6 +130,7 @@ def serve(
     allow_image_urls: bool,
     no_prefix_reuse: bool,
     no_warmup: bool,
+    tp_size: int | None,
     generation_config: str,
     log_format: Literal["text", "json"] | None,
     trace_spans: bool,
@@ -167,6 +169,7 @@ def serve(
             prefix_reuse=not no_prefix_reuse,
             reports=Reports(log_format, trace_spans),
             warmup=not no_warmup,
+            tp_size=tp_size,
             **choices,
         )
 

@@ -82,6 +82,7 @@ def load(
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
     warmup: bool = True,
     progress: bool = False,
+    tp_size: int | None = None,
 ) -> LoadedEngine:
     """Load an engine folder.
 
@@ -93,6 +94,8 @@ def load(
         gpu_memory_utilization: share of a GPU's memory that a torch engine takes for weights, passes and K/V.
         warmup: capture the passes of decoding now, for a torch engine on a GPU, and not when they first come.
         progress: show a bar of that on standard error, if it is a terminal.
+        tp_size: processes, a GPU each, that hold a torch engine's weights and K/V together (tensor parallelism); they
+            are started, unless torchrun has started this one among them. None is torchrun's number, or 1.
 
     Raises:
         EngineError: with the command that fixes it.
@@ -106,6 +109,13 @@ def load(
     folder = Path(path)
     info = read_engine(folder)
     chosen = check_device(device, info.manifest.backend)
+    if tp_size is not None and (not isinstance(tp_size, int) or tp_size < 1):
+        raise RequestError(f"tp_size is {tp_size!r}, allowed: 1 or more, or None for torchrun's number")
+    if tp_size not in (None, 1) and info.manifest.backend != "torch":
+        raise RequestError(
+            f"--tp-size {tp_size} needs an engine whose weights are read rank by rank, and {folder} is built for "
+            f"{info.manifest.backend}, where an engine holds whole layers; build it with --backend torch"
+        )
     text = TextCodec(folder)
     backend: Engine
     if info.manifest.backend == "onnxruntime":
@@ -113,9 +123,9 @@ def load(
 
         backend = OnnxRuntimeEngine(folder, info, threads)
     elif info.manifest.backend == "torch":
-        from .engines.torch.engine import TorchEngine
+        from .engines.torch.rank import open_engine
 
-        backend = TorchEngine(folder, info, chosen, threads, memory=gpu_memory_utilization)
+        backend = open_engine(folder, info, chosen, threads, memory=gpu_memory_utilization, tp_size=tp_size)
         if warmup:
             backend.warm_up(_shown if progress else iter)
     else:

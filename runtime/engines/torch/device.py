@@ -134,9 +134,9 @@ class TorchDevice:
         made: Tensor = torch.tensor(rows, device=self.name)
         return made
 
-    def copy_row(self, table: Tensor, rows: np.ndarray, row: int) -> None:
+    def copy_row(self, table: Tensor, pages: np.ndarray, row: int) -> None:
         """Bring one row of a page table to the device, in the stream's order."""
-        source = self._torch.from_numpy(rows[row])
+        source = self._torch.from_numpy(pages)
         table[row].copy_(source.pin_memory() if self.is_gpu else source, non_blocking=True)
 
     def buffer(self, layout: Layout) -> Buffer:

@@ -7,11 +7,12 @@ loaded. The CPU has no graphs, so there a pass costs by its tokens, and attentio
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from .forwards import Forwards, TorchFlight
 from .memory import Memory, page_count
 from .model import TorchModel
 from .vision import TorchVision
-from .vision import TorchVision
+
+if TYPE_CHECKING:
+    from .ranks import Ranks
 
 MOST_TOKENS = 2048  # of a forward's rows that decode; prompts come on top
 
@@ -44,6 +47,7 @@ class TorchEngine:
         graphs: capture CUDA graphs; default on a GPU. False runs every pass eagerly, for comparison.
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
+        ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
 
     Raises:
         EngineError: torch is missing, or the weights do not belong to the description, or do not fit.
@@ -61,18 +65,27 @@ class TorchEngine:
         graphs: bool | None = None,
         memory: float = DEFAULT_GPU_MEMORY_UTILIZATION,
         pages: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = device if isinstance(device, TorchDevice) else TorchDevice(folder, device, threads)
         self.info = info
         self.folder = folder
         self.lock: Any = threading.RLock()  # of the stream and the memory: requests may run in several threads
         is_gpu = self.device.is_gpu
+        self.ranks = ranks
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device.name, is_gpu if kernels is None else kernels)
-            self._vision = TorchVision(folder, info, self.device.name) if info.model.vision else None
+            self.model = TorchModel(folder, info, self.device.name, is_gpu if kernels is None else kernels, ranks)
+            own = dataclasses.replace(info, model=self.model.config)
+            # Rank 0 alone looks at images; the others get what it sees as embeddings.
+            seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)
+            self._vision = TorchVision(folder, info, self.device.name) if seeing else None
             if pages is None:
-                pages = page_count(self.device, folder, info, MOST_TOKENS + PREFILL_CHUNK, memory)
-            self.memory = Memory(self.device, info, self.model.dtype, pages)
+                pages = page_count(self.device, folder, own, MOST_TOKENS + PREFILL_CHUNK, memory)
+            if ranks is not None:
+                pages = ranks.agree(pages)
+            self.memory = Memory(self.device, own, self.model.dtype, pages)
+            if ranks is not None and ranks.rank == 0:
+                self.memory.record()
             self.forwards = Forwards(
                 folder,
                 self.device,
@@ -82,7 +95,7 @@ class TorchEngine:
                 is_gpu if graphs is None else graphs,
                 self.lock,
             )
-        self.samples = self.model.kernels
+        self.samples = self.model.kernels and ranks is None  # drawing needs the whole vocabulary
 
     @property
     def pages(self) -> Pages:
@@ -126,6 +139,17 @@ class TorchEngine:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
         if self.forwards.graphs:
             self.forwards.warm_up(show(self.graph_shapes()))
+
+
+    def follow(self) -> None:
+        """Compute what rank 0 does until it ends; for the other ranks."""
+        assert self.ranks is not None
+        self.forwards.follow(self.ranks)
+
+    def close(self) -> None:
+        """End the other ranks; one rank has nothing to do."""
+        if self.ranks is not None:
+            self.ranks.close()
 
 
 class TorchCache:
@@ -196,6 +220,8 @@ class TorchCache:
         with self._lock, engine.device.use(engine.folder):
             self._forwards.settle()
             held = self._memory.read(self.rows[row], start, stop)
+        if self._engine.ranks is not None:
+            raise EngineError(f"{engine.folder}: each rank has its own part of K/V; read them with --tp-size 1")
         names = cache_names(engine.info.model.num_layers)
         return dict(zip(names, held.reshape(-1, *held.shape[2:]), strict=True))
 

@@ -6,19 +6,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction, read_only
 from ..pages import PAGE
 from .device import Buffer, Graph, TorchDevice
 from .flat import FlatShape, fill, flat_layouts, flat_shape, rounded_shape
-from .memory import Memory
+from .memory import Change, Memory
 from .model import TorchModel
 from .plain import View
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .ranks import Ranks
 
 _KEPT_SHAPES = 128  # without graphs, each with its buffers
 
@@ -76,6 +80,15 @@ class Forwards:
         if self.flight is not None:
             self.flight.finish()
 
+    def follow(self, ranks: Ranks) -> None:
+        """Run the forwards of rank 0 until it ends."""
+        while (told := ranks.hear()) is not None:
+            with self.device.use(self.folder):
+                self.memory.follow(told.news)
+                step = self._step(told.shape)
+                step.repeat(told)
+                self.device.wait(self.device.mark())
+
     def warm_up(self, shapes: Iterable[FlatShape]) -> None:
         """Compile and capture some shapes."""
         for shape in shapes:
@@ -92,6 +105,15 @@ class Forwards:
         if not self.graphs and len(self._steps) > _KEPT_SHAPES:
             del self._steps[next(iter(self._steps))]
         return step
+
+
+class Told(NamedTuple):
+    """A forward as rank 0 tells it to the others; `news` are changes of the memory since the one before."""
+
+    shape: FlatShape
+    inputs: bytes
+    views: list[View] | None
+    news: list[Change]
 
 
 class Step:
@@ -123,6 +145,22 @@ class Step:
 
     def run(self) -> None:
         """Put the work into the stream: eager when the shape first comes, which compiles kernels, then captured."""
+        owner = self._owner
+        ranks = owner.model.ranks
+        if ranks is None:
+            self._run()
+            return
+        with ranks.watched():
+            ranks.tell(Told(self._shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
+            self._run()
+
+    def repeat(self, told: Told) -> None:
+        """Run what rank 0 runs."""
+        self._inputs.host.numpy()[:] = np.frombuffer(told.inputs, np.uint8)
+        self._views = told.views
+        self._run()
+
+    def _run(self) -> None:
         self._runs += 1
         if self._runs == 2 and self._owner.graphs:
             self._capture()

@@ -16,6 +16,9 @@ from .device import TorchDevice
 if TYPE_CHECKING:
     import torch
 
+# A page and the one that becomes its copy, or a row of the page table and what it holds.
+Change = tuple[int, int | np.ndarray]
+
 _LEAST_SLOTS = 1024  # of an engine that can answer anything
 _SPARE_ROWS = 256  # of the page table, beside two for each of max_batch_size
 
@@ -38,18 +41,44 @@ class Memory:
         self.pool = device.zeros((model.num_layers, 2, count + 1, model.num_kv_heads, PAGE, model.head_dim), dtype)
         self.table = device.table(self.pages.table)  # (B, M) i32
         self._device = device
+        self._news: list[Change] = []
+        self._recording = False
 
     def reserve(self, row: int, begin: int, end: int) -> bool:
         """See `engine.PagedCache.reserve`; pages that are shared are copied in the stream's order."""
         copies = self.pages.reserve(row, begin, end)
-        for source, target in copies or ():
-            self.pool[:, :, target] = self.pool[:, :, source]
+        for copy in copies or ():
+            self._apply(copy)
         return copies is not None
 
     def show_table(self) -> None:
         """Bring the rows of the page table that have changed to the device."""
         while self.pages.changed:
-            self._device.copy_row(self.table, self.pages.table, self.pages.changed.pop())
+            row = self.pages.changed.pop()
+            self._apply((row, self.pages.table[row].copy()))
+
+    def record(self) -> None:
+        """Keep changes for other ranks from now on."""
+        self._recording = True
+
+    def news(self) -> list[Change]:
+        """The changes since the last call, for other ranks."""
+        news, self._news = self._news, []
+        return news
+
+    def follow(self, news: list[Change]) -> None:
+        """Do what rank 0 has done."""
+        for change in news:
+            self._apply(change)
+
+    def _apply(self, change: Change) -> None:
+        number, what = change
+        if isinstance(what, int):
+            self.pool[:, :, what] = self.pool[:, :, number]
+        else:
+            self._device.copy_row(self.table, what, number)
+        if self._recording:
+            self._news.append(change)
 
     def read(self, row: int, start: int, stop: int) -> np.ndarray:
         """A copy of what slots of a row hold, (L, 2, G, slots, D) f32."""

@@ -17,12 +17,13 @@ from ....plugins.op import Arg, run
 from ....plugins.ops import confidence_commit, fp8_linear, head_commit, paged_attention, residual_norm, rope_write, swiglu
 from ..pages import PAGE
 from . import plain
-from .weights import Matrix, Quantized, WeightsFile
+from .weights import Matrix, Quantized, Share, WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .plain import View
+    from .ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +43,30 @@ class TorchModel:
         info: its description.
         device: torch's name of the device.
         kernels: run the project's Triton kernels.
+        ranks: that hold the model together; every layer's heads, inner size and the head's vocabulary are split.
 
     Raises:
         EngineError: the weights file is not what the description says.
     """
 
-    def __init__(self, folder: Path, info: EngineInfo, device: str, kernels: bool) -> None:
+    def __init__(
+        self, folder: Path, info: EngineInfo, device: str, kernels: bool, ranks: Ranks | None = None
+    ) -> None:
         import torch
 
         model = info.model
-        self.config = model
+        share = Share() if ranks is None else Share(ranks.rank, ranks.size)
+        self.config = share.of_model(model)
         self.kernels = kernels
-        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels)
+        self.ranks = ranks
+        self._vocab_size = model.vocab_size
+        self._vocabulary = share.of(model.vocab_size)
+        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels, share)
         self.dtype = weights.dtype
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
-        self.head = weights.take("diffusion_head", model.vocab_size, model.hidden_size)
+        self.head = weights.take("diffusion_head", model.vocab_size, model.hidden_size, axis=0)
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
 
     def forward(
@@ -108,16 +116,23 @@ class TorchModel:
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
                 out = out + functional.linear(functional.linear(merged, a) * gate, b)  # a gate of 0 adds exactly 0
-            x, total = self._added(out, total, layer.post_norm)
+            x, total = self._added(self._summed(out), total, layer.post_norm)
             inner = self._activated(self._projected(x, layer.gate_up))
-            x, total = self._added(self._projected(inner, layer.down), total, norm)
+            x, total = self._added(self._summed(self._projected(inner, layer.down)), total, norm)
         index = inputs["index"].long()  # (R,)
         x = x[index]  # (R, E)
         ids = inputs["ids"][index]  # (R,) i32
+        mask = self.config.mask_id
+        if self.ranks is not None:
+            head = functional.linear(x, self.head).float()  # (R, V / ranks)
+            best = self._best_of_ranks(plain.best(head, mask - self._vocabulary.start))
+            plain.commit(best, ids, inputs, outputs, mask)
+            return self._whole(head) if logits else None
         if self.kernels:
             head_logits = self._choose(x, ids, inputs, outputs, logits)
         else:
-            head_logits = plain.choose(functional.linear(x, self.head), ids, inputs, outputs, self.config.mask_id)
+            head_logits = functional.linear(x, self.head).float()
+            plain.commit(plain.best(head_logits, mask), ids, inputs, outputs, mask)
         return head_logits if logits else None
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
@@ -126,6 +141,31 @@ class TorchModel:
 
         given = embeddings.to(self.dtype)[index.clamp(min=0).long()]
         return torch.where((index >= 0)[:, None], given, own)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return x if self.ranks is None else self.ranks.add(x)
+
+    def _best_of_ranks(self, own: plain.Best) -> plain.Best:
+        """The best of the whole vocabulary from that of each rank's part, three numbers per prediction."""
+        import torch
+
+        assert self.ranks is not None
+        token = own.token + self._vocabulary.start
+        # In f64, which holds a token's id and every f32 exactly.
+        bests = self.ranks.gather(torch.stack([own.logit.double(), own.total.double(), token.double()]))  # (ranks, 3, R)
+        logit, rank = bests[:, 0].max(0)  # the first rank of equals has the lower ids
+        total = (bests[:, 1] * (bests[:, 0] - logit).exp()).sum(0)
+        return plain.Best(bests[:, 2].gather(0, rank[None])[0].long(), logit.float(), total.float())
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """The logits of the whole vocabulary, (R, V), from each rank's part."""
+        from torch.nn import functional
+
+        assert self.ranks is not None
+        own = -(-self._vocab_size // self.ranks.size)
+        padded = functional.pad(logits, (0, own - logits.shape[1]))
+        return self.ranks.gather(padded).transpose(0, 1).flatten(1)[:, : self._vocab_size]
 
     def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of each position's angles, (N, D/2) compute; pos (N,) i32."""

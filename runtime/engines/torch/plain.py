@@ -90,17 +90,31 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, seen: Sequence[Sight]) -
     return torch.cat(parts)
 
 
-def choose(
-    head: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int
-) -> Tensor:
-    """The best tokens and the commit rule; head (R, V) compute, ids (R,) i32 -> logits (R, V) f32."""
+class Best(NamedTuple):
+    """The best token of each prediction, the mask left out."""
+
+    token: Tensor  # (R,) i64, the first of equals
+    logit: Tensor  # (R,) f32
+    total: Tensor  # (R,) f32, the sum of exp(logit - best logit), one over which is the confidence
+
+
+def best(logits: Tensor, mask_id: int) -> Best:
+    """The best of logits (R, V) f32; `mask_id` may lie outside of them."""
+    candidates = logits
+    if 0 <= mask_id < logits.shape[1]:
+        candidates = logits.clone()
+        candidates[:, mask_id] = -1e30
+    highest, token = candidates.max(-1)
+    return Best(token, highest, (candidates - highest[:, None]).exp().sum(-1))
+
+
+def commit(
+    found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int
+) -> None:
+    """The commit rule, which writes the outputs; ids (R,) i32."""
     import torch
 
-    logits = head.float()
-    candidates = logits.clone()
-    candidates[:, mask_id] = -1e30
-    best, token = candidates.max(-1)  # the first of equals
-    confidence = (candidates - best[:, None]).exp().sum(-1).reciprocal()
+    confidence = found.total.reciprocal()
     is_open = ids == mask_id
     rank = torch.where(is_open, confidence, -1.0)
     first = inputs["span"][:, 0].long()  # (R,): the first prediction of the same row
@@ -109,7 +123,6 @@ def choose(
     at_top = torch.where(rank == highest, here, len(ids))
     leftmost = torch.full_like(here, len(ids)).scatter_reduce(0, first, at_top, "amin")[first]
     chosen = (rank >= inputs["threshold"]) | (here == leftmost)
-    outputs["token"].copy_(token)
+    outputs["token"].copy_(found.token)
     outputs["confidence"].copy_(confidence)
-    outputs["next_ids"].copy_(torch.where(chosen & is_open, token, ids))
-    return logits
+    outputs["next_ids"].copy_(torch.where(chosen & is_open, found.token, ids))

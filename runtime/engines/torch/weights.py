@@ -24,6 +24,28 @@ class Quantized:
     scale: Tensor  # (out,) f32; for compute values times 256
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What a rank has of what is split among `size` ranks."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, length: int) -> slice:
+        """Its part of an axis; the last rank's is shorter where the ranks do not divide it."""
+        own = -(-length // self.size)
+        return slice(min(length, self.rank * own), min(length, (self.rank + 1) * own))
+
+    def of_model(self, model: ModelConfig) -> ModelConfig:
+        """The model as the ops of a rank see it: its heads, and its part of the inner size."""
+        return dataclasses.replace(
+            model,
+            num_heads=model.num_heads // self.size,
+            num_kv_heads=model.num_kv_heads // self.size,
+            intermediate_size=model.intermediate_size // self.size,
+        )
+
+
 Matrix: TypeAlias = "Tensor | Quantized"  # (out, in)
 
 
@@ -43,11 +65,14 @@ class Layer:
 class WeightsFile:
     """The weights file, read tensor by tensor. Raises EngineError where one is not as expected."""
 
-    def __init__(self, path: Path, device: str, build: BuildConfig, kernels: bool) -> None:
+    def __init__(
+        self, path: Path, device: str, build: BuildConfig, kernels: bool, share: Share = Share()
+    ) -> None:
         import torch
         from safetensors import SafetensorError, safe_open
 
         self._path = path
+        self._share = share
         self._device = device
         self._quantized = build.quantization is not None
         self._kernels = kernels
@@ -58,38 +83,49 @@ class WeightsFile:
         except self._errors as error:
             raise self._broken(str(error)) from None
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """One weight, by its name in the graph."""
-        return self._take(f"{name}.weight", shape, self.dtype)
+    def take(self, name: str, *shape: int, axis: int | None = None) -> Tensor:
+        """One weight of some shape, by its name in the graph; along an axis this rank's share of it."""
+        return self._take(f"{name}.weight", shape, self.dtype, axis)
 
-    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: int | None = None) -> Tensor:
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            stored = self._file.get_slice(name)
+            found = tuple(stored.get_shape())
+            here = [slice(None)] * len(found)
+            if axis is not None and found == shape:
+                here[axis] = self._share.of(shape[axis])
+            tensor: Tensor = self._file.get_tensor(name) if self._share.size == 1 or axis is None else stored[tuple(here)]
         except self._errors as error:
             raise self._broken(str(error)) from None
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        if found != shape or tensor.dtype != dtype:
             name = name.removesuffix(".weight")
-            raise self._broken(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
+            raise self._broken(f"{name} is {tensor.dtype} {list(found)}, not {dtype} {list(shape)}")
         return tensor
 
-    def _projection(self, names: Sequence[str], sizes: Sequence[int], size_in: int) -> Matrix:
-        """Projections that share their input, one under the other, (sum of sizes, size_in)."""
+    def _projection(self, names: Sequence[str], sizes: Sequence[int], size_in: int, axis: int) -> Matrix:
+        """Projections that share their input, one under the other, (sum of sizes, size_in).
+
+        A rank has some of the rows of each (axis 0), or some of the columns of all (axis 1).
+        """
         import torch
 
         # Read part by part into one tensor, so that loading holds no more than one part twice.
         dtype = torch.uint8 if self._quantized and self._kernels else self.dtype
-        values = torch.empty(sum(sizes), size_in, dtype=dtype, device=self._device)
-        scale = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
+        ranks = self._share.size
+        rows = [size // ranks if axis == 0 else size for size in sizes]
+        values = torch.empty(sum(rows), size_in // ranks if axis == 1 else size_in, dtype=dtype, device=self._device)
+        scale = torch.empty(sum(rows), dtype=torch.float32, device=self._device)
         end = 0
-        for name, size in zip(names, sizes, strict=True):
-            here = slice(end, end + size)
-            end += size
+        for name, size, own in zip(names, sizes, rows, strict=True):
+            here = slice(end, end + own)
+            end += own
             if not self._quantized:
-                values[here] = self.take(name, size, size_in)
+                values[here] = self.take(name, size, size_in, axis=axis)
                 continue
-            stored = self._take(f"{name}.weight", (size, size_in), torch.float8_e4m3fn)
+            stored = self._take(f"{name}.weight", (size, size_in), torch.float8_e4m3fn, axis)
             values[here] = stored.view(torch.uint8) if self._kernels else stored.to(self.dtype) / 256
-            scale[here] = self._take(f"{name}.weight_scale", (size,), torch.float32) * (1 if self._kernels else 256)
+            found = self._take(f"{name}.weight_scale", (size,), torch.float32, 0 if axis == 0 else None)
+            scale[here] = found * (1 if self._kernels else 256)
         return Quantized(values, scale) if self._quantized else values
 
     def layer(self, number: int, model: ModelConfig, adapter: bool) -> Layer:
@@ -103,18 +139,18 @@ class WeightsFile:
         kv = model.num_kv_heads * model.head_dim
         return Layer(
             self.take(f"{at}.input_layernorm", hidden),
-            self._projection([f"{attention}.{part}_proj" for part in "qkv"], [q, kv, kv], hidden),
-            self._projection([f"{attention}.o_proj"], [hidden], q),
+            self._projection([f"{attention}.{part}_proj" for part in "qkv"], [q, kv, kv], hidden, 0),
+            self._projection([f"{attention}.o_proj"], [hidden], q, 1),
             self._lora(f"{attention}.o_proj", hidden, q) if adapter else None,
             self.take(f"{at}.post_attention_layernorm", hidden),
-            self._projection([f"{mlp}.gate_proj", f"{mlp}.up_proj"], [inner, inner], hidden),
-            self._projection([f"{mlp}.down_proj"], [hidden], inner),
+            self._projection([f"{mlp}.gate_proj", f"{mlp}.up_proj"], [inner, inner], hidden, 0),
+            self._projection([f"{mlp}.down_proj"], [hidden], inner, 1),
         )
 
     def _lora(self, name: str, size_out: int, size_in: int) -> tuple[Tensor, Tensor]:
         """The two sides of a drafter adapter, whose rank the file says."""
         rank = self._file.get_slice(f"{name}.lora_A.weight").get_shape()[0]
-        return self.take(f"{name}.lora_A", rank, size_in), self.take(f"{name}.lora_B", size_out, rank)
+        return self.take(f"{name}.lora_A", rank, size_in, axis=1), self.take(f"{name}.lora_B", size_out, rank)
 
     def _broken(self, reason: str) -> EngineError:
         return EngineError(

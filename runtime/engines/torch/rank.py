@@ -1,0 +1,65 @@
+"""Opens a torch engine, alone or as one of several ranks. Run as a program it is a further rank, started by rank 0."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from ....engine_folder import EngineInfo, read_engine
+from ....errors import EngineError
+from .device import import_torch
+from .engine import TorchEngine
+from .ranks import Ranks, join
+
+
+def open_engine(
+    folder: Path,
+    info: EngineInfo,
+    device: int | Literal["cpu"] | None,
+    threads: int | None,
+    *,
+    memory: float,
+    tp_size: int | None = None,
+) -> TorchEngine:
+    """The engine of this process. A rank beside rank 0 does not return: its process ends when rank 0 does.
+
+    The arguments are those of `load`. Raises EngineError and RequestError.
+    """
+    import_torch(folder)
+    ranks = join(folder, info.model, tp_size, device)
+    if ranks is None:
+        return TorchEngine(folder, info, device, threads, memory=memory)
+    if ranks.rank:
+        _follow(folder, info, ranks)
+        sys.exit(0)
+    if not ranks.gpu and threads is None:
+        threads = max(1, (os.cpu_count() or 1) // ranks.size)
+    ranks.tell(threads)
+    atexit.register(ranks.close)
+    with ranks.watched():
+        return TorchEngine(folder, info, ranks.device, threads, memory=memory, ranks=ranks)
+
+
+def _follow(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
+    threads = ranks.hear()
+    TorchEngine(folder, info, ranks.device, threads, pages=1, ranks=ranks).follow()
+    ranks.leave()
+
+
+def main() -> None:
+    """`python -m nemodiff.runtime.engines.torch.rank ENGINE [cpu]`, with the variables of torchrun."""
+    folder = Path(sys.argv[1])
+    info = read_engine(folder)
+    try:
+        ranks = join(folder, info.model, None, "cpu" if "cpu" in sys.argv[2:] else None)
+        assert ranks is not None
+        _follow(folder, info, ranks)
+    except (EngineError, RuntimeError):
+        sys.exit(1)  # rank 0 has ended, or tells what is wrong
+
+
+if __name__ == "__main__":
+    main()

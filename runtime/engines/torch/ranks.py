@@ -1,0 +1,177 @@
+"""The processes that hold one model together, and what they say to each other.
+
+Rank 0 serves requests. The others do what it says: their weights, heads and K/V are shares of the same layers, so a
+forward is the same for all ranks, and its sums run through torch.distributed: NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ....config import ModelConfig
+from ....errors import EngineError, RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PATIENCE = datetime.timedelta(minutes=30)  # that a rank waits for the next forward, or for another rank to load
+_END = 5.0  # seconds that ranks have to end
+
+
+class Ranks:
+    """This process's place among the ranks.
+
+    Args:
+        folder: of the engine, for messages.
+        size: ranks.
+        gpu: whether they compute on GPUs.
+        command: what starts another rank, for rank 0; None where torchrun has started all.
+
+    Raises:
+        EngineError: the ranks cannot reach each other.
+    """
+
+    def __init__(self, folder: Path, size: int, gpu: bool, command: list[str] | None) -> None:
+        from torch import distributed
+
+        self.size = size
+        self.gpu = gpu
+        self._folder = folder
+        self._distributed = distributed
+        self._started: list[subprocess.Popen[bytes]] = []
+        if command is not None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+            os.environ |= {**place, "RANK": "0", "LOCAL_RANK": "0"}
+            for rank in range(1, size):
+                named = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._started.append(subprocess.Popen(command, env=named, stdin=subprocess.DEVNULL))
+        self.rank = int(os.environ["RANK"])
+        with self.watched():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+
+    @property
+    def device(self) -> int | Literal["cpu"]:
+        """Where this rank computes: on the GPU of its number on this machine, or on the CPU."""
+        return int(os.environ["LOCAL_RANK"]) if self.gpu else "cpu"
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Do something together with the other ranks. Raises EngineError where one of them has ended."""
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            time.sleep(0.2)  # until the system knows who has ended
+            raise EngineError(f"{self._folder}: {self._lost(error)}; start all ranks again") from None
+
+    def _lost(self, error: Exception) -> str:
+        for number, process in enumerate(self._started, 1):
+            if (code := process.poll()) is not None:
+                return f"rank {number} of {self.size} has ended (exit code {code})"
+        return f"another of {self.size} ranks has ended ({str(error).splitlines()[0]})"
+
+    def add(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in place of each."""
+        self._distributed.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' tensors in the order of the ranks, (ranks, ...)."""
+        import torch
+
+        gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        self._distributed.all_gather(list(gathered.unbind()), x.contiguous())
+        return gathered
+
+    def agree(self, number: int) -> int:
+        """Rank 0's number, for all."""
+        if self.rank == 0:
+            self.tell(number)
+            return number
+        return int(self.hear())
+
+    def tell(self, message: Any) -> None:
+        """Say something to all others; rank 0 alone does."""
+        self._broadcast(pickle.dumps(message))
+
+    def hear(self) -> Any:
+        """What rank 0 says next."""
+        return pickle.loads(self._broadcast(None))
+
+    def _broadcast(self, data: bytes | None) -> bytes:
+        import torch
+
+        length = torch.tensor([0 if data is None else len(data)])
+        self._distributed.broadcast(length, 0)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        if data is not None:
+            content.numpy()[:] = np.frombuffer(data, np.uint8)
+        self._distributed.broadcast(content, 0)
+        return content.numpy().tobytes()
+
+    def close(self) -> None:
+        """End the others; they are killed where they do not listen."""
+        with contextlib.suppress(RuntimeError):
+            self.tell(None)
+        self.leave()
+        deadline = time.monotonic() + _END
+        for process in self._started:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def leave(self) -> None:
+        """Say no more to the others."""
+        with contextlib.suppress(RuntimeError):
+            self._distributed.destroy_process_group()
+
+
+def join(folder: Path, model: ModelConfig, size: int | None, device: int | str | None) -> Ranks | None:
+    """The ranks that this process shall be one of: torchrun's, or those that it starts; None for one alone.
+
+    Raises:
+        RequestError: torchrun has started another number, or the model cannot be split so.
+        EngineError: the ranks cannot reach each other.
+    """
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if world > 1 and size not in (None, world):
+        raise RequestError(f"--tp-size is {size} and torchrun has started {world} ranks; leave --tp-size out")
+    size = world if world > 1 else size or 1
+    if size == 1:
+        return None
+    _check(model, size)
+    gpu = device != "cpu" and torch.cuda.is_available()
+    if gpu and size > torch.cuda.device_count():
+        raise RequestError(
+            f"--tp-size is {size}, allowed: up to {torch.cuda.device_count()}, a GPU for each; or give --device cpu"
+        )
+    words = [sys.executable, "-m", "nemodiff.runtime.engines.torch.rank", str(folder), *([] if gpu else ["cpu"])]
+    return Ranks(folder, size, gpu, None if world > 1 else words)
+
+
+def _check(model: ModelConfig, size: int) -> None:
+    """Refuse a number of ranks that does not divide the key/value heads and the inner size. Raises RequestError."""
+    fitting = [n for n in range(1, model.num_kv_heads + 1) if not model.num_kv_heads % n + model.intermediate_size % n]
+    if size not in fitting:
+        raise RequestError(
+            f"--tp-size is {size}, allowed: {', '.join(map(str, fitting))}, which divide the model's "
+            f"{model.num_kv_heads} key/value heads and its inner size of {model.intermediate_size}; choose one of them"
+        )

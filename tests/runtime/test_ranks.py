@@ -1,0 +1,112 @@
+"""Tensor parallelism over gloo: the tokens of one rank in every mode, and one line where a rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_one_line
+from stand_ins.checkpoints import write_adapter, write_checkpoint
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.errors import RequestError
+
+pytest.importorskip("torch")
+SCRIPT = Path(__file__).parents[1] / "stand_ins" / "torch_ranks.py"
+# No end token is allowed, and the text comes as it is decided.
+ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
+
+
+def build(folder: Path, quantization: str | None) -> Path:
+    """8 heads over 4 of K and V, a vocabulary that no rank count divides, an adapter, and YaRN's query scale."""
+    checkpoint = write_checkpoint(
+        folder / "checkpoint", dtype="f32", num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    )
+    write_adapter(checkpoint, rank=4, alpha=8, strength=0.05)
+    return Builder(
+        checkpoint, folder / "engine", backend="torch", dtype="f32", quantization=quantization, max_batch_size=4
+    ).run()
+
+
+def answers(engine: Path, ranks: int) -> Any:
+    """What the script prints; it must end all that it has started."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(SCRIPT), str(engine), str(ranks)]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize(("quantization", "counts"), [(None, [2, 4]), ("fp8", [2])])
+def test_ranks_give_the_tokens_of_one(tmp_path: Path, quantization: str | None, counts: list[int]) -> None:
+    engine = build(tmp_path, quantization)
+    alone = answers(engine, 1)
+    for ranks in counts:
+        shared = answers(engine, ranks)
+        for name in ("alone", "together", "sampled"):
+            assert shared[name] == alone[name], (ranks, name)
+        assert shared["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from stand_ins.checkpoints import TINY_CHAT
+
+    return Builder(TINY_CHAT, tmp_path_factory.mktemp("tiny") / "engine", backend="torch", dtype="f32").run()
+
+
+def command(engine: Path, *words: str) -> list[str]:
+    return ["-m", "nemodiff", "run", str(engine), "--device", "cpu", "-p", "Count from 3 to 9.", "--mode", "ar", *words]
+
+
+def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
+    words = [sys.executable, *command(tiny, "--tp-size", "2", *ENDLESS)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) != ""  # it answers
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (rank,) = [int(child) for child in children if "torch.rank" in Path(f"/proc/{child}/cmdline").read_text()]
+        os.kill(rank, signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
+
+
+def test_ranks_end_with_rank_0(tiny: Path) -> None:
+    words = [sys.executable, *command(tiny, "--tp-size", "2", *ENDLESS)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) != ""
+        (rank,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{rank}").exists() and "torch.rank" in Path(f"/proc/{rank}/cmdline").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_torchrun_starts_the_ranks(tiny: Path) -> None:
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command(tiny)]
+    ended = subprocess.run(started, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    alone = nemodiff.generate(nemodiff.load(tiny, device="cpu", threads=1), "Count from 3 to 9.", mode="ar")
+    assert ended.stdout == f"{alone.text}\n"
+
+
+@pytest.mark.parametrize("size", [0, 3, 64])
+def test_numbers_that_do_not_fit(tiny: Path, size: int) -> None:
+    with pytest.raises(RequestError, match="allowed: 1"):
+        nemodiff.load(tiny, device="cpu", tp_size=size)
+
+
+def test_other_backends_have_one_rank(tiny_engine: Path) -> None:
+    with pytest.raises(RequestError, match="build it with --backend torch"):
+        nemodiff.load(tiny_engine, tp_size=2)
