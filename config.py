@@ -104,6 +104,12 @@ class ModelConfig:
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Numbers of GPUs over which the model can be split: they divide its key/value heads and its inner size."""
+        heads, inner = self.num_kv_heads, self.intermediate_size
+        return tuple(n for n in range(1, heads + 1) if heads % n == 0 and inner % n == 0)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V that one token occupies over all layers, for elements of `itemsize` bytes."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -13,6 +13,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .resources import disk_free, memory_needed
 
 CARDS = (8, 12, 16, 24, 32, 48, 80)  # GiB that GPUs are sold with
+_MOST_RANKS = 8  # GPUs of one machine
 CARD_RESERVE = 2**30  # bytes left for the driver, activations and kernels
 REGEX_REMEDY = "give --fix-mistral-regex for the right one, unless the model was trained with this one"
 LENGTHS = (1024, 4096, 16384, 65536, 262144)
@@ -22,7 +23,8 @@ LENGTHS = (1024, 4096, 16384, 65536, 262144)
 class Plan:
     """Sizes are bytes; `rows_that_fit` maps a sequence length to how many rows' K/V fit beside the weights.
 
-    For the backends of GPUs memory is the GPU's and `rows_that_fit` maps a card's GiB to rows of `max_seq_len`.
+    For the backends of GPUs memory is the GPU's and `rows_that_fit` maps a card's GiB to rows of `max_seq_len`;
+    `split_rows_that_fit` does so for every number of GPUs over which --tp-size can split a torch engine.
     `build_memory` is what compiling takes here, 0 where nothing is compiled.
     """
 
@@ -42,6 +44,7 @@ class Plan:
     build_memory: int
     build: BuildConfig
     rows_that_fit: dict[int, int]
+    split_rows_that_fit: dict[int, dict[int, int]]
     unknown_fields: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -94,6 +97,10 @@ class Plan:
             f"memory       {full} of GPU memory for weights and all rows{compiling}, this machine has "
             f"{size_text(self.memory_here)}",
             f"fits         {fits} (rows of {build.max_seq_len})" if fits else f"fits         no row in {CARDS[-1]} GiB",
+            *(
+                f"split        --tp-size {size}: {_first_cards(rows, build.max_batch_size) or 'no row'}"
+                for size, rows in self.split_rows_that_fit.items()
+            ),
         ]
 
 
@@ -101,6 +108,10 @@ def _first_cards(rows_that_fit: dict[int, int], most: int) -> str:
     """`3 in 24 GiB, 8 in 32 GiB`: up to the first card that holds `most` rows."""
     enough = next((card for card, rows in rows_that_fit.items() if rows >= most), CARDS[-1])
     return ", ".join(f"{rows} in {card} GiB" for card, rows in rows_that_fit.items() if rows and card <= enough)
+
+
+def _rows_on_cards(weights: int, row: int) -> dict[int, int]:
+    return {card: max(0, card * 2**30 - weights - CARD_RESERVE) // row for card in CARDS}
 
 
 def make_plan(
@@ -114,6 +125,7 @@ def make_plan(
     seeing = model.vision.parameters(model.hidden_size) if model.vision else 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiled = backend in COMPILED
+    split: dict[int, dict[int, int]] = {}
     if backend == "onnxruntime":
         # The embedding stays mapped. f16 weights take f32's memory once loaded: ONNX Runtime converts them where the
         # processor has no f16 arithmetic that it uses (benchmarks/build_memory.py).
@@ -127,7 +139,11 @@ def make_plan(
     else:
         loaded = weight_bytes
         row = per_token * (cache_slots(build) if compiled else build.max_seq_len)
-        room = {card: max(0, card * 2**30 - loaded - CARD_RESERVE) // row for card in CARDS}
+        room = _rows_on_cards(loaded, row)
+        if not compiled:
+            whole = model.vocab_size * model.hidden_size * ITEMSIZE[build.dtype]  # the embedding, which every rank has
+            for size in (n for n in model.splits if 1 < n <= _MOST_RANKS):
+                split[size] = _rows_on_cards(whole + (weight_bytes - whole) // size, row // size)
     return Plan(
         backend=backend,
         tensors=len(tensors),
@@ -145,6 +161,10 @@ def make_plan(
         build_memory=memory_needed(weight_bytes) if compiled else 0,
         build=build,
         rows_that_fit={key: min(build.max_batch_size, rows) for key, rows in room.items()},
+        split_rows_that_fit={
+            size: {card: min(build.max_batch_size, rows) for card, rows in cards.items()}
+            for size, cards in split.items()
+        },
         unknown_fields=model.unknown_fields,
         notes=(
             *checkpoint.notes,

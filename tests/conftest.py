@@ -30,7 +30,8 @@ from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 
 PLAN = re.compile(
-    r"(checkpoint|parameters|images|twin|left out|engine|disk|KV cache|memory|fits( here)?|ignored|note|warning) {2,}"
+    r"(checkpoint|parameters|images|twin|left out|engine|split|disk|KV cache|memory|fits( here)?|ignored|note|"
+    r"warning) {2,}"
 )
 SUBJECT = re.compile(
     r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(device|keep|logprobs|mode|prompt|message|option|regex|rounds|seed|standard|stop|system|"

@@ -169,9 +169,8 @@ def join(folder: Path, model: ModelConfig, size: int | None, device: int | str |
 
 def _check(model: ModelConfig, size: int) -> None:
     """Refuse a number of ranks that does not divide the key/value heads and the inner size. Raises RequestError."""
-    fitting = [n for n in range(1, model.num_kv_heads + 1) if not model.num_kv_heads % n + model.intermediate_size % n]
-    if size not in fitting:
+    if size not in model.splits:
         raise RequestError(
-            f"--tp-size is {size}, allowed: {', '.join(map(str, fitting))}, which divide the model's "
+            f"--tp-size is {size}, allowed: {', '.join(map(str, model.splits))}, which divide the model's "
             f"{model.num_kv_heads} key/value heads and its inner size of {model.intermediate_size}; choose one of them"
         )
