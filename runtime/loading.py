@@ -62,6 +62,12 @@ class LoadedEngine:
             return str(torch.cuda.get_device_name(name))
         return name
 
+    @property
+    def lost(self) -> str | None:
+        """Why the engine will never run again, if it will not: one of several ranks has ended."""
+        reason: str | None = getattr(self.backend, "lost", None)
+        return reason
+
     @functools.cached_property
     def sight(self) -> Sight:
         """What the engine sees in images, of a model that sees them."""

@@ -113,6 +113,7 @@ def open_server(
     device: str | None = None,
     gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
     warmup: bool = True,
+    tp_size: int | None = None,
     rows: int | None = None,
     prefix_reuse: bool = True,
     reports: Reports = Reports(),
@@ -124,6 +125,7 @@ def open_server(
         device=device,
         gpu_memory_utilization=gpu_memory_utilization,
         warmup=warmup,
+        tp_size=tp_size,
         progress=True,
     )
     scheduler = Scheduler(engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse)

@@ -124,9 +124,11 @@ def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.
         return handlers.model(model)
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Tell whether the process answers."""
-        return {"status": "ok"}
+    async def health() -> Response:
+        """Tell whether the process answers, and will answer requests again."""
+        if (reason := handlers.engine.lost) is not None:
+            return JSONResponse({"status": reason}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/health/ready")
     async def ready() -> Response:

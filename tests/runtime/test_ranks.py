@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from conftest import assert_one_line
 from stand_ins.checkpoints import write_adapter, write_checkpoint
+from stand_ins.http_server import serving
+from stand_ins.torch_ranks import answers
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -36,7 +38,7 @@ def build(folder: Path, quantization: str | None) -> Path:
     ).run()
 
 
-def answers(engine: Path, ranks: int) -> Any:
+def answers_of_ranks(engine: Path, ranks: int) -> Any:
     """What the script prints; it must end all that it has started."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, str(SCRIPT), str(engine), str(ranks)]
@@ -48,9 +50,9 @@ def answers(engine: Path, ranks: int) -> Any:
 @pytest.mark.parametrize(("quantization", "counts"), [(None, [2, 4]), ("fp8", [2])])
 def test_ranks_give_the_tokens_of_one(tmp_path: Path, quantization: str | None, counts: list[int]) -> None:
     engine = build(tmp_path, quantization)
-    alone = answers(engine, 1)
+    alone = answers(nemodiff.load(engine, threads=1, device="cpu"))
     for ranks in counts:
-        shared = answers(engine, ranks)
+        shared = answers_of_ranks(engine, ranks)
         for name in ("alone", "together", "sampled"):
             assert shared[name] == alone[name], (ranks, name)
         assert shared["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4)
@@ -78,6 +80,20 @@ def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
+
+
+def test_a_server_says_that_a_rank_is_gone(tiny: Path) -> None:
+    with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1", warnings="default") as served:
+        body = {"model": "engine", "prompt": "Count", "max_tokens": 3}
+        assert served.send("/v1/completions", body)[0] == 200
+        assert served.ask("/health") == {"status": "ok"}
+        (rank,) = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+        status, _, content = served.send("/v1/completions", body)
+        assert status == 500
+        assert b"rank 1 of 2 has ended" in content
+        status, _, content = served.send("/health")
+        assert (status, json.loads(content)) == (503, {"status": "rank 1 of 2 has ended (exit code -9)"})
 
 
 def test_ranks_end_with_rank_0(tiny: Path) -> None:

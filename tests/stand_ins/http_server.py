@@ -74,9 +74,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(engine: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Served]:
+def serving(
+    engine: Path, *options: str, environment: dict[str, str] | None = None, warnings: str = "error"
+) -> Iterator[Served]:
     """Start `nemodiff serve` on a free port and stop it by its process at the end."""
-    command = [sys.executable, "-W", "error", "-m", "nemodiff", "serve", str(engine), "--port", "0", *options]
+    command = [sys.executable, "-W", warnings, "-m", "nemodiff", "serve", str(engine), "--port", "0", *options]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **(environment or {})}
     )

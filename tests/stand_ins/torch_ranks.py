@@ -17,8 +17,8 @@ MODES: list[dict[str, Any]] = [
 ]
 
 
-def main() -> None:
-    engine = nemodiff.load(sys.argv[1], threads=1, device="cpu", tp_size=int(sys.argv[2]))
+def answers(engine: nemodiff.LoadedEngine) -> dict[str, Any]:
+    """Tokens in every mode, alone, sampled, and mixed in a scheduler."""
     settings = [{"max_new_tokens": 14, "block_length": 4, "chat": False, **mode} for mode in MODES]
     alone = [nemodiff.generate(engine, PROMPTS[0], **options).token_ids for options in settings]
     sampled = nemodiff.generate(engine, PROMPTS[1], temperature=1, seed=3, logprobs=2, **settings[2])
@@ -26,7 +26,12 @@ def main() -> None:
         handles = [scheduler.submit(prompt, **options) for options in settings for prompt in PROMPTS]
         together = [handle.result(120).token_ids for handle in handles]
     top = [token.logprob for token in sampled.logprobs or []]
-    json.dump({"alone": alone, "together": together, "sampled": sampled.token_ids, "logprobs": top}, sys.stdout)
+    return {"alone": alone, "together": together, "sampled": sampled.token_ids, "logprobs": top}
+
+
+def main() -> None:
+    engine = nemodiff.load(sys.argv[1], threads=1, device="cpu", tp_size=int(sys.argv[2]))
+    json.dump(answers(engine), sys.stdout)
 
 
 if __name__ == "__main__":

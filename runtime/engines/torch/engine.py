@@ -112,6 +112,11 @@ class TorchEngine:
         """Shapes that cannot be captured, and why."""
         return self.forwards.eager_shapes
 
+    @property
+    def lost(self) -> str | None:
+        """Why the engine will never run again, if it will not."""
+        return None if self.ranks is None else self.ranks.lost
+
     def open(self, rows: int) -> TorchCache:
         """A cache of `rows` empty rows. Raises EngineError where all rows of the page table are taken."""
         with self.lock:

@@ -48,6 +48,7 @@ class Ranks:
 
         self.size = size
         self.gpu = gpu
+        self.lost: str | None = None  # what has ended them
         self._folder = folder
         self._distributed = distributed
         self._started: list[subprocess.Popen[bytes]] = []
@@ -76,9 +77,10 @@ class Ranks:
             yield
         except (RuntimeError, OSError) as error:
             time.sleep(0.2)  # until the system knows who has ended
-            raise EngineError(f"{self._folder}: {self._lost(error)}; start all ranks again") from None
+            self.lost = self._reason(error)
+            raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
 
-    def _lost(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         for number, process in enumerate(self._started, 1):
             if (code := process.poll()) is not None:
                 return f"rank {number} of {self.size} has ended (exit code {code})"
