@@ -28,7 +28,6 @@ class Recorder:
     def __init__(self, engine: Engine) -> None:
         self.info = engine.info
         self.samples = engine.samples
-        self.pages = None  # its caches are used as rows that lie side by side
         self.columns = columns(engine.info.model.vocab_size)
         self.pages = None  # of a backend that has them: without, every pass goes through `forward`
         self.served: list[Served] = []

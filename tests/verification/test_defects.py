@@ -22,7 +22,7 @@ from stand_ins.vision import write_vision_checkpoint
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.engine_folder import read_engine
-from nemodiff.runtime.batching.batch import Batch
+from nemodiff.runtime.batching.neighbours import NeighbouringRows
 from nemodiff.runtime.engines.engine import Cache, Engine, Pass, Prediction, bidirectional
 from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from nemodiff.runtime.requests.sequence import Sequence as Request
@@ -252,14 +252,14 @@ def _believe(request: Request, prediction: Prediction, draft: list[int]) -> int:
 
 def test_a_batch_that_moves_no_row_is_caught(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = nemodiff.load(setup.folder, threads=1)
-    original = Batch._place
+    original = NeighbouringRows._place
 
-    def not_moved(batch: Batch, slot: Any, source: int, target: int) -> None:
+    def not_moved(rows: NeighbouringRows, slot: Any, source: int, target: int) -> None:
         reach, slot.reach = slot.reach, 0
-        original(batch, slot, source, target)
+        original(rows, slot, source, target)
         slot.reach = reach
 
-    monkeypatch.setattr(Batch, "_place", not_moved)
+    monkeypatch.setattr(NeighbouringRows, "_place", not_moved)
     report, _ = verify(engine, [*PROMPTS, PROMPTS[0][3:], PROMPTS[1][6:]], setup.network, max_new_tokens=TOKENS)
     assert {name for name, tally in report.modes.items() if not tally.ok} != set()
     assert all("side by side" in name for name, tally in report.modes.items() if not tally.ok)
