@@ -75,7 +75,7 @@ CASES: list[dict[str, Any]] = [
     {"mode": "ar", "prefill_chunk": 7},
     {"mode": "diffusion"},
     {"mode": "diffusion", "block_length": 5, "threshold": 0.6},
-    {"mode": "linear_spec"},
+    {"mode": "linear_spec", "block_length": 32},
     {"mode": "linear_spec", "block_length": 8, "threshold": 0.7},
     {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
 ]
