@@ -63,6 +63,7 @@ class Stage:
     grid: Callable[[Dims, Ceil], Grid]  # its number of programs
     num_warps: int = 4
     num_stages: int = 2
+    follows: bool = False  # the kernel takes PDL: it may begin while the one before it ends
 
     def load(self) -> Any:
         """The kernel as a function of the Triton compiler, which this imports."""
@@ -112,7 +113,14 @@ def ceil_div(size: int, step: int) -> int:
     return -(-size // step)
 
 
-def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Arg, tuple[int, ...]], Any]) -> list[Any]:
+def run(
+    op: Op,
+    model: ModelConfig,
+    inputs: Mapping[str, Any],
+    new: Callable[[Arg, tuple[int, ...]], Any],
+    *,
+    pdl: bool = False,
+) -> list[Any]:
     """Launch every stage with the Triton compiler and return the op's outputs.
 
     Args:
@@ -120,12 +128,17 @@ def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Ar
         model: the source of the kernels' constants.
         inputs: torch tensors by name, contiguous, on a CUDA device (or on the CPU under Triton's interpreter).
         new: makes the tensor of an output, given its argument and shape; the content may be anything.
+        pdl: let kernels begin while those before them end (programmatic dependent launch), on cards from SM 90 on.
     """
     tensors = dict(inputs)
     heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
     dims = heads | op.dims({name: tensor.shape for name, tensor in inputs.items()})
     for stage in op.stages:
-        constants = stage.constants(model)
+        constants = {**stage.constants(model)}
+        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages}
+        if stage.follows:
+            constants["PDL"] = pdl
+            options["launch_pdl"] = pdl
         for arg in stage.outputs:
             tensors[arg.name] = new(arg, arg.sizes(dims, ceil_div))
         stage.load()[stage.grid(dims, ceil_div)](
@@ -133,7 +146,6 @@ def run(op: Op, model: ModelConfig, inputs: Mapping[str, Any], new: Callable[[Ar
             *(dims[letter] for letter in stage.scalars),
             *(tensors[arg.name] for arg in stage.outputs),
             **constants,
-            num_warps=stage.num_warps,
-            num_stages=stage.num_stages,
+            **options,
         )
     return [tensors[arg.name] for arg in op.outputs]

@@ -27,6 +27,7 @@ from ...plugins.op import Op, Stage
 from .child import child_command, child_environment
 
 OLDEST_SM = 80  # that Triton compiles for
+OLDEST_PDL_SM = 90  # that has programmatic dependent launch; a kernel made for it can be launched without, too
 SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 # 8.8, of CUDA 12.9: the first that knows SM 121. Left alone, Triton writes the newest version it knows for the newest
 # cards, and an older driver would refuse it.
@@ -122,7 +123,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     from triton.backends.compiler import GPUTarget
 
     arguments = _arguments(op, stage, dtype)
-    constants = stage.constants(model)
+    constants = {**stage.constants(model), **({"PDL": sm >= OLDEST_PDL_SM} if stage.follows else {})}
     source = triton.compiler.ASTSource(
         fn=stage.load(),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},

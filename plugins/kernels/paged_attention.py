@@ -9,6 +9,8 @@ its slots are counted in blocks of a page, the pages of the prefix first, then t
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 # Fields of an item: one share of one tile. An item of 0 tokens is nothing to do.
 FIRST = tl.constexpr(0)  # the tile's first token
 TOKENS = tl.constexpr(1)
@@ -187,7 +189,7 @@ def _attend(
     gain: tl.constexpr = SCALE * 1.4426950408889634
     # Pages that every query sees as a whole. The number of the next page is read before the slots of this one.
     n = tl.arange(0, BLOCK_N)
-    of_key = d[:, None] + n[None, :] * D  # K is loaded as the product takes it, (D, N)
+    of_key = n[:, None] * D + d[None, :]
     of_value = n[:, None] * D + d[None, :]
     steps: tl.constexpr = PAGE // BLOCK_N
     whole = tl.minimum(until, full) * steps
@@ -199,9 +201,9 @@ def _attend(
             keys = tl.load(k_pages + head + of_key)
             values = tl.load(v_pages + head + of_value)
         else:
-            keys = tl.load(k_pages + head + of_key, mask=in_head[:, None], other=0.0)
+            keys = tl.load(k_pages + head + of_key, mask=in_head[None, :], other=0.0)
             values = tl.load(v_pages + head + of_value, mask=in_head[None, :], other=0.0)
-        scores = tl.dot(query, keys, input_precision="ieee") * gain
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * gain
         highest, total, sum_v = _weigh(scores, highest, total, sum_v, values)
 
     # The prefixes' ends and the spans.
@@ -219,9 +221,9 @@ def _attend(
         sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
         # Slots that no query sees may hold anything: they are read as zeros, since zero times NaN is NaN.
         used = tl.max(sees.to(tl.int32), 0) > 0
-        keys = tl.load(k_pages + head + of_key, mask=used[None, :] & in_head[:, None], other=0.0)
+        keys = tl.load(k_pages + head + of_key, mask=used[:, None] & in_head[None, :], other=0.0)
         values = tl.load(v_pages + head + of_value, mask=used[:, None] & in_head[None, :], other=0.0)
-        scores = tl.dot(query, keys, input_precision="ieee") * gain
+        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * gain
         highest, total, sum_v = _weigh(tl.where(sees, scores, float("-inf")), highest, total, sum_v, values)
 
     if shares == 1:
@@ -283,9 +285,10 @@ def attend(
     q, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D); one program per item and key/value head."""
+    follow(PDL)
     item = items + tl.program_id(0) * FIELDS
     if tl.load(item + TOKENS) == 0:
         return

@@ -4,10 +4,15 @@
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 
 @triton.jit
-def residual_norm(x, residual, weight, y, total, E: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def residual_norm(
+    x, residual, weight, y, total, E: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """x, residual (B, S, E), weight (E,) -> y, total (B, S, E)."""
+    follow(PDL)
     e = tl.arange(0, BLOCK)
     inside = e < E
     at = tl.program_id(0).to(tl.int64) * E + e

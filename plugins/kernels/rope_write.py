@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 
 @triton.jit
 def rope_write(
@@ -48,9 +50,10 @@ def rope_write(
 def paged_rope_write(
     qkv, cos, sin, scale, slot, k_pages, v_pages, A, q,
     H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """qkv (N, (H + 2 G) D) -> q (N, H, D); K and V into the pages (A, G, PAGE, D)."""
+    follow(PDL)
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     p = tl.arange(0, PAIRS)[None, :]

@@ -4,10 +4,13 @@
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 
 @triton.jit
-def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """gate_up (B, S, 2 F) -> y (B, S, F)."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = f < F

@@ -156,6 +156,7 @@ OP = Op(
             constants=_constants,
             grid=_grid,
             num_stages=3,
+            follows=True,
         ),
     ),
 )

@@ -49,6 +49,7 @@ OP = Op(
             constants=_constants,
             grid=_grid,
             num_warps=8,
+            follows=True,
         ),
     ),
 )

@@ -141,6 +141,7 @@ PAGED = Op(
             constants=_paged_constants,
             grid=_paged_grid,
             num_warps=2,
+            follows=True,
         ),
     ),
 )

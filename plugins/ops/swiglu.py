@@ -52,6 +52,7 @@ OP = Op(
             outputs=_OUTPUTS,
             constants=_constants,
             grid=_grid,
+            follows=True,
         ),
     ),
 )

@@ -182,3 +182,7 @@ def test_fused_kernels_compile_for_every_card(
     for kernel in kernels:
         assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_bytes <= 99 * 1024, kernel
+    follows = {stage.name for _, stage in stages(FUSED) if stage.follows}
+    for kernel in kernels:  # begins while the one before it ends, where a card can do that
+        waits = "griddepcontrol.wait" in (tmp_path / kernel.file("ptx")).read_text()
+        assert waits == (kernel.stage in follows and kernel.sm >= 90), kernel
