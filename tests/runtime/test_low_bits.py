@@ -17,6 +17,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint import weights as weights_module
 from nemodiff.errors import CheckpointError
 from nemodiff.runtime.engines.engine import Pass, Prediction, causal
+from nemodiff.runtime.engines.onnxruntime import engine as engine_module
 from nemodiff.runtime.loading import LoadedEngine
 
 KINDS = ("int8", "int4")
@@ -129,6 +130,29 @@ def test_a_token_of_zeros_is_no_nan(kind: str, tmp_path: Path) -> None:
     save_file(weights, checkpoint / "model.safetensors")
     engine = nemodiff.load(Builder(checkpoint, tmp_path / "engine", quantization=kind).run())  # type: ignore[arg-type]
     assert np.isfinite(causal_bits(engine, [300, 300, 301], 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflows"),
+    [
+        ("x86_64", "flags : fma avx2", True),
+        ("x86_64", "flags : avx2 avx512_vnni", False),
+        ("AMD64", "flags : avx2 avx_vnni", False),
+        ("aarch64", "Features : fp asimd", False),
+        ("x86_64", None, True),
+    ],
+)
+def test_a_processor_without_vnni_takes_the_slower_way(
+    machine: str, flags: str | None, overflows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, **how: str) -> str:
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr(engine_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert engine_module._bytes_overflow() is overflows
 
 
 def test_plan_and_inspect_name_it(kind: str, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ and reads a few integers.
 
 from __future__ import annotations
 
+import platform
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,25 @@ class OnnxRuntimeEngine:
                 self._closed = [*self._closed, cache][-_KEPT_CACHES:]
 
 
+def _bytes_overflow() -> bool:
+    """Whether this processor may add products of bytes in 16 bits, as those of x86 do that have no VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return True  # it does not say
+    return not re.search(r"\bavx(512)?_vnni\b", flags)
+
+
 def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> Any:
     """A session of a graph whose inputs are those bindings. Raises EngineError."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    # Processors before VNNI add products of bytes in 16 bits, which overflow; there this takes a slower way.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if _bytes_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")  # a slower way, 1.7 times with VNNI
     if threads is not None:
         options.intra_op_num_threads = threads
     again = f"build it again: nemodiff build CHECKPOINT -o {path.parent}"
