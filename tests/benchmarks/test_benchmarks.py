@@ -37,6 +37,7 @@ SCRIPTS = (
     "gpu",
     "infill",
     "kernels",
+    "llamacpp",
     "low_bits",
     "make_checkpoint",
     "mask_lowering",
