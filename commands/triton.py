@@ -31,6 +31,13 @@ def triton() -> None:
     help="Set a value for the whole model; repeat the option to set several.",
 )
 @click.option("--link", is_flag=True, help="Link to the engine folder instead of copying it.")
+@click.option(
+    "--gpu",
+    "gpus",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Run an instance on this GPU; repeat the option for several, among which Triton shares requests.",
+)
 @click.option("--batched", is_flag=True, help="Give every tensor a batch dimension of 1, as TensorRT-LLM's have.")
 def export(engine: Path, repo: Path, assignments: tuple[str, ...], **choices: Any) -> None:
     """Write ENGINE as a model into a model repository of Triton Inference Server.

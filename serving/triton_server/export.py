@@ -55,6 +55,7 @@ def export(
     parameters: Mapping[str, str] | None = None,
     link: bool = False,
     batched: bool = False,
+    gpus: Iterable[int] = (),
 ) -> Path:
     """Write `repository/name`, replacing only an earlier export.
 
@@ -65,6 +66,8 @@ def export(
         parameters: model-level values by name: the scheduler's numbers and defaults of requests.
         link: link the engine instead of copying it.
         batched: tensors have a leading batch dimension of 1, as TensorRT-LLM's clients send them.
+        gpus: numbers of GPUs that get an instance each, with a process and an engine of its own; without any there is
+            one instance, where the engine chooses.
 
     Raises:
         EngineError: the folder is no engine.
@@ -75,6 +78,12 @@ def export(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise RequestError(f"--name is {name!r:.60}, allowed: letters, digits, '.', '_' and '-'")
     values = dict(parameters or {})
+    gpus = list(gpus)
+    if gpus and ("device" in values or info.manifest.backend == "onnxruntime"):
+        reason = "--set device says where" if "device" in values else f"{engine} is built for onnxruntime, a CPU"
+        raise RequestError(f"--gpu is {', '.join(map(str, gpus))} and {reason}; leave one of them out")
+    if len(set(gpus)) < len(gpus):
+        raise RequestError(f"--gpu is {', '.join(map(str, gpus))}, allowed: each GPU once; leave the others out")
     try:
         _check(info, engine, values)
     except RequestError as error:
@@ -90,7 +99,7 @@ def export(
         else:
             copy_folder(engine, copied, stays)
         (copied.parent / "model.py").write_text(_MODEL, encoding="utf-8")
-        (stage / "config.pbtxt").write_text(config(info, name, values, batched), encoding="utf-8")
+        (stage / "config.pbtxt").write_text(config(info, name, values, batched, gpus), encoding="utf-8")
         version_name = importlib.metadata.version("nemodiff")
         marker = {"files": sorted(EXPORTED.files), "nemodiff": version_name, "linked": link}
         (stage / TRITON_FILE).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
@@ -114,7 +123,7 @@ def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
     settle(info, TextCodec(engine), 1, make_options(request.options))
 
 
-def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: bool) -> str:
+def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: bool, gpus: list[int]) -> str:
     """The text of `config.pbtxt`."""
     version = importlib.metadata.version("nemodiff")
     lines = [
@@ -127,8 +136,8 @@ def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: 
         'backend: "python"',
         f"max_batch_size: {int(batched)}",
         "model_transaction_policy { decoupled: true }",
-        # One instance serves all requests. KIND_MODEL leaves the choice of a device to the engine.
-        "instance_group [ { count: 1 kind: KIND_MODEL } ]",
+        # An instance serves many requests at once. KIND_MODEL leaves the choice of a device to the engine.
+        f"instance_group [ {{ count: 1 kind: {f'KIND_GPU gpus: {gpus}' if gpus else 'KIND_MODEL'} }} ]",
         "input [",
         ",\n".join(_tensor(i, optional=i.name != "text_input") for i in INPUTS),
         "]",

@@ -45,7 +45,7 @@ class TritonPythonModel:
         return load(
             folder,
             threads=chosen.threads,
-            device=chosen.device,
+            device=self._gpu if chosen.device is None else chosen.device,
             gpu_memory_utilization=chosen.gpu_memory_utilization,
             warmup=chosen.warmup,
         )
@@ -70,6 +70,8 @@ class TritonPythonModel:
 
     def _start(self, args: dict[str, str], parameters: dict[str, str], batched: bool) -> None:
         self._parameters = model_parameters(parameters)
+        placed = args.get("model_instance_kind") == "GPU"
+        self._gpu = int(args["model_instance_device_id"]) if placed else None
         folder = Path(args["model_repository"]) / args["model_version"] / self._parameters.engine
         engine = self.load(folder)
         self._defaults = self._parameters.defaults(folder)

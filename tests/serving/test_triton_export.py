@@ -17,15 +17,19 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from conftest import Refused, assert_one_line, snapshot
+from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.triton_backend import module
 
 import nemodiff
+from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.engine_folder import TRITON_FILE
-from nemodiff.errors import RequestError, ServerError
+from nemodiff.errors import EngineError, RequestError, ServerError
 from nemodiff.runtime.requests.options import OPTIONS
 from nemodiff.serving.triton_server import executable
 from nemodiff.serving.triton_server import server as triton_server
 from nemodiff.serving.triton_server.export import export
+from nemodiff.serving.triton_server.model import TritonPythonModel
 from nemodiff.serving.triton_server.outputs import OUTPUTS
 from nemodiff.serving.triton_server.parameters import INPUTS, model_parameters, read
 
@@ -278,3 +282,35 @@ def test_the_dockerfile_names_what_is_there() -> None:
     assert command[0] == "tritonserver"
     shell = re.findall(r"^RUN (.*)$", text, re.MULTILINE)[0]
     subprocess.run(["bash", "-n", "-c", shell], check=True)
+
+
+def test_gpus_have_an_instance_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
+    engine = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype="f32").run()
+    folder = export(engine, tmp_path / "models", gpus=[0, 2])
+    assert "instance_group [ { count: 1 kind: KIND_GPU gpus: [0, 2] } ]" in (folder / "config.pbtxt").read_text()
+    loaded: list[Any] = []
+
+    def load(*_: Any, device: Any, **__: Any) -> Any:
+        loaded.append(device)
+        raise EngineError("enough")
+
+    monkeypatch.setattr("nemodiff.serving.triton_server.model.load", load)
+    place = {"model_repository": str(folder), "model_version": "1", "model_name": "nemodiff", "model_config": "{}"}
+    for kind, number in (("GPU", "2"), ("MODEL", "0")):
+        with pytest.raises(Exception, match="enough"):
+            TritonPythonModel().initialize({**place, "model_instance_kind": kind, "model_instance_device_id": number})
+    assert loaded == [2, None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--gpu", "1"], "is built for onnxruntime"),
+        (["--gpu", "1", "--set", "device=cuda:0"], "--set device says where"),
+    ],
+)
+def test_gpus_that_no_instance_could_take(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, flags: list[str], problem: str
+) -> None:
+    refused(["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models"), *flags], problem)
