@@ -12,11 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from common import checkout  # noqa: F401  (before nemodiff)
-
-from nemodiff.measurement.machine import machine
-from nemodiff.measurement.machine import memory as memory  # for the benchmarks
-
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY_CHAT = ROOT / "examples" / "tiny-chat"
@@ -38,7 +33,7 @@ def origin(packages: Sequence[str], threads: int | Sequence[int] | None) -> dict
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": " ".join(["python", *(_public(word) for word in sys.argv)]),
         "versions": {"python": platform.python_version(), **installed},
-        "machine": {**machine(), "load_before": round(load, 2)},
+        "machine": {**_machine(), "load_before": round(load, 2)},
         "threads": threads,
     }
 
@@ -49,6 +44,16 @@ def footer(origin: dict[str, Any]) -> str:
         f"{origin['date']}, `{origin['command']}`, nemodiff {origin['versions']['nemodiff']}, ONNX Runtime "
         f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, {origin['threads']} thread(s)."
     )
+
+
+def memory(pid: int, fields: Sequence[str]) -> dict[str, int]:
+    """Fields of a process's status in bytes; empty once it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines())
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in fields}
 
 
 def write(name: str, origin: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
@@ -79,3 +84,15 @@ def _public(word: str) -> str:
     if not path.is_absolute():
         return word
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+# Own code, as is `memory`: trtllm.py runs where nemodiff is not installed.
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -7,6 +7,7 @@ captured before, and what is captured afterwards all the same is counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -71,6 +72,12 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
     captured = backend.captured
     lab.card.start_peak()
     spent = lab.card.spent
+    held_pages = [0]
+
+    def listen(arrival: Arrivals, outcome: Any) -> None:
+        held_pages.append(pages.count - pages.free)
+        arrival(outcome)
+
     with Scheduler(engine, rows=count, prefix_reuse=False) as scheduler:
         started = time.perf_counter()
         arrivals = [Arrivals() for _ in range(count)]
@@ -78,15 +85,11 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
             scheduler.submit(
                 prompt_of(number, scale.prompt),
                 max_new_tokens=scale.new_tokens,
-                listener=arrivals[number],
+                listener=functools.partial(listen, arrivals[number]),
                 **WAYS[way][number % len(WAYS[way])],
             )
             for number in range(count)
         ]
-        most = 0
-        while not all(handle.done for handle in handles):
-            most = max(most, pages.count - pages.free)
-            time.sleep(0.002)
         answers = [handle.result() for handle in handles]
         wall = time.perf_counter() - started
         counts = scheduler.statistics
@@ -104,7 +107,7 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
         "gap_ms_p99": 1e3 * gaps[int(0.99 * (len(gaps) - 1))],
         "tokens_per_forward": counts.computed_tokens / max(1, counts.forwards),
         "preempted": counts.preempted,
-        "pages": most,
+        "pages": max(held_pages),
         "host_gap": 1 - (lab.card.spent - spent) / wall,
         "peak_bytes": lab.card.peak(),
         "captured_meanwhile": backend.captured - captured,

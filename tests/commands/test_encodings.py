@@ -21,7 +21,15 @@ WORDS = "café 你 🙂"
 SAYING = ("--regex", WORDS, "--mode", "ar")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}  # Python takes the locale C for UTF-8 unless told otherwise
 LATIN = {"PYTHONIOENCODING": "latin-1"}
-PATHS = ("checkpoint", "sm", "device", "host")  # words for the system, or without anything but ASCII
+PATHS = (
+    "against",
+    "checkpoint",
+    "device",
+    "host",
+    "images",
+    "sm",
+    "tasks",
+)  # words for the system, or without anything but ASCII
 
 
 def run(*words: object, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:

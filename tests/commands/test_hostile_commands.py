@@ -230,7 +230,11 @@ def test_wrong_lines_are_refused_before_any_is_run(
     [
         pytest.param({"messages": [{"role": "user"}]}, ["malformed; allowed: role (system, user"], id="no content"),
         pytest.param({"messages": [{"role": "boss", "content": "x"}]}, ["malformed; allowed"], id="unknown role"),
-        pytest.param({"messages": [{"role": "user", "content": ["x"]}]}, ["content as text"], id="content is a list"),
+        pytest.param(
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            ["a part of a message is 'x', allowed: text"],
+            id="content is a list",
+        ),
     ],
 )
 def test_malformed_messages_are_refused(

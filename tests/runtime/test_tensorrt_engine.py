@@ -134,7 +134,7 @@ def test_scores_equal_the_onnxruntime_engine(setup: Setup) -> None:
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_every_mode_equals_the_onnxruntime_engine(setup: Setup, mode: str, graphs: bool) -> None:
     engine, backend, driver, _ = setup.load(graphs=graphs)
-    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 40}
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": 40, "block_length": 32}
     if mode == "quadratic_spec":
         options |= {"groups": "all", "block_length": 6}
     for question in QUESTIONS:

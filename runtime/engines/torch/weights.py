@@ -89,18 +89,25 @@ class WeightsFile:
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, axis: int | None = None) -> Tensor:
         try:
-            stored = self._file.get_slice(name)
-            found = tuple(stored.get_shape())
-            here = [slice(None)] * len(found)
-            if axis is not None and found == shape:
-                here[axis] = self._share.of(shape[axis])
-            tensor: Tensor = self._file.get_tensor(name) if self._share.size == 1 or axis is None else stored[tuple(here)]
+            tensor, found = self._stored(name, shape, None if self._share.size == 1 else axis)
         except self._errors as error:
             raise self._broken(str(error)) from None
         if found != shape or tensor.dtype != dtype:
             name = name.removesuffix(".weight")
             raise self._broken(f"{name} is {tensor.dtype} {list(found)}, not {dtype} {list(shape)}")
         return tensor
+
+    def _stored(self, name: str, shape: tuple[int, ...], axis: int | None) -> tuple[Tensor, tuple[int, ...]]:
+        """A tensor, or the share of it that this rank has, and its whole shape."""
+        if axis is None:
+            whole: Tensor = self._file.get_tensor(name)
+            return whole, tuple(whole.shape)
+        stored = self._file.get_slice(name)
+        found = tuple(stored.get_shape())
+        here = [slice(None)] * len(found)
+        if found == shape:
+            here[axis] = self._share.of(shape[axis])
+        return stored[tuple(here)], found
 
     def _projection(self, names: Sequence[str], sizes: Sequence[int], size_in: int, axis: int) -> Matrix:
         """Projections that share their input, one under the other, (sum of sizes, size_in).
