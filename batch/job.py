@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine_folder import EngineInfo, read_engine
+from ..engine_folder import EngineInfo, engine_digest, read_engine
 from ..errors import EngineError, NemodiffError
 from ..runtime.loading import check_device
 from ..runtime.requests.options import make_options
@@ -75,9 +74,8 @@ def run_job(job: Job, progress: Callable[[int, int], None]) -> Totals:
     work = Work(job.engine.resolve(), job.output.resolve(), suffix, job.flags, job.rows, job.threads, job.device)
     totals = Totals()
     failed: list[tuple[str, list[dict[str, Any]]]] = []
-    files = json.dumps(info.manifest.files, sort_keys=True)
     said = {
-        "engine": hashlib.sha256(files.encode()).hexdigest(),
+        "engine": engine_digest(job.engine),
         "inputs": [str(path) for path in inputs],
         "rows_per_part": job.rows_per_part,
         "format": suffix[1:],
@@ -127,7 +125,7 @@ def _results(
     if not items:
         return
     rows = from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS))
-    step: Any = _Step  # Ray's types know functions alone here
+    step: Any = Worker  # Ray's types know functions alone here
     try:
         for row in rows.map(step, fn_constructor_args=(work,), compute=pool, **share).iter_rows():
             yield json.loads(row["done"])
@@ -135,13 +133,3 @@ def _results(
         raise
     except Exception as error:  # whatever Ray makes of what went wrong in a worker
         raise EngineError(f"a worker failed ({reason(error)}); run the same command again to go on") from None
-
-
-class _Step:
-    """A worker behind rows that Arrow can hold whatever is in them."""
-
-    def __init__(self, work: Work) -> None:
-        self._worker = Worker(work)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"done": json.dumps(self._worker(row) | {"part": row["part"]})}

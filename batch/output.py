@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .parts import JOURNALS
+from .parts import JOURNALS, whole
 from .shards import Shard
 
 JOB_FILE = "job.json"
@@ -73,9 +73,8 @@ def write_failed(output: Path, failures: list[dict[str, Any]]) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    partial = output / f".{FAILED_FILE}.partial"
-    partial.write_text("".join(json.dumps(failure) + "\n" for failure in failures), encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text("".join(json.dumps(failure) + "\n" for failure in failures), encoding="utf-8")
 
 
 def _short(value: Any) -> str:

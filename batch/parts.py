@@ -6,6 +6,7 @@ under their keys, so that what has been answered once is taken from them whoever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -16,6 +17,19 @@ from typing import IO, Any
 from .shards import Row, Shard
 
 JOURNALS = ".journal"
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is on the disk; an error leaves nothing of it."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class Part:
@@ -43,14 +57,8 @@ class Part:
     def finish(self, rows: list[Row], answers: dict[str, dict[str, Any]]) -> None:
         """Write the part, the answers in the order of their rows, and drop the journals."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
-        try:
+        with whole(self.path) as partial:
             self._write(partial, [answers[row.key] for row in rows if row.key in answers])
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
         for journal in self._old():
             journal.unlink(missing_ok=True)
 

@@ -52,9 +52,13 @@ class Worker:
         self._rows = work.rows or self._engine.info.build.max_batch_size
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Answer what is left of a shard, given as the fields of `Shard`; gives those of `Done`."""
+        """Answer what is left of a shard, given as the fields of `Shard`.
+
+        Gives those of `Done`, the shard's part and its count, as text that Arrow can hold whatever is in it.
+        """
         shard = Shard(**row)
-        return dataclasses.asdict(self.answer(shard)) | {"count": shard.count}
+        done = dataclasses.asdict(self.answer(shard))
+        return {"done": json.dumps({**done, "part": shard.part, "count": shard.count})}
 
     def answer(self, shard: Shard) -> Done:
         """Answer what is left of a shard and write its part."""

@@ -19,6 +19,8 @@ from typing import Any
 import make_checkpoint
 from common import record
 
+from nemodiff.measurement.machine import memory
+
 # Bytes of anonymous memory. The pages of the mapped checkpoint (RssFile) do not count: they are the page cache.
 GOAL = 2 * 2**30
 PERIOD = 0.02  # seconds between samples
@@ -69,7 +71,7 @@ def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        status = record.memory(process.pid, FIELDS)
+        status = memory(process.pid, FIELDS)
         samples += bool(status)
         for name, value in status.items():
             peaks[name] = max(peaks[name], value)

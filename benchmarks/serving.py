@@ -28,6 +28,7 @@ from common import questions, record
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.measurement import machine
 
 BASE = "runtime"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "fastapi", "uvicorn")
@@ -162,7 +163,7 @@ def soak(host: str, port: int, process: int, count: int) -> dict[str, Any]:
         connection.close()
 
     def memory() -> int:
-        return record.memory(process, ["VmRSS"])["VmRSS"]
+        return machine.memory(process, ["VmRSS"])["VmRSS"]
 
     def settled() -> dict[str, float]:
         while True:

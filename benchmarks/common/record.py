@@ -46,16 +46,6 @@ def footer(origin: dict[str, Any]) -> str:
     )
 
 
-def memory(pid: int, fields: Sequence[str]) -> dict[str, int]:
-    """Fields of a process's status in bytes; empty once it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in fields}
-
-
 def write(name: str, origin: dict[str, Any], goals: list[dict[str, Any]], figures: dict[str, Any]) -> Path:
     """Write the result file and print the verdicts."""
     RESULTS.mkdir(exist_ok=True)
@@ -86,7 +76,7 @@ def _public(word: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-# Own code, as is `memory`: trtllm.py runs where nemodiff is not installed.
+# Own code: trtllm.py runs where nemodiff is not installed.
 def _machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     models = [line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")]
