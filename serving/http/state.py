@@ -7,7 +7,7 @@ import resource
 import sys
 import threading
 import time
-import traceback
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,11 +43,23 @@ def state_of(server: Server) -> dict[str, Any]:
 
 
 def _threads() -> dict[str, list[str]]:
-    """The innermost calls of every thread, the last one first."""
+    """The calls of every thread, the last one first.
+
+    A thread that runs on unlinks the frames it leaves. So this one first lets the others run, which gives it a whole
+    interval of its own, and walks all frames in it before it formats any.
+    """
+    time.sleep(0)
+    stacks = {ident: _calls(frame) for ident, frame in sys._current_frames().items()}
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
-        names.get(ident, str(ident)): [
-            f"{call.filename}:{call.lineno} {call.name}" for call in reversed(traceback.extract_stack(frame)[-8:])
-        ]
-        for ident, frame in sys._current_frames().items()
+        names.get(ident, str(ident)): [f"{code.co_filename}:{line} {code.co_name}" for code, line in calls]
+        for ident, calls in stacks.items()
     }
+
+
+def _calls(frame: FrameType | None) -> list[tuple[CodeType, int]]:
+    calls = []
+    while frame is not None:
+        calls.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return calls
