@@ -26,19 +26,11 @@ if TYPE_CHECKING:
 )
 @options.engine
 @options.generation_config
-@options.threads
-@options.device
-@options.gpu_memory_utilization
-@options.no_warmup
-@options.tp_size
+@options.loading
 @options.statistics
 def chat(
     engine: Path,
-    threads: int | None,
-    device: str | None,
-    gpu_memory_utilization: float,
-    no_warmup: bool,
-    tp_size: int | None,
+    loading: dict[str, Any],
     stats: bool,
     **choices: Any,
 ) -> None:
@@ -54,15 +46,7 @@ def chat(
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
-    loaded = load(
-        engine,
-        threads=threads,
-        device=device,
-        gpu_memory_utilization=gpu_memory_utilization,
-        warmup=not no_warmup,
-        tp_size=tp_size,
-        progress=True,
-    )
+    loaded = load(engine, **loading, progress=True)
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
         conversation = _Conversation(loaded, scheduler, choices, stats)

@@ -47,26 +47,45 @@ generation_config = click.option(
     help="Where sampling is not chosen, take what the model's generation_config.json proposes (auto) or decode "
     "greedily (none).",
 )
-gpu_memory_utilization = click.option(
-    "--gpu-memory-utilization",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=DEFAULT_GPU_MEMORY_UTILIZATION,
-    show_default=True,
-    help="Take this share of a GPU's memory for weights, passes and K/V, in a torch engine.",
-)
-tp_size = click.option(
-    "--tp-size",
-    type=click.IntRange(1),
-    help="Split a torch engine's weights and K/V over so many GPUs. [default: torchrun's ranks, or 1]",
-)
-no_warmup = click.option(
-    "--no-warmup", is_flag=True, help="Capture a torch engine's passes on a GPU when they first come, not at loading."
-)
 statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
 host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")
 editing_prompt = click.option(
     "-p", "--prompt", type=TEXT, help="Treat the text as an answer to this prompt. [default: the text stands alone]"
 )
+
+
+def loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How an engine is loaded to answer: the command gets it as `loading`, arguments of `load`."""
+
+    @functools.wraps(command)
+    def loads(*args: Any, **choices: Any) -> Any:
+        chosen = {name: choices.pop(name) for name in ("threads", "device", "gpu_memory_utilization", "tp_size")}
+        return command(*args, loading={**chosen, "warmup": not choices.pop("no_warmup")}, **choices)
+
+    options = (
+        threads,
+        device,
+        click.option(
+            "--gpu-memory-utilization",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=DEFAULT_GPU_MEMORY_UTILIZATION,
+            show_default=True,
+            help="Take this share of a GPU's memory for weights, passes and K/V, in a torch engine.",
+        ),
+        click.option(
+            "--no-warmup",
+            is_flag=True,
+            help="Capture a torch engine's passes on a GPU when they first come, not at loading.",
+        ),
+        click.option(
+            "--tp-size",
+            type=click.IntRange(1),
+            help="Split a torch engine's weights and K/V over so many GPUs. [default: torchrun's ranks, or 1]",
+        ),
+    )
+    for option in reversed(options):
+        option(loads)
+    return loads
 
 
 def json_output(help: str = "Print one JSON object instead of text.") -> Decorator:

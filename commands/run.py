@@ -46,11 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @options.generation_config
-@options.threads
-@options.device
-@options.gpu_memory_utilization
-@options.no_warmup
-@options.tp_size
+@options.loading
 @options.statistics
 @click.option("--stream", is_flag=True, help="Print the text as it becomes final.")
 @click.option("--show-denoise", is_flag=True, help="Print a line per pass on standard error as the blocks fill in.")
@@ -72,11 +68,7 @@ def run(
     batch_size: int,
     images: tuple[str, ...],
     raw: bool,
-    threads: int | None,
-    device: str | None,
-    gpu_memory_utilization: float,
-    no_warmup: bool,
-    tp_size: int | None,
+    loading: dict[str, Any],
     stats: bool,
     stream: bool,
     show_denoise: bool,
@@ -113,15 +105,7 @@ def run(
     # The input is read before the engine, which takes longer.
     single = _one_prompt(prompt, images) if input_file is None else ""
     prompts = [] if input_file is None else read_lines(input_file, as_json=as_json)
-    loaded = load(
-        engine,
-        threads=threads,
-        device=device,
-        gpu_memory_utilization=gpu_memory_utilization,
-        warmup=not no_warmup,
-        tp_size=tp_size,
-        progress=True,
-    )
+    loaded = load(engine, **loading, progress=True)
     watched: dict[str, Any] = {"steps": show_denoise or trace is not None, "text": stream or trace is not None}
     with record(trace, loaded) as write:
         if input_file is None:

@@ -108,11 +108,7 @@ from .streams import TEXT
 @click.option(
     "--trace-spans", is_flag=True, help="Send OpenTelemetry spans, to where OTEL_EXPORTER_OTLP_ENDPOINT says."
 )
-@options.threads
-@options.device
-@options.gpu_memory_utilization
-@options.no_warmup
-@options.tp_size
+@options.loading
 def serve(
     engine: Path,
     host: str,
@@ -121,6 +117,7 @@ def serve(
     allowed_host: tuple[str, ...],
     served_model_name: str | None,
     mode: str,
+    rows: int | None,
     max_queue: int,
     max_request_bytes: int,
     max_connections: int,
@@ -129,12 +126,10 @@ def serve(
     drain: float,
     allow_image_urls: bool,
     no_prefix_reuse: bool,
-    no_warmup: bool,
-    tp_size: int | None,
+    loading: dict[str, Any],
     generation_config: str,
     log_format: Literal["text", "json"] | None,
     trace_spans: bool,
-    **choices: Any,
 ) -> None:
     """Serve ENGINE over HTTP.
 
@@ -168,9 +163,8 @@ def serve(
             defaults={"mode": mode, **sampling},
             prefix_reuse=not no_prefix_reuse,
             reports=Reports(log_format, trace_spans),
-            warmup=not no_warmup,
-            tp_size=tp_size,
-            **choices,
+            rows=rows,
+            **loading,
         )
 
         def announce(address: str) -> None:

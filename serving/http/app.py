@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...contract import DEFAULT_GPU_MEMORY_UTILIZATION
 from ...runtime.loading import LoadedEngine, load
 from ...runtime.scheduler import Scheduler
 from ..metrics import ServerStats
@@ -109,24 +108,12 @@ def open_server(
     limits: Limits,
     name: str | None,
     defaults: dict[str, Any],
-    threads: int | None = None,
-    device: str | None = None,
-    gpu_memory_utilization: float = DEFAULT_GPU_MEMORY_UTILIZATION,
-    warmup: bool = True,
-    tp_size: int | None = None,
     rows: int | None = None,
     prefix_reuse: bool = True,
     reports: Reports = Reports(),
+    **loading: Any,
 ) -> Server:
-    """Load an engine and put it behind HTTP. Raises NemodiffError."""
-    engine = load(
-        folder,
-        threads=threads,
-        device=device,
-        gpu_memory_utilization=gpu_memory_utilization,
-        warmup=warmup,
-        tp_size=tp_size,
-        progress=True,
-    )
+    """Load an engine, by other arguments of `load`, and put it behind HTTP. Raises NemodiffError."""
+    engine = load(folder, **loading, progress=True)
     scheduler = Scheduler(engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse)
     return Server(engine, scheduler, limits, name or folder.resolve().name, defaults, reports)
