@@ -198,7 +198,7 @@ class Scheduler:
             self._closed = True
             if not drain:
                 self._cancelled += [*self._waiting, *self._running.values()]
-            self._changed.notify_all()
+            self._wake()
         self._worker.join()
 
     def __enter__(self) -> Scheduler:
@@ -255,7 +255,13 @@ class Scheduler:
     def _cancel(self, handle: Handle) -> None:
         with self._changed:
             self._cancelled.append(handle)
-            self._changed.notify_all()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Tell the worker of what has changed, wherever it waits."""
+        self._changed.notify_all()
+        if self._batch is not None:
+            self._batch.wake()
 
     # --- the worker ---
 
@@ -294,6 +300,7 @@ class Scheduler:
                 cost=self._engine.cost,
                 kept=self._kept,
                 prefill_tokens=self._prefill_tokens,
+                interrupted=lambda: bool(self._cancelled),
             )
         self._batch.add(handle.sequence)
 

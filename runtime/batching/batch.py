@@ -7,7 +7,7 @@ side, `paged.py` for one whose rows have pages of a common memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ...contract import PREFILL_CHUNK
@@ -40,6 +40,7 @@ class Batch:
         cost: learns from every forward, and decides where neighbouring rows are split; None does neither.
         kept: rows for K/V of finished prompts; None switches the reuse of prefixes off, 0 reuses running rows only.
         prefill_tokens: prompt tokens of one step, over all rows; one pass always runs.
+        interrupted: whether a step that waits for memory shall end; `wake` makes it look.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Batch:
         cost: PassCosts | None = None,
         kept: int | None = None,
         prefill_tokens: int = PREFILL_CHUNK,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rows = rows
         self.counts = Counts()
@@ -57,10 +59,13 @@ class Batch:
         cache: Any = backend.open(rows + (kept or 0))  # a PagedCache, if the engine has pages
         self._cache = cache
         self._rows: NeighbouringRows | PagedRows
-        if backend.pages is None:
+        self._pages = backend.pages
+        if self._pages is None:
             self._rows = NeighbouringRows(cache, self.prefixes, prefill_tokens, self.counts, cost)
         else:
-            self._rows = PagedRows(cache, self.prefixes, prefill_tokens, self.counts, cost, rows)
+            self._rows = PagedRows(
+                cache, self.prefixes, prefill_tokens, self.counts, cost, rows, self._pages, interrupted
+            )
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -90,6 +95,11 @@ class Batch:
             slot.loop.close()
         self._rows.leave(slot)
 
+    def wake(self) -> None:
+        """Let a step that waits for memory look whether it is `interrupted`; any thread may."""
+        if self._pages is not None:
+            self._pages.wake()
+
     def close(self) -> None:
         """Give the cache back."""
         self._cache.close()
@@ -98,8 +108,8 @@ class Batch:
         """One pass of every running sequence, prefill within its budget; exhaust it before anything else.
 
         On an engine with pages, passes wait where a forward has too many tokens or the memory is short, and the next
-        forward runs while the results are looked at. An error of one sequence's loop comes in its `PassResult`, an
-        error of the engine is raised.
+        forward runs while the results are looked at. Where others hold the memory for all of them, the step waits. An
+        error of one sequence's loop comes in its `PassResult`, an error of the engine is raised.
         """
         self.counts.steps += 1
         for forward in self._rows.forwards():

@@ -9,16 +9,15 @@ the results of the last one.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ...contract import PREFILL_CHUNK
 from ..engines.engine import Flight, PagedCache, Pass, Prediction, causal
+from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
 from .rows import Found, Rows
 from .slot import Counts, Forward, Slot, committed
-
-_PATIENCE = 0.002  # seconds until memory that another cache holds is asked for again
 
 
 class PagedRows(Rows):
@@ -32,9 +31,13 @@ class PagedRows(Rows):
         counts: Counts,
         cost: PassCosts | None,
         rows: int,
+        pages: Pages,
+        interrupted: Callable[[], bool],
     ) -> None:
         super().__init__(cache, prefixes, prefill_tokens, counts, cost)
         self._paged = cache
+        self._pages = pages
+        self._interrupted = interrupted
         self._free = list(range(rows - 1, -1, -1))
         self._turn = 0  # where to begin, if not all that decode fit in a forward
         self._running: tuple[Flight, list[tuple[Slot, Pass]], float] | None = None
@@ -63,12 +66,13 @@ class PagedRows(Rows):
         return shared > 0
 
     def forwards(self) -> Iterator[Forward]:
-        """Wait for the forward that runs, or for one that is started now."""
+        """Wait for the forward that runs, or for one that is started now, or for pages that another cache holds."""
+        freed = self._pages.freed
         if self._running is None:
             self.go_on()
         if self._running is None:
             if self.slots:
-                time.sleep(_PATIENCE)  # another cache has the memory
+                self._pages.wait(freed, self._interrupted)
             return
         flight, work, began = self._running
         self._running = None

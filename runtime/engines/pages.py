@@ -7,6 +7,8 @@ least recently used first.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +25,9 @@ class Copy(NamedTuple):
 
 
 class Pages:
-    """The pages of one engine, by the rows that hold them; the caller sees to it that one thread is in here at a time.
+    """The pages of one engine, by the rows that hold them.
+
+    The caller sees to it that one thread is in here at a time; any may `wait` and `wake`.
 
     Args:
         count: pages that rows can have; the scratch page comes on top.
@@ -35,6 +39,8 @@ class Pages:
         self.count = count
         self.table = np.zeros((rows + 1, width), np.int32)  # past a row's pages it holds the scratch page
         self.changed: set[int] = set()  # rows of the table that the device has not seen yet
+        self.freed = 0  # how often pages have become free or spare
+        self._freeing = threading.Condition()  # over `freed`
         self._holders = [0] * (count + 1)
         self._free = list(range(count, 0, -1))  # the last freed, or the lowest, is the next
         self._free_rows = list(range(rows, 0, -1))
@@ -120,15 +126,28 @@ class Pages:
     def drop(self, row: int) -> None:
         """Empty a row."""
         self._spare.pop(row, None)
-        for page in self._rows[row]:
-            self._release(page)
-        self._rows[row] = []
+        if self._rows[row]:
+            for page in self._rows[row]:
+                self._release(page)
+            self._rows[row] = []
+            self._tell()
         self._show(row)
 
     def set_spare(self, row: int) -> None:
         """Let a row be emptied whenever pages run out, until it is dropped or written anew."""
         self._spare.pop(row, None)
         self._spare[row] = None
+        self._tell()
+
+    def wait(self, freed: int, unless: Callable[[], bool]) -> None:
+        """Sleep until `freed` is another number than this one, or until `unless()`, which `wake` makes it look at."""
+        with self._freeing:
+            self._freeing.wait_for(lambda: self.freed != freed or unless())
+
+    def wake(self) -> None:
+        """Let all that sleep in `wait` look again."""
+        with self._freeing:
+            self._freeing.notify_all()
 
     def slots_of(self, row: int, begin: int, size: int) -> np.ndarray:
         """Where in the pool `size` slots of a row from `begin` on lie, (size,) i32."""
@@ -144,6 +163,11 @@ class Pages:
         if victim is not None:
             self.drop(victim)
         return victim is not None
+
+    def _tell(self) -> None:
+        with self._freeing:
+            self.freed += 1
+            self._freeing.notify_all()
 
     def _take(self) -> int:
         page = self._free.pop()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from stand_ins.toy_engine import PagedToyEngine, toy
 import nemodiff
 from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
+from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.pages import PAGE, Copy, Pages
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
@@ -132,6 +135,13 @@ def test_pages_are_counted(steps: list[tuple[int, int, int, int]]) -> None:
 # --- whole requests ---
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def requests() -> st.SearchStrategy[tuple[list[int], dict[str, Any]]]:
     prompts = st.builds(
         lambda system, length, salt: [*SYSTEM[:system], *(130 + (salt * i * i + salt) % 500 for i in range(length))],
@@ -239,6 +249,51 @@ def test_a_system_prompt_is_held_once(real: nemodiff.LoadedEngine) -> None:
     assert batch.counts.reused == 7 * 128
     assert pages.count - pages.free == 2 + 8
     batch.close()
+
+
+def test_who_waits_for_pages_sleeps_until_some_are_freed(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another cache: it is woken once, and asks for nothing meanwhile."""
+    engine = paged(real, 6)
+    other = engine.backend.open(1)
+    other.forward([causal("prefill", [130] * 300, 0)])
+    asked = list[int]()
+    reserve = backend(engine).pages.reserve
+
+    def counted(row: int, begin: int, end: int) -> list[Copy] | None:
+        asked.append(row)
+        copies: list[Copy] | None = reserve(row, begin, end)
+        return copies
+
+    monkeypatch.setattr(backend(engine).pages, "reserve", counted)
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        handle = scheduler.submit(SYSTEM[:100], mode="ar", max_new_tokens=9)
+        wait_for(lambda: bool(asked))
+        time.sleep(0.05)
+        assert len(asked) == 1
+        other.free(0)
+        assert (
+            handle.result(5).token_ids == nemodiff.generate(dense, SYSTEM[:100], mode="ar", max_new_tokens=9).token_ids
+        )
+
+
+@pytest.mark.parametrize("ends", ["cancel", "close"])
+def test_who_waits_for_pages_can_be_cancelled(real: nemodiff.LoadedEngine, ends: str) -> None:
+    engine = paged(real, 6)
+    other = engine.backend.open(1)
+    other.forward([causal("prefill", [130] * 300, 0)])
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        handle = scheduler.submit(SYSTEM[:100], mode="ar", max_new_tokens=9)
+        wait_for(lambda: scheduler.statistics.steps > 0)
+        time.sleep(0.02)
+        if ends == "cancel":
+            handle.cancel()
+        else:
+            scheduler.close(drain=False)
+        assert handle.result(5).finish_reason == "cancelled"
+    other.close()
+    assert backend(engine).pages.free == 6
 
 
 def test_a_thousand_requests_leave_no_page_behind(real: nemodiff.LoadedEngine) -> None:
