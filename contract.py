@@ -35,10 +35,6 @@ Quantization = Literal["fp8", "int8", "int4"]
 # Which backends have each, and what a projection's inputs are then a multiple of.
 QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"int8": ("onnxruntime",), "int4": ("onnxruntime",), "fp8": ("torch",)}
 QUANTIZED_INPUTS: dict[str, int] = {"int8": 4, "int4": 32, "fp8": 16}
-VISION_BACKENDS: tuple[Backend, ...] = (
-    "onnxruntime",
-    "torch",
-)  # that have the second graph of a model that sees images
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {

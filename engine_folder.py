@@ -27,6 +27,7 @@ TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the n
 VISION_MODEL_FILE = "vision.onnx"
 VISION_WEIGHTS_FILE = "vision.onnx.data"
 VISION_TENSORS_FILE = "vision.safetensors"
+VISION_ENGINE_FILE = "vision.engine"  # of the TensorRT backends
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
@@ -92,6 +93,15 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionEngine:
+    """The second engine of a model that sees images: `patches` are the most that each of its profiles takes."""
+
+    patches: tuple[int, ...]  # least first
+    layers: dict[str, dict[str, int]]
+    engine_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorRTInfo:
     """What a TensorRT engine is and what must be here to run it.
 
@@ -108,6 +118,7 @@ class TensorRTInfo:
     flags: tuple[str, ...]
     engine_bytes: int
     kernels: tuple[Kernel, ...] = ()
+    vision: VisionEngine | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +310,10 @@ def _check_images(info: EngineInfo, path: Path, again: str) -> None:
     right = type(size) is int and (size == 0 if vision is None else size > 0 and size % vision.cell == 0)
     if not right:
         raise EngineError(f"{path}: max_image_size is {size!r}, allowed: {allowed}; {again}")
+    about = info.manifest.tensorrt
+    if about is not None and (about.vision is None) != (vision is None):
+        has = "no engine for the images that the model sees" if vision else "an engine for images that it cannot see"
+        raise EngineError(f"{path.parent / MANIFEST_FILE}: tensorrt has {has}; {again}")
 
 
 def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
@@ -312,8 +327,13 @@ def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
             "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
             "flags": tuple(values["flags"]),
             "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
+            "vision": _parse_vision_engine(values.get("vision")),
         }
     )
+
+
+def _parse_vision_engine(values: Any) -> VisionEngine | None:
+    return None if values is None else VisionEngine(**{**values, "patches": tuple(map(int, values["patches"]))})
 
 
 def parse_kernel(values: dict[str, Any]) -> Kernel:

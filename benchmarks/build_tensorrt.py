@@ -25,7 +25,8 @@ from common import record
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.choices import targets
-from nemodiff.builder.compilers.compile import corners, shape
+from nemodiff.builder.compilers.compile import declared_shapes
+from nemodiff.builder.compilers.profiles import corners, shape
 from nemodiff.measurement.machine import memory
 
 GOAL_MEMORY = 12 * 2**30  # anonymous bytes
@@ -113,14 +114,11 @@ def bare(builder: Builder, folder: Path) -> dict[str, Any]:
     )
     onnx.save(builder.graph.proto, folder / "model.onnx")
     written = time.perf_counter() - started
-    dims = {
-        value.name: [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
-        for value in builder.graph.proto.graph.input
-    }
+    dims = declared_shapes(builder.graph.proto)
     job = {
         "sms": targets(builder.backend, builder.choices),
         "profiles": [
-            {name: [shape(name, declared, corner) for corner in corners(profile)] for name, declared in dims.items()}
+            {name: [shape(declared, corner) for corner in corners(profile)] for name, declared in dims.items()}
             for profile in builder.profiles
         ],
     }

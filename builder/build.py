@@ -7,7 +7,6 @@ alone are written, and torch itself is not needed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,6 @@ from ..contract import (
 )
 from ..engine_folder import (
     CONFIG_FILE,
-    ENGINE_FILE,
     MODEL_FILE,
     TENSORS_FILE,
     TOKENIZER_FILE,
@@ -53,11 +51,11 @@ from .checkpoint.mistral_regex import correct, has_wrong_regex
 from .checkpoint.quantized import QuantizedTensor
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
-from .checks import check_backend, check_config, check_vision
+from .checks import check_backend, check_config
 from .compilers.choices import Choices, require, targets
+from .compilers.graphs import compile_graphs
 from .compilers.kernels import OLDEST_SM, compile_kernels
-from .compilers.profiles import profiles
-from .compilers.tensorrt import Compiled, compile_engine
+from .compilers.profiles import image_profiles, profiles
 from .graph.graph import Graph, build_graph
 from .graph.vision import build_vision_graph
 from .manifest import FileEntry, file_entry, folder_entries, make_manifest
@@ -125,7 +123,6 @@ class Builder:
         if fix_mistral_regex and not has_wrong_regex(tokenizer):
             raise BuildError(f"--fix-mistral-regex: {tokenizer} does not have the wrong pattern; leave the flag out")
         model = self.checkpoint.model
-        check_vision(backend, model)
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         packed = [t for t in self.checkpoint.tensors.values() if isinstance(t, QuantizedTensor)]
         kinds = {t.kind for t in packed if t.exact and backend in QUANTIZATIONS[t.kind]}
@@ -144,6 +141,8 @@ class Builder:
         )
         check_config(self.config, model, backend)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()
+        sees = model.vision if self._compiled else None
+        self.patches: tuple[int, ...] = image_profiles(sees, self.config) if sees else ()
         lora = self.checkpoint.adapter
         self.graph: Graph = build_graph(
             model,
@@ -158,7 +157,9 @@ class Builder:
         self._header = b""  # of the weights file
         if backend == "torch":
             self.graph, self._header = as_safetensors(self.graph, quantization, kept if packed else None)
-        self.vision: Graph | None = build_vision_graph(model, self.config.dtype) if model.vision else None
+        self.vision: Graph | None = None
+        if model.vision:
+            self.vision = build_vision_graph(model, self.config.dtype, fused=self._compiled)
         self.tensors: dict[str, Tensor | QuantizedTensor] = {
             **self.checkpoint.tensors,
             **(lora.tensors if lora else {}),
@@ -173,6 +174,7 @@ class Builder:
             self.config,
             self.output,
             self.backend,
+            patches=self.patches,
             fix_regex=self.fix_mistral_regex,
         )
 
@@ -199,11 +201,20 @@ class Builder:
             if self._compiled:
                 kernels = self._start_kernels(pool, stage, sms)
                 hashing = self._start_hashing(pool)
-                compiled = self._compile(stage, sms, kernels.result() if self.choices.plugins else ())
-                info = dataclasses.replace(compiled.info, kernels=kernels.result())
-                digests[ENGINE_FILE] = compiled.sha256
+                info, compiled = compile_graphs(
+                    stage,
+                    self.backend,
+                    self.choices,
+                    self.checkpoint.model,
+                    sms=sms,
+                    profiles=self.profiles,
+                    patches=self.patches,
+                    kernels=kernels,
+                )
                 if not self.choices.keeps_weights:
-                    (stage / WEIGHTS_FILE).unlink()
+                    for name in digests:
+                        (stage / name).unlink()
+                digests |= compiled
             copy_carried(self.source.folder, stage)
             if self.fix_mistral_regex:
                 correct(stage / TOKENIZER_FILE)
@@ -219,28 +230,25 @@ class Builder:
         return {name: pool.submit(file_entry, path, once=self._compiled) for name, path in files.items()}
 
     def _write_model(self, stage: Path, advance: Callable[[int], object]) -> dict[str, str]:
-        """Write the weights, and the graph that reads them; the weights file's sha256 by its name."""
-        weights = stage / (TENSORS_FILE if self.backend == "torch" else WEIGHTS_FILE)
-        digest = write_weights(
-            self.graph,
-            self.tensors,
-            weights,
-            advance,
-            hashed=not self._compiled or self.choices.keeps_weights,
-            header=self._header,
-            once=self._compiled,
-        )
-        digests = {weights.name: digest}
-        if self.backend != "torch":
-            onnx.save(self.graph.proto, stage / MODEL_FILE)
-        if self.vision and self.backend == "torch":
-            graph, header = as_safetensors(self.vision)
-            weights = stage / VISION_TENSORS_FILE
-            digests[weights.name] = write_weights(graph, self.tensors, weights, advance, header=header)
-        elif self.vision:
-            weights = stage / VISION_WEIGHTS_FILE
-            digests[weights.name] = write_weights(self.vision, self.tensors, weights, advance)
-            onnx.save(self.vision.proto, stage / VISION_MODEL_FILE)
+        """Write the weights, and the graphs that read them; each weights file's sha256 by its name."""
+        torch = self.backend == "torch"
+        parts = [(self.graph, self._header, MODEL_FILE, TENSORS_FILE if torch else WEIGHTS_FILE)]
+        if self.vision:
+            graph, header = as_safetensors(self.vision) if torch else (self.vision, b"")
+            parts.append((graph, header, VISION_MODEL_FILE, VISION_TENSORS_FILE if torch else VISION_WEIGHTS_FILE))
+        digests = {}
+        for graph, header, model, weights in parts:
+            digests[weights] = write_weights(
+                graph,
+                self.tensors,
+                stage / weights,
+                advance,
+                hashed=not self._compiled or self.choices.keeps_weights,
+                header=header,
+                once=self._compiled,
+            )
+            if not torch:
+                onnx.save(graph.proto, stage / model)
         return digests
 
     def _start_kernels(self, pool: Executor, stage: Path, sms: tuple[int, ...]) -> Future[tuple[Kernel, ...]]:
@@ -251,18 +259,6 @@ class Builder:
         if not self.choices.plugins:
             sms = tuple(sm for sm in sms if sm >= OLDEST_SM)
         return pool.submit(compile_kernels, self.checkpoint.model, self.config.dtype, sms, stage, ops)
-
-    def _compile(self, stage: Path, sms: tuple[int, ...], kernels: tuple[Kernel, ...]) -> Compiled:
-        return compile_engine(
-            self.backend,
-            self.choices,
-            sms=sms,
-            profiles=self.profiles,
-            layers=self.checkpoint.model.num_layers,
-            kernels=kernels,
-            model=stage / MODEL_FILE,
-            engine=stage / ENGINE_FILE,
-        )
 
 
 def _max_image_size(model: ModelConfig) -> int:

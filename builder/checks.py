@@ -10,7 +10,6 @@ from ..contract import (
     MAX_BLOCK,
     QUANTIZATIONS,
     QUANTIZED_INPUTS,
-    VISION_BACKENDS,
     Backend,
     BuildConfig,
     Dtype,
@@ -55,15 +54,6 @@ def check_backend(
         raise BuildError(
             f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "
             "quantized; leave it out"
-        )
-
-
-def check_vision(backend: Backend, model: ModelConfig) -> None:
-    """Refuse a model that sees images where the backend has no graph for them. Raises BuildError."""
-    if model.vision and backend not in VISION_BACKENDS:
-        raise BuildError(
-            f"--backend {backend}: has no graph for the images that this model sees, allowed: "
-            f"{', '.join(VISION_BACKENDS)}; build with --backend {VISION_BACKENDS[0]}"
         )
 
 

@@ -19,6 +19,7 @@ from ..engine_folder import (
     GENERATION_FILE,
     MODEL_FILE,
     VERIFY_FILE,
+    VISION_ENGINE_FILE,
     EngineInfo,
     read_engine,
     read_record,
@@ -164,7 +165,18 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
         f"profiles     {profiles}",
         f"layers       {counted}",
         *(f"kernels      SM {sm}: {', '.join(names)}" for sm, names in by_sm.items()),
+        *_vision_engine_lines(about["vision"]),
         *([f"in engine    {len(layers)} layers"] if layers is not None else []),
+    ]
+
+
+def _vision_engine_lines(vision: dict[str, Any] | None) -> list[str]:
+    if vision is None:
+        return []
+    counted = "; ".join(_counted(kind, counts) for kind, counts in vision["layers"].items() if counts)
+    return [
+        f"tower        {VISION_ENGINE_FILE}, {size_text(vision['engine_bytes'])}, profiles up to "
+        f"{' and '.join(map(str, vision['patches']))} patches; {counted}"
     ]
 
 

@@ -34,6 +34,7 @@ class Plan:
     parameters: int
     vision_parameters: int
     image_tokens: int  # of an image of the largest size; 0 for a model that sees none
+    patches: tuple[int, ...]  # that the profiles of a compiled vision graph take at most
     adapter_rank: int
     weight_bytes: int
     disk_free: int
@@ -76,6 +77,7 @@ class Plan:
         return (
             f"images       {self.vision_parameters:,} parameters of tower and projector, up to {self.image_tokens} "
             f"tokens for an image, of {size} x {size} pixels or larger"
+            + (f"; its graph is compiled for up to {' and '.join(map(str, self.patches))} patches" * bool(self.patches))
         )
 
     def _processor_lines(self) -> list[str]:
@@ -115,9 +117,19 @@ def _rows_on_cards(weights: int, row: int) -> dict[int, int]:
 
 
 def make_plan(
-    checkpoint: Checkpoint, weight_bytes: int, build: BuildConfig, output: Path, backend: Backend, *, fix_regex: bool
+    checkpoint: Checkpoint,
+    weight_bytes: int,
+    build: BuildConfig,
+    output: Path,
+    backend: Backend,
+    *,
+    patches: tuple[int, ...],
+    fix_regex: bool,
 ) -> Plan:
-    """Compute the plan; nothing is written and no weight is read. `fix_regex`: the tokenizer is mended."""
+    """Compute the plan; nothing is written and no weight is read.
+
+    `patches` are of the vision graph's profiles, `fix_regex`: the tokenizer is mended.
+    """
     model = checkpoint.model
     adapter = checkpoint.adapter
     tensors = [*checkpoint.tensors.values(), *(adapter.tensors.values() if adapter else ())]
@@ -151,6 +163,7 @@ def make_plan(
         parameters=model.parameters,
         vision_parameters=seeing,
         image_tokens=model.vision.tokens(build.max_image_size, build.max_image_size) if model.vision else 0,
+        patches=patches,
         adapter_rank=adapter.rank if adapter else 0,
         weight_bytes=weight_bytes,
         disk_free=disk_free(output),

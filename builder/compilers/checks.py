@@ -52,8 +52,8 @@ def check_layers(network: Network, proto: onnx.ModelProto, job: Job) -> dict[str
             ops = plugins if kinds.get(node.name) == _PLUGIN else natives
             ops[node.op_type] += 1
     _check_lowering(job, plugins, natives, counts[_PLUGIN])
-    attentions = 0 if job.plugins else job.layers
-    for kind, count in (("ATTENTION_INPUT", attentions), ("KV_CACHE_UPDATE", 2 * job.layers)):
+    attentions = 0 if job.plugins else job.attentions
+    for kind, count in (("ATTENTION_INPUT", attentions), ("KV_CACHE_UPDATE", job.caches)):
         if counts[kind] != count:
             raise BuildError(
                 f"the network has {counts[kind]} {kind} layers, allowed: {count}; this TensorRT version parses the "

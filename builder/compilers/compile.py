@@ -11,13 +11,14 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.inliner
 
-from ...engine_folder import Profile, parse_kernel
+from ...engine_folder import parse_kernel
 from ...errors import BuildError
 from ...plugins import OPS
 from ...plugins.tensorrt.api import TensorRT, load
@@ -26,6 +27,7 @@ from ...plugins.tensorrt.protocols import Builder, Config, Network
 from ..files import EngineFile
 from ..graph.stages import split
 from .checks import check_inputs, check_layers
+from .profiles import Corners, shape
 from .tensorrt import Job
 
 
@@ -33,8 +35,7 @@ def main(folder: Path) -> None:
     """Do the job in `folder`."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    values |= {"sms": tuple(values["sms"]), "profiles": tuple(Profile(**p) for p in values["profiles"])}
-    values |= {"kernels": tuple(parse_kernel(k) for k in values["kernels"])}
+    values |= {"sms": tuple(values["sms"]), "kernels": tuple(parse_kernel(k) for k in values["kernels"])}
     try:
         result = compile_job(Job(**values))
     except BuildError as error:
@@ -62,7 +63,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     _parse(api, network, proto, job)
     check_inputs(network)
     layers = check_layers(network, proto, job)
-    config = _configure(api, builder, network, job)
+    config = _configure(api, builder, network, proto, job)
     out = EngineFile(Path(job.engine))
     done = builder.build_serialized_network_to_stream(network, config, api.stream_writer(out.write))
     try:
@@ -107,12 +108,13 @@ def _parse(api: TensorRT, network: Network, proto: onnx.ModelProto, job: Job) ->
         raise BuildError(f"{job.model}: TensorRT cannot parse it ({reason}); report it with this line")
 
 
-def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> Config:
+def _configure(api: TensorRT, builder: Builder, network: Network, proto: onnx.ModelProto, job: Job) -> Config:
     """The builder's configuration. Raises BuildError."""
     config = builder.create_builder_config()
     enum = api.module
+    declared = declared_shapes(proto)
     for profile in job.profiles:
-        _add_profile(builder, network, config, profile)
+        _add_profile(builder, network, config, declared, profile)
     if job.backend == "tensorrt-rtx":  # the full TensorRT builds for the GPU at hand
         _set_targets(api, config, job.sms)
     config.profiling_verbosity = enum.ProfilingVerbosity.DETAILED
@@ -136,13 +138,27 @@ def _configure(api: TensorRT, builder: Builder, network: Network, job: Job) -> C
     return config
 
 
-def _add_profile(builder: Builder, network: Network, config: Config, profile: Profile) -> None:
+def declared_shapes(proto: onnx.ModelProto) -> dict[str, tuple[str | int, ...]]:
+    """The shapes of a graph's inputs, a letter for each dynamic size."""
+    return {
+        value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in proto.graph.input
+    }
+
+
+def _add_profile(
+    builder: Builder,
+    network: Network,
+    config: Config,
+    declared: Mapping[str, tuple[str | int, ...]],
+    profile: Corners,
+) -> None:
     """Declare the least, best and largest shape of every dynamic input."""
     shapes = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if -1 in tuple(tensor.shape):
-            least, best, most = (shape(tensor.name, tensor.shape, corner) for corner in corners(profile))
+            least, best, most = (shape(declared[tensor.name], corner) for corner in profile)
             shapes.set_shape(tensor.name, least, best, most)
     config.add_optimization_profile(shapes)
 
@@ -155,20 +171,6 @@ def _set_targets(api: TensorRT, config: Config, sms: tuple[int, ...]) -> None:
                 f"--sm is {sm}, allowed by {api.module.__name__} {api.version}: {api.sms()}; choose among them"
             )
         config.set_compute_capability(getattr(api.module.ComputeCapability, f"SM{sm}"), index)
-
-
-def corners(profile: Profile) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
-    """(B, S, R) at least, at best and at most."""
-    # At best one row decodes a block, or prefills and needs one prediction.
-    best = (1, profile.max_tokens, 1 if profile.name == "prefill" else profile.max_rows)
-    return (1, 1, 1), best, (profile.max_batch_size, profile.max_tokens, profile.max_rows)
-
-
-def shape(name: str, declared: Any, corner: tuple[int, int, int]) -> tuple[int, ...]:
-    """An input's shape at (B, S, R): the first axis is B, the second one S (R for `rows`) where it is dynamic."""
-    batch, tokens, predicted = corner
-    dynamic = iter((batch, predicted if name == "rows" else tokens))
-    return tuple(next(dynamic) if size == -1 else int(size) for size in declared)
 
 
 def _reason(api: TensorRT) -> str:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...contract import Backend
-from ...engine_folder import Kernel, Profile, TensorRTInfo
+from ...engine_folder import Kernel
 from ...errors import BuildError
 from ...plugins.tensorrt.api import library_folder
 from .child import child_command, child_environment
 from .choices import Choices
+from .profiles import Corners
 
 CREATORS = "nemodiff.plugins.tensorrt.register:register"  # called with the facade and kernels before plugins are parsed
 
@@ -32,8 +33,9 @@ class Job:
     model: str  # path of the ONNX file, its weights beside it
     engine: str  # path to write
     sms: tuple[int, ...]
-    profiles: tuple[Profile, ...]
-    layers: int  # decoder layers: that many attentions, and twice as many cache updates
+    profiles: tuple[Corners, ...]
+    attentions: int
+    caches: int  # that are updated in place
     creators: str
     kernels: tuple[Kernel, ...]
     plugins: bool
@@ -47,9 +49,12 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the manifest says about the engine, and the engine file's sha256."""
+    """What the child says of an engine file."""
 
-    info: TensorRTInfo
+    module: str
+    version: str
+    layers: dict[str, dict[str, int]]
+    bytes: int
     sha256: str
 
 
@@ -58,8 +63,9 @@ def compile_engine(
     choices: Choices,
     *,
     sms: tuple[int, ...],
-    profiles: tuple[Profile, ...],
-    layers: int,
+    profiles: tuple[Corners, ...],
+    attentions: int,
+    caches: int,
     kernels: tuple[Kernel, ...],
     model: Path,
     engine: Path,
@@ -71,7 +77,8 @@ def compile_engine(
         engine=str(engine),
         sms=sms,
         profiles=profiles,
-        layers=layers,
+        attentions=attentions,
+        caches=caches,
         creators=CREATORS,
         kernels=kernels,
         plugins=choices.plugins,
@@ -83,19 +90,7 @@ def compile_engine(
         version_compatible=choices.version_compatible,
     )
     with tempfile.TemporaryDirectory(prefix="nemodiff-compile-") as name:
-        result = _run(job, Path(name))
-    info = TensorRTInfo(
-        module=result["module"],
-        version=result["version"],
-        sms=sms,
-        profiles=profiles,
-        implementation="plugin" if choices.plugins else "native",
-        layers=result["layers"],
-        flags=tuple(flag for flag in choices.flags() if flag not in ("--sm", "--plugins")),
-        engine_bytes=result["bytes"],
-        kernels=kernels,
-    )
-    return Compiled(info, result["sha256"])
+        return Compiled(**_run(job, Path(name)))
 
 
 def _run(job: Job, work: Path) -> dict[str, Any]:

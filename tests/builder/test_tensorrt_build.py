@@ -32,6 +32,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers import checks, compile, tensorrt
 from nemodiff.builder.compilers.choices import RTX_SMS, Choices
+from nemodiff.builder.compilers.profiles import corners, shape
 from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
@@ -137,9 +138,11 @@ def test_profiles_keep_a_pass_within_limits(checkpoint: Path) -> None:
     vocabulary = builder.checkpoint.model.vocab_size
     logits = 4 * prefill.max_batch_size * prefill.max_rows * vocabulary
     assert logits <= 2**30 < logits + 4 * prefill.max_rows * vocabulary
-    assert compile.shape("rows", (-1, -1), (2, 64, 5)) == (2, 5)
-    assert compile.shape("visible", (-1, -1, 3), (2, 64, 5)) == (2, 64, 3)
-    assert compile.shape("k_cache_0", (-1, 2, 2048, 16), (2, 64, 5)) == (2, 2, 2048, 16)
+    declared = compile.declared_shapes(builder.graph.proto)
+    best, most = corners(dataclasses.replace(prefill, max_batch_size=2))[1:]
+    assert [shape(declared[name], most) for name in ("rows", "visible")] == [(2, 1024), (2, 1024, 3)]
+    assert shape(declared["k_cache_0"], best) == (1, *declared["k_cache_0"][1:])
+    assert shape(declared["rows"], best) == (1, 1)
 
 
 def test_bf16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_a_plugin_that_nobody_asked_for_is_refused(checkpoint: Path) -> None:
     onnx.save(builder.graph.proto, path)
     (checkpoint.parent / "model.onnx.data").write_bytes(bytes(builder.graph.weight_bytes))
     values: dict[str, Any] = dict.fromkeys(f.name for f in Job.__dataclass_fields__.values())
-    values |= {"backend": "tensorrt-rtx", "model": str(path), "layers": 2, "plugins": False}
+    values |= {"backend": "tensorrt-rtx", "model": str(path), "attentions": 2, "caches": 4, "plugins": False}
     code = f"""
 import onnx
 from nemodiff.plugins.tensorrt.register import register

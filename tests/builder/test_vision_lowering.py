@@ -1,67 +1,57 @@
-"""Both graphs of a model that sees go through TensorRT-RTX's parser and builder, with profiles by patches.
-
-No card that could be had runs such an engine, so `build` refuses the backend; this shows that the graphs are no
-obstacle.
-"""
+"""Both graphs of a model that sees as TensorRT-RTX engines, with profiles by patches. No card has run them yet."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Any
 
-import onnx
-import onnx.inliner
 import pytest
+from conftest import output_of
 from stand_ins.vision import write_vision_checkpoint
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
-from nemodiff.builder.checkpoint.weights import write_weights
-from nemodiff.builder.compilers.checks import check_inputs
-from nemodiff.builder.graph.graph import build_graph
-from nemodiff.builder.graph.vision import build_vision_graph
-from nemodiff.engine_folder import VISION_WEIGHTS_FILE, WEIGHTS_FILE
+from nemodiff.builder.build import Builder
+from nemodiff.builder.compilers.choices import Choices
+from nemodiff.builder.inspect import describe
+from nemodiff.engine_folder import read_engine
 from nemodiff.errors import BuildError
-from nemodiff.plugins.tensorrt.api import load
 
-pytestmark = pytest.mark.trt
-PATCHES, EMBEDDINGS = (4, 256, 1024), (1, 64, 256)
-ROWS, TOKENS = (1, 1, 4), (1, 64, 64)
+pytestmark = [
+    pytest.mark.trt,
+    pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra"),
+]
 
 
-@pytest.mark.parametrize("part", ["vision", "decoder"])
-def test_a_graph_is_built_for_every_size_of_its_profile(tmp_path: Path, part: str) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="needs the trt extra: pip install 'nemodiff[trt]'")
-    checkpoint = open_checkpoint(write_vision_checkpoint(tmp_path / "checkpoint", dtype="bf16"))
-    if part == "vision":
-        graph, weights = build_vision_graph(checkpoint.model, "bf16", fused=True), VISION_WEIGHTS_FILE
-    else:
-        graph, weights = build_graph(checkpoint.model, "bf16", capacity=512), WEIGHTS_FILE
-    write_weights(graph, checkpoint.tensors, tmp_path / weights, lambda nbytes: None)
-    api: Any = load("tensorrt-rtx", BuildError)
-    builder = api.builder()
-    network = api.network(builder)
-    parser = api.parser(network)
-    proto = onnx.inliner.inline_local_functions(graph.proto)
-    assert parser.parse(proto.SerializeToString(), str(tmp_path / "graph.onnx")), api.errors()
-    check_inputs(network)
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        sizes = [EMBEDDINGS] if tensor.name == "embeddings" else [PATCHES] if part == "vision" else [ROWS, TOKENS]
-        shapes = []
-        for corner in range(3):
-            dynamic = iter([size[corner] for size in sizes])
-            shapes.append(tuple(next(dynamic) if size == -1 else size for size in tensor.shape))
-        profile.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(profile)
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(api.module.ComputeCapability.SM89, 0)
-    engine = bytearray()
+def small(checkpoint: Path, **changes: object) -> Builder:
+    choices = Choices(sm=(89,))
+    return Builder(checkpoint, checkpoint.parent / "engine", backend="tensorrt-rtx", choices=choices, **changes)  # type: ignore[arg-type]
 
-    def write(data: memoryview) -> int:
-        engine.extend(data)
-        return data.nbytes
 
-    assert builder.build_serialized_network_to_stream(network, config, api.stream_writer(write)), api.errors()
-    assert len(engine) > graph.weight_bytes // 2
+def test_both_graphs_are_compiled(tmp_path: Path) -> None:
+    checkpoint = write_vision_checkpoint(tmp_path / "checkpoint", dtype="bf16")
+    builder = small(checkpoint, max_seq_len=256, max_image_size=160)
+    (line,) = [line for line in builder.plan().lines("x", tmp_path) if line.startswith("images")]
+    assert line.endswith("compiled for up to 1024 and 1600 patches")
+    folder = builder.run()
+    info = read_engine(folder)
+    about = info.manifest.tensorrt
+    assert about is not None
+    assert about.vision is not None
+    assert info.build.max_image_size == 160
+    assert about.vision.patches == (1024, 1600)
+    native = {"BlockAttention": 2, "ATTENTION_INPUT": 2, "ROTARY_EMBEDDING": 4}
+    assert about.vision.layers == {"plugin": {}, "native": native}
+    assert about.vision.engine_bytes == (folder / "vision.engine").stat().st_size > builder.vision.weight_bytes // 2  # type: ignore[union-attr]
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.onnx", "vision.onnx", "rank0.engine", "vision.engine"} <= names
+    assert not [name for name in names if name.endswith(".data")]
+    assert {"embedding", "embeddings"} <= set(describe(folder)["graph"]["inputs"])
+    assert "vision.engine, " in output_of("inspect", str(folder))
+
+
+def test_an_image_that_no_tensor_could_hold_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_vision_checkpoint(tmp_path / "checkpoint")
+    with pytest.raises(BuildError, match="use --max-image-size 856 or less") as caught:
+        small(checkpoint, max_image_size=1600)
+    assert "160000 patches" in str(caught.value)
+    assert small(checkpoint, max_image_size=856).patches == (1024, 214**2)
+    assert small(checkpoint, max_image_size=64).patches == (256,)

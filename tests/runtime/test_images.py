@@ -409,9 +409,7 @@ def test_another_image_token_in_the_config_is_told(tmp_path: Path) -> None:
     assert "the tokenizer decides" in note
 
 
-def test_what_no_backend_or_twin_has_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="no graph for the images"):
-        Builder(checkpoint, tmp_path / "engine", backend="tensorrt-rtx", headers_only=True)
+def test_what_no_engine_or_twin_has_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="sees images"):
         Exporter(checkpoint, tmp_path / "twin")
     with pytest.raises(BuildError, match="multiples of 8"):

@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from nemodiff.engine_folder import MODEL_FILE, EngineInfo
+from nemodiff.engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Stage
 from nemodiff.plugins.tensorrt.api import TensorRT
@@ -229,30 +229,33 @@ class Made:
     """What a stand-in TensorRT has made, for tests to look at."""
 
     contexts: list[Context] = dataclasses.field(default_factory=list)
-    executed: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)  # profile, B, S, R
+    executed: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # profile, B, S, R; of a tower profile, N
 
 
 class Engine:
     """The folder's ONNX graph in an engine's place."""
 
     num_layers = 1
+    merge = 1
     device_memory_size_v2 = 4096
 
-    def __init__(self, folder: Path, info: EngineInfo, driver: Driver, made: Made) -> None:
-        assert info.manifest.tensorrt is not None
-        self.profiles = info.manifest.tensorrt.profiles
+    def __init__(self, path: Path, profiles: list[dict[str, int]], driver: Driver, made: Made) -> None:
+        self.profiles = profiles  # the most of each letter
         self.driver = driver
         self.made = made
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(path, load_external_data=False).graph
         self.values = {v.name: v.type.tensor_type for v in [*graph.input, *graph.output]}
         self.inputs = [v.name for v in graph.input]
         self.names = list(self.values)
         self.num_io_tensors = len(self.names)
-        self.num_optimization_profiles = len(self.profiles)
+        self.num_optimization_profiles = len(profiles)
+
+    def declared(self, name: str) -> list[str | int]:
+        return [d.dim_param or d.dim_value for d in self.values[name].shape.dim]
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -289,11 +292,9 @@ class Context:
     def set_input_shape(self, name: str, shape: Any) -> bool:
         assert self.profile is not None
         limit = self.engine.profiles[self.profile]
-        second = limit.max_rows if name == "rows" else limit.max_tokens
-        fits = shape[0] <= limit.max_batch_size and (len(shape) == 1 or "cache" in name or shape[1] <= second)
         self.shapes[name] = tuple(shape)
-        declared = self.engine.get_tensor_shape(name)
-        return fits and all(d in (-1, s) for d, s in zip(declared, shape, strict=True))
+        declared = zip(self.engine.declared(name), shape, strict=True)
+        return all(1 <= size <= limit[d] if isinstance(d, str) else d == size for d, size in declared)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
@@ -306,14 +307,18 @@ class Context:
         assert self.scratch >= 4096
         assert self.infer_shapes() == []
         assert self.profile is not None
-        rows, size = self.shapes["ids"]
-        predicted = self.shapes["rows"][1]
-        letters = {"B": rows, "S": size, "R": predicted}
+        letters: dict[str | int, int] = {}
+        for name, given in self.shapes.items():
+            for letter, size in zip(self.engine.declared(name), given, strict=True):
+                assert letters.setdefault(letter, size) == size
+        vision = "N" in letters
+        if vision:
+            letters["M"] = letters["N"] // self.engine.merge**2
         binding = self.engine.session.io_binding()
         kept = list[Any]()  # what the binding points to
         for name in self.engine.names:
             value = self.engine.values[name]
-            shape = [d.dim_value or letters[d.dim_param] for d in value.shape.dim]
+            shape = [letters.get(d, d) for d in self.engine.declared(name)]
             assert self.shapes.get(name, tuple(shape)) == tuple(shape)
             dtype = helper.tensor_dtype_to_np_dtype(value.elem_type)
             nbytes = int(np.prod(shape)) * dtype.itemsize
@@ -327,7 +332,10 @@ class Context:
                 binding.bind_ortvalue_output(name, ort)
             if name.endswith("_out"):
                 assert self.addresses[name] == self.addresses[name.removesuffix("_out")]
-        executed = (self.profile, rows, size, predicted)
+        executed = (
+            self.profile,
+            *(letters["N"] if vision else letters[letter] for letter in ("N" if vision else "BSR")),
+        )
 
         def run() -> None:
             assert kept
@@ -343,6 +351,10 @@ def make_api(folder: Path, info: EngineInfo, driver: Driver) -> tuple[TensorRT, 
     about = info.manifest.tensorrt
     made = Made()
     assert about is not None
+    passes = [
+        {"B": p.max_batch_size, "S": p.max_tokens, "R": p.max_rows, "F": p.max_batch_size * p.max_tokens}
+        for p in about.profiles
+    ]
 
     class Runtime:
         engine_host_code_allowed = False
@@ -352,7 +364,14 @@ def make_api(folder: Path, info: EngineInfo, driver: Driver) -> tuple[TensorRT, 
 
         def deserialize_cuda_engine(self, data: Any) -> Engine | None:
             assert driver.cuCtxSetCurrent(CONTEXT) == (OK,)
-            return Engine(folder, info, driver, made) if bytes(data[:4]) == b"play" else None
+            if bytes(data[:4]) == b"play":
+                return Engine(folder / MODEL_FILE, passes, driver, made)
+            if bytes(data[:4]) == b"look" and about is not None and about.vision is not None:
+                tower = Engine(folder / VISION_MODEL_FILE, [{"N": most} for most in about.vision.patches], driver, made)
+                assert info.model.vision is not None
+                tower.merge = info.model.vision.merge
+                return tower
+            return None
 
     module = types.SimpleNamespace(
         Runtime=Runtime, ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user")

@@ -58,7 +58,14 @@ class TensorRTCache:
         output_bytes = 0
         for profile in engine.profiles:
             most_rows = min(rows, profile.max_batch_size)
-            largest = PassShape(0, most_rows, profile.max_tokens, profile.max_rows, sampled=engine.samples)
+            largest = PassShape(
+                0,
+                most_rows,
+                profile.max_tokens,
+                profile.max_rows,
+                sampled=engine.samples,
+                embedded=info.model.vision is not None,
+            )
             input_layout, output_layout = layouts(info, largest)
             input_bytes = max(input_bytes, input_layout.nbytes)
             output_bytes = max(output_bytes, output_layout.nbytes)
@@ -155,6 +162,7 @@ class TensorRTCache:
             tokens,
             rounded(predicted, min(profile.max_rows, tokens)),
             sampled=any(p.temperature for p in passes),
+            embedded=any(p.embedded is not None for p in passes),
         )
         most = profile.max_batch_size
         if len(passes) <= most:

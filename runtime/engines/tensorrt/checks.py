@@ -9,9 +9,18 @@ from __future__ import annotations
 import hashlib
 import mmap
 from pathlib import Path
+from typing import NamedTuple
 
-from ....contract import cache_names, inputs, outputs, size_text
-from ....engine_folder import ENGINE_FILE, KERNELS_FOLDER, WEIGHTS_FILE, EngineInfo, TensorRTInfo
+from ....contract import Binding, cache_names, inputs, outputs, size_text, vision_inputs, vision_outputs
+from ....engine_folder import (
+    ENGINE_FILE,
+    KERNELS_FOLDER,
+    MODEL_FILE,
+    VISION_ENGINE_FILE,
+    VISION_MODEL_FILE,
+    EngineInfo,
+    TensorRTInfo,
+)
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels
@@ -78,35 +87,63 @@ def deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -
     if about.implementation == "plugin" and info.manifest.backend == "tensorrt-rtx":
         # Full TensorRT carries the kernels in the engine.
         register(api, Kernels(folder, about.kernels, device.sm, device.driver))
+    bindings = [
+        *inputs(info.model, info.has_adapter),
+        *outputs(info.model, info.build.gather_generation_logits),
+    ]
+    return _deserialize(folder, info, api, device, _Part(ENGINE_FILE, MODEL_FILE, bindings, len(about.profiles)))
+
+
+def deserialize_vision(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -> Engine:
+    """Load the tower of a model that sees images, likewise. Raises EngineError."""
+    about, vision = info.manifest.tensorrt, info.model.vision
+    assert about is not None
+    assert about.vision is not None
+    assert vision is not None
+    bindings = [*vision_inputs(vision), *vision_outputs(info.model)]
+    part = _Part(VISION_ENGINE_FILE, VISION_MODEL_FILE, bindings, len(about.vision.patches))
+    return _deserialize(folder, info, api, device, part)
+
+
+class _Part(NamedTuple):
+    """One engine of a folder."""
+
+    file: str
+    model: str  # the graph that it was compiled from
+    bindings: list[Binding]
+    profiles: int
+
+
+def _deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device, part: _Part) -> Engine:
+    about = info.manifest.tensorrt
+    assert about is not None
+    path = folder / part.file
     again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend {info.manifest.backend}"
     device.use()
     runtime = api.runtime()
     runtime.engine_host_code_allowed = "--version-compatible" in about.flags
-    with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise EngineError(
-            f"{folder / ENGINE_FILE}: {about.module} {api.version} cannot load it ({api.errors()[:300]}); {again}"
-        )
-    expected = {b.name for b in inputs(info.model, info.has_adapter)}
-    expected |= {b.name for b in outputs(info.model, info.build.gather_generation_logits)}
+        raise EngineError(f"{path}: {about.module} {api.version} cannot load it ({api.errors()[:300]}); {again}")
+    expected = {binding.name for binding in part.bindings}
     bindings = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    if expected != bindings or engine.num_optimization_profiles != len(about.profiles):
+    if expected != bindings or engine.num_optimization_profiles != part.profiles:
         raise EngineError(
-            f"{folder / ENGINE_FILE}: its bindings or profiles are not those of the engine's description "
+            f"{path}: its bindings or profiles are not those of the engine's description "
             f"({', '.join(sorted(expected ^ bindings)[:3]) or 'profiles'}); {again}"
         )
     if "--strip-weights" in about.flags:
-        _refit(folder, api, engine)
+        _refit(folder / part.model, api, engine)
     return engine
 
 
-def _refit(folder: Path, api: TensorRT, engine: Engine) -> None:
+def _refit(model: Path, api: TensorRT, engine: Engine) -> None:
     """Put the weights into an engine that was built without them."""
     refitter = api.module.Refitter(engine, api.logger)
     parser = api.module.OnnxParserRefitter(refitter, api.logger)
-    if not parser.refit_from_file(str(folder / "model.onnx")) or not refitter.refit_cuda_engine():
+    if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
         raise EngineError(
-            f"{folder / WEIGHTS_FILE}: its weights cannot be put into the engine ({api.errors()[:300]}); build it "
+            f"{model}: its weights cannot be put into the engine ({api.errors()[:300]}); build it "
             "again without --strip-weights"
         )

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ....contract import ITEMSIZE, cache_slots
 from ....engine_folder import EngineInfo, Profile
 from ....errors import EngineError
@@ -17,11 +19,14 @@ from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.protocols import Context
+from ...images.image import Image
 from ..layout import PassShape
 from .cache import TensorRTCache
-from .checks import MODEL_INPUT, check_here, check_memory, deserialize
+from .checks import MODEL_INPUT, check_here, check_memory, deserialize, deserialize_vision
+from .contexts import make_config, make_context, scratch_bytes
 from .device import Device, Memory
 from .forward import Sampler
+from .vision import TensorRTVision, io_bytes
 
 _KEPT_CACHES = 4  # closed ones
 
@@ -69,12 +74,15 @@ class TensorRTEngine:
         predicted = max(p.max_batch_size * p.max_rows for p in self.profiles)
         logits_bytes = 4 * predicted * model.vocab_size if has_logits else 0
         row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
-        check_memory(folder, self.device, {"weights": about.engine_bytes, "logits": logits_bytes, "one row": row})
+        weights = about.engine_bytes + (about.vision.engine_bytes if about.vision else 0)
+        image_bytes = io_bytes(info, about.vision) if about.vision else 0
+        parts = {"weights": weights, "logits": logits_bytes, "one row": row, "images": image_bytes}
+        check_memory(folder, self.device, parts)
         self.engine = deserialize(folder, info, self.api, self.device)
+        tower = None if about.vision is None else deserialize_vision(folder, info, self.api, self.device)
         self.capacity = int(self.engine.get_tensor_shape(MODEL_INPUT)[2])  # slots per row
-        numbers = range(self.engine.num_optimization_profiles)
-        scratch = max(self.engine.get_device_memory_size_for_profile_v2(number) for number in numbers)
-        check_memory(folder, self.device, {"scratch memory": scratch, "logits": logits_bytes})
+        scratch = max(scratch_bytes(engine) for engine in (self.engine, tower) if engine is not None)
+        check_memory(folder, self.device, {"scratch memory": scratch, "logits": logits_bytes, "images": image_bytes})
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
         self.logits: Memory | None = self.device.allocate(logits_bytes) if has_logits else None
@@ -84,7 +92,12 @@ class TensorRTEngine:
         if self.samples:
             kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
             self.sampler = Sampler(kernels, self.device.allocate(Sampler.scratch(predicted, model.vocab_size)))
-        self._config = self._runtime_config()
+        # A graph would keep the kernels that serve every shape for ever.
+        self._config = make_config(self.api, self.engine, "EAGER")
+        self._vision: TensorRTVision | None = None
+        if tower is not None and about.vision is not None:
+            config = make_config(self.api, tower, "NONE")
+            self._vision = TensorRTVision(self, tower, about.vision, config, self._scratch)
         self._closed: list[TensorRTCache] = []
         self.lock = threading.RLock()  # of the stream, the scratch memory and _closed
         self.eager_shapes: dict[PassShape, str] = {}  # shapes that cannot be captured, and why
@@ -107,6 +120,13 @@ class TensorRTEngine:
             check_memory(self.folder, self.device, {f"K/V of {rows} row(s)": self.cache_bytes(rows)})
             return TensorRTCache(self, rows)
 
+    def see(self, image: Image) -> np.ndarray:
+        """See `engine.SeeingEngine.see`."""
+        assert self._vision is not None
+        with self.lock:
+            self.device.use()
+            return self._vision.see(image)
+
     def cache_bytes(self, rows: int) -> int:
         """Device memory of a cache's K/V."""
         per_token = self.info.model.kv_bytes_per_token(ITEMSIZE[self.info.build.dtype])
@@ -120,23 +140,6 @@ class TensorRTEngine:
     def context(self, profile: int) -> Context:
         """An execution context for one shape; all contexts share the scratch memory."""
         # TensorRT ties a captured graph to the state of the context it was captured from.
-        strategy = self.api.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self.engine.create_execution_context(strategy if self._config is None else self._config)
-        if context is None or not context.set_optimization_profile_async(profile, self.device.stream):
-            raise EngineError(f"{self.folder}: no execution context ({self.api.errors()}); free memory on the GPU")
-        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
-        return context
-
-    def _runtime_config(self) -> Any:
-        """TensorRT-RTX's configuration, which all contexts share with its cache of kernels; full TensorRT has none."""
-        strategies = getattr(self.api.module, "DynamicShapesKernelSpecializationStrategy", None)
-        if strategies is None:
-            return None
-        config = self.engine.create_runtime_config()
-        # Kernels for a shape are compiled at once when it first comes: a graph would keep the general ones for ever.
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-        config.set_execution_context_allocation_strategy(
-            self.api.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return make_context(
+            self.folder, self.api, self.device, self.engine, self._config, profile, self._scratch
         )
-        config.set_runtime_cache(config.create_runtime_cache())
-        return config

@@ -40,6 +40,10 @@ def split(p: Pass, longest: int, folder: Path) -> list[Pass]:
 
 def _piece(p: Pass, start: int, end: int) -> Pass:
     predicted = p.predicted[(p.predicted >= start) & (p.predicted < end)] - start
+    embedded, embeddings = p.embedded, p.embeddings
+    if embedded is not None and embeddings is not None:
+        here = (embedded >= start) & (embedded < end)
+        embedded, embeddings = (embedded[here] - start, embeddings[here]) if here.any() else (None, None)
     return p._replace(
         ids=p.ids[start:end],
         pos=p.pos[start:end],
@@ -47,6 +51,8 @@ def _piece(p: Pass, start: int, end: int) -> Pass:
         visible=p.visible[start:end],
         predicted=predicted.astype(np.int32),
         adapter=p.adapter[start:end] if isinstance(p.adapter, np.ndarray) else p.adapter,
+        embedded=embedded,
+        embeddings=embeddings,
     )
 
 
