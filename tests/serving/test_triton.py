@@ -1,11 +1,12 @@
 """The exported model in a real Triton Inference Server, as its clients see it.
 
-One server holds three models: the tiny engine, the same one with other defaults and a batch dimension, and one that
-needs 0.1 s for a pass and breaks while a file is there. Nothing is timed.
+One server holds four models: the tiny engine, the same one with other defaults and a batch dimension, one that sees
+images, and one that needs 0.1 s for a pass and breaks while a file is there. Nothing is timed.
 """
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import contextlib
 import itertools
@@ -26,8 +27,10 @@ import pytest
 
 grpc = pytest.importorskip("grpc")
 from stand_ins.triton_clients import GrpcStream, get, post, server_sent, tensor  # noqa: E402
+from stand_ins.vision import as_bytes, picture, write_vision_checkpoint  # noqa: E402
 
 import nemodiff  # noqa: E402
+from nemodiff.builder.build import Builder  # noqa: E402
 from nemodiff.serving.triton_server.export import export  # noqa: E402
 from nemodiff.serving.triton_server.install import installed  # noqa: E402
 from nemodiff.serving.triton_server.server import TritonServer, free_ports  # noqa: E402
@@ -74,10 +77,17 @@ class TritonPythonModel(Model):
 
 
 @pytest.fixture(scope="module")
-def repository(tiny_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seeing_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeing")
+    return Builder(write_vision_checkpoint(folder / "checkpoint"), folder / "engine").run()
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_engine: Path, seeing_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     one = {"threads": "1"}
     export(tiny_engine, folder, parameters=one)
+    export(seeing_engine, folder, name="seeing", parameters=one)
     other = {**one, "mode": "ar", "max_tokens": "7", "exclude_input_in_output": "false"}
     export(tiny_engine, folder, name="other", parameters=other, link=True, batched=True)
     slow = export(tiny_engine, folder, name="slow", parameters={**one, "rows": "1", "waiting": "2"}, link=True)
@@ -162,6 +172,30 @@ def test_generate_is_what_the_runtime_gives(
     assert answer["tokens_per_pass"] == pytest.approx(expected.decode_tpf)
     assert answer.get("acceptance_length") == pytest.approx(expected.acceptance.mean)
     assert answer["time_to_first_token_ms"] > 0
+
+
+def test_images_come_in_base64(server: TritonServer, seeing_engine: Path) -> None:
+    engine = nemodiff.load(seeing_engine, threads=1)
+    files = [as_bytes(picture(30, 20)), as_bytes(picture(9, 40, 1), "JPEG")]
+    images = [base64.b64encode(data).decode() for data in files]
+    question = "What is this?"
+    for count in (1, 2):
+        parts: list[Any] = [{"type": "image", "image": data} for data in files[:count]]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+        for mode in nemodiff.MODES:
+            expected = nemodiff.generate(engine, messages, mode=mode, max_new_tokens=12)
+            body = {"text_input": question, "image": images[:count], "mode": mode, "max_tokens": 12}
+            answer = generate(server, "seeing", **body)
+            assert answer["text_output"] == expected.text
+            assert answer["num_input_tokens"] == expected.prompt_tokens
+    for model, given, fragment in (
+        ("seeing", "*", "image 1 is no base64"),
+        ("seeing", base64.b64encode(files[0][:40]).decode(), "image 1: not a whole image file"),
+        ("nemodiff", images[0], "which this model cannot see"),
+    ):
+        status, text = post(server.http, f"/v2/models/{model}/generate", {"text_input": question, "image": [given]})
+        assert status == 400
+        assert fragment in json.loads(text)["error"]
 
 
 def test_a_streamed_text_is_the_same_text(server: TritonServer, alone: Callable[..., nemodiff.Generation]) -> None:
