@@ -24,24 +24,35 @@ _ALLOWED = 'text, {"type": "image", "image": PATH, bytes or a Pillow image} or {
 def plain_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Any]]:
     """The messages with `{"type": "image"}` in the place of each image, and what the images are given as, in order.
 
-    Parts of text alone become one text. Raises RequestError.
+    Parts of text alone become one text. Templates have places for a user's images only, so those that a tool has given
+    stand before what the user says next, or are what he says. Raises RequestError.
     """
     sources: list[Any] = []
     plain: list[Message] = []
+    given: list[dict[str, Any]] = []  # images of tools that wait for a user's message
     for message in messages:
-        content = message.get("content")
-        if not isinstance(content, (list, tuple)):
-            plain.append(message)
+        role, content = message.get("role"), message.get("content")
+        parts = [_part(part, sources) for part in content] if isinstance(content, (list, tuple)) else None
+        if given and role == "user" and (parts or isinstance(content, str)):
+            plain.append({**message, "content": [*given, *(parts or [{"type": "text", "text": content}])]})
+            given = []
             continue
-        before = len(sources)
-        parts = [_part(part, sources) for part in content]
-        if len(sources) == before:
-            plain.append({**message, "content": "".join(part["text"] for part in parts)})
-        elif message.get("role") == "user":
+        if given and role != "tool":
+            plain.append({"role": "user", "content": given})
+            given = []
+        images = [part for part in parts or () if part["type"] == "image"]
+        if parts is None:
+            plain.append(message)
+        elif images and role == "user":
             plain.append({**message, "content": parts})
+        elif not images or role == "tool":
+            plain.append({**message, "content": "".join(part.get("text", "") for part in parts)})
+            given += images
         else:
-            raise RequestError("an image is in a message that is no user's, allowed: role user; move it there")
-    return plain, sources
+            raise RequestError(
+                f"an image is in a message of role {role!r:.20}, allowed: user and tool; move it to a user's"
+            )
+    return [*plain, *([{"role": "user", "content": given}] if given else [])], sources
 
 
 def _part(part: Any, sources: list[Any]) -> dict[str, Any]:

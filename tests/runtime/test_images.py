@@ -337,10 +337,37 @@ def test_an_image_is_refused_where_it_cannot_be_seen(engine: LoadedEngine, tiny_
     for loaded, message, options, fragment in (
         (nemodiff.load(tiny_engine), asked(picture(4, 4)), Options(), "cannot see"),
         (engine, asked(picture(4, 4)), Options(chat=False), "leave out --raw"),
-        (engine, [{**asked(picture(4, 4))[0], "role": "assistant"}], Options(), "allowed: role user"),
+        (engine, [{**asked(picture(4, 4))[0], "role": "assistant"}], Options(), "allowed: user and tool"),
     ):
         with pytest.raises(RequestError, match=fragment):
             prepare(loaded, message, options)
+
+
+def test_images_of_tools_stand_before_what_the_user_says_next(engine: LoadedEngine) -> None:
+    first, second = ({"type": "image", "image": picture(8, 8, seed)} for seed in (1, 2))
+    text = {"type": "text", "text": "found"}
+    user, assistant = {"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}
+    tool = {"role": "tool", "content": "found"}
+    for given, meant in (
+        (
+            [user, {"role": "tool", "content": [text, first]}, {"role": "tool", "content": [second]}],
+            [user, tool, {"role": "tool", "content": ""}, {"role": "user", "content": [first, second]}],
+        ),
+        (
+            [{"role": "tool", "content": [first, text]}, {"role": "user", "content": [second, text]}],
+            [tool, {"role": "user", "content": [first, second, text]}],
+        ),
+        (
+            [{"role": "tool", "content": [first, text]}, user],
+            [tool, {"role": "user", "content": [first, {"type": "text", "text": "Look."}]}],
+        ),
+        (
+            [{"role": "tool", "content": [text, first]}, assistant, user],
+            [tool, {"role": "user", "content": [first]}, assistant, user],
+        ),
+    ):
+        one, other = (prepare(engine, messages, Options()).keys for messages in (given, meant))
+        assert one == other
 
 
 def test_what_a_text_spells_is_no_image(engine: LoadedEngine) -> None:

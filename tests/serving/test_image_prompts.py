@@ -109,6 +109,42 @@ def test_other_apis_take_images(server: Served, expected: dict[str, Any]) -> Non
     assert "".join(item["content"][0]["text"] for item in answer["output"]) == expected["text"]
 
 
+def test_what_a_tool_has_given_may_hold_images(server: Served, expected: dict[str, Any]) -> None:
+    """In every API, as if the user had shown them after the tool's text."""
+    call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    image = {"type": "image_url", "image_url": {"url": URL}}
+    before = [{"role": "user", "content": "Look."}, {"role": "assistant", "tool_calls": [call]}]
+    told = {"role": "tool", "tool_call_id": "a", "content": "seen"}
+    messages = [*before, told, {"role": "user", "content": [image]}]
+    meant = server.ask("/v1/chat/completions", {"model": "seeing", "messages": messages, "max_tokens": 12})
+    wanted, tokens = meant["choices"][0]["message"]["content"], meant["usage"]["prompt_tokens"]
+    messages = [*before, {**told, "content": [{"type": "text", "text": "seen"}, image]}]
+    answer = server.ask("/v1/chat/completions", {"model": "seeing", "messages": messages, "max_tokens": 12})
+    assert answer["choices"][0]["message"]["content"] == wanted
+    assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == sum(expected["image_tokens"])
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(DATA).decode()}
+    found = [{"type": "image", "source": source}, {"type": "text", "text": "seen"}]
+    turns = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "look", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": found}]},
+    ]
+    message = server.ask("/v1/messages", {"model": "seeing", "messages": turns, "max_tokens": 12})
+    assert "".join(block["text"] for block in message["content"]) == wanted
+    output = [{"type": "input_text", "text": "seen"}, {"type": "input_image", "image_url": URL}]
+    items = [
+        {"role": "user", "content": "Look."},
+        {"type": "function_call", "call_id": "a", "name": "look", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": output},
+    ]
+    response = server.ask("/v1/responses", {"model": "seeing", "input": items, "max_output_tokens": 12})
+    assert "".join(item["content"][0]["text"] for item in response["output"]) == wanted
+    assert response["usage"]["input_tokens"] == message["usage"]["input_tokens"] + message["usage"].get(
+        "cache_read_input_tokens", 0
+    )
+    assert response["usage"]["input_tokens"] == tokens
+
+
 @pytest.mark.parametrize(
     ("part", "fragment"),
     [

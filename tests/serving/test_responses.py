@@ -152,7 +152,7 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format has no schema"),
         (
             {"input": [{"role": "assistant", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "input holds an image that is no user's",
+            "input holds an image that neither user nor tool has given",
         ),
         ({"input": 5}, "input.text: Input should be a valid string"),
         ({"input": [{"type": 5}]}, "input.parts.0"),

@@ -75,7 +75,7 @@ class ToolReference(ConversationPart):
         return self.tool_name
 
 
-Result = Annotated[TextBlock | ToolReference, Field(discriminator="type")]
+Result = Annotated[TextBlock | ImageBlock | ToolReference, Field(discriminator="type")]
 
 
 class ToolResultBlock(ConversationPart):

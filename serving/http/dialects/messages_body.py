@@ -159,12 +159,20 @@ def _parts(turn: Turn) -> list[Mapping[str, Any]]:
         elif isinstance(block, ToolResultBlock):
             messages += _said(turn.role, said)
             said = []
-            content = ("Error: " if block.is_error else "") + _text(block.content)
-            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": content})
+            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)})
         else:
             allowed = "allowed: text, image and tool_result"
             raise RequestError(f"messages holds a block {block.type} of the {turn.role}'s, {allowed}")
     return [*messages, *_said(turn.role, said)]
+
+
+def _result(block: ToolResultBlock) -> str | list[dict[str, Any]]:
+    """What a call gave; images make it a list of parts."""
+    found = [] if isinstance(block.content, str) else block.content
+    images = [part.plain() for part in found if isinstance(part, ImageBlock)]
+    told = block.content if isinstance(block.content, str) else [p for p in found if not isinstance(p, ImageBlock)]
+    text = ("Error: " if block.is_error else "") + _text(told)
+    return [{"type": "text", "text": text}, *images] if images else text
 
 
 def _said(role: str, blocks: list[TextBlock | ImageBlock]) -> list[Mapping[str, Any]]:

@@ -134,12 +134,12 @@ class Responses(DialectBody):
 
 def _text(content: str | list[Any]) -> str:
     if isinstance(content, list) and any(isinstance(part, ImagePart) for part in content):
-        raise RequestError("input holds an image that is no user's, allowed: images in messages of role user")
+        raise RequestError("input holds an image that neither user nor tool has given, allowed: images of these")
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def _seen(content: str | list[Any]) -> str | list[dict[str, Any]]:
-    """A user's content; images make it a list of parts."""
+    """What a user or a call has given; images make it a list of parts."""
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return _text(content)
     return [
@@ -162,7 +162,7 @@ def _said(item: Any) -> dict[str, Any] | None:
 
 def _message(item: Any) -> dict[str, Any]:
     if isinstance(item, ResultItem):
-        return {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+        return {"role": "tool", "tool_call_id": item.call_id, "content": _seen(item.output)}
     if item.role == "user":
         return {"role": "user", "content": _seen(item.content)}
     return {"role": "system", "content": _text(item.content)}
