@@ -20,6 +20,7 @@ from .errors import CheckpointError, EngineError
 SCHEMA = 4
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
+COMPILED_FOLDER = "compiled"  # what a torch engine's first load on a GPU has compiled, so not in the manifest
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 TENSORS_FILE = "model.safetensors"  # the weights of the torch backend, by the names they have in the graph

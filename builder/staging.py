@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..engine_folder import (
+    COMPILED_FOLDER,
     CONFIG_FILE,
     COST_FILE,
     ENGINE_FILE,
@@ -54,6 +55,7 @@ ENGINE = Kind(
     MANIFEST_FILE,
     frozenset(
         {
+            COMPILED_FOLDER,
             CONFIG_FILE,
             COST_FILE,
             ENGINE_FILE,

@@ -108,6 +108,11 @@ class TorchEngine:
         return self.forwards.captured
 
     @property
+    def compiled(self) -> int:
+        """Kernels that had to be compiled since the engine was loaded."""
+        return 0 if self.forwards.kernels is None else self.forwards.kernels.compiled
+
+    @property
     def eager_shapes(self) -> dict[FlatShape, str]:
         """Shapes that cannot be captured, and why."""
         return self.forwards.eager_shapes

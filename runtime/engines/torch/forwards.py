@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from ..engine import Pass, Prediction, read_only
 from ..pages import PAGE
 from .device import Buffer, Graph, TorchDevice
 from .flat import FlatShape, fill, flat_layouts, flat_shape, rounded_shape
+from .kernel_cache import KernelCache
 from .memory import Change, Memory
 from .model import TorchModel
 from .plain import View
@@ -57,6 +59,7 @@ class Forwards:
         self.info = info
         self.graphs = graphs
         self.lock: Any = lock
+        self.kernels = KernelCache(folder) if model.kernels else None
         self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made so far
         self.flight: TorchFlight | None = None
@@ -180,6 +183,11 @@ class Step:
 
     def _work(self) -> None:
         """All that a graph holds: upload, network, download."""
+        kernels = self._owner.kernels
+        with contextlib.nullcontext() if kernels is None else kernels.use():
+            self._compute()
+
+    def _compute(self) -> None:
         device, model, memory = self._owner.device, self._owner.model, self._owner.memory
         device.upload(self._inputs)
         # Kept, so that a replay writes the logits to the same place.
