@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +17,8 @@ from ...errors import RequestError
 from ...runtime.requests.prepare import Prompt
 
 MOST_BYTES = 16 * 2**20  # of a fetched image
-SECONDS = 10.0  # for all of it
+MOST_URLS = 16  # of a request
+SECONDS = 10.0  # for all of these
 _CHUNK = 64 * 2**10
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -23,34 +26,52 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 def is_public(address: Address) -> bool:
     """Whether an address is of the internet: not this machine, its networks, or those of a cloud's own services."""
     mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return address.is_global and not address.is_multicast and (mapped is None or is_public(mapped))
+    if mapped is not None:
+        return is_public(mapped)
+    # Reserved are, among others, those that NAT64 makes of IPv4's.
+    old = address.is_multicast or address.is_reserved or getattr(address, "is_site_local", False)
+    return address.is_global and not old
 
 
 def with_images(prompts: list[Prompt], allowed: bool) -> list[Prompt]:
     """The prompts with the bytes of each image that is named by an http URL. Raises RequestError."""
-    return [_with_images(prompt, allowed) if isinstance(prompt, list) else prompt for prompt in prompts]
+    contents = [
+        message["content"]
+        for prompt in prompts
+        if isinstance(prompt, list)
+        for message in prompt
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+    ]
+    urls = [url for content in contents for part in content if (url := _http_url(part))]
+    if urls and not allowed:
+        raise RequestError(
+            f"image_url is {urls[0]:.80}, allowed: data:image/png;base64,..; send the image itself, or start the "
+            "server with --allow-image-urls"
+        )
+    if len(urls) > MOST_URLS:
+        raise RequestError(
+            f"{len(urls)} images by URL, allowed in a request: {MOST_URLS}; send the others as data URLs"
+        )
+    ends = time.monotonic() + SECONDS
+    fetched = {url: fetch(url, seconds=ends - time.monotonic()) for url in dict.fromkeys(urls)}
+    return [_with_bytes(prompt, fetched) if isinstance(prompt, list) else prompt for prompt in prompts]
 
 
-def _with_images(prompt: list[Any], allowed: bool) -> Any:
+def _http_url(part: Mapping[str, Any]) -> str:
+    """The http URL that a part of a message names, empty if it names none."""
+    url: str = part["image_url"]["url"] if part["type"] == "image_url" else ""
+    return url if url.lower().startswith(("http:", "https:")) else ""
+
+
+def _with_bytes(prompt: list[Any], fetched: Mapping[str, bytes]) -> Any:
     messages = []
     for message in prompt:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list):
-            message = {**message, "content": [_with_bytes(part, allowed) for part in content]}
+            seen = [{"type": "image", "image": fetched[url]} if (url := _http_url(p)) else p for p in content]
+            message = {**message, "content": seen}
         messages.append(message)
     return messages
-
-
-def _with_bytes(part: Mapping[str, Any], allowed: bool) -> Mapping[str, Any]:
-    url = part["image_url"]["url"] if part["type"] == "image_url" else ""
-    if not url.lower().startswith(("http:", "https:")):
-        return part
-    if not allowed:
-        raise RequestError(
-            f"image_url is {url:.80}, allowed: data:image/png;base64,..; send the image itself, or start the server "
-            "with --allow-image-urls"
-        )
-    return {"type": "image", "image": fetch(url)}
 
 
 def fetch(url: str, allowed: Callable[[Address], bool] = is_public, seconds: float = SECONDS) -> bytes:
@@ -67,17 +88,39 @@ def fetch(url: str, allowed: Callable[[Address], bool] = is_public, seconds: flo
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     try:
         # The address that is checked is the one that is called: a name may stand for another one the next time.
-        plain = _connect(host, port, allowed, ends, url)
-        with plain:
+        with _connect(host, port, allowed, ends, url) as plain, _hung_up(plain, ends):
             stream = plain
             if parts.scheme.lower() == "https":
                 stream = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
-            connection = http.client.HTTPConnection(host, port)
-            connection.sock = stream
-            connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
-            return _body(connection.getresponse(), stream, url, ends)
+            with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
+                connection.sock = stream
+                connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
+                body = _body(connection.getresponse(), url)
+        if time.monotonic() < ends:
+            return body
     except (OSError, http.client.HTTPException, UnicodeError) as error:
-        raise _refusal(url, str(error) or type(error).__name__) from None
+        if time.monotonic() < ends:
+            raise _refusal(url, str(error) or type(error).__name__) from None
+    raise _refusal(url, "it takes too long")
+
+
+@contextlib.contextmanager
+def _hung_up(connected: socket.socket, ends: float) -> Iterator[None]:
+    """End a connection at a time: a limit of each read would let a server send byte after byte for ever."""
+    other = connected.dup()  # TLS takes the first one over
+    with other:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                other.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(ends - time.monotonic(), hang_up)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
 
 
 def _connect(host: str, port: int, allowed: Callable[[Address], bool], ends: float, url: str) -> socket.socket:
@@ -89,21 +132,15 @@ def _connect(host: str, port: int, allowed: Callable[[Address], bool], ends: flo
     return socket.create_connection((addresses[0], port), timeout=max(ends - time.monotonic(), 0.001))
 
 
-def _body(response: http.client.HTTPResponse, stream: socket.socket, url: str, ends: float) -> bytes:
+def _body(response: http.client.HTTPResponse, url: str) -> bytes:
     if response.status != 200:
         raise _refusal(url, f"the answer is {response.status}")
     body = b""
-    while True:
-        left = ends - time.monotonic()
-        if left <= 0:
-            raise _refusal(url, "it takes too long")
-        stream.settimeout(left)
-        piece = response.read1(_CHUNK)
-        if not piece:
-            return body
+    while piece := response.read1(_CHUNK):
         body += piece
         if len(body) > MOST_BYTES:
             raise _refusal(url, f"more than {MOST_BYTES:,} bytes")
+    return body
 
 
 def _refusal(url: str, reason: str) -> RequestError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,28 @@ def test_broken_and_hostile_files_are_refused(name: str, data: bytes) -> None:
     assert line.isprintable()
     if name == "bomb":
         assert "67,108,864" in line
+
+
+def test_files_with_wrong_bytes_are_pictures_or_refused() -> None:
+    rng = random.Random(1)
+    animation = {"save_all": True, "append_images": [picture(20, 20, 2)]}
+    files = [as_bytes(picture(30, 30), form) for form in ("PNG", "JPEG", "WEBP", "GIF")]
+    files += [as_bytes(picture(30, 30, mode="CMYK"), "JPEG"), as_bytes(picture(20, 20), "GIF", **animation)]
+    decoded = 0
+    lines = []
+    for _ in range(600):
+        data = bytearray(rng.choice(files))
+        for _ in range(rng.choice((1, 2, 8))):
+            at = rng.randrange(len(data))
+            if rng.random() < 0.2:
+                del data[at + 1 :]
+            data[at] = rng.randrange(256)
+        try:
+            decoded += decode(bytes(data), "image 1").ndim == 3
+        except RequestError as error:
+            lines.append(str(error))
+    assert all(line.startswith("image 1: ") and line.isprintable() for line in lines)
+    assert 50 < decoded < 550
 
 
 def test_extreme_shapes(engine: LoadedEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import ipaddress
 import json
@@ -161,6 +162,14 @@ def test_chat_refuses_what_is_no_image(server: Served, part: dict[str, Any], fra
     assert fragment in json.loads(body)["error"]["message"]
 
 
+def test_a_server_that_fetches_does_not_call_its_own_network(engine: Path, web: str) -> None:
+    with serving(engine, "--threads", "1", "--allow-image-urls") as served:
+        part = {"type": "image_url", "image_url": {"url": f"{web}/a.png"}}
+        status, _, body = served.send("/v1/chat/completions", chat(part))
+    assert status == 400
+    assert "no public address" in json.loads(body)["error"]["message"]
+
+
 def test_a_request_to_triton_has_images_in_base64(expected: dict[str, Any], engine: Path) -> None:
     request = read({"text_input": [QUESTION], "image": [base64.b64encode(DATA).decode()], "max_tokens": [12]}, {}, {})
     answer = nemodiff.generate(nemodiff.load(engine), request.content, max_new_tokens=12)
@@ -185,6 +194,10 @@ def test_a_request_to_triton_has_images_in_base64(expected: dict[str, Any], engi
         ("::ffff:127.0.0.1", False),
         ("::ffff:10.0.0.1", False),
         ("2002:7f00:1::", False),
+        ("64:ff9b::127.0.0.1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("::127.0.0.1", False),
+        ("fec0::1", False),
         ("fd00::1", False),
         ("fe80::1", False),
     ],
@@ -197,6 +210,12 @@ class Pictures(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/slow.png":
             time.sleep(1)
+        if self.path == "/dripping.png":  # each piece comes in time
+            with contextlib.suppress(OSError):
+                for letter in b"HTTP/1.1 200 OK\r\nX: " + bytes([97]) * 100:
+                    self.wfile.write(bytes([letter]))
+                    time.sleep(0.05)
+            return
         self.send_response({"/moved.png": 302, "/lost.png": 404}.get(self.path, 200))
         self.send_header("Location", "/a.png")
         self.end_headers()
@@ -227,8 +246,14 @@ def test_an_image_is_fetched_under_limits(web: str, monkeypatch: pytest.MonkeyPa
     for name, fragment in (("moved", "302"), ("lost", "404")):
         with pytest.raises(RequestError, match=fragment):
             fetch(f"{web}/{name}.png", anyone)
-    with pytest.raises(RequestError, match="cannot be fetched"):
-        fetch(f"{web}/slow.png", anyone, seconds=0.2)
+    for name in ("slow", "dripping"):
+        begin = time.monotonic()
+        with pytest.raises(RequestError, match="it takes too long"):
+            fetch(f"{web}/{name}.png", anyone, seconds=0.3)
+        assert time.monotonic() - begin < 0.9
+    parts = [{"type": "image_url", "image_url": {"url": f"{web}/a.png"}}] * 17
+    with pytest.raises(RequestError, match="17 images by URL, allowed in a request: 16"):
+        image_urls.with_images([[{"role": "user", "content": parts}]], allowed=True)
     monkeypatch.setattr(image_urls, "MOST_BYTES", 4000)
     with pytest.raises(RequestError, match="more than 4,000 bytes"):
         fetch(f"{web}/large.png", anyone)
