@@ -173,8 +173,6 @@ def _attend(
     shift = tl.load(item + SHIFT)
     at = tl.load(item + AT)
     until = tl.load(item + UNTIL)
-    share = tl.load(item + SHARE)
-    shares = tl.load(item + SHARES)
 
     m = tl.arange(0, BLOCK_M)
     token = first + m // group
@@ -226,8 +224,15 @@ def _attend(
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * gain
         highest, total, sum_v = _weigh(tl.where(sees, scores, float("-inf")), highest, total, sum_v, values)
 
+    # Read and worked out anew, rather than kept in registers through the loops.
+    first = tl.load(item + FIRST, volatile=True)
+    tokens = tl.load(item + TOKENS, volatile=True)
+    share = tl.load(item + SHARE)
+    shares = tl.load(item + SHARES)
+    real = m // group < tokens
     if shares == 1:
-        out = sum_v / tl.where(total == 0.0, 1.0, total)[:, None]
+        of_query = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
+        out = sum_v * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(y + of_query[:, None] + d[None, :], out.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
     else:
         parts = tl.load(item + PART) * G + kv_head * shares
