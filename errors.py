@@ -25,6 +25,10 @@ class RequestError(NemodiffError):
     """A request cannot be served: a value out of range, a prompt that does not fit, an unsupported combination."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt with its answer is longer than the engine's max_seq_len; clients shorten it themselves on its code."""
+
+
 class BusyError(NemodiffError):
     """A request comes when too many wait already, or when the scheduler is closed; it may be sent again later."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from ...engine_folder import EngineInfo
-from ...errors import RequestError
+from ...errors import ContextLengthError, RequestError
 from ..engines.engine import ABOVE_ALL
 from ..sampling.commit import Policy
 from ..sampling.grammar import Grammar
@@ -105,12 +105,18 @@ def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
     tokens = o.max_new_tokens if o.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
     if o.fit:
         tokens = min(tokens, max(1, room))
+    # Of these sentences clients know "prompt is too long: N tokens > M" and "this model's maximum context length is".
+    length = f"this model's maximum context length is {limit} (max_seq_len)"
+    most = limit - min(tokens, 1)
+    if prompt_tokens > most:
+        raise ContextLengthError(
+            f"the prompt is too long: {prompt_tokens} tokens > {most}, as {length}; shorten the prompt or build with a "
+            "larger --max-seq-len"
+        )
     if tokens > room:
-        raise RequestError(
+        raise ContextLengthError(
             f"the prompt has {prompt_tokens} tokens and max_new_tokens is {tokens}, together {prompt_tokens + tokens}; "
-            f"the engine's max_seq_len is {limit}: shorten the prompt"
-            + (f", ask for at most {room} tokens" if room > 0 else "")
-            + " or build with a larger --max-seq-len"
+            f"{length}: shorten the prompt, ask for at most {room} tokens or build with a larger --max-seq-len"
         )
     return tokens
 

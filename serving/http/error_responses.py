@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...errors import BusyError, NemodiffError, RequestError
+from ...errors import BusyError, ContextLengthError, NemodiffError, RequestError
 from ...runtime.requests.options import Options
 from .request_group import RequestTimeoutError
 
@@ -63,7 +63,8 @@ def status_and_body(error: NemodiffError) -> tuple[int, dict[str, Any]]:
     message = str(error)
     if isinstance(error, RequestError):
         first_word = message.split(" ", 1)[0]
-        return 400, error_body(400, message, first_word if first_word in _OPTIONS else None)
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return 400, error_body(400, message, first_word if first_word in _OPTIONS else None, code)
     if isinstance(error, BusyError):
         return 429, error_body(429, message, code="queue_full")
     if isinstance(error, DrainingError):

@@ -63,7 +63,7 @@ def test_wrong_flags_are_refused(tiny_engine: Path, refused: Refused, flags: lis
             [
                 "the prompt has ",
                 "max_new_tokens is 32768, together 327",
-                "max_seq_len is 32768: shorten",
+                "context length is 32768 (max_seq_len): shorten",
                 "at most 327",
             ],
             id="too many tokens",
@@ -180,7 +180,11 @@ def test_values_out_of_range_are_refused(
 
 
 def test_prompt_that_does_not_fit_is_refused_with_the_numbers(tiny_engine: Path, refused: Refused) -> None:
-    line = refused(["run", str(tiny_engine)], "max_seq_len is 32768: shorten the prompt or build", stdin="9 " * 40000)
+    line = refused(
+        ["run", str(tiny_engine)],
+        "tokens > 32767, as this model's maximum context length is 32768 (max_seq_len); shorten the prompt or build",
+        stdin="9 " * 40000,
+    )
     assert "at most" not in line
 
 

@@ -200,7 +200,7 @@ def test_a_prompt_of_one_token_has_no_logprobs_but_an_end(engine: nemodiff.Loade
         (("x", [[100]]), "token id 100, the mask"),
         (("x", ["\ud800"]), "continuation: not UTF-8"),
         (([], ["x"]), "the prompt is empty"),
-        (("x", [[150] * 40000]), "max_seq_len is 32768"),
+        (("x", [[150] * 40000]), "context length is 32768 .max_seq_len"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,24 @@ def test_minus_one_leaves_a_limit_and_a_seed_open(server: Served, fields: dict[s
 def test_one_limit_may_be_open_and_the_other_given(server: Served) -> None:
     for limits in ({"max_tokens": -1, "max_completion_tokens": 3}, {"max_tokens": 3, "max_completion_tokens": -1}):
         assert server.ask(CHAT, {"messages": [QUESTION], **limits})["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
+def test_a_prompt_that_is_too_long_has_the_words_that_clients_look_for(server: Served, path: str) -> None:
+    body = {"messages": [{"role": "user", "content": "9 " * 40000}], "max_tokens": 5}
+    status, _, content = server.send(path, body)
+    error = json.loads(content)["error"]
+    assert (status, error["code"], error["type"]) == (400, "context_length_exceeded", "invalid_request_error")
+    assert re.search(r"prompt is too long[^0-9]*\d+\s*tokens?\s*>\s*\d+", error["message"])  # Claude Code's own
+    assert "this model's maximum context length is 32768" in error["message"]  # litellm's, which aider uses
+
+
+def test_an_answer_that_is_too_long_is_a_matter_of_length_too(server: Served) -> None:
+    status, _, content = server.send(CHAT, {"messages": [QUESTION], "max_tokens": 40000})
+    error = json.loads(content)["error"]
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "this model's maximum context length is 32768" in error["message"]
+    assert "ask for at most 327" in error["message"]
 
 
 def test_a_seed_of_minus_one_is_drawn_each_time(server: Served) -> None:

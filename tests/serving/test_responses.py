@@ -126,6 +126,37 @@ def test_a_conversation_goes_on_after_a_call(server: Served, client: openai.Open
     assert server.ask("/tokenize", {"messages": plain, "tools": [nested]})["count"] == second.usage.input_tokens
 
 
+def test_functions_of_a_namespace_are_called_by_both_names(client: openai.OpenAI) -> None:
+    spaces: Any = [{"type": "namespace", "name": name, "description": "", "tools": [WEATHER]} for name in ("eu", "us")]
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "input": QUESTION,
+        "tools": [{"type": "web_search"}, *spaces],
+        "tool_choice": {"type": "function", "namespace": "us", "name": "weather"},
+        "max_output_tokens": 300,
+    }
+    whole = client.responses.create(**asked)
+    (call,) = whole.output
+    assert call.type == "function_call"
+    assert (call.namespace, call.name) == ("us", "weather")
+    assert (whole.model_extra or {})["warnings"] == ["tool web_search: left out, since no server runs it here"]
+    with client.responses.stream(**asked) as stream:
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call"
+    assert (streamed.namespace, streamed.name, streamed.arguments) == ("us", "weather", call.arguments)
+    talk: Any = [
+        {"role": "user", "content": QUESTION},
+        call.model_dump(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+    ]
+    flat = [item | {"name": f"us.{item['name']}", "namespace": None} if "name" in item else item for item in talk]
+    both = [client.responses.create(model="tiny", input=i, max_output_tokens=4, tools=spaces) for i in (talk, flat)]
+    assert both[0].output_text == both[1].output_text
+    assert both[0].usage is not None
+    assert both[1].usage is not None
+    assert both[0].usage.input_tokens == both[1].usage.input_tokens
+
+
 def test_a_schema_is_followed(client: openai.OpenAI) -> None:
     class Point(pydantic.BaseModel):
         x: int
@@ -147,7 +178,9 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "image 1: the URL is 'x', allowed: data:image/png",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'"),
+        ({"tools": [{"type": "computer"}]}, "tools.0.function.type: Input should be 'function'"),
+        ({"tools": [WEATHER, WEATHER]}, "tools holds 'weather' twice"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice is 'required', but no tools"),
         ({"tool_choice": "required"}, "tool_choice is 'required', but no tools are given"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format has no schema"),
         (

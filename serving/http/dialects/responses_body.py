@@ -11,6 +11,7 @@ from ....errors import RequestError
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
+from .responses_tools import Tools, joined, plain
 
 _WITHOUT_EFFECT = (
     "client_metadata", "include", "max_tool_calls", "metadata", "prompt_cache_key", "prompt_cache_retention",
@@ -19,21 +20,12 @@ _WITHOUT_EFFECT = (
 _STORED = ("previous_response_id", "conversation")
 
 
-class Tool(ConversationPart):
-    """A function of the client's."""
-
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
 class NamedFunction(Body):
     """The one function that must be called."""
 
     type: Literal["function"]
     name: str
+    namespace: str | None = None
 
 
 class TextFormat(ConversationPart):
@@ -64,7 +56,7 @@ class Responses(DialectBody):
     max_output_tokens: int | None = Field(
         None, ge=1, description="Stop after at most this many tokens, or where the engine is full."
     )
-    tools: list[Tool] | None = None
+    tools: Tools | None = None
     tool_choice: Annotated[
         Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedFunction, Tag("name")],
         Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedFunction) else "word"),
@@ -114,9 +106,9 @@ class Responses(DialectBody):
         if self.max_output_tokens is not None:
             chosen["max_new_tokens"] = self.max_output_tokens
         if self.tools:
-            chosen["tools"] = [{"type": "function", "function": _function(tool)} for tool in self.tools]
+            chosen["tools"] = plain(self.tools)
         choice = self.tool_choice
-        chosen["tool_choice"] = choice.name if isinstance(choice, NamedFunction) else choice
+        chosen["tool_choice"] = joined(choice.namespace, choice.name) if isinstance(choice, NamedFunction) else choice
         if self.parallel_tool_calls is not None:
             chosen["parallel_tool_calls"] = self.parallel_tool_calls
         effort = None if self.reasoning is None else self.reasoning.effort
@@ -153,7 +145,7 @@ def _seen(content: str | list[Any]) -> str | list[dict[str, Any]]:
 def _said(item: Any) -> dict[str, Any] | None:
     """What an item adds to the assistant's turn; None where it is no part of one."""
     if isinstance(item, CallItem):
-        function = {"name": item.name, "arguments": item.arguments}
+        function = {"name": joined(item.namespace, item.name), "arguments": item.arguments}
         return {"tool_calls": [{"id": item.call_id, "type": "function", "function": function}]}
     if isinstance(item, ReasoningItem):
         return {"reasoning_content": _text(item.content or item.summary)}
@@ -175,8 +167,3 @@ def _one_system(turns: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
         return [*turns]
     text = "\n\n".join(turn["content"] for turn in turns[:count])
     return [{"role": "system", "content": text}, *turns[count:]]
-
-
-def _function(tool: Tool) -> dict[str, Any]:
-    values = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
-    return {"name": tool.name, **{name: value for name, value in values.items() if value is not None}}

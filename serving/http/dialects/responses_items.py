@@ -53,6 +53,7 @@ class CallItem(ConversationPart):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: str
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from ....runtime.events.events import Event, Finished, Started, Text
@@ -12,6 +12,7 @@ from ....runtime.requests.generation import Generation
 from ....runtime.tools.answer import Delta
 from .dialect import Writer
 from .responses_body import Responses
+from .responses_tools import left_out, places
 
 _REASONS = {"length": "max_output_tokens", "cancelled": "cancelled"}
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p")
@@ -28,7 +29,7 @@ class ResponsesWriter(Writer):
         output = [_reasoning(generation.reasoning)] if generation.reasoning else []
         if generation.content:
             output.append(_message(generation.content))
-        output += [_call(call.name, call.arguments) for call in generation.tool_calls]
+        output += [_call(self._places, call.name, call.arguments) for call in generation.tool_calls]
         return self._response(output, generation)
 
     async def events(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
@@ -40,7 +41,10 @@ class ResponsesWriter(Writer):
                 number += 1
 
     def __post_init__(self) -> None:
-        self._items = _Items()
+        offered = self.body.tools or [] if self.body is not None else []
+        self._places = places(offered)
+        self._left_out = left_out(offered)
+        self._items = _Items(self._places)
 
     def _of(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Started):
@@ -58,6 +62,7 @@ class ResponsesWriter(Writer):
         assert self.body is not None
         cut = generation is not None and generation.finish_reason != "stop"
         status = "in_progress" if generation is None else "incomplete" if cut else "completed"
+        warnings = [] if generation is None else [*generation.warnings, *self._left_out]
         asked = self.body.model_dump(by_alias=True, exclude_none=True)
         return {
             "id": f"resp_{self.id}",
@@ -75,18 +80,19 @@ class ResponsesWriter(Writer):
             "store": False,
             "text": {"format": {"type": "text"}, **asked.get("text", {})},
             "tool_choice": asked["tool_choice"],
-            "tools": [{"description": None, "parameters": None, "strict": False, **t} for t in asked.get("tools", [])],
+            "tools": [_tool(tool) for tool in asked.get("tools", [])],
             "truncation": "disabled",
             "metadata": {},
             "usage": None if generation is None else _usage(generation),
-            **({"warnings": generation.warnings} if generation is not None and generation.warnings else {}),
+            **({"warnings": warnings} if warnings else {}),
         }
 
 
 class _Items:
     """The output items of a streamed answer, one after the other; `done` are those that are complete."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Mapping[str, dict[str, str]]) -> None:
+        self._places = places
         self.done: list[dict[str, Any]] = []
         self._part: str | None = None  # what the open item consists of
         self._item: dict[str, Any] = {}
@@ -97,7 +103,7 @@ class _Items:
         if part.part == "call":
             yield from self.close()
             self._part = "arguments"
-            yield from self._added(_call(part.text, ""))
+            yield from self._added(_call(self._places, part.text, ""))
         elif part.part != self._part:
             yield from self.close()
             self._part = part.part
@@ -161,9 +167,18 @@ def _reasoning(text: str) -> dict[str, Any]:
     return {"id": _id("rs"), "type": "reasoning", "summary": [], "content": content, "status": "completed"}
 
 
-def _call(name: str, arguments: str) -> dict[str, Any]:
+def _call(places: Mapping[str, dict[str, str]], name: str, arguments: str) -> dict[str, Any]:
+    """A call; `places`: see `responses_tools.places`."""
     ids = {"id": _id("fc"), "call_id": _id("call")}
-    return {**ids, "type": "function_call", "name": name, "arguments": arguments, "status": "completed"}
+    named = places.get(name, {"name": name})
+    return {**ids, "type": "function_call", **named, "arguments": arguments, "status": "completed"}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as the answer repeats it."""
+    if tool["type"] == "namespace":
+        return {"description": "", **tool, "tools": [_tool(function) for function in tool["tools"]]}
+    return {"description": None, "parameters": None, "strict": False, **tool} if tool["type"] == "function" else tool
 
 
 def _id(kind: str) -> str:
