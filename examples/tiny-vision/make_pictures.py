@@ -25,7 +25,8 @@ COLOURS = {
     "purple": (150, 60, 180),
     "orange": (240, 140, 30),
 }
-KINDS = 1 + len(SHAPES) * len(COLOURS) + 10  # of what a quarter can hold
+DIGITS = [str(digit) for digit in range(10)]
+NOTHING = "."  # what is said of a quarter that holds no more
 # Seven rows of five pixels each.
 _DIGITS = """
 .###. ..#.. .###. .###. ...#. ##### ..##. ##### .###. .###.
@@ -80,13 +81,12 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
     return picture
 
 
-def quarters(scene: Scene) -> list[int]:
-    """What each quarter holds as one number below KINDS, in the order of PLACES: nothing, a thing, or a digit."""
-    found = [0] * len(PLACES)
-    for shape, colour, place in scene.things:
-        found[PLACES.index(place)] = 1 + SHAPES.index(shape) * len(COLOURS) + list(COLOURS).index(colour)
-    found[PLACES.index(scene.digit_place)] = 1 + len(SHAPES) * len(COLOURS) + scene.digit
-    return found
+def quarters(scene: Scene) -> list[tuple[str, str]]:
+    """What each quarter holds in two words, in the order of PLACES: a colour and a shape, a digit, or nothing."""
+    found = dict.fromkeys(PLACES, (NOTHING, NOTHING))
+    found |= {place: (colour, shape) for shape, colour, place in scene.things}
+    found[scene.digit_place] = (str(scene.digit), NOTHING)
+    return [found[place] for place in PLACES]
 
 
 def _corner(place: str, rng: random.Random) -> tuple[int, int]:
