@@ -34,7 +34,7 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         **letters,
         "S": tokens,
         "R": tokens,
-        "T": tokens if op.name == "RopeWrite" else context,
+        "T": context,
         "D": model.head_dim,
         "P": model.head_dim // 2,
         "V": model.vocab_size,
@@ -42,7 +42,6 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         **({"N": 2 * model.intermediate_size} if op.name == "Fp8Linear" else {}),
         "K": model.hidden_size,
         "W": {
-            "RopeWrite": heads,
             "PagedRopeWrite": heads,
             "SwiGLU": 2 * model.intermediate_size,
             "PagedAttention": paged_attention.items(letters, ceil_div),

@@ -10,25 +10,15 @@ import triton.language as tl
 
 
 @triton.jit
-def head_scan(
-    x, weight, kept, B, R, W, tile_part, tile_best,
-    V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """x (B, R, E), weight (V, E) -> tile_part (B, R, N, 4) f32, tile_best (B, R, N) i32, as ConfidenceCommit's scan.
-
-    kept (B, R, W) f32 gets the logits if W is V, and nothing if not.
-    """
-    _scan(x, weight, kept, B * R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E)
-
-
-@triton.jit
 def flat_head_scan(
     x, weight, kept, R, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The same for x (R, E)."""
+    """x (R, E), weight (V, E) -> tile_part (R, N, 4) f32, tile_best (R, N) i32, as ConfidenceCommit's scan.
+
+    kept (R, W) f32 gets the logits if W is V, and nothing if not.
+    """
     _scan(x, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E)
 
 
@@ -77,7 +67,7 @@ def head_reduce(
     tile_part, tile_best, part, best,
     TILES: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """tile_part (B, R, TILES, 4), tile_best (B, R, TILES) -> part (B, R, SPLITS, 4), best (B, R, SPLITS).
+    """tile_part (R, TILES, 4), tile_best (R, TILES) -> part (R, SPLITS, 4), best (R, SPLITS).
 
     One program per position.
     """

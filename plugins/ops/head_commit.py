@@ -1,13 +1,12 @@
-"""HeadCommit: the language model's head and ConfidenceCommit without logits in memory, for the torch engine on a GPU.
+"""HeadCommit: the language model's head and the commit rule without logits in memory, for the torch engine on a GPU.
 
-    token, confidence, next_ids, masks_left = HeadCommit(x, weight, ids, threshold, kept)
+    token, confidence, next_ids = FlatHeadCommit(x, weight, ids, span, threshold, kept)
 
-x (B, R, E) and weight (V, E) compute; the rest as in `confidence_commit`, of logits = x weight^T in f32. `kept`
-(B, R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its
-highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the
-commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may choose
-another of two near-equal entries. `flat_op` is the same for flat positions: x (R, E), ids and threshold (R), kept
-(R, W) and span (R, 2) as in `confidence_commit.FLAT_SAMPLED`.
+x (R, E) and weight (V, E) compute; the rest as in `confidence_commit.FLAT_SAMPLED`, of logits = x weight^T in f32.
+`kept` (R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps
+its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of
+the commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may
+choose another of two near-equal entries.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import functools
 import numpy as np
 
 from ...config import ModelConfig
-from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
+from ..op import Arg, Ceil, Constants, Dims, Op, Stage, ceil_div
 from . import confidence_commit
 from .confidence_commit import FLAT_COMMIT, FLAT_INPUTS, FLAT_OUTPUTS, FLAT_SCAN, SHARE
 
@@ -26,11 +25,11 @@ BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
 
 
 def reference(
-    x: np.ndarray, weight: np.ndarray, ids: np.ndarray, threshold: np.ndarray, mask_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    x: np.ndarray, weight: np.ndarray, ids: np.ndarray, span: np.ndarray, threshold: np.ndarray, mask_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The specification in numpy; shapes as in the module's docstring."""
     logits = x.astype(np.float32) @ weight.astype(np.float32).T
-    return confidence_commit.reference(logits, ids, threshold, mask_id)
+    return confidence_commit.flat_reference(logits, ids, span, threshold, mask_id)
 
 
 def _tiles(dims: Dims, ceil: Ceil) -> int:
@@ -43,61 +42,9 @@ def _scan_constants(model: ModelConfig, tile: int) -> Constants:
     return {**sizes, "BLOCK_M": tile, "BLOCK_V": BLOCK_V, "BLOCK_E": BLOCK_E}
 
 
-def _scan_grid(dims: Dims, ceil: Ceil, tile: int) -> Grid:
-    return ceil(dims["B"] * dims["R"], tile), ceil(dims["V"], BLOCK_V), 1
-
-
 def _reduce_constants(model: ModelConfig) -> Constants:
     sizes = {"TILES": ceil_div(model.vocab_size, BLOCK_V), "SPLITS": ceil_div(model.vocab_size, SHARE)}
     return {**sizes, "LANES": 1 << (sizes["SPLITS"] - 1).bit_length(), "SHARE": SHARE // BLOCK_V}
-
-
-def _reduce_grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["B"] * dims["R"], 1, 1
-
-
-_COMMIT = confidence_commit.OP.stages[1]
-_SCAN = confidence_commit.OP.stages[0].outputs
-_TILE_OUTPUTS = (Arg("tile_part", "f32", ("B", "R", _tiles, 4)), Arg("tile_best", "i32", ("B", "R", _tiles)))
-
-
-@functools.cache
-def op(tile: int) -> Op:
-    """The op for tiles of `tile` positions, one of TILES."""
-    return Op(
-        "HeadCommit",
-        inputs=(
-            Arg("x", "compute", ("B", "R", "E")),
-            Arg("weight", "compute", ("V", "E")),
-            Arg("ids", "i32", ("B", "R")),
-            Arg("threshold", "f32", ("B",)),
-            Arg("kept", "f32", ("B", "R", "W")),
-        ),
-        outputs=confidence_commit.OP.outputs,
-        attributes=(),
-        stages=(
-            Stage(
-                f"HeadScan{tile}",
-                "head_commit.head_scan",
-                inputs=("x", "weight", "kept"),
-                scalars=("B", "R", "W"),
-                outputs=_TILE_OUTPUTS,
-                constants=functools.partial(_scan_constants, tile=tile),
-                grid=functools.partial(_scan_grid, tile=tile),
-                num_stages=3,
-            ),
-            Stage(
-                "HeadReduce",
-                "head_commit.head_reduce",
-                inputs=("tile_part", "tile_best"),
-                scalars=(),
-                outputs=_SCAN,
-                constants=_reduce_constants,
-                grid=_reduce_grid,
-            ),
-            _COMMIT,
-        ),
-    )
 
 
 @functools.cache
@@ -126,7 +73,7 @@ def flat_op(tile: int) -> Op:
                 num_stages=3,
             ),
             Stage(
-                "HeadReduce",  # compiled once for both ops
+                "HeadReduce",
                 "head_commit.head_reduce",
                 inputs=("tile_part", "tile_best"),
                 scalars=(),

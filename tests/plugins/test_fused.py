@@ -21,7 +21,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 from nemodiff.plugins.op import ceil_div
-from nemodiff.plugins.ops import head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -67,58 +67,27 @@ def test_swiglu_of_a_packed_projection(tiny: ModelConfig, rows: int, size: int, 
     np.testing.assert_allclose(y, swiglu.reference(packed), rtol=3e-6, atol=1e-6)
 
 
-@settings(max_examples=8)
-@given(
-    st.integers(1, 3), st.integers(1, 17), st.sampled_from([(4, 2), (3, 3), (8, 1)]), st.sampled_from([2, 16, 48]),
-    st.integers(0, 99),
-)  # fmt: skip
-def test_rotation_writes_its_slots_and_no_other(
-    tiny: ModelConfig, rows: int, size: int, heads: tuple[int, int], width: int, seed: int
-) -> None:
-    """Also where a pass ends past the capacity, and where a row begins before it."""
-    count, groups = heads
-    model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=groups, head_dim=width)
-    slots = 20
-    rng = np.random.default_rng(seed)
-    at = rng.integers(-2, slots + 1, rows).astype(np.int32)
-    angle = normal(seed, rows, size, width // 2) * 50
-    inputs = {
-        "qkv": normal(seed + 1, rows, size, (count + 2 * groups) * width),
-        "cos": np.cos(angle),
-        "sin": np.sin(angle),
-        "scale": 1 + rng.random((rows, size), np.float32),
-        "write_at": at,
-        "k_cache": normal(seed + 2, rows, groups, slots, width),
-        "v_cache": normal(seed + 3, rows, groups, slots, width),
-    }
-    expected = {name: array.copy() for name, array in inputs.items()}
-    q = rope_write.reference(**expected, heads=count)
-    if not INTERPRETED:
-        pytest.skip("the caches changed in place are copies on the device")
-    (got,) = launch(rope_write.OP, model, **inputs)  # tensors share the arrays' memory on the CPU
-    np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
-    np.testing.assert_allclose(inputs["k_cache"], expected["k_cache"], rtol=2e-6, atol=1e-6)
-    np.testing.assert_array_equal(inputs["v_cache"], expected["v_cache"])
-
-
 def check_head(
     tiny: ModelConfig, x: np.ndarray, weight: np.ndarray, bar: float, tile: int, *, seed: int = 0, keep: bool = False
 ) -> None:
-    """Kernel and reference agree, in integers exactly.
+    """Kernel and reference agree, in integers exactly; x (rows, positions of a row, E).
 
     Weights and x are small multiples of a power of two, so every order of summing gives the same logits.
     """
     rows, size, width = x.shape
+    count = rows * size
     model = dataclasses.replace(tiny, vocab_size=len(weight), hidden_size=width, mask_id=MASK)
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, len(weight), (rows, size)).astype(np.int32)
-    ids[rng.random((rows, size)) < 0.7] = MASK
-    case = {"x": x, "weight": weight, "ids": ids, "threshold": np.full(rows, bar, np.float32)}
+    ids = rng.integers(0, len(weight), count).astype(np.int32)
+    ids[rng.random(count) < 0.7] = MASK
+    begin = np.arange(count, dtype=np.int32) // size * size
+    rule = {"ids": ids, "span": np.stack([begin, begin + size], 1), "threshold": np.full(count, bar, np.float32)}
+    case = {"x": x.reshape(count, width), "weight": weight, **rule}
     with np.errstate(invalid="ignore"):
         expected = head_commit.reference(**case, mask_id=MASK)
-        logits = x @ weight.T
-    kept = np.full((rows, size, len(weight) if keep else 0), 7, np.float32)
-    got = launch(head_commit.op(tile), model, **case, kept=kept)
+        logits = case["x"] @ weight.T
+    kept = np.full((count, len(weight) if keep else 0), 7, np.float32)
+    got = launch(head_commit.flat_op(tile), model, **case, kept=kept)
     if keep and INTERPRETED:  # elsewhere it is a copy on the device
         np.testing.assert_array_equal(kept, logits)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)

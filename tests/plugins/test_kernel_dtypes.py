@@ -20,6 +20,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.plugins.ops import block_attention, confidence_commit, head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("bf16_products"), *([] if INTERPRETED else [pytest.mark.gpu])]
@@ -123,12 +124,16 @@ def test_commit(model: ModelConfig, dtype: str, size: int) -> None:
 @each_size
 @pytest.mark.parametrize("tile", head_commit.TILES[: 1 if INTERPRETED else None])
 def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
-    width = model.hidden_size
-    case = {"x": steps(5, dtype, 2, size, width), "weight": steps(6, dtype, model.vocab_size, width)}
-    case |= commits(model, size)
-    op = head_commit.op(tile)
-    no_logits = np.zeros((2, size, 0), np.float32)
-    got, _ = launch(op, model, dtype, {**case, "kept": no_logits})
+    case = {
+        "x": steps(5, dtype, 2 * size, model.hidden_size),
+        "weight": steps(6, dtype, model.vocab_size, model.hidden_size),
+    }
+    rows = commits(model, size)
+    begin = np.repeat(np.array([0, size], np.int32), size)
+    rule = {"ids": rows["ids"].ravel(), "span": np.stack([begin, begin + size], 1)}
+    case |= {**rule, "threshold": np.repeat(rows["threshold"], size)}
+    no_logits = np.zeros((2 * size, 0), np.float32)
+    got, _ = launch(head_commit.flat_op(tile), model, dtype, {**case, "kept": no_logits})
     check_commit(got, head_commit.reference(**case, mask_id=MASK))
 
 
@@ -157,20 +162,21 @@ def test_swiglu(model: ModelConfig, dtype: str, size: int) -> None:
 @each_dtype
 @each_size
 def test_rotation(model: ModelConfig, dtype: str, size: int) -> None:
-    """K and V in place, in their slots and no other, in rows that begin at different ones."""
+    """K and V in place, in their slots of the pages and no other."""
     heads, kv, width = model.num_heads, model.num_kv_heads, model.head_dim
-    angle = normal(11, "f32", 2, size, width // 2) * 50
+    angle = normal(11, "f32", size, width // 2) * 50
+    pages = 1 + -(-size // PAGE)
     case = {
-        "qkv": normal(12, dtype, 2, size, (heads + 2 * kv) * width),
+        "qkv": normal(12, dtype, size, (heads + 2 * kv) * width),
         "cos": np.cos(angle).astype(NUMPY[dtype]),
         "sin": np.sin(angle).astype(NUMPY[dtype]),
-        "scale": (1 + np.abs(normal(13, "f32", 2, size))).astype(NUMPY[dtype]),
-        "write_at": np.array([3, SLOTS - size + 1], np.int32),
-        "k_cache": normal(14, dtype, 2, kv, SLOTS, width),
-        "v_cache": normal(15, dtype, 2, kv, SLOTS, width),
+        "scale": (1 + np.abs(normal(13, "f32", size))).astype(NUMPY[dtype]),
+        "slot": np.random.default_rng(size).permutation(pages * PAGE)[:size].astype(np.int32),
+        "k_pages": normal(14, dtype, pages, kv, PAGE, width),
+        "v_pages": normal(15, dtype, pages, kv, PAGE, width),
     }
-    (q,), after = launch(rope_write.OP, model, dtype, case)
+    (q,), after = launch(rope_write.PAGED, model, dtype, case)
     expected = {name: array.copy() for name, array in case.items()}
-    check(q, rope_write.reference(**expected, heads=heads), dtype)
-    check(after["k_cache"], expected["k_cache"], dtype)
-    np.testing.assert_array_equal(wide(after["v_cache"]), wide(expected["v_cache"]))
+    check(q, rope_write.paged_reference(**expected, heads=heads), dtype)
+    check(after["k_pages"], expected["k_pages"], dtype)
+    np.testing.assert_array_equal(wide(after["v_pages"]), wide(expected["v_pages"]))

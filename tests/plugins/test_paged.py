@@ -344,14 +344,14 @@ def flat_rule(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("tile", head_commit.TILES)
-def test_flat_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
+def test_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
     rng = np.random.default_rng(3)
     vocab, width = 500, 40
     x, weight = ((rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((sum(SPANS), width), (vocab, width)))
     model = dataclasses.replace(tiny, vocab_size=vocab, hidden_size=width, mask_id=MASK)
     rule = flat_rule(vocab)
     logits = x @ weight.T
-    expected = confidence_commit.flat_reference(logits, **rule, mask_id=MASK)
+    expected = head_commit.reference(x, weight, **rule, mask_id=MASK)
     kept = np.full((sum(SPANS), vocab), 7, np.float32)
     token, confidence, next_ids = launch(head_commit.flat_op(tile), model, x=x, weight=weight, **rule, kept=kept)
     np.testing.assert_array_equal(token, expected[0])
