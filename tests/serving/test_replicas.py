@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import kubernetes_validate
@@ -58,3 +59,13 @@ def test_the_image_starts_the_server_with_flags_that_it_has() -> None:
     assert {word for word in words if word.startswith("--")} < FLAGS
     (shell,) = re.findall(r"^RUN (.*)$", text, re.MULTILINE)
     subprocess.run(["bash", "-n", "-c", shell], check=True)
+
+
+def test_what_images_leave_out_is_no_part_of_the_package() -> None:
+    root = EXAMPLE.parents[1]
+    left_out = {line for line in (root / ".dockerignore").read_text().splitlines() if not line.startswith("#")}
+    declared = tomllib.loads((root / "pyproject.toml").read_text())
+    rooms = {name.split(".")[1] for name in declared["tool"]["setuptools"]["packages"] if "." in name}
+    files = {declared["project"]["readme"], *declared["project"]["license-files"], "pyproject.toml"}
+    assert not left_out & (rooms | files)
+    assert {"engines", "tests"} < left_out
