@@ -35,6 +35,7 @@ REPO, COMMIT = "acme/tri-mode", "c0ffee00" * 5
 # command starts an unfinished file again and keeps the finished ones.
 PIECE = 10 * 2**20
 SENT = PIECE + 2**20  # bytes that the server sends before it fails
+PATIENCE = 120.0  # seconds
 DECOYS = (
     "README.md",
     "pytorch_model.bin",
@@ -118,9 +119,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         if fault == "stall":
             self.hub.stalled.set()
-            self.hub.released.wait(30)
+            self.hub.released.wait(PATIENCE)
         elif fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())  # at once: http.server would end the stream first, which is a cut
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -168,7 +170,7 @@ def start_build(hub: Hub, name: str, *flags: str, command: str = "build", **envi
 def build(hub: Hub, name: str = REPO, *flags: str, **environment: str) -> tuple[int, str]:
     """Run `nemodiff build` to its end; exit code and standard error."""
     process = start_build(hub, name, *flags, **environment)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert stdout == "" or "--dry-run" in flags
     return process.returncode, stderr
 
@@ -208,7 +210,7 @@ def test_dry_run_fetches_headers_alone(hub: Hub, shards: int) -> None:
         shutil.rmtree(hub.folder)
         write_checkpoint(hub.folder, dtype="f32", intermediate_size=20_000, shards=shards)
     process = start_build(hub, REPO, "--dry-run", "--json")
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, stderr
     weights = [span for name, span in hub.downloads if name.endswith(".safetensors")]
     assert len(weights) == shards
@@ -222,11 +224,11 @@ def test_dry_run_fetches_headers_alone(hub: Hub, shards: int) -> None:
 
 def test_export_takes_a_hub_id_and_its_dry_run_fetches_headers_alone(hub: Hub) -> None:
     large(hub)
-    stdout, stderr = start_build(hub, REPO, "--dry-run", command="export").communicate(timeout=60)
+    stdout, stderr = start_build(hub, REPO, "--dry-run", command="export").communicate(timeout=PATIENCE)
     assert "twin         Ministral3ForCausalLM" in stdout, stderr
     assert [span for name, span in hub.downloads if name.endswith(".safetensors")] == ["bytes=0-100000"]
     process = start_build(hub, f"{REPO}@v1", command="export")
-    assert process.communicate(timeout=60)[0] == ""
+    assert process.communicate(timeout=PATIENCE)[0] == ""
     assert process.returncode == 0
     twin = hub.folder.parent / "engine"
     origin = json.loads((twin / "nemodiff_export.json").read_text())
@@ -255,7 +257,7 @@ def test_a_killed_download_is_finished_by_the_same_command(hub: Hub) -> None:
     large(hub)
     hub.faults.append("stall")
     process = start_build(hub, REPO)
-    assert hub.stalled.wait(30)
+    assert hub.stalled.wait(PATIENCE)
     process.kill()
     process.communicate()
     hub.downloads.clear()
