@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import collections
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,9 @@ class Card(TorchDevice):
         import torch
 
         self.torch = torch
-        self._marks: list[Any] = [self._mark(), self._mark()]
+        self._begun: Any = None  # where the last step begins
+        self._steps = collections.deque[tuple[Any, Any]]()  # their marks, until they are known to have ended
+        self._last = 0.0  # seconds of the last one that has
         self._capturing = False
         self.spent = 0.0  # seconds on the device, of all steps so far
         if self.is_gpu:
@@ -50,13 +53,21 @@ class Card(TorchDevice):
     # An engine's step begins with an upload and ends with a download; a captured one does so without calling these.
     def upload(self, buffer: Any) -> None:
         if not self._capturing:
-            self._marks[0] = self._mark()
+            self.begin_step()
         super().upload(buffer)
 
     def download(self, buffer: Any) -> None:
         super().download(buffer)
         if not self._capturing:
-            self._marks[1] = self._mark()
+            self.end_step()
+
+    def begin_step(self) -> None:
+        """Mark where a step begins."""
+        self._begun = self._mark()
+
+    def end_step(self) -> None:
+        """Mark where it ends; another may have begun before this is waited for."""
+        self._steps.append((self._begun, self._mark()))
 
     def capture(self, work: Callable[[], None], pool: Any = None) -> Any:
         self._capturing = True
@@ -68,11 +79,13 @@ class Card(TorchDevice):
 
     def wait(self, mark: Any) -> None:
         super().wait(mark)
-        self.spent += self.step_seconds()
+        while self._steps and (not self.is_gpu or self._steps[0][1].query()):
+            self._last = self._between(*self._steps.popleft())
+            self.spent += self._last
 
     def step_seconds(self) -> float:
         """What the last step took on the device, once it is done."""
-        return self._between(*self._marks)
+        return self._last
 
     def _mark(self) -> Any:
         if not self.is_gpu:
@@ -173,7 +186,6 @@ class _Marked:
         self._graph = graph
 
     def replay(self) -> None:
-        card = self._card
-        card._marks[0] = card._mark()
+        self._card.begin_step()
         self._graph.replay()
-        card._marks[1] = card._mark()
+        self._card.end_step()

@@ -54,9 +54,9 @@ class Passes:
         if variant != self._variant:
             is_gpu = self.backend.device.is_gpu
             # Without kernels a graph would look at the whole pool (runtime/engines/torch/plain.py).
-            self.backend.forwards.graphs = variant not in ("eager", "without kernels") and is_gpu
+            self.backend.steps.graphs = variant not in ("eager", "without kernels") and is_gpu
             self.backend.model.kernels = variant != "without kernels" and is_gpu
-            self.backend.forwards.forget()
+            self.backend.steps.forget()
             self._variant = variant
 
     def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:
@@ -81,7 +81,7 @@ class Passes:
             wall.append(time.perf_counter() - started)
             device.append(card.step_seconds())
         figures = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
-        reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.forwards.graphs else []
+        reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.steps.graphs else []
         return {**figures, "not_captured": reasons} if reasons else figures
 
 

@@ -69,6 +69,13 @@ class ScriptedCache:
         """See `engine.PagedCache.launch`."""
         return ScriptedFlight(self, self._cache.launch(passes, rows), passes)
 
+    def follow(
+        self, flight: ScriptedFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+    ) -> ScriptedFlight | None:
+        """See `engine.PagedCache.follow`; the engine goes on with its own tokens, which the script does not need."""
+        followed = self._cache.follow(flight.flight, passes, rows, fed)
+        return None if followed is None else ScriptedFlight(self, followed, passes)
+
     def replaced(self, passes: Sequence[Pass], predictions: list[Prediction]) -> list[Prediction]:
         """What the script says instead of some predictions."""
         return [self._replaced(pass_, prediction) for pass_, prediction in zip(passes, predictions, strict=True)]
@@ -90,17 +97,17 @@ class ScriptedFlight:
 
     def __init__(self, cache: ScriptedCache, flight: Any, passes: Sequence[Pass]) -> None:
         self._cache = cache
-        self._flight = flight
+        self.flight = flight
         self._passes = passes
 
     @property
     def seconds(self) -> float:
         """See `engine.Flight`."""
-        return float(self._flight.seconds)
+        return float(self.flight.seconds)
 
     def finish(self) -> list[Prediction]:
         """See `engine.Flight`."""
-        return self._cache.replaced(self._passes, self._flight.finish())
+        return self._cache.replaced(self._passes, self.flight.finish())
 
 
 def _hash(position: np.ndarray, salt: int) -> np.ndarray:

@@ -3,13 +3,16 @@
 A sequence begins when there are pages for its prompt, in order of arrival, and takes more as it grows. Where they run
 out, kept prefixes go first; then the youngest sequence gives its pages up and computes what it had again once there is
 room, by the same passes as a prompt. So the oldest always goes on. The next forward is started before anyone looks at
-the results of the last one.
+the results of the last one; where every row decodes by `ar` and takes what the engine predicts, even before those are
+there. What it computes for a row that has ended meanwhile is dropped, and its K/V lie past what anyone sees.
 """
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ...contract import PREFILL_CHUNK
 from ..engines.engine import Flight, PagedCache, Pass, Prediction, causal
@@ -20,8 +23,16 @@ from .rows import Found, Rows
 from .slot import Counts, Forward, Slot, committed
 
 
+class Running(NamedTuple):
+    """A forward under way; one that was started ahead does not know its ids."""
+
+    flight: Flight
+    work: list[tuple[Slot, Pass]]
+    ahead: bool = False
+
+
 class PagedRows(Rows):
-    """Up to `rows` slots over the first rows of a cache; what runs now is a forward of some of them."""
+    """Up to `rows` slots over the first rows of a cache; what runs now is a forward of some of them, or two."""
 
     def __init__(
         self,
@@ -40,7 +51,7 @@ class PagedRows(Rows):
         self._interrupted = interrupted
         self._free = list(range(rows - 1, -1, -1))
         self._turn = 0  # where to begin, if not all that decode fit in a forward
-        self._running: tuple[Flight, list[tuple[Slot, Pass]], float] | None = None
+        self._running = collections.deque[Running]()
 
     def add(self, slot: Slot) -> None:
         """Give a slot a row, which has no pages yet."""
@@ -68,24 +79,25 @@ class PagedRows(Rows):
     def forwards(self) -> Iterator[Forward]:
         """Wait for the forward that runs, or for one that is started now, or for pages that another cache holds."""
         freed = self._pages.freed
-        if self._running is None:
+        if not self._running:
             self.go_on()
-        if self._running is None:
+        if not self._running:
             if self.slots:
                 self._pages.wait(freed, self._interrupted)
             return
-        flight, work, began = self._running
-        self._running = None
+        flight, work, ahead = self._running.popleft()
         predictions = flight.finish()
-        passes = [pass_ for _, pass_ in work]
-        self.count(passes, sum(p.ids.size for p in passes), flight.seconds)
+        began = time.perf_counter() - flight.seconds
+        wanted = [pass_ for slot, pass_ in work if not (ahead and slot.ended)]
+        self.count(wanted, sum(p.ids.size for _, p in work), flight.seconds)
         slots, served, results = list[Slot](), list[Pass](), list[Prediction]()
         for (slot, pass_), prediction in zip(work, predictions, strict=True):
             if slot.ended:
                 continue
             if slot.built is None:
+                assert slot.next_pass.write_at == pass_.write_at
                 slots.append(slot)
-                served.append(pass_)
+                served.append(slot.next_pass)
                 results.append(prediction)
                 continue
             slot.built += pass_.ids.size
@@ -95,15 +107,38 @@ class PagedRows(Rows):
         yield Forward(slots, served, results, began, flight.seconds, len(work))
 
     def go_on(self) -> None:
-        """Let the rows that have ended go and start the next forward."""
+        """Let the rows that have ended go and start the next forward, and the one after it if it is known."""
         for slot in [slot for slot in self.slots if slot.ended]:
             self.leave(slot)
-        work = self._scheduled()
-        if not work:
-            return
-        began = time.perf_counter()
-        flight = self._paged.launch([pass_ for _, pass_ in work], [slot.row for slot, _ in work])
-        self._running = flight, work, began
+        if not self._running:
+            work = self._scheduled()
+            if not work:
+                return
+            flight = self._paged.launch([pass_ for _, pass_ in work], [slot.row for slot, _ in work])
+            self._running.append(Running(flight, work))
+        if len(self._running) == 1:
+            self._run_ahead(self._running[0])
+
+    def _run_ahead(self, last: Running) -> None:
+        """Start the forward behind one of decoding rows that takes nothing but its predictions, while that runs.
+
+        Rows that will have all their tokens then are left out; one that ends by its last token is computed in vain.
+        """
+        work, fed = list[tuple[Slot, Pass]](), list[int]()
+        for number, (slot, pass_) in enumerate(last.work):
+            if not slot.follows:
+                return
+            if not slot.ended and slot.sequence.remaining > 1:
+                work.append((slot, slot.following(pass_)))
+                fed.append(number)
+        if not work or not set(self.slots) <= dict(last.work).keys():
+            return  # others have come
+        for slot, pass_ in work:
+            if not self._reserve(slot, pass_.write_at, pass_.write_at + 1, may_take=False):
+                return
+        flight = self._paged.follow(last.flight, [pass_ for _, pass_ in work], [slot.row for slot, _ in work], fed)
+        if flight is not None:
+            self._running.append(Running(flight, work, ahead=True))
 
     def _scheduled(self) -> list[tuple[Slot, Pass]]:
         """The passes of the next forward: all that decode, then prompts in order of arrival, each within its budget."""

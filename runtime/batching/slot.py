@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from ..engines.engine import Pass, Prediction
+from ..engines.engine import Pass, Prediction, causal
 from ..modes.ar import Loop
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
@@ -70,6 +70,17 @@ class Slot:
     def size(self) -> int:
         """Tokens of its next pass."""
         return int(self.next_pass.ids.size)
+
+    @property
+    def follows(self) -> bool:
+        """Whether its pass decodes one token, and the next one is known but for that token's id."""
+        sequence, pass_ = self.sequence, self.pass_
+        decodes = pass_ is not None and pass_.kind == "decode" and self.built is None
+        return decodes and sequence.settings.mode == "ar" and sequence.selector.as_predicted
+
+    def following(self, pass_: Pass) -> Pass:
+        """The pass after one that decodes a token, with any id."""
+        return self.sequence.for_engine(causal("decode", [0], pass_.write_at + 1))
 
     @property
     def held(self) -> list[int]:

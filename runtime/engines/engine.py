@@ -111,6 +111,13 @@ class PagedCache(Cache, Protocol):
         """Start a forward; `passes[i]` reads and writes row `rows[i]`, which has been reserved."""
         ...
 
+    def follow(self, flight: Flight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]) -> Flight | None:
+        """Start a forward before anyone knows what `flight` gives: its prediction `fed[i]` is the token of `passes[i]`.
+
+        Those have one token each. None from an engine that cannot, and where another forward has come between.
+        """
+        ...
+
     def reserve(self, row: int, begin: int, end: int) -> bool:
         """Make slots `begin` to `end` of a row its own to write; False where memory is short."""
         ...

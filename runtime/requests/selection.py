@@ -63,6 +63,11 @@ class TokenSelector:
         self.plain = (settings.params.greedy or drawn) and self._matcher is None and settings.logprobs is None
         self._drawn = drawn and self.plain
 
+    @property
+    def as_predicted(self) -> bool:
+        """Whether every next token is the engine's own, whatever has been emitted before."""
+        return self.plain and self._budget is None
+
     def with_sampling(self, pass_: Pass) -> Pass:
         """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
         if not self._drawn:

@@ -199,8 +199,9 @@ def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) 
     there = card.Card("cpu")
     there.graphs = []
     there._refuses = 0
+    there._bytes = []
     engine = models.load("tiny", "f32", there, pages=8).backend
-    engine.forwards.graphs = True
+    engine.steps.graphs = True
     cache, spent = engine.open(1), [0.0]
     for _ in range(4):
         cache.forward([causal("decode", [5], 3)])

@@ -68,6 +68,9 @@ class PoisonedCache:
         self.spoil_pages(passes, rows)
         return self.cache.launch(passes, rows)
 
+    def follow(self, *arguments: Any) -> None:
+        """No pass runs ahead, so that each is spoilt in its turn."""
+
     def spoil_pages(self, passes: Sequence[Pass], rows: Sequence[int]) -> None:
         """Spoil the next free pages, the scratch page, and what the passes' rows hold past their end."""
         pages, pool = self.cache._memory.pages, self.cache._memory.pool

@@ -41,8 +41,8 @@ def dense(real: nemodiff.LoadedEngine) -> nemodiff.LoadedEngine:
     return toy(real)
 
 
-def paged(real: nemodiff.LoadedEngine, pages: int, *, late: bool = False) -> nemodiff.LoadedEngine:
-    return dataclasses.replace(real, backend=PagedToyEngine(real.info, pages, late=late))
+def paged(real: nemodiff.LoadedEngine, pages: int, *, late: bool = False, ahead: bool = False) -> nemodiff.LoadedEngine:
+    return dataclasses.replace(real, backend=PagedToyEngine(real.info, pages, late=late, ahead=ahead))
 
 
 def backend(engine: nemodiff.LoadedEngine) -> PagedToyEngine:
@@ -169,6 +169,7 @@ def requests() -> st.SearchStrategy[tuple[list[int], dict[str, Any]]]:
     count=st.sampled_from([14, 16, 24, 60]),
     budget=st.sampled_from([1, 30, 512]),
     late=st.booleans(),
+    ahead=st.booleans(),
 )
 def test_any_schedule_gives_what_each_request_gives_alone(
     dense: nemodiff.LoadedEngine,
@@ -179,10 +180,11 @@ def test_any_schedule_gives_what_each_request_gives_alone(
     count: int,
     budget: int,
     late: bool,
+    ahead: bool,
 ) -> None:
     """With memory for all of them, or for hardly more than one."""
     waiting = data.draw(st.lists(requests(), min_size=1, max_size=7))
-    engine = paged(real, count, late=late)
+    engine = paged(real, count, late=late, ahead=ahead)
     pages = backend(engine).pages
     batch = Batch(engine.backend, rows, kept=kept, prefill_tokens=budget)
     running: dict[Sequence, tuple[list[int], dict[str, Any]]] = {}
@@ -229,6 +231,68 @@ def test_the_youngest_gives_its_pages_up_and_goes_on_later(
         assert sequence.tokens == nemodiff.generate(dense, prompt, **options).token_ids
     batch.close()
     assert batch.counts.padding == 0
+
+
+def test_ar_runs_a_pass_ahead_and_drops_what_comes_after_the_end(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine
+) -> None:
+    """The limit is known before, EOS and a stop string are not: they cost one token that is computed for nobody."""
+    ends = list[str | None]()
+    for number in range(24):
+        prompt, limit = SYSTEM[number : number + 20], 4 + number
+        options: dict[str, Any] = {"mode": "ar", "max_new_tokens": limit}
+        if number % 3 == 0:
+            options["stop"] = nemodiff.generate(dense, prompt, mode="ar", max_new_tokens=4).text[-2:]
+        expected = nemodiff.generate(dense, prompt, **options)
+        engine = paged(real, 12, ahead=True)
+        batch = Batch(engine.backend, 1, kept=1)
+        sequence = prepare(engine, prompt, Options(**options))
+        batch.add(sequence)
+        while len(batch):
+            list(batch.step())
+        assert sequence.tokens == expected.token_ids
+        assert sequence.nfe == expected.nfe
+        dropped = int(len(sequence.tokens) < limit and len(sequence.tokens) > 1)
+        passes = sum(expected.nfe.values())
+        assert (backend(engine).forwards, backend(engine).followed) == (passes + dropped, max(0, passes - 2) + dropped)
+        list(batch.step())
+        assert (batch.counts.forwards, batch.counts.padding) == (passes + dropped, dropped)
+        batch.close()
+        assert backend(engine).pages.free == 12
+        ends.append(expected.finish_reason)
+    assert {ends.count("stop") > 3, ends.count("length") > 3} == {True}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_rows_of_ar_run_ahead_together(dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, late: bool) -> None:
+    """Others join and leave in between: rows of other modes, or with a grammar, penalties, logprobs, stop strings."""
+    engine = paged(real, 60, late=late, ahead=True)
+    kinds: list[dict[str, Any]] = [
+        *({} for _ in range(8)),
+        {"mode": "linear_spec", "block_length": 6},
+        {"repetition_penalty": 1.3},
+        {"logprobs": 1},
+        {"temperature": 0.9, "seed": 5},
+        {"regex": "[a-z]{9,30}"},
+        {"mode": "diffusion", "block_length": 5},
+    ]
+    asked = [
+        (SYSTEM[: 30 + 4 * n % 64], {"mode": "ar", "max_new_tokens": 20 + 7 * n, **kind})
+        for n, kind in enumerate([*kinds, *kinds])
+    ]
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        handles = [scheduler.submit(prompt, **options) for prompt, options in asked]
+        cancelled = scheduler.submit(SYSTEM[:40], mode="ar", max_new_tokens=900, min_tokens=0)
+        next(iter(cancelled))
+        cancelled.cancel()
+        for handle, (prompt, options) in zip(handles, asked, strict=True):
+            expected = nemodiff.generate(dense, prompt, **options)
+            assert handle.result(20).token_ids == expected.token_ids
+            assert handle.result().nfe == expected.nfe
+        assert cancelled.result(20).finish_reason in ("cancelled", "stop")
+        assert scheduler.statistics.reused_tokens > 0
+    assert backend(engine).followed > 0
+    assert backend(engine).pages.free == 60
 
 
 def test_a_request_that_can_never_fit_is_refused_with_numbers(real: nemodiff.LoadedEngine) -> None:

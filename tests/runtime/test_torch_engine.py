@@ -48,6 +48,7 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, graph_shapes, rounded_shape, rounded_tokens
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
+from nemodiff.runtime.engines.torch.step import Step
 
 pytestmark = pytest.mark.torch
 
@@ -285,6 +286,63 @@ def test_modes_share_a_forward(tiny: Pair) -> None:
         statistics = scheduler.statistics
     assert statistics.padding_tokens == 0
     assert statistics.forwards < sum(statistics.nfe.values())
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_ar_runs_a_pass_ahead(small: Pair, graphs: bool) -> None:
+    """The token stays where the device has it: rows of every length, others among them, EOS, limits, a cancel."""
+    backend = torch_backend(small.ours)
+    device = RecordingDevice()
+    ahead = TorchEngine(backend.folder, backend.info, device, graphs=graphs, ahead=True, pages=40)
+    fed = list[FlatShape]()
+    of = ahead.steps.of
+
+    def seen(shape: FlatShape) -> Step:
+        fed.extend([shape] if shape.fed else [])
+        return of(shape)
+
+    ahead.steps.of = seen  # type: ignore[method-assign]
+    engine = small.with_backend(ahead)
+    asked: list[tuple[Any, dict[str, Any]]] = [
+        (prompt, {"mode": "ar", "max_new_tokens": 11 + 8 * n})
+        for n, prompt in enumerate([*QUESTIONS, PROMPT, PROMPT * 4])
+    ]
+    asked += [(QUESTIONS[0], {"mode": "linear_spec", "max_new_tokens": 20}), (PROMPT, {"mode": "ar", "logprobs": 1})]
+    asked += [(QUESTIONS[1], {"mode": "ar", "max_new_tokens": 40, "repetition_penalty": 1.2})]
+    with nemodiff.Scheduler(engine, rows=3) as scheduler:
+        handles = [scheduler.submit(prompt, **{"max_new_tokens": 16, **options}) for prompt, options in asked]
+        gone = scheduler.submit(PROMPT, mode="ar", max_new_tokens=500)
+        for handle, (prompt, options) in zip(handles, asked, strict=True):
+            expected = nemodiff.generate(small.theirs, prompt, **{"max_new_tokens": 16, **options})
+            answer = handle.result(60)
+            assert (answer.token_ids, answer.nfe) == (expected.token_ids, expected.nfe)
+        gone.cancel()
+        gone.result(60)
+    assert {shape.fed for shape in fed} == {1, 2}
+    assert {shape.tokens for shape in fed} >= {1, 2}
+    assert ahead.pages.free == 40
+    assert ahead.eager_shapes == {}
+
+
+def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
+    """So the second of them does not run ahead."""
+    backend = torch_backend(small.ours)
+    ahead = TorchEngine(backend.folder, backend.info, "cpu", ahead=True, pages=40)
+    one, other = ahead.open(1), ahead.open(1)
+    for cache in (one, other):
+        cache.forward([causal("prefill", PROMPT, 0)])
+        assert cache.reserve(0, len(PROMPT), len(PROMPT) + 2)
+    first = one.launch([causal("decode", [300], len(PROMPT))], [0])
+    behind = [causal("decode", [0], len(PROMPT) + 1)]
+    between = other.launch([causal("decode", [301], len(PROMPT))], [0])
+    assert one.follow(first, behind, [0], [0]) is None
+    followed = other.follow(between, behind, [0], [0])
+    assert followed is not None
+    (got,) = followed.finish()
+    token = int(between.finish()[0].token[0])
+    (expected,) = other.forward([causal("decode", [token], len(PROMPT) + 1)])
+    np.testing.assert_array_equal(got.confidence, expected.confidence)
+    assert not backend.forwards.ahead  # a CPU would only compute in vain
 
 
 def test_short_memory_changes_no_token(small: Pair) -> None:

@@ -59,13 +59,21 @@ class RecordingDevice(TorchDevice):
         super().__init__(Path("engine"), "cpu")
         self.graphs: list[Recorded] = []
         self._refuses = refuses
+        self._bytes: list[torch.Tensor] = []
+
+    def bytes(self, count: int) -> torch.Tensor:
+        self._bytes.append(super().bytes(count))
+        return self._bytes[-1]
 
     def capture(self, work: Callable[[], None], pool: Any = None) -> Graph | str:
         if self._refuses:
             self._refuses -= 1
             return "operation not permitted when stream is capturing"
         graph = Recorded()
+        before = [memory.clone() for memory in self._bytes]
         with _Recorder(graph):
             work()
+        for memory, held in zip(self._bytes, before, strict=True):
+            memory.copy_(held)  # a capture runs nothing
         self.graphs.append(graph)
         return graph

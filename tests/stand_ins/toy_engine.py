@@ -118,11 +118,14 @@ class ToyCache:
 class PagedToyEngine(ToyEngine):
     """The same with rows of pages; see `nemodiff.runtime.engines.engine.PagedCache`.
 
-    `late`: a forward runs when it is finished, as on a CPU, not when it is launched.
+    `late`: a forward runs when it is finished, as on a CPU, not when it is launched. `ahead`: one may follow another
+    that has not ended.
     """
 
-    def __init__(self, info: EngineInfo, pages: int, *, late: bool = False) -> None:
+    def __init__(self, info: EngineInfo, pages: int, *, late: bool = False, ahead: bool = False) -> None:
         super().__init__(info)
+        self.ahead = ahead
+        self.followed = 0  # forwards that were begun ahead
         self.pages = Pages(pages, 400, 64)
         self.late = late
         self.pool = np.full((pages + 1, PAGE, 2), -1, np.int64)  # id and position by page and slot
@@ -160,6 +163,17 @@ class PagedToyCache(ToyCache):
         if not engine.late:
             engine.flight.run()
         return engine.flight
+
+    def follow(
+        self, flight: ToyFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+    ) -> ToyFlight | None:
+        engine = self._engine
+        if not engine.ahead or engine.flight is not flight:
+            return None
+        known = [p.token[0] for p in flight.peek()]
+        engine.followed += 1
+        fresh = [p._replace(ids=np.array([known[number]], np.int32)) for p, number in zip(passes, fed, strict=True)]
+        return self.launch(fresh, rows)
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         rows = range(first, first + len(passes))
@@ -216,7 +230,11 @@ class ToyFlight:
         self._predictions = [self._cache.run(number, p) for number, p in self._work]
 
     def finish(self) -> list[Prediction]:
-        self._cache._engine.flight = None
+        if self._cache._engine.flight is self:
+            self._cache._engine.flight = None
+        return self.peek()
+
+    def peek(self) -> list[Prediction]:
         if self._predictions is None:
             self.run()
         assert self._predictions is not None

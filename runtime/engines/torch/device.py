@@ -139,11 +139,16 @@ class TorchDevice:
         source = self._torch.from_numpy(pages)
         table[row].copy_(source.pin_memory() if self.is_gpu else source, non_blocking=True)
 
-    def buffer(self, layout: Layout) -> Buffer:
-        """Zeroed memory for some bindings."""
+    def bytes(self, count: int) -> Tensor:
+        """Zeroed memory, (count,) u8."""
+        made: Tensor = self._torch.zeros(count, dtype=self._torch.uint8, device=self.name)
+        return made
+
+    def buffer(self, layout: Layout, there: Tensor | None = None) -> Buffer:
+        """Zeroed memory for some bindings; on the device, that of `there` if it is given, which they need not fill."""
         torch = self._torch
-        host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=self.is_gpu)
-        there = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.name) if self.is_gpu else host
+        there = self.bytes(layout.nbytes) if there is None else there[: layout.nbytes]
+        host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=True) if self.is_gpu else there
         types: dict[type, Any] = {np.int32: torch.int32, np.float32: torch.float32}
         tensors = {}
         for name, (at, dtype, shape) in layout.places.items():

@@ -20,13 +20,14 @@ from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUN
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
-from ..engine import Pass, Prediction
+from ..engine import Flight, Pass, Prediction
 from ..pages import PAGE, Pages
 from .device import TorchDevice
 from .flat import FlatShape, graph_shapes
 from .forwards import Forwards, TorchFlight
 from .memory import Memory, page_count
 from .model import TorchModel
+from .step import Steps
 from .vision import TorchVision
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class TorchEngine:
         threads: CPU threads, for all of torch in this process; None leaves torch's choice.
         kernels: run the project's Triton kernels; default on a GPU.
         graphs: capture CUDA graphs; default on a GPU. False runs every pass eagerly, for comparison.
+        ahead: start passes of mode `ar` before those before them have ended; default on a GPU, as a CPU gains nothing.
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
         ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
@@ -63,6 +65,7 @@ class TorchEngine:
         *,
         kernels: bool | None = None,
         graphs: bool | None = None,
+        ahead: bool | None = None,
         memory: float = DEFAULT_GPU_MEMORY_UTILIZATION,
         pages: int | None = None,
         ranks: Ranks | None = None,
@@ -86,15 +89,8 @@ class TorchEngine:
             self.memory = Memory(self.device, own, self.model.dtype, pages)
             if ranks is not None and ranks.rank == 0:
                 self.memory.record()
-            self.forwards = Forwards(
-                folder,
-                self.device,
-                self.model,
-                self.memory,
-                info,
-                is_gpu if graphs is None else graphs,
-                self.lock,
-            )
+            self.steps = Steps(folder, self.device, self.model, self.memory, info, is_gpu if graphs is None else graphs)
+            self.forwards = Forwards(folder, self.steps, is_gpu if ahead is None else ahead, self.lock)
         self.samples = self.model.kernels and ranks is None  # drawing needs the whole vocabulary
 
     @property
@@ -105,17 +101,17 @@ class TorchEngine:
     @property
     def captured(self) -> int:
         """Graphs made since the engine was loaded."""
-        return self.forwards.captured
+        return self.steps.captured
 
     @property
     def compiled(self) -> int:
         """Kernels that had to be compiled since the engine was loaded."""
-        return 0 if self.forwards.kernels is None else self.forwards.kernels.compiled
+        return 0 if self.steps.kernels is None else self.steps.kernels.compiled
 
     @property
     def eager_shapes(self) -> dict[FlatShape, str]:
         """Shapes that cannot be captured, and why."""
-        return self.forwards.eager_shapes
+        return self.steps.eager_shapes
 
     @property
     def lost(self) -> str | None:
@@ -143,18 +139,17 @@ class TorchEngine:
         """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
         build = self.info.build
         blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
-        return graph_shapes(blocks + PREFILL_CHUNK + MAX_BLOCK)
+        return graph_shapes(blocks + PREFILL_CHUNK + MAX_BLOCK, build.max_batch_size if self.forwards.ahead else 0)
 
     def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
-        if self.forwards.graphs:
+        if self.steps.graphs:
             self.forwards.warm_up(show(self.graph_shapes()))
-
 
     def follow(self) -> None:
         """Compute what rank 0 does until it ends; for the other ranks."""
         assert self.ranks is not None
-        self.forwards.follow(self.ranks)
+        self.forwards.obey(self.ranks)
 
     def close(self) -> None:
         """End the other ranks; one rank has nothing to do."""
@@ -198,6 +193,13 @@ class TorchCache:
         """See `engine.PagedCache.launch`."""
         return self._forwards.launch(passes, [self.rows[row] for row in rows])
 
+    def follow(
+        self, flight: Flight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+    ) -> TorchFlight | None:
+        """See `engine.PagedCache.follow`."""
+        assert isinstance(flight, TorchFlight)
+        return self._forwards.follow(flight, passes, [self.rows[row] for row in rows], fed)
+
     def reserve(self, row: int, begin: int, end: int) -> bool:
         """See `engine.PagedCache.reserve`."""
         with self._lock, self._engine.device.use(self._engine.folder):
@@ -214,9 +216,13 @@ class TorchCache:
             raise EngineError(f"row {source} has fewer than {slots} slots, so they cannot be given to row {target}")
 
     def free(self, row: int) -> None:
-        """See `engine.PagedCache.free`; a forward under way may still write to what it holds."""
+        """See `engine.PagedCache.free`.
+
+        A forward under way may still write to what it holds: on a GPU before any forward that gets it next.
+        """
         with self._lock:
-            self._forwards.settle()
+            if not self._engine.device.is_gpu:
+                self._forwards.settle()
             self._memory.pages.drop(self.rows[row])
 
     def set_spare(self, row: int) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 from ....contract import MAX_BLOCK, PREFILL_CHUNK, Binding
 from ....engine_folder import EngineInfo
 from ..engine import Pass
-from ..layout import Layout, layout
+from ..layout import ALIGNMENT, Layout, layout
 from ..pages import PAGE, Pages
 
+FED_AT = ALIGNMENT // 4  # where a forward's tokens begin, for the one that is fed by them; what lies before is padding
 FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)
 
 
@@ -28,6 +29,7 @@ class FlatShape(NamedTuple):
     logits: bool = False  # whether a row wants its logits on the host
     sampled: bool = False  # whether a row is sampled on the device
     embedded: bool = False  # whether a token has another embedding than its id's
+    fed: int = 0  # 1 or 2 where ids are predictions of the forward before, in turn: while one is copied, one is filled
 
 
 # Letters: N tokens, R predictions. `row` is a row of the page table, `first` the number of its first token here;
@@ -40,6 +42,7 @@ _TOKENS = (
     Binding("first", "i32", ("N",)),
     Binding("visible", "i32", ("N", 3)),
 )
+_FED = Binding("source", "i32", ("N",))  # where a token's id lies, FED_AT plus the number of a prediction
 _PREDICTIONS = (
     Binding("index", "i32", ("R",)),
     Binding("span", "i32", ("R", 2)),
@@ -64,12 +67,14 @@ def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
         bindings.append(Binding("adapter", "f32", ("N",)))
     if shape.embedded:  # as in `contract.inputs`
         bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
+    if shape.fed:
+        bindings.append(_FED)
     bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled else ())]
     lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
     return layout(bindings, lengths), layout(_OUTPUTS, lengths)
 
 
-def flat_shape(passes: Sequence[Pass]) -> FlatShape:
+def flat_shape(passes: Sequence[Pass], fed: int = 0) -> FlatShape:
     """The exact shape of a forward."""
     return FlatShape(
         sum(p.ids.size for p in passes),
@@ -77,6 +82,7 @@ def flat_shape(passes: Sequence[Pass]) -> FlatShape:
         logits=any(p.logits for p in passes),
         sampled=any(p.temperature for p in passes),
         embedded=any(p.embedded is not None for p in passes),
+        fed=fed,
     )
 
 
@@ -98,10 +104,11 @@ def rounded_shape(shape: FlatShape) -> FlatShape:
     return shape._replace(tokens=tokens, predicted=MAX_BLOCK if few else tokens)
 
 
-def graph_shapes(most_tokens: int) -> list[FlatShape]:
+def graph_shapes(most_tokens: int, fed_rows: int = 0) -> list[FlatShape]:
     """What is captured when an engine is loaded, the largest first: later graphs fit into the memory of the first.
 
-    Greedy passes of every size; and of those that decode one request, also the ones that are sampled or bring logits.
+    Greedy passes of every size; and of those that decode one request, also the ones that are sampled or bring logits;
+    passes of up to `fed_rows` rows that are begun ahead.
     """
     sizes = sorted({rounded_tokens(count) for count in range(1, most_tokens + 1)}, reverse=True)
     shapes: dict[FlatShape, None] = {}
@@ -112,11 +119,22 @@ def graph_shapes(most_tokens: int) -> list[FlatShape]:
         if size <= MAX_BLOCK:
             shapes[FlatShape(size, size, sampled=True)] = None
             shapes[FlatShape(size, size, logits=True)] = None
+        if fed_rows and size <= rounded_tokens(fed_rows):
+            for sampled in (False, True):
+                for turn in (1, 2):
+                    shapes[FlatShape(size, size, sampled=sampled, fed=turn)] = None
     return list(shapes)
 
 
-def fill(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequence[int], pages: Pages, mask: int) -> None:
-    """Write the inputs of a forward."""
+def fill(
+    arrays: Mapping[str, np.ndarray],
+    passes: Sequence[Pass],
+    rows: Sequence[int],
+    pages: Pages,
+    mask: int,
+    fed: Sequence[int] = (),
+) -> None:
+    """Write the inputs of a forward; `fed` are its ids by the predictions of the one before."""
     ids, pos, visible, index, span = (arrays[name] for name in ("ids", "pos", "visible", "index", "span"))
     at = begin = 0
     if "embedding" in arrays:
@@ -148,6 +166,9 @@ def fill(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequenc
             arrays["position"][picked] = p.pos[p.predicted] + (chosen != mask)
         at += size
         begin = end
+    if "source" in arrays:
+        arrays["source"][: len(fed)] = np.add(fed, FED_AT)
+        arrays["source"][len(fed) :] = 0
     _pad(arrays, at, begin, mask)
 
 

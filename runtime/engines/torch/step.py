@@ -1,0 +1,165 @@
+"""What runs passes of one shape: its buffers, and its graph once it is captured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ....engine_folder import EngineInfo
+from ..engine import Pass
+from ..pages import PAGE
+from .device import Buffer, Graph, TorchDevice
+from .flat import FED_AT, FlatShape, fill, flat_layouts, rounded_tokens
+from .kernel_cache import KernelCache
+from .memory import Change, Memory
+from .model import TorchModel
+from .plain import View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEPT_SHAPES = 128  # without graphs, each with its buffers
+
+
+class Steps:
+    """The steps of a model over a memory, by shape.
+
+    Args:
+        folder: of the engine, where compiled kernels are kept.
+        device: where they run.
+        model: what runs.
+        memory: what it reads and writes.
+        info: the engine's description.
+        graphs: capture them when they come again.
+    """
+
+    def __init__(
+        self, folder: Path, device: TorchDevice, model: TorchModel, memory: Memory, info: EngineInfo, graphs: bool
+    ) -> None:
+        import torch
+
+        self.device = device
+        self.model = model
+        self.memory = memory
+        self.info = info
+        self.graphs = graphs
+        self.kernels = KernelCache(folder) if model.kernels else None
+        self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
+        self.captured = 0  # graphs made so far
+        # The tokens of steps of so few predictions lie in one place, where the next one finds them.
+        self.most_fed = rounded_tokens(info.build.max_batch_size)
+        self._results = device.bytes(4 * FED_AT + flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
+        self.fed: Tensor = self._results.view(torch.int32)  # (FED_AT + ...,) i32
+        self.fed[:FED_AT] = int(model.config.mask_id == 0)  # any id but the mask
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all buffers and graphs; the next ones share a memory of their own."""
+        self._steps: dict[FlatShape, Step] = {}
+        self.pool = self.device.graph_pool()
+
+    def of(self, shape: FlatShape) -> Step:
+        """The step of a shape."""
+        step = self._steps.pop(shape, None) or Step(self, shape)
+        self._steps[shape] = step  # the last used comes last
+        if not self.graphs and len(self._steps) > _KEPT_SHAPES:
+            del self._steps[next(iter(self._steps))]
+        return step
+
+    def results(self, predicted: int) -> Tensor | None:
+        """Where the outputs of so many predictions lie for a step behind; None where it is not fed by them."""
+        return self._results[4 * FED_AT :] if predicted <= self.most_fed else None
+
+
+class Told(NamedTuple):
+    """A forward as rank 0 tells it to the others; `news` are changes of the memory since the one before."""
+
+    shape: FlatShape
+    inputs: bytes
+    views: list[View] | None
+    news: list[Change]
+
+
+class Step:
+    """The buffers of a shape, and its graph."""
+
+    def __init__(self, owner: Steps, shape: FlatShape) -> None:
+        self.shape = shape
+        self._owner = owner
+        inputs, outputs = flat_layouts(shape, owner.info)
+        self._inputs: Buffer = owner.device.buffer(inputs)
+        self.outputs: Buffer = owner.device.buffer(outputs, owner.results(shape.predicted))
+        self.logits: Tensor | None = None
+        self._views: list[View] | None = None
+        self._graph: Graph | None = None
+        self._runs = 0
+
+    def fill(self, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int] = ()) -> None:
+        """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
+        owner = self._owner
+        fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, fed)
+        if owner.graphs:
+            return
+        self._views = []
+        at = 0
+        for p, row in zip(passes, rows, strict=True):
+            seen = max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
+            self._views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
+            at += p.ids.size
+
+    def run(self) -> None:
+        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then captured."""
+        owner = self._owner
+        ranks = owner.model.ranks
+        if ranks is None:
+            self._run()
+            return
+        with ranks.watched():
+            ranks.tell(Told(self.shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
+            self._run()
+
+    def repeat(self, told: Told) -> None:
+        """Run what rank 0 runs."""
+        self._inputs.host.numpy()[:] = np.frombuffer(told.inputs, np.uint8)
+        self._views = told.views
+        self._run()
+
+    def _run(self) -> None:
+        self._runs += 1
+        if self._runs == 2 and self._owner.graphs:
+            self._capture()
+        if self._graph is None:
+            self._work()
+        else:
+            self._graph.replay()
+
+    def _capture(self) -> None:
+        owner = self._owner
+        captured = owner.device.capture(self._work, owner.pool)
+        if isinstance(captured, str):
+            owner.eager_shapes[self.shape] = captured
+        else:
+            self._graph = captured
+            owner.captured += 1
+
+    def _work(self) -> None:
+        """All that a graph holds: upload, network, download."""
+        kernels = self._owner.kernels
+        with contextlib.nullcontext() if kernels is None else kernels.use():
+            self._compute()
+
+    def _compute(self) -> None:
+        device, model, memory = self._owner.device, self._owner.model, self._owner.memory
+        device.upload(self._inputs)
+        inputs = self._inputs.tensors
+        if self.shape.fed:
+            inputs = {**inputs, "ids": self._owner.fed.index_select(0, inputs["source"])}
+        # Kept, so that a replay writes the logits to the same place.
+        self.logits = model.forward(
+            inputs, self.outputs.tensors, memory.pool, memory.table, self._views, self.shape.logits
+        )
+        device.download(self.outputs)
