@@ -26,7 +26,7 @@ from ..text.checks import check_text
 from .methods import METHODS
 from .row import Row
 
-LONGEST_FREE = 16  # tokens of a hole without a length
+LONGEST_FREE = 16  # tokens of a hole without a length, unless its user says otherwise
 _HOLE = re.compile(r"\{hole(?::(\d+))?\}")
 
 Template = Sequence[str | int | None]  # text, and holes: their length in tokens, or None for a length that fits
@@ -55,6 +55,7 @@ def infill(
     width: int = 8,
     threshold: float = 0.9,
     block_length: int | None = None,
+    longest: int = LONGEST_FREE,
 ) -> Filled:
     """Fill the hole between two texts; see `fill` for the arguments, docs/semantics.md for what is computed."""
     return fill(
@@ -65,6 +66,7 @@ def infill(
         width=width,
         threshold=threshold,
         block_length=block_length,
+        longest=longest,
     )
 
 
@@ -77,17 +79,20 @@ def fill(
     width: int = 8,
     threshold: float = 0.9,
     block_length: int | None = None,
+    longest: int = LONGEST_FREE,
 ) -> Filled:
     """Fill the holes of a template from left to right.
 
     Args:
         engine: from `load`.
-        template: text, and holes as their length in tokens, 1..64; None is a hole of 1 to 16 tokens, for `search` only.
+        template: text, and holes as their length in tokens, 1..64; None is a hole of 1 to `longest` tokens, for
+            `search` only.
         prompt: what the text is an answer to; without it the text stands alone, as a raw prompt does.
         method: `search` or `block`.
         width: fillings that `search` keeps.
         threshold: confidence at which `block` commits a mask.
         block_length: tokens of hole and text after it in a block; default the engine's.
+        longest: tokens of a hole without a length, at most, 1..64.
 
     Returns:
         The text given, unchanged, with the fillings in it.
@@ -101,11 +106,13 @@ def fill(
     window = engine.info.build.block_length if block_length is None else block_length
     if not 1 <= width <= MAX_BLOCK:
         raise RequestError(f"width is {width}, allowed: 1 to {MAX_BLOCK}")
+    if not 1 <= longest <= MAX_BLOCK:
+        raise RequestError(f"longest is {longest}, allowed: 1 to {MAX_BLOCK}")
     if not 1 <= window <= MAX_BLOCK:
         raise RequestError(f"block_length is {window}, allowed: 1 to {MAX_BLOCK}")
     THRESHOLD.check("threshold", threshold)
     context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
-    need = len(context) + sum(len(p) if isinstance(p, list) else p or LONGEST_FREE for p in parts)
+    need = len(context) + sum(len(p) if isinstance(p, list) else p or longest for p in parts)
     if need > limit:
         raise RequestError(
             f"prompt, text and holes have up to {need} tokens, the engine's max_seq_len is {limit}; shorten the text "
@@ -125,7 +132,7 @@ def fill(
                 size = part or 0
                 filling = row.denoise([row.mask_id] * size + suffix[: max(0, window - size)], threshold)[:size]
             else:
-                filling = _search(row, part, suffix, width, engine.info.model.eos_ids)
+                filling = _search(row, part, longest, suffix, width, engine.info.model.eos_ids)
             row.tokens += filling
             fillings.append(filling)
         nfe = row.nfe
@@ -184,12 +191,14 @@ class _Chain:
     score: float
 
 
-def _search(row: Row, size: int | None, suffix: list[int], width: int, eos_ids: Sequence[int]) -> list[int]:
-    """The likeliest filling of `size` tokens, or of 1 to LONGEST_FREE, among those that a beam of `width` meets."""
+def _search(
+    row: Row, size: int | None, longest: int, suffix: list[int], width: int, eos_ids: Sequence[int]
+) -> list[int]:
+    """The likeliest filling of `size` tokens, or of 1 to `longest`, among those that a beam of `width` meets."""
     chains = [_Chain([], 0.0)]
     best = chains[0]
     best_total = -np.inf
-    for length in range(1, (size or LONGEST_FREE) + 1):
+    for length in range(1, (size or longest) + 1):
         chains = _grow(row, chains, min(width, PREFILL_CHUNK // (length + 1)), [row.mask_id, *eos_ids])
         if size not in (None, length):
             continue

@@ -10,10 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...contract import MAX_BLOCK
 from ...errors import RequestError
-from ...runtime.editing.infill import LONGEST_FREE
-from ...runtime.editing.methods import Method
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.spellings import resolve
 from .body_parts import Body, Message, ResponseFormat, StreamOptions, StructuredOutputs
@@ -160,6 +157,9 @@ class Completion(Generating):
         None,
         description="Repeat the prompt before its completion; its tokens have log-probabilities too, with logprobs.",
     )
+    suffix: str | None = Field(
+        None, description="Fill the hole between the prompt and this text, as /v1/fim/completions does."
+    )
     best_of: Literal[1] | None = Field(None, description="Choose among this many answers; only 1 is allowed.")
 
     def prompts(self) -> list[Prompt]:
@@ -184,24 +184,6 @@ class Completion(Generating):
         if scored is not None and chosen.setdefault("prompt_logprobs", scored) != scored:
             raise RequestError("logprobs and prompt_logprobs differ, and echo reports both alike; give one of them")
         return chosen
-
-
-class Fim(Decoding):
-    """A text with a hole."""
-
-    block_length: int | None = Field(
-        None, description=f"Look at this many tokens at once, 1 to {MAX_BLOCK}. Default: the engine's."
-    )
-    prompt: str = Field(description="Put this text before the hole.")
-    suffix: str = Field("", description="Put this text after the hole.")
-    max_tokens: int | None = Field(
-        None,
-        description=f"Fill the hole with this many tokens, 1 to {MAX_BLOCK}. Default: 1 to {LONGEST_FREE}, as fits.",
-    )
-    method: Method | None = Field(None, description="Fill by search, which is better, or by block, which is faster.")
-    width: int | None = Field(None, description=f"Keep this many candidate fillings in a search, 1 to {MAX_BLOCK}.")
-    stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
-    stream_options: StreamOptions | None = None
 
 
 class Tokenize(Templated):

@@ -24,13 +24,14 @@ from ...runtime.requests.prepare import Prompt, encode, prepare
 from ...runtime.requests.spellings import with_seed
 from ...runtime.scheduler import Scheduler
 from ...runtime.text.checks import check_text
-from .body import Chat, Completion, Decoding, Detokenize, Fim, Tokenize, Watched
+from .body import Chat, Completion, Decoding, Detokenize, Tokenize, Watched
 from .dialects.dialect import DialectBody
 from .dialects.messages_body import Counted, Messages
 from .dialects.messages_writer import MessagesWriter
 from .dialects.responses_body import Responses
 from .dialects.responses_writer import ResponsesWriter
 from .error_responses import ModelNotFoundError
+from .fim_body import Fim
 from .image_urls import with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
@@ -62,6 +63,8 @@ class Handlers:
 
     async def generate(self, request: Request, body: Chat | Completion) -> Response:
         """Answer a chat or a completion, whole or streamed. Raises NemodiffError."""
+        if isinstance(body, Completion) and body.suffix:
+            return await self.infill(request, Fim.of(body))
         model, options = self._model_options(body)
         options = with_seed(options | body.options())
         builder = ResponseBuilder(
@@ -134,10 +137,8 @@ class Handlers:
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""
         model, _ = self._model_options(body)
-        options = body.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
         cancelled = threading.Event()
-        length = None if body.max_tokens == -1 else body.max_tokens
-        future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, length=length, **options)
+        future = self.infill_queue.submit(body.prompt, body.suffix, cancelled, **body.options())
 
         def leave() -> None:
             cancelled.set()
@@ -165,7 +166,8 @@ class Handlers:
             "nfe": filled.nfe,
             "method": filled.method,
         }
-        response = ResponseBuilder(self.engine, "completion", model).infill(filled.holes[0], usage)
+        builder = ResponseBuilder(self.engine, "completion", model)
+        response = builder.infill(body.cut(filled.holes[0]), usage, body.warnings(), stream=bool(body.stream))
         if not body.stream:
             return JSONResponse(response)
         if body.stream_options is None or not body.stream_options.include_usage:

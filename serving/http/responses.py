@@ -51,10 +51,16 @@ class ResponseBuilder:
             **_warnings(generations),
         }
 
-    def infill(self, text: str, usage: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a fill-in-the-middle request; its finish reason is always that the hole is full."""
+    def infill(self, text: str, usage: dict[str, Any], warnings: list[str], *, stream: bool) -> dict[str, Any]:
+        """The answer to a fill-in-the-middle request; its finish reason is always that the hole is full.
+
+        Mistral's clients look for a message, as in a chat, and OpenAI's for a text.
+        """
+        said = {"role": "assistant", "content": text}
         choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
-        return {**self._head("text_completion"), "choices": [choice], "usage": usage}
+        choice |= {"delta" if stream else "message": said}
+        head = self._head("text_completion")
+        return {**head, "choices": [choice], "usage": usage, **({"warnings": warnings} if warnings else {})}
 
     async def chunks(
         self, events: AsyncIterator[tuple[int, Event]], count: int, *, with_usage: bool, diffusing: bool

@@ -19,9 +19,10 @@ from starlette.requests import Request
 
 from ...errors import NemodiffError
 from . import error_responses
-from .body import Chat, Completion, Detokenize, Fim, Tokenize, Watched
+from .body import Chat, Completion, Detokenize, Tokenize, Watched
 from .dialects.messages_body import Counted, Messages
 from .dialects.responses_body import Responses
+from .fim_body import Fim
 from .handlers import Handlers
 from .page_export import PAGE
 from .sse import MEDIA_TYPE

@@ -329,7 +329,6 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         ("/v1/completions", {"prompt": ""}, "the prompt is empty"),
         ("/v1/completions", {"prompt": [10**9]}, "token id 1000000000"),
         ("/v1/completions", {"prompt": [[5], [5, 100]]}, "token id 100, the mask"),
-        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "'suffix' is not supported"),
         (CHAT, chat(echo=True), "'echo' is not supported"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_new_tokens is 0"),
         (
@@ -341,8 +340,12 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         ("/tokenize", {"prompt": "\ud800"}, "prompt: not UTF-8"),
         ("/detokenize", {"tokens": [891]}, "token id 891, allowed: 0 to 890"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
-        ("/v1/fim/completions", {"prompt": "x"}, "length"),
-        ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "max_tokens": 99}, "allowed: 1 to 64"),
+        ("/v1/fim/completions", {"prompt": "x", "method": "block"}, "length"),
+        ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "length": 99}, "allowed: 1 to 64"),
+        ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "max_tokens": 0}, "max_tokens is 0, allowed: 1 or more"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y", "logprobs": 1}, "logprobs is not for a hole"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y", "n": 2}, "n is not for a hole"),
+        ("/v1/completions", {"prompt": ["x"], "suffix": "y"}, "prompt is a list, allowed with a suffix: text"),
         ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "method": "guess"}, "method"),
         ("/events", {}, "messages or prompt"),
         ("/events", {**chat(), "prompt": "x"}, "messages or prompt"),
@@ -467,14 +470,41 @@ def test_the_description_says_what_the_routes_do(server: Served) -> None:
 
 
 def test_a_hole_is_filled_as_the_runtime_does(server: Served, engine: nemodiff.LoadedEngine) -> None:
-    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 3}
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "length": 3}
     alone = nemodiff.infill(engine, body["prompt"], body["suffix"], length=3)
     answer = server.ask("/v1/fim/completions", body)
     assert answer["choices"][0]["text"] == alone.holes[0]
     assert answer["usage"]["nfe"] == alone.nfe
+    assert answer["choices"][0]["message"]["content"] == alone.holes[0]
     (chunk,) = server.stream("/v1/fim/completions", {**body, "stream": True})
-    assert chunk["choices"][0]["text"] == alone.holes[0]
+    assert chunk["choices"][0]["text"] == chunk["choices"][0]["delta"]["content"] == alone.holes[0]
     assert server.ask("/v1/fim/completions", {**body, "method": "block"})["usage"]["completion_tokens"] == 3
+
+
+def test_a_limit_bounds_a_hole_and_a_stop_text_cuts_it(server: Served, engine: nemodiff.LoadedEngine) -> None:
+    body: dict[str, Any] = {"prompt": "Count from ", "suffix": " to 9.", "width": 4}
+    free = nemodiff.infill(engine, body["prompt"], body["suffix"], width=4, longest=2)
+    for path in ("/v1/fim/completions", "/v1/completions"):
+        asked = {**body, "max_tokens": 2} | ({"width": None} if path == "/v1/completions" else {})
+        answer = server.ask(path, asked)
+        assert answer["usage"]["completion_tokens"] <= 2
+        assert "warnings" not in answer
+    assert server.ask("/v1/fim/completions", {**body, "max_tokens": 2})["choices"][0]["text"] == free.holes[0]
+    cut = server.ask("/v1/fim/completions", {**body, "max_tokens": 2, "stop": ["zebra", free.holes[0][-1]]})
+    assert cut["choices"][0]["text"] == free.holes[0].partition(free.holes[0][-1])[0]
+    assert server.ask("/v1/fim/completions", {"prompt": "Count", "max_tokens": 3})["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/fim/completions", "/v1/completions"])
+def test_what_editors_send_with_a_hole(server: Served, path: str) -> None:
+    body = {"prompt": "Count from ", "suffix": " to 9.", "max_tokens": 256, "stop": ["\n\n"], "stream": True}
+    drawn = {"temperature": 0.01, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0}
+    (plain,), (chunk,) = (server.stream(path, {**body, **more}) for more in ({}, drawn))
+    assert chunk["choices"] == plain["choices"]
+    (warning,) = chunk["warnings"]
+    assert (
+        warning == "without effect, as a filling is not drawn: temperature, top_p, presence_penalty, frequency_penalty"
+    )
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
@@ -500,10 +530,10 @@ def test_events_are_those_of_the_runtime(server: Served, engine: nemodiff.Loaded
 
 
 def test_fillings_and_refusals_are_counted(server: Served, guarded: Served) -> None:
-    body = {"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 2}
+    body = {"prompt": "def add(a, b):", "suffix": " a + b", "length": 2}
     before = server.metrics()
     nfe = server.ask("/v1/fim/completions", body)["usage"]["nfe"]
-    for wrong in ({**body, "max_tokens": 99}, {**body, "mode": 5}):
+    for wrong in ({**body, "length": 99}, {**body, "mode": 5}):
         assert server.send("/v1/fim/completions", wrong)[0] == 400
     assert server.send(CHAT, chat(model="gpt"))[0] == 404
     assert server.send("/nothing")[0] == 404

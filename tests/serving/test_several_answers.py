@@ -77,7 +77,7 @@ def test_a_prompt_is_counted_once_for_all_its_answers(server: Served) -> None:
 
 
 def test_a_client_that_leaves_a_hole_leaves_no_trace(tiny_engine: Path) -> None:
-    body = json.dumps({"prompt": "def add(a, b):", "suffix": " a + b", "max_tokens": 60, "width": 64})
+    body = json.dumps({"prompt": "def add(a, b):", "suffix": " a + b", "length": 60, "width": 64})
     with serving(tiny_engine, "--max-queue", "3") as served:
         for _ in range(4):
             connection = served.connect()

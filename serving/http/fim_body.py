@@ -1,0 +1,75 @@
+"""The body of a request that fills a hole: Mistral's fields, those of infill, and what a filling does not depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ...contract import MAX_BLOCK
+from ...errors import RequestError
+from ...runtime.editing.infill import LONGEST_FREE
+from ...runtime.editing.methods import Method
+from .body import Completion, Decoding
+from .body_parts import StreamOptions
+from .option_fields import with_options
+
+# A filling is the likeliest of those that a search meets, so nothing is drawn; editors send these all the same.
+_DRAWING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+)  # fmt: skip
+_SHARED = ("model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "threshold", *_DRAWING)
+_PLAIN: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "diffusing": False}  # what a hole has anyway
+
+
+@with_options(*_DRAWING, "stop")
+class Fim(Decoding):
+    """A text with a hole."""
+
+    block_length: int | None = Field(
+        None, description=f"Look at this many tokens at once, 1 to {MAX_BLOCK}. Default: the engine's."
+    )
+    prompt: str = Field(description="Put this text before the hole.")
+    suffix: str = Field("", description="Put this text after the hole.")
+    length: int | None = Field(None, description=f"Fill the hole with exactly this many tokens, 1 to {MAX_BLOCK}.")
+    max_tokens: int | None = Field(
+        None,
+        description=f"Fill the hole with at most this many tokens. Default and most: {LONGEST_FREE}, or length.",
+    )
+    method: Method | None = Field(None, description="Fill by search, which is better, or by block, which is faster.")
+    width: int | None = Field(None, description=f"Keep this many candidate fillings in a search, 1 to {MAX_BLOCK}.")
+    stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
+    stream_options: StreamOptions | None = None
+
+    @classmethod
+    def of(cls, body: Completion) -> Fim:
+        """The hole of a completion that has a suffix. Raises RequestError."""
+        given = body.model_dump(exclude_none=True)
+        wrong = [name for name, value in given.items() if name not in _SHARED and _PLAIN.get(name, ...) != value]
+        if wrong:
+            raise RequestError(f"{wrong[0]} is not for a hole between prompt and suffix; leave one of them out")
+        if not isinstance(body.prompt, str):
+            raise RequestError("prompt is a list, allowed with a suffix: text; send a request for each")
+        return cls.model_validate({name: value for name, value in given.items() if name in _SHARED})
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `infill`. Raises RequestError."""
+        longest = LONGEST_FREE if self.max_tokens in (None, -1) else self.max_tokens
+        assert longest is not None
+        if longest < 1:
+            raise RequestError(f"max_tokens is {longest}, allowed: 1 or more; leave it out for a length that fits")
+        longest = min(longest, LONGEST_FREE)
+        length = longest if self.length is None and not self.suffix and self.method != "block" else self.length
+        chosen = self.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)
+        return {**chosen, "length": length, "longest": longest}
+
+    def cut(self, filling: str) -> str:
+        """A filling up to the first stop text."""
+        stop: str | list[str] | None = getattr(self, "stop", None)
+        texts = [stop] if isinstance(stop, str) else stop or []
+        return filling[: min((at for text in texts if text and (at := filling.find(text)) >= 0), default=None)]
+
+    def warnings(self) -> list[str]:
+        """Sentences about what has no effect."""
+        given = [name for name in _DRAWING if getattr(self, name) is not None]
+        return [f"without effect, as a filling is not drawn: {', '.join(given)}"] if given else []
