@@ -8,8 +8,9 @@ from pydantic import Field
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
-from ...runtime.editing.infill import LONGEST_FREE
+from ...runtime.editing.infill import LONGEST_FREE, Filled
 from ...runtime.editing.methods import Method
+from ...runtime.text.codec import TextCodec
 from .body import Completion, Decoding
 from .body_parts import StreamOptions
 from .option_fields import with_options
@@ -68,6 +69,18 @@ class Fim(Decoding):
         stop: str | list[str] | None = getattr(self, "stop", None)
         texts = [stop] if isinstance(stop, str) else stop or []
         return filling[: min((at for text in texts if text and (at := filling.find(text)) >= 0), default=None)]
+
+    def usage(self, filled: Filled, text: TextCodec) -> dict[str, Any]:
+        """What the filling took, in OpenAI's words."""
+        prompt_tokens = len(text.encode_plain(self.prompt)) + len(text.encode_plain(self.suffix))
+        completion_tokens = len(filled.token_ids[0])
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "nfe": filled.nfe,
+            "method": filled.method,
+        }
 
     def warnings(self) -> list[str]:
         """Sentences about what has no effect."""

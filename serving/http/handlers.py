@@ -156,16 +156,7 @@ class Handlers:
         finally:
             cancelled.set()
             watch.cancel()
-        encode = self.engine.text.encode_plain
-        prompt_tokens = len(encode(body.prompt)) + len(encode(body.suffix))
-        completion_tokens = len(filled.token_ids[0])
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "nfe": filled.nfe,
-            "method": filled.method,
-        }
+        usage = body.usage(filled, self.engine.text)
         builder = ResponseBuilder(self.engine, "completion", model)
         response = builder.infill(body.cut(filled.holes[0]), usage, body.warnings(), stream=bool(body.stream))
         if not body.stream:
