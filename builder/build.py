@@ -153,6 +153,7 @@ class Builder:
             logits=logits,
             quantization=quantization if backend == "onnxruntime" else None,
             kept=kept if packed else None,
+            packed=backend == "onnxruntime",
         )
         self._header = b""  # of the weights file
         if backend == "torch":

@@ -18,7 +18,7 @@ from .safetensors_file import CODES, Entry, Tensor, header_bytes
 
 def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor | QuantizedTensor], config_file: Path) -> None:
     """Check that the graphs and the checkpoint name the same tensors with the same shapes. Raises CheckpointError."""
-    shapes = {w.source: w.shape[::-1] if w.transposed else w.shape for graph in graphs for w in graph.weights}
+    shapes = {name: shape for graph in graphs for w in graph.weights for name, shape in w.shapes().items()}
     again = f"check that {config_file} belongs to these weights, or download the checkpoint again"
     somewhere = next((t.file for t in tensors.values()), config_file)
     for name, shape in shapes.items():

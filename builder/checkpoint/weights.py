@@ -20,6 +20,7 @@ from ...plugins.ops.fp8_linear import quantise
 from ..graph.graph import Graph
 from ..graph.projection import GROUP
 from ..graph.writer import Weight
+from .joined import JoinedTensor, Part
 from .low_bits import int8_scale, packed_int4, quantise_int4, quantise_int8
 from .quantized import QuantizedTensor
 from .safetensors_file import Tensor
@@ -65,10 +66,12 @@ def write_weights(
 
     def pieces() -> Iterator[tuple[Weight, np.ndarray]]:
         for weight in graph.weights:
-            for piece in _pieces(weight, tensors[weight.source], graph.dtype):
+            parts = tuple(tensors[name] for name in weight.sources)
+            tensor = parts[0] if len(parts) == 1 else JoinedTensor(parts)
+            for piece in _pieces(weight, tensor, graph.dtype):
                 yield weight, piece
             if once:
-                tensors[weight.source].forget()
+                tensor.forget()
 
     with path.open("wb") as out:
         out.write(header)
@@ -92,9 +95,9 @@ def _ahead(items: Iterator[_Item]) -> Iterator[_Item]:
             yield item
 
 
-def _pieces(weight: Weight, tensor: Tensor | QuantizedTensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
+def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
     """The weight as it is stored, in bands of its first axis, and its scales if it is quantized."""
-    if isinstance(tensor, QuantizedTensor):
+    if not isinstance(tensor, Tensor):
         tensor.check()
         if tensor.exact and tensor.kind == weight.quantization:
             yield from _kept_pieces(weight, tensor)
@@ -130,15 +133,27 @@ def _pieces(weight: Weight, tensor: Tensor | QuantizedTensor, dtype: np.dtype[An
         yield np.concatenate(scales)
 
 
-def _band(tensor: Tensor | QuantizedTensor, start: int, stop: int, transposed: bool) -> np.ndarray:
+def _band(tensor: Part | JoinedTensor, start: int, stop: int, transposed: bool) -> np.ndarray:
     """Rows of a tensor or of its transpose, in C order."""
+    if isinstance(tensor, JoinedTensor):
+        if transposed:
+            return np.concatenate([_finite_band(part, start, stop, True) for part in tensor.parts], axis=1)
+        spans = tensor.spans(start, stop)
+        return np.concatenate([_finite_band(tensor.parts[at], *rows, False) for at, rows in spans])
     if isinstance(tensor, QuantizedTensor):
         return tensor.columns(start, stop) if transposed else tensor.rows(start, stop)
     source = tensor.array().T if transposed else tensor.array()
     return _contiguous(source[start:stop])
 
 
-def _kept_pieces(weight: Weight, tensor: QuantizedTensor) -> Iterator[np.ndarray]:
+def _finite_band(tensor: Part, start: int, stop: int, transposed: bool) -> np.ndarray:
+    """A band in f32. Raises CheckpointError where it holds NaN or Inf."""
+    values = _to_f32(_band(tensor, start, stop, transposed))
+    _check_finite(values, tensor, start)
+    return values
+
+
+def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iterator[np.ndarray]:
     """A projection in the bits that it has in the checkpoint: its numbers, scales, and zero points if they count."""
     outputs, inputs = tensor.shape
     step = max(1, PIECE // 4 // inputs)
@@ -166,7 +181,7 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor) -> Iterator[np.ndarray
         yield packed_int4(np.concatenate([z.repeat(repeats, axis=1) for z in zeros if z is not None]))
 
 
-def _int8_pieces(weight: Weight, tensor: Tensor | QuantizedTensor) -> Iterator[np.ndarray]:
+def _int8_pieces(weight: Weight, tensor: Part | JoinedTensor) -> Iterator[np.ndarray]:
     """An int8 projection (in, out) and its scales, for which the tensor is read once more, before."""
     outputs, inputs = tensor.shape
     step = max(1, PIECE // 4 // inputs)
@@ -182,7 +197,7 @@ def _int8_pieces(weight: Weight, tensor: Tensor | QuantizedTensor) -> Iterator[n
     yield scale
 
 
-def _check_finite(values: np.ndarray, tensor: Tensor | QuantizedTensor, start: int) -> None:
+def _check_finite(values: np.ndarray, tensor: Part | JoinedTensor, start: int) -> None:
     """Refuse a band that begins at row `start` and holds NaN or Inf."""
     if np.isfinite(values).all():
         return
@@ -193,7 +208,7 @@ def _check_finite(values: np.ndarray, tensor: Tensor | QuantizedTensor, start: i
     )
 
 
-def _stored(values: np.ndarray, weight: Weight, tensor: Tensor | QuantizedTensor, dtype: np.dtype[Any]) -> np.ndarray:
+def _stored(values: np.ndarray, weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -> np.ndarray:
     """Finite f32 values scaled and rounded to the engine's dtype."""
     with np.errstate(over="ignore"):
         if weight.scale != 1.0:

@@ -55,6 +55,7 @@ def build_graph(
     logits: bool = True,
     quantization: Quantization | None = None,
     kept: Mapping[str, bool] | None = None,
+    packed: bool = False,
 ) -> Graph:
     """Write the graph.
 
@@ -68,8 +69,9 @@ def build_graph(
         quantization: `int8` or `int4` projections, for ONNX Runtime.
         kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
             projection of the layers is quantized.
+        packed: make one product of projections that share an input, for ONNX Runtime.
     """
-    w = GraphWriter(dtype)
+    w = GraphWriter(dtype, packed=packed)
     w.kept = kept
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
@@ -85,7 +87,7 @@ def build_graph(
         attention = block_attention.function(heads=(model.num_heads, model.num_kv_heads, model.head_dim))
     else:
         attention = block_attention.function(block_attention.FINITE[dtype])
-    functions = [attention, confidence_commit.function()]
+    functions = [attention, confidence_commit.function(model.vocab_size if packed else None)]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
     return make_graph(w, "nemodiff", dtype, sizes, inputs(model, adapter), outputs(model, logits), functions)

@@ -8,14 +8,14 @@ from onnx import TensorProto
 from ...config import ModelConfig
 from ...contract import Quantization, cache_names
 from .projection import add_zero, int4, int8
-from .writer import GraphWriter
+from .writer import GraphWriter, Source
 
 
 def _project(
-    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: str, sizes: tuple[int, int], zero: str
+    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: Source, sizes: tuple[int, int], zero: str
 ) -> str:
     """Multiply by a projection (inputs, outputs) in the bits of its kind; `zero` is int8's for these tokens."""
-    if w.kept is not None and source not in w.kept:
+    if not w.keeps(source):
         kind = None
     if kind == "int8":
         return int8(w, x, zero, name, source, *sizes)
@@ -30,6 +30,11 @@ def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantiza
     w.constant("axis.last", np.array([2], np.int64))
     w.constant("shape.q", np.array([0, 0, model.num_heads, model.head_dim], np.int64))
     w.constant("shape.kv", np.array([0, 0, model.num_kv_heads, model.head_dim], np.int64))
+    if w.packed:
+        heads = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
+        w.constant("shape.qkv", np.array([0, 0, sum(heads), model.head_dim], np.int64))
+        w.constant("heads.qkv", np.array(heads, np.int64))
+        w.constant("inputs.gate_up", np.array([model.intermediate_size] * 2, np.int64))
     w.constant("shape.merged", np.array([0, 0, model.num_heads * model.head_dim], np.int64))
     w.node("Cast", ["write_at"], "write_at.index", to=TensorProto.INT64)
 
@@ -93,14 +98,19 @@ def add_attention(
     normed = w.norm(
         x, f"{at}.input_layernorm", f"{source}.input_layernorm.weight", model.hidden_size, model.rms_norm_eps
     )
-    heads: dict[str, str] = {}
     zero = "tokens.zero"
-    for part, size, shape in (("q", q_size, "shape.q"), ("k", kv_size, "shape.kv"), ("v", kv_size, "shape.kv")):
-        name = f"{attn}.{part}_proj"
-        sizes = model.hidden_size, size
-        flat = _project(w, kind, normed, name, f"{source}.self_attn.{part}_proj.weight", sizes, zero)
-        split = w.node("Reshape", [flat, shape], f"{name}.split")
-        heads[part] = w.node("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])  # (B, heads, S, D)
+    names = {part: f"{attn}.{part}_proj" for part in "qkv"}
+    outputs = {f"{source}.self_attn.q_proj.weight": q_size}
+    outputs |= {f"{source}.self_attn.{part}_proj.weight": kv_size for part in "kv"}
+    heads: dict[str, str] = {}
+    if w.packs(outputs):
+        name, sizes = f"{attn}.qkv_proj", (model.hidden_size, q_size + 2 * kv_size)
+        turned = _heads(w, _project(w, kind, normed, name, outputs, sizes, zero), "shape.qkv")
+        heads = dict(zip("qkv", w.split(turned, list(names.values()), "heads.qkv", 1), strict=True))
+    else:
+        for (part, name), (tensor, size) in zip(names.items(), outputs.items(), strict=True):
+            flat = _project(w, kind, normed, name, tensor, (model.hidden_size, size), zero)
+            heads[part] = _heads(w, flat, "shape.q" if part == "q" else "shape.kv")
     for part in "qk":
         heads[part] = w.node("RotaryEmbedding", [heads[part], "rope.cos", "rope.sin"], f"{attn}.{part}_rope")
     if model.rope.llama_4_scaling_beta:
@@ -131,15 +141,27 @@ def add_attention(
     return w.node("Add", [x, out], f"{attn}.residual")
 
 
+def _heads(w: GraphWriter, flat: str, shape: str) -> str:
+    """(B, S, heads D) as (B, heads, S, D)."""
+    split = w.node("Reshape", [flat, shape], f"{flat}.split")
+    return w.node("Transpose", [split], f"{flat}.heads", perm=[0, 2, 1, 3])
+
+
 def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quantization | None) -> str:
     """x + down(silu(gate(norm(x))) * up(norm(x)))."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"
     hidden, inner = model.hidden_size, model.intermediate_size
-    name = f"{at}.post_attention_layernorm"
-    normed = w.norm(x, name, f"{source}.post_attention_layernorm.weight", hidden, model.rms_norm_eps)
+    norm = f"{at}.post_attention_layernorm"
+    normed = w.norm(x, norm, f"{source}.post_attention_layernorm.weight", hidden, model.rms_norm_eps)
     zero, sizes = "tokens.zero", (hidden, inner)
-    gate = _project(w, kind, normed, f"{at}.mlp.gate_proj", f"{source}.mlp.gate_proj.weight", sizes, zero)
-    up = _project(w, kind, normed, f"{at}.mlp.up_proj", f"{source}.mlp.up_proj.weight", sizes, zero)
+    gate, up = (f"{at}.mlp.{part}_proj" for part in ("gate", "up"))
+    outputs = {f"{source}.mlp.{part}_proj.weight": inner for part in ("gate", "up")}
+    if w.packs(outputs):
+        both = _project(w, kind, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), zero)
+        w.split(both, [gate, up], "inputs.gate_up", 2)
+    else:
+        for name, tensor in zip((gate, up), outputs, strict=True):
+            _project(w, kind, normed, name, tensor, sizes, zero)
     silu = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
     gated = w.node("Mul", [silu, up], f"{at}.mlp.gated")
     down = _project(w, kind, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], zero)
@@ -159,6 +181,9 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)
     else:
         head = w.linear(normed, "diffusion_head", "diffusion_head.weight", *sizes)
-    w.node("Cast", [head], "logits", to=TensorProto.FLOAT)
+    if w.dtype == np.float32:
+        w.nodes[-1].output[0] = "logits"  # a cast from f32 to f32 would copy them
+    else:
+        w.node("Cast", [head], "logits", to=TensorProto.FLOAT)
     results = ["token", "confidence", "next_ids", "masks_left"]
     w.plugin("ConfidenceCommit", ["logits", ids, "threshold"], results, "commit", mask_id=model.mask_id)

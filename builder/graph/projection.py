@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from .writer import GraphWriter
+from .writer import GraphWriter, Source
 
 GROUP = 32  # inputs of an int4 weight that share a scale
 CONTRIB = "com.microsoft"  # the domain of MatMulNBits
@@ -25,7 +25,7 @@ def add_zero(w: GraphWriter, like: str, name: str) -> str:
     return name
 
 
-def int8(w: GraphWriter, x: str, zero: str, name: str, source: str, size_in: int, size_out: int) -> str:
+def int8(w: GraphWriter, x: str, zero: str, name: str, source: Source, size_in: int, size_out: int) -> str:
     """Multiply by an int8 projection: inputs in 8 bits with a scale per token, weights with one per output."""
     scale = f"{x}.scale"
     if x not in w.quantized:
@@ -39,7 +39,7 @@ def int8(w: GraphWriter, x: str, zero: str, name: str, source: str, size_in: int
     return w.node("Mul", [w.node("Mul", [sums, scale], f"{name}.scaled"), step], name)
 
 
-def int4(w: GraphWriter, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
+def int4(w: GraphWriter, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:
     """Multiply by an int4 projection, with a scale per output and group of inputs."""
     weights = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
     sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": GROUP, "accuracy_level": 4}

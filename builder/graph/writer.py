@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -22,18 +22,34 @@ _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
 }
 
 
+# Where a weight comes from: a tensor of the checkpoint (or adapter), or several by their numbers of outputs, one after
+# the other.
+Source = str | Mapping[str, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight of the graph and where it comes from: `source` in the checkpoint (or adapter), perhaps transposed."""
+    """One weight of the graph and where it comes from, perhaps transposed."""
 
     name: str
-    source: str
+    sources: Mapping[str, int]  # by name: how many of the outputs, of a packed projection; else 0
     shape: tuple[int, ...]  # as stored in the engine
     transposed: bool
     scale: float
     offset: int
     nbytes: int
     quantization: Quantization | None = None  # then the f32 scales come after it: of its rows, int8 of its columns
+
+    @property
+    def source(self) -> str:
+        """The one tensor that a weight which is not packed comes from."""
+        (name,) = self.sources
+        return name
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each source's shape in the checkpoint."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return {name: (size or shape[0], *shape[1:]) for name, size in self.sources.items()}
 
 
 class GraphWriter:
@@ -42,8 +58,9 @@ class GraphWriter:
     Every method that returns a string returns the name of the tensor that it has added.
     """
 
-    def __init__(self, dtype: Dtype, file: str = WEIGHTS_FILE) -> None:
+    def __init__(self, dtype: Dtype, file: str = WEIGHTS_FILE, *, packed: bool = False) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
+        self.packed = packed  # whether projections of one input become one product
         self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -57,6 +74,11 @@ class GraphWriter:
         self.nodes.append(helper.make_node(op, args, [name], name=name, **attributes))
         return name
 
+    def split(self, x: str, names: list[str], sizes: str, axis: int) -> list[str]:
+        """Add a node that cuts a tensor into parts; `sizes` names a constant, the parts' sizes along the axis."""
+        self.nodes.append(helper.make_node("Split", [x, sizes], names, name=f"{x}.parts", axis=axis))
+        return names
+
     def plugin(self, op: str, args: list[str], results: list[str], name: str, **attributes: Any) -> None:
         """Add a node of one of the custom ops."""
         attributes["plugin_namespace"] = DOMAIN
@@ -67,24 +89,25 @@ class GraphWriter:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def weight(self, name: str, source: str, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
+    def weight(self, name: str, source: Source, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
         """Declare an external weight. `shape` is the one stored here, so (in, out) for a transposed projection."""
         offset = self._begin()
         self._external(name, shape, self.dtype)
-        self.weights.append(Weight(name, source, shape, transposed, scale, offset, self._end - offset))
+        self.weights.append(Weight(name, _by_name(source), shape, transposed, scale, offset, self._end - offset))
         return name
 
-    def int8_weight(self, name: str, source: str, size_in: int, size_out: int) -> tuple[str, str]:
+    def int8_weight(self, name: str, source: Source, size_in: int, size_out: int) -> tuple[str, str]:
         """Declare an external int8 projection (in, out) and its f32 scales (out)."""
         offset = self._begin()
         self._external(name, (size_in, size_out), np.dtype(np.int8))
         self._external(f"{name}_scale", (size_out,), np.dtype(np.float32))
+        sources = _by_name(source)
         self.weights.append(
-            Weight(name, source, (size_in, size_out), True, 1.0, offset, self._end - offset, quantization="int8")
+            Weight(name, sources, (size_in, size_out), True, 1.0, offset, self._end - offset, quantization="int8")
         )
         return name, f"{name}_scale"
 
-    def int4_weight(self, name: str, source: str, size_in: int, size_out: int, group: int) -> list[str]:
+    def int4_weight(self, name: str, source: Source, size_in: int, size_out: int, group: int) -> list[str]:
         """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups).
 
         A kept one that is not around 0 has bytes of two zero points after them.
@@ -94,13 +117,22 @@ class GraphWriter:
         self._external(name, (size_out, groups, group // 2), np.dtype(np.uint8))
         self._external(f"{name}_scale", (size_out, groups), np.dtype(np.float32))
         names = [name, f"{name}_scale"]
-        if self.kept is not None and not self.kept.get(source, True):
+        sources = _by_name(source)
+        if self.kept is not None and not self.kept.get(next(iter(sources)), True):
             names.append(f"{name}_zero")
             self._external(names[-1], (size_out, -(-groups // 2)), np.dtype(np.uint8))
         self.weights.append(
-            Weight(name, source, (size_out, size_in), False, 1.0, offset, self._end - offset, quantization="int4")
+            Weight(name, sources, (size_out, size_in), False, 1.0, offset, self._end - offset, quantization="int4")
         )
         return names
+
+    def packs(self, sources: Collection[str]) -> bool:
+        """Whether these projections, which share an input, become one: all in the same bits."""
+        return self.packed and (self.kept is None or len({self.kept.get(source) for source in sources}) == 1)
+
+    def keeps(self, source: Source) -> bool:
+        """Whether a projection may be quantized; where the checkpoint has some in these bits, no other is."""
+        return self.kept is None or next(iter(_by_name(source))) in self.kept
 
     def _begin(self) -> int:
         """Begin a weight at the next page."""
@@ -117,7 +149,7 @@ class GraphWriter:
         self._end += nbytes
         self.initializers.append(tensor)
 
-    def linear(self, x: str, name: str, source: str, size_in: int, size_out: int) -> str:
+    def linear(self, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:
         """Multiply by a projection of the checkpoint, in the engine's dtype."""
         return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
 
@@ -129,3 +161,7 @@ class GraphWriter:
     def compute(self, x: str, name: str) -> str:
         """Cast to the engine's dtype."""
         return self.node("Cast", [x], name, to=helper.np_dtype_to_tensor_dtype(self.dtype))
+
+
+def _by_name(source: Source) -> Mapping[str, int]:
+    return {source: 0} if isinstance(source, str) else source

@@ -13,6 +13,7 @@ import pytest
 from conftest import Refused
 from safetensors.numpy import load_file, save_file
 from stand_ins import quantized_checkpoints
+from stand_ins.packed import packed
 from stand_ins.quantized_checkpoints import WIDE, write
 
 import nemodiff
@@ -94,8 +95,7 @@ def test_int4_is_kept_bit_for_bit(form: str, symmetric: bool, tmp_path: Path) ->
     def halves(array: np.ndarray) -> np.ndarray:
         return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
 
-    for name, values in truth.items():
-        mine = name.removeprefix("encoder.")
+    for mine, values in packed(truth).items():
         numbers, scale = halves(arrays[mine]), arrays[f"{mine}_scale"]
         zeros = np.full(scale.shape, np.float32(8))
         if not symmetric:

@@ -67,11 +67,11 @@ def test_block_attention_hides_what_is_outside_both_intervals() -> None:
     np.testing.assert_allclose(got, y, atol=1e-6)
 
 
-def commit(logits: np.ndarray, ids: np.ndarray, threshold: np.ndarray) -> list[np.ndarray]:
+def commit(logits: np.ndarray, ids: np.ndarray, threshold: np.ndarray, vocab: int | None = None) -> list[np.ndarray]:
     kinds = [onnx.TensorProto.INT32, onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT32]
     results = dict(zip(["token", "confidence", "next_ids", "masks_left"], kinds, strict=True))
     feeds = {"logits": logits, "ids": ids, "threshold": threshold}
-    return list(run(confidence_commit.function(), feeds, results, mask_id=MASK))
+    return list(run(confidence_commit.function(vocab), feeds, results, mask_id=MASK))
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,6 +96,8 @@ def test_confidence_commit_equals_its_reference(
         data.draw(st.lists(st.sampled_from([0, 0.3, 0.9, 2]), min_size=rows, max_size=rows)), np.float32
     )
     got = commit(logits, ids, threshold)
+    for known, other in zip(got, commit(logits, ids, threshold, vocab), strict=True):
+        np.testing.assert_array_equal(known, other)
     expected = confidence_commit.reference(logits, ids, threshold, MASK)
     np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)

@@ -73,9 +73,9 @@ def test_graph_declares_the_contract(tmp_path: Path, engine: nemodiff.LoadedEngi
     assert [o.name for o in model.graph.output] == [b.name for b in outputs(engine.info.model)]
     assert {f.name for f in model.functions} == {"BlockAttention", "ConfidenceCommit"}
     names = {n.name for n in model.graph.node}
-    assert {"layers.3.self_attn.q_proj", "layers.5.mlp.down_proj", "diffusion_head"} <= names
+    assert {"layers.3.self_attn.qkv_proj", "layers.5.mlp.down_proj", "diffusion_head"} <= names
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-    assert len(external) == 57
+    assert len(external) == 39  # q, k, v and gate, up are one weight each
     assert all(int(t.external_data[1].value) % 4096 == 0 for t in external)
 
 

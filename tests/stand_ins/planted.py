@@ -35,10 +35,12 @@ def swapped_inputs(name: str, one: int, other: int) -> Change:
     return change
 
 
-def swapped_weights(one: str, other: str) -> Change:
+def swapped_parts(name: str) -> Change:
+    """What a node cuts in two goes to each other's users."""
+
     def change(graph: onnx.GraphProto) -> None:
-        a, b = node(graph, one), node(graph, other)
-        a.input[1], b.input[1] = b.input[1], a.input[1]
+        outputs = node(graph, name).output
+        outputs[0], outputs[1] = outputs[1], outputs[0]
 
     return change
 
@@ -77,11 +79,11 @@ def shifted_input(name: str, by: np.ndarray, users: Callable[[onnx.NodeProto], b
 
 
 def through_f16(name: str) -> Change:
-    """What a node gives is rounded to f16."""
+    """A tensor is rounded to f16."""
 
     def change(graph: onnx.GraphProto) -> None:
-        at = next(at for at, one in enumerate(graph.node) if one.name == name)
-        graph.node[at].output[0] = f"{name}.exact"
+        at, place = next((at, list(one.output).index(name)) for at, one in enumerate(graph.node) if name in one.output)
+        graph.node[at].output[place] = f"{name}.exact"
         graph.node.insert(at + 1, helper.make_node("Cast", [f"{name}.exact"], [f"{name}.half"], to=10))
         graph.node.insert(at + 2, helper.make_node("Cast", [f"{name}.half"], [name], to=1))
 
@@ -117,7 +119,7 @@ GRAPH: dict[str, tuple[Change, str]] = {
     "YaRN factor": (constant("rope.inv_freq", other_factor), f"{ATTENTION(0)}.q_rope"),
     "YaRN attention factor": (constant("rope.cos.factor", np.ones_like), f"{ATTENTION(0)}.q_rope"),
     "positions off by one": (shifted_input("rope.pos", np.array(1, np.float32)), f"{ATTENTION(0)}.q_rope"),
-    "head in f16": (through_f16("diffusion_head"), "logits"),
+    "head in f16": (through_f16("logits"), "logits"),
     "a projection in f16": (through_f16("layers.1.mlp.up_proj"), "layers.1.mlp.up_proj"),
     "a norm's epsilon": (
         attribute("layers.1.post_attention_layernorm", "epsilon", lambda eps: eps / 10),
@@ -126,7 +128,7 @@ GRAPH: dict[str, tuple[Change, str]] = {
     "last norm's epsilon": (attribute("norm", "epsilon", lambda eps: eps / 10), "logits"),
     "attention's scale": (attribute(ATTENTION(1), "scale", lambda scale: scale * math.sqrt(1.01)), ATTENTION(1)),
     "gate and up swapped": (
-        swapped_weights("layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"),
+        swapped_parts("layers.0.mlp.gate_up_proj.parts"),
         "layers.0.mlp.gate_proj",
     ),
     "a residual dropped": (

@@ -119,8 +119,9 @@ def test_a_wrong_commit_rule_is_caught_and_no_layer_blamed(setup: Setup, tmp_pat
 def test_a_changed_weight_is_named(setup: Setup, tmp_path: Path, value: float) -> None:
     engine = with_graph(setup, tmp_path / "engine", lambda proto: None)
     proto = onnx.load(engine.folder / "model.onnx", load_external_data=False)
-    weight = next(one for one in proto.graph.initializer if one.name == "layers.1.self_attn.v_proj.weight")
+    weight = next(one for one in proto.graph.initializer if one.name == "layers.1.self_attn.qkv_proj.weight")
     offset = int(next(entry.value for entry in weight.external_data if entry.key == "offset"))
+    offset += 4 * (weight.dims[1] - 1)  # the last output of the first input is v's
     data = bytearray((engine.folder / "model.onnx.data").read_bytes())
     data[offset : offset + 4] = np.float32(value).tobytes()
     (engine.folder / "model.onnx.data").unlink()
