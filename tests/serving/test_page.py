@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import re
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from stand_ins.http_server import serving
+from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
 
 import nemodiff
+from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.events.events import as_dict
@@ -32,6 +36,12 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; install it: scripts/debian-packages")
 
 PROMPT = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
+DROP = """(data) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+  document.querySelector("form").dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+}"""
 HOSTILE = ["<img src=x onerror=hacked=1>", "</script><script>hacked=1</script>", "<!--<script>", "${hacked=1}'\"&lt;"]
 FIGURES = ("tokens", "passes", "perPass", "perSecond", "accepted", "ms")
 CONTRAST = """() => {
@@ -532,6 +542,34 @@ def test_calls_and_warnings_stand_beside_the_text(page: Page, xml_tool_engine: P
     assert warnings == generation["warnings"] != []
     assert "<tool_call>" in lanes(page)[0]["text"]
     assert page.evaluate("[typeof hacked, document.images.length]") == ["undefined", 0]
+
+
+def test_a_picture_is_dropped_shown_and_folded(page: Page, tmp_path: Path) -> None:
+    engine = Builder(write_vision_checkpoint(tmp_path / "checkpoint"), tmp_path / "seeing").run()
+    data = base64.b64encode(as_bytes(picture(30, 20))).decode()
+    with serving(engine, "--threads", "1") as served:
+        page.goto(served.url + "/")
+        for _ in range(2):
+            page.evaluate(DROP, data)
+        pictures = page.get_by_title("Take this picture away")
+        expect(pictures).to_have_count(2)
+        assert (pictures.first.get_by_role("img").bounding_box() or {})["height"] >= 48  # however small the picture is
+        pictures.first.click()
+        expect(pictures).to_have_count(1)
+        page.get_by_text("Options", exact=True).click()
+        page.get_by_label("Most tokens").fill("4")
+        page.get_by_label("Prompt").first.fill("What is this?")
+        page.keyboard.press("Enter")
+        expect(page.locator("#note")).to_have_text("Finished")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save as HTML").click()
+        download.value.save_as(tmp_path / "saved.html")
+    page.goto((tmp_path / "saved.html").as_uri())
+    marks = page.locator("#shared-prompt [data-mark]").evaluate_all("spans => spans.map(span => span.dataset.mark)")
+    image = [mark for mark in marks if "image" in mark or "more" in mark]
+    assert [image[0], image[-1]] == ["<|image_start|>", "<|image_end|>"]
+    assert re.fullmatch(r"\d+ more", image[1])
+    assert len(image) == 3
 
 
 def test_hostile_text_of_a_model_is_text(page: Page, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ const KINDS = {
   draft: "drafts a block",
   commit: "commits the block",
 };
+const MANY_SPECIAL = 6; // tokens of a prompt in a row that are not all shown
 const LEVELS = [0.5, 0.7, 0.9, 0.99]; // least confidence of the colours c1 to c4; page.css has c0 too
 
 class Lane {
@@ -203,6 +204,20 @@ function spaced(text) {
   } catch {
     return text;
   }
+}
+
+/** A prompt's tokens; of many special ones in a row, which are an image's, the first, their number and the last. */
+function folded(tokens) {
+  const shown = [];
+  for (let i = 0; i < tokens.length; i++) {
+    shown.push(tokens[i]);
+    let end = i;
+    while (end < tokens.length && tokens[end].special !== undefined) end++;
+    if (end - i < MANY_SPECIAL) continue;
+    shown.push({ special: `${end - i - 2} more`, text: "" });
+    i = end - 2; // the last one is next
+  }
+  return shown;
 }
 
 /** A token in words: its text, confidence and pass. */

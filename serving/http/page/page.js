@@ -27,7 +27,7 @@ function showPrompts(lanes, together) {
     if (!lane.run.prompt.length) continue;
     place.hidden = false;
     place.querySelector(".prompt").replaceChildren(
-      ...lane.run.prompt.map((token) => {
+      ...folded(lane.run.prompt).map((token) => {
         const span = document.createElement("span");
         span.textContent = token.text;
         if (token.special !== undefined) span.dataset.mark = token.special;
