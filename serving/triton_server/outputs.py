@@ -49,6 +49,7 @@ OUTPUTS = (
     Output("text_output", "STRING"),
     Output("finish_reason", "STRING", lambda f: f.generation.finish_reason),
     Output("num_input_tokens", "UINT32", lambda f: f.generation.prompt_tokens),
+    Output("num_image_tokens", "UINT32", lambda f: sum(f.generation.image_tokens) or None),
     Output("num_output_tokens", "UINT32", lambda f: len(f.generation.token_ids)),
     Output("num_reused_tokens", "UINT32", lambda f: f.generation.reused_tokens),
     Output("nfe", "STRING", lambda f: json.dumps(f.generation.nfe)),

@@ -188,6 +188,7 @@ def test_images_come_in_base64(server: TritonServer, seeing_engine: Path) -> Non
             answer = generate(server, "seeing", **body)
             assert answer["text_output"] == expected.text
             assert answer["num_input_tokens"] == expected.prompt_tokens
+            assert answer["num_image_tokens"] == sum(expected.image_tokens)
     for model, given, fragment in (
         ("seeing", "*", "image 1 is no base64"),
         ("seeing", base64.b64encode(files[0][:40]).decode(), "image 1: not a whole image file"),
