@@ -1,14 +1,15 @@
-"""A benchmark's figures as a picture: tokens per second by test, and what a pass costs by its tokens."""
+"""A benchmark's figures as a picture: tokens per second by mode, and what a pass costs by its tokens."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from .bench import Outcome
+from .figures import Spread
 
 
 def check_plot() -> None:
@@ -21,28 +22,58 @@ def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     """Write the picture, in the format that its name ends in."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    groups = _groups(names, outcomes)
+    modes = list(dict.fromkeys(mode for _, rates in groups for mode in rates))
+    tall = 1.5 + 0.22 * (len(groups) + 1) * len(modes)  # inches: a bar's label is readable, however many there are
+    figure = Figure(figsize=(11, max(4.0, tall)), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
-    _bars(bars, names, outcomes)
+    _bars(bars, groups, modes)
     for name, outcome in zip(names, outcomes, strict=True):
         curves.plot(outcome.curve.sizes, [1e3 * t for t in outcome.curve.times], "o-", label=name)
     curves.set(xscale="log", yscale="log", xlabel="tokens of a pass", ylabel="ms", title="Cost of a pass")
+    sizes = sorted({size for outcome in outcomes for size in outcome.curve.sizes})
+    curves.set_xticks(sizes, list(map(str, sizes)), minor=False)
+    curves.set_xticks([], minor=True)
+    curves.yaxis.set_major_formatter("{x:g}")
     curves.grid(alpha=0.3)
     curves.legend()
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
 
 
-def _bars(axes: Any, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
-    """Median output tokens per second, with lines from the least to the most of the rounds."""
-    width = 0.8 / len(names)
-    for number, (name, outcome) in enumerate(zip(names, outcomes, strict=True)):
-        tested = [one for one in outcome.figures if not one.test.startswith("pp")]
-        rates = [one.throughput for one in tested]
-        spread = [[r.median - r.min for r in rates], [r.max - r.median for r in rates]]
-        places = [at + (number - (len(names) - 1) / 2) * width for at in range(len(tested))]
-        axes.bar(places, [r.median for r in rates], width, yerr=spread, capsize=3, label=name)
-        axes.set_xticks(range(len(tested)), [f"{one.test}\n{one.concurrency} at a time" for one in tested])
-    axes.set(ylabel="output tokens/s", title="Modes")
-    axes.tick_params(axis="x", labelsize=7)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+def _groups(names: Sequence[str], outcomes: Sequence[Outcome]) -> list[tuple[str, dict[str, Spread]]]:
+    """For each engine at each number of requests: a label, and output tokens per second by mode."""
+    groups = []
+    for name, outcome in zip(names, outcomes, strict=True):
+        rates: dict[int, dict[str, Spread]] = {}
+        for one in outcome.figures:
+            if not one.test.startswith("pp"):
+                rates.setdefault(one.concurrency, {})[one.test] = one.throughput
+        groups += [(f"{name}, {concurrency} at a time", by_mode) for concurrency, by_mode in rates.items()]
+    return groups
+
+
+def _bars(axes: Any, groups: Sequence[tuple[str, Mapping[str, Spread]]], modes: Sequence[str]) -> None:
+    """Medians, with lines from the least to the most of the rounds."""
+    width = 0.8 / len(groups)
+    most = max((rate.max for _, rates in groups for rate in rates.values()), default=1.0)
+    for number, (label, rates) in enumerate(groups):
+        places = [modes.index(mode) + (number - (len(groups) - 1) / 2) * width for mode in rates]
+        medians = [rate.median for rate in rates.values()]
+        below = [rate.median - rate.min for rate in rates.values()]
+        above = [rate.max - rate.median for rate in rates.values()]
+        axes.barh(places, medians, width, xerr=[below, above], capsize=2, label=label, error_kw={"alpha": 0.6, "lw": 1})
+        for place, rate in zip(places, rates.values(), strict=True):
+            axes.text(rate.max + 0.015 * most, place, _rounded(rate.median), va="center", fontsize=8)
+    axes.set_yticks(range(len(modes)), modes)
+    axes.invert_yaxis()  # the first mode is at the top
+    axes.set(xlabel="output tokens/s", title="Modes", xlim=(0, 1.12 * most))
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="best")
+
+
+def _rounded(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -124,6 +124,24 @@ def test_a_folder_that_cannot_be_written_is_measured_all_the_same(engine: Path) 
     assert result.stderr.splitlines()[-1].startswith(f"{engine}: the cost curve is not kept (")
 
 
+def test_a_picture_has_a_bar_for_every_engine_mode_and_number_of_requests(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from nemodiff.measurement.plot import _bars
+
+    rates = {mode: Spread.of([1200.0, 1234.4, 1300.0]) for mode in ("ar", "quadratic_spec")}
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, [("same", rates), ("same", {"ar": Spread.of([7.251])})], list(rates))
+    figure.savefig(tmp_path / "bars.png")
+    assert len(axes.patches) == 3
+    assert sorted(text.get_text() for text in axes.texts) == ["1234", "1234", "7.25"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["ar", "quadratic_spec"]
+    edges = [tick.get_window_extent() for tick in axes.get_yticklabels()]
+    assert edges[0].y0 > edges[1].y1  # no name covers another
+
+
 def test_a_picture_is_drawn(engine: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     output_of("bench", str(engine), *SHORT, "--mode", "ar", "--plot", str(tmp_path / "bench.png"))

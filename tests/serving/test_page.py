@@ -568,7 +568,7 @@ def test_a_picture_is_dropped_shown_and_folded(page: Page, tmp_path: Path) -> No
     marks = page.locator("#shared-prompt [data-mark]").evaluate_all("spans => spans.map(span => span.dataset.mark)")
     image = [mark for mark in marks if "image" in mark or "more" in mark]
     assert [image[0], image[-1]] == ["<|image_start|>", "<|image_end|>"]
-    assert re.fullmatch(r"\d+ more", image[1])
+    assert re.fullmatch(r"\d+\smore", image[1])
     assert len(image) == 3
 
 

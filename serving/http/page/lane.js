@@ -214,7 +214,7 @@ function folded(tokens) {
     let end = i;
     while (end < tokens.length && tokens[end].special !== undefined) end++;
     if (end - i < MANY_SPECIAL) continue;
-    shown.push({ special: `${end - i - 2} more`, text: "" });
+    shown.push({ special: `${end - i - 2}\u00a0more`, text: "" });
     i = end - 2; // the last one is next
   }
   return shown;
