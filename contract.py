@@ -29,12 +29,16 @@ MODES: tuple[str, ...] = get_args(Mode)
 Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
-# Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, and inputs in 8 bits with one per token.
-# int4: a scale per output and 32 inputs, and the head in int8.
+# Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, with the head. int4: an f32 scale per
+# output and 32 inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too.
 Quantization = Literal["fp8", "int8", "int4"]
 # Which backends have each, and what a projection's inputs are then a multiple of.
-QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {"int8": ("onnxruntime",), "int4": ("onnxruntime",), "fp8": ("torch",)}
-QUANTIZED_INPUTS: dict[str, int] = {"int8": 4, "int4": 32, "fp8": 16}
+QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
+    "int8": ("onnxruntime", "torch"),
+    "int4": ("onnxruntime", "torch"),
+    "fp8": ("torch",),
+}
+QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16}
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {

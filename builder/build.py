@@ -77,7 +77,7 @@ class Builder:
         block_length: default block length of the engine, 1..64; default the checkpoint's.
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
-        quantization: `int8` or `int4` projections on onnxruntime, `fp8` on torch; default none.
+        quantization: `int8` or `int4` projections on onnxruntime and torch, `fp8` on torch; default none.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         max_image_size: pixels to which the longer side of a larger image is scaled down; a model that sees images

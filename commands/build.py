@@ -72,7 +72,7 @@ from .options import PATH, json_output
 @click.option(
     "--quantization",
     type=click.Choice(list(QUANTIZATIONS)),
-    help="Quantize the projections: int8 and int4 for onnxruntime, fp8 for torch.",
+    help="Quantize the projections: int8 and int4 for onnxruntime and torch, fp8 for torch.",
 )
 @click.option(
     "--logits/--no-logits",

@@ -3,8 +3,8 @@
 from .ops import (
     block_attention,
     confidence_commit,
-    fp8_linear,
     head_commit,
+    low_bit_linear,
     paged_attention,
     residual_norm,
     rope_write,
@@ -23,9 +23,9 @@ FUSED = (  # the ops of the torch engine
     paged_attention.PLAN,
     paged_attention.OP,
     swiglu.OP,
-    *map(head_commit.flat_op, head_commit.TILES),
+    *(head_commit.flat_op(tile, int8) for int8 in (False, True) for tile in head_commit.TILES),
     confidence_commit.FLAT_SAMPLED,
-    *map(fp8_linear.op, fp8_linear.TILES),
+    *(low_bit_linear.op(kind, tile) for kind in low_bit_linear.KINDS for tile in low_bit_linear.TILES),
 )
 
 __all__ = [
@@ -34,8 +34,8 @@ __all__ = [
     "SAMPLED",
     "block_attention",
     "confidence_commit",
-    "fp8_linear",
     "head_commit",
+    "low_bit_linear",
     "paged_attention",
     "residual_norm",
     "rope_write",

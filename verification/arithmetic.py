@@ -18,13 +18,14 @@ Part = Literal["projection", "head", "other"]
 class Arithmetic:
     """How numbers are computed: in `compute`, each result rounded to `stored`, projections on a grid.
 
-    fp8 is e4m3 with a scale per output; int8 has a scale per output and one per token of the inputs, also in the head;
-    int4 has scales of weights and of inputs by groups, and the head in int8.
+    fp8 is e4m3 with a scale per output; int8 has a scale per output, also in the head; int4 has scales by groups, and
+    the head in int8. With `rounds_inputs` the inputs of int8 and int4 are on a grid too, per token and by groups.
     """
 
     compute: Any
     stored: Any = None
     quantization: str | None = None
+    rounds_inputs: bool = True
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The values that a result can have."""
@@ -49,7 +50,7 @@ class Arithmetic:
 
     def inputs(self, x: np.ndarray, part: Part = "projection") -> np.ndarray:
         """What a matrix is multiplied by, (T, in)."""
-        grid = self._grid(part)
+        grid = self._grid(part) if self.rounds_inputs else None
         if grid == "int8":
             return _integers(x, 127)
         return _by_groups(x, 127) if grid == "int4" else x

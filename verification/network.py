@@ -155,13 +155,16 @@ class Network:
         weights: the checkpoint's tensors.
         dtype: of the engine that is judged; the reference is f64 for f32, and f32 for 16 bits or fewer.
         quantization: of its projections.
+        rounds_inputs: whether the inputs of projections in int8 and int4 are in 8 bits too.
     """
 
-    def __init__(self, weights: Weights, dtype: str, quantization: str | None = None) -> None:
+    def __init__(
+        self, weights: Weights, dtype: str, quantization: str | None = None, rounds_inputs: bool = True
+    ) -> None:
         self._weights = weights
         self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization)
+        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs)
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:

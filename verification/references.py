@@ -43,7 +43,8 @@ def open_reference(
             raise CheckpointError(f"{adapter}: no such folder, and the engine has a drafter adapter; give --adapter")
         weights = Weights(source.folder, adapter)
     build = engine.info.build
-    return Network(weights, build.dtype, build.quantization), source.name
+    rounds_inputs = engine.info.manifest.backend == "onnxruntime"
+    return Network(weights, build.dtype, build.quantization, rounds_inputs), source.name
 
 
 def _check_same(one: ModelConfig, other: ModelConfig, against: str) -> None:

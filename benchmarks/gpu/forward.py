@@ -18,7 +18,7 @@ from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
 VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits")
-LOADED = ("adapter", *(("fp8",) if gpu_models.HAS_FP8 else ()))  # with other weights
+LOADED = ("adapter", *gpu_models.KINDS)  # with other weights
 
 
 class Passes:
@@ -131,7 +131,7 @@ def cells(config: RunConfig, shape: str, rows: tuple[int, ...]) -> Iterator[Cell
 
 
 def variant_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Graphs against eager, kernels against plain torch, and what predictions, logits, the adapter and fp8 change."""
+    """Graphs against eager, kernels against plain torch, and what predictions, logits, adapter and few bits change."""
     work, context = gpu_models.work(shape, config.dtype), config.scale.contexts[1]
     for variant in VARIANTS + LOADED:
 

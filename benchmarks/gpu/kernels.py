@@ -17,7 +17,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
-from nemodiff.plugins.ops import confidence_commit, paged_attention, token_quantise
+from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, token_quantise
 
 ATTENTION = ("BlockAttention", "PagedAttention")  # ops that read a context
 
@@ -39,7 +39,6 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "P": model.head_dim // 2,
         "V": model.vocab_size,
         "E": model.hidden_size,
-        **({"N": 2 * model.intermediate_size} if op.name == "Fp8Linear" else {}),
         "K": model.hidden_size,
         "W": {
             "PagedRopeWrite": heads,
@@ -47,7 +46,16 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
             "PagedAttention": paged_attention.items(letters, ceil_div),
         }.get(op.name, 0),
         "C": paged_attention.tiles(letters, ceil_div),
+        **(low_bits(model) if op.name.endswith("Linear") else {}),
     }
+
+
+def low_bits(model: ModelConfig) -> dict[str, int]:
+    """The sizes of a product with few bits, which is that of gate and up."""
+    outputs, inputs = projections(model)["gate_up"]
+    shares, counters = low_bit_linear.counters(outputs, inputs)
+    pairs = ceil_div(inputs, 2 * low_bit_linear.GROUP)
+    return {"F": outputs, "K": inputs, "W": shares, "C": counters, "P": pairs, "L": 2 * pairs, "Z": 0}
 
 
 def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:

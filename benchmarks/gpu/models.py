@@ -17,8 +17,9 @@ import make_checkpoint
 import safetensors
 
 from nemodiff.config import ModelConfig, parse_config
-from nemodiff.contract import ITEMSIZE, BuildConfig
+from nemodiff.contract import ITEMSIZE, QUANTIZATIONS, BuildConfig
 from nemodiff.engine_folder import SCHEMA, EngineInfo, Manifest
+from nemodiff.plugins.ops.low_bit_linear import GROUP
 from nemodiff.runtime.engines.pages import PAGE
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
@@ -33,7 +34,7 @@ TINY: dict[str, int] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-HAS_FP8 = "quantization" in {field.name for field in dataclasses.fields(BuildConfig)}
+KINDS = tuple(kind for kind, backends in QUANTIZATIONS.items() if "torch" in backends)
 SHAPES = (*make_checkpoint.SIZES, "tiny")
 CARRIED = make_checkpoint.TINY_CHAT  # the random models use its tokenizer
 
@@ -46,7 +47,7 @@ def config_values(shape: str) -> dict[str, Any]:
 class RandomFile:
     """A shape's weights file that is nowhere: each tensor is drawn on the device when it is read."""
 
-    def __init__(self, shape: str, dtype: Any, device: str, quantized: bool) -> None:
+    def __init__(self, shape: str, dtype: Any, device: str, quantization: str | None) -> None:
         import torch
 
         values = config_values(shape)
@@ -57,21 +58,38 @@ class RandomFile:
         self._new = functools.partial(torch.empty, dtype=dtype, device=device)
         self._torch = torch
         self._device = device
-        self._quantized = quantized
+        self._quantization = quantization
+
+    def _kind(self, name: str) -> str | None:
+        """In which bits a weight is, if in few."""
+        if name == "diffusion_head.weight":
+            return "int8" if self._quantization in ("int8", "int4") else None
+        return self._quantization if name.endswith("_proj.weight") else None
 
     def get_tensor(self, name: str) -> Any:
-        """Weights as `make_checkpoint.py` draws them; projections in 8 bits if the engine is to have such."""
-        if self._quantized and name.endswith("_proj.weight"):
-            bits = self._torch.randint(0, 120, self._shapes[name], dtype=self._torch.uint8, device=self._device)
-            return bits.view(self._torch.float8_e4m3fn)
+        """Weights as `make_checkpoint.py` draws them; projections in few bits if the engine is to have such."""
+        torch, kind = self._torch, self._kind(name)
+        if kind is not None:
+            outputs, inputs = self._shapes[name]
+            sizes = outputs, inputs // 2 if kind == "int4" else inputs
+            bits = torch.randint(0, 120, sizes, dtype=torch.uint8, device=self._device)
+            return bits.view({"int8": torch.int8, "int4": torch.uint8}.get(kind, torch.float8_e4m3fn))
         if name.endswith("_scale"):
-            return self._torch.full(self._shapes[name.removesuffix("_scale")][:1], 1e-4, device=self._device)
+            weight = name.removesuffix("_scale")
+            outputs, inputs = self._shapes[weight]
+            sizes = (outputs, inputs // GROUP) if self._kind(weight) == "int4" else (outputs,)
+            return torch.full(sizes, 1e-4, device=self._device)
         made = self._new(self._shapes[name])
         return made.normal_(0, make_checkpoint.STD) if made.dim() > 1 else made.fill_(1)
 
     def get_slice(self, name: str) -> Any:
-        """The tensor's shape, as safetensors tells it."""
-        return SimpleNamespace(get_shape=lambda: list(self._shapes[name]))
+        """The tensor's shape, and whether it is whole, as safetensors tells it."""
+        code = "BF16" if self._kind(name) is None else "U8"
+        return SimpleNamespace(get_shape=lambda: list(self._shapes[name]), get_dtype=lambda: code)
+
+    def keys(self) -> list[str]:
+        """Names of the checkpoint's own tensors."""
+        return list(self._shapes)
 
 
 class CheckpointFile:
@@ -134,8 +152,8 @@ def load(
 ) -> LoadedEngine:
     """A shape by its name, or a checkpoint by its folder, ready to generate.
 
-    `variant` "adapter" adds a random drafter adapter to a shape, "fp8" has its projections in 8 bits; a checkpoint's
-    own adapter is left out.
+    `variant` "adapter" adds a random drafter adapter to a shape, one of KINDS has its projections in these bits; a
+    checkpoint's own adapter is left out.
     """
     kind = {"f32": card.torch.float32, "f16": card.torch.float16, "bf16": card.torch.bfloat16}[dtype]
     file: Any
@@ -149,13 +167,13 @@ def load(
         values = config_values(source)
         model = parse_config(values)
         folder = CARRIED
-        file = RandomFile(source, kind, card.name, variant == "fp8")
+        file = RandomFile(source, kind, card.name, variant if variant in KINDS else None)
     build = BuildConfig(
         dtype,
         min(model.max_position, 2**17),
         64,
         model.block_length,
-        **({"quantization": variant} if variant == "fp8" else {}),
+        quantization=variant if variant in KINDS else None,  # type: ignore[arg-type]
     )
     manifest = Manifest(SCHEMA, "torch", {}, {}, {} if variant == "adapter" else None, {})
     with mock.patch.object(safetensors, "safe_open", return_value=file):  # the engine's one door to weights

@@ -11,9 +11,13 @@ import numpy as np
 from ...contract import Quantization
 from ...errors import CheckpointError
 from ..graph.graph import Graph
+from ..graph.projection import GROUP
 from ..graph.writer import ALIGNMENT, Weight
 from .quantized import QuantizedTensor
 from .safetensors_file import CODES, Entry, Tensor, header_bytes
+
+HEAD = "diffusion_head.weight"
+_ITEMSIZE = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 
 
 def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor | QuantizedTensor], config_file: Path) -> None:
@@ -39,8 +43,10 @@ def as_safetensors(
 ) -> tuple[Graph, bytes]:
     """Lay the graph's weights out as one safetensors file, and write the header that stands before them.
 
-    Projections are (out, in), as in the checkpoint. Quantized, those of the layers are e4m3, each followed by its
-    `NAME_scale`. `kept` names those that a checkpoint has in these bits already, and then no other is quantized.
+    Projections are (out, in), as in the checkpoint. Quantized, those of the layers have the numbers that an engine of
+    ONNX Runtime would have, each followed by its `NAME_scale`; so has the head, in int8, unless they are fp8. `kept`
+    names those that a checkpoint has in these bits already, with True where they are around 0, and then no other is
+    quantized.
     """
     entries: dict[str, Entry] = {}
     weights: list[Weight] = []
@@ -48,16 +54,12 @@ def as_safetensors(
     for weight in graph.weights:
         begin = end
         shape = weight.shape[::-1] if weight.transposed else weight.shape
-        chosen = weight.source in kept if kept is not None else weight.name.endswith("_proj.weight")
-        kind = quantization if chosen else None
-        if kind:
-            middle = begin + int(np.prod(shape))
-            end = middle + 4 * shape[0]  # an f32 scale per row
-            entries[weight.name] = Entry("F8_E4M3", shape, begin, middle)
-            entries[f"{weight.name}_scale"] = Entry("F32", shape[:1], middle, end)
-        else:
-            end = begin + weight.nbytes
-            entries[weight.name] = Entry(CODES[graph.dtype], shape, begin, end)
+        kind = _kind(weight, quantization, kept)
+        around_zero = kept is None or kept.get(weight.source, True)
+        for part, code, part_shape in _parts(shape, kind, around_zero) if kind else [("", CODES[graph.dtype], shape)]:
+            middle = end
+            end = middle + int(np.prod(part_shape)) * _ITEMSIZE[code]
+            entries[f"{weight.name}{part}"] = Entry(code, part_shape, middle, end)
         weights.append(
             dataclasses.replace(
                 weight, shape=shape, transposed=False, offset=begin, nbytes=end - begin, quantization=kind
@@ -66,3 +68,24 @@ def as_safetensors(
     header = header_bytes(entries, alignment=ALIGNMENT)
     placed = [dataclasses.replace(weight, offset=len(header) + weight.offset) for weight in weights]
     return dataclasses.replace(graph, weights=tuple(placed)), header
+
+
+def _kind(weight: Weight, quantization: Quantization | None, kept: Mapping[str, bool] | None) -> Quantization | None:
+    """How a weight is stored."""
+    if weight.name == HEAD:
+        return "int8" if quantization in ("int8", "int4") else None
+    chosen = weight.source in kept if kept is not None else weight.name.endswith("_proj.weight")
+    return quantization if chosen else None
+
+
+def _parts(shape: tuple[int, ...], kind: Quantization, around_zero: bool) -> list[tuple[str, str, tuple[int, ...]]]:
+    """A quantized projection's tensors: what is added to its name, dtype and shape."""
+    outputs, inputs = shape
+    if kind != "int4":  # a scale per row
+        return [("", "I8" if kind == "int8" else "F8_E4M3", shape), ("_scale", "F32", (outputs,))]
+    groups = inputs // GROUP
+    parts: list[tuple[str, str, tuple[int, ...]]] = [
+        ("", "U8", (outputs, inputs // 2)),
+        ("_scale", "F32", (outputs, groups)),
+    ]
+    return parts if around_zero else [*parts, ("_zero", "U8", (outputs, -(-groups // 2)))]

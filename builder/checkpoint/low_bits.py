@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, as the CPU engine stores them."""
+"""Weights in 8 and 4 bits, as engines store them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ def int8_scale(weight: np.ndarray) -> np.ndarray:
 
 
 def quantise_int8(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The nearest int8 of a transposed projection's rows (in, out) f32 for its scales (out)."""
+    """The nearest int8 of a projection in f32, for scales that go with it."""
     numbers: np.ndarray = np.clip(np.rint(weight / scale), -127, 127).astype(np.int8)
     return numbers
+
+
+def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A projection (out, in) f32 as int8, and its scales (out) f32."""
+    scale = int8_scale(weight)
+    return quantise_int8(weight, scale[:, None]), scale
 
 
 def quantise_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

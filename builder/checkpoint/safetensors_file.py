@@ -31,6 +31,7 @@ PACKED_DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 CODES = {dtype: code for code, dtype in (DTYPES | PACKED_DTYPES).items()}

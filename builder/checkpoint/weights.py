@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import BuildError, CheckpointError
-from ...plugins.ops.fp8_linear import quantise
+from ...plugins.ops.low_bit_linear import quantise
 from ..graph.graph import Graph
 from ..graph.projection import GROUP
 from ..graph.writer import Weight
 from .joined import JoinedTensor, Part
-from .low_bits import int8_scale, packed_int4, quantise_int4, quantise_int8
+from .low_bits import int8_scale, packed_int4, quantise_int4, quantise_int8, quantise_rows
 from .quantized import QuantizedTensor
 from .safetensors_file import Tensor
 
@@ -35,6 +35,7 @@ _TOO_LARGE: dict[np.dtype[Any], tuple[str, str]] = {
     _BF16: ("bf16", "use other weights"),
 }
 _LARGEST = {"f32": float(np.finfo(np.float32).max), "f16": 65504.0, "bf16": 3.3895313892515355e38}
+_QUANTISE = {"fp8": quantise, "int8": quantise_rows, "int4": quantise_int4}  # of a band of rows
 _Item = TypeVar("_Item")
 
 
@@ -102,8 +103,8 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
         if tensor.exact and tensor.kind == weight.quantization:
             yield from _kept_pieces(weight, tensor)
             return
-    if weight.quantization == "int8":
-        yield from _int8_pieces(weight, tensor)
+    if weight.quantization == "int8" and weight.transposed:
+        yield from _int8_pieces(tensor)
         return
     # A transposed weight is gathered from the map band by band, so a large head is read from the page cache several
     # times.
@@ -124,7 +125,7 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
         values = _to_f32(band)
         _check_finite(values, tensor, start)
         if weight.quantization is not None:
-            stored, scale = quantise(values) if weight.quantization == "fp8" else quantise_int4(values)
+            stored, scale = _QUANTISE[weight.quantization](values)
             scales.append(scale)
             yield stored
         else:
@@ -164,14 +165,14 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
             f"{tensor.file}: {tensor.name} has a scale that is not finite; download the file again or use another "
             "checkpoint"
         )
-    if weight.quantization == "int8":
+    if weight.transposed:
         numbers = np.concatenate([tensor.numbers(*band) for band in bands])  # a byte for each weight
         yield _contiguous(numbers.T)
         yield scales[:, 0]
         return
     for band in bands:
         yield packed_int4(tensor.numbers(*band)) if weight.quantization == "int4" else tensor.numbers(*band)
-    if weight.quantization == "fp8":
+    if weight.quantization != "int4":
         yield scales[:, 0]
         return
     repeats = tensor.group // GROUP
@@ -181,7 +182,7 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
         yield packed_int4(np.concatenate([z.repeat(repeats, axis=1) for z in zeros if z is not None]))
 
 
-def _int8_pieces(weight: Weight, tensor: Part | JoinedTensor) -> Iterator[np.ndarray]:
+def _int8_pieces(tensor: Part | JoinedTensor) -> Iterator[np.ndarray]:
     """An int8 projection (in, out) and its scales, for which the tensor is read once more, before."""
     outputs, inputs = tensor.shape
     step = max(1, PIECE // 4 // inputs)

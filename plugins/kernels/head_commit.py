@@ -8,6 +8,8 @@ second-level cache.
 import triton
 import triton.language as tl
 
+from .low_bit_linear import from_int8
+
 
 @triton.jit
 def flat_head_scan(
@@ -19,14 +21,24 @@ def flat_head_scan(
 
     kept (R, W) f32 gets the logits if W is V, and nothing if not.
     """
-    _scan(x, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E)
+    _scan(x, weight, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, False)
+
+
+@triton.jit
+def flat_head_scan_int8(
+    x, weight, scale, kept, R, W, tile_part, tile_best,
+    V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The same for weight (V, E) u8, the bits of int8, and scale (V,) f32."""
+    _scan(x, weight, scale, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, True)
 
 
 @triton.jit
 def _scan(
-    x, weight, kept, positions, W, tile_part, tile_best,
+    x, weight, scale, kept, positions, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """One tile of positions and vocabulary."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,8 +51,12 @@ def _scan(
         has = start + e < E
         a = tl.load(x + m.to(tl.int64)[:, None] * E + start + e[None, :], mask=real[:, None] & has[None, :], other=0.0)
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
-        w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0.0)
+        w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0)
+        if INT8:
+            w = from_int8(w).to(a.dtype)
         logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
+    if INT8:
+        logits *= tl.load(scale + v, mask=inside, other=0.0)[None, :]
     if W == V:
         tl.store(kept + m.to(tl.int64)[:, None] * V + v[None, :], logits, mask=real[:, None] & inside[None, :])
     logits = tl.where((v == MASK_ID)[None, :], -1e30, logits)

@@ -6,7 +6,8 @@ x (R, E) and weight (V, E) compute; the rest as in `confidence_commit.FLAT_SAMPL
 `kept` (R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps
 its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of
 the commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may
-choose another of two near-equal entries.
+choose another of two near-equal entries. A head in int8 has weight (V, E) u8, its bits, and scale (V) f32, by which the
+logits are multiplied.
 """
 
 from __future__ import annotations
@@ -48,14 +49,17 @@ def _reduce_constants(model: ModelConfig) -> Constants:
 
 
 @functools.cache
-def flat_op(tile: int) -> Op:
-    """The op over flat positions for tiles of `tile` of them, one of TILES."""
+def flat_op(tile: int, int8: bool = False) -> Op:
+    """The op over flat positions for tiles of `tile` of them, one of TILES; of a head in int8 on request."""
+    weight = [Arg("weight", "compute", ("V", "E"))]
+    if int8:
+        weight = [Arg("weight", "u8", ("V", "E")), Arg("scale", "f32", ("V",))]
     tile_outputs = (Arg("tile_part", "f32", ("R", _tiles, 4)), Arg("tile_best", "i32", ("R", _tiles)))
     return Op(
         "FlatHeadCommit",
         inputs=(
             Arg("x", "compute", ("R", "E")),
-            Arg("weight", "compute", ("V", "E")),
+            *weight,
             *FLAT_INPUTS,
             Arg("kept", "f32", ("R", "W")),
         ),
@@ -63,9 +67,9 @@ def flat_op(tile: int) -> Op:
         attributes=(),
         stages=(
             Stage(
-                f"FlatHeadScan{tile}",
-                "head_commit.flat_head_scan",
-                inputs=("x", "weight", "kept"),
+                f"FlatHeadScan{'Int8' if int8 else ''}{tile}",
+                f"head_commit.flat_head_scan{'_int8' if int8 else ''}",
+                inputs=("x", *(arg.name for arg in weight), "kept"),
                 scalars=("R", "W"),
                 outputs=tile_outputs,
                 constants=functools.partial(_scan_constants, tile=tile),

@@ -19,6 +19,7 @@ from stand_ins.quantized_checkpoints import WIDE, write
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.checkpoint.low_bits import quantise_rows
 from nemodiff.builder.checkpoint.quantized import QuantizedTensor
 from nemodiff.builder.checkpoint.safetensors_file import read_tensors
 from nemodiff.runtime.engines.engine import causal
@@ -57,7 +58,7 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
 
 
 def logits(folder: Path) -> np.ndarray:
-    engine = nemodiff.load(folder, threads=1)
+    engine = nemodiff.load(folder, device="cpu", threads=1)
     ids = np.random.default_rng(0).integers(200, 800, 12).tolist()
     (prediction,) = engine.backend.open(1).forward([causal("verify", ids, 0, predict_all=True, logits=True)])
     assert prediction.logits is not None
@@ -129,19 +130,61 @@ def test_what_the_checkpoint_leaves_in_f32_stays_so(tmp_path: Path) -> None:
     assert ops["layers.0.self_attn.k_proj"] == "MatMulNBits"
 
 
+def torch_values(folder: Path, name: str) -> np.ndarray:
+    """What a torch engine's file says a projection is, (out, in) f32."""
+    stored = loaded(folder / "model.safetensors")
+    numbers, scale = stored[name], stored[f"{name}_scale"]
+    if scale.ndim == 1:
+        return numbers.astype(np.float32) * scale[:, None]
+
+    def halves(array: np.ndarray) -> np.ndarray:
+        return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
+
+    zero = np.full(scale.shape, np.float32(8))
+    if f"{name}_zero" in stored:
+        zero = halves(stored[f"{name}_zero"])[:, : scale.shape[1]]
+    values: np.ndarray = (halves(numbers) - zero.repeat(32, 1)) * scale.repeat(32, 1)
+    return values
+
+
 @pytest.mark.torch
-def test_torch_keeps_fp8_and_computes_with_any_other(tmp_path: Path) -> None:
-    for form, group, kind in (("fp8", 0, "fp8"), ("awq", 32, None)):
-        truth = write(tmp_path / form, form, group)
-        builder = Builder(tmp_path / form, tmp_path / f"{form}-engine", backend="torch")
-        assert builder.config.quantization == kind
-        builder.run()
-        if kind == "fp8":
-            stored = loaded(tmp_path / "fp8-engine" / "model.safetensors")
-            for name, values in truth.items():
-                mine = name.removeprefix("encoder.")
-                got = stored[mine].astype(np.float32) * stored[f"{mine}_scale"][:, None]
-                np.testing.assert_array_equal(got, values)
+@pytest.mark.parametrize(("form", "group", "symmetric"), FORMS, ids=NAMED)
+def test_torch_keeps_the_numbers(form: str, group: int, symmetric: bool, tmp_path: Path) -> None:
+    """To the last bit; what no engine has in such bits is computed with the same values."""
+    truth = write(tmp_path / "checkpoint", form, group, symmetric)
+    builder = Builder(tmp_path / "checkpoint", tmp_path / "engine", backend="torch")
+    kind = {"gptq": "int4", "awq": "int4", "pack": "int4", "int8": "int8", "fp8": "fp8"}.get(form)
+    assert builder.config.quantization == kind
+    builder.run()
+    stored = loaded(tmp_path / "engine" / "model.safetensors")
+    for name, values in truth.items():
+        mine = name.removeprefix("encoder.")
+        if kind is None:
+            np.testing.assert_array_equal(stored[mine], values.astype(stored[mine].dtype))
+        else:
+            np.testing.assert_array_equal(torch_values(tmp_path / "engine", mine), values)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("form", "group"), [("gptq", 32), ("awq", 32), ("pack", 0), ("int8", 0), ("fp8", 0)])
+def test_torch_computes_with_the_numbers_it_keeps(form: str, group: int, tmp_path: Path) -> None:
+    """Also where the checkpoint has a projection of a stack whole: q is, k and v are not."""
+    truth = write(tmp_path / "checkpoint", form, group)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    base = "encoder.layers.0.self_attn.q_proj"
+    tensors = {name: t for name, t in loaded(path).items() if not name.startswith(base)}
+    save_file(tensors | {f"{base}.weight": truth[f"{base}.weight"]}, path)
+    plain = dequantized(tmp_path / "plain", truth)
+    kind = {"int8": "int8", "fp8": "fp8"}.get(form, "int4")
+    if kind != "fp8":  # the head is in int8 then
+        weights = load_file(plain / "model.safetensors")
+        numbers, scale = quantise_rows(weights["diffusion_head.weight"])
+        weights["diffusion_head.weight"] = numbers * scale[:, None]
+        save_file(weights, plain / "model.safetensors")
+    choices: dict[str, Any] = {"backend": "torch", "dtype": "f32"}
+    kept = Builder(tmp_path / "checkpoint", tmp_path / "engine", **choices, quantization=kind).run()
+    whole = Builder(plain, tmp_path / "whole", **choices).run()
+    np.testing.assert_allclose(logits(kept), logits(whole), rtol=1e-4, atol=1e-4)
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -6,6 +6,7 @@ They run in Triton's interpreter, or with `-m gpu` on a GPU, as in `test_kernels
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
+from nemodiff.engine_folder import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 from nemodiff.plugins.op import ceil_div
 from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
@@ -155,3 +157,21 @@ def test_fused_kernels_compile_for_every_card(
     for kernel in kernels:  # begins while the one before it ends, where a card can do that
         waits = "griddepcontrol.wait" in (tmp_path / kernel.file("ptx")).read_text()
         assert waits == (kernel.stage in follows and kernel.sm >= 90), kernel
+    check_products(kernels, tmp_path)
+
+
+def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
+    """A token is summed by the same instructions in every tile of a product with few bits.
+
+    The tiles differ in tokens alone, and a tensor core's instruction sums each of them by itself.
+    """
+    taken: dict[tuple[str, int], set[frozenset[str]]] = {}
+    for kernel in kernels:
+        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear")):
+            ptx = (folder / kernel.file("ptx")).read_text()
+            found = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)([^\s;]*)", ptx)
+            forms = frozenset(name + re.sub(r"m64n\d+", "m64n", form) for name, form in found)
+            assert forms, kernel
+            taken.setdefault((re.sub(r"\d+$", "", kernel.stage), kernel.sm), set()).add(forms)
+    assert len(taken) >= 3
+    assert all(len(forms) == 1 for forms in taken.values()), taken

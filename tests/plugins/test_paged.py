@@ -23,8 +23,8 @@ from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Arg, run
 from nemodiff.plugins.ops import (
     confidence_commit,
-    fp8_linear,
     head_commit,
+    low_bit_linear,
     paged_attention,
     rope_write,
     rotation,
@@ -319,7 +319,7 @@ def test_the_product_of_8_bits_by_8_bits_is_torch_s(tiny: ModelConfig) -> None:
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 64), (48, 64)))
     values, scale = launch(token_quantise.OP, tiny, x=x)
-    stored, weight_scale = fp8_linear.quantise(weight)
+    stored, weight_scale = low_bit_linear.quantise(weight)
     a = torch.from_numpy(values).to(DEVICE).view(torch.float8_e4m3fn)
     b = torch.from_numpy(stored.view(np.uint8)).to(DEVICE).view(torch.float8_e4m3fn).t()
     scales = torch.from_numpy(scale)[:, None].to(DEVICE), torch.from_numpy(weight_scale)[None].to(DEVICE)

@@ -172,7 +172,7 @@ def test_refusals(tmp_path: Path, refused: Refused) -> None:
     refused(["build", str(narrow), *output, "--quantization", "int4"], "has 40 inputs, allowed: multiples of 32")
     command = ["build", str(TINY_CHAT), *output, "--quantization", "int8"]
     refused([*command, "--dtype", "f16"], "--dtype f16", "allowed: f32")
-    refused([*command, "--backend", "torch"], "allowed: onnxruntime")
+    refused([*command, "--backend", "tensorrt"], "not a choice of --backend tensorrt, allowed: onnxruntime, torch")
     single = write_checkpoint(tmp_path / "single", num_key_value_heads=4, num_attention_heads=4)
     refused(["build", str(single), *output, "--quantization", "int8"], "one query head per key/value head")
 

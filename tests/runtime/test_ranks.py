@@ -22,6 +22,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.errors import RequestError
 
 pytest.importorskip("torch")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # which 2 ranks split into groups of 32
 SCRIPT = Path(__file__).parents[1] / "stand_ins" / "torch_ranks.py"
 # No end token is allowed, and the text comes as it is decided.
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
@@ -30,7 +31,7 @@ ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--
 def build(folder: Path, quantization: str | None) -> Path:
     """8 heads over 4 of K and V, a vocabulary that no rank count divides, an adapter, and YaRN's query scale."""
     checkpoint = write_checkpoint(
-        folder / "checkpoint", dtype="f32", num_attention_heads=8, num_key_value_heads=4, head_dim=8
+        folder / "checkpoint", dtype="f32", num_attention_heads=8, num_key_value_heads=4, head_dim=8, **WIDE
     )
     write_adapter(checkpoint, rank=4, alpha=8, strength=0.05)
     return Builder(
@@ -47,7 +48,7 @@ def answers_of_ranks(engine: Path, ranks: int) -> Any:
     return json.loads(ended.stdout)
 
 
-@pytest.mark.parametrize(("quantization", "counts"), [(None, [2, 4]), ("fp8", [2])])
+@pytest.mark.parametrize(("quantization", "counts"), [(None, [2, 4]), ("fp8", [2]), ("int4", [2])])
 def test_ranks_give_the_tokens_of_one(tmp_path: Path, quantization: str | None, counts: list[int]) -> None:
     engine = build(tmp_path, quantization)
     alone = answers(nemodiff.load(engine, threads=1, device="cpu"))

@@ -14,10 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from ....engine_folder import TENSORS_FILE, EngineInfo
 from ....plugins.op import Arg, run
-from ....plugins.ops import confidence_commit, fp8_linear, head_commit, paged_attention, residual_norm, rope_write, swiglu
+from ....plugins.ops import (
+    confidence_commit,
+    head_commit,
+    low_bit_linear,
+    paged_attention,
+    residual_norm,
+    rope_write,
+    swiglu,
+)
 from ..pages import PAGE
 from . import plain
-from .weights import Matrix, Quantized, Share, WeightsFile
+from .quantized import Matrix, Quantized
+from .weights import Share, WeightsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +75,7 @@ class TorchModel:
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
-        self.head = weights.take("diffusion_head", model.vocab_size, model.hidden_size, axis=0)
+        self.head = weights.head(model)
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
 
     def forward(
@@ -124,14 +133,14 @@ class TorchModel:
         ids = inputs["ids"][index]  # (R,) i32
         mask = self.config.mask_id
         if self.ranks is not None:
-            head = functional.linear(x, self.head).float()  # (R, V / ranks)
+            head = self._logits(x)  # (R, V / ranks)
             best = self._best_of_ranks(plain.best(head, mask - self._vocabulary.start))
             plain.commit(best, ids, inputs, outputs, mask)
             return self._whole(head) if logits else None
         if self.kernels:
             head_logits = self._choose(x, ids, inputs, outputs, logits)
         else:
-            head_logits = functional.linear(x, self.head).float()
+            head_logits = self._logits(x)
             plain.commit(plain.best(head_logits, mask), ids, inputs, outputs, mask)
         return head_logits if logits else None
 
@@ -141,6 +150,16 @@ class TorchModel:
 
         given = embeddings.to(self.dtype)[index.clamp(min=0).long()]
         return torch.where((index >= 0)[:, None], given, own)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Logits of the head in plain torch, (R, V) f32."""
+        from torch.nn import functional
+
+        if not isinstance(self.head, Quantized):
+            return functional.linear(x, self.head).float()
+        if not self.kernels:
+            return functional.linear(x, self.head.tensors["values"]).float() * self.head.tensors["scale"]
+        return self._projected(x, self.head).float()
 
     def _summed(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
@@ -191,15 +210,19 @@ class TorchModel:
 
     def _projected(self, x: Tensor, weight: Matrix) -> Tensor:
         """x weight^T: (N, in) -> (N, out) compute."""
+        import torch
         from torch.nn import functional
 
+        if isinstance(weight, tuple):
+            return torch.cat([self._projected(x, part) for part in weight], -1)
         if not isinstance(weight, Quantized):
             return functional.linear(x, weight)
         if self.kernels:
-            op = fp8_linear.op(_tile(fp8_linear.TILES, len(x)))
-            (y,) = run(op, self.config, {"x": x[None], "weight": weight.values, "scale": weight.scale}, self._new(x))
-            return y[0]  # type: ignore[no-any-return]
-        return (functional.linear(x, weight.values).float() * weight.scale).to(self.dtype)
+            op = low_bit_linear.op(weight.kind, _tile(low_bit_linear.TILES, len(x)))
+            (y,) = run(op, self.config, {"x": x, **weight.tensors}, self._new(x))
+            return y  # type: ignore[no-any-return]
+        values, scale = weight.tensors["values"], weight.tensors["scale"]
+        return (functional.linear(x, values).float() * scale).to(self.dtype)
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,)."""
@@ -267,8 +290,11 @@ class TorchModel:
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         new = self._new(x, outputs)
         rule = {"ids": ids, "span": inputs["span"], "threshold": inputs["threshold"]}
-        head = {"x": x, "weight": self.head, **rule, "kept": logits}
-        run(head_commit.flat_op(_tile(head_commit.TILES, len(ids))), self.config, head, new)
+        weight: dict[str, Any] = {"weight": self.head}
+        if isinstance(self.head, Quantized):
+            weight = {name: self.head.tensors[name] for name in ("weight", "scale")}
+        op = head_commit.flat_op(_tile(head_commit.TILES, len(ids)), "scale" in weight)
+        run(op, self.config, {"x": x, **weight, **rule, "kept": logits}, new)
         if sampled:
             drawing = {name: inputs[name] for name in ("temperature", "seed", "position")}
             run(confidence_commit.FLAT_SAMPLED, self.config, {"logits": logits, **rule, **drawing}, new)

@@ -29,7 +29,7 @@ def open_engine(
     The arguments are those of `load`. Raises EngineError and RequestError.
     """
     import_torch(folder)
-    ranks = join(folder, info.model, tp_size, device)
+    ranks = join(folder, info, tp_size, device)
     if ranks is None:
         return TorchEngine(folder, info, device, threads, memory=memory)
     if ranks.rank:
@@ -54,7 +54,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     info = read_engine(folder)
     try:
-        ranks = join(folder, info.model, None, "cpu" if "cpu" in sys.argv[2:] else None)
+        ranks = join(folder, info, None, "cpu" if "cpu" in sys.argv[2:] else None)
         assert ranks is not None
         _follow(folder, info, ranks)
     except (EngineError, RuntimeError):

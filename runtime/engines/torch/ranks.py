@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ....config import ModelConfig
+from ....contract import QUANTIZED_INPUTS, Quantization
+from ....engine_folder import EngineInfo
 from ....errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ class Ranks:
             self._distributed.destroy_process_group()
 
 
-def join(folder: Path, model: ModelConfig, size: int | None, device: int | str | None) -> Ranks | None:
+def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | None) -> Ranks | None:
     """The ranks that this process shall be one of: torchrun's, or those that it starts; None for one alone.
 
     Raises:
@@ -159,7 +161,7 @@ def join(folder: Path, model: ModelConfig, size: int | None, device: int | str |
     size = world if world > 1 else size or 1
     if size == 1:
         return None
-    _check(model, size)
+    _check(info.model, size, info.build.quantization)
     gpu = device != "cpu" and torch.cuda.is_available()
     if gpu and size > torch.cuda.device_count():
         raise RequestError(
@@ -169,10 +171,17 @@ def join(folder: Path, model: ModelConfig, size: int | None, device: int | str |
     return Ranks(folder, size, gpu, None if world > 1 else words)
 
 
-def _check(model: ModelConfig, size: int) -> None:
-    """Refuse a number of ranks that does not divide the key/value heads and the inner size. Raises RequestError."""
+def _check(model: ModelConfig, size: int, quantization: Quantization | None) -> None:
+    """Refuse a number of ranks that does not divide the model. Raises RequestError."""
     if size not in model.splits:
         raise RequestError(
             f"--tp-size is {size}, allowed: {', '.join(map(str, model.splits))}, which divide the model's "
             f"{model.num_kv_heads} key/value heads and its inner size of {model.intermediate_size}; choose one of them"
         )
+    step = QUANTIZED_INPUTS[quantization] if quantization else 1
+    for inputs in (model.num_heads * model.head_dim, model.intermediate_size):  # of o and down, which are split
+        if inputs // size % step:
+            raise RequestError(
+                f"--tp-size is {size}, allowed: one that splits the {inputs} inputs of an {quantization} projection into "
+                f"multiples of {step}; choose a smaller one, or build without --quantization"
+            )

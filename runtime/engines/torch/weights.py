@@ -5,23 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from ....config import ModelConfig
-from ....contract import BuildConfig
+from ....contract import BuildConfig, Quantization
 from ....errors import EngineError
+from ....plugins.ops.low_bit_linear import GROUP
+from .quantized import Matrix, Quantized, Stored, joined, ready, unpacked
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """A projection in 8 bits."""
-
-    values: Tensor  # (out, in) u8, the bits of e4m3 for the kernel; else compute, 1/256 of each value, which f16 holds
-    scale: Tensor  # (out,) f32; for compute values times 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +38,6 @@ class Share:
             num_kv_heads=model.num_kv_heads // self.size,
             intermediate_size=model.intermediate_size // self.size,
         )
-
-
-Matrix: TypeAlias = "Tensor | Quantized"  # (out, in)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +65,7 @@ class WeightsFile:
         self._path = path
         self._share = share
         self._device = device
-        self._quantized = build.quantization is not None
+        self._quantization = build.quantization
         self._kernels = kernels
         self.dtype: torch.dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[build.dtype]
         self._errors = (SafetensorError, OSError, ValueError)
@@ -116,24 +107,54 @@ class WeightsFile:
         """
         import torch
 
+        if self._quantization is not None:
+            parts = [self._part(name, size, size_in, axis) for name, size in zip(names, sizes, strict=True)]
+            return joined(parts, self._kernels, self.dtype)
         # Read part by part into one tensor, so that loading holds no more than one part twice.
-        dtype = torch.uint8 if self._quantized and self._kernels else self.dtype
         ranks = self._share.size
         rows = [size // ranks if axis == 0 else size for size in sizes]
-        values = torch.empty(sum(rows), size_in // ranks if axis == 1 else size_in, dtype=dtype, device=self._device)
-        scale = torch.empty(sum(rows), dtype=torch.float32, device=self._device)
+        width = size_in // ranks if axis == 1 else size_in
+        values = torch.empty(sum(rows), width, dtype=self.dtype, device=self._device)
         end = 0
         for name, size, own in zip(names, sizes, rows, strict=True):
-            here = slice(end, end + own)
+            values[end : end + own] = self.take(name, size, size_in, axis=axis)
             end += own
-            if not self._quantized:
-                values[here] = self.take(name, size, size_in, axis=axis)
-                continue
-            stored = self._take(f"{name}.weight", (size, size_in), torch.float8_e4m3fn, axis)
-            values[here] = stored.view(torch.uint8) if self._kernels else stored.to(self.dtype) / 256
-            found = self._take(f"{name}.weight_scale", (size,), torch.float32, 0 if axis == 0 else None)
-            scale[here] = found * (1 if self._kernels else 256)
-        return Quantized(values, scale) if self._quantized else values
+        return values
+
+    def _part(self, name: str, size: int, size_in: int, axis: int) -> Tensor | Stored:
+        """A projection of a quantized engine; one that its checkpoint had whole is whole."""
+        try:
+            is_whole = self._file.get_slice(f"{name}.weight").get_dtype() in ("F32", "F16", "BF16")
+        except self._errors as error:
+            raise self._broken(str(error)) from None
+        if is_whole:
+            return self.take(name, size, size_in, axis=axis)
+        assert self._quantization is not None
+        return self._quantized(f"{name}.weight", self._quantization, size, size_in, axis)
+
+    def _quantized(self, name: str, kind: Quantization, size: int, size_in: int, axis: int) -> Stored:
+        """A projection in the bits of a kind, or this rank's share of it."""
+        import torch
+
+        if kind != "int4":
+            dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+            numbers = self._take(name, (size, size_in), dtype, axis)
+            scale = self._take(f"{name}_scale", (size,), torch.float32, 0 if axis == 0 else None)
+            return Stored(kind, numbers, scale, scale.new_empty((len(scale), 0)))
+        numbers = unpacked(self._take(name, (size, size_in // 2), torch.uint8, axis))
+        groups = size_in // GROUP
+        scale = self._take(f"{name}_scale", (size, groups), torch.float32, axis)
+        if f"{name}_zero" not in self._file.keys():  # noqa: SIM118  (no mapping)
+            return Stored(kind, numbers, scale, numbers.new_empty((len(scale), 0)))
+        zero = unpacked(self._take(f"{name}_zero", (size, -(-groups // 2)), torch.uint8, 0 if axis == 0 else None))
+        return Stored(kind, numbers, scale, zero[:, self._share.of(groups) if axis else slice(groups)])
+
+    def head(self, model: ModelConfig) -> Tensor | Quantized:
+        """The language model's head, or this rank's share of the vocabulary; in int8 where projections are in integers."""
+        sizes = model.vocab_size, model.hidden_size
+        if self._quantization in ("int8", "int4"):
+            return ready(self._quantized("diffusion_head.weight", "int8", *sizes, 0), self._kernels, self.dtype)
+        return self.take("diffusion_head", *sizes, axis=0)
 
     def layer(self, number: int, model: ModelConfig, adapter: bool) -> Layer:
         """All weights of one layer."""
