@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from stand_ins.torch_pair import (
     torch_backend,
     without_times,
 )
+from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -42,10 +43,10 @@ from nemodiff.contract import MODES, cache_slots
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.pages import PAGE
-from nemodiff.runtime.engines.torch.engine import TorchEngine
-from nemodiff.runtime.engines.torch.flat import FlatShape, graph_shapes, rounded_shape, rounded_tokens
+from nemodiff.runtime.engines.torch.engine import MOST_TOKENS, TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape, flat_shape, graph_shapes, rounded_shape, rounded_tokens
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
@@ -221,13 +222,41 @@ def test_sizes_of_graphs() -> None:
     assert all(n <= rounded_tokens(n) < 1.25 * n + 1 for n in range(257, 5000))
     shapes = [rounded_shape(FlatShape(n, r)) for n in (1, 30, 200, 512, 544) for r in (1, 25, n)]
     assert sorted({(s.tokens, s.predicted) for s in shapes}) == [
-        *((1, 1), (32, 32), (256, 256), (512, 64), (512, 512), (576, 64), (576, 576))
+        *((1, 1), (32, 32), (256, 64), (256, 256), (512, 64), (512, 512), (576, 64), (576, 576))
     ]
     alone = graph_shapes(576)
-    assert len([s for s in alone if not (s.logits or s.sampled)]) == 19
-    assert len(alone) == 33
-    assert [s.tokens for s in alone[:19]] == sorted((s.tokens for s in alone[:19]), reverse=True)
-    assert len(graph_shapes(2048 + 576)) < 60
+    assert len([s for s in alone if not (s.logits or s.sampled)]) == 21
+    assert len(alone) == 53
+    assert [s.tokens for s in alone[:21]] == sorted((s.tokens for s in alone[:21]), reverse=True)
+    assert len(graph_shapes(2048 + 576, 8)) < 100
+    assert {s.embedded for s in graph_shapes(576, images=True)} == {False, True}
+
+
+def test_a_first_answer_needs_the_shapes_of_the_warm_up_alone(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every mode, greedy, sampled by the engine and with logits, after prompts of many lengths."""
+    info = small.ours.info
+    toy = PagedToyEngine(info, 400, ahead=True)
+    monkeypatch.setattr(toy, "samples", True)
+    needed = dict[FlatShape, str]()
+    launch = PagedToyCache.launch
+    asked = ""
+
+    def noted(cache: PagedToyCache, passes: Sequence[Pass], rows: Sequence[int]) -> ToyFlight:
+        needed[rounded_shape(flat_shape(passes))] = asked
+        return launch(cache, passes, rows)
+
+    monkeypatch.setattr(PagedToyCache, "launch", noted)
+    monkeypatch.setattr(PagedToyCache, "most_tokens", MOST_TOKENS)
+    engine = dataclasses.replace(small.ours, backend=toy)
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.8}, {"repetition_penalty": 1.1}]
+    for mode in (*MODES, "auto"):
+        for kind in kinds if mode != "diffusion" else kinds[:2]:
+            for size in (1, 70, 130, 560):
+                asked = f"{mode} {kind} {size}"
+                nemodiff.generate(engine, (PROMPT * 14)[:size], mode=mode, max_new_tokens=30, **kind)
+    captured = set(TorchEngine(small.ours.folder, info, "cpu", pages=8).graph_shapes())
+    assert {shape: asked for shape, asked in needed.items() if shape not in captured} == {}
+    assert len(needed) > 20
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +272,7 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
     backend = torch_backend(small.ours)
     info = dataclasses.replace(backend.info, build=dataclasses.replace(backend.info.build, max_batch_size=2))
     device = RecordingDevice()
-    warm = TorchEngine(backend.folder, info, device, graphs=True, pages=24)
+    warm = TorchEngine(backend.folder, info, device, graphs=True, ahead=True, pages=24)
     seen = list[FlatShape]()
 
     def show(shapes: list[FlatShape]) -> list[FlatShape]:
@@ -261,12 +290,16 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
         got = nemodiff.generate_many(engine, prompts, rows=2, **options)
         assert [answer.token_ids for answer in got] == expected
     mixed = [{"mode": mode, "max_new_tokens": 12} for mode in MODES] + [{"mode": "ar", "temperature": 0.8}]
+    penalty: dict[str, Any] = {"mode": "linear_spec", "repetition_penalty": 1.2, "max_new_tokens": 5}
+    answers = [nemodiff.generate(e, prompts[1], **penalty).token_ids for e in (engine, small.theirs)]
+    assert answers[0] == answers[1]
     with nemodiff.Scheduler(engine) as scheduler:
         handles = [scheduler.submit(QUESTIONS[1], **{"max_new_tokens": 12, **o}) for o in mixed]
         for handle, chosen in zip(handles, mixed, strict=True):
             answer = nemodiff.generate(small.theirs, QUESTIONS[1], **{"max_new_tokens": 12, **chosen})
             assert handle.result().token_ids == answer.token_ids
     assert len(device.graphs) == graphs
+    assert len(warm.steps) == graphs  # none ran eagerly
     assert warm.pages.free == warm.pages.count
 
 

@@ -139,7 +139,9 @@ class TorchEngine:
         """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
         build = self.info.build
         blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
-        return graph_shapes(blocks + PREFILL_CHUNK + MAX_BLOCK, build.max_batch_size if self.forwards.ahead else 0)
+        most = blocks + PREFILL_CHUNK + MAX_BLOCK
+        ahead = build.max_batch_size if self.forwards.ahead else 0
+        return graph_shapes(most, ahead, images=self.info.model.vision is not None)
 
     def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""

@@ -100,25 +100,28 @@ def rounded_tokens(count: int) -> int:
 def rounded_shape(shape: FlatShape) -> FlatShape:
     """The shape of the graph that runs a forward: its predictions are few, or as many as its tokens."""
     tokens = rounded_tokens(max(shape.tokens, shape.predicted))
-    few = tokens > FREE and shape.predicted <= MAX_BLOCK
+    few = tokens > MAX_BLOCK and shape.predicted <= MAX_BLOCK
     return shape._replace(tokens=tokens, predicted=MAX_BLOCK if few else tokens)
 
 
-def graph_shapes(most_tokens: int, fed_rows: int = 0) -> list[FlatShape]:
+def graph_shapes(most_tokens: int, fed_rows: int = 0, *, images: bool = False) -> list[FlatShape]:
     """What is captured when an engine is loaded, the largest first: later graphs fit into the memory of the first.
 
-    Greedy passes of every size; and of those that decode one request, also the ones that are sampled or bring logits;
-    passes of up to `fed_rows` rows that are begun ahead.
+    Greedy passes of every size; those of one request also sampled, with logits, and where the model sees `images` with
+    embeddings; and passes of up to `fed_rows` rows that are begun ahead.
     """
+    alone = PREFILL_CHUNK + MAX_BLOCK
+    kinds = ({"sampled": True}, {"logits": True}, *([{"embedded": True}] if images else []))
     sizes = sorted({rounded_tokens(count) for count in range(1, most_tokens + 1)}, reverse=True)
     shapes: dict[FlatShape, None] = {}
     for size in sizes:
         for predicted in (size, 1):
             shapes[rounded_shape(FlatShape(size, predicted))] = None
     for size in sizes:
-        if size <= MAX_BLOCK:
-            shapes[FlatShape(size, size, sampled=True)] = None
-            shapes[FlatShape(size, size, logits=True)] = None
+        if size <= alone:
+            for kind in kinds:
+                for predicted in (1, size) if size <= FREE else (1,):
+                    shapes[rounded_shape(FlatShape(size, predicted, **kind))] = None
         if fed_rows and size <= rounded_tokens(fed_rows):
             for sampled in (False, True):
                 for turn in (1, 2):

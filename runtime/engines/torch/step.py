@@ -13,7 +13,7 @@ from ....engine_folder import EngineInfo
 from ..engine import Pass
 from ..pages import PAGE
 from .device import Buffer, Graph, TorchDevice
-from .flat import FED_AT, FlatShape, fill, flat_layouts, rounded_tokens
+from .flat import FED_AT, FREE, FlatShape, fill, flat_layouts, rounded_tokens
 from .kernel_cache import KernelCache
 from .memory import Change, Memory
 from .model import TorchModel
@@ -50,6 +50,8 @@ class Steps:
         self.kernels = KernelCache(folder) if model.kernels else None
         self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made so far
+        # Of captured steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
+        self._logits: Tensor | None = None  # (FREE, V) f32
         # The tokens of steps of so few predictions lie in one place, where the next one finds them.
         self.most_fed = rounded_tokens(info.build.max_batch_size)
         self._results = device.bytes(4 * FED_AT + flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
@@ -62,6 +64,9 @@ class Steps:
         self._steps: dict[FlatShape, Step] = {}
         self.pool = self.device.graph_pool()
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def of(self, shape: FlatShape) -> Step:
         """The step of a shape."""
         step = self._steps.pop(shape, None) or Step(self, shape)
@@ -69,6 +74,16 @@ class Steps:
         if not self.graphs and len(self._steps) > _KEPT_SHAPES:
             del self._steps[next(iter(self._steps))]
         return step
+
+    def logits(self, predicted: int) -> Tensor | None:
+        """Where captured steps of so many predictions leave their logits, (R, V) f32; None where each has its own."""
+        import torch
+
+        if not self.graphs or predicted > FREE:
+            return None
+        if self._logits is None:
+            self._logits = self.device.zeros((FREE, self.info.model.vocab_size), torch.float32)
+        return self._logits[:predicted]
 
     def results(self, predicted: int) -> Tensor | None:
         """Where the outputs of so many predictions lie for a step behind; None where it is not fed by them."""
@@ -93,7 +108,8 @@ class Step:
         inputs, outputs = flat_layouts(shape, owner.info)
         self._inputs: Buffer = owner.device.buffer(inputs)
         self.outputs: Buffer = owner.device.buffer(outputs, owner.results(shape.predicted))
-        self.logits: Tensor | None = None
+        self.logits = owner.logits(shape.predicted) if shape.logits else None
+        self._kept = self.logits
         self._views: list[View] | None = None
         self._graph: Graph | None = None
         self._runs = 0
@@ -158,8 +174,9 @@ class Step:
         inputs = self._inputs.tensors
         if self.shape.fed:
             inputs = {**inputs, "ids": self._owner.fed.index_select(0, inputs["source"])}
-        # Kept, so that a replay writes the logits to the same place.
-        self.logits = model.forward(
+        logits = model.forward(
             inputs, self.outputs.tensors, memory.pool, memory.table, self._views, self.shape.logits
         )
+        # A replay writes them to the same place, which is the step's own where it is not that of all.
+        self.logits = logits if self._kept is None or logits is None else self._kept.copy_(logits)
         device.download(self.outputs)
