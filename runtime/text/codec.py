@@ -12,12 +12,13 @@ from typing import Any
 from ...engine_folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ...errors import EngineError
 from .chat_template import ChatTemplate, token_texts
-from .messages import CALL_CLOSE, CALL_OPEN, Message, checked_messages
+from .messages import CALL_CLOSE, CALL_OPEN, MISTRAL_ARGUMENTS, MISTRAL_CALL, Message, checked_messages
 from .special_tokens import SpecialTokens
 from .thoughts import CLOSE, OPEN
 
 _MARKERS = (OPEN, CLOSE)
-_SHOWN = (*_MARKERS, CALL_OPEN, CALL_CLOSE)  # special tokens that are part of an answer's text
+# Special tokens that are part of an answer's text.
+_SHOWN = (*_MARKERS, CALL_OPEN, CALL_CLOSE, MISTRAL_CALL, MISTRAL_ARGUMENTS)
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own

@@ -12,6 +12,8 @@ from .checks import check_text
 Message = Mapping[str, Any]
 CALL_OPEN = "<tool_call>"
 CALL_CLOSE = "</tool_call>"
+MISTRAL_CALL = "[TOOL_CALLS]"
+MISTRAL_ARGUMENTS = "[ARGS]"
 _ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
-from ..text.messages import CALL_CLOSE, CALL_OPEN
 from ..text.reasoning import ReasoningParser
 from .definition import Tool
 from .reader import CallReader, partial_end
@@ -42,11 +41,11 @@ class Answer:
 class AnswerFormat:
     """How an answer's text is to be read.
 
-    reader: makes what reads a call, None where text is text. tools: those that are offered, by name. several: whether
+    reader: what reads a call, None where text is text. tools: those that are offered, by name. several: whether
     more than one call counts. thoughts: whether it may begin with thoughts.
     """
 
-    reader: Callable[[Mapping[str, Tool]], CallReader] | None = None
+    reader: type[CallReader] | None = None
     tools: Mapping[str, Tool] = dataclasses.field(default_factory=dict)
     several: bool = True
     thoughts: bool = True
@@ -78,6 +77,8 @@ class AnswerParser:
 
     def __init__(self, form: AnswerFormat, opened: bool) -> None:
         self._format = form
+        self._opens = form.reader.opens if form.reader is not None else ""
+        self._closes = form.reader.closes if form.reader is not None else ""
         self._reasoning = ReasoningParser(opened)
         self._held = ""
         self._reader: CallReader | None = None
@@ -108,17 +109,17 @@ class AnswerParser:
         if self._calls and not self._format.several:
             self._held = ""
             return None
-        at = self._held.find(CALL_OPEN)
+        at = self._held.find(self._opens)
         if at >= 0:
             before = self._held[:at]
             content = before.rstrip()
             self._reader = self._format.reader(self._format.tools) if self._format.reader else None
             self._space = before[len(content) :]
-            self._held = self._held[at + len(CALL_OPEN) :]
+            self._held = self._held[at + len(self._opens) :]
             return self._content(content)
         safe = len(self._held)
         if not final:
-            safe -= partial_end(self._held, CALL_OPEN)
+            safe -= partial_end(self._held, self._opens)
             safe = len(self._held[:safe].rstrip())
         elif self._trims and not self._held.strip():
             safe, self._held = 0, ""
@@ -137,7 +138,7 @@ class AnswerParser:
         if reader.failed:  # so it was content
             self._reader = None
             self._held = reader.unread
-            return self._content(self._space + CALL_OPEN)
+            return self._content(self._space + self._opens)
         if reader.name is None:
             return None
         deltas = [] if known else [Delta("call", reader.name, self._calls)]
@@ -152,11 +153,11 @@ class AnswerParser:
         return deltas or None
 
     def _skip_close(self, final: bool) -> bool:
-        """Leave out `</tool_call>`; False while it may yet come."""
+        """Leave out what closes a call; False while it may yet come."""
         rest = self._held.lstrip()
-        if not final and len(rest) < len(CALL_CLOSE) and CALL_CLOSE.startswith(rest):
+        if not final and len(rest) < len(self._closes) and self._closes.startswith(rest):
             return False
-        self._held = rest.removeprefix(CALL_CLOSE)
+        self._held = rest.removeprefix(self._closes)
         self._closing = False
         return True
 

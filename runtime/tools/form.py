@@ -8,13 +8,14 @@ from typing import Literal
 
 from ...errors import RequestError
 from ..text.chat_template import ChatTemplate
-from ..text.messages import CALL_OPEN
+from ..text.messages import CALL_OPEN, MISTRAL_ARGUMENTS, MISTRAL_CALL
 from .json_form import JsonReader
+from .mistral_form import MistralReader
 from .reader import CallReader
 from .xml_form import FUNCTION, PARAMETER, XmlReader
 
-Form = Literal["xml", "json"]
-READERS: dict[Form, type[CallReader]] = {"xml": XmlReader, "json": JsonReader}
+Form = Literal["xml", "json", "mistral"]
+READERS: dict[Form, type[CallReader]] = {"xml": XmlReader, "json": JsonReader, "mistral": MistralReader}
 _NAME, _KEY, _VALUE, _QUESTION = "probe_tool", "probe_key", "probe value", "probe question"
 _TOOL = {
     "type": "function",
@@ -45,9 +46,12 @@ def find_form(template: ChatTemplate) -> Form:
         return "xml"
     if opened and _is_json_call(call):
         return "json"
+    if _is_mistral_call(turns.partition(MISTRAL_CALL)[2]):
+        return "mistral"
     raise RequestError(
         "tools are not for this engine: its chat template writes calls in a form that is unknown here, allowed: "
-        f"{CALL_OPEN} with {FUNCTION}NAME> or with a JSON object; ask without tools"
+        f"{CALL_OPEN} with {FUNCTION}NAME> or with a JSON object, {MISTRAL_CALL}NAME{MISTRAL_ARGUMENTS} with one; "
+        "ask without tools"
     )
 
 
@@ -57,3 +61,9 @@ def _is_json_call(text: str) -> bool:
     except ValueError:
         return False
     return isinstance(call, dict) and call.get("name") == _NAME and _KEY in str(call.get("arguments"))
+
+
+def _is_mistral_call(text: str) -> bool:
+    reader = MistralReader({})
+    arguments = reader.push(text, final=True)
+    return reader.ended and reader.name == _NAME and _KEY in arguments

@@ -8,9 +8,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..text.messages import CALL_CLOSE, CALL_OPEN
+from ..text.messages import MISTRAL_ARGUMENTS
 from .definition import Tool
-from .form import Form
+from .form import READERS, Form
 from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
 
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
@@ -32,7 +32,7 @@ class CallGrammar:
 def call_grammar(
     form: Form,
     tools: Collection[Tool],
-    special: Collection[str],
+    special: Mapping[str, int],
     *,
     required: bool,
     several: bool,
@@ -43,29 +43,30 @@ def call_grammar(
     Args:
         form: of a call.
         tools: that may be called; where calls are not required, those that are not strict take any arguments.
-        special: texts of the tokenizer's special tokens.
+        special: ids of the tokenizer's special tokens.
         required: whether the answer must be calls, and nothing else.
         several: whether it may have more than one.
         json_schema: of an answer without calls.
     """
-    writer = _Writer(form)
+    writer = _Writer(form, special)
     rules = [writer.tool(tool, held=required or tool.strict) for tool in tools]
     writer.add("function", " | ".join(rules))
-    end = f'"\\n" {CALL_CLOSE}' if CALL_CLOSE in special else json.dumps("\n" + CALL_CLOSE)
-    begin = f'{CALL_OPEN} "\\n"' if CALL_OPEN in special else json.dumps(CALL_OPEN + "\n")
-    writer.add("call", f"{begin} function {end}")
-    calls = 'call ("\\n" call)*' if several else "call"
+    opens, closes = READERS[form].opens, READERS[form].closes
+    gap = '"\\n"' if closes else ""  # between marks and what they hold, and between calls
+    inside = f"{gap} function {gap} {writer.mark(closes)}" if closes else "function"
+    writer.add("call", f"{writer.mark(opens)} {inside}")
+    calls = f"call ({gap} call)*" if several else "call"
     if required:
         writer.add("start", rf"/\n{{0,2}}/ {calls}")
     elif json_schema is not None:
         writer.add("answer", f"%json {_guided(json.loads(json_schema))}")
         writer.add("start", rf"answer | /\n{{0,2}}/ {calls}")
-    elif CALL_OPEN in special:
+    elif opens in special:
         writer.add("TEXT", r"/(?s:.*)/")
         writer.add("start", rf"(TEXT call){'*' if several else '?'} TEXT")
     else:
-        writer.add("before[lazy]", f"/(?s:.*){re.escape(CALL_OPEN)}/")
-        writer.add("call", rf'"\n" function {end}')
+        writer.add("before[lazy]", f"/(?s:.*){re.escape(opens)}/")
+        writer.add("call", inside)
         writer.add("TEXT", r"/(?s:.*)/")
         writer.add("start", rf"(before call){'*' if several else '?'} TEXT")
     return CallGrammar(writer.source(), tuple(dict.fromkeys(writer.warnings)))
@@ -74,8 +75,9 @@ def call_grammar(
 class _Writer:
     """Collects the rules of a grammar by name."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, special: Mapping[str, int]) -> None:
         self._form = form
+        self._special = special
         self.rules: dict[str, str] = {}
         self.warnings: list[str] = []
 
@@ -83,14 +85,20 @@ class _Writer:
         self.rules[name] = body
         return name
 
+    def mark(self, text: str) -> str:
+        """A text that is a token of its own where the tokenizer has it as one."""
+        return f"<[{self._special[text]}]>" if text in self._special else json.dumps(text)
+
     def source(self) -> str:
         return "%llguidance {}\n" + "".join(f"{name}: {body}\n" for name, body in self.rules.items())
 
     def tool(self, tool: Tool, *, held: bool) -> str:
         """The rule of one tool's calls, `held` to its schema or not."""
         rule = f"tool_{len(self.rules)}"
-        if self._form == "json":
+        if self._form != "xml":
             schema = _closed(tool.parameters) if held else _ANY_OBJECT
+            if self._form == "mistral":
+                return self.add(rule, f"{json.dumps(tool.name)} {self.mark(MISTRAL_ARGUMENTS)} %json {_guided(schema)}")
             begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
             return self.add(rule, f'{begin} %json {_guided(schema)} "}}"')
         parameters = " ".join(self._parameters(rule, tool) if held and tool.properties else self._any(tool, held))

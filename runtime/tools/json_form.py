@@ -20,7 +20,7 @@ class JsonReader(CallReader):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._scan = _Scan()
+        self._scan = ObjectScan()
         self._whole: str | None = None  # the arguments, where they were known before the name
 
     def _begin(self, final: bool) -> None:
@@ -28,7 +28,7 @@ class JsonReader(CallReader):
         if match and (name := _loaded(match[1])) and isinstance(name, str):
             self.name = name
             self.unread = self.unread[match.end() :]
-            self._scan = _Scan()
+            self._scan = ObjectScan()
             return
         start = len(self.unread) - len(self.unread.lstrip())
         if start == len(self.unread):
@@ -74,7 +74,7 @@ class JsonReader(CallReader):
         return ""
 
 
-class _Scan:
+class ObjectScan:
     """Looks for the end of a JSON object in a text that grows; `read` is how many characters it has seen."""
 
     def __init__(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from typing import ClassVar
 
+from ..text.messages import CALL_CLOSE, CALL_OPEN
 from .definition import Tool
 
 
 class CallReader(abc.ABC):
-    """Reads one call, after `<tool_call>`.
+    """Reads one call, after the text that `opens` it; `closes` is what may stand after it, empty where nothing does.
 
     name: of the function, None until it is known. failed: the text is no call, which shows before a name is known.
     ended: the call is complete. unread: text that is not used yet; all of it, until a name is known.
@@ -17,6 +19,9 @@ class CallReader(abc.ABC):
     Args:
         tools: those that are offered, by name.
     """
+
+    opens: ClassVar[str] = CALL_OPEN
+    closes: ClassVar[str] = CALL_CLOSE
 
     def __init__(self, tools: Mapping[str, Tool]) -> None:
         self.tools = tools

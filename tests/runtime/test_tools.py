@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -94,6 +95,17 @@ WRITTEN = [
     ("json", "<tool_call>\nnothing</tool_call>", "<tool_call>\nnothing</tool_call>", []),
     ("json", '<tool_call>\n{"name": 5}\n</tool_call>', '<tool_call>\n{"name": 5}\n</tool_call>', []),
     ("json", "<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>", []),
+    ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "}\\"{", "b": [1]}', "", [("f", '{"a": "}\\"{", "b": [1]}')]),
+    ("mistral", 'Look: [TOOL_CALLS]f[ARGS]{}[TOOL_CALLS]g.h[ARGS] {}\n', "Look:", [("f", "{}"), ("g.h", "{}")]),
+    ("mistral", "a[TOOL_CALLS]f[ARGS]{} \nb", "a\nb", [("f", "{}")]),
+    ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "[TOOL_CALLS]', "", [("f", '{"a": "[TOOL_CALLS]')]),
+    ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "</tool_call>"}', "", [("f", '{"a": "</tool_call>"}')]),
+    ("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+    ("mistral", "[TOOL_CALLS]f[ARG", "[TOOL_CALLS]f[ARG", []),
+    ("mistral", "[TOOL_CALLS]f[ARGS] ", "[TOOL_CALLS]f[ARGS] ", []),
+    ("mistral", "[TOOL_CALLS] [ARGS]{}", "[TOOL_CALLS] [ARGS]{}", []),
+    ("mistral", "[TOOL_CALLS]f[ARGS][1]", "[TOOL_CALLS]f[ARGS][1]", []),
+    ("mistral", "[TOOL_CALLS] [TOOL_CALLS]two words[ARGS]{}", "[TOOL_CALLS] [TOOL_CALLS]two words[ARGS]{}", []),
 ]  # fmt: skip
 
 
@@ -110,11 +122,14 @@ def test_calls_are_read_at_every_split(form: Form, text: str, content: str, call
 
 PARTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<function=", "f", ">", "\n", "<parameter=", "text", "count", "</parameter>", "1",
-     "</function>", '{"name": "f", "arguments": ', '{"a": "', '"}', "}", '"', "\\", "<", " ", "é", "[", "]", "</think>"]
+     "</function>", '{"name": "f", "arguments": ', '{"a": "', '"}', "}", '"', "\\", "<", " ", "é", "[", "]", "</think>",
+     "[TOOL_CALLS]", "[ARGS]", "{}"]
 )  # fmt: skip
 
 
-@given(st.sampled_from(["xml", "json"]), st.lists(PARTS, max_size=24), st.data(), st.booleans(), st.booleans())
+@given(
+    st.sampled_from(["xml", "json", "mistral"]), st.lists(PARTS, max_size=24), st.data(), st.booleans(), st.booleans()
+)
 def test_no_split_changes_what_is_read(
     form: Form, parts: list[str], data: st.DataObject, opened: bool, several: bool
 ) -> None:
@@ -222,7 +237,7 @@ def test_a_template_of_its_own_for_tools_is_found(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], nemodiff.LoadedEngine]:
     folder = tmp_path_factory.mktemp("tools")
-    kinds = [("xml", True), ("xml", False), ("json", True), ("json", False)]
+    kinds = itertools.product(TEMPLATES, (True, False))
     return {
         (form, special): nemodiff.load(tool_engine(folder / f"{form}{special}", form, special=special), threads=1)
         for form, special in kinds
@@ -352,6 +367,24 @@ def test_a_strict_tool_leaves_the_answer_free(engine: nemodiff.LoadedEngine) -> 
             assert not matcher._astray
         for token in engine.text.encode_plain(call):
             matcher.push(token)
+        assert allowed is (not matcher._astray)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_strict_calls_of_mistral_begin_with_their_marks(
+    engines: dict[tuple[str, bool], nemodiff.LoadedEngine], special: bool
+) -> None:
+    engine = engines["mistral", special]
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    grammar = prepare(engine, QUESTION, make_options({"tools": [strict, CLOCK]})).settings.grammar
+    assert grammar is not None
+    marks = engine.text.special_tokens
+    for city, allowed in (("Rome", True), ("a city of many letters", False)):
+        matcher = grammar.matcher()
+        said = ["Well, ", "[TOOL_CALLS]", "weather", "[ARGS]", f'{{"city": "{city}", "days": 2}}']
+        for text in said:
+            for token in [marks[text]] if text in marks else engine.text.encode_plain(text):
+                matcher.push(token)
         assert allowed is (not matcher._astray)
 
 

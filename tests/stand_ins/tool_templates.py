@@ -1,4 +1,4 @@
-"""Chat templates that show tools, and engines with them: calls as XML, as Nemotron 3 writes them, and as JSON."""
+"""Chat templates that show tools, and engines with them: calls as XML, as JSON, and as Ministral 3 writes them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,21 @@ JSON = (
 """
     + _END
 )
-TEMPLATES = {"xml": XML, "json": JSON}
+MISTRAL = (
+    """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content -}}
+{%- if loop.first and tools -%}{{- '\\n<tools>\\n' + (tools | tojson) + '\\n</tools>' -}}{%- endif -%}
+{%- for call in m.tool_calls or [] -%}
+{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+"""
+    + _END
+)
+TEMPLATES = {"xml": XML, "json": JSON, "mistral": MISTRAL}
+_MARKS = {"mistral": ("[TOOL_CALLS]", "[ARGS]")}
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -100,7 +114,8 @@ def tool_checkpoint(folder: Path, form: str, *, special: bool = True, source: Pa
     if special:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             text = (folder / name).read_text()
-            text = text.replace("<SPECIAL_14>", "<tool_call>").replace("<SPECIAL_15>", "</tool_call>")
+            first, second = _MARKS.get(form, ("<tool_call>", "</tool_call>"))
+            text = text.replace("<SPECIAL_14>", first).replace("<SPECIAL_15>", second)
             (folder / name).write_text(json.dumps(json.loads(text)))
     return folder
 
