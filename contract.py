@@ -39,6 +39,14 @@ QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
     "fp8": ("torch",),
 }
 QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16}
+# Of K and V: auto is the engine's dtype. The others have a scale for every token and head; fp8 is e4m3.
+KvCacheDtype = Literal["auto", "int8", "fp8"]
+KvBits = Literal["int8", "fp8"]
+KV_CACHE_DTYPES: dict[str, tuple[Backend, ...]] = {
+    "auto": ("onnxruntime", "tensorrt-rtx", "tensorrt", "torch"),
+    "int8": ("torch",),
+    "fp8": ("torch",),
+}
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
@@ -67,11 +75,26 @@ class BuildConfig:
     gather_generation_logits: bool = True
     quantization: Quantization | None = None
     max_image_size: int = 0  # pixels; larger images are scaled down to it. 0 for a model that sees none
+    kv_cache_dtype: KvCacheDtype = "auto"
+
+    @property
+    def kv_bits(self) -> KvBits | None:
+        """How K and V are kept in 8 bits, if they are."""
+        return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
-def dtype_line(dtype: str, quantization: str | None) -> str:
+def dtype_line(dtype: str, quantization: str | None, kv_cache_dtype: str = "auto") -> str:
     """What weights and cache are, for people."""
-    return f"{dtype} with {quantization} projections" if quantization else dtype
+    parts = [f"{quantization} projections"] if quantization else []
+    parts += [f"{kv_cache_dtype} K/V"] if kv_cache_dtype != "auto" else []
+    return f"{dtype} with {' and '.join(parts)}" if parts else dtype
+
+
+def kv_bytes_per_token(model: ModelConfig, build: BuildConfig) -> int:
+    """Bytes that one token occupies in the cache, K and V over all layers."""
+    if build.kv_bits is None:
+        return model.kv_bytes_per_token(ITEMSIZE[build.dtype])
+    return model.kv_bytes_per_token(1) // model.head_dim * (model.head_dim + ITEMSIZE["f32"])
 
 
 def cache_slots(build: BuildConfig) -> int:

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .config import ModelConfig, parse_config
-from .contract import BACKEND_DTYPES, COMPILED, ITEMSIZE, MAX_BATCH, MAX_BLOCK, QUANTIZATIONS, BuildConfig
+from .contract import (
+    BACKEND_DTYPES,
+    COMPILED,
+    ITEMSIZE,
+    KV_CACHE_DTYPES,
+    MAX_BATCH,
+    MAX_BLOCK,
+    QUANTIZATIONS,
+    BuildConfig,
+)
 from .errors import CheckpointError, EngineError
 
-# A reader refuses a newer schema. It reads 3, which has no images, 2, which has no quantization, and 1, which has no
-# max_input_len either.
-SCHEMA = 4
+# A reader refuses a newer schema. It reads 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no
+# quantization, and 1, which has no max_input_len either.
+SCHEMA = 5
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 COMPILED_FOLDER = "compiled"  # what a torch engine's first load on a GPU has compiled, so not in the manifest
@@ -301,6 +310,10 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
             f"{folder}: quantization is {quantization!r} on {backend}, allowed: "
             f"{', '.join(name for name, backends in QUANTIZATIONS.items() if backend in backends) or 'none'}; {again}"
         )
+    cache = info.build.kv_cache_dtype
+    if backend not in KV_CACHE_DTYPES.get(cache, ()):
+        allowed = ", ".join(name for name, backends in KV_CACHE_DTYPES.items() if backend in backends)
+        raise EngineError(f"{folder}: kv_cache_dtype is {cache!r} on {backend}, allowed: {allowed}; {again}")
     if (info.manifest.tensorrt is None) == (backend in COMPILED):
         raise EngineError(f"{folder / MANIFEST_FILE}: field tensorrt does not belong to backend {backend}; {again}")
 

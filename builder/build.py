@@ -25,6 +25,7 @@ from ..contract import (
     Backend,
     BuildConfig,
     Dtype,
+    KvCacheDtype,
     Quantization,
     cache_slots,
 )
@@ -78,6 +79,7 @@ class Builder:
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
         quantization: `int8` or `int4` projections on onnxruntime and torch, `fp8` on torch; default none.
+        kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
         max_image_size: pixels to which the longer side of a larger image is scaled down; a model that sees images
@@ -102,6 +104,7 @@ class Builder:
         max_input_len: int | None = None,
         logits: bool = True,
         quantization: Quantization | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
         choices: Choices = Choices(),  # noqa: B008  (frozen)
         adapter: str | Path | None = None,
         headers_only: bool = False,
@@ -111,7 +114,7 @@ class Builder:
         self.output = Path(output)
         self.backend = backend
         self.choices = choices
-        check_backend(backend, choices, dtype, max_input_len, logits, quantization)
+        check_backend(backend, choices, dtype, max_input_len, logits, quantization, kv_cache_dtype)
         self._compiled = backend in COMPILED
         if self._compiled and not headers_only:
             require(backend)
@@ -138,6 +141,7 @@ class Builder:
             gather_generation_logits=logits,
             quantization=quantization,
             max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
+            kv_cache_dtype=kv_cache_dtype,
         )
         check_config(self.config, model, backend)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()

@@ -6,6 +6,7 @@ from ..config import ModelConfig
 from ..contract import (
     BACKEND_DTYPES,
     COMPILED,
+    KV_CACHE_DTYPES,
     MAX_BATCH,
     MAX_BLOCK,
     QUANTIZATIONS,
@@ -13,6 +14,7 @@ from ..contract import (
     Backend,
     BuildConfig,
     Dtype,
+    KvCacheDtype,
     Quantization,
 )
 from ..errors import BuildError
@@ -26,6 +28,7 @@ def check_backend(
     max_input_len: int | None,
     logits: bool,
     quantization: Quantization | None,
+    kv_cache_dtype: KvCacheDtype,
 ) -> None:
     """Refuse what the backend cannot do. Raises BuildError."""
     if backend not in BACKEND_DTYPES:
@@ -55,6 +58,21 @@ def check_backend(
             f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "
             "quantized; leave it out"
         )
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise BuildError(
+            f"--kv-cache-dtype is {kv_cache_dtype!r}, allowed: {', '.join(KV_CACHE_DTYPES)}; choose one of them"
+        )
+    if backend not in KV_CACHE_DTYPES[kv_cache_dtype]:
+        backends = KV_CACHE_DTYPES[kv_cache_dtype]
+        raise BuildError(
+            f"--kv-cache-dtype {kv_cache_dtype}: not a choice of --backend {backend}, allowed: {', '.join(backends)}; "
+            f"leave it out or add --backend {backends[0]}"
+        )
+    if kv_cache_dtype != "auto" and backend == "onnxruntime" and dtype not in (None, "f32"):
+        raise BuildError(
+            f"--dtype {dtype}: not a choice of --kv-cache-dtype {kv_cache_dtype} on onnxruntime, allowed: f32 for all "
+            "that is not cached; leave it out"
+        )
 
 
 def check_config(config: BuildConfig, model: ModelConfig, backend: Backend) -> None:
@@ -73,10 +91,12 @@ def check_config(config: BuildConfig, model: ModelConfig, backend: Backend) -> N
             raise BuildError(f"--max-image-size is {size!r}, allowed: multiples of {cell}; choose one of them")
     elif config.max_image_size:
         raise BuildError("--max-image-size: this model sees no images; leave it out")
-    if config.quantization and backend == "onnxruntime" and model.num_heads == model.num_kv_heads:
+    bits = {"--quantization": config.quantization, "--kv-cache-dtype": config.kv_bits}
+    flag, kind = next(((flag, kind) for flag, kind in bits.items() if kind), ("", None))
+    if kind and backend == "onnxruntime" and model.num_heads == model.num_kv_heads:
         # Attention of one query with one head is another kernel there, so self-speculation would not be ar's equal.
         raise BuildError(
-            f"--quantization {config.quantization}: the model has one query head per key/value head, allowed: models "
+            f"{flag} {kind}: the model has one query head per key/value head, allowed: models "
             "whose query heads share them; leave it out"
         )
     if config.quantization:

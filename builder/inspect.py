@@ -13,7 +13,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from ..contract import DOMAIN, ITEMSIZE, dtype_line, size_text
+from ..contract import DOMAIN, dtype_line, kv_bytes_per_token, size_text
 from ..engine_folder import (
     ENGINE_FILE,
     GENERATION_FILE,
@@ -41,6 +41,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "schema": manifest.schema,
             "dtype": build.dtype,
             "quantization": build.quantization,
+            "kv_cache_dtype": build.kv_cache_dtype,
             "max_seq_len": build.max_seq_len,
             "max_batch_size": build.max_batch_size,
             "block_length": build.block_length,
@@ -62,7 +63,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "max_position": model.max_position,
         },
         "images": _images(info),
-        "kv_bytes_per_token": model.kv_bytes_per_token(ITEMSIZE[build.dtype]),
+        "kv_bytes_per_token": kv_bytes_per_token(model, build),
         "notes": [
             *sampling_notes(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}),
             *regex_notes(
@@ -213,7 +214,7 @@ def lines(described: dict[str, Any]) -> list[str]:
     engine = described["engine"]
     model = described["model"]
     heads, kv_heads, head_dim = model["heads"]
-    dtype = dtype_line(engine["dtype"], engine["quantization"])
+    dtype = dtype_line(engine["dtype"], engine["quantization"], engine["kv_cache_dtype"])
     kind, theta, factor = model["rope"]
     source = described["checkpoint"]
     adapter = described["adapter"]

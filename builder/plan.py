@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, size_text
+from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, kv_bytes_per_token, size_text
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 from .checkpoint.checkpoint import Checkpoint
 from .resources import disk_free, memory_needed
@@ -57,7 +57,7 @@ class Plan:
         build = self.build
         adapter = f"drafter LoRA of rank {self.adapter_rank}" if self.adapter_rank else "no drafter adapter"
         row = size_text(self.kv_bytes_per_token * build.max_seq_len)
-        dtype = dtype_line(build.dtype, build.quantization)
+        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype)
         limits = f"up to {build.max_batch_size} rows of {build.max_seq_len} tokens"
         ignored = [f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"]
         return [
@@ -133,7 +133,7 @@ def make_plan(
     model = checkpoint.model
     adapter = checkpoint.adapter
     tensors = [*checkpoint.tensors.values(), *(adapter.tensors.values() if adapter else ())]
-    per_token = model.kv_bytes_per_token(ITEMSIZE[build.dtype])
+    per_token = kv_bytes_per_token(model, build)
     seeing = model.vision.parameters(model.hidden_size) if model.vision else 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     compiled = backend in COMPILED

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..contract import kv_bytes_per_token
 from ..errors import NemodiffError
 from .calls import CallLines, spelled
 
 if TYPE_CHECKING:
     from ..batch.lines import Line
+    from ..engine_folder import EngineInfo
     from ..runtime.events.events import Event
     from ..runtime.loading import LoadedEngine
     from ..runtime.requests.generation import Generation
@@ -41,10 +43,12 @@ def follow(
             yield event.generation
 
 
-def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, as_json: bool, stats: bool) -> int:
+def print_lines(
+    results: Iterator[tuple[Line, Generation | NemodiffError]], *, as_json: bool, stats: EngineInfo | None
+) -> int:
     """Print answers, and what was refused: one line on standard error, or an object in the answer's place.
 
-    Returns how many lines were refused.
+    With the engine's description also their statistics. Returns how many lines were refused.
     """
     refused = 0
     printed = set[str]()
@@ -60,7 +64,7 @@ def print_lines(results: Iterator[tuple[Line, Generation | NemodiffError]], *, a
         click.echo(json.dumps({**line.labels, **result.as_dict()}) if as_json else text)
         print_warnings(result, printed)
         if stats:
-            print_statistics(result)
+            print_statistics(result, stats)
     return refused
 
 
@@ -72,8 +76,8 @@ def print_warnings(answer: Generation, printed: set[str]) -> None:
             click.echo(f"Warning: {one_line(warning)}", err=True)
 
 
-def print_statistics(answer: Generation) -> None:
-    """One line on standard error: passes, tokens per pass and times."""
+def print_statistics(answer: Generation, info: EngineInfo) -> None:
+    """One line on standard error: passes, tokens per pass, times and memory."""
     passes = ", ".join(f"{count} {kind}" for kind, count in answer.nfe.items() if count)
     ms = answer.timings_ms
     rate = len(answer.token_ids) / ms["total"] * 1e3
@@ -84,7 +88,7 @@ def print_statistics(answer: Generation) -> None:
     click.echo(
         f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}){images} in {passes}; "
         f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "
-        f"{rate:.0f} tokens/s",
+        f"{rate:.0f} tokens/s; {kv_bytes_per_token(info.model, info.build):,} bytes of K/V per token",
         err=True,
     )
 

@@ -17,6 +17,7 @@ from ..contract import (
     DEFAULT_MAX_SEQ_LEN,
     EXPORT_FORMATS,
     ITEMSIZE,
+    KV_CACHE_DTYPES,
     MAX_BLOCK,
     PREFILL_CHUNK,
     QUANTIZATIONS,
@@ -73,6 +74,13 @@ from .options import PATH, json_output
     "--quantization",
     type=click.Choice(list(QUANTIZATIONS)),
     help="Quantize the projections: int8 and int4 for onnxruntime and torch, fp8 for torch.",
+)
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(list(KV_CACHE_DTYPES)),
+    default="auto",
+    show_default=True,
+    help="Keep K and V in this type, auto for that of --dtype; int8 for onnxruntime and torch, fp8 for torch.",
 )
 @click.option(
     "--logits/--no-logits",

@@ -88,7 +88,7 @@ class _Conversation:
             click.echo()
             print_warnings(answer, self.printed)
             if self.stats:
-                print_statistics(answer)
+                print_statistics(answer, self.engine.info)
             if not answer.tool_calls or answer.finish_reason != "stop":  # one that was cut has no result
                 return [*turns, {"role": "assistant", "content": answer.text}]
             message = answer.as_message()

@@ -116,11 +116,15 @@ def run(
                 click.echo(json.dumps(answer.as_dict()) if as_json else "" if stream else text)
                 print_warnings(answer, set())
                 if stats:
-                    print_statistics(answer)
+                    print_statistics(answer, loaded.info)
             return
         check_lines(loaded, prompts, flags, batch_size)
         watched |= {"rows": batch_size, "prefix_reuse": not no_prefix_reuse}
-        refused = print_lines(answer_lines(loaded, prompts, flags, write, **watched), as_json=as_json, stats=stats)
+        refused = print_lines(
+            answer_lines(loaded, prompts, flags, write, **watched),
+            as_json=as_json,
+            stats=loaded.info if stats else None,
+        )
     if refused and as_json:
         raise click.ClickException(
             f'{input_file}: {refused} of {len(prompts)} lines are refused; see "error" in their objects'

@@ -1,5 +1,8 @@
 """The `nemodiff` ops: each file of `ops/` specifies one, with a numpy reference and the stages that run it on a GPU."""
 
+from typing import get_args
+
+from ..contract import KvBits
 from .ops import (
     block_attention,
     confidence_commit,
@@ -13,15 +16,16 @@ from .ops import (
     token_quantise,
 )
 
+KV_BITS: tuple[KvBits | None, ...] = (None, *get_args(KvBits))
 OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     residual_norm.OP,
     rotation.OP,
     token_quantise.OP,
-    rope_write.PAGED,
+    *map(rope_write.paged, KV_BITS),
     paged_attention.PLAN,
-    paged_attention.OP,
+    *map(paged_attention.op, KV_BITS),
     swiglu.OP,
     *(head_commit.flat_op(tile, int8) for int8 in (False, True) for tile in head_commit.TILES),
     confidence_commit.FLAT_SAMPLED,
@@ -30,6 +34,7 @@ FUSED = (  # the ops of the torch engine
 
 __all__ = [
     "FUSED",
+    "KV_BITS",
     "OPS",
     "SAMPLED",
     "block_attention",

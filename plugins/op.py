@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from ..config import ModelConfig
 
-Dtype = Literal["compute", "logits", "f32", "i32", "u8"]  # compute: the engine's; logits: f32, or what the head gives
+Dtype = Literal[
+    "compute", "logits", "f32", "i32", "i8", "u8"
+]  # compute: the engine's; logits: f32, or what the head gives
 Dims = Mapping[str, Any]  # a size per letter: int, or an expression of TensorRT with + * //
 Ceil = Callable[[Any, int], Any]  # ceiling division of such a size
 Size = str | int | Callable[[Dims, Ceil], Any]

@@ -26,6 +26,7 @@ class Arithmetic:
     stored: Any = None
     quantization: str | None = None
     rounds_inputs: bool = True
+    kv_bits: str | None = None  # of K and V: int8, or fp8; each head of a token has a scale
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The values that a result can have."""
@@ -40,8 +41,7 @@ class Arithmetic:
             return weight.astype(self.compute)
         grid = self._grid(part)
         if grid == "fp8":
-            scale = np.maximum(np.abs(weight).max(-1, keepdims=True) / 448, 1e-30)
-            weight = (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+            weight = _e4m3(weight)
         elif grid == "int8":
             weight = _integers(weight, 127)
         elif grid == "int4":
@@ -55,10 +55,24 @@ class Arithmetic:
             return _integers(x, 127)
         return _by_groups(x, 127) if grid == "int4" else x
 
+    def cached(self, x: np.ndarray) -> np.ndarray:
+        """What a cache keeps of K or V, (T, G, D)."""
+        if self.kv_bits is None:
+            return x
+        kept = _integers(x, 127) if self.kv_bits == "int8" else _e4m3(x.astype(np.float32))
+        return kept.astype(self.compute)
+
     def _grid(self, part: Part) -> str | None:
         if self.stored is None or part == "other" or (part == "head" and self.quantization == "fp8"):
             return None
         return "int8" if part == "head" and self.quantization else self.quantization
+
+
+def _e4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest of e4m3 times a scale of each row."""
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True) / 448, 1e-30)
+    rounded: np.ndarray = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    return rounded
 
 
 def _integers(x: np.ndarray, most: int) -> np.ndarray:

@@ -96,9 +96,9 @@ class _Pass:
         k = self._note(f"{attention}.k_rope", self._rotate(heads["k"]))
         if self._scale is not None:
             q = self._note(f"{attention}.q_scaled", self._round(q * self._scale))
-        self._note(f"k_cache_{number}", k)
-        self._note(f"v_cache_{number}", heads["v"])
-        mixed = self._note(attention, self._round(self._attend(q, k, heads["v"])))
+        k = self._note(f"k_cache_{number}", self.arithmetic.cached(k))
+        v = self._note(f"v_cache_{number}", self.arithmetic.cached(heads["v"]))
+        mixed = self._note(attention, self._round(self._attend(q, k, v)))
         out = self._times(f"{attention}.o_proj", mixed, w["self_attn.o_proj"])
         if "lora_A" in w:
             low = self._round(mixed @ w["lora_A"].T) * self._tokens.gate[:, None].astype(self.arithmetic.compute)
@@ -156,15 +156,21 @@ class Network:
         dtype: of the engine that is judged; the reference is f64 for f32, and f32 for 16 bits or fewer.
         quantization: of its projections.
         rounds_inputs: whether the inputs of projections in int8 and int4 are in 8 bits too.
+        kv_bits: of its K and V.
     """
 
     def __init__(
-        self, weights: Weights, dtype: str, quantization: str | None = None, rounds_inputs: bool = True
+        self,
+        weights: Weights,
+        dtype: str,
+        quantization: str | None = None,
+        rounds_inputs: bool = True,
+        kv_bits: str | None = None,
     ) -> None:
         self._weights = weights
-        self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
+        self.precision = "f64" if dtype == "f32" and quantization is None and kv_bits is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs)
+        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits)
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:

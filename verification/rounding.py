@@ -7,8 +7,8 @@ embedding, last norm and head are four more. Logits have the relative error of t
 
     noise = 4 sqrt(u1^2 + u2^2 + 2 E 2^-48) sqrt(8 layers + 4) std(logits)
 
-The 4 is for what the estimate leaves out: layers may amplify the errors of those before them. A weight on a coarser
-grid adds its own relative error to the u of its engine. docs/verify.md says what this was held against.
+The 4 is for what the estimate leaves out: layers may amplify the errors of those before them. A weight, or K and V,
+on a coarser grid adds its own relative error to the u of its engine. docs/verify.md says what this was held against.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def usual_bound(count: int) -> float:
 def relative_noise(one: EngineInfo, other: EngineInfo) -> float:
     """Expected relative difference of two engines' logits."""
     squares = sum(UNIT[info.build.dtype] ** 2 + info.model.hidden_size * UNIT["f32"] ** 2 for info in (one, other))
-    grids = {info.build.quantization for info in (one, other)}
-    if len(grids) == 2:
-        squares += sum(GRID[name] ** 2 for name in grids if name is not None)
+    for grids in (
+        {info.build.quantization for info in (one, other)},
+        {info.build.kv_bits for info in (one, other)},
+    ):
+        if len(grids) == 2:
+            squares += sum(GRID[name] ** 2 for name in grids if name is not None)
     return _AMPLIFIED * math.sqrt(squares * (8 * one.model.num_layers + 4))

@@ -46,7 +46,7 @@ class Passes:
             memory = self.backend.memory
             with self.backend.device.use(gpu_models.CARRIED):
                 # No prompt is run: what K and V hold does not change the time.
-                memory.pool[:, :, 1 : int(memory.pages.table.max()) + 1].normal_()
+                memory.pool.pages[:, :, 1 : int(memory.pages.table.max()) + 1].normal_()
         return self._cache
 
     def vary(self, variant: str) -> None:

@@ -32,7 +32,7 @@ SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 # 8.8, of CUDA 12.9: the first that knows SM 121. Left alone, Triton writes the newest version it knows for the newest
 # cards, and an older driver would refuse it.
 PTX_VERSION = 88
-_POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "u8": "*u8"}
+_POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "i8": "*i8", "u8": "*u8"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
 

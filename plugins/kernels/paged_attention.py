@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent import follow
+from .kv_cache import to_numbers
 
 # Fields of an item: one share of one tile. An item of 0 tokens is nothing to do.
 FIRST = tl.constexpr(0)  # the tile's first token
@@ -145,24 +146,27 @@ def plan(
 
 
 @triton.jit
-def _weigh(scores, highest, total, sum_v, values):
-    """One step of the running softmax; scores (M, N) in base 2, values (N, D)."""
+def _weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr):
+    """One step of the running softmax; scores (M, N) in base 2, values (N, D) times gains (N,)."""
     above = tl.maximum(highest, tl.max(scores, 1))
     safe = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
     weight = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(highest - safe)
+    total = total * shrink + tl.sum(weight, 1)
+    if CACHE:
+        weight *= gains[None, :]
     sum_v = tl.dot(weight.to(values.dtype), values, sum_v * shrink[:, None], input_precision="ieee")
-    return above, total * shrink + tl.sum(weight, 1), sum_v
+    return above, total, sum_v
 
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, page_table, visible, item, counters, M, part, stats, y,
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART_M: tl.constexpr,
-    SPLITS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SHARES: tl.constexpr,
+    SPLITS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SHARES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """One share of one tile of BLOCK_M packed queries and heads."""
+    """One share of one tile of BLOCK_M packed queries and heads; scales are read where CACHE is not 0."""
     group: tl.constexpr = H // G
     kv_head = tl.program_id(1)
     first = tl.load(item + FIRST)
@@ -184,7 +188,12 @@ def _attend(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    gain: tl.constexpr = SCALE * 1.4426950408889634
+    # What numbers out of 8 bits lack (`to_numbers`). Weights of int8 values get back to the size of the values, since
+    # an f16 could not hold them; what they are too large by is taken from the sum.
+    unit: tl.constexpr = 256.0 if CACHE == 2 else 1.0
+    lift: tl.constexpr = 128.0 if CACHE == 1 else unit
+    gain: tl.constexpr = SCALE * 1.4426950408889634 * unit
+    kind: tl.constexpr = q.dtype.element_ty
     # Pages that every query sees as a whole. The number of the next page is read before the slots of this one.
     n = tl.arange(0, BLOCK_N)
     of_key = n[:, None] * D + d[None, :]
@@ -193,7 +202,8 @@ def _attend(
     whole = tl.minimum(until, full) * steps
     page = tl.load(table + at, mask=at * steps < whole, other=0)
     for number in range(at * steps, whole):
-        head = (page.to(tl.int64) * G + kv_head) * (PAGE * D) + number % steps * (BLOCK_N * D)
+        row = (page.to(tl.int64) * G + kv_head) * PAGE + number % steps * BLOCK_N
+        head = row * D
         page = tl.load(table + (number + 1) // steps, mask=number + 1 < whole, other=0)
         if D == BLOCK_D:
             keys = tl.load(k_pages + head + of_key)
@@ -201,8 +211,12 @@ def _attend(
         else:
             keys = tl.load(k_pages + head + of_key, mask=in_head[None, :], other=0.0)
             values = tl.load(v_pages + head + of_value, mask=in_head[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * gain
-        highest, total, sum_v = _weigh(scores, highest, total, sum_v, values)
+        scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+        gains = highest
+        if CACHE:
+            scores *= tl.load(k_scales + row + n)[None, :]
+            gains = tl.load(v_scales + row + n) * lift
+        highest, total, sum_v = _weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
 
     # The prefixes' ends and the spans.
     seen = visible + token * 3
@@ -213,7 +227,8 @@ def _attend(
         numbered = number // steps
         logical = numbered + tl.where(numbered < prefix, 0, shift)
         offset = number % steps * BLOCK_N
-        head = (tl.load(table + logical).to(tl.int64) * G + kv_head) * (PAGE * D) + offset * D
+        row = (tl.load(table + logical).to(tl.int64) * G + kv_head) * PAGE + offset
+        head = row * D
         slot = logical * PAGE + offset + n
         sees = slot[None, :] < prefix_end[:, None]
         sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
@@ -221,8 +236,15 @@ def _attend(
         used = tl.max(sees.to(tl.int32), 0) > 0
         keys = tl.load(k_pages + head + of_key, mask=used[:, None] & in_head[None, :], other=0.0)
         values = tl.load(v_pages + head + of_value, mask=used[:, None] & in_head[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * gain
-        highest, total, sum_v = _weigh(tl.where(sees, scores, float("-inf")), highest, total, sum_v, values)
+        scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+        gains = highest
+        if CACHE:
+            scores *= tl.load(k_scales + row + n, mask=used, other=0.0)[None, :]
+            gains = tl.load(v_scales + row + n, mask=used, other=0.0) * lift
+        scores = tl.where(sees, scores, float("-inf"))
+        highest, total, sum_v = _weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
+    if CACHE == 1:
+        sum_v *= 1.0 / lift
 
     # Read and worked out anew, rather than kept in registers through the loops.
     first = tl.load(item + FIRST, volatile=True)
@@ -286,24 +308,53 @@ def _merge(
 
 
 @triton.jit
+def _attend_item(
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
+    SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """One program per item and key/value head."""
+    item = items + tl.program_id(0) * FIELDS
+    if tl.load(item + TOKENS) == 0:
+        return
+    if tl.load(item + SMALL) == 1:
+        _attend(
+            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
+            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, LARGE_M, SPLITS, 2, SPLITS, CACHE,
+        )  # fmt: skip
+    else:
+        _attend(
+            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
+            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, LARGE_M, SPLITS, 2, 16, CACHE,
+        )  # fmt: skip
+
+
+@triton.jit
 def attend(
     q, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D); one program per item and key/value head."""
+    """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D)."""
     follow(PDL)
-    item = items + tl.program_id(0) * FIELDS
-    if tl.load(item + TOKENS) == 0:
-        return
-    if tl.load(item + SMALL) == 1:
-        _attend(
-            q, k_pages, v_pages, page_table, visible, item, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, LARGE_M, SPLITS, 2, SPLITS,
-        )  # fmt: skip
-    else:
-        _attend(
-            q, k_pages, v_pages, page_table, visible, item, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, LARGE_M, SPLITS, 2, 16,
-        )  # fmt: skip
+    _attend_item(
+        q, k_pages, v_pages, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, BLOCK_D, SPLITS, 0,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_bits(
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
+    SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same over pages of 8 bits with scales (A, G, PAGE) f32."""
+    follow(PDL)
+    _attend_item(
+        q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, BLOCK_D, SPLITS, CACHE,
+    )  # fmt: skip

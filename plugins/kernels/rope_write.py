@@ -5,16 +5,20 @@ import triton
 import triton.language as tl
 
 from .dependent import follow
+from .kv_cache import row_scale, to_bits
 
 
 @triton.jit
-def paged_rope_write(
-    qkv, cos, sin, scale, slot, k_pages, v_pages, A, q,
+def _rotated_heads(
+    qkv, cos, sin, scale, slot, A, q,
     H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """qkv (N, (H + 2 G) D) -> q (N, H, D); K and V into the pages (A, G, PAGE, D)."""
-    follow(PDL)
+    """Write some heads of a token into q (N, H, D) where they are queries; give those of K and V.
+
+    That is both halves (HEADS, PAIRS) f32, where in a page they go as a row of 2 HALF numbers (HEADS, 1), and which of
+    them are K, and V.
+    """
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     p = tl.arange(0, PAIRS)[None, :]
@@ -34,12 +38,50 @@ def paged_rope_write(
     tl.store(place, (first * gain).to(kind), mask=is_query)
     tl.store(place + HALF, (second * gain).to(kind), mask=is_query)
     writes = inside & (at >= 0) & (at // PAGE < A)
-    row = (at // PAGE).to(tl.int64) * G * PAGE + at % PAGE  # of the first key/value head
     is_key = writes & (head >= H) & (head < H + G)
-    place = k_pages + (row + (head - H) * PAGE) * 2 * HALF + p
-    tl.store(place, first.to(kind), mask=is_key)
-    tl.store(place + HALF, second.to(kind), mask=is_key)
     is_value = writes & (head >= H + G)
-    place = v_pages + (row + (head - H - G) * PAGE) * 2 * HALF + p
-    tl.store(place, a.to(kind), mask=is_value)
-    tl.store(place + HALF, b.to(kind), mask=is_value)
+    row = (at // PAGE).to(tl.int64) * G * PAGE + at % PAGE + (head - tl.where(head < H + G, H, H + G)) * PAGE
+    return tl.where(is_key, first, a), tl.where(is_key, second, b), row, is_key, is_value
+
+
+@triton.jit
+def paged_rope_write(
+    qkv, cos, sin, scale, slot, k_pages, v_pages, A, q,
+    H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """qkv (N, (H + 2 G) D) -> q (N, H, D); K and V into the pages (A, G, PAGE, D)."""
+    follow(PDL)
+    first, second, row, is_key, is_value = _rotated_heads(
+        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS
+    )
+    kind: tl.constexpr = q.dtype.element_ty
+    place = row * 2 * HALF + tl.arange(0, PAIRS)[None, :]
+    tl.store(k_pages + place, first.to(kind), mask=is_key)
+    tl.store(k_pages + place + HALF, second.to(kind), mask=is_key)
+    tl.store(v_pages + place, first.to(kind), mask=is_value)
+    tl.store(v_pages + place + HALF, second.to(kind), mask=is_value)
+
+
+@triton.jit
+def paged_rope_write_bits(
+    qkv, cos, sin, scale, slot, k_pages, v_pages, k_scales, v_scales, A, q,
+    H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The same into pages of 8 bits (A, G, PAGE, D) and their scales (A, G, PAGE) f32."""
+    follow(PDL)
+    first, second, row, is_key, is_value = _rotated_heads(
+        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS
+    )
+    step = row_scale(first, second, CACHE)[:, None] + tl.zeros([HEADS, PAIRS], tl.float32)
+    p = tl.arange(0, PAIRS)[None, :]
+    place = row * 2 * HALF + p
+    low = to_bits(first, step, CACHE)
+    high = to_bits(second, step, CACHE)
+    tl.store(k_pages + place, low, mask=is_key)
+    tl.store(k_pages + place + HALF, high, mask=is_key)
+    tl.store(v_pages + place, low, mask=is_value)
+    tl.store(v_pages + place + HALF, high, mask=is_value)
+    tl.store(k_scales + row + p, step, mask=is_key & (p == 0))
+    tl.store(v_scales + row + p, step, mask=is_value & (p == 0))

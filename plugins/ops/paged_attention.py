@@ -6,6 +6,8 @@
 row (N,) i32 is a token's row of the page table; the tokens of a row lie together, and first (N,) i32 is the number of
 their first one. q (N, H, D) compute; k_pages and v_pages (A, G, PAGE, D) compute; page_table (B, M) i32: slot s of row
 b is in page page_table[b, s // PAGE]; visible (N, 3) i32 as in `block_attention`, in slots of the token's row; y as q.
+Pages may hold 8 bits, of `kv_cache.py`, with k_scales and v_scales (A, G, PAGE) f32 after them. A row's scale is taken
+into its scores and weights, so a page costs its bytes and a conversion.
 
 A token that sees nothing gets 0. A slot that a query does not see has no influence on what it gets, whatever finite
 values lie there; what no query of its row sees may be NaN. Page numbers past what a row's tokens see are not read.
@@ -16,11 +18,14 @@ sizes of grids depend on N and B alone, and rows of any length share a launch. `
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ...config import ModelConfig
+from ...contract import KvBits
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
-from . import block_attention
+from . import block_attention, kv_cache
 
 PAGE = 64  # slots of a page, and the step over them
 PROGRAMS = 264  # that a pass is split into: two for each of an H100's 132 multiprocessors
@@ -36,7 +41,7 @@ def reference(
     q: np.ndarray, k_pages: np.ndarray, v_pages: np.ndarray, page_table: np.ndarray,
     row: np.ndarray, visible: np.ndarray, scale: float,
 ) -> np.ndarray:  # fmt: skip
-    """The specification in numpy; shapes as in the module's docstring."""
+    """The specification in numpy; shapes as in the module's docstring, pages as the numbers that they stand for."""
     y = np.zeros_like(q)
     for number in np.unique(row):
         here = row == number
@@ -72,10 +77,11 @@ def _plan_constants(model: ModelConfig) -> Constants:
     return {**_group_constants(model), "GROUP": group, **limits}
 
 
-def _constants(model: ModelConfig) -> Constants:
+def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
     heads = {"H": model.num_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
     block = max(16, 1 << (model.head_dim - 1).bit_length())  # a tensor core takes a power of two of 16 or more
-    return {**_group_constants(model), **heads, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block}
+    tile = {"SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block}
+    return {**_group_constants(model), **heads, **tile, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
 
 
 def tiles(dims: Dims, ceil: Ceil) -> int:
@@ -108,7 +114,14 @@ def _large(dims: Dims, ceil: Ceil) -> int:
 _TABLE = Arg("page_table", "i32", ("B", "M"))
 _VISIBLE = Arg("visible", "i32", ("N", 3))
 _PLANNED = (Arg("items", "i32", (items, _FIELDS)), Arg("counters", "i32", (tiles, "G")))
-_PAGES = ("A", "G", PAGE, "D")
+
+
+def cached(bits: KvBits | None) -> tuple[Arg, ...]:
+    """Pages of K and V as arguments, and their scales if they hold 8 bits."""
+    pages = [Arg(f"{part}_pages", kv_cache.STORED[bits] if bits else "compute", ("A", "G", PAGE, "D")) for part in "kv"]
+    scales = [Arg(f"{part}_scales", "f32", ("A", "G", PAGE)) for part in "kv"] if bits else []
+    return (*pages, *scales)
+
 
 PLAN = Op(
     "AttentionPlan",
@@ -129,34 +142,42 @@ PLAN = Op(
     ),
 )
 
-OP = Op(
-    "PagedAttention",
-    inputs=(
+
+@functools.cache
+def op(bits: KvBits | None) -> Op:
+    """The op over pages of the engine's dtype, or of 8 bits."""
+    name = "PagedAttention" + (bits or "").capitalize()
+    inputs = (
         Arg("q", "compute", ("N", "H", "D")),
-        Arg("k_pages", "compute", _PAGES),
-        Arg("v_pages", "compute", _PAGES),
+        *cached(bits),
         _TABLE,
         _VISIBLE,
         Arg("items", "i32", ("W", _FIELDS)),
         Arg("counters", "i32", ("C", "G")),
-    ),
-    outputs=(Arg("y", "compute", ("N", "H", "D")),),
-    attributes=(),
-    stages=(
-        Stage(
-            "PagedAttention",
-            "paged_attention.attend",
-            inputs=("q", "k_pages", "v_pages", "page_table", "visible", "items", "counters"),
-            scalars=("M",),
-            outputs=(
-                Arg("part", "f32", (_parts, "G", _large, "D")),
-                Arg("stats", "f32", (_parts, "G", _large, 2)),
-                Arg("y", "compute", ("N", "H", "D")),
+    )
+    return Op(
+        name,
+        inputs=inputs,
+        outputs=(Arg("y", "compute", ("N", "H", "D")),),
+        attributes=(),
+        stages=(
+            Stage(
+                name,
+                "paged_attention.attend" + ("_bits" if bits else ""),
+                inputs=tuple(arg.name for arg in inputs),
+                scalars=("M",),
+                outputs=(
+                    Arg("part", "f32", (_parts, "G", _large, "D")),
+                    Arg("stats", "f32", (_parts, "G", _large, 2)),
+                    Arg("y", "compute", ("N", "H", "D")),
+                ),
+                constants=functools.partial(_constants, bits=bits),
+                grid=_grid,
+                num_stages=3,
+                follows=True,
             ),
-            constants=_constants,
-            grid=_grid,
-            num_stages=3,
-            follows=True,
         ),
-    ),
-)
+    )
+
+
+OP = op(None)

@@ -5,16 +5,21 @@
 qkv (N, (H + 2 G) D) compute, the packed projection; cos, sin (N, D / 2) compute and scale (N) compute, made once per
 pass for all layers by `rotation`; slot (N) i32, page * PAGE plus the place in the page; k_pages and v_pages
 (A, G, PAGE, D) compute -> q (N, H, D), rotated and scaled by position. K, rotated, and V are written in place; a token
-whose slot lies in no page is not written.
+whose slot lies in no page is not written. Pages may hold 8 bits, of `kv_cache.py`; then their scales k_scales and
+v_scales (A, G, PAGE) f32 are written as well.
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from ...config import ModelConfig
+from ...contract import KvBits
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
-from .paged_attention import PAGE
+from . import kv_cache
+from .paged_attention import PAGE, cached
 
 HEADS = 8  # of a program
 
@@ -22,6 +27,7 @@ HEADS = 8  # of a program
 def paged_reference(
     qkv: np.ndarray, cos: np.ndarray, sin: np.ndarray, scale: np.ndarray, slot: np.ndarray,
     k_pages: np.ndarray, v_pages: np.ndarray, heads: int,
+    k_scales: np.ndarray | None = None, v_scales: np.ndarray | None = None, bits: KvBits | None = None,
 ) -> np.ndarray:  # fmt: skip
     """The specification in numpy, f32 inside, pages changed in place; shapes as in the module's docstring."""
     pages, groups, _, width = k_pages.shape
@@ -30,19 +36,23 @@ def paged_reference(
     c, s = (a.astype(np.float32)[:, None] for a in (cos, sin))
     a, b = parts[..., :half], parts[..., half:]
     turned = np.concatenate([a * c - b * s, b * c + a * s], -1)  # (N, H + 2 G, D)
-    for token, place in enumerate(slot):
-        if 0 <= place < pages * PAGE:
-            k_pages[place // PAGE, :, place % PAGE] = turned[token, heads : heads + groups]
-            v_pages[place // PAGE, :, place % PAGE] = parts[token, heads + groups :]
+    keys, values = turned[:, heads : heads + groups], parts[:, heads + groups :]
+    for rows, to, scales in ((keys, k_pages, k_scales), (values, v_pages, v_scales)):
+        for row, place in zip(rows, slot, strict=True):
+            here = place // PAGE, slice(None), place % PAGE
+            if 0 <= place < pages * PAGE and bits and scales is not None:
+                to[here], scales[here] = kv_cache.quantise(row, bits)
+            elif 0 <= place < pages * PAGE:
+                to[here] = row
     q: np.ndarray = turned[:, :heads] * scale.astype(np.float32)[:, None, None]
     return q.astype(qkv.dtype)
 
 
-def _constants(model: ModelConfig) -> Constants:
+def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
     half = model.head_dim // 2
     pairs = 1 << (half - 1).bit_length()
     sizes = {"H": model.num_heads, "G": model.num_kv_heads, "PAGE": PAGE}
-    return {**sizes, "HALF": half, "PAIRS": pairs, "HEADS": HEADS}
+    return {**sizes, "HALF": half, "PAIRS": pairs, "HEADS": HEADS, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
@@ -54,33 +64,40 @@ def _heads(dims: Dims, ceil: Ceil) -> int:
     return heads
 
 
-_PAGES = ("A", "G", PAGE, "D")
 _OUTPUTS = (Arg("q", "compute", ("N", _heads, "D")),)
 
-PAGED = Op(
-    "PagedRopeWrite",
-    inputs=(
+
+@functools.cache
+def paged(bits: KvBits | None) -> Op:
+    """The op over pages of the engine's dtype, or of 8 bits."""
+    name = "PagedRopeWrite" + (bits or "").capitalize()
+    inputs = (
         Arg("qkv", "compute", ("N", "W")),
         Arg("cos", "compute", ("N", "P")),
         Arg("sin", "compute", ("N", "P")),
         Arg("scale", "compute", ("N",)),
         Arg("slot", "i32", ("N",)),
-        Arg("k_pages", "compute", _PAGES),
-        Arg("v_pages", "compute", _PAGES),
-    ),
-    outputs=_OUTPUTS,
-    attributes=(),
-    stages=(
-        Stage(
-            "PagedRopeWrite",
-            "rope_write.paged_rope_write",
-            inputs=("qkv", "cos", "sin", "scale", "slot", "k_pages", "v_pages"),
-            scalars=("A",),
-            outputs=_OUTPUTS,
-            constants=_constants,
-            grid=_grid,
-            num_warps=2,
-            follows=True,
+        *cached(bits),
+    )
+    return Op(
+        name,
+        inputs=inputs,
+        outputs=_OUTPUTS,
+        attributes=(),
+        stages=(
+            Stage(
+                name,
+                "rope_write.paged_rope_write" + ("_bits" if bits else ""),
+                inputs=tuple(arg.name for arg in inputs),
+                scalars=("A",),
+                outputs=_OUTPUTS,
+                constants=functools.partial(_constants, bits=bits),
+                grid=_grid,
+                num_warps=2,
+                follows=True,
+            ),
         ),
-    ),
-)
+    )
+
+
+PAGED = paged(None)

@@ -19,11 +19,13 @@ from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, TYPES, bf16_produ
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
-from nemodiff.plugins import SAMPLED
+from nemodiff.contract import KvBits
+from nemodiff.plugins import KV_BITS, SAMPLED
 from nemodiff.plugins.op import Arg, run
 from nemodiff.plugins.ops import (
     confidence_commit,
     head_commit,
+    kv_cache,
     low_bit_linear,
     paged_attention,
     rope_write,
@@ -93,20 +95,37 @@ class Paged:
         return cls(row_of, first, np.concatenate([*rows[1:], rows[0]]).astype(np.int32), table, q, k, v)
 
 
-def attend(tiny: ModelConfig, case: Paged, dtype: str = "f32") -> float:
+def attend(tiny: ModelConfig, case: Paged, dtype: str = "f32", bits: KvBits | None = None) -> float:
     """The largest difference of kernel and reference."""
     width = case.q.shape[2]
     model = dataclasses.replace(tiny, num_heads=case.q.shape[1], num_kv_heads=case.k_pages.shape[1], head_dim=width)
+    caches = {"k_pages": case.k_pages, "v_pages": case.v_pages}
     with np.errstate(invalid="ignore"):
-        arrays = (case.q, *(np.nan_to_num(p, posinf=0) for p in (case.k_pages, case.v_pages)))
-        expected = paged_attention.reference(*arrays, case.page_table, case.row, case.visible, width**-0.5)
-    y, counters = launched(model, case, dtype)
+        pages = [np.nan_to_num(p, posinf=0) for p in caches.values()]
+        if bits:
+            caches, pages = in_bits(pages, np.isnan(case.k_pages).any(-1), bits)
+        expected = paged_attention.reference(case.q, *pages, case.page_table, case.row, case.visible, width**-0.5)
+    y, counters = launched(model, case, caches, dtype, bits)
     assert np.isfinite(y).all()
     assert not counters.any()  # as they were found, for the next layer
     return float(np.abs(y - expected).max(initial=0))
 
 
-def launched(model: ModelConfig, case: Paged, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def in_bits(
+    pages: list[np.ndarray], hidden: np.ndarray, bits: KvBits
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """The arguments of pages in 8 bits, the wildest ones where nobody looks; and the numbers that they stand for."""
+    caches, numbers = {}, []
+    for part, (values, scales) in zip("kv", (kv_cache.quantise(p, bits) for p in pages), strict=True):
+        numbers.append(kv_cache.dequantise(values, scales))
+        values[hidden], scales[hidden] = 127, np.nan  # 127 is NaN in e4m3
+        caches |= {f"{part}_pages": values, f"{part}_scales": scales}
+    return caches, numbers
+
+
+def launched(
+    model: ModelConfig, case: Paged, caches: dict[str, np.ndarray], dtype: str, bits: KvBits | None
+) -> tuple[np.ndarray, np.ndarray]:
     """y and the counters, after two layers with one plan."""
 
     def new(arg: Arg, shape: tuple[int, ...]) -> torch.Tensor:
@@ -119,10 +138,14 @@ def launched(model: ModelConfig, case: Paged, dtype: str) -> tuple[np.ndarray, n
         for name, array in {**seen, "row": case.row, "first": case.first}.items()
     }
     items, counters = run(paged_attention.PLAN, model, ints, new)
-    caches = {"q": case.q, "k_pages": case.k_pages, "v_pages": case.v_pages}
-    floats = {name: torch.from_numpy(array).to(TYPES[dtype]).to(DEVICE) for name, array in caches.items()}
-    layer = {**floats, **{name: ints[name] for name in seen}, "items": items, "counters": counters}
-    results = [run(paged_attention.OP, model, layer, new)[0].float().cpu().numpy() for _ in range(2)]
+    op = paged_attention.op(bits)
+    given = {
+        name: torch.from_numpy(array).to(TYPES[dtype if op.args[name].dtype == "compute" else op.args[name].dtype])
+        for name, array in {"q": case.q, **caches}.items()
+    }
+    layer = {name: tensor.to(DEVICE) for name, tensor in given.items()} | {name: ints[name] for name in seen}
+    layer |= {"items": items, "counters": counters}
+    results = [run(op, model, layer, new)[0].float().cpu().numpy() for _ in range(2)]
     np.testing.assert_array_equal(results[0], results[1])
     return results[0], counters.cpu().numpy()
 
@@ -173,10 +196,22 @@ def test_attention_over_pages_packs_every_group_and_width(
 
 
 @pytest.mark.usefixtures("bf16_products", "few_programs")
+@pytest.mark.parametrize("bits", KV_BITS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2)])
-def test_attention_over_pages_in_half_precision(tiny: ModelConfig, dtype: str, tolerance: float) -> None:
+def test_attention_over_pages_in_half_precision(
+    tiny: ModelConfig, dtype: str, tolerance: float, bits: KvBits | None
+) -> None:
     case = Paged.of([quadratic(300, 4, 6), chunk(70, 1)], (8, 2), 64, dtype)
-    assert attend(tiny, case, dtype) < tolerance
+    assert attend(tiny, case, dtype, bits) < tolerance
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("name", "width"), [("a page's end", 48), ("quadratic over pages", 16), ("spans", 16)])
+@pytest.mark.parametrize("bits", KV_BITS[1:])
+def test_attention_over_pages_of_8_bits_sees_what_it_should(
+    tiny: ModelConfig, name: str, width: int, bits: KvBits
+) -> None:
+    assert attend(tiny, Paged.of(LAYOUTS[name], (4, 2), width, "f32"), bits=bits) < 2e-6
 
 
 @st.composite
@@ -188,9 +223,11 @@ def passes(draw: st.DrawFn) -> list[np.ndarray]:
 
 @pytest.mark.usefixtures("few_programs")
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(passes(), st.integers(0, 99))
-def test_attention_over_pages_of_random_rows(tiny: ModelConfig, rows: list[np.ndarray], seed: int) -> None:
-    assert attend(tiny, Paged.of(rows, (4, 2), WIDTH, "f32", seed)) < 4e-6
+@given(passes(), st.integers(0, 99), st.sampled_from(KV_BITS))
+def test_attention_over_pages_of_random_rows(
+    tiny: ModelConfig, rows: list[np.ndarray], seed: int, bits: KvBits | None
+) -> None:
+    assert attend(tiny, Paged.of(rows, (4, 2), WIDTH, "f32", seed), bits=bits) < 4e-6
 
 
 def planned(model: ModelConfig, rows: list[np.ndarray], width: int = 1000) -> tuple[np.ndarray, dict[str, int]]:
@@ -285,6 +322,66 @@ def test_rotation_writes_into_pages(
     np.testing.assert_allclose(got, q, rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(inputs["k_pages"], expected["k_pages"], rtol=2e-6, atol=1e-6)
     np.testing.assert_array_equal(inputs["v_pages"], expected["v_pages"])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the pages changed in place are copies on the device")
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([(4, 2), (3, 3), (8, 1)]), st.sampled_from([2, 16, 48]), st.integers(0, 99))
+@pytest.mark.parametrize("bits", KV_BITS[1:])
+def test_rotation_writes_into_pages_of_8_bits(
+    tiny: ModelConfig, bits: KvBits, tokens: int, heads: tuple[int, int], width: int, seed: int
+) -> None:
+    """The same tokens give the same bytes in any company; a row of zeros and slots of no page too."""
+    count, kv = heads
+    model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=kv, head_dim=width)
+    rng = np.random.default_rng(seed)
+    slot = rng.permutation(np.arange(3 * PAGE))[:tokens].astype(np.int32)
+    slot[0] = rng.choice([-1, 3 * PAGE, slot[0]])
+    angle = rng.standard_normal((tokens, width // 2), np.float32) * 50
+    qkv = rng.standard_normal((tokens, (count + 2 * kv) * width), np.float32) * 10.0 ** rng.integers(-3, 3)
+    qkv[-1, -width:] = 0
+    flat_inputs = {
+        "qkv": qkv,
+        "cos": np.cos(angle),
+        "sin": np.sin(angle),
+        "scale": 1 + rng.random(tokens, np.float32),
+        "slot": slot,
+    }
+    filler = np.full((3, kv, PAGE, width), 5, {"int8": np.int8, "fp8": np.uint8}[bits])
+    scales = np.full((3, kv, PAGE), 7, np.float32)
+    pages = {"k_pages": filler, "v_pages": filler, "k_scales": scales, "v_scales": scales}
+
+    def copies() -> dict[str, np.ndarray]:
+        return {name: array.copy() for name, array in pages.items()}
+
+    expected, got, alone = copies(), copies(), copies()
+    q = rope_write.paged_reference(**flat_inputs, **expected, heads=count, bits=bits)
+    (result,) = launch(rope_write.paged(bits), model, **flat_inputs, **got)
+    np.testing.assert_allclose(result, q, rtol=2e-6, atol=1e-6 * np.abs(q).max())
+    for token in range(tokens):
+        launch(rope_write.paged(bits), model, **{k: v[token : token + 1] for k, v in flat_inputs.items()}, **alone)
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, alone[name])
+    for part in "kv":
+        np.testing.assert_allclose(got[f"{part}_scales"], expected[f"{part}_scales"], rtol=1e-6)
+        one, other = (kv_cache.dequantise(p[f"{part}_pages"], p[f"{part}_scales"]) for p in (got, expected))
+        # A number on the border of two may go either way where its rotation's last bit differs.
+        step = expected[f"{part}_scales"][..., None] * (1 if bits == "int8" else 32)
+        assert (np.abs(one - other) <= 1.001 * step).all()
+        assert np.mean(one != other) < 0.01
+    np.testing.assert_array_equal(got["v_pages"], expected["v_pages"])
+
+
+@pytest.mark.parametrize("bits", KV_BITS[1:])
+def test_rows_of_8_bits_are_near_what_they_stand_for(bits: KvBits) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((50, 64)) * 10.0 ** rng.integers(-30, 30, (50, 1))).astype(np.float32)
+    rows[7] = 0
+    values, scale = kv_cache.quantise(rows, bits)
+    got = kv_cache.dequantise(values, scale)
+    most = np.abs(rows).max(-1, keepdims=True)
+    assert (np.abs(got - rows) <= most * {"int8": 0.5001 / 127, "fp8": 0.5001 / 14}[bits]).all()
+    np.testing.assert_allclose(np.abs(got).max(-1, keepdims=True), most, rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -19,7 +19,6 @@ from stand_ins.torch_pair import CASES, QUESTIONS, without_times
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.contract import Backend, Dtype
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
@@ -33,6 +32,7 @@ KINDS: list[Any] = [
     pytest.param(("onnxruntime", "f16"), id="onnxruntime f16"),
     pytest.param(("torch", "f32"), id="torch f32", marks=TORCH),
     pytest.param(("torch", "bf16"), id="torch bf16", marks=TORCH),
+    pytest.param(("torch", "f32", "int8"), id="torch int8 K/V", marks=TORCH),
 ]
 
 
@@ -82,14 +82,21 @@ class PoisonedCache:
                 if pages._holders[held[at]] == 1:
                     starts.append((held[at], max(0, end - at * PAGE)))
         with torch.inference_mode():  # as the torch engine's tensors were made
-            for layer, (k, v) in enumerate(pool):
+            for layer, kept in enumerate(pool.layers()):
                 for page, start in starts:
-                    self.spoil(k[page, :, start:], v[page, :, start:], layer + start)
+                    k, v = (stored.pages[page, :, start:] for stored in kept)
+                    scales = [None if s.scales is None else s.scales[page, :, start:] for s in kept]
+                    self.spoil(k, v, layer + start, scales)
 
-    def spoil(self, k: Any, v: Any, seed: int) -> None:
-        sides = np.random.default_rng(seed).choice([-self.large, self.large], k.shape)
+    def spoil(self, k: Any, v: Any, seed: int, scales: Sequence[Any] = (None, None)) -> None:
+        """Where there are scales they are large and the numbers are the largest of 8 bits."""
+        large = self.large if scales[0] is None else 127
+        sides = np.random.default_rng(seed).choice([-large, large], k.shape)
         k[:] = self.in_type(k, sides)
         v[:] = self.in_type(v, -sides)
+        for scale in scales:
+            if scale is not None:
+                scale[:] = self.large / 127
         self.spoilt += sides.shape[1]
 
     @staticmethod
@@ -139,9 +146,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=KINDS)
 def both(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Both:
-    kind: tuple[Backend, Dtype] = request.param
-    backend, dtype = kind
-    folder = Builder(checkpoint, tmp_path_factory.mktemp("poison") / "engine", backend=backend, dtype=dtype).run()
+    backend, dtype, *rest = request.param
+    kv: Any = {"kv_cache_dtype": rest[0]} if rest else {}
+    folder = Builder(checkpoint, tmp_path_factory.mktemp("poison") / "engine", backend=backend, dtype=dtype, **kv).run()
     clean = nemodiff.load(folder, threads=1, device="cpu")
     engine: Any = PoisonedEngine(clean.backend, 4000.0 if dtype == "f16" else 1e4)
     return Both(clean, dataclasses.replace(clean, backend=engine))

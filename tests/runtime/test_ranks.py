@@ -28,15 +28,13 @@ SCRIPT = Path(__file__).parents[1] / "stand_ins" / "torch_ranks.py"
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
 
 
-def build(folder: Path, quantization: str | None) -> Path:
+def build(folder: Path, **choices: Any) -> Path:
     """8 heads over 4 of K and V, a vocabulary that no rank count divides, an adapter, and YaRN's query scale."""
     checkpoint = write_checkpoint(
         folder / "checkpoint", dtype="f32", num_attention_heads=8, num_key_value_heads=4, head_dim=8, **WIDE
     )
     write_adapter(checkpoint, rank=4, alpha=8, strength=0.05)
-    return Builder(
-        checkpoint, folder / "engine", backend="torch", dtype="f32", quantization=quantization, max_batch_size=4
-    ).run()
+    return Builder(checkpoint, folder / "engine", backend="torch", dtype="f32", max_batch_size=4, **choices).run()
 
 
 def answers_of_ranks(engine: Path, ranks: int) -> Any:
@@ -48,9 +46,13 @@ def answers_of_ranks(engine: Path, ranks: int) -> Any:
     return json.loads(ended.stdout)
 
 
-@pytest.mark.parametrize(("quantization", "counts"), [(None, [2, 4]), ("fp8", [2]), ("int4", [2])])
-def test_ranks_give_the_tokens_of_one(tmp_path: Path, quantization: str | None, counts: list[int]) -> None:
-    engine = build(tmp_path, quantization)
+@pytest.mark.parametrize(
+    ("choices", "counts"),
+    [({}, [2, 4]), ({"quantization": "fp8", "kv_cache_dtype": "int8"}, [2]), ({"quantization": "int4"}, [2])],
+    ids=str,
+)
+def test_ranks_give_the_tokens_of_one(tmp_path: Path, choices: dict[str, Any], counts: list[int]) -> None:
+    engine = build(tmp_path, **choices)
     alone = answers(nemodiff.load(engine, threads=1, device="cpu"))
     for ranks in counts:
         shared = answers_of_ranks(engine, ranks)

@@ -47,9 +47,11 @@ class Setup:
     network: Network
 
 
-def network(checkpoint: Path, dtype: str = "f32", quantization: str | None = None) -> Network:
+def network(
+    checkpoint: Path, dtype: str = "f32", quantization: str | None = None, kv_bits: str | None = None
+) -> Network:
     adapter = checkpoint / "linear_spec_lora"
-    return Network(Weights(checkpoint, adapter if adapter.is_dir() else None), dtype, quantization)
+    return Network(Weights(checkpoint, adapter if adapter.is_dir() else None), dtype, quantization, kv_bits=kv_bits)
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +273,8 @@ HONEST: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "torch f16": (MODELS["early YaRN"], {"backend": "torch", "dtype": "f16"}),
     "torch bf16": (MODELS["tiny-chat with adapter"], {"backend": "torch", "dtype": "bf16"}),
     "torch fp8": (MODELS["plain rotation"], {"backend": "torch", "quantization": "fp8"}),
+    "torch fp8 K/V": (MODELS["early YaRN"], {"backend": "torch", "dtype": "f32", "kv_cache_dtype": "fp8"}),
+    "torch int8 K/V": (MODELS["tiny-chat"], {"backend": "torch", "kv_cache_dtype": "int8"}),
     "onnxruntime f16": (MODELS["plain rotation"], {"dtype": "f16"}),
     "onnxruntime int8": (MODELS["early YaRN"], {"quantization": "int8"}),
     "onnxruntime int4": (MODELS["tiny-chat"], {"quantization": "int4"}),
@@ -285,6 +289,7 @@ def test_honest_rounding_is_not_wrong(tmp_path: Path, name: str) -> None:
     checkpoint = make(tmp_path / "checkpoint")
     folder = Builder(checkpoint, tmp_path / "engine", block_length=8, **choices).run()
     engine = nemodiff.load(folder, device="cpu")
-    report = judged(engine, network(checkpoint, engine.info.build.dtype, choices.get("quantization")))
+    build = engine.info.build
+    report = judged(engine, network(checkpoint, build.dtype, build.quantization, build.kv_bits))
     assert (report.ok, report.blame) == (True, None), report.lines()
     assert sum(tally.near_ties for tally in report.passes.values()) >= (name in ("torch bf16", "onnxruntime int4"))

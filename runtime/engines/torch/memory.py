@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....contract import ITEMSIZE, cache_slots, size_text
+from ....contract import ITEMSIZE, cache_slots, kv_bytes_per_token, size_text
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ..pages import PAGE, Pages
 from .device import TorchDevice
+from .stored import Pool
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +30,23 @@ class Memory:
     Args:
         device: where it lies.
         info: of the engine.
-        dtype: of K and V.
+        dtype: of K and V, where they are not of 8 bits.
         count: pages, from `page_count`.
     """
 
     def __init__(self, device: TorchDevice, info: EngineInfo, dtype: torch.dtype, count: int) -> None:
+        import torch
+
         model, build = info.model, info.build
         width = -(-cache_slots(build) // PAGE) + 1
         self.pages = Pages(count, 2 * build.max_batch_size + _SPARE_ROWS, width)
-        # K and V of every layer, (L, 2, P, G, PAGE, D). A fresh slot is 0, since 0 times NaN is NaN.
-        self.pool = device.zeros((model.num_layers, 2, count + 1, model.num_kv_heads, PAGE, model.head_dim), dtype)
+        # A fresh slot is 0, since 0 times NaN is NaN.
+        slots = (model.num_layers, 2, count + 1, model.num_kv_heads, PAGE)
+        bits = build.kv_bits
+        self.pool = Pool(
+            device.zeros((*slots, model.head_dim), {None: dtype, "int8": torch.int8, "fp8": torch.uint8}[bits]),
+            device.zeros(slots, torch.float32) if bits else None,
+        )
         self.table = device.table(self.pages.table)  # (B, M) i32
         self._device = device
         self._news: list[Change] = []
@@ -74,7 +82,7 @@ class Memory:
     def _apply(self, change: Change) -> None:
         number, what = change
         if isinstance(what, int):
-            self.pool[:, :, what] = self.pool[:, :, number]
+            self.pool.copy(number, what)
         else:
             self._device.copy_row(self.table, what, number)
         if self._recording:
@@ -83,14 +91,14 @@ class Memory:
     def read(self, row: int, start: int, stop: int) -> np.ndarray:
         """A copy of what slots of a row hold, (L, 2, G, slots, D) f32."""
         pages = self.pages.table[row, : -(-stop // PAGE)].tolist()
-        held = self.pool[:, :, pages].transpose(2, 3).flatten(3, 4)[:, :, :, start:stop]
-        values: np.ndarray = held.float().cpu().numpy()
+        held = self.pool.read(pages).transpose(2, 3).flatten(3, 4)[:, :, :, start:stop]
+        values: np.ndarray = held.cpu().numpy()
         return values
 
 
 def page_bytes(info: EngineInfo) -> int:
     """K and V of a page in all layers."""
-    return PAGE * info.model.kv_bytes_per_token(ITEMSIZE[info.build.dtype])
+    return PAGE * kv_bytes_per_token(info.model, info.build)
 
 
 def pass_bytes(info: EngineInfo, tokens: int) -> int:

@@ -26,6 +26,7 @@ from ....plugins.ops import (
 from ..pages import PAGE
 from . import plain
 from .quantized import Matrix, Quantized
+from .stored import Pool, Stored
 from .weights import Share, WeightsFile
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class TorchModel:
         self._vocabulary = share.of(model.vocab_size)
         weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels, share)
         self.dtype = weights.dtype
+        self._kv_bits = info.build.kv_bits
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
@@ -82,7 +84,7 @@ class TorchModel:
         self,
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
-        pool: Tensor,
+        pool: Pool,
         table: Tensor,
         views: Sequence[View] | None,
         logits: bool,
@@ -92,7 +94,7 @@ class TorchModel:
         Args:
             inputs: those of `flat.py`, on the device.
             outputs: token, confidence and next_ids, which are written.
-            pool: K and V of all pages, (L, 2, P, G, PAGE, D) compute, updated in place.
+            pool: K and V of all pages, updated in place.
             table: the pages of every row, (B, M) i32.
             views: for plain torch, which tokens look at which pages; None looks at the whole pool.
             logits: give the logits too; every token is chosen in the same way with them and without.
@@ -109,18 +111,18 @@ class TorchModel:
         if self.kernels:
             plan = {"page_table": table, "visible": inputs["visible"], **self._plan(inputs, table)}
         else:
-            sights = plain.sights(inputs, table, pool.shape[2], views, self.dtype)
+            sights = plain.sights(inputs, table, len(pool), views, self.dtype)
         total = functional.embedding(inputs["ids"], self.embed)  # (N, E) compute
         if "embedding" in inputs:
             total = self._given(inputs["embedding"], inputs["embeddings"], total)
         x = self._normed(total, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
-        for layer, norm, (k_pages, v_pages) in zip(self.layers, norms, pool, strict=True):
-            q = self._rotated(self._projected(x, layer.qkv), turns, inputs["slot"], k_pages, v_pages)  # (N, H, D)
+        for layer, norm, (keys, values) in zip(self.layers, norms, pool.layers(), strict=True):
+            q = self._rotated(self._projected(x, layer.qkv), turns, inputs["slot"], keys, values)  # (N, H, D)
             if self.kernels:
-                merged = self._attend(q, k_pages, v_pages, plan)  # (N, H D)
+                merged = self._attend(q, keys, values, plan)  # (N, H D)
             else:
-                merged = plain.attend(q, k_pages, v_pages, sights)
+                merged = plain.attend(q, keys, values, sights)
             out = self._projected(merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
@@ -243,14 +245,14 @@ class TorchModel:
         gate, up = gate_up.chunk(2, -1)
         return functional.silu(gate) * up
 
-    def _rotated(self, qkv: Tensor, turns: Turns, slot: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    def _rotated(self, qkv: Tensor, turns: Turns, slot: Tensor, keys: Stored, values: Stored) -> Tensor:
         """q (N, H, D) of qkv (N, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the pages."""
         import torch
 
         if self.kernels:
             inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "slot": slot}
-            pages = {"k_pages": k_pages, "v_pages": v_pages}
-            (q,) = run(rope_write.PAGED, self.config, {**inputs, **pages}, self._new(qkv))
+            op = rope_write.paged(self._kv_bits)
+            (q,) = run(op, self.config, inputs | _cached(keys, values), self._new(qkv))
             return q  # type: ignore[no-any-return]
         model = self.config
         turned = model.num_heads + model.num_kv_heads
@@ -259,8 +261,8 @@ class TorchModel:
         cos, sin = turns.cos[:, None], turns.sin[:, None]
         both = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)  # (N, H + G, D)
         page, offset = slot.long() // PAGE, slot.long() % PAGE
-        k_pages[page, :, offset] = both[:, model.num_heads :]
-        v_pages[page, :, offset] = heads[:, turned:]
+        keys.put(page, offset, both[:, model.num_heads :])
+        values.put(page, offset, heads[:, turned:])
         q = both[:, : model.num_heads]
         return q if turns.scale is None else q * turns.scale[:, None, None]
 
@@ -270,10 +272,10 @@ class TorchModel:
         planned = run(paged_attention.PLAN, self.config, {**arguments, "page_table": table}, self._new(table))
         return dict(zip(("items", "counters"), planned, strict=True))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sight: Mapping[str, Tensor]) -> Tensor:
+    def _attend(self, q: Tensor, keys: Stored, values: Stored, sight: Mapping[str, Tensor]) -> Tensor:
         """PagedAttention's kernels, (N, H D)."""
-        arguments = {"q": q, "k_pages": k, "v_pages": v, **sight}
-        (y,) = run(paged_attention.OP, self.config, arguments, self._new(q))
+        arguments = {"q": q, **_cached(keys, values), **sight}
+        (y,) = run(paged_attention.op(self._kv_bits), self.config, arguments, self._new(q))
         return y.flatten(1)  # type: ignore[no-any-return]
 
     def _choose(
@@ -312,6 +314,13 @@ class TorchModel:
             return torch.empty(shape, dtype=types[arg.dtype], device=like.device)
 
         return new
+
+
+def _cached(keys: Stored, values: Stored) -> dict[str, Tensor]:
+    """K and V as arguments of the ops."""
+    pages = {"k_pages": keys.pages, "v_pages": values.pages}
+    scales = {"k_scales": keys.scales, "v_scales": values.scales}
+    return pages | {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def _tile(sizes: tuple[int, int], count: int) -> int:

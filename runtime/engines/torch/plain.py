@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..pages import PAGE
+from .stored import Stored
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,8 @@ def _mask(visible: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, 0.0, -torch.inf).to(dtype)  # no query sees nothing, so no row is all -inf
 
 
-def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, seen: Sequence[Sight]) -> Tensor:
-    """Attention of q (N, H, D) over pages (P, G, PAGE, D), (N, H D).
+def attend(q: Tensor, keys: Stored, values: Stored, seen: Sequence[Sight]) -> Tensor:
+    """Attention of q (N, H, D) over what is stored, (N, H D).
 
     The query heads that share a key/value head are packed with the queries.
     """
@@ -77,10 +78,10 @@ def attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, seen: Sequence[Sight]) -
     from torch.nn import functional
 
     _, heads, width = q.shape
-    groups = k_pages.shape[1]
+    groups = keys.pages.shape[1]
     parts = []
     for begin, end, pages, mask in seen:
-        k, v = (p if pages is None else p[pages] for p in (k_pages, v_pages))
+        k, v = (stored.get(pages, q.dtype) for stored in (keys, values))
         k, v = (p.transpose(0, 1).reshape(1, groups, -1, width) for p in (k, v))  # (1, G, slots, D)
         packed = q[begin:end].transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
         y = functional.scaled_dot_product_attention(
