@@ -28,6 +28,7 @@ from stand_ins.checkpoints import TINY_CHAT, write_adapter
 import nemodiff
 from nemodiff import contract
 from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.engine_folder import EngineInfo, Kernel, Profile, TensorRTInfo, read_engine
@@ -79,6 +80,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     graph = build_graph(builder.checkpoint.model, "f32", adapter.rank, adapter.scale, capacity=CAPACITY)
     info = read_engine(folder)  # before its graph becomes another
     onnx.save(graph.proto, folder / "model.onnx")
+    write_weights(graph, builder.tensors, folder / "model.onnx.data", lambda nbytes: None)
     (folder / "rank0.engine").write_bytes(b"played by ONNX Runtime")
     about = TensorRTInfo("tensorrt_rtx", "1.7.1.116", (86, 89), PROFILES, "native", {}, (), 22)
     info = dataclasses.replace(

@@ -15,6 +15,7 @@ from stand_ins.vision import picture, write_vision_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.builder.graph.vision import build_vision_graph
 from nemodiff.engine_folder import EngineInfo, Profile, TensorRTInfo, VisionEngine, read_engine
@@ -52,8 +53,10 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     model, adapter = builder.checkpoint.model, builder.checkpoint.adapter
     info = read_engine(folder)
     rank, scale = (adapter.rank, adapter.scale) if adapter else (0, 1.0)
-    onnx.save(build_graph(model, "f32", rank, scale, capacity=256).proto, folder / "model.onnx")
-    onnx.save(build_vision_graph(model, "f32", fused=True).proto, folder / "vision.onnx")
+    decoder, tower = build_graph(model, "f32", rank, scale, capacity=256), build_vision_graph(model, "f32", fused=True)
+    for graph, name in ((decoder, "model.onnx"), (tower, "vision.onnx")):
+        onnx.save(graph.proto, folder / name)
+        write_weights(graph, builder.tensors, folder / f"{name}.data", lambda nbytes: None)
     (folder / "rank0.engine").write_bytes(b"played by ONNX Runtime")
     (folder / "vision.engine").write_bytes(b"looked at by ONNX Runtime")
     vision = VisionEngine((16, 256), {}, 25)

@@ -23,6 +23,7 @@ from stand_ins.planted import GRAPH
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.cli import main
 from nemodiff.commands import verify as command
@@ -228,12 +229,14 @@ def test_a_tensorrt_engine_is_looked_into_through_its_caches(
     """The driver and TensorRT are stand-ins, so the paths are shown and not the numbers of a GPU."""
     plain = Builder(checkpoint, tmp_path / "plain", max_seq_len=128, max_batch_size=4, block_length=8).run()
     folder = Path(shutil.copytree(plain, tmp_path / "compiled"))
-    adapter = Builder(checkpoint, tmp_path / "none").checkpoint.adapter
+    builder = Builder(checkpoint, tmp_path / "none")
+    adapter = builder.checkpoint.adapter
     assert adapter is not None
     graph = build_graph(read_engine(plain).model, "f32", adapter.rank, adapter.scale, capacity=256)
     change: Callable[[Any], None] = GRAPH[name][0] if name else lambda proto: None
     change(graph.proto.graph)
     onnx.save(graph.proto, folder / "model.onnx")
+    write_weights(graph, builder.tensors, folder / "model.onnx.data", lambda nbytes: None)
     (folder / "rank0.engine").write_bytes(b"played by ONNX Runtime")
     info = read_engine(plain)
     profiles = (Profile("block", 4, 64, 64), Profile("prefill", 2, 128, 128))
