@@ -10,7 +10,11 @@ reference.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.contract import Backend, cache_names
+from nemodiff.engine_folder import COMPILED_FOLDER
 from nemodiff.errors import BuildError
 from nemodiff.plugins.tensorrt.api import MODULES, device_sm, load
 from nemodiff.runtime.engines.engine import bidirectional, causal
@@ -174,16 +179,50 @@ def test_a_replay_equals_an_eager_run(engine: LoadedEngine) -> None:
     assert captured.eager_shapes == {}
 
 
-def test_a_step_waits_for_the_device_once(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay, a copy that was captured, one wait; torch refuses other ways of waiting that it knows of."""
-    backend = engine.backend
-    if not isinstance(backend, TorchEngine):
+def torch_only(engine: LoadedEngine) -> TorchEngine:
+    if not isinstance(engine.backend, TorchEngine):
         pytest.skip("of the torch engine")
+    return engine.backend
+
+
+def test_a_later_process_compiles_nothing(engine: LoadedEngine) -> None:
+    """What the first load has compiled lies in the engine folder."""
+    torch_only(engine)
+    assert any((engine.folder / COMPILED_FOLDER).iterdir())
+    program = "import sys, nemodiff; print(nemodiff.load(sys.argv[1], device='cuda').backend.compiled)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(
+        [sys.executable, "-c", program, engine.folder], env=environment, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.split() == ["0"]
+
+
+def test_a_first_answer_compiles_and_captures_nothing(engine: LoadedEngine) -> None:
+    """In every mode, greedy and sampled, after a short and a long prompt."""
+    backend = torch_only(engine)
+    fresh = TorchEngine(engine.folder, engine.info, backend.device, pages=64)
+    fresh.warm_up()
+    loaded = dataclasses.replace(engine, backend=fresh)
+    before = fresh.captured, fresh.compiled, len(fresh.steps)
+    for mode in nemodiff.MODES:
+        for prompt in (QUESTIONS[0], PROMPT * 14):
+            for temperature in (0.0, 0.8):
+                options: dict[str, Any] = {"mode": mode, "temperature": temperature, "max_new_tokens": 24}
+                assert nemodiff.generate(loaded, prompt, **options).token_ids
+    assert (fresh.captured, fresh.compiled, len(fresh.steps)) == before
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_waits_for_the_device_once(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    """A replay, copies that were captured, one wait; torch refuses other ways of waiting that it knows of."""
+    backend = torch_only(engine)
     cache = backend.open(1)
     waits = list[int]()
     pass_ = causal("decode", [300], 20)
+    options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 24}
     for _ in range(3):
         cache.forward([pass_])
+        expected = nemodiff.generate(engine, QUESTIONS[0], **options)
     wait = backend.device.wait
 
     def mode(name: str) -> None:
@@ -200,10 +239,14 @@ def test_a_step_waits_for_the_device_once(engine: LoadedEngine, monkeypatch: pyt
     monkeypatch.setattr(backend.device, "wait", counted)
     try:
         mode("error")
-        cache.forward([pass_])
+        if ahead:
+            assert nemodiff.generate(engine, QUESTIONS[0], **options).token_ids == expected.token_ids
+        else:
+            cache.forward([pass_])
     finally:
         mode("default")
-    assert len(waits) == 1
+    passes = sum(expected.nfe.values()) if ahead else 1
+    assert passes <= len(waits) <= passes + 1  # one is computed in vain where an answer ends by EOS
 
 
 def test_caches_share_memory_with_their_outputs(engine: LoadedEngine) -> None:

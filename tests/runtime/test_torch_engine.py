@@ -19,10 +19,11 @@ import equality_sampled
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
-from stand_ins.torch_graphs import RecordingDevice
+from stand_ins.torch_graphs import Operations, RecordingDevice
 from stand_ins.torch_pair import (
     CASES,
     MODELS,
@@ -39,6 +40,7 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.cli import main
 from nemodiff.contract import MODES, cache_slots
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
@@ -303,6 +305,25 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
     assert warm.pages.free == warm.pages.count
 
 
+def test_a_pass_is_one_replay_and_one_wait(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the graphs nothing runs but copies of the page table's rows, and nothing is read but the results."""
+    backend = torch_backend(small.ours)
+    device = RecordingDevice()
+    warm = TorchEngine(backend.folder, backend.info, device, graphs=True, ahead=True, pages=24)
+    options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 24}
+    engine = small.with_backend(warm)
+    for _ in range(2):  # the second time each shape is captured
+        expected = nemodiff.generate(engine, PROMPT, **options).token_ids
+    waits, operations = list[Any](), Operations()
+    monkeypatch.setattr(device, "wait", waits.append)
+    replays = sum(graph.replays for graph in device.graphs)
+    with operations:
+        assert nemodiff.generate(engine, PROMPT, **options).token_ids == expected
+    replays = sum(graph.replays for graph in device.graphs) - replays
+    assert len(waits) == replays == 24
+    assert operations.names <= {"aten.copy_.default", "aten.select.int", "aten.lift_fresh.default"}
+
+
 def test_modes_share_a_forward(tiny: Pair) -> None:
     """Rows of every mode and length in one batch, without padding, each as it would be alone."""
     modes = [*MODES, "auto"]
@@ -501,6 +522,25 @@ def test_commands_work_on_a_torch_engine(checkpoint: Path, tmp_path: Path) -> No
         output_of("run", str(target), "-p", "Hello", "--max-new-tokens", "4", "--json", "--device", "cpu")
     )
     assert len(answer["token_ids"]) <= 4
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_the_warm_up_can_be_left_out(tiny: Pair, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Its bar is of as many steps as there are shapes."""
+    shown = list[list[int]]()
+
+    def warm_up(engine: TorchEngine, show: Callable[[list[int]], Any] = iter) -> None:
+        bar = show([4, 2, 1])
+        assert len(bar) == 3
+        shown.append(list(bar))
+
+    monkeypatch.setattr(TorchEngine, "warm_up", warm_up)
+    for words in ([], ["--no-warmup"]):
+        asked = ["-p", "x"] if command == "run" else []
+        arguments = [command, str(tiny.ours.folder), "--device", "cpu", "--max-new-tokens", "1", *asked, *words]
+        result = CliRunner().invoke(main, arguments, input="/exit\n", catch_exceptions=False)
+        assert result.exit_code == 0
+        assert shown == [[4, 2, 1]]
 
 
 def test_no_torch(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:

@@ -32,7 +32,7 @@ class Recorded:
 
     def replay(self) -> None:
         self.replays += 1
-        with torch.inference_mode():
+        with torch.inference_mode(), torch._C._DisableTorchDispatch():
             for function, args, kwargs, results in self.calls:
                 again = _tensors(function(*args, **kwargs))
                 for old, new in zip(results, again, strict=True):
@@ -50,6 +50,18 @@ class _Recorder(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self._graph.calls.append((func, args, kwargs or {}, _tensors(results)))
         return results
+
+
+class Operations(TorchDispatchMode):
+    """The names of what runs outside graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class RecordingDevice(TorchDevice):
