@@ -12,7 +12,7 @@ from ....contract import cache_names
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction
 from ..layout import PassShape
-from .forward import NUMPY, BoundRows, Forward
+from .forward import NUMPY, Bindings, BoundRows, Forward
 from .memory import Memory
 
 _KEPT_FORWARDS = 256  # bound shapes kept per cache; a prompt's odd last chunk would otherwise pile up
@@ -32,7 +32,8 @@ class OnnxRuntimeCache:
             cache_names(model.num_layers), rows, model.num_kv_heads, model.head_dim, NUMPY[info.build.dtype]
         )
         self._session = session
-        self._info = info
+        self._bindings = Bindings(info)
+        self._vocab = model.vocab_size
         self._closed = closed
         self._pad_id = int(model.mask_id == 0)  # any id but the mask
         self._room = 0  # of the memory that the forwards are bound to
@@ -94,7 +95,8 @@ class OnnxRuntimeCache:
             kept = [key for key in self._forwards if key[1].logits == shape.logits]
             if len(kept) >= (_KEPT_WITH_LOGITS if shape.logits else _KEPT_FORWARDS):
                 del self._forwards[kept[0]]
-            forward = Forward(self._session, self._info, self._rows(shape.first, shape.rows), shape)
+            rows = self._rows(shape.first, shape.rows)
+            forward = Forward(self._session, self._bindings, self._vocab, rows, shape)
             self._forwards[self.capacity, shape] = forward
         return forward
 

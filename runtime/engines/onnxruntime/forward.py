@@ -15,19 +15,28 @@ NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
 BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
 
 
+class Bindings:
+    """What an engine's graph takes and gives, listed once: a list takes longer than to bind it."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.inputs = inputs(info.model, info.has_adapter)
+        self.outputs = outputs(info.model)
+
+
 class Forward:
     """The arrays and the IOBinding of one shape."""
 
-    def __init__(self, session: Any, info: EngineInfo, caches: BoundRows, shape: PassShape) -> None:
+    def __init__(self, session: Any, bindings: Bindings, vocab: int, caches: BoundRows, shape: PassShape) -> None:
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
         self._caches = caches
         self._embedded = shape.embedded
         self._values: list[Any] = []  # keeps what the binding points to alive
-        self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": info.model.vocab_size}
+        self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": vocab}
         self._lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
-        self._bind(inputs(info.model, info.has_adapter), self.binding.bind_ortvalue_input)
-        self._bind(outputs(info.model, shape.logits), self.binding.bind_ortvalue_output)
+        self._bind(bindings.inputs, self.binding.bind_ortvalue_input)
+        unbound = "" if shape.logits else "logits"
+        self._bind([b for b in bindings.outputs if b.name != unbound], self.binding.bind_ortvalue_output)
         inputs_of_row = ("ids", "pos", "visible", "rows", "write_at", "threshold", "adapter", "embedding")
         if "embedding" in self.arrays:
             self.arrays["embedding"][:] = -1

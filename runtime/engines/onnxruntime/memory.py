@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-STEP = 64  # slots; T at a multiple of it is also quicker than just below one (benchmarks/context.py)
+STEP = 64  # slots; T at a multiple of 16 is also quicker than just below one (docs/log.md)
 _SHARE = 32  # a step is at most this part of T, so that moving costs a small part of a token at any length
 _SLACK = 16  # T shrinks only if this part of it is not needed
 FIRST_ROOM = 256  # slots
@@ -71,8 +71,9 @@ class Memory:
 
     def _view(self, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
         """An array's memory as (rows, G, T, D)."""
-        shape = (len(self._reach), self._heads, self.capacity if capacity is None else capacity, self._width)
-        return array[: np.prod(shape)].reshape(shape)
+        slots = self.capacity if capacity is None else capacity
+        rows, heads, width = len(self._reach), self._heads, self._width
+        return array[: rows * heads * slots * width].reshape(rows, heads, slots, width)
 
     def _fit(self, slots: int) -> None:
         """Bring T to what `slots` need."""
