@@ -68,13 +68,16 @@ def _checked_calls(calls: Any) -> list[dict[str, Any]]:
 
 
 def _arguments(given: Any, name: str) -> dict[str, Any]:
-    """The arguments of a call as an object; clients send JSON text, and empty text where there are none."""
+    """The arguments of a call as an object; clients send JSON text, and empty text where there are none.
+
+    Of a call that was cut there is the beginning, which agents send back with the error that they made of it.
+    """
     value = given
     if isinstance(given, str):
         try:
             value = json.loads(given) if given.strip() else {}
         except (ValueError, RecursionError):
-            value = None
+            value = _begun(given)
     elif given is None:
         value = {}
     if not isinstance(value, Mapping):
@@ -83,3 +86,13 @@ def _arguments(given: Any, name: str) -> dict[str, Any]:
         )
     check_text(json.dumps(value, ensure_ascii=False), "tool_calls")
     return dict(value)
+
+
+def _begun(text: str) -> Any:
+    """What there is of JSON text that was cut; None where it is wrong before its end."""
+    from pydantic_core import from_json
+
+    try:
+        return from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+    except ValueError:
+        return None

@@ -464,13 +464,34 @@ def test_what_is_wrong_with_tools_is_told(engine: nemodiff.LoadedEngine, options
     [
         (5, "tool_calls is 5, allowed: a list of calls"),
         ([5], "tool_calls holds 5, allowed: an object with a function"),
-        ([{"function": {"name": "f", "arguments": "{"}}], "the arguments of a call of 'f' are '{', allowed: a JSON"),
+        ([{"function": {"name": "f", "arguments": "{]"}}], "the arguments of a call of 'f' are '{]', allowed: a JSON"),
         ([{"function": {"name": "f", "arguments": "[1]"}}], "the arguments of a call of 'f' are"),
     ],
 )
 def test_what_is_wrong_with_a_call_is_told(engine: nemodiff.LoadedEngine, calls: Any, problem: str) -> None:
     with pytest.raises(RequestError, match=problem):
         nemodiff.generate(engine, [{"role": "assistant", "content": None, "tool_calls": calls}])
+
+
+@pytest.mark.parametrize(
+    ("cut", "begun"),
+    [
+        ("{", {}),
+        ('{"city": "Ro', {"city": "Ro"}),
+        ('{"city": "Ro\\', {"city": "Ro"}),
+        ('{"city": "Rome", ', {"city": "Rome"}),
+        ('{"city": "Rome", "da', {"city": "Rome"}),
+        ('{"days": [1, {"a": 2', {"days": [1, {"a": 2}]}),
+    ],
+)
+def test_a_call_that_was_cut_comes_back_as_what_there_was(
+    engine: nemodiff.LoadedEngine, cut: str, begun: dict[str, Any]
+) -> None:
+    said, meant = (
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}]
+        for arguments in (cut, begun)
+    )
+    assert engine.text.encode_chat(said) == engine.text.encode_chat(meant)
 
 
 def test_what_a_schema_is_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:

@@ -156,8 +156,8 @@ def test_what_is_wrong_with_tools_is_refused(server: Served, fields: dict[str, A
         ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "function: Field required"),
         ({"role": "assistant", "tool_calls": [{"type": "custom", "custom": {}}]}, "Input should be 'function'"),
         (
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
-            "the arguments of a call of 'f' are '{', allowed: a JSON object",
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{]"}}]},
+            "the arguments of a call of 'f' are '{]', allowed: a JSON object",
         ),
         (
             {"role": "user", "content": "a", "tool_calls": [{"id": "x"}]},
