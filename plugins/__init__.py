@@ -20,8 +20,9 @@ KV_BITS: tuple[KvBits | None, ...] = (None, *get_args(KvBits))
 OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
-    residual_norm.OP,
     rotation.OP,
+    residual_norm.EMBEDDING,
+    residual_norm.OP,
     token_quantise.OP,
     *map(rope_write.paged, KV_BITS),
     paged_attention.PLAN,

@@ -137,7 +137,7 @@ def run(
     dims = heads | op.dims({name: tensor.shape for name, tensor in inputs.items()})
     for stage in op.stages:
         constants = {**stage.constants(model)}
-        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages}
+        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
         if stage.follows:
             constants["PDL"] = pdl
             options["launch_pdl"] = pdl

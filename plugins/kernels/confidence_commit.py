@@ -8,6 +8,8 @@ before the argmax, from the same Philox words as `runtime/sampling/noise.py`, wi
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 
 @triton.jit
 def gumbel(words):
@@ -98,8 +100,10 @@ def sampled_scan(
 def flat_sampled_scan(
     logits, temperature, seed, position, part, best,
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`sampled_scan` with temperature (R,) f32, seed (R, 2) and position (R,) i32."""
+    follow(PDL)
     at = tl.program_id(0)
     low = tl.load(seed + at * 2)
     high = tl.load(seed + at * 2 + 1)
@@ -139,11 +143,20 @@ def _merge(part, best, first, r, R, SPLITS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _ids_of(ids, index, position, real, INDEXED: tl.constexpr):
+    if INDEXED:
+        position = tl.load(index + position, mask=real, other=0)
+    return tl.load(ids + position, mask=real, other=0)
+
+
+@triton.jit
 def _commit(
-    part, best, ids, bar, first, R, token, confidence, next_ids,
-    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
+    part, best, ids, index, bar, first, R, token, confidence, next_ids,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """The commit rule of positions first..first + R - 1, and the number of masks it leaves.
+
+    A position's id is ids[position], or if they are INDEXED ids[index[position]].
 
     The most confident open position is the leftmost of equals, and NaN counts as the highest confidence, as numpy's
     argmax has it, so that a broken engine commits and is noticed instead of looping.
@@ -155,7 +168,7 @@ def _commit(
         chosen, sure = _merge(part, best, first, r, R, SPLITS, LANES)
         tl.store(token + first + r, chosen, mask=r < R)
         tl.store(confidence + first + r, sure, mask=r < R)
-        is_open = (r < R) & (tl.load(ids + first + r, mask=r < R, other=0) == MASK_ID)
+        is_open = (r < R) & (_ids_of(ids, index, first + r, r < R, INDEXED) == MASK_ID)
         rank = tl.where(is_open, tl.where(sure != sure, float("inf"), sure), -1.0)
         block_surest = tl.max(rank, 0)
         if block_surest > surest:
@@ -165,7 +178,7 @@ def _commit(
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         chosen, sure = _merge(part, best, first, r, R, SPLITS, LANES)
-        before = tl.load(ids + first + r, mask=r < R, other=0)
+        before = _ids_of(ids, index, first + r, r < R, INDEXED)
         commits = ((sure >= bar) | (r == where)) & (before == MASK_ID)
         after = tl.where(commits, chosen, before)
         tl.store(next_ids + first + r, after, mask=r < R)
@@ -181,20 +194,29 @@ def commit(
     """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row."""
     row = tl.program_id(0)
     bar = tl.load(threshold + row)
-    left = _commit(part, best, ids, bar, row * R, R, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R)
+    left = _commit(
+        part, best, ids, ids, bar, row * R, R, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R, False
+    )
     tl.store(masks_left + row, left)
 
 
 @triton.jit
 def flat_commit(
-    part, best, ids, span, threshold, token, confidence, next_ids,
+    part, best, ids, index, span, threshold, token, confidence, next_ids,
     MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """ids and threshold (R,), span (R, 2) -> the op's outputs; the program of a span's first position does the span."""
+    """ids (N,), index and threshold (R,), span (R, 2) -> the op's outputs.
+
+    The program of a span's first position does the span.
+    """
+    follow(PDL)
     at = tl.program_id(0)
     begin = tl.load(span + at * 2)
     if at != begin:
         return
     count = tl.load(span + at * 2 + 1) - begin
     bar = tl.load(threshold + at)
-    _commit(part, best, ids, bar, begin, count, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R)
+    _commit(
+        part, best, ids, index, bar, begin, count, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R, True
+    )

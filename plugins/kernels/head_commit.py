@@ -8,35 +8,38 @@ second-level cache.
 import triton
 import triton.language as tl
 
+from .dependent import follow
 from .low_bit_linear import from_int8
 
 
 @triton.jit
 def flat_head_scan(
-    x, weight, kept, R, W, tile_part, tile_best,
+    x, index, weight, kept, R, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (R, E), weight (V, E) -> tile_part (R, N, 4) f32, tile_best (R, N) i32, as ConfidenceCommit's scan.
+    """x (N, E), index (R,), weight (V, E) -> tile_part (R, N, 4) f32, tile_best (R, N) i32, as ConfidenceCommit's scan.
 
     kept (R, W) f32 gets the logits if W is V, and nothing if not.
     """
-    _scan(x, weight, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, False)
+    follow(PDL)
+    _scan(x, index, weight, weight, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, False)
 
 
 @triton.jit
 def flat_head_scan_int8(
-    x, weight, scale, kept, R, W, tile_part, tile_best,
+    x, index, weight, scale, kept, R, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for weight (V, E) u8, the bits of int8, and scale (V,) f32."""
-    _scan(x, weight, scale, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, True)
+    follow(PDL)
+    _scan(x, index, weight, scale, kept, R, W, tile_part, tile_best, V, E, MASK_ID, BLOCK_M, BLOCK_V, BLOCK_E, True)
 
 
 @triton.jit
 def _scan(
-    x, weight, scale, kept, positions, W, tile_part, tile_best,
+    x, index, weight, scale, kept, positions, W, tile_part, tile_best,
     V: tl.constexpr, E: tl.constexpr, MASK_ID: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
@@ -45,11 +48,12 @@ def _scan(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
     real = m < positions
+    token_place = tl.load(index + m, mask=real, other=0).to(tl.int64) * E
     inside = v < V
     logits = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, E, BLOCK_E):
         has = start + e < E
-        a = tl.load(x + m.to(tl.int64)[:, None] * E + start + e[None, :], mask=real[:, None] & has[None, :], other=0.0)
+        a = tl.load(x + token_place[:, None] + start + e[None, :], mask=real[:, None] & has[None, :], other=0.0)
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
         w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0)
         if INT8:
@@ -81,12 +85,13 @@ def _scan(
 @triton.jit
 def head_reduce(
     tile_part, tile_best, part, best,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, SHARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """tile_part (R, TILES, 4), tile_best (R, TILES) -> part (R, SPLITS, 4), best (R, SPLITS).
 
     One program per position.
     """
+    follow(PDL)
     position = tl.program_id(0).to(tl.int64)
     share = tl.arange(0, LANES)
     tile = share[:, None] * SHARE + tl.arange(0, SHARE)[None, :]

@@ -35,12 +35,14 @@ def plan(
     row, first, visible, N, B, M, tiles, items, counters,
     G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, SMALL_M: tl.constexpr, LARGE_M: tl.constexpr,
     MANY_POW2: tl.constexpr, MOST: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """row and first (N,), visible (N, 3) -> tiles (T, FIELDS), items (W, FIELDS) and counters (T, G), all i32.
 
     One program, once per pass: how often a tile is split depends on what the pass has to read in all, so that about as
     many programs run as a card takes at once, each with as much to read, whatever the lengths of its rows.
     """
+    follow(PDL)
     FEW: tl.constexpr = SMALL_M // GROUP  # tokens of a tile
     MANY: tl.constexpr = LARGE_M // GROUP
     # The room for tiles and items, as `ops/paged_attention.py` counts it.

@@ -12,9 +12,10 @@ threshold takes its token, and always the most confident one does (the leftmost 
 that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
 and has no function body: on a CPU the host samples.
 
-`FLAT_SAMPLED` is that for positions of any number of rows: logits (R, V), ids, threshold, temperature and position (R),
-seed (R, 2), and span (R, 2) i32, the begin and end of the positions among which the rule chooses, the same for all of
-them. `flat_reference` specifies its rule; there is no masks_left.
+`FLAT_SAMPLED` is that for R predictions of any number of rows: logits (R, V), threshold, temperature and position (R),
+seed (R, 2), ids (N) of all tokens and index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and
+end of the predictions among which the rule chooses, the same for all of them. `flat_reference` specifies its rule, of
+the ids that are predicted; there is no masks_left.
 """
 
 from __future__ import annotations
@@ -219,7 +220,12 @@ SAMPLED = Op(
 )
 
 FLAT_SCAN = (Arg("part", "f32", ("R", splits, 4)), Arg("best", "i32", ("R", splits)))
-FLAT_INPUTS = (Arg("ids", "i32", ("R",)), Arg("span", "i32", ("R", 2)), Arg("threshold", "f32", ("R",)))
+FLAT_INPUTS = (
+    Arg("ids", "i32", ("N",)),
+    Arg("index", "i32", ("R",)),
+    Arg("span", "i32", ("R", 2)),
+    Arg("threshold", "f32", ("R",)),
+)
 FLAT_OUTPUTS = (Arg("token", "i32", ("R",)), Arg("confidence", "f32", ("R",)), Arg("next_ids", "i32", ("R",)))
 FLAT_COMMIT = Stage(
     "FlatCommitRule",
@@ -229,6 +235,7 @@ FLAT_COMMIT = Stage(
     outputs=FLAT_OUTPUTS,
     constants=_commit_constants,
     grid=lambda dims, ceil: (dims["R"], 1, 1),
+    follows=True,
 )
 _FLAT_NOISE = (
     Arg("temperature", "f32", ("R",)),
@@ -250,6 +257,7 @@ FLAT_SAMPLED = Op(
             outputs=FLAT_SCAN,
             constants=_scan_constants,
             grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
+            follows=True,
         ),
         FLAT_COMMIT,
     ),

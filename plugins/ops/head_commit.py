@@ -1,13 +1,13 @@
 """HeadCommit: the language model's head and the commit rule without logits in memory, for the torch engine on a GPU.
 
-    token, confidence, next_ids = FlatHeadCommit(x, weight, ids, span, threshold, kept)
+    token, confidence, next_ids = FlatHeadCommit(x, weight, ids, index, span, threshold, kept)
 
-x (R, E) and weight (V, E) compute; the rest as in `confidence_commit.FLAT_SAMPLED`, of logits = x weight^T in f32.
-`kept` (R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps
-its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of
-the commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may
-choose another of two near-equal entries. A head in int8 has weight (V, E) u8, its bits, and scale (V) f32, by which the
-logits are multiplied.
+x (N, E) and weight (V, E) compute; the rest as in `confidence_commit.FLAT_SAMPLED`, of logits = x[index] weight^T in
+f32. `kept` (R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary
+keeps its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the
+splits of the commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so
+it may choose another of two near-equal entries. A head in int8 has weight (V, E) u8, its bits, and scale (V) f32, by
+which the logits are multiplied.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
 
 
 def reference(
-    x: np.ndarray, weight: np.ndarray, ids: np.ndarray, span: np.ndarray, threshold: np.ndarray, mask_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x: np.ndarray, weight: np.ndarray, ids: np.ndarray, index: np.ndarray, span: np.ndarray, threshold: np.ndarray,
+    mask_id: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """The specification in numpy; shapes as in the module's docstring."""
-    logits = x.astype(np.float32) @ weight.astype(np.float32).T
-    return confidence_commit.flat_reference(logits, ids, span, threshold, mask_id)
+    logits = x[index].astype(np.float32) @ weight.astype(np.float32).T
+    return confidence_commit.flat_reference(logits, ids[index], span, threshold, mask_id)
 
 
 def _tiles(dims: Dims, ceil: Ceil) -> int:
@@ -58,7 +59,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
     return Op(
         "FlatHeadCommit",
         inputs=(
-            Arg("x", "compute", ("R", "E")),
+            Arg("x", "compute", ("N", "E")),
             *weight,
             *FLAT_INPUTS,
             Arg("kept", "f32", ("R", "W")),
@@ -69,12 +70,13 @@ def flat_op(tile: int, int8: bool = False) -> Op:
             Stage(
                 f"FlatHeadScan{'Int8' if int8 else ''}{tile}",
                 f"head_commit.flat_head_scan{'_int8' if int8 else ''}",
-                inputs=("x", *(arg.name for arg in weight), "kept"),
+                inputs=("x", "index", *(arg.name for arg in weight), "kept"),
                 scalars=("R", "W"),
                 outputs=tile_outputs,
                 constants=functools.partial(_scan_constants, tile=tile),
                 grid=lambda dims, ceil: (ceil(dims["R"], tile), ceil(dims["V"], BLOCK_V), 1),
                 num_stages=3,
+                follows=True,
             ),
             Stage(
                 "HeadReduce",
@@ -84,6 +86,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
                 outputs=FLAT_SCAN,
                 constants=_reduce_constants,
                 grid=lambda dims, ceil: (dims["R"], 1, 1),
+                follows=True,
             ),
             FLAT_COMMIT,
         ),

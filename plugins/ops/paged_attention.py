@@ -138,6 +138,7 @@ PLAN = Op(
             constants=_plan_constants,
             grid=lambda dims, ceil: (1, 1, 1),
             num_warps=8,
+            follows=True,
         ),
     ),
 )

@@ -4,6 +4,10 @@
 
 x, residual (B, S, E) compute, weight (E,) compute -> total = x + residual and y = total / rms(total) * weight, both
 (B, S, E).
+
+    y, total = EmbeddingNorm(ids, table, weight)
+
+The same where a pass begins: ids (N) i32, table (V, E) compute -> total = table[ids] and y of it, both (N, E).
 """
 
 from __future__ import annotations
@@ -20,6 +24,14 @@ def reference(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: floa
     wide = total.astype(np.float32)
     scale = 1 / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps))
     return ((wide * scale).astype(x.dtype) * weight).astype(x.dtype), total
+
+
+def embedding_reference(
+    ids: np.ndarray, table: np.ndarray, weight: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The specification of EmbeddingNorm in numpy."""
+    total = table[ids]
+    return reference(total, np.zeros_like(total), weight, eps)
 
 
 def _constants(model: ModelConfig) -> Constants:
@@ -48,6 +60,28 @@ OP = Op(
             outputs=_OUTPUTS,
             constants=_constants,
             grid=_grid,
+            num_warps=8,
+            follows=True,
+        ),
+    ),
+)
+
+_EMBEDDED = (Arg("y", "compute", ("N", "E")), Arg("total", "compute", ("N", "E")))
+
+EMBEDDING = Op(
+    "EmbeddingNorm",
+    inputs=(Arg("ids", "i32", ("N",)), Arg("table", "compute", ("V", "E")), Arg("weight", "compute", ("E",))),
+    outputs=_EMBEDDED,
+    attributes=(),
+    stages=(
+        Stage(
+            "EmbeddingNorm",
+            "residual_norm.embedding_norm",
+            inputs=("ids", "table", "weight"),
+            scalars=(),
+            outputs=_EMBEDDED,
+            constants=_constants,
+            grid=lambda dims, ceil: (dims["N"], 1, 1),
             num_warps=8,
             follows=True,
         ),

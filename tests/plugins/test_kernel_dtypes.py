@@ -130,7 +130,8 @@ def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
     }
     rows = commits(model, size)
     begin = np.repeat(np.array([0, size], np.int32), size)
-    rule = {"ids": rows["ids"].ravel(), "span": np.stack([begin, begin + size], 1)}
+    index = np.arange(2 * size, dtype=np.int32)[::-1].copy()
+    rule = {"ids": rows["ids"].ravel(), "index": index, "span": np.stack([begin, begin + size], 1)}
     case |= {**rule, "threshold": np.repeat(rows["threshold"], size)}
     no_logits = np.zeros((2 * size, 0), np.float32)
     got, _ = launch(head_commit.flat_op(tile), model, dtype, {**case, "kept": no_logits})

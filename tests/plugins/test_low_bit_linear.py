@@ -168,7 +168,8 @@ def test_a_head_in_8_bits_equals_that_of_its_values(tiny: ModelConfig, tile: int
     x = (rng.integers(-8, 9, (17, 40)) / 8).astype(np.float32)
     model = dataclasses.replace(tiny, vocab_size=1500, hidden_size=40, mask_id=100)
     span = np.tile(np.array([[0, 17]], np.int32), (17, 1))
-    case = {"x": x, "ids": np.full(17, 100, np.int32), "span": span, "threshold": np.full(17, 0.3, np.float32)}
+    rule = {"index": np.arange(17, dtype=np.int32), "span": span, "threshold": np.full(17, 0.3, np.float32)}
+    case = {"x": x, "ids": np.full(17, 100, np.int32), **rule}
     kept = np.zeros((17, 1500), np.float32)
     narrow = launch(
         head_commit.flat_op(tile, int8=True), model, **case, weight=numbers.view(np.uint8), scale=scale, kept=kept

@@ -429,25 +429,28 @@ SPANS = [3, 1, 18, 1, 1]  # predictions of each row
 
 
 def flat_rule(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """ids, span and threshold of predictions of several rows."""
+    """Ids of tokens, and index, span and threshold of predictions of several rows, which are some of the tokens."""
     rng = np.random.default_rng(seed)
     total = sum(SPANS)
-    ids = rng.integers(0, vocab, total).astype(np.int32)
-    ids[rng.random(total) < 0.7] = MASK
+    ids = rng.integers(0, vocab, total + 5).astype(np.int32)
+    ids[rng.random(total + 5) < 0.7] = MASK
+    index = rng.permutation(total + 5)[:total].astype(np.int32)
     end = np.repeat(np.cumsum(SPANS), SPANS)
     span = np.stack([end - np.repeat(SPANS, SPANS), end], 1).astype(np.int32)
     threshold = np.repeat(rng.uniform(0, 0.3, len(SPANS)), SPANS).astype(np.float32)
-    return {"ids": ids, "span": span, "threshold": threshold}
+    return {"ids": ids, "index": index, "span": span, "threshold": threshold}
 
 
 @pytest.mark.parametrize("tile", head_commit.TILES)
 def test_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
     rng = np.random.default_rng(3)
     vocab, width = 500, 40
-    x, weight = ((rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((sum(SPANS), width), (vocab, width)))
+    x, weight = (
+        (rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((sum(SPANS) + 5, width), (vocab, width))
+    )
     model = dataclasses.replace(tiny, vocab_size=vocab, hidden_size=width, mask_id=MASK)
     rule = flat_rule(vocab)
-    logits = x @ weight.T
+    logits = x[rule["index"]] @ weight.T
     expected = head_commit.reference(x, weight, **rule, mask_id=MASK)
     kept = np.full((sum(SPANS), vocab), 7, np.float32)
     token, confidence, next_ids = launch(head_commit.flat_op(tile), model, x=x, weight=weight, **rule, kept=kept)
@@ -475,16 +478,17 @@ def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
     alone = {
         **flat_case,
         "logits": logits[:, None],
-        "ids": rule["ids"][:, None],
+        "ids": rule["ids"][rule["index"]][:, None],
         "position": noise["position"][:, None],
     }
-    del alone["span"]
+    del alone["span"], alone["index"]
     by_rows = launch(SAMPLED, model, **alone)
     np.testing.assert_array_equal(token, by_rows[0][:, 0])
     np.testing.assert_array_equal(confidence, by_rows[1][:, 0])
     for begin, end in np.unique(rule["span"], axis=0):
         here = slice(begin, end)
-        is_open = rule["ids"][here] == MASK
+        before = rule["ids"][rule["index"][here]]
+        is_open = before == MASK
         rank = np.where(is_open, confidence[here], -1)
         commits = is_open & ((rank >= rule["threshold"][begin]) | (np.arange(end - begin) == rank.argmax()))
-        np.testing.assert_array_equal(next_ids[here], np.where(commits, token[here], rule["ids"][here]))
+        np.testing.assert_array_equal(next_ids[here], np.where(commits, token[here], before))

@@ -109,6 +109,11 @@ class TorchDevice:
                 "rows or a shorter text, or build again with --dtype bf16"
             ) from None
 
+    @property
+    def overlaps_launches(self) -> bool:
+        """Whether a kernel can begin while the one before it ends (programmatic dependent launch)."""
+        return self.is_gpu and self._torch.cuda.get_device_capability(self.name)[0] >= 9
+
     def memory(self) -> tuple[int, int]:
         """Bytes that can still be allocated, on the card or in what torch holds, and all of them; of a CPU's RAM too."""
         if not self.is_gpu:

@@ -8,6 +8,7 @@ loaded. The CPU has no graphs, so there a pass costs by its tokens, and attentio
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,8 @@ class TorchEngine:
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
         ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
+        pdl: let kernels begin while those before them end, on cards that can (SM 90 and later); default where the
+            environment variable NEMODIFF_PDL is 1. Tokens are the same with it and without.
 
     Raises:
         EngineError: torch is missing, or the weights do not belong to the description, or do not fit.
@@ -69,6 +72,7 @@ class TorchEngine:
         memory: float = DEFAULT_GPU_MEMORY_UTILIZATION,
         pages: int | None = None,
         ranks: Ranks | None = None,
+        pdl: bool | None = None,
     ) -> None:
         self.device = device if isinstance(device, TorchDevice) else TorchDevice(folder, device, threads)
         self.info = info
@@ -76,8 +80,11 @@ class TorchEngine:
         self.lock: Any = threading.RLock()  # of the stream and the memory: requests may run in several threads
         is_gpu = self.device.is_gpu
         self.ranks = ranks
+        with_kernels = is_gpu if kernels is None else kernels
+        wanted = os.environ.get("NEMODIFF_PDL") == "1" if pdl is None else pdl
+        early = wanted and self.device.overlaps_launches
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device.name, is_gpu if kernels is None else kernels, ranks)
+            self.model = TorchModel(folder, info, self.device.name, with_kernels, ranks, early)
             own = dataclasses.replace(info, model=self.model.config)
             # Rank 0 alone looks at images; the others get what it sees as embeddings.
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....engine_folder import TENSORS_FILE, EngineInfo
-from ....plugins.op import Arg, run
+from ....plugins.op import Arg, Op, run
 from ....plugins.ops import (
     confidence_commit,
     head_commit,
@@ -21,6 +21,7 @@ from ....plugins.ops import (
     paged_attention,
     residual_norm,
     rope_write,
+    rotation,
     swiglu,
 )
 from ..pages import PAGE
@@ -54,13 +55,20 @@ class TorchModel:
         device: torch's name of the device.
         kernels: run the project's Triton kernels.
         ranks: that hold the model together; every layer's heads, inner size and the head's vocabulary are split.
+        pdl: let kernels begin while those before them end; for cards from SM 90 on.
 
     Raises:
         EngineError: the weights file is not what the description says.
     """
 
     def __init__(
-        self, folder: Path, info: EngineInfo, device: str, kernels: bool, ranks: Ranks | None = None
+        self,
+        folder: Path,
+        info: EngineInfo,
+        device: str,
+        kernels: bool,
+        ranks: Ranks | None = None,
+        pdl: bool = False,
     ) -> None:
         import torch
 
@@ -69,6 +77,7 @@ class TorchModel:
         self.config = share.of_model(model)
         self.kernels = kernels
         self.ranks = ranks
+        self.pdl = pdl
         self._vocab_size = model.vocab_size
         self._vocabulary = share.of(model.vocab_size)
         weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels, share)
@@ -104,18 +113,13 @@ class TorchModel:
         """
         from torch.nn import functional
 
-        pos = inputs["pos"]
-        cos, sin = self._rotation(pos)
-        turns = Turns(cos, sin, self._query_scale(pos))
+        turns = self._turns(inputs["pos"])
         gate = inputs["adapter"][:, None].to(self.dtype) if "adapter" in inputs else None  # (N, 1) compute
         if self.kernels:
             plan = {"page_table": table, "visible": inputs["visible"], **self._plan(inputs, table)}
         else:
             sights = plain.sights(inputs, table, len(pool), views, self.dtype)
-        total = functional.embedding(inputs["ids"], self.embed)  # (N, E) compute
-        if "embedding" in inputs:
-            total = self._given(inputs["embedding"], inputs["embeddings"], total)
-        x = self._normed(total, self.layers[0].input_norm)
+        x, total = self._embedded(inputs, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, norm, (keys, values) in zip(self.layers, norms, pool.layers(), strict=True):
             q = self._rotated(self._projected(x, layer.qkv), turns, inputs["slot"], keys, values)  # (N, H, D)
@@ -126,25 +130,22 @@ class TorchModel:
             out = self._projected(merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
-                out = out + functional.linear(functional.linear(merged, a) * gate, b)  # a gate of 0 adds exactly 0
+                out.addmm_(functional.linear(merged, a) * gate, b.t())  # a gate of 0 adds exactly 0
             x, total = self._added(self._summed(out), total, layer.post_norm)
             inner = self._activated(self._projected(x, layer.gate_up))
             x, total = self._added(self._summed(self._projected(inner, layer.down)), total, norm)
+        if self.kernels and self.ranks is None:
+            head_logits = self._choose(x, inputs, outputs, logits)
+            return head_logits if logits else None
         index = inputs["index"].long()  # (R,)
-        x = x[index]  # (R, E)
-        ids = inputs["ids"][index]  # (R,) i32
-        mask = self.config.mask_id
-        if self.ranks is not None:
-            head = self._logits(x)  # (R, V / ranks)
-            best = self._best_of_ranks(plain.best(head, mask - self._vocabulary.start))
-            plain.commit(best, ids, inputs, outputs, mask)
-            return self._whole(head) if logits else None
-        if self.kernels:
-            head_logits = self._choose(x, ids, inputs, outputs, logits)
-        else:
-            head_logits = self._logits(x)
+        head_logits = self._logits(x[index])  # (R, V), or with ranks (R, V / ranks)
+        ids, mask = inputs["ids"][index], self.config.mask_id
+        if self.ranks is None:
             plain.commit(plain.best(head_logits, mask), ids, inputs, outputs, mask)
-        return head_logits if logits else None
+            return head_logits if logits else None
+        best = self._best_of_ranks(plain.best(head_logits, mask - self._vocabulary.start))
+        plain.commit(best, ids, inputs, outputs, mask)
+        return self._whole(head_logits) if logits else None
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
         """The tokens' own embeddings (N, E), or where `index` is not negative the given one of that number."""
@@ -188,21 +189,31 @@ class TorchModel:
         padded = functional.pad(logits, (0, own - logits.shape[1]))
         return self.ranks.gather(padded).transpose(0, 1).flatten(1)[:, : self._vocab_size]
 
-    def _rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of each position's angles, (N, D/2) compute; pos (N,) i32."""
-        angle = pos[:, None].float() * self._inv_freq
-        factor = self.config.rope.attention_factor
-        return (angle.cos() * factor).to(self.dtype), (angle.sin() * factor).to(self.dtype)
-
-    def _query_scale(self, pos: Tensor) -> Tensor | None:
-        """1 + beta ln(1 + floor(pos / L0)), (N,) compute; for a model without it ones for the kernel, else None."""
-        import torch
-
+    def _turns(self, pos: Tensor) -> Turns:
+        """What rotates the heads at positions (N,) i32; the kernels need a query scale of a model without it, too."""
+        if self.kernels:
+            return Turns(*self._run(rotation.OP, {"pos": pos, "inv_freq": self._inv_freq}, self._new(pos)))
         rope = self.config.rope
+        angle = pos[:, None].float() * self._inv_freq
+        cos, sin = ((turn * rope.attention_factor).to(self.dtype) for turn in (angle.cos(), angle.sin()))
         if not rope.llama_4_scaling_beta:
-            return torch.ones(pos.shape, dtype=self.dtype, device=pos.device) if self.kernels else None
+            return Turns(cos, sin, None)
         periods = (pos.float() / rope.original_max_position).floor()
-        return (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype)
+        return Turns(cos, sin, (1 + rope.llama_4_scaling_beta * (1 + periods).log()).to(self.dtype))
+
+    def _embedded(self, inputs: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The first norm of the tokens' embeddings, and those; both (N, E) compute."""
+        from torch.nn import functional
+
+        ids = inputs["ids"]
+        if self.kernels and "embedding" not in inputs:
+            given = {"ids": ids, "table": self.embed, "weight": weight}
+            x, total = self._run(residual_norm.EMBEDDING, given, self._new(ids))
+            return x, total
+        total = functional.embedding(ids, self.embed)
+        if "embedding" in inputs:
+            total = self._given(inputs["embedding"], inputs["embeddings"], total)
+        return self._normed(total, weight), total
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over the last axis."""
@@ -221,8 +232,8 @@ class TorchModel:
             return functional.linear(x, weight)
         if self.kernels:
             op = low_bit_linear.op(weight.kind, _tile(low_bit_linear.TILES, len(x)))
-            (y,) = run(op, self.config, {"x": x, **weight.tensors}, self._new(x))
-            return y  # type: ignore[no-any-return]
+            (y,) = self._run(op, {"x": x, **weight.tensors}, self._new(x))
+            return y
         values, scale = weight.tensors["values"], weight.tensors["scale"]
         return (functional.linear(x, values).float() * scale).to(self.dtype)
 
@@ -230,7 +241,7 @@ class TorchModel:
         """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,)."""
         if self.kernels:
             inputs = {"x": x[None], "residual": residual[None], "weight": weight}
-            y, total = run(residual_norm.OP, self.config, inputs, self._new(x))
+            y, total = self._run(residual_norm.OP, inputs, self._new(x))
             return y[0], total[0]
         total = residual + x
         return self._normed(total, weight), total
@@ -240,8 +251,8 @@ class TorchModel:
         from torch.nn import functional
 
         if self.kernels:
-            (y,) = run(swiglu.OP, self.config, {"gate_up": gate_up[None]}, self._new(gate_up))
-            return y[0]  # type: ignore[no-any-return]
+            (y,) = self._run(swiglu.OP, {"gate_up": gate_up[None]}, self._new(gate_up))
+            return y[0]
         gate, up = gate_up.chunk(2, -1)
         return functional.silu(gate) * up
 
@@ -252,8 +263,8 @@ class TorchModel:
         if self.kernels:
             inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "slot": slot}
             op = rope_write.paged(self._kv_bits)
-            (q,) = run(op, self.config, inputs | _cached(keys, values), self._new(qkv))
-            return q  # type: ignore[no-any-return]
+            (q,) = self._run(op, inputs | _cached(keys, values), self._new(qkv))
+            return q
         model = self.config
         turned = model.num_heads + model.num_kv_heads
         heads = qkv.view(len(qkv), -1, model.head_dim)  # (N, H + 2 G, D)
@@ -269,17 +280,17 @@ class TorchModel:
     def _plan(self, inputs: Mapping[str, Tensor], table: Tensor) -> dict[str, Tensor]:
         """Which program of every layer's attention reads which pages for which tokens."""
         arguments = {name: inputs[name] for name in ("row", "first", "visible")}
-        planned = run(paged_attention.PLAN, self.config, {**arguments, "page_table": table}, self._new(table))
+        planned = self._run(paged_attention.PLAN, {**arguments, "page_table": table}, self._new(table))
         return dict(zip(("items", "counters"), planned, strict=True))
 
     def _attend(self, q: Tensor, keys: Stored, values: Stored, sight: Mapping[str, Tensor]) -> Tensor:
         """PagedAttention's kernels, (N, H D)."""
         arguments = {"q": q, **_cached(keys, values), **sight}
-        (y,) = run(paged_attention.op(self._kv_bits), self.config, arguments, self._new(q))
-        return y.flatten(1)  # type: ignore[no-any-return]
+        (y,) = self._run(paged_attention.op(self._kv_bits), arguments, self._new(q))
+        return y.flatten(1)
 
     def _choose(
-        self, x: Tensor, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
+        self, x: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], keep: bool
     ) -> Tensor:
         """HeadCommit's kernels, which write into `outputs`; logits (R, V) f32, or (R, 0) unless kept.
 
@@ -288,19 +299,24 @@ class TorchModel:
         import torch
 
         sampled = "seed" in inputs
-        shape = (len(ids), self.config.vocab_size if keep or sampled else 0)
+        count = len(inputs["index"])
+        shape = (count, self.config.vocab_size if keep or sampled else 0)
         logits = torch.empty(shape, dtype=torch.float32, device=x.device)
         new = self._new(x, outputs)
-        rule = {"ids": ids, "span": inputs["span"], "threshold": inputs["threshold"]}
+        rule = {name: inputs[name] for name in ("ids", "index", "span", "threshold")}
         weight: dict[str, Any] = {"weight": self.head}
         if isinstance(self.head, Quantized):
             weight = {name: self.head.tensors[name] for name in ("weight", "scale")}
-        op = head_commit.flat_op(_tile(head_commit.TILES, len(ids)), "scale" in weight)
-        run(op, self.config, {"x": x, **weight, **rule, "kept": logits}, new)
+        op = head_commit.flat_op(_tile(head_commit.TILES, count), "scale" in weight)
+        self._run(op, {"x": x, **weight, **rule, "kept": logits}, new)
         if sampled:
             drawing = {name: inputs[name] for name in ("temperature", "seed", "position")}
-            run(confidence_commit.FLAT_SAMPLED, self.config, {"logits": logits, **rule, **drawing}, new)
+            self._run(confidence_commit.FLAT_SAMPLED, {"logits": logits, **rule, **drawing}, new)
         return logits
+
+    def _run(self, op: Op, inputs: Mapping[str, Any], new: Any) -> list[Tensor]:
+        """An op's kernels."""
+        return run(op, self.config, inputs, new, pdl=self.pdl)
 
     def _new(self, like: Tensor, known: Mapping[str, Tensor] | None = None) -> Any:
         """A function for `run` that gives the tensors a kernel writes: known ones by name, others new."""

@@ -1,0 +1,78 @@
+"""What a step of the torch engine launches on a GPU: which kernels, how many, and which of them begin early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stand_ins.launches import launches
+from stand_ins.torch_pair import MODELS
+
+from nemodiff.builder.build import Builder
+from nemodiff.engine_folder import EngineInfo, read_engine
+from nemodiff.plugins import FUSED
+from nemodiff.runtime.engines.torch.device import TorchDevice
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape
+
+pytestmark = pytest.mark.torch
+FIRST = ["Rotation", "AttentionPlan", "EmbeddingNorm"]
+HEADS = ["linear", "PagedRopeWrite", "PagedAttention", "linear"]
+REST = ["ResidualNorm", "linear", "SwiGLU", "linear", "ResidualNorm"]
+CHOICE = ["FlatHeadScan16", "HeadReduce", "FlatCommitRule"]
+AR = FlatShape(1, 1)
+
+
+def built(folder: Path, model: str) -> tuple[Path, EngineInfo]:
+    """An engine folder of two layers, in bf16."""
+    made = Builder(MODELS[model](folder / "checkpoint"), folder / "engine", backend="torch", dtype="bf16").run()
+    return made, read_engine(made)
+
+
+def names(engine: TorchEngine, shape: FlatShape) -> list[str]:
+    return [name for name, _ in launches(engine, shape)]
+
+
+def test_nothing_is_launched_between_products_but_kernels(tmp_path: Path) -> None:
+    engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8)
+    assert names(engine, AR) == [*FIRST, *2 * (HEADS + REST), *CHOICE]
+    assert names(engine, AR._replace(sampled=True))[-2:] == ["FlatSampledScan", "FlatCommitRule"]
+
+
+def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:
+    engine = TorchEngine(*built(tmp_path, "early YaRN"), "cpu", kernels=True, pages=8)
+    layer = [*HEADS, "linear", "mul", "addmm_", *REST]
+    assert names(engine, AR) == ["Rotation", "to", *FIRST[1:], *2 * layer, *CHOICE]
+
+
+def test_every_kernel_but_the_first_begins_early_where_the_card_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def early(pdl: bool | None = None) -> set[str]:
+        engine = TorchEngine(folder, info, "cpu", kernels=True, pages=8, pdl=pdl)
+        launched = launches(engine, AR._replace(sampled=True))
+        kernels = {stage.name for op in FUSED for stage in op.stages}
+        begun = {name for name, begins in launched if begins}
+        assert begun in (set(), {name for name, _ in launched if name in kernels} - {"Rotation"})
+        return begun
+
+    folder, info = built(tmp_path, "plain rotation")
+    assert not early(True)  # a CPU cannot
+    monkeypatch.setattr(TorchDevice, "overlaps_launches", True)
+    assert early(True)
+    assert not early()  # off unless asked for
+    monkeypatch.setenv("NEMODIFF_PDL", "1")
+    assert early()
+    assert not early(False)
+
+
+@pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])
+def test_cards_that_begin_kernels_early(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], can: bool
+) -> None:
+    device = TorchDevice(Path("engine"), "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: capability)
+    assert not device.overlaps_launches
+    device.is_gpu = True
+    assert device.overlaps_launches == can
