@@ -28,12 +28,14 @@ def orthogonalise(matrices: Tensor) -> Tensor:  # (K, M, N)
 
 
 class Optimiser:
-    """One step of both parts. Matrices of one shape are orthogonalised together."""
+    """One step of both parts, without frozen parameters. Matrices of one shape are orthogonalised together."""
 
     def __init__(self, model: TinyChat) -> None:
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         rest = []
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             if parameter.ndim == 2 and "layers" in name:
                 by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             else:
