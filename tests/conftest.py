@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,13 +42,21 @@ SUBJECT = re.compile(
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")
 
 Refused = Callable[..., str]
+PATIENCE = 120.0  # seconds until a test says that something hangs; none that passes waits for them to be over
 
 hypothesis.settings.register_profile("nemodiff", database=None, deadline=None)
 hypothesis.settings.load_profile("nemodiff")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hypothesis keeps tables of characters and of constants in a folder: a temporary one, not the repository."""
+    """Hypothesis keeps tables of characters and of constants in a folder: a temporary one, not the repository.
+
+    Signals that whatever started the tests ignores, as a shell does for what it runs behind it, would be ignored by
+    the processes that tests start as well.
+    """
+    for sign, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(sign) is signal.SIG_IGN:
+            signal.signal(sign, usual)
     folder = tempfile.TemporaryDirectory(prefix="nemodiff-hypothesis-")
     config.add_cleanup(folder.cleanup)
     hypothesis.configuration.set_hypothesis_home_dir(folder.name)
@@ -70,6 +80,14 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = write_checkpoint(tmp_path / "checkpoint", dtype="f32")
     write_adapter(folder, rank=4, alpha=8, strength=0.01)
     return folder
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread or process does."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

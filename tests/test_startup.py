@@ -35,7 +35,7 @@ assert all(globals()[name] is getattr(nemodiff, name) for name in nemodiff.__all
 def imported(script: str, *words: str) -> set[str]:
     """The libraries, and the product's own modules, that a script names on standard error."""
     command = [sys.executable, "-W", "error", "-c", script, *words]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     return set(ended.stderr.split())
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, eventually
 from stand_ins.http_server import serving
 from stand_ins.network import compile_recorder
 
@@ -22,7 +23,6 @@ CONTINUOUS_INTEGRATION = (
     *("APPVEYOR", "BUILDKITE", "CI", "CIRCLECI", "CODEBUILD_BUILD_ID", "GITHUB_ACTIONS"),
     *("GITLAB_CI", "JENKINS_URL", "TEAMCITY_VERSION", "TF_BUILD", "TRAVIS"),
 )
-PATIENCE = 40.0  # seconds; ONNX Runtime looks its vendor up about 9 seconds after it is imported
 LIBRARY = """
 import sys
 import nemodiff
@@ -56,7 +56,7 @@ def written(home: Path) -> list[str]:
 
 
 def run(command: list[str], variables: dict[str, str]) -> None:
-    ended = subprocess.run(command, env=variables, input="", capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=variables, input="", capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
 
 
@@ -117,13 +117,11 @@ def test_nothing_is_looked_up(tiny_engine: Path, recorder: Path, tmp_path: Path)
         for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == "answered\n"
-        deadline = time.monotonic() + PATIENCE
-        while "getaddrinfo" not in logs["0"].read_text() and time.monotonic() < deadline:
-            time.sleep(0.25)
+        eventually(lambda: "getaddrinfo" in logs["0"].read_text())  # about 9 seconds after it is imported
         time.sleep(1)
     finally:
         for process in processes:
-            process.communicate(timeout=30)
+            process.communicate(timeout=PATIENCE)
     assert "events.data" in logs["0"].read_text()  # else this test would see nothing
     assert logs[None].read_text() == ""
 

@@ -79,7 +79,7 @@ def test_cut_checkpoint_builds_and_answers(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     changes = [f"--set={name}={value}" for name, value in TINY.items() if name != "num_hidden_layers"]
     command = [sys.executable, str(FOLDER / "make_checkpoint.py"), str(folder), "--layers=2", "--adapter", *changes]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
     builder = Builder(folder, tmp_path / "engine", max_seq_len=256)
     plan = builder.plan()
     assert plan.parameters == sum(map(math.prod, MAKE.shapes(MAKE.config("3b", TINY)).values()))
@@ -117,7 +117,7 @@ def test_a_large_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "make_checkpoint.py"), str(tmp_path)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "exists" in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
@@ -126,7 +126,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_explain_themselves(name: str) -> None:
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--help"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     assert shown.startswith("usage: ")
 
 
@@ -170,7 +170,7 @@ def test_questions_repeat_and_cover_every_task() -> None:
     code = "import json; from common import questions as q\n"
     code += "print(json.dumps([q.SEED, list(q.TASKS), [vars(x) for x in q.draw(3)]]))"
     command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, timeout=60).stdout for _ in range(2)]
+    runs = [subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, timeout=120).stdout for _ in range(2)]
     assert runs[0] == runs[1]
     seed, tasks, drawn = json.loads(runs[0])
     assert seed not in (1, 7, 999)  # training's

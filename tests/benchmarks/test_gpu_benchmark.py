@@ -168,7 +168,7 @@ def test_a_checkout_is_enough(tmp_path: Path) -> None:
     code += "import nemodiff; print(nemodiff.__file__)"
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == str(FOLDER.parent / "__init__.py")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import assert_one_line, snapshot
+from conftest import PATIENCE, assert_one_line, snapshot
 from stand_ins.checkpoints import write_checkpoint
 
 import nemodiff
@@ -35,7 +35,6 @@ REPO, COMMIT = "acme/tri-mode", "c0ffee00" * 5
 # command starts an unfinished file again and keeps the finished ones.
 PIECE = 10 * 2**20
 SENT = PIECE + 2**20  # bytes that the server sends before it fails
-PATIENCE = 120.0  # seconds
 DECOYS = (
     "README.md",
     "pytorch_model.bin",

@@ -9,12 +9,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line, snapshot
+from conftest import PATIENCE, assert_one_line, eventually, snapshot
 
 import nemodiff
 from nemodiff.builder import staging
@@ -33,7 +32,7 @@ def advance(nbytes):
     if len(pieces) == 1:
         print("writing", flush=True)
         if sys.argv[3] == "sleep":
-            time.sleep(60)
+            time.sleep(600)
         else:
             sys.stdin.readline()
 Builder(sys.argv[1], sys.argv[2]).run(advance)
@@ -65,10 +64,8 @@ def start(script: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def siblings(engine: Path) -> set[str]:
-    """Names beside the engine, after the process that cleans up had a moment."""
-    deadline = time.monotonic() + 10
-    while any(".partial-" in p.name for p in engine.parent.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    """Names beside the engine, after the process that cleans up has."""
+    eventually(lambda: not any(".partial-" in p.name for p in engine.parent.iterdir()))
     return {p.name for p in engine.parent.iterdir()}
 
 
@@ -100,7 +97,7 @@ def test_ended_build_leaves_nothing(checkpoint: Path, sign: signal.Signals, plac
     parent = engine.parent if place == "beside" else engine
     assert any(".engine.partial-" in p.name for p in parent.iterdir())
     process.send_signal(sign)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == -sign
     if place == "inside":
         siblings(engine / "manifest.json")
@@ -114,7 +111,7 @@ def test_kill_between_the_two_renames_gives_the_old_engine_back(checkpoint: Path
     engine = checkpoint.parent / "engine"
     before = snapshot(Builder(checkpoint, engine).run())
     process = start(KILLED_BETWEEN_RENAMES, checkpoint, engine)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == -signal.SIGKILL
     assert siblings(engine) == {"checkpoint", "engine"}
     assert snapshot(engine) == before
@@ -225,7 +222,7 @@ def test_two_builds_at_once_leave_one_good_engine(checkpoint: Path, replacing: b
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    ends = [process.communicate(timeout=30)[1] for process in both]
+    ends = [process.communicate(timeout=PATIENCE)[1] for process in both]
     assert 0 in [process.returncode for process in both]
     for stderr in ends:  # the later one either replaces the earlier or is refused
         assert stderr == "" or "BuildError" in stderr.splitlines()[-1]
@@ -238,7 +235,7 @@ def test_disk_that_fills_up_is_one_line(checkpoint: Path, replacing: bool) -> No
     engine = checkpoint.parent / "engine"
     before = snapshot(Builder(checkpoint, engine).run()) if replacing else {}
     process = start(SMALL_DISK, checkpoint, engine)
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert_one_line(stderr, f"{engine}: writing failed (File too large); free some space or choose another --output")
     assert (process.returncode, stdout) == (1, "")
     assert siblings(engine) == ({"checkpoint", "engine"} if replacing else {"checkpoint"})

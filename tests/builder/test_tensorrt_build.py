@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from conftest import Refused, snapshot
+from conftest import PATIENCE, Refused, eventually, snapshot
 from onnx import TensorProto, helper
 from stand_ins.checkpoints import TINY_CHAT, random_tensors, write_checkpoint
 
@@ -238,7 +237,7 @@ except BuildError as error:
     fix = library_folder(checkpoint.parent)
     environment = os.environ | fix | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", code]
-    line = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+    line = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
     assert "became a plugin, asked for: native layers" in line
 
 
@@ -282,19 +281,12 @@ Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=Choices(plugin
     }
     command = [sys.executable, "-c", code, str(checkpoint), str(checkpoint.parent / "engine")]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    wait_for(lambda: pid_file.exists() and pid_file.read_text() != "")
+    eventually(lambda: pid_file.exists() and pid_file.read_text() != "")
     child = int(pid_file.read_text())
     process.send_signal(sign)
-    process.wait(timeout=20)
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
-    wait_for(lambda: {p.name for p in checkpoint.parent.iterdir()} == before | {"pid"})
-
-
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process.wait(timeout=PATIENCE)
+    eventually(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
+    eventually(lambda: {p.name for p in checkpoint.parent.iterdir()} == before | {"pid"})
 
 
 # The plan, inspect, and loading.

@@ -36,7 +36,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-chat's questions as three tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     run = [sys.executable, str(TINY_CHAT / "make_tasks.py"), str(folder), "--count", str(COUNT)]
-    subprocess.run(run, check=True, timeout=60)
+    subprocess.run(run, check=True, timeout=120)
     return folder
 
 

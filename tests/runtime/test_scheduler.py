@@ -12,12 +12,12 @@ import functools
 import itertools
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.toy_engine import ToyEngine, toy
@@ -41,7 +41,6 @@ CONTROLS: tuple[dict[str, Any], ...] = (  # of diffusion
     {"merge_commit": True, "policy": "topk", "per_step": 2, "threshold": None},
     {"merge_commit": True, "policy": "left_to_right", "frequency_penalty": 0.5, "block_steps": 2},
 )
-PATIENCE = 20.0  # seconds until a test says that something hangs
 FLAT, STEEP = (CostCurve((1, 2), times) for times in ((10.0, 10.01), (0.1, 1.1)))
 
 
@@ -463,14 +462,6 @@ def test_memory_of_long_requests_is_given_back_when_idle(engine: nemodiff.Loaded
         assert (scheduler.statistics.kept_prefixes, scheduler.statistics.slots) == (0, 0)
         assert scheduler.submit(SYSTEM, max_new_tokens=4).result(PATIENCE).reused_tokens == 0
     assert backend(engine).open_caches == open_caches
-
-
-def eventually(holds: Callable[[], bool]) -> None:
-    """Wait for another thread."""
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @settings(max_examples=100, deadline=None)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import output_of
+from conftest import PATIENCE, output_of
 from stand_ins.http_server import Served, serving
 from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
 
@@ -214,7 +214,7 @@ class Pictures(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/slow.png":
-            time.sleep(1)
+            self.server.done.wait(PATIENCE)  # type: ignore[attr-defined]
         if self.path == "/dripping.png":  # each piece comes in time
             with contextlib.suppress(OSError):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
@@ -235,9 +235,11 @@ class Pictures(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def web() -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server.done = threading.Event()  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
+    server.done.set()  # type: ignore[attr-defined]
     server.shutdown()
     thread.join()
     server.server_close()

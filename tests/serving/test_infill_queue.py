@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 
 import nemodiff
 from nemodiff.serving.http import infill_queue
 from nemodiff.serving.http.infill_queue import InfillQueue
-
-PATIENCE = 20.0  # seconds until a test says that something hangs
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import random
 import re
@@ -14,7 +15,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import hypothesis
 import openai
 import pytest
 import schemathesis
+from conftest import eventually
 from hypothesis import strategies as st
 from schemathesis.specs.openapi import checks as openapi_checks
 from stand_ins.http_server import Served, serving
@@ -36,7 +37,7 @@ from nemodiff.serving.http.request_group import RequestGroup
 CHAT = "/v1/chat/completions"
 STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
-LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar"}
+LONG = {"prompt": "Once upon a time", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar"}
 SET = {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
 NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/N"}, "value": {"type": "integer"}}}
 ENDLESS = {"$defs": {"N": {**NODE, "required": ["next", "value"]}}, "$ref": "#/$defs/N"}
@@ -654,14 +655,15 @@ def test_keys_size_time_and_queue_are_limited(guarded: Served) -> None:
     assert (status, json.loads(content)["error"]["code"]) == (504, "timeout")
     last = guarded.send("/v1/completions", {**LONG, "stream": True}, **key)[2].split(b"\n\n")[-2]
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "timeout"
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
-    statuses = sorted(status for status, _, _ in answers)
-    assert statuses == [429] * 4 + [504] * 2
+    counts = {429: 0, 504: 1}
+    while not counts[429]:  # which takes three within the half second that a request has
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _: guarded.send("/v1/completions", LONG, **key), range(6)))
+        for status, headers, _ in answers:
+            counts[status] += 1
+            assert status == 504 or headers["retry-after"] == "1"
     values = guarded.metrics()
-    refused = "nemodiff_refused_requests_total"
-    assert [values[f'{refused}{{status="{status}"}}'] for status in (429, 504)] == [4, 3]
-    assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status == 429)
+    assert {status: values[f'nemodiff_refused_requests_total{{status="{status}"}}'] for status in counts} == counts
 
 
 @pytest.mark.parametrize("patience", ["60", "0.3"])
@@ -673,12 +675,14 @@ def test_sigterm_drains(tiny_engine: Path, engine: nemodiff.LoadedEngine, patien
         running.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = running.getresponse()
         begun = answer.read(300)
-        served.process.send_signal(signal.SIGTERM)
-        if patience == "60":
-            while served.send("/health/ready")[0] != 503:
-                time.sleep(0.005)
-            status, headers, _ = served.send("/v1/completions", body)
-            assert (status, headers["retry-after"]) == (503, "1")
+        with contextlib.closing(served.connect()) as other:  # keeps the server while it is asked
+            other.request("POST", "/v1/completions", json.dumps({**body, **LONG}), {"Content-Type": "application/json"})
+            assert other.getresponse().read(10)
+            served.process.send_signal(signal.SIGTERM)
+            if patience == "60":
+                eventually(lambda: served.send("/health/ready")[0] == 503)
+                status, headers, _ = served.send("/v1/completions", body)
+                assert (status, headers["retry-after"]) == (503, "1")
         content = begun + answer.read()
         running.close()
         assert served.process.wait(60) == 0

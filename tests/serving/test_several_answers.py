@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from stand_ins.http_server import Served, serving
 
 CHAT = "/v1/chat/completions"
-LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "min_tokens": 3000, "mode": "ar", "stream": True}
+FILLS = "nemodiff_fills_total"
+LONG = {"prompt": "Once upon a time", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar", "stream": True}
 MESSAGES = [{"role": "user", "content": "Count from 3 to 9."}]
 
 
@@ -83,13 +84,8 @@ def test_a_client_that_leaves_a_hole_leaves_no_trace(tiny_engine: Path) -> None:
             connection = served.connect()
             connection.request("POST", "/v1/fim/completions", body, {"Content-Type": "application/json"})
             connection.close()
-        for _ in range(600):
-            values = served.metrics()
-            ended = sum(count for name, count in values.items() if name.startswith("nemodiff_fills_total"))
-            if ended == 4:
-                break
-            threading.Event().wait(0.05)
-        assert values['nemodiff_fills_total{end="failed"}'] == 0
+        eventually(lambda: sum(value for name, value in served.metrics().items() if name.startswith(FILLS)) == 4)
+        assert served.metrics()[f'{FILLS}{{end="failed"}}'] == 0
         assert served.send("/v1/fim/completions", {"prompt": "a", "suffix": "b", "max_tokens": 1})[0] == 200
         served.process.terminate()
         assert served.process.wait(60) == 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-START = 60.0  # seconds until a server that does not start is given up
+PATIENCE = 120.0  # seconds until a server that does not answer, or end, is given up
 
 
 class Served:
@@ -27,7 +27,7 @@ class Served:
         self.url = f"http://{host}:{port}"
 
     def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(self.host, self.port, timeout=60)
+        return http.client.HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def send(
         self, path: str, body: Any = None, *, method: str | None = None, **headers: str
@@ -65,7 +65,7 @@ class Served:
 
     def settled(self) -> dict[str, float]:
         """The metrics once nothing runs or waits."""
-        for _ in range(600):
+        for _ in range(2400):
             values = self.metrics()
             if not values["nemodiff_requests_running"] + values["nemodiff_requests_waiting"]:
                 return values
@@ -91,5 +91,5 @@ def serving(
     finally:
         if process.poll() is None:
             process.kill()
-        process.wait(START)
+        process.wait(PATIENCE)
         process.stderr.close()

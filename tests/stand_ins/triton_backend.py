@@ -73,7 +73,7 @@ class Request:
     def is_cancelled(self) -> bool:
         return self.cancelled
 
-    def responses(self, patience: float = 30.0) -> list[InferenceResponse]:
+    def responses(self, patience: float = 120.0) -> list[InferenceResponse]:
         """All responses, once the last has come."""
         responses = []
         while True:

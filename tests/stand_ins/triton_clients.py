@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 FORMATS = {"BOOL": "?", "INT32": "<i", "UINT32": "<I", "UINT64": "<Q", "FP32": "<f"}
 _MESSAGES = {
     "Parameter": "bool_param:1:bool int64_param:2:int64 string_param:3:string",
