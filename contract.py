@@ -31,14 +31,16 @@ COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while t
 Dtype = Literal["f32", "f16", "bf16"]
 # Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, with the head. int4: an f32 scale per
 # output and 32 inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too.
-Quantization = Literal["fp8", "int8", "int4"]
+# fp8_dynamic: weights as in fp8, and inputs in e4m3 with a scale per token.
+Quantization = Literal["fp8", "fp8_dynamic", "int8", "int4"]
 # Which backends have each, and what a projection's inputs are then a multiple of.
 QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
     "int8": ("onnxruntime", "torch"),
     "int4": ("onnxruntime", "torch"),
     "fp8": ("torch",),
+    "fp8_dynamic": ("torch",),
 }
-QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16}
+QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16, "fp8_dynamic": 16}
 # Of K and V: auto is the engine's dtype. The others have a scale for every token and head; fp8 is e4m3.
 KvCacheDtype = Literal["auto", "int8", "fp8"]
 KvBits = Literal["int8", "fp8"]
@@ -81,6 +83,11 @@ class BuildConfig:
     def kv_bits(self) -> KvBits | None:
         """How K and V are kept in 8 bits, if they are."""
         return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+
+def stored_as(quantization: Quantization | None) -> Quantization | None:
+    """The kind that a projection's weights are of, whatever its inputs are."""
+    return "fp8" if quantization == "fp8_dynamic" else quantization
 
 
 def dtype_line(dtype: str, quantization: str | None, kv_cache_dtype: str = "auto") -> str:

@@ -28,6 +28,7 @@ from ..contract import (
     KvCacheDtype,
     Quantization,
     cache_slots,
+    stored_as,
 )
 from ..engine_folder import (
     CONFIG_FILE,
@@ -78,7 +79,8 @@ class Builder:
         block_length: default block length of the engine, 1..64; default the checkpoint's.
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
-        quantization: `int8` or `int4` projections on onnxruntime and torch, `fp8` on torch; default none.
+        quantization: `int8` or `int4` projections on onnxruntime and torch, `fp8` or `fp8_dynamic` on torch;
+            default none.
         kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
@@ -131,7 +133,7 @@ class Builder:
         kinds = {t.kind for t in packed if t.exact and backend in QUANTIZATIONS[t.kind]}
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
-        kept = {t.name: t.scheme.symmetric for t in packed if t.exact and t.kind == quantization}
+        kept = {t.name: t.scheme.symmetric for t in packed if t.exact and t.kind == stored_as(quantization)}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
             max_seq_len=length,
@@ -161,7 +163,7 @@ class Builder:
         )
         self._header = b""  # of the weights file
         if backend == "torch":
-            self.graph, self._header = as_safetensors(self.graph, quantization, kept if packed else None)
+            self.graph, self._header = as_safetensors(self.graph, stored_as(quantization), kept if packed else None)
         self.vision: Graph | None = None
         if model.vision:
             self.vision = build_vision_graph(model, self.config.dtype, fused=self._compiled)

@@ -53,6 +53,11 @@ def check_backend(
             f"--quantization {quantization}: not a choice of --backend {backend}, allowed: "
             f"{', '.join(backends)}; leave it out or add --backend {backends[0]}"
         )
+    if quantization == "fp8_dynamic" and dtype == "f16":
+        raise BuildError(
+            "--dtype f16: not a choice of --quantization fp8_dynamic, whose sums it cannot hold, allowed: bf16, f32; "
+            "leave it out"
+        )
     if quantization is not None and backend == "onnxruntime" and dtype not in (None, "f32"):
         raise BuildError(
             f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "

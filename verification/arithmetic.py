@@ -18,8 +18,9 @@ Part = Literal["projection", "head", "other"]
 class Arithmetic:
     """How numbers are computed: in `compute`, each result rounded to `stored`, projections on a grid.
 
-    fp8 is e4m3 with a scale per output; int8 has a scale per output, also in the head; int4 has scales by groups, and
-    the head in int8. With `rounds_inputs` the inputs of int8 and int4 are on a grid too, per token and by groups.
+    fp8 is e4m3 with a scale per output, fp8_dynamic has inputs in e4m3 with one per token too; int8 has a scale per
+    output, also in the head; int4 has scales by groups, and the head in int8. With `rounds_inputs` the inputs of int8
+    and int4 are on a grid too, per token and by groups.
     """
 
     compute: Any
@@ -40,7 +41,7 @@ class Arithmetic:
         if self.stored is None:
             return weight.astype(self.compute)
         grid = self._grid(part)
-        if grid == "fp8":
+        if grid in ("fp8", "fp8_dynamic"):
             weight = _e4m3(weight)
         elif grid == "int8":
             weight = _integers(weight, 127)
@@ -50,7 +51,11 @@ class Arithmetic:
 
     def inputs(self, x: np.ndarray, part: Part = "projection") -> np.ndarray:
         """What a matrix is multiplied by, (T, in)."""
-        grid = self._grid(part) if self.rounds_inputs else None
+        grid = self._grid(part)
+        if grid == "fp8_dynamic":
+            return _e4m3(x)
+        if not self.rounds_inputs:
+            return x
         if grid == "int8":
             return _integers(x, 127)
         return _by_groups(x, 127) if grid == "int4" else x
@@ -63,7 +68,7 @@ class Arithmetic:
         return kept.astype(self.compute)
 
     def _grid(self, part: Part) -> str | None:
-        if self.stored is None or part == "other" or (part == "head" and self.quantization == "fp8"):
+        if self.stored is None or part == "other" or (part == "head" and self.quantization in ("fp8", "fp8_dynamic")):
             return None
         return "int8" if part == "head" and self.quantization else self.quantization
 

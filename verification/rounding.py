@@ -19,7 +19,7 @@ from ..engine_folder import EngineInfo
 
 UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 _AMPLIFIED = 4.0
-GRID = {"fp8": 0.03, "int8": 0.01, "int4": 0.1}  # relative error of a projection's result
+GRID = {"fp8": 0.03, "fp8_dynamic": 0.045, "int8": 0.01, "int4": 0.1}  # relative error of a projection's result
 # The bounds, as multiples of the noise. Deviations of honest engines have a root mean square below 1 and long tails, up
 # to 25 in single positions whose attention hangs in the balance (docs/verify.md).
 LARGEST = 64.0  # deviation of one position

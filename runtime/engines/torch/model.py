@@ -23,10 +23,11 @@ from ....plugins.ops import (
     rope_write,
     rotation,
     swiglu,
+    token_quantise,
 )
 from ..pages import PAGE
 from . import plain
-from .quantized import Matrix, Quantized
+from .quantized import CHUNK, Matrix, Quantized, by_8_bits, check_by_8_bits, quantised
 from .stored import Pool, Stored
 from .weights import Share, WeightsFile
 
@@ -83,6 +84,8 @@ class TorchModel:
         weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels, share)
         self.dtype = weights.dtype
         self._kv_bits = info.build.kv_bits
+        if kernels and info.build.quantization == "fp8_dynamic":
+            check_by_8_bits(folder, device, self.dtype)
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
@@ -230,12 +233,29 @@ class TorchModel:
             return torch.cat([self._projected(x, part) for part in weight], -1)
         if not isinstance(weight, Quantized):
             return functional.linear(x, weight)
+        if weight.kind == "fp8_dynamic":
+            return self._by_8_bits(x, weight)
         if self.kernels:
             op = low_bit_linear.op(weight.kind, _tile(low_bit_linear.TILES, len(x)))
             (y,) = self._run(op, {"x": x, **weight.tensors}, self._new(x))
             return y
         values, scale = weight.tensors["values"], weight.tensors["scale"]
         return (functional.linear(x, values).float() * scale).to(self.dtype)
+
+    def _by_8_bits(self, x: Tensor, weight: Quantized) -> Tensor:
+        """The same of fp8_dynamic, which rounds every token to e4m3."""
+        import torch
+        from torch.nn import functional
+
+        if not self.kernels:
+            values, scale = quantised(x)
+            sums = functional.linear(values, weight.tensors["values"]).float()
+            return (sums * scale[:, None] * weight.tensors["scale"]).to(self.dtype)
+        room = -(-len(x) // CHUNK) * CHUNK  # rows past the last token hold anything and are dropped
+        values = torch.empty((room, x.shape[1]), dtype=torch.uint8, device=x.device)
+        scale = torch.empty(room, dtype=torch.float32, device=x.device)
+        run(token_quantise.OP, self.config, {"x": x}, self._new(x, {"values": values, "scale": scale}))
+        return by_8_bits(values.view(torch.float8_e4m3fn), scale, weight, self.dtype)[: len(x)]
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,)."""
@@ -322,7 +342,7 @@ class TorchModel:
         """A function for `run` that gives the tensors a kernel writes: known ones by name, others new."""
         import torch
 
-        types = {"f32": torch.float32, "i32": torch.int32, "compute": self.dtype}
+        types = {"f32": torch.float32, "i32": torch.int32, "u8": torch.uint8, "compute": self.dtype}
 
         def new(arg: Arg, shape: tuple[int, ...]) -> Tensor:
             if known is not None and arg.name in known:

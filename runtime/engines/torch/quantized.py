@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ....contract import Quantization
+from ....errors import EngineError
 from ....plugins.ops import low_bit_linear
-from ....plugins.ops.low_bit_linear import GROUP
+from ....plugins.ops.low_bit_linear import GROUP, LARGEST, MULTIPLE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+CHUNK = 64  # tokens of a product of 8 bits by 8 bits; reading the weights takes longer than multiplying so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +26,14 @@ class Quantized:
 
     kind: Quantization
     # What the kernel takes besides x; else `values` in compute, 1/256 of each number, which f16 holds, and 256 scales.
+    # Of fp8_dynamic always `values` and `scale` as they are, values in e4m3 for the kernels and in compute without.
     tensors: Mapping[str, Tensor]
 
 
 Matrix: TypeAlias = "Tensor | Quantized | tuple[Tensor | Quantized, ...]"  # (out, in), or parts of it by outputs
 
 
-class Stored(NamedTuple):
+class Packed(NamedTuple):
     """A projection, or a rank's share of it, as an engine folder has it."""
 
     kind: Quantization
@@ -43,22 +49,67 @@ def unpacked(fields: Tensor) -> Tensor:
     return torch.stack((fields & 15, fields >> 4), -1).flatten(1)
 
 
-def joined(parts: Sequence[Tensor | Stored], kernels: bool, dtype: torch.dtype) -> Matrix:
+def by_8_bits(values: Tensor, scale: Tensor, weight: Quantized, dtype: torch.dtype) -> Tensor:
+    """Values (N, in) e4m3 times their scales (N,), times a projection of fp8_dynamic, (N, out); N whole chunks.
+
+    Every product has the same shape, so that the library takes the same kernel and a token's bits do not depend on how
+    many share its pass.
+    """
+    import torch
+
+    of_outputs = weight.tensors["scale"][None]
+    matrix = weight.tensors["values"].t()
+    parts = [
+        torch._scaled_mm(values[at : at + CHUNK], matrix, scale[at : at + CHUNK, None], of_outputs, out_dtype=dtype)
+        for at in range(0, len(values), CHUNK)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def check_by_8_bits(folder: Path, device: str, dtype: torch.dtype) -> None:
+    """Refuse a card without such products. Raises EngineError."""
+    import torch
+
+    numbers = torch.zeros(CHUNK, MULTIPLE, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.ones(CHUNK, dtype=torch.float32, device=device)
+    try:
+        by_8_bits(numbers, scale, Quantized("fp8_dynamic", {"values": numbers, "scale": scale}), dtype)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise EngineError(
+            f"{folder}: fp8_dynamic needs products of e4m3 with a scale per row, which torch {torch.__version__} does not "
+            f"have on {device} ({reason:.120}); build with --quantization fp8"
+        ) from None
+
+
+def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """TokenQuantise in plain torch: the values of e4m3 (N, in) in the dtype of x, and scales (N,) f32."""
+    import torch
+
+    wide = x.float()
+    scale = (wide.abs().amax(-1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    values = (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return values.to(x.dtype), scale
+
+
+def joined(parts: Sequence[Tensor | Packed], kernels: bool, dtype: torch.dtype) -> Matrix:
     """Projections that share their input as one, or as parts where they are not of one form."""
     import torch
 
-    stored = [part for part in parts if isinstance(part, Stored)]
+    stored = [part for part in parts if isinstance(part, Packed)]
     if len(stored) == len(parts) and len({part.zero.shape[1] for part in stored}) == 1:
         numbers, scale, zero = (torch.cat(tensors) for tensors in zip(*(part[1:] for part in stored), strict=True))
-        return ready(Stored(stored[0].kind, numbers, scale, zero), kernels, dtype)
-    return tuple(ready(part, kernels, dtype) if isinstance(part, Stored) else part for part in parts)
+        return ready(Packed(stored[0].kind, numbers, scale, zero), kernels, dtype)
+    return tuple(ready(part, kernels, dtype) if isinstance(part, Packed) else part for part in parts)
 
 
-def ready(part: Stored, kernels: bool, dtype: torch.dtype) -> Tensor | Quantized:
+def ready(part: Packed, kernels: bool, dtype: torch.dtype) -> Tensor | Quantized:
     """As the kernels take it, or plain torch."""
     import torch
 
     kind, numbers, scale, zero = part
+    if kind == "fp8_dynamic":
+        return Quantized(kind, {"values": numbers if kernels else numbers.to(dtype), "scale": scale})
     if kernels:
         counters = torch.zeros(low_bit_linear.counters(*numbers.shape), dtype=torch.int32, device=numbers.device)
         if kind == "int4":

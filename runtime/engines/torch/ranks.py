@@ -178,6 +178,8 @@ def _check(model: ModelConfig, size: int, quantization: Quantization | None) -> 
             f"--tp-size is {size}, allowed: {', '.join(map(str, model.splits))}, which divide the model's "
             f"{model.num_kv_heads} key/value heads and its inner size of {model.intermediate_size}; choose one of them"
         )
+    if quantization == "fp8_dynamic":  # a token's scale would come from a rank's share of it
+        raise RequestError(f"--tp-size is {size}, allowed with fp8_dynamic: 1; build with --quantization fp8")
     step = QUANTIZED_INPUTS[quantization] if quantization else 1
     for inputs in (model.num_heads * model.head_dim, model.intermediate_size):  # of o and down, which are split
         if inputs // size % step:

@@ -11,7 +11,7 @@ from ....config import ModelConfig
 from ....contract import BuildConfig, Quantization
 from ....errors import EngineError
 from ....plugins.ops.low_bit_linear import GROUP
-from .quantized import Matrix, Quantized, Stored, joined, ready, unpacked
+from .quantized import Matrix, Quantized, Packed, joined, ready, unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class WeightsFile:
             end += own
         return values
 
-    def _part(self, name: str, size: int, size_in: int, axis: int) -> Tensor | Stored:
+    def _part(self, name: str, size: int, size_in: int, axis: int) -> Tensor | Packed:
         """A projection of a quantized engine; one that its checkpoint had whole is whole."""
         try:
             is_whole = self._file.get_slice(f"{name}.weight").get_dtype() in ("F32", "F16", "BF16")
@@ -132,22 +132,22 @@ class WeightsFile:
         assert self._quantization is not None
         return self._quantized(f"{name}.weight", self._quantization, size, size_in, axis)
 
-    def _quantized(self, name: str, kind: Quantization, size: int, size_in: int, axis: int) -> Stored:
+    def _quantized(self, name: str, kind: Quantization, size: int, size_in: int, axis: int) -> Packed:
         """A projection in the bits of a kind, or this rank's share of it."""
         import torch
 
-        if kind != "int4":
+        if kind != "int4":  # also the weights of fp8_dynamic
             dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
             numbers = self._take(name, (size, size_in), dtype, axis)
             scale = self._take(f"{name}_scale", (size,), torch.float32, 0 if axis == 0 else None)
-            return Stored(kind, numbers, scale, scale.new_empty((len(scale), 0)))
+            return Packed(kind, numbers, scale, scale.new_empty((len(scale), 0)))
         numbers = unpacked(self._take(name, (size, size_in // 2), torch.uint8, axis))
         groups = size_in // GROUP
         scale = self._take(f"{name}_scale", (size, groups), torch.float32, axis)
         if f"{name}_zero" not in self._file.keys():  # noqa: SIM118  (no mapping)
-            return Stored(kind, numbers, scale, numbers.new_empty((len(scale), 0)))
+            return Packed(kind, numbers, scale, numbers.new_empty((len(scale), 0)))
         zero = unpacked(self._take(f"{name}_zero", (size, -(-groups // 2)), torch.uint8, 0 if axis == 0 else None))
-        return Stored(kind, numbers, scale, zero[:, self._share.of(groups) if axis else slice(groups)])
+        return Packed(kind, numbers, scale, zero[:, self._share.of(groups) if axis else slice(groups)])
 
     def head(self, model: ModelConfig) -> Tensor | Quantized:
         """The language model's head, or this rank's share of the vocabulary; in int8 where projections are in integers."""
