@@ -17,7 +17,7 @@ from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
-from .planning.cost import measure
+from .planning.cost import CostCurve, measure, met
 from .planning.draft_planner import AcceptanceStatistics
 from .planning.kept_curve import cpu_name, read_curve
 from .planning.pass_costs import PassCosts
@@ -45,10 +45,14 @@ class LoadedEngine:
     def cost(self) -> PassCosts:
         """Seconds of a forward by its tokens, learned from those that run.
 
-        It begins with the curve that `nemodiff bench` has left in the folder, or with one that is measured at the
-        first use.
+        It begins with the curve that `nemodiff bench` has left in the folder, with what a warm-up has met, or with one
+        that is measured at the first use.
         """
-        return PassCosts(lambda: read_curve(self.folder, self.processor, self.threads) or measure(self.backend))
+        return PassCosts(self._first_curve)
+
+    def _first_curve(self) -> CostCurve:
+        kept = read_curve(self.folder, self.processor, self.threads)
+        return kept or met(getattr(self.backend, "pass_seconds", {})) or measure(self.backend)
 
     @property
     def processor(self) -> str:

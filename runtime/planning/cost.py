@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -53,6 +54,12 @@ def without_noise(curve: CostCurve) -> CostCurve:
     for at in range(1, len(times)):
         times[at] = min(times[at], times[at - 1] * curve.sizes[at] / curve.sizes[at - 1])
     return CostCurve(curve.sizes, tuple(times))
+
+
+def met(seconds: Mapping[int, float]) -> CostCurve | None:
+    """The curve of passes that have run, by their tokens; None of fewer than two sizes."""
+    times = {size: seconds[size] for size in SIZES if size in seconds}
+    return CostCurve(tuple(times), tuple(times.values())) if len(times) > 1 else None
 
 
 def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve:

@@ -285,6 +285,7 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
     graphs = len(device.graphs)
     assert graphs == warm.captured == len(seen) == len(warm.graph_shapes())
     engine = small.with_backend(warm)
+    assert engine.cost.curve.sizes == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # known by now
     prompts: list[Any] = [QUESTIONS[0], PROMPT * 13]
     for mode in MODES:
         options: dict[str, Any] = {"mode": mode, "max_new_tokens": 12}

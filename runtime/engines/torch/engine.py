@@ -98,6 +98,7 @@ class TorchEngine:
                 self.memory.record()
             self.steps = Steps(folder, self.device, self.model, self.memory, info, is_gpu if graphs is None else graphs)
             self.forwards = Forwards(folder, self.steps, is_gpu if ahead is None else ahead, self.lock)
+        self.pass_seconds: dict[int, float] = {}  # of a pass by its tokens, as the warm-up has met them
         self.samples = self.model.kernels and ranks is None  # drawing needs the whole vocabulary
 
     @property
@@ -153,7 +154,7 @@ class TorchEngine:
     def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
         if self.steps.graphs:
-            self.forwards.warm_up(show(self.graph_shapes()))
+            self.pass_seconds = self.forwards.warm_up(show(self.graph_shapes()))
 
     def follow(self) -> None:
         """Compute what rank 0 does until it ends; for the other ranks."""

@@ -79,8 +79,9 @@ class Forwards:
                 self.steps.of(told.shape).repeat(told)
                 self.device.wait(self.device.mark())
 
-    def warm_up(self, shapes: Iterable[FlatShape]) -> None:
-        """Compile and capture some shapes."""
+    def warm_up(self, shapes: Iterable[FlatShape]) -> dict[int, float]:
+        """Compile and capture some shapes; returns the seconds of plain passes by their tokens."""
+        seconds = {}
         for shape in shapes:
             with self.lock, self.device.use(self.folder):
                 step = self.steps.of(shape)
@@ -88,6 +89,12 @@ class Forwards:
                 for _ in range(2):  # eager, then captured
                     step.run()
                 self.device.wait(self.device.mark())
+                if shape == FlatShape(shape.tokens, shape.tokens):
+                    began = time.perf_counter()
+                    step.run()
+                    self.device.wait(self.device.mark())
+                    seconds[shape.tokens] = time.perf_counter() - began
+        return seconds
 
 
 class TorchFlight:
