@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 # Fields of OpenAI's that change no answer here.
 _WITHOUT_EFFECT = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user", "verbosity",
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
 )  # fmt: skip
 # Fields of OpenAI's and vLLM's that are accepted at the values that ask for what is always done here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

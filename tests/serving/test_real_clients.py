@@ -31,6 +31,7 @@ def server(tiny_engine: Path) -> Iterator[Served]:
         {"tools": [], "tool_choice": "auto"},
         {"tools": None, "tool_choice": "none", "function_call": "auto", "functions": []},
         {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_generation_prompt": True},
+        {"prediction": {"type": "content", "content": "3, 4"}, "prompt_cache_options": {"mode": "implicit"}},
         {"best_of": 1, "length_penalty": 1.0, "echo": False, "suffix": ""},
     ],
 )

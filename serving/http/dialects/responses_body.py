@@ -14,8 +14,9 @@ from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultIte
 from .responses_tools import Tools, joined, plain
 
 _WITHOUT_EFFECT = (
-    "client_metadata", "include", "max_tool_calls", "metadata", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "store", "stream_options", "truncation", "user",
+    "client_metadata", "context_management", "include", "max_tool_calls", "metadata", "prompt_cache_key",
+    "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options",
+    "truncation", "user",
 )  # fmt: skip
 _STORED = ("previous_response_id", "conversation")
 
