@@ -220,6 +220,7 @@ def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]
         "total_tokens": prompt + emitted,
         "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in prompts)}
         | ({"image_tokens": sum(sum(g.image_tokens) for g in prompts)} if first.image_tokens else {}),
+        "completion_tokens_details": {"reasoning_tokens": sum(g.reasoning_tokens for g in generations)},
         "mode": first.mode,
         "block_length": first.block_length,
         "threshold": first.threshold,

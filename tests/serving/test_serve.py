@@ -250,7 +250,10 @@ def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -
     reasoning, marker, content = alone.text.partition("</think>")
     assert marker
     body = chat(thinking=True, thinking_budget=4, max_tokens=20)
-    message = server.ask(CHAT, body)["choices"][0]["message"]
+    answer = server.ask(CHAT, body)
+    message = answer["choices"][0]["message"]
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": alone.reasoning_tokens}
+    assert 0 < alone.reasoning_tokens < answer["usage"]["completion_tokens"]
     assert message["reasoning_content"].strip() == reasoning.strip()
     assert message["content"].strip() == content.strip()
     deltas = [chunk["choices"][0]["delta"] for chunk in server.stream(CHAT, {**body, "stream": True})]
