@@ -12,6 +12,7 @@ from .ops import (
     residual_norm,
     rope_write,
     rotation,
+    split_linear,
     swiglu,
     token_quantise,
 )
@@ -31,6 +32,7 @@ FUSED = (  # the ops of the torch engine
     *(head_commit.flat_op(tile, int8) for int8 in (False, True) for tile in head_commit.TILES),
     confidence_commit.FLAT_SAMPLED,
     *(low_bit_linear.op(kind, tile) for kind in low_bit_linear.KINDS for tile in low_bit_linear.TILES),
+    *map(split_linear.op, split_linear.TILES),
 )
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "residual_norm",
     "rope_write",
     "rotation",
+    "split_linear",
     "swiglu",
     "token_quantise",
 ]

@@ -58,7 +58,7 @@ def byte_linear(
             total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
         whole += total
     gain = tl.load(scale + f, mask=inside, other=0.0)
-    _finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)
+    finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)
 
 
 @triton.jit
@@ -94,11 +94,11 @@ def nibble_linear(
                 w = (numbers - (8388608.0 + middle)[:, None]) * step[:, None]
                 total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
         whole += total
-    _finish(whole, tl.full([BLOCK_F], 1.0, tl.float32), counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)
+    finish(whole, tl.full([BLOCK_F], 1.0, tl.float32), counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)
 
 
 @triton.jit
-def _finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+def finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     """Write whole (BLOCK_F, BLOCK_N) times gain (BLOCK_F,); or where it is one share, their sum once all are there."""
     real = (f < F)[:, None] & (n < N)[None, :]
     # One wide number for the tile and a narrow one for each place in it.

@@ -184,11 +184,11 @@ def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
     """
     taken: dict[tuple[str, int], set[frozenset[str]]] = {}
     for kernel in kernels:
-        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear")):
+        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear", "SplitLinear")):
             ptx = (folder / kernel.file("ptx")).read_text()
             found = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)([^\s;]*)", ptx)
             forms = frozenset(name + re.sub(r"m64n\d+", "m64n", form) for name, form in found)
             assert forms, kernel
             taken.setdefault((re.sub(r"\d+$", "", kernel.stage), kernel.sm), set()).add(forms)
-    assert len(taken) >= 3
+    assert len(taken) >= 4
     assert all(len(forms) == 1 for forms in taken.values()), taken
