@@ -46,7 +46,7 @@ KvCacheDtype = Literal["auto", "int8", "fp8"]
 KvBits = Literal["int8", "fp8"]
 KV_CACHE_DTYPES: dict[str, tuple[Backend, ...]] = {
     "auto": ("onnxruntime", "tensorrt-rtx", "tensorrt", "torch"),
-    "int8": ("torch",),
+    "int8": ("onnxruntime", "torch"),
     "fp8": ("torch",),
 }
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
@@ -57,7 +57,7 @@ BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
     "tensorrt": ("bf16", "f16"),
     "torch": ("bf16", "f16", "f32"),
 }
-Kind = Literal["i32", "f32", "compute"]  # compute: the engine's dtype
+Kind = Literal["i8", "i32", "f32", "compute"]  # compute: the engine's dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,22 @@ def cache_names(layers: int) -> list[str]:
     return [f"{kind}_cache_{layer}" for layer in range(layers) for kind in "kv"]
 
 
-def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
+def caches(model: ModelConfig, kv_bits: KvBits | None = None) -> list[Binding]:
+    """The cache inputs: K and V of every layer, in 8 bits beside scales `k_scale_0` and so on."""
+    slots = ("B", model.num_kv_heads, "T")
+    if kv_bits is None:
+        return [Binding(name, "compute", (*slots, model.head_dim)) for name in cache_names(model.num_layers)]
+    return [
+        binding
+        for name in cache_names(model.num_layers)
+        for binding in (
+            Binding(name, "i8", (*slots, model.head_dim)),
+            Binding(name.replace("cache", "scale"), "f32", (*slots, 1)),
+        )
+    ]
+
+
+def inputs(model: ModelConfig, adapter: bool, kv_bits: KvBits | None = None) -> list[Binding]:
     """Inputs of an engine.
 
     `visible` holds `(prefix_end, span_begin, span_end)` per query: it sees cache slots `[0, prefix_end)` and
@@ -137,7 +152,6 @@ def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
     that sees images has `embeddings`, F of them and at least one, and `embedding`: which of them stands in the place of
     a token's own, -1 for none.
     """
-    cache = ("B", model.num_kv_heads, "T", model.head_dim)
     gate = [Binding("adapter", "f32", ("B", "S"))] if adapter else []
     return [
         Binding("ids", "i32", ("B", "S")),
@@ -148,7 +162,7 @@ def inputs(model: ModelConfig, adapter: bool) -> list[Binding]:
         *gate,
         *(_embeddings(model) if model.vision else []),
         Binding("threshold", "f32", ("B",)),
-        *(Binding(name, "compute", cache) for name in cache_names(model.num_layers)),
+        *caches(model, kv_bits),
     ]
 
 
@@ -174,21 +188,20 @@ def vision_outputs(model: ModelConfig) -> list[Binding]:
     return [Binding("features", "f32", ("M", model.hidden_size))]
 
 
-def outputs(model: ModelConfig, logits: bool = True) -> list[Binding]:
+def outputs(model: ModelConfig, logits: bool = True, kv_bits: KvBits | None = None) -> list[Binding]:
     """Outputs of an engine; `logits` is missing from one built for greedy decoding only.
 
     `token` and `confidence`: best vocabulary entry (never the mask id) and its probability among all others.
     `next_ids`: the picked ids after the commit rule. `masks_left`: masks remaining among them. `logits` is bound only
     by a caller that needs it (sampling, logprobs, debugging) and otherwise never leaves the device.
     """
-    cache = ("B", model.num_kv_heads, "T", model.head_dim)
     return [
         Binding("token", "i32", ("B", "R")),
         Binding("confidence", "f32", ("B", "R")),
         Binding("next_ids", "i32", ("B", "R")),
         Binding("masks_left", "i32", ("B",)),
         *([Binding("logits", "f32", ("B", "R", "V"))] if logits else []),
-        *(Binding(f"{name}_out", "compute", cache) for name in cache_names(model.num_layers)),
+        *(Binding(f"{b.name}_out", b.kind, b.shape) for b in caches(model, kv_bits)),
     ]
 
 

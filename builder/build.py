@@ -160,6 +160,7 @@ class Builder:
             quantization=quantization if backend == "onnxruntime" else None,
             kept=kept if packed else None,
             packed=backend == "onnxruntime",
+            kv_bits=self.config.kv_bits if backend == "onnxruntime" else None,
         )
         self._header = b""  # of the weights file
         if backend == "torch":

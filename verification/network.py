@@ -168,7 +168,7 @@ class Network:
         kv_bits: str | None = None,
     ) -> None:
         self._weights = weights
-        self.precision = "f64" if dtype == "f32" and quantization is None and kv_bits is None else "f32"
+        self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
         rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits)
         self._arithmetics = (exact, rounded)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..contract import MAX_BLOCK, cache_names
+from ..contract import MAX_BLOCK, cache_names, caches
 from ..engine_folder import MODEL_FILE, EngineInfo
 from ..errors import EngineError
 from .script import Block, Script
@@ -39,15 +39,18 @@ class ShownGraph:
             reason = str(error).strip().splitlines()[0]
             raise EngineError(f"{folder / MODEL_FILE}: cannot be run with its values shown ({reason})") from None
         self._info = info
-        self._caches = cache_names(info.model.num_layers)
-        self._dtype = np.float16 if info.build.dtype == "f16" else np.float32
+        self._caches = caches(info.model, info.build.kv_bits)
+        own = np.float16 if info.build.dtype == "f16" else np.float32
+        self._dtypes = {"compute": own, "i8": np.int8, "f32": np.float32}
 
     def run(self, script: Script) -> dict[str, np.ndarray]:
         """Every inner value of a script's tokens, (T, width) f32 by name."""
         model = self._info.model
         ends = [block.prefix + block.ids.size for block in script.blocks]
-        shape = (1, model.num_kv_heads, max([script.tokens.size, *ends]) + MAX_BLOCK, model.head_dim)
-        caches = {name: np.zeros(shape, self._dtype) for name in self._caches}
+        shape = (1, model.num_kv_heads, max([script.tokens.size, *ends]) + MAX_BLOCK)
+        held: dict[str, np.ndarray] = {
+            cache.name: np.zeros((*shape, int(cache.shape[-1])), self._dtypes[cache.kind]) for cache in self._caches
+        }
         values: dict[str, np.ndarray] = {}
         text = script.tokens.size
         slots = np.arange(text, dtype=np.int32)
@@ -55,12 +58,12 @@ class ShownGraph:
         whole = Block(0, script.tokens, slots + np.int32(script.offset), visible, np.zeros(text, np.float32))
         order = sorted(zip(script.starts(), script.blocks, strict=True), key=lambda pair: -pair[1].prefix)
         for at, block in [(0, whole), *order]:
-            for name, value in self._pass(block, caches):
+            for name, value in self._pass(block, held):
                 flat = _flat(value)
                 values.setdefault(name, np.zeros((script.size, flat.shape[1]), np.float32))[at : at + len(flat)] = flat
         return values
 
-    def _pass(self, block: Block, caches: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    def _pass(self, block: Block, held: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         size = block.ids.size
         feeds = {
             "ids": block.ids[None],
@@ -71,13 +74,15 @@ class ShownGraph:
             "threshold": np.zeros(1, np.float32),
             **({"adapter": block.gate[None]} if self._info.has_adapter else {}),
             **(self._no_image(size) if self._info.model.vision else {}),
-            **caches,
+            **held,
         }
-        outputs = [f"{name}_out" for name in self._caches]
+        outputs = [f"{cache.name}_out" for cache in self._caches]
         results = self._session.run([*outputs, *self._taps], feeds)
-        for name, value in zip(self._caches, results, strict=False):
-            caches[name] = value
-            yield name, value[:, :, block.prefix : block.prefix + size]
+        for cache, value in zip(self._caches, results, strict=False):
+            held[cache.name] = value
+        for name in cache_names(self._info.model.num_layers):
+            numbers = held[name] * held[name.replace("cache", "scale")] if self._info.build.kv_bits else held[name]
+            yield name, numbers[:, :, block.prefix : block.prefix + size]
         yield from zip(self._taps, results[len(outputs) :], strict=True)
 
     def _no_image(self, size: int) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...config import ModelConfig
-from ...contract import DOMAIN, Binding, Dtype, Quantization, inputs, outputs
+from ...contract import DOMAIN, Binding, Dtype, KvBits, Quantization, inputs, outputs
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
 from .projection import CONTRIB
@@ -28,6 +28,7 @@ _TENSOR_TYPE = {
     "f16": TensorProto.FLOAT16,
     "bf16": TensorProto.BFLOAT16,
     "i32": TensorProto.INT32,
+    "i8": TensorProto.INT8,
 }
 
 
@@ -56,6 +57,7 @@ def build_graph(
     quantization: Quantization | None = None,
     kept: Mapping[str, bool] | None = None,
     packed: bool = False,
+    kv_bits: KvBits | None = None,
 ) -> Graph:
     """Write the graph.
 
@@ -69,6 +71,7 @@ def build_graph(
         quantization: `int8` or `int4` projections, for ONNX Runtime.
         kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
             projection of the layers is quantized.
+        kv_bits: `int8` keeps K and V in 8 bits, for ONNX Runtime.
         packed: make one product of projections that share an input, for ONNX Runtime.
     """
     w = GraphWriter(dtype, packed=packed)
@@ -78,19 +81,23 @@ def build_graph(
     x = w.node("Gather", [embed, ids], "embed_tokens", axis=0)
     if model.vision:
         x = add_embeddings(w, x)
-    add_shared(w, model, bool(adapter_rank), quantization)
+    add_shared(w, model, bool(adapter_rank), quantization, kv_bits)
     for layer in range(model.num_layers):
-        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization)
+        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization, kv_bits)
         x = add_mlp(w, model, layer, x, quantization)
     add_head(w, model, x, quantization)
-    if capacity is None:
-        attention = block_attention.function(heads=(model.num_heads, model.num_kv_heads, model.head_dim))
+    heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+    if kv_bits:
+        attention = block_attention.int8_function(heads)
+    elif capacity is None:
+        attention = block_attention.function(heads=heads)
     else:
         attention = block_attention.function(block_attention.FINITE[dtype])
     functions = [attention, confidence_commit.function(model.vocab_size if packed else None)]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
-    return make_graph(w, "nemodiff", dtype, sizes, inputs(model, adapter), outputs(model, logits), functions)
+    bindings = inputs(model, adapter, kv_bits), outputs(model, logits, kv_bits)
+    return make_graph(w, "nemodiff", dtype, sizes, *bindings, functions)
 
 
 def make_graph(

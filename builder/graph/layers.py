@@ -6,7 +6,8 @@ import numpy as np
 from onnx import TensorProto
 
 from ...config import ModelConfig
-from ...contract import Quantization, cache_names
+from ...contract import KvBits, Quantization, cache_names
+from ...plugins.ops.kv_cache import LARGEST
 from .projection import add_zero, int4, int8
 from .writer import GraphWriter, Source
 
@@ -24,7 +25,9 @@ def _project(
     return w.linear(x, name, source, *sizes)
 
 
-def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantization | None) -> None:
+def add_shared(
+    w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantization | None, kv_bits: KvBits | None
+) -> None:
     """What all layers read: rotation, query scale, cache slots, reshape targets, the adapter's gate."""
     rope = model.rope
     w.constant("axis.last", np.array([2], np.int64))
@@ -66,6 +69,10 @@ def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantiza
         w.constant("query_scale.axes", np.array([1, 3], np.int64))
         w.compute(w.node("Unsqueeze", [scale, "query_scale.axes"], "query_scale.4d"), "query_scale")  # (B, 1, S, 1)
 
+    if kv_bits:
+        w.constant("kv.axis", np.array([3], np.int64))
+        w.constant("kv.largest", np.float32(LARGEST[kv_bits]))
+        w.constant("kv.least", np.finfo(np.float32).tiny)
     w.constant("slots.zero", np.int32(0))
     w.constant("slots.one", np.int32(1))
     w.constant("slots.axis", np.array([0], np.int64))
@@ -89,7 +96,14 @@ def add_embeddings(w: GraphWriter, x: str) -> str:
 
 
 def add_attention(
-    w: GraphWriter, model: ModelConfig, layer: int, x: str, rank: int, scale: float, kind: Quantization | None
+    w: GraphWriter,
+    model: ModelConfig,
+    layer: int,
+    x: str,
+    rank: int,
+    scale: float,
+    kind: Quantization | None,
+    kv_bits: KvBits | None,
 ) -> str:
     """x + o_proj(attention(norm(x))), and the gated drafter branch on o_proj."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"
@@ -115,12 +129,10 @@ def add_attention(
         heads[part] = w.node("RotaryEmbedding", [heads[part], "rope.cos", "rope.sin"], f"{attn}.{part}_rope")
     if model.rope.llama_4_scaling_beta:
         heads["q"] = w.node("Mul", [heads["q"], "query_scale"], f"{attn}.q_scaled")
-    for part in "kv":
-        cache = f"{part}_cache_{layer}"
-        w.node("TensorScatter", [cache, heads[part], "write_at.index"], f"{cache}_out", axis=2)
+    kept = [name for part in "kv" for name in _cached(w, f"{part}_cache_{layer}", heads[part], kv_bits)]
     w.plugin(
-        "BlockAttention",
-        [heads["q"], f"k_cache_{layer}_out", f"v_cache_{layer}_out", "visible", "slots"],
+        "Int8BlockAttention" if kv_bits else "BlockAttention",
+        [heads["q"], *kept, "visible", "slots"],
         [attn],
         attn,
         scale=float(model.head_dim**-0.5),
@@ -139,6 +151,22 @@ def add_attention(
         low = w.node("Mul", [low, "adapter.gate"], f"{lora}.gated")
         out = w.node("Add", [out, w.node("MatMul", [low, b], f"{lora}_B")], f"{lora}.sum")
     return w.node("Add", [x, out], f"{attn}.residual")
+
+
+def _cached(w: GraphWriter, cache: str, rows: str, kv_bits: KvBits | None) -> list[str]:
+    """Write K or V (B, G, S, D) into a cache, in int8 with the rows' scales beside; the tensors to read then."""
+    written = {cache: rows}
+    if kv_bits:
+        most = w.node(
+            "ReduceMax", [w.node("Abs", [rows], f"{cache}.magnitude"), "kv.axis"], f"{cache}.most", keepdims=1
+        )
+        step = w.node("Max", [w.node("Div", [most, "kv.largest"], f"{cache}.step"), "kv.least"], f"{cache}.steps")
+        over = w.node("Round", [w.node("Div", [rows, step], f"{cache}.over")], f"{cache}.rounded")
+        written = {cache: w.node("Cast", [over], f"{cache}.int8", to=TensorProto.INT8)}
+        written[cache.replace("cache", "scale")] = step  # (B, G, S, 1)
+    return [
+        w.node("TensorScatter", [name, new, "write_at.index"], f"{name}_out", axis=2) for name, new in written.items()
+    ]
 
 
 def _heads(w: GraphWriter, flat: str, shape: str) -> str:

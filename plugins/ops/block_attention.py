@@ -69,6 +69,46 @@ _GROUPED = """
     y = Reshape (y_shared, all_heads)
 """
 
+# With K and V in int8, whose scales (B, G, T, 1) f32 go into the scores and into the weights: two products with numbers
+# that were bytes, for heads that share K and V, in f32 on ONNX Runtime alone.
+_INT8 = """
+<domain: "nemodiff", opset_import: ["" : 24]>
+Int8BlockAttention <scale, plugin_namespace> (q, k, k_scale, v, v_scale, visible, slots) => (y)
+{
+    k_numbers = Cast <to = 1> (k)
+    k_turned = Transpose <perm = [0, 1, 3, 2]> (k_numbers)
+    k_scales = Transpose <perm = [0, 1, 3, 2]> (k_scale)
+    gain = Constant <value_float: float = @scale> ()
+    gains = Mul (k_scales, gain)
+    shared_heads = Constant <value = int64[4] {0, @G, -1, @D}> ()
+    q_shared = Reshape (q, shared_heads)
+    products = MatMul (q_shared, k_turned)
+    scores = Mul (products, gains)
+    @MASK
+    repeats = Constant <value = int64[4] {1, 1, @N, 1}> ()
+    mask_shared = Tile (mask4, repeats)
+    masked = Add (scores, mask_shared)
+    weights = Softmax <axis = -1> (masked)
+    v_scales = Transpose <perm = [0, 1, 3, 2]> (v_scale)
+    weighted = Mul (weights, v_scales)
+    v_numbers = Cast <to = 1> (v)
+    y_shared = MatMul (weighted, v_numbers)
+    all_heads = Constant <value = int64[4] {0, @H, -1, @D}> ()
+    y = Reshape (y_shared, all_heads)
+}
+"""
+
+
+def int8_function(heads: tuple[int, int, int]) -> onnx.FunctionProto:
+    """Int8BlockAttention as an ONNX local function, for H, G and D heads."""
+    mask = BODY[BODY.index("prefix_end") : BODY.index("mask_q =")]
+    return onnx.parser.parse_function(_with_sizes(_INT8.replace("@MASK", mask), heads))
+
+
+def _with_sizes(body: str, heads: tuple[int, int, int]) -> str:
+    sizes = {**dict(zip("HGD", heads, strict=True)), "N": heads[0] // heads[1]}
+    return re.sub("@([GDNH])\\b", lambda match: str(sizes[match[1]]), body)
+
 
 def function(hidden: float = -math.inf, heads: tuple[int, int, int] | None = None) -> onnx.FunctionProto:
     """The op as an ONNX local function of standard opset-24 ops.
@@ -77,8 +117,7 @@ def function(hidden: float = -math.inf, heads: tuple[int, int, int] | None = Non
     """
     body = BODY.replace("-inf", str(hidden))
     if heads is not None and heads[0] > heads[1]:
-        sizes = {**dict(zip("HGD", heads, strict=True)), "N": heads[0] // heads[1]}
-        body = body.replace(_ALL, re.sub("@([GDNH])\\b", lambda match: str(sizes[match[1]]), _GROUPED))
+        body = body.replace(_ALL, _with_sizes(_GROUPED, heads))
     return onnx.parser.parse_function(body)
 
 

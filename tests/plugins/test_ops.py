@@ -11,7 +11,7 @@ from onnx import helper
 from stand_ins.function_body import run
 
 from nemodiff.contract import DOMAIN
-from nemodiff.plugins.ops import block_attention, confidence_commit
+from nemodiff.plugins.ops import block_attention, confidence_commit, kv_cache
 
 MASK = 5
 
@@ -46,6 +46,32 @@ def test_block_attention_equals_its_reference(
     np.testing.assert_allclose(
         y.astype(np.float32), expected.astype(np.float32), atol=2e-6 if dtype == np.float32 else 1e-2, rtol=0
     )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    heads=st.sampled_from([(4, 2), (3, 1), (8, 2)]),
+    size=st.integers(1, 9),
+    slots=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_block_attention_in_int8_equals_the_reference(
+    rows: int, heads: tuple[int, int], size: int, slots: int, seed: int
+) -> None:
+    """Of the numbers that bytes and scales stand for."""
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((rows, heads[0], size, 8), np.float32)
+    kept = [kv_cache.quantise(rng.standard_normal((rows, heads[1], slots, 8)), "int8") for _ in range(2)]
+    ends = rng.integers(0, slots + 1, (rows, size, 3)).astype(np.int32)
+    ends[..., 0] = np.maximum(ends[..., 0], 1)
+    (k, k_scale), (v, v_scale) = kept
+    feeds = {"q": q, "k": k, "k_scale": k_scale[..., None], "v": v, "v_scale": v_scale[..., None], "visible": ends}
+    function = block_attention.int8_function((*heads, 8))
+    feeds["slots"] = np.arange(slots, dtype=np.int32)
+    (y,) = run(function, feeds, {"y": onnx.TensorProto.FLOAT}, scale=0.4)
+    numbers = [kv_cache.dequantise(*part) for part in kept]
+    np.testing.assert_allclose(y, block_attention.reference(q, *numbers, ends, 0.4), atol=4e-6, rtol=0)
 
 
 def test_block_attention_hides_what_is_outside_both_intervals() -> None:

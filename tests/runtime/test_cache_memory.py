@@ -15,7 +15,7 @@ class Checked:
     """A `Memory` beside a plain record of what each row must hold."""
 
     def __init__(self, rows: int) -> None:
-        self.memory = Memory(["k", "v"], rows, HEADS, WIDTH, np.float32)
+        self.memory = Memory(dict.fromkeys("kv", (WIDTH, np.float32)), rows, HEADS)
         self.expected: list[np.ndarray] = [np.zeros((HEADS, 0, WIDTH), np.float32)] * rows
         self._written = 0
 

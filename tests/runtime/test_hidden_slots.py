@@ -30,6 +30,7 @@ TORCH = pytest.mark.torch
 KINDS: list[Any] = [
     pytest.param(("onnxruntime", "f32"), id="onnxruntime f32"),
     pytest.param(("onnxruntime", "f16"), id="onnxruntime f16"),
+    pytest.param(("onnxruntime", "f32", "int8"), id="onnxruntime int8 K/V"),
     pytest.param(("torch", "f32"), id="torch f32", marks=TORCH),
     pytest.param(("torch", "bf16"), id="torch bf16", marks=TORCH),
     pytest.param(("torch", "f32", "int8"), id="torch int8 K/V", marks=TORCH),
@@ -57,10 +58,12 @@ class PoisonedCache:
             # What it is about to do itself.
             self.cache.memory.use(first, [p.write_at for p in passes], used, max(used) + 64)
             arrays = self.cache.memory.views(0, self.cache.rows)
-            for layer, name in enumerate(name for name in arrays if name.startswith("k_")):
-                k, v = arrays[name], arrays["v_" + name[2:]]
+            for layer, name in enumerate(name for name in arrays if name.startswith("k_cache")):
+                names = [name, "v" + name[1:]]
                 for row, start in [*enumerate(used, first), (self.rows, 0)]:
-                    self.spoil(k[row, :, start:], v[row, :, start:], layer + start)
+                    k, v = (arrays[part][row, :, start:] for part in names)
+                    scales = [arrays.get(part.replace("cache", "scale")) for part in names]
+                    self.spoil(k, v, layer + start, [None if s is None else s[row, :, start:] for s in scales])
         predictions: list[Prediction] = self.cache.forward(passes, first)
         return predictions
 

@@ -30,6 +30,7 @@ TORCH = pytest.mark.torch
 KINDS: list[Any] = [
     pytest.param(("torch", "int8"), id="torch int8", marks=TORCH),
     pytest.param(("torch", "fp8"), id="torch fp8", marks=TORCH),
+    pytest.param(("onnxruntime", "int8"), id="onnxruntime int8"),
 ]
 EXACT: list[dict[str, Any]] = [
     {"mode": "linear_spec", "block_length": 5},
@@ -201,5 +202,9 @@ def test_refusals(tmp_path: Path, refused: Refused) -> None:
     for backend in ("tensorrt-rtx", "tensorrt"):
         refused([*command, "int8", "--backend", backend], f"--kv-cache-dtype int8: not a choice of --backend {backend}")
     refused([*command, "fp8", "--backend", "onnxruntime"], "allowed: torch; leave it out or add --backend torch")
+    refused([*command, "int8", "--dtype", "f16"], "--dtype f16", "allowed: f32")
+    single = write_checkpoint(tmp_path / "single", num_key_value_heads=4, num_attention_heads=4)
+    command[1] = str(single)
+    refused([*command, "int8"], "--kv-cache-dtype int8: the model has one query head per key/value head")
     with pytest.raises(BuildError, match="--kv-cache-dtype is 'fp4', allowed: auto, int8, fp8"):
         Builder(TINY_CHAT, tmp_path / "engine", kv_cache_dtype="fp4")  # type: ignore[arg-type]

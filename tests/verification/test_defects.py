@@ -277,6 +277,7 @@ HONEST: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "torch int8 K/V": (MODELS["tiny-chat"], {"backend": "torch", "kv_cache_dtype": "int8"}),
     "onnxruntime f16": (MODELS["plain rotation"], {"dtype": "f16"}),
     "onnxruntime int8": (MODELS["early YaRN"], {"quantization": "int8"}),
+    "onnxruntime int8 K/V": (MODELS["tiny-chat with adapter"], {"kv_cache_dtype": "int8"}),
     "onnxruntime int4": (MODELS["tiny-chat"], {"quantization": "int4"}),
     "sees images": (write_vision_checkpoint, {}),
 }

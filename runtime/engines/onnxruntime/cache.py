@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import cache_names
+from ....contract import cache_names, caches
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction
 from ..layout import PassShape
@@ -28,9 +28,14 @@ class OnnxRuntimeCache:
         model = info.model
         self.rows = rows
         self.seconds = 0.0
+        self._bits = info.build.kv_bits
+        kinds = {"compute": info.build.dtype}
         self.memory = Memory(
-            cache_names(model.num_layers), rows, model.num_kv_heads, model.head_dim, NUMPY[info.build.dtype]
+            {b.name: (int(b.shape[-1]), NUMPY[kinds.get(b.kind, b.kind)]) for b in caches(model, self._bits)},
+            rows,
+            model.num_kv_heads,
         )
+        self._names = cache_names(model.num_layers)
         self._session = session
         self._bindings = Bindings(info)
         self._vocab = model.vocab_size
@@ -74,7 +79,10 @@ class OnnxRuntimeCache:
 
     def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
         """See `engine.ReadableCache.read`."""
-        return self.memory.read(row, start, stop)
+        held = self.memory.read(row, start, stop)
+        if self._bits is None:
+            return held
+        return {name: held[name] * held[name.replace("cache", "scale")] for name in self._names}
 
     def free(self, row: int) -> None:
         """See `engine.Cache.free`."""

@@ -11,7 +11,7 @@ from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape
 
-NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32, "f16": np.float16}
+NUMPY: dict[str, type] = {"i8": np.int8, "i32": np.int32, "f32": np.float32, "f16": np.float16}
 BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
 
 
@@ -19,8 +19,9 @@ class Bindings:
     """What an engine's graph takes and gives, listed once: a list takes longer than to bind it."""
 
     def __init__(self, info: EngineInfo) -> None:
-        self.inputs = inputs(info.model, info.has_adapter)
-        self.outputs = outputs(info.model)
+        kv_bits = info.build.kv_bits
+        self.inputs = inputs(info.model, info.has_adapter, kv_bits)
+        self.outputs = outputs(info.model, kv_bits=kv_bits)
 
 
 class Forward:
@@ -55,9 +56,10 @@ class Forward:
         import onnxruntime
 
         for binding in bindings:
-            if binding.kind == "compute":
+            cache = binding.name.removesuffix("_out")
+            if cache in self._caches:
                 # A cache is input and output over the same memory: ONNX Runtime's TensorScatter then skips its copy.
-                _, value = self._caches[binding.name.removesuffix("_out")]
+                _, value = self._caches[cache]
             else:
                 sizes = [self._lengths[size] if isinstance(size, str) else size for size in binding.shape]
                 array: np.ndarray = np.zeros(sizes, NUMPY[binding.kind])

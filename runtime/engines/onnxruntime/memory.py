@@ -6,7 +6,7 @@ It changes often and cheaply: what is in use is moved within memory that is ther
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,20 +17,23 @@ FIRST_ROOM = 256  # slots
 
 
 class Memory:
-    """K/V of `rows` rows. A row that was copied lies apart, as long as what it holds, until a forward uses it."""
+    """K/V of `rows` rows. A row that was copied lies apart, as long as what it holds, until a forward uses it.
 
-    def __init__(self, names: Iterable[str], rows: int, heads: int, width: int, dtype: type) -> None:
+    kinds: by cache its last axis and its dtype.
+    """
+
+    def __init__(self, kinds: Mapping[str, tuple[int, type]], rows: int, heads: int) -> None:
         self.capacity = 0  # T
         self.room = 0  # the largest T that the memory holds
         self._heads = heads
-        self._width = width
-        self._arrays: dict[str, np.ndarray] = {name: np.zeros(0, dtype) for name in names}
+        self._widths = {name: width for name, (width, _) in kinds.items()}
+        self._arrays: dict[str, np.ndarray] = {name: np.zeros(0, dtype) for name, (_, dtype) in kinds.items()}
         self._reach = [0] * rows  # slots in use, of rows that do not lie apart
         self._apart: dict[int, dict[str, np.ndarray]] = {}  # by row and cache: (G, slots, D)
 
     def views(self, first: int, count: int) -> dict[str, np.ndarray]:
         """By cache: `count` rows (count, G, T, D) over the memory itself, valid as long as T and room are the same."""
-        return {name: self._view(array)[first : first + count] for name, array in self._arrays.items()}
+        return {name: self._view(name, array)[first : first + count] for name, array in self._arrays.items()}
 
     def use(self, first: int, begins: Sequence[int], ends: Sequence[int], slots: int) -> None:
         """Fit T to a forward whose rows write from `begins` to `ends`, and with padding up to `slots` at most."""
@@ -44,7 +47,7 @@ class Memory:
         self._fit(max(slots, *self._reach))
         for row, held in joining.items():
             for name, kept in held.items():
-                self._view(self._arrays[name])[row, :, : kept.shape[1]] = kept
+                self._view(name, self._arrays[name])[row, :, : kept.shape[1]] = kept
         for row, end in zip(rows, ends, strict=True):
             self._reach[row] = max(self._reach[row], end)
 
@@ -69,10 +72,10 @@ class Memory:
         self._apart.clear()
         self._reach = [0] * len(self._reach)
 
-    def _view(self, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
-        """An array's memory as (rows, G, T, D)."""
+    def _view(self, name: str, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
+        """An array's memory as that of a cache, (rows, G, T, its last axis)."""
         slots = self.capacity if capacity is None else capacity
-        rows, heads, width = len(self._reach), self._heads, self._width
+        rows, heads, width = len(self._reach), self._heads, self._widths[name]
         return array[: rows * heads * slots * width].reshape(rows, heads, slots, width)
 
     def _fit(self, slots: int) -> None:
@@ -88,9 +91,9 @@ class Memory:
         for name, array in self._arrays.items():
             target = array
             if room > self.room:
-                target = np.zeros(len(self._reach) * self._heads * room * self._width, array.dtype)
+                target = np.zeros(len(self._reach) * self._heads * room * self._widths[name], array.dtype)
                 self._arrays[name] = target
-            self._shift(self._view(array), self._view(target, new))
+            self._shift(self._view(name, array), self._view(name, target, new))
         self.capacity, self.room = new, room
 
     def _shift(self, source: np.ndarray, target: np.ndarray) -> None:
