@@ -130,7 +130,7 @@ class Builder:
         model = self.checkpoint.model
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         packed = [t for t in self.checkpoint.tensors.values() if isinstance(t, QuantizedTensor)]
-        kinds = {t.kind for t in packed if t.exact and backend in QUANTIZATIONS[t.kind]}
+        kinds = {t.kind for t in packed if t.kind and t.exact and backend in QUANTIZATIONS[t.kind]}
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
         kept = {t.name: t.scheme.symmetric for t in packed if t.exact and t.kind == stored_as(quantization)}

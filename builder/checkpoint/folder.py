@@ -12,6 +12,7 @@ from ...errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MODELOPT_FILE = "hf_quant_config.json"  # where older exports of ModelOpt say how they are quantized
 # Files carried into the engine as they are, as patterns; the first one must be there.
 CARRIED = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE, f"{TEMPLATES_FOLDER}/*.jinja", GENERATION_FILE)
 CARRIED_NAMES = frozenset(pattern.partition("/")[0] for pattern in CARRIED)  # of the files and folders at the top

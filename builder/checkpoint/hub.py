@@ -19,12 +19,21 @@ from typing import Any
 from ...engine_folder import CONFIG_FILE
 from ...errors import CheckpointError
 from ..files import copy_folder
-from .folder import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, CARRIED, INDEX, WEIGHTS, read_json
+from .folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    CARRIED,
+    INDEX,
+    MODELOPT_FILE,
+    WEIGHTS,
+    read_json,
+)
 from .safetensors_file import Entry, write_hollow
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 # Patterns; the adapter's folder is named, because a plain `*.safetensors` would also match in other subfolders.
-_SMALL = [CONFIG_FILE, *CARRIED, INDEX, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"]
+_SMALL = [CONFIG_FILE, MODELOPT_FILE, *CARRIED, INDEX, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"]
 _LARGE = [WEIGHTS, "model-*-of-*.safetensors", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"]
 
 

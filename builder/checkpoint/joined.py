@@ -40,7 +40,7 @@ class JoinedTensor:
         return all(isinstance(part, QuantizedTensor) and part.exact for part in self.parts)
 
     @property
-    def kind(self) -> Quantization:
+    def kind(self) -> Quantization | None:
         return self._quantized()[0].kind
 
     @property

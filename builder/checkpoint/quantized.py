@@ -1,11 +1,13 @@
-"""Checkpoints whose projections are already quantized: GPTQ, AWQ and compressed-tensors, read strictly.
+"""Checkpoints whose projections are already quantized: GPTQ, AWQ, compressed-tensors and ModelOpt, read strictly.
 
 `config.json` says which (`quantization_config`), and each projection `NAME.weight` is then several tensors. Here they
 become one `QuantizedTensor` of the usual name and shape (out, in): numbers as they were stored, with scales and zero
 points, and rows in f32 for an engine that keeps them otherwise.
 
 Sources: AutoGPTQ's qlinear modules (qweight, qzeros, scales, g_idx), AutoAWQ's WQLinear_GEMM (the same names, packed
-along the outputs), and compressed-tensors' formats pack-quantized, int-quantized and float-quantized.
+along the outputs), compressed-tensors' formats pack-quantized, int-quantized and float-quantized, and ModelOpt's FP8
+and NVFP4: e2m1 by two in a byte, a scale in e4m3 for 16 inputs, and one in f32 for all. Its scales of activations are
+passed over, since no engine has fixed ones.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from .safetensors_file import Tensor
 from .scheme import Scheme
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where each output of eight lies in its word
+_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the values
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _WORD = np.dtype(np.int32)
 _BAND = 1024  # outputs at once where a band of inputs is wanted
 
@@ -39,7 +43,7 @@ class QuantizedTensor:
     parts: Mapping[str, Tensor]
 
     @property
-    def kind(self) -> Quantization:
+    def kind(self) -> Quantization | None:
         return self.scheme.kind
 
     @property
@@ -54,6 +58,8 @@ class QuantizedTensor:
     @property
     def exact(self) -> bool:
         """Whether an engine of its kind can hold it as it is: int8 and fp8 with one scale per output, around 0."""
+        if self.kind is None:
+            return False
         return self.kind == "int4" or (self.scheme.symmetric and self.group == self.shape[1])
 
     @property
@@ -61,7 +67,7 @@ class QuantizedTensor:
         return sum(part.nbytes for part in self.parts.values())
 
     def numbers(self, start: int, stop: int) -> np.ndarray:
-        """Rows (out, in): int8 as signed numbers, of 4 bits -8..7; fp8 as e4m3."""
+        """Rows (out, in): int8 as signed numbers, of 4 bits -8..7; fp8 as e4m3; NVFP4 as i8, twice the values."""
         method, parts = self.scheme.method, self.parts
         per_word = 32 // self.scheme.bits
         if method == "gptq":
@@ -74,6 +80,9 @@ class QuantizedTensor:
             return _signed(np.ascontiguousarray(rows.T), self.scheme.bits)
         if method == "pack-quantized":
             return _signed(_unpacked(parts["weight_packed"].array()[start:stop], self.scheme.bits), self.scheme.bits)
+        if method == "nvfp4":
+            fields = parts["weight"].array()[start:stop]
+            return _E2M1[np.stack((fields & 15, fields >> 4), -1).reshape(stop - start, -1)]
         return np.array(parts["weight"].array()[start:stop])
 
     def scales(self, start: int, stop: int) -> np.ndarray:
@@ -82,6 +91,9 @@ class QuantizedTensor:
         if method in ("gptq", "awq"):
             return np.ascontiguousarray(self.parts["scales"].array()[:, start:stop].T).astype(np.float32)
         scale = self.parts["weight_scale"].array()
+        if method == "nvfp4":
+            whole = self.parts["weight_scale_2"].array().reshape(-1)[0] / np.float32(2)  # the numbers are doubled
+            return np.asarray(scale[start:stop].astype(np.float32) * whole)
         if scale.size == 1:
             return np.full((stop - start, 1), np.float32(scale.reshape(-1)[0]))
         return np.asarray(scale.reshape(self.shape[0], -1)[start:stop].astype(np.float32))
@@ -184,13 +196,17 @@ _SCALE = {
     "pack-quantized": "weight_scale",
     "int-quantized": "weight_scale",
     "float-quantized": "weight_scale",
+    "modelopt": "weight_scale",
+    "nvfp4": "weight_scale_2",
 }
 _NUMBERS = {
     "gptq": ("qweight", _WORD),
     "awq": ("qweight", _WORD),
     "pack-quantized": ("weight_packed", _WORD),
     "int-quantized": ("weight", np.dtype(np.int8)),
-    "float-quantized": ("weight", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "float-quantized": ("weight", _E4M3),
+    "modelopt": ("weight", _E4M3),
+    "nvfp4": ("weight", np.dtype(np.uint8)),
 }
 
 
@@ -216,6 +232,7 @@ def _joined(name: str, parts: dict[str, Tensor], scheme: Scheme) -> QuantizedTen
         "gptq": (second, first * per_word),
         "awq": (second * per_word, first),
         "pack-quantized": (first, second * per_word),
+        "nvfp4": (first, second * 2),
     }.get(method, (first, second))
     group = scheme.group or inputs
     if inputs % group:
@@ -227,9 +244,15 @@ def _joined(name: str, parts: dict[str, Tensor], scheme: Scheme) -> QuantizedTen
         allowed["qzeros"] = ((_WORD,), [(groups, outputs // per_word)])
         if method == "gptq":
             allowed["g_idx"] = ((_WORD,), [(inputs,)])
+    elif method == "nvfp4":
+        allowed["weight_scale"] = ((_E4M3,), [(outputs, groups)])
+        allowed["weight_scale_2"] = (_FLOATS[:1], [(), (1,)])
+        allowed["input_scale"] = (_FLOATS[:1], [(), (1,)])
     else:
         single: list[tuple[int, ...]] = [] if scheme.group else [(1,), (), (1, 1), (outputs,)]
         allowed["weight_scale"] = (_FLOATS, [(outputs, groups), *single])
+        if method == "modelopt":
+            allowed["input_scale"] = (_FLOATS[:1], [(), (1,)])
         if method == "pack-quantized":
             allowed["weight_shape"] = ((np.dtype(np.int64), _WORD), [(2,)])
             if not scheme.symmetric:
@@ -240,7 +263,7 @@ def _joined(name: str, parts: dict[str, Tensor], scheme: Scheme) -> QuantizedTen
         dtypes, shapes = allowed[part]
         if tensor.dtype not in dtypes or tensor.shape not in shapes:
             raise refusal(part, f"{tensor.dtype} {list(tensor.shape)}", f"{dtypes[0]} {list(shapes[0])}")
-    missing = allowed.keys() - parts.keys() - {"g_idx", "weight_shape"}
+    missing = allowed.keys() - parts.keys() - {"g_idx", "weight_shape", "input_scale"}
     if missing:
         raise refusal(min(missing), "missing", "a tensor")
     return QuantizedTensor(name, (outputs, inputs), scheme, parts)

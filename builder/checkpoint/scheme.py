@@ -1,4 +1,4 @@
-"""What a checkpoint's `quantization_config` says: GPTQ, AWQ or compressed-tensors, read strictly."""
+"""What a checkpoint says of its quantization: GPTQ, AWQ, compressed-tensors or ModelOpt, read strictly."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 from ...contract import Quantization
 from ...errors import CheckpointError
+from .folder import MODELOPT_FILE, read_json
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
     """What a checkpoint's `quantization_config` says. `group` inputs share a scale, 0: all of an output."""
 
-    method: str  # gptq, awq, or a format of compressed-tensors
-    kind: Quantization
+    method: str  # gptq, awq, a format of compressed-tensors, modelopt or nvfp4
+    kind: Quantization | None  # of an engine that keeps the numbers, None where no engine has such
     bits: int
     group: int
     symmetric: bool
@@ -24,15 +25,20 @@ class Scheme:
     def note(self) -> str:
         """A line of the plan."""
         grouped = f"groups of {self.group}" if self.group else "a scale per output"
+        keeps = f"an engine with {self.kind} projections keeps their numbers, any other" if self.kind else "an engine"
         return (
-            f"projections are quantized already ({self.method}, {self.bits} bits, {grouped}): an engine with "
-            f"{self.kind} projections keeps their numbers, any other computes with the same values in its dtype"
+            f"projections are quantized already ({self.method}, {self.bits} bits, {grouped}): {keeps} computes with "
+            "the same values in its dtype"
         )
 
 
 def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
     """What config.json says of quantization, None if nothing. Raises CheckpointError for what cannot be read."""
     values = config.get("quantization_config")
+    if values is None and (where.parent / MODELOPT_FILE).is_file():
+        where = where.parent / MODELOPT_FILE
+        described = read_json(where).get("quantization")
+        values = {**described, "quant_method": "modelopt"} if isinstance(described, dict) else described
     if values is None:
         return None
 
@@ -48,10 +54,13 @@ def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
         "gptq": _gptq,
         "awq": _awq_scheme,
         "compressed-tensors": _compressed,
+        "modelopt": _modelopt,
     }
     if method not in readers:
         raise refusal("quant_method", method, ", ".join(readers))
     scheme = readers[method](values, refusal)
+    if scheme.kind is None:
+        return scheme
     if scheme.bits not in (4, 8) or (scheme.bits == 4) != (scheme.kind == "int4"):
         raise refusal("bits", scheme.bits, "4 or 8")
     if isinstance(scheme.group, bool) or not isinstance(scheme.group, int) or scheme.group < 0 or scheme.group % 32:
@@ -110,6 +119,18 @@ def _compressed(values: dict[str, Any], refusal: Callable[..., CheckpointError])
         return Scheme(form, "fp8", bits, group, True)
     allowed = "pack-quantized or symmetric int-quantized of type int, float-quantized of type float"
     raise refusal("format", f"{form} of type {kind}", allowed)
+
+
+def _modelopt(values: dict[str, Any], refusal: Callable[..., CheckpointError]) -> Scheme:
+    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+        if values.get(key) is not None:
+            raise refusal(key, values[key], "null")
+    algorithm = values.get("quant_algo")
+    if algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
+        return Scheme("modelopt", "fp8", 8, 0, True)
+    if algorithm == "NVFP4":
+        return Scheme("nvfp4", None, 4, 16, True)
+    raise refusal("quant_algo", algorithm, "FP8, FP8_PER_CHANNEL_PER_TOKEN or NVFP4")
 
 
 def _group(values: dict[str, Any]) -> Any:

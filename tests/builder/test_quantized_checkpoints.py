@@ -35,6 +35,9 @@ FORMS: list[tuple[str, int, bool]] = [
     ("pack8", 32, True),
     ("int8", 0, True),
     ("fp8", 0, True),
+    ("modelopt", 0, True),
+    ("modelopt-rows", 0, True),
+    ("nvfp4", 16, True),
 ]
 NAMED = [f"{form}-{group}-{'symmetric' if symmetric else 'zeros'}" for form, group, symmetric in FORMS]
 
@@ -154,6 +157,7 @@ def test_torch_keeps_the_numbers(form: str, group: int, symmetric: bool, tmp_pat
     truth = write(tmp_path / "checkpoint", form, group, symmetric)
     builder = Builder(tmp_path / "checkpoint", tmp_path / "engine", backend="torch")
     kind = {"gptq": "int4", "awq": "int4", "pack": "int4", "int8": "int8", "fp8": "fp8"}.get(form)
+    kind = "fp8" if form.startswith("modelopt") else kind
     assert builder.config.quantization == kind
     builder.run()
     stored = loaded(tmp_path / "engine" / "model.safetensors")
@@ -208,6 +212,8 @@ def change_config(folder: Path, **changes: Any) -> None:
         ("pack", {"format": "marlin-24"}, "format is 'marlin-24 of type int'"),
         ("pack", {"config_groups": {}}, "config_groups is {}, allowed: one group"),
         ("pack", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
+        ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8', allowed: null"),
+        ("nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ', allowed: FP8"),
     ],
 )
 def test_refused_configs(form: str, changes: dict[str, Any], fragment: str, tmp_path: Path, refused: Refused) -> None:
@@ -237,6 +243,26 @@ def test_refused_tensors(
     change(tensors, "encoder.layers.1.mlp.down_proj")
     save_file(tensors, path)
     refused(["build", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "engine")], fragment)
+
+
+@pytest.mark.parametrize("described", [{"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}, 7])
+def test_older_exports_of_modelopt_say_it_in_a_file_of_their_own(
+    described: object, tmp_path: Path, refused: Refused
+) -> None:
+    folder = tmp_path / "checkpoint"
+    truth = write(folder, "nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {}, "quantization": described}))
+    if described == 7:
+        refused(["build", str(folder), "-o", str(tmp_path / "engine")], "quantization_config is no object")
+        return
+    tensors = open_checkpoint(folder).tensors
+    for name, values in truth.items():
+        tensor = tensors[name]
+        assert isinstance(tensor, QuantizedTensor)
+        np.testing.assert_array_equal(tensor.rows(0, len(values)), values)
 
 
 def test_no_twin_of_a_quantized_checkpoint(tmp_path: Path, refused: Refused) -> None:

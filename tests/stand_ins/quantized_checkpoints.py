@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import write_checkpoint
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
+MODELOPT = {"modelopt": "FP8", "modelopt-rows": "FP8_PER_CHANNEL_PER_TOKEN", "nvfp4": "NVFP4"}
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs each nibble of a word holds, the lowest first
 
 
@@ -32,7 +33,8 @@ def pack_last(values: np.ndarray, bits: int, order: tuple[int, ...] | None = Non
 def write(folder: Path, form: str, group: int = 32, symmetric: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
     """Write a checkpoint and return what each projection is, (out, in) f32 by name.
 
-    `form`: gptq, gptq8, awq, pack, pack8, int8 or fp8; `group` 0 is a scale per output.
+    `form`: gptq, gptq8, awq, pack, pack8, int8, fp8, or of ModelOpt modelopt (FP8), modelopt-rows (a scale per output)
+    or nvfp4; `group` 0 is a scale per output.
     """
     write_checkpoint(folder, dtype="f32", **WIDE)
     plain = load_file(folder / "model.safetensors")
@@ -52,6 +54,23 @@ def write(folder: Path, form: str, group: int = 32, symmetric: bool = False, see
             scale = rng.uniform(0.05, 0.2, (out, 1)).astype(np.float32)
             tensors |= {name: numbers, f"{base}.weight_scale": scale}
             truth[name] = numbers.astype(np.float32) * scale
+            continue
+        if form.startswith("modelopt"):
+            numbers = rng.standard_normal((out, inputs)).astype(ml_dtypes.float8_e4m3fn)
+            one = rng.uniform(0.05, 0.2, out if form == "modelopt-rows" else ()).astype(np.float32)
+            tensors |= {name: numbers, f"{base}.weight_scale": np.asarray(one)}
+            if form == "modelopt":
+                tensors[f"{base}.input_scale"] = np.array(0.02, np.float32)
+            truth[name] = numbers.astype(np.float32) * np.broadcast_to(one, out)[:, None]
+            continue
+        if form == "nvfp4":
+            fields = rng.integers(0, 16, (out, inputs)).astype(np.uint8)
+            scale = rng.uniform(20, 400, (out, inputs // 16)).astype(ml_dtypes.float8_e4m3fn)
+            whole = np.float32(2.0**-11)  # exact, so that products may be taken in any order
+            tensors |= {name: fields[:, 0::2] | fields[:, 1::2] << 4, f"{base}.weight_scale": scale}
+            tensors |= {f"{base}.weight_scale_2": np.array(whole), f"{base}.input_scale": np.array(0.02, np.float32)}
+            values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[fields & 7] * np.where(fields & 8, -1, 1)
+            truth[name] = (values * scale.astype(np.float32).repeat(16, 1) * whole).astype(np.float32)
             continue
         zero_free = symmetric or form == "int8"
         middle = 2 ** (bits - 1)
@@ -88,6 +107,8 @@ def write(folder: Path, form: str, group: int = 32, symmetric: bool = False, see
 def described(form: str, group: int, symmetric: bool) -> dict[str, Any]:
     """The `quantization_config` of a form."""
     bits = 4 if form in ("gptq", "awq", "pack") else 8
+    if form in MODELOPT:
+        return {"quant_method": "modelopt", "quant_algo": MODELOPT[form], "ignore": ["diffusion_head"]}
     if form in ("gptq", "gptq8"):
         return {"quant_method": "gptq", "bits": bits, "group_size": group or -1, "desc_act": False, "sym": symmetric}
     if form == "awq":
