@@ -30,13 +30,14 @@ Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
 # Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, with the head. int4: an f32 scale per
-# output and 32 inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too.
+# output and 32 inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too; in
+# tensorrt-rtx they are not, and the scales are rounded to the engine's dtype.
 # fp8_dynamic: weights as in fp8, and inputs in e4m3 with a scale per token.
 Quantization = Literal["fp8", "fp8_dynamic", "int8", "int4"]
 # Which backends have each, and what a projection's inputs are then a multiple of.
 QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
-    "int8": ("onnxruntime", "torch"),
-    "int4": ("onnxruntime", "torch"),
+    "int8": ("onnxruntime", "torch", "tensorrt-rtx"),
+    "int4": ("onnxruntime", "torch", "tensorrt-rtx"),
     "fp8": ("torch",),
     "fp8_dynamic": ("torch",),
 }

@@ -79,8 +79,7 @@ class Builder:
         block_length: default block length of the engine, 1..64; default the checkpoint's.
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
-        quantization: `int8` or `int4` projections on onnxruntime and torch, `fp8` or `fp8_dynamic` on torch;
-            default none.
+        quantization: `int8` or `int4` projections, not on tensorrt, `fp8` or `fp8_dynamic` on torch; default none.
         kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
@@ -130,10 +129,12 @@ class Builder:
         model = self.checkpoint.model
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
         packed = [t for t in self.checkpoint.tensors.values() if isinstance(t, QuantizedTensor)]
-        kinds = {t.kind for t in packed if t.kind and t.exact and backend in QUANTIZATIONS[t.kind]}
+        # TensorRT has no zero points.
+        exact = [t for t in packed if t.kind and t.exact and (t.scheme.symmetric or not self._compiled)]
+        kinds = {t.kind for t in exact if t.kind and backend in QUANTIZATIONS[t.kind]}
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
-        kept = {t.name: t.scheme.symmetric for t in packed if t.exact and t.kind == stored_as(quantization)}
+        kept = {t.name: t.scheme.symmetric for t in exact if t.kind == stored_as(quantization)}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
             max_seq_len=length,
@@ -157,8 +158,8 @@ class Builder:
             lora.scale if lora else 1.0,
             capacity=cache_slots(self.config) if self._compiled else None,
             logits=logits,
-            quantization=quantization if backend == "onnxruntime" else None,
-            kept=kept if packed else None,
+            quantization=None if backend == "torch" else quantization,
+            kept=kept or None,  # what is in other bits is quantized anew
             packed=backend == "onnxruntime",
             kv_bits=self.config.kv_bits if backend == "onnxruntime" else None,
         )

@@ -73,7 +73,7 @@ from .options import PATH, json_output
 @click.option(
     "--quantization",
     type=click.Choice(list(QUANTIZATIONS)),
-    help="Quantize the projections: int8 and int4 for onnxruntime and torch; fp8, or fp8_dynamic "
+    help="Quantize the projections: int8 and int4 for onnxruntime, torch and tensorrt-rtx; fp8, or fp8_dynamic "
     "with inputs in 8 bits too, for torch.",
 )
 @click.option(

@@ -100,7 +100,7 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
     """The weight as it is stored, in bands of its first axis, and its scales if it is quantized."""
     if not isinstance(tensor, Tensor):
         tensor.check()
-        if tensor.exact and tensor.kind == weight.quantization:
+        if tensor.exact and tensor.kind == weight.quantization and (tensor.scheme.symmetric or not weight.signed):
             yield from _kept_pieces(weight, tensor)
             return
     if weight.quantization == "int8" and weight.transposed:
@@ -127,7 +127,7 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
         if weight.quantization is not None:
             stored, scale = _QUANTISE[weight.quantization](values)
             scales.append(scale)
-            yield stored
+            yield _halves(weight, stored)
         else:
             yield _stored(values, weight, tensor, dtype)
     if scales:
@@ -171,7 +171,8 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
         yield scales[:, 0]
         return
     for band in bands:
-        yield packed_int4(tensor.numbers(*band)) if weight.quantization == "int4" else tensor.numbers(*band)
+        numbers = tensor.numbers(*band)
+        yield _halves(weight, packed_int4(numbers)) if weight.quantization == "int4" else numbers
     if weight.quantization != "int4":
         yield scales[:, 0]
         return
@@ -180,6 +181,11 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
     if not tensor.scheme.symmetric:
         zeros = [tensor.zeros(*band) for band in bands]
         yield packed_int4(np.concatenate([z.repeat(repeats, axis=1) for z in zeros if z is not None]))
+
+
+def _halves(weight: Weight, stored: np.ndarray) -> np.ndarray:
+    """Numbers as they are stored: where they are signed, a half of a byte is the number and not that plus 8."""
+    return stored ^ np.uint8(0x88) if weight.signed else stored
 
 
 def _int8_pieces(tensor: Part | JoinedTensor) -> Iterator[np.ndarray]:

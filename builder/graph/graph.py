@@ -68,13 +68,13 @@ def build_graph(
         adapter_scale: folded into the adapter's B matrices.
         capacity: fixes T for TensorRT, which updates a cache in place only where its length is static.
         logits: False leaves that output out.
-        quantization: `int8` or `int4` projections, for ONNX Runtime.
+        quantization: `int8` or `int4` projections, for ONNX Runtime and TensorRT.
         kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
             projection of the layers is quantized.
         kv_bits: `int8` keeps K and V in 8 bits, for ONNX Runtime.
         packed: make one product of projections that share an input, for ONNX Runtime.
     """
-    w = GraphWriter(dtype, packed=packed)
+    w = GraphWriter(dtype, packed=packed, dequantized=capacity is not None)
     w.kept = kept
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)

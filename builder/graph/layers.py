@@ -8,7 +8,7 @@ from onnx import TensorProto
 from ...config import ModelConfig
 from ...contract import KvBits, Quantization, cache_names
 from ...plugins.ops.kv_cache import LARGEST
-from .projection import add_zero, int4, int8
+from .projection import add_zero, dequantized, int4, int8
 from .writer import GraphWriter, Source
 
 
@@ -18,6 +18,8 @@ def _project(
     """Multiply by a projection (inputs, outputs) in the bits of its kind; `zero` is int8's for these tokens."""
     if not w.keeps(source):
         kind = None
+    if kind and w.dequantized:
+        return dequantized(w, kind, x, name, source, *sizes)
     if kind == "int8":
         return int8(w, x, zero, name, source, *sizes)
     if kind == "int4":
@@ -44,10 +46,10 @@ def add_shared(
     pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
     # cos and sin are computed from `pos` inside the graph, so no table bounds the sequence length.
     w.node("Unsqueeze", [pos, "axis.last"], "rope.pos3")  # (B, S, 1) f32
-    if kind:
+    if kind and not w.dequantized:
         w.constant("int8.step", np.float32(1 / 127))
         w.constant("int8.zero", np.uint8(128))
-    if kind == "int8":
+    if kind == "int8" and not w.dequantized:
         add_zero(w, "rope.pos3", "tokens.zero")
     w.constant("rope.inv_freq", rope.inv_freq(model.head_dim)[None, None])  # (1, 1, D/2) f32
     angle = w.node("Mul", ["rope.pos3", "rope.inv_freq"], "rope.angle")
@@ -204,7 +206,10 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     ids = w.node("GatherND", ["ids", rows], "rows.ids", batch_dims=1)  # (B, R)
     normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)
     sizes = model.hidden_size, model.vocab_size
-    if kind:  # in 4 bits it would decide other tokens, and int8 reads its half as quickly
+    # In 4 bits it would decide other tokens, and int8 reads its half as quickly.
+    if kind and w.dequantized:
+        head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes)
+    elif kind:
         zero = add_zero(w, rows, "rows.zero")
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)
     else:

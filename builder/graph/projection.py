@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from ...contract import Quantization
 from .writer import GraphWriter, Source
 
 GROUP = 32  # inputs of an int4 weight that share a scale
@@ -37,6 +38,25 @@ def int8(w: GraphWriter, x: str, zero: str, name: str, source: Source, size_in: 
     sums = w.node("MatMulInteger", [f"{x}.int8", weight, "int8.zero"], f"{name}.sums")
     sums = w.node("Cast", [sums], f"{name}.sums.f32", to=TensorProto.FLOAT)
     return w.node("Mul", [w.node("Mul", [sums, scale], f"{name}.scaled"), step], name)
+
+
+def dequantized(
+    w: GraphWriter, kind: Quantization, x: str, name: str, source: Source, size_in: int, size_out: int
+) -> str:
+    """Multiply by what a projection of few bits stands for, in the engine's dtype, which TensorRT does as it reads it.
+
+    The numbers and scales are those of the other functions here, the scales rounded.
+    """
+    step = f"{name}.weight.step"
+    values = f"{name}.weight.values"
+    if kind == "int8":
+        weight, scale = w.int8_weight(f"{name}.weight", source, size_in, size_out)
+        w.node("DequantizeLinear", [weight, w.compute(scale, step)], values, axis=1)
+    else:
+        weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
+        rows = w.node("DequantizeLinear", [weight, w.compute(scale, step)], f"{values}.rows", axis=1, block_size=GROUP)
+        w.node("Transpose", [rows], values, perm=[1, 0])
+    return w.node("MatMul", [x, values], name)
 
 
 def int4(w: GraphWriter, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:

@@ -39,6 +39,7 @@ class Weight:
     offset: int
     nbytes: int
     quantization: Quantization | None = None  # then the f32 scales come after it: of its rows, int8 of its columns
+    signed: bool = False  # of int4: each half of a byte is a signed number, and not that plus 8
 
     @property
     def source(self) -> str:
@@ -58,9 +59,12 @@ class GraphWriter:
     Every method that returns a string returns the name of the tensor that it has added.
     """
 
-    def __init__(self, dtype: Dtype, file: str = WEIGHTS_FILE, *, packed: bool = False) -> None:
+    def __init__(
+        self, dtype: Dtype, file: str = WEIGHTS_FILE, *, packed: bool = False, dequantized: bool = False
+    ) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
         self.packed = packed  # whether projections of one input become one product
+        self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
         self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -114,16 +118,18 @@ class GraphWriter:
         """
         groups = size_in // group
         offset = self._begin()
-        self._external(name, (size_out, groups, group // 2), np.dtype(np.uint8))
+        if self.dequantized:
+            self._external(name, (size_out, size_in), np.dtype(ml_dtypes.int4))
+        else:
+            self._external(name, (size_out, groups, group // 2), np.dtype(np.uint8))
         self._external(f"{name}_scale", (size_out, groups), np.dtype(np.float32))
         names = [name, f"{name}_scale"]
         sources = _by_name(source)
         if self.kept is not None and not self.kept.get(next(iter(sources)), True):
             names.append(f"{name}_zero")
             self._external(names[-1], (size_out, -(-groups // 2)), np.dtype(np.uint8))
-        self.weights.append(
-            Weight(name, sources, (size_out, size_in), False, 1.0, offset, self._end - offset, quantization="int4")
-        )
+        weight = Weight(name, sources, (size_out, size_in), False, 1.0, offset, self._end - offset, "int4")
+        self.weights.append(dataclasses.replace(weight, signed=self.dequantized))
         return names
 
     def packs(self, sources: Collection[str]) -> bool:
@@ -142,6 +148,8 @@ class GraphWriter:
     def _external(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         """Declare an initializer that comes next in the external data file."""
         nbytes = int(np.prod(shape)) * dtype.itemsize
+        if dtype == ml_dtypes.int4:
+            nbytes //= 2
         tensor = TensorProto(name=name, dims=shape, data_type=helper.np_dtype_to_tensor_dtype(dtype))
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.file), ("offset", self._end), ("length", nbytes)):
