@@ -1,7 +1,7 @@
 """Measure the GPU path in one command: the torch engine, its kernels, graphs, loops and scheduler, and a peer.
 
     python benchmarks/gpu.py --plan              print what would run, with bytes and minutes; needs no GPU
-    python benchmarks/gpu.py --minutes 9         measure the most important figures first; repeat to continue
+    python benchmarks/gpu.py --minutes 6         measure the most important figures first; repeat to continue
     python benchmarks/gpu.py --device cpu        run the same code at tiny sizes; its figures mean nothing
 
 Writes `gpu.json` every few seconds, so a run that is cut short loses nothing and the next one on a card of the same
@@ -14,6 +14,7 @@ from __future__ import annotations
 # `python benchmarks/gpu.py`; an import of `gpu` finds the package.
 import argparse
 import collections
+import itertools
 import os
 import signal
 import sys
@@ -55,19 +56,24 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.cells(config, shape, few)
         yield from gpu_forward.variant_cells(config, shape)
         yield from gpu_modes.decode_cells(config, shape)
-        yield from gpu_kernels.cells(config, shape)
+        yield from gpu_kernels.main_cells(config, shape)
         yield from gpu_serve.cells(config, shape)
+        yield from itertools.islice(gpu_peers.cells(config, shape), 1)
+        yield from gpu_forward.loaded_cells(config, shape)
         yield from gpu_modes.answer_cells(config)
+        yield from gpu_kernels.other_cells(config, shape)
         yield from gpu_forward.cells(config, shape, many)
-        yield from gpu_peers.cells(config, shape)
+        yield from itertools.islice(gpu_peers.cells(config, shape), 1, None)
     for shape in config.shapes[1:]:
         yield from gpu_forward.cells(config, shape, few)
         yield from gpu_modes.decode_cells(config, shape)
-        yield from gpu_kernels.cells(config, shape)
+        yield from gpu_kernels.main_cells(config, shape)
         yield from gpu_forward.variant_cells(config, shape)
+        yield from gpu_forward.loaded_cells(config, shape)
     for shape in config.shapes[1:]:
         yield from gpu_forward.cells(config, shape, many)
         yield from gpu_serve.cells(config, shape)
+        yield from gpu_kernels.other_cells(config, shape)
         yield from gpu_peers.cells(config, shape)
     yield from gpu_tensorrt.cells(config)
 
@@ -140,7 +146,7 @@ def main() -> None:
     parser.add_argument("--shapes", help="model sizes, separated by commas, most important first; default 8b,3b,14b")
     parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], help="type of weights, default bf16, on the CPU f32")
     parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="trained one, default tiny-chat")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many minutes, default 9")
+    parser.add_argument("--minutes", type=float, default=6.0, help="stop measuring after so many minutes, default 6")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of the card that --plan assumes, default 80")
     parser.add_argument("--again", action="store_true", help="measure also what the report has already")
     parser.add_argument("--out", type=Path, help="folder of the report, default benchmarks/results; on the CPU none")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
-VARIANTS = ("graphs", "eager", "without kernels", "one prediction", "with logits")
+VARIANTS = ("graphs", "pdl", "eager", "without kernels", "one prediction", "with logits")
 LOADED = ("adapter", *gpu_models.KINDS)  # with other weights
 
 
@@ -56,6 +57,7 @@ class Passes:
             # Without kernels a graph would look at the whole pool (runtime/engines/torch/plain.py).
             self.backend.steps.graphs = variant not in ("eager", "without kernels") and is_gpu
             self.backend.model.kernels = variant != "without kernels" and is_gpu
+            self.backend.model.pdl = variant == "pdl" and self.backend.device.overlaps_launches
             self.backend.steps.forget()
             self._variant = variant
 
@@ -73,7 +75,7 @@ class Passes:
         card.start_peak()
         passes = [pass_] * rows
         for _ in range(3):  # eager, captured, replayed
-            cache.forward(passes)
+            chosen = cache.forward(passes)
         device, wall = [], []
         for _ in card.rounds():
             started = time.perf_counter()
@@ -81,6 +83,7 @@ class Passes:
             wall.append(time.perf_counter() - started)
             device.append(card.step_seconds())
         figures = {"device_us": statistics.median(device) * 1e6, "wall_us": statistics.median(wall) * 1e6}
+        figures["choice"] = zlib.crc32(b"".join(p.token.tobytes() + p.confidence.tobytes() for p in chosen))
         reasons = sorted(set(self.backend.eager_shapes.values())) if self.backend.steps.graphs else []
         return {**figures, "not_captured": reasons} if reasons else figures
 
@@ -131,19 +134,33 @@ def cells(config: RunConfig, shape: str, rows: tuple[int, ...]) -> Iterator[Cell
 
 
 def variant_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Graphs against eager, kernels against plain torch, and what predictions, logits, adapter and few bits change."""
-    work, context = gpu_models.work(shape, config.dtype), config.scale.contexts[1]
-    for variant in VARIANTS + LOADED:
+    """Ways to run one engine: kernels that begin early, eager, plain torch, other predictions, logits."""
+    short, middle = config.scale.contexts[:2]
+    for variant, context in (("graphs", short), ("pdl", short), *((v, middle) for v in VARIANTS)):
+        slow = 3.0 if variant in ("eager", "without kernels", "with logits", "pdl") else 1.0
+        yield _variant_cell(config, shape, variant, context, slow)
 
-        def measure(lab: Lab, variant: str = variant) -> Figures:
-            figures: Figures = {"variant": variant, "context": context}
-            for size in (1, max(s for s in config.scale.sizes if s <= 32)):
-                engine = passes(lab, shape, config.dtype, variant if variant in LOADED else None)
-                figures[str(size)] = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
-            return figures
 
-        slow = 3.0 if variant in ("eager", "without kernels", "with logits") else 1.0
-        yield Cell("variants", shape, variant, work.memory(1, context, 32), 2 * slow, measure)
+def loaded_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
+    """Engines with other weights: the adapter, few bits."""
+    for variant in LOADED:
+        yield _variant_cell(config, shape, variant, config.scale.contexts[1], 1.0)
+
+
+def _variant_cell(config: RunConfig, shape: str, variant: str, context: int, slow: float) -> Cell:
+    def measure(lab: Lab) -> Figures:
+        figures: Figures = {"variant": variant, "context": context}
+        engine = passes(lab, shape, config.dtype, variant if variant in LOADED else None)
+        for size in (1, max(s for s in config.scale.sizes if s <= 32)):
+            one = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
+            if variant == "pdl":  # beside the same passes without, over the same K and V
+                off = engine.run(lab, 1, context, size)
+                one |= {"off_device_us": off["device_us"], "same_choice": one["choice"] == off["choice"]}
+            figures[str(size)] = one
+        return figures
+
+    nbytes = gpu_models.work(shape, config.dtype).memory(1, context, 32)
+    return Cell("variants", shape, f"{variant} context {context}", nbytes, 2 * slow, measure)
 
 
 def seconds(work: gpu_models.Work, rows: int, context: int, size: int) -> float:

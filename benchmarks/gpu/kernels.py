@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from gpu import models as gpu_models
@@ -17,18 +17,23 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
-from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, token_quantise
+from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear, token_quantise
 
-ATTENTION = ("BlockAttention", "PagedAttention")  # ops that read a context
+
+def reads_context(op: Op) -> bool:
+    """Whether an op is attention, in any type of K and V."""
+    return op.name == "BlockAttention" or op.name.startswith("PagedAttention")
 
 
 def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, int]:
     """Each letter's size for a pass of one row.
 
-    Caches are as long as the context and a rotation's as its tokens, so every byte counted must be moved.
+    Caches are as long as the context, and what is rotated or embedded has as many places as tokens, so every byte
+    counted must be moved.
     """
+    writes = op.name.startswith("PagedRopeWrite")
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    pages = ceil_div(tokens if op.name == "PagedRopeWrite" else context, paged_attention.PAGE)
+    pages = ceil_div(tokens if writes else context, paged_attention.PAGE)
     letters = {"N": tokens, "A": pages, "M": pages, "B": 1, "H": model.num_heads, "G": model.num_kv_heads}
     return {
         **letters,
@@ -37,17 +42,22 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "T": context,
         "D": model.head_dim,
         "P": model.head_dim // 2,
-        "V": model.vocab_size,
+        "V": tokens if op.name == "EmbeddingNorm" else model.vocab_size,
         "E": model.hidden_size,
         "K": model.hidden_size,
-        "W": {
-            "PagedRopeWrite": heads,
-            "SwiGLU": 2 * model.intermediate_size,
-            "PagedAttention": paged_attention.items(letters, ceil_div),
-        }.get(op.name, 0),
+        "W": widths(op, model, heads, paged_attention.items(letters, ceil_div)),
         "C": paged_attention.tiles(letters, ceil_div),
         **(low_bits(model) if op.name.endswith("Linear") else {}),
     }
+
+
+def widths(op: Op, model: ModelConfig, heads: int, items: int) -> int:
+    """What W is in an op: a projection's outputs, or the plan's items."""
+    if op.name == "SwiGLU":
+        return 2 * model.intermediate_size
+    if op.name.startswith("PagedRopeWrite"):
+        return heads
+    return items if op.name.startswith("PagedAttention") else 0
 
 
 def low_bits(model: ModelConfig) -> dict[str, int]:
@@ -79,6 +89,8 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
     if kind == "i32":
         made = torch.zeros(shape, dtype=torch.int32, device=device)
         return made.fill_(model.mask_id) if arg.name == "ids" else made
+    if kind == "i8":
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
     if kind == "u8":  # the bits of an e4m3 below infinity
         return torch.randint(0, 120, shape, dtype=torch.uint8, device=device)
     made = torch.empty(shape, dtype=types(torch)[kind], device=device)
@@ -87,7 +99,8 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
 
 def types(torch: Any) -> dict[str, Any]:
     """torch's types by the names of `Arg.dtype` and of engines."""
-    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "u8": torch.uint8}
+    floats = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+    return {**floats, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8}
 
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
@@ -105,6 +118,10 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
             arrays["visible"][..., 0] = letters["T"]
         if "slot" in arrays:
             arrays["slot"].copy_(torch.arange(letters["N"]))
+        if "index" in arrays:
+            arrays["index"].copy_(torch.arange(letters["R"]))
+        if "table" in arrays:
+            arrays["ids"].copy_(torch.arange(letters["N"]))
         if "page_table" in arrays:
             arrays["page_table"].copy_(torch.arange(letters["M"]))
         if "items" in arrays:
@@ -167,39 +184,90 @@ def linear_by_8_bits(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) 
     return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
 
 
-def linear_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """torch's products, which the AR step mostly consists of."""
+def linear_in_shares(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
+    """The same product by `SplitLinear`, and whether the first token has the same bits alone."""
+    torch, device, kind = lab.card.torch, lab.card.name, types(lab.card.torch)[dtype]
+    model = gpu_models.work("tiny", dtype).model  # for constants, of which the op has none
+    nbytes = (out * size_in + tokens * (out + size_in)) * ITEMSIZE[dtype]
+
+    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
+        return torch.empty(shape, dtype=torch.float32 if arg.dtype == "f32" else kind, device=device)
+
+    with lab.card.use(gpu_models.CARRIED):
+        x = torch.empty(tokens, size_in, dtype=kind, device=device).normal_()
+        counters = torch.zeros(low_bit_linear.counters(out, size_in), dtype=torch.int32, device=device)
+        matrices = [torch.empty(out, size_in, dtype=kind, device=device) for _ in range(lab.card.sets(nbytes))]
+        for matrix in matrices:
+            matrix.normal_()
+
+    def product(matrix: Any, some: Any = x) -> Any:
+        op = split_linear.op(next(tile for tile in split_linear.TILES if len(some) <= tile))
+        return run(op, model, {"x": some, "weight": matrix, "counters": counters}, new)[0]
+
+    seconds = lab.card.per_launch([lambda m=m: product(m) for m in matrices])
+    with lab.card.use(gpu_models.CARRIED):
+        same = bool((product(matrices[0])[0] == product(matrices[0], x[:1])[0]).all())
+    figures = {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
+    return {**figures, "same_bits_alone": same}
+
+
+PRODUCTS = {"linear": linear, "linear in shares": linear_in_shares, "e4m3 linear": linear_by_8_bits}
+NARROW = ("qkv", "o")  # matrices whose outputs are too few to fill a card
+
+
+def linear_cells(config: RunConfig, shape: str, ways: Iterable[str]) -> Iterator[Cell]:
+    """torch's products, which the AR step mostly consists of, and those that may replace them."""
     model = gpu_models.work(shape, config.dtype).model
-    for name, (out, size_in) in projections(model).items():
+    for how, (name, (out, size_in)) in itertools.product(ways, projections(model).items()):
+        if how == "linear in shares" and name not in NARROW:
+            continue
         for tokens in config.scale.kernel_sizes:
-            for how, of in (("linear", linear), ("e4m3 linear", linear_by_8_bits)):
 
-                def measure(
-                    lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens, how: str = how, of: Any = of
-                ) -> Figures:
-                    figures = of(lab, out, size_in, config.dtype, tokens)
-                    stages = [f"torch, {how}, {out} x {size_in}"]
-                    return {"op": how, "stages": stages, **figures, "tokens": tokens, "context": None}
+            def measure(
+                lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens, how: str = how
+            ) -> Figures:
+                figures = PRODUCTS[how](lab, out, size_in, config.dtype, tokens)
+                stages = [f"{how}, {out} x {size_in}"]
+                return {"op": how, "stages": stages, **figures, "tokens": tokens, "context": None}
 
-                nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
-                yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.7, measure)
+            nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
+            yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.7, measure)
 
 
-def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Every op at the sizes of a decode pass and of blocks; attention at every context; then torch's products."""
+OWN = ("PagedAttention", "PagedRopeWrite", "ResidualNorm", "SwiGLU", "FlatHeadScan16", "FlatHeadScan64")
+
+
+def name_of(op: Op) -> str:
+    """Of an op in the report; those of several stages are measured as a whole and named after the first."""
+    return op.name if reads_context(op) else op.stages[0].name
+
+
+def main_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
+    """What a step in the engine's dtype consists of, and the product that may replace two of torch's."""
+    yield from op_cells(config, shape, [op for op in FUSED if name_of(op) in OWN])
+    yield from linear_cells(config, shape, ("linear", "linear in shares"))
+
+
+def other_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
+    """The other ops of the torch engine and those of the graph; products in 8 bits."""
+    yield from op_cells(config, shape, [*OPS, confidence_commit.SAMPLED])
+    yield from op_cells(config, shape, [op for op in FUSED if name_of(op) not in OWN])
+    yield from linear_cells(config, shape, ("e4m3 linear",))
+
+
+def op_cells(config: RunConfig, shape: str, ops: list[Op]) -> Iterator[Cell]:
+    """Some ops at the sizes of a decode pass and of blocks."""
     model, scale = gpu_models.work(shape, config.dtype).model, config.scale
-    for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
-        contexts = scale.kernel_contexts if op.name in ATTENTION else scale.kernel_contexts[:1]
+    for op in ops:
+        contexts = scale.kernel_contexts if reads_context(op) else scale.kernel_contexts[:1]
         for context, tokens in itertools.product(contexts, scale.kernel_sizes):
             letters = sizes(op, model, tokens, context)
 
             def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Figures:
                 figures = measured(lab, op, model, config.dtype, letters)
-                return {**figures, "tokens": tokens, "context": letters["T"] if op.name in ATTENTION else None}
+                return {**figures, "tokens": tokens, "context": letters["T"] if reads_context(op) else None}
 
-            where = f" context {context}" if op.name in ATTENTION else ""
+            where = f" context {context}" if reads_context(op) else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
             nbytes = sum(map(math.prod, known)) * ITEMSIZE[config.dtype]
-            name = op.name if op.name in ATTENTION else op.stages[0].name
-            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)
-    yield from linear_cells(config, shape)
+            yield Cell("kernels", shape, f"{name_of(op)}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.5, measure)

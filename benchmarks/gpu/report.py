@@ -170,9 +170,10 @@ def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
          f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else ""]
         for r in report.figures("forward")
     ]  # fmt: skip
-    yield "Ways to run it, wall us by tokens", ["shape", "way", "context", "wall us"], [
+    yield "Ways to run it, us by tokens", ["shape", "way", "context", "device us", "wall us"], [
         [r["shape"], r["variant"], str(r["context"]),
-         ", ".join(f"{size}: {v['wall_us']:.0f}" for size, v in r.items() if isinstance(v, dict))]
+         *(", ".join(f"{size}: {v[us]:.0f}" for size, v in r.items() if isinstance(v, dict))
+           for us in ("device_us", "wall_us"))]
         for r in report.figures("variants")
     ]  # fmt: skip
     yield "Kernels", ["shape", "op", "tokens", "context", "us", "KiB", "over the copy ceiling"], [
