@@ -1,9 +1,13 @@
-"""Measure int8 and int4 on the CPU: what passes cost, which answers change, and that self-speculation equals ar.
+"""Measure weights of few bits: what passes cost, how far logits are off, which answers change, and that
+self-speculation equals ar.
 
     python benchmarks/low_bits.py
     python benchmarks/low_bits.py --checkpoint FOLDER --name low_bits_133m --questions 0
+    python benchmarks/low_bits.py --backend torch --name low_bits_torch --questions 20
 
-Passes of the engines take turns, and CPU time counts, so other work on the machine falls on all of them.
+Passes of the engines take turns, and CPU time counts, so other work on the machine falls on all of them. The torch
+engines run on the CPU without kernels, with the same numbers, all in f32 but one in bf16 to compare with; what their
+passes cost there says nothing of a GPU and is left out.
 """
 
 from __future__ import annotations
@@ -15,16 +19,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import checkout  # noqa: F401  # isort: skip
 from common import record
 from common.questions import draw
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engines.engine import bidirectional
+from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine, load
 
-KINDS: tuple[str | None, ...] = (None, "int8", "int4")
+ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by backend and name
+    "onnxruntime": {"f32": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}},
+    "torch": {
+        "f32": {"dtype": "f32"},
+        "bf16": {"dtype": "bf16"},
+        **{kind: {"dtype": "f32", "quantization": kind} for kind in ("fp8", "fp8_dynamic", "int8", "int4")},
+    },
+}
 SIZES = (1, 8, 32)
 CONTEXT = 128
 MODES = (("linear_spec", 16), ("linear_spec", 32), ("quadratic_spec", 16), ("quadratic_spec", 32))
@@ -44,6 +57,36 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[int,
                 if repeat and turn >= WARMUP:
                     values.append((time.process_time() - started) * 1e3)
     return {name: {size: round(statistics.quantiles(times[name, size])[0], 4) for size in SIZES} for name in engines}
+
+
+def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]]:
+    """How far the logits of questions with their answers are from f32's, by engine.
+
+    `error` is the root mean square of the difference over the standard deviation of f32's logits, `same_best` the share
+    of positions with the same best token.
+    """
+    asked = draw(1)
+    codec = next(iter(engines.values())).text
+    asked_of = [codec.encode_chat([{"role": "user", "content": q.text}]) for q in asked]
+    texts = [[*prompt, *codec.encode_plain(q.answer)] for prompt, q in zip(asked_of, asked, strict=True)]
+    exact: list[np.ndarray] = []
+    results = {}
+    for name, engine in engines.items():
+        got = []
+        for ids in texts:
+            cache = engine.backend.open(1)
+            (prediction,) = cache.forward([causal("verify", ids, 0, predict_all=True, logits=True)])
+            assert prediction.logits is not None
+            got.append(prediction.logits.copy())
+            cache.close()
+        exact = exact or got
+        one, other = np.concatenate(got), np.concatenate(exact)
+        results[name] = {
+            "error": round(float(np.sqrt(np.mean((one - other) ** 2)) / other.std()), 6),
+            "same_best": round(float(np.mean(one.argmax(-1) == other.argmax(-1))), 4),
+            "positions": len(one),
+        }
+    return results
 
 
 def answers(engines: dict[str, LoadedEngine], questions: int, new_tokens: int) -> dict[str, Any]:
@@ -70,28 +113,38 @@ def answers(engines: dict[str, LoadedEngine], questions: int, new_tokens: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure int8 and int4 against f32 on the CPU.")
     parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--backend", choices=ENGINES, default="onnxruntime", help="default onnxruntime")
     parser.add_argument("--name", default="low_bits", help="name of the result, default low_bits")
     parser.add_argument("--questions", type=int, default=100, help="default 100; 0 where the model answers nothing")
     parser.add_argument("--rounds", type=int, default=25, help="passes per engine and size, default 25")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     args = parser.parse_args()
-    origin = record.origin(("nemodiff", "onnxruntime"), args.threads)
+    origin = record.origin(("nemodiff", args.backend), args.threads)
     with tempfile.TemporaryDirectory() as work:
         engines = {}
-        for kind in KINDS:
-            name = kind or "f32"
-            folder = Builder(args.checkpoint, Path(work) / name, quantization=kind).run()  # type: ignore[arg-type]
-            engines[name] = load(folder, threads=args.threads)
-        costs = passes(engines, args.rounds)
+        for name, choices in ENGINES[args.backend].items():
+            folder = Builder(args.checkpoint, Path(work) / name, backend=args.backend, **choices).run()
+            engines[name] = load(folder, threads=args.threads, device="cpu")
+        errors = logit_errors(engines)
+        print(errors, flush=True)
+        costs = passes(engines, args.rounds) if args.backend == "onnxruntime" else {}
         print(costs, flush=True)
         asked = answers(engines, args.questions, 100) if args.questions else {}
-    ratio = costs["int8"][32] / costs["int8"][1]
-    goals = [record.goal("int8: a pass of 32 over one of 1", round(ratio, 2), "at most", 4.0, "times")]
+    goals = []
+    if costs:
+        ratio = costs["int8"][32] / costs["int8"][1]
+        goals = [record.goal("int8: a pass of 32 over one of 1", round(ratio, 2), "at most", 4.0, "times")]
     for name, result in asked.items():
         unequal = sum(result["unequal to ar"].values())
         goals.append(record.goal(f"{name}: answers that are not ar's", unequal, "at most", 0, "answers"))
     gains = {name: {s: round(costs["f32"][s] / ms, 2) for s, ms in cost.items()} for name, cost in costs.items()}
-    figures = {"checkpoint": args.checkpoint.name, "cpu_ms": costs, "times_f32": gains, "answers": asked}
+    figures = {
+        "checkpoint": args.checkpoint.name,
+        "logits": errors,
+        "cpu_ms": costs,
+        "times_f32": gains,
+        "answers": asked,
+    }
     record.write(args.name, origin, goals, figures)
 
 
