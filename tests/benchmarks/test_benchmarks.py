@@ -37,6 +37,7 @@ SCRIPTS = (
     "gpu",
     "infill",
     "kernels",
+    "kv_cache",
     "llamacpp",
     "low_bits",
     "make_checkpoint",
