@@ -59,7 +59,9 @@ def test_make_targets_exist_and_the_demo_shows_three_modes(clone: Path) -> None:
         run(["make", "-n", target], clone)
     shown = run(["env", f"VENV={Path(sys.prefix)}", "scripts/demo"], clone)
     for mode in ("ar:", "diffusion:", "linear_spec:"):
-        assert re.search(rf"^{mode} .* tokens per pass.* tokens/s$", shown, re.MULTILINE)
+        assert re.search(
+            rf"^{mode} .* tokens per pass.* tokens/s; [0-9,]+ bytes of K/V per token$", shown, re.MULTILINE
+        )
     assert shown.count("def add(a, b):") == 3
 
 
