@@ -89,7 +89,8 @@ class PagedRows(Rows):
         predictions = flight.finish()
         began = time.perf_counter() - flight.seconds
         wanted = [pass_ for slot, pass_ in work if not (ahead and slot.ended)]
-        self.count(wanted, sum(p.ids.size for _, p in work), flight.seconds)
+        # One that was started ahead began when the host saw the end of the one before, which may have been long past.
+        self.count(wanted, sum(p.ids.size for _, p in work), None if ahead else flight.seconds)
         slots, served, results = list[Slot](), list[Pass](), list[Prediction]()
         for (slot, pass_), prediction in zip(work, predictions, strict=True):
             if slot.ended:

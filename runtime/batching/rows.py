@@ -72,11 +72,14 @@ class Rows:
         """The oldest first."""
         return sorted(slots, key=lambda slot: slot.arrival)
 
-    def count(self, passes: list[Pass], computed: int, seconds: float) -> None:
-        """Take note of a forward that has ended and of the tokens that it has computed, padding included."""
+    def count(self, passes: list[Pass], computed: int, seconds: float | None) -> None:
+        """Take note of a forward that has ended and of the tokens that it has computed, padding included.
+
+        Its seconds are None where they say nothing of its cost.
+        """
         tokens = sum(p.ids.size for p in passes)
         self.counts.forwards += 1
         self.counts.tokens += tokens
         self.counts.padding += computed - tokens
-        if self._cost is not None and all(p.kind != "prefill" for p in passes):
+        if self._cost is not None and seconds is not None and all(p.kind != "prefill" for p in passes):
             self._cost.learn(computed, seconds)

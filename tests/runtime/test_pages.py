@@ -24,6 +24,8 @@ from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.pages import PAGE, Copy, Pages
+from nemodiff.runtime.planning.cost import CostCurve
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence
@@ -245,7 +247,8 @@ def test_ar_runs_a_pass_ahead_and_drops_what_comes_after_the_end(
             options["stop"] = nemodiff.generate(dense, prompt, mode="ar", max_new_tokens=4).text[-2:]
         expected = nemodiff.generate(dense, prompt, **options)
         engine = paged(real, 12, ahead=True)
-        batch = Batch(engine.backend, 1, kept=1)
+        cost = PassCosts(CostCurve((1, 32), (1.0, 2.0)))
+        batch = Batch(engine.backend, 1, kept=1, cost=cost)
         sequence = prepare(engine, prompt, Options(**options))
         batch.add(sequence)
         while len(batch):
@@ -257,6 +260,7 @@ def test_ar_runs_a_pass_ahead_and_drops_what_comes_after_the_end(
         assert (backend(engine).forwards, backend(engine).followed) == (passes + dropped, max(0, passes - 2) + dropped)
         list(batch.step())
         assert (batch.counts.forwards, batch.counts.padding) == (passes + dropped, dropped)
+        assert cost._passes == min(1, passes - 1)  # the others say nothing of what a pass costs
         batch.close()
         assert backend(engine).pages.free == 12
         ends.append(expected.finish_reason)
