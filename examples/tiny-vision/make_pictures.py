@@ -25,6 +25,8 @@ COLOURS = {
     "purple": (150, 60, 180),
     "orange": (240, 140, 30),
 }
+DIGITS = [str(digit) for digit in range(10)]
+NOTHING = "."  # what is said of a quarter that holds no more
 # Seven rows of five pixels each.
 _DIGITS = """
 .###. ..#.. .###. .###. ...#. ##### ..##. ##### .###. .###.
@@ -79,11 +81,12 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
     return picture
 
 
-def quarters(scene: Scene) -> list[str]:
-    """What each quarter holds and its place, in words, in the order of PLACES."""
-    found = {place: f"{colour} {shape} {place}" for shape, colour, place in scene.things}
-    found[scene.digit_place] = f"digit {scene.digit} {scene.digit_place}"
-    return [found.get(place, place) for place in PLACES]
+def quarters(scene: Scene) -> list[tuple[str, str]]:
+    """What each quarter holds in two words, in the order of PLACES: a colour and a shape, a digit, or nothing."""
+    found = dict.fromkeys(PLACES, (NOTHING, NOTHING))
+    found |= {place: (colour, shape) for shape, colour, place in scene.things}
+    found[scene.digit_place] = (str(scene.digit), NOTHING)
+    return [found[place] for place in PLACES]
 
 
 def _corner(place: str, rng: random.Random) -> tuple[int, int]:

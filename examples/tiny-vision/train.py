@@ -1,11 +1,11 @@
 """Teach tiny-chat to see: a Pixtral tower of 0.46 M parameters before its decoder, on the CPU, in three phases.
 
-    python examples/tiny-vision/train.py --out examples/tiny-vision --look 10 --describe 12 --minutes 40
+    python examples/tiny-vision/train.py --out examples/tiny-vision --bf16
 
-First tower and projector alone learn to show the words of a picture as embeddings that the decoder knows; they stay as
-they are after that. Then the decoder learns to describe pictures, causally, where every token of an answer asks for
-another look. Then it learns all tasks by tiny-chat's objective: each answer causally and, cut into blocks of masks,
-bidirectionally. Images stand in the prompt alone. The state dict has the released names, so it is the checkpoint.
+First tower and projector alone learn to show what a picture holds as embeddings of tokens that the decoder knows; they
+stay as they are after that. Then the decoder learns to answer, causally, and at last by tiny-chat's objective: each
+answer causally and, cut into blocks of masks, bidirectionally. Images stand in the prompt alone. The state dict has the
+released names, so it is the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +24,23 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 CHAT = HERE.parent / "tiny-chat"
-sys.path[:0] = [str(CHAT), str(HERE), str(HERE.parent / "tiny-chat-2")]
+sys.path[:0] = [str(CHAT), str(HERE)]
 
 import model as chat  # noqa: E402
 import train as recipe  # noqa: E402
 from make_data import prompt  # noqa: E402
-from make_pictures import SIZE, TASKS, draw_scene, example, paint, quarters  # noqa: E402
-from optimiser import Optimiser  # noqa: E402
+from make_pictures import (  # noqa: E402
+    COLOURS,
+    DIGITS,
+    NOTHING,
+    SHAPES,
+    SIZE,
+    TASKS,
+    draw_scene,
+    example,
+    paint,
+    quarters,
+)
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -53,6 +63,7 @@ VISION = {
     "rope_theta": 100.0,
 }
 MERGE = 2
+DESCRIBE = 0.3  # of the batches
 SIDE = SIZE // (VISION["patch_size"] * MERGE)  # type: ignore[operator]  # tokens
 LAYOUT = "<|image_break|>".join(["<|image_pad|>" * SIDE] * SIDE)
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -94,11 +105,15 @@ def make_tokenizer() -> Tokenizer:
 
 
 def look(model: chat.TinyChat, tokenizer: Tokenizer, minutes: float, seed: int) -> None:
-    """Teach tower and projector alone to show the words of what a picture holds; without the decoder a step is cheap.
+    """Teach tower and projector alone to say what each quarter holds; without the decoder a step is cheap.
 
-    Each token of a quarter learns the sum of the embeddings of its words, so the decoder reads what it knows already.
+    Of a quarter's four tokens the left ones become the embedding of its colour or digit, the right ones that of its
+    shape, so the decoder can read a picture as it reads a text.
     """
-    words = model.encoder.embed_tokens.weight.detach()
+    words = {
+        word: token for kind in (SHAPES, list(COLOURS), DIGITS, [NOTHING]) for word, token in _tell(kind, tokenizer)
+    }
+    embeddings = model.encoder.embed_tokens.weight.detach()
     seeing = [p for name, p in model.named_parameters() if "vision" in name or "projector" in name]
     optimiser = torch.optim.AdamW(seeing, lr=2e-3)
     rng = random.Random(seed)
@@ -107,11 +122,10 @@ def look(model: chat.TinyChat, tokenizer: Tokenizer, minutes: float, seed: int) 
     while done < 1:
         scenes = [draw_scene(rng) for _ in range(16)]
         seen = see(model, pixels([paint(scene, rng) for scene in scenes]))
+        told = torch.tensor([[[words[word] for word in pair] for pair in quarters(scene)] for scene in scenes])
+        target = embeddings[told].view(len(scenes), 2, 1, 2, 2, -1)  # (B, rows and columns of quarters, words, HIDDEN)
         grid = seen.view(len(scenes), 2, SIDE // 2, 2, SIDE // 2, -1)
-        told = [[tokenizer.encode(f" {text}").ids for text in quarters(scene)] for scene in scenes]
-        target = torch.stack([torch.stack([words[ids].sum(0) / len(ids) ** 0.5 for ids in row]) for row in told])
-        target = target.view(len(scenes), 2, 1, 2, 1, -1)
-        loss = (grid - target).square().mean() / target.square().mean()
+        loss = (grid - target).square().mean() / embeddings[told].var()  # 1 without looking
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 100) * max(0.05, 1 - done)
         torch.nn.utils.clip_grad_norm_(seeing, 1.0)
@@ -120,6 +134,15 @@ def look(model: chat.TinyChat, tokenizer: Tokenizer, minutes: float, seed: int) 
         step, done = step + 1, (time.monotonic() - begin) / (60 * minutes)
         if step % 100 == 0:
             print(f"look {step} {time.monotonic() - begin:.0f} s {loss.item():.4f}", flush=True)
+
+
+def _tell(kind: list[str], tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    """For each word its first token that no other word of the kind has."""
+    spelled = {word: tokenizer.encode(f" {word}", add_special_tokens=False).ids for word in kind}
+    return [
+        (word, next(i for i in ids if all(i not in other for name, other in spelled.items() if name != word)))
+        for word, ids in spelled.items()
+    ]
 
 
 def pixels(pictures: list[Image.Image]) -> Tensor:
@@ -163,33 +186,38 @@ def causal_loss(model: chat.TinyChat, batch: recipe.Batch) -> Tensor:
     return F.cross_entropy(model.diffusion_head(hidden[:, :-1][answer]).float(), batch.tokens[:, 1:][answer])
 
 
-def learn(model: chat.TinyChat, tokenizer: Tokenizer, args: argparse.Namespace, everything: bool) -> None:
-    """Teach the decoder, causally to describe or jointly everything; every 50 steps say what other pictures give.
+def learn(model: chat.TinyChat, tokenizer: Tokenizer, args: argparse.Namespace, jointly: bool) -> None:
+    """Teach the decoder to answer, causally or jointly; every 50 steps say what other pictures give.
 
     The rate holds for half of the time and falls to 2 % in the other. "Shuffled" is the loss where each picture is that
     of another question: it rises as the decoder begins to look.
     """
-    optimiser = Optimiser(model)
+    decoder = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(decoder, betas=(0.9, 0.95))
     rng, held_out = random.Random(args.seed), random.Random(10**6)
 
     def loss_of(batch: recipe.Batch, pictures: Tensor) -> recipe.Losses | Tensor:
-        model.encoder.embed_tokens.images = see(model, pictures)
-        return recipe.losses(model, batch) if everything else causal_loss(model, batch)
+        with torch.no_grad():
+            model.encoder.embed_tokens.images = see(model, pictures)
+        return recipe.losses(model, batch) if jointly else causal_loss(model, batch)
 
     begin = saved = time.monotonic()
     step, done = 0, 0.0
     while done < 1:
-        share = (0.5 if done < 0.3 else 0.25) if everything else 1
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(*draw_batch(tokenizer, rng, args.batch, share))
+            loss = loss_of(*draw_batch(tokenizer, rng, args.batch, DESCRIBE))
         total = loss.ar + loss.diffusion if isinstance(loss, recipe.Losses) else loss
         total.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(args.peak * min(1, (step + 1) / 50) * (1 if done < 0.5 else max(0.02, 2 * (1 - done))))
+        scale = min(1, (step + 1) / 50) * (1 if done < 0.5 else max(0.02, 2 * (1 - done)))
+        optimiser.param_groups[0]["lr"] = args.rate * scale
+        torch.nn.utils.clip_grad_norm_(decoder, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
         step, seconds = step + 1, time.monotonic() - begin
-        done = seconds / (60 * (args.minutes if everything else args.describe))
+        done = seconds / (60 * (args.minutes if jointly else args.causal))
         if step % 50 == 0:
             with torch.no_grad():
-                batch, pictures = draw_batch(tokenizer, held_out, 64, share)
+                batch, pictures = draw_batch(tokenizer, held_out, 64, DESCRIBE)
                 other, shuffled = loss_of(batch, pictures), loss_of(batch, pictures.roll(1, 0))
             print(f"step {step} {seconds:.0f} s train {loss} | held-out {other} shuffled {shuffled}", flush=True)
         if time.monotonic() - saved > 300:
@@ -226,13 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train tiny-vision and write a checkpoint folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
     parser.add_argument("--look", type=float, default=10, help="minutes of the first phase (10)")
-    parser.add_argument("--describe", type=float, default=12, help="minutes of the second phase (12)")
-    parser.add_argument("--minutes", type=float, default=40, help="minutes of the third phase (40)")
+    parser.add_argument("--causal", type=float, default=20, help="minutes of the second phase (12)")
+    parser.add_argument("--minutes", type=float, default=20, help="minutes of the third phase (20)")
     parser.add_argument("--init", type=Path, help="checkpoint folder to continue from")
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (1)")
     parser.add_argument("--bf16", action="store_true", help="multiply in bf16; faster where a processor does")
     parser.add_argument("--batch", type=int, default=32, help="examples a step (32)")
-    parser.add_argument("--peak", type=float, default=0.4, help="multiplier of the decoder's rates (0.4)")
+    parser.add_argument("--rate", type=float, default=6e-4, help="of the decoder's AdamW (6e-4)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the examples (1)")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -247,10 +275,10 @@ def main() -> None:
         look(model, tokenizer, args.look, args.seed)
     for weight in seeing:
         weight.requires_grad_(False)
-    if args.describe:
-        learn(model, tokenizer, args, everything=False)
+    if args.causal:
+        learn(model, tokenizer, args, jointly=False)
     if args.minutes:
-        learn(model, tokenizer, args, everything=True)
+        learn(model, tokenizer, args, jointly=True)
     save_checkpoint(model, tokenizer, args.out)
 
 

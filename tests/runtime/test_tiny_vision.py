@@ -45,7 +45,7 @@ def test_pictures_hold_what_their_scene_says(pictures: ModuleType) -> None:
 
 @pytest.mark.torch
 def test_the_recipe_makes_a_checkpoint(pictures: ModuleType, tmp_path: Path) -> None:
-    short = ["--look", "0.005", "--describe", "0.005", "--minutes", "0.005", "--batch", "2"]
+    short = ["--look", "0.005", "--causal", "0.005", "--minutes", "0.005", "--batch", "2"]
     command = [sys.executable, str(FOLDER / "train.py"), "--out", str(tmp_path / "checkpoint"), *short]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     engine = nemodiff.load(Builder(tmp_path / "checkpoint", tmp_path / "engine").run(), threads=1)
