@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .dependent import follow
+
 
 @triton.jit
 def e4m3(x):
@@ -17,8 +19,9 @@ def e4m3(x):
 
 
 @triton.jit
-def token_quantise(x, K, values, scale, BLOCK: tl.constexpr):
+def token_quantise(x, K, values, scale, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x (N, K) -> values (N, K) u8, scale (N,) f32."""
+    follow(PDL)
     K = K // 16 * 16  # no change; tells the compiler that rows are aligned
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)

@@ -46,6 +46,7 @@ OP = Op(
             constants=_constants,
             grid=lambda dims, ceil: (dims["N"], 1, 1),
             num_warps=8,
+            follows=True,
         ),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,9 +25,10 @@ CHOICE = ["FlatHeadScan16", "HeadReduce", "FlatCommitRule"]
 AR = FlatShape(1, 1)
 
 
-def built(folder: Path, model: str) -> tuple[Path, EngineInfo]:
+def built(folder: Path, model: str, **options: Any) -> tuple[Path, EngineInfo]:
     """An engine folder of two layers, in bf16."""
-    made = Builder(MODELS[model](folder / "checkpoint"), folder / "engine", backend="torch", dtype="bf16").run()
+    checkpoint = MODELS[model](folder / "checkpoint")
+    made = Builder(checkpoint, folder / "engine", backend="torch", dtype="bf16", **options).run()
     return made, read_engine(made)
 
 
@@ -46,8 +48,11 @@ def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:
     assert names(engine, AR) == ["Rotation", "to", *FIRST[1:], *2 * layer, *CHOICE]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"quantization": "int8", "kv_cache_dtype": "int8"}, {"quantization": "fp8_dynamic"}], ids=str
+)
 def test_every_kernel_but_the_first_begins_early_where_the_card_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     def early(pdl: bool | None = None) -> set[str]:
         engine = TorchEngine(folder, info, "cpu", kernels=True, pages=8, pdl=pdl)
@@ -57,7 +62,7 @@ def test_every_kernel_but_the_first_begins_early_where_the_card_can(
         assert begun in (set(), {name for name, _ in launched if name in kernels} - {"Rotation"})
         return begun
 
-    folder, info = built(tmp_path, "plain rotation")
+    folder, info = built(tmp_path, "plain rotation", **options)
     assert not early(True)  # a CPU cannot
     monkeypatch.setattr(TorchDevice, "overlaps_launches", True)
     assert early(True)

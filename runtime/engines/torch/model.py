@@ -254,7 +254,7 @@ class TorchModel:
         room = -(-len(x) // CHUNK) * CHUNK  # rows past the last token hold anything and are dropped
         values = torch.empty((room, x.shape[1]), dtype=torch.uint8, device=x.device)
         scale = torch.empty(room, dtype=torch.float32, device=x.device)
-        run(token_quantise.OP, self.config, {"x": x}, self._new(x, {"values": values, "scale": scale}))
+        self._run(token_quantise.OP, {"x": x}, self._new(x, {"values": values, "scale": scale}))
         return by_8_bits(values.view(torch.float8_e4m3fn), scale, weight, self.dtype)[: len(x)]
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
