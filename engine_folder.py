@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +22,7 @@ from .contract import (
     BuildConfig,
 )
 from .errors import CheckpointError, EngineError
+from .whole_file import whole
 
 # A reader refuses a newer schema. It reads 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no
 # quantization, and 1, which has no max_input_len either.
@@ -167,11 +167,6 @@ class EngineInfo:
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def partial(name: str) -> str:
-    """What a file beside the engine's own is called until it is whole."""
-    return f"{name}.partial"
-
-
 def engine_digest(folder: Path) -> str:
     """sha256 of the description, by which a record knows the engine that it was made of."""
     return hashlib.sha256((folder / CONFIG_FILE).read_bytes() + (folder / MANIFEST_FILE).read_bytes()).hexdigest()
@@ -179,13 +174,9 @@ def engine_digest(folder: Path) -> str:
 
 def write_record(folder: Path, name: str, values: Mapping[str, Any]) -> None:
     """Put a record beside an engine's files, whole or not at all, with the engine's digest. Raises OSError."""
-    stage = folder / partial(name)
     record = {**values, "engine": engine_digest(folder)}
-    with stage.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    stage.replace(folder / name)
+    with whole(folder / name) as stage:
+        stage.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
@@ -31,7 +32,8 @@ def connected(address: str | None) -> Iterator[Any]:
             if address is not None and ":" in address:  # Ray itself tries for minutes
                 host, _, port = address.removeprefix("ray://").rpartition(":")
                 socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with _silence():
+                ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise RequestError(
                 f"{address or 'Ray'}: no cluster answers ({reason(error)}); give "
@@ -45,6 +47,19 @@ def connected(address: str | None) -> Iterator[Any]:
     finally:
         if begun:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing on standard error, where Ray's native code says that it was told to be silent."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def reason(error: BaseException) -> str:

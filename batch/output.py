@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .parts import JOURNALS, whole
+from ..whole_file import whole
+from .parts import JOURNALS
 from .shards import Shard
 
 JOB_FILE = "job.json"

@@ -6,30 +6,16 @@ under their keys, so that what has been answered once is taken from them whoever
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ..whole_file import whole
 from .shards import Row, Shard
 
 JOURNALS = ".journal"
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` once it is on the disk; an error leaves nothing of it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Part:

@@ -32,7 +32,6 @@ from ..engine_folder import (
     VISION_TENSORS_FILE,
     VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
-    partial,
 )
 from ..errors import BuildError
 from . import swap
@@ -68,8 +67,6 @@ ENGINE = Kind(
             VISION_TENSORS_FILE,
             VISION_WEIGHTS_FILE,
             WEIGHTS_FILE,
-            partial(VERIFY_FILE),
-            partial(COST_FILE),
             *CARRIED_NAMES,
         }
     ),

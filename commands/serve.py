@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from ..contract import MODES
+from ..errors import RequestError
 from . import options
 from .streams import TEXT
 
@@ -143,6 +145,12 @@ def serve(
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
+    world = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and world != "1":
+        raise RequestError(
+            f"torchrun has started {world} ranks, and each would serve at port {port}; start one server with "
+            f"--tp-size {world}, which starts the ranks"
+        )
     check_connections(max_connections)
     limits = Limits(
         timeout=timeout,

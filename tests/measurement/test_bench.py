@@ -14,7 +14,7 @@ from conftest import Refused, output_of
 
 import nemodiff
 from nemodiff.cli import main
-from nemodiff.engine_folder import COST_FILE, partial
+from nemodiff.engine_folder import COST_FILE
 from nemodiff.measurement import bench
 from nemodiff.measurement.figures import Percentiles, Spread, figures, ratios
 from nemodiff.measurement.round import Answer, Request, Round, serve
@@ -117,7 +117,7 @@ def test_two_engines_take_turns(engine: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_folder_that_cannot_be_written_is_measured_all_the_same(engine: Path) -> None:
-    (engine / partial(COST_FILE)).mkdir()  # in the way of a new file, for root too
+    (engine / COST_FILE).mkdir()  # in the way of a new file, for root too
     result = CliRunner().invoke(main, ["bench", str(engine), *SHORT, "--mode", "ar"])
     assert result.exit_code == 0
     assert "\nar " in result.stdout

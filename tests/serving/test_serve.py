@@ -700,11 +700,15 @@ def test_sigterm_drains(tiny_engine: Path, engine: nemodiff.LoadedEngine, patien
     assert got == whole if patience == "60" else got.startswith(whole[:5])
 
 
-def test_what_the_command_refuses(tiny_engine: Path, refused: Any) -> None:
+def test_what_the_command_refuses(tiny_engine: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         refused(["serve", str(tiny_engine), "--port", port], "--port", "give another")
     refused(["serve", str(tiny_engine), "--rows", "0"], "rows is 0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    refused(["serve", str(tiny_engine)], "torchrun has started 2 ranks", "start one server with --tp-size 2")
+    monkeypatch.undo()
     refused(["serve", str(tiny_engine / "none")], "none")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ....engine_folder import COMPILED_FOLDER
+from ....whole_file import whole
 
 _CHOICES = ("TRITON_CACHE_DIR", "TRITON_CACHE_MANAGER")  # variables by which a user has chosen another cache
 _KEPT = (".cubin", ".json", ".source")  # of an entry; host code is never taken from an engine folder
@@ -94,11 +95,10 @@ class _Entry:
         """Write a file whole, in the first place that takes it."""
         for place in self._cache.places:
             path = place / self._key / name
-            stage = path.with_name(f"{name}.{os.getpid()}-{threading.get_ident()}")
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stage.write_bytes(data)
-                stage.replace(path)
+                with whole(path) as stage:
+                    stage.write_bytes(data)
             except OSError as error:
                 failure = error
             else:

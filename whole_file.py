@@ -1,0 +1,25 @@
+"""A file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once it is on the disk; an error leaves nothing of it.
+
+    What a killed process leaves is hidden and named as the stages of a build are, which a rebuild replaces as well.
+    """
+    stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        yield stage
+        with stage.open("rb") as file:
+            os.fsync(file.fileno())
+        stage.replace(path)
+    finally:
+        stage.unlink(missing_ok=True)
