@@ -50,15 +50,17 @@ def _scan(
     real = m < positions
     token_place = tl.load(index + m, mask=real, other=0).to(tl.int64) * E
     inside = v < V
-    logits = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    # The weights are the left side, as in `low_bit_linear.py`, so that both tiles take the same instructions.
+    columns = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
     for start in range(0, E, BLOCK_E):
         has = start + e < E
-        a = tl.load(x + token_place[:, None] + start + e[None, :], mask=real[:, None] & has[None, :], other=0.0)
+        a = tl.load(x + token_place[None, :] + start + e[:, None], mask=has[:, None] & real[None, :], other=0.0)
         place = v.to(tl.int64)[:, None] * E + start + e[None, :]
         w = tl.load(weight + place, mask=inside[:, None] & has[None, :], other=0)
         if INT8:
             w = from_int8(w).to(a.dtype)
-        logits = tl.dot(a, tl.trans(w), logits, input_precision="ieee")
+        columns = tl.dot(w, a, columns, input_precision="ieee")
+    logits = tl.trans(columns)  # (M, V)
     if INT8:
         logits *= tl.load(scale + v, mask=inside, other=0.0)[None, :]
     if W == V:

@@ -178,13 +178,13 @@ def test_fused_kernels_compile_for_every_card(
 
 
 def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
-    """A token is summed by the same instructions in every tile of a product with few bits.
+    """A token is summed by the same instructions in every tile of a product.
 
     The tiles differ in tokens alone, and a tensor core's instruction sums each of them by itself.
     """
     taken: dict[tuple[str, int], set[frozenset[str]]] = {}
     for kernel in kernels:
-        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear", "SplitLinear")):
+        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear", "SplitLinear", "FlatHeadScan")):
             ptx = (folder / kernel.file("ptx")).read_text()
             found = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)([^\s;]*)", ptx)
             forms = frozenset(name + re.sub(r"m64n\d+", "m64n", form) for name, form in found)
