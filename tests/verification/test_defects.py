@@ -268,6 +268,25 @@ def test_a_batch_that_moves_no_row_is_caught(setup: Setup, monkeypatch: pytest.M
     assert all("side by side" in name for name, tally in report.modes.items() if not tally.ok)
 
 
+@pytest.mark.torch
+def test_scales_of_other_tokens_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemodiff.runtime.engines.torch import stored
+
+    right = stored._quantised
+
+    def shifted(rows: Any, bits: Any) -> Any:
+        values, scale = right(rows, bits)
+        return values, scale.roll(1, 0)
+
+    checkpoint = MODELS["plain rotation"](tmp_path / "checkpoint")
+    builder = Builder(checkpoint, tmp_path / "engine", backend="torch", dtype="f32", kv_cache_dtype="int8")
+    engine = nemodiff.load(builder.run(), device="cpu")
+    monkeypatch.setattr(stored, "_quantised", shifted)
+    report = judged(engine, network(checkpoint, kv_bits="int8"))
+    assert not report.ok
+    assert "layer 0" in str(report.blame)
+
+
 HONEST: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "torch f32": (MODELS["early YaRN"], {"backend": "torch", "dtype": "f32"}),
     "torch f16": (MODELS["early YaRN"], {"backend": "torch", "dtype": "f16"}),

@@ -23,13 +23,25 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantization"), [("f32", None), ("bf16", None), ("f16", None), ("bf16", "fp8")], ids=str
+    ("dtype", "choices"),
+    [
+        ("f32", {}),
+        ("bf16", {}),
+        ("f16", {}),
+        ("bf16", {"quantization": "fp8"}),
+        ("f32", {"kv_cache_dtype": "int8"}),
+        ("f16", {"kv_cache_dtype": "int8"}),
+        ("bf16", {"kv_cache_dtype": "fp8"}),
+    ],
+    ids=str,
 )
-def test_a_gpu_engine_is_right_in_every_pass(tmp_path: Path, dtype: Any, quantization: Any) -> None:
+def test_a_gpu_engine_is_right_in_every_pass(tmp_path: Path, dtype: Any, choices: dict[str, Any]) -> None:
     checkpoint = MODELS["tiny-chat with adapter"](tmp_path / "checkpoint")
-    builder = Builder(checkpoint, tmp_path / "engine", backend="torch", dtype=dtype, quantization=quantization)
+    builder = Builder(checkpoint, tmp_path / "engine", backend="torch", dtype=dtype, **choices)
     engine = nemodiff.load(builder.run(), device="cuda")
-    reference = Network(Weights(checkpoint, checkpoint / "linear_spec_lora"), dtype, quantization)
+    build = engine.info.build
+    weights = Weights(checkpoint, checkpoint / "linear_spec_lora")
+    reference = Network(weights, dtype, build.quantization, kv_bits=build.kv_bits)
     report, scripts = verify(engine, token_ids(engine, (), 32, raw=False), reference, max_new_tokens=32)
     assert report.ok, report.lines()
     sample = columns(engine.info.model.vocab_size)
