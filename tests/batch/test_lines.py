@@ -145,8 +145,8 @@ def test_a_prompt_that_does_not_fit_fails_alone(tiny_engine: Path, file: Path, r
     expected = run(tiny_engine, file.with_name("short"), [line for line in lines if line["prompt"] != LONG])
     assert (result.exit_code, result.stdout) == (1, expected.stdout)
     first, second = result.stderr.splitlines()
-    assert first.startswith(f"Error: {file}, line 2: the prompt has 120016 tokens")
-    assert second.startswith(f"Error: {file}, line 4: the prompt has 120016 tokens")
+    assert first.startswith(f"Error: {file}, line 2: the prompt is too long: 120016 tokens")
+    assert second.startswith(f"Error: {file}, line 4: the prompt is too long: 120016 tokens")
 
 
 def test_with_json_a_failed_line_is_an_object_in_its_place(tiny_engine: Path, file: Path) -> None:
@@ -159,7 +159,7 @@ def test_with_json_a_failed_line_is_an_object_in_its_place(tiny_engine: Path, fi
         ("2", True, None),
         ("3", False, 4),
     ]
-    assert got[1]["error"]["message"].startswith("the prompt has 120016 tokens")
+    assert got[1]["error"]["message"].startswith("the prompt is too long: 120016 tokens")
     assert result.exit_code == 1
     assert result.stderr == f'Error: {file}: 2 of 4 lines are refused; see "error" in their objects\n'
 

@@ -17,7 +17,7 @@ from stand_ins.http_server import Served, serving
 
 MOST = 20  # connections
 PATIENCE = 1.0  # seconds that a client has
-SLOWNESS = 20.0  # seconds until a test says that something hangs
+SLOWNESS = 120.0  # seconds until a test says that something hangs
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -133,7 +133,9 @@ def test_a_client_that_does_not_read_is_closed(server: Served) -> None:
 
 
 def test_room_is_made_by_clients_that_are_waited_for_alone(tiny_engine: Path) -> None:
-    body = json.dumps({"prompt": "Once", "max_tokens": 4000, "min_tokens": 4000, "mode": "ar", "stream": True}).encode()
+    body = json.dumps(
+        {"prompt": "Once", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar", "stream": True}
+    ).encode()
     post = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
     with serving(tiny_engine, "--max-connections", "2") as served:
         with connected(served, 2, post) as busy:
@@ -166,13 +168,14 @@ def test_being_out_of_descriptors_is_one_line_and_passes(tiny_engine: Path) -> N
         limits = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (open_files(served), limits[1]))
         with connected(served, 5, GET):
-            time.sleep(2.5)  # asyncio tries again every second
+            assert served.process.stderr is not None
+            line = served.process.stderr.readline()
+            time.sleep(1.5)  # asyncio tries again every second
         resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, limits)
         assert served.ask("/health") == {"status": "ok"}
         served.process.terminate()
         assert served.process.wait(60) == 0
-        assert served.process.stderr is not None
-        (line,) = served.process.stderr.read().splitlines()
+        assert served.process.stderr.read() == ""
     assert "no connection can be taken (Too many open files); lower --max-connections" in line
 
 
