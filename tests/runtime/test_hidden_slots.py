@@ -33,7 +33,6 @@ KINDS: list[Any] = [
     pytest.param(("onnxruntime", "f32", "int8"), id="onnxruntime int8 K/V"),
     pytest.param(("torch", "f32"), id="torch f32", marks=TORCH),
     pytest.param(("torch", "bf16"), id="torch bf16", marks=TORCH),
-    pytest.param(("torch", "f32", "int8"), id="torch int8 K/V", marks=TORCH),
 ]
 
 
