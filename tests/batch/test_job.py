@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,8 +87,11 @@ def test_a_killed_command_goes_on(
     assert second.returncode == 0, second.stderr
     assert "logging.cc" not in second.stderr
     last = second.stderr.splitlines()[-1]
-    assert f"{ROWS - before} rows answered" in last
-    assert f"{before} kept from before, 0 failed" in last
+    match = re.search(r"(\d+) rows answered .* (\d+) kept from before, 0 failed", last)
+    assert match, last
+    answered_now, kept = map(int, match.groups())
+    assert answered_now + kept == ROWS
+    assert before <= kept < ROWS  # a worker may live a moment longer than the command
     check(output, tiny_engine)
 
 
