@@ -223,10 +223,14 @@ def _stored(values: np.ndarray, weight: Weight, tensor: Part | JoinedTensor, dty
         stored = values.astype(dtype, copy=False)
     if not np.isfinite(stored).all():
         name, remedy = _TOO_LARGE.get(dtype, ("f32", "use another adapter"))
-        raise BuildError(
-            f"{tensor.file}: tensor {tensor.name} holds {np.abs(values).max():.6g}, {name} allowed: "
-            f"up to {_LARGEST[name]:.6g}; {remedy}"
-        )
+        parts = tensor.parts if isinstance(tensor, JoinedTensor) else (tensor,)
+        for part in parts:
+            largest = np.abs(_to_f32(_band(part, 0, part.shape[0], False))).max() * weight.scale
+            if largest > _LARGEST[name] or part is parts[-1]:
+                raise BuildError(
+                    f"{part.file}: tensor {part.name} holds {largest:.6g}, {name} allowed: "
+                    f"up to {_LARGEST[name]:.6g}; {remedy}"
+                )
     return stored
 
 
