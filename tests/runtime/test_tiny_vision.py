@@ -1,4 +1,4 @@
-"""The recipe of tiny-vision: its pictures, and that training for seconds makes a checkpoint that builds and answers."""
+"""tiny-vision: its pictures, what its checkpoint answers about them, and that its recipe makes a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.runtime.loading import LoadedEngine
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny-vision"
 
@@ -41,6 +43,30 @@ def test_pictures_hold_what_their_scene_says(pictures: ModuleType) -> None:
         assert len(set(pictures.quarters(scene))) == 4
     again = [pictures.example(random.Random(5), task) for task in pictures.TASKS]
     assert [one[1:] for one in again] == [pictures.example(random.Random(5), task)[1:] for task in pictures.TASKS]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    return nemodiff.load(Builder(FOLDER, tmp_path_factory.mktemp("engines") / "tiny-vision").run(), threads=1)
+
+
+def test_the_checkpoint_answers_questions_about_pictures(pictures: ModuleType, engine: LoadedEngine) -> None:
+    rng = random.Random(8)
+    asked = [(task, *pictures.example(rng, task)) for task in pictures.TASKS for _ in range(6)]
+    prompts: list[Any] = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+        for _, picture, question, _ in asked
+    ]
+    given = {
+        mode: list(nemodiff.generate_many(engine, prompts, rows=1, mode=mode, max_new_tokens=64))
+        for mode in nemodiff.MODES
+    }
+    for mode, answers in given.items():
+        right = sum(answer.text == expected for answer, (*_, expected) in zip(answers, asked, strict=True))
+        assert right >= (1 if mode == "diffusion" else 21), mode
+    for mode in ("linear_spec", "quadratic_spec"):
+        assert [one.token_ids for one in given[mode]] == [one.token_ids for one in given["ar"]]
+    assert {tuple(one.image_tokens) for one in given["ar"]} == {(21,)}
 
 
 @pytest.mark.torch
