@@ -225,7 +225,8 @@ def _stored(values: np.ndarray, weight: Weight, tensor: Part | JoinedTensor, dty
         name, remedy = _TOO_LARGE.get(dtype, ("f32", "use another adapter"))
         parts = tensor.parts if isinstance(tensor, JoinedTensor) else (tensor,)
         for part in parts:
-            largest = np.abs(_to_f32(_band(part, 0, part.shape[0], False))).max() * weight.scale
+            with np.errstate(over="ignore"):
+                largest = np.abs(_to_f32(_band(part, 0, part.shape[0], False)) * np.float32(weight.scale)).max()
             if largest > _LARGEST[name] or part is parts[-1]:
                 raise BuildError(
                     f"{part.file}: tensor {part.name} holds {largest:.6g}, {name} allowed: "
