@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import checkout  # noqa: F401  # isort: skip
 from common import record
-from low_bits import WARMUP, answers
+from low_bits import WARMUP, answers, unequal_goals
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import Backend, KvCacheDtype, kv_bytes_per_token
@@ -77,9 +77,7 @@ def main() -> None:
             "int8: bytes per token over f32's", round(per_token["int8"] / per_token["f32"], 3), "at most", 0.3, "times"
         )
     ]
-    for name, result in asked.items():
-        unequal = sum(result["unequal to ar"].values())
-        goals.append(record.goal(f"{name}: answers that are not ar's", unequal, "at most", 0, "answers"))
+    goals += unequal_goals(asked)
     ratios = {
         name: {
             case: round(ms / costs[name.replace("int8", "f32").replace("fp8", "f32")][case], 2)

@@ -11,6 +11,7 @@ from common import record
 
 from gpu.goals import goals
 from gpu.plan import Cell, Figures, RunConfig
+from nemodiff.whole_file import whole
 
 
 class Report:
@@ -262,14 +263,12 @@ def plot(report: Report, path: Path) -> bool:
     axes.set_title(f"{report.about['name']}, {report.config.dtype}, one row", fontsize=11)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
-    partial.replace(path)
     return True
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

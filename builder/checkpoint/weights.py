@@ -224,15 +224,18 @@ def _stored(values: np.ndarray, weight: Weight, tensor: Part | JoinedTensor, dty
     if not np.isfinite(stored).all():
         name, remedy = _TOO_LARGE.get(dtype, ("f32", "use another adapter"))
         parts = tensor.parts if isinstance(tensor, JoinedTensor) else (tensor,)
-        for part in parts:
-            with np.errstate(over="ignore"):
-                largest = np.abs(_to_f32(_band(part, 0, part.shape[0], False)) * np.float32(weight.scale)).max()
-            if largest > _LARGEST[name] or part is parts[-1]:
-                raise BuildError(
-                    f"{part.file}: tensor {part.name} holds {largest:.6g}, {name} allowed: "
-                    f"up to {_LARGEST[name]:.6g}; {remedy}"
-                )
+        largest, part = max(((_largest(part, weight.scale), part) for part in parts), key=lambda found: found[0])
+        raise BuildError(
+            f"{part.file}: tensor {part.name} holds {largest:.6g}, {name} allowed: up to {_LARGEST[name]:.6g}; {remedy}"
+        )
     return stored
+
+
+def _largest(part: Part, scale: float) -> float:
+    """The largest absolute value of a tensor times a scale."""
+    values = _to_f32(_band(part, 0, part.shape[0], transposed=False))
+    with np.errstate(over="ignore"):
+        return float(np.abs(values * np.float32(scale)).max())
 
 
 def _contiguous(band: np.ndarray) -> np.ndarray:

@@ -29,9 +29,9 @@ class DialectBody(Decoding):
 
     stream: bool | None = None
 
+    @abc.abstractmethod
     def turns(self) -> list[Mapping[str, Any]]:
         """The conversation as the runtime takes it. Raises RequestError."""
-        raise NotImplementedError
 
     def prompts(self) -> list[Prompt]:
         """The conversation, the only prompt. Raises RequestError."""
