@@ -141,6 +141,7 @@ def serve(
         from ..runtime.requests.generation_config import sampling_defaults
         from ..serving.http.app import Limits, Reports, open_server
         from ..serving.http.hosts import AllowedHosts
+        from ..serving.http.request_log import log_message
         from ..serving.http.server import bind, check_connections
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
@@ -176,9 +177,15 @@ def serve(
         )
 
         def announce(address: str) -> None:
-            click.echo(f"serving {server.name} on {address}", err=True)
+            say(f"serving {server.name} on {address}", model=server.name, address=address)
             if sampling:
                 proposed = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
-                click.echo(f"where a request does not say otherwise, by generation_config.json: {proposed}", err=True)
+                say(f"where a request does not say otherwise, by generation_config.json: {proposed}", sampling=sampling)
+
+        def say(message: str, **fields: Any) -> None:
+            if log_format == "json":
+                log_message(message, **fields)
+            else:
+                click.echo(message, err=True)
 
         listen(server, listening, drain, announce)

@@ -147,13 +147,26 @@ def log_record(record: Record) -> None:
     _LOGGER.log(level, " ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields})
 
 
+def log_message(message: str, **fields: Any) -> None:
+    """Say something of the server itself; in JSON, `fields` stand beside the message."""
+    _LOGGER.info(message, extra={"fields": {"message": message, **fields}})
+
+
+def written_time(seconds: float) -> str:
+    """Seconds since 1970 as the lines have it, in UTC."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time (UTC), level, logger, message, and the fields of a request's record."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
-        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "logger": record.name}
+        line: dict[str, Any] = {
+            "time": written_time(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
         fields = getattr(record, "fields", None)
         line |= fields if fields is not None else {"message": record.getMessage()}
         if record.exc_info:
@@ -162,13 +175,14 @@ class JsonFormatter(logging.Formatter):
 
 
 def settle_logging(format: Format) -> None:
-    """Send the records, and what the server itself says, to standard error in one format."""
+    """Send the records, what the server itself says, and what other packages complain of, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter() if format == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     )
-    for name in ("nemodiff", "uvicorn"):
+    for name in (None, "nemodiff", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
     logging.getLogger("nemodiff").setLevel(logging.INFO)
+    logging.captureWarnings(True)

@@ -15,6 +15,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ import uvicorn
 from ...errors import RequestError
 from .app import Server
 from .connection import ConnectionConfig
-from .request_log import settle_logging
+from .request_log import settle_logging, written_time
 from .state import state_of
 
 # Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
@@ -124,7 +125,7 @@ class _DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._start_drain)
 
     def _write_state(self) -> None:
-        sys.stderr.write(json.dumps({"state": state_of(self._server)}) + "\n")
+        sys.stderr.write(json.dumps({"time": written_time(time.time()), "state": state_of(self._server)}) + "\n")
         sys.stderr.flush()
 
     def _start_drain(self) -> None:

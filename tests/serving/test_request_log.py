@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.http_server import Served, serving
 from starlette.datastructures import Headers
 
 import nemodiff
+from nemodiff.builder.build import Builder
 from nemodiff.errors import RequestError
 from nemodiff.serving.http.request_log import Record
 from nemodiff.serving.http.spans import Spans
@@ -51,6 +55,40 @@ def test_a_line_per_request_with_the_client_s_id(tiny_engine: Path, format: str)
     refused = json.loads(second)
     assert (refused["request_id"], refused["status"]) == (headers["x-request-id"], 400)
     assert "mode" not in refused
+
+
+def test_every_line_is_json_where_lines_are(tmp_path: Path) -> None:
+    shutil.copytree(TINY_CHAT, tmp_path / "checkpoint")
+    sampling = tmp_path / "checkpoint" / "generation_config.json"
+    sampling.write_text(json.dumps({**json.loads(sampling.read_text()), "do_sample": True, "temperature": 0.5}))
+    engine = Builder(tmp_path / "checkpoint", tmp_path / "engine").run()
+    options = ("--log-format", "json", "--generation-config", "auto", "--threads", "1")
+    with serving(engine, *options) as served:
+        second = line(served)
+        served.send("/health")
+        third = line(served)
+        served.process.send_signal(signal.SIGUSR1)
+        state = json.loads(line(served))
+        served.process.terminate()
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
+    first, proposed, request = map(json.loads, (served.announcement, second, third))
+    assert first.items() >= {"level": "info", "model": "engine", "address": served.url}.items()
+    assert first["message"] == f"serving engine on {served.url}"
+    assert "temperature 0.5" in proposed["message"]
+    assert request["path"] == "/health"
+    assert all(one["time"].endswith("+00:00") for one in (first, proposed, request, state))
+
+
+def test_what_other_packages_say_is_json_too(capfd: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "import logging, warnings; from nemodiff.serving.http.request_log import settle_logging; "
+        "settle_logging('json'); logging.getLogger('asyncio').error('two\\nlines'); warnings.warn('old')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    said, warned = map(json.loads, capfd.readouterr().err.splitlines())
+    assert (said["logger"], said["message"], said["level"]) == ("asyncio", "two\nlines", "error")
+    assert (warned["logger"], warned["level"]) == ("py.warnings", "warning")
 
 
 def test_a_signal_tells_what_the_server_does(tiny_engine: Path) -> None:

@@ -18,10 +18,11 @@ PATIENCE = 120.0  # seconds until a server that does not answer, or end, is give
 
 
 class Served:
-    """A running server: its process and its address."""
+    """A running server: its process, its address, and the line that told it."""
 
-    def __init__(self, process: subprocess.Popen[str], host: str, port: int) -> None:
+    def __init__(self, process: subprocess.Popen[str], host: str, port: int, announcement: str) -> None:
         self.process = process
+        self.announcement = announcement
         self.host = host
         self.port = port
         self.url = f"http://{host}:{port}"
@@ -85,9 +86,10 @@ def serving(
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
-        announced = re.fullmatch(r"serving \S+ on http://([\d.]+):(\d+)\n", line)
+        said = json.loads(line)["message"] if line.startswith("{") else line.rstrip("\n")
+        announced = re.fullmatch(r"serving \S+ on http://([\d.]+):(\d+)", said)
         assert announced is not None, line + process.stderr.read()
-        yield Served(process, announced[1], int(announced[2]))
+        yield Served(process, announced[1], int(announced[2]), line)
     finally:
         if process.poll() is None:
             process.kill()
