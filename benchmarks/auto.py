@@ -1,4 +1,4 @@
-"""Compare the planned block length and mode with every fixed length, with the trained drafter of tiny-chat and without.
+"""Compare the planned block length and mode with every fixed length, with the model's trained drafter and without.
 
 Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve that all passes have
 taught, summed over the passes taken, which no other load changes. All settings take turns in each round. Writes
@@ -34,8 +34,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 # Milliseconds of a pass of tiny-chat on one thread of an idle AMD EPYC, rounded; with --exact passes cost this.
 EXACT = CostCurve(SIZES, (0.63, 0.75, 0.9, 1.1, 1.45, 2.2, 4.1, 7.9, 15.5, 31.0))
 CLOCKS = ("curve", "cpu", "wall")
-NEW_TOKENS = 128
-DRAFTER = record.TINY_CHAT.parent / "tiny-chat-drafter" / "linear_spec_lora"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy")
 
 
@@ -64,7 +62,9 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
             spent: dict[str, list[float]] = {task: [0.0] * 3 for task in tasks}
             passes: dict[str, list[int]] = {task: [] for task in tasks}
             for number, question in enumerate(drawn):
-                sequence = prepare(engine, question.text, make_options({**setting, "max_new_tokens": NEW_TOKENS}))
+                sequence = prepare(
+                    engine, question.text, make_options({**setting, "max_new_tokens": questions.LONGEST})
+                )
                 forwarded = []
                 cpu = time.process_time()
                 wall = time.perf_counter()
@@ -147,8 +147,8 @@ def main() -> None:
     curves = dict[str, Any]()
     goals = []
     with tempfile.TemporaryDirectory(prefix="nemodiff-auto-") as work:
-        for name, adapter in (("tiny-chat", None), ("tiny-chat with its drafter", DRAFTER)):
-            folder = Builder(record.TINY_CHAT, Path(work) / name, adapter=adapter).run()
+        for name, adapter in ((record.MODEL.name, None), (f"{record.MODEL.name} with its drafter", record.DRAFTER)):
+            folder = Builder(record.MODEL, Path(work) / name, adapter=adapter).run()
             engine = load(folder, threads=arguments.threads)
             if arguments.exact:
                 vars(engine)["cost"] = exact()

@@ -51,14 +51,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="rows of a job (default 2000)")
     parser.add_argument("--rounds", type=int, default=3, help="jobs of each kind (default 3)")
     arguments = parser.parse_args()
-    texts = [question.text for question in questions.draw(-(-arguments.rows // len(questions.TASKS)))]
+    texts = [question.text for question in questions.first(arguments.rows)]
     origin = record.origin(PACKAGES, 1)
     runs: dict[int, list[Run]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        engine = Builder(record.TINY_CHAT, folder / "engine").run()
+        engine = Builder(record.MODEL, folder / "engine").run()
         prompts = folder / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts[: arguments.rows]))
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         for number in range(arguments.rounds):
             for workers, kind in runs.items():
                 kind.append(measure(engine, prompts, folder / f"{number}-{workers}", workers, arguments.rows // 20))

@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measure passes after a long text against caches of exactly its length."
     )
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
     parser.add_argument("--rounds", type=int, default=25, help="passes per cache, context and size, default 25")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens before the pass")
     args = parser.parse_args()

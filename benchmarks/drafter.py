@@ -1,4 +1,4 @@
-"""Measure what the trained drafter adapter of tiny-chat brings to self-speculation, by task.
+"""Measure what the trained drafter adapter of the demonstration model brings to self-speculation, by task.
 
 Every answer with and without the adapter must have AR's tokens, else the run fails. Times are not compared: the adapter
 costs a few small products per token, and what it brings shows in tokens per pass. Writes `results/drafter.json` and
@@ -8,7 +8,6 @@ costs a few small products per token, and what it brings shows in tokens per pas
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import tempfile
 from pathlib import Path
@@ -21,27 +20,15 @@ from nemodiff.builder.build import Builder
 from nemodiff.runtime.generate import Generation, generate_many
 from nemodiff.runtime.loading import LoadedEngine, load
 
-ADAPTER = record.ROOT / "examples" / "tiny-chat-drafter" / "linear_spec_lora"
-TRAINED_ON = (1, 2000)  # seed and number of different questions: the defaults of train_drafter.py
+TASKS = (*questions.TASKS, *questions.WITH_MORE)
 BLOCKS = (32, 16, 8)
-NEW_TOKENS = 128
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
-
-
-def trained_questions() -> set[str]:
-    """The questions whose answers the adapter was trained on."""
-    from make_data import example
-
-    seed, count = TRAINED_ON
-    rng, met = random.Random(seed), set[str]()
-    while len(met) < count:
-        met.add(example(rng)[1])
-    return met
 
 
 def answer(engine: LoadedEngine, question_list: list[Question], **options: Any) -> list[Generation]:
     """One generation per question, each decoded alone."""
-    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, **options))
+    prompts = [q.prompt(engine.text) for q in question_list]
+    return list(generate_many(engine, prompts, max_new_tokens=questions.LONGEST, **options))
 
 
 def score(answers: list[Generation]) -> dict[str, Any]:
@@ -50,15 +37,15 @@ def score(answers: list[Generation]) -> dict[str, Any]:
     passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in answers)
     return {
         "answers": len(answers),
-        "acceptance_mean": round(sum(lengths) / len(lengths), 3),
-        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / passes, 3),
+        "acceptance_mean": round(sum(lengths) / max(1, len(lengths)), 3),
+        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / max(1, passes), 3),
         "adapter_tokens": sum(g.adapter_tokens for g in answers),
     }
 
 
 def measure(engines: dict[str, LoadedEngine], question_list: list[Question]) -> list[dict[str, Any]]:
-    """Every mode and block length with both engines, by task, over all tasks and over what the adapter never met."""
-    met, results = trained_questions(), list[dict[str, Any]]()
+    """Every mode and block length with both engines, by task and over all tasks."""
+    results = list[dict[str, Any]]()
     plain = [g.token_ids for g in answer(engines["without"], question_list, mode="ar")]
     settings: list[dict[str, Any]] = [{"mode": "linear_spec", "block_length": block} for block in BLOCKS]
     settings.append({"mode": "quadratic_spec", "block_length": 16, "groups": "all"})
@@ -69,9 +56,8 @@ def measure(engines: dict[str, LoadedEngine], question_list: list[Question]) -> 
             result = {
                 **setting,
                 "adapter": name,
-                "tasks": {task: score([g for q, g in pairs if q.task == task]) for task in questions.TASKS},
+                "tasks": {task: score([g for q, g in pairs if q.task == task]) for task in TASKS},
                 "all": score(answers),
-                "unmet": score([g for q, g in pairs if q.text not in met]),
                 "answers_unlike_ar": sum(g.token_ids != p for g, p in zip(answers, plain, strict=True)),
             }
             results.append(result)
@@ -92,15 +78,13 @@ def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: in
         for result in results
         if (result["mode"], result["block_length"]) == ("linear_spec", BLOCKS[0])
     }
-    cells = {
-        name: {**result["tasks"], "**all**": result["all"], "not met in training": result["unmet"]}
-        for name, result in both.items()
-    }
+    cells = {name: {**result["tasks"], "**all**": result["all"]} for name, result in both.items()}
     lines = [
-        "# The drafter adapter of tiny-chat",
+        f"# The drafter adapter of {record.MODEL.name}",
         "",
-        f"Self-speculation without and with the adapter of `examples/tiny-chat-drafter`, {per_task} questions per task",
-        f"drawn with seed {questions.SEED}; greedy, f32. Tokens emitted per verify, bonus included, and per pass.",
+        f"Self-speculation without and with the adapter of `examples/{record.DRAFTER.parent.name}`, {per_task}",
+        f"questions per task, drawn with seed {questions.SEED}; greedy, f32. Tokens emitted per verify, bonus",
+        "included, and per pass.",
         f"Answers whose tokens are not AR's: {sum(result['answers_unlike_ar'] for result in results)} of "
         f"{sum(result['all']['answers'] for result in results)}.",
         "",
@@ -138,20 +122,20 @@ def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure self-speculation of tiny-chat with and without its drafter.")
+    parser = argparse.ArgumentParser(description="Measure self-speculation with and without the trained drafter.")
     parser.add_argument("--per-task", type=int, default=100, help="questions per task, default 100")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of the adapter")
+    parser.add_argument("--adapter", type=Path, default=record.DRAFTER, help="folder of the adapter")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result files as they are")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
     with tempfile.TemporaryDirectory(prefix="nemodiff-drafter-") as work:
         built = {
-            name: Builder(record.TINY_CHAT, Path(work) / name, adapter=adapter).run()
+            name: Builder(record.MODEL, Path(work) / name, adapter=adapter).run()
             for name, adapter in (("without", None), ("with", arguments.adapter))
         }
         engines = {name: load(folder, threads=arguments.threads) for name, folder in built.items()}
-        results = measure(engines, questions.draw(arguments.per_task))
+        results = measure(engines, questions.draw(arguments.per_task, tasks=TASKS))
     unlike = sum(result["answers_unlike_ar"] for result in results)
     if not arguments.no_write:
         gain = results[1]["all"]["acceptance_mean"] / results[0]["all"]["acceptance_mean"]
@@ -159,7 +143,7 @@ def main() -> None:
             record.goal("answers unlike AR's", unlike, "at most", 0, "answers"),
             record.goal("tokens per verify with the adapter, block 32", round(gain, 3), "at least", 1.0, "times"),
         ]
-        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": results}
+        figures = {"checkpoint": record.MODEL.name, "dtype": "f32", "seed": questions.SEED, "settings": results}
         path = record.write("drafter", origin, goals, figures)
         path.with_suffix(".md").write_text(markdown(results, origin, arguments.per_task), encoding="utf-8")
     if unlike:

@@ -1,4 +1,4 @@
-"""Measure what 8-bit projections cost tiny-chat: right answers and acceptance, compared with the same engine in f32.
+"""Measure what 8-bit projections cost in right answers and acceptance, compared with the same engine in f32.
 
 The engines are torch's on the CPU and sum in f32, as the GPU's kernel does, so they differ in the weights alone; the
 third rounds what a projection takes to e4m3 too, token by token, as `plugins/ops/token_quantise.py` does. No engine
@@ -26,7 +26,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"mode": "linear_spec", "block_length": 32},
 )
 KINDS: dict[str, Quantization | None] = {"f32": None, "fp8": "fp8", "fp8 by fp8": "fp8"}
-NEW_TOKENS = 128
 PACKAGES = ("nemodiff", "torch", "numpy", "tokenizers")
 
 
@@ -45,7 +44,9 @@ def round_activations(engine: Any) -> None:
 
 def answer(engine: LoadedEngine, question_list: list[Question], rows: int, **options: Any) -> list[Generation]:
     """One generation per question, `rows` of them together."""
-    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, rows=rows, **options))
+    return list(
+        generate_many(engine, [q.text for q in question_list], max_new_tokens=questions.LONGEST, rows=rows, **options)
+    )
 
 
 def score(question_list: list[Question], answers: list[Generation], plain: list[Generation]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure(engines: dict[str, LoadedEngine], question_list: list[Question], row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what 8-bit projections cost tiny-chat.")
+    parser = argparse.ArgumentParser(description="Measure what 8-bit projections cost the demonstration model.")
     parser.add_argument("--per-task", type=int, default=40, help="questions per task, default 40")
     parser.add_argument("--rows", type=int, default=8, help="questions decoded together, default 8")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
@@ -91,9 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nemodiff-fp8-") as work:
         engines, weights = dict[str, LoadedEngine](), dict[str, int]()
         for name, quantization in KINDS.items():
-            builder = Builder(
-                record.TINY_CHAT, Path(work) / name, backend="torch", dtype="f32", quantization=quantization
-            )
+            builder = Builder(record.MODEL, Path(work) / name, backend="torch", dtype="f32", quantization=quantization)
             weights[name] = builder.plan().weight_bytes
             engines[name] = load(builder.run(), device="cpu", threads=arguments.threads)
             if name == "fp8 by fp8":

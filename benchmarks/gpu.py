@@ -145,7 +145,9 @@ def main() -> None:
     parser.add_argument("--only", help=f"measure these sections anew, separated by commas: {', '.join(SECTIONS)}")
     parser.add_argument("--shapes", help="model sizes, separated by commas, most important first; default 8b,3b,14b")
     parser.add_argument("--dtype", choices=["bf16", "f16", "f32"], help="type of weights, default bf16, on the CPU f32")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="trained one, default tiny-chat")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=record.MODEL, help=f"trained one, default {record.MODEL.name}"
+    )
     parser.add_argument("--minutes", type=float, default=6.0, help="stop measuring after so many minutes, default 6")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of the card that --plan assumes, default 80")
     parser.add_argument("--again", action="store_true", help="measure also what the report has already")

@@ -1,4 +1,4 @@
-"""Compare filling in and revising on tiny-chat's tasks with answers from left to right.
+"""Compare filling in and revising on the demonstration model's tasks with answers from left to right.
 
 A hole of 1 to 12 tokens is cut out of a right answer and counts only if exactly its tokens come back. A revision counts
 only if the whole right answer does. Writes `results/infill.json` and `.md`.
@@ -54,6 +54,8 @@ def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
     result = list[Hole]()
     for q in questions.draw(per_task):
         ids = plain(q.answer)
+        if len(ids) < 3:  # nothing would stand on both sides of a hole
+            continue
         while True:
             size = rng.randint(1, min(LONGEST, len(ids) - 2))
             at = rng.randint(1, len(ids) - size - 1)
@@ -155,7 +157,9 @@ def measure_holes(engine: LoadedEngine, hole_list: list[Hole], question: str) ->
 def measure_revision(engine: LoadedEngine, per_task: int) -> list[dict[str, Any]]:
     """Answers that the model itself gives right, with some tokens replaced by others of the vocabulary."""
     question_list = [
-        q for q in questions.draw(per_task) if generate(engine, q.text, max_new_tokens=128).text == q.answer
+        q
+        for q in questions.draw(per_task)
+        if generate(engine, q.text, max_new_tokens=questions.LONGEST).text == q.answer
     ]
     results = []
     for replaced in (0, *REPLACED_TOKENS):
@@ -185,7 +189,7 @@ def markdown(
 ) -> str:
     """The tables for people."""
     lines = [
-        "# Filling in and revising with tiny-chat",
+        f"# Filling in and revising with {record.MODEL.name}",
         "",
         f"Holes of 1 to {LONGEST} tokens in right answers, {per_task} per task, questions of seed {questions.SEED}.",
         "Percent of holes whose tokens came back exactly, and passes per hole (prefill not counted).",
@@ -218,14 +222,14 @@ def markdown(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure infill and revise of tiny-chat against left to right.")
+    parser = argparse.ArgumentParser(description="Measure infill and revise against left to right.")
     parser.add_argument("--per-task", type=int, default=20, help="answers per task, default 20")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result files as they are")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
     with tempfile.TemporaryDirectory(prefix="nemodiff-infill-") as work:
-        engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
+        engine = load(Builder(record.MODEL, Path(work) / "engine").run(), threads=arguments.threads)
         hole_list = holes(engine, arguments.per_task)
         # With the question the text after a hole helps little, because the model has learned to answer and not to look
         # ahead; with an empty question only the text around a hole can tell.
@@ -234,7 +238,7 @@ def main() -> None:
         revision_results = measure_revision(engine, arguments.per_task)
     if not arguments.no_write:
         figures = {
-            "checkpoint": "tiny-chat",
+            "checkpoint": record.MODEL.name,
             "dtype": "f32",
             "seed": questions.SEED,
             "holes": filled_results,

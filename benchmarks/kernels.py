@@ -45,7 +45,7 @@ def blocks(kernel: Kernel) -> int:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     origin = record.origin(("nemodiff", "triton"), None)
-    model = dataclasses.replace(open_checkpoint(record.TINY_CHAT).model, **HEAD, **WIDTH)
+    model = dataclasses.replace(open_checkpoint(record.MODEL).model, **HEAD, **WIDTH)
     with tempfile.TemporaryDirectory() as folder:
         kernels = compile_kernels(model, "bf16", SMS, Path(folder), (*OPS, SAMPLED, *FUSED))
     print(f"{'kernel':<22} {'SM':>4} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common import checkout  # noqa: F401  # isort: skip
 from common import record
+from common.questions import LONGEST
 from low_bits import WARMUP, answers, unequal_goals
 
 from nemodiff.builder.build import Builder
@@ -56,7 +57,7 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure K and V in 8 bits against f32 on the CPU.")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
     parser.add_argument("--name", default="kv_cache", help="name of the result, default kv_cache")
     parser.add_argument("--questions", type=int, default=40, help="default 40; 0 where the model answers nothing")
     parser.add_argument("--rounds", type=int, default=15, help="passes per engine and size, default 15")
@@ -71,7 +72,7 @@ def main() -> None:
         per_token = {name: kv_bytes_per_token(e.info.model, e.info.build) for name, e in engines.items()}
         costs = passes(engines, args.rounds)
         print(per_token, costs, flush=True)
-        asked = answers(engines, args.questions, 100) if args.questions else {}
+        asked = answers(engines, args.questions, LONGEST) if args.questions else {}
     goals = [
         record.goal(
             "int8: bytes per token over f32's", round(per_token["int8"] / per_token["f32"], 3), "at most", 0.3, "times"

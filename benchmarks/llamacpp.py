@@ -20,7 +20,7 @@ from typing import Any
 
 from common import checkout  # noqa: F401  # isort: skip
 from common import record
-from common.questions import draw
+from common.questions import first
 from common.twin_gguf import LlamaCpp, write_gguf
 
 from nemodiff.builder.build import Builder
@@ -60,7 +60,7 @@ def compare(cache: Any, other: LlamaCpp, size: int, rounds: int) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the CPU engine with llama.cpp at the same bits.")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
     parser.add_argument("--name", default="llamacpp", help="name of the result, default llamacpp")
     parser.add_argument("--questions", type=int, default=50, help="default 50; 0 where the model answers nothing")
     parser.add_argument("--rounds", type=int, default=15, help="passes per engine and size, default 15")
@@ -85,8 +85,8 @@ def main() -> None:
             goals.append(record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp"))
             model = engine.info.model
             equal[kind] = 0
-            for number, question in enumerate(draw(-(-args.questions // 10))[: args.questions]):
-                prompt = engine.text.encode_chat([{"role": "user", "content": question.text}])
+            for number, question in enumerate(first(args.questions)):
+                prompt = question.prompt(engine.text)
                 if kind == "F32":
                     plain.append(generate(engine, prompt, mode="ar", max_new_tokens=60).token_ids)
                 got = other.greedy(prompt, 60, model.eos_ids, model.mask_id)

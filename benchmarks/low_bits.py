@@ -23,7 +23,7 @@ import numpy as np
 
 from common import checkout  # noqa: F401  # isort: skip
 from common import record
-from common.questions import draw
+from common.questions import LONGEST, draw, first
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.engines.engine import bidirectional, causal
@@ -67,7 +67,7 @@ def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]
     """
     asked = draw(1)
     codec = next(iter(engines.values())).text
-    asked_of = [codec.encode_chat([{"role": "user", "content": q.text}]) for q in asked]
+    asked_of = [q.prompt(codec) for q in asked]
     texts = [[*prompt, *codec.encode_plain(q.answer)] for prompt, q in zip(asked_of, asked, strict=True)]
     exact: list[np.ndarray] = []
     results = {}
@@ -91,7 +91,7 @@ def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]
 
 def answers(engines: dict[str, LoadedEngine], questions: int, new_tokens: int) -> dict[str, Any]:
     """By engine: right answers, answers equal to f32's, and answers of each other mode that are not its own ar's."""
-    asked = draw(-(-questions // 10))[:questions]
+    asked = first(questions)
     results: dict[str, Any] = {}
     plain: list[list[int]] = []
     for name, engine in engines.items():
@@ -121,7 +121,7 @@ def unequal_goals(asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure int8 and int4 against f32 on the CPU.")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
     parser.add_argument("--backend", choices=ENGINES, default="onnxruntime", help="default onnxruntime")
     parser.add_argument("--name", default="low_bits", help="name of the result, default low_bits")
     parser.add_argument("--questions", type=int, default=100, help="default 100; 0 where the model answers nothing")
@@ -138,7 +138,7 @@ def main() -> None:
         print(errors, flush=True)
         costs = passes(engines, args.rounds) if args.backend == "onnxruntime" else {}
         print(costs, flush=True)
-        asked = answers(engines, args.questions, 100) if args.questions else {}
+        asked = answers(engines, args.questions, LONGEST) if args.questions else {}
     goals = []
     if costs:
         ratio = costs["int8"][32] / costs["int8"][1]

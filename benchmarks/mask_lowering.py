@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         caches = {}
         for name in ("one mask", "a mask per layer"):
-            folder = Builder(record.TINY_CHAT, Path(work) / name).run()
+            folder = Builder(record.MODEL, Path(work) / name).run()
             if name != "one mask":
                 per_layer(folder)
             results[name] = {"nodes": optimised_nodes(folder), "ms": {}}
@@ -83,7 +83,7 @@ def main() -> None:
     for (name, size), values in times.items():
         results[name]["ms"][size] = round(statistics.median(values), 4)
     print(results)
-    record.write("mask_lowering", origin, [], {"checkpoint": "tiny-chat", "rounds": rounds, "variants": results})
+    record.write("mask_lowering", origin, [], {"checkpoint": record.MODEL.name, "rounds": rounds, "variants": results})
 
 
 if __name__ == "__main__":

@@ -62,9 +62,9 @@ def table(results: list[dict[str, Any]], count: int, origin: dict[str, Any]) -> 
     lines = [
         "# Quadratic self-speculation against linear",
         "",
-        f"tiny-chat, {count} questions, greedy, f32. Tokens per pass after the prefill, tokens per verify, and speed",
-        "by wall time, prefill included, over linear_spec with blocks of the same length. A verify of quadratic_spec",
-        "is a whole pass; linear_spec has a draft for each.",
+        f"{record.MODEL.name}, {count} questions, greedy, f32. Tokens per pass after the prefill, tokens per verify,",
+        "and speed by wall time, prefill included, over linear_spec with blocks of the same length. A verify of",
+        "quadratic_spec is a whole pass; linear_spec has a draft for each.",
         "",
         "| block | way | tokens per pass | tokens per verify | speed over linear |",
         "|---:|---|---:|---:|---:|",
@@ -85,10 +85,15 @@ def main() -> None:
     origin = record.origin(("nemodiff", "onnxruntime", "numpy"), arguments.threads)
     prompts = [question.text for question in questions.draw(arguments.per_task)]
     with tempfile.TemporaryDirectory(prefix="nemodiff-quadratic-") as work:
-        engine = nemodiff.load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
+        engine = nemodiff.load(Builder(record.MODEL, Path(work) / "engine").run(), threads=arguments.threads)
         results, unlike = measure(engine, prompts, arguments.rounds)
     goals = [record.goal("answers unlike AR's", unlike, "at most", 0, "answers")]
-    record.write("quadratic", origin, goals, {"dtype": "f32", "questions": len(prompts), "rows": results})
+    record.write(
+        "quadratic",
+        origin,
+        goals,
+        {"checkpoint": record.MODEL.name, "dtype": "f32", "questions": len(prompts), "rows": results},
+    )
     (record.RESULTS / "quadratic.md").write_text(table(results, len(prompts), origin), encoding="utf-8")
 
 

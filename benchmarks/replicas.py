@@ -127,7 +127,7 @@ def main() -> None:
     origin = record.origin(PACKAGES, 1)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        engine = Builder(record.TINY_CHAT, folder / "engine").run()
+        engine = Builder(record.MODEL, folder / "engine").run()
         replicas = [stack.enter_context(replica(engine)) for _ in range(2)]
         (folder / "one").mkdir()
         (folder / "two").mkdir()

@@ -66,7 +66,7 @@ def table(results: list[dict[str, Any]], count: int) -> str:
     lines = [
         "# Acceptance at a temperature",
         "",
-        f"Tokens per verify of linear self-speculation on tiny-chat, {count} questions, threshold 0, by",
+        f"Tokens per verify of linear self-speculation on {record.MODEL.name}, {count} questions, threshold 0, by",
         "`python benchmarks/sampling.py`. Shared: draft and verify draw with the same noise. Independent: the draft",
         "draws anew, and equal draws are kept, as in the released code. Both emit the same tokens.",
         "",
@@ -87,11 +87,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
-    drawn = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
+    drawn = questions.first(arguments.prompts)
     results, unequal = list[dict[str, Any]](), 0
     with tempfile.TemporaryDirectory(prefix="nemodiff-sampling-") as work:
-        engine = load(Builder(record.TINY_CHAT, Path(work) / "engine").run(), threads=arguments.threads)
-        prompts = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in drawn]
+        engine = load(Builder(record.MODEL, Path(work) / "engine").run(), threads=arguments.threads)
+        prompts = [q.prompt(engine.text) for q in drawn]
         for temperature, block in itertools.product(TEMPERATURES, BLOCKS):
             shared, tokens = accepted(engine, prompts, temperature, block, True)
             independent, others = accepted(engine, prompts, temperature, block, False)
@@ -111,7 +111,7 @@ def main() -> None:
             name = f"shared over independent, T {result['temperature']}, blocks of {result['block_length']}"
             goals.append(record.goal(name, round(result["shared"] / result["independent"], 3), "at least", 1.0, "x"))
     figures = {
-        "checkpoint": "tiny-chat",
+        "checkpoint": record.MODEL.name,
         "dtype": "f32",
         "prompts": len(prompts),
         "new_tokens": NEW_TOKENS,

@@ -200,7 +200,7 @@ def main() -> None:
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, arguments.threads)
     with tempfile.TemporaryDirectory(prefix="nemodiff-serving-") as work:
-        folder = Builder(record.TINY_CHAT, Path(work) / "engine").run()
+        folder = Builder(record.MODEL, Path(work) / "engine").run()
         if arguments.soak:
             with server(folder, arguments.threads, "--max-queue", "64") as (host, port, process):
                 figures = soak(host, port, process, arguments.soak)
@@ -213,8 +213,8 @@ def main() -> None:
         engine = nemodiff.load(folder, threads=arguments.threads)
         with server(folder, arguments.threads) as (host, port, _):
             clients: dict[str, Client] = {BASE: bare(engine), "serve": served(host, port)}
-            prompts = [q.text for q in questions.draw(-(-(arguments.questions + 1) // len(questions.TASKS)))]
-            figures = compare(clients, prompts[: arguments.questions + 1], arguments.tokens, MODES)
+            prompts = [q.text for q in questions.first(arguments.questions + 1)]
+            figures = compare(clients, prompts, arguments.tokens, MODES)
     title = (
         f"`{origin['command']}`, {origin['date'][:10]}: {arguments.questions} questions per mode one after the other, "
         f"{arguments.tokens} tokens each, {arguments.threads} thread(s), load before the run "

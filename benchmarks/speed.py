@@ -23,7 +23,6 @@ from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine, load
 
 BASE = "transformers eager"
-NEW_TOKENS = 128  # limit; tiny-chat's answers end before it
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "torch", "transformers")
 
 Contender = Callable[[list[int]], list[int]]
@@ -40,10 +39,10 @@ def contenders(
     def peer(attention: str) -> Contender:
         model: Any = transformers_oracle.load(checkpoint)
         model.set_attn_implementation(attention)
-        return lambda ids: transformers_oracle.greedy(model, ids, NEW_TOKENS, engine.info.model.eos_ids)
+        return lambda ids: transformers_oracle.greedy(model, ids, questions.LONGEST, engine.info.model.eos_ids)
 
     def ours(engine: LoadedEngine, mode: str) -> Contender:
-        return lambda ids: generate(engine, ids, mode=mode, max_new_tokens=NEW_TOKENS).token_ids
+        return lambda ids: generate(engine, ids, mode=mode, max_new_tokens=questions.LONGEST).token_ids
 
     entries = {f"nemodiff {mode}": ours(engine, mode) for mode in MODES}
     entries |= {f"torch {mode}": ours(second, mode) for mode in MODES if second is not None}
@@ -87,12 +86,12 @@ def measure(checkpoint: Path, folder: Path, threads: int, arguments: argparse.Na
     """All figures of one thread count."""
     engine = load(folder, threads=threads)
     second = load(folder.with_name("torch"), threads=threads, device="cpu") if arguments.torch else None
-    prompts = [engine.text.encode_chat([{"role": "user", "content": q.text}]) for q in arguments.questions]
+    prompts = [q.prompt(engine.text) for q in arguments.questions]
     rounds, warmup = arguments.rounds, arguments.warmup
     figures = {
         "threads": threads,
         "race": race(contenders(engine, second, checkpoint, threads), prompts, rounds, warmup),
-        "host": timing.host_share(engine, prompts, NEW_TOKENS, rounds, warmup),
+        "host": timing.host_share(engine, prompts, questions.LONGEST, rounds, warmup),
         "cost_curve": timing.cost_curve(engine, 20 * rounds, warmup),
         "first_token": timing.first_token(folder, threads, rounds),
     }
@@ -139,9 +138,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, default 7")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them, excluded, default 1")
     parser.add_argument("--torch", action="store_true", help="race the torch engine too")
-    parser.add_argument("--checkpoint", type=Path, default=record.TINY_CHAT, help="default examples/tiny-chat")
+    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
     arguments = parser.parse_args()
-    arguments.questions = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
+    arguments.questions = questions.first(arguments.prompts)
     origin = record.origin(PACKAGES, arguments.threads)
     print(
         f"{len(arguments.questions)} prompts, {arguments.rounds} rounds; excluded as warm-up: {arguments.warmup} "

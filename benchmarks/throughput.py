@@ -1,4 +1,4 @@
-"""Measure many mixed requests on tiny-chat: one at a time, in static batches, and scheduled.
+"""Measure many mixed requests on the demonstration model: one at a time, in static batches, and scheduled.
 
 The requests have all modes, short and long answers, mostly one system prompt, now and then a long prompt. All
 contenders take turns in every round and must give the same tokens. Writes `results/throughput.json` and `.md`.
@@ -178,7 +178,7 @@ def main() -> None:
     origin = record.origin(PACKAGES, arguments.threads)
     workload = requests(arguments.requests)
     with tempfile.TemporaryDirectory(prefix="nemodiff-throughput-") as work:
-        folder = Builder(record.TINY_CHAT, Path(work) / "engine", max_batch_size=arguments.rows).run()
+        folder = Builder(record.MODEL, Path(work) / "engine", max_batch_size=arguments.rows).run()
         engine = load(folder, threads=arguments.threads)
         curve = engine.cost.curve
         figures = compare(contenders(engine, workload, arguments.rows), arguments.rounds)

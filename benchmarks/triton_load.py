@@ -1,4 +1,4 @@
-"""Measure tiny-chat in a Triton Inference Server: one stream against the bare runtime, and load by perf_analyzer.
+"""Measure Triton Inference Server: one stream against the bare runtime, and load by perf_analyzer.
 
 The one stream takes turns with the bare runtime, question by question. perf_analyzer, NVIDIA's load generator, runs
 per mode and concurrency. Writes `results/triton_load.json`.
@@ -183,7 +183,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        engine = Builder(record.TINY_CHAT, folder / "engine").run()
+        engine = Builder(record.MODEL, folder / "engine").run()
         export(engine, folder / "models", parameters={"threads": str(arguments.threads)}, link=True)
         alone = {"threads": str(arguments.threads), "rows": "1", "prefix_reuse": "false"}
         export(engine, folder / "models", name="single", parameters=alone, link=True)

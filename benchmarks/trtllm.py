@@ -28,11 +28,7 @@ NO_TWIN = "{folder}: no folder written by nemodiff export; make it first: nemodi
 def encode(tokenizer: Any, question_list: list[questions.Question]) -> list[list[int]]:
     """The prompts' ids, chat template included."""
     return [
-        list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": q.text}], tokenize=True, add_generation_prompt=True, return_dict=False
-            )
-        )
+        list(tokenizer.apply_chat_template(q.messages, tokenize=True, add_generation_prompt=True, return_dict=False))
         for q in question_list
     ]
 
@@ -81,7 +77,7 @@ def measure(llm: Any, sampling: Any, tokenizer: Any, arguments: argparse.Namespa
         "one_request": {name: round(statistics.median(r[name] for r in single), 2) for name in single[0]},
         "all_requests": {"requests": len(prompts), "tokens_per_second": round(statistics.median(batch), 2)},
         "tokens": sum(map(len, answers)),
-        "right_answers": correct,  # of tiny-chat; another model was not trained on these questions
+        "right_answers": correct,  # of the demonstration model; another one was not trained on these questions
     }
 
 
@@ -101,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, default 7")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them, excluded, default 1")
     arguments = parser.parse_args()
-    arguments.questions = questions.draw(-(-arguments.prompts // len(questions.TASKS)))[: arguments.prompts]
+    arguments.questions = questions.first(arguments.prompts)
     folder: Path = arguments.twin
     if not (folder / "nemodiff_export.json").is_file():
         sys.exit(NO_TWIN.format(folder=folder))

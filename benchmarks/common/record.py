@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-TINY_CHAT = ROOT / "examples" / "tiny-chat"
+MODEL = ROOT / "examples" / "tiny-chat"  # the demonstration model, which the benchmarks measure unless told otherwise
+DRAFTER = MODEL.with_name(f"{MODEL.name}-drafter") / "linear_spec_lora"
 
 Sense = Literal["at most", "at least"]
 

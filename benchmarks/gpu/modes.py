@@ -92,8 +92,7 @@ def decode_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
 
 def answer_cells(config: RunConfig) -> Iterator[Cell]:
     """Every mode on a trained checkpoint, in its exact type and in the measured one."""
-    prompts = [q.text for q in questions.draw(-(-config.scale.questions // len(questions.TASKS)))]
-    prompts = prompts[: config.scale.questions]
+    prompts = [q.text for q in questions.first(config.scale.questions)]
     limit = config.scale.answer
 
     @functools.cache

@@ -88,7 +88,8 @@ def script(tmp_path: Path) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "examples" / "tiny-chat").mkdir(parents=True)
-    shutil.copy(TINY_CHAT / "make_data.py", tmp_path / "examples" / "tiny-chat")
+    for name in ("make_data.py", "questions.py"):
+        shutil.copy(TINY_CHAT / name, tmp_path / "examples" / "tiny-chat")
     return tmp_path / "benchmarks" / "trtllm.py"
 
 
@@ -121,7 +122,8 @@ def write_stand_in(script: Path, tokenizer: Tokenizer, drawn: list[dict[str, str
 def test_figures_come_from_the_calls_that_were_made(script: Path, twin: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    code = "import json; from common import questions; print(json.dumps([vars(q) for q in questions.draw(1)]))"
+    code = "import json; from common.questions import draw; "
+    code += "print(json.dumps([{'text': q.text, 'answer': q.answer} for q in draw(1)]))"
     drawn = subprocess.run([sys.executable, "-c", code], cwd=script.parent, check=True, capture_output=True, text=True)
     folder, tokens = write_stand_in(script, Tokenizer.from_file(str(twin / "tokenizer.json")), json.loads(drawn.stdout))
     done = run(script, twin, "--prompts", 10, "--rounds", 2, "--warmup", 1, "--new-tokens", 100, "--backend", "other")
