@@ -1,7 +1,10 @@
-"""Measure accuracy and tokens per pass of tiny-chat, by task, mode, policy and block length.
+"""Measure accuracy and tokens per pass of the demonstration model, by task, mode, policy and block length.
 
 An answer counts only if its whole text is right, letter for letter. Self-speculation must give AR's tokens for every
-question, so the run fails if one token differs. Writes `results/accuracy.json`, `.md` and `.png`.
+question, so the run fails if one token differs. Open tasks have no right answer and count by tokens per pass alone.
+Writes `results/accuracy.json`, `.md` and `.png`; a part of the settings is a matter of seconds:
+
+    python benchmarks/accuracy.py --per-task 5 --blocks 32 --policies threshold --no-write
 """
 
 from __future__ import annotations
@@ -32,24 +35,26 @@ POLICIES = {  # the option each is set by, and its values from fast to careful
     "left_to_right": ("threshold", (0.7, 0.9, 0.95, 0.99)),
 }
 COLORS = dict(zip(POLICIES, ("#1f5fbf", "#c43131", "#2a8c2a", "#b07a00"), strict=True))
-NEW_TOKENS = 128  # limit; right answers are shorter
+SPECULATION = {"linear_spec": "self-speculation", "quadratic_spec": "quadratic self-speculation"}
+SCORED = (*questions.TASKS, *questions.WITH_MORE)
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to decode; `value` is what the policy of diffusion is set to."""
+    """One way to decode; `value` is what the policy of diffusion is set to, `thinking` lets the model think first."""
 
     mode: str
     block: int = 1
     policy: str = "threshold"
     value: float = 0.0
+    thinking: bool = False
 
     @property
     def label(self) -> str:
         """As it is written in tables."""
         if self.mode != "diffusion":
-            return "AR" if self.mode == "ar" else "self-speculation"
+            return SPECULATION.get(self.mode, "AR, thinking" if self.thinking else "AR")
         return f"{self.policy.replace('_', ' ')} {self.value:g}"
 
     @property
@@ -62,57 +67,80 @@ class Setting:
 
 
 AR = Setting("ar")
-SETTINGS = (
-    AR,
-    *(Setting("linear_spec", block) for block in BLOCKS),
-    *(Setting("diffusion", b, policy, v) for b in BLOCKS for policy, (_, values) in POLICIES.items() for v in values),
-)
+THINKING = Setting("ar", thinking=True)
+
+
+def settings(blocks: list[int], policies: list[str]) -> list[Setting]:
+    """AR first, then AR with thoughts, and all others."""
+    exact = [Setting(mode, block) for mode in SPECULATION for block in blocks]
+    noisy = [
+        Setting("diffusion", block, policy, value)
+        for block in blocks
+        for policy in policies
+        for value in POLICIES[policy][1]
+    ]
+    return [AR, THINKING, *exact, *noisy]
+
+
+def asked(question_list: list[Question], setting: Setting) -> list[Question]:
+    """The questions of a setting: with thoughts those that the model has learned to think about."""
+    return [q for q in question_list if q.thoughts] if setting.thinking else question_list
 
 
 def answer(engine: LoadedEngine, question_list: list[Question], setting: Setting) -> list[Generation]:
     """One generation per question, each decoded alone."""
-    return list(generate_many(engine, [q.text for q in question_list], max_new_tokens=NEW_TOKENS, **setting.options))
+    prompts = [q.prompt(engine.text, setting.thinking) for q in asked(question_list, setting)]
+    return list(generate_many(engine, prompts, max_new_tokens=questions.LONGEST, **setting.options))
 
 
 def score(question_list: list[Question], answers: list[Generation]) -> dict[str, Any]:
     """Figures of one cell: sums of tokens over sums of passes, so that long answers weigh as much as they cost."""
-    correct = sum(g.text == q.answer for q, g in zip(question_list, answers, strict=True))
+    pairs = [(q, g) for q, g in zip(question_list, answers, strict=True) if q.task in SCORED]
+    correct = sum((g.content if g.reasoning else g.text) == q.answer for q, g in pairs)
     passes = sum(sum(g.nfe.values()) - g.nfe["prefill"] for g in answers)
     lengths = [n for g in answers for n in g.acceptance.lengths]
     return {
         "questions": len(question_list),
-        "right": correct,
-        "accuracy": round(100 * correct / len(question_list), 2),
+        "right": correct if pairs else None,
+        "accuracy": round(100 * correct / len(pairs), 2) if pairs else None,
         "tokens": sum(len(g.token_ids) for g in answers),
         "passes": passes,
-        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / passes, 3),
+        "decode_tpf": round(sum(len(g.token_ids) for g in answers) / max(1, passes), 3),
         "acceptance_mean": round(sum(lengths) / len(lengths), 3) if lengths else None,
         "cut_by_limit": sum(g.finish_reason == "length" for g in answers),
     }
 
 
-def measure(folder: Path, question_list: list[Question], processes: int) -> list[dict[str, Any]]:
-    """All settings; each with its cells by task and over all tasks, and how many answers differ from AR's."""
+def measure(folder: Path, question_list: list[Question], chosen: list[Setting], processes: int) -> list[dict[str, Any]]:
+    """The settings; each with its cells by task and over all scored tasks, and how many answers differ from AR's."""
     results: list[dict[str, Any]] = []
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        answers_by_setting = pool.imap(functools.partial(_answers, folder, question_list), SETTINGS)
-        for setting, answers in zip(SETTINGS, answers_by_setting, strict=True):
+        answers_by_setting = pool.imap(functools.partial(_answers, folder, question_list), chosen)
+        for setting, answers in zip(chosen, answers_by_setting, strict=True):
             if setting == AR:
                 plain = answers
+            pairs = list(zip(asked(question_list, setting), answers, strict=True))
+            if not pairs:  # a model that does not think
+                continue
             cells = {}
-            for task in questions.TASKS:
-                picked = [i for i, q in enumerate(question_list) if q.task == task]
-                cells[task] = score([question_list[i] for i in picked], [answers[i] for i in picked])
-            total = score(question_list, answers)
-            unlike = sum(a.token_ids != b.token_ids for a, b in zip(answers, plain, strict=True))
+            for task in dict.fromkeys(q.task for q, _ in pairs):
+                cells[task] = _score([pair for pair in pairs if pair[0].task == task])
+            total = _score([pair for pair in pairs if pair[0].task in SCORED])
+            unlike = (
+                0 if setting.thinking else sum(a.token_ids != b.token_ids for a, b in zip(answers, plain, strict=True))
+            )
             results.append({**dataclasses.asdict(setting), "tasks": cells, "all": total, "answers_unlike_ar": unlike})
-            name = setting.label + (f", block {setting.block}" if setting != AR else "")
+            name = setting.label + (f", block {setting.block}" if setting.mode != "ar" else "")
             print(
-                f"{name:28} {total['accuracy']:6.2f} %  {total['decode_tpf']:6.2f} tokens per pass, "
-                f"{unlike} of {len(question_list)} answers unlike AR's",
+                f"{name:36} {total['accuracy']:6.2f} %  {total['decode_tpf']:6.2f} tokens per pass, "
+                f"{unlike} of {len(pairs)} answers unlike AR's",
                 flush=True,
             )
     return results
+
+
+def _score(pairs: list[tuple[Question, Generation]]) -> dict[str, Any]:
+    return score([q for q, _ in pairs], [g for _, g in pairs])
 
 
 def _answers(folder: Path, question_list: list[Question], setting: Setting) -> list[Generation]:
@@ -127,33 +155,47 @@ def _loaded(folder: Path) -> LoadedEngine:
 
 def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: int) -> str:
     """The tables for people."""
-    wide = [f for f in results if f["mode"] == "ar" or (f["block"] == BLOCKS[0] and f["policy"] == "threshold")]
+    blocks = list(dict.fromkeys(f["block"] for f in results if f["mode"] != "ar"))
+    plain, *others = [f for f in results if not f["thinking"]]
+    wide = [plain, *(f for f in others if f["block"] == blocks[0] and f["policy"] == "threshold")]
     lines = [
-        "# Accuracy and tokens per pass of tiny-chat",
+        f"# Accuracy and tokens per pass of {record.MODEL.name}",
         "",
         f"Exact answers in percent and, after the slash, tokens per pass (prefill not counted). {per_task} questions",
         f"per task, drawn with seed {questions.SEED}, which training did not use. Some tasks have so few possible",
-        "questions (times tables 48, counting 610, functions 1260) that training can have met all of them.",
-        "Greedy, f32, CPU; block length 32, diffusion with policy threshold.",
+        "questions (the model's `questions.py` says how many) that training can have met all of them.",
+        f"Greedy, f32, CPU; block length {blocks[0]}, diffusion with policy threshold.",
         "",
         _row(["task", *(_setting(f).label for f in wide)]),
         _row(["---", *("---:" for _ in wide)]),
     ]
-    for task in questions.TASKS:
+    for task in plain["tasks"]:
         lines.append(_row([task, *(_cell(f["tasks"][task]) for f in wide)]))
     lines.append(_row(["**all**", *(f"**{_cell(f['all'])}**" for f in wide)]))
+    if questions.OPEN:
+        lines += ["", f"Without a right answer, and not among all: {', '.join(questions.OPEN)}."]
+    for thinking in (f for f in results if f["thinking"]):
+        lines += ["", "AR where the model has learned to think first, without and with its thoughts:", ""]
+        lines += [_row(["task", "AR", "AR, thinking"]), _row(["---", "---:", "---:"])]
+        for task, cell in thinking["tasks"].items():
+            lines.append(_row([task, _cell(plain["tasks"][task]), _cell(cell)]))
     lines += ["", "All tasks, by policy of diffusion and block length:", ""]
-    lines += [_row(["policy", *(f"block {b}" for b in BLOCKS)]), _row(["---", *("---:" for _ in BLOCKS)])]
-    for label in dict.fromkeys(_setting(f).label for f in results if f["mode"] != "ar"):
-        same = {f["block"]: f for f in results if _setting(f).label == label}
-        lines.append(_row([label, *(_cell(same[b]["all"]) for b in BLOCKS)]))
-    spec = [f for f in results if f["mode"] == "linear_spec"]
-    accepted = ", ".join(f"{f['all']['acceptance_mean']:.2f} (block {f['block']})" for f in spec)
-    equal = sum(f["all"]["questions"] - f["answers_unlike_ar"] for f in spec)
+    lines += [_row(["policy", *(f"block {b}" for b in blocks)]), _row(["---", *("---:" for _ in blocks)])]
+    for label in dict.fromkeys(_setting(f).label for f in others):
+        same = {f["block"]: f for f in others if _setting(f).label == label}
+        lines.append(_row([label, *(_cell(same[b]["all"]) for b in blocks)]))
+    lines.append("")
+    for mode, name in SPECULATION.items():
+        spec = [f for f in others if f["mode"] == mode]
+        accepted = ", ".join(f"{f['all']['acceptance_mean']:.2f} (block {f['block']})" for f in spec)
+        count = sum(cell["questions"] for f in spec for cell in f["tasks"].values())
+        lines += [
+            f"- {name} gave AR's tokens in {count - sum(f['answers_unlike_ar'] for f in spec)} of {count} answers;",
+            f"  tokens emitted per verify, bonus included: {accepted}.",
+        ]
     lines += [
         "",
-        f"Self-speculation gave AR's tokens in {equal} of {sum(f['all']['questions'] for f in spec)} answers. Tokens",
-        f"emitted per verify, bonus included: {accepted}.",
+        "The groups that a pass of quadratic self-speculation verifies follow what passes cost on the machine.",
         "The number after `topk` is masks per pass, after `entropy` the bound in nats, else the confidence threshold.",
         "",
         "![accuracy against tokens per pass](accuracy.png)",
@@ -168,7 +210,8 @@ def _setting(result: dict[str, Any]) -> Setting:
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    return f"{cell['accuracy']:.1f} / {cell['decode_tpf']:.2f}"
+    right = "-" if cell["accuracy"] is None else f"{cell['accuracy']:.1f}"
+    return f"{right} / {cell['decode_tpf']:.2f}"
 
 
 def _row(cells: list[str]) -> str:
@@ -182,18 +225,25 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(BLOCKS), figsize=(12, 4.6), layout="constrained", sharey=True)
+    blocks = list(dict.fromkeys(f["block"] for f in results if f["mode"] != "ar"))
+    size = (4 * len(blocks), 4.6)
+    figure, axes_of = pyplot.subplots(1, len(blocks), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    panels = axes_of[0]
     base = results[0]["all"]
-    for block, axes in zip(BLOCKS, panels, strict=True):
+    for block, axes in zip(blocks, panels, strict=True):
         axes.axhline(base["accuracy"], color="0.8", linewidth=1, zorder=0)
         axes.plot(base["decode_tpf"], base["accuracy"], "ks", markersize=8, label="AR")
         here = [f for f in results if f["block"] == block and f["mode"] != "ar"]
         for f in here:
-            if f["mode"] == "linear_spec":
+            if f["mode"] in SPECULATION:
                 at = f["all"]["decode_tpf"], f["all"]["accuracy"]
-                axes.plot(*at, "*", color="w", markersize=15, markeredgecolor="k", label="self-speculation")
+                mark = "*" if f["mode"] == "linear_spec" else "D"
+                label = SPECULATION[f["mode"]]
+                axes.plot(*at, mark, color="w", markersize=15 if mark == "*" else 8, markeredgecolor="k", label=label)
         for policy, (_, values) in POLICIES.items():
             line = [f for f in here if f["mode"] == "diffusion" and f["policy"] == policy]
+            if not line:
+                continue
             points = [(f["all"]["decode_tpf"], f["all"]["accuracy"]) for f in line]
             label = f"{policy.replace('_', ' ')}: {', '.join(f'{v:g}' for v in reversed(values))}"
             axes.plot(*zip(*points, strict=True), "o-", color=COLORS[policy], markersize=5, alpha=0.85, label=label)
@@ -204,24 +254,32 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("exact answers, %")
     panels[0].set_ylim(min(f["all"]["accuracy"] for f in results) - 1, base["accuracy"] + 1)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.suptitle("tiny-chat, all tasks; each line from its most careful value (left) to its fastest", fontsize=11)
+    title = f"{record.MODEL.name}, all tasks; each line from its most careful value (left) to its fastest"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure accuracy and tokens per pass of tiny-chat in every mode.")
+    parser = argparse.ArgumentParser(description="Measure accuracy and tokens per pass in every mode.")
     parser.add_argument("--per-task", type=int, default=100, help="questions per task, default 100")
+    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS, help="block lengths, default 32 16 8")
+    parser.add_argument(
+        "--policies", nargs="+", choices=POLICIES, default=[*POLICIES], help="of diffusion, default all"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time, default one per core")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result files as they are")
     arguments = parser.parse_args()
     origin = record.origin(PACKAGES, 1)
+    question_list = questions.draw(arguments.per_task, tasks=SCORED)
+    question_list += questions.draw(arguments.per_task, tasks=questions.OPEN)
     with tempfile.TemporaryDirectory(prefix="nemodiff-accuracy-") as work:
-        folder = Builder(record.TINY_CHAT, Path(work) / "engine").run()
-        results = measure(folder, questions.draw(arguments.per_task), arguments.processes)
-    unlike = sum(f["answers_unlike_ar"] for f in results if f["mode"] == "linear_spec")
+        folder = Builder(record.MODEL, Path(work) / "engine").run()
+        chosen = settings(arguments.blocks, arguments.policies)
+        results = measure(folder, question_list, chosen, arguments.processes)
+    unlike = sum(f["answers_unlike_ar"] for f in results if f["mode"] in SPECULATION)
     if not arguments.no_write:
         goals = [record.goal("self-speculation's answers unlike AR's", unlike, "at most", 0, "answers")]
-        figures = {"checkpoint": "tiny-chat", "dtype": "f32", "seed": questions.SEED, "settings": results}
+        figures = {"checkpoint": record.MODEL.name, "dtype": "f32", "seed": questions.SEED, "settings": results}
         path = record.write("accuracy", origin, goals, figures)
         path.with_suffix(".md").write_text(markdown(results, origin, arguments.per_task), encoding="utf-8")
         plot(results, path.with_suffix(".png"))
