@@ -1,4 +1,6 @@
-"""The recipe of tiny-chat-2: its data are what the template renders, and its training goes on where it stopped."""
+"""The recipe of tiny-chat-2: its data are what the template renders, its training goes on where it stopped, its drafter
+is one, and its questions have their answers.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,17 @@ for _ in range(400):
     drawn = example(rng)
     print(json.dumps([*drawn, *render(drawn.messages, drawn.tools, drawn.thinking)]))
 """
+ASK = """
+import json, random, sys
+from pathlib import Path
+import make_tasks
+from questions import OPEN, SEED, TASKS, WITH_MORE, ask
+rng = random.Random(SEED)
+for task in (*TASKS, *WITH_MORE, *OPEN):
+    for _ in range(20):
+        print(json.dumps([task, *ask(task, rng)]))
+make_tasks.write(Path(sys.argv[1]), 40)
+"""
 TRAIN = """
 import dataclasses, sys
 from pathlib import Path
@@ -44,12 +57,40 @@ again = Run(parts)
 assert again.step == 1
 again.train()
 """
+DRAFTER = """
+import sys
+from pathlib import Path
+import torch
+import objective
+from model import TinyChat, save_checkpoint
+from train_drafter import BLOCK, MASK, Recipe, Run, drafts_of, save_adapter
+torch.set_num_threads(1)
+objective.POOL = 16
+out = Path(sys.argv[1])
+save_checkpoint(TinyChat(), out / "checkpoint")
+run = Run(Recipe(out / "checkpoint", out / "linear_spec_lora", 1e-9, 400, 4, 2e-3, 1, "cpu", 1))
+run.train()
+save_adapter(run.drafters, 4, out / "linear_spec_lora")
+for batch in run._held_out:
+    drafts = drafts_of(batch, 3)
+    for row, (prompt, answer) in enumerate(zip(batch.prompt.tolist(), batch.answer.tolist())):
+        tokens = batch.tokens[row].tolist()
+        begins = [i for i in range(answer) if drafts.context[row, i] == prompt + i]
+        assert begins[0] == 0
+        assert all(b - a == BLOCK for a, b in zip(begins[1:], begins[2:]))
+        for i in range(answer):
+            assert drafts.position[row, i] == prompt + i
+            assert drafts.masked[row, i] == (i not in begins)
+            assert drafts.tokens[row, i] == (tokens[prompt + i] if i in begins else MASK)
+            assert drafts.target[row, i] == tokens[prompt + i]
+        assert not drafts.masked[row, answer:].any()
+"""
 
 
 def ran(script: str, *words: str) -> str:
     """What a script prints that is run beside the recipe's files."""
     ended = subprocess.run(
-        [sys.executable, "-c", script, *words], cwd=FOLDER, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script, *words], cwd=FOLDER, capture_output=True, text=True, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -92,3 +133,35 @@ def test_training_goes_on_where_it_stopped_and_gives_a_checkpoint(tmp_path: Path
     engine = nemodiff.load(Builder(tmp_path / "whole", tmp_path / "engine").run(), threads=1)
     for mode in nemodiff.MODES:
         assert len(nemodiff.generate(engine, "Hello", mode=mode, max_new_tokens=5).token_ids) <= 5
+
+
+@pytest.mark.torch
+def test_a_trained_drafter_is_an_adapter_that_drafts_for_the_same_tokens(tmp_path: Path) -> None:
+    told = ran(DRAFTER, str(tmp_path))
+    assert told.count("held out") == 2
+    checkpoint, adapter = tmp_path / "checkpoint", tmp_path / "linear_spec_lora"
+    builder = Builder(checkpoint, tmp_path / "engine", adapter=adapter)
+    assert builder.plan().adapter_rank == 4
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert all(weights[name].any() for name in weights)
+    engine = nemodiff.load(builder.run(), threads=1)
+    answers = [nemodiff.generate(engine, "Hello", mode=mode, max_new_tokens=9) for mode in ("ar", "linear_spec")]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[1].adapter_tokens > 0
+
+
+def test_questions_are_asked_as_in_training(tmp_path: Path) -> None:
+    told = [json.loads(line) for line in ran(ASK, str(tmp_path)).splitlines()]
+    codec = TextCodec(FOLDER)
+    assert len({task for task, *_ in told}) == 19
+    for task, messages, tools, thoughts, answer in told:
+        assert (len(messages) > 1 or bool(tools)) == (task in ("tools", "name"))
+        assert codec.encode_chat(messages, bool(thoughts), tools)
+        assert len(codec.encode_plain(answer)) < 336
+    asked = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert len(asked) == 40
+    assert all(question["choices"][question["label"]] == question["answer"] for question in asked)
+    assert len({question["task"] for question in asked}) > 10
+    assert sorted(path.name for path in tmp_path.glob("*.yaml")) == [
+        f"tiny_chat_2_{kind}.yaml" for kind in ("answers", "choices", "texts")
+    ]
