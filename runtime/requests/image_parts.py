@@ -25,7 +25,8 @@ def plain_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Any
     """The messages with `{"type": "image"}` in the place of each image, and what the images are given as, in order.
 
     Parts of text alone become one text. Templates have places for a user's images only, so those that a tool has given
-    stand before what the user says next, or are what he says. Raises RequestError.
+    stand before what the user says next, or are what he says. Thoughts among an assistant's parts are its
+    `reasoning_content`; in a system message the template has to place them. Raises RequestError.
     """
     sources: list[Any] = []
     plain: list[Message] = []
@@ -41,9 +42,16 @@ def plain_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Any
             plain.append({"role": "user", "content": given})
             given = []
         images = [part for part in parts or () if part["type"] == "image"]
+        thoughts = "".join(part.get("thinking", "") for part in parts or ())
+        if thoughts and role == "assistant":
+            message = {**message, "reasoning_content": message.get("reasoning_content") or thoughts}
+        elif thoughts and role != "system":
+            raise RequestError(
+                f"thoughts are in a message of role {role!r:.20}, allowed: assistant and system; leave them out"
+            )
         if parts is None:
             plain.append(message)
-        elif images and role == "user":
+        elif (images and role == "user") or (thoughts and role == "system" and not images):
             plain.append({**message, "content": parts})
         elif not images or role == "tool":
             plain.append({**message, "content": "".join(part.get("text", "") for part in parts)})
@@ -59,6 +67,8 @@ def _part(part: Any, sources: list[Any]) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
+    if kind == "thinking" and isinstance(part.get("thinking"), str):
+        return {"type": "thinking", "thinking": part["thinking"]}
     if kind not in ("image", "image_url"):
         raise RequestError(f"a part of a message is {part!r:.80}, allowed: {_ALLOWED}")
     name = f"image {len(sources) + 1}"

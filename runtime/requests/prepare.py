@@ -15,7 +15,7 @@ from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.messages import Message
-from ..text.thoughts import opens_thoughts
+from ..text.thoughts import BRACKETS
 from ..text.transcript import Transcript
 from .image_parts import place_images, plain_messages, read_images
 from .options import AUTO, Options
@@ -23,7 +23,7 @@ from .sequence import Sequence
 from .settings import Settings, settle
 from .tool_use import read_tool_use, template_variables
 
-_LAST = 64  # tokens at the end of a prompt, among which is how it opens the answer
+_LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
 Prompt = str | list[int] | list[Message]
 
 
@@ -41,14 +41,17 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
             AUTO: ("ar", "linear_spec", "quadratic_spec"),
         }
         planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
-    opened = options.chat and opens_thoughts(engine.text.decode(ids[-_LAST:]))
-    thoughts = bool(settings.stop) and settings.thinking and not options.stop_in_thinking
+    marks = engine.text.thoughts
+    opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
+    # Models with brackets think unasked.
+    thinks = settings.thinking or (options.chat and marks is BRACKETS)
+    thoughts = marks if settings.stop and thinks and not options.stop_in_thinking else None
     transcript = Transcript(
         engine.text,
         settings.stop,
         settings.stop_token_ids,
         thoughts=thoughts,
-        opened=thoughts and opened,
+        opened=thoughts is not None and opened,
     )
     cost = engine.cost if budgeted else None
     samples = engine.backend.samples

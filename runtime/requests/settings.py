@@ -40,7 +40,7 @@ class Settings:
     stop_token_ids: tuple[int, ...] = ()
     thinking: bool = False
     thinking_budget: int | None = None
-    end_think: int | None = None  # the id of `</think>`
+    end_think: int | None = None  # the id of what ends the thoughts
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -88,7 +88,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
         logprobs=o.logprobs,
         prompt_logprobs=o.prompt_logprobs,
         grammar=grammar,
-        answer_format=answer_format(use, o),
+        answer_format=answer_format(text, use, o),
         warnings=warnings,
         policy=Policy(o.policy, min(threshold, ABOVE_ALL), o.per_step or 1, o.entropy_bound or 0.0, o.block_steps),
         merge_commit=o.merge_commit,
@@ -135,7 +135,9 @@ def _check_thinking(text: TextCodec, o: Options) -> None:
     if not o.thinking:
         raise RequestError(f"thinking_budget is {o.thinking_budget}, but thinking is off; use it with --thinking")
     if text.end_think is None:
-        raise RequestError("thinking_budget needs a token </think>, which this tokenizer lacks; leave it out")
+        raise RequestError(
+            f"thinking_budget needs a token {text.thoughts.close}, which this tokenizer lacks; leave it out"
+        )
 
 
 def _block_length(info: EngineInfo, o: Options) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ..sampling.endless_schema import is_endless
-from ..tools.answer import PLAIN, RAW, AnswerFormat
+from ..tools.answer import RAW, AnswerFormat
 from ..tools.definition import Tool, read_tools
 from ..tools.form import READERS, Form, find_form
 from ..tools.grammar import CallGrammar, call_grammar
@@ -35,7 +35,7 @@ class ToolUse:
 
     @property
     def answer_format(self) -> AnswerFormat:
-        """How the answer is to be read."""
+        """How the answer is to be read, but for its thoughts."""
         return AnswerFormat(READERS[self.form], {tool.name: tool for tool in self.tools}, self.several)
 
     @property
@@ -86,11 +86,12 @@ def read_tool_use(text: TextCodec, o: Options) -> ToolUse | None:
     return ToolUse(find_form(text.template), tools, o.tool_choice, o.parallel_tool_calls and not named)
 
 
-def answer_format(use: ToolUse | None, o: Options) -> AnswerFormat:
+def answer_format(text: TextCodec, use: ToolUse | None, o: Options) -> AnswerFormat:
     """How an answer is to be read, with tools or without."""
-    if use is not None:
-        return use.answer_format
-    return PLAIN if o.chat else RAW
+    if not o.chat:
+        return RAW
+    form = AnswerFormat() if use is None else use.answer_format
+    return dataclasses.replace(form, thoughts=text.thoughts)
 
 
 def template_variables(o: Options) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engine_folder import DEFAULT_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER, TOKENIZER_CONFIG_FILE
 from ...errors import RequestError
+from .thoughts import BRACKETS
 
 if TYPE_CHECKING:
     import jinja2
@@ -71,6 +72,19 @@ class ChatTemplate:
             raise RequestError(
                 f"the chat template refuses the conversation ({_short(error)}); change the messages, or {_INSTEAD}"
             ) from None
+
+    @functools.cached_property
+    def takes_thoughts(self) -> bool:
+        """Whether thoughts of an earlier turn are parts of its content, as in Mistral's templates."""
+        if BRACKETS.open not in self.source:
+            return False
+        content = [{"type": "thinking", "thinking": "probe thought"}, {"type": "text", "text": "probe"}]
+        asked = {"role": "user", "content": "Hello"}
+        try:
+            shown = self._rendered([asked, {"role": "assistant", "content": content}, asked], False)
+        except Exception:  # a template is a program
+            return False
+        return f"{BRACKETS.open}probe thought{BRACKETS.close}" in shown
 
     def try_out(self) -> str | None:
         """What is wrong with the template, if it cannot even render one plain question."""

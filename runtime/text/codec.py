@@ -12,13 +12,9 @@ from typing import Any
 from ...engine_folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ...errors import EngineError
 from .chat_template import ChatTemplate, token_texts
-from .messages import CALL_CLOSE, CALL_OPEN, MISTRAL_ARGUMENTS, MISTRAL_CALL, Message, checked_messages
+from .messages import CALL_MARKS, MISTRAL_CALL, Message, checked_messages, with_short_ids
 from .special_tokens import SpecialTokens
-from .thoughts import CLOSE, OPEN
-
-_MARKERS = (OPEN, CLOSE)
-# Special tokens that are part of an answer's text.
-_SHOWN = (*_MARKERS, CALL_OPEN, CALL_CLOSE, MISTRAL_CALL, MISTRAL_ARGUMENTS)
+from .thoughts import BRACKETS, thoughts_of
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
@@ -49,8 +45,11 @@ class TextCodec:
         self._template = ChatTemplate(folder, self._config)
         self._special = SpecialTokens(self.tokenizer.get_added_tokens_decoder(), self._template.source)
         self._template.to_ascii = self._special.to_ascii
-        self.end_think: int | None = self.tokenizer.token_to_id(CLOSE)  # special or not
-        self._hidden_ids = frozenset(i for token, i in self._special.ids.items() if token not in _SHOWN)
+        self.thoughts = thoughts_of(self._template.source)
+        self._markers = (self.thoughts.open, self.thoughts.close)
+        self.end_think: int | None = self.tokenizer.token_to_id(self.thoughts.close)  # special or not
+        shown = (*self._markers, *CALL_MARKS)  # special tokens that are part of an answer's text
+        self._hidden_ids = frozenset(i for token, i in self._special.ids.items() if token not in shown)
 
     @functools.cached_property
     def source(self) -> str:
@@ -78,7 +77,7 @@ class TextCodec:
 
         Args:
             messages: in order, see `checked_messages`.
-            thinking: whether the template opens a think block.
+            thinking: whether the prompt opens a think block.
             tools: definitions that the template shows, in OpenAI's form.
             variables: of the template, beside those that every template has.
 
@@ -98,8 +97,14 @@ class TextCodec:
 
         Marks stand in it for special tokens that a message merely spells.
         """
-        quoted = [self._quoted_message(message) for message in checked_messages(messages)]
-        return self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
+        checked = checked_messages(messages)
+        if MISTRAL_CALL in self._template.source:
+            checked = with_short_ids(checked)
+        quoted = [self._quoted_message(message) for message in checked]
+        prompt = self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
+        # Templates with brackets know no `enable_thinking`; a model of theirs begins its thoughts by itself.
+        opens = thinking and self.thoughts is BRACKETS and not self.thoughts.opened_by(prompt)
+        return prompt + self.thoughts.open if opens else prompt
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a rendered conversation, whose special tokens are tokens."""
@@ -122,7 +127,10 @@ class TextCodec:
         quoted: dict[str, Any] = self._quote(message)
         # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
         if message["role"] == "assistant" and isinstance(message["content"], str):
-            quoted["content"] = self._quote(message["content"], _MARKERS)
+            quoted["content"] = self._quote(message["content"], self._markers)
+            if quoted.get("reasoning_content") and self._template.takes_thoughts:
+                said = [{"type": "text", "text": quoted["content"]}] if quoted["content"] else []
+                quoted["content"] = [{"type": "thinking", "thinking": quoted.pop("reasoning_content")}, *said]
         return quoted
 
     def _quote(self, value: Any, keep: Collection[str] = ()) -> Any:

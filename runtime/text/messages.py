@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,16 +15,19 @@ Message = Mapping[str, Any]
 CALL_OPEN = "<tool_call>"
 CALL_CLOSE = "</tool_call>"
 MISTRAL_CALL = "[TOOL_CALLS]"
+MISTRAL_ID = "[CALL_ID]"
 MISTRAL_ARGUMENTS = "[ARGS]"
+CALL_MARKS = (CALL_OPEN, CALL_CLOSE, MISTRAL_CALL, MISTRAL_ID, MISTRAL_ARGUMENTS)
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
 def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them: without what is null in them, and with the arguments of calls as objects.
 
-    A message has a role and content, which is text, or a list of `{"type": "text"}` with a text and `{"type": "image"}`
-    where an image is. An assistant's may have `tool_calls` in OpenAI's form beside it or
-    instead of it, and `reasoning_content`. Raises RequestError.
+    A message has a role and content, which is text, or a list of `{"type": "text"}` with a text, `{"type": "image"}`
+    where an image is, and `{"type": "thinking"}` with thoughts. An assistant's may have `tool_calls` in OpenAI's form
+    beside it or instead of it, and `reasoning_content`. Raises RequestError.
     """
     checked = []
     for message in messages:
@@ -50,8 +55,26 @@ def _texts(content: Any) -> list[str] | None:
         return [content]
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
         return None
-    texts = [part.get("text") for part in content if part.get("type") != "image"]
+    kinds = {"image": None, "thinking": "thinking"}  # where the text of a part stands
+    texts = [part.get(kind) for part in content if (kind := kinds.get(str(part.get("type")), "text")) is not None]
     return [text for text in texts if isinstance(text, str)] if all(isinstance(t, str) for t in texts) else None
+
+
+def with_short_ids(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have ids of nine letters and digits, as Mistral's templates want them."""
+    short = []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            message = {**message, "tool_calls": [{**call, "id": _short_id(call.get("id"))} for call in calls]}
+        if message.get("role") == "tool":
+            message = {**message, "tool_call_id": _short_id(message.get("tool_call_id"))}
+        short.append(message)
+    return short
+
+
+def _short_id(given: Any) -> str:
+    text = str(given or "")
+    return text if _SHORT_ID.fullmatch(text) else hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:9]
 
 
 def _checked_calls(calls: Any) -> list[dict[str, Any]]:

@@ -1,35 +1,48 @@
-"""Where the thoughts at the beginning of an answer's text end."""
+"""The thoughts at the beginning of an answer's text: what stands around them, and where they end."""
 
 from __future__ import annotations
 
-OPEN = "<think>"
-CLOSE = "</think>"
+import dataclasses
 
 
-def opens_thoughts(prompt: str) -> bool:
-    """Whether a prompt ends inside a think block."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)
+@dataclasses.dataclass(frozen=True)
+class Thoughts:
+    """The marks around thoughts, which stand at the beginning of an answer or nowhere."""
 
+    open: str
+    close: str
 
-def may_open_thoughts(text: str) -> bool:
-    """Whether a text, which does not begin inside a think block, may yet turn out to begin with one."""
-    return OPEN.startswith(text.lstrip("\n"))
+    def opened_by(self, prompt: str) -> bool:
+        """Whether a prompt ends with the opening mark and space; a message may spell that mark, too."""
+        return prompt.rstrip().endswith(self.open)
 
+    def may_begin(self, text: str) -> bool:
+        """Whether a text, which does not begin inside a think block, may yet turn out to begin with one."""
+        return self.open.startswith(text.lstrip("\n"))
 
-def answer_start(text: str, opened: bool) -> int | None:
-    """Where the answer begins, after `</think>` and line ends; None while no character of it is there for certain.
+    def answer_start(self, text: str, opened: bool) -> int | None:
+        """Where the answer begins, after the closing mark and line ends; None while none of it is there for certain.
 
-    `opened`: whether the text begins inside a think block. A text without such a block is an answer as a whole.
-    """
-    if not opened:
-        if may_open_thoughts(text):
+        `opened`: whether the text begins inside a think block. A text without such a block is an answer as a whole.
+        """
+        if not opened:
+            if self.may_begin(text):
+                return None
+            if not text.lstrip("\n").startswith(self.open):
+                return 0
+        close = text.find(self.close)
+        if close < 0:
             return None
-        if not text.lstrip("\n").startswith(OPEN):
-            return 0
-    close = text.find(CLOSE)
-    if close < 0:
-        return None
-    answer = close + len(CLOSE)
-    while text.startswith("\n", answer):
-        answer += 1
-    return answer if answer < len(text) else None
+        answer = close + len(self.close)
+        while text.startswith("\n", answer):
+            answer += 1
+        return answer if answer < len(text) else None
+
+
+TAGS = Thoughts("<think>", "</think>")
+BRACKETS = Thoughts("[THINK]", "[/THINK]")  # Mistral's
+
+
+def thoughts_of(template: str) -> Thoughts:
+    """The marks that a chat template speaks of, or the usual ones."""
+    return BRACKETS if BRACKETS.open in template and TAGS.open not in template else TAGS

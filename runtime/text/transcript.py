@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .codec import TextCodec
 from .stop_strings import stop_strings
-from .thoughts import answer_start, may_open_thoughts
+from .thoughts import Thoughts
 
 
 class Transcript:
@@ -16,7 +16,7 @@ class Transcript:
         codec: the engine's.
         stop: texts that end the answer.
         stop_ids: ids that end it and are not part of its text.
-        thoughts: whether the text may begin with thoughts, in which no stop string is looked for.
+        thoughts: the marks around those that the text may begin with, in which no stop string is looked for.
         opened: whether it begins inside a think block, because the prompt has opened it.
     """
 
@@ -26,7 +26,7 @@ class Transcript:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] = (),
         *,
-        thoughts: bool = False,
+        thoughts: Thoughts | None = None,
         opened: bool = False,
     ) -> None:
         from tokenizers.decoders import DecodeStream  # takes time to import, as in codec.py
@@ -36,7 +36,7 @@ class Transcript:
         self._state = 0  # of the stop strings, after the text
         self._opened = opened
         self._thoughts = thoughts
-        self._answering = not thoughts  # whether a character of the answer is there
+        self._answering = thoughts is None  # whether a character of the answer is there
         self._stop_ids = frozenset(stop_ids)
         self._stream = DecodeStream(skip_special_tokens=False)
         self._seen = 0  # ids consumed
@@ -77,7 +77,7 @@ class Transcript:
 
     def _safe(self) -> int:
         """How many characters no stop string can cut any more."""
-        if not self._answering and not self._opened and may_open_thoughts(self._text):
+        if not self._answering and not self._opened and self._may_begin(self._text):
             return 0
         # The end of the text may be the beginning of a stop string.
         return len(self._text) - self._stop.depth[self._state]
@@ -85,8 +85,8 @@ class Transcript:
     def _stop_in(self, text: str) -> int | None:
         """Where a stop string begins in the whole text."""
         start: int | None = 0
-        if self._thoughts and (self._opened or not may_open_thoughts(text)):
-            start = answer_start(text, self._opened)
+        if self._thoughts is not None and (self._opened or not self._may_begin(text)):
+            start = self._answer_start(text)
         return None if start is None else self._stop.scan(text[start:], 0, start)[1]
 
     def _scan(self, new: str) -> tuple[int, int | None]:
@@ -94,8 +94,14 @@ class Transcript:
         if self._answering:
             return self._stop.scan(new, self._state, len(self._text))
         text = self._text + new
-        start = answer_start(text, self._opened)
+        start = self._answer_start(text)
         return (0, None) if start is None else self._stop.scan(text[start:], 0, start)
+
+    def _may_begin(self, text: str) -> bool:
+        return self._thoughts is not None and self._thoughts.may_begin(text)
+
+    def _answer_start(self, text: str) -> int | None:
+        return 0 if self._thoughts is None else self._thoughts.answer_start(text, self._opened)
 
     def _take(self, ids: Sequence[int]) -> None:
         for count, token in enumerate(ids[self._seen :], self._seen + 1):
@@ -112,5 +118,5 @@ class Transcript:
                 self._state, self._cut = self._scan(new)
             self._text += new
             self._ends += [len(self._text)] * (count - len(self._ends))
-            self._answering = self._answering or answer_start(self._text, self._opened) is not None
+            self._answering = self._answering or self._answer_start(self._text) is not None
         self._seen = len(ids)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ..text.reasoning import ReasoningParser
+from ..text.thoughts import TAGS, Thoughts
 from .definition import Tool
 from .reader import CallReader, partial_end
 
@@ -42,13 +43,13 @@ class AnswerFormat:
     """How an answer's text is to be read.
 
     reader: what reads a call, None where text is text. tools: those that are offered, by name. several: whether
-    more than one call counts. thoughts: whether it may begin with thoughts.
+    more than one call counts. thoughts: the marks around those that it may begin with, None where it cannot.
     """
 
     reader: type[CallReader] | None = None
     tools: Mapping[str, Tool] = dataclasses.field(default_factory=dict)
     several: bool = True
-    thoughts: bool = True
+    thoughts: Thoughts | None = TAGS
 
     def parse(self, text: str, opened: bool) -> Answer:
         """The parts of a whole answer; `opened`: whether it begins inside a think block."""
@@ -66,7 +67,7 @@ class AnswerFormat:
 
 
 PLAIN = AnswerFormat()  # of a chat without tools
-RAW = AnswerFormat(thoughts=False)  # of a text that is continued
+RAW = AnswerFormat(thoughts=None)  # of a text that is continued
 
 
 class AnswerParser:
@@ -79,10 +80,11 @@ class AnswerParser:
         self._format = form
         self._opens = form.reader.opens if form.reader is not None else ""
         self._closes = form.reader.closes if form.reader is not None else ""
-        self._reasoning = ReasoningParser(opened)
+        self._reasoning = ReasoningParser(form.thoughts, opened) if form.thoughts is not None else None
         self._held = ""
         self._reader: CallReader | None = None
-        self._space = ""  # between content and the call that is being read
+        self._opened = ""  # what has opened the call that is being read, and the space before it
+        self._begun = False  # whether a call without an opening mark has been looked for
         self._calls = 0
         self._closing = False  # after a call, whose closing marker may follow
         self._trims = False  # after a call, as long as there was but space
@@ -90,7 +92,7 @@ class AnswerParser:
 
     def push(self, text: str, final: bool = False) -> list[Delta]:
         """What new text adds; what may belong to a marker or a call is held back, unless it is `final`."""
-        reasoning, content = self._reasoning.push(text, final) if self._format.thoughts else ("", text)
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text, final)
         deltas = [Delta("reasoning", reasoning)] if reasoning else []
         if self._format.reader is None:
             return [*deltas, Delta("content", content)] if content else deltas
@@ -109,12 +111,12 @@ class AnswerParser:
         if self._calls and not self._format.several:
             self._held = ""
             return None
-        at = self._held.find(self._opens)
+        at = self._held.find(self._opens) if self._opens or not self._begun else -1
         if at >= 0:
-            before = self._held[:at]
-            content = before.rstrip()
+            content = self._held[:at].rstrip()
             self._reader = self._format.reader(self._format.tools) if self._format.reader else None
-            self._space = before[len(content) :]
+            self._begun = True
+            self._opened = self._held[len(content) : at] + self._opens
             self._held = self._held[at + len(self._opens) :]
             return self._content(content)
         safe = len(self._held)
@@ -138,15 +140,16 @@ class AnswerParser:
         if reader.failed:  # so it was content
             self._reader = None
             self._held = reader.unread
-            return self._content(self._space + self._opens)
+            return self._content(self._opened)
         if reader.name is None:
             return None
         deltas = [] if known else [Delta("call", reader.name, self._calls)]
         if new:
             deltas.append(Delta("arguments", new, self._calls))
         if reader.ended:
+            self._reader = reader.following() if self._format.several else None
+            self._opened = ""
             self._held = reader.unread
-            self._reader = None
             self._calls += 1
             self._closing = self._trims = True
             return deltas

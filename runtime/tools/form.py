@@ -10,12 +10,21 @@ from ...errors import RequestError
 from ..text.chat_template import ChatTemplate
 from ..text.messages import CALL_OPEN, MISTRAL_ARGUMENTS, MISTRAL_CALL
 from .json_form import JsonReader
-from .mistral_form import MistralReader
+from .llama_form import LlamaReader
+from .mistral_form import MistralListReader, MistralReader
 from .reader import CallReader
 from .xml_form import FUNCTION, PARAMETER, XmlReader
 
-Form = Literal["xml", "json", "mistral"]
-READERS: dict[Form, type[CallReader]] = {"xml": XmlReader, "json": JsonReader, "mistral": MistralReader}
+Form = Literal["xml", "json", "mistral", "mistral_id", "mistral_list", "mistral_list_id", "llama"]
+READERS: dict[Form, type[CallReader]] = {
+    "xml": XmlReader,
+    "json": JsonReader,
+    "mistral": MistralReader,
+    "mistral_id": MistralReader,
+    "mistral_list": MistralListReader,
+    "mistral_list_id": MistralListReader,
+    "llama": LlamaReader,
+}
 _NAME, _KEY, _VALUE, _QUESTION = "probe_tool", "probe_key", "probe value", "probe question"
 _TOOL = {
     "type": "function",
@@ -46,11 +55,17 @@ def find_form(template: ChatTemplate) -> Form:
         return "xml"
     if opened and _is_json_call(call):
         return "json"
-    if _is_mistral_call(turns.partition(MISTRAL_CALL)[2]):
-        return "mistral"
+    if opened_list := turns.partition(MISTRAL_CALL)[2]:
+        mistral: tuple[tuple[Form, Form], ...] = (("mistral", "mistral_id"), ("mistral_list", "mistral_list_id"))
+        for form, with_id in mistral:
+            if call := _read(form, opened_list):
+                return with_id if str(_CALL["id"]) in call else form
+    if (at := turns.find(f'{{"name": "{_NAME}", "parameters"')) >= 0 and _read("llama", turns[at:]):
+        return "llama"
     raise RequestError(
         "tools are not for this engine: its chat template writes calls in a form that is unknown here, allowed: "
-        f"{CALL_OPEN} with {FUNCTION}NAME> or with a JSON object, {MISTRAL_CALL}NAME{MISTRAL_ARGUMENTS} with one; "
+        f"{CALL_OPEN} with {FUNCTION}NAME> or with a JSON object, {MISTRAL_CALL}NAME{MISTRAL_ARGUMENTS} with one, "
+        f"{MISTRAL_CALL} with a JSON list, a JSON object with name and parameters; "
         "ask without tools"
     )
 
@@ -63,7 +78,9 @@ def _is_json_call(text: str) -> bool:
     return isinstance(call, dict) and call.get("name") == _NAME and _KEY in str(call.get("arguments"))
 
 
-def _is_mistral_call(text: str) -> bool:
-    reader = MistralReader({})
+def _read(form: Form, text: str) -> str:
+    """The text of the probe's call, empty where none is read in that form."""
+    reader = READERS[form]({})
     arguments = reader.push(text, final=True)
-    return reader.ended and reader.name == _NAME and _KEY in arguments
+    found = reader.ended and reader.name == _NAME and _KEY in arguments
+    return text.removesuffix(reader.unread) if found else ""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..text.messages import MISTRAL_ARGUMENTS
+from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_ID
 from .definition import Tool
 from .form import READERS, Form
 from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
@@ -18,6 +18,13 @@ _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # A value ends at its closing tag, so that tag is nowhere else in it.
 _TAIL = rf"\n{re.escape(END_PARAMETER)}".replace("/", r"\/")
 _ONCE = rf"~/(?s:.*){re.escape(END_PARAMETER)}(?s:.+)/".replace("</", r"<\/")
+_ID = "/[A-Za-z0-9]{9}/"  # of a call, as Mistral's templates want it
+# What stands before, between and after calls that are one list.
+_LISTS: dict[Form, tuple[str, str, str]] = {
+    "mistral_list": ('/ ?/ "["', '", "', '"]"'),
+    "mistral_list_id": ('/ ?/ "["', '", "', '"]"'),
+    "llama": ("", '"; "', ""),
+}
 _UNHELD = ("pattern", "format")  # of text that stands without quotation marks
 
 
@@ -53,14 +60,22 @@ def call_grammar(
     writer.add("function", " | ".join(rules))
     opens, closes = READERS[form].opens, READERS[form].closes
     gap = '"\\n"' if closes else ""  # between marks and what they hold, and between calls
-    inside = f"{gap} function {gap} {writer.mark(closes)}" if closes else "function"
-    writer.add("call", f"{writer.mark(opens)} {inside}")
-    calls = f"call ({gap} call)*" if several else "call"
+    listed = _LISTS.get(form)
+    if listed is not None:
+        begin, separator, end = listed
+        inside = f"{begin} function {f'({separator} function)*' if several else ''} {end}"
+    else:
+        inside = f"{gap} function {gap} {writer.mark(closes)}" if closes else "function"
+    writer.add("call", f"{writer.mark(opens)} {inside}" if opens else inside)
+    calls = f"call ({gap} call)*" if several and listed is None else "call"
     if required:
         writer.add("start", rf"/\n{{0,2}}/ {calls}")
     elif json_schema is not None:
         writer.add("answer", f"%json {_guided(json.loads(json_schema))}")
         writer.add("start", rf"answer | /\n{{0,2}}/ {calls}")
+    elif not opens:
+        writer.add("TEXT", r"/\s*([^\s{](?s:.*))?/")
+        writer.add("start", "call | TEXT")
     elif opens in special:
         writer.add("TEXT", r"/(?s:.*)/")
         writer.add("start", rf"(TEXT call){'*' if several else '?'} TEXT")
@@ -97,10 +112,14 @@ class _Writer:
         rule = f"tool_{len(self.rules)}"
         if self._form != "xml":
             schema = _closed(tool.parameters) if held else _ANY_OBJECT
-            if self._form == "mistral":
-                return self.add(rule, f"{json.dumps(tool.name)} {self.mark(MISTRAL_ARGUMENTS)} %json {_guided(schema)}")
-            begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-            return self.add(rule, f'{begin} %json {_guided(schema)} "}}"')
+            if self._form in ("mistral", "mistral_id"):
+                name = f"{self.mark(MISTRAL_ID)} {_ID}" if self._form == "mistral_id" else ""
+                arguments = f"{self.mark(MISTRAL_ARGUMENTS)} %json {_guided(schema)}"
+                return self.add(rule, f"{json.dumps(tool.name)} {name} {arguments}")
+            key = "parameters" if self._form == "llama" else "arguments"
+            begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{key}": ')
+            end = f'", \\"id\\": \\"" {_ID} "\\"}}"' if self._form == "mistral_list_id" else '"}"'
+            return self.add(rule, f"{begin} %json {_guided(schema)} {end}")
         parameters = " ".join(self._parameters(rule, tool) if held and tool.properties else self._any(tool, held))
         begin, end = json.dumps(f"{FUNCTION}{tool.name}>\n"), json.dumps(END_FUNCTION)
         return self.add(rule, f"{begin} {parameters} {end}")

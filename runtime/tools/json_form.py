@@ -1,11 +1,11 @@
-"""Calls as Hermes and Qwen write them: a JSON object with the name and the arguments."""
+"""Calls as a JSON object with the name and the arguments, as Hermes and Qwen write them, and several in a row."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from .reader import CallReader
 
@@ -69,9 +69,56 @@ class JsonReader(CallReader):
             self.unread = rest[at + 1 :]
             self.ended = True
         elif marker >= 0 or final:
-            self.unread = rest[max(marker, 0) :]
+            self.unread = rest[marker:] if marker >= 0 else "" if rest.startswith(",") else rest
             self.ended = True
         return ""
+
+
+class JsonListReader(JsonReader):
+    """Reads calls in a row: `begins` stands before the first, `separator` before each other, `ends` after the last."""
+
+    begins: ClassVar[str] = ""
+    separator: ClassVar[str]
+    ends: ClassVar[str] = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._first = True
+        self._object_ended = False
+        self._more = False
+
+    def following(self) -> Self | None:
+        """See CallReader.following."""
+        if not self._more:
+            return None
+        reader = type(self)(self.tools)
+        reader._first = False
+        return reader
+
+    def _begin(self, final: bool) -> None:
+        whole = self.unread
+        if self._first:
+            rest = whole.lstrip()
+            if not rest.startswith(self.begins):
+                self.failed = final or bool(rest)
+                return
+            self.unread = rest.removeprefix(self.begins)
+        super()._begin(final)
+        if self.name is None:
+            self.unread = whole
+
+    def _arguments(self, final: bool) -> str:
+        """New text of the arguments; the call ends with what stands behind its object."""
+        new = ""
+        if not self._object_ended:
+            new = super()._arguments(final)
+            self._object_ended = self.ended
+        if self._object_ended:
+            rest = self.unread.lstrip()
+            self.ended = final or bool(rest)
+            self._more = rest.startswith(self.separator)
+            self.unread = rest.removeprefix(self.separator if self._more else self.ends)
+        return new
 
 
 class ObjectScan:

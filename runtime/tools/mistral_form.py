@@ -1,19 +1,20 @@
-"""Calls as Mistral's newer models write them, Ministral 3 among them: a name, and its arguments as a JSON object."""
+"""Calls as Mistral's models write them: a name and a JSON object (Ministral 3), or a JSON list (older ones)."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_CALL
-from .json_form import ObjectScan
+from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_CALL, MISTRAL_ID
+from .json_form import JsonListReader, ObjectScan
 from .reader import CallReader, may_begin
 
 _NAME = re.compile(r"\s*([A-Za-z0-9_.:/-]{0,256})")
+_ID = re.compile(r"[A-Za-z0-9]{0,64}")
 
 
 class MistralReader(CallReader):
-    """Reads `NAME[ARGS]{...}`; the arguments come as they grow, and the call ends with them."""
+    """Reads `NAME[ARGS]{...}` and `NAME[CALL_ID]ID[ARGS]{...}`; the arguments come as they grow and end the call."""
 
     opens = MISTRAL_CALL
     closes = ""
@@ -26,6 +27,13 @@ class MistralReader(CallReader):
         match = _NAME.match(self.unread)
         assert match is not None
         rest = self.unread[match.end() :]
+        if match[1] and rest.startswith(MISTRAL_ID):
+            rest = rest.removeprefix(MISTRAL_ID)
+            found = _ID.match(rest)
+            assert found is not None
+            rest = rest[found.end() :]
+        elif match[1] and len(rest) < len(MISTRAL_ID) and MISTRAL_ID.startswith(rest) and not final:
+            return
         body = rest.removeprefix(MISTRAL_ARGUMENTS).lstrip()
         marked = rest.startswith(MISTRAL_ARGUMENTS)
         if match[1] and marked and body.startswith("{"):
@@ -42,3 +50,11 @@ class MistralReader(CallReader):
         self._scan.read = 0
         self.ended = end is not None
         return new
+
+
+class MistralListReader(JsonListReader):
+    """Reads `[{"name": ..., "arguments": {...}}, ...]`."""
+
+    opens = MISTRAL_CALL
+    closes = ""
+    begins, separator, ends = "[", ",", "]"

@@ -13,6 +13,8 @@ from .definition import Tool
 class CallReader(abc.ABC):
     """Reads one call, after the text that `opens` it; `closes` is what may stand after it, empty where nothing does.
 
+    Where nothing opens calls either, an answer begins with them or has none.
+
     name: of the function, None until it is known. failed: the text is no call, which shows before a name is known.
     ended: the call is complete. unread: text that is not used yet; all of it, until a name is known.
 
@@ -41,6 +43,10 @@ class CallReader(abc.ABC):
         if self.name is None:
             self._begin(final)
         return "" if self.name is None else self._arguments(final)
+
+    def following(self) -> CallReader | None:
+        """What reads the next call, where that stands right after this one, which has ended."""
+        return None
 
     @abc.abstractmethod
     def _begin(self, final: bool) -> None:

@@ -111,12 +111,35 @@ class Part(ConversationPart):
         return values
 
 
+class ThoughtText(ConversationPart):
+    """A piece of thoughts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ThoughtPart(ConversationPart):
+    """Thoughts of an earlier answer, or how to think in a system message, in Mistral's form."""
+
+    type: Literal["thinking"]
+    thinking: Annotated[Annotated[str, Tag("text")] | Annotated[list[ThoughtText], Tag("parts")], TEXT_OR_PARTS]
+
+    def plain(self) -> dict[str, Any]:
+        """As the runtime takes it."""
+        thoughts = self.thinking
+        joined = thoughts if isinstance(thoughts, str) else "".join(part.text for part in thoughts)
+        return {"type": "thinking", "thinking": joined}
+
+
 def _kind(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "image" if kind == "image_url" else "said"
+    return {"image_url": "image", "thinking": "thought"}.get(kind, "said") if isinstance(kind, str) else "said"
 
 
-_Piece = Annotated[Annotated[Part, Tag("said")] | Annotated[ImagePart, Tag("image")], Discriminator(_kind)]
+_Piece = Annotated[
+    Annotated[Part, Tag("said")] | Annotated[ImagePart, Tag("image")] | Annotated[ThoughtPart, Tag("thought")],
+    Discriminator(_kind),
+]
 
 
 class Function(ConversationPart):

@@ -9,7 +9,7 @@ from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
-from nemodiff.runtime.text.thoughts import opens_thoughts
+from nemodiff.runtime.text.thoughts import TAGS
 from nemodiff.runtime.text.transcript import Transcript
 
 QUESTION = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
@@ -57,7 +57,7 @@ def test_streamed_thoughts_and_answer_are_never_taken_back(codec: TextCodec, dat
     start += len(text[start:]) - len(text[start:].lstrip("\n"))
     found = [at for s in stop if (at := text.find(s, start)) >= 0]
     ids = codec.encode(text)
-    transcript = Transcript(codec, stop, thoughts=True, opened=opened)
+    transcript = Transcript(codec, stop, thoughts=TAGS, opened=opened)
     shown, used = "", ids
     for count in range(1, len(ids) + 1):
         if transcript.reaches_stop(ids[:count]):
@@ -71,7 +71,7 @@ def test_streamed_thoughts_and_answer_are_never_taken_back(codec: TextCodec, dat
 
 
 def test_thoughts_are_shown_as_they_come(codec: TextCodec) -> None:
-    transcript = Transcript(codec, ["7"], thoughts=True, opened=True)
+    transcript = Transcript(codec, ["7"], thoughts=TAGS, opened=True)
     ids = codec.encode("7 + 7")
     assert not transcript.reaches_stop(ids)
     assert transcript.push(ids, final=False) == "7 + 7"
@@ -81,18 +81,18 @@ def test_thoughts_are_shown_as_they_come(codec: TextCodec) -> None:
 def test_an_answer_without_thoughts_ends_at_the_stop_string(codec: TextCodec, text: str) -> None:
     """The template may open no think block, and the model may leave it out."""
     ids = codec.encode(text)
-    transcript = Transcript(codec, ["7"], thoughts=True)
+    transcript = Transcript(codec, ["7"], thoughts=TAGS)
     assert transcript.reaches_stop(ids)
     assert transcript.push(ids, final=True) == text[:-1]
 
 
 def test_a_text_that_ends_where_thoughts_might_begin_is_an_answer(codec: TextCodec) -> None:
     ids = codec.encode("<th")
-    transcript = Transcript(codec, ["h"], thoughts=True)
+    transcript = Transcript(codec, ["h"], thoughts=TAGS)
     assert transcript.push(ids, final=False) + transcript.push(ids, final=True) == "<t"
 
 
 def test_a_prompt_opens_thoughts_at_its_end_alone() -> None:
-    assert opens_thoughts("<think>hm</think>so<think>\n")
-    assert not opens_thoughts("<think>hm</think>so")
-    assert not opens_thoughts("so")
+    assert TAGS.opened_by("<think>hm</think>so<think>\n")
+    assert not TAGS.opened_by("<think>hm</think>so")
+    assert not TAGS.opened_by("so")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,32 @@ WRITTEN = [
     ("mistral", "[TOOL_CALLS] [ARGS]{}", "[TOOL_CALLS] [ARGS]{}", []),
     ("mistral", "[TOOL_CALLS]f[ARGS][1]", "[TOOL_CALLS]f[ARGS][1]", []),
     ("mistral", "[TOOL_CALLS] [TOOL_CALLS]two words[ARGS]{}", "[TOOL_CALLS] [TOOL_CALLS]two words[ARGS]{}", []),
+    ("mistral_id", '[TOOL_CALLS]f[CALL_ID]abc123XYZ[ARGS]{"a": 1}', "", [("f", '{"a": 1}')]),
+    ("mistral_id", "a [TOOL_CALLS]f[CALL_ID]b[ARGS]{}[TOOL_CALLS]g[ARGS]{}", "a", [("f", "{}"), ("g", "{}")]),
+    ("mistral_id", "[TOOL_CALLS]f[CALL_ID]a b[ARGS]{}", "[TOOL_CALLS]f[CALL_ID]a b[ARGS]{}", []),
+    ("mistral_id", "[TOOL_CALLS]f[CALL_ID]", "[TOOL_CALLS]f[CALL_ID]", []),
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {"a": "}]"}}]', "", [("f", '{"a": "}]"}')]),
+    ("mistral_list", '[TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {"b": [1]}}]\n', "", [("f", "{}"), ("g", '{"b": [1]}')]),  # noqa: E501
+    ("mistral_list", 'Look: [TOOL_CALLS][{"name": "f", "arguments": {}, "id": "abc123XYZ"}] b', "Look:\nb", [("f", "{}")]),  # noqa: E501
+    ("mistral_list", '[TOOL_CALLS][{"arguments": {"a": 1}, "name": "f"} , {"arguments": {}, "name": "g"}]', "", [("f", '{"a": 1}'), ("g", "{}")]),  # noqa: E501
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {}}][TOOL_CALLS][{"name": "g"}]', "", [("f", "{}"), ("g", "{}")]),  # noqa: E501
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "ab', "", [("f", "{}")]),
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {}}, and more', "and more", [("f", "{}")]),
+    ("mistral_list", '[TOOL_CALLS][{"name": "f", "arguments": {}} and more', "and more", [("f", "{}")]),
+    ("mistral_list", "[TOOL_CALLS][]", "[TOOL_CALLS][]", []),
+    ("mistral_list", "[TOOL_CALLS] [", "[TOOL_CALLS] [", []),
+    ("mistral_list", '[TOOL_CALLS]{"name": "f"}', '[TOOL_CALLS]{"name": "f"}', []),
+    ("llama", '{"name": "f", "parameters": {"a": "}"}}', "", [("f", '{"a": "}"}')]),
+    ("llama", ' \n{"type": "function", "name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+    ("llama", '{"name": "f", "parameters": {}} ; {"name": "g", "parameters": {}}', "", [("f", "{}"), ("g", "{}")]),
+    ("llama", '{"name": "f", "parameters": {}}\nDone.', "Done.", [("f", "{}")]),
+    ("llama", '{"name": "f", "parameters": {"a"', "", [("f", '{"a"')]),
+    ("llama", '{"answer": {"name": "f"}}', '{"answer": {"name": "f"}}', []),
+    ("llama", 'So {"name": "f", "parameters": {}}', 'So {"name": "f", "parameters": {}}', []),
+    ("llama", ' {"name": "f", "para', ' {"name": "f", "para', []),
+    ("llama", '{"name": 5} {"name": "f", "parameters": {}}', '{"name": 5} {"name": "f", "parameters": {}}', []),
+    ("llama", " \n", " \n", []),
 ]  # fmt: skip
 
 
@@ -123,13 +151,11 @@ def test_calls_are_read_at_every_split(form: Form, text: str, content: str, call
 PARTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<function=", "f", ">", "\n", "<parameter=", "text", "count", "</parameter>", "1",
      "</function>", '{"name": "f", "arguments": ', '{"a": "', '"}', "}", '"', "\\", "<", " ", "é", "[", "]", "</think>",
-     "[TOOL_CALLS]", "[ARGS]", "{}"]
+     "[TOOL_CALLS]", "[ARGS]", "{}", "[CALL_ID]", ",", ";", "[/THINK]", '{"name": "f", "parameters": ']
 )  # fmt: skip
 
 
-@given(
-    st.sampled_from(["xml", "json", "mistral"]), st.lists(PARTS, max_size=24), st.data(), st.booleans(), st.booleans()
-)
+@given(st.sampled_from(list(READERS)), st.lists(PARTS, max_size=24), st.data(), st.booleans(), st.booleans())
 def test_no_split_changes_what_is_read(
     form: Form, parts: list[str], data: st.DataObject, opened: bool, several: bool
 ) -> None:
@@ -198,7 +224,7 @@ def test_a_template_shows_the_form_of_its_calls(tmp_path: Path, form: Form) -> N
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
     shown = [tool.shown for tool in read_tools(json.dumps(TOOLS))]
     text = codec.decode(codec.encode_chat(talk, tools=shown))
-    read = format_of(form, *TOOLS).parse(text.rpartition("assistant")[0].rpartition("</tools>")[2], False)
+    read = format_of(form, *TOOLS).parse(text.rpartition("assistant\n")[0].rpartition("assistant\n")[2], False)
     assert [(call.name, json.loads(call.arguments)) for call in read.calls] == [
         ("weather", {"city": "Rome", "days": 2})
     ]
@@ -234,19 +260,23 @@ def test_a_template_of_its_own_for_tools_is_found(tmp_path: Path) -> None:
     assert find_form(template) == "xml"
 
 
+Engines = Callable[[str, bool], nemodiff.LoadedEngine]
+
+
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], nemodiff.LoadedEngine]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     folder = tmp_path_factory.mktemp("tools")
-    kinds = itertools.product(TEMPLATES, (True, False))
-    return {
-        (form, special): nemodiff.load(tool_engine(folder / f"{form}{special}", form, special=special), threads=1)
-        for form, special in kinds
-    }
+
+    @functools.cache
+    def engine(form: str, special: bool) -> nemodiff.LoadedEngine:
+        return nemodiff.load(tool_engine(folder / f"{form}{special}", form, special=special), threads=1)
+
+    return engine
 
 
 @pytest.fixture(scope="module")
-def engine(engines: dict[tuple[str, bool], nemodiff.LoadedEngine]) -> nemodiff.LoadedEngine:
-    return engines["xml", True]
+def engine(engines: Engines) -> nemodiff.LoadedEngine:
+    return engines("xml", True)
 
 
 @pytest.mark.torch
@@ -256,12 +286,12 @@ def test_tools_are_rendered_as_by_transformers(tmp_path: Path, form: str) -> Non
     folder = tool_checkpoint(tmp_path / "c", form)
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     arguments = {"city": "Rome <b>", "days": 2, "when": None, "at": {"x": [1.5, "é"]}}
-    call = {"id": "x", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    call = {"id": "abc123XYZ", "type": "function", "function": {"name": "weather", "arguments": arguments}}
     talk: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "hm", "tool_calls": [call, call]},
-        {"role": "tool", "tool_call_id": "x", "content": "sunny"},
+        {"role": "tool", "tool_call_id": "abc123XYZ", "content": "sunny"},
     ]
     for variables in ({}, {"truncate_history_thinking": False, "effort": "high"}):
         text = peer.apply_chat_template(
@@ -283,17 +313,25 @@ def test_what_calls_and_tools_spell_is_text(engine: nemodiff.LoadedEngine) -> No
     assert [i for i in ids if i < 128] == [i for i in other if i < 128]
 
 
+OTHERS = ("mistral_id", "mistral_list", "mistral_list_id", "llama")  # of which one mode is enough
+
+
 @pytest.mark.parametrize(
-    ("special", "mode"), [*((True, mode) for mode in MODES), (False, "linear_spec")], ids=lambda value: str(value)
+    ("form", "special", "mode"),
+    [
+        *itertools.product(("xml", "json", "mistral"), (True,), MODES),
+        *itertools.product(TEMPLATES, (False,), ("linear_spec",)),
+        *itertools.product(OTHERS, (True,), ("linear_spec",)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("form", TEMPLATES)
 def test_a_required_call_follows_its_schema_in_every_mode(
-    engines: dict[tuple[str, bool], nemodiff.LoadedEngine], form: str, special: bool, mode: str
+    engines: Engines, form: str, special: bool, mode: str
 ) -> None:
     options: dict[str, Any] = {"mode": mode, "temperature": 1.0, "seed": 5, "max_new_tokens": 200}
     if mode == "diffusion":
         options["policy"] = "left_to_right"
-    engine = engines[form, special]
+    engine = engines(form, special)
     answer = nemodiff.generate(engine, QUESTION, tools=TOOLS, tool_choice="weather", **options)
     (call,) = answer.tool_calls
     arguments = json.loads(call.arguments)
@@ -371,10 +409,8 @@ def test_a_strict_tool_leaves_the_answer_free(engine: nemodiff.LoadedEngine) -> 
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_strict_calls_of_mistral_begin_with_their_marks(
-    engines: dict[tuple[str, bool], nemodiff.LoadedEngine], special: bool
-) -> None:
-    engine = engines["mistral", special]
+def test_strict_calls_of_mistral_begin_with_their_marks(engines: Engines, special: bool) -> None:
+    engine = engines("mistral", special)
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
     grammar = prepare(engine, QUESTION, make_options({"tools": [strict, CLOCK]})).settings.grammar
     assert grammar is not None
@@ -386,6 +422,73 @@ def test_strict_calls_of_mistral_begin_with_their_marks(
             for token in [marks[text]] if text in marks else engine.text.encode_plain(text):
                 matcher.push(token)
         assert allowed is (not matcher._astray)
+
+
+@pytest.mark.parametrize("form", OTHERS)
+def test_a_strict_call_of_another_form_follows_its_schema(engines: Engines, form: str) -> None:
+    engine = engines(form, True)
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    grammar = prepare(engine, QUESTION, make_options({"tools": [strict, CLOCK]})).settings.grammar
+    assert grammar is not None
+    marks = engine.text.special_tokens
+    for city, allowed in (("Rome", True), ("a city of many letters", False)):
+        arguments = f'{{"city": "{city}", "days": 2}}'
+        said = {
+            "mistral_id": ["So ", "[TOOL_CALLS]", "weather", "[CALL_ID]", "abc123XYZ", "[ARGS]", arguments],
+            "mistral_list": ["So ", "[TOOL_CALLS]", ' [{"name": "weather", "arguments": ', arguments, "}]"],
+            "mistral_list_id": [
+                "[TOOL_CALLS]",
+                '[{"name": "weather", "arguments": ',
+                arguments,
+                ', "id": "abc123XYZ"}]',
+            ],
+            "llama": ['{"name": "weather", "parameters": ', arguments, "}"],
+        }[form]
+        matcher = grammar.matcher()
+        for text in said:
+            for token in [marks[text]] if text in marks else engine.text.encode_plain(text):
+                matcher.push(token)
+        assert allowed is (not matcher._astray)
+    free = grammar.matcher()
+    for token in engine.text.encode_plain("It is {warm}."):
+        free.push(token)
+    assert not free._astray
+
+
+def test_several_calls_of_a_list_are_guaranteed(engines: Engines) -> None:
+    for form in ("mistral_list_id", "llama"):
+        engine = engines(form, True)
+        grammar = prepare(engine, QUESTION, make_options({"tools": TOOLS, "tool_choice": "required"})).settings.grammar
+        assert grammar is not None
+        listed = {
+            "llama": '{"name": "clock", "parameters": {}}; {"name": "clock", "parameters": {}}',
+            "mistral_list_id": '[{"name": "clock", "arguments": {}, "id": "aaaaaaaaa"}, '
+            '{"name": "clock", "arguments": {}, "id": "aaaaaaaab"}]',
+        }[form]
+        matcher = grammar.matcher()
+        opening = [engine.text.special_tokens["[TOOL_CALLS]"]] if form != "llama" else []
+        for token in [*opening, *engine.text.encode_plain(listed)]:
+            matcher.push(token)
+        assert not matcher._astray
+        calls = AnswerFormat(READERS[form]).parse("[TOOL_CALLS]" * len(opening) + listed, False).calls  # type: ignore[index]
+        assert [call.name for call in calls] == ["clock", "clock"]
+
+
+@pytest.mark.parametrize("form", ["mistral_id", "mistral_list_id"])
+def test_ids_of_calls_are_shortened_for_templates_of_mistral(engines: Engines, form: str) -> None:
+    engine = engines(form, True)
+    long, short = "call_0123456789abcdef01234567", "abc123XYZ"
+
+    def shown(one: str, other: str) -> str:
+        calls = [{"id": i, "function": {"name": "weather", "arguments": "{}"}} for i in (one, other)]
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": calls}]
+        return engine.text.render_chat([*talk, {"role": "tool", "tool_call_id": one, "content": "b"}])
+
+    first, second = shown(long, short), shown(short, long)
+    assert short in first
+    assert first != second
+    assert long not in first + second
+    assert first == shown(long, short)
 
 
 def test_a_schema_and_tools_leave_a_choice(engine: nemodiff.LoadedEngine) -> None:

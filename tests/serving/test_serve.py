@@ -31,6 +31,7 @@ from stand_ins.http_server import Served, serving
 import nemodiff
 from nemodiff.runtime.scheduler import Scheduler
 from nemodiff.runtime.text.reasoning import ReasoningParser
+from nemodiff.runtime.text.thoughts import TAGS
 from nemodiff.serving.http.infill_queue import InfillQueue
 from nemodiff.serving.http.request_group import RequestGroup
 
@@ -265,8 +266,8 @@ def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -
 def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject) -> None:
     text = "".join(parts)
     thinking = data.draw(st.booleans())
-    whole = ReasoningParser(thinking).push(text, final=True)
-    parser = ReasoningParser(thinking)
+    whole = ReasoningParser(TAGS, thinking).push(text, final=True)
+    parser = ReasoningParser(TAGS, thinking)
     split = ["", ""]
     at = 0
     while at < len(text):
@@ -284,9 +285,12 @@ def test_any_cut_of_a_text_is_split_alike(parts: list[str], data: st.DataObject)
 
 
 def test_a_think_block_stands_at_the_beginning() -> None:
-    assert ReasoningParser(True).push("a\n</think>\n\nb <think>c</think>", final=True) == ("a\n", "b <think>c</think>")
-    assert ReasoningParser(False).push("\n<think>\na</think>b", final=True) == ("a", "b")
-    assert ReasoningParser(False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
+    assert ReasoningParser(TAGS, True).push("a\n</think>\n\nb <think>c</think>", final=True) == (
+        "a\n",
+        "b <think>c</think>",
+    )
+    assert ReasoningParser(TAGS, False).push("\n<think>\na</think>b", final=True) == ("a", "b")
+    assert ReasoningParser(TAGS, False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
 
 
 # --- malformed requests ---

@@ -1,4 +1,4 @@
-"""Chat templates that show tools, and engines with them: calls as XML, as JSON, and as Ministral 3 writes them."""
+"""Chat templates that show tools, and engines with them: calls and thoughts as families of models write them."""
 
 from __future__ import annotations
 
@@ -72,21 +72,94 @@ JSON = (
 """
     + _END
 )
-MISTRAL = (
-    """
+_CALLS = "{%- for call in m.tool_calls or [] -%}"
+_ARGUMENTS = "(call.function.arguments | tojson)"
+_NAMED = '{{- \'{"name": "\' + call.function.name + \'", "KEY": \' + ' + _ARGUMENTS + " -}}"
+_WITH_ID = (
+    "{%- if call.id | length != 9 -%}{{- raise_exception('an id has nine characters') -}}{%- endif -%}"
+    "{{- ', \"id\": \"' + call.id + '\"' -}}"
+)
+_COMMA = "{{- ', ' if not loop.last else '' -}}"
+# How a template writes the calls of a turn.
+_WRITTEN = {
+    "mistral": _CALLS + "{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + " + _ARGUMENTS + " -}}{%- endfor -%}",
+    "mistral_id": _CALLS
+    + "{{- '[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + "
+    + _ARGUMENTS
+    + " -}}{%- if call.id | length != 9 -%}{{- raise_exception('an id has nine characters') -}}{%- endif -%}"
+    + "{%- endfor -%}",
+    "mistral_list": "{{- '[TOOL_CALLS][' if m.tool_calls else '' -}}"
+    + _CALLS
+    + _NAMED.replace("KEY", "arguments")
+    + "{{- '}' -}}"
+    + _COMMA
+    + "{%- endfor -%}{{- ']' if m.tool_calls else '' -}}",
+    "mistral_list_id": "{{- '[TOOL_CALLS] [' if m.tool_calls else '' -}}"
+    + _CALLS
+    + _NAMED.replace("KEY", "arguments")
+    + _WITH_ID
+    + "{{- '}' -}}"
+    + _COMMA
+    + "{%- endfor -%}{{- ']' if m.tool_calls else '' -}}",
+    "llama": _CALLS
+    + _NAMED.replace("KEY", "parameters")
+    + "{{- '}' + ('; ' if not loop.last else '') -}}{%- endfor -%}",
+}
+
+
+def _with_calls(written: str) -> str:
+    return (
+        """
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' + m.content -}}
 {%- if loop.first and tools -%}{{- '\\n<tools>\\n' + (tools | tojson) + '\\n</tools>' -}}{%- endif -%}
-{%- for call in m.tool_calls or [] -%}
-{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) -}}
-{%- endfor -%}
+"""
+        + written
+        + """
 {{- '<|im_end|>\\n' -}}
 {%- endfor -%}
 """
-    + _END
+        + _END
+    )
+
+
+# Thoughts as Mistral's templates write them: parts of a turn's content, and opened by the model itself.
+BRACKETS = (
+    """
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.content is string -%}{{- m.content -}}
+{%- else -%}
+{%- for part in m.content -%}
+{{- '[THINK]' + part.thinking + '[/THINK]' if part.type == 'thinking' else part.text -}}
+{%- endfor -%}
+{%- endif -%}
+{%- if loop.first and tools -%}{{- '\\n<tools>\\n' + (tools | tojson) + '\\n</tools>' -}}{%- endif -%}
+"""
+    + _WRITTEN["mistral"]
+    + """
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
+"""
 )
-TEMPLATES = {"xml": XML, "json": JSON, "mistral": MISTRAL}
-_MARKS = {"mistral": ("[TOOL_CALLS]", "[ARGS]")}
+TEMPLATES = {"xml": XML, "json": JSON, **{form: _with_calls(written) for form, written in _WRITTEN.items()}}
+# Special tokens of tiny-chat's that have other names in such a checkpoint.
+_NAMES = {
+    "xml": {"<SPECIAL_14>": "<tool_call>", "<SPECIAL_15>": "</tool_call>"},
+    "json": {"<SPECIAL_14>": "<tool_call>", "<SPECIAL_15>": "</tool_call>"},
+    "mistral": {"<SPECIAL_14>": "[TOOL_CALLS]", "<SPECIAL_15>": "[ARGS]"},
+    "mistral_id": {"<SPECIAL_14>": "[TOOL_CALLS]", "<SPECIAL_15>": "[ARGS]", "<SPECIAL_16>": "[CALL_ID]"},
+    "mistral_list": {"<SPECIAL_14>": "[TOOL_CALLS]"},
+    "mistral_list_id": {"<SPECIAL_14>": "[TOOL_CALLS]"},
+    "llama": {},
+    "brackets": {
+        "<SPECIAL_14>": "[TOOL_CALLS]",
+        "<SPECIAL_15>": "[ARGS]",
+        "<think>": "[THINK]",
+        "</think>": "[/THINK]",
+    },
+}
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -110,12 +183,12 @@ TOOLS = [WEATHER, CLOCK]
 def tool_checkpoint(folder: Path, form: str, *, special: bool = True, source: Path = TINY_CHAT) -> Path:
     """A checkpoint with a template that shows tools; `special`: whether the markers of a call are special tokens."""
     shutil.copytree(source, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATES[form])
+    (folder / "chat_template.jinja").write_text(BRACKETS if form == "brackets" else TEMPLATES[form])
     if special:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             text = (folder / name).read_text()
-            first, second = _MARKS.get(form, ("<tool_call>", "</tool_call>"))
-            text = text.replace("<SPECIAL_14>", first).replace("<SPECIAL_15>", second)
+            for name_here, name_there in _NAMES[form].items():
+                text = text.replace(name_here, name_there)
             (folder / name).write_text(json.dumps(json.loads(text)))
     return folder
 
