@@ -179,6 +179,65 @@ def test_questions_repeat_and_cover_every_task() -> None:
     assert all(q["text"] and q["answer"] for q in drawn)
 
 
+ACCURACY = """
+import json
+from types import SimpleNamespace
+from unittest import mock
+import accuracy
+from common import questions, record
+from common.questions import Question
+
+class Engine:
+    text = SimpleNamespace(encode_chat=lambda messages, thinking, tools: [messages, thinking, tools])
+
+def question(task, text, thoughts=None):
+    return Question(task, [{"role": "user", "content": text}], None, thoughts, text.upper())
+
+def generate(engine, prompts, *, mode, max_new_tokens, **options):
+    for messages, thinking, _ in prompts:
+        text = messages[-1]["content"]
+        said = text.upper() if mode != "diffusion" and (thinking or text != "hard") else "no"
+        yield SimpleNamespace(
+            text=f"so</think>{said}" if thinking else said, content=said, reasoning="so" if thinking else "",
+            token_ids=[ord(c) for c in said], nfe={"prefill": 1, "decode": 2}, finish_reason="stop",
+            acceptance=SimpleNamespace(lengths=[2, 3] if mode in accuracy.SPECULATION else []),
+        )
+
+asked = [question("easy", "a"), question("easy", "hard", "so"), question("open", "b")]
+chosen = accuracy.settings([32], ["threshold"])
+pool = SimpleNamespace(imap=map)
+with (
+    mock.patch.multiple(accuracy, SCORED=("easy",), generate_many=generate, _loaded=lambda folder: Engine),
+    mock.patch.object(questions, "OPEN", ("open",)),
+    mock.patch("multiprocessing.get_context") as context,
+):
+    context().Pool().__enter__.return_value = pool
+    results = accuracy.measure(None, asked, chosen, 1)
+    page = accuracy.markdown(results, record.origin(accuracy.PACKAGES, 1), 1)
+print(json.dumps([results, page]), end="")
+"""
+
+
+def test_accuracy_scores_text_after_thoughts_and_leaves_open_tasks_out() -> None:
+    command = [sys.executable, "-c", ACCURACY]
+    shown = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True, timeout=120).stdout
+    results, page = json.loads(shown.splitlines()[-1])
+    ar, thinking, linear, quadratic, *diffusion = results
+    assert [ar["mode"], linear["mode"], quadratic["mode"]] == ["ar", "linear_spec", "quadratic_spec"]
+    assert [ar["all"]["questions"], ar["all"]["right"], ar["all"]["decode_tpf"]] == [2, 1, round((1 + 2) / 4, 3)]
+    assert ar["tasks"]["open"]["accuracy"] is None
+    assert ar["tasks"]["open"]["decode_tpf"] == 0.5
+    assert thinking["thinking"]
+    assert [thinking["all"]["questions"], thinking["all"]["right"]] == [1, 1]
+    assert linear["answers_unlike_ar"] == quadratic["answers_unlike_ar"] == 0
+    assert linear["all"]["acceptance_mean"] == 2.5
+    assert len(diffusion) == 4
+    assert all(one["answers_unlike_ar"] == 2 and one["all"]["right"] == 0 for one in diffusion)
+    assert "| easy | 50.0 / 0.75 | 100.0 / 2.00 |" in page
+    assert "| open | - / 0.50 |" in page
+    assert "quadratic self-speculation gave AR's tokens in 3 of 3 answers" in page
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_results_say_where_they_come_from(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
