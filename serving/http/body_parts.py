@@ -106,9 +106,12 @@ class Part(ConversationPart):
     @model_validator(mode="before")
     @classmethod
     def _refused(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("type") == "refusal" and "refusal" in values:
-            return {**values, "text": values["refusal"]}
-        return values
+        kind = values.get("type") if isinstance(values, dict) else None
+        if isinstance(kind, str) and kind not in ("text", "refusal"):
+            raise ValueError(
+                f"a part of type {kind!r:.40} is not supported, allowed: text, refusal, image_url, thinking; leave it out"
+            )
+        return {**values, "text": values["refusal"]} if kind == "refusal" and "refusal" in values else values
 
 
 class ThoughtText(ConversationPart):

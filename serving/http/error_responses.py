@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -24,6 +24,7 @@ from ...runtime.requests.options import Options
 from .request_group import RequestTimeoutError
 
 RETRY_AFTER = 1  # seconds
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
 _OPTIONS = {field.name for field in dataclasses.fields(Options)}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -92,8 +93,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     """Handle a body that is not JSON or not what the route takes: report the first problem in one sentence."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(location)[:100] or None
+    param = ".".join(_place(first["loc"], error.body, missing=first["type"] == "missing"))[:100] or None
     if first["type"] == "json_invalid":
         return error_response(400, error_body(400, f"the body is not JSON ({first['ctx']['error']}); send an object"))
     if first["type"] == "value_error":
@@ -108,6 +108,18 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     return error_response(400, error_body(400, f"{subject}: {first['msg'][:200]}{got}; change it", param))
 
 
+def _place(location: Sequence[Any], body: Any, *, missing: bool) -> list[str]:
+    """Where in a body a problem is, without the names of alternatives that pydantic has put between."""
+    place = []
+    here = body
+    for part in location:
+        inside = isinstance(here, dict) and part in here
+        if inside or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
+            place.append(str(part))
+            here = here[part]
+    return [*place, str(location[-1])] if missing and location[1:] else place
+
+
 def _is_json(content_type: str | None) -> bool:
     kind = (content_type or "").partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
@@ -117,6 +129,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Handle paths and methods that do not exist, and a body that is too large or cannot be read."""
     assert isinstance(error, HTTPException)
     status = error.status_code
+    if status == 400 and error.detail == _UNREADABLE:
+        return error_response(400, error_body(400, "the body cannot be read; send a JSON object, nested less deeply"))
     if status not in (404, 405):
         return error_response(status, error_body(status, str(error.detail)), error.headers)
     message = f"{request.method} {request.url.path:.100}: {error.detail}; the routes are in /openapi.json"

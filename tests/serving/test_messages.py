@@ -204,7 +204,10 @@ def test_an_error_has_the_form_that_the_client_knows(server: Served) -> None:
     [
         ({"max_tokens": None}, "max_tokens: Field required"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "parts.0.image.source.type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
+            "messages.0.content.0.source.type: Field required",
+        ),
         ({"messages": [{"role": "tool", "content": "a"}]}, "Input should be 'user', 'assistant' or 'system'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
