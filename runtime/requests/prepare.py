@@ -6,6 +6,7 @@ or meet a broken engine.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
@@ -24,13 +25,23 @@ from .settings import Settings, settle
 from .tool_use import read_tool_use, template_variables
 
 _LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
+_NO_THOUGHTS = "thinking is ignored, since the chat template has no place for thoughts"
 Prompt = str | list[int] | list[Message]
 
 
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
     ids, images = _encoded(engine, prompt, options)
+    marks = engine.text.thoughts
+    opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
+    # Models with brackets think unasked.
+    thinks = options.thinking or (options.chat and marks is BRACKETS)
+    ignored = options.thinking and not opened and _without_thoughts(engine, prompt, options, ids)
+    if ignored:
+        options = dataclasses.replace(options, thinking=False, thinking_budget=None)
     settings = settle(engine.info, engine.text, len(ids), options)
+    if ignored:
+        settings = dataclasses.replace(settings, warnings=(*settings.warnings, _NO_THOUGHTS))
     _check_memory(engine, len(ids), settings)
     budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
     planner = None
@@ -41,10 +52,6 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
             AUTO: ("ar", "linear_spec", "quadratic_spec"),
         }
         planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
-    marks = engine.text.thoughts
-    opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
-    # Models with brackets think unasked.
-    thinks = settings.thinking or (options.chat and marks is BRACKETS)
     thoughts = marks if settings.stop and thinks and not options.stop_in_thinking else None
     transcript = Transcript(
         engine.text,
@@ -56,6 +63,13 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     cost = engine.cost if budgeted else None
     samples = engine.backend.samples
     return Sequence(engine.info.model, ids, settings, transcript, cost, planner, samples, opened, images)
+
+
+def _without_thoughts(engine: LoadedEngine, prompt: Prompt, options: Options, ids: list[int]) -> bool:
+    """Whether a conversation whose prompt opens no thoughts would be the same prompt if the model were not to think."""
+    if not options.chat or ids == prompt:
+        return False
+    return _encoded(engine, prompt, dataclasses.replace(options, thinking=False))[0] == ids
 
 
 def _check_memory(engine: LoadedEngine, prompt_tokens: int, settings: Settings) -> None:

@@ -109,7 +109,8 @@ class Part(ConversationPart):
         kind = values.get("type") if isinstance(values, dict) else None
         if isinstance(kind, str) and kind not in ("text", "refusal"):
             raise ValueError(
-                f"a part of type {kind!r:.40} is not supported, allowed: text, refusal, image_url, thinking; leave it out"
+                f"a part of type {kind!r:.40} is not supported, allowed: text, refusal, image_url, thinking; leave it "
+                "out"
             )
         return {**values, "text": values["refusal"]} if kind == "refusal" and "refusal" in values else values
 

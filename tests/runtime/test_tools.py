@@ -510,8 +510,12 @@ def test_thinking_that_the_template_ignores_makes_no_thoughts(engine: nemodiff.L
     template = (tmp_path / "c" / "chat_template.jinja").read_text().replace("'<think>\\n' if enable_thinking else ", "")
     (tmp_path / "c" / "chat_template.jinja").write_text(template)
     other = dataclasses.replace(engine, text=TextCodec(tmp_path / "c"))
-    answer = nemodiff.generate(other, QUESTION, thinking=True)
-    assert (answer.reasoning, answer.content) == ("", answer.text)
+    plain = nemodiff.generate(other, QUESTION)
+    answer = nemodiff.generate(other, QUESTION, thinking=True, thinking_budget=3)
+    assert (answer.reasoning, answer.content, answer.text) == ("", plain.text, plain.text)
+    assert answer.warnings == ["thinking is ignored, since the chat template has no place for thoughts"]
+    schema = {"const": [1]}
+    assert nemodiff.generate(other, QUESTION, thinking=True, json_schema=schema).text == "[1]"
     thinks = nemodiff.generate(engine, QUESTION, thinking=True, max_new_tokens=5)
     assert (thinks.reasoning, thinks.content) == (thinks.text, "")
 

@@ -316,7 +316,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(stop=[""]), "a stop string is empty"),
         (CHAT, chat(stop=[None]), "stop: Input should be a valid string, got [None]"),
         (CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages.0.content: Input should be a valid string"),
-        (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content.0.text: Field requ"),
+        (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content.0.text: "),
         (
             CHAT,
             chat(messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]),
