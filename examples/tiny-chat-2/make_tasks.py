@@ -17,18 +17,19 @@ from typing import Any
 from questions import LONGEST, TASKS, ask
 
 SEED = 424242  # of no conversation that tiny-chat-2 was trained on
+# Fields by their names: what a template gives becomes a list if it looks like one, as an answer in JSON may.
 ANSWERS = f"""\
 task: tiny_chat_2_answers
 output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
+doc_to_text: question
+doc_to_target: answer
 generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {LONGEST}}}
 metric_list: [{{metric: exact_match}}]
 """
 CHOICES = """\
 task: tiny_chat_2_choices
 output_type: multiple_choice
-doc_to_text: "{{question}}"
+doc_to_text: question
 doc_to_choice: choices
 doc_to_target: label
 target_delimiter: ""
@@ -38,7 +39,7 @@ TEXTS = """\
 task: tiny_chat_2_texts
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{answer}}"
+doc_to_target: answer
 metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
 """
 
