@@ -226,7 +226,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     blocks = list(dict.fromkeys(f["block"] for f in results if f["mode"] != "ar"))
-    size = (4 * len(blocks), 4.6)
+    size = (max(8, 4 * len(blocks)), 4.6)
     figure, axes_of = pyplot.subplots(1, len(blocks), figsize=size, layout="constrained", sharey=True, squeeze=False)
     panels = axes_of[0]
     base = results[0]["all"]
