@@ -99,6 +99,26 @@ def test_text_and_its_end_are_streamed(client: openai.OpenAI) -> None:
     assert event.response.output_text == text
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [WEATHER], "tool_choice": "required", "reasoning": {"effort": "low"}, "thinking_budget": 4},
+        {"max_output_tokens": 3, "metadata": {"order": "7"}},
+    ],
+)
+def test_what_is_sent_is_of_openai_s_types(server: Served, fields: dict[str, Any]) -> None:
+    """The client takes what comes without a check, and fails where a field is used that is not there."""
+    body = {"input": QUESTION, **fields}
+    whole = openai.types.responses.Response.model_validate(server.ask("/v1/responses", body))
+    assert whole.metadata == fields.get("metadata", {})
+    checked = pydantic.TypeAdapter[Any](openai.types.responses.ResponseStreamEvent)
+    _, _, content = server.send("/v1/responses", {**body, "stream": True})
+    events = [json.loads(part.partition("data: ")[2]) for part in content.decode().split("\n\n") if part]
+    *_, last = [checked.validate_python(event) for event in events]
+    assert [item.status for item in whole.output] == [item.status for item in last.response.output]  # type: ignore[union-attr]
+    assert whole.output[-1].status == whole.status  # type: ignore[union-attr]
+
+
 def test_a_conversation_goes_on_after_a_call(server: Served, client: openai.OpenAI) -> None:
     first = client.responses.create(
         model="tiny", input=QUESTION, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False
@@ -172,6 +192,10 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported, since responses are not stored"),
         ({"conversation": "conv_1"}, "conversation is not supported, since responses are not stored"),
+        (
+            {"include": ["message.output_text.logprobs"]},
+            "include holds message.output_text.logprobs, which is not here; ask /v1/chat/completions for logprobs",
+        ),
         ({"background": True}, "'background' is not supported"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "Input tag 'item_reference' found"),
         (

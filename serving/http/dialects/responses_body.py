@@ -14,10 +14,11 @@ from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultIte
 from .responses_tools import Tools, joined, plain
 
 _WITHOUT_EFFECT = (
-    "client_metadata", "context_management", "include", "max_tool_calls", "metadata", "prompt_cache_key",
+    "client_metadata", "context_management", "max_tool_calls", "prompt_cache_key",
     "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "stream_options",
     "truncation", "user",
 )  # fmt: skip
+_LOGPROBS = "message.output_text.logprobs"
 _STORED = ("previous_response_id", "conversation")
 
 
@@ -65,6 +66,8 @@ class Responses(DialectBody):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    include: list[str] | None = Field(None, description="Accepted without effect, but for log-probabilities.")
+    metadata: dict[str, Any] | None = Field(None, description="Repeat this in the answer.")
 
     @model_validator(mode="before")
     @classmethod
@@ -104,6 +107,8 @@ class Responses(DialectBody):
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
         chosen = super().options()
+        if _LOGPROBS in (self.include or ()):
+            raise RequestError(f"include holds {_LOGPROBS}, which is not here; ask /v1/chat/completions for logprobs")
         if self.max_output_tokens is not None:
             chosen["max_new_tokens"] = self.max_output_tokens
         if self.tools:

@@ -30,6 +30,8 @@ class ResponsesWriter(Writer):
         if generation.content:
             output.append(_message(generation.content))
         output += [_call(self._places, call.name, call.arguments) for call in generation.tool_calls]
+        if output and generation.finish_reason != "stop":
+            output[-1]["status"] = "incomplete"
         return self._response(output, generation)
 
     async def events(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
@@ -82,7 +84,7 @@ class ResponsesWriter(Writer):
             "tool_choice": asked["tool_choice"],
             "tools": [_tool(tool) for tool in asked.get("tools", [])],
             "truncation": "disabled",
-            "metadata": {},
+            "metadata": asked.get("metadata", {}),
             "usage": None if generation is None else _usage(generation),
             **({"warnings": warnings} if warnings else {}),
         }
@@ -189,7 +191,7 @@ def _usage(generation: Generation) -> dict[str, Any]:
     emitted = len(generation.token_ids)
     return {
         "input_tokens": generation.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": generation.reused_tokens},
+        "input_tokens_details": {"cached_tokens": generation.reused_tokens, "cache_write_tokens": 0},
         "output_tokens": emitted,
         "output_tokens_details": {"reasoning_tokens": generation.reasoning_tokens},
         "total_tokens": generation.prompt_tokens + emitted,
