@@ -16,14 +16,14 @@ _WITHOUT_EFFECT = (
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
-    "function_call": ("auto",),
+    "function_call": ("auto", "none"),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "tool_choice": ("auto",),
+    "tool_choice": ("auto", "none"),
 }
-_EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the field
+_EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the other field
 _OLD_TOOLS = ("function_call", "functions")  # what tools were before they had that name
 # What a message may say beside its content, so that an answer without it would be wrong.
 _SAYING = ("audio", "function_call", "images", "tool_calls")
@@ -48,7 +48,7 @@ class Body(BaseModel):
         for name, value in values.items():
             if name in names and value is not None:
                 accepted[name] = value
-            elif not (value is None or cls._ignores(name) or value in _EMPTY or value in _NEUTRAL.get(name, ())):
+            elif not (value is None or cls._ignores(name) or value in _NEUTRAL.get(name, _EMPTY)):
                 raise ValueError(f"{name!r:.60} is not supported{_remedy(name, names)}")
         return accepted
 

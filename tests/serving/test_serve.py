@@ -347,6 +347,8 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         ("/v1/completions", {"prompt": [10**9]}, "token id 1000000000"),
         ("/v1/completions", {"prompt": [[5], [5, 100]]}, "token id 100, the mask"),
         (CHAT, chat(echo=True), "'echo' is not supported"),
+        (CHAT, chat(skip_special_tokens=False), "'skip_special_tokens' is not supported; leave it out"),
+        (CHAT, chat(add_generation_prompt=False), "'add_generation_prompt' is not supported; leave it out"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_new_tokens is 0"),
         (
             "/v1/completions",
