@@ -10,6 +10,7 @@ heads and D head size are numbers of the model. Of images: N patches, M and F em
 from __future__ import annotations
 
 import dataclasses
+import platform
 from typing import Literal, get_args
 
 from .config import ModelConfig
@@ -50,6 +51,7 @@ KV_CACHE_DTYPES: dict[str, tuple[Backend, ...]] = {
     "int8": ("onnxruntime", "torch"),
     "fp8": ("torch",),
 }
+CONVOLVED = "convolved"  # the metadata of a graph for ONNX Runtime whose products need `on_x86`
 ITEMSIZE: dict[str, int] = {"f32": 4, "f16": 2, "bf16": 2}
 # What each backend computes in, its default first. TensorRT-RTX 1.7 has no f32 attention, ONNX Runtime no bf16 (CPU).
 BACKEND_DTYPES: dict[Backend, tuple[Dtype, ...]] = {
@@ -84,6 +86,11 @@ class BuildConfig:
     def kv_bits(self) -> KvBits | None:
         """How K and V are kept in 8 bits, if they are."""
         return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+
+def on_x86() -> bool:
+    """Whether this machine is of x86 in 64 bits, where ONNX Runtime has kernels that no other has."""
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def stored_as(quantization: Quantization | None) -> Quantization | None:

@@ -59,6 +59,7 @@ from .compilers.graphs import compile_graphs
 from .compilers.kernels import OLDEST_SM, compile_kernels
 from .compilers.profiles import image_profiles, profiles
 from .graph.graph import Graph, build_graph
+from .graph.projection import convolves
 from .graph.vision import build_vision_graph
 from .manifest import FileEntry, file_entry, folder_entries, make_manifest
 from .plan import Plan, make_plan
@@ -161,6 +162,7 @@ class Builder:
             quantization=None if backend == "torch" else quantization,
             kept=kept or None,  # what is in other bits is quantized anew
             packed=backend == "onnxruntime",
+            convolved=backend == "onnxruntime" and convolves(self.config, self.checkpoint.tensors.values()),
             kv_bits=self.config.kv_bits if backend == "onnxruntime" else None,
         )
         self._header = b""  # of the weights file

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...config import ModelConfig
-from ...contract import DOMAIN, Binding, Dtype, KvBits, Quantization, inputs, outputs
+from ...contract import CONVOLVED, DOMAIN, Binding, Dtype, KvBits, Quantization, inputs, outputs
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
 from .projection import CONTRIB
@@ -57,6 +57,7 @@ def build_graph(
     quantization: Quantization | None = None,
     kept: Mapping[str, bool] | None = None,
     packed: bool = False,
+    convolved: bool = False,
     kv_bits: KvBits | None = None,
 ) -> Graph:
     """Write the graph.
@@ -73,8 +74,9 @@ def build_graph(
             projection of the layers is quantized.
         kv_bits: `int8` keeps K and V in 8 bits, for ONNX Runtime.
         packed: make one product of projections that share an input, for ONNX Runtime.
+        convolved: make products that are not of few bits convolutions, for ONNX Runtime on x86.
     """
-    w = GraphWriter(dtype, packed=packed, dequantized=capacity is not None)
+    w = GraphWriter(dtype, packed=packed, dequantized=capacity is not None, convolved=convolved)
     w.kept = kept
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
@@ -97,7 +99,10 @@ def build_graph(
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
     bindings = inputs(model, adapter, kv_bits), outputs(model, logits, kv_bits)
-    return make_graph(w, "nemodiff", dtype, sizes, *bindings, functions)
+    graph = make_graph(w, "nemodiff", dtype, sizes, *bindings, functions)
+    if convolved:
+        helper.set_model_props(graph.proto, {CONVOLVED: "x86"})
+    return graph
 
 
 def make_graph(

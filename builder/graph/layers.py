@@ -41,6 +41,9 @@ def add_shared(
         w.constant("heads.qkv", np.array(heads, np.int64))
         w.constant("inputs.gate_up", np.array([model.intermediate_size] * 2, np.int64))
     w.constant("shape.merged", np.array([0, 0, model.num_heads * model.head_dim], np.int64))
+    if w.convolved:
+        w.constant("tokens.rest", np.array([-1], np.int64))
+        w.node("Concat", [w.node("Shape", ["ids"], "ids.shape"), "tokens.rest"], "tokens.shape", axis=0)  # B, S, -1
     w.node("Cast", ["write_at"], "write_at.index", to=TensorProto.INT64)
 
     pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
@@ -213,7 +216,9 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
         zero = add_zero(w, rows, "rows.zero")
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)
     else:
-        head = w.linear(normed, "diffusion_head", "diffusion_head.weight", *sizes)
+        if w.convolved:
+            w.node("Concat", [w.node("Shape", [ids], "rows.shape"), "tokens.rest"], "rows.shape3", axis=0)  # B, R, -1
+        head = w.linear(normed, "diffusion_head", "diffusion_head.weight", *sizes, "rows.shape3")
     if w.dtype == np.float32:
         w.nodes[-1].output[0] = "logits"  # a cast from f32 to f32 would copy them
     else:

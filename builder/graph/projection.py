@@ -7,14 +7,39 @@ of every size. Measured with ONNX Runtime 1.32 (docs/log.md): MatMulNBits keeps 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from ...contract import Quantization
+from ...contract import BuildConfig, Quantization, on_x86
 from .writer import GraphWriter, Source
 
 GROUP = 32  # inputs of an int4 weight that share a scale
+# Bytes of f32. Fewer stay in a processor's cache, where a convolution gains nothing; and while an engine is loaded
+# ONNX Runtime holds its weights twice.
+CONVOLVED_BYTES = (2**26, 2**33)
 CONTRIB = "com.microsoft"  # the domain of MatMulNBits
+
+
+class Shaped(Protocol):
+    """What has a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def convolves(build: BuildConfig, tensors: Iterable[Shaped]) -> bool:
+    """Whether products on ONNX Runtime are convolutions: its kernel for these reads weights in a better order.
+
+    It sums a token's numbers in one order in a pass of any size too, but there is such a kernel on x86 alone.
+    """
+    if build.dtype != "f32" or build.quantization is not None or not on_x86():
+        return False
+    least, most = CONVOLVED_BYTES
+    return least <= 4 * sum(math.prod(tensor.shape) for tensor in tensors) <= most
 
 
 def add_zero(w: GraphWriter, like: str, name: str) -> str:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ...contract import DOMAIN, Dtype, Quantization
 from ...engine_folder import WEIGHTS_FILE
 
+CHANNELS = 16  # a convolution's inputs are a multiple of this, or ONNX Runtime takes another kernel
 ALIGNMENT = 4096  # bytes; runtimes map external data by page
 _NUMPY_TYPE: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -60,17 +61,25 @@ class GraphWriter:
     """
 
     def __init__(
-        self, dtype: Dtype, file: str = WEIGHTS_FILE, *, packed: bool = False, dequantized: bool = False
+        self,
+        dtype: Dtype,
+        file: str = WEIGHTS_FILE,
+        *,
+        packed: bool = False,
+        dequantized: bool = False,
+        convolved: bool = False,
     ) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
         self.packed = packed  # whether projections of one input become one product
         self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
+        self.convolved = convolved  # whether a product is a convolution with a kernel of 1 over the tokens
         self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: list[Weight] = []
         self.quantized: set[str] = set()  # tensors that the graph has in 8 bits as well
         self.kept: Mapping[str, bool] | None = None  # see `build_graph`
+        self._flat: set[str] = set()  # constants of `_convolution`
         self._end = 0  # of the last weight, in bytes of the external data file
 
     def node(self, op: str, args: list[str], name: str, **attributes: Any) -> str:
@@ -93,10 +102,22 @@ class GraphWriter:
         self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def weight(self, name: str, source: Source, shape: tuple[int, ...], transposed: bool, scale: float = 1.0) -> str:
-        """Declare an external weight. `shape` is the one stored here, so (in, out) for a transposed projection."""
+    def weight(
+        self,
+        name: str,
+        source: Source,
+        shape: tuple[int, ...],
+        transposed: bool,
+        scale: float = 1.0,
+        *,
+        convolved: bool = False,
+    ) -> str:
+        """Declare an external weight. `shape` is the one stored here, so (in, out) for a transposed projection.
+
+        The graph knows a convolved one as (out, in, 1, 1).
+        """
         offset = self._begin()
-        self._external(name, shape, self.dtype)
+        self._external(name, (*shape, 1, 1) if convolved else shape, self.dtype)
         self.weights.append(Weight(name, _by_name(source), shape, transposed, scale, offset, self._end - offset))
         return name
 
@@ -157,9 +178,28 @@ class GraphWriter:
         self._end += nbytes
         self.initializers.append(tensor)
 
-    def linear(self, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:
-        """Multiply by a projection of the checkpoint, in the engine's dtype."""
+    def linear(
+        self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str = "tokens.shape"
+    ) -> str:
+        """Multiply by a projection of the checkpoint, in the engine's dtype.
+
+        `tokens` names the shape of x as (B, S, -1), which a convolution needs.
+        """
+        if self.convolved and size_in % CHANNELS == 0:
+            return self._convolution(x, name, source, size_in, size_out, tokens)
         return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
+
+    def _convolution(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str) -> str:
+        """The product as a convolution over one picture, whose pixels are the tokens of all rows."""
+        weight = self.weight(f"{name}.weight", source, (size_out, size_in), False, convolved=True)
+        flat = f"tokens.flat.{size_in}"
+        if flat not in self._flat:
+            self._flat.add(self.constant(flat, np.array([1, 1, -1, size_in], np.int64)))
+        pixels = self.node("Reshape", [x, flat], f"{name}.pixels")
+        pixels = self.node("Transpose", [pixels], f"{name}.channels", perm=[0, 3, 1, 2])
+        made = self.node("Conv", [pixels, weight], f"{name}.convolution", kernel_shape=[1, 1])
+        made = self.node("Transpose", [made], f"{name}.rows", perm=[0, 2, 3, 1])
+        return self.node("Reshape", [made, tokens], name)
 
     def norm(self, x: str, name: str, source: str, size: int, eps: float) -> str:
         """Normalize the last axis by its root mean square."""

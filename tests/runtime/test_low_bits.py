@@ -150,7 +150,7 @@ def test_a_processor_without_vnni_takes_the_slower_way(
             raise FileNotFoundError(path)
         return flags
 
-    monkeypatch.setattr(engine_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(Path, "read_text", read)
     assert engine_module._bytes_overflow() is overflows
 

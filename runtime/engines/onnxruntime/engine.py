@@ -6,7 +6,6 @@ and reads a few integers.
 
 from __future__ import annotations
 
-import platform
 import re
 import threading
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import Binding, inputs, vision_inputs
+from ....contract import CONVOLVED, Binding, inputs, on_x86, vision_inputs
 from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
@@ -78,7 +77,7 @@ class OnnxRuntimeEngine:
 
 def _bytes_overflow() -> bool:
     """Whether this processor may add products of bytes in 16 bits, as those of x86 do that have no VNNI."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not on_x86():
         return False
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
@@ -105,6 +104,8 @@ def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> A
         raise EngineError(
             f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {again}"
         ) from None
+    if CONVOLVED in session.get_modelmeta().custom_metadata_map and not on_x86():
+        raise EngineError(f"{path}: its products are made for processors of x86, this one is no such; {again}")
     expected = {binding.name for binding in bindings}
     declared = {item.name for item in session.get_inputs()}
     if declared != expected:

@@ -1,0 +1,96 @@
+"""Products as convolutions on ONNX Runtime: which engines have them, and that a token's numbers do not depend on what
+else is in its pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from stand_ins.checkpoints import TINY_CHAT
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.builder.graph import projection
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.engine import Pass, causal
+from nemodiff.runtime.loading import LoadedEngine
+
+DRAFTER = TINY_CHAT.parent / "tiny-chat-drafter/linear_spec_lora"
+IDS = [(7 * i + 200) % 800 for i in range(48)]
+
+
+def build(folder: Path, **choices: object) -> Path:
+    return Builder(TINY_CHAT, folder, **choices).run()  # type: ignore[arg-type]
+
+
+def ops(folder: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "CONVOLVED_BYTES", (0, 2**33))
+        patch.setattr("platform.machine", lambda: "x86_64")
+        folder = build(tmp_path_factory.mktemp("convolved") / "engine", adapter=DRAFTER)
+        assert "Conv" in ops(folder)
+        return nemodiff.load(folder, threads=1)
+
+
+def seen(engine: LoadedEngine, rows: int, step: int) -> np.ndarray:
+    """The logits of IDS, (rows, 48, V), in passes of so many tokens and rows; each row has the ids reversed."""
+    cache = engine.backend.open(rows)
+    texts = [IDS[:: -1 if row % 2 else 1] for row in range(rows)]
+    parts = []
+    for start in range(0, len(IDS), step):
+        passes: list[Pass] = [
+            causal("verify", text[start : start + step], start, predict_all=True, logits=True) for text in texts
+        ]
+        parts.append(np.stack([np.array(one.logits) for one in cache.forward(passes)]))
+    cache.close()
+    return np.concatenate(parts, axis=1)
+
+
+def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
+    whole = seen(engine, 1, 48)[0]
+    for rows, step in ((1, 1), (1, 5), (1, 32), (2, 1), (3, 16)):
+        np.testing.assert_array_equal(seen(engine, rows, step)[0], whole, f"{rows} rows, {step} tokens")
+
+
+def test_it_is_the_same_model(engine: LoadedEngine, tiny_engine: Path) -> None:
+    plain = nemodiff.load(tiny_engine, threads=1)
+    assert "Conv" not in ops(tiny_engine)
+    assert np.abs(seen(engine, 2, 7) - seen(plain, 2, 7)).max() < 1e-3
+    expected = nemodiff.generate(plain, "Count from 3 to 9.", mode="ar", max_new_tokens=40).token_ids
+    for mode in ("ar", "linear_spec", "quadratic_spec"):
+        answer = nemodiff.generate(engine, "Count from 3 to 9.", mode=mode, max_new_tokens=40)
+        assert answer.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "choices", "least"),
+    [
+        ("aarch64", {}, 0),
+        ("x86_64", {"dtype": "f16"}, 0),
+        ("x86_64", {"quantization": "int8"}, 0),
+        ("x86_64", {"backend": "torch", "dtype": "f32"}, 0),
+        ("x86_64", {}, projection.CONVOLVED_BYTES[0]),
+    ],
+)
+def test_the_others_have_none(
+    machine: str, choices: dict[str, object], least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "CONVOLVED_BYTES", (least, 2**33))
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    builder = Builder(TINY_CHAT, tmp_path / "engine", **choices)  # type: ignore[arg-type]
+    assert "Conv" not in [node.op_type for node in builder.graph.proto.graph.node]
+
+
+def test_another_processor_refuses_it(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel for convolutions may sum a token's numbers in another order where a pass has one token."""
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    with pytest.raises(EngineError, match="made for processors of x86") as refusal:
+        nemodiff.load(engine.folder)
+    assert "\n" not in str(refusal.value)
