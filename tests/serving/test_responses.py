@@ -50,6 +50,19 @@ def test_text_is_that_of_a_chat(server: Served, client: openai.OpenAI) -> None:
     assert client.responses.create(model="tiny", input=parts).output_text == answer.output_text
 
 
+def test_sampling_options_have_their_own_names(server: Served) -> None:
+    options = {"logit_bias": {"348": -100}, "bad_words": ["7"], "min_tokens": 9, "stop_token_ids": [145]}
+    asked = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 30, **options}
+    text = server.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]
+    assert (
+        text
+        != server.ask("/v1/chat/completions", {**asked, **dict.fromkeys(options)})["choices"][0]["message"]["content"]
+    )
+    answer = server.ask("/v1/responses", {"input": QUESTION, "max_output_tokens": 30, **options})
+    assert answer["output"][0]["content"][0]["text"] == text
+    assert server.ask("/v1/messages", asked)["content"][0]["text"] == text
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stream_is_the_whole_answer_in_order(client: openai.OpenAI, mode: str) -> None:
     asked: dict[str, Any] = {

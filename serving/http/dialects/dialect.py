@@ -19,7 +19,7 @@ from ..option_fields import with_options
 OPTIONS = (
     "block_length", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "policy", "per_step", "entropy_bound", "block_steps", "merge_commit", "strict_schema",
-    "thinking_budget",
+    "thinking_budget", "stop_in_thinking", "logit_bias", "bad_words", "min_tokens", "stop_token_ids",
 )  # fmt: skip
 
 
