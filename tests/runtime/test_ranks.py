@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,11 @@ from stand_ins.torch_ranks import answers
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.engine_folder import read_engine
 from nemodiff.errors import RequestError
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape
+from nemodiff.runtime.engines.torch.step import Step, Told
 
 pytest.importorskip("torch")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}  # which 2 ranks split into groups of 32
@@ -65,6 +70,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stand_ins.checkpoints import TINY_CHAT
 
     return Builder(TINY_CHAT, tmp_path_factory.mktemp("tiny") / "engine", backend="torch", dtype="f32").run()
+
+
+def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So rank 0, which waits until it is heard, runs a pass ahead."""
+    engine = TorchEngine(tiny, read_engine(tiny), "cpu", pages=8)
+    happened = list[str]()
+    told: list[Told | None] = [Told(FlatShape(n, n), b"", None, []) for n in (1, 2, 3)]
+    ranks = SimpleNamespace(hear=iter([*told, None]).__next__)
+    monkeypatch.setattr(Step, "repeat", lambda step, told: happened.append(f"start {told.shape.tokens}"))
+    monkeypatch.setattr(engine.device, "mark", lambda: next(e for e in reversed(happened) if e.startswith("start ")))
+    monkeypatch.setattr(engine.device, "wait", lambda mark: happened.append(f"end of {mark}"))
+    engine.forwards.obey(ranks)  # type: ignore[arg-type]
+    assert happened == ["start 1", "end of None", "start 2", "end of start 1", "start 3", "end of start 2"]
 
 
 def command(engine: Path, *words: str) -> list[str]:

@@ -72,12 +72,17 @@ class Forwards:
         self._flights.remove(flight)
 
     def obey(self, ranks: Ranks) -> None:
-        """Run the forwards of rank 0 until it ends."""
+        """Run the forwards of rank 0 until it ends.
+
+        One may be under way when the next is heard of. Rank 0 uses no buffer of such a one, so neither does the next.
+        """
+        before = None
         while (told := ranks.hear()) is not None:
             with self.device.use(self.folder):
                 self.memory.follow(told.news)
                 self.steps.of(told.shape).repeat(told)
-                self.device.wait(self.device.mark())
+                self.device.wait(before)
+                before = self.device.mark()
 
     def warm_up(self, shapes: Iterable[FlatShape]) -> dict[int, float]:
         """Compile and capture some shapes; returns the seconds of plain passes by their tokens."""
