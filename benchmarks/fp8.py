@@ -33,13 +33,13 @@ def round_activations(engine: Any) -> None:
     """Let the projections of a torch engine take e4m3, with a scale per token."""
     import torch
 
-    plain = engine.model._projected
+    plain = engine.model.project
 
     def projected(x: Any, weight: Any) -> Any:
         scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.float32).tiny)
         return plain((x / scale).to(torch.float8_e4m3fn).float() * scale, weight)
 
-    engine.model._projected = projected
+    engine.model.project = projected
 
 
 def answer(engine: LoadedEngine, question_list: list[Question], rows: int, **options: Any) -> list[Generation]:

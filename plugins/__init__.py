@@ -31,6 +31,7 @@ FUSED = (  # the ops of the torch engine
     swiglu.OP,
     *(head_commit.flat_op(tile, int8) for int8 in (False, True) for tile in head_commit.TILES),
     confidence_commit.FLAT_SAMPLED,
+    confidence_commit.FLAT_COMMIT,
     *(low_bit_linear.op(kind, tile) for kind in low_bit_linear.KINDS for tile in low_bit_linear.TILES),
     *map(split_linear.op, split_linear.TILES),
 )

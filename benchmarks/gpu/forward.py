@@ -56,8 +56,8 @@ class Passes:
             is_gpu = self.backend.device.is_gpu
             # Without kernels a graph would look at the whole pool (runtime/engines/torch/plain.py).
             self.backend.steps.graphs = variant not in ("eager", "without kernels") and is_gpu
-            self.backend.model.kernels = variant != "without kernels" and is_gpu
-            self.backend.model.pdl = variant == "pdl" and self.backend.device.overlaps_launches
+            early = variant == "pdl" and self.backend.device.overlaps_launches
+            self.backend.model.vary(variant != "without kernels" and is_gpu, early)
             self.backend.steps.forget()
             self._variant = variant
 

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The kernels of `ops/confidence_commit.py`: one scans the vocabulary in splits, one applies the commit rule.
 
-Every logit is read once and none is written. The sampled form adds Gumbel noise to the logits over the temperature
+Every logit is read once and none is written. The sampled forms add Gumbel noise to the logits over the temperature
 before the argmax, from the same Philox words as `runtime/sampling/noise.py`, with f32 logarithms where that takes f64.
 """
 
@@ -102,15 +102,31 @@ def flat_sampled_scan(
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """`sampled_scan` with temperature (R,) f32, seed (R, 2) and position (R,) i32."""
+    """Put samples into part (R, SPLITS, 4) and best (R, SPLITS) of a scan of logits (R, V).
+
+    temperature (R,) f32, seed (R, 2) and position (R,) i32; what has temperature 0, or a NaN, stays as it is.
+    """
     follow(PDL)
     at = tl.program_id(0)
-    low = tl.load(seed + at * 2)
-    high = tl.load(seed + at * 2 + 1)
-    _scan(
-        logits, at, low, high, tl.load(position + at), tl.load(temperature + at), part, best,
-        V, MASK_ID, SPLITS, BLOCK, True,
-    )  # fmt: skip
+    heat = tl.load(temperature + at)
+    if heat <= 0:
+        return
+    share = tl.program_id(1)
+    start = share * BLOCK
+    ids = start + tl.arange(0, BLOCK)
+    inside = ids < V
+    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf"))
+    broken = tl.max((x != x).to(tl.int32), 0)
+    score = x / heat + noise(tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at), start, BLOCK)
+    score = tl.where(ids == MASK_ID, -1e30, score)
+    score = tl.where(inside, score, float("-inf"))
+    top = tl.max(score, 0)
+    token = tl.min(tl.where((score == top) & inside, ids, V), 0)
+    value = tl.max(tl.where(ids == token, tl.where(ids == MASK_ID, -1e30, x), float("-inf")), 0)
+    place = at.to(tl.int64) * SPLITS + share
+    tl.store(part + place * 4 + 2, top, mask=broken == 0)
+    tl.store(part + place * 4 + 3, value, mask=broken == 0)
+    tl.store(best + place, token, mask=broken == 0)
 
 
 @triton.jit

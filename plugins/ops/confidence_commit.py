@@ -12,10 +12,11 @@ threshold takes its token, and always the most confident one does (the leftmost 
 that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
 and has no function body: on a CPU the host samples.
 
-`FLAT_SAMPLED` is that for R predictions of any number of rows: logits (R, V), threshold, temperature and position (R),
-seed (R, 2), ids (N) of all tokens and index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and
-end of the predictions among which the rule chooses, the same for all of them. `flat_reference` specifies its rule, of
-the ids that are predicted; there is no masks_left.
+For R predictions of any number of rows it is three ops, without masks_left: `head_commit` scans the logits as it makes
+them, `FLAT_SAMPLED` puts samples into what a scan has found where a prediction's temperature is over 0, and
+`FLAT_COMMIT` is the rule. logits (R, V), threshold, temperature and position (R), seed (R, 2), ids (N) of all tokens,
+index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and end of the predictions among which the
+rule chooses, the same for all of them. `flat_reference` specifies the rule, of the ids that are predicted.
 """
 
 from __future__ import annotations
@@ -220,45 +221,54 @@ SAMPLED = Op(
 )
 
 FLAT_SCAN = (Arg("part", "f32", ("R", splits, 4)), Arg("best", "i32", ("R", splits)))
-FLAT_INPUTS = (
-    Arg("ids", "i32", ("N",)),
-    Arg("index", "i32", ("R",)),
-    Arg("span", "i32", ("R", 2)),
-    Arg("threshold", "f32", ("R",)),
-)
-FLAT_OUTPUTS = (Arg("token", "i32", ("R",)), Arg("confidence", "f32", ("R",)), Arg("next_ids", "i32", ("R",)))
-FLAT_COMMIT = Stage(
-    "FlatCommitRule",
-    "confidence_commit.flat_commit",
-    inputs=("part", "best", *(arg.name for arg in FLAT_INPUTS)),
-    scalars=(),
-    outputs=FLAT_OUTPUTS,
-    constants=_commit_constants,
-    grid=lambda dims, ceil: (dims["R"], 1, 1),
-    follows=True,
-)
-_FLAT_NOISE = (
-    Arg("temperature", "f32", ("R",)),
-    Arg("seed", "i32", ("R", 2)),
-    Arg("position", "i32", ("R",)),
-)
 
 FLAT_SAMPLED = Op(
-    "FlatSampledCommit",
-    inputs=(Arg("logits", "f32", ("R", "V")), *FLAT_INPUTS, *_FLAT_NOISE),
-    outputs=FLAT_OUTPUTS,
+    "FlatSampled",
+    inputs=(
+        Arg("logits", "f32", ("R", "V")),
+        Arg("temperature", "f32", ("R",)),
+        Arg("seed", "i32", ("R", 2)),
+        Arg("position", "i32", ("R",)),
+        *FLAT_SCAN,
+    ),
+    outputs=(),
     attributes=(),
     stages=(
         Stage(
             "FlatSampledScan",
             "confidence_commit.flat_sampled_scan",
-            inputs=("logits", "temperature", "seed", "position"),
+            inputs=("logits", "temperature", "seed", "position", "part", "best"),
             scalars=(),
-            outputs=FLAT_SCAN,
+            outputs=(),
             constants=_scan_constants,
             grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
             follows=True,
         ),
-        FLAT_COMMIT,
+    ),
+)
+
+_FLAT_OUTPUTS = (Arg("token", "i32", ("R",)), Arg("confidence", "f32", ("R",)), Arg("next_ids", "i32", ("R",)))
+FLAT_COMMIT = Op(
+    "FlatCommit",
+    inputs=(
+        *FLAT_SCAN,
+        Arg("ids", "i32", ("N",)),
+        Arg("index", "i32", ("R",)),
+        Arg("span", "i32", ("R", 2)),
+        Arg("threshold", "f32", ("R",)),
+    ),
+    outputs=_FLAT_OUTPUTS,
+    attributes=(),
+    stages=(
+        Stage(
+            "FlatCommitRule",
+            "confidence_commit.flat_commit",
+            inputs=("part", "best", "ids", "index", "span", "threshold"),
+            scalars=(),
+            outputs=_FLAT_OUTPUTS,
+            constants=_commit_constants,
+            grid=lambda dims, ceil: (dims["R"], 1, 1),
+            follows=True,
+        ),
     ),
 )

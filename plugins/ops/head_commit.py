@@ -1,13 +1,14 @@
-"""HeadCommit: the language model's head and the commit rule without logits in memory, for the torch engine on a GPU.
+"""HeadCommit: the language model's head without logits in memory, for the torch engine on a GPU.
 
-    token, confidence, next_ids = FlatHeadCommit(x, weight, ids, index, span, threshold, kept)
+    part, best = FlatHeadCommit(x, weight, index, kept)
 
-x (N, E) and weight (V, E) compute; the rest as in `confidence_commit.FLAT_SAMPLED`, of logits = x[index] weight^T in
-f32. `kept` (R, W) f32 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary
-keeps its highest logit, sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the
-splits of the commit rule. The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so
-it may choose another of two near-equal entries. A head in int8 has weight (V, E) u8, its bits, and scale (V) f32, by
-which the logits are multiplied.
+x (N, E) and weight (V, E) compute; index (R) i32 are the tokens that get logits = x[index] weight^T in f32, of which
+part and best are what ConfidenceCommit's scan would find, for `confidence_commit.FLAT_COMMIT`. `kept` (R, W) f32
+receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its highest logit,
+sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the commit rule.
+The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may choose another of
+two near-equal entries. A head in int8 has weight (V, E) u8, its bits, and scale (V) f32, by which the logits are
+multiplied.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Op, Stage, ceil_div
 from . import confidence_commit
-from .confidence_commit import FLAT_COMMIT, FLAT_INPUTS, FLAT_OUTPUTS, FLAT_SCAN, SHARE
+from .confidence_commit import FLAT_SCAN, SHARE
 
 TILES = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
 BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
@@ -29,7 +30,7 @@ def reference(
     x: np.ndarray, weight: np.ndarray, ids: np.ndarray, index: np.ndarray, span: np.ndarray, threshold: np.ndarray,
     mask_id: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The specification in numpy; shapes as in the module's docstring."""
+    """The specification of both ops in numpy, token, confidence and next_ids; shapes as in the modules' docstrings."""
     logits = x[index].astype(np.float32) @ weight.astype(np.float32).T
     return confidence_commit.flat_reference(logits, ids[index], span, threshold, mask_id)
 
@@ -61,10 +62,10 @@ def flat_op(tile: int, int8: bool = False) -> Op:
         inputs=(
             Arg("x", "compute", ("N", "E")),
             *weight,
-            *FLAT_INPUTS,
+            Arg("index", "i32", ("R",)),
             Arg("kept", "f32", ("R", "W")),
         ),
-        outputs=FLAT_OUTPUTS,
+        outputs=FLAT_SCAN,
         attributes=(),
         stages=(
             Stage(
@@ -88,6 +89,5 @@ def flat_op(tile: int, int8: bool = False) -> Op:
                 grid=lambda dims, ceil: (dims["R"], 1, 1),
                 follows=True,
             ),
-            FLAT_COMMIT,
         ),
     )

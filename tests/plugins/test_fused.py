@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import INTERPRETED, MASK, launch, released
+from stand_ins.kernel_launch import INTERPRETED, MASK, launch, launch_head, released
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
@@ -101,7 +101,7 @@ def check_head(
         expected = head_commit.reference(**case, mask_id=MASK)
         logits = case["x"][index] @ weight.T
     kept = np.full((count, len(weight) if keep else 0), 7, np.float32)
-    got = launch(head_commit.flat_op(tile), model, **case, kept=kept)
+    got = launch_head(tile, model, **case, kept=kept)
     if keep and INTERPRETED:  # elsewhere it is a copy on the device
         np.testing.assert_array_equal(kept, logits)
     np.testing.assert_allclose(got[1], expected[1], rtol=2e-5)

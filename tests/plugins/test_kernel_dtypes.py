@@ -134,7 +134,10 @@ def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
     rule = {"ids": rows["ids"].ravel(), "index": index, "span": np.stack([begin, begin + size], 1)}
     case |= {**rule, "threshold": np.repeat(rows["threshold"], size)}
     no_logits = np.zeros((2 * size, 0), np.float32)
-    got, _ = launch(head_commit.flat_op(tile), model, dtype, {**case, "kept": no_logits})
+    scanned = {name: case[name] for name in ("x", "weight", "index")}
+    (part, best), _ = launch(head_commit.flat_op(tile), model, dtype, {**scanned, "kept": no_logits})
+    found = {"part": wide(part), "best": wide(best)}
+    got, _ = launch(confidence_commit.FLAT_COMMIT, model, dtype, {**rule, "threshold": case["threshold"], **found})
     check_commit(got, head_commit.reference(**case, mask_id=MASK))
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, rounded
+from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.low_bits import quantise_int4, quantise_rows
@@ -171,11 +171,10 @@ def test_a_head_in_8_bits_equals_that_of_its_values(tiny: ModelConfig, tile: int
     rule = {"index": np.arange(17, dtype=np.int32), "span": span, "threshold": np.full(17, 0.3, np.float32)}
     case = {"x": x, "ids": np.full(17, 100, np.int32), **rule}
     kept = np.zeros((17, 1500), np.float32)
-    narrow = launch(
-        head_commit.flat_op(tile, int8=True), model, **case, weight=numbers.view(np.uint8), scale=scale, kept=kept
-    )
+    of_numbers = {"weight": numbers.view(np.uint8), "scale": scale}
+    narrow = launch_head(tile, model, int8=True, **case, **of_numbers, kept=kept)
     if INTERPRETED:  # elsewhere it is a copy on the device
         np.testing.assert_array_equal(kept, x @ numbers.T.astype(np.float32) * scale)
-    wide = launch(head_commit.flat_op(tile), model, **case, weight=numbers * scale[:, None], kept=kept)
+    wide = launch_head(tile, model, **case, weight=numbers * scale[:, None], kept=kept)
     for one, other in zip(narrow, wide, strict=True):
         np.testing.assert_array_equal(one, other)

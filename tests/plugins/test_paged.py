@@ -15,7 +15,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, TYPES, bf16_products, causal, groups, launch, rounded
+from stand_ins.kernel_launch import (
+    DEVICE,
+    INTERPRETED,
+    MASK,
+    TYPES,
+    bf16_products,
+    causal,
+    groups,
+    launch,
+    launch_head,
+    rounded,
+)
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
@@ -23,7 +34,6 @@ from nemodiff.contract import KvBits
 from nemodiff.plugins import KV_BITS, SAMPLED
 from nemodiff.plugins.op import Arg, run
 from nemodiff.plugins.ops import (
-    confidence_commit,
     head_commit,
     kv_cache,
     low_bit_linear,
@@ -453,7 +463,7 @@ def test_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
     logits = x[rule["index"]] @ weight.T
     expected = head_commit.reference(x, weight, **rule, mask_id=MASK)
     kept = np.full((sum(SPANS), vocab), 7, np.float32)
-    token, confidence, next_ids = launch(head_commit.flat_op(tile), model, x=x, weight=weight, **rule, kept=kept)
+    token, confidence, next_ids = launch_head(tile, model, x=x, weight=weight, **rule, kept=kept)
     np.testing.assert_array_equal(token, expected[0])
     np.testing.assert_allclose(confidence, expected[1], rtol=2e-5)
     np.testing.assert_array_equal(next_ids, expected[2])
@@ -462,29 +472,43 @@ def test_head_commits_in_every_span(tiny: ModelConfig, tile: int) -> None:
 
 
 def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
-    """Every position has a temperature and a seed of its own; the rule chooses by the samples' confidences."""
+    """Every position has a temperature and a seed of its own; the rule chooses by the samples' confidences.
+
+    A position without a temperature is, to the last bit, as if none were sampled, and so is one with a NaN.
+    """
     rng = np.random.default_rng(5)
-    vocab, total = 700, sum(SPANS)
-    model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
+    vocab, width, total = 2100, 40, sum(SPANS)  # two shares
+    model = dataclasses.replace(tiny, vocab_size=vocab, hidden_size=width, mask_id=MASK)
     rule = flat_rule(vocab)
-    logits = (rng.standard_normal((total, vocab)) * 3).astype(np.float32)
+    x, weight = ((rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((total + 5, width), (vocab, width)))
     noise = {
         "temperature": np.where(np.arange(total) % 3, 0.8, 0).astype(np.float32),
         "seed": rng.integers(-(2**31), 2**31, (total, 2)).astype(np.int32),
         "position": np.arange(total, dtype=np.int32) * 7,
     }
-    flat_case = {"logits": logits, **rule, **noise}
-    token, confidence, next_ids = launch(confidence_commit.FLAT_SAMPLED, model, **flat_case)
+    weight[MASK] = 9  # the best of all, never taken
+    x[rule["index"][1]] = np.nan
+    with np.errstate(invalid="ignore"):
+        logits = x[rule["index"]] @ weight.T
+    case = {"x": x, "weight": weight, **rule}
+    greedy = launch_head(16, model, **case, kept=np.zeros((total, 0), np.float32))
+    token, confidence, next_ids = launch_head(16, model, **case, **noise, kept=np.zeros((total, vocab), np.float32))
+    as_it_was = (noise["temperature"] == 0) | np.isnan(confidence)
+    assert np.isnan(confidence).tolist() == (np.arange(total) == 1).tolist()
+    np.testing.assert_array_equal(token[as_it_was], greedy[0][as_it_was])
+    np.testing.assert_array_equal(confidence[as_it_was], greedy[1][as_it_was])
     alone = {
-        **flat_case,
+        **noise,
         "logits": logits[:, None],
         "ids": rule["ids"][rule["index"]][:, None],
         "position": noise["position"][:, None],
+        "threshold": rule["threshold"],
     }
-    del alone["span"], alone["index"]
     by_rows = launch(SAMPLED, model, **alone)
+    assert (token != greedy[0]).any()
     np.testing.assert_array_equal(token, by_rows[0][:, 0])
-    np.testing.assert_array_equal(confidence, by_rows[1][:, 0])
+    np.testing.assert_allclose(confidence, by_rows[1][:, 0], rtol=2e-5)
+    confidence[1] = np.inf  # as which a NaN counts
     for begin, end in np.unique(rule["span"], axis=0):
         here = slice(begin, end)
         before = rule["ids"][rule["index"][here]]

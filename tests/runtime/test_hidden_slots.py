@@ -23,7 +23,7 @@ from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.engines.pages import PAGE
-from nemodiff.runtime.engines.torch.engine import TorchCache
+from nemodiff.runtime.engines.torch.cache import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
 
 TORCH = pytest.mark.torch

@@ -47,8 +47,17 @@ from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.pages import PAGE
-from nemodiff.runtime.engines.torch.engine import MOST_TOKENS, TorchEngine
-from nemodiff.runtime.engines.torch.flat import FlatShape, flat_shape, graph_shapes, rounded_shape, rounded_tokens
+from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import (
+    FREE,
+    MOST_CAPTURED,
+    FlatShape,
+    flat_shape,
+    graph_shapes,
+    rounded_shape,
+    rounded_tokens,
+)
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
@@ -226,12 +235,30 @@ def test_sizes_of_graphs() -> None:
     assert sorted({(s.tokens, s.predicted) for s in shapes}) == [
         *((1, 1), (32, 32), (256, 64), (256, 256), (512, 64), (512, 512), (576, 64), (576, 576))
     ]
+    assert rounded_shape(FlatShape(500, 200)).predicted == rounded_shape(FlatShape(900, 3)).predicted == FREE
     alone = graph_shapes(576)
-    assert len([s for s in alone if not (s.logits or s.sampled)]) == 21
-    assert len(alone) == 53
-    assert [s.tokens for s in alone[:21]] == sorted((s.tokens for s in alone[:21]), reverse=True)
-    assert len(graph_shapes(2048 + 576, 8)) < 100
+    assert len([s for s in alone if not (s.logits or s.sampled)]) == 26
+    assert len(alone) == 52
+    assert [s.tokens for s in alone] == sorted((s.tokens for s in alone), reverse=True)
+    assert len(graph_shapes(2048 + 576, 64)) < 100  # however many rows
     assert {s.embedded for s in graph_shapes(576, images=True)} == {False, True}
+    assert len(graph_shapes(800, 8, images=True)) < 110
+    for shape in graph_shapes(2048 + 576, 64, images=True):
+        assert rounded_shape(shape) == shape
+        assert shape.sampled or not shape.logits
+        assert shape.predicted <= FREE or not shape.logits  # so logits take memory once
+
+
+def test_rows_of_any_kind_share_a_graph() -> None:
+    """Sampled, with logits, with an image or all of it: one graph, unless there are many predictions."""
+    kinds = [{"sampled": True}, {"logits": True}, {"sampled": True, "logits": True}]
+    for tokens, predicted in ((1, 1), (40, 32), (800, 256), (300, 70)):
+        assert len({rounded_shape(FlatShape(tokens, predicted, **kind)) for kind in kinds}) == 1
+        seeing = {rounded_shape(FlatShape(tokens, predicted, embedded=True, **kind)) for kind in [{}, *kinds]}
+        assert len(seeing) == 1
+        assert seeing <= set(graph_shapes(900, images=True))
+    assert rounded_shape(FlatShape(512, 512, logits=True)) not in graph_shapes(900)
+    assert rounded_shape(FlatShape(512, 512, sampled=True)) in graph_shapes(900)
 
 
 def test_a_first_answer_needs_the_shapes_of_the_warm_up_alone(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +283,20 @@ def test_a_first_answer_needs_the_shapes_of_the_warm_up_alone(small: Pair, monke
             for size in (1, 70, 130, 560):
                 asked = f"{mode} {kind} {size}"
                 nemodiff.generate(engine, (PROMPT * 14)[:size], mode=mode, max_new_tokens=30, **kind)
-    captured = set(TorchEngine(small.ours.folder, info, "cpu", pages=8).graph_shapes())
+    prompts = [(PROMPT * 14)[:size] for size in (560, 3, 70, 559, 130, 20)]
+    for turn in range(4):
+        asked = f"several, {turn}"
+        with nemodiff.Scheduler(engine, rows=6) as scheduler:
+            handles = []
+            for n, prompt in enumerate(prompts, turn):
+                mode = MODES[n % len(MODES)]
+                kind = kinds[1 if mode == "diffusion" else n % 3]
+                handles.append(scheduler.submit(prompt, mode=mode, max_new_tokens=20, **kind))
+            for handle in handles:
+                handle.result(60)
+    captured = set(TorchEngine(small.ours.folder, info, "cpu", pages=8).steps.shapes)
+    assert max(shape.tokens for shape in needed) > FREE
+    needed = {shape: asked for shape, asked in needed.items() if shape.tokens <= MOST_CAPTURED}
     assert {shape: asked for shape, asked in needed.items() if shape not in captured} == {}
     assert len(needed) > 20
 
@@ -283,7 +323,7 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
 
     warm.warm_up(show)
     graphs = len(device.graphs)
-    assert graphs == warm.captured == len(seen) == len(warm.graph_shapes())
+    assert graphs == warm.captured == len(seen) == len(warm.steps.shapes)
     engine = small.with_backend(warm)
     assert engine.cost.curve.sizes == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # known by now
     prompts: list[Any] = [QUESTIONS[0], PROMPT * 13]
@@ -292,7 +332,8 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
         expected = [nemodiff.generate(small.theirs, prompt, **options).token_ids for prompt in prompts]
         got = nemodiff.generate_many(engine, prompts, rows=2, **options)
         assert [answer.token_ids for answer in got] == expected
-    mixed = [{"mode": mode, "max_new_tokens": 12} for mode in MODES] + [{"mode": "ar", "temperature": 0.8}]
+    mixed: list[dict[str, Any]] = [{"mode": mode, "max_new_tokens": 12} for mode in MODES]
+    mixed += [{"mode": "ar", "temperature": 0.8}, {"mode": "linear_spec", "top_k": 3, "temperature": 0.5}]
     penalty: dict[str, Any] = {"mode": "linear_spec", "repetition_penalty": 1.2, "max_new_tokens": 5}
     answers = [nemodiff.generate(e, prompts[1], **penalty).token_ids for e in (engine, small.theirs)]
     assert answers[0] == answers[1]
@@ -301,8 +342,14 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
         for handle, chosen in zip(handles, mixed, strict=True):
             answer = nemodiff.generate(small.theirs, QUESTIONS[1], **{"max_new_tokens": 12, **chosen})
             assert handle.result().token_ids == answer.token_ids
-    assert len(device.graphs) == graphs
     assert len(warm.steps) == graphs  # none ran eagerly
+    for _ in range(3):  # as a scored prompt does, whose logits take longer to the host than its launches
+        scored: dict[str, Any] = {"mode": "ar", "prompt_logprobs": 0, "max_new_tokens": 2}
+        answers = [nemodiff.generate(e, prompts[1], **scored).token_ids for e in (engine, small.theirs)]
+        assert answers[0] == answers[1]
+    eager = len(warm.steps) - graphs
+    assert 0 < eager < 4
+    assert len(device.graphs) == graphs
     assert warm.pages.free == warm.pages.count
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_ins.launches import launches
+from stand_ins.launches import launches, specialisations
 from stand_ins.torch_pair import MODELS
 
 from nemodiff.builder.build import Builder
@@ -15,7 +15,7 @@ from nemodiff.engine_folder import EngineInfo, read_engine
 from nemodiff.plugins import FUSED
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
-from nemodiff.runtime.engines.torch.flat import FlatShape
+from nemodiff.runtime.engines.torch.flat import FlatShape, rounded_shape
 
 pytestmark = pytest.mark.torch
 FIRST = ["Rotation", "AttentionPlan", "EmbeddingNorm"]
@@ -39,7 +39,25 @@ def names(engine: TorchEngine, shape: FlatShape) -> list[str]:
 def test_nothing_is_launched_between_products_but_kernels(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8)
     assert names(engine, AR) == [*FIRST, *2 * (HEADS + REST), *CHOICE]
-    assert names(engine, AR._replace(sampled=True))[-2:] == ["FlatSampledScan", "FlatCommitRule"]
+    drawn = [*CHOICE[:2], "FlatSampledScan", CHOICE[2]]
+    assert names(engine, AR._replace(sampled=True))[-4:] == drawn
+    many = names(engine, FlatShape(512, 512, sampled=True))  # FREE predictions at a time, over the same memory
+    scan, *others, rule = (name.replace("16", "64") for name in drawn)
+    assert [name for name in many if name in {scan, *others, rule}] == [*2 * [scan, *others], rule]
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8", "kv_cache_dtype": "fp8"}], ids=str)
+def test_what_runs_eagerly_launches_what_the_warm_up_has_compiled(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Scored prompts, and forwards too large for a graph."""
+    engine = TorchEngine(*built(tmp_path, "early YaRN", **options), "cpu", kernels=True, pages=8)
+    shapes = engine.steps.shapes
+    compiled = set[Any]().union(*(specialisations(engine, shape) for shape in shapes))
+    eager = [FlatShape(512, 512, logits=True), FlatShape(530, 300, logits=True), FlatShape(1500, 70)]
+    eager += [FlatShape(2600, 260, sampled=True), FlatShape(2000, 3, logits=True)]
+    for shape in map(rounded_shape, eager):
+        assert shape not in shapes
+        assert specialisations(engine, shape) <= compiled, shape
+    assert not specialisations(engine, FlatShape(530, 300)) <= compiled  # unless it is rounded
 
 
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:

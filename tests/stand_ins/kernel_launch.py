@@ -12,6 +12,7 @@ import torch
 
 from nemodiff.config import ModelConfig
 from nemodiff.plugins.op import Arg, Op, run
+from nemodiff.plugins.ops import confidence_commit, head_commit
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -48,7 +49,10 @@ def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
-    """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN."""
+    """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN.
+
+    An op without outputs gives its inputs as they are afterwards.
+    """
 
     def torch_type(arg: Arg) -> Any:
         return TYPES[{"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)]
@@ -62,8 +66,20 @@ def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray)
         for arg in op.inputs
         if arg.name in inputs
     }
-    outputs = run(op, model, tensors, new)
+    outputs = run(op, model, tensors, new) or tensors.values()
     return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
+
+
+def launch_head(
+    tile: int, model: ModelConfig, dtype: str = "f32", *, int8: bool = False, **inputs: np.ndarray
+) -> list[np.ndarray]:
+    """The head and the commit rule of a pass: token, confidence, next_ids; samples where temperatures are given."""
+    part, best = launch(head_commit.flat_op(tile, int8), model, dtype, **inputs)
+    found = {"part": part, "best": best}
+    if "temperature" in inputs:
+        *_, part, best = launch(confidence_commit.FLAT_SAMPLED, model, logits=inputs["kept"], **found, **inputs)
+        found = {"part": part, "best": best}
+    return launch(confidence_commit.FLAT_COMMIT, model, **found, **inputs)
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemodiff.plugins.op import Stage
@@ -29,6 +30,30 @@ class _Names(TorchDispatchMode):
         if name not in _NOTHING and not cast_of_nothing:
             self._launched.append(name)
         return result
+
+
+def specialisations(engine: TorchEngine, shape: FlatShape) -> set[Any]:
+    """The kernels that a pass needs as Triton compiles them: by constants, types, alignment and kinds of numbers."""
+    needed = set[Any]()
+
+    def named(stage: Stage) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            needed.add((stage.name, *map(_kind, args), *sorted(options.items())))
+
+        return _Kernel(launch)
+
+    step = Step(engine.steps, shape)
+    with engine.device.use(engine.folder), mock.patch.object(Stage, "load", named):
+        step.fill([], [])
+        step.run()
+    return needed
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles anew for: a pointer's alignment, and numbers that are 1 or multiples of 16."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument is None or argument == 1, argument is None or argument % 16 == 0
 
 
 def launches(engine: TorchEngine, shape: FlatShape) -> list[tuple[str, bool]]:

@@ -10,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, cache_names
+from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
-from ..engine import Flight, Pass, Prediction
-from ..pages import PAGE, Pages
+from ..pages import Pages
+from .cache import MOST_TOKENS, TorchCache
 from .device import TorchDevice
 from .flat import FlatShape, graph_shapes
-from .forwards import Forwards, TorchFlight
+from .forwards import Forwards
 from .memory import Memory, page_count
 from .model import TorchModel
 from .step import Steps
@@ -33,8 +32,6 @@ from .vision import TorchVision
 
 if TYPE_CHECKING:
     from .ranks import Ranks
-
-MOST_TOKENS = 2048  # of a forward's rows that decode; prompts come on top
 
 
 class TorchEngine:
@@ -96,8 +93,10 @@ class TorchEngine:
             self.memory = Memory(self.device, own, self.model.dtype, pages)
             if ranks is not None and ranks.rank == 0:
                 self.memory.record()
-            self.steps = Steps(folder, self.device, self.model, self.memory, info, is_gpu if graphs is None else graphs)
-            self.forwards = Forwards(folder, self.steps, is_gpu if ahead is None else ahead, self.lock)
+            ahead = is_gpu if ahead is None else ahead
+            graphs = is_gpu if graphs is None else graphs
+            self.steps = Steps(folder, self.device, self.model, self.memory, info, _graph_shapes(info, ahead), graphs)
+            self.forwards = Forwards(folder, self.steps, ahead, self.lock)
         self.pass_seconds: dict[int, float] = {}  # of a pass by its tokens, as the warm-up has met them
         self.samples = self.model.kernels and ranks is None  # drawing needs the whole vocabulary
 
@@ -135,7 +134,7 @@ class TorchEngine:
                 f"{self.folder}: {rows} rows are asked for and {self.pages.open_rows} are in use, allowed together: "
                 f"{len(self.pages.table) - 1}; close what is not needed, or build with a larger --max-batch-size"
             )
-        return TorchCache(self, numbers)
+        return TorchCache(self.forwards, numbers)
 
     def see(self, image: Image) -> np.ndarray:
         """See `engine.SeeingEngine.see`."""
@@ -143,18 +142,10 @@ class TorchEngine:
         with self.lock, self.device.use(self.folder):
             return self._vision.see(image)
 
-    def graph_shapes(self) -> list[FlatShape]:
-        """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
-        build = self.info.build
-        blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
-        most = blocks + PREFILL_CHUNK + MAX_BLOCK
-        ahead = build.max_batch_size if self.forwards.ahead else 0
-        return graph_shapes(most, ahead, images=self.info.model.vision is not None)
-
     def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
         if self.steps.graphs:
-            self.pass_seconds = self.forwards.warm_up(show(self.graph_shapes()))
+            self.pass_seconds = self.forwards.warm_up(show(self.steps.shapes))
 
     def follow(self) -> None:
         """Compute what rank 0 does until it ends; for the other ranks."""
@@ -167,96 +158,9 @@ class TorchEngine:
             self.ranks.close()
 
 
-class TorchCache:
-    """See `engine.PagedCache`; its rows are numbered from 0 and have other numbers in the engine's table."""
-
-    def __init__(self, engine: TorchEngine, rows: list[int]) -> None:
-        self.rows = rows
-        self.seconds = 0.0
-        self.most_tokens = MOST_TOKENS
-        self._engine = engine
-        self._forwards = engine.forwards
-        self._memory = engine.memory
-        self._lock = engine.lock
-        # One that is forgotten holds no pages either.
-        self._given_back = weakref.finalize(self, _give_back, self._lock, self._forwards, self._memory.pages, rows)
-        self._given_back.atexit = False
-
-    def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
-        """See `engine.Cache.forward`. Raises EngineError where other rows have all the memory."""
-        rows = range(first, first + len(passes))
-        with self._lock:
-            for row, p in zip(rows, passes, strict=True):
-                end = p.write_at + p.ids.size
-                if not self.reserve(row, p.write_at, end):
-                    pages = self._memory.pages
-                    raise EngineError(
-                        f"{self._engine.folder}: {end} slots of K/V are needed, of {pages.slots} {pages.free * PAGE} "
-                        "are free; let other requests end first, or allow more by --gpu-memory-utilization"
-                    )
-            flight = self.launch(passes, rows)
-            predictions = flight.finish()
-        self.seconds += flight.seconds
-        return predictions
-
-    def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TorchFlight:
-        """See `engine.PagedCache.launch`."""
-        return self._forwards.launch(passes, [self.rows[row] for row in rows])
-
-    def follow(
-        self, flight: Flight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
-    ) -> TorchFlight | None:
-        """See `engine.PagedCache.follow`."""
-        assert isinstance(flight, TorchFlight)
-        return self._forwards.follow(flight, passes, [self.rows[row] for row in rows], fed)
-
-    def reserve(self, row: int, begin: int, end: int) -> bool:
-        """See `engine.PagedCache.reserve`."""
-        with self._lock, self._engine.device.use(self._engine.folder):
-            return self._memory.reserve(self.rows[row], begin, end)
-
-    def share(self, source: int, target: int, slots: int) -> int:
-        """See `engine.PagedCache.share`."""
-        with self._lock:
-            return self._memory.pages.share(self.rows[source], self.rows[target], slots)
-
-    def move(self, source: int, target: int, slots: int) -> None:
-        """See `engine.Cache.move`."""
-        if not self.share(source, target, slots):
-            raise EngineError(f"row {source} has fewer than {slots} slots, so they cannot be given to row {target}")
-
-    def free(self, row: int) -> None:
-        """See `engine.PagedCache.free`.
-
-        A forward under way may still write to what it holds: on a GPU before any forward that gets it next.
-        """
-        with self._lock:
-            if not self._engine.device.is_gpu:
-                self._forwards.settle()
-            self._memory.pages.drop(self.rows[row])
-
-    def set_spare(self, row: int) -> None:
-        """See `engine.PagedCache.set_spare`."""
-        with self._lock:
-            self._memory.pages.set_spare(self.rows[row])
-
-    def read(self, row: int, start: int, stop: int) -> dict[str, np.ndarray]:
-        """See `engine.ReadableCache.read`."""
-        engine = self._engine
-        with self._lock, engine.device.use(engine.folder):
-            self._forwards.settle()
-            held = self._memory.read(self.rows[row], start, stop)
-        if self._engine.ranks is not None:
-            raise EngineError(f"{engine.folder}: each rank has its own part of K/V; read them with --tp-size 1")
-        names = cache_names(engine.info.model.num_layers)
-        return dict(zip(names, held.reshape(-1, *held.shape[2:]), strict=True))
-
-    def close(self) -> None:
-        """See `engine.Cache.close`."""
-        self._given_back()
-
-
-def _give_back(lock: Any, forwards: Forwards, pages: Pages, rows: list[int]) -> None:
-    with lock:
-        forwards.settle()
-        pages.close(rows)
+def _graph_shapes(info: EngineInfo, ahead: bool) -> list[FlatShape]:
+    """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
+    build = info.build
+    blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
+    most = blocks + PREFILL_CHUNK + MAX_BLOCK
+    return graph_shapes(most, build.max_batch_size if ahead else 0, images=info.model.vision is not None)

@@ -18,7 +18,11 @@ from ..layout import ALIGNMENT, Layout, layout
 from ..pages import PAGE, Pages
 
 FED_AT = ALIGNMENT // 4  # where a forward's tokens begin, for the one that is fed by them; what lies before is padding
+MOST_CAPTURED = 1024  # tokens of a graph
 FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)
+
+
+_ALONE = PREFILL_CHUNK + MAX_BLOCK  # a chunk of a prompt with a block of masks, which every answer may begin with
 
 
 class FlatShape(NamedTuple):
@@ -69,7 +73,7 @@ def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
         bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
     if shape.fed:
         bindings.append(_FED)
-    bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled else ())]
+    bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
     lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
     return layout(bindings, lengths), layout(_OUTPUTS, lengths)
 
@@ -90,42 +94,49 @@ def rounded_tokens(count: int) -> int:
     """The next size that graphs are made for: powers of two, then in quarters between them and in steps of 64."""
     if count <= FREE:
         return 1 << (count - 1).bit_length()
-    longest = PREFILL_CHUNK + MAX_BLOCK  # a chunk of a prompt with a block of masks, which every answer may begin with
-    if PREFILL_CHUNK < count <= longest:
-        return longest
+    if PREFILL_CHUNK < count <= _ALONE:
+        return _ALONE
     step = max(64, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 
 
+def _rounded_predictions(tokens: int) -> list[int]:
+    """How many predictions graphs of so many tokens are made for."""
+    fewer = (MAX_BLOCK, FREE) if tokens <= _ALONE else (FREE,)
+    return [*(size for size in fewer if size < tokens), tokens]
+
+
 def rounded_shape(shape: FlatShape) -> FlatShape:
-    """The shape of the graph that runs a forward: its predictions are few, or as many as its tokens."""
-    tokens = rounded_tokens(max(shape.tokens, shape.predicted))
-    few = tokens > MAX_BLOCK and shape.predicted <= MAX_BLOCK
-    return shape._replace(tokens=tokens, predicted=MAX_BLOCK if few else tokens)
+    """The shape that runs a forward where there are graphs.
+
+    Where a row is sampled, wants its logits or has an image, all that is made ready, for few predictions at least: the
+    kernels make the same of other rows with it and without.
+    """
+    tokens = rounded_tokens(max(shape.tokens, shape.predicted, MAX_BLOCK if shape.embedded else 1))
+    predicted = next(size for size in _rounded_predictions(tokens) if size >= shape.predicted)
+    sampled = shape.sampled or shape.logits or shape.embedded
+    logits = sampled if predicted <= FREE else shape.logits
+    return shape._replace(tokens=tokens, predicted=predicted, sampled=sampled, logits=logits)
 
 
 def graph_shapes(most_tokens: int, fed_rows: int = 0, *, images: bool = False) -> list[FlatShape]:
-    """What is captured when an engine is loaded, the largest first: later graphs fit into the memory of the first.
+    """What is captured, the largest first: later graphs fit into the memory of the first.
 
-    Greedy passes of every size; those of one request also sampled, with logits, and where the model sees `images` with
-    embeddings; and passes of up to `fed_rows` rows that are begun ahead.
+    Forwards of every size, of greedy rows alone and of any rows, if the model sees `images` with embeddings too; and
+    forwards of up to `fed_rows` rows that are begun ahead. Others run eagerly: those of more than MOST_CAPTURED tokens,
+    which compute for longer than they are launched, and more logits than FREE, which take longer to the host.
     """
-    alone = PREFILL_CHUNK + MAX_BLOCK
-    kinds = ({"sampled": True}, {"logits": True}, *([{"embedded": True}] if images else []))
-    sizes = sorted({rounded_tokens(count) for count in range(1, most_tokens + 1)}, reverse=True)
+    most = min(most_tokens, MOST_CAPTURED)
     shapes: dict[FlatShape, None] = {}
-    for size in sizes:
-        for predicted in (size, 1):
-            shapes[rounded_shape(FlatShape(size, predicted))] = None
-    for size in sizes:
-        if size <= alone:
-            for kind in kinds:
-                for predicted in (1, size) if size <= FREE else (1,):
-                    shapes[rounded_shape(FlatShape(size, predicted, **kind))] = None
+    for size in sorted({rounded_tokens(count) for count in range(1, most + 1)}, reverse=True):
+        for predicted in _rounded_predictions(size):
+            plain = FlatShape(size, predicted)
+            for shape in (plain, plain._replace(sampled=True), *([plain._replace(embedded=True)] if images else [])):
+                shapes[rounded_shape(shape)] = None
         if fed_rows and size <= rounded_tokens(fed_rows):
             for sampled in (False, True):
                 for turn in (1, 2):
-                    shapes[FlatShape(size, size, sampled=sampled, fed=turn)] = None
+                    shapes[rounded_shape(FlatShape(size, size, sampled=sampled, fed=turn))] = None
     return list(shapes)
 
 

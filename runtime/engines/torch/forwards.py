@@ -152,6 +152,7 @@ class TorchFlight:
             if p.logits and step.logits is not None:
                 self._logits[number] = device.fetch(step.logits[begin:end])
             begin = end
+        step.forget_logits()
         self._mark = device.mark()
 
     def _read(self) -> list[Prediction]:

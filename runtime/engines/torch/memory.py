@@ -12,6 +12,7 @@ from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ..pages import PAGE, Pages
 from .device import TorchDevice
+from .flat import FREE
 from .stored import Pool
 
 if TYPE_CHECKING:
@@ -102,11 +103,11 @@ def page_bytes(info: EngineInfo) -> int:
 
 
 def pass_bytes(info: EngineInfo, tokens: int) -> int:
-    """What a forward of so many tokens holds at its peak, about: the widest tensors of a layer, and the head's."""
+    """What a forward of so many tokens holds at its peak, about: the widest tensors of a layer, the head's, and logits."""
     m = info.model
     wide = 4 * m.intermediate_size + 6 * m.hidden_size + 3 * m.num_heads * m.head_dim
     # The head keeps 20 bytes for every tile of 64 vocabulary entries (plugins/ops/head_commit.py).
-    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64)
+    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + FREE * m.vocab_size * 4
 
 
 def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens: int, share: float) -> int:

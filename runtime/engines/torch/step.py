@@ -34,11 +34,19 @@ class Steps:
         model: what runs.
         memory: what it reads and writes.
         info: the engine's description.
-        graphs: capture them when they come again.
+        shapes: those worth a graph, which is captured when they come again; others run eagerly.
+        graphs: capture any.
     """
 
     def __init__(
-        self, folder: Path, device: TorchDevice, model: TorchModel, memory: Memory, info: EngineInfo, graphs: bool
+        self,
+        folder: Path,
+        device: TorchDevice,
+        model: TorchModel,
+        memory: Memory,
+        info: EngineInfo,
+        shapes: list[FlatShape],
+        graphs: bool,
     ) -> None:
         import torch
 
@@ -46,12 +54,13 @@ class Steps:
         self.model = model
         self.memory = memory
         self.info = info
+        self.shapes = shapes
         self.graphs = graphs
         self.kernels = KernelCache(folder) if model.kernels else None
         self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made so far
-        # Of captured steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
-        self._logits: Tensor | None = None  # (FREE, V) f32
+        # Of steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
+        self._place: Tensor | None = None  # of logits, (FREE, V) f32
         # The tokens of steps of so few predictions lie in one place, where the next one finds them.
         self.most_fed = rounded_tokens(info.build.max_batch_size)
         self._results = device.bytes(4 * FED_AT + flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
@@ -75,15 +84,18 @@ class Steps:
             del self._steps[next(iter(self._steps))]
         return step
 
-    def logits(self, predicted: int) -> Tensor | None:
-        """Where captured steps of so many predictions leave their logits, (R, V) f32; None where each has its own."""
+    def place(self, shape: FlatShape) -> Tensor | None:
+        """Where steps of a shape leave their logits, (R, V) f32, and where more are only drawn from, (FREE, V).
+
+        None where there are none, and where a step keeps more than FREE, in memory of its own.
+        """
         import torch
 
-        if not self.graphs or predicted > FREE:
+        if not (shape.logits or shape.sampled) or (shape.logits and shape.predicted > FREE):
             return None
-        if self._logits is None:
-            self._logits = self.device.zeros((FREE, self.info.model.vocab_size), torch.float32)
-        return self._logits[:predicted]
+        if self._place is None:
+            self._place = self.device.zeros((FREE, self.info.model.vocab_size), torch.float32)
+        return self._place[: shape.predicted]
 
     def results(self, predicted: int) -> Tensor | None:
         """Where the outputs of so many predictions lie for a step behind; None where it is not fed by them."""
@@ -108,8 +120,9 @@ class Step:
         inputs, outputs = flat_layouts(shape, owner.info)
         self._inputs: Buffer = owner.device.buffer(inputs)
         self.outputs: Buffer = owner.device.buffer(outputs, owner.results(shape.predicted))
-        self.logits = owner.logits(shape.predicted) if shape.logits else None
-        self._kept = self.logits
+        self._place = owner.place(shape)
+        self.logits = self._place if shape.logits else None  # (R, V) f32
+        self._eager = not owner.graphs or shape not in owner.shapes
         self._views: list[View] | None = None
         self._graph: Graph | None = None
         self._runs = 0
@@ -118,7 +131,7 @@ class Step:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner = self._owner
         fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, fed)
-        if owner.graphs:
+        if not self._eager:
             return
         self._views = []
         at = 0
@@ -128,7 +141,7 @@ class Step:
             at += p.ids.size
 
     def run(self) -> None:
-        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then captured."""
+        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then captured if it is."""
         owner = self._owner
         ranks = owner.model.ranks
         if ranks is None:
@@ -138,6 +151,11 @@ class Step:
             ranks.tell(Told(self.shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
             self._run()
 
+    def forget_logits(self) -> None:
+        """They have been read; many of them would hold much memory."""
+        if self._place is None:
+            self.logits = None
+
     def repeat(self, told: Told) -> None:
         """Run what rank 0 runs."""
         self._inputs.host.numpy()[:] = np.frombuffer(told.inputs, np.uint8)
@@ -146,7 +164,7 @@ class Step:
 
     def _run(self) -> None:
         self._runs += 1
-        if self._runs == 2 and self._owner.graphs:
+        if self._runs == 2 and not self._eager:
             self._capture()
         if self._graph is None:
             self._work()
@@ -169,14 +187,15 @@ class Step:
             self._compute()
 
     def _compute(self) -> None:
+        import torch
+
         device, model, memory = self._owner.device, self._owner.model, self._owner.memory
         device.upload(self._inputs)
         inputs = self._inputs.tensors
         if self.shape.fed:
             inputs = {**inputs, "ids": self._owner.fed.index_select(0, inputs["source"])}
-        logits = model.forward(
-            inputs, self.outputs.tensors, memory.pool, memory.table, self._views, self.shape.logits
-        )
-        # A replay writes them to the same place, which is the step's own where it is not that of all.
-        self.logits = logits if self._kept is None or logits is None else self._kept.copy_(logits)
+        place = self._place
+        if self.shape.logits and place is None:
+            place = self.logits = device.zeros((self.shape.predicted, self._owner.info.model.vocab_size), torch.float32)
+        model.forward(inputs, self.outputs.tensors, memory.pool, memory.table, self._views, place)
         device.download(self.outputs)
