@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .dependent import follow
-from .low_bit_linear import from_int8
+from .widened import from_int8
 
 
 @triton.jit

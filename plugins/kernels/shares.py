@@ -1,0 +1,69 @@
+# mypy: ignore-errors
+"""What the products of `low_bit_linear.py` and `split_linear.py` have in common: sums of the inputs by shares.
+
+Each share of the inputs is summed for itself, and then the shares in their order, by the program that has them all or
+by the last that finishes.
+"""
+
+import triton
+import triton.language as tl
+
+from .widened import from_e4m3, from_int8
+
+
+@triton.jit
+def share_sums(
+    x, weight, N, F, K, W, n, f,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum of this program's shares for outputs f (BLOCK_F,) and tokens n (BLOCK_N,), in f32, (BLOCK_F, BLOCK_N).
+
+    x (N, K) and weight (F, K), of KIND "same" as x, or "e4m3" or "int8" as their bits in u8; W shares in all.
+    """
+    K = K // 16 * 16  # no change; tells the compiler that rows and the end of a row are aligned
+    k = tl.arange(0, BLOCK_K)
+    real = n < N
+    inside = f < F
+    of_x = x + n.to(tl.int64)[None, :] * K + k[:, None]
+    of_weight = weight + f.to(tl.int64)[:, None] * K + k[None, :]
+    length = tl.cdiv(tl.cdiv(K, BLOCK_K), W) * BLOCK_K  # of a share
+    whole = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+    first = tl.program_id(2)
+    for share in range(first, first + W // tl.num_programs(2)):
+        total = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+        for start in range(share * length, tl.minimum((share + 1) * length, K), BLOCK_K):
+            has = start + k < K
+            a = tl.load(of_x + start, mask=has[:, None] & real[None, :], other=0.0)
+            w = tl.load(of_weight + start, mask=inside[:, None] & has[None, :], other=0)
+            if KIND == "e4m3":
+                w = from_e4m3(w)
+            elif KIND == "int8":
+                w = from_int8(w)
+            total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
+        whole += total
+    return whole
+
+
+@triton.jit
+def finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Write whole (BLOCK_F, BLOCK_N) times gain (BLOCK_F,); or where it is one share, their sum once all are there."""
+    real = (f < F)[:, None] & (n < N)[None, :]
+    # One wide number for the tile and a narrow one for each place in it.
+    corner = tl.program_id(0).to(tl.int64) * BLOCK_N * F + tl.program_id(1) * BLOCK_F
+    place = tl.arange(0, BLOCK_N)[None, :] * F + tl.arange(0, BLOCK_F)[:, None]
+    shares = tl.num_programs(2)
+    if shares == 1:
+        tl.store(y + corner + place, (whole * gain[:, None]).to(y.dtype.element_ty), mask=real)
+    else:
+        size = N * F  # of a share of few tokens
+        tl.store(part + corner + tl.program_id(2) * size + place, whole, mask=real)
+        tl.debug_barrier()  # every thread has written before one says so
+        counter = counters + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        done = tl.atomic_add(counter, 1, sem="acq_rel")
+        if done == shares - 1:
+            tl.store(counter, 0)
+            whole = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
+            for share in range(shares):
+                # What others wrote is read past the first-level cache.
+                whole += tl.load(part + corner + share * size + place, mask=real, other=0.0, cache_modifier=".cg")
+            tl.store(y + corner + place, (whole * gain[:, None]).to(y.dtype.element_ty), mask=real)
