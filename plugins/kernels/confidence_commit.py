@@ -32,6 +32,33 @@ def noise(low, high, position, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _drawn(
+    x, ids, inside, low, high, position, temperature, start, MASK_ID: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The scores of logits x (BLOCK,), of which the highest is a sample."""
+    score = x / temperature + noise(low, high, position, start, BLOCK)
+    score = tl.where(ids == MASK_ID, -1e30, score)
+    return tl.where(inside, score, float("-inf"))
+
+
+@triton.jit
+def _first(x, wins, ids, inside, V: tl.constexpr):
+    """The least id that wins, V if none does; or the first id whose logit x is NaN, as -1 minus it."""
+    # One reduction for both: a NaN counts as less than any id, the first one as the least.
+    key = tl.where(x != x, ids - V, tl.where(wins & inside, ids, V))
+    least = tl.min(key, 0)
+    return tl.where(least < 0, -1 - (least + V), least)
+
+
+@triton.jit
+def _best(x, score, ids, inside, V: tl.constexpr):
+    """The highest score, its token, and that one's logit x; the token of a NaN as `_first` gives it."""
+    top = tl.max(score, 0)
+    token = _first(x, score == top, ids, inside, V)
+    return top, token, tl.max(tl.where(ids == token, x, float("-inf")), 0)
+
+
+@triton.jit
 def _scan(
     logits, at, low, high, position, temperature, part, best,
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -47,21 +74,20 @@ def _scan(
     inside = ids < V
     x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf")).to(tl.float32)
     x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
-    broken = tl.min(tl.where(x != x, ids, V), 0)  # the first NaN
     highest = tl.max(x, 0)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(x - safe), 0)
-    score = x
-    if SAMPLED:  # noqa: SIM102 (decided when compiling, the inner one on the device)
+    if SAMPLED:
+        score = x
         if temperature > 0:
-            score = x / temperature + noise(low, high, position, start, BLOCK)
-            score = tl.where(ids == MASK_ID, -1e30, score)
-            score = tl.where(inside, score, float("-inf"))
-    top = tl.max(score, 0)
-    token = tl.min(tl.where((score == top) & inside, ids, V), 0)
-    value = tl.max(tl.where(ids == token, x, float("-inf")), 0)
-    if broken < V:
-        token = broken
+            score = _drawn(x, ids, inside, low, high, position, temperature, start, MASK_ID, BLOCK)
+        top, token, value = _best(x, score, ids, inside, V)
+    else:
+        top = highest
+        token = _first(x, x == highest, ids, inside, V)
+        value = highest
+    if token < 0:
+        token = -1 - token
         top = float("nan")
     place = at.to(tl.int64) * SPLITS + share
     tl.store(part + place * 4, highest)
@@ -116,17 +142,14 @@ def flat_sampled_scan(
     ids = start + tl.arange(0, BLOCK)
     inside = ids < V
     x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf"))
-    broken = tl.max((x != x).to(tl.int32), 0)
-    score = x / heat + noise(tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at), start, BLOCK)
-    score = tl.where(ids == MASK_ID, -1e30, score)
-    score = tl.where(inside, score, float("-inf"))
-    top = tl.max(score, 0)
-    token = tl.min(tl.where((score == top) & inside, ids, V), 0)
-    value = tl.max(tl.where(ids == token, tl.where(ids == MASK_ID, -1e30, x), float("-inf")), 0)
+    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
+    low, high, where = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at)
+    score = _drawn(x, ids, inside, low, high, where, heat, start, MASK_ID, BLOCK)
+    top, token, value = _best(x, score, ids, inside, V)
     place = at.to(tl.int64) * SPLITS + share
-    tl.store(part + place * 4 + 2, top, mask=broken == 0)
-    tl.store(part + place * 4 + 3, value, mask=broken == 0)
-    tl.store(best + place, token, mask=broken == 0)
+    tl.store(part + place * 4 + 2, top, mask=token >= 0)
+    tl.store(part + place * 4 + 3, value, mask=token >= 0)
+    tl.store(best + place, token, mask=token >= 0)
 
 
 @triton.jit
@@ -190,10 +213,12 @@ def _commit(
         if block_surest > surest:
             surest = block_surest
             where = tl.min(tl.where(rank == block_surest, r, 2147483647), 0)
+    tl.debug_barrier()  # what all threads have written is read back
     left = 0
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        chosen, sure = _merge(part, best, first, r, R, SPLITS, LANES)
+        chosen = tl.load(token + first + r, mask=r < R, other=0)
+        sure = tl.load(confidence + first + r, mask=r < R, other=0.0)
         before = _ids_of(ids, index, first + r, r < R, INDEXED)
         commits = ((sure >= bar) | (r == where)) & (before == MASK_ID)
         after = tl.where(commits, chosen, before)

@@ -31,7 +31,8 @@ from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
 
 SHARE = 2048  # vocabulary entries of a program, read at once; a multiple of 4, as noise comes in fours
-BLOCK_R = 16  # positions of a step of the commit rule
+BLOCK_R = 32  # positions of a step of the commit rule
+WARPS = 8  # of every kernel here; fewer have too many registers for a full multiprocessor, or for a step of the rule
 
 # -1e30 and not -inf: it is safe in TensorRT's f16 paths, and in exp(x - x), where -inf gives NaN.
 _BODY = """
@@ -167,7 +168,7 @@ _COMMIT = Stage(
     outputs=_OUTPUTS,
     constants=_commit_constants,
     grid=_commit_grid,
-    num_warps=4,
+    num_warps=WARPS,
 )
 _INPUTS = (
     Arg("logits", "logits", ("B", "R", "V")),
@@ -194,7 +195,7 @@ OP = Op(
             outputs=_SCAN,
             constants=_scan_constants,
             grid=_scan_grid,
-            num_warps=4,
+            num_warps=WARPS,
         ),
         _COMMIT,
     ),
@@ -214,7 +215,7 @@ SAMPLED = Op(
             outputs=_SCAN,
             constants=_scan_constants,
             grid=_scan_grid,
-            num_warps=4,
+            num_warps=WARPS,
         ),
         _COMMIT,
     ),
@@ -242,6 +243,7 @@ FLAT_SAMPLED = Op(
             outputs=(),
             constants=_scan_constants,
             grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
+            num_warps=WARPS,
             follows=True,
         ),
     ),
@@ -268,6 +270,7 @@ FLAT_COMMIT = Op(
             outputs=_FLAT_OUTPUTS,
             constants=_commit_constants,
             grid=lambda dims, ceil: (dims["R"], 1, 1),
+            num_warps=WARPS,
             follows=True,
         ),
     ),
