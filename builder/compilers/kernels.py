@@ -9,12 +9,14 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import types
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 # 8.8, of CUDA 12.9: the first that knows SM 121. Left alone, Triton writes the newest version it knows for the newest
 # cards, and an older driver would refuse it.
 PTX_VERSION = 88
+_MOST_PROCESSES = 8
 _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "i8": "*i8", "u8": "*u8"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
 
@@ -159,18 +162,29 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     return kernel
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What one process compiles at a time."""
+
+    model: ModelConfig
+    dtype: Dtype
+    folder: Path
+
+    def record(self, name: str, sm: int) -> dict[str, Any]:
+        """Compile a stage for a compute capability."""
+        op, stage = next(pair for pair in stages((*OPS, SAMPLED, *FUSED)) if pair[1].name == name)
+        return dataclasses.asdict(_compile(op, stage, self.model, self.dtype, sm, self.folder))
+
+
 def _main() -> None:
-    """The child: a job on standard input, the records on standard output."""
-    job: dict[str, Any] = json.load(sys.stdin)
-    model = ModelConfig(**{**job["model"], "rope": RopeConfig(**job["model"]["rope"])})
-    folder = Path(job["folder"])
-    records = [
-        _compile(op, stage, model, job["dtype"], sm, folder)
-        for op, stage in stages((*OPS, SAMPLED, *FUSED))
-        if stage.name in job["stages"]
-        for sm in sorted(set(job["sms"]))
-    ]
-    json.dump([dataclasses.asdict(record) for record in records], sys.stdout)
+    """The child: a job on standard input, the records on standard output; a process for each core compiles."""
+    told: dict[str, Any] = json.load(sys.stdin)
+    model = ModelConfig(**{**told["model"], "rope": RopeConfig(**told["model"]["rope"])})
+    job = _Job(model, told["dtype"], Path(told["folder"]))
+    wanted = [(name, sm) for name in told["stages"] for sm in sorted(set(told["sms"]))]
+    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1, _MOST_PROCESSES)) as pool:
+        records = list(pool.map(job.record, [name for name, _ in wanted], [sm for _, sm in wanted]))
+    json.dump(records, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
 from nemodiff.engine_folder import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
-from nemodiff.plugins.op import ceil_div
+from nemodiff.plugins.op import Op, ceil_div
 from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -154,14 +155,19 @@ def test_grids_keep_within_what_cuda_allows(rows: int, tokens: int) -> None:
             assert max(others) < 2**16, stage.name
 
 
+# SM 86 compiles to what 89 does, but for a few registers (benchmarks/results/kernels.json).
+CARDS = tuple(sm for sm in SMS if sm != 86)
+OF_DTYPE = [op for op in FUSED if any(arg.dtype == "compute" for arg in op.args.values())]  # others have none of f16
+
+
 @pytest.mark.trt
-@pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
+@pytest.mark.parametrize(("dtype", "sms", "ops"), [("bf16", CARDS, FUSED), ("f16", (89,), OF_DTYPE)])
 def test_fused_kernels_compile_for_every_card(
-    tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]
+    tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...], ops: Sequence[Op]
 ) -> None:
     model = dataclasses.replace(released(tiny), hidden_size=4096, intermediate_size=14336)
-    kernels = compile_kernels(model, dtype, sms, tmp_path, FUSED)
-    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(FUSED) for sm in sms}
+    kernels = compile_kernels(model, dtype, sms, tmp_path, ops)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(ops) for sm in sms}
     for kernel in kernels:
         assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_bytes <= 99 * 1024, kernel
