@@ -8,16 +8,14 @@ Passes of the engines take turns, and CPU time counts, so other work on the mach
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 from common import checkout  # noqa: F401  # isort: skip
-from common import record
+from common import compared, record
 from common.questions import LONGEST
-from low_bits import WARMUP, answers, unequal_goals
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import Backend, KvCacheDtype, kv_bytes_per_token
@@ -38,15 +36,14 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[str,
     """CPU milliseconds of a pass by engine, and by tokens in the cache and in the pass; medians."""
     # One for each context: attention on ONNX Runtime reads as far as the longest row has reached.
     caches = {(context, name): engine.backend.open(1) for name, engine in engines.items() for context, _ in CASES}
-    times: dict[tuple[int, int, str], list[float]] = {(*case, name): [] for case in CASES for name in engines}
-    for turn in range(WARMUP + rounds):
-        for (context, size, name), values in times.items():
-            pass_ = bidirectional("denoise", [5] * size, context, 0.9)
-            for repeat in range(2):
-                started = time.process_time()
-                caches[context, name].forward([pass_])
-                if repeat and turn >= WARMUP:
-                    values.append((time.process_time() - started) * 1e3)
+    runs = {
+        (context, size, name): partial(
+            caches[context, name].forward, [bidirectional("denoise", [5] * size, context, 0.9)]
+        )
+        for context, size in CASES
+        for name in engines
+    }
+    times = compared.in_turns(runs, rounds)
     return {
         name: {
             f"{size} at {context}": round(statistics.median(times[context, size, name]), 4) for context, size in CASES
@@ -56,13 +53,8 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure K and V in 8 bits against f32 on the CPU.")
-    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
-    parser.add_argument("--name", default="kv_cache", help="name of the result, default kv_cache")
-    parser.add_argument("--questions", type=int, default=40, help="default 40; 0 where the model answers nothing")
-    parser.add_argument("--rounds", type=int, default=15, help="passes per engine and size, default 15")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    args = parser.parse_args()
+    about = "Measure K and V in 8 bits against f32 on the CPU."
+    args = compared.parser(about, "kv_cache", questions=40, rounds=15).parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "torch"), args.threads)
     with tempfile.TemporaryDirectory() as work:
         engines = {}
@@ -72,13 +64,13 @@ def main() -> None:
         per_token = {name: kv_bytes_per_token(e.info.model, e.info.build) for name, e in engines.items()}
         costs = passes(engines, args.rounds)
         print(per_token, costs, flush=True)
-        asked = answers(engines, args.questions, LONGEST) if args.questions else {}
+        asked = compared.answers(engines, args.questions, LONGEST) if args.questions else {}
     goals = [
         record.goal(
             "int8: bytes per token over f32's", round(per_token["int8"] / per_token["f32"], 3), "at most", 0.3, "times"
         )
     ]
-    goals += unequal_goals(asked)
+    goals += compared.unequal_goals(asked)
     ratios = {
         name: {
             case: round(ms / costs[name.replace("int8", "f32").replace("fp8", "f32")][case], 2)

@@ -10,64 +10,70 @@ cannot be called llama_cpp.py, as its own folder comes first on Python's path.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import checkout  # noqa: F401  # isort: skip
-from common import record
+from common import compared, record
 from common.questions import first
 from common.twin_gguf import LlamaCpp, write_gguf
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
+from nemodiff.engine_folder import WEIGHTS_FILE
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import load
 
 PAIRS: tuple[tuple[str, str | None], ...] = (("F32", None), ("Q8_0", "int8"), ("Q4_0", "int4"))
+BITS = {"F32": 32, "Q8_0": 8.5, "Q4_0": 4.5}  # of a weight in GGUF, with its share of a scale
 SIZES = (1, 8, 32, 512)
 CONTEXT = 64
-WARMUP = 2
-
-
-def clock(run: Callable[[], object]) -> float:
-    """CPU milliseconds of the second of two runs; the first finds the other's weights in the processor's cache."""
-    run()
-    started = time.process_time()
-    run()
-    return (time.process_time() - started) * 1e3
 
 
 def compare(cache: Any, other: LlamaCpp, size: int, rounds: int) -> dict[str, float]:
     """Lower quartiles of a causal pass of `size` tokens that predicts the last one."""
     ids = list(range(200, 200 + size)) if size < 500 else [200 + i % 500 for i in range(size)]
     pass_ = causal("verify" if size > 1 else "decode", ids, CONTEXT)
-    ours, theirs = [], []
-    for turn in range(WARMUP + rounds):
-        mine = clock(lambda: cache.forward([pass_]))
-        yours = clock(lambda: other.forward(ids, CONTEXT))
-        if turn >= WARMUP:
-            ours.append(mine)
-            theirs.append(yours)
-    a, b = statistics.quantiles(ours)[0], statistics.quantiles(theirs)[0]
+    runs = {"ours": lambda: cache.forward([pass_]), "theirs": lambda: other.forward(ids, CONTEXT)}
+    a, b = (statistics.quantiles(times)[0] for times in compared.in_turns(runs, rounds).values())
     return {"nemodiff_ms": round(a, 3), "llama_cpp_ms": round(b, 3), "speed": round(b / a, 2)}
 
 
+def limit(cache: Any, other: LlamaCpp, nbytes: dict[str, int], rounds: int) -> dict[str, dict[str, float]]:
+    """What share of a plain read's speed each engine's token has; `nbytes` are those of its projections by engine.
+
+    The read is numpy's product of an array with itself, in turns with the tokens.
+    """
+    arrays = {name: np.ones(count // 4, np.float32) for name, count in nbytes.items()}
+    runs: dict[str, Callable[[], object]] = {
+        "nemodiff": lambda: cache.forward([causal("decode", [200], CONTEXT)]),
+        "llama_cpp": lambda: other.forward([200], CONTEXT),
+    }
+    runs |= {f"{name} read": partial(np.dot, array, array) for name, array in arrays.items()}
+    ms = {name: statistics.quantiles(times)[0] for name, times in compared.in_turns(runs, rounds).items()}
+    return {
+        name: {
+            "mb": round(count / 1e6, 1),
+            "read_gb_per_s": round(count / ms[f"{name} read"] / 1e6, 1),
+            "share": round(ms[f"{name} read"] / ms[name], 2),
+        }
+        for name, count in nbytes.items()
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare the CPU engine with llama.cpp at the same bits.")
-    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
-    parser.add_argument("--name", default="llamacpp", help="name of the result, default llamacpp")
-    parser.add_argument("--questions", type=int, default=50, help="default 50; 0 where the model answers nothing")
-    parser.add_argument("--rounds", type=int, default=15, help="passes per engine and size, default 15")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
-    args = parser.parse_args()
+    about = "Compare the CPU engine with llama.cpp at the same bits."
+    args = compared.parser(about, "llamacpp", questions=50, rounds=15).parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "llama-cpp-python"), args.threads)
     passes: dict[str, Any] = {}
+    reads: dict[str, Any] = {}
     equal: dict[str, int] = {}
     goals = []
     with tempfile.TemporaryDirectory() as work:
@@ -81,9 +87,14 @@ def main() -> None:
             cache.forward([causal("prefill", [300] * CONTEXT, 0)])
             other.forward([300] * CONTEXT, 0)
             passes[kind] = {size: compare(cache, other, size, args.rounds) for size in SIZES}
-            print(kind, passes[kind], flush=True)
-            goals.append(record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp"))
             model = engine.info.model
+            table = 4 * model.vocab_size * model.hidden_size  # of the embeddings, of which a token reads a row
+            gguf = Path(work) / f"{kind}.gguf"
+            nbytes = {"nemodiff": (folder / WEIGHTS_FILE).stat().st_size - table}
+            nbytes["llama_cpp"] = gguf.stat().st_size - int(table * BITS[kind] / 32)
+            reads[kind] = limit(cache, other, nbytes, args.rounds)
+            print(kind, passes[kind], reads[kind], flush=True)
+            goals.append(record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp"))
             equal[kind] = 0
             for number, question in enumerate(first(args.questions)):
                 prompt = question.prompt(engine.text)
@@ -97,7 +108,8 @@ def main() -> None:
             record.goal("the twin's answers equal to ar's", equal["F32"], "at least", args.questions, "answers")
         )
         print(f"answers equal to ar's in f32: {equal} of {args.questions}")
-    record.write(args.name, origin, goals, {"checkpoint": args.checkpoint.name, "passes": passes, "equal": equal})
+    figures = {"checkpoint": args.checkpoint.name, "passes": passes, "reads": reads, "equal": equal}
+    record.write(args.name, origin, goals, figures)
 
 
 if __name__ == "__main__":

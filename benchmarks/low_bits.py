@@ -12,22 +12,20 @@ passes cost there says nothing of a GPU and is left out.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common import checkout  # noqa: F401  # isort: skip
-from common import record
-from common.questions import LONGEST, draw, first
+from common import compared, record
+from common.questions import LONGEST, draw
 
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.engines.engine import bidirectional, causal
-from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine, load
 
 ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by backend and name
@@ -40,22 +38,17 @@ ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by ba
 }
 SIZES = (1, 8, 32)
 CONTEXT = 128
-MODES = (("linear_spec", 16), ("linear_spec", 32), ("quadratic_spec", 16), ("quadratic_spec", 32))
-WARMUP = 2
 
 
 def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[int, float]]:
     """CPU milliseconds of a pass by engine and size, lower quartiles."""
     caches = {name: engine.backend.open(1) for name, engine in engines.items()}
-    times: dict[tuple[str, int], list[float]] = {(name, size): [] for size in SIZES for name in engines}
-    for turn in range(WARMUP + rounds):
-        for (name, size), values in times.items():
-            pass_ = bidirectional("denoise", [5] * size, CONTEXT, 0.9)
-            for repeat in range(2):
-                started = time.process_time()
-                caches[name].forward([pass_])
-                if repeat and turn >= WARMUP:
-                    values.append((time.process_time() - started) * 1e3)
+    runs = {
+        (name, size): partial(cache.forward, [bidirectional("denoise", [5] * size, CONTEXT, 0.9)])
+        for size in SIZES
+        for name, cache in caches.items()
+    }
+    times = compared.in_turns(runs, rounds)
     return {name: {size: round(statistics.quantiles(times[name, size])[0], 4) for size in SIZES} for name in engines}
 
 
@@ -89,44 +82,9 @@ def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]
     return results
 
 
-def answers(engines: dict[str, LoadedEngine], questions: int, new_tokens: int) -> dict[str, Any]:
-    """By engine: right answers, answers equal to f32's, and answers of each other mode that are not its own ar's."""
-    asked = first(questions)
-    results: dict[str, Any] = {}
-    plain: list[list[int]] = []
-    for name, engine in engines.items():
-        result = {"right": 0, "equal to f32": 0, "unequal to ar": {f"{m} {b}": 0 for m, b in MODES}}
-        for number, question in enumerate(asked):
-            answer = generate(engine, question.text, mode="ar", max_new_tokens=new_tokens)
-            if name == "f32":
-                plain.append(answer.token_ids)
-            result["right"] += answer.text.strip() == question.answer.strip()
-            result["equal to f32"] += answer.token_ids == plain[number]
-            for mode, block in MODES:
-                other = generate(engine, question.text, mode=mode, block_length=block, max_new_tokens=new_tokens)
-                result["unequal to ar"][f"{mode} {block}"] += other.token_ids != answer.token_ids
-        results[name] = {"answers": len(asked), **result}
-        print(name, results[name], flush=True)
-    return results
-
-
-def unequal_goals(asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """That no engine's self-speculation differs from its own ar; `asked` is what `answers` gives."""
-    unequal = {name: sum(result["unequal to ar"].values()) for name, result in asked.items()}
-    return [
-        record.goal(f"{name}: answers that are not ar's", count, "at most", 0, "answers")
-        for name, count in unequal.items()
-    ]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure int8 and int4 against f32 on the CPU.")
-    parser.add_argument("--checkpoint", type=Path, default=record.MODEL, help=f"default examples/{record.MODEL.name}")
+    parser = compared.parser("Measure int8 and int4 against f32 on the CPU.", "low_bits", questions=100, rounds=25)
     parser.add_argument("--backend", choices=ENGINES, default="onnxruntime", help="default onnxruntime")
-    parser.add_argument("--name", default="low_bits", help="name of the result, default low_bits")
-    parser.add_argument("--questions", type=int, default=100, help="default 100; 0 where the model answers nothing")
-    parser.add_argument("--rounds", type=int, default=25, help="passes per engine and size, default 25")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
     args = parser.parse_args()
     origin = record.origin(("nemodiff", args.backend), args.threads)
     with tempfile.TemporaryDirectory() as work:
@@ -138,12 +96,12 @@ def main() -> None:
         print(errors, flush=True)
         costs = passes(engines, args.rounds) if args.backend == "onnxruntime" else {}
         print(costs, flush=True)
-        asked = answers(engines, args.questions, LONGEST) if args.questions else {}
+        asked = compared.answers(engines, args.questions, LONGEST) if args.questions else {}
     goals = []
     if costs:
         ratio = costs["int8"][32] / costs["int8"][1]
         goals = [record.goal("int8: a pass of 32 over one of 1", round(ratio, 2), "at most", 4.0, "times")]
-    goals += unequal_goals(asked)
+    goals += compared.unequal_goals(asked)
     gains = {name: {s: round(costs["f32"][s] / ms, 2) for s, ms in cost.items()} for name, cost in costs.items()}
     figures = {
         "checkpoint": args.checkpoint.name,

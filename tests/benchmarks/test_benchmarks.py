@@ -167,6 +167,24 @@ def test_kernels_fit_a_multiprocessor() -> None:
         assert kernel["spill_bytes"] == 0
 
 
+def test_engines_take_turns_and_the_second_pass_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "common", raising=False)
+    from common import compared
+
+    clock = [0.0]
+    order: list[str] = []
+
+    def run(name: str, *seconds: float) -> None:
+        clock[0] += seconds[order.count(name) % 2]
+        order.append(name)
+
+    monkeypatch.setattr(compared.time, "process_time", lambda: clock[0])
+    times = compared.in_turns({"a": lambda: run("a", 5, 1), "b": lambda: run("b", 7, 2)}, 3)
+    assert times == {"a": [1000.0] * 3, "b": [2000.0] * 3}
+    assert order == ["a", "a", "b", "b"] * (compared.WARMUP + 3)
+
+
 def test_questions_repeat_and_cover_every_task() -> None:
     code = "import json; from common import questions as q\n"
     code += "print(json.dumps([q.SEED, list(q.TASKS), [vars(x) | {'text': x.text} for x in q.draw(3)]]))"
