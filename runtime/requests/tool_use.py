@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ..sampling.endless_schema import is_endless
+from ..text.thoughts import BRACKETS
 from ..tools.answer import RAW, AnswerFormat
 from ..tools.definition import Tool, read_tools
 from ..tools.form import READERS, Form, find_form
@@ -62,6 +63,7 @@ class ToolUse:
             required=required,
             several=self.several and not named,
             json_schema=json_schema,
+            thoughts=text.thoughts if text.thoughts is BRACKETS else None,  # a model with brackets thinks unasked
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_ID
+from ..text.thoughts import Thoughts
 from .definition import Tool
 from .form import READERS, Form
 from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
@@ -44,6 +45,7 @@ def call_grammar(
     required: bool,
     several: bool,
     json_schema: str | None = None,
+    thoughts: Thoughts | None = None,
 ) -> CallGrammar:
     """The grammar of an answer that may call tools.
 
@@ -54,6 +56,7 @@ def call_grammar(
         required: whether the answer must be calls, and nothing else.
         several: whether it may have more than one.
         json_schema: of an answer without calls.
+        thoughts: the marks around those that a free answer may begin with.
     """
     writer = _Writer(form, special)
     rules = [writer.tool(tool, held=required or tool.strict) for tool in tools]
@@ -84,6 +87,15 @@ def call_grammar(
         writer.add("call", inside)
         writer.add("TEXT", r"/(?s:.*)/")
         writer.add("start", rf"(before call){'*' if several else '?'} TEXT")
+    if (
+        not required
+        and json_schema is None
+        and thoughts is not None
+        and {thoughts.open, thoughts.close} <= set(special)
+    ):
+        writer.add("THOUGHTS", r"/(?s:.*)/")
+        free = writer.rules["start"]
+        writer.add("start", f"({writer.mark(thoughts.open)} THOUGHTS {writer.mark(thoughts.close)})? ({free})")
     return CallGrammar(writer.source(), tuple(dict.fromkeys(writer.warnings)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.tool_templates import BRACKETS as TEMPLATE
-from stand_ins.tool_templates import TOOLS, tool_checkpoint, tool_engine
+from stand_ins.tool_templates import CLOCK, TOOLS, tool_checkpoint, tool_engine
 from stand_ins.toy_engine import ToyEngine, toy
 
 import nemodiff
@@ -99,6 +99,20 @@ def test_a_question_that_spells_the_mark_opens_nothing(engine: nemodiff.LoadedEn
     for question in ("What is [THINK]", "Is <think> a tag, or [THINK]?"):
         assert not prepare(engine, question, make_options({})).opened
     assert prepare(engine, "What is [THINK]", make_options({"thinking": True})).opened
+
+
+def test_a_strict_tool_leaves_the_thoughts_free(engine: nemodiff.LoadedEngine) -> None:
+    strict = {**CLOCK, "function": {**CLOCK["function"], "strict": True}}
+    settings = prepare(engine, QUESTION, make_options({"tools": [strict]})).settings
+    assert settings.grammar is not None
+    marks, plain = engine.text.special_tokens, engine.text.encode_plain
+    call = [marks["[TOOL_CALLS]"], *plain("clock"), marks["[ARGS]"], *plain("{}")]
+    thoughts = [marks["[THINK]"], *plain("It is 7."), marks["[/THINK]"]]
+    for said, allowed in ((call, True), ([*thoughts, *plain("So "), *call], True), ([*thoughts, *thoughts], False)):
+        matcher = settings.grammar.matcher()
+        for token in said:
+            matcher.push(token)
+        assert allowed is (not matcher._astray)
 
 
 def test_thoughts_go_back_as_parts_of_a_turn(engine: nemodiff.LoadedEngine) -> None:

@@ -320,7 +320,7 @@ OTHERS = ("mistral_id", "mistral_list", "mistral_list_id", "llama")  # of which 
     ("form", "special", "mode"),
     [
         *itertools.product(("xml", "json", "mistral"), (True,), MODES),
-        *itertools.product(TEMPLATES, (False,), ("linear_spec",)),
+        *itertools.product(("xml", "json", "mistral", "mistral_list"), (False,), ("linear_spec",)),
         *itertools.product(OTHERS, (True,), ("linear_spec",)),
     ],
     ids=str,
