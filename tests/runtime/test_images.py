@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import random
 import tracemalloc
@@ -22,6 +23,9 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
 from nemodiff.errors import BuildError, CheckpointError, RequestError
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape
+from nemodiff.runtime.engines.torch.step import Step
 from nemodiff.runtime.images.decode import decode
 from nemodiff.runtime.images.image import MEAN, STD, Image, make_image
 from nemodiff.runtime.loading import LoadedEngine
@@ -169,6 +173,32 @@ def test_torch_sees_the_same(checkpoint: Path, engine: LoadedEngine, tmp_path: P
         expected = [nemodiff.generate(engine, one, mode=mode, max_new_tokens=16).token_ids for one in prompts]
         answers = nemodiff.generate_many(torch_engine, prompts, rows=3, mode=mode, max_new_tokens=16)
         assert [answer.token_ids for answer in answers] == expected
+
+
+@pytest.mark.torch
+def test_rows_with_images_find_their_graphs(checkpoint: Path, engine: LoadedEngine, tmp_path: Path) -> None:
+    """Greedy, sampled and with logits, beside rows without an image: every forward is one that the warm-up captures."""
+    from stand_ins.torch_graphs import RecordingDevice
+
+    folder = Builder(checkpoint, tmp_path / "torch", backend="torch", dtype="f32").run()
+    loaded = nemodiff.load(folder, device="cpu")
+    backend = TorchEngine(folder, loaded.info, RecordingDevice(), graphs=True, pages=24)
+    shapes, of = set[FlatShape](), backend.steps.of
+
+    def noted(shape: FlatShape) -> Step:
+        shapes.add(shape)
+        return of(shape)
+
+    backend.steps.of = noted  # type: ignore[method-assign]
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 5}, {"repetition_penalty": 1.3}]
+    prompts = [asked(picture(30, 20)), asked(picture(9, 40, 1), picture(16, 16)), asked(text="Hello")]
+    wanted = [(prompt, {"mode": "linear_spec", "max_new_tokens": 8, **kind}) for prompt in prompts for kind in kinds]
+    expected = [nemodiff.generate(engine, prompt, **options).token_ids for prompt, options in wanted]
+    with nemodiff.Scheduler(dataclasses.replace(loaded, backend=backend), rows=4) as scheduler:
+        handles = [scheduler.submit(prompt, **options) for prompt, options in wanted]
+        assert [handle.result(60).token_ids for handle in handles] == expected
+    assert shapes <= set(backend.steps.shapes)
+    assert {shape.embedded for shape in shapes} == {False, True}
 
 
 def test_images_are_told_apart_by_their_content(engine: LoadedEngine) -> None:
