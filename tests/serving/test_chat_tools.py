@@ -129,7 +129,7 @@ def test_choosing_no_tool_hides_them(server: Served) -> None:
         ({"tool_choice": "required"}, "tool_choice is 'required', but no tools are given"),
         (
             {"tools": [CLOCK], "tool_choice": "weather"},
-            "tool_choice.word: Input should be 'auto', 'none' or 'required'",
+            "tool_choice: Input should be 'auto', 'none' or 'required'",
         ),
         (
             {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
