@@ -150,7 +150,7 @@ def test_a_refusal_is_what_the_assistant_said(server: Served) -> None:
     ("part", "problem"),
     [
         ({"type": "image_url", "image_url": {"url": "x"}}, "image 1: the URL is 'x', allowed: data:image"),
-        ({"type": "input_audio"}, "'text' or 'refusal', got 'input_audio'"),
+        ({"type": "input_audio"}, "type 'input_audio' is not supported, allowed: text, refusal, image_url, thinking"),
         ({"type": "text"}, "text: Field required"),
         ({"type": "text", "text": 5}, "text: Input should be a valid string, got 5"),
         ({"type": "refusal"}, "text: Field required"),
