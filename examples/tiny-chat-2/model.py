@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -73,17 +73,20 @@ class Attention(nn.Module):
         self.v_proj = linear(HIDDEN, KV_HEADS * HEAD_DIM)
         self.o_proj = linear(HEADS * HEAD_DIM, HIDDEN)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
         rows, length, _ = x.shape
 
         def heads(y: Tensor) -> Tensor:  # (B, S, H * D) -> (B, H, S, D)
             return y.view(rows, length, -1, HEAD_DIM).transpose(1, 2)
 
-        q = rotary.turn(heads(self.q_proj(x)))
-        k = rotary.turn(heads(self.k_proj(x))).repeat_interleave(HEADS // KV_HEADS, 1)
-        v = heads(self.v_proj(x)).repeat_interleave(HEADS // KV_HEADS, 1)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves the rotation in f32
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D)
+        v = heads(self.v_proj(x))
+        q = rotary.turn(heads(self.q_proj(x))).to(v.dtype)  # autocast leaves the rotation in f32
+        k = rotary.turn(heads(self.k_proj(x))).to(v.dtype)
+        # Products and a softmax: on a CPU in bf16 they take a third of the time of torch's fused attention.
+        q = q.reshape(rows, KV_HEADS, -1, HEAD_DIM) / math.sqrt(HEAD_DIM)
+        scores = (q @ k.mT).view(rows, KV_HEADS, -1, length, length) + bias
+        mixed = scores.softmax(-1).view(rows, KV_HEADS, -1, length) @ v
+        mixed = mixed.view(rows, HEADS, length, HEAD_DIM)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out
 
@@ -108,8 +111,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm()
         self.post_attention_layernorm = RMSNorm()
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
+    def forward(self, x: Tensor, rotary: Rotary, bias: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, bias)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -125,9 +128,10 @@ class Encoder(nn.Module):
         angle = positions[..., None] * frequencies().to(positions.device)  # (B, S, D/2) f32
         angle = torch.cat([angle, angle], -1)[:, None]
         rotary = Rotary(angle.cos(), angle.sin())
+        bias = torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device).masked_fill(~mask, -1e9)[:, :, None]
         x: Tensor = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, rotary, mask)
+            x = layer(x, rotary, bias)
         out: Tensor = self.norm(x)
         return out
 
@@ -162,3 +166,8 @@ def save_checkpoint(model: TinyChat, folder: Path) -> None:
     tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     # Not save_file: it makes the file readable by its owner only.
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+
+
+def load_weights(model: TinyChat, folder: Path) -> None:
+    """Copy the tensors of a checkpoint folder into `model`; a missing or leftover name raises."""
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()})

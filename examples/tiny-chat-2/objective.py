@@ -1,7 +1,7 @@
-"""What tiny-chat-2 learns: batches of conversations, and the loss of one pass over [noisy answer | clean conversation].
+"""What tiny-chat-2 learns: the next token of texts, and both readings of conversations in one pass.
 
-The clean half is causal and learns the next token. The noisy half is bidirectional inside blocks, sees the clean tokens
-before its block, and learns the masked tokens themselves.
+The pass is over [noisy answer | clean conversation]. The clean half is causal and learns the next token. The noisy half
+is bidirectional inside blocks, sees the clean tokens before its block, and learns the masked tokens themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from exercises import row as exercise_row
 from make_data import example, render
 from model import CONFIG, TinyChat
 from tokenizers import Tokenizer
@@ -22,9 +23,7 @@ BLOCK: int = CONFIG["block_size"]
 MASK: int = CONFIG["mask_token_id"]
 EOS: int = CONFIG["eos_token_id"]
 MOST_TOKENS, MOST_ANSWER = 632, 330
-TAIL = 6  # EOS after the answer that may be masked too, so that a draft learns to stop
 POOL = 1024  # conversations from which batches of nearly one length are cut
-PROMPT_WEIGHT = 0.1
 
 
 class Sample(NamedTuple):
@@ -37,7 +36,7 @@ class Sample(NamedTuple):
     @property
     def positions(self) -> int:
         """Positions that it takes in both halves."""
-        return len(self.prompt) + 2 * len(self.answer) + TAIL
+        return len(self.prompt) + 2 * len(self.answer) + BLOCK // 2
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,19 @@ class Batch:
     prompt: Tensor  # (B,) i64, length of the prompt
     answer: Tensor  # (B,) i64, length of the answer
 
+    @property
+    def learned(self) -> Tensor:  # (B, L) bool
+        """Where the answers and their EOS are."""
+        at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (at >= self.prompt[:, None]) & (at < (self.prompt + self.answer)[:, None])
+
     def to(self, device: str) -> Batch:
         return Batch(self.tokens.to(device), self.prompt.to(device), self.answer.to(device))
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """The answers cut into blocks, some tokens replaced by the mask id; N is the longest answer + TAIL."""
+    """The answers cut into blocks, some tokens replaced by the mask id; N is the longest answer and a block."""
 
     tokens: Tensor  # (B, N) i64, what the network sees
     target: Tensor  # (B, N) i64, the clean tokens
@@ -65,20 +70,18 @@ class Noisy:
 
 
 class Losses(NamedTuple):
-    """Means over tokens, in nats; whole (B,) bool: whether every token of a row's answer is the likeliest one."""
+    """Means over the learned tokens, in nats; `diffusion` is 0 where only the causal reading was learned."""
 
     ar: Tensor
-    prompt: Tensor
     diffusion: Tensor
-    whole: Tensor
+    whole: Tensor  # (B,) bool, whether every learned token of a row is the likeliest one
 
     @property
     def total(self) -> Tensor:
-        return self.ar + PROMPT_WEIGHT * self.prompt + self.diffusion
+        return self.ar + self.diffusion
 
     def __str__(self) -> str:
-        whole = self.whole.float().mean()
-        return f"ar {self.ar:.4f} prompt {self.prompt:.3f} diffusion {self.diffusion:.4f} whole {whole:.3f}"
+        return f"ar {self.ar:.4f} diffusion {self.diffusion:.4f} whole {self.whole.float().mean():.3f}"
 
 
 def samples(tokenizer: Tokenizer, rng: random.Random) -> Iterator[Sample]:
@@ -105,8 +108,8 @@ def pool(tokenizer: Tokenizer, seed: str, positions: int) -> list[list[Sample]]:
 
 
 def as_batch(rows: list[Sample]) -> Batch:
-    """Conversations side by side; TAIL and more EOS follow each."""
-    length = max(len(row.prompt) + len(row.answer) for row in rows) + TAIL
+    """Conversations side by side, filled up with EOS."""
+    length = max(len(row.prompt) + len(row.answer) for row in rows)
     tokens = torch.full((len(rows), length), EOS)
     for index, row in enumerate(rows):
         tokens[index, : len(row.prompt) + len(row.answer)] = torch.tensor(row.prompt + row.answer)
@@ -123,15 +126,15 @@ def noise(batch: Batch, generator: torch.Generator) -> Noisy:
     """
     rows, length = batch.tokens.shape
     device = batch.tokens.device
-    count = int(batch.answer.max()) + TAIL
+    count = int(batch.answer.max()) + BLOCK - 1
     blocks = count // BLOCK + 2
 
     def uniform(*size: int) -> Tensor:
         return torch.rand(*size, generator=generator).to(device)
 
     index = torch.arange(count, device=device)[None]  # (1, N)
-    position = (batch.prompt[:, None] + index).clamp(max=length - 1)  # past the end only where not live
-    target = batch.tokens.gather(1, position)
+    position = batch.prompt[:, None] + index
+    target = batch.tokens.gather(1, position.clamp(max=length - 1))  # a row ends in EOS
 
     first = (uniform(rows) * BLOCK).long() * (uniform(rows) < 0.5)  # (B,)
     block = (index + (BLOCK - first)[:, None]) // BLOCK  # first 0: no block 0, a whole block 1
@@ -143,7 +146,7 @@ def noise(batch: Batch, generator: torch.Generator) -> Noisy:
     kept = (uniform(rows, blocks) ** 2 * 16).long().clamp(min=1).gather(1, block)  # 1..15, mostly few
     drafting = index - begin >= kept
     masked = torch.where((uniform(rows, blocks) < 0.5).gather(1, block), drafting, uniform(rows, count) < rate)
-    masked &= index < (batch.answer + TAIL)[:, None]
+    masked &= block <= block.gather(1, batch.answer[:, None] - 1)  # to the end of the answer's last block
     return Noisy(target.masked_fill(masked, MASK), target, masked, position, block, batch.prompt[:, None] + begin)
 
 
@@ -158,7 +161,25 @@ def joint_mask(noisy: Noisy, length: int) -> Tensor:  # (B, 1, N + L, N + L) boo
     return mask
 
 
-def losses(model: TinyChat, batch: Batch, generator: torch.Generator) -> Losses:
+def exercises(tokenizer: Tokenizer, seed: str, positions: int, device: str) -> tuple[Tensor, Tensor]:
+    """Rows of exercises, always the same for a seed: ids (B, L) i64, and which are learned, (B, L) bool."""
+    rng = random.Random(seed)
+    first = exercise_row(tokenizer, rng)
+    rows = [first, *(exercise_row(tokenizer, rng) for _ in range(positions // len(first[0]) - 1))]
+    ids, learned = zip(*rows, strict=True)
+    return torch.tensor(ids, device=device), torch.tensor(learned, device=device)
+
+
+def causal(model: TinyChat, tokens: Tensor, learned: Tensor) -> Losses:
+    """The loss of the next token alone, where it is `learned` (B, L); less than half the work of `joint`."""
+    rows, length = tokens.shape
+    at = torch.arange(length, device=tokens.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        hidden = model(tokens, at.expand(rows, length), (at <= at[:, None])[None, None])
+        return _next_token(model, hidden[:, :-1], tokens, learned)
+
+
+def joint(model: TinyChat, batch: Batch, generator: torch.Generator) -> Losses:
     """The losses of one pass over [noisy | clean]; a token has one position in both halves."""
     rows, length = batch.tokens.shape
     noisy = noise(batch, generator)
@@ -170,16 +191,16 @@ def losses(model: TinyChat, batch: Batch, generator: torch.Generator) -> Losses:
             torch.cat([noisy.position, clean.expand(rows, length)], 1),
             joint_mask(noisy, length),
         )
-        logits = model.diffusion_head(hidden[:, count:-1])  # (B, L - 1, V), for the next token
         guesses = model.diffusion_head(hidden[:, :count][noisy.masked])  # (masked, V), for the token itself
+        causal = _next_token(model, hidden[:, count:-1], batch.tokens, batch.learned)
+    return causal._replace(diffusion=F.cross_entropy(guesses.float(), noisy.target[noisy.masked]))
 
-    labels = batch.tokens[:, 1:]
-    entropy = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-    in_prompt = clean[1:] < batch.prompt[:, None]
-    in_answer = (clean[1:] < (batch.prompt + batch.answer)[:, None]) & ~in_prompt
-    return Losses(
-        (entropy * in_answer).sum() / in_answer.sum(),
-        (entropy * in_prompt).sum() / in_prompt.sum(),
-        F.cross_entropy(guesses.float(), noisy.target[noisy.masked]),
-        ((logits.argmax(-1) == labels) | ~in_answer).all(1),
-    )
+
+def _next_token(model: TinyChat, hidden: Tensor, tokens: Tensor, learned: Tensor) -> Losses:
+    """What hidden states (B, L - 1, HIDDEN) say of the tokens (B, L) after them."""
+    taught, labels = learned[:, 1:], tokens[:, 1:]
+    logits = model.diffusion_head(hidden[taught])  # (learned tokens, V)
+    right = torch.ones_like(taught)
+    right[taught] = logits.argmax(-1) == labels[taught]
+    ar = F.cross_entropy(logits.float(), labels[taught])
+    return Losses(ar, torch.zeros_like(ar), right.all(1))

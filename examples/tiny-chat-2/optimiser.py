@@ -13,6 +13,7 @@ MUON_RATE = 0.02
 MUON_MOMENTUM = 0.95
 MUON_DECAY = 2e-4
 ADAM_RATE = 3e-3
+QUERY = 8  # how many times faster queries move: scores are divided by the root of their size
 CLIP = 1.0  # the largest norm of either part's gradient
 
 
@@ -31,16 +32,19 @@ class Optimiser:
     """One step of both parts, without frozen parameters. Matrices of one shape are orthogonalised together."""
 
     def __init__(self, model: TinyChat) -> None:
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        alike: dict[tuple[bool, torch.Size], list[nn.Parameter]] = {}
         rest = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if parameter.ndim == 2 and "layers" in name:
-                by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+                alike.setdefault(("q_proj" in name, parameter.shape), []).append(parameter)
             else:
                 rest.append(parameter)
-        self._groups = list(by_shape.values())
+        self._groups = list(alike.values())
+        self._rates = [
+            MUON_RATE * (QUERY if query else 1) * math.sqrt(max(1, shape[0] / shape[1])) for query, shape in alike
+        ]
         self._rest = rest
         self._momenta = [torch.zeros_like(torch.stack(group)) for group in self._groups]  # of a shape (K, M, N)
         self._adamw = torch.optim.AdamW(rest, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.01)
@@ -57,13 +61,12 @@ class Optimiser:
         self._adamw.step()
         self._adamw.zero_grad()
         norm = float(nn.utils.clip_grad_norm_([weight for group in self._groups for weight in group], CLIP))
-        for weights, momentum in zip(self._groups, self._momenta, strict=True):
+        for weights, momentum, rate in zip(self._groups, self._momenta, self._rates, strict=True):
             gradient = torch.stack([weight.grad for weight in weights if weight.grad is not None])
             momentum.mul_(MUON_MOMENTUM).add_(gradient)
             update = orthogonalise(gradient + MUON_MOMENTUM * momentum)
-            rate = MUON_RATE * scale * math.sqrt(max(1, weights[0].shape[0] / weights[0].shape[1]))
             torch._foreach_mul_(weights, 1 - MUON_DECAY * scale)
-            torch._foreach_add_(weights, list((update * -rate).unbind()))
+            torch._foreach_add_(weights, list((update * (-rate * scale)).unbind()))
             for weight in weights:
                 weight.grad = None
         return norm

@@ -1,7 +1,9 @@
 """Train tiny-chat-2, or go on where an earlier run stopped: one set of weights, two readings.
 
-Everything a step needs follows from its number and the seed, so a run that is stopped and started again gives what one
-run gives. The rate warms up, holds, and falls over the last `--fall` steps; a later run may move the end.
+The first `--causal` steps read causally alone, and mostly dense exercises; conversations take their place step by step.
+The later ones read conversations both ways, with some exercises left. Everything a step needs follows from its number
+and the seed, so a run that is stopped and started again gives what one run gives. The rate warms up, holds, and falls
+over the last `--fall` steps; a later run may move the end.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from typing import Any
 
 import torch
 from model import HERE, TinyChat, save_checkpoint
-from objective import Sample, as_batch, losses, pool, samples
+from objective import Losses, Sample, as_batch, causal, exercises, joint, pool, samples
 from optimiser import Optimiser
+from start import write_copying
 from tokenizers import Tokenizer
 
-WARMUP = 50
+WARMUP = 60
+PARTS = 2  # of a step, each exercises or conversations of one length
+EXERCISED = (0.8, 0.15)  # share of the parts that are exercises: at first, and after the causal steps
 LOG_EVERY = 50
 HELD_OUT = 256  # conversations of another seed
 HELD_OUT_SEED = "held out"
@@ -33,6 +38,7 @@ class Recipe:
 
     out: Path
     steps: int
+    causal: int
     fall: int
     positions: int
     peak: float
@@ -49,7 +55,9 @@ class Run:
         self._recipe = recipe
         self._tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
         torch.manual_seed(0)  # the weights
-        self.model = TinyChat().to(recipe.device)
+        self.model = TinyChat()
+        write_copying(self.model)
+        self.model.to(recipe.device)
         self._optimiser = Optimiser(self.model)
         self._file = recipe.out / "state.pt"
         self.step = 0
@@ -66,10 +74,10 @@ class Run:
         began = saved = time.monotonic()
         before = self._seconds
         while self.step < recipe.steps:
-            rows = self._next_rows()
-            generator = torch.Generator().manual_seed(self.step)
-            loss = losses(self.model, as_batch(rows).to(recipe.device), generator)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            rng = random.Random(f"{recipe.seed}/{self.step}")
+            for part in range(PARTS):
+                loss = self._loss(rng, f"{recipe.seed}/{self.step}/{part}")
+                (loss.total / PARTS).backward()  # type: ignore[no-untyped-call]
             norm = self._optimiser.step(self._rate())
             self.step += 1
             now = time.monotonic()
@@ -82,6 +90,17 @@ class Run:
                 print(f"step {self.step} {self._seconds:.0f} s held out {self.held_out()}", flush=True)
         save_checkpoint(self.model, recipe.out)
 
+    def _loss(self, rng: random.Random, seed: str) -> Losses:
+        """Of a part of a step."""
+        recipe = self._recipe
+        begin, end = EXERCISED
+        if rng.random() < end + (begin - end) * max(0, 1 - self.step / max(recipe.causal, 1)):
+            return causal(self.model, *exercises(self._tokenizer, seed, recipe.positions, recipe.device))
+        batch = as_batch(self._next_rows()).to(recipe.device)
+        if self.step < recipe.causal:
+            return causal(self.model, batch.tokens, batch.learned)
+        return joint(self.model, batch, torch.Generator().manual_seed(rng.getrandbits(32)))
+
     @torch.no_grad()
     def held_out(self) -> str:
         """The losses on other conversations, and by task the share of answers that are wholly the likeliest tokens."""
@@ -92,7 +111,7 @@ class Run:
         ar = diffusion = 0.0
         for at in range(0, len(drawn), 16):
             rows = drawn[at : at + 16]
-            loss = losses(self.model, as_batch(rows).to(self._recipe.device), torch.Generator().manual_seed(at))
+            loss = joint(self.model, as_batch(rows).to(self._recipe.device), torch.Generator().manual_seed(at))
             ar += float(loss.ar) * len(rows) / len(drawn)
             diffusion += float(loss.diffusion) * len(rows) / len(drawn)
             seen.update(row.task for row in rows)
@@ -142,10 +161,11 @@ class Run:
 def parse() -> Recipe:
     parser = argparse.ArgumentParser(description="Train tiny-chat-2 and write a checkpoint folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and of the run's state")
-    parser.add_argument("--steps", type=int, default=20000, help="the last step, over all runs (20000)")
-    parser.add_argument("--fall", type=int, default=4000, help="steps before it in which the rate falls (4000)")
-    parser.add_argument("--positions", type=int, default=8192, help="positions of a step in both halves (8192)")
-    parser.add_argument("--peak", type=float, default=0.6, help="multiplier of all rates (0.6)")
+    parser.add_argument("--steps", type=int, default=5000, help="the last step, over all runs (5000)")
+    parser.add_argument("--causal", type=int, default=1800, help="steps that read causally alone (1800)")
+    parser.add_argument("--fall", type=int, default=1600, help="steps before it in which the rate falls (1600)")
+    parser.add_argument("--positions", type=int, default=4096, help="positions of half a step (4096)")
+    parser.add_argument("--peak", type=float, default=0.35, help="multiplier of all rates (0.35)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the conversations (1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (2)")

@@ -49,7 +49,7 @@ train.HELD_OUT = 2
 import objective
 objective.POOL = 32
 out = Path(sys.argv[1])
-whole = Recipe(out / "whole", 2, 0, 200, 0.5, 1, "cpu", 1, 60)
+whole = Recipe(out / "whole", 2, 1, 0, 500, 0.5, 1, "cpu", 1, 60)
 Run(whole).train()
 parts = dataclasses.replace(whole, out=out / "parts")
 Run(dataclasses.replace(parts, steps=1)).train()

@@ -1,0 +1,93 @@
+"""Dense exercises for tiny-chat-2: rows of many short questions of one kind, without conversations around them.
+
+A conversation of a hundred tokens holds one sum; a row of exercises holds thirty. What they teach, to copy, to reverse,
+to sort and to reckon, is most of what the tasks need. Only answers are learned.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import cache
+
+import tasks
+from tokenizers import Tokenizer
+
+LENGTH = 250  # tokens of a row
+END = 11  # <|im_end|>, after each answer
+VOCABULARY = tasks.WORDS + tasks.NAMES + tasks.ANIMALS + tasks.CITIES + tasks.OBJECTS
+
+Exercise = tuple[str, str]  # question and answer
+
+
+def _sum(rng: random.Random) -> Exercise:
+    """A sum, a difference, a product, or two steps, as the answers write them."""
+    kind = rng.random()
+    if kind < 0.3:
+        a, b = rng.randint(2, 99), rng.randint(2, 99)
+        return f"{a} + {b} =", f" {a + b}."
+    if kind < 0.6:
+        a = rng.randint(10, 198 if rng.random() < 0.4 else 99)
+        b = rng.randint(1, a - 1)
+        return f"{a} - {b} =", f" {a - b}."
+    if kind < 0.7:
+        a, b = rng.randint(2, 20), rng.randint(2, 12)
+        return f"{a} * {b} =", f" {a * b}."
+    if kind < 0.9:
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        return f"{a} + {b} =", f" {a + b}."
+    _, thoughts, _ = tasks.two(rng)
+    assert thoughts is not None
+    return "First", thoughts.removeprefix("First")
+
+
+def _list(rng: random.Random) -> Exercise:
+    """A list to sort, to reverse, to copy, or to write in capitals."""
+    kind = rng.random()
+    if kind < 0.8 or kind >= 0.9:
+        question, _, answer = (tasks.sort if kind < 0.4 else tasks.reverse if kind < 0.8 else tasks.capitals)(rng)
+        return f"{question}\n", answer
+    words = " ".join(rng.choice([*VOCABULARY, str(rng.randint(0, 999))]) for _ in range(rng.randint(3, 9)))
+    return f"Copy: {words}\n", words
+
+
+def _short(rng: random.Random) -> Exercise:
+    """A word to spell, numbers to count, or a story of one step."""
+    kind = rng.choice([tasks.spell, None, tasks.times, tasks.gain, tasks.lose])
+    if kind is not None:
+        question, _, answer = kind(rng)
+        return f"{question}\n", answer
+    first, more = rng.randint(0, 138), rng.randint(3, 12)
+    return f"Count from {first} to {first + more}.\n", ", ".join(map(str, range(first, first + more + 1))) + "."
+
+
+KINDS: list[tuple[Callable[[random.Random], Exercise] | None, float]] = [  # and how often; None repeats tokens
+    (_sum, 4),
+    (_list, 4),
+    (_short, 2.5),
+    (None, 0.5),
+]
+
+
+def row(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]]:
+    """The next LENGTH ids, and which of them are learned."""
+    draw = rng.choices([kind for kind, _ in KINDS], [often for _, often in KINDS])[0]
+    ids: list[int] = []
+    learned: list[bool] = []
+    while len(ids) < LENGTH:
+        if draw is None:
+            pool = _words(tokenizer) if rng.random() < 0.5 else range(384, tokenizer.get_vocab_size())
+            given = rng.choices(pool, k=rng.randint(8, 24))
+            answer = given * rng.randint(1, 2)
+        else:
+            question, text = draw(rng)
+            given, answer = tokenizer.encode(question).ids, [*tokenizer.encode(text).ids, END]
+        ids += given + answer
+        learned += [False] * len(given) + [True] * len(answer)
+    return ids[:LENGTH], learned[:LENGTH]
+
+
+@cache
+def _words(tokenizer: Tokenizer) -> list[int]:
+    """The ids that words and digits are written with."""
+    return sorted({id for word in [*VOCABULARY, *"0123456789"] for id in tokenizer.encode(f"{word} {word}").ids})

@@ -1,0 +1,82 @@
+"""The weights that training begins from: two layers of attention that can copy before anything is learned.
+
+A network of this size takes hours on a CPU until one layer finds out how to look at the token before, and the next how
+to use that. Both are written in here instead. Layer 0 has heads that look one and two tokens back, by the phase of the
+rotary embedding; they write what they see into subspaces of their own. In layer 1 half of the heads look for a place
+whose previous token is the own token, and write what stands there into the head (induction); half look for the own
+token, and write what stands before it. All else begins as usual. The idea is that of mimetic initialisation
+(arXiv:2305.09828), applied to positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from model import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TinyChat, frequencies
+from torch import Tensor
+
+STD = 0.2  # of the embeddings
+CONSTANT = 8 * STD  # dimension 0 of every embedding: what heads that look at positions alone have to hold on to
+SHARP = 48.0  # nats between the right offset and its neighbour
+MATCH = 80.0  # nats between the own token and another one
+FAST = 12  # pairs of the rotary embedding that turn fast enough to tell positions apart; the others compare tokens
+SHARE = 0.3  # of the weaker heads' output, relative to the first
+
+
+@torch.no_grad()
+def write_copying(model: TinyChat) -> None:
+    """Write the copying heads into a freshly drawn `model`; always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    embedding = model.encoder.embed_tokens.weight
+    embedding.copy_(normal(*embedding.shape) * STD)
+    embedding[:, 0] = CONSTANT
+    size = math.sqrt(STD**2 * (HIDDEN - 1) + CONSTANT**2)
+    unit = math.sqrt(HIDDEN) / size  # what the norm multiplies by
+    directions = torch.zeros(HIDDEN - 1, HIDDEN)  # orthonormal, without the constant
+    directions[:, 1:] = torch.linalg.qr(normal(HIDDEN - 1, HIDDEN - 1))[0]
+    own, before, second, said = directions[: 4 * HEAD_DIM - 1].split(HEAD_DIM)  # (D, HIDDEN); the last has D - 1
+    said = torch.cat([said, normal(1, HIDDEN) * 0.01])
+    gain = 1 / unit  # a value comes out as large as it is in the embedding
+
+    first = model.encoder.layers[0].self_attn
+    phase = _phase(SHARP / (unit * CONSTANT) ** 2)
+    keys, queries = first.k_proj.weight, first.q_proj.weight.view(HEADS, HEAD_DIM, HIDDEN)
+    keys[:HEAD_DIM], queries[:2] = 0, 0
+    keys[:HEAD_DIM, 0] = phase
+    for head in range(2):
+        queries[head, :, 0] = math.sqrt(HEAD_DIM) * _turned(phase, head + 1)
+    first.v_proj.weight[:HEAD_DIM] = own
+    outputs = first.o_proj.weight.view(HIDDEN, HEADS, HEAD_DIM)
+    outputs[:, 0], outputs[:, 1] = gain * before.T, gain * second.T
+
+    second_layer = model.encoder.layers[1].self_attn
+    grown = math.sqrt(HIDDEN) / math.sqrt(size**2 + 2 * HEAD_DIM * STD**2)
+    slow = torch.arange(HEAD_DIM) % (HEAD_DIM // 2) >= FAST
+    match = math.sqrt(MATCH / (int(slow.sum()) * (STD * grown) ** 2))
+    second_layer.q_proj.weight.copy_(math.sqrt(HEAD_DIM) * match * (own * slow[:, None]).repeat(HEADS, 1))
+    second_layer.k_proj.weight.copy_(match * torch.cat([before, own]) * slow.repeat(KV_HEADS)[:, None])
+    second_layer.v_proj.weight.copy_(torch.cat([own, before]))
+    strength = torch.tensor([1, SHARE, SHARE, SHARE]).repeat_interleave(HEAD_DIM)
+    second_layer.o_proj.weight.copy_(gain * said.T.repeat(1, HEADS) * strength)
+    head = model.diffusion_head.weight
+    head.copy_(normal(*head.shape) * 0.005 + 0.05 / STD * embedding @ own.T @ said)
+
+
+def _phase(square: float) -> Tensor:
+    """A vector (D,) whose fast pairs have one squared length, such that the right offset scores `square`-fold."""
+    pairs = HEAD_DIM // 2
+    fast = (torch.arange(pairs) < FAST).float()
+    apart = float((fast * (1 - frequencies().cos())).sum())
+    return torch.cat([fast * math.sqrt(square / apart), torch.zeros(pairs)])
+
+
+def _turned(vector: Tensor, offset: int) -> Tensor:
+    """`vector` turned back by `offset` positions: as a query it scores most with the key `offset` tokens before."""
+    x, y = vector.chunk(2)
+    angle = -offset * frequencies()
+    return torch.cat([x * angle.cos() - y * angle.sin(), y * angle.cos() + x * angle.sin()])
