@@ -1,10 +1,10 @@
-"""Teach tiny-chat to see: a Pixtral tower of 0.46 M parameters before its decoder, on the CPU, in three phases.
+"""Teach tiny-chat-2 to see: a Pixtral tower of 0.46 M parameters before its decoder, on the CPU, in three phases.
 
-    python examples/tiny-vision/train.py --out examples/tiny-vision --bf16
+    python examples/tiny-vision/train.py --out examples/tiny-vision
 
 First tower and projector alone learn to show what a picture holds as embeddings of tokens that the decoder knows; they
-stay as they are after that. Then the decoder learns to answer, causally, and at last by tiny-chat's objective: each
-answer causally and, cut into blocks of masks, bidirectionally. Images stand in the prompt alone. The state dict has the
+stay as they are after that. Then the decoder learns to answer, causally, and at last by its own objective: each answer
+causally and, cut into blocks of masks, bidirectionally. Images stand in the prompt alone. The state dict has the
 released names, so it is the checkpoint.
 """
 
@@ -19,16 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-CHAT = HERE.parent / "tiny-chat"
+CHAT = HERE.parent / "tiny-chat-2"
 sys.path[:0] = [str(CHAT), str(HERE)]
 
 import model as chat  # noqa: E402
-import train as recipe  # noqa: E402
-from make_data import prompt  # noqa: E402
+import objective  # noqa: E402
+from make_data import render  # noqa: E402
 from make_pictures import (  # noqa: E402
     COLOURS,
     DIGITS,
@@ -41,6 +40,7 @@ from make_pictures import (  # noqa: E402
     paint,
     quarters,
 )
+from optimiser import Optimiser  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
@@ -81,14 +81,14 @@ class SeeingEmbedding(nn.Embedding):
         return x.masked_scatter((tokens == PAD)[..., None], self.images)
 
 
-def make_model() -> chat.TinyChat:
-    """tiny-chat with a tower and a projector beside its layers."""
+def make_model(decoder: Path) -> chat.TinyChat:
+    """The decoder of a folder, with a tower and a projector beside its layers."""
     model = chat.TinyChat()
-    chat.load_weights(model, CHAT)
+    chat.load_weights(model, decoder)
     vision = PixtralVisionConfig(**VISION)
     text = MistralConfig(hidden_size=chat.HIDDEN, rms_norm_eps=chat.CONFIG["rms_norm_eps"])
     whole = Mistral3Config(vision_config=vision, text_config=text, spatial_merge_size=MERGE)
-    embedding = SeeingEmbedding(chat.VOCAB, chat.HIDDEN)
+    embedding = SeeingEmbedding(chat.CONFIG["vocab_size"], chat.HIDDEN)
     embedding.load_state_dict(model.encoder.embed_tokens.state_dict())
     model.encoder.embed_tokens = embedding
     model.encoder.vision_tower = PixtralVisionModel(vision)
@@ -97,7 +97,7 @@ def make_model() -> chat.TinyChat:
 
 
 def make_tokenizer() -> Tokenizer:
-    """tiny-chat's, with four of its reserved tokens under the names that images have."""
+    """tiny-chat-2's, with four of its reserved tokens under the names that images have."""
     text = (CHAT / "tokenizer.json").read_text("utf-8")
     for number, name in IMAGE_TOKENS.items():
         text = text.replace(f'"<SPECIAL_{number}>"', json.dumps(name))
@@ -159,31 +159,18 @@ def see(model: chat.TinyChat, pictures: Tensor) -> Tensor:
     return seen.float()
 
 
-def draw_batch(tokenizer: Tokenizer, rng: random.Random, rows: int, describe: float) -> tuple[recipe.Batch, Tensor]:
+def draw_batch(tokenizer: Tokenizer, rng: random.Random, rows: int) -> tuple[objective.Batch, Tensor]:
     """The next `rows` examples of `rng`, and their pictures (B, 3, SIZE, SIZE) f32; a share of batches describes."""
     pictures, lines = [], []
-    tasks = ["describe"] if rng.random() < describe else TASKS[:-1]  # apart, since its answers are three times as long
+    tasks = ["describe"] if rng.random() < DESCRIBE else TASKS[:-1]  # apart: its answers are three times as long
     for _ in range(rows):
         picture, question, answer = example(rng, rng.choice(tasks))
         pictures.append(picture)
-        head = tokenizer.encode(prompt(f"<|image_start|>{LAYOUT}<|image_end|>{question}")).ids
-        lines.append((head, [*tokenizer.encode(answer).ids, chat.EOS]))
-    longest = max(len(head) + len(answer) for head, answer in lines) + recipe.PAD
-    tokens = torch.full((rows, longest), chat.EOS)
-    for row, (head, answer) in enumerate(lines):
-        tokens[row, : len(head) + len(answer)] = torch.tensor(head + answer)
-    heads, answers = torch.tensor([[len(head), len(answer)] for head, answer in lines]).T
-    return recipe.Batch(tokens, heads, answers), pixels(pictures)
-
-
-def causal_loss(model: chat.TinyChat, batch: recipe.Batch) -> Tensor:
-    """Mean cross-entropy of the answers' tokens, read causally; half the work of the joint loss."""
-    rows, length = batch.tokens.shape
-    at = torch.arange(length)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    hidden = model(batch.tokens, at.expand(rows, length), causal.expand(rows, 1, length, length))
-    answer = (at[1:] >= batch.prompt[:, None]) & (at[1:] < (batch.prompt + batch.answer)[:, None])
-    return F.cross_entropy(model.diffusion_head(hidden[:, :-1][answer]).float(), batch.tokens[:, 1:][answer])
+        asked = {"role": "user", "content": f"<|image_start|>{LAYOUT}<|image_end|>{question}"}
+        head, text = render([asked, {"role": "assistant", "content": answer}], None, False)
+        answer_ids = [*tokenizer.encode(text).ids, objective.EOS]
+        lines.append(objective.Sample("picture", tokenizer.encode(head).ids, answer_ids))
+    return objective.as_batch(lines), pixels(pictures)
 
 
 def learn(model: chat.TinyChat, tokenizer: Tokenizer, args: argparse.Namespace, jointly: bool) -> None:
@@ -192,34 +179,30 @@ def learn(model: chat.TinyChat, tokenizer: Tokenizer, args: argparse.Namespace, 
     The rate holds for half of the time and falls to 2 % in the other. "Shuffled" is the loss where each picture is that
     of another question: it rises as the decoder begins to look.
     """
-    decoder = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(decoder, betas=(0.9, 0.95))
+    optimiser = Optimiser(model)
     rng, held_out = random.Random(args.seed), random.Random(10**6)
+    noise = torch.Generator().manual_seed(args.seed)
 
-    def loss_of(batch: recipe.Batch, pictures: Tensor) -> recipe.Losses | Tensor:
+    def loss_of(batch: objective.Batch, pictures: Tensor) -> objective.Losses:
         with torch.no_grad():
             model.encoder.embed_tokens.images = see(model, pictures)
-        return recipe.losses(model, batch) if jointly else causal_loss(model, batch)
+        if jointly:
+            return objective.joint(model, batch, noise)
+        return objective.causal(model, batch.tokens, batch.learned)
 
     begin = saved = time.monotonic()
     step, done = 0, 0.0
     while done < 1:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(*draw_batch(tokenizer, rng, args.batch, DESCRIBE))
-        total = loss.ar + loss.diffusion if isinstance(loss, recipe.Losses) else loss
-        total.backward()  # type: ignore[no-untyped-call]
-        scale = min(1, (step + 1) / 50) * (1 if done < 0.5 else max(0.02, 2 * (1 - done)))
-        optimiser.param_groups[0]["lr"] = args.rate * scale
-        torch.nn.utils.clip_grad_norm_(decoder, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        loss = loss_of(*draw_batch(tokenizer, rng, args.batch))
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(args.rate * min(1, (step + 1) / 50) * (1 if done < 0.5 else max(0.02, 2 * (1 - done))))
         step, seconds = step + 1, time.monotonic() - begin
         done = seconds / (60 * (args.minutes if jointly else args.causal))
         if step % 50 == 0:
             with torch.no_grad():
-                batch, pictures = draw_batch(tokenizer, held_out, 64, DESCRIBE)
+                batch, pictures = draw_batch(tokenizer, held_out, 64)
                 other, shuffled = loss_of(batch, pictures), loss_of(batch, pictures.roll(1, 0))
-            print(f"step {step} {seconds:.0f} s train {loss} | held-out {other} shuffled {shuffled}", flush=True)
+            print(f"step {step} {seconds:.0f} s train {loss} | held-out {other} | shuffled {shuffled}", flush=True)
         if time.monotonic() - saved > 300:
             save_checkpoint(model, tokenizer, args.out)
             saved = time.monotonic()
@@ -254,18 +237,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train tiny-vision and write a checkpoint folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
     parser.add_argument("--look", type=float, default=10, help="minutes of the first phase (10)")
-    parser.add_argument("--causal", type=float, default=20, help="minutes of the second phase (12)")
+    parser.add_argument("--causal", type=float, default=12, help="minutes of the second phase (12)")
     parser.add_argument("--minutes", type=float, default=20, help="minutes of the third phase (20)")
+    parser.add_argument("--decoder", type=Path, default=CHAT, help="checkpoint folder of the decoder (tiny-chat-2)")
     parser.add_argument("--init", type=Path, help="checkpoint folder to continue from")
     parser.add_argument("--threads", type=int, default=1, help="torch CPU threads (1)")
-    parser.add_argument("--bf16", action="store_true", help="multiply in bf16; faster where a processor does")
     parser.add_argument("--batch", type=int, default=32, help="examples a step (32)")
-    parser.add_argument("--rate", type=float, default=6e-4, help="of the decoder's AdamW (6e-4)")
+    parser.add_argument("--rate", type=float, default=0.25, help="multiplier of the optimiser's rates (0.25)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the examples (1)")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    model, tokenizer = make_model(), make_tokenizer()
+    model, tokenizer = make_model(args.decoder), make_tokenizer()
     seeing = [p for name, p in model.named_parameters() if "vision" in name or "projector" in name]
     print(f"{sum(p.numel() for p in seeing):,} parameters of tower and projector", flush=True)
     if args.init:
