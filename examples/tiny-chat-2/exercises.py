@@ -23,17 +23,18 @@ Exercise = tuple[str, str]  # question and answer
 def _sum(rng: random.Random) -> Exercise:
     """A sum, a difference, a product, or two steps, as the answers write them."""
     kind = rng.random()
-    if kind < 0.3:
-        a, b = rng.randint(2, 99), rng.randint(2, 99)
+    if kind < 0.38:
+        largest = 99 if rng.random() < 0.8 else 9
+        a, b = rng.randint(0, largest), rng.randint(0, largest)
         return f"{a} + {b} =", f" {a + b}."
-    if kind < 0.6:
-        a = rng.randint(10, 198 if rng.random() < 0.4 else 99)
-        b = rng.randint(1, a - 1)
+    if kind < 0.76:
+        a = rng.randint(1, rng.choice([18, 99, 99, 99, 198]))
+        b = rng.randint(0, a - 1)
         return f"{a} - {b} =", f" {a - b}."
-    if kind < 0.7:
+    if kind < 0.82:
         a, b = rng.randint(2, 20), rng.randint(2, 12)
         return f"{a} * {b} =", f" {a * b}."
-    if kind < 0.9:
+    if kind < 0.95:
         a, b = rng.randint(100, 999), rng.randint(100, 999)
         return f"{a} + {b} =", f" {a + b}."
     _, thoughts, _ = tasks.two(rng)
@@ -61,11 +62,25 @@ def _short(rng: random.Random) -> Exercise:
     return f"Count from {first} to {first + more}.\n", ", ".join(map(str, range(first, first + more + 1))) + "."
 
 
+def _form(rng: random.Random) -> Exercise:
+    """Words or letters to write in another form: a word has one token after a space, one without, some in capitals."""
+    kind = rng.random()
+    if kind < 0.5:
+        words = rng.choices([*tasks.NAMES, *tasks.CITIES, *tasks.ANIMALS, *tasks.WORDS], k=rng.randint(3, 8))
+        return f"Quote: {' '.join(words)}\n", ", ".join(f'"{word}"' for word in words)
+    if kind < 0.8:
+        words = rng.sample(tasks.WORDS, rng.randint(2, 7))
+        return f"Capitals: {' '.join(words)}\n", " ".join(words).upper()
+    letters = rng.sample(tasks.LETTERS, rng.randint(2, 6))
+    return f"Arguments: {' '.join(letters)}\n", f"({', '.join(letters)})"
+
+
 KINDS: list[tuple[Callable[[random.Random], Exercise] | None, float]] = [  # and how often; None repeats tokens
-    (_sum, 4),
-    (_list, 4),
-    (_short, 2.5),
-    (None, 0.5),
+    (_sum, 6),
+    (_list, 2.5),
+    (_form, 1.5),
+    (_short, 1),
+    (None, 0.2),
 ]
 
 

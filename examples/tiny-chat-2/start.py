@@ -4,16 +4,19 @@ A network of this size takes hours on a CPU until one layer finds out how to loo
 to use that. Both are written in here instead. Layer 0 has heads that look one and two tokens back, by the phase of the
 rotary embedding; they write what they see into subspaces of their own. In layer 1 half of the heads look for a place
 whose previous token is the own token, and write what stands there into the head (induction); half look for the own
-token, and write what stands before it. All else begins as usual. The idea is that of mimetic initialisation
-(arXiv:2305.09828), applied to positions.
+token, and write what stands before it. Forms of a word (after a space, without, in capitals) begin with half of their
+embedding in common, so that what is copied for one is nearly right for the others. All else begins as usual. The idea
+is that of mimetic initialisation (arXiv:2305.09828).
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 import torch
 from model import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TinyChat, frequencies
+from tokenizers import Tokenizer
 from torch import Tensor
 
 STD = 0.2  # of the embeddings
@@ -25,7 +28,7 @@ SHARE = 0.3  # of the weaker heads' output, relative to the first
 
 
 @torch.no_grad()
-def write_copying(model: TinyChat) -> None:
+def write_copying(model: TinyChat, tokenizer: Tokenizer) -> None:
     """Write the copying heads into a freshly drawn `model`; always the same."""
     generator = torch.Generator().manual_seed(0)
 
@@ -34,6 +37,8 @@ def write_copying(model: TinyChat) -> None:
 
     embedding = model.encoder.embed_tokens.weight
     embedding.copy_(normal(*embedding.shape) * STD)
+    for forms in _forms(tokenizer):
+        embedding[forms] = (embedding[forms] + embedding[forms].mean(0)) / 2
     embedding[:, 0] = CONSTANT
     size = math.sqrt(STD**2 * (HIDDEN - 1) + CONSTANT**2)
     unit = math.sqrt(HIDDEN) / size  # what the norm multiplies by
@@ -65,6 +70,15 @@ def write_copying(model: TinyChat) -> None:
     second_layer.o_proj.weight.copy_(gain * said.T.repeat(1, HEADS) * strength)
     head = model.diffusion_head.weight
     head.copy_(normal(*head.shape) * 0.005 + 0.05 / STD * embedding @ own.T @ said)
+
+
+def _forms(tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of each word or letter that has several."""
+    forms = defaultdict(list)
+    for word, token in tokenizer.get_vocab(with_added_tokens=False).items():
+        if (bare := word.lstrip("Ġ").lower()).isalpha() and bare.isascii():
+            forms[bare].append(token)
+    return [sorted(ids) for ids in forms.values() if len(ids) > 1]
 
 
 def _phase(square: float) -> Tensor:

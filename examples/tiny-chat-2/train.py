@@ -2,13 +2,14 @@
 
 The first `--causal` steps read causally alone, and mostly dense exercises; conversations take their place step by step.
 The later ones read conversations both ways, with some exercises left. Everything a step needs follows from its number
-and the seed, so a run that is stopped and started again gives what one run gives. The rate warms up, holds, and falls
-over the last `--fall` steps; a later run may move the end.
+and the seed, so a run that is stopped and started again gives what one run gives. The rate warms up, holds, falls
+slowly, and at last over the `--fall` steps before the end, which a later run may move.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from collections import Counter
@@ -24,9 +25,9 @@ from optimiser import Optimiser
 from start import write_copying
 from tokenizers import Tokenizer
 
-WARMUP = 60
+WARMUP, HOLD = 60, 400  # steps; after these the rate falls with the root of the step
 PARTS = 2  # of a step, each exercises or conversations of one length
-EXERCISED = (0.8, 0.15)  # share of the parts that are exercises: at first, and after the causal steps
+EXERCISED = (0.8, 0.2)  # share of the parts that are exercises: at first, and after the causal steps
 LOG_EVERY = 50
 HELD_OUT = 256  # conversations of another seed
 HELD_OUT_SEED = "held out"
@@ -56,7 +57,7 @@ class Run:
         self._tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
         torch.manual_seed(0)  # the weights
         self.model = TinyChat()
-        write_copying(self.model)
+        write_copying(self.model, self._tokenizer)
         self.model.to(recipe.device)
         self._optimiser = Optimiser(self.model)
         self._file = recipe.out / "state.pt"
@@ -122,7 +123,8 @@ class Run:
     def _rate(self) -> float:
         recipe = self._recipe
         fall = min(1.0, max(0.01, (recipe.steps - self.step) / recipe.fall)) if recipe.fall else 1.0
-        return recipe.peak * min(1, (self.step + 1) / WARMUP) * fall
+        held = min(1, (self.step + 1) / WARMUP, math.sqrt(HOLD / (self.step + 1)))
+        return recipe.peak * held * fall
 
     def _next_rows(self) -> list[Sample]:
         if self._batch == len(self._batches):
