@@ -1,7 +1,7 @@
 """nemodiff: one engine for tri-mode language models, every decoding mode chosen per request.
 
 import nemodiff
-engine = nemodiff.load("engines/tiny-chat")
+engine = nemodiff.load("engines/tiny-chat-2")
 nemodiff.generate(engine, "Count from 3 to 9.", mode="linear_spec").text
 """
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-MODEL = ROOT / "examples" / "tiny-chat"  # the demonstration model, which the benchmarks measure unless told otherwise
+MODEL = ROOT / "examples" / "tiny-chat-2"  # the demonstration model, which the benchmarks measure unless told otherwise
 DRAFTER = MODEL.with_name(f"{MODEL.name}-drafter") / "linear_spec_lora"
 
 Sense = Literal["at most", "at least"]

@@ -87,9 +87,10 @@ def script(tmp_path: Path) -> Path:
     for name in ("benchmarks/trtllm.py", "benchmarks/common/record.py", "benchmarks/common/questions.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "examples" / "tiny-chat").mkdir(parents=True)
-    for name in ("make_data.py", "questions.py"):
-        shutil.copy(TINY_CHAT / name, tmp_path / "examples" / "tiny-chat")
+    model = tmp_path / "examples" / "tiny-chat-2"
+    model.mkdir(parents=True)
+    for name in ("make_data.py", "questions.py", "tasks.py", "tools.py"):
+        shutil.copy(TINY_CHAT.with_name("tiny-chat-2") / name, model)
     return tmp_path / "benchmarks" / "trtllm.py"
 
 
@@ -122,15 +123,15 @@ def write_stand_in(script: Path, tokenizer: Tokenizer, drawn: list[dict[str, str
 def test_figures_come_from_the_calls_that_were_made(script: Path, twin: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    code = "import json; from common.questions import draw; "
-    code += "print(json.dumps([{'text': q.text, 'answer': q.answer} for q in draw(1)]))"
+    code = "import json; from common.questions import first; "
+    code += "print(json.dumps([{'text': q.text, 'answer': q.answer} for q in first(10)]))"
     drawn = subprocess.run([sys.executable, "-c", code], cwd=script.parent, check=True, capture_output=True, text=True)
     folder, tokens = write_stand_in(script, Tokenizer.from_file(str(twin / "tokenizer.json")), json.loads(drawn.stdout))
-    done = run(script, twin, "--prompts", 10, "--rounds", 2, "--warmup", 1, "--new-tokens", 100, "--backend", "other")
+    done = run(script, twin, "--prompts", 10, "--rounds", 2, "--warmup", 1, "--new-tokens", 300, "--backend", "other")
     assert done.returncode == 0, done.stderr
     calls = json.loads((folder / "calls.json").read_text())
     assert (calls["backend"], calls["open"], calls["streamed"], calls["batches"]) == ("other", False, 30, [10] * 3)
-    greedy = {"max_tokens": 100, "top_k": 1, "end_id": 11, "pad_id": 11, "stop_token_ids": None}
+    greedy = {"max_tokens": 300, "top_k": 1, "end_id": 11, "pad_id": 11, "stop_token_ids": None}
     assert calls["sampling"] == greedy
     result = json.loads((script.parent / "results" / "trtllm.json").read_text())
     assert (result["checkpoint"], result["backend"], result["rounds"]) == ("tiny-chat", "other", 2)

@@ -47,8 +47,10 @@ def test_shell_and_python_commands_run_in_order(clone: Path) -> None:
             continue
         for line in block.splitlines():
             if not line.startswith("make "):
-                run(["bash", "-euc", line], clone)
+                shown = run(["bash", "-euc", line], clone)
                 commands += 1
+                if "--tools" in line:
+                    assert '{"city": "Oslo"}' in shown
     assert commands > 15
 
 

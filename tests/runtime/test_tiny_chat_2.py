@@ -19,6 +19,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.runtime.text.codec import TextCodec
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny-chat-2"
+SHOWN = json.loads((FOLDER / "tools.json").read_text())
 DRAW = """
 import json, random
 from make_data import example, render
@@ -34,7 +35,7 @@ import make_tasks
 from questions import OPEN, SEED, TASKS, WITH_MORE, ask
 rng = random.Random(SEED)
 for task in (*TASKS, *WITH_MORE, *OPEN):
-    for _ in range(20):
+    for _ in range(int(sys.argv[2])):
         print(json.dumps([task, *ask(task, rng)]))
 make_tasks.write(Path(sys.argv[1]), 40)
 """
@@ -87,6 +88,10 @@ for batch in run._held_out:
 """
 
 
+# Of 18 questions, one of each task that has a right answer: fewer than the weights give, as machines round differently.
+RIGHT = 12
+
+
 def ran(script: str, *words: str) -> str:
     """What a script prints that is run beside the recipe's files."""
     ended = subprocess.run(
@@ -99,6 +104,11 @@ def ran(script: str, *words: str) -> str:
 @pytest.fixture(scope="module")
 def drawn() -> list[Any]:
     return [json.loads(line) for line in ran(DRAW).splitlines()]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> nemodiff.LoadedEngine:
+    return nemodiff.load(Builder(FOLDER, tmp_path_factory.mktemp("engines") / "tiny-chat-2").run(), threads=1)
 
 
 def test_conversations_are_written_as_the_template_renders_them(drawn: list[Any]) -> None:
@@ -151,7 +161,7 @@ def test_a_trained_drafter_is_an_adapter_that_drafts_for_the_same_tokens(tmp_pat
 
 
 def test_questions_are_asked_as_in_training(tmp_path: Path) -> None:
-    told = [json.loads(line) for line in ran(ASK, str(tmp_path)).splitlines()]
+    told = [json.loads(line) for line in ran(ASK, str(tmp_path), "20").splitlines()]
     codec = TextCodec(FOLDER)
     assert len({task for task, *_ in told}) == 19
     for task, messages, tools, thoughts, answer in told:
@@ -165,3 +175,43 @@ def test_questions_are_asked_as_in_training(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.glob("*.yaml")) == [
         f"tiny_chat_2_{kind}.yaml" for kind in ("answers", "choices", "texts")
     ]
+
+
+def test_the_weights_answer_most_questions_and_drafts_change_no_token(
+    engine: nemodiff.LoadedEngine, tmp_path: Path
+) -> None:
+    asked = [json.loads(line) for line in ran(ASK, str(tmp_path), "1").splitlines()]
+    prompts = [engine.text.encode_chat(messages, False, tools) for _, messages, tools, *_ in asked]
+    plain, drafted = (
+        list(nemodiff.generate_many(engine, prompts, mode=mode, max_new_tokens=336)) for mode in ("ar", "linear_spec")
+    )
+    assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]
+    told = zip(asked, plain, strict=True)
+    right = [task for (task, *_, answer), said in told if task != "story" and said.text == answer]
+    assert len(right) >= RIGHT, right
+    assert sum(answer.acceptance.mean or 0 for answer in drafted) / len(drafted) > 2
+
+
+def test_the_weights_call_a_tool_and_read_its_result(engine: nemodiff.LoadedEngine) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Oslo?"}]
+    for mode in ("ar", "linear_spec", "diffusion"):
+        answer = nemodiff.generate(engine, messages, mode=mode, tools=SHOWN, max_new_tokens=96)
+        assert [(call.name, json.loads(call.arguments)) for call in answer.tool_calls] == [
+            ("get_weather", {"city": "Oslo"})
+        ]
+    result = {"role": "tool", "tool_call_id": "call_0", "content": '{"degrees": 7, "sky": "rainy"}'}
+    answer = nemodiff.generate(engine, [*messages, answer.as_message(), result], tools=SHOWN, max_new_tokens=96)
+    assert answer.content == "It is 7 degrees and rainy in Oslo."
+
+
+def test_the_weights_think_if_they_may(engine: nemodiff.LoadedEngine) -> None:
+    question = "Count from 3 to 9."
+    thinking, plain = (nemodiff.generate(engine, question, thinking=may, max_new_tokens=96) for may in (True, False))
+    assert thinking.reasoning.startswith("From 3 to 9, that is ")
+    assert not plain.reasoning
+    assert thinking.content == plain.content == "3, 4, 5, 6, 7, 8, 9."
+
+
+def test_the_tools_of_the_readme_are_those_that_the_model_knows() -> None:
+    told = ran("import json; from tools import TOOLS; print(json.dumps(TOOLS))")
+    assert json.loads(told)[:2] == SHOWN
