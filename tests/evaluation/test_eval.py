@@ -33,9 +33,9 @@ def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny-chat's questions as three tasks."""
+    """tiny-chat-2's questions as three tasks, some of which tiny-chat can answer."""
     folder = tmp_path_factory.mktemp("tasks")
-    run = [sys.executable, str(TINY_CHAT / "make_tasks.py"), str(folder), "--count", str(COUNT)]
+    run = [sys.executable, str(TINY_CHAT.with_name("tiny-chat-2") / "make_tasks.py"), str(folder), "--count", str(COUNT)]
     subprocess.run(run, check=True, timeout=120)
     return folder
 
@@ -67,17 +67,17 @@ def evaluation(tasks: Path, tiny_engine: Path) -> Mapping[str, Any]:
 
 
 def metrics(evaluation: Mapping[str, Any], mode: str, task: str) -> Mapping[str, float]:
-    return dict(evaluation["modes"][mode]["tasks"][f"tiny_chat_{task}"]["metrics"])
+    return dict(evaluation["modes"][mode]["tasks"][f"tiny_chat_2_{task}"]["metrics"])
 
 
 def test_generated_answers_are_the_engines_in_every_mode(
     evaluation: Mapping[str, Any], engine: nemodiff.LoadedEngine, questions: list[dict[str, Any]]
 ) -> None:
     for mode in MODES:
-        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 160, "threshold": 0.8}
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 336, "threshold": 0.8}
         answers = [nemodiff.generate(engine, question["question"], **options) for question in questions]
         right = sum(answer.text == question["answer"] for answer, question in zip(answers, questions, strict=True))
-        told = evaluation["modes"][mode]["tasks"]["tiny_chat_answers"]
+        told = evaluation["modes"][mode]["tasks"]["tiny_chat_2_answers"]
         assert told["metrics"]["exact_match"] == pytest.approx(right / COUNT)
         assert told["samples"] == COUNT
         assert told["tokens"] == sum(len(answer.token_ids) for answer in answers)
@@ -85,7 +85,7 @@ def test_generated_answers_are_the_engines_in_every_mode(
         assert {kind: count for kind, count in told["nfe"].items() if kind != "prefill"} == decoding
         assert told["tokens_per_pass"] == pytest.approx(told["tokens"] / sum(decoding.values()))
     assert 0 < metrics(evaluation, "ar", "answers")["exact_match"] < 1
-    assert evaluation["modes"]["diffusion"]["tasks"]["tiny_chat_answers"]["tokens_per_pass"] > 2
+    assert evaluation["modes"]["diffusion"]["tasks"]["tiny_chat_2_answers"]["tokens_per_pass"] > 2
 
 
 def test_choices_and_texts_are_the_engines_scores(
@@ -135,12 +135,12 @@ def test_the_table_has_a_column_for_every_mode(evaluation: Mapping[str, Any]) ->
     head, *lines = table(evaluation)
     assert head.split() == ["task", "figure", *MODES]
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
-        "tiny_chat_answers",
-        "tiny_chat_choices",
-        "tiny_chat_texts",
+        "tiny_chat_2_answers",
+        "tiny_chat_2_choices",
+        "tiny_chat_2_texts",
     ]
     (passes,) = (line.split()[1:] for line in lines if line.split()[0] == "tokens/pass")
-    expected = [evaluation["modes"][mode]["tasks"]["tiny_chat_answers"]["tokens_per_pass"] for mode in MODES]
+    expected = [evaluation["modes"][mode]["tasks"]["tiny_chat_2_answers"]["tokens_per_pass"] for mode in MODES]
     assert passes == [f"{value:.2f}" for value in expected]
 
 
