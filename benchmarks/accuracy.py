@@ -173,7 +173,7 @@ def markdown(results: list[dict[str, Any]], origin: dict[str, Any], per_task: in
         lines.append(_row([task, *(_cell(f["tasks"][task]) for f in wide)]))
     lines.append(_row(["**all**", *(f"**{_cell(f['all'])}**" for f in wide)]))
     if questions.OPEN:
-        lines += ["", f"Without a right answer, and not among all: {', '.join(questions.OPEN)}."]
+        lines += ["", f"With more than one right answer, so not among all: {', '.join(questions.OPEN)}."]
     for thinking in (f for f in results if f["thinking"]):
         lines += ["", "AR where the model has learned to think first, without and with its thoughts:", ""]
         lines += [_row(["task", "AR", "AR, thinking"]), _row(["---", "---:", "---:"])]

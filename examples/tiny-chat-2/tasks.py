@@ -1,4 +1,4 @@
-"""The questions of tiny-chat-2: fifteen kinds whose answer follows from the question, stories and greetings.
+"""The questions of tiny-chat-2: kinds whose answer follows from the question, loops, stories and greetings.
 
 Each kind draws from a `random.Random` and returns (question, thoughts or None, answer). The order of the random calls
 is part of the recipe.

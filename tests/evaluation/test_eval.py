@@ -35,7 +35,13 @@ def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-chat-2's questions as three tasks, some of which tiny-chat can answer."""
     folder = tmp_path_factory.mktemp("tasks")
-    run = [sys.executable, str(TINY_CHAT.with_name("tiny-chat-2") / "make_tasks.py"), str(folder), "--count", str(COUNT)]
+    run = [
+        sys.executable,
+        str(TINY_CHAT.with_name("tiny-chat-2") / "make_tasks.py"),
+        str(folder),
+        "--count",
+        str(COUNT),
+    ]
     subprocess.run(run, check=True, timeout=120)
     return folder
 

@@ -88,7 +88,7 @@ for batch in run._held_out:
 """
 
 
-# Of 18 questions, one of each task that has a right answer: fewer than the weights give, as machines round differently.
+# Of 17 questions, one of each task that has a right answer: fewer than the weights give, as machines round differently.
 RIGHT = 12
 
 
@@ -187,7 +187,7 @@ def test_the_weights_answer_most_questions_and_drafts_change_no_token(
     )
     assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]
     told = zip(asked, plain, strict=True)
-    right = [task for (task, *_, answer), said in told if task != "story" and said.text == answer]
+    right = [task for (task, *_, answer), said in told if task not in ("story", "loop") and said.text == answer]
     assert len(right) >= RIGHT, right
     assert sum(answer.acceptance.mean or 0 for answer in drafted) / len(drafted) > 2
 
