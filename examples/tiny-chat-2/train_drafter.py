@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from model import HERE, Attention, TinyChat, linear
+from model import HERE, Attention, TinyChat, linear, load_weights
 from objective import BLOCK, MASK, Batch, Noisy, as_batch, joint_mask, pool
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ class Run:
         self._recipe = recipe
         self._tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
         self._model = TinyChat()
-        self._model.load_state_dict(load_file(recipe.checkpoint / "model.safetensors"))
+        load_weights(self._model, recipe.checkpoint)
         self.drafters = attach(self._model, recipe.rank)
         self._model.to(recipe.device)
         self._held_out = list(islice(self._batches("drafter held out"), HELD_OUT))
