@@ -89,7 +89,7 @@ for batch in run._held_out:
 
 
 # Of 17 questions, one of each task that has a right answer: fewer than the weights give, as machines round differently.
-RIGHT = 8
+RIGHT = 12
 
 
 def ran(script: str, *words: str) -> str:
@@ -207,7 +207,7 @@ def test_the_weights_call_a_tool_and_read_its_result(engine: nemodiff.LoadedEngi
 def test_the_weights_think_if_they_may(engine: nemodiff.LoadedEngine) -> None:
     question = "Count from 3 to 9."
     thinking, plain = (nemodiff.generate(engine, question, thinking=may, max_new_tokens=96) for may in (True, False))
-    assert thinking.reasoning.startswith("From 3 to 9, that is ")
+    assert thinking.reasoning.startswith("From 3 to 9")
     assert not plain.reasoning
     assert thinking.content == plain.content == "3, 4, 5, 6, 7, 8, 9."
 
