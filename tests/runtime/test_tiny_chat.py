@@ -197,6 +197,8 @@ def recipe() -> Iterator[SimpleNamespace]:
     names = ("make_data", "model", "train")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TINY_CHAT))
+        for name in names:  # tiny-chat-2 has modules of these names too
+            patch.delitem(sys.modules, name, raising=False)
         train = importlib.import_module("train")
         network = importlib.import_module("model").TinyChat()
         importlib.import_module("model").load_weights(network, TINY_CHAT)

@@ -437,7 +437,7 @@ def test_the_commands_of_the_readme(server: Served) -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = re.findall(r"```bash\n(nemodiff serve .*?)```", text, re.DOTALL)
     command, curl = block.split("\n", 1)
-    assert command == "nemodiff serve engines/tiny-chat"  # as the server of these tests, but for the port
+    assert command == "nemodiff serve engines/tiny-chat-2"  # as the server of these tests, but for model and port
     assert "localhost:8000/" in curl
     words = ["bash", "-euc", curl.replace("localhost:8000", f"{server.host}:{server.port}")]
     answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
