@@ -86,7 +86,7 @@ def served(host: str, port: int) -> Client:
             if not line.startswith(b"data: {"):
                 continue
             chunk = json.loads(line[6:])
-            if "usage" in chunk:
+            if chunk["usage"]:  # null but for the last chunk
                 count = chunk["usage"]["completion_tokens"]
             elif new := chunk["choices"][0]["delta"].get("content"):
                 first = first or time.perf_counter() - began
