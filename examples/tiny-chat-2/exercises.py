@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import cache
 
 import tasks
+from model import CONFIG
 from tokenizers import Tokenizer
 
 LENGTH = 250  # tokens of a row
-END = 11  # <|im_end|>, after each answer
+END: int = CONFIG["eos_token_id"]  # after each answer
+MERGED = 384  # the first id that is neither a special token nor a byte
 VOCABULARY = tasks.WORDS + tasks.NAMES + tasks.ANIMALS + tasks.CITIES + tasks.OBJECTS
 
 Exercise = tuple[str, str]  # question and answer
@@ -91,7 +93,7 @@ def row(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[bool]
     learned: list[bool] = []
     while len(ids) < LENGTH:
         if draw is None:
-            pool = _words(tokenizer) if rng.random() < 0.5 else range(384, tokenizer.get_vocab_size())
+            pool = _words(tokenizer) if rng.random() < 0.5 else range(MERGED, tokenizer.get_vocab_size())
             given = rng.choices(pool, k=rng.randint(8, 24))
             answer = given * rng.randint(1, 2)
         else:

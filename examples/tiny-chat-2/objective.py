@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from exercises import LENGTH
 from exercises import row as exercise_row
 from make_data import example, render
 from model import CONFIG, TinyChat
@@ -164,9 +165,7 @@ def joint_mask(noisy: Noisy, length: int) -> Tensor:  # (B, 1, N + L, N + L) boo
 def exercises(tokenizer: Tokenizer, seed: str, positions: int, device: str) -> tuple[Tensor, Tensor]:
     """Rows of exercises, always the same for a seed: ids (B, L) i64, and which are learned, (B, L) bool."""
     rng = random.Random(seed)
-    first = exercise_row(tokenizer, rng)
-    rows = [first, *(exercise_row(tokenizer, rng) for _ in range(positions // len(first[0]) - 1))]
-    ids, learned = zip(*rows, strict=True)
+    ids, learned = zip(*(exercise_row(tokenizer, rng) for _ in range(positions // LENGTH)), strict=True)
     return torch.tensor(ids, device=device), torch.tensor(learned, device=device)
 
 
@@ -192,8 +191,8 @@ def joint(model: TinyChat, batch: Batch, generator: torch.Generator) -> Losses:
             joint_mask(noisy, length),
         )
         guesses = model.diffusion_head(hidden[:, :count][noisy.masked])  # (masked, V), for the token itself
-        causal = _next_token(model, hidden[:, count:-1], batch.tokens, batch.learned)
-    return causal._replace(diffusion=F.cross_entropy(guesses.float(), noisy.target[noisy.masked]))
+        read = _next_token(model, hidden[:, count:-1], batch.tokens, batch.learned)
+    return read._replace(diffusion=F.cross_entropy(guesses.float(), noisy.target[noisy.masked]))
 
 
 def _next_token(model: TinyChat, hidden: Tensor, tokens: Tensor, learned: Tensor) -> Losses:

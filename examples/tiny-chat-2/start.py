@@ -48,26 +48,25 @@ def write_copying(model: TinyChat, tokenizer: Tokenizer) -> None:
     said = torch.cat([said, normal(1, HIDDEN) * 0.01])
     gain = 1 / unit  # a value comes out as large as it is in the embedding
 
-    first = model.encoder.layers[0].self_attn
+    looking_back, copying = (model.encoder.layers[n].self_attn for n in range(2))
     phase = _phase(SHARP / (unit * CONSTANT) ** 2)
-    keys, queries = first.k_proj.weight, first.q_proj.weight.view(HEADS, HEAD_DIM, HIDDEN)
+    keys, queries = looking_back.k_proj.weight, looking_back.q_proj.weight.view(HEADS, HEAD_DIM, HIDDEN)
     keys[:HEAD_DIM], queries[:2] = 0, 0
     keys[:HEAD_DIM, 0] = phase
     for head in range(2):
         queries[head, :, 0] = math.sqrt(HEAD_DIM) * _turned(phase, head + 1)
-    first.v_proj.weight[:HEAD_DIM] = own
-    outputs = first.o_proj.weight.view(HIDDEN, HEADS, HEAD_DIM)
+    looking_back.v_proj.weight[:HEAD_DIM] = own
+    outputs = looking_back.o_proj.weight.view(HIDDEN, HEADS, HEAD_DIM)
     outputs[:, 0], outputs[:, 1] = gain * before.T, gain * second.T
 
-    second_layer = model.encoder.layers[1].self_attn
     grown = math.sqrt(HIDDEN) / math.sqrt(size**2 + 2 * HEAD_DIM * STD**2)
     slow = torch.arange(HEAD_DIM) % (HEAD_DIM // 2) >= FAST
     match = math.sqrt(MATCH / (int(slow.sum()) * (STD * grown) ** 2))
-    second_layer.q_proj.weight.copy_(math.sqrt(HEAD_DIM) * match * (own * slow[:, None]).repeat(HEADS, 1))
-    second_layer.k_proj.weight.copy_(match * torch.cat([before, own]) * slow.repeat(KV_HEADS)[:, None])
-    second_layer.v_proj.weight.copy_(torch.cat([own, before]))
+    copying.q_proj.weight.copy_(math.sqrt(HEAD_DIM) * match * (own * slow[:, None]).repeat(HEADS, 1))
+    copying.k_proj.weight.copy_(match * torch.cat([before, own]) * slow.repeat(KV_HEADS)[:, None])
+    copying.v_proj.weight.copy_(torch.cat([own, before]))
     strength = torch.tensor([1, SHARE, SHARE, SHARE]).repeat_interleave(HEAD_DIM)
-    second_layer.o_proj.weight.copy_(gain * said.T.repeat(1, HEADS) * strength)
+    copying.o_proj.weight.copy_(gain * said.T.repeat(1, HEADS) * strength)
     head = model.diffusion_head.weight
     head.copy_(normal(*head.shape) * 0.005 + 0.05 / STD * embedding @ own.T @ said)
 
@@ -81,12 +80,12 @@ def _forms(tokenizer: Tokenizer) -> list[list[int]]:
     return [sorted(ids) for ids in forms.values() if len(ids) > 1]
 
 
-def _phase(square: float) -> Tensor:
-    """A vector (D,) whose fast pairs have one squared length, such that the right offset scores `square`-fold."""
+def _phase(margin: float) -> Tensor:
+    """A vector (D,) whose product with itself, turned by a position, is smaller by `margin` than its square."""
     pairs = HEAD_DIM // 2
     fast = (torch.arange(pairs) < FAST).float()
     apart = float((fast * (1 - frequencies().cos())).sum())
-    return torch.cat([fast * math.sqrt(square / apart), torch.zeros(pairs)])
+    return torch.cat([fast * math.sqrt(margin / apart), torch.zeros(pairs)])
 
 
 def _turned(vector: Tensor, offset: int) -> Tensor:
