@@ -100,7 +100,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
     from ..runtime.requests.image_parts import plain_messages
     from ..runtime.requests.prepare import conversation, prepare
     from ..runtime.requests.settings import settle
-    from ..runtime.text.messages import checked_messages
+    from ..runtime.text.messages import checked_messages, with_open_end
 
     check_rows(engine, rows)
     known = set[str]()
@@ -108,7 +108,9 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
         try:
             if not isinstance(line.prompt, str):
                 system = line.options.get("system", flags.get("system"))
-                checked_messages(plain_messages(conversation(line.prompt, system))[0])
+                turns = checked_messages(plain_messages(conversation(line.prompt, system))[0])
+                if line.options.get("continue_final_message"):
+                    with_open_end(turns)
             kind = json.dumps({n: v for n, v in line.options.items() if n != "seed"}, sort_keys=True)
             if kind in known or len(known) == _SETS:
                 continue

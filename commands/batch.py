@@ -11,7 +11,7 @@ from . import options
 from .streams import TEXT
 
 
-@click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk"))
+@click.command(cls=options.RequestCommand)
 @options.engine
 @click.option(
     "--input",

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ..runtime.text.messages import Message
 
 
-@click.command(
-    cls=options.RequestCommand, left_out=("chat", "prefill_chunk", "logprobs", "confidences", "prompt_logprobs")
-)
+@click.command(cls=options.RequestCommand, left_out=("logprobs", "confidences", "prompt_logprobs"))
 @options.engine
 @options.generation_config
 @options.loading

@@ -93,6 +93,10 @@ def json_output(help: str = "Print one JSON object instead of text.") -> Decorat
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
+# What belongs to a conversation or to a server; --raw turns `chat` off.
+WITHOUT_FLAG = ("chat", "continue_final_message", "prefill_chunk")
+
+
 class RequestCommand(click.Command):
     """A command with an option for every option of a request, or for those that are `kept`, before --threads.
 
@@ -126,7 +130,7 @@ class RequestCommand(click.Command):
     def _request_options(self) -> list[click.Option]:
         from ..runtime.requests.options import OPTIONS
 
-        names = OPTIONS.keys() - set(self._left_out) if self._kept is None else set(self._kept)
+        names = OPTIONS.keys() - {*WITHOUT_FLAG, *self._left_out} if self._kept is None else set(self._kept)
         shown = [option for option in OPTIONS.values() if option.name in names]
         return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..runtime.requests.prepare import Prompt
 
 
-@click.command(cls=options.RequestCommand, left_out=("chat", "prefill_chunk"))
+@click.command(cls=options.RequestCommand)
 @options.engine
 @click.option("-p", "--prompt", type=TEXT, help="Answer this prompt. [default: standard input]")
 @click.option(

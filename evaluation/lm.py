@@ -87,10 +87,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, up to the assistant's turn or to the end of the beginning that is given of it."""
-        turns, beginning = (
-            (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
-        )
-        return self._text.render_chat(turns, self._thinking) + beginning
+        return self._text.render_chat(chat_history, self._thinking, continued=not add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text."""

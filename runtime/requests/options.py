@@ -113,6 +113,9 @@ class Options:
     stop_in_thinking: Annotated[bool, Help("End the answer at a stop text in its thoughts too.")] = False
     stop_token_ids: Annotated[tuple[int, ...], _MOST_IDS, Help("End the answer at this token id.")] = ()
     chat: Annotated[bool, Help("Put the prompt through the chat template.")] = True
+    continue_final_message: Annotated[
+        bool, Help("Continue the last message, an assistant's, instead of beginning an answer.")
+    ] = False
     system: Annotated[str | None, Help("Begin the conversation with this system text.", default="none")] = None
     thinking: Annotated[bool, Help("Let the model think before it answers.")] = False
     thinking_budget: Annotated[

@@ -26,6 +26,7 @@ from .tool_use import read_tool_use, template_variables
 
 _LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
 _NO_THOUGHTS = "thinking is ignored, since the chat template has no place for thoughts"
+_BEGUN = "thinking is ignored, since the answer has begun"
 Prompt = str | list[int] | list[Message]
 
 
@@ -34,14 +35,22 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     ids, images = _encoded(engine, prompt, options)
     marks = engine.text.thoughts
     opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
+    begun = _beginning(prompt, options)
+    if begun is not None and not opened:
+        opened = marks.left_open_by(begun)
     # Models with brackets think unasked.
     thinks = options.thinking or (options.chat and marks is BRACKETS)
-    ignored = options.thinking and not opened and _without_thoughts(engine, prompt, options, ids)
-    if ignored:
+    ignored = None
+    if options.thinking and not opened:
+        if begun is not None:
+            ignored = _BEGUN
+        elif _without_thoughts(engine, prompt, options, ids):
+            ignored = _NO_THOUGHTS
+    if ignored is not None:
         options = dataclasses.replace(options, thinking=False, thinking_budget=None)
     settings = settle(engine.info, engine.text, len(ids), options)
-    if ignored:
-        settings = dataclasses.replace(settings, warnings=(*settings.warnings, _NO_THOUGHTS))
+    if ignored is not None:
+        settings = dataclasses.replace(settings, warnings=(*settings.warnings, ignored))
     _check_memory(engine, len(ids), settings)
     budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
     planner = None
@@ -63,6 +72,12 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     cost = engine.cost if budgeted else None
     samples = engine.backend.samples
     return Sequence(engine.info.model, ids, settings, transcript, cost, planner, samples, opened, images)
+
+
+def _beginning(prompt: Prompt, options: Options) -> str | None:
+    """The beginning of the answer, where a conversation ends with that."""
+    last = prompt[-1] if options.continue_final_message else None
+    return str(plain_messages([last])[0][0]["content"]) if isinstance(last, Mapping) else None
 
 
 def _without_thoughts(engine: LoadedEngine, prompt: Prompt, options: Options, ids: list[int]) -> bool:
@@ -98,6 +113,11 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
 
 def _encoded(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[list[int], PromptImages | None]:
     """The prompt's token ids, and its images if it has some. Raises RequestError."""
+    continued = options.continue_final_message
+    if continued and not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping)):
+        raise RequestError(
+            "continue_final_message goes with messages, the last of which is the answer's beginning; leave it out"
+        )
     if isinstance(prompt, str):
         check_text(prompt, "prompt")
         if not options.chat:
@@ -124,12 +144,13 @@ def _encoded(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[li
     use = read_tool_use(engine.text, options)
     turns, sources = plain_messages(conversation(messages, options.system))
     shown = None if use is None else use.shown
+    variables = template_variables(options)
     if not sources:
-        return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))), None
+        return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, variables, continued)), None
     if not options.chat:
         raise RequestError("the prompt has an image and no chat template, which makes its place; leave out --raw")
     images = read_images(engine, sources)
-    ids = engine.text.encode_chat(turns, options.thinking, shown, template_variables(options))
+    ids = engine.text.encode_chat(turns, options.thinking, shown, variables, continued)
     return place_images(engine, ids, images)
 
 

@@ -59,15 +59,16 @@ class ChatTemplate:
         thinking: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        answer: bool = True,
     ) -> str:
-        """The conversation up to the start of the assistant's turn; `variables` are the template's own.
+        """The conversation, with the start of the assistant's turn if an answer is to follow.
 
-        Raises RequestError.
+        `variables` are the template's own. Raises RequestError.
         """
         if self.problem is not None:
             raise RequestError(f"{self.problem}; {_INSTEAD} for plain completion")
         try:
-            return self._rendered(messages, thinking, tools, variables or {})
+            return self._rendered(messages, thinking, tools, variables or {}, answer)
         except Exception as error:  # a template is a program: it can divide by zero
             raise RequestError(
                 f"the chat template refuses the conversation ({_short(error)}); change the messages, or {_INSTEAD}"
@@ -102,8 +103,9 @@ class ChatTemplate:
         thinking: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] = types.MappingProxyType({}),
+        answer: bool = True,
     ) -> str:
-        values = {"messages": messages, "tools": tools, "add_generation_prompt": True, "enable_thinking": thinking}
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": answer, "enable_thinking": thinking}
         template = self._template if tools is None else self._tool_template
         return str(template.render({"documents": None, **token_texts(self._config), **variables, **values}))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...engine_folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from ...errors import EngineError
+from ...errors import EngineError, RequestError
 from .chat_template import ChatTemplate, token_texts
-from .messages import CALL_MARKS, MISTRAL_CALL, Message, checked_messages, with_short_ids
+from .messages import CALL_MARKS, MISTRAL_CALL, OPEN_END, Message, checked_messages, with_open_end, with_short_ids
 from .special_tokens import SpecialTokens
 from .thoughts import BRACKETS, thoughts_of
 
@@ -72,6 +72,7 @@ class TextCodec:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continued: bool = False,
     ) -> list[int]:
         """Ids of a conversation that ends with the start of the assistant's turn.
 
@@ -80,11 +81,12 @@ class TextCodec:
             thinking: whether the prompt opens a think block.
             tools: definitions that the template shows, in OpenAI's form.
             variables: of the template, beside those that every template has.
+            continued: whether the last message is the beginning of the assistant's turn.
 
         Raises:
             RequestError: a message is malformed, the template refuses it, or there is no template.
         """
-        return self.encode_rendered(self.render_chat(messages, thinking, tools, variables))
+        return self.encode_rendered(self.render_chat(messages, thinking, tools, variables, continued))
 
     def render_chat(
         self,
@@ -92,16 +94,23 @@ class TextCodec:
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continued: bool = False,
     ) -> str:
         """The text of which `encode_rendered` makes the ids of `encode_chat`; raises as that does.
 
         Marks stand in it for special tokens that a message merely spells.
         """
         checked = checked_messages(messages)
+        if continued:
+            checked = with_open_end(checked)
         if MISTRAL_CALL in self._template.source:
             checked = with_short_ids(checked)
         quoted = [self._quoted_message(message) for message in checked]
-        prompt = self._template.render(quoted, thinking, self._quote(tools), self._quote(variables))
+        prompt = self._template.render(
+            quoted, thinking, self._quote(tools), self._quote(variables), answer=not continued
+        )
+        if continued:
+            return _up_to_open_end(prompt)
         # Templates with brackets know no `enable_thinking`; a model of theirs begins its thoughts by itself.
         opens = thinking and self.thoughts is BRACKETS and not self.thoughts.opened_by(prompt)
         return prompt + self.thoughts.open if opens else prompt
@@ -203,6 +212,15 @@ class TextCodec:
     def encode_plain(self, text: str) -> list[int]:
         """Ids of text and nothing else."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _up_to_open_end(prompt: str) -> str:
+    before, found, _ = prompt.rpartition(OPEN_END)
+    if not found:
+        raise RequestError(
+            "the chat template does not show the last message, which continue_final_message needs; leave it out"
+        )
+    return before
 
 
 class TokenOffsets:

@@ -18,6 +18,7 @@ MISTRAL_CALL = "[TOOL_CALLS]"
 MISTRAL_ID = "[CALL_ID]"
 MISTRAL_ARGUMENTS = "[ARGS]"
 CALL_MARKS = (CALL_OPEN, CALL_CLOSE, MISTRAL_CALL, MISTRAL_ID, MISTRAL_ARGUMENTS)
+OPEN_END = "TheAnswerGoesOnHere"  # no template takes it apart, and none strips the space before it
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -47,6 +48,23 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
             )
         checked.append(plain)
     return checked
+
+
+def with_open_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages with `OPEN_END` where the text of the last one, an assistant's, goes on. Raises RequestError."""
+    last = messages[-1]
+    role, content = last["role"], last["content"]
+    if role != "assistant":
+        wrong = f"is the {role}'s"
+    elif last.get("tool_calls"):
+        wrong = "calls tools"
+    elif not isinstance(content, str):
+        wrong = "is not text but a list of parts"
+    else:
+        return [*messages[:-1], {**last, "content": content + OPEN_END}]
+    raise RequestError(
+        f"continue_final_message is true and the last message {wrong}, allowed: the assistant's, of text; leave it out"
+    )
 
 
 def _texts(content: Any) -> list[str] | None:

@@ -16,6 +16,10 @@ class Thoughts:
         """Whether a prompt ends with the opening mark and space; a message may spell that mark, too."""
         return prompt.rstrip().endswith(self.open)
 
+    def left_open_by(self, beginning: str) -> bool:
+        """Whether the beginning of an answer ends inside of its thoughts."""
+        return beginning.rfind(self.open) > beginning.rfind(self.close)
+
     def may_begin(self, text: str) -> bool:
         """Whether a text, which does not begin inside a think block, may yet turn out to begin with one."""
         return self.open.startswith(text.lstrip("\n"))

@@ -125,7 +125,7 @@ class Chat(Templated, Generating):
             chosen["thinking_budget"] = self.thinking_budget
         if self.stop_in_thinking is not None:
             chosen["stop_in_thinking"] = self.stop_in_thinking
-        return chosen | self.template_options()
+        return chosen | self.template_options(self.messages)
 
 
 class Watched(Chat):

@@ -170,6 +170,7 @@ class Message(ConversationPart):
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    prefix: bool | None = Field(None, description="Continue this message, the last one, as continue_final_message.")
 
     @model_validator(mode="before")
     @classmethod

@@ -177,7 +177,7 @@ class Handlers:
                 check_text(body.prompt, "prompt")
                 return text.encode_plain(body.prompt) if body.add_special_tokens is False else text.encode(body.prompt)
             messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
-            return encode(self.engine, messages, make_options(body.template_options()))
+            return encode(self.engine, messages, make_options(body.template_options(body.messages)))
 
         tokens = await in_thread(encoded)
         return {

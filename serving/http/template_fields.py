@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from ...errors import RequestError
-from .body_parts import Body, NamedTool
+from .body_parts import Body, Message, NamedTool
 from .option_fields import option_field
 
 ToolChoice = Annotated[
@@ -28,8 +29,13 @@ class Templated(Body):
         None, description="Let the model think before it answers, unless it is none; the chat template gets it too."
     )
 
-    def template_options(self) -> dict[str, Any]:
-        """Options of the runtime, those that were given. Raises RequestError."""
+    continue_final_message: bool | None = option_field("continue_final_message")
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin an answer after the messages; false goes with continue_final_message."
+    )
+
+    def template_options(self, messages: Sequence[Message] | None) -> dict[str, Any]:
+        """Options of the runtime, those that were given for the messages. Raises RequestError."""
         effort = self.reasoning_effort
         variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
         variables |= self.chat_template_kwargs or {}
@@ -38,7 +44,15 @@ class Templated(Body):
             raise RequestError(f"chat_template_kwargs.enable_thinking is {thinks!r:.60}, allowed: true or false")
         if thinks is None and effort is not None:
             thinks = effort != "none"
+        continued = self.continue_final_message
+        if continued is None and messages and messages[-1].prefix:
+            continued = True
+        if continued and self.add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt are both true; give one of them")
+        if not continued and self.add_generation_prompt is False:
+            raise RequestError("add_generation_prompt is false, allowed with continue_final_message: true; give both")
         given = {
+            "continue_final_message": continued,
             "thinking": thinks if self.thinking is None else self.thinking,
             "tools": self.tools,
             "tool_choice": self.tool_choice.function.name

@@ -7,7 +7,7 @@ import click
 import pytest
 
 import nemodiff
-from nemodiff.commands.options import flag
+from nemodiff.commands.options import WITHOUT_FLAG, flag
 from nemodiff.commands.run import run
 from nemodiff.runtime.requests.options import OPTIONS
 
@@ -33,7 +33,7 @@ def test_flags_have_the_defaults_of_the_options() -> None:
     parameters = {one.name: one for one in run.get_params(context) if isinstance(one, click.Option)}
     values = context.params
     for name, option in OPTIONS.items():
-        if name not in ("chat", "prefill_chunk"):
+        if name not in WITHOUT_FLAG:
             assert parameters[name].opts == [flag(name)]
             assert values[name] == option.default or not (values[name] or option.default)
 

@@ -120,6 +120,18 @@ def test_a_conversation_goes_on_after_a_call(server: Served, client: anthropic.A
     assert chat["count"] == total
 
 
+def test_an_answer_that_has_begun_is_continued(server: Served, client: anthropic.Anthropic) -> None:
+    talk: list[Any] = [*ASKED, {"role": "assistant", "content": [{"type": "text", "text": "The weather in"}]}]
+    message = client.messages.create(model="tiny", max_tokens=8, messages=talk)
+    chat = {"messages": talk, "continue_final_message": True, "max_tokens": 8}
+    same = server.ask("/v1/chat/completions", chat, authorization="Bearer key")
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == same["choices"][0]["message"]["content"]
+    counted = client.messages.count_tokens(model="tiny", messages=talk)
+    assert counted.input_tokens == same["usage"]["prompt_tokens"]
+
+
 def test_an_error_of_a_tool_is_said(server: Served) -> None:
     def count(**result: Any) -> int:
         content = [{"type": "tool_result", "tool_use_id": "a", "content": "no such city", **result}]
@@ -216,6 +228,10 @@ def test_an_error_has_the_form_that_the_client_knows(server: Served) -> None:
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: Input should be 'custom'"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice has no name"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice is 'x', allowed: auto, none"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
+            "the last message calls tools; give their results",
+        ),
         ({"mcp_servers": [{"url": "x"}]}, "'mcp_servers' is not supported"),
         ({"max_token": 5}, "'max_token' is not supported; is max_tokens meant?"),
         ({"model": "claude"}, "model 'claude' is not here, allowed: tiny"),

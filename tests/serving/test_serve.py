@@ -209,6 +209,20 @@ def test_logprobs_structure_and_model_list(client: openai.OpenAI, engine: nemodi
     assert names == ["tiny", *(f"tiny:{mode}" for mode in nemodiff.MODES)]
 
 
+@pytest.mark.parametrize("asks", ["vllm", "mistral"])
+def test_the_last_message_is_continued(client: openai.OpenAI, engine: nemodiff.LoadedEngine, asks: str) -> None:
+    talk: list[Any] = [{"role": "user", "content": "Count from 3 to 9."}, {"role": "assistant", "content": "3, 4, 5,"}]
+    whole = nemodiff.generate(engine, talk, continue_final_message=True)
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    if asks == "mistral":
+        fields = {}
+        talk[-1]["prefix"] = True
+    answer = client.chat.completions.create(model="tiny", messages=talk, extra_body=fields)
+    assert answer.choices[0].message.content == whole.text
+    stream = client.chat.completions.create(model="tiny", messages=talk, extra_body=fields, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.text
+
+
 def test_errors_are_the_classes_of_the_client(client: openai.OpenAI, guarded: Served) -> None:
     with pytest.raises(openai.BadRequestError, match="is mode meant") as error:
         client.chat.completions.create(**chat(model="tiny"), extra_body={"moed": "ar"})
@@ -348,7 +362,9 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         ("/v1/completions", {"prompt": [[5], [5, 100]]}, "token id 100, the mask"),
         (CHAT, chat(echo=True), "'echo' is not supported"),
         (CHAT, chat(skip_special_tokens=False), "'skip_special_tokens' is not supported; leave it out"),
-        (CHAT, chat(add_generation_prompt=False), "'add_generation_prompt' is not supported; leave it out"),
+        (CHAT, chat(add_generation_prompt=False), "allowed with continue_final_message: true; give both"),
+        (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "both true; give one of them"),
+        (CHAT, chat(continue_final_message=True), "the last message is the user's"),
         ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_new_tokens is 0"),
         (
             "/v1/completions",

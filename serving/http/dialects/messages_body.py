@@ -102,6 +102,11 @@ class Counted(DialectBody):
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
         chosen = super().options()
+        last = self.messages[-1]
+        if last.role == "assistant":
+            if isinstance(last.content, list) and any(isinstance(block, ToolUseBlock) for block in last.content):
+                raise RequestError("the last message calls tools; give their results after it, as tool_result")
+            chosen["continue_final_message"] = True
         if self.tools:
             chosen["tools"] = [tool.plain() for tool in self.tools]
         if self.tool_choice is not None:
