@@ -27,6 +27,7 @@ from .methods import METHODS
 from .row import Row
 
 LONGEST_FREE = 16  # tokens of a hole without a length, unless its user says otherwise
+FIRST_PART = 8  # tokens of the text after a hole that every filling is judged by
 _HOLE = re.compile(r"\{hole(?::(\d+))?\}")
 
 Template = Sequence[str | int | None]  # text, and holes: their length in tokens, or None for a length that fits
@@ -199,13 +200,14 @@ def _search(
     best = chains[0]
     best_total = -np.inf
     for length in range(1, (size or longest) + 1):
-        chains = _grow(row, chains, min(width, PREFILL_CHUNK // (length + 1)), [row.mask_id, *eos_ids])
+        grown = _grow(row, chains, min(width, PREFILL_CHUNK // (length + 1)), [row.mask_id, *eos_ids])
+        chains = [chain for chain in grown if chain.score > best_total]  # what comes after can only lower it
+        if not chains:
+            break
         if size not in (None, length):
             continue
         for chain in chains:
-            if chain.score <= best_total:  # what comes after can only lower it
-                break
-            total = chain.score + _score(row, chain.tokens, suffix)
+            total = _score(row, chain, suffix, best_total)
             if total > best_total:
                 best, best_total = chain, total
     return best.tokens
@@ -240,15 +242,23 @@ def _grow(row: Row, chains: list[_Chain], width: int, never: list[int]) -> list[
     return sorted(grown, key=lambda chain: -chain.score)[:width]
 
 
-def _score(row: Row, filling: list[int], suffix: list[int]) -> float:
-    """Log-probability of the text after a filling, of at most what one pass holds."""
-    suffix = suffix[: PREFILL_CHUNK - len(filling)]
-    if not suffix:
-        return 0.0
-    pass_ = causal("verify", [row.tokens[-1], *filling, *suffix[:-1]], row.length - 1, logits=True)
-    predicted = np.arange(len(filling), len(filling) + len(suffix), dtype=np.int32)
-    scores = _log_probabilities(row, pass_._replace(predicted=predicted))
-    return float(scores[np.arange(len(suffix)), suffix].sum())
+def _score(row: Row, chain: _Chain, suffix: list[int], best: float) -> float:
+    """Log-probability of a filling and the text after it, of at most what one pass holds.
+
+    The text is read in parts that double, and no further where the filling is no better than `best`: what comes after
+    can only lower it.
+    """
+    ids = [row.tokens[-1], *chain.tokens, *suffix[: PREFILL_CHUNK - len(chain.tokens)]]
+    total = chain.score
+    done, size = 0, FIRST_PART
+    while (begin := max(done, len(chain.tokens))) < len(ids) - 1 and total > best:
+        end = min(begin + size, len(ids) - 1)
+        pass_ = causal("verify", ids[done:end], row.length - 1 + done, logits=True)
+        predicted = np.arange(begin - done, end - done, dtype=np.int32)
+        scores = _log_probabilities(row, pass_._replace(predicted=predicted))
+        total += float(scores[np.arange(end - begin), ids[begin + 1 : end + 1]].sum())
+        done, size = end, 2 * size
+    return total
 
 
 def _log_probabilities(row: Row, pass_: Pass) -> np.ndarray:  # (R, V) f32

@@ -3,6 +3,7 @@
 The oracles know no cache, no slots and no two intervals: each pass is a plain prefix and a plain pass.
 """
 
+import collections
 import json
 import math
 import random
@@ -24,6 +25,8 @@ import nemodiff
 from nemodiff.cli import main
 from nemodiff.runtime.editing.infill import LONGEST_FREE, parse_template
 from nemodiff.runtime.editing.methods import METHODS
+from nemodiff.runtime.editing.row import Row
+from nemodiff.runtime.engines.engine import Pass, Prediction
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fill-in" / "fill_in.py"
 DATA = load_make_data()
@@ -128,6 +131,27 @@ def test_free_length_equals_the_oracle_that_scores_everything(
     before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(prefix)
     expected = oracle_search(model, before, range(1, LONGEST_FREE + 1), engine.text.encode_plain(suffix), 2)
     assert got.token_ids == [expected]
+
+
+def test_a_filling_that_has_lost_is_not_read_to_the_texts_end(
+    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it grow: what comes after can only lower its probability."""
+    read = collections.Counter[str]()
+    run = Row.run
+
+    def noted(row: Row, pass_: Pass) -> Prediction:
+        read[pass_.kind] += len(pass_.ids)
+        return run(row, pass_)
+
+    monkeypatch.setattr(Row, "run", noted)
+    prefix, suffix = ANSWER[:3], ANSWER[7:]
+    got = nemodiff.infill(engine, prefix, suffix, prompt=CODE, longest=6, width=4)
+    after = engine.text.encode_plain(suffix)
+    before = engine.text.encode_chat([{"role": "user", "content": CODE}]) + engine.text.encode_plain(prefix)
+    assert got.token_ids == [oracle_search(model, before, range(1, 7), after, 4)]
+    assert len(after) < read["verify"] < 6 * 4 * len(after) / 2
+    assert read["decode"] < sum(4 * length for length in range(1, 7)) / 2
 
 
 @pytest.mark.parametrize("seed", range(6))
