@@ -24,7 +24,7 @@ from nemodiff.runtime.editing.infill import fill
 from nemodiff.runtime.editing.revise import revise
 from nemodiff.runtime.editing.row import Row
 from nemodiff.runtime.engines.engine import Pass, bidirectional, every_token
-from nemodiff.runtime.generate import generate
+from nemodiff.runtime.generate import generate, generate_many
 from nemodiff.runtime.loading import LoadedEngine, load
 
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "tokenizers")
@@ -48,14 +48,16 @@ Method = Callable[[LoadedEngine, Hole], tuple[list[int], int]]  # tokens and pas
 
 
 def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
-    """Holes at places where the texts around them are encoded as they are in the whole answer."""
+    """Holes of every task, at places where the texts around them are encoded as they are in the whole answer."""
     rng = random.Random(questions.SEED)
     plain = engine.text.encode_plain
     result = list[Hole]()
-    for q in questions.draw(per_task):
+    count = collections.Counter[str]()
+    for q in questions.draw(4 * per_task):
         ids = plain(q.answer)
-        if len(ids) < 3:  # nothing would stand on both sides of a hole
+        if count[q.task] == per_task or len(ids) < 3:  # nothing would stand on both sides of a hole
             continue
+        count[q.task] += 1
         while True:
             size = rng.randint(1, min(LONGEST, len(ids) - 2))
             at = rng.randint(1, len(ids) - size - 1)
@@ -156,11 +158,9 @@ def measure_holes(engine: LoadedEngine, hole_list: list[Hole], question: str) ->
 
 def measure_revision(engine: LoadedEngine, per_task: int) -> list[dict[str, Any]]:
     """Answers that the model itself gives right, with some tokens replaced by others of the vocabulary."""
-    question_list = [
-        q
-        for q in questions.draw(per_task)
-        if generate(engine, q.text, max_new_tokens=questions.LONGEST).text == q.answer
-    ]
+    drawn = questions.draw(per_task)
+    answers = generate_many(engine, [q.text for q in drawn], max_new_tokens=questions.LONGEST)
+    question_list = [q for q, answer in zip(drawn, answers, strict=True) if answer.text == q.answer]
     results = []
     for replaced in (0, *REPLACED_TOKENS):
         for keep in KEEPS:
@@ -223,7 +223,7 @@ def markdown(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure infill and revise against left to right.")
-    parser.add_argument("--per-task", type=int, default=20, help="answers per task, default 20")
+    parser.add_argument("--per-task", type=int, default=10, help="answers per task, default 10")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result files as they are")
     arguments = parser.parse_args()
