@@ -82,7 +82,7 @@ def measure(engines: dict[str, LoadedEngine], question_list: list[Question], row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what 8-bit projections cost the demonstration model.")
-    parser.add_argument("--per-task", type=int, default=40, help="questions per task, default 40")
+    parser.add_argument("--per-task", type=int, default=20, help="questions per task, default 20")
     parser.add_argument("--rows", type=int, default=8, help="questions decoded together, default 8")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, default 1")
     parser.add_argument("--no-write", action="store_true", help="print only; leave the result file as it is")

@@ -1,8 +1,9 @@
 """Compare every mode with the oracles, prompt by prompt and token for token.
 
-`compare_prompt` is what the test suite runs on a sample and what this file, run as a command, runs over the whole grid:
+`compare_prompt` is what the test suite runs on a sample, with tiny-chat, and what this file, run as a command, runs
+with the demonstration model over the whole grid, or over some cases of it drawn for each prompt:
 
-    python tests/equality.py --prompts 300 --output benchmarks/results/equality.json
+    python tests/equality.py --prompts 48 --cases 16 --output benchmarks/results/equality.json
     python tests/equality.py --prompts 200 --against transformers --output benchmarks/results/equality_transformers.json
 
 Passes are counted too, which shows that an adapter acts in drafts and nowhere else.
@@ -28,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oracle import reference
-from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_adapter
+from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, load_make_data, write_adapter
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -41,7 +42,7 @@ COMPARED = {
     "transformers": "token ids",
 }
 ADAPTER_PASSES = 7  # up to this limit the passes of a spoiled draft are counted too; beyond, they would take an hour
-SEED = 2026  # not one of the seeds tiny-chat was trained with
+SEED = 2026  # not one of the seeds that tiny-chat and tiny-chat-2 were trained with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +67,26 @@ class Difference:
 
 
 def questions(count: int) -> list[str]:
-    """Distinct held-out questions over all tasks."""
+    """Distinct held-out questions over all of tiny-chat's tasks."""
     data, rng = load_make_data(), random.Random(SEED)
     distinct: dict[str, None] = {}
     while len(distinct) < count:
         distinct[data.example(rng)[1]] = None
     return list(distinct)
+
+
+def questions_of_the_demonstration(count: int) -> list[str]:
+    """Distinct held-out questions over tiny-chat-2's tasks, the tasks in turn. It puts that folder on Python's path."""
+    sys.path.insert(0, str(TINY_CHAT_2))
+    from questions import TASKS, ask  # type: ignore[import-not-found]
+
+    rng = random.Random(SEED)
+    distinct: dict[str, None] = {}
+    for task in itertools.cycle(TASKS):
+        distinct[ask(task, rng)[0][-1]["content"]] = None
+        if len(distinct) == count:
+            return list(distinct)
+    return []
 
 
 @dataclasses.dataclass
@@ -83,13 +98,13 @@ class Setup:
     model: reference.ReferenceModel
 
     @classmethod
-    def make(cls, folder: Path, threads: int | None = None) -> Setup:
+    def make(cls, folder: Path, threads: int | None = None, checkpoint: Path = TINY_CHAT) -> Setup:
         """Build both engines below `folder`."""
         with_adapter = folder / "checkpoint"
-        shutil.copytree(TINY_CHAT, with_adapter)
+        shutil.copytree(checkpoint, with_adapter)
         write_adapter(with_adapter, rank=8, alpha=32, strength=0.2)  # strong enough to spoil the drafts
-        for checkpoint, name in ((TINY_CHAT, "plain"), (with_adapter, "adapted")):
-            Builder(checkpoint, folder / name).run()
+        for source, name in ((checkpoint, "plain"), (with_adapter, "adapted")):
+            Builder(source, folder / name).run()
         return cls(
             nemodiff.load(folder / "plain", threads=threads),
             nemodiff.load(folder / "adapted", threads=threads),
@@ -159,7 +174,7 @@ def compare_with_transformers(
     """Run every prompt through AR and through transformers' generate on the same weights."""
     from oracle import transformers_oracle
 
-    model, case = transformers_oracle.load(TINY_CHAT), Case("ar", 1, 0.0, max(LIMITS))
+    model, case = transformers_oracle.load(TINY_CHAT_2), Case("ar", 1, 0.0, max(LIMITS))
     for question in question_list:
         prompt = engine.text.encode_chat([{"role": "user", "content": question}])
         expected = transformers_oracle.greedy(model, prompt, case.max_new_tokens, sorted(engine.info.model.eos_ids))
@@ -167,21 +182,24 @@ def compare_with_transformers(
         yield case, None if got == expected else Difference(case, question, expected, got, math.nan)
 
 
-def _work(arguments: tuple[list[str], Path]) -> list[tuple[Case, Difference | None]]:
-    chunk, folder = arguments
-    setup = Setup.make(folder, threads=1)
+def _work(arguments: tuple[list[str], Path, int]) -> list[tuple[Case, Difference | None]]:
+    chunk, folder, count = arguments
+    setup = Setup.make(folder, 1, TINY_CHAT_2)
     done: list[tuple[Case, Difference | None]] = []
     for i, question in enumerate(chunk, 1):
-        done += compare_prompt(setup, question, grid())
+        cases = grid()
+        done += compare_prompt(setup, question, random.Random(question).sample(cases, min(count, len(cases))))
         print(f"{i} of {len(chunk)} prompts, {sum(d is not None for _, d in done)} differences", file=sys.stderr)
     return done
 
 
-def _run_grid(question_list: list[str], processes: int, folder: Path) -> list[tuple[Case, Difference | None]]:
-    """The whole grid, the prompts dealt out to processes of one thread each."""
+def _run_grid(
+    question_list: list[str], cases: int, processes: int, folder: Path
+) -> list[tuple[Case, Difference | None]]:
+    """So many cases of every prompt, the prompts dealt out to processes of one thread each."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
-    parts = [(question_list[i::processes], folder / str(i)) for i in range(processes)]
-    for _, part in parts:
+    parts = [(question_list[i::processes], folder / str(i), cases) for i in range(processes)]
+    for _, part, _ in parts:
         part.mkdir()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         return [pair for part in pool.map(_work, parts) for pair in part]
@@ -191,25 +209,27 @@ def main() -> None:
     """Run the comparison and write the result file; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=int, default=300, help="questions to compare, default 300")
+    parser.add_argument("--cases", type=int, default=len(grid()), help="of the grid for each, drawn; default all")
     parser.add_argument("--against", choices=["reference", "transformers"], default="reference", help="the oracle")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default one per core")
     parser.add_argument("--output", type=Path, required=True, help="result file to write")
     options = parser.parse_args()
-    started, question_list = time.time(), questions(options.prompts)
+    started, question_list = time.time(), questions_of_the_demonstration(options.prompts)
     packages = ["nemodiff", "numpy", "onnxruntime"]
     with tempfile.TemporaryDirectory() as folder:
         if options.against == "reference":
-            done = _run_grid(question_list, options.processes, Path(folder))
+            done = _run_grid(question_list, options.cases, options.processes, Path(folder))
         else:
             packages += ["torch", "transformers"]
-            engine = nemodiff.load(Builder(TINY_CHAT, Path(folder) / "plain").run())
+            engine = nemodiff.load(Builder(TINY_CHAT_2, Path(folder) / "plain").run())
             done = list(compare_with_transformers(engine, question_list))
     counts = collections.Counter(case.mode for case, _ in done)
     differences = [d for _, d in done if d is not None]
     values = {
-        "command": f"python tests/equality.py --prompts {options.prompts} --against {options.against}",
+        "command": f"python tests/equality.py {' '.join(sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "checkpoint": TINY_CHAT_2.name,
         "block_lengths": sorted({c.block_length for c, _ in done}),
         "thresholds": sorted({c.threshold for c, _ in done}),
         "max_new_tokens": sorted({c.max_new_tokens for c, _ in done}),

@@ -1,9 +1,9 @@
 """Compare every mode with the oracle and with AR when a request asks for more than the best token.
 
 `compare_causal` and `compare_diffusion` are what the test suite runs on a sample and what this file, run as a command,
-runs over many prompts:
+runs with the demonstration model over many prompts:
 
-    python tests/equality_sampled.py --prompts 300 --output benchmarks/results/equality_sampled.json
+    python tests/equality_sampled.py --prompts 48 --output benchmarks/results/equality_sampled.json
 
 Equality holds at any temperature, because noise belongs to a position and not to a pass.
 """
@@ -28,6 +28,7 @@ from typing import Any
 import equality
 from oracle import reference
 from oracle.reference_choice import Control, SamplingParams
+from stand_ins.checkpoints import TINY_CHAT_2
 
 import nemodiff
 
@@ -190,7 +191,7 @@ Done = list[tuple[str, str, Difference | None]]  # parameters, variant, differen
 
 def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
     chunk, folder = arguments
-    setup = equality.Setup.make(folder, threads=1)
+    setup = equality.Setup.make(folder, 1, TINY_CHAT_2)
     names = [*PARAMS, *GUIDES]
     cases = diffusion_cases()
     done = Done()
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="default one per core")
     parser.add_argument("--output", type=Path, required=True, help="result file to write")
     options = parser.parse_args()
-    started, numbered = time.time(), list(enumerate(equality.questions(options.prompts)))
+    started, numbered = time.time(), list(enumerate(equality.questions_of_the_demonstration(options.prompts)))
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # inherited
     with tempfile.TemporaryDirectory() as folder:
         parts = [(numbered[i :: options.processes], Path(folder) / str(i)) for i in range(options.processes)]
@@ -223,9 +224,10 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             done = [entry for part in pool.map(_work, parts) for entry in part]
     values = {
-        "command": f"python tests/equality_sampled.py --prompts {options.prompts}",
+        "command": f"python tests/equality_sampled.py {' '.join(sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {n: importlib.metadata.version(n) for n in ("nemodiff", "numpy", "onnxruntime", "llguidance")},
+        "checkpoint": TINY_CHAT_2.name,
         "compared": "ar and diffusion with the oracle, every other way with ar; token ids and finish reason, in "
         "diffusion passes by kind too",
         "max_new_tokens": NEW_TOKENS,

@@ -1,9 +1,12 @@
 """Every mode against the oracles on a sample of the grid, and what must hold whatever the oracle says.
 
-The whole grid is run by `tests/equality.py`; its result is benchmarks/results/equality.json.
+`tests/equality.py` runs the demonstration model over it; its result is benchmarks/results/equality.json.
 """
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import equality
@@ -37,6 +40,18 @@ def test_sample_of_the_grid_equals_the_oracles(setup: equality.Setup, number: in
 def test_grid_is_the_promised_one() -> None:
     cases = equality.grid()
     assert len(cases) == len(set(cases)) == 4 + 3 * 5 * 3 * 4
+
+
+@pytest.mark.parametrize("name", ["equality", "equality_sampled"])
+def test_the_commands_compare_the_demonstration_model(tmp_path: Path, name: str) -> None:
+    cases = ["--cases", "2"] if name == "equality" else []
+    command = [sys.executable, f"tests/{name}.py", "--prompts", "1", *cases, "--processes", "1", "--output"]
+    root = Path(__file__).parents[2]
+    subprocess.run([*command, tmp_path / "result.json"], cwd=root, check=True, capture_output=True, timeout=240)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["checkpoint"], result["prompts"], result["differences"]) == ("tiny-chat-2", 1, [])
+    assert result["equal"] == result["requests"]
+    assert sum(result["requests"].values()) >= 2
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
+TINY_CHAT_2 = TINY_CHAT.with_name("tiny-chat-2")
 DTYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
