@@ -27,7 +27,7 @@ from .commands.streams import settle_streams
 from .commands.trace import trace
 from .commands.triton import triton
 from .commands.verify import verify
-from .contract import MODES
+from .contract import MODES, QUANTIZATIONS
 from .errors import NemodiffError
 from .runtime.sampling.policies import POLICIES
 
@@ -54,8 +54,8 @@ class _Group(click.Group):
 
 
 def _normalize(token: str) -> str:
-    """A flag with hyphens; values of --mode and --policy pass through here too and keep their underscores."""
-    return token if token in (*MODES, *POLICIES) else token.replace("_", "-")
+    """A flag with hyphens; values of a choice pass through here too and keep their underscores."""
+    return token if token in (*MODES, *POLICIES, *QUANTIZATIONS) else token.replace("_", "-")
 
 
 @click.group(

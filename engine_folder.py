@@ -237,6 +237,9 @@ def read_engine(folder: Path) -> EngineInfo:
 
 
 def _check_is_engine(folder: Path, again: str) -> None:
+    if folder.is_file():
+        ours = folder.parent if is_engine(folder.parent) else "the one that nemodiff build has made"
+        raise EngineError(f"{folder}: a file, expected an engine folder; give {ours}")
     if not folder.is_dir():
         raise EngineError(
             f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"

@@ -14,6 +14,15 @@ from . import options
 from .streams import TEXT
 
 
+def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...]) -> tuple[str, ...]:
+    for key in keys:
+        if not key or key != key.strip():
+            raise click.BadParameter(
+                f"{key!r:.20} is empty or has space around it, which no client can send; give another key, or none"
+            )
+    return keys
+
+
 @click.command()
 @options.engine
 @options.host
@@ -29,6 +38,7 @@ from .streams import TEXT
     type=TEXT,
     multiple=True,
     envvar="NEMODIFF_API_KEY",
+    callback=_check_keys,
     help="Require this key from clients; repeat the option to allow several.",
 )
 @click.option(
@@ -43,7 +53,7 @@ from .streams import TEXT
 )
 @click.option(
     "--mode",
-    type=click.Choice(MODES),
+    type=click.Choice([*MODES, "auto"]),
     default="linear_spec",
     show_default=True,
     help="Decode in this mode where a request names none.",

@@ -114,6 +114,8 @@ def _load(tasks: Sequence[str], num_fewshot: int | None) -> Any:
         if path.is_dir():
             inside = TaskManager(include_path=path, include_defaults=False)
             specs, folder = inside.all_subtasks, path
+            if not specs:
+                raise RequestError(f"--tasks: {task}: no task files in it; give a folder that holds some (YAML)")
         elif path.is_file():
             specs, folder = [str(path.resolve())], path.parent
         elif task not in manager.all_tasks:

@@ -170,4 +170,7 @@ def check_rows(engine: LoadedEngine, rows: object) -> None:
     """Refuse a number of rows that the engine was not built for. Raises RequestError."""
     limit = engine.info.build.max_batch_size
     if not isinstance(rows, int) or not 1 <= rows <= limit:
-        raise RequestError(f"rows is {rows!r}, allowed: 1 to {limit}; build the engine with a larger --max-batch-size")
+        raise RequestError(
+            f"rows is {rows!r}, allowed: 1 to {limit}; choose one of these, or build the engine with a larger "
+            "--max-batch-size"
+        )

@@ -54,6 +54,8 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
 
     Raises CheckpointError.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file, expected a checkpoint folder; give the folder that it is in")
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such folder; give a checkpoint folder or a hub id like nvidia/Nemotron-Labs-Diffusion-8B"

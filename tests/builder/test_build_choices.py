@@ -85,7 +85,10 @@ def test_checkpoint_that_is_not_there(tmp_path: Path, refused: Refused, name: st
 
 def test_checkpoint_that_is_a_file(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(["build", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "engine")], "no such folder; give a")
+    refused(
+        ["build", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "engine")],
+        "model.safetensors: a file, expected",
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import nemodiff
+from nemodiff.cli import main
 from nemodiff.commands.options import WITHOUT_FLAG, flag
 from nemodiff.commands.run import run
 from nemodiff.runtime.requests.options import OPTIONS
@@ -18,6 +20,12 @@ SCRIPT = "scripts/write-option-table"
 def test_the_page_on_serving_has_the_options_as_they_are() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     assert page == runpy.run_path(str(ROOT / SCRIPT))["rewritten"](page), f"docs/serving.md is old; run {SCRIPT}"
+
+
+def test_choices_are_shown_as_everything_else_spells_them() -> None:
+    told = CliRunner().invoke(main, ["build", "--help"])
+    assert "fp8_dynamic]" in told.stdout
+    assert "fp8-dynamic" not in told.stdout
 
 
 def test_every_help_text_is_one_sentence() -> None:

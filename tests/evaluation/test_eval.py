@@ -229,6 +229,12 @@ def test_tasks_that_cannot_be_had_are_one_line(
     refused(["eval", str(tiny_engine), "--tasks", "nothing.yaml"], "--tasks: ", fragment)
 
 
+def test_a_folder_without_tasks_is_one_line(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
+    refused(
+        ["eval", str(tiny_engine), "--tasks", str(tmp_path)], f"--tasks: {tmp_path}: no task files", "give a folder"
+    )
+
+
 def test_without_the_extra_one_line_says_how_to_get_it(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemodiff.evaluation.evaluate", None)
     result = CliRunner().invoke(main, ["eval", str(tiny_engine), "--tasks", "x"])

@@ -209,7 +209,12 @@ def test_checkpoint_is_not_an_engine(tmp_path: Path, checkpoint: Path, refused: 
 
 
 def test_file_is_not_an_engine(engine: Path, refused: Refused) -> None:
-    refused(["run", str(engine / "model.onnx"), "-p", "x"], "model.onnx: no such folder; expected an engine made by")
+    refused(
+        ["run", str(engine / "model.onnx"), "-p", "x"], f"model.onnx: a file, expected an engine folder; give {engine}"
+    )
+    stranger = engine.parent / "letter.txt"
+    stranger.touch()
+    refused(["run", str(stranger), "-p", "x"], "letter.txt: a file, expected an engine folder; give the one that")
 
 
 def test_libraries_print_nothing_beside_the_line(engine: Path) -> None:
