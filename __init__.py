@@ -12,7 +12,15 @@ import os
 from typing import TYPE_CHECKING
 
 from .contract import MODES
-from .errors import BuildError, BusyError, CheckpointError, EngineError, NemodiffError, RequestError
+from .errors import (
+    BuildError,
+    BusyError,
+    CheckpointError,
+    ContextLengthError,
+    EngineError,
+    NemodiffError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from .runtime.editing.infill import Filled, fill, infill
@@ -24,8 +32,12 @@ if TYPE_CHECKING:
     from .runtime.requests.generation import Acceptance, Generation
     from .runtime.requests.generation_config import sampling_defaults
     from .runtime.requests.options import Options
+    from .runtime.requests.token_logprobs import TokenLogprobs
     from .runtime.scheduler import Scheduler, Statistics
     from .runtime.score import Score, score, score_many
+    from .runtime.tools.answer import ToolCall
+
+    __version__: str
 
 # ONNX Runtime looks at this when it is imported, which nothing above does. With its telemetry on it keeps a device id
 # and a database in the user's cache folder and sends events to its vendor; =0 leaves it on.
@@ -43,8 +55,10 @@ _LAZY = {
     "runtime.requests.generation": ("Acceptance", "Generation"),
     "runtime.requests.generation_config": ("sampling_defaults",),
     "runtime.requests.options": ("Options",),
+    "runtime.requests.token_logprobs": ("TokenLogprobs",),
     "runtime.scheduler": ("Scheduler", "Statistics"),
     "runtime.score": ("Score", "score", "score_many"),
+    "runtime.tools.answer": ("ToolCall",),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -56,6 +70,7 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "Committed",
+    "ContextLengthError",
     "EngineError",
     "Event",
     "Filled",
@@ -74,6 +89,9 @@ __all__ = [
     "Statistics",
     "Step",
     "Text",
+    "TokenLogprobs",
+    "ToolCall",
+    "__version__",
     "events",
     "fill",
     "generate",
@@ -89,9 +107,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    value: object
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("nemodiff")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
-    value: object = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import importlib.metadata
 import pickle
 import subprocess
 import sys
@@ -91,6 +93,14 @@ def test_public_names_come_from_where_type_checkers_see_them() -> None:
         assert getattr(nemodiff, name) is getattr(importlib.import_module(f"nemodiff.{module}"), name)
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         nemodiff.lod  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_version_and_what_answers_consist_of_are_public() -> None:
+    assert nemodiff.__version__ == importlib.metadata.version("nemodiff")
+    fields = {field.name: field.type for field in dataclasses.fields(nemodiff.Generation)}
+    for name, kind in {"tool_calls": "ToolCall", "logprobs": "TokenLogprobs", "acceptance": "Acceptance"}.items():
+        assert kind in fields[name]
+        assert hasattr(nemodiff, kind)
 
 
 def test_public_classes_and_functions_are_pickled_by_name() -> None:

@@ -35,7 +35,10 @@ Template = Sequence[str | int | None]  # text, and holes: their length in tokens
 
 @dataclasses.dataclass(frozen=True)
 class Filled:
-    """A text with its holes filled; `holes` and `token_ids` hold each filling as text and as tokens."""
+    """A text with its holes filled; `holes` and `token_ids` hold each filling as text and as tokens.
+
+    nfe: passes by kind. total_ms: milliseconds of wall clock.
+    """
 
     text: str
     holes: list[str]

@@ -23,7 +23,10 @@ from .row import Row
 
 @dataclasses.dataclass(frozen=True)
 class Revised:
-    """A revised text; `changed` counts its tokens that differ from the text given, which has as many."""
+    """A revised text; `changed` counts its tokens that differ from the text given, which has as many.
+
+    nfe: passes by kind. total_ms: milliseconds of wall clock.
+    """
 
     text: str
     token_ids: list[int]

@@ -29,6 +29,9 @@ class Acceptance:
 class Generation:
     """A finished request. Times are milliseconds of wall clock; docs/semantics.md defines the counts.
 
+    text, token_ids: the answer. prompt_tokens: of the whole prompt. mode, block_length, threshold: as they were used.
+    nfe: passes by kind. decode_tpf, e2e_tpf: tokens per pass, prefill left out and all; None without a pass.
+    adapter_tokens: those forwarded with the drafter adapter. timings_ms: load, queued, prefill, decode and total.
     reused_tokens: of the prompt, those whose K/V were copied from an earlier request. finish_reason: `stop`, `length`,
     or `cancelled`, and then the text is what had been decided by then. logprobs, confidences: one per token, None
     unless requested. prompt_logprobs: one per token of the prompt, None for the first, which nothing stands before.
