@@ -77,9 +77,12 @@ class Rows:
 
         Its seconds are None where they say nothing of its cost.
         """
-        tokens = sum(p.ids.size for p in passes)
+        tokens, prefills = 0, False
+        for p in passes:
+            tokens += p.ids.size
+            prefills = prefills or p.kind == "prefill"
         self.counts.forwards += 1
         self.counts.tokens += tokens
         self.counts.padding += computed - tokens
-        if self._cost is not None and seconds is not None and all(p.kind != "prefill" for p in passes):
+        if self._cost is not None and seconds is not None and not prefills:
             self._cost.learn(computed, seconds)

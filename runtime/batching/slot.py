@@ -97,8 +97,7 @@ def committed(sequence: Sequence) -> list[int]:
     return (sequence.prompt + sequence.tokens)[: sequence.length]
 
 
-@dataclasses.dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """A forward that has ended."""
 
     slots: list[Slot]

@@ -7,10 +7,12 @@ lies contiguous in the cache and nothing is moved. See docs/semantics.md.
 
 from __future__ import annotations
 
-import dataclasses
+import bisect
+import functools
 import itertools
+import operator
 from collections.abc import Generator
-from collections.abc import Sequence as Tokens
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from .ar import Loop, prompt_parts
 
 _FREE = CostCurve((1, PREFILL_CHUNK), (1.0, 1.0))  # all passes cost the same
 _USUAL = 5.0  # tokens of a pass with a draft, before anything is known: of drafts kept with a chance of 0.8
+_RECENT = 16  # passes by whose tokens a draft's worth is known
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
@@ -56,8 +59,16 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layout:
+class _Inputs(NamedTuple):
+    """A layout's inputs of a pass at position 0, and which entries of `visible` grow with the position."""
+
+    pos: np.ndarray  # (S,) i32
+    visible: np.ndarray  # (S, 3) i32
+    grows: np.ndarray  # (S, 3) i32
+    adapter: np.ndarray  # (S,) f32
+
+
+class _Layout(NamedTuple):
     """A pass of `heads` tokens and, in order, the mask groups `{accepted: size}`."""
 
     heads: int
@@ -71,18 +82,10 @@ class _Layout:
         """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
         start, count = sequence.length, self.tokens
         ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
-        pos = np.empty(count, np.int32)
-        pos[: self.heads] = np.arange(start, start + self.heads)
-        visible = np.zeros((count, 3), np.int32)
-        visible[: self.heads, 0] = pos[: self.heads] + 1
-        at = self.heads
-        for accepted, size in self.groups.items():
-            pos[at : at + size] = np.arange(start + accepted, start + accepted + size)
-            visible[at : at + size] = (start + accepted, start + at, start + at + size)
-            at += size
-        adapter = np.repeat(np.array([0, 1], np.float32), [self.heads, count - self.heads])
+        inputs = _inputs(self.heads, tuple(self.groups.items()))
+        pos, visible = inputs.pos + start, inputs.visible + start * inputs.grows
         logits = not sequence.selector.plain
-        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=adapter, logits=logits)
+        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=inputs.adapter, logits=logits)
 
     def next_draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
         """What the group of `accepted` proposes; nothing if that group was left out."""
@@ -92,6 +95,23 @@ class _Layout:
                 return propose(sequence, prediction, at, size)
             at += size
         return Draft([], [])
+
+
+@functools.lru_cache(maxsize=1024)
+def _inputs(heads: int, groups: tuple[tuple[int, int], ...]) -> _Inputs:
+    """The inputs of a layout's passes: the same layouts come again and again."""
+    count = heads + sum(size for _, size in groups)
+    pos = np.arange(count, dtype=np.int32)
+    visible = np.zeros((count, 3), np.int32)
+    visible[:heads, 0] = pos[:heads] + 1
+    grows = np.ones((count, 3), np.int32)
+    grows[:heads, 1:] = 0
+    at = heads
+    for accepted, size in groups:
+        pos[at : at + size] = np.arange(accepted, accepted + size)
+        visible[at : at + size] = (accepted, at, at + size)
+        at += size
+    return _Inputs(pos, visible, grows, np.repeat(np.array([0, 1], np.float32), [heads, count - heads]))
 
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
@@ -138,47 +158,51 @@ def _group_size(sequence: Sequence, emitted: int) -> int:
 
 def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     """All heads and groups, or those that promise the most tokens per second."""
-    most = min(1 + len(draft.tokens), sequence.remaining)
-    sizes = {accepted: _group_size(sequence, accepted) for accepted in range(1, most + 1)}
-    sizes = {accepted: size for accepted, size in sizes.items() if size}
+    remaining, block = sequence.remaining, sequence.block_length
+    most = min(1 + len(draft.tokens), remaining)
+    drafting = range(1, min(most, remaining - 2) + 1 if block > 1 else 0)  # a group has two masks at least
+    sizes = {accepted: min(block, remaining - accepted) for accepted in drafting}
     if sequence.cost is None:
         return _Layout(most, sizes)
-    reached = [1.0, *itertools.accumulate(draft.confidence, lambda a, b: a * b)][:most]
+    reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
     # Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
-    useful = [float(kept) for kept, seen in zip(sequence.accepted, sequence.verified, strict=True) if seen > 1]
-    best = _best(reached, sizes, useful, sequence.cost.curve)
+    passes = zip(reversed(sequence.accepted), reversed(sequence.verified), strict=True)
+    useful = [*itertools.islice((kept for kept, seen in passes if seen > 1), _RECENT), _USUAL]
+    worth = sum(useful) / len(useful) - 1
+    best = _best(reached, sizes, worth, sequence.cost.curve)
     more = max(2 * best.tokens, 1 + max(sizes.values(), default=0))
-    return _best(reached, sizes, useful, _FREE, more) if sequence.cost.wants(more) else best
+    return _best(reached, sizes, worth, _FREE, more) if sequence.cost.wants(more) else best
 
 
 def _best(
-    reached: Tokens[float], sizes: dict[int, int], useful: list[float], cost: CostCurve, most: int = PREFILL_CHUNK
+    reached: list[float], sizes: dict[int, int], worth: float, cost: CostCurve, most: int = PREFILL_CHUNK
 ) -> _Layout:
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
-    is needed times what a draft is worth: the mean of `useful`, the tokens that passes with a draft have given so far.
-    A layout has at most `most` tokens.
+    is needed times what a draft is `worth`. A layout has at most `most` tokens.
     """
-    useful = [*useful[-16:], _USUAL]
-    worth = sum(useful) / len(useful) - 1
+    seconds = cost.seconds
     best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
-    earlier: list[tuple[float, int]] = []  # chance and number of the groups before the last head
+    earlier: list[tuple[float, int]] = []  # chance and number, negative, of the groups before the last head, in order
     for heads, chance_of_all in enumerate(reached, 1):
         if chance_of_all < _UNLIKELY:
             break
         tokens_of_heads += chance_of_all
-        next_pass, size, tokens, taken = cost.seconds(heads), heads, tokens_of_heads, 0
-        rate = tokens / (cost.seconds(size) + next_pass)
-        ranked = sorted([*earlier, (chance_of_all, heads)], reverse=True) if heads in sizes else []
+        next_pass, size, tokens, taken = seconds(heads), heads, tokens_of_heads, 0
+        rate = tokens / (next_pass + next_pass)
+        ranked = earlier
+        if heads in sizes:
+            ranked = earlier.copy()
+            bisect.insort(ranked, (-chance_of_all, -heads))
         for chance, number in ranked:
-            size, tokens = size + sizes[number], tokens + chance * worth
-            if size > most or (longer := tokens / (cost.seconds(size) + next_pass)) <= rate:
+            size, tokens = size + sizes[-number], tokens - chance * worth
+            if size > most or (longer := tokens / (seconds(size) + next_pass)) <= rate:
                 break
             rate, taken = longer, taken + 1
         if rate > best_rate:
-            best = _Layout(heads, {number: sizes[number] for _, number in ranked[:taken]})
+            best = _Layout(heads, {-number: sizes[-number] for _, number in ranked[:taken]})
             best_rate = rate
         if heads < len(reached) and heads in sizes:
-            earlier.append((chance_of_all - reached[heads], heads))
+            bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
     return best

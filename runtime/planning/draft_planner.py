@@ -5,6 +5,8 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +21,8 @@ _WEIGHT = 4.0  # verifies that a prior is worth
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_STAY = 8  # passes of quadratic_spec with the same block: each verifies the draft that the one before it has made
+_STAY = 8  # how often a plan is taken at most before the next is made, and always one of quadratic_spec: each of its
+# passes verifies the draft that the one before it has made
 _GROUPED = 32.0  # passes of quadratic_spec that its estimate is worth
 
 
@@ -44,11 +47,10 @@ class AcceptanceStatistics:
 
         They are left out for being unlikely, so without them a draft would seem better than it is.
         """
-        chance = 1.0
-        for at, confidence in enumerate(confidences[: MAX_BLOCK - 1 - kept], kept):
-            self.seen[at] += chance
-            chance *= confidence
-            self.kept[at] += chance
+        reached = [1.0, *itertools.accumulate(confidences[: MAX_BLOCK - 1 - kept], operator.mul)]
+        end = kept + len(reached) - 1
+        self.seen[kept:end] += reached[:-1]
+        self.kept[kept:end] += reached[1:]
 
     def chances(self, prior: np.ndarray | float) -> np.ndarray:
         """The chance of each position to be kept if all before it were; prior and result (MAX_BLOCK - 1,) f64."""
@@ -114,7 +116,8 @@ class DraftPlanner:
         self._modes = modes
         self._passes_without_draft = 0
         self._plan = Plan("ar", 1)  # the last one
-        self._stay = 0  # passes for which it stands yet
+        self._stood = 1  # how often it was to be taken
+        self._standing = 0  # and is yet
         self._expected = (0.0, 0.0)  # tokens and seconds of the pass that is planned, if it is one of quadratic_spec
 
     def plan(self) -> Plan:
@@ -123,21 +126,21 @@ class DraftPlanner:
         Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
         where ar is the best, at times a short draft.
         """
-        expected = self.expected()
-        if self._stay:
-            self._stay -= 1
-        else:
+        if not self._standing:
+            expected, before = self.expected(), self._plan
             self._plan = self._next(expected)
-            self._stay = _STAY - 1 if self._plan.mode == "quadratic_spec" else 0
-        plan = self._plan
-        self._expected = (float(expected[plan.size - 1]), self._costs.curve.seconds(_tokens(plan)))
-        return plan
+            self._expected = (float(expected[self._plan.size - 1]), self._costs.curve.seconds(_tokens(self._plan)))
+            # One that is chosen again stands longer.
+            self._stood = min(2 * self._stood, _STAY) if self._plan == before else 1
+            self._standing = _STAY if self._plan.mode == "quadratic_spec" else self._stood
+        self._standing -= 1
+        self._passes_without_draft = self._passes_without_draft + 1 if self._plan.mode == "ar" else 0
+        return self._plan
 
     def _next(self, expected: np.ndarray) -> Plan:
         best = self._best(expected)
         if best.mode == "ar":
-            self._passes_without_draft += 1
-            if self._passes_without_draft % _PROBE == 0 or self._costs.wants(_PROBE_BLOCK):
+            if self._passes_without_draft >= _PROBE or self._costs.wants(_PROBE_BLOCK):
                 best = Plan("linear_spec", _PROBE_BLOCK)
         else:
             at = BLOCKS.index(best.size)

@@ -7,6 +7,7 @@ by. Figures of single sizes are what must be right, and those that no pass has m
 from __future__ import annotations
 
 import collections
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ _HALF_LIFE = 128  # passes after which one counts half, so that a size that runs
 _LOWER = (0.05, 0.35)  # of the passes of a size, in the order of their seconds
 _TRUST = 0.5  # passes that the prior's shape is worth at each size
 _FAR = 16.0  # a pass of twice the size says as much about a size as this part of one of the size itself
-_REFIT = 8  # passes after which the curve is made anew
+_REFIT = 8  # passes after which the curve is made anew, and this part of those that it is made of
 _GAP = 6  # passes between two that are taken to learn what they cost
 _KNOWN = 3.0  # passes of about a size that make its cost known
 
@@ -47,7 +48,7 @@ class PassCosts:
         if self._curve is None:
             prior = self._make_prior() if callable(self._make_prior) else self._make_prior
             self._prior = self._curve = without_noise(prior)
-        if self._passes - self._fitted >= _REFIT:
+        if self._passes - self._fitted >= max(_REFIT, len(self._met) // _REFIT):
             self._fit()
         return self._curve
 
@@ -62,12 +63,12 @@ class PassCosts:
         """Take in a forward of `size` tokens, padding included, that has predicted all of them."""
         self._met.append((size, seconds))
         self._passes += 1
+        self._evidence[_knot(size)] += 1
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""
         self.curve  # noqa: B018  (brings the evidence up to date)
-        knot = min(max(round(math.log2(size)), 0), len(SIZES) - 1)
-        if self._passes - self._probed < _GAP or self._evidence[knot] >= _KNOWN:
+        if self._passes - self._probed < _GAP or self._evidence[_knot(size)] >= _KNOWN:
             return False
         self._probed = self._passes
         return True
@@ -77,17 +78,24 @@ class PassCosts:
         prior = self._prior
         assert prior is not None
         self._fitted = self._passes
-        sizes, seconds = np.array(tuple(self._met)).T
-        off = np.log(seconds / [prior.seconds(int(size)) for size in sizes])  # (n,) f64
+        met, seconds = np.array(tuple(self._met)).T
+        sizes, which = np.unique(met, return_inverse=True)
+        off = np.log(seconds / np.array([prior.seconds(int(size)) for size in sizes])[which])  # (n,) f64
         recent = 0.5 ** (np.arange(len(off))[::-1] / _HALF_LIFE)  # (n,)
         common = _lower_mean(np.append(off, 0.0), np.append(recent, _TRUST)[None])  # (1,)
-        near = recent * _FAR ** -((np.log2(SIZES)[:, None] - np.log2(sizes)) ** 2)  # (knots, n)
+        near = recent * (_FAR ** -((np.log2(SIZES)[:, None] - np.log2(sizes)) ** 2))[:, which]  # (knots, n)
         trust = np.full((len(SIZES), 1), _TRUST)
         corrections = _lower_mean(np.append(off, common), np.concatenate([near, trust], axis=1))
         logs = np.log([prior.seconds(size) for size in SIZES]) + corrections
         evidence = near.sum(axis=1)
         self._evidence = evidence.tolist()
         self._curve = CostCurve(SIZES, tuple(np.exp(_rising(logs, evidence + _TRUST)).tolist()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _knot(size: int) -> int:
+    """The index in `SIZES` of the one nearest to a size."""
+    return min(range(len(SIZES)), key=lambda at: abs(math.log2(SIZES[at] / size)))
 
 
 def _lower_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

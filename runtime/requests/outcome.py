@@ -24,7 +24,7 @@ class Draft:
     confidence: list[float]
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class PassOutcome:
     """One pass as its loop leaves it; a prediction itself is never written to.
 

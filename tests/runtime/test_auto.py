@@ -11,7 +11,7 @@ import nemodiff
 from nemodiff.errors import RequestError
 from nemodiff.runtime import generate
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, Plan
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests import prepare as request
 
@@ -98,9 +98,20 @@ def test_the_plan_follows_acceptance_and_cost() -> None:
 
 def test_plans_of_one_token_look_again_at_times() -> None:
     planner = fed(8, 1, ("ar", "linear_spec", "quadratic_spec"), EACH_PAID)
-    modes = [planner.plan().mode for _ in range(64)]
-    assert modes.count("linear_spec") == 2
-    assert modes.count("ar") == 62
+    modes = [planner.plan().mode for _ in range(96)]
+    drafts = [at for at, mode in enumerate(modes) if mode == "linear_spec"]
+    assert len(drafts) == 2
+    assert modes.count("ar") == 94
+    assert drafts[1] - drafts[0] > 32
+
+
+def test_a_plan_that_is_right_again_stands_longer() -> None:
+    planner = fed(8, 8, ("linear_spec",), MIXED)
+    made = list[object]()
+    planner._next = lambda expected: made.append(expected) or Plan("linear_spec", 8)  # type: ignore[method-assign]
+    for _ in range(1 + 2 + 4 + 8 + 8):
+        planner.plan()
+    assert len(made) == 5
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
