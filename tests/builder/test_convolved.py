@@ -3,12 +3,13 @@ else is in its pass."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.checkpoints import TINY_CHAT, write_adapter
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -17,7 +18,6 @@ from nemodiff.errors import EngineError
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.loading import LoadedEngine
 
-DRAFTER = TINY_CHAT.parent / "tiny-chat-drafter/linear_spec_lora"
 IDS = [(7 * i + 200) % 800 for i in range(48)]
 
 
@@ -34,7 +34,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection, "CONVOLVED_BYTES", (0, 2**33))
         patch.setattr("platform.machine", lambda: "x86_64")
-        folder = build(tmp_path_factory.mktemp("convolved") / "engine", adapter=DRAFTER)
+        at = tmp_path_factory.mktemp("convolved")
+        with_adapter = shutil.copytree(TINY_CHAT, at / "checkpoint")
+        write_adapter(with_adapter, rank=8, alpha=32, strength=0.02)
+        folder = build(at / "engine", adapter=with_adapter / "linear_spec_lora")
         assert "Conv" in ops(folder)
         return nemodiff.load(folder, threads=1)
 

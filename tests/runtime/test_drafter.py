@@ -5,8 +5,6 @@ The gate is broken on purpose in the graph of a built engine; loading must refus
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import equality
@@ -16,13 +14,12 @@ import pytest
 from conftest import Refused
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
-from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+from stand_ins.checkpoints import write_adapter, write_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
 
 QUESTIONS = equality.questions(4)
-SHIPPED = TINY_CHAT.parent / "tiny-chat-drafter" / "linear_spec_lora"
 
 
 @pytest.fixture(scope="module")
@@ -143,36 +140,3 @@ def test_stats_tell_of_the_adapter(setup: equality.Setup) -> None:
     for engine, has_adapter in ((setup.adapted, True), (setup.plain, False)):
         shown = CliRunner().invoke(main, ["run", str(engine.folder), "-p", QUESTIONS[0], "--stats"]).stderr
         assert ("drafter adapter on" in shown) == has_adapter
-
-
-def test_the_shipped_adapter_drafts_better_and_changes_no_answer(setup: equality.Setup, tmp_path: Path) -> None:
-    drafter = nemodiff.load(Builder(TINY_CHAT, tmp_path / "engine", adapter=SHIPPED).run(), threads=1)
-    lengths: dict[str, list[int]] = {"plain": [], "drafter": []}
-    for question in equality.questions(40):
-        plain, drafted = (nemodiff.generate(e, question, max_new_tokens=128) for e in (setup.plain, drafter))
-        assert drafted.token_ids == plain.token_ids
-        lengths["plain"] += plain.acceptance.lengths
-        lengths["drafter"] += drafted.acceptance.lengths
-    means = {name: sum(n) / len(n) for name, n in lengths.items()}
-    assert means["drafter"] > 1.05 * means["plain"]
-
-
-@pytest.mark.torch
-def test_training_writes_the_released_layout_and_repeats(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    for name in ("one", "two"):
-        command = [sys.executable, "-B", "train_drafter.py", "--out", str(tmp_path / name), "--steps", "2"]
-        command += ["--answers", "12", "--batch", "2", "--drafts", "2"]
-        subprocess.run(command, cwd=TINY_CHAT, check=True, capture_output=True, timeout=240)
-    files = ["adapter_config.json", "adapter_model.safetensors"]
-    for name in files:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    shipped, written = (load_file(folder / files[1]) for folder in (SHIPPED, tmp_path / "one"))
-    assert {name: t.shape for name, t in written.items()} == {name: t.shape for name, t in shipped.items()}
-    assert (tmp_path / "one" / files[0]).read_bytes() == (SHIPPED / files[0]).read_bytes()
-    nemodiff.load(Builder(TINY_CHAT, tmp_path / "engine", adapter=tmp_path / "one").run())  # it acts after two steps
-
-
-def test_tiny_chat_itself_has_no_adapter() -> None:
-    """Its recorded results are without one."""
-    assert not (TINY_CHAT / "linear_spec_lora").exists()

@@ -19,6 +19,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.runtime.text.codec import TextCodec
 
 FOLDER = Path(__file__).parents[2] / "examples" / "tiny-chat-2"
+SHIPPED = FOLDER.with_name("tiny-chat-2-drafter") / "linear_spec_lora"
 SHOWN = json.loads((FOLDER / "tools.json").read_text())
 DRAW = """
 import json, random
@@ -69,9 +70,10 @@ torch.set_num_threads(1)
 objective.POOL = 16
 out = Path(sys.argv[1])
 save_checkpoint(TinyChat(), out / "checkpoint")
-run = Run(Recipe(out / "checkpoint", out / "linear_spec_lora", 1e-9, 400, 4, 2e-3, 1, "cpu", 1))
-run.train()
-save_adapter(run.drafters, 4, out / "linear_spec_lora")
+for name in ("again", "linear_spec_lora"):
+    run = Run(Recipe(out / "checkpoint", out / name, 1e-9, 400, 4, 2e-3, 1, "cpu", 1))
+    run.train()
+    save_adapter(run.drafters, 4, out / name)
 for batch in run._held_out:
     drafts = drafts_of(batch, 3)
     for row, (prompt, answer) in enumerate(zip(batch.prompt.tolist(), batch.answer.tolist())):
@@ -148,16 +150,43 @@ def test_training_goes_on_where_it_stopped_and_gives_a_checkpoint(tmp_path: Path
 @pytest.mark.torch
 def test_a_trained_drafter_is_an_adapter_that_drafts_for_the_same_tokens(tmp_path: Path) -> None:
     told = ran(DRAFTER, str(tmp_path))
-    assert told.count("held out") == 2
+    assert told.count("held out") == 2 * 2
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "linear_spec_lora" / name).read_bytes()
     checkpoint, adapter = tmp_path / "checkpoint", tmp_path / "linear_spec_lora"
     builder = Builder(checkpoint, tmp_path / "engine", adapter=adapter)
     assert builder.plan().adapter_rank == 4
     weights = load_file(adapter / "adapter_model.safetensors")
     assert all(weights[name].any() for name in weights)
+    shipped = load_file(SHIPPED / "adapter_model.safetensors")
+    assert {name: [32 if size == 4 else size for size in w.shape] for name, w in weights.items()} == {
+        name: list(w.shape) for name, w in shipped.items()
+    }
+    config, shipped_config = (json.loads((folder / "adapter_config.json").read_text()) for folder in (adapter, SHIPPED))
+    assert config | {"r": 32, "lora_alpha": 128.0} == shipped_config
     engine = nemodiff.load(builder.run(), threads=1)
     answers = [nemodiff.generate(engine, "Hello", mode=mode, max_new_tokens=9) for mode in ("ar", "linear_spec")]
     assert answers[0].token_ids == answers[1].token_ids
     assert answers[1].adapter_tokens > 0
+
+
+def test_the_shipped_adapter_drafts_better_and_changes_no_answer(engine: nemodiff.LoadedEngine, tmp_path: Path) -> None:
+    drafter = nemodiff.load(Builder(FOLDER, tmp_path / "engine", adapter=SHIPPED).run(), threads=1)
+    asked = [json.loads(line) for line in ran(ASK, str(tmp_path), "2").splitlines()]
+    lengths: dict[str, list[int]] = {"plain": [], "drafter": []}
+    for _, messages, tools, *_ in asked:
+        prompt = engine.text.encode_chat(messages, False, tools)
+        plain, drafted = (nemodiff.generate(e, prompt, max_new_tokens=128) for e in (engine, drafter))
+        assert drafted.token_ids == plain.token_ids
+        lengths["plain"] += plain.acceptance.lengths
+        lengths["drafter"] += drafted.acceptance.lengths
+    means = {name: sum(n) / len(n) for name, n in lengths.items()}
+    assert means["drafter"] > 1.05 * means["plain"]
+
+
+def test_tiny_chat_2_itself_has_no_adapter() -> None:
+    """Its recorded results are without one."""
+    assert not (FOLDER / "linear_spec_lora").exists()
 
 
 def test_questions_are_asked_as_in_training(tmp_path: Path) -> None:
