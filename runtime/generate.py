@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..errors import NemodiffError
+from ..errors import NemodiffError, RequestError
 from .batching.batch import Batch, kept_prefixes
 from .batching.slot import PassResult
 from .engines.engine import Engine, Pass, Prediction
@@ -84,6 +84,8 @@ def events(
     The arguments are those of `generate_many`; `steps` reports every pass, `text` text before a request's end.
     Prompts are taken as rows become free. Raises RequestError.
     """
+    if isinstance(prompts, str):
+        raise RequestError(f"prompts is {prompts!r:.60}, allowed: a list of prompts; for one there is generate")
     chosen = make_options(options)
     check_rows(engine, rows)
     sequences = (prepare(engine, prompt, chosen) for prompt in prompts)

@@ -59,6 +59,8 @@ def score(
     Raises:
         RequestError: an argument is out of range, or prompt and continuation do not fit.
     """
+    if isinstance(continuations, str):
+        raise RequestError(f"continuations is {continuations!r:.60}, allowed: a list of texts or of token ids")
     return list(score_many(engine, ((prompt, one) for one in continuations), chat=chat, top=top, rows=rows))
 
 

@@ -177,13 +177,13 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
             raise RequestError(
                 f"--length of a hole is {part!r}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
             )
+    if all(isinstance(one, list) for one in parts):
+        raise RequestError("the template has no hole; give one as its length in tokens, or None")
     for one, after in zip(parts, [*parts[1:], []], strict=True):
         if one is None and (method == "block" or not isinstance(after, list) or not after):
             raise RequestError(
                 "a hole without --length needs --method search and text after it; give the hole's length in tokens"
             )
-    if all(isinstance(one, list) for one in parts):
-        raise RequestError("the template has no hole; give one as its length in tokens, or None")
     return parts
 
 

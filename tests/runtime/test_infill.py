@@ -279,7 +279,7 @@ def test_wrong_requests_are_one_line(
     refused([arguments[0], str(tiny_engine), *arguments[1:]], fragment, code=code)
 
 
-@pytest.mark.parametrize("template", [[1.5], ["a", True], ["a", "b"]])
+@pytest.mark.parametrize("template", [[1.5], ["a", True], ["a", "b"], []])
 def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, template: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"allowed: 1 to 64|no hole"):
         nemodiff.fill(engine, template, prompt=CODE)

@@ -192,6 +192,7 @@ def test_a_prompt_of_one_token_has_no_logprobs_but_an_end(engine: nemodiff.Loade
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
+        (("x", "ab"), "continuations is 'ab', allowed: a list"),  # and not one of a letter each
         (("x", [""]), "a continuation is empty"),
         (("x", [[]]), "a continuation is empty"),
         (("x", [[True]]), "continuation is \\[True\\], allowed: text or a list of token ids"),
@@ -215,5 +216,7 @@ def test_a_limit_of_nothing_needs_something_to_score(engine: nemodiff.LoadedEngi
         nemodiff.generate(engine, "x", max_new_tokens=0)
     with pytest.raises(nemodiff.RequestError, match="rows is 9, allowed: 1 to 8"):
         nemodiff.score(engine, "x", ["y"], rows=9)
+    with pytest.raises(nemodiff.RequestError, match="prompts is 'Hi', allowed: a list of prompts"):
+        nemodiff.generate_many(engine, "Hi")
     with pytest.raises(nemodiff.RequestError, match="prompt_logprobs is 101, allowed: 0 to 100"):
         nemodiff.score(engine, "x", ["y"], top=101)
