@@ -28,7 +28,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 RESULTS = sorted((FOLDER / "results").glob("*.json"))
 SCRIPTS = (
     "accuracy",
+    "aiperf",
     "auto",
+    "batch",
     "build_memory",
     "build_tensorrt",
     "context",
@@ -43,6 +45,7 @@ SCRIPTS = (
     "make_checkpoint",
     "mask_lowering",
     "quadratic",
+    "replicas",
     "serving",
     "sampling",
     "speed",
@@ -254,6 +257,33 @@ def test_accuracy_scores_text_after_thoughts_and_leaves_open_tasks_out() -> None
     assert "| easy | 50.0 / 0.75 | 100.0 / 2.00 |" in page
     assert "| open | - / 0.50 |" in page
     assert "quadratic self-speculation gave AR's tokens in 3 of 3 answers" in page
+
+
+AIPERF = """
+import json, sys
+from pathlib import Path
+import aiperf
+print(json.dumps([aiperf.rows(Path(sys.argv[1])), aiperf.command("aiperf", "http://x", "m", 4, 8)]))
+"""
+FIGURES = """Metric,avg,min,max,p1,p50,p99,std
+Request Latency (ms),3.0,1.0,5.0,1.0,2.5,4.9,0.1
+Usage Prompt Tokens (tokens),1,1,1,1,1,1,0
+
+Metric,Value
+Request Count (requests),8.0
+"""
+
+
+def test_what_aiperf_exports_becomes_a_table(tmp_path: Path) -> None:
+    (tmp_path / "figures.csv").write_text(FIGURES)
+    command = [sys.executable, "-c", AIPERF, str(tmp_path / "figures.csv")]
+    shown = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True, timeout=120).stdout
+    table, words = json.loads(shown)
+    assert table == [
+        ["Request Latency (ms)", "3.0", "1.0", "5.0", "4.9", "2.5"],
+        ["Request Count (requests)", "8.0", "", "", "", ""],
+    ]
+    assert words[words.index("--tokenizer") + 1].endswith("examples/tiny-chat-2")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
