@@ -98,6 +98,3 @@ def paged(bits: KvBits | None) -> Op:
             ),
         ),
     )
-
-
-PAGED = paged(None)

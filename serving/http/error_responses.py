@@ -130,7 +130,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
     if status == 400 and error.detail == _UNREADABLE:
-        return error_response(400, error_body(400, "the body cannot be read; send a JSON object, nested less deeply"))
+        return error_response(
+            400, error_body(400, "the body cannot be read; send a JSON object in UTF-8, nested less deeply")
+        )
     if status not in (404, 405):
         return error_response(status, error_body(status, str(error.detail)), error.headers)
     message = f"{request.method} {request.url.path:.100}: {error.detail}; the routes are in /openapi.json"

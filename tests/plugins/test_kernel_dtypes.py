@@ -179,7 +179,7 @@ def test_rotation(model: ModelConfig, dtype: str, size: int) -> None:
         "k_pages": normal(14, dtype, pages, kv, PAGE, width),
         "v_pages": normal(15, dtype, pages, kv, PAGE, width),
     }
-    (q,), after = launch(rope_write.PAGED, model, dtype, case)
+    (q,), after = launch(rope_write.paged(None), model, dtype, case)
     expected = {name: array.copy() for name, array in case.items()}
     check(q, rope_write.paged_reference(**expected, heads=heads), dtype)
     check(after["k_pages"], expected["k_pages"], dtype)

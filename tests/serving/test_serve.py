@@ -389,7 +389,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, b"{", "not JSON"),
         (CHAT, b"[]", "body"),
         (CHAT, b'{"messages": \xff}', "body"),
-        (CHAT, b"[" * 100_000, "the body cannot be read; send a JSON object, nested less deeply"),
+        (CHAT, b"[" * 100_000, "the body cannot be read; send a JSON object in UTF-8, nested less deeply"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", "body"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
