@@ -75,7 +75,8 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--no-warmup",
             is_flag=True,
-            help="Capture a torch engine's passes on a GPU when they first come, not at loading.",
+            help="Load sooner: capture a torch engine's passes on a GPU when they first come, and leave the weights of "
+            "one for ONNX Runtime in small pages.",
         ),
         click.option(
             "--tp-size",

@@ -102,7 +102,8 @@ def load(
         device: "cpu", "cuda", or a GPU by CUDA's number, as 1 or "cuda:1"; None is what the engine was built for, and
             for a torch engine a GPU if there is one.
         gpu_memory_utilization: share of a GPU's memory that a torch engine takes for weights, passes and K/V.
-        warmup: capture the passes of decoding now, for a torch engine on a GPU, and not when they first come.
+        warmup: do at once what makes passes quicker: a torch engine on a GPU captures those of decoding, the weights of
+            one for ONNX Runtime move into large pages (Linux).
         progress: show a bar of that on standard error, if it is a terminal.
         tp_size: processes, a GPU each, that hold a torch engine's weights and K/V together (tensor parallelism); they
             are started, unless torchrun has started this one among them. None is torchrun's number, or 1.
@@ -131,7 +132,7 @@ def load(
     if info.manifest.backend == "onnxruntime":
         from .engines.onnxruntime.engine import OnnxRuntimeEngine
 
-        backend = OnnxRuntimeEngine(folder, info, threads)
+        backend = OnnxRuntimeEngine(folder, info, threads, warmup=warmup)
     elif info.manifest.backend == "torch":
         from .engines.torch.rank import open_engine
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ....contract import CONVOLVED, Binding, inputs, on_x86, vision_inputs
-from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
+from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
+from . import large_pages
 from .cache import OnnxRuntimeCache
 from .memory import FIRST_ROOM
 
@@ -30,6 +31,7 @@ class OnnxRuntimeEngine:
         folder: the engine folder.
         info: its description, from `engine_folder.read_engine`.
         threads: CPU threads of a forward; None lets ONNX Runtime take one per physical core.
+        warmup: move the weights into large pages, where they are more than a processor's cache holds.
 
     Raises:
         EngineError: the graph cannot be loaded.
@@ -38,12 +40,14 @@ class OnnxRuntimeEngine:
     samples = False
     pages = None
 
-    def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None, *, warmup: bool = False) -> None:
         self.session = _open_session(folder / MODEL_FILE, inputs(info.model, info.has_adapter, info.build.kv_bits), threads)
         vision = info.model.vision
         self._vision = (
             _open_session(folder / VISION_MODEL_FILE, vision_inputs(vision), threads) if vision is not None else None
         )
+        if warmup and (folder / WEIGHTS_FILE).stat().st_size >= large_pages.LEAST:
+            large_pages.gather()
         self.info = info
         self._closed: list[OnnxRuntimeCache] = []
         self._lock = threading.Lock()  # of _closed: requests may run in several threads
