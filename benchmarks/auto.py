@@ -165,7 +165,7 @@ def main() -> None:
         return
     figures = {"dtype": "f32", "questions": len(drawn), "cost_ms": curves, "tokens_per_second": engines}
     figures["ratios_by_curve"] = {name: ratios(results, "curve") for name, results in engines.items()}
-    path = record.write("auto", origin, goals, figures)
+    path = record.write("auto", origin, goals, {"checkpoint": record.MODEL.name, **figures})
     path.with_suffix(".md").write_text(table(engines, origin, len(drawn)), encoding="utf-8")
 
 

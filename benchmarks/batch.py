@@ -65,6 +65,7 @@ def main() -> None:
     unlike = sum(run.answers != runs[1][0].answers for kind in runs.values() for run in kind)
     ratio = statistics.median(two.rate / one.rate for one, two in zip(runs[1], runs[2], strict=True))
     figures = {
+        "checkpoint": record.MODEL.name,
         "rows": arguments.rows,
         "rounds": arguments.rounds,
         "ratio": ratio,

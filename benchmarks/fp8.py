@@ -110,7 +110,9 @@ def main() -> None:
         record.goal("answers of linear_spec unlike the same engine's ar", unlike, "at most", 0, "answers"),
     ]  # fmt: skip
     if not arguments.no_write:
-        record.write("fp8", origin, goals, {"weight_bytes": weights, "settings": results})
+        record.write(
+            "fp8", origin, goals, {"checkpoint": record.MODEL.name, "weight_bytes": weights, "settings": results}
+        )
 
 
 if __name__ == "__main__":

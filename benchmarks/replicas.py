@@ -138,6 +138,7 @@ def main() -> None:
             whole, two = load(port, arguments.clients, arguments.seconds)
             killed, _ = load(port, arguments.clients, arguments.seconds, at_half=replicas[0][0].kill)
     figures = {
+        "checkpoint": record.MODEL.name,
         "clients": arguments.clients,
         "answers_per_s": {"one replica": one, "two replicas": two},
         "ends": {"two replicas": dict(whole), "one of two killed half-way": dict(killed)},

@@ -233,7 +233,9 @@ def main() -> None:
                     record.goal(f"{name}, {mode}, first token later", f["first_later_ms"], "at most", 20, "ms")
                 )
                 goals.append(record.goal(f"{name}, {mode}, other texts", f["other_texts"], "at most", 0, "answers"))
-    record.write("serving", origin, goals, {"tokens": arguments.tokens, "modes": figures})
+    record.write(
+        "serving", origin, goals, {"checkpoint": record.MODEL.name, "tokens": arguments.tokens, "modes": figures}
+    )
     (record.RESULTS / "serving.md").write_text(page, encoding="utf-8")
 
 

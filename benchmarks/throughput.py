@@ -197,7 +197,7 @@ def main() -> None:
     ]
     shape = {size: round(seconds * 1e3, 3) for size, seconds in zip(curve.sizes, curve.times, strict=True)}
     values = {"requests": len(workload), "rows": arguments.rows, "rounds": arguments.rounds, "cost_ms": shape}
-    record.write("throughput", origin, goals, {**values, "ways": figures})
+    record.write("throughput", origin, goals, {"checkpoint": record.MODEL.name, **values, "ways": figures})
     (record.RESULTS / "throughput.md").write_text(page, encoding="utf-8")
 
 

@@ -206,7 +206,9 @@ def main() -> None:
         goals.append(record.goal(f"{name}, throughput", s["throughput_ratio"], "at least", 0.9, "of bare"))
         goals.append(record.goal(f"{name}, first text later", s["later_by_ms"], "at most", 20, "ms"))
     about = {**origin, "versions": {**origin["versions"], **versions}}
-    record.write("triton_load", about, goals, {"one_stream": single, "perf_analyzer": runs})
+    record.write(
+        "triton_load", about, goals, {"checkpoint": record.MODEL.name, "one_stream": single, "perf_analyzer": runs}
+    )
 
 
 if __name__ == "__main__":
