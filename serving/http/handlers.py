@@ -100,7 +100,8 @@ class Handlers:
         # Such APIs have no limit that is too high: it is a bound, and clients send that of their own model.
         room = {"max_new_tokens": self.engine.info.build.max_seq_len, "fit": True}
         options = self._enforceable(with_seed(room | options | body.options()))
-        writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body)
+        codec = self.engine.text if "logprobs" in options else None
+        writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
         group = self._request_group(request)
         await group.submit([((await self._prompts(body))[0], options)])
         if not body.stream:

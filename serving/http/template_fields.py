@@ -11,10 +11,43 @@ from ...errors import RequestError
 from .body_parts import Body, Message, NamedTool
 from .option_fields import option_field
 
+
+class AllowedFunctions(Body):
+    """The tools that may be called, by their names."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedTools(Body):
+    """The tools that may be called, of those that are offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+def _kind(choice: Any) -> str:
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    if kind == "allowed_tools":
+        return "allowed"
+    return "name" if isinstance(choice, dict | NamedTool) else "word"
+
+
 ToolChoice = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedTool, Tag("name")],
-    Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedTool) else "word"),
+    Annotated[Literal["auto", "none", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("name")]
+    | Annotated[AllowedTools, Tag("allowed")],
+    Discriminator(_kind),
 ]
+
+
+def allowed(offered: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The offered tools of these names, in OpenAI's older form. Raises RequestError for one that is not offered."""
+    by_name = {function.get("name"): tool for tool in offered if isinstance(function := tool.get("function"), dict)}
+    for name in names:
+        if name not in by_name:
+            raise RequestError(f"tool_choice allows {name!r:.60}, which is no tool that is given; allow those of tools")
+    return [tool for name, tool in by_name.items() if name in names]
 
 
 class Templated(Body):
@@ -51,13 +84,16 @@ class Templated(Body):
             raise RequestError("continue_final_message and add_generation_prompt are both true; give one of them")
         if not continued and self.add_generation_prompt is False:
             raise RequestError("add_generation_prompt is false, allowed with continue_final_message: true; give both")
+        tools, choice = self.tools, self.tool_choice
+        if isinstance(choice, AllowedTools):
+            functions = choice.allowed_tools
+            tools = allowed(tools or [], [tool.function.name for tool in functions.tools])
+            choice = functions.mode
         given = {
             "continue_final_message": continued,
             "thinking": thinks if self.thinking is None else self.thinking,
-            "tools": self.tools,
-            "tool_choice": self.tool_choice.function.name
-            if isinstance(self.tool_choice, NamedTool)
-            else self.tool_choice,
+            "tools": tools,
+            "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "chat_template_kwargs": variables or None,
         }

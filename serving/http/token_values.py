@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence as Values
 from typing import Any
 
@@ -21,6 +22,45 @@ def chat_logprobs(codec: TextCodec, tokens: Values[int], logprobs: Values[TokenL
         top = [described(*candidate) for candidate in one.top]
         content.append({**described(token, one.logprob), "top_logprobs": top})
     return {"content": content, "refusal": None}
+
+
+class ContentTokens:
+    """The tokens of an answer whose text is content, and not thoughts, calls or the marks around these.
+
+    The parts of an answer do not say where they come from, so each is looked for in the bytes of the tokens, in order.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._told = collections.deque[tuple[int, TokenLogprobs]]()
+        self._open = b""  # the bytes of the last token that the text so far has not
+
+    def tell(self, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> None:
+        """The answer's next tokens."""
+        self._told.extend(zip(tokens, logprobs, strict=True))
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """The log-probabilities of the tokens that begin in the next thoughts or content, told before."""
+        wanted = self._rest_after(text.encode())
+        taken = list[tuple[int, TokenLogprobs]]()
+        while wanted and self._told:
+            token, one = self._told.popleft()
+            raw = self._codec.token_bytes(token)
+            for piece, target in ((raw, wanted), (raw.lstrip(), wanted.lstrip())):  # space at a part's ends may be gone
+                if piece and target and (target.startswith(piece) or piece.startswith(target)):
+                    taken.append((token, one))
+                    wanted, self._open = target[len(piece) :], piece[len(target) :]
+                    break
+        tokens, logprobs = [token for token, _ in taken], [one for _, one in taken]
+        content: list[dict[str, Any]] = chat_logprobs(self._codec, tokens, logprobs)["content"]
+        return content
+
+    def _rest_after(self, text: bytes) -> bytes:
+        """The text without what of it is the last token's."""
+        done, self._open = self._open, b""
+        if done.startswith(text):
+            self._open = done[len(text) :]
+        return text.removeprefix(done) if not self._open else b""
 
 
 class TokenValues:

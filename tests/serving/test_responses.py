@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pydantic
 import pytest
 from stand_ins.http_server import Served, serving
+
+from nemodiff.runtime.requests.token_logprobs import TokenLogprobs
+from nemodiff.serving.http.token_values import ContentTokens
 
 QUESTION = "What is the weather in Rome?"
 WEATHER: Any = {
@@ -23,7 +27,13 @@ WEATHER: Any = {
         "required": ["city", "days"],
     },
 }
+TIME: Any = {"type": "function", "name": "time", "parameters": {"type": "object", "properties": {}}}
+LOGPROBS: Any = ["message.output_text.logprobs"]
 MODES = ("ar", "linear_spec", "quadratic_spec")
+
+
+def named(name: str, **more: str) -> dict[str, Any]:
+    return {"type": "function", "name": name, **more}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +127,7 @@ def test_text_and_its_end_are_streamed(client: openai.OpenAI) -> None:
     [
         {"tools": [WEATHER], "tool_choice": "required", "reasoning": {"effort": "low"}, "thinking_budget": 4},
         {"max_output_tokens": 3, "metadata": {"order": "7"}},
+        {"include": LOGPROBS, "top_logprobs": 2, "max_output_tokens": 9},
     ],
 )
 def test_what_is_sent_is_of_openai_s_types(server: Served, fields: dict[str, Any]) -> None:
@@ -200,14 +211,118 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
     assert isinstance(json.loads(client.responses.create(model="tiny", input=QUESTION, text=form).output_text), dict)
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_are_the_only_ones(client: openai.OpenAI, server: Served, mode: Any) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": QUESTION, "max_output_tokens": 300}
+    choice: Any = {"type": "allowed_tools", "mode": mode, "tools": [named("weather"), {"type": "web_search"}]}
+    tools = [TIME, WEATHER, {"type": "web_search"}]
+    limited = client.responses.create(**asked, tools=tools, tool_choice=choice)
+    alone = client.responses.create(**asked, tools=[WEATHER], tool_choice=mode)
+    assert limited.output_text == alone.output_text
+    assert [(i.name, i.arguments) for i in limited.output if i.type == "function_call"] == [
+        (i.name, i.arguments) for i in alone.output if i.type == "function_call"
+    ]
+    assert [item.type for item in limited.output] == (["function_call"] if mode == "required" else ["message"])
+    assert [tool.type for tool in limited.tools] == ["function", "function", "web_search"]
+    assert limited.tool_choice.model_dump() == choice  # type: ignore[union-attr]
+    nested = [
+        {"type": "function", "function": {k: v for k, v in t.items() if k != "type"}} for t in tools if "name" in t
+    ]
+    body = {"messages": [{"role": "user", "content": QUESTION}], "tools": nested, "max_tokens": 300}
+    body["tool_choice"] = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": "weather"}}]},
+    }
+    message = server.ask("/v1/chat/completions", body)["choices"][0]["message"]
+    assert (message["content"] or "") == limited.output_text
+    assert [call["function"]["name"] for call in message.get("tool_calls", [])] == [
+        item.name for item in limited.output if item.type == "function_call"
+    ]
+
+
+def test_allowed_tools_may_be_of_a_namespace(client: openai.OpenAI) -> None:
+    space: Any = {"type": "namespace", "name": "eu", "description": "", "tools": [WEATHER, TIME]}
+    for allowed in (named("weather", namespace="eu"), {"type": "namespace", "name": "eu"}):
+        choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [allowed]}
+        answer = client.responses.create(
+            model="tiny", input=QUESTION, tools=[TIME, space], tool_choice=choice, parallel_tool_calls=False
+        )
+        (call,) = answer.output
+        assert call.type == "function_call"
+        assert call.namespace == "eu"
+
+
+@pytest.mark.parametrize("thoughts", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_logprobs_are_those_of_the_text_alone(server: Served, client: openai.OpenAI, mode: str, thoughts: bool) -> None:
+    asked: dict[str, Any] = {"model": f"tiny:{mode}", "input": QUESTION, "include": LOGPROBS, "top_logprobs": 3}
+    if thoughts:
+        asked |= {"reasoning": {"effort": "low"}, "extra_body": {"thinking_budget": 6}}
+    whole = client.responses.create(**asked)
+    message = whole.output[-1]
+    assert message.type == "message"
+    (part,) = message.content
+    assert part.type == "output_text"
+    assert part.logprobs
+    assert bytes(b for one in part.logprobs for b in one.bytes).decode() == part.text
+    assert all(len(one.top_logprobs) == 3 and one.logprob <= 0 for one in part.logprobs)
+    chat: dict[str, Any] = {"model": f"tiny:{mode}", "messages": [{"role": "user", "content": QUESTION}]}
+    chat |= {"logprobs": True, "top_logprobs": 3, "max_tokens": 300}
+    chat |= {"reasoning_effort": "low", "thinking_budget": 6} if thoughts else {}
+    every = server.ask("/v1/chat/completions", chat)["choices"][0]["logprobs"]["content"]
+    ours = [one.model_dump() for one in part.logprobs]
+    at = len(every) - len(ours) - 1  # the end of the text is a token too
+    assert ours == every[at:-1]
+    assert (at > 0) == thoughts
+    deltas, done = [], []
+    for event in client.responses.create(**asked, stream=True):
+        if event.type == "response.output_text.delta":
+            deltas += [one.logprob for one in event.logprobs]
+        elif event.type == "response.output_text.done":
+            done += [one.logprob for one in event.logprobs]
+        elif event.type == "response.completed":
+            last = event.response.output[-1]
+    assert deltas == done == [one.logprob for one in part.logprobs]
+    assert last.type == "message"
+    assert last.content == message.content
+
+
+SPOKEN = ["<t>", "ab", "c", "</t>", "\n", b"H\xc3", b"\xa9", " yo", " \n<call>", "yo", "</call>", "\n", " end", "<end>"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 99])
+def test_tokens_of_thoughts_calls_and_marks_are_not_those_of_text(size: int) -> None:
+    """However the parts are cut."""
+    raw = [token if isinstance(token, bytes) else token.encode() for token in SPOKEN]
+    codec: Any = SimpleNamespace(token_bytes=raw.__getitem__, name=lambda i: str(SPOKEN[i]))
+    tokens = ContentTokens(codec)
+    tokens.tell(range(len(raw)), [TokenLogprobs(-0.5, [], 1)] * len(raw))
+    taken = {}
+    for part, text in (("thoughts", "abc"), ("content", "Hé yo"), ("more", "\nend")):
+        pieces = [tokens.take(text[i : i + size]) for i in range(0, len(text), size)]
+        taken[part] = [one["token"] for piece in pieces for one in piece]
+    assert taken == {"thoughts": ["ab", "c"], "content": [str(t) for t in SPOKEN[5:8]], "more": ["\n", " end"]}
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported, since responses are not stored"),
         ({"conversation": "conv_1"}, "conversation is not supported, since responses are not stored"),
+        ({"top_logprobs": 2}, "top_logprobs needs include to hold message.output_text.logprobs"),
+        ({"include": LOGPROBS, "top_logprobs": -1}, "logprobs is -1, allowed"),
+        ({"include": LOGPROBS, "mode": "diffusion"}, "logprobs"),
         (
-            {"include": ["message.output_text.logprobs"]},
-            "include holds message.output_text.logprobs, which is not here; ask /v1/chat/completions for logprobs",
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [named("time")]}},
+            "tool_choice allows 'time', which is no tool that is given",
+        ),
+        (
+            {"tool_choice": {"type": "allowed_tools", "mode": "none", "tools": []}},
+            "Input should be 'auto' or 'required'",
+        ),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": []}},
+            "tool_choice is 'required', but no tools are given",
         ),
         ({"background": True}, "'background' is not supported"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "Input tag 'item_reference' found"),

@@ -11,7 +11,7 @@ from ....errors import RequestError
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
-from .responses_tools import Tools, joined, plain
+from .responses_tools import AllowedTools, Tools, joined, plain
 
 _WITHOUT_EFFECT = (
     "client_metadata", "context_management", "max_tool_calls", "prompt_cache_key",
@@ -50,6 +50,13 @@ class Reasoning(ConversationPart):
     effort: str | None = None
 
 
+def _choice_kind(choice: Any) -> str:
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    if kind == "allowed_tools":
+        return "allowed"
+    return "name" if isinstance(choice, dict | NamedFunction) else "word"
+
+
 class Responses(DialectBody):
     """A conversation that waits for its next turn, in the words of OpenAI's Responses API."""
 
@@ -60,13 +67,18 @@ class Responses(DialectBody):
     )
     tools: Tools | None = None
     tool_choice: Annotated[
-        Annotated[Literal["auto", "none", "required"], Tag("word")] | Annotated[NamedFunction, Tag("name")],
-        Discriminator(lambda choice: "name" if isinstance(choice, dict | NamedFunction) else "word"),
+        Annotated[Literal["auto", "none", "required"], Tag("word")]
+        | Annotated[NamedFunction, Tag("name")]
+        | Annotated[AllowedTools, Tag("allowed")],
+        Discriminator(_choice_kind),
     ] = "auto"
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = Field(None, description="Accepted without effect, but for log-probabilities.")
+    include: list[str] | None = Field(
+        None, description=f"{_LOGPROBS} reports the log-probability of each token of the text, the rest has no effect."
+    )
+    top_logprobs: int | None = Field(None, description="Report those of this many likeliest tokens too; needs include.")
     metadata: dict[str, Any] | None = Field(None, description="Repeat this in the answer.")
 
     @model_validator(mode="before")
@@ -108,13 +120,21 @@ class Responses(DialectBody):
         """See `DialectBody.options`."""
         chosen = super().options()
         if _LOGPROBS in (self.include or ()):
-            raise RequestError(f"include holds {_LOGPROBS}, which is not here; ask /v1/chat/completions for logprobs")
+            chosen["logprobs"] = self.top_logprobs or 0
+        elif self.top_logprobs:
+            raise RequestError(f"top_logprobs needs include to hold {_LOGPROBS}; add it")
         if self.max_output_tokens is not None:
             chosen["max_new_tokens"] = self.max_output_tokens
         if self.tools:
             chosen["tools"] = plain(self.tools)
         choice = self.tool_choice
-        chosen["tool_choice"] = joined(choice.namespace, choice.name) if isinstance(choice, NamedFunction) else choice
+        if isinstance(choice, AllowedTools):
+            chosen["tools"] = choice.of(chosen.get("tools", []))
+            chosen["tool_choice"] = choice.mode
+        elif isinstance(choice, NamedFunction):
+            chosen["tool_choice"] = joined(choice.namespace, choice.name)
+        else:
+            chosen["tool_choice"] = choice
         if self.parallel_tool_calls is not None:
             chosen["parallel_tool_calls"] = self.parallel_tool_calls
         effort = None if self.reasoning is None else self.reasoning.effort

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, Tag
 
 from ....errors import RequestError
-from ..body_parts import ConversationPart
+from ..body_parts import Body, ConversationPart
+from ..template_fields import allowed
 
 _HostedKind = Literal[
     "code_interpreter", "file_search", "image_generation", "mcp", "tool_search", "web_search", "web_search_preview"
@@ -52,6 +53,33 @@ Tool = Annotated[
     Discriminator(_kind),
 ]
 Tools = Annotated[list[Tool], Field(description="Offer these tools; those that a server would run are left out.")]
+
+
+class AllowedTool(ConversationPart):
+    """A tool that may be called, by its name; those that a server would run have none."""
+
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+
+
+class AllowedTools(Body):
+    """The tools that may be called, of those that are offered."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+    def of(self, offered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of the offered functions. Raises RequestError."""
+        names = list[str]()
+        for tool in self.tools:
+            if tool.type == "function" and tool.name is not None:
+                names.append(joined(tool.namespace, tool.name))
+            elif tool.type == "namespace":
+                begin = f"{tool.name}."
+                names += [name for one in offered if (name := one["function"]["name"]).startswith(begin)]
+        return allowed(offered, names)
 
 
 def joined(namespace: str | None, name: str) -> str:

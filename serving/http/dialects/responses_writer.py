@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from ....runtime.events.events import Event, Finished, Started, Text
 from ....runtime.requests.generation import Generation
+from ....runtime.text.codec import TextCodec
 from ....runtime.tools.answer import Delta
+from ..token_values import ContentTokens
 from .dialect import Writer
 from .responses_body import Responses
 from .responses_tools import left_out, places
@@ -20,15 +22,20 @@ _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p")
 
 @dataclasses.dataclass
 class ResponsesWriter(Writer):
-    """See `Writer`; `body`: the request, which an answer repeats."""
+    """See `Writer`; `body`: the request, which an answer repeats. `codec`: where log-probabilities are wanted."""
 
     body: Responses | None = None
+    codec: TextCodec | None = None
 
     def full(self, generation: Generation) -> dict[str, Any]:
         """See `Writer.full`."""
+        if self._tokens is not None:
+            self._tokens.tell(generation.token_ids, generation.logprobs or ())
+            self._tokens.take(generation.reasoning)
         output = [_reasoning(generation.reasoning)] if generation.reasoning else []
         if generation.content:
-            output.append(_message(generation.content))
+            told = [] if self._tokens is None else self._tokens.take(generation.content)
+            output.append(_message(generation.content, told))
         output += [_call(self._places, call.name, call.arguments) for call in generation.tool_calls]
         if output and generation.finish_reason != "stop":
             output[-1]["status"] = "incomplete"
@@ -46,13 +53,16 @@ class ResponsesWriter(Writer):
         offered = self.body.tools or [] if self.body is not None else []
         self._places = places(offered)
         self._left_out = left_out(offered)
-        self._items = _Items(self._places)
+        self._tokens = None if self.codec is None else ContentTokens(self.codec)
+        self._items = _Items(self._places, self._tokens)
 
     def _of(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Started):
             for kind in ("response.created", "response.in_progress"):
                 yield {"type": kind, "response": self._response([], None)}
         elif isinstance(event, Text):
+            if self._tokens is not None:
+                self._tokens.tell(event.token_ids, event.logprobs or ())
             for part in event.parts:
                 yield from self._items.take(part)
         elif isinstance(event, Finished):
@@ -83,6 +93,7 @@ class ResponsesWriter(Writer):
             "text": {"format": {"type": "text"}, **asked.get("text", {})},
             "tool_choice": asked["tool_choice"],
             "tools": [_tool(tool) for tool in asked.get("tools", [])],
+            "top_logprobs": self.body.top_logprobs,
             "truncation": "disabled",
             "metadata": asked.get("metadata", {}),
             "usage": None if generation is None else _usage(generation),
@@ -91,14 +102,19 @@ class ResponsesWriter(Writer):
 
 
 class _Items:
-    """The output items of a streamed answer, one after the other; `done` are those that are complete."""
+    """The output items of a streamed answer, one after the other; `done` are those that are complete.
 
-    def __init__(self, places: Mapping[str, dict[str, str]]) -> None:
+    tokens: those told so far, where their log-probabilities are wanted.
+    """
+
+    def __init__(self, places: Mapping[str, dict[str, str]], tokens: ContentTokens | None) -> None:
         self._places = places
+        self._tokens = tokens
         self.done: list[dict[str, Any]] = []
         self._part: str | None = None  # what the open item consists of
         self._item: dict[str, Any] = {}
         self._text = ""
+        self._logprobs: list[dict[str, Any]] = []  # of the open item's text
 
     def take(self, part: Delta) -> Iterator[dict[str, Any]]:
         """The events of a new part."""
@@ -112,8 +128,10 @@ class _Items:
             yield from self._added(_reasoning("") if part.part == "reasoning" else _message(""))
             yield {"type": "response.content_part.added", **self._place, "part": self._content("")}
         if part.part != "call":
+            told = self._tokens.take(part.text) if self._tokens is not None and part.part != "arguments" else []
             self._text += part.text
-            yield {"type": f"response.{self._name}.delta", **self._place, **self._logprobs, "delta": part.text}
+            self._logprobs += told
+            yield {"type": f"response.{self._name}.delta", **self._place, **self._told(told), "delta": part.text}
 
     def close(self, cut: bool = False) -> Iterator[dict[str, Any]]:
         """The end of the open item, which the answer's limit may have cut."""
@@ -121,7 +139,7 @@ class _Items:
             return
         whole = {"arguments": self._text} if self._part == "arguments" else {"text": self._text}
         named = {"name": self._item["name"]} if self._part == "arguments" else {}
-        yield {"type": f"response.{self._name}.done", **self._place, **self._logprobs, **named, **whole}
+        yield {"type": f"response.{self._name}.done", **self._place, **self._told(self._logprobs), **named, **whole}
         if self._part == "arguments":
             self._item |= whole
         else:
@@ -132,6 +150,7 @@ class _Items:
         self.done.append(self._item)
         self._part = None
         self._text = ""
+        self._logprobs = []
 
     def _added(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self._item = {**item, "status": "in_progress"}
@@ -149,18 +168,17 @@ class _Items:
         inside = {} if self._part == "arguments" else {"content_index": 0}
         return {"item_id": self._item["id"], "output_index": len(self.done), **inside}
 
-    @property
-    def _logprobs(self) -> dict[str, Any]:
-        return {"logprobs": []} if self._part == "content" else {}
+    def _told(self, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"logprobs": logprobs} if self._part == "content" else {}
 
     def _content(self, text: str) -> dict[str, Any]:
-        item = _reasoning(text) if self._part == "reasoning" else _message(text)
+        item = _reasoning(text) if self._part == "reasoning" else _message(text, self._logprobs)
         content: dict[str, Any] = item["content"][0]
         return content
 
 
-def _message(text: str) -> dict[str, Any]:
-    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": []}]
+def _message(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": [*logprobs]}]
     return {"id": _id("msg"), "type": "message", "role": "assistant", "status": "completed", "content": content}
 
 
