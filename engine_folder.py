@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from .config import ModelConfig, parse_config
 from .contract import (
@@ -22,13 +22,13 @@ from .contract import (
     BuildConfig,
 )
 from .errors import CheckpointError, EngineError
+from .tensorrt_info import TensorRTInfo, parse_tensorrt
 from .whole_file import whole
 
 # A reader refuses a newer schema. It reads 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no
 # quantization, and 1, which has no max_input_len either.
 SCHEMA = 5
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
-KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 COMPILED_FOLDER = "compiled"  # what a torch engine's first load on a GPU has compiled, so not in the manifest
 MODEL_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
@@ -49,11 +49,7 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-
-
 TEMPLATES_FOLDER = "additional_chat_templates"  # of named ones, NAME.jinja
-
-
 DEFAULT_TEMPLATE_FILE = f"{TEMPLATES_FOLDER}/default.jinja"
 
 
@@ -67,68 +63,6 @@ class ImageTokens(NamedTuple):
 
 
 IMAGE_TOKENS = ImageTokens()
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """One optimization profile of a TensorRT engine: a pass fits if its B, S and R are at most these."""
-
-    name: str  # block or prefill
-    max_batch_size: int  # B
-    max_tokens: int  # S
-    max_rows: int  # R
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One compiled kernel of an engine: a stage of an op (`plugins/op.py`) for one compute capability.
-
-    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton kernels
-    may ask for and these do not. `registers` and `spill_bytes` (stored to memory for want of registers) are per thread,
-    `shared_bytes` per block.
-    """
-
-    stage: str
-    sm: int
-    entry: str
-    num_warps: int
-    shared_bytes: int
-    registers: int
-    spill_bytes: int
-    arguments: tuple[str, ...]
-
-    def file(self, suffix: Literal["ptx", "cubin"]) -> str:
-        """Its file, relative to the engine folder."""
-        return f"{KERNELS_FOLDER}/{self.stage}.sm{self.sm}.{suffix}"
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionEngine:
-    """The second engine of a model that sees images: `patches` are the most that each of its profiles takes."""
-
-    patches: tuple[int, ...]  # least first
-    layers: dict[str, dict[str, int]]
-    engine_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorRTInfo:
-    """What a TensorRT engine is and what must be here to run it.
-
-    `profiles` are in the engine's order. `layers` counts the layers after parsing, by `native` or `plugin` and the op's
-    name.
-    """
-
-    module: str  # Python module that built it: tensorrt_rtx or tensorrt
-    version: str  # of that module
-    sms: tuple[int, ...]  # compute capabilities: 89 is 8.9
-    profiles: tuple[Profile, ...]
-    implementation: Literal["native", "plugin"]
-    layers: dict[str, dict[str, int]]
-    flags: tuple[str, ...]
-    engine_bytes: int
-    kernels: tuple[Kernel, ...] = ()
-    vision: VisionEngine | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +154,7 @@ def read_engine(folder: Path) -> EngineInfo:
     try:
         build = BuildConfig(**config["build_config"])
         model = parse_config(config["pretrained_config"], generation)
-        checked = Manifest(**{**manifest, "tensorrt": _parse_tensorrt(manifest.get("tensorrt"))})
+        checked = Manifest(**{**manifest, "tensorrt": parse_tensorrt(manifest.get("tensorrt"))})
         info = EngineInfo(model, build, checked, config["pretrained_config"])
         sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
     except CheckpointError as error:
@@ -322,31 +256,6 @@ def _check_images(info: EngineInfo, path: Path, again: str) -> None:
     if about is not None and (about.vision is None) != (vision is None):
         has = "no engine for the images that the model sees" if vision else "an engine for images that it cannot see"
         raise EngineError(f"{path.parent / MANIFEST_FILE}: tensorrt has {has}; {again}")
-
-
-def _parse_tensorrt(values: Any) -> TensorRTInfo | None:
-    """The manifest's object as dataclasses. Raises TypeError, ValueError."""
-    if values is None:
-        return None
-    return TensorRTInfo(
-        **{
-            **values,
-            "sms": tuple(map(int, values["sms"])),
-            "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
-            "flags": tuple(values["flags"]),
-            "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
-            "vision": _parse_vision_engine(values.get("vision")),
-        }
-    )
-
-
-def _parse_vision_engine(values: Any) -> VisionEngine | None:
-    return None if values is None else VisionEngine(**{**values, "patches": tuple(map(int, values["patches"]))})
-
-
-def parse_kernel(values: dict[str, Any]) -> Kernel:
-    """A kernel's record out of JSON. Raises TypeError, KeyError."""
-    return Kernel(**{**values, "arguments": tuple(values["arguments"])})
 
 
 def _read_object(path: Path, again: str) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from common import record
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels
-from nemodiff.engine_folder import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
+from nemodiff.tensorrt_info import Kernel
 
 # Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.
 # Source: CUDA C++ Programming Guide, technical specifications per compute capability.

@@ -40,11 +40,10 @@ from ..engine_folder import (
     VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
     EngineInfo,
-    Kernel,
-    Profile,
 )
 from ..errors import BuildError
 from ..plugins import OPS, SAMPLED
+from ..tensorrt_info import Kernel, Profile
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import copy_carried
 from .checkpoint.hub import Source, resolve

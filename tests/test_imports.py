@@ -16,7 +16,7 @@ PRODUCT: list[set[str]] = [
     {"fields"},
     {"vision"},
     {"config"},
-    {"contract"},
+    {"contract", "tensorrt_info"},
     {"engine_folder"},
     {"plugins"},
     {"builder", "runtime"},

@@ -18,12 +18,12 @@ from typing import Any
 import onnx
 import onnx.inliner
 
-from ...engine_folder import parse_kernel
 from ...errors import BuildError
 from ...plugins import OPS
 from ...plugins.tensorrt.api import TensorRT, load
 from ...plugins.tensorrt.launch import Kernels
 from ...plugins.tensorrt.protocols import Builder, Config, Network
+from ...tensorrt_info import parse_kernel
 from ..files import EngineFile
 from ..graph.stages import split
 from .checks import check_inputs, check_layers

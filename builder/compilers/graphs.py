@@ -8,16 +8,8 @@ from pathlib import Path
 
 from ...config import ModelConfig
 from ...contract import Backend
-from ...engine_folder import (
-    ENGINE_FILE,
-    MODEL_FILE,
-    VISION_ENGINE_FILE,
-    VISION_MODEL_FILE,
-    Kernel,
-    Profile,
-    TensorRTInfo,
-    VisionEngine,
-)
+from ...engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE
+from ...tensorrt_info import Kernel, Profile, TensorRTInfo, VisionEngine
 from .choices import Choices
 from .profiles import corners, image_corners
 from .tensorrt import compile_engine

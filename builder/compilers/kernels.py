@@ -22,10 +22,10 @@ from typing import Any
 
 from ...config import ModelConfig, RopeConfig
 from ...contract import Dtype
-from ...engine_folder import KERNELS_FOLDER, Kernel, parse_kernel
 from ...errors import BuildError
 from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.op import Op, Stage
+from ...tensorrt_info import KERNELS_FOLDER, Kernel, parse_kernel
 from .child import child_command, child_environment
 
 OLDEST_SM = 80  # that Triton compiles for

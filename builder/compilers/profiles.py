@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from ...config import ModelConfig
 from ...contract import MAX_BLOCK, BuildConfig, cache_slots
-from ...engine_folder import Profile
 from ...errors import BuildError
+from ...tensorrt_info import Profile
 from ...vision import VisionConfig
 
 Corner = Mapping[str, int]  # a number for each letter of the shapes in `contract.py`

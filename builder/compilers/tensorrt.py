@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...contract import Backend
-from ...engine_folder import Kernel
 from ...errors import BuildError
 from ...plugins.tensorrt.api import library_folder
+from ...tensorrt_info import Kernel
 from .child import child_command, child_environment
 from .choices import Choices
 from .profiles import Corners

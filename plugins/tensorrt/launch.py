@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ...engine_folder import Kernel
 from ...errors import EngineError
+from ...tensorrt_info import Kernel
 from ..op import Grid, Op, ceil_div
 from .driver import call
 

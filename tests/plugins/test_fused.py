@@ -21,10 +21,10 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
-from nemodiff.engine_folder import Kernel
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 from nemodiff.plugins.op import Op, ceil_div
 from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
+from nemodiff.tensorrt_info import Kernel
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 

@@ -31,7 +31,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.graph.graph import build_graph
-from nemodiff.engine_folder import EngineInfo, Kernel, Profile, TensorRTInfo, read_engine
+from nemodiff.engine_folder import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm
@@ -42,6 +42,7 @@ from nemodiff.runtime.engines.tensorrt import engine as tensorrt_engine
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.tensorrt_info import Kernel, Profile, TensorRTInfo
 
 CAPACITY, LENGTH = 320, 256
 QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 4, 2, 9.", "Show the times table of 3 up to 5."]

@@ -18,7 +18,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.builder.graph.vision import build_vision_graph
-from nemodiff.engine_folder import EngineInfo, Profile, TensorRTInfo, VisionEngine, read_engine
+from nemodiff.engine_folder import EngineInfo, read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import device_sm
 from nemodiff.runtime.engines.tensorrt.device import Device
@@ -26,6 +26,7 @@ from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.images.decode import decode
 from nemodiff.runtime.images.image import make_image
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.tensorrt_info import Profile, TensorRTInfo, VisionEngine
 
 PROFILES = (Profile("block", 4, 16, 16), Profile("prefill", 2, 32, 32))
 

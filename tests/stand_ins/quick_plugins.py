@@ -132,11 +132,11 @@ def drive(trt, op, stage, job):
 def main():
     job = json.load(sys.stdin)
     trt = load_tensorrt()
-    from nemodiff.engine_folder import parse_kernel
     from nemodiff.plugins import OPS
     from nemodiff.plugins.tensorrt.api import TensorRT
     from nemodiff.plugins.tensorrt.launch import Kernels
     from nemodiff.plugins.tensorrt.register import register
+    from nemodiff.tensorrt_info import parse_kernel
 
     records = [parse_kernel(kernel) for kernel in job["kernels"]]
     api = TensorRT("tensorrt", trt, trt.__version__, None, [])

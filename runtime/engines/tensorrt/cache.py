@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ....contract import cache_names
-from ....engine_folder import Profile
+from ....tensorrt_info import Profile
 from ....errors import EngineError, RequestError
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, layouts, rounded

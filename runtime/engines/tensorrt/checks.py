@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ....contract import Binding, cache_names, inputs, outputs, size_text, vision_inputs, vision_outputs
-from ....engine_folder import (
-    ENGINE_FILE,
-    KERNELS_FOLDER,
-    MODEL_FILE,
-    VISION_ENGINE_FILE,
-    VISION_MODEL_FILE,
-    EngineInfo,
-    TensorRTInfo,
-)
+from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, EngineInfo
+from ....tensorrt_info import KERNELS_FOLDER, TensorRTInfo
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ....contract import ITEMSIZE, cache_slots
-from ....engine_folder import EngineInfo, Profile
+from ....engine_folder import EngineInfo
+from ....tensorrt_info import Profile
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load

@@ -1,0 +1,95 @@
+"""What an engine's manifest says of TensorRT: the profiles, layers and compiled kernels of its engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One optimization profile of a TensorRT engine: a pass fits if its B, S and R are at most these."""
+
+    name: str  # block or prefill
+    max_batch_size: int  # B
+    max_tokens: int  # S
+    max_rows: int  # R
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel of an engine: a stage of an op (`plugins/op.py`) for one compute capability.
+
+    `arguments` are its parameters in order, as `TYPE NAME`; two null pointers follow, for scratch that Triton kernels
+    may ask for and these do not. `registers` and `spill_bytes` (stored to memory for want of registers) are per thread,
+    `shared_bytes` per block.
+    """
+
+    stage: str
+    sm: int
+    entry: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    arguments: tuple[str, ...]
+
+    def file(self, suffix: Literal["ptx", "cubin"]) -> str:
+        """Its file, relative to the engine folder."""
+        return f"{KERNELS_FOLDER}/{self.stage}.sm{self.sm}.{suffix}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionEngine:
+    """The second engine of a model that sees images: `patches` are the most that each of its profiles takes."""
+
+    patches: tuple[int, ...]  # least first
+    layers: dict[str, dict[str, int]]
+    engine_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTInfo:
+    """What a TensorRT engine is and what must be here to run it.
+
+    `profiles` are in the engine's order. `layers` counts the layers after parsing, by `native` or `plugin` and the op's
+    name.
+    """
+
+    module: str  # Python module that built it: tensorrt_rtx or tensorrt
+    version: str  # of that module
+    sms: tuple[int, ...]  # compute capabilities: 89 is 8.9
+    profiles: tuple[Profile, ...]
+    implementation: Literal["native", "plugin"]
+    layers: dict[str, dict[str, int]]
+    flags: tuple[str, ...]
+    engine_bytes: int
+    kernels: tuple[Kernel, ...] = ()
+    vision: VisionEngine | None = None
+
+
+def parse_tensorrt(values: Any) -> TensorRTInfo | None:
+    """The manifest's object as dataclasses. Raises TypeError, ValueError."""
+    if values is None:
+        return None
+    return TensorRTInfo(
+        **{
+            **values,
+            "sms": tuple(map(int, values["sms"])),
+            "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
+            "flags": tuple(values["flags"]),
+            "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
+            "vision": _parse_vision_engine(values.get("vision")),
+        }
+    )
+
+
+def _parse_vision_engine(values: Any) -> VisionEngine | None:
+    return None if values is None else VisionEngine(**{**values, "patches": tuple(map(int, values["patches"]))})
+
+
+def parse_kernel(values: dict[str, Any]) -> Kernel:
+    """A kernel's record out of JSON. Raises TypeError, KeyError."""
+    return Kernel(**{**values, "arguments": tuple(values["arguments"])})
