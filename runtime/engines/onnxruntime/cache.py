@@ -20,11 +20,9 @@ _KEPT_WITH_LOGITS = 16  # of those, shapes whose arrays hold a vocabulary per to
 
 
 class OnnxRuntimeCache:
-    """The K/V of some rows, and the bound forwards over them, each for one capacity; `closed` gets it when it closes."""
+    """The K/V of some rows, and the bound forwards over them, each for a capacity; `closed` gets it when it closes."""
 
-    def __init__(
-        self, session: Any, info: EngineInfo, rows: int, closed: Callable[[OnnxRuntimeCache], object]
-    ) -> None:
+    def __init__(self, session: Any, info: EngineInfo, rows: int, closed: Callable[[OnnxRuntimeCache], object]) -> None:
         model = info.model
         self.rows = rows
         self.seconds = 0.0

@@ -41,7 +41,9 @@ class OnnxRuntimeEngine:
     pages = None
 
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None, *, warmup: bool = False) -> None:
-        self.session = _open_session(folder / MODEL_FILE, inputs(info.model, info.has_adapter, info.build.kv_bits), threads)
+        self.session = _open_session(
+            folder / MODEL_FILE, inputs(info.model, info.has_adapter, info.build.kv_bits), threads
+        )
         vision = info.model.vision
         self._vision = (
             _open_session(folder / VISION_MODEL_FILE, vision_inputs(vision), threads) if vision is not None else None

@@ -42,7 +42,7 @@ class Memory:
         for row, begin in zip(rows, begins, strict=True):
             if begin == 0:
                 self._reach[row] = 0
-        for row, held in joining.items():
+        for held in joining.values():
             slots = max(slots, next(iter(held.values())).shape[1])
         self._fit(max(slots, *self._reach))
         for row, held in joining.items():

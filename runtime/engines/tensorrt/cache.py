@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from ....contract import cache_names
-from ....tensorrt_info import Profile
 from ....errors import EngineError, RequestError
+from ....tensorrt_info import Profile
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape, layouts, rounded
 from .device import Pinned
@@ -82,8 +82,8 @@ class TensorRTCache:
         longest = max(p.max_tokens for p in self._engine.profiles)
         if self._engine.logits is None and any(p.logits for p in passes):
             raise RequestError(
-                "sampling and log-probabilities need logits, and the engine was built with --no-logits; leave them out, "
-                "or build it again with --logits"
+                "sampling and log-probabilities need logits, and the engine was built with --no-logits; leave them "
+                "out, or build it again with --logits"
             )
         with self._engine.lock:
             self._engine.device.use()

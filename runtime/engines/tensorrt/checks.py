@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from ....contract import Binding, cache_names, inputs, outputs, size_text, vision_inputs, vision_outputs
 from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, EngineInfo
-from ....tensorrt_info import KERNELS_FOLDER, TensorRTInfo
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.protocols import Engine
 from ....plugins.tensorrt.register import register
+from ....tensorrt_info import KERNELS_FOLDER, TensorRTInfo
 from .device import Device
 
 MODEL_INPUT = cache_names(1)[0]  # its third axis is the capacity

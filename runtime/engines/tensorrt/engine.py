@@ -14,12 +14,12 @@ import numpy as np
 
 from ....contract import ITEMSIZE, cache_slots
 from ....engine_folder import EngineInfo
-from ....tensorrt_info import Profile
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.protocols import Context
+from ....tensorrt_info import Profile
 from ...images.image import Image
 from ..layout import PassShape
 from .cache import TensorRTCache
@@ -141,6 +141,4 @@ class TensorRTEngine:
     def context(self, profile: int) -> Context:
         """An execution context for one shape; all contexts share the scratch memory."""
         # TensorRT ties a captured graph to the state of the context it was captured from.
-        return make_context(
-            self.folder, self.api, self.device, self.engine, self._config, profile, self._scratch
-        )
+        return make_context(self.folder, self.api, self.device, self.engine, self._config, profile, self._scratch)

@@ -9,10 +9,10 @@ import numpy as np
 
 from ....contract import vision_inputs, vision_outputs
 from ....engine_folder import VISION_ENGINE_FILE, EngineInfo
-from ....tensorrt_info import VisionEngine
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.protocols import Context, Engine
+from ....tensorrt_info import VisionEngine
 from ...images.image import Image
 from ..layout import Layout, layout
 from .contexts import make_context

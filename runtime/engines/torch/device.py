@@ -115,7 +115,7 @@ class TorchDevice:
         return self.is_gpu and self._torch.cuda.get_device_capability(self.name)[0] >= 9
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that can still be allocated, on the card or in what torch holds, and all of them; of a CPU's RAM too."""
+        """Bytes that can be allocated yet, on the card or in what torch holds, and all of them; of a CPU's RAM too."""
         if not self.is_gpu:
             page = os.sysconf("SC_PAGE_SIZE")
             return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")

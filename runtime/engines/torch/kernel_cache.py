@@ -1,7 +1,7 @@
 """Kernels that Triton has compiled, kept in the engine folder, so that a later load compiles none.
 
-Triton names an entry by a digest of the kernel's source, its arguments, the card and Triton itself, so one that is stale
-is never found. The digests of an entry's files lie beside them, so one that is damaged is compiled anew.
+Triton names an entry by a digest of the kernel's source, its arguments, the card and Triton itself, so one that is
+stale is never found. The digests of an entry's files lie beside them, so one that is damaged is compiled anew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

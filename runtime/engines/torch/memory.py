@@ -1,4 +1,4 @@
-"""K/V of an engine on its device: how many pages there is room for, the pool of them, and the table of who has which."""
+"""K/V of an engine on its device: how many pages there is room for, the pool of them, and the table of its owners."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def page_bytes(info: EngineInfo) -> int:
 
 
 def pass_bytes(info: EngineInfo, tokens: int) -> int:
-    """What a forward of so many tokens holds at its peak, about: the widest tensors of a layer, the head's, and logits."""
+    """About what a forward of so many tokens holds at most: the widest tensors of a layer, the head's, and logits."""
     m = info.model
     wide = 4 * m.intermediate_size + 6 * m.hidden_size + 3 * m.num_heads * m.head_dim
     # The head keeps 20 bytes for every tile of 64 vocabulary entries (plugins/ops/head_commit.py).
@@ -118,10 +118,7 @@ def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens:
     """
     free, total = device.memory()
     most = 2 * info.build.max_batch_size * -(-cache_slots(info.build) // PAGE)
-    if device.is_gpu:
-        left = int(share * total) - (total - free) - pass_bytes(info, most_tokens)
-    else:
-        left = free // 2
+    left = int(share * total) - (total - free) - pass_bytes(info, most_tokens) if device.is_gpu else free // 2
     count = min(most, left // page_bytes(info))
     least = -(-min(_LEAST_SLOTS, cache_slots(info.build)) // PAGE)
     if count < least:

@@ -84,9 +84,7 @@ def attend(q: Tensor, keys: Stored, values: Stored, seen: Sequence[Sight]) -> Te
         k, v = (stored.get(pages, q.dtype) for stored in (keys, values))
         k, v = (p.transpose(0, 1).reshape(1, groups, -1, width) for p in (k, v))  # (1, G, slots, D)
         packed = q[begin:end].transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
-        y = functional.scaled_dot_product_attention(
-            packed, k, v, mask.repeat(heads // groups, 1), scale=width**-0.5
-        )
+        y = functional.scaled_dot_product_attention(packed, k, v, mask.repeat(heads // groups, 1), scale=width**-0.5)
         parts.append(y.view(heads, end - begin, width).transpose(0, 1).flatten(1))
     return torch.cat(parts)
 
@@ -109,9 +107,7 @@ def best(logits: Tensor, mask_id: int) -> Best:
     return Best(token, highest, (candidates - highest[:, None]).exp().sum(-1))
 
 
-def commit(
-    found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int
-) -> None:
+def commit(found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int) -> None:
     """The commit rule, which writes the outputs; ids (R,) i32."""
     import torch
 

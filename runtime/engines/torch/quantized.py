@@ -77,8 +77,8 @@ def check_by_8_bits(folder: Path, device: str, dtype: torch.dtype) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise EngineError(
-            f"{folder}: fp8_dynamic needs products of e4m3 with a scale per row, which torch {torch.__version__} does not "
-            f"have on {device} ({reason:.120}); build with --quantization fp8"
+            f"{folder}: fp8_dynamic needs products of e4m3 with a scale per row, which torch {torch.__version__} does "
+            f"not have on {device} ({reason:.120}); build with --quantization fp8"
         ) from None
 
 

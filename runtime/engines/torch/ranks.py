@@ -184,6 +184,6 @@ def _check(model: ModelConfig, size: int, quantization: Quantization | None) -> 
     for inputs in (model.num_heads * model.head_dim, model.intermediate_size):  # of o and down, which are split
         if inputs // size % step:
             raise RequestError(
-                f"--tp-size is {size}, allowed: one that splits the {inputs} inputs of an {quantization} projection into "
-                f"multiples of {step}; choose a smaller one, or build without --quantization"
+                f"--tp-size is {size}, allowed: one that splits the {inputs} inputs of an {quantization} projection "
+                f"into multiples of {step}; choose a smaller one, or build without --quantization"
             )

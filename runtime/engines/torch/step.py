@@ -141,7 +141,7 @@ class Step:
             at += p.ids.size
 
     def run(self) -> None:
-        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then captured if it is."""
+        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then its graph."""
         owner = self._owner
         ranks = owner.model.ranks
         if ranks is None:

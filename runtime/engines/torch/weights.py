@@ -11,7 +11,7 @@ from ....config import ModelConfig
 from ....contract import BuildConfig, Quantization
 from ....errors import EngineError
 from ....plugins.ops.low_bit_linear import GROUP
-from .quantized import Matrix, Quantized, Packed, joined, ready, unpacked
+from .quantized import Matrix, Packed, Quantized, joined, ready, unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +56,7 @@ class Layer:
 class WeightsFile:
     """The weights file, read tensor by tensor. Raises EngineError where one is not as expected."""
 
-    def __init__(
-        self, path: Path, device: str, build: BuildConfig, kernels: bool, share: Share = Share()
-    ) -> None:
+    def __init__(self, path: Path, device: str, build: BuildConfig, kernels: bool, share: Share = Share()) -> None:
         import torch
         from safetensors import SafetensorError, safe_open
 
@@ -150,7 +148,7 @@ class WeightsFile:
         return Packed(kind, numbers, scale, zero[:, self._share.of(groups) if axis else slice(groups)])
 
     def head(self, model: ModelConfig) -> Tensor | Quantized:
-        """The language model's head, or this rank's share of the vocabulary; in int8 where projections are in integers."""
+        """The language model's head, or this rank's share of the vocabulary; int8 where projections are integers."""
         sizes = model.vocab_size, model.hidden_size
         if self._quantization in ("int8", "int4"):
             return ready(self._quantized("diffusion_head.weight", "int8", *sizes, 0), self._kernels, self.dtype)
