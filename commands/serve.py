@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from ..errors import RequestError
 from . import options
 from .streams import TEXT
 
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
+
 
 def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...]) -> tuple[str, ...]:
     for key in keys:
@@ -21,6 +24,16 @@ def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...
                 f"{key!r:.20} is empty or has space around it, which no client can send; give another key, or none"
             )
     return keys
+
+
+def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise click.BadParameter(
+                f"{origin!r:.60} is no origin, allowed: http://HOST or https://HOST, with a port if any and nothing "
+                "after it, or *"
+            )
+    return origins
 
 
 @click.command()
@@ -47,6 +60,14 @@ def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...
     type=TEXT,
     metavar="NAME",
     help="Answer under this name too, or *.NAME, or * for any; may be repeated. [default: its address and localhost]",
+)
+@click.option(
+    "--allowed-origin",
+    multiple=True,
+    type=TEXT,
+    metavar="URL",
+    callback=_check_origins,
+    help="Let pages of this origin ask from a browser (CORS), or * for any; may be repeated. [default: none]",
 )
 @click.option(
     "--served-model-name", type=TEXT, help="Show the model to clients by this name. [default: the engine folder's]"
@@ -127,6 +148,7 @@ def serve(
     port: int,
     api_key: tuple[str, ...],
     allowed_host: tuple[str, ...],
+    allowed_origin: tuple[str, ...],
     served_model_name: str | None,
     mode: str,
     rows: int | None,
@@ -169,6 +191,7 @@ def serve(
         keys=api_key,
         waiting=max_queue,
         hosts=AllowedHosts(host, allowed_host),
+        origins=allowed_origin,
         connections=max_connections,
         patience=client_timeout,
         image_urls=allow_image_urls,

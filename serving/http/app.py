@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
 from ...runtime.loading import LoadedEngine, load
 from ...runtime.scheduler import Scheduler
 from ..metrics import ServerStats
@@ -27,7 +30,8 @@ class Limits:
 
     timeout: seconds of one request. max_request_bytes: of a body. keys: a client must send one of them; without any
     the server is open. waiting: requests that may wait for a row. hosts: that a client may call the server by.
-    connections: at a time. patience: seconds that a client has to send a request, or to read some of an answer.
+    origins: whose pages may read its answers in a browser, `*` for all. connections: at a time. patience: seconds that
+    a client has to send a request, or to read some of an answer.
     image_urls: whether images are fetched that a request names by http URL.
     """
 
@@ -36,6 +40,7 @@ class Limits:
     keys: tuple[str, ...] = ()
     waiting: int = 64
     hosts: AllowedHosts = dataclasses.field(default_factory=lambda: AllowedHosts("localhost"))
+    origins: tuple[str, ...] = ()
     connections: int = 512
     patience: float = 60.0
     image_urls: bool = False
@@ -82,9 +87,15 @@ class Server:
         )
         routes = create_routes(handlers, self.draining)
         self.admission = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
+        answering: ASGIApp = self.admission
+        if limits.origins:  # before the keys, which a browser's first question has not
+            exposed = ["X-Request-Id", "Retry-After"]
+            answering = CORSMiddleware(
+                answering, limits.origins, ["GET", "POST"], allow_headers=["*"], expose_headers=exposed
+            )
         self._spans = Spans() if reports.spans else None
         sinks: list[Callable[[Record], None]] = [] if reports.log is None else [log_record]
-        self.app = RequestLog(self.admission, sinks if self._spans is None else [*sinks, self._spans])
+        self.app = RequestLog(answering, sinks if self._spans is None else [*sinks, self._spans])
 
     @property
     def busy(self) -> bool:
