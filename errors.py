@@ -5,6 +5,12 @@ prints it on standard error and exits; a traceback is shown only for a defect of
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what any error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 class NemodiffError(Exception):
     """A problem the user can fix; `str(error)` is the one line shown to them. Command-line exit code: 1."""
 

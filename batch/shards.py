@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RequestError
+from ..errors import RequestError, first_line
 from ..runtime.text.files import plain
 from .lines import Line, labels, make_line, read_object
 
@@ -155,5 +155,4 @@ def _open_parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"{path}: not Parquet ({reason}); write it again or give JSON lines") from None
+        raise RequestError(f"{path}: not Parquet ({first_line(error)}); write it again or give JSON lines") from None

@@ -18,7 +18,7 @@ if not sys.stderr.isatty():  # bars of lm-eval and the libraries below it; tqdm 
 import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 
-from ..errors import NemodiffError, RequestError
+from ..errors import NemodiffError, RequestError, first_line
 from ..runtime.loading import LoadedEngine
 from ..runtime.requests.generation import tokens_per_pass
 from .lm import EngineLM, Work
@@ -144,8 +144,9 @@ def _refusing(where: str = "lm-eval: ") -> Any:
     except NemodiffError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"{where}{type(error).__name__} ({reason:.300}); see the task's file and data") from error
+        raise RequestError(
+            f"{where}{type(error).__name__} ({first_line(error):.300}); see the task's file and data"
+        ) from error
 
 
 def _metrics(values: Mapping[str, Any]) -> dict[str, float]:

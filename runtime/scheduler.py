@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from ..contract import PREFILL_CHUNK
-from ..errors import BusyError, EngineError, NemodiffError, RequestError
+from ..errors import BusyError, EngineError, NemodiffError, RequestError, first_line
 from .batching.batch import Batch, kept_prefixes
 from .batching.slot import Counts
 from .engines.engine import PASS_KINDS, PassKind
@@ -382,5 +382,4 @@ class Scheduler:
 
 
 def _one_line(error: Exception) -> EngineError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return EngineError(f"the engine failed ({reason}); the request may be sent again")
+    return EngineError(f"the engine failed ({first_line(error)}); the request may be sent again")

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..contract import MAX_BLOCK, cache_names, caches
 from ..engine_folder import MODEL_FILE, EngineInfo
-from ..errors import EngineError
+from ..errors import EngineError, first_line
 from .script import Block, Script
 
 
@@ -36,8 +36,9 @@ class ShownGraph:
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
-            reason = str(error).strip().splitlines()[0]
-            raise EngineError(f"{folder / MODEL_FILE}: cannot be run with its values shown ({reason})") from None
+            raise EngineError(
+                f"{folder / MODEL_FILE}: cannot be run with its values shown ({first_line(error)})"
+            ) from None
         self._info = info
         self._caches = caches(info.model, info.build.kv_bits)
         own = np.float16 if info.build.dtype == "f16" else np.float32

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import RequestError, first_line
 from ..runtime.batching.batch import KEPT_PREFIXES
 from ..runtime.engines.engine import bidirectional, causal
 from ..runtime.generate import decode
@@ -180,7 +180,7 @@ def _answers(
     except RequestError:
         raise
     except Exception as error:
-        report.findings.append(f"{name}: fails ({(str(error).splitlines() or [type(error).__name__])[0]})")
+        report.findings.append(f"{name}: fails ({first_line(error)})")
     return [sequence.tokens for sequence in sequences]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...engine_folder import CONFIG_FILE
-from ...errors import CheckpointError
+from ...errors import CheckpointError, first_line
 from ..files import copy_folder
 from .folder import (
     ADAPTER_CONFIG,
@@ -94,10 +94,9 @@ def _download(repo: str, revision: str | None, headers_only: bool) -> Path:
             "is private"
         ) from None
     except Exception as error:  # the library lets through its HTTP client's errors, which have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{where}: the download failed ({reason}); run the same command again, whole files are kept, or give a "
-            "folder"
+            f"{where}: the download failed ({first_line(error)}); run the same command again, whole files are kept, or "
+            "give a folder"
         ) from None
 
 

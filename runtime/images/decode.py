@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import RequestError
+from ...errors import RequestError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ def _too_large(name: str, what: str) -> RequestError:
 
 def _broken(name: str, data: bytes, error: Exception) -> RequestError:
     formats = ", ".join(FORMATS)
-    said = "it is empty" if data == b"" and not str(error) else str(error).splitlines()[0][:120]
+    said = "it is empty" if data == b"" and not str(error) else first_line(error)[:120]
     if "cannot identify image file" in said:  # Pillow shows the address of the buffer
         said = "none of these, or its beginning is broken" if data else "it is empty"
     return RequestError(f"{name}: not a whole image file ({said}), allowed: {formats}; give another file")

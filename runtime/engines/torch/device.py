@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ....errors import EngineError, RequestError
+from ....errors import EngineError, RequestError, first_line
 from ..layout import Layout
 
 if TYPE_CHECKING:
@@ -205,6 +205,6 @@ class TorchDevice:
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         captured: Graph = graph
         return captured

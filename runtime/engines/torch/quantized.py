@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ....contract import Quantization
-from ....errors import EngineError
+from ....errors import EngineError, first_line
 from ....plugins.ops import low_bit_linear
 from ....plugins.ops.low_bit_linear import GROUP, LARGEST, MULTIPLE
 
@@ -75,7 +75,7 @@ def check_by_8_bits(folder: Path, device: str, dtype: torch.dtype) -> None:
     try:
         by_8_bits(numbers, scale, Quantized("fp8_dynamic", {"values": numbers, "scale": scale}), dtype)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise EngineError(
             f"{folder}: fp8_dynamic needs products of e4m3 with a scale per row, which torch {torch.__version__} does "
             f"not have on {device} ({reason:.120}); build with --quantization fp8"
