@@ -1,10 +1,10 @@
-"""Fill holes of an answer and repair a wrong one, with an engine of tiny-chat.
+"""Fill holes of an answer and repair a wrong one, with an engine of the demonstration model.
 
-    nemodiff build examples/tiny-chat -o engines/tiny-chat
-    python examples/fill-in/fill_in.py engines/tiny-chat
+    nemodiff build examples/tiny-chat-2 -o engines/tiny-chat-2
+    python examples/fill-in/fill_in.py engines/tiny-chat-2
 
-tiny-chat fills holes from the question; it never learned to look ahead, so without a question its fillings rarely fit
-the text after them.
+It fills holes from the question; it never learned to look ahead, so without a question its fillings rarely fit the text
+after them.
 """
 
 from __future__ import annotations
