@@ -106,7 +106,7 @@ def bench(
     from ..runtime.loading import load
 
     if plot is not None:
-        check_plot()
+        check_plot(plot)
     chosen: dict[str, Any] = {"modes": modes} if modes else {}
     if input_file is not None:
         chosen["prompts"] = _prompts(input_file)
@@ -126,11 +126,11 @@ def bench(
         click.echo(json.dumps(measured.result(engines, outcomes, plan), indent=2))
     else:
         click.echo("\n".join(lines(engines, outcomes, plan)))
-    if plot is not None:
-        draw(plot, [folder.resolve().name for folder in folders], outcomes)
     if not no_keep:
         for loaded, outcome in zip(engines, outcomes, strict=True):
             _keep(loaded, outcome)
+    if plot is not None:
+        draw(plot, [folder.resolve().name for folder in folders], outcomes)
 
 
 def _keep(engine: Any, outcome: Any) -> None:

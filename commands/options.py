@@ -20,7 +20,20 @@ if TYPE_CHECKING:
 Decorator = Callable[[Any], Any]
 
 PATH: click.Path[Path] = click.Path(path_type=Path)
-OUTPUT_FILE: click.Path[Path] = click.Path(path_type=Path, dir_okay=False)
+
+
+class _OutputFile(click.Path[Path]):
+    """A file to write, in a folder that is there: what is written last would be lost else, after all the work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        path = Path(super().convert(value, param, ctx))
+        if not path.parent.is_dir():
+            self.fail(f"{path}: {path.parent} is no folder; make it, or give another place", param, ctx)
+        return path
+
+
+OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False)
 # What a help text says besides, where the command line differs from other ways to give the option.
 _NOTES = {
     "logit_bias": "may be repeated",

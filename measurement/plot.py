@@ -12,10 +12,17 @@ from .bench import Outcome
 from .figures import Spread
 
 
-def check_plot() -> None:
+def check_plot(path: Path) -> None:
     """Refuse a picture that could not be drawn, before anything is measured. Raises RequestError."""
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("--plot needs the package matplotlib; install it with: pip install 'nemodiff[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = sorted(FigureCanvasBase.get_supported_filetypes())
+    if _format(path) not in formats:
+        raise RequestError(
+            f"--plot {path} is no name of a picture, allowed: one that ends in {', '.join(formats)}; change it"
+        )
 
 
 def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
@@ -39,7 +46,11 @@ def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     curves.legend()
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
+    figure.savefig(path, dpi=150, format=_format(path))
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
 
 
 def _groups(names: Sequence[str], outcomes: Sequence[Outcome]) -> list[tuple[str, dict[str, Spread]]]:

@@ -164,3 +164,11 @@ def test_what_cannot_be_measured_is_refused(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     refused([*words, "--plot", str(tmp_path / "bench.png")], "--plot needs the package matplotlib", "nemodiff[plot]")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    refused(
+        [*words, "--plot", str(tmp_path / "bench.foo")],
+        "bench.foo is no name of a picture, allowed: one that ends in ",
+        "png",
+    )
+    refused([*words, "--plot", str(tmp_path / "none" / "bench.png")], "none is no folder; make it", code=2)

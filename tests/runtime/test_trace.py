@@ -164,7 +164,9 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: 
 
 
 def test_a_trace_that_cannot_be_written_is_one_line(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
-    refused(["run", str(tiny_engine), "-p", PROMPT, "--trace", str(tmp_path / "no" / "t.json")], "No such file")
+    refused(
+        ["run", str(tiny_engine), "-p", PROMPT, "--trace", str(tmp_path / "no" / "t.json")], "no is no folder", code=2
+    )
     refused(["run", str(tiny_engine), "-p", PROMPT, "--no-prefix-reuse"], "--input-file", code=2)
 
 
