@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,16 @@ def test_a_checkout_is_enough(tmp_path: Path) -> None:
     assert result.stdout.strip() == str(FOLDER.parent / "__init__.py")
 
 
+def test_check_gpu_runs_every_test_that_needs_one() -> None:
+    root = FOLDER.parent
+    tests = (root / "tests").glob("*/test_*.py")
+    marked = {
+        str(path.relative_to(root)) for path in tests if re.search(r"\bON_DEVICE$|mark\.gpu", path.read_text(), re.M)
+    }
+    script = (root / "scripts" / "check-gpu").read_text(encoding="utf-8")
+    assert set(re.findall(r"tests/\w+/\w+\.py", script)) == marked
+
+
 def test_cells_fail_by_themselves() -> None:
     gpu, plan = _program(), importlib.import_module("gpu.plan")
     card = argparse.Namespace(total=2**33, forget=lambda: None)
@@ -219,7 +230,7 @@ def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) 
     there = card.Card("cpu")
     there.graphs = []
     there._refuses = 0
-    there._bytes = []
+    there._bytes, there._held, there._gone = [], [], []
     engine = models.load("tiny", "f32", there, pages=8).backend
     engine.steps.graphs = True
     cache, spent = engine.open(1), [0.0]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.kernel_launch import INTERPRETED, bf16_products
+from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -31,9 +31,8 @@ from nemodiff.plugins.ops import low_bit_linear
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
-__all__ = ["bf16_products"]  # a fixture
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +135,7 @@ def test_a_band_at_a_time_is_the_same_file(checkpoint: Path, tmp_path: Path, mon
     assert (build(checkpoint, tmp_path / "bands") / "model.safetensors").read_bytes() == whole.read_bytes()
 
 
+@ON_DEVICE
 def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
     """Of a model without a query scale, which the kernels take as 1."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_ins import torch_ranks
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.torch_pair import CASES, MODELS, QUESTIONS, Pair, check_steps, torch_backend, without_times
 
@@ -210,6 +211,58 @@ def test_a_first_answer_compiles_and_captures_nothing(engine: LoadedEngine) -> N
                 options: dict[str, Any] = {"mode": mode, "temperature": temperature, "max_new_tokens": 24}
                 assert nemodiff.generate(loaded, prompt, **options).token_ids
     assert (fresh.captured, fresh.compiled, len(fresh.steps)) == before
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        *({"quantization": kind} for kind in ("fp8", "int8", "int4")),
+        *({"kv_cache_dtype": kind} for kind in ("int8", "fp8")),
+        {"quantization": "int4", "kv_cache_dtype": "fp8"},
+    ],
+    ids=str,
+)
+def test_few_bits_give_the_tokens_of_the_cpu(tmp_path: Path, choices: dict[str, Any]) -> None:
+    """In f32, in every mode, warm; K and V that a last bit has rounded otherwise may turn a near-tie."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} finds no GPU")
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype="f32", **choices).run()
+    ours, theirs = (nemodiff.load(folder, device=device) for device in ("cuda", "cpu"))
+    different = 0
+    for case in CASES:
+        for question in QUESTIONS:
+            answers = [nemodiff.generate(e, question, max_new_tokens=32, **case).token_ids for e in (ours, theirs)]
+            different += answers[0] != answers[1]
+    assert different <= (2 if "kv_cache_dtype" in choices else 0)
+    assert torch_backend(ours).eager_shapes == {}
+
+
+def test_kernels_that_begin_early_choose_the_same(engine: LoadedEngine) -> None:
+    """Programmatic dependent launch, which changes no arithmetic; eager, captured, replayed, a pass ahead."""
+    backend = torch_only(engine)
+    if not backend.device.overlaps_launches:
+        pytest.skip("before SM 90 no kernel begins early")
+    early = dataclasses.replace(
+        engine, backend=TorchEngine(engine.folder, engine.info, backend.device, pages=64, pdl=True)
+    )
+    for mode in nemodiff.MODES:
+        for prompt in (QUESTIONS[0], PROMPT * 14):
+            for temperature in (0.0, 0.8):
+                options: dict[str, Any] = {"mode": mode, "temperature": temperature, "seed": 5, "max_new_tokens": 24}
+                expected = nemodiff.generate(engine, prompt, **options)
+                for _ in range(3):
+                    assert nemodiff.generate(early, prompt, **options).token_ids == expected.token_ids
+
+
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
+    """Over NCCL, in graphs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"NCCL needs two GPUs, {torch.cuda.device_count()} here")
+    folder = torch_ranks.build(tmp_path)
+    alone = torch_ranks.answers(nemodiff.load(folder, device="cuda"))
+    shared = torch_ranks.answers_of_ranks(folder, 2, "cuda")
+    for name in ("alone", "together", "sampled"):
+        assert shared[name] == alone[name], name
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -13,7 +13,7 @@ import pytest
 from conftest import Refused
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.kernel_launch import INTERPRETED
+from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -21,7 +21,7 @@ from nemodiff.contract import Quantization
 from nemodiff.errors import RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
-pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
+pytestmark = pytest.mark.torch
 QUESTION = "Sort these numbers: 41, 7, 93."
 WAYS: list[dict[str, Any]] = [
     {"mode": "ar"},
@@ -93,6 +93,7 @@ def test_every_mode_gives_the_tokens_of_the_dequantised_weights(kind: Quantizati
     assert answers["linear_spec"] == answers["quadratic_spec"] == answers["ar"]
 
 
+@ON_DEVICE
 def test_the_kernels_give_the_same_tokens_in_the_engine(kind: Quantization, tmp_path: Path) -> None:
     """And those of ar."""
     mode = {"int8": "linear_spec", "int4": "quadratic_spec"}[kind]

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, assert_one_line, eventually
-from stand_ins.checkpoints import write_adapter, write_checkpoint
 from stand_ins.http_server import serving
-from stand_ins.torch_ranks import answers
+from stand_ins.torch_ranks import answers, answers_of_ranks, build
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -26,28 +25,8 @@ from nemodiff.runtime.engines.torch.flat import FlatShape
 from nemodiff.runtime.engines.torch.step import Step, Told
 
 pytest.importorskip("torch")
-WIDE = {"hidden_size": 64, "intermediate_size": 128}  # which 2 ranks split into groups of 32
-SCRIPT = Path(__file__).parents[1] / "stand_ins" / "torch_ranks.py"
 # No end token is allowed, and the text comes as it is decided.
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
-
-
-def build(folder: Path, **choices: Any) -> Path:
-    """8 heads over 4 of K and V, a vocabulary that no rank count divides, an adapter, and YaRN's query scale."""
-    checkpoint = write_checkpoint(
-        folder / "checkpoint", dtype="f32", num_attention_heads=8, num_key_value_heads=4, head_dim=8, **WIDE
-    )
-    write_adapter(checkpoint, rank=4, alpha=8, strength=0.05)
-    return Builder(checkpoint, folder / "engine", backend="torch", dtype="f32", max_batch_size=4, **choices).run()
-
-
-def answers_of_ranks(engine: Path, ranks: int) -> Any:
-    """What the script prints; it must end all that it has started."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(SCRIPT), str(engine), str(ranks)]
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    return json.loads(ended.stdout)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +62,28 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     monkeypatch.setattr(engine.device, "wait", lambda mark: happened.append(f"end of {mark}"))
     engine.forwards.obey(ranks)  # type: ignore[arg-type]
     assert happened == ["start 1", "end of None", "start 2", "end of start 1", "start 3", "end of start 2"]
+
+
+def test_a_rank_waits_for_a_word_however_long_nothing_is_asked(tmp_path: Path) -> None:
+    """A server that nobody uses overnight; only the sums of a forward have to come in time."""
+    program = """
+import datetime, pathlib, time
+from nemodiff.runtime.engines.torch import ranks
+ranks._PATIENCE = datetime.timedelta(seconds=1)
+here = ranks.Ranks(pathlib.Path("engine"), 2, False, None)
+if here.rank == 0:
+    time.sleep(2.5)
+    here.tell("a word")
+else:
+    print(here.hear())
+here.leave()
+"""
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.stdout == "a word\n", ended.stderr
 
 
 def command(engine: Path, *words: str) -> list[str]:

@@ -447,6 +447,18 @@ def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
     assert not backend.forwards.ahead  # a CPU would only compute in vain
 
 
+def test_a_forward_that_leaves_its_tokens_elsewhere_is_not_followed(small: Pair) -> None:
+    """One whose predictions are rounded up to more than the place has, from which the next one gets its ids."""
+    backend = torch_backend(small.ours)
+    ahead = TorchEngine(backend.folder, backend.info, RecordingDevice(), graphs=True, ahead=True, pages=40)
+    cache = ahead.open(1)
+    assert cache.reserve(0, 0, len(PROMPT) + 1)
+    flight = cache.launch([causal("prefill", PROMPT, 0)], [0])
+    assert flight.shape.predicted > ahead.steps.most_fed
+    assert cache.follow(flight, [causal("decode", [0], len(PROMPT))], [0], [0]) is None
+    flight.finish()
+
+
 def test_short_memory_changes_no_token(small: Pair) -> None:
     """Kept prefixes are given up, rows are computed again, copies are made at the border of what is shared."""
     backend = torch_backend(small.ours)

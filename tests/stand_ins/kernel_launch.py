@@ -25,6 +25,7 @@ TYPES = {
     "u8": torch.uint8,
 }
 MASK = 100
+ON_DEVICE = pytest.mark.torch if INTERPRETED else pytest.mark.gpu  # a test of kernels among others
 
 
 @pytest.fixture

@@ -65,21 +65,32 @@ class Operations(TorchDispatchMode):
 
 
 class RecordingDevice(TorchDevice):
-    """The CPU, with graphs. `refuses` is the number of captures that fail first."""
+    """The CPU, with graphs. `refuses` is the number of captures that fail first.
+
+    A pool is gone with the last capture that held it, as torch's allocator has it.
+    """
 
     def __init__(self, refuses: int = 0) -> None:
         super().__init__(Path("engine"), "cpu")
         self.graphs: list[Recorded] = []
         self._refuses = refuses
         self._bytes: list[torch.Tensor] = []
+        self._held = list[object]()  # pools that a graph holds
+        self._gone = list[object]()
+
+    def graph_pool(self) -> object:
+        return object()
 
     def bytes(self, count: int) -> torch.Tensor:
         self._bytes.append(super().bytes(count))
         return self._bytes[-1]
 
     def capture(self, work: Callable[[], None], pool: Any = None) -> Graph | str:
+        if pool in self._gone:
+            return "it->second->use_count > 0 INTERNAL ASSERT FAILED"
         if self._refuses:
             self._refuses -= 1
+            self._gone += [] if pool in self._held else [pool]
             return "operation not permitted when stream is capturing"
         graph = Recorded()
         before = [memory.clone() for memory in self._bytes]
@@ -88,4 +99,5 @@ class RecordingDevice(TorchDevice):
         for memory, held in zip(self._bytes, before, strict=True):
             memory.copy_(held)  # a capture runs nothing
         self.graphs.append(graph)
+        self._held.append(pool)
         return graph

@@ -49,7 +49,7 @@ class Forwards:
     ) -> TorchFlight | None:
         """See `engine.PagedCache.follow`."""
         with self.lock, self.device.use(self.folder):
-            if not self.ahead or self._flights[-1:] != [flight] or max(fed) >= self.steps.most_fed:
+            if not self.ahead or self._flights[-1:] != [flight] or flight.shape.predicted > self.steps.most_fed:
                 return None
             self.settle(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
             return self._launched(flat_shape(passes, fed=2 if flight.shape.fed == 1 else 1), passes, rows, fed)

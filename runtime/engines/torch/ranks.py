@@ -28,7 +28,8 @@ from ....errors import EngineError, RequestError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PATIENCE = datetime.timedelta(minutes=30)  # that a rank waits for the next forward, or for another rank to load
+_PATIENCE = datetime.timedelta(minutes=30)  # that a rank waits for the others of a sum, or to be reached by them
+_SILENCE = datetime.timedelta(days=20)  # that it waits for a word; a rank that ends is noticed at once
 _END = 5.0  # seconds that ranks have to end
 
 
@@ -66,6 +67,7 @@ class Ranks:
         self.rank = int(os.environ["RANK"])
         with self.watched():
             distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+            self._words = distributed.new_group(backend="gloo", timeout=_SILENCE)
 
     @property
     def device(self) -> int | Literal["cpu"]:
@@ -120,11 +122,11 @@ class Ranks:
         import torch
 
         length = torch.tensor([0 if data is None else len(data)])
-        self._distributed.broadcast(length, 0)
+        self._distributed.broadcast(length, 0, group=self._words)
         content = torch.empty(int(length), dtype=torch.uint8)
         if data is not None:
             content.numpy()[:] = np.frombuffer(data, np.uint8)
-        self._distributed.broadcast(content, 0)
+        self._distributed.broadcast(content, 0, group=self._words)
         return content.numpy().tobytes()
 
     def close(self) -> None:

@@ -84,6 +84,12 @@ class Steps:
             del self._steps[next(iter(self._steps))]
         return step
 
+    def refused(self, shape: FlatShape, reason: str) -> None:
+        """Take note that a shape cannot be captured. A pool that no graph holds has gone with it."""
+        self.eager_shapes[shape] = reason
+        if not any(step.is_captured for step in self._steps.values()):
+            self.pool = self.device.graph_pool()
+
     def place(self, shape: FlatShape) -> Tensor | None:
         """Where steps of a shape leave their logits, (R, V) f32, and where more are only drawn from, (FREE, V).
 
@@ -126,6 +132,11 @@ class Step:
         self._views: list[View] | None = None
         self._graph: Graph | None = None
         self._runs = 0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether it has a graph."""
+        return self._graph is not None
 
     def fill(self, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int] = ()) -> None:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
@@ -175,7 +186,7 @@ class Step:
         owner = self._owner
         captured = owner.device.capture(self._work, owner.pool)
         if isinstance(captured, str):
-            owner.eager_shapes[self.shape] = captured
+            owner.refused(self.shape, captured)
         else:
             self._graph = captured
             owner.captured += 1
