@@ -13,12 +13,13 @@ from .widened import from_e4m3, from_int8
 
 @triton.jit
 def share_sums(
-    x, weight, N, F, K, W, n, f,
+    x, weight, scale, zero, N, F, K, Z, W, n, f,
     KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The sum of this program's shares for outputs f (BLOCK_F,) and tokens n (BLOCK_N,), in f32, (BLOCK_F, BLOCK_N).
 
-    x (N, K) and weight (F, K), of KIND "same" as x, or "e4m3" or "int8" as their bits in u8; W shares in all.
+    x (N, K); W shares in all. Of KIND "same" weight is (F, K) as x, of "e4m3" or "int8" their bits in u8, and scale and
+    zero are not read; of "int4" they are those of `ops/low_bit_linear.py`, and BLOCK_K a pair of groups.
     """
     K = K // 16 * 16  # no change; tells the compiler that rows and the end of a row are aligned
     k = tl.arange(0, BLOCK_K)
@@ -32,16 +33,40 @@ def share_sums(
     for share in range(first, first + W // tl.num_programs(2)):
         total = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
         for start in range(share * length, tl.minimum((share + 1) * length, K), BLOCK_K):
-            has = start + k < K
-            a = tl.load(of_x + start, mask=has[:, None] & real[None, :], other=0.0)
-            w = tl.load(of_weight + start, mask=inside[:, None] & has[None, :], other=0)
-            if KIND == "e4m3":
-                w = from_e4m3(w)
-            elif KIND == "int8":
-                w = from_int8(w)
-            total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
+            if KIND == "int4":
+                total = _pair_of_groups(x, weight, scale, zero, N, F, K, Z, n, f, start, total, BLOCK_K // 2)
+            else:
+                has = start + k < K
+                a = tl.load(of_x + start, mask=has[:, None] & real[None, :], other=0.0)
+                w = tl.load(of_weight + start, mask=inside[:, None] & has[None, :], other=0)
+                if KIND == "e4m3":
+                    w = from_e4m3(w)
+                elif KIND == "int8":
+                    w = from_int8(w)
+                total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
         whole += total
     return whole
+
+
+@triton.jit
+def _pair_of_groups(x, weight, scale, zero, N, F, K, Z, n, f, start, total, GROUP: tl.constexpr):
+    """`total` and the products of the inputs from `start` on, whose weights are the two halves of bytes."""
+    k = tl.arange(0, GROUP)
+    real = n < N
+    inside = f < F
+    of_x = x + n.to(tl.int64)[None, :] * K + k[:, None]
+    of_weight = weight + f[:, None] * GROUP + k[None, :]
+    bits = tl.load(of_weight + start // (2 * GROUP) * F * GROUP, mask=inside[:, None], other=0).to(tl.uint32)
+    for half in tl.static_range(2):
+        group = start // GROUP + half
+        has = group * GROUP + k < K
+        a = tl.load(of_x + group * GROUP, mask=has[:, None] & real[None, :], other=0.0)
+        step = tl.load(scale + group * F + f, mask=inside, other=0.0)
+        middle = tl.load(zero + group * F + f, mask=inside & (group + 0 * f < Z), other=8).to(tl.float32)
+        numbers = (((bits >> (4 * half)) & 15) | 0x4B000000).to(tl.float32, bitcast=True)  # and 2^23
+        w = (numbers - (8388608.0 + middle)[:, None]) * step[:, None]
+        total = tl.dot(w.to(a.dtype), a, total, input_precision="ieee")
+    return total
 
 
 @triton.jit

@@ -17,5 +17,5 @@ def split_linear(
     follow(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    whole = share_sums(x, weight, N, F, K, W, n, f, "same", BLOCK_N, BLOCK_F, BLOCK_K)
+    whole = share_sums(x, weight, weight, weight, N, F, K, 0, W, n, f, "same", BLOCK_N, BLOCK_F, BLOCK_K)
     finish(whole, tl.full([BLOCK_F], 1.0, tl.float32), counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)

@@ -131,7 +131,7 @@ PLAN = Op(
     stages=(
         Stage(
             "AttentionPlan",
-            "paged_attention.plan",
+            "attention_plan.plan",
             inputs=("row", "first", "visible"),
             scalars=("N", "B", "M"),
             outputs=(Arg("tiles", "i32", (tiles, _FIELDS)), *_PLANNED),
