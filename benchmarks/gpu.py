@@ -5,7 +5,8 @@
     python benchmarks/gpu.py --device cpu        run the same code at tiny sizes; its figures mean nothing
 
 Writes `gpu.json` every few seconds, so a run that is cut short loses nothing and the next one on a card of the same
-name measures what is missing. At the end it writes `gpu.md` and `gpu.png`.
+name measures what is missing. At the end it writes `gpu.md` and `gpu.png`. `scripts/measure-gpu` runs it on a card that
+is lent for minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 # `python benchmarks/gpu.py`; an import of `gpu` finds the package.
 import argparse
 import collections
+import contextlib
 import itertools
 import os
 import signal
@@ -29,15 +31,18 @@ try:
         checkout,  # noqa: F401  (makes an uninstalled checkout importable)
         record,
     )
+    from gpu import first as gpu_first
     from gpu import forward as gpu_forward
     from gpu import kernels as gpu_kernels
     from gpu import modes as gpu_modes
     from gpu import peers as gpu_peers
     from gpu import plan as gpu_plan
+    from gpu import products as gpu_products
     from gpu import report as gpu_report
     from gpu import serve as gpu_serve
     from gpu import tensorrt as gpu_tensorrt
     from gpu.card import Card
+    from gpu.guard import Guard
     from gpu.plan import Cell, Lab, RunConfig
 
     from nemodiff.errors import NemodiffError
@@ -45,7 +50,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"nothing measured: the package {error.name} is missing; pip install {error.name}") from None
 
 PACKAGES = ("nemodiff", "numpy", "torch", "triton")
-SECTIONS = ("forward", "kernels", "decode", "serve", "variants", "modes", "peers", "tensorrt")
+SECTIONS = ("first", "forward", "kernels", "narrow", "decode", "serve", "variants", "modes", "peers", "tensorrt")
 SAVE_SECONDS = 5.0  # between two writes of the report
 
 
@@ -53,11 +58,13 @@ def cells(config: RunConfig) -> Iterator[Cell]:
     """Everything there is to measure, the most important first: a size at a time, many rows and other peers later."""
     few, many = config.scale.rows[:1], config.scale.rows[1:]
     for shape in config.shapes[:1]:
+        yield from gpu_first.cells(config, shape)  # what follows up to the requests runs over its graphs
         yield from gpu_forward.cells(config, shape, few)
-        yield from gpu_forward.variant_cells(config, shape)
         yield from gpu_modes.decode_cells(config, shape)
-        yield from gpu_kernels.main_cells(config, shape)
         yield from gpu_serve.cells(config, shape)
+        yield from gpu_kernels.main_cells(config, shape)
+        yield from gpu_products.narrow_cells(config, shape)
+        yield from gpu_forward.variant_cells(config, shape)
         yield from itertools.islice(gpu_peers.cells(config, shape), 1)
         yield from gpu_forward.loaded_cells(config, shape)
         yield from gpu_modes.answer_cells(config)
@@ -65,6 +72,7 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.cells(config, shape, many)
         yield from itertools.islice(gpu_peers.cells(config, shape), 1, None)
     for shape in config.shapes[1:]:
+        yield from gpu_first.cells(config, shape)
         yield from gpu_forward.cells(config, shape, few)
         yield from gpu_modes.decode_cells(config, shape)
         yield from gpu_kernels.main_cells(config, shape)
@@ -94,6 +102,12 @@ def print_plan(todo: list[Cell], memory: int, minutes: float) -> None:
           f"--minutes {minutes:g}; estimates, not measured")  # fmt: skip
 
 
+def release(lab: Lab) -> None:
+    """Free what is held, if the card still does anything; the guard asks it."""
+    with contextlib.suppress(RuntimeError):
+        lab.let_go()
+
+
 def measured(cell: Cell, lab: Lab, left: float) -> dict[str, Any]:
     """A cell's figures, or why there are none."""
     if cell.nbytes > lab.card.total:
@@ -106,16 +120,16 @@ def measured(cell: Cell, lab: Lab, left: float) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         return {"skipped": f"the package {error.name} is missing"}
     except NemodiffError as error:
-        lab.let_go()
+        release(lab)
         return {"skipped": str(error)}
     except Exception as error:
         traceback.print_exc()
-        lab.let_go()
+        release(lab)
         short = "out of memory" if type(error).__name__ == "OutOfMemoryError" else "failed"
         return {"skipped": f"{short}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def run(config: RunConfig, todo: list[Cell], lab: Lab, report: gpu_report.Report, minutes: float) -> int:
+def run(todo: list[Cell], lab: Lab, report: gpu_report.Report, guard: Guard, minutes: float) -> int:
     """Measure what is missing and keep the report up to date; returns how many cells failed."""
     started = saved = time.monotonic()
     failed = 0
@@ -124,9 +138,12 @@ def run(config: RunConfig, todo: list[Cell], lab: Lab, report: gpu_report.Report
             if report.has(cell):
                 continue
             before = time.monotonic()
-            figures = measured(cell, lab, 60 * minutes - (before - started))
-            report.put(cell, figures)
-            failed += figures.get("skipped", "").startswith("failed")
+            with guard.watch(cell):
+                figures = measured(cell, lab, 60 * minutes - (before - started))
+                report.put(cell, figures)
+                if figures.get("skipped", "").startswith("failed"):
+                    failed += 1
+                    guard.check(cell, lab.card.synchronize)
             outcome = figures.get("skipped") or gpu_report.headline(figures)
             print(f"{time.monotonic() - started:7.1f} s  {cell.name}: {outcome}", flush=True)
             if time.monotonic() - saved > SAVE_SECONDS:
@@ -151,6 +168,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="stop measuring after so many minutes, default 6")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of the card that --plan assumes, default 80")
     parser.add_argument("--again", action="store_true", help="measure also what the report has already")
+    parser.add_argument(
+        "--go-on", action="store_true", help="follow a process that a figure has ended: without that one"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report, default benchmarks/results; on the CPU none")
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"
@@ -175,9 +195,18 @@ def main() -> None:
     out = arguments.out or (record.RESULTS if on_gpu else None)
     lab = Lab(card, card.ceilings(dtype))
     report = gpu_report.Report(out, origin, card.about, lab.ceilings, config)
-    if arguments.again or arguments.only:
+
+    def put(name: str, figures: dict[str, Any]) -> None:
+        report.put_by_name(name, figures)
+        report.save()
+
+    guard = Guard(out, put)
+    if arguments.go_on:
+        report.keeps_failures = True
+        guard.last()
+    elif arguments.again or arguments.only:
         report.forget(todo)
-    failed = run(config, todo, lab, report, arguments.minutes)
+    failed = run(todo, lab, report, guard, arguments.minutes)
     report.finish()
     if failed:
         sys.exit(f"{failed} figures failed; see above")

@@ -31,7 +31,7 @@ class Passes:
         self._cache: Any = None
         self._opened = (0, 0)
         self._variant = "graphs"
-        self.warm_seconds: float | None = None  # to capture the graphs of decoding, once that is done
+        self.warm_seconds: float | None = None  # to capture the graphs of decoding, while there are all of them
         self.scripted: Any = None  # the same engine with scripted tokens, once it is made
 
     def cache(self, rows: int, context: int) -> Any:
@@ -59,6 +59,7 @@ class Passes:
             early = variant == "pdl" and self.backend.device.overlaps_launches
             self.backend.model.vary(variant != "without kernels" and is_gpu, early)
             self.backend.steps.forget()
+            self.warm_seconds = None
             self._variant = variant
 
     def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:

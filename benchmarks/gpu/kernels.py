@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpu import models as gpu_models
+from gpu import products as gpu_products
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
-from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear, token_quantise
+from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention
 
 
 def reads_context(op: Op) -> bool:
@@ -62,24 +63,10 @@ def widths(op: Op, model: ModelConfig, heads: int, items: int) -> int:
 
 def low_bits(model: ModelConfig) -> dict[str, int]:
     """The sizes of a product with few bits, which is that of gate and up."""
-    outputs, inputs = projections(model)["gate_up"]
+    outputs, inputs = gpu_products.projections(model)["gate_up"]
     shares, counters = low_bit_linear.counters(outputs, inputs)
     pairs = ceil_div(inputs, 2 * low_bit_linear.GROUP)
     return {"F": outputs, "K": inputs, "W": shares, "C": counters, "P": pairs, "L": 2 * pairs, "Z": 0}
-
-
-def projections(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The matrices of a layer and of the head, (out, in)."""
-    hidden = model.hidden_size
-    inner = model.intermediate_size
-    heads = model.num_heads * model.head_dim
-    return {
-        "qkv": (heads + 2 * model.num_kv_heads * model.head_dim, hidden),
-        "o": (hidden, heads),
-        "gate_up": (2 * inner, hidden),
-        "down": (hidden, inner),
-        "head": (model.vocab_size, hidden),
-    }
 
 
 def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelConfig) -> Any:
@@ -93,14 +80,8 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
         return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
     if kind == "u8":  # the bits of an e4m3 below infinity
         return torch.randint(0, 120, shape, dtype=torch.uint8, device=device)
-    made = torch.empty(shape, dtype=types(torch)[kind], device=device)
+    made = torch.empty(shape, dtype=gpu_products.types(torch)[kind], device=device)
     return made.fill_(1) if arg.name == "temperature" else made.normal_()
-
-
-def types(torch: Any) -> dict[str, Any]:
-    """torch's types by the names of `Arg.dtype` and of engines."""
-    floats = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-    return {**floats, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8}
 
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
@@ -110,7 +91,7 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
 
     def new(arg: Arg, shape: tuple[int, ...]) -> Any:
         kind = dtype if arg.dtype == "compute" else arg.dtype
-        return torch.empty(shape, dtype=types(torch)[kind], device=lab.card.name)
+        return torch.empty(shape, dtype=gpu_products.types(torch)[kind], device=lab.card.name)
 
     def made() -> dict[str, Any]:
         arrays = {arg.name: tensor(arg, arg.sizes(letters, ceil_div), lab, dtype, model) for arg in inputs}
@@ -144,96 +125,6 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     }
 
 
-def linear(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
-    """The same for torch's product of some tokens with a matrix."""
-    torch = lab.card.torch
-    kind, device = types(torch)[dtype], lab.card.name
-    nbytes = (out * size_in + tokens * (out + size_in)) * ITEMSIZE[dtype]
-    with lab.card.use(gpu_models.CARRIED):
-        x = torch.empty(1, tokens, size_in, dtype=kind, device=device).normal_()
-        matrices = [torch.empty(out, size_in, dtype=kind, device=device) for _ in range(lab.card.sets(nbytes))]
-        for matrix in matrices:
-            matrix.normal_()
-    seconds = lab.card.per_launch([lambda m=m: torch.nn.functional.linear(x, m) for m in matrices])
-    return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
-
-
-def linear_by_8_bits(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
-    """The same product with both sides in e4m3, the activations quantised first; torch's, on cards with fp8."""
-    torch, device = lab.card.torch, lab.card.name
-    model = gpu_models.work("tiny", dtype).model  # for constants, of which the op has none
-    nbytes = out * size_in + tokens * (size_in + out) * ITEMSIZE[dtype]
-
-    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
-        return torch.empty(shape, dtype={"u8": torch.uint8, "f32": torch.float32}[arg.dtype], device=device)
-
-    with lab.card.use(gpu_models.CARRIED):
-        x = torch.empty(tokens, size_in, dtype=types(torch)[dtype], device=device).normal_()
-        gain = torch.ones(1, out, dtype=torch.float32, device=device)
-        matrices = [
-            torch.randint(0, 120, (out, size_in), dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).t()
-            for _ in range(lab.card.sets(nbytes))
-        ]
-
-    def product(matrix: Any) -> Any:
-        values, scale = run(token_quantise.OP, model, {"x": x}, new)
-        a = values.view(torch.float8_e4m3fn)
-        return torch._scaled_mm(a, matrix, scale[:, None], gain, out_dtype=torch.bfloat16)
-
-    seconds = lab.card.per_launch([lambda m=m: product(m) for m in matrices])
-    return {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
-
-
-def linear_in_shares(lab: Lab, out: int, size_in: int, dtype: str, tokens: int) -> Figures:
-    """The same product by `SplitLinear`, and whether the first token has the same bits alone."""
-    torch, device, kind = lab.card.torch, lab.card.name, types(lab.card.torch)[dtype]
-    model = gpu_models.work("tiny", dtype).model  # for constants, of which the op has none
-    nbytes = (out * size_in + tokens * (out + size_in)) * ITEMSIZE[dtype]
-
-    def new(arg: Arg, shape: tuple[int, ...]) -> Any:
-        return torch.empty(shape, dtype=torch.float32 if arg.dtype == "f32" else kind, device=device)
-
-    with lab.card.use(gpu_models.CARRIED):
-        x = torch.empty(tokens, size_in, dtype=kind, device=device).normal_()
-        counters = torch.zeros(low_bit_linear.counters(out, size_in), dtype=torch.int32, device=device)
-        matrices = [torch.empty(out, size_in, dtype=kind, device=device) for _ in range(lab.card.sets(nbytes))]
-        for matrix in matrices:
-            matrix.normal_()
-
-    def product(matrix: Any, some: Any = x) -> Any:
-        op = split_linear.op(next(tile for tile in split_linear.TILES if len(some) <= tile))
-        return run(op, model, {"x": some, "weight": matrix, "counters": counters}, new)[0]
-
-    seconds = lab.card.per_launch([lambda m=m: product(m) for m in matrices])
-    with lab.card.use(gpu_models.CARRIED):
-        same = bool((product(matrices[0])[0] == product(matrices[0], x[:1])[0]).all())
-    figures = {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
-    return {**figures, "same_bits_alone": same}
-
-
-PRODUCTS = {"linear": linear, "linear in shares": linear_in_shares, "e4m3 linear": linear_by_8_bits}
-NARROW = ("qkv", "o")  # matrices whose outputs are too few to fill a card
-
-
-def linear_cells(config: RunConfig, shape: str, ways: Iterable[str]) -> Iterator[Cell]:
-    """torch's products, which the AR step mostly consists of, and those that may replace them."""
-    model = gpu_models.work(shape, config.dtype).model
-    for how, (name, (out, size_in)) in itertools.product(ways, projections(model).items()):
-        if how == "linear in shares" and name not in NARROW:
-            continue
-        for tokens in config.scale.kernel_sizes:
-
-            def measure(
-                lab: Lab, out: int = out, size_in: int = size_in, tokens: int = tokens, how: str = how
-            ) -> Figures:
-                figures = PRODUCTS[how](lab, out, size_in, config.dtype, tokens)
-                stages = [f"{how}, {out} x {size_in}"]
-                return {"op": how, "stages": stages, **figures, "tokens": tokens, "context": None}
-
-            nbytes = 8 * out * size_in * ITEMSIZE[config.dtype]
-            yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.7, measure)
-
-
 OWN = ("PagedAttention", "PagedRopeWrite", "ResidualNorm", "SwiGLU", "FlatHeadScan16", "FlatHeadScan64")
 
 
@@ -243,16 +134,16 @@ def name_of(op: Op) -> str:
 
 
 def main_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """What a step in the engine's dtype consists of, and the product that may replace two of torch's."""
+    """What a step in the engine's dtype consists of."""
     yield from op_cells(config, shape, [op for op in FUSED if name_of(op) in OWN])
-    yield from linear_cells(config, shape, ("linear", "linear in shares"))
+    yield from gpu_products.linear_cells(config, shape, ("linear",))
 
 
 def other_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """The other ops of the torch engine and those of the graph; products in 8 bits."""
     yield from op_cells(config, shape, [*OPS, confidence_commit.SAMPLED])
     yield from op_cells(config, shape, [op for op in FUSED if name_of(op) not in OWN])
-    yield from linear_cells(config, shape, ("e4m3 linear",))
+    yield from gpu_products.linear_cells(config, shape, ("e4m3 linear",))
 
 
 def op_cells(config: RunConfig, shape: str, ops: list[Op]) -> Iterator[Cell]:

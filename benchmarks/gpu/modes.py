@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "linear_spec": {"mode": "linear_spec", "block_length": 32},
     "quadratic_spec, budget": {"mode": "quadratic_spec", "groups": "auto"},
     "quadratic_spec, all groups": {"mode": "quadratic_spec", "groups": "all", "block_length": 16},
+    "diffusion": {"mode": "diffusion", "block_length": 32},
     "ar, sampled": {"mode": "ar", "temperature": 0.8, "seed": 1},
 }
 

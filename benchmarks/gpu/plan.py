@@ -27,6 +27,7 @@ class Scale:
     contexts: tuple[int, ...]
     kernel_sizes: tuple[int, ...]
     kernel_contexts: tuple[int, ...]
+    narrow: tuple[int, ...]  # tokens of a product that ways to multiply are compared at
     compiled: tuple[tuple[int, int], ...]  # rows and context of the compiled peer
     prompt: int
     new_tokens: int
@@ -41,6 +42,7 @@ GPU = Scale(
     contexts=(512, 4096, 32768),
     kernel_sizes=(1, 8, 32, 64),
     kernel_contexts=(512, 4096, 32768),
+    narrow=(1, 8, 32),
     compiled=((1, 512), (1, 4096), (16, 4096), (4, 512), (64, 512), (1, 32768)),
     prompt=512,
     new_tokens=256,
@@ -48,7 +50,7 @@ GPU = Scale(
     answer=64,
     requests=(1, 4, 16, 64),
 )
-CPU = Scale((1, 4), (1, 2), (64, 128), (1,), (64,), ((1, 64),), 16, 12, 1, 8, (1, 3))
+CPU = Scale((1, 4), (1, 2), (64, 128), (1,), (64,), (1, 3), ((1, 64),), 16, 12, 1, 8, (1, 3))
 
 
 class Lab:

@@ -1,9 +1,8 @@
-"""The report of `gpu.py`: the figures of all runs on one card, the goals, and the tables and the plot made of them."""
+"""The report of `gpu.py`: the figures of all runs on one card, the goals, and the plot made of them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from common import record
 
 from gpu.goals import goals
 from gpu.plan import Cell, Figures, RunConfig
+from gpu.tables import table, tables
 from nemodiff.whole_file import whole
 
 
@@ -40,12 +40,14 @@ class Report:
             if saved["device"]["name"] == about["name"] and saved["dtype"] == config.dtype:
                 self.cells = saved["cells"]
                 self.runs = saved["runs"]
+        self.keeps_failures = False  # whether what failed is left alone too
         self.run = {"date": origin["date"], "command": origin["command"], "ceilings": ceilings, "minutes": 0.0}
         self.runs.append(self.run)
 
     def has(self, cell: Cell) -> bool:
-        """Whether a cell has been measured."""
-        return "skipped" not in self.cells.get(cell.name, {"skipped": ""})
+        """Whether a cell has been measured, or need not be tried again."""
+        reason = self.cells.get(cell.name, {"skipped": ""}).get("skipped")
+        return reason is None or (self.keeps_failures and reason.startswith("failed"))
 
     def forget(self, cells: list[Cell]) -> None:
         """Drop what is to be measured again."""
@@ -54,7 +56,11 @@ class Report:
 
     def put(self, cell: Cell, figures: Figures) -> None:
         """Take a cell's figures; their ceilings are those of this run."""
-        self.cells[cell.name] = {"run": len(self.runs) - 1, **figures}
+        self.put_by_name(cell.name, figures)
+
+    def put_by_name(self, name: str, figures: Figures) -> None:
+        """The same, by its place in the report."""
+        self.cells[name] = {"run": len(self.runs) - 1, **figures}
 
     def save(self) -> None:
         """Write the figures."""
@@ -123,6 +129,9 @@ class Report:
 
 def headline(figures: Figures) -> str:
     """A cell's main figures in a few words for the terminal."""
+    if "winner" in figures:
+        times = (f"{name} {sum(way['us'].values()):.4g}" for name, way in figures["ways"].items() if "us" in way)
+        return f"{figures['winner']} wins; us: {', '.join(times)}"
     shown = ("device_us", "wall_us", "us", "to_ceiling", "to_copy_ceiling", "tokens_per_second", "host_gap")
     return ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures) or "done"
 
@@ -147,91 +156,13 @@ def markdown(report: Report, drawn: bool) -> str:
         ]),
         *(["![time of a forward by its tokens](gpu.png)", ""] if drawn else []),
     ]  # fmt: skip
-    for title, head, cells in tables(report):
+    for title, head, cells in tables(report.figures):
         if cells:
             lines += [f"## {title}", "", *table(head, cells)]
     skipped = [[name, row["skipped"]] for name, row in report.cells.items() if "skipped" in row]
     if skipped:
         lines += ["## Not measured", "", *table(["figure", "reason"], skipped)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def tables(report: Report) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, head and lines of each section."""
-    peers = {(r["shape"], r["rows"], r["context"]): r["device_us"] for r in report.figures("peers")}
-
-    def over_ours(forward: Figures) -> str:
-        peer_us = peers.get((forward["shape"], forward["rows"], forward["context"]))
-        return f"{peer_us / forward['device_us']:.2f}" if peer_us and forward["tokens"] == 1 else ""
-
-    yield "Forward", ["shape", "rows", "context", "tokens", "device us", "wall us", "bound", "to its ceiling",
-                      "compiled plain torch over it", "GiB at most"], [
-        [r["shape"], str(r["rows"]), str(r["context"]), str(r["tokens"]), f"{r['device_us']:.0f}",
-         f"{r['wall_us']:.0f}", r["bound"], f"{r['to_ceiling']:.2f}", over_ours(r),
-         f"{r['peak_bytes'] / 2**30:.1f}" if r["peak_bytes"] else ""]
-        for r in report.figures("forward")
-    ]  # fmt: skip
-    yield "Ways to run it, us by tokens", ["shape", "way", "context", "device us", "wall us"], [
-        [r["shape"], r["variant"], str(r["context"]),
-         *(", ".join(f"{size}: {v[us]:.0f}" for size, v in r.items() if isinstance(v, dict))
-           for us in ("device_us", "wall_us"))]
-        for r in report.figures("variants")
-    ]  # fmt: skip
-    yield "Kernels", ["shape", "op", "tokens", "context", "us", "KiB", "over the copy ceiling"], [
-        [r["shape"], r["op"] if r["op"].endswith("Attention") else r["stages"][0], str(r["tokens"]),
-         str(r["context"] or ""), f"{r['us']:.2f}", f"{r['bytes'] / 1024:.0f}", f"{r['to_copy_ceiling']:.2f}"]
-        for r in report.figures("kernels")
-    ]  # fmt: skip
-    yield (
-        "Decoding at the published acceptance",
-        ["shape", "way", "tokens/s", "tokens per pass", "card stands still"],
-        [
-            [
-                r["shape"],
-                r["way"],
-                f"{r['tokens_per_second']:.1f}",
-                f"{r['tokens_per_pass']:.2f}",
-                f"{r['host_gap']:.1%}",
-            ]
-            for r in report.figures("decode")
-            if "way" in r
-        ],
-    )
-    yield "Cost curve that planning uses, us by tokens", ["shape", "us", "seconds to measure"], [
-        [r["shape"], ", ".join(f"{s}: {t:.0f}" for s, t in zip(r["sizes"], r["curve_us"], strict=True)),
-         f"{r['seconds_to_measure']:.2f}"]
-        for r in report.figures("decode")
-        if "sizes" in r
-    ]  # fmt: skip
-    yield "Answers", ["checkpoint", "type", "mode", "tokens/s", "tokens per pass", "unlike ar", "unlike the CPU"], [
-        [r["shape"], r["dtype"], mode, f"{m['tokens_per_second']:.0f}", f"{m['tokens_per_pass']:.2f}",
-         str(m["answers_unlike_ar"]), str(m["answers_unlike_cpu"])]
-        for r in report.figures("modes")
-        for mode, m in r["modes"].items()
-    ]  # fmt: skip
-    yield "Many requests", ["shape", "way", "requests", "tokens/s", "ms to first", "gap ms", "99th", "tokens a forward",
-                            "card idle", "pages", "preempted", "captured meanwhile"], [
-        [r["shape"], r["way"], str(r["requests"]), f"{r['tokens_per_second']:.0f}", f"{r['ms_to_first_token']:.0f}",
-         f"{r['gap_ms']:.1f}", f"{r['gap_ms_p99']:.1f}", f"{r['tokens_per_forward']:.0f}",
-         f"{100 * r['host_gap']:.0f} %", str(r["pages"]), str(r["preempted"]), str(r["captured_meanwhile"])]
-        for r in report.figures("serve")
-    ]  # fmt: skip
-    yield "Plain torch, one token", ["shape", "peer", "rows", "context", "us", "without a graph", "first step s"], [
-        [r["shape"], r["peer"], str(r["rows"]), str(r["context"]), f"{r['device_us']:.0f}",
-         f"{r['wall_us_without_graph']:.0f}", f"{r['first_seconds']:.1f}"]
-        for r in report.figures("peers")
-    ]  # fmt: skip
-    yield "TensorRT", ["backend", "rows", "context", "tokens", "us", "to ceiling", "eager over graph", "host gap us"], [
-        [t["backend"], str(f["rows"]), str(f["context"]), str(f["tokens"]), f"{f['us']:.1f}",
-         f"{f['ratio_to_ceiling']:.2f}", f"{f['eager_over_graph']:.2f}", f"{f['host_gap_us']:.1f}"]
-        for t in report.figures("tensorrt")
-        for f in t["forward"]
-    ]  # fmt: skip
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table and an empty line."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def plot(report: Report, path: Path) -> bool:

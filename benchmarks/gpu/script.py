@@ -46,6 +46,12 @@ class Scripted:
         self.info = engine.info
         self.pages = engine.pages
 
+    @property
+    def pass_seconds(self) -> dict[int, float]:
+        """What passes took in the warm-up, which plans begin with."""
+        met: dict[int, float] = self._engine.pass_seconds
+        return met
+
     def open(self, rows: int) -> ScriptedCache:
         """See `engine.Engine.open`."""
         return ScriptedCache(self._engine.open(rows), self.info.model.mask_id)

@@ -69,7 +69,7 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
     held = passes(lab, shape, config.dtype)
     engine = scripted(held)
     backend, pages = held.backend, held.backend.pages
-    captured = backend.captured
+    captured, compiled = backend.captured, backend.compiled
     lab.card.start_peak()
     spent = lab.card.spent
     held_pages = [0]
@@ -111,6 +111,7 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
         "host_gap": 1 - (lab.card.spent - spent) / wall,
         "peak_bytes": lab.card.peak(),
         "captured_meanwhile": backend.captured - captured,
+        "compiled_meanwhile": backend.compiled - compiled,
         "warm_up_seconds": held.warm_seconds,
         "graphs": backend.captured,
     }

@@ -28,7 +28,7 @@ from nemodiff.runtime.generate import generate
 
 pytestmark = pytest.mark.torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-QUICK = "forward,variants,decode,serve,kernels,modes,tensorrt"
+QUICK = "first,forward,variants,decode,serve,kernels,narrow,modes,tensorrt"
 Run = Callable[..., dict[str, Any]]
 
 
@@ -68,8 +68,8 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     cells = report["cells"]
     # Peers are not among what is asked for.
     assert [g["name"] for g in report["goals_not_measured"]] == ["AR step over plain torch compiled, tiny, context 64"]
-    assert len(report["goals"]) == 20
-    exact = {g["name"]: g["got"] for g in report["goals"] if "answers" in g["name"]}
+    assert len(report["goals"]) == 23
+    exact = {g["name"]: g["got"] for g in report["goals"] if "answers" in g["name"] and "unlike" in g["name"]}
     assert list(exact.values()) == [0, 0]
     skipped = {name: cell["skipped"] for name, cell in cells.items() if "skipped" in cell}
     assert {name.split("/")[0] for name in skipped} == {"tensorrt"}
@@ -84,7 +84,20 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
         *((way, 3) for way in ("ar", "linear_spec", "quadratic_spec", "diffusion", "mix")),
     ]
     assert all(cell["tokens"] == 12 * cell["requests"] and cell["pages"] > 0 for cell in served)
-    assert {cell["captured_meanwhile"] for cell in served} == {0}
+    assert {cell["captured_meanwhile"] + cell["compiled_meanwhile"] for cell in served} == {0}
+    first = cells["first/tiny/answers"]
+    settings = importlib.import_module("gpu.modes").SETTINGS
+    assert list(first["ways"]) == list(settings)
+    assert all(way["first_ms"] > way["ms_to_first_token"] > 0 for way in first["ways"].values())
+    products = importlib.import_module("gpu.products")
+    for matrix in products.NARROW:  # on a CPU all but one are torch's own product, which may take other bits
+        ways = cells[f"narrow/tiny/{matrix}"]["ways"]
+        assert list(ways) == list(products.NARROW_WAYS)
+        assert all(set(way["us"]) == {"1", "3"} for way in ways.values())
+        assert ways[f"of {products.MOST} rows"]["same_bits"]
+        winner = cells[f"narrow/tiny/{matrix}"]["winner"]
+        assert ways[winner]["same_bits"]
+        assert f"{winner} wins; us: " in report["printed"]
     kernel_cells = [cell for name, cell in cells.items() if name.startswith("kernels/")]
     kernels = {row["stages"][0] for row in kernel_cells if "linear" not in row["op"]}
     assert all(row["us"] > 0 and row["bytes"] > 0 for row in kernel_cells)
@@ -95,6 +108,8 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
         "Forward",
         "Ways to run it",
         "Kernels",
+        "Ways to multiply",
+        "First answers",
         "Decoding at",
         "Cost curve",
         "Many requests",
@@ -160,9 +175,8 @@ def test_a_call_of_six_minutes_has_what_matters_most() -> None:
     crowds = {f"serve/8b/{way} requests {n}" for way in ("ar", "linear_spec") for n in plan.GPU.requests}
     sizes = plan.GPU.kernel_sizes
     kernels = {f"PagedAttention context {c} tokens {n}" for c in plan.GPU.kernel_contexts for n in sizes}
-    kernels |= {
-        f"{how} {name} tokens {n}" for how in ("linear", "linear in shares") for name in ["qkv", "o"] for n in sizes
-    }
+    kernels |= {f"linear {name} tokens {n}" for name in ["qkv", "o"] for n in sizes}
+    kernels |= {"first/8b/answers", "narrow/8b/qkv", "narrow/8b/o", "variants/8b/fp8 context 4096"}
     assert rows | ways | loops | crowds | kernels | {"peers/8b/rows 1 context 512"} <= measured
 
 
@@ -223,6 +237,79 @@ def test_cells_fail_by_themselves() -> None:
     assert cell(ValueError("odd")) == {"skipped": "failed: ValueError: odd"}
 
 
+def test_a_cell_that_hangs_or_breaks_the_card_costs_itself_alone(tmp_path: Path) -> None:
+    """Its process ends, what there is is written, and the next one leaves it out."""
+    program = f"""
+import sys, threading
+sys.path.insert(0, {str(FOLDER)!r})
+from common import checkout
+from gpu import guard, plan
+guard.PATIENCE = 0.2
+there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print)
+cell = plan.Cell("forward", "8b", sys.argv[1], 0, 0, None)
+def broken():
+    raise RuntimeError("CUDA error: an illegal memory access")
+there.last()
+with there.watch(cell):
+    if cell.key == "hangs":
+        threading.Event().wait(60)
+    if cell.key == "dies":
+        __import__("os").abort()
+    there.check(cell, broken)
+"""
+
+    def ended(key: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", program, key]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout
+
+    assert ended("hangs")[0] == ended("breaks")[0] == 3
+    assert ended("dies")[0] < 0
+    said = ended("breaks")[1]
+    assert "forward/8b/dies {'skipped': 'failed: it ended the process'}" in said
+    assert "forward/8b/breaks {'skipped': 'failed: it broke the card for its process: CUDA error: an" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measure_gpu_goes_on_behind_a_process_that_was_ended(tmp_path: Path) -> None:
+    """With what is left of its minutes, and all it writes in one folder."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(
+        f"""#!/usr/bin/env bash
+[ "$1" = -c ] && exec {sys.executable} "$@"
+echo "$*" >> {tmp_path}/calls
+[ "$(wc -l < {tmp_path}/calls)" -lt 3 ] && exit 3
+exit 0
+"""
+    )
+    python.chmod(0o755)
+    environment = {**os.environ, "VENV": str(tmp_path), "OUT": str(tmp_path / "out")}
+    command = [FOLDER.parent / "scripts" / "measure-gpu", "5", "--shapes", "8b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [call[0] for call in calls] == ["benchmarks/gpu.py"] * 3
+    assert ["--go-on" in call for call in calls] == [False, True, True]
+    assert all(4 < float(call[call.index("--minutes") + 1]) <= 5 for call in calls)
+    assert all(call[-2:] == ["--shapes", "8b"] for call in calls)
+    assert (tmp_path / "out" / "gpu.log").is_file()
+
+
+def test_what_failed_is_left_alone_by_a_process_that_goes_on() -> None:
+    plan, reports = importlib.import_module("gpu.plan"), importlib.import_module("gpu.report")
+    config = plan.RunConfig(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
+    report = reports.Report(None, {"date": "", "command": ""}, {"name": "a card"}, {}, config)
+    cells = [plan.Cell("forward", "8b", key, 0, 0, lambda lab: {}) for key in ("met", "failed", "late", "new")]
+    for cell, figures in zip(
+        cells, ({"us": 1.0}, {"skipped": "failed: x"}, {"skipped": "no time was left"}), strict=False
+    ):
+        report.put(cell, figures)
+    assert [report.has(cell) for cell in cells] == [True, False, False, False]
+    report.keeps_failures = True
+    assert [report.has(cell) for cell in cells] == [True, True, False, False]
+
+
 def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are played on the CPU: a captured step has no upload and no download that could mark it."""
     card, models = importlib.import_module("gpu.card"), importlib.import_module("gpu.models")
@@ -252,7 +339,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), figures)
 
     assert report.goals()[0] == []
-    assert len(report.goals()[1]) == 21
+    assert len(report.goals()[1]) == 24
     times = {(512, 1): 100, (512, 32): 110, (4096, 1): 100, (4096, 32): 116}
     for (context, size), us in times.items():
         put("forward", f"rows 1 context {context} tokens {size}", device_us=us, over_weight_bytes=1.05)
@@ -260,8 +347,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         for size in plan.GPU.kernel_sizes:
             share = 0.7 if (context, size) == (32768, 8) else 0.9 - size / 100
             put("kernels", f"PagedAttention context {context} tokens {size}", us=1.0 + size / 8, to_copy_ceiling=share)
-    for number, same in enumerate((True, False)):
-        put("kernels", f"linear in shares o tokens {number}", same_bits_alone=same)
+    for name, same in (("qkv", True), ("o", False)):
+        put("narrow", name, ways={"in shares": {"us": {"1": 3.0}, "same_bits": same}})
+    put("first", "answers", captured_meanwhile=0, compiled_meanwhile=2, ways={
+        "ar": {"speed_of_first": 0.95, "ms_to_first_token": 20.0},
+        "linear_spec": {"speed_of_first": 0.8, "ms_to_first_token": 600.0},
+    })  # fmt: skip
     put("decode", "ar", tokens_per_second=100.0, host_gap=0.01)
     put("decode", "linear_spec", skipped="out of memory")
     for way, us in (("graphs", 100), ("fp8", 61)):
@@ -281,6 +372,9 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         (1, False),  # a product whose bits differ
         (0.61, True),  # fp8
         (1.0, True),  # idle
+        (0.8, False),  # first answers: their speed, their first token, what they made
+        (600.0, False),
+        (2, False),
     ]
     assert len(unmeasured) == 10
     assert {u["reason"] for u in unmeasured} >= {"decode/8b/linear_spec: out of memory"}
@@ -299,7 +393,7 @@ def test_the_script_gives_the_published_tokens_per_pass() -> None:
     answers = {
         name: generate(engine, prompt, max_new_tokens=plan.GPU.new_tokens, **options)
         for name, options in modes.SETTINGS.items()
-        if "temperature" not in options
+        if "temperature" not in options and options["mode"] != "diffusion"  # which keeps wrong drafts
     }
     assert len({tuple(a.token_ids) for a in answers.values()}) == 1
     assert answers["linear_spec"].decode_tpf == pytest.approx(script.PUBLISHED, rel=0.02)
