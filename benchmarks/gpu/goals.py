@@ -107,6 +107,8 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
          lambda: min(attention(most, "to_copy_ceiling", picked, picked)), "at least", 0.5, "x"),
         (f"ConfidenceCommit over the copy ceiling, block of {picked}",
          lambda: kernel(f"ConfidenceCommitScan tokens {picked}", "to_copy_ceiling"), "at least", 0.6, "x"),
+        (f"SampledCommit over the copy ceiling, block of {picked}",
+         lambda: kernel(f"SampledCommitScan tokens {picked}", "to_copy_ceiling"), "at least", 0.4, "x"),
         (f"FlatSampledCommit over the copy ceiling, block of {picked}",
          lambda: kernel(f"FlatSampledScan tokens {picked}", "to_copy_ceiling"), "at least", 0.4, "x"),
         ("passes that choose otherwise where kernels begin early", chosen_otherwise, "at most", 0, "passes"),

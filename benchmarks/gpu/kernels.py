@@ -125,7 +125,10 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
     }
 
 
-OWN = ("PagedAttention", "PagedRopeWrite", "ResidualNorm", "SwiGLU", "FlatHeadScan16", "FlatHeadScan64")
+# Of a step in the engine's dtype, and the commit rule's scans, also of an engine of the graph.
+MAIN = ("PagedAttention", "PagedRopeWrite", "ResidualNorm", "SwiGLU", "FlatHeadScan16", "FlatHeadScan64")
+MAIN += ("FlatSampledScan", "ConfidenceCommitScan", "SampledCommitScan")
+EVERY = (*OPS, confidence_commit.SAMPLED, *FUSED)
 
 
 def name_of(op: Op) -> str:
@@ -134,15 +137,14 @@ def name_of(op: Op) -> str:
 
 
 def main_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """What a step in the engine's dtype consists of."""
-    yield from op_cells(config, shape, [op for op in FUSED if name_of(op) in OWN])
+    """What a step in the engine's dtype consists of, and what has a goal."""
+    yield from op_cells(config, shape, [op for op in EVERY if name_of(op) in MAIN])
     yield from gpu_products.linear_cells(config, shape, ("linear",))
 
 
 def other_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """The other ops of the torch engine and those of the graph; products in 8 bits."""
-    yield from op_cells(config, shape, [*OPS, confidence_commit.SAMPLED])
-    yield from op_cells(config, shape, [op for op in FUSED if name_of(op) not in OWN])
+    yield from op_cells(config, shape, [op for op in EVERY if name_of(op) not in MAIN])
     yield from gpu_products.linear_cells(config, shape, ("e4m3 linear",))
 
 
