@@ -64,8 +64,13 @@ class Stage:
     constants: Callable[[ModelConfig], Constants]
     grid: Callable[[Dims, Ceil], Grid]  # its number of programs
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 2  # tiles in shared memory, those that are on their way among them
+    num_stages_f32: int | None = None  # another number where compute is f32, whose tiles are twice as large
     follows: bool = False  # the kernel takes PDL: it may begin while the one before it ends
+
+    def tiles_ahead(self, dtype: str) -> int:
+        """`num_stages` in an engine's dtype."""
+        return self.num_stages_f32 if dtype == "f32" and self.num_stages_f32 is not None else self.num_stages
 
     def load(self) -> Any:
         """The kernel as a function of the Triton compiler, which this imports."""
@@ -135,9 +140,11 @@ def run(
     tensors = dict(inputs)
     heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
     dims = heads | op.dims({name: tensor.shape for name, tensor in inputs.items()})
+    is_f32 = any(op.args[name].dtype == "compute" and t.element_size() == 4 for name, t in inputs.items())
+    dtype = "f32" if is_f32 else "of 16 bits"
     for stage in op.stages:
         constants = {**stage.constants(model)}
-        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
+        options = {"num_warps": stage.num_warps, "num_stages": stage.tiles_ahead(dtype), "enable_fp_fusion": True}
         if stage.follows:
             constants["PDL"] = pdl
             options["launch_pdl"] = pdl

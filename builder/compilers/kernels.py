@@ -136,7 +136,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     )
     options = {
         "num_warps": stage.num_warps,
-        "num_stages": stage.num_stages,
+        "num_stages": stage.tiles_ahead(dtype),
         "ptx_version": ptx_version(sm),
         "enable_fp_fusion": True,
     }

@@ -23,7 +23,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 from nemodiff.plugins.op import Op, ceil_div
-from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
+from nemodiff.plugins.ops import head_commit, paged_attention, residual_norm, swiglu
 from nemodiff.tensorrt_info import Kernel
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -181,6 +181,13 @@ def test_fused_kernels_compile_for_every_card(
         if early:  # and touches no memory before it may
             assert not re.search(r"\b(ld|st|atom|red)\.(?!param)[\w.]*global|cp\.async|ld\.acquire", before), kernel
     check_products(kernels, tmp_path)
+
+
+@pytest.mark.trt
+def test_attention_in_f32_fits_into_every_card(tiny: ModelConfig, tmp_path: Path) -> None:
+    """At heads of 128, by its shared memory; it multiplies without tensor cores, so it is slow, and may spill."""
+    (kernel,) = compile_kernels(released(tiny), "f32", (89,), tmp_path, [paged_attention.OP])
+    assert kernel.shared_bytes <= 99 * 1024, kernel
 
 
 def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
