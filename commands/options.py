@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Any], Any]
 
-PATH: click.Path[Path] = click.Path(path_type=Path)
+
+class _Path(click.Path[Path]):
+    """A path, which an unset variable of a shell is not: empty, it would mean the folder that one stands in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        if value == "":
+            self.fail("it is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
 
 
-class _OutputFile(click.Path[Path]):
+class _OutputFile(_Path):
     """A file to write, in a folder that is there: what is written last would be lost else, after all the work."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -33,6 +41,7 @@ class _OutputFile(click.Path[Path]):
         return path
 
 
+PATH = _Path(path_type=Path)
 OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False)
 # What a help text says besides, where the command line differs from other ways to give the option.
 _NOTES = {

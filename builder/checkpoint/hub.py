@@ -54,12 +54,12 @@ def resolve(checkpoint: str, *, headers_only: bool = False) -> Source:
     the process. Raises CheckpointError when neither a folder nor a repository of that name can be had.
     """
     folder = Path(checkpoint)
-    if folder.exists():
+    if checkpoint and folder.exists():
         return Source(folder, folder.resolve().name, None)
     match = _HUB_ID.fullmatch(checkpoint)
     if match is None:
         raise CheckpointError(
-            f"{checkpoint}: no such folder; give a checkpoint folder or a hub id like "
+            f"{checkpoint or repr(checkpoint)}: no such folder; give a checkpoint folder or a hub id like "
             "nvidia/Nemotron-Labs-Diffusion-8B or OWNER/NAME@REVISION"
         )
     local = _download(match["repo"], match["revision"], headers_only)

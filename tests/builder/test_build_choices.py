@@ -83,6 +83,13 @@ def test_checkpoint_that_is_not_there(tmp_path: Path, refused: Refused, name: st
     )
 
 
+def test_an_unset_variable_is_no_path(tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(["build", "", "-o", "engine"], "'': no such folder; give a checkpoint folder or a hub id")
+    refused(["build", "checkpoint", "-o", ""], "-o", "it is empty; give a path", code=2)
+    refused(["run", "", "-p", "x"], "ENGINE", "it is empty; give a path", code=2)
+
+
 def test_checkpoint_that_is_a_file(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     refused(
