@@ -84,6 +84,8 @@ def build_graph(
     if model.vision:
         x = add_embeddings(w, x)
     add_shared(w, model, bool(adapter_rank), quantization, kv_bits)
+    if convolved:
+        x = w.flat(x, model.hidden_size, "embeddings.flat")
     for layer in range(model.num_layers):
         x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization, kv_bits)
         x = add_mlp(w, model, layer, x, quantization)

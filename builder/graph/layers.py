@@ -33,17 +33,22 @@ def add_shared(
     """What all layers read: rotation, query scale, cache slots, reshape targets, the adapter's gate."""
     rope = model.rope
     w.constant("axis.last", np.array([2], np.int64))
-    w.constant("shape.q", np.array([0, 0, model.num_heads, model.head_dim], np.int64))
-    w.constant("shape.kv", np.array([0, 0, model.num_kv_heads, model.head_dim], np.int64))
+    heads = {"q": model.num_heads, "kv": model.num_kv_heads}
     if w.packed:
-        heads = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
-        w.constant("shape.qkv", np.array([0, 0, sum(heads), model.head_dim], np.int64))
-        w.constant("heads.qkv", np.array(heads, np.int64))
+        heads["qkv"] = model.num_heads + 2 * model.num_kv_heads
+        w.constant("heads.qkv", np.array([model.num_heads, model.num_kv_heads, model.num_kv_heads], np.int64))
         w.constant("inputs.gate_up", np.array([model.intermediate_size] * 2, np.int64))
-    w.constant("shape.merged", np.array([0, 0, model.num_heads * model.head_dim], np.int64))
     if w.convolved:
         w.constant("tokens.rest", np.array([-1], np.int64))
-        w.node("Concat", [w.node("Shape", ["ids"], "ids.shape"), "tokens.rest"], "tokens.shape", axis=0)  # B, S, -1
+        w.node("Shape", ["ids"], "ids.shape")  # B, S
+        w.node("Concat", ["ids.shape", "tokens.rest"], "tokens.shape", axis=0)  # B, S, -1
+    for part, count in heads.items():
+        if w.convolved:
+            sizes = w.constant(f"sizes.{part}", np.array([count, model.head_dim], np.int64))
+            w.node("Concat", ["ids.shape", sizes], f"shape.{part}", axis=0)
+        else:
+            w.constant(f"shape.{part}", np.array([0, 0, count, model.head_dim], np.int64))
+    w.constant("shape.merged", np.array([0, 0, model.num_heads * model.head_dim], np.int64))
     w.node("Cast", ["write_at"], "write_at.index", to=TensorProto.INT64)
 
     pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
@@ -86,7 +91,8 @@ def add_shared(
     capacity = w.node("Cast", [capacity], "slots.count", to=TensorProto.INT32)
     w.node("Range", ["slots.zero", capacity, "slots.one"], "slots")  # (T,) i32
     if adapter:
-        w.compute(w.node("Unsqueeze", ["adapter", "axis.last"], "adapter.3d"), "adapter.gate")  # (B, S, 1)
+        gate = w.node("Unsqueeze", ["adapter", "axis.last"], "adapter.3d")  # (B, S, 1)
+        w.compute(w.flat(gate, 1, "adapter.flat") if w.convolved else gate, "adapter.gate")
 
 
 def add_embeddings(w: GraphWriter, x: str) -> str:
@@ -143,7 +149,10 @@ def add_attention(
         scale=float(model.head_dim**-0.5),
     )
     merged = w.node("Transpose", [attn], f"{attn}.rows", perm=[0, 2, 1, 3])
-    merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
+    if w.convolved:
+        merged = w.flat(merged, q_size, f"{attn}.merged")
+    else:
+        merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
     sizes = q_size, model.hidden_size
     out = _project(w, kind, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, zero)
     if rank:
@@ -191,7 +200,7 @@ def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quanti
     outputs = {f"{source}.mlp.{part}_proj.weight": inner for part in ("gate", "up")}
     if w.packs(outputs):
         both = _project(w, kind, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), zero)
-        w.split(both, [gate, up], "inputs.gate_up", 2)
+        w.split(both, [gate, up], "inputs.gate_up", -1)
     else:
         for name, tensor in zip((gate, up), outputs, strict=True):
             _project(w, kind, normed, name, tensor, sizes, zero)
@@ -205,6 +214,8 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     """Final norm and head on the picked rows only, then the commit rule."""
     rows = w.node("Cast", ["rows"], "rows.index", to=TensorProto.INT64)
     rows = w.node("Unsqueeze", [rows, "axis.last"], "rows.3d")
+    if w.convolved:
+        x = w.node("Reshape", [x, "tokens.shape"], "hidden")
     picked = w.node("GatherND", [x, rows], "rows.hidden", batch_dims=1)  # (B, R, E)
     ids = w.node("GatherND", ["ids", rows], "rows.ids", batch_dims=1)  # (B, R)
     normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)

@@ -79,7 +79,7 @@ class GraphWriter:
         self.weights: list[Weight] = []
         self.quantized: set[str] = set()  # tensors that the graph has in 8 bits as well
         self.kept: Mapping[str, bool] | None = None  # see `build_graph`
-        self._flat: set[str] = set()  # constants of `_convolution`
+        self._flat: set[str] = set()  # constants of `flat`
         self._end = 0  # of the last weight, in bytes of the external data file
 
     def node(self, op: str, args: list[str], name: str, **attributes: Any) -> str:
@@ -178,26 +178,30 @@ class GraphWriter:
         self._end += nbytes
         self.initializers.append(tensor)
 
-    def linear(
-        self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str = "tokens.shape"
-    ) -> str:
+    def linear(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str | None = None) -> str:
         """Multiply by a projection of the checkpoint, in the engine's dtype.
 
-        `tokens` names the shape of x as (B, S, -1), which a convolution needs.
+        A convolution takes and gives what `flat` makes, but where `tokens` names the shape of x as (B, R, -1).
         """
         if self.convolved and size_in % CHANNELS == 0:
             return self._convolution(x, name, source, size_in, size_out, tokens)
         return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
 
-    def _convolution(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str) -> str:
-        """The product as a convolution over one picture, whose pixels are the tokens of all rows."""
+    def flat(self, x: str, size: int, name: str) -> str:
+        """The tokens of all rows as the pixels of one picture, channels last: (1, 1, B S, size)."""
+        shape = f"tokens.flat.{size}"
+        if shape not in self._flat:
+            self._flat.add(self.constant(shape, np.array([1, 1, -1, size], np.int64)))
+        return self.node("Reshape", [x, shape], name)
+
+    def _convolution(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str | None) -> str:
+        """The product as a convolution over one picture, whose pixels are the tokens."""
         weight = self.weight(f"{name}.weight", source, (size_out, size_in), False, convolved=True)
-        flat = f"tokens.flat.{size_in}"
-        if flat not in self._flat:
-            self._flat.add(self.constant(flat, np.array([1, 1, -1, size_in], np.int64)))
-        pixels = self.node("Reshape", [x, flat], f"{name}.pixels")
+        pixels = x if tokens is None else self.flat(x, size_in, f"{name}.pixels")
         pixels = self.node("Transpose", [pixels], f"{name}.channels", perm=[0, 3, 1, 2])
         made = self.node("Conv", [pixels, weight], f"{name}.convolution", kernel_shape=[1, 1])
+        if tokens is None:
+            return self.node("Transpose", [made], name, perm=[0, 2, 3, 1])
         made = self.node("Transpose", [made], f"{name}.rows", perm=[0, 2, 3, 1])
         return self.node("Reshape", [made, tokens], name)
 

@@ -62,6 +62,16 @@ def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
         np.testing.assert_array_equal(seen(engine, rows, step)[0], whole, f"{rows} rows, {step} tokens")
 
 
+def test_tokens_stay_flat_from_product_to_product(engine: LoadedEngine) -> None:
+    """Around a layer's products nothing is reshaped but the heads, and what attention gives."""
+    graph = onnx.load(engine.folder / "model.onnx", load_external_data=False).graph
+    reshaped = [node.name for node in graph.node if node.op_type == "Reshape" and node.name.startswith("layers.")]
+    expected = {
+        f"layers.{n}.self_attn.{x}" for n in range(engine.info.model.num_layers) for x in ("qkv_proj.split", "merged")
+    }
+    assert sorted(reshaped) == sorted(expected)
+
+
 def test_it_is_the_same_model(engine: LoadedEngine, tiny_engine: Path) -> None:
     plain = nemodiff.load(tiny_engine, threads=1)
     assert "Conv" not in ops(tiny_engine)
@@ -70,6 +80,10 @@ def test_it_is_the_same_model(engine: LoadedEngine, tiny_engine: Path) -> None:
     for mode in ("ar", "linear_spec", "quadratic_spec"):
         answer = nemodiff.generate(engine, "Count from 3 to 9.", mode=mode, max_new_tokens=40)
         assert answer.token_ids == expected
+    denoised = [
+        nemodiff.generate(one, "Count from 3 to 9.", mode="diffusion", max_new_tokens=40) for one in (engine, plain)
+    ]
+    assert denoised[0].token_ids == denoised[1].token_ids
 
 
 @pytest.mark.parametrize(
