@@ -99,6 +99,7 @@ class LlamaCpp:
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._batch = llama_cpp.llama_batch_init(512, 0, 1)
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._greedy = llama_cpp.llama_sampler_init_greedy()
 
     def forward(self, ids: list[int], start: int, predict_all: bool = False) -> np.ndarray:
         """Decode ids at position `start` and return the logits after the last one, or after every one, (R, V) f32."""
@@ -117,6 +118,11 @@ class LlamaCpp:
         count = len(ids) if predict_all else 1
         return np.ctypeslib.as_array(lib.llama_get_logits(self._context), (count, self._vocab))
 
+    def token(self, ids: list[int], start: int) -> int:
+        """Decode ids at position `start` and take the best token after the last one, by llama.cpp's own sampler."""
+        self.forward(ids, start)
+        return int(self._lib.llama_sampler_sample(self._greedy, self._context, -1))
+
     def greedy(self, prompt: list[int], new_tokens: int, ends: tuple[int, ...], never: int) -> list[int]:
         """The tokens of a greedy answer, without the id `never`, up to an end."""
         answer: list[int] = []
@@ -133,6 +139,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free the model."""
+        self._lib.llama_sampler_free(self._greedy)
         self._lib.llama_batch_free(self._batch)
         self._lib.llama_free(self._context)
         self._lib.llama_model_free(self._model)

@@ -28,4 +28,5 @@ def test_the_twin_gives_the_tokens_of_ar(tiny_engine: Path, tmp_path: Path, monk
         prompt = engine.text.encode_chat([{"role": "user", "content": question}])
         expected = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=60).token_ids
         assert other.greedy(prompt, 60, model.eos_ids, model.mask_id) == expected
+        assert other.token(prompt, 0) == other.forward(prompt, 0)[-1].argmax()
     other.close()
