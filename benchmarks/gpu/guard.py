@@ -16,7 +16,7 @@ from pathlib import Path
 from gpu.plan import Cell, Figures
 
 BROKEN = 3  # exit status of a process that another one should follow
-PATIENCE = 45.0  # seconds, and ten times a cell's estimate, until it counts as hanging
+PATIENCE = 45.0  # seconds, and three times a cell's estimate, until it counts as hanging
 
 
 class Guard:
@@ -43,7 +43,7 @@ class Guard:
         if self._note is not None:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             self._note.write_text(cell.name, encoding="utf-8")
-        seconds = PATIENCE + 10 * cell.seconds
+        seconds = PATIENCE + 3 * cell.seconds
         timer = threading.Timer(seconds, self._end, [cell, f"it took more than {seconds:.0f} s"])
         timer.daemon = True
         timer.start()

@@ -16,7 +16,7 @@ from gpu import products as gpu_products
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
-from nemodiff.plugins import FUSED, OPS
+from nemodiff.plugins import FUSED, KV_BITS, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run
 from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention
 
@@ -86,6 +86,9 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
 
 def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
     """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
+    if op.name.startswith("PagedAttention"):  # as an engine on this card has it
+        bits = next(bits for bits in KV_BITS if paged_attention.op(bits).name == op.name)
+        op = paged_attention.op(bits, lab.card.programs)
     torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs} | {"page_table"}
     inputs = [arg for arg in op.inputs if arg.name in used]
 
@@ -108,7 +111,7 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
         if "items" in arrays:
             of_tokens = torch.zeros(letters["N"], dtype=torch.int32, device=lab.card.name)
             plan = {name: arrays[name] for name in ("visible", "page_table")} | {"row": of_tokens, "first": of_tokens}
-            arrays["items"], arrays["counters"] = run(paged_attention.PLAN, model, plan, new)
+            arrays["items"], arrays["counters"] = run(paged_attention.plan(lab.card.programs), model, plan, new)
         return arrays
 
     with lab.card.use(gpu_models.CARRIED):

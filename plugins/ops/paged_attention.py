@@ -28,7 +28,7 @@ from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 from . import block_attention, kv_cache
 
 PAGE = 64  # slots of a page, and the step over them
-PROGRAMS = 264  # that a pass is split into: two for each of an H100's 132 multiprocessors
+PROGRAMS = 264  # that a pass is split into, if nobody says: two for each of an H100's 132 multiprocessors
 SPLITS = 32  # at most so many shares of a tile
 SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile
 SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
@@ -60,9 +60,9 @@ def _rows(group: int) -> tuple[int, int]:
     return small, max(LARGE_M, small)
 
 
-def _shared(groups: int) -> int:
+def _shared(groups: int, programs: int | None) -> int:
     """Programs of a key/value head that the pages of a pass are shared between."""
-    return max(1, PROGRAMS // groups)
+    return max(1, (programs or PROGRAMS) // groups)
 
 
 def _group_constants(model: ModelConfig) -> dict[str, int]:
@@ -70,10 +70,11 @@ def _group_constants(model: ModelConfig) -> dict[str, int]:
     return {"G": model.num_kv_heads, "PAGE": PAGE, "SPLITS": SPLITS, "SMALL_M": small, "LARGE_M": large}
 
 
-def _plan_constants(model: ModelConfig) -> Constants:
+def _plan_constants(model: ModelConfig, programs: int | None) -> Constants:
     group = model.num_heads // model.num_kv_heads
     tokens = 1 << (_rows(group)[1] // group - 1).bit_length()
-    limits = {"MANY_POW2": tokens, "MOST": MOST_SMALL, "SHORT": SHORT, "SHARED": _shared(model.num_kv_heads)}
+    shared = _shared(model.num_kv_heads, programs)
+    limits = {"MANY_POW2": tokens, "MOST": MOST_SMALL, "SHORT": SHORT, "SHARED": shared}
     return {**_group_constants(model), "GROUP": group, **limits}
 
 
@@ -92,15 +93,15 @@ def tiles(dims: Dims, ceil: Ceil) -> int:
     return most
 
 
-def items(dims: Dims, ceil: Ceil) -> int:
+def items(dims: Dims, ceil: Ceil, programs: int | None = None) -> int:
     """The most shares of all tiles: each of `_shared` is full, but for the last of every tile."""
     most = tiles(dims, ceil)
-    return min(most + _shared(dims["G"]), SPLITS * most)
+    return min(most + _shared(dims["G"], programs), SPLITS * most)
 
 
-def _parts(dims: Dims, ceil: Ceil) -> int:
+def _parts(dims: Dims, ceil: Ceil, programs: int | None) -> int:
     """The most shares of tiles that have more than one: those are more than half full on average."""
-    return min(2 * _shared(dims["G"]), items(dims, ceil))
+    return min(2 * _shared(dims["G"], programs), items(dims, ceil, programs))
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
@@ -113,7 +114,6 @@ def _large(dims: Dims, ceil: Ceil) -> int:
 
 _TABLE = Arg("page_table", "i32", ("B", "M"))
 _VISIBLE = Arg("visible", "i32", ("N", 3))
-_PLANNED = (Arg("items", "i32", (items, _FIELDS)), Arg("counters", "i32", (tiles, "G")))
 
 
 def cached(bits: KvBits | None) -> tuple[Arg, ...]:
@@ -123,31 +123,40 @@ def cached(bits: KvBits | None) -> tuple[Arg, ...]:
     return (*pages, *scales)
 
 
-PLAN = Op(
-    "AttentionPlan",
-    inputs=(Arg("row", "i32", ("N",)), Arg("first", "i32", ("N",)), _VISIBLE, _TABLE),
-    outputs=_PLANNED,
-    attributes=(),
-    stages=(
-        Stage(
-            "AttentionPlan",
-            "attention_plan.plan",
-            inputs=("row", "first", "visible"),
-            scalars=("N", "B", "M"),
-            outputs=(Arg("tiles", "i32", (tiles, _FIELDS)), *_PLANNED),
-            constants=_plan_constants,
-            grid=lambda dims, ceil: (1, 1, 1),
-            num_warps=8,
-            follows=True,
+@functools.cache
+def plan(programs: int | None = None) -> Op:
+    """The plan of a pass for a card that takes so many programs at once."""
+    shares = functools.partial(items, programs=programs)
+    planned = (Arg("items", "i32", (shares, _FIELDS)), Arg("counters", "i32", (tiles, "G")))
+    return Op(
+        "AttentionPlan",
+        inputs=(Arg("row", "i32", ("N",)), Arg("first", "i32", ("N",)), _VISIBLE, _TABLE),
+        outputs=planned,
+        attributes=(),
+        stages=(
+            Stage(
+                "AttentionPlan",
+                "attention_plan.plan",
+                inputs=("row", "first", "visible"),
+                scalars=("N", "B", "M"),
+                outputs=(Arg("tiles", "i32", (tiles, _FIELDS)), *planned),
+                constants=functools.partial(_plan_constants, programs=programs),
+                grid=lambda dims, ceil: (1, 1, 1),
+                num_warps=8,
+                follows=True,
+            ),
         ),
-    ),
-)
+    )
+
+
+PLAN = plan()
 
 
 @functools.cache
-def op(bits: KvBits | None) -> Op:
-    """The op over pages of the engine's dtype, or of 8 bits."""
+def op(bits: KvBits | None, programs: int | None = None) -> Op:
+    """The op over pages of the engine's dtype, or of 8 bits, for items of a plan for so many programs."""
     name = "PagedAttention" + (bits or "").capitalize()
+    parts = functools.partial(_parts, programs=programs)
     inputs = (
         Arg("q", "compute", ("N", "H", "D")),
         *cached(bits),
@@ -168,8 +177,8 @@ def op(bits: KvBits | None) -> Op:
                 inputs=tuple(arg.name for arg in inputs),
                 scalars=("M",),
                 outputs=(
-                    Arg("part", "f32", (_parts, "G", _large, "D")),
-                    Arg("stats", "f32", (_parts, "G", _large, 2)),
+                    Arg("part", "f32", (parts, "G", _large, "D")),
+                    Arg("stats", "f32", (parts, "G", _large, 2)),
                     Arg("y", "compute", ("N", "H", "D")),
                 ),
                 constants=functools.partial(_constants, bits=bits),

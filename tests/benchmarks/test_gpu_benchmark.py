@@ -132,7 +132,16 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its events, graphs and launches at a tiny size, before minutes are spent on a large one."""
-    arguments = ["--shapes", "tiny", "--only", "variants,decode,kernels", "--minutes", "3", "--out", str(tmp_path)]
+    arguments = [
+        "--shapes",
+        "tiny",
+        "--only",
+        "first,variants,decode,serve,narrow,kernels",
+        "--minutes",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *arguments])
     _program().main()
     cells = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["cells"]

@@ -32,7 +32,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.contract import KvBits
 from nemodiff.plugins import KV_BITS, SAMPLED
-from nemodiff.plugins.op import Arg, run
+from nemodiff.plugins.op import Arg, ceil_div, run
 from nemodiff.plugins.ops import (
     head_commit,
     kv_cache,
@@ -105,7 +105,9 @@ class Paged:
         return cls(row_of, first, np.concatenate([*rows[1:], rows[0]]).astype(np.int32), table, q, k, v)
 
 
-def attend(tiny: ModelConfig, case: Paged, dtype: str = "f32", bits: KvBits | None = None) -> float:
+def attend(
+    tiny: ModelConfig, case: Paged, dtype: str = "f32", bits: KvBits | None = None, programs: int | None = None
+) -> float:
     """The largest difference of kernel and reference."""
     width = case.q.shape[2]
     model = dataclasses.replace(tiny, num_heads=case.q.shape[1], num_kv_heads=case.k_pages.shape[1], head_dim=width)
@@ -115,7 +117,7 @@ def attend(tiny: ModelConfig, case: Paged, dtype: str = "f32", bits: KvBits | No
         if bits:
             caches, pages = in_bits(pages, np.isnan(case.k_pages).any(-1), bits)
         expected = paged_attention.reference(case.q, *pages, case.page_table, case.row, case.visible, width**-0.5)
-    y, counters = launched(model, case, caches, dtype, bits)
+    y, counters = launched(model, case, caches, dtype, bits, programs)
     assert np.isfinite(y).all()
     assert not counters.any()  # as they were found, for the next layer
     return float(np.abs(y - expected).max(initial=0))
@@ -134,7 +136,12 @@ def in_bits(
 
 
 def launched(
-    model: ModelConfig, case: Paged, caches: dict[str, np.ndarray], dtype: str, bits: KvBits | None
+    model: ModelConfig,
+    case: Paged,
+    caches: dict[str, np.ndarray],
+    dtype: str,
+    bits: KvBits | None,
+    programs: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """y and the counters, after two layers with one plan."""
 
@@ -147,8 +154,8 @@ def launched(
         name: torch.from_numpy(array).to(DEVICE)
         for name, array in {**seen, "row": case.row, "first": case.first}.items()
     }
-    items, counters = run(paged_attention.PLAN, model, ints, new)
-    op = paged_attention.op(bits)
+    items, counters = run(paged_attention.plan(programs), model, ints, new)
+    op = paged_attention.op(bits, programs)
     given = {
         name: torch.from_numpy(array).to(TYPES[dtype if op.args[name].dtype == "compute" else op.args[name].dtype])
         for name, array in {"q": case.q, **caches}.items()
@@ -240,12 +247,14 @@ def test_attention_over_pages_of_random_rows(
     assert attend(tiny, Paged.of(rows, (4, 2), WIDTH, "f32", seed), bits=bits) < 4e-6
 
 
-def planned(model: ModelConfig, rows: list[np.ndarray], width: int = 1000) -> tuple[np.ndarray, dict[str, int]]:
+def planned(
+    model: ModelConfig, rows: list[np.ndarray], width: int = 1000, programs: int | None = None
+) -> tuple[np.ndarray, dict[str, int]]:
     """The items of a pass that have something to do, and the pass's sizes."""
     row, first = flat(rows)
     visible = np.concatenate([*rows[1:], rows[0]]).astype(np.int32)
     items, _ = launch(
-        paged_attention.PLAN,
+        paged_attention.plan(programs),
         model,
         row=row,
         first=first,
@@ -253,7 +262,7 @@ def planned(model: ModelConfig, rows: list[np.ndarray], width: int = 1000) -> tu
         page_table=np.zeros((len(rows), width), np.int32),
     )
     dims = {"N": len(visible), "B": len(rows), "H": model.num_heads, "G": model.num_kv_heads}
-    assert len(items) == paged_attention.items(dims, lambda a, b: -(-a // b))
+    assert len(items) == paged_attention.items(dims, ceil_div, programs)
     return items[items[:, 1] != 0], dims
 
 
@@ -293,6 +302,21 @@ def test_a_plan_fills_the_card_and_balances_rows(tiny: ModelConfig) -> None:
     most = -(-(512 + 15 * 8) // programs)
     assert (mixed[:, 9] - mixed[:, 8]).max() == most
     assert dims["N"] == 16
+
+
+@pytest.mark.parametrize("multiprocessors", [34, 108, 148])
+def test_a_plan_fills_any_card(tiny: ModelConfig, multiprocessors: int) -> None:
+    """Two programs for each of its multiprocessors, and room for the parts that these leave."""
+    model = dataclasses.replace(tiny, num_heads=32, num_kv_heads=8)
+    share = 2 * multiprocessors // 8
+    items, dims = planned(model, [chunk(32767, 1)], programs=2 * multiprocessors)
+    assert share * 0.85 <= len(items) <= share
+    op = paged_attention.op(None, 2 * multiprocessors)
+    assert op.args["part"].sizes({**dims, "D": 128}, ceil_div)[0] >= len(items)
+
+
+def test_attention_over_pages_shared_by_more_programs(tiny: ModelConfig) -> None:
+    assert attend(tiny, Paged.of([chunk(700, 1)], (4, 2), WIDTH, "f32"), programs=20) < 2e-6
 
 
 def test_a_pass_that_only_one_program_reads_is_not_split(tiny: ModelConfig) -> None:

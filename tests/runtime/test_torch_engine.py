@@ -640,6 +640,19 @@ def test_devices_that_are_not_there(tiny: Pair, refused: Refused, device: str, f
     refused(["run", str(tiny.ours.folder), "-p", "x", "--device", device], fragment)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", [[], ["--device", "cuda:0"]], ids=str)
+def test_a_card_that_is_too_old(
+    tiny: Pair, refused: Refused, monkeypatch: pytest.MonkeyPatch, device: list[str]
+) -> None:
+    """Before anything is done on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (7, 5))
+    line = "cuda:0 has compute capability 7.5, allowed: 8.0 or later, for which the kernels can be compiled; run with"
+    refused(["run", str(tiny.ours.folder), "-p", "x", *device], line, "--device cpu")
+
+
 def test_a_gpu_for_onnxruntime(tiny: Pair, refused: Refused) -> None:
     refused(["run", str(tiny.theirs.folder), "-p", "x", "--device", "cuda"], "allowed on onnxruntime: cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from stand_ins.torch_pair import MODELS
 from nemodiff.builder.build import Builder
 from nemodiff.engine_folder import EngineInfo, read_engine
 from nemodiff.plugins import FUSED
+from nemodiff.plugins.ops import paged_attention
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, rounded_shape
@@ -88,6 +90,19 @@ def test_every_kernel_but_the_first_begins_early_where_the_card_can(
     monkeypatch.setenv("NEMODIFF_PDL", "1")
     assert early()
     assert not early(False)
+
+
+def test_attention_fills_the_card_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = TorchDevice(Path("engine"), "cpu")
+    assert device.programs == paged_attention.PROGRAMS
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(multi_processor_count=108))
+    device.is_gpu = True
+    assert device.programs == 216
+    device.is_gpu = False
+    monkeypatch.setattr(TorchDevice, "programs", 40)
+    engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8)
+    shared = [pair for kernel in specialisations(engine, AR) for pair in kernel[1:] if pair[0] == "SHARED"]
+    assert shared == [("SHARED", 40 // engine.info.model.num_kv_heads)]
 
 
 @pytest.mark.parametrize(("capability", "can"), [((8, 0), False), ((8, 9), False), ((9, 0), True), ((12, 0), True)])

@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ....errors import EngineError, RequestError, first_line
+from ....plugins.ops.paged_attention import PROGRAMS
 from ..layout import Layout
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+OLDEST_MAJOR = 8  # compute capability that Triton compiles for
 
 
 class Graph(Protocol):
@@ -67,7 +71,7 @@ class TorchDevice:
 
     Raises:
         EngineError: torch is missing.
-        RequestError: there is no such GPU.
+        RequestError: there is no such GPU, or it is older than Triton compiles for.
     """
 
     def __init__(self, folder: Path, device: int | Literal["cpu"] | None = None, threads: int | None = None) -> None:
@@ -88,6 +92,12 @@ class TorchDevice:
                 raise EngineError(
                     f"{folder}: needs the package triton for its kernels on a GPU; install it with: pip install "
                     "triton, or run with --device cpu"
+                )
+            major, minor = torch.cuda.get_device_capability(self.name)
+            if major < OLDEST_MAJOR:
+                raise RequestError(
+                    f"{self.name} has compute capability {major}.{minor}, allowed: {OLDEST_MAJOR}.0 or later, for "
+                    "which the kernels can be compiled; run with --device cpu"
                 )
             self._stream = torch.cuda.Stream(self.name)
 
@@ -113,6 +123,13 @@ class TorchDevice:
     def overlaps_launches(self) -> bool:
         """Whether a kernel can begin while the one before it ends (programmatic dependent launch)."""
         return self.is_gpu and self._torch.cuda.get_device_capability(self.name)[0] >= 9
+
+    @property
+    def programs(self) -> int:
+        """Programs of attention that fill the card, two for each multiprocessor."""
+        if not self.is_gpu:
+            return PROGRAMS
+        return 2 * int(self._torch.cuda.get_device_properties(self.name).multi_processor_count)
 
     def memory(self) -> tuple[int, int]:
         """Bytes that can be allocated yet, on the card or in what torch holds, and all of them; of a CPU's RAM too."""

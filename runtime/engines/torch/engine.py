@@ -81,7 +81,7 @@ class TorchEngine:
         wanted = os.environ.get("NEMODIFF_PDL") == "1" if pdl is None else pdl
         early = wanted and self.device.overlaps_launches
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device.name, with_kernels, ranks, early)
+            self.model = TorchModel(folder, info, self.device, with_kernels, ranks, early)
             own = dataclasses.replace(info, model=self.model.config)
             # Rank 0 alone looks at images; the others get what it sees as embeddings.
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)

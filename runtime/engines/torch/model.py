@@ -16,6 +16,7 @@ from ....engine_folder import TENSORS_FILE, EngineInfo
 from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation, swiglu
 from ..pages import PAGE
 from . import plain
+from .device import TorchDevice
 from .head import Head
 from .launcher import Launcher
 from .projections import Projections
@@ -45,7 +46,7 @@ class TorchModel:
     Args:
         folder: the engine folder.
         info: its description.
-        device: torch's name of the device.
+        device: where it runs.
         kernels: run the project's Triton kernels.
         ranks: that hold the model together; every layer's heads, inner size and the head's vocabulary are split.
         pdl: let kernels begin while those before them end; for cards from SM 90 on.
@@ -58,7 +59,7 @@ class TorchModel:
         self,
         folder: Path,
         info: EngineInfo,
-        device: str,
+        device: TorchDevice,
         kernels: bool,
         ranks: Ranks | None = None,
         pdl: bool = False,
@@ -68,19 +69,20 @@ class TorchModel:
         model = info.model
         share = Share() if ranks is None else Share(ranks.rank, ranks.size)
         self.config = share.of_model(model)
+        self._programs = device.programs
         self.ranks = ranks
-        weights = WeightsFile(folder / TENSORS_FILE, device, info.build, kernels, share)
+        weights = WeightsFile(folder / TENSORS_FILE, device.name, info.build, kernels, share)
         self.dtype = weights.dtype
         self._kv_bits = info.build.kv_bits
         if kernels and info.build.quantization == "fp8_dynamic":
-            check_by_8_bits(folder, device, self.dtype)
+            check_by_8_bits(folder, device.name, self.dtype)
         self.embed = weights.take("embed_tokens", model.vocab_size, model.hidden_size)
         self.layers = [weights.layer(number, model, info.has_adapter) for number in range(model.num_layers)]
         self.norm = weights.take("norm", model.hidden_size)
         self._head = weights.head(model)
         self._first_id = share.of(model.vocab_size).start  # that the head has
         self.vary(kernels, pdl)
-        self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device)  # (D/2,) f32
+        self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device.name)  # (D/2,) f32
 
     def vary(self, kernels: bool, pdl: bool = False) -> None:
         """Run with the kernels from here on, or without, for comparison."""
@@ -220,14 +222,14 @@ class TorchModel:
         """Which program of every layer's attention reads which pages for which tokens."""
         assert self._launch is not None
         arguments = {name: inputs[name] for name in ("row", "first", "visible")}
-        planned = self._launch(paged_attention.PLAN, {**arguments, "page_table": table})
+        planned = self._launch(paged_attention.plan(self._programs), {**arguments, "page_table": table})
         return dict(zip(("items", "counters"), planned, strict=True))
 
     def _attend(self, q: Tensor, keys: Stored, values: Stored, sight: Mapping[str, Tensor]) -> Tensor:
         """PagedAttention's kernels, (N, H D)."""
         assert self._launch is not None
         arguments = {"q": q, **_cached(keys, values), **sight}
-        (y,) = self._launch(paged_attention.op(self._kv_bits), arguments)
+        (y,) = self._launch(paged_attention.op(self._kv_bits, self._programs), arguments)
         return y.flatten(1)
 
 
