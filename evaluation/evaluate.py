@@ -99,6 +99,8 @@ def evaluate(
 def _load(tasks: Sequence[str], num_fewshot: int | None) -> Any:
     """The tasks, with their data, as lm-eval's evaluator takes them. Raises RequestError."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not tasks:
+        raise RequestError("--tasks names no task; give names, task files (YAML) or folders of them")
     for task in tasks:
         if task.endswith((".yaml", ".yml", "/")) and not Path(task).exists():
             raise RequestError(f"--tasks: {task}: no such file; give a task file (YAML) or a folder of them")

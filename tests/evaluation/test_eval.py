@@ -233,6 +233,7 @@ def test_a_folder_without_tasks_is_one_line(tiny_engine: Path, tmp_path: Path, r
     refused(
         ["eval", str(tiny_engine), "--tasks", str(tmp_path)], f"--tasks: {tmp_path}: no task files", "give a folder"
     )
+    refused(["eval", str(tiny_engine), "--tasks", ","], "--tasks names no task; give")
 
 
 def test_without_the_extra_one_line_says_how_to_get_it(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
