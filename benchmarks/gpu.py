@@ -141,9 +141,9 @@ def run(todo: list[Cell], lab: Lab, report: gpu_report.Report, guard: Guard, min
             with guard.watch(cell):
                 figures = measured(cell, lab, 60 * minutes - (before - started))
                 report.put(cell, figures)
-                if figures.get("skipped", "").startswith("failed"):
-                    failed += 1
-                    guard.check(cell, lab.card.synchronize)
+                failed += figures.get("skipped", "").startswith("failed")
+                if "skipped" in figures:
+                    guard.check(cell, lab.card.answers(), figures["skipped"])
             outcome = figures.get("skipped") or gpu_report.headline(figures)
             print(f"{time.monotonic() - started:7.1f} s  {cell.name}: {outcome}", flush=True)
             if time.monotonic() - saved > SAVE_SECONDS:

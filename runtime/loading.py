@@ -68,7 +68,7 @@ class LoadedEngine:
 
     @property
     def lost(self) -> str | None:
-        """Why the engine will never run again, if it will not: one of several ranks has ended."""
+        """Why the engine will never run again, if it will not: a rank has ended, or a GPU has failed."""
         reason: str | None = getattr(self.backend, "lost", None)
         return reason
 

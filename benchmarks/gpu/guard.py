@@ -54,12 +54,10 @@ class Guard:
             if self._note is not None:
                 self._note.unlink(missing_ok=True)
 
-    def check(self, cell: Cell, works: Callable[[], None]) -> None:
-        """End the process if the card does no more after a cell that failed."""
-        try:
-            works()
-        except RuntimeError as error:
-            self._end(cell, f"it broke the card for its process: {str(error).splitlines()[0]}")
+    def check(self, cell: Cell, answers: bool, why: str) -> None:
+        """End the process if the card `answers` no more after a cell without figures."""
+        if not answers:
+            self._end(cell, f"it broke the card for its process: {why}")
 
     def _end(self, cell: Cell, why: str) -> None:
         """The main thread may wait for ever, so nothing is unwound."""

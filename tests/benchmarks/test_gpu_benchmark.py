@@ -258,15 +258,14 @@ from gpu import guard, plan
 guard.PATIENCE = 0.2
 there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print)
 cell = plan.Cell("forward", "8b", sys.argv[1], 0, 0, None)
-def broken():
-    raise RuntimeError("CUDA error: an illegal memory access")
 there.last()
 with there.watch(cell):
     if cell.key == "hangs":
         threading.Event().wait(60)
     if cell.key == "dies":
         __import__("os").abort()
-    there.check(cell, broken)
+    there.check(cell, True, "no time was left")
+    there.check(cell, False, "CUDA error: an illegal memory access")
 """
 
     def ended(key: str) -> tuple[int, str]:

@@ -85,6 +85,7 @@ class TorchDevice:
             raise RequestError(f"device is cuda:{device}, allowed: cpu{gpus}; choose one that is here")
         self.is_gpu = device != "cpu"
         self.name = f"cuda:{device}" if self.is_gpu else "cpu"
+        self.lost: str | None = None  # why nothing will ever run here again
         if threads is not None:
             torch.set_num_threads(threads)
         if self.is_gpu:
@@ -103,7 +104,10 @@ class TorchDevice:
 
     @contextlib.contextmanager
     def use(self, folder: Path) -> Iterator[None]:
-        """Compute here, without gradients, in one stream. Raises EngineError where memory is short."""
+        """Compute here, without gradients, in one stream.
+
+        Raises EngineError where memory is short, or where an error has broken the GPU for this process.
+        """
         torch = self._torch
         try:
             with torch.inference_mode():
@@ -118,6 +122,20 @@ class TorchDevice:
                 f"{folder}: {self.name} has too little memory ({reason[0]}); end what else uses it, ask for fewer "
                 "rows or a shorter text, or build again with --dtype bf16"
             ) from None
+        except RuntimeError as error:
+            if self.answers():
+                raise
+            self.lost = f"{self.name} has failed ({first_line(error)})"
+            raise EngineError(f"{folder}: {self.lost}; start the process again") from None
+
+    def answers(self) -> bool:
+        """Whether it still computes: after an error on a GPU nothing runs there in the same process any more."""
+        if self.is_gpu:
+            try:
+                self._torch.cuda.synchronize(self.name)
+            except RuntimeError:
+                return False
+        return True
 
     @property
     def overlaps_launches(self) -> bool:

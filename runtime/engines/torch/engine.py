@@ -123,7 +123,7 @@ class TorchEngine:
     @property
     def lost(self) -> str | None:
         """Why the engine will never run again, if it will not."""
-        return None if self.ranks is None else self.ranks.lost
+        return self.device.lost if self.ranks is None else self.ranks.lost or self.device.lost
 
     def open(self, rows: int) -> TorchCache:
         """A cache of `rows` empty rows. Raises EngineError where all rows of the page table are taken."""
