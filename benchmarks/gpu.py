@@ -42,7 +42,7 @@ try:
     from gpu import serve as gpu_serve
     from gpu import tensorrt as gpu_tensorrt
     from gpu.card import Card
-    from gpu.guard import Guard
+    from gpu.guard import PATIENCE, Guard
     from gpu.plan import Cell, Lab, RunConfig
 
     from nemodiff.errors import NemodiffError
@@ -200,7 +200,7 @@ def main() -> None:
         report.put_by_name(name, figures)
         report.save()
 
-    guard = Guard(out, put)
+    guard = Guard(out, put, PATIENCE if on_gpu else None)
     if arguments.go_on:
         report.keeps_failures = True
         guard.last()

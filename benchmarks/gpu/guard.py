@@ -16,7 +16,7 @@ from pathlib import Path
 from gpu.plan import Cell, Figures
 
 BROKEN = 3  # exit status of a process that another one should follow
-PATIENCE = 45.0  # seconds, and three times a cell's estimate, until it counts as hanging
+PATIENCE = 45.0  # seconds, and three times a cell's estimate, until it counts as hanging on a card
 
 
 class Guard:
@@ -25,11 +25,15 @@ class Guard:
     Args:
         folder: where it is noted what is measured; None for nowhere.
         put: takes a cell's figures by its name and writes them.
+        patience: seconds beside a cell's estimate; None is for ever.
     """
 
-    def __init__(self, folder: Path | None, put: Callable[[str, Figures], None]) -> None:
+    def __init__(
+        self, folder: Path | None, put: Callable[[str, Figures], None], patience: float | None = PATIENCE
+    ) -> None:
         self._note = None if folder is None else folder / "gpu.cell"
         self._put = put
+        self._patience = patience
 
     def last(self) -> None:
         """Take note of a cell that has ended the process before."""
@@ -43,10 +47,11 @@ class Guard:
         if self._note is not None:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             self._note.write_text(cell.name, encoding="utf-8")
-        seconds = PATIENCE + 3 * cell.seconds
+        seconds = (self._patience or 0.0) + 3 * cell.seconds
         timer = threading.Timer(seconds, self._end, [cell, f"it took more than {seconds:.0f} s"])
         timer.daemon = True
-        timer.start()
+        if self._patience is not None:
+            timer.start()
         try:
             yield
         finally:

@@ -255,8 +255,7 @@ import sys, threading
 sys.path.insert(0, {str(FOLDER)!r})
 from common import checkout
 from gpu import guard, plan
-guard.PATIENCE = 0.2
-there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print)
+there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print, 0.2)
 cell = plan.Cell("forward", "8b", sys.argv[1], 0, 0, None)
 there.last()
 with there.watch(cell):
