@@ -11,7 +11,7 @@ from . import options
 from .streams import TEXT
 
 
-@click.command(cls=options.RequestCommand)
+@click.command(cls=options.RequestCommand, short_help="Answer files of prompts on one machine or a cluster.")
 @options.engine
 @click.option(
     "--input",

@@ -14,7 +14,7 @@ from ..errors import RequestError
 from . import options
 
 
-@click.command()
+@click.command(short_help="Measure how fast ENGINE is, in prefill and in every mode.")
 @options.engine
 @click.option(
     "--compare",

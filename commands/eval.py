@@ -18,7 +18,9 @@ _CHOICES = (
 )  # fmt: skip
 
 
-@click.command(name="eval", cls=options.RequestCommand, kept=_CHOICES)
+@click.command(
+    name="eval", cls=options.RequestCommand, kept=_CHOICES, short_help="Evaluate ENGINE with lm-eval, in every mode."
+)
 @options.engine
 @click.option(
     "--tasks",

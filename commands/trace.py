@@ -14,7 +14,7 @@ def trace() -> None:
     """Examine the files that run --trace writes."""
 
 
-@trace.command()
+@trace.command(short_help="Summarize each request in FILE.")
 @click.argument("file", type=PATH)
 def show(file: Path) -> None:
     """Summarize each request in FILE, a trace in JSON lines: its passes, times and drafts."""

@@ -18,7 +18,7 @@ def triton() -> None:
     """Serve an engine with Triton Inference Server."""
 
 
-@triton.command()
+@triton.command(short_help="Write ENGINE into a model repository.")
 @options.engine
 @click.option("--repo", type=options.PATH, required=True, help="Write the model into this model repository.")
 @click.option("--name", type=TEXT, default="nemodiff", show_default=True, help="Give the model this name.")

@@ -20,7 +20,7 @@ _SCRIPTS = 3
 _BLOCKS = 12
 
 
-@click.command()
+@click.command(short_help="Check ENGINE against its model, and its exact modes against ar.")
 @options.engine
 @click.option(
     "--against",

@@ -182,6 +182,8 @@ def test_help_and_version() -> None:
         assert "Usage:" in result.stdout
         assert "linear-spec" not in result.stdout
     assert "0.1.0" in run("--version").stdout
+    for command in ([], ["trace"], ["triton"]):
+        assert "..." not in run(*command, "--help").stdout.replace("[ARGS]...", ""), "a sentence is cut"
 
 
 def test_terminal_gets_a_progress_bar_and_colours(tiny_engine: Path, tmp_path: Path) -> None:
