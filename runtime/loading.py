@@ -17,7 +17,7 @@ from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
-from .planning.cost import CostCurve, measure, met
+from .planning.cost import CostCurve, clock_of, measure, met
 from .planning.draft_planner import AcceptanceStatistics
 from .planning.kept_curve import cpu_name, read_curve
 from .planning.pass_costs import PassCosts
@@ -48,7 +48,7 @@ class LoadedEngine:
         It begins with the curve that `nemodiff bench` has left in the folder, with what a warm-up has met, or with one
         that is measured at the first use.
         """
-        return PassCosts(self._first_curve)
+        return PassCosts(self._first_curve, clock_of(self.backend))
 
     def _first_curve(self) -> CostCurve:
         kept = read_curve(self.folder, self.processor, self.threads)

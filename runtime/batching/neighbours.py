@@ -50,10 +50,10 @@ class NeighbouringRows(Rows):
         for first, end in self._ranges():
             slots = self.slots[first:end]
             passes = [slot.pass_ for slot in slots if slot.pass_ is not None]
-            began = time.perf_counter()
+            began, before = time.perf_counter(), self._clock()
             predictions = self._cache.forward(passes, first)
-            seconds = time.perf_counter() - began
-            self.count(passes, max(p.ids.size for p in passes) * len(passes), seconds)
+            seconds, spent = time.perf_counter() - began, self._clock() - before
+            self.count(passes, max(p.ids.size for p in passes) * len(passes), spent)
             yield Forward(slots, passes, predictions, began, seconds, len(slots))
         for slot in reversed(self.slots):
             if slot.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 from ..engines.engine import Cache, Pass
@@ -37,6 +38,7 @@ class Rows:
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
         self._cost = cost
+        self._clock = time.perf_counter if cost is None else cost.clock
 
     def find(self, slot: Slot) -> Found:
         """The row that holds most of a prompt, kept or running; of length 0 if a copy is not worth it."""

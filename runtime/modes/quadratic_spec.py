@@ -169,18 +169,25 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     passes = zip(reversed(sequence.accepted), reversed(sequence.verified), strict=True)
     useful = [*itertools.islice((kept for kept, seen in passes if seen > 1), _RECENT), _USUAL]
     worth = sum(useful) / len(useful) - 1
-    best = _best(reached, sizes, worth, sequence.cost.curve)
+    cost = sequence.cost
+    best = _best(reached, sizes, worth, cost.curve, cost.host.seconds("quadratic_spec"))
     more = max(2 * best.tokens, 1 + max(sizes.values(), default=0))
-    return _best(reached, sizes, worth, _FREE, more) if sequence.cost.wants(more) else best
+    return _best(reached, sizes, worth, _FREE, most=more) if cost.wants(more) else best
 
 
 def _best(
-    reached: list[float], sizes: dict[int, int], worth: float, cost: CostCurve, most: int = PREFILL_CHUNK
+    reached: list[float],
+    sizes: dict[int, int],
+    worth: float,
+    cost: CostCurve,
+    host: float = 0.0,
+    most: int = PREFILL_CHUNK,
 ) -> _Layout:
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
-    is needed times what a draft is `worth`. A layout has at most `most` tokens.
+    is needed times what a draft is `worth`. `host` is what a pass takes beside its forward. A layout has at most
+    `most` tokens.
     """
     seconds = cost.seconds
     best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
@@ -189,15 +196,15 @@ def _best(
         if chance_of_all < _UNLIKELY:
             break
         tokens_of_heads += chance_of_all
-        next_pass, size, tokens, taken = seconds(heads), heads, tokens_of_heads, 0
-        rate = tokens / (next_pass + next_pass)
+        others, size, tokens, taken = seconds(heads) + 2 * host, heads, tokens_of_heads, 0
+        rate = tokens / (seconds(size) + others)
         ranked = earlier
         if heads in sizes:
             ranked = earlier.copy()
             bisect.insort(ranked, (-chance_of_all, -heads))
         for chance, number in ranked:
             size, tokens = size + sizes[-number], tokens - chance * worth
-            if size > most or (longer := tokens / (seconds(size) + next_pass)) <= rate:
+            if size > most or (longer := tokens / (seconds(size) + others)) <= rate:
                 break
             rate, taken = longer, taken + 1
         if rate > best_rate:

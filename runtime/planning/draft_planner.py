@@ -5,91 +5,23 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 
 from __future__ import annotations
 
-import itertools
-import operator
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from ...contract import MAX_BLOCK
 from .pass_costs import PassCosts
 
 ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
-BLOCKS = (2, 4, 8, 16, 32, 64)
+BLOCKS = (2, 4, 8, 12, 16, 24, 32, 64)
 _GUESS = 0.8  # chance that a drafted token is kept, before anything is known
 _WEIGHT = 4.0  # verifies that a prior is worth
+_NEVER = 1e-3  # chance below which a position adds nothing
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_STAY = 8  # how often a plan is taken at most before the next is made, and always one of quadratic_spec: each of its
-# passes verifies the draft that the one before it has made
+_STAY = 8  # passes of a plan at most before the next is made, and of quadratic_spec always: each of its passes verifies
+# the draft that the one before it has made
+_PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
 _GROUPED = 32.0  # passes of quadratic_spec that its estimate is worth
-
-
-class AcceptanceStatistics:
-    """How often drafted tokens were verified and kept, by their position in the draft."""
-
-    def __init__(self) -> None:
-        self.seen = np.zeros(MAX_BLOCK - 1)  # verified, all positions before being kept
-        self.kept = np.zeros(MAX_BLOCK - 1)
-        self.quadratic = QuadraticStatistics()
-
-    def add(self, size: int, emitted: int) -> None:
-        """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
-        self.seen[: min(emitted, size - 1)] += 1
-        self.kept[: emitted - 1] += 1
-        if self.seen[0] > _FORGET:
-            self.seen *= 0.5
-            self.kept *= 0.5
-
-    def add_unseen(self, kept: int, confidences: list[float]) -> None:
-        """Tokens of a draft after `kept` others that a verify kept and it did not look at, by their confidences.
-
-        They are left out for being unlikely, so without them a draft would seem better than it is.
-        """
-        reached = [1.0, *itertools.accumulate(confidences[: MAX_BLOCK - 1 - kept], operator.mul)]
-        end = kept + len(reached) - 1
-        self.seen[kept:end] += reached[:-1]
-        self.kept[kept:end] += reached[1:]
-
-    def chances(self, prior: np.ndarray | float) -> np.ndarray:
-        """The chance of each position to be kept if all before it were; prior and result (MAX_BLOCK - 1,) f64."""
-        chances: np.ndarray = (self.kept + _WEIGHT * prior) / (self.seen + _WEIGHT)
-        return chances
-
-    def pooled(self) -> float:
-        """The chance of any position, which stands in for those that nobody has looked at."""
-        return float((self.kept.sum() + _WEIGHT * _GUESS) / (self.seen.sum() + _WEIGHT))
-
-
-class QuadraticStatistics:
-    """What passes of budgeted quadratic_spec gave and took, over what was expected of a pass with their block.
-
-    Some leave out their groups, and then the next pass has no draft: how often that is right is known afterwards.
-    """
-
-    def __init__(self) -> None:
-        self.passes = np.zeros(len(BLOCKS))
-        self._sums = np.zeros((2, len(BLOCKS)))  # by block: tokens emitted, and seconds, over those expected
-
-    def add(self, block: int, tokens: float, seconds: float) -> None:
-        """A pass that was planned with this block gave and took these parts of what was expected."""
-        at = BLOCKS.index(block)
-        self.passes[at] += 1
-        self._sums[:, at] += tokens, seconds
-        if self.passes[at] > _FORGET:
-            self.passes[at] *= 0.5
-            self._sums[:, at] *= 0.5
-
-    def factors(self) -> list[float]:
-        """By which to multiply what is expected of each of `BLOCKS` in tokens per second.
-
-        A block of which little is known is taken to be as the others were.
-        """
-        usual = (self._sums.sum(axis=1, keepdims=True) + _GROUPED) / (self.passes.sum() + _GROUPED)
-        tokens, seconds = (self._sums + _GROUPED * usual) / (self.passes + _GROUPED)
-        factors: list[float] = (tokens / seconds).tolist()
-        return factors
 
 
 class Plan(NamedTuple):
@@ -99,11 +31,91 @@ class Plan(NamedTuple):
     size: int
 
 
+class AcceptanceStatistics:
+    """How often drafted tokens were verified and kept, by their position in the draft.
+
+    These are lists, not arrays: after a pass numpy's code is out of the processor's caches, and a call takes longer
+    than a dozen additions.
+    """
+
+    def __init__(self) -> None:
+        self.seen = [0.0] * (MAX_BLOCK - 1)  # verified, all positions before being kept
+        self.kept = [0.0] * (MAX_BLOCK - 1)
+        self.quadratic = QuadraticStatistics()
+        self.last = (Plan("ar", 1), 1)  # of any request: what was planned, and how often to take it
+
+    def add(self, size: int, emitted: int) -> None:
+        """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
+        for at in range(min(emitted, size - 1)):
+            self.seen[at] += 1
+        for at in range(emitted - 1):
+            self.kept[at] += 1
+        if self.seen[0] > _FORGET:
+            self.seen = [0.5 * seen for seen in self.seen]
+            self.kept = [0.5 * kept for kept in self.kept]
+
+    def add_unseen(self, kept: int, confidences: list[float]) -> None:
+        """Tokens of a draft after `kept` others that a verify kept and it did not look at, by their confidences.
+
+        They are left out for being unlikely, so without them a draft would seem better than it is.
+        """
+        chance = 1.0
+        for at, confidence in enumerate(confidences[: MAX_BLOCK - 1 - kept], kept):
+            self.seen[at] += chance
+            chance *= confidence
+            self.kept[at] += chance
+
+    def pooled(self) -> float:
+        """The chance of any position, which stands in for those that nobody has looked at."""
+        return (sum(self.kept) + _WEIGHT * _GUESS) / (sum(self.seen) + _WEIGHT)
+
+
+class QuadraticStatistics:
+    """What passes of budgeted quadratic_spec gave and took, over what was expected of a pass with their block.
+
+    Some leave out their groups, and then the next pass has no draft: how often that is right is known afterwards.
+    """
+
+    def __init__(self) -> None:
+        # By block: passes, and over those expected, the tokens that they emitted and the seconds that they took.
+        self._met = dict.fromkeys(BLOCKS, (0.0, 0.0, 0.0))
+
+    def passes(self, block: int) -> float:
+        """That were planned with this block, of late."""
+        return self._met[block][0]
+
+    def add(self, block: int, tokens: float, seconds: float) -> None:
+        """A pass that was planned with this block gave and took these parts of what was expected."""
+        met = self._met[block]
+        weight = 0.5 if met[0] >= _FORGET else 1.0
+        self._met[block] = (weight * met[0] + 1, weight * met[1] + tokens, weight * met[2] + seconds)
+
+    def factors(self) -> list[float]:
+        """By which to multiply what is expected of each of `BLOCKS` in tokens per second.
+
+        A block of which little is known is taken to be as the others were.
+        """
+        passes, tokens, seconds = map(sum, zip(*self._met.values(), strict=True))
+        usual_tokens, usual_seconds = ((met + _GROUPED) / (passes + _GROUPED) for met in (tokens, seconds))
+        return [
+            (tokens + _GROUPED * usual_tokens) / (seconds + _GROUPED * usual_seconds)
+            for _, tokens, seconds in self._met.values()
+        ]
+
+
+class _Met(NamedTuple):
+    """What all forwards had cost at a time."""
+
+    passes: int
+    spent: float
+    at: float
+
+
 class DraftPlanner:
     """Plans the passes of one request.
 
     Args:
-        costs: seconds of a pass by its tokens.
+        costs: seconds of a pass by its tokens, and of what the host does for one.
         engine: the statistics of all requests of the engine. They are the prior, since an answer is often over after
             three verifies, and what this request meets is added to them.
         modes: the modes to choose among.
@@ -116,8 +128,8 @@ class DraftPlanner:
         self._modes = modes
         self._passes_without_draft = 0
         self._plan = Plan("ar", 1)  # the last one
-        self._stood = 1  # how often it was to be taken
-        self._standing = 0  # and is yet
+        self._standing = 0  # how often it is to be taken yet
+        self._met: _Met | None = None  # what passes had cost when it was last taken
         self._expected = (0.0, 0.0)  # tokens and seconds of the pass that is planned, if it is one of quadratic_spec
 
     def plan(self) -> Plan:
@@ -126,18 +138,31 @@ class DraftPlanner:
         Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
         where ar is the best, at times a short draft.
         """
+        self._meter()
         if not self._standing:
-            expected, before = self.expected(), self._plan
+            expected = self.expected()
             self._plan = self._next(expected)
-            self._expected = (float(expected[self._plan.size - 1]), self._costs.curve.seconds(_tokens(self._plan)))
-            # One that is chosen again stands longer.
-            self._stood = min(2 * self._stood, _STAY) if self._plan == before else 1
-            self._standing = _STAY if self._plan.mode == "quadratic_spec" else self._stood
+            self._expected = (expected[self._plan.size - 1], self._quadratic_seconds(_tokens(self._plan)))
+            # One that is made again, if by another request, stands longer.
+            last, stood = self._engine.last
+            most = _STAY // _PASSES[self._plan.mode]
+            stands = min(2 * stood, most) if self._plan == last else 1
+            self._engine.last = self._plan, stands
+            self._standing = _STAY if self._plan.mode == "quadratic_spec" else stands
         self._standing -= 1
         self._passes_without_draft = self._passes_without_draft + 1 if self._plan.mode == "ar" else 0
         return self._plan
 
-    def _next(self, expected: np.ndarray) -> Plan:
+    def _meter(self) -> None:
+        """Learn what the host took for the last plan, if no other request's forward came between."""
+        costs, before = self._costs, self._met
+        self._met = _Met(costs.passes, costs.spent, costs.clock())
+        if before is not None and costs.passes - before.passes == _PASSES[self._plan.mode]:
+            seconds = self._met.at - before.at - (costs.spent - before.spent)
+            if seconds > 0:  # else the request has changed threads, and each has a clock of its own
+                costs.host.learn(self._plan.mode, seconds)
+
+    def _next(self, expected: list[float]) -> Plan:
         best = self._best(expected)
         if best.mode == "ar":
             if self._passes_without_draft >= _PROBE or self._costs.wants(_PROBE_BLOCK):
@@ -149,29 +174,42 @@ class DraftPlanner:
         return best
 
     def _is_news(self, plan: Plan) -> bool:
-        if plan.mode == "quadratic_spec" and self._engine.quadratic.passes[BLOCKS.index(plan.size)] < _STAY:
-            return True
-        return self._costs.wants(_tokens(plan))
+        if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
+            return self._engine.quadratic.passes(plan.size) < _STAY
+        return self._costs.wants(plan.size)
 
-    def _best(self, expected: np.ndarray) -> Plan:
+    def _best(self, expected: list[float]) -> Plan:
         """A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says."""
-        curve, factors = self._costs.curve, self._engine.quadratic.factors()
+        seconds, factors = self._costs.curve.seconds, self._engine.quadratic.factors()
+        ar, linear = (self._costs.host.seconds(mode) for mode in ("ar", "linear_spec"))
         best = Plan("ar", 1)
-        best_rate = 1 / curve.seconds(1) if "ar" in self._modes else 0.0
+        best_rate = 1 / (seconds(1) + ar) if "ar" in self._modes else 0.0
         for size, factor in zip(BLOCKS, factors, strict=True):
-            tokens = float(expected[size - 1])
+            tokens = expected[size - 1]
             for mode, rate in (
-                ("linear_spec", tokens / (2 * curve.seconds(size))),
-                ("quadratic_spec", tokens / curve.seconds(2 * size) * factor),
+                ("linear_spec", tokens / (2 * seconds(size) + linear)),
+                ("quadratic_spec", tokens / self._quadratic_seconds(2 * size) * factor),
             ):
                 if mode in self._modes and rate > best_rate:
                     best, best_rate = Plan(mode, size), rate
         return best
 
-    def expected(self) -> np.ndarray:
-        """Tokens that a verify of a block of 1, 2, .. tokens emits on average; (MAX_BLOCK,) f64."""
-        chances = self._own.chances(self._engine.chances(self._engine.pooled()))
-        return 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(chances))])
+    def _quadratic_seconds(self, tokens: int) -> float:
+        """Of a pass of quadratic_spec, with what the host takes."""
+        return self._costs.curve.seconds(tokens) + self._costs.host.seconds("quadratic_spec")
+
+    def expected(self) -> list[float]:
+        """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average."""
+        own, engine = self._own, self._engine
+        guess = _WEIGHT * engine.pooled()
+        chance, tokens = 1.0, [1.0]
+        for seen, kept, all_seen, all_kept in zip(own.seen, own.kept, engine.seen, engine.kept, strict=True):
+            prior = (all_kept + guess) / (all_seen + _WEIGHT)  # of this position, if all before it were kept
+            chance *= (kept + _WEIGHT * prior) / (seen + _WEIGHT)
+            if chance < _NEVER:
+                break
+            tokens.append(tokens[-1] + chance)
+        return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
 
     def learn(self, size: int, emitted: int) -> None:
         """Take in a verify of a block of `size` tokens that emitted this many."""
@@ -186,7 +224,7 @@ class DraftPlanner:
         for statistics in (self._own, self._engine):
             statistics.add_unseen(emitted - 1, unseen)
         expected, seconds = self._expected
-        self._engine.quadratic.add(block, emitted / expected, self._costs.curve.seconds(tokens) / seconds)
+        self._engine.quadratic.add(block, emitted / expected, self._quadratic_seconds(tokens) / seconds)
 
 
 def _tokens(plan: Plan) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,11 +19,38 @@ from .cost import SIZES, CostCurve, without_noise
 _KEPT = 384  # passes
 _HALF_LIFE = 128  # passes after which one counts half, so that a size that runs no more follows the others
 _LOWER = (0.05, 0.35)  # of the passes of a size, in the order of their seconds
-_TRUST = 0.5  # passes that the prior's shape is worth at each size
-_FAR = 16.0  # a pass of twice the size says as much about a size as this part of one of the size itself
+_TRUST = 0.5  # passes near a size that what passes far from it say is worth
+_GUESS = 0.02  # passes at a size that the prior is worth
+_FAR = 256.0  # a pass of twice the size says as much about a size as this part of one of the size itself
+_WIDE = 8.0  # and where none has run near one of twice the size this part of one of the size itself
 _REFIT = 8  # passes after which the curve is made anew, and this part of those that it is made of
 _GAP = 6  # passes between two that are taken to learn what they cost
 _KNOWN = 3.0  # passes of about a size that make its cost known
+_HOST_KEPT = 12  # figures that one of what the host takes is made of
+
+
+class HostCosts:
+    """What a way of decoding takes beside its forwards: planning a block, choosing tokens, making passes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, collections.deque[float]] = {}
+        self._usual: dict[str, float] = {}
+
+    def learn(self, way: str, seconds: float) -> None:
+        """Take in what a block took."""
+        kept = self._kept.setdefault(way, collections.deque(maxlen=_HOST_KEPT))
+        if not kept:
+            self._usual[way] = seconds
+        kept.append(seconds)
+        if len(kept) == _HOST_KEPT:  # the quicker third of them, for other work only adds
+            self._usual[way] = sorted(kept)[_HOST_KEPT // 3]
+            kept.clear()
+
+    def seconds(self, way: str) -> float:
+        """Of a block; what nobody has met yet takes what the least of the others does."""
+        if way in self._usual:
+            return self._usual[way]
+        return min(self._usual.values(), default=0.0)
 
 
 class PassCosts:
@@ -30,9 +58,15 @@ class PassCosts:
 
     Args:
         prior: the curve to begin with, or what makes it when a cost is first asked for.
+        clock: what costs are read from, in seconds.
     """
 
-    def __init__(self, prior: CostCurve | Callable[[], CostCurve]) -> None:
+    def __init__(
+        self, prior: CostCurve | Callable[[], CostCurve], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
+        self.host = HostCosts()
+        self.spent = 0.0  # seconds of all forwards learned
         self._make_prior = prior
         self._prior: CostCurve | None = None
         self._curve: CostCurve | None = None
@@ -52,6 +86,11 @@ class PassCosts:
             self._fit()
         return self._curve
 
+    @property
+    def passes(self) -> int:
+        """Forwards learned."""
+        return self._passes
+
     def begin(self, curve: CostCurve) -> None:
         """Forget what passes have cost so far, and begin with this curve."""
         self._make_prior, self._prior, self._curve = curve, None, None
@@ -63,6 +102,7 @@ class PassCosts:
         """Take in a forward of `size` tokens, padding included, that has predicted all of them."""
         self._met.append((size, seconds))
         self._passes += 1
+        self.spent += seconds
         self._evidence[_knot(size)] += 1
 
     def wants(self, size: int) -> bool:
@@ -74,7 +114,7 @@ class PassCosts:
         return True
 
     def _fit(self) -> None:
-        """The prior times two corrections: one of all sizes, and at each size one by the passes near it."""
+        """The prior times a correction by the passes of about each size, or else by those of sizes further off."""
         prior = self._prior
         assert prior is not None
         self._fitted = self._passes
@@ -82,14 +122,16 @@ class PassCosts:
         sizes, which = np.unique(met, return_inverse=True)
         off = np.log(seconds / np.array([prior.seconds(int(size)) for size in sizes])[which])  # (n,) f64
         recent = 0.5 ** (np.arange(len(off))[::-1] / _HALF_LIFE)  # (n,)
-        common = _lower_mean(np.append(off, 0.0), np.append(recent, _TRUST)[None])  # (1,)
-        near = recent * (_FAR ** -((np.log2(SIZES)[:, None] - np.log2(sizes)) ** 2))[:, which]  # (knots, n)
-        trust = np.full((len(SIZES), 1), _TRUST)
-        corrections = _lower_mean(np.append(off, common), np.concatenate([near, trust], axis=1))
+        apart = np.abs(np.log2(SIZES)[:, None] - np.log2(sizes))  # (knots, sizes): octaves
+        corrections = np.zeros(len(SIZES))
+        for weights, trust in ((_WIDE**-apart, _GUESS), (_FAR ** -(apart**2), _TRUST)):
+            near = recent * weights[:, which]  # (knots, n)
+            known = near.sum(axis=1) / trust
+            corrections = (known * _lower_mean(off, near) + corrections) / (known + 1)
         logs = np.log([prior.seconds(size) for size in SIZES]) + corrections
-        evidence = near.sum(axis=1)
-        self._evidence = evidence.tolist()
-        self._curve = CostCurve(SIZES, tuple(np.exp(_rising(logs, evidence + _TRUST)).tolist()))
+        self._curve = CostCurve(SIZES, tuple(np.exp(_rising(logs, known + 1)).tolist()))
+        knots = np.array([_knot(int(size)) for size in sizes])[which]
+        self._evidence = np.bincount(knots, recent, len(SIZES)).tolist()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -109,9 +109,39 @@ def test_a_plan_that_is_right_again_stands_longer() -> None:
     planner = fed(8, 8, ("linear_spec",), MIXED)
     made = list[object]()
     planner._next = lambda expected: made.append(expected) or Plan("linear_spec", 8)  # type: ignore[method-assign]
-    for _ in range(1 + 2 + 4 + 8 + 8):
+    for _ in range(1 + 2 + 4 + 4 + 4):
         planner.plan()
     assert len(made) == 5
+
+
+def test_what_the_host_takes_counts() -> None:
+    """The fewest and cheapest forwards are of no use if the host needs longer for them."""
+    planner = fed(32, 8, ("linear_spec", "quadratic_spec"), MIXED)
+    assert planner.plan().mode == "quadratic_spec"
+    planner = fed(32, 8, ("linear_spec", "quadratic_spec"), MIXED)
+    for _ in range(24):
+        planner._costs.host.learn("linear_spec", 0.1)
+        planner._costs.host.learn("quadratic_spec", 9.0)
+    assert planner.plan().mode == "linear_spec"
+
+
+def test_the_host_is_metered_between_plans() -> None:
+    """By the clock from plan to plan, without the forwards; not where another request has come between."""
+    now = 0.0
+    costs = PassCosts(EACH_PAID, clock=lambda: now)
+    planner = DraftPlanner(costs, AcceptanceStatistics(), ("ar", "linear_spec"))
+    for _ in range(24):
+        passes = 1 if planner.plan().mode == "ar" else 2
+        for _ in range(passes):
+            costs.learn(1, 1.0)
+            now += 1.25
+    assert costs.host.seconds("ar") == pytest.approx(0.25)
+    for _ in range(24):
+        planner.plan()
+        for _ in range(3):
+            costs.learn(1, 1.0)
+            now += 2.0
+    assert costs.host.seconds("ar") == pytest.approx(0.25)
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:

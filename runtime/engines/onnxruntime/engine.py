@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class OnnxRuntimeEngine:
 
     samples = False
     pages = None
+    clock = staticmethod(time.thread_time)  # of what passes cost
 
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None, *, warmup: bool = False) -> None:
         self.session = _open_session(
