@@ -67,6 +67,7 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.variant_cells(config, shape)
         yield from itertools.islice(gpu_peers.cells(config, shape), 1)
         yield from gpu_forward.loaded_cells(config, shape)
+        yield from gpu_modes.fp8_cells(config, shape)
         yield from gpu_modes.answer_cells(config)
         yield from gpu_kernels.other_cells(config, shape)
         yield from gpu_forward.cells(config, shape, many)

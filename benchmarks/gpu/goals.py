@@ -125,6 +125,8 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
         ("graphs and kernels made by first answers", lambda: made("first", "answers"), "at most", 0, "made"),
         (f"linear_spec over ar at the published {published} tokens per pass, {shape}",
          lambda: rate("linear_spec") / rate("ar"), "at least", 5.0, "x"),
+        (f"linear_spec in fp8 at the published {published} tokens per pass, {shape}, on an H200",
+         lambda: rate(gpu_modes.FP8), "at least", 1500.0, "tokens/s"),
         (f"budgeted quadratic_spec over linear_spec at the same acceptance, {shape}",
          lambda: rate("quadratic_spec, budget") / rate("linear_spec"), "at least", 1.15, "x"),
         (f"{crowd} requests over one in ar, {shape}",

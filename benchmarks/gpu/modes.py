@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ar, sampled": {"mode": "ar", "temperature": 0.8, "seed": 1},
 }
 
+FP8 = "linear_spec, weights in fp8"
+
 
 def prompt_of(length: int) -> list[int]:
     """A prompt of so many ids."""
@@ -89,6 +91,19 @@ def decode_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
             return {"way": name, **timed(lab, engine(lab, name != "ar, sampled"), prompt, scale.new_tokens, options)}
 
         yield Cell("decode", shape, name, nbytes, 3 + 2 * scale.new_tokens * seconds(work, 1, 1024, 32), measure)
+
+
+def fp8_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
+    """The loop that few bits are for, at a released size."""
+    work, scale = gpu_models.work(shape, config.dtype), config.scale
+
+    def measure(lab: Lab) -> Figures:
+        held = passes(lab, shape, config.dtype, "fp8")
+        engine = dataclasses.replace(held.engine, backend=gpu_script.Scripted(held.backend))
+        prompt, options = prompt_of(scale.prompt), SETTINGS["linear_spec"]
+        return {"way": FP8, **timed(lab, engine, prompt, scale.new_tokens, options)}
+
+    yield Cell("decode", shape, FP8, work.memory(1, 4096, 512), 6, measure)
 
 
 def answer_cells(config: RunConfig) -> Iterator[Cell]:

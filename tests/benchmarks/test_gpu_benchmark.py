@@ -68,7 +68,7 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     cells = report["cells"]
     # Peers are not among what is asked for.
     assert [g["name"] for g in report["goals_not_measured"]] == ["AR step over plain torch compiled, tiny, context 64"]
-    assert len(report["goals"]) == 24
+    assert len(report["goals"]) == 25
     exact = {g["name"]: g["got"] for g in report["goals"] if "answers" in g["name"] and "unlike" in g["name"]}
     assert list(exact.values()) == [0, 0]
     skipped = {name: cell["skipped"] for name, cell in cells.items() if "skipped" in cell}
@@ -181,6 +181,7 @@ def test_a_call_of_six_minutes_has_what_matters_most() -> None:
     rows = {f"forward/8b/rows 1 context {c} tokens {n}" for c in plan.GPU.contexts for n in plan.GPU.sizes}
     ways = {f"variants/8b/{way} context {c}" for way in ("graphs", "pdl") for c in plan.GPU.contexts[:2]}
     loops = {"decode/8b/ar", "decode/8b/linear_spec", "decode/8b/quadratic_spec, budget"}
+    loops |= {"decode/8b/diffusion", "decode/8b/linear_spec, weights in fp8"}
     crowds = {f"serve/8b/{way} requests {n}" for way in ("ar", "linear_spec") for n in plan.GPU.requests}
     sizes = plan.GPU.kernel_sizes
     kernels = {f"PagedAttention context {c} tokens {n}" for c in plan.GPU.kernel_contexts for n in sizes}
@@ -349,7 +350,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), figures)
 
     assert report.goals()[0] == []
-    assert len(report.goals()[1]) == 25
+    assert len(report.goals()[1]) == 26
     times = {(512, 1): 100, (512, 32): 110, (4096, 1): 100, (4096, 32): 116}
     for (context, size), us in times.items():
         put("forward", f"rows 1 context {context} tokens {size}", device_us=us, over_weight_bytes=1.05)
@@ -386,7 +387,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         (600.0, False),
         (2, False),
     ]
-    assert len(unmeasured) == 11
+    assert len(unmeasured) == 12
     assert {u["reason"] for u in unmeasured} >= {"decode/8b/linear_spec: out of memory"}
     report.cells.pop(f"kernels/8b/PagedAttention context {plan.GPU.kernel_contexts[0]} tokens 8")
     missing = "kernels/8b/PagedAttention context 512 tokens 8: not reached yet"
