@@ -130,6 +130,8 @@ def test_an_answer_that_has_begun_is_continued(server: Served, client: anthropic
     assert block.text == same["choices"][0]["message"]["content"]
     counted = client.messages.count_tokens(model="tiny", messages=talk)
     assert counted.input_tokens == same["usage"]["prompt_tokens"]
+    talk[-1]["content"].append({"type": "tool_use", "id": "a", "name": "weather", "input": {}})
+    assert client.messages.count_tokens(model="tiny", messages=talk).input_tokens > counted.input_tokens
 
 
 def test_an_error_of_a_tool_is_said(server: Served) -> None:

@@ -102,10 +102,7 @@ class Counted(DialectBody):
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
         chosen = super().options()
-        last = self.messages[-1]
-        if last.role == "assistant":
-            if isinstance(last.content, list) and any(isinstance(block, ToolUseBlock) for block in last.content):
-                raise RequestError("the last message calls tools; give their results after it, as tool_result")
+        if self.messages[-1].role == "assistant" and not self._calls_tools():
             chosen["continue_final_message"] = True
         if self.tools:
             chosen["tools"] = [tool.plain() for tool in self.tools]
@@ -125,6 +122,12 @@ class Counted(DialectBody):
         form = self.output_format or (config.format if config is not None else None)
         return chosen if form is None else chosen | {"json_schema": form.schema_}
 
+    def _calls_tools(self) -> bool:
+        """Whether the last turn does, so that their results would have to come."""
+        last = self.messages[-1]
+        blocks = last.content if last.role == "assistant" and isinstance(last.content, list) else []
+        return any(isinstance(block, ToolUseBlock) for block in blocks)
+
 
 class Messages(Counted):
     """A conversation that waits for its next turn, in Anthropic's words."""
@@ -134,6 +137,8 @@ class Messages(Counted):
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
+        if self._calls_tools():
+            raise RequestError("the last message calls tools; give their results after it, as tool_result")
         stop = {} if not self.stop_sequences else {"stop": self.stop_sequences}
         return super().options() | stop | {"max_new_tokens": self.max_tokens}
 
