@@ -180,6 +180,8 @@ def test_fused_kernels_compile_for_every_card(
         assert (before != ptx) == early, kernel
         if early:  # and touches no memory before it may
             assert not re.search(r"\b(ld|st|atom|red)\.(?!param)[\w.]*global|cp\.async|ld\.acquire", before), kernel
+        if kernel.stage.startswith("Fp8Linear"):  # whose subnormal numbers are subnormal in f32 on the way
+            assert ".ftz" not in ptx, kernel
     check_products(kernels, tmp_path)
 
 
