@@ -13,8 +13,13 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once it is on the disk; an error leaves nothing of it.
 
-    What a killed process leaves is hidden and named as the stages of a build are, which a rebuild replaces as well.
+    What a killed process leaves is hidden and named as the stages of a build are, which a rebuild replaces as well. A
+    link is followed; a pipe or a device is written to as it is.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         yield stage

@@ -33,7 +33,9 @@ def view(files: tuple[Path, ...], output: Path) -> None:
     """
     from ..runtime.events.trace import read
     from ..serving.http.page_export import html
+    from ..whole_file import whole
 
     text = html([(file.stem, read(file)) for file in files])
-    output.write_text(text, encoding="utf-8")
+    with whole(output) as stage:
+        stage.write_text(text, encoding="utf-8")
     click.echo(f"written      {output}; open it in a browser", err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..whole_file import whole
 from .bench import Outcome
 from .figures import Spread
 
@@ -46,7 +47,8 @@ def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     curves.legend()
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format=_format(path))
+    with whole(path) as stage:
+        figure.savefig(stage, dpi=150, format=_format(path))
 
 
 def _format(path: Path) -> str:

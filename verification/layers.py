@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..runtime.engines.engine import Engine
+from ..whole_file import whole
 from .network import Network
 from .replay import replay
 from .rounding import STATE, UNIT
@@ -113,7 +114,8 @@ def compare_layers(
     feeds = [_arrays(script) for script in scripts]
     results = comparator.Comparator.run(runners, data_loader=feeds)
     if save is not None:
-        results.save(str(save))
+        with whole(save) as stage:
+            results.save(str(stage))
     deviations: dict[str, float] = {}
     for other in range(1, len(runners)):
         # Names that a runner lacks are skipped: an engine shows K and V alone, a graph has no value of another name.

@@ -24,6 +24,7 @@ from ...plugins.tensorrt.api import TensorRT, load
 from ...plugins.tensorrt.launch import Kernels
 from ...plugins.tensorrt.protocols import Builder, Config, Network
 from ...tensorrt_info import parse_kernel
+from ...whole_file import whole
 from ..files import EngineFile
 from ..graph.stages import split
 from .checks import check_inputs, check_layers
@@ -77,7 +78,8 @@ def compile_job(job: Job) -> dict[str, Any]:
         remedy = "report it with this line" if job.workspace is None else "use a larger --workspace or leave it out"
         raise BuildError(f"--backend {job.backend}: building failed ({_reason(api)}); {remedy}")
     if job.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
-        Path(job.timing_cache).write_bytes(bytes(cache.serialize()))
+        with whole(Path(job.timing_cache)) as stage:
+            stage.write_bytes(bytes(cache.serialize()))
     return {
         "module": api.module.__name__,
         "version": api.version,
