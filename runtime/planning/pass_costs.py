@@ -23,7 +23,7 @@ _TRUST = 0.5  # passes near a size that what passes far from it say is worth
 _GUESS = 0.02  # passes at a size that the prior is worth
 _FAR = 256.0  # a pass of twice the size says as much about a size as this part of one of the size itself
 _WIDE = 8.0  # and where none has run near one of twice the size this part of one of the size itself
-_REFIT = 8  # passes after which the curve is made anew, and this part of those that it is made of
+_REFIT = 8  # passes after which the curve is made anew, or a quarter of those that it is made of
 _GAP = 6  # passes between two that are taken to learn what they cost
 _KNOWN = 3.0  # passes of about a size that make its cost known
 _HOST_KEPT = 12  # figures that one of what the host takes is made of
@@ -82,7 +82,7 @@ class PassCosts:
         if self._curve is None:
             prior = self._make_prior() if callable(self._make_prior) else self._make_prior
             self._prior = self._curve = without_noise(prior)
-        if self._passes - self._fitted >= max(_REFIT, len(self._met) // _REFIT):
+        if self._passes - self._fitted >= max(_REFIT, len(self._met) // 4):
             self._fit()
         return self._curve
 

@@ -24,6 +24,7 @@ class Memory:
 
     def __init__(self, kinds: Mapping[str, tuple[int, type]], rows: int, heads: int) -> None:
         self.capacity = 0  # T
+        self._least = 0  # slots of which T is too much
         self.room = 0  # the largest T that the memory holds
         self._heads = heads
         self._widths = {name: width for name, (width, _) in kinds.items()}
@@ -80,10 +81,12 @@ class Memory:
 
     def _fit(self, slots: int) -> None:
         """Bring T to what `slots` need."""
+        if self._least < slots <= self.capacity:
+            return
         step = max(STEP, 1 << (slots // _SHARE).bit_length() >> 1)
         new = -(-slots // step) * step
         old = self.capacity
-        if old >= new > old - max(STEP, old // _SLACK):
+        if old >= new > self._least:
             return
         room = max(self.room, FIRST_ROOM)
         while room < new:
@@ -94,7 +97,7 @@ class Memory:
                 target = np.zeros(len(self._reach) * self._heads * room * self._widths[name], array.dtype)
                 self._arrays[name] = target
             self._shift(self._view(name, array), self._view(name, target, new))
-        self.capacity, self.room = new, room
+        self.capacity, self.room, self._least = new, room, new - max(STEP, new // _SLACK)
 
     def _shift(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copy what is in use to where it lies under another T, perhaps within the same memory."""
