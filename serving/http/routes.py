@@ -136,6 +136,8 @@ def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.
         """Tell whether new requests are taken."""
         if draining.is_set():
             return JSONResponse({"status": "draining"}, 503)
+        if (reason := handlers.engine.lost) is not None:
+            return JSONResponse({"status": reason}, 503)
         return JSONResponse({"status": "ready"})
 
     @app.get("/version")

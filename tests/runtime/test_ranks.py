@@ -113,8 +113,9 @@ def test_a_server_says_that_a_rank_is_gone(tiny: Path) -> None:
         status, _, content = served.send("/v1/completions", body)
         assert status == 500
         assert b"rank 1 of 2 has ended" in content
-        status, _, content = served.send("/health")
-        assert (status, json.loads(content)) == (503, {"status": "rank 1 of 2 has ended (exit code -9)"})
+        for path in ("/health", "/health/ready"):  # so it is started again, and asked nothing until then
+            status, _, content = served.send(path)
+            assert (status, json.loads(content)) == (503, {"status": "rank 1 of 2 has ended (exit code -9)"})
 
 
 def runs(rank: str) -> bool:
