@@ -103,6 +103,9 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
         got = "is missing" if sent is None else f"is {sent!r:.60}"
         remedy = "allowed: application/json; with curl: -H 'Content-Type: application/json'"
         return error_response(400, error_body(400, f"the header Content-Type {got}, {remedy}"))
+    if first["loc"] == ("body",):
+        state = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}, allowed: a JSON object"
+        return error_response(400, error_body(400, f"the body {state}; send an object"))
     subject = "the body" if param is None else param
     got = f", got {first['input']!r:.60}" if first["type"] != "missing" else ""
     return error_response(400, error_body(400, f"{subject}: {first['msg'][:200]}{got}; change it", param))
