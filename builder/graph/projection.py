@@ -18,9 +18,9 @@ from ...contract import BuildConfig, Quantization, on_x86
 from .writer import GraphWriter, Source
 
 GROUP = 32  # inputs of an int4 weight that share a scale
-# Bytes of f32. Fewer stay in a processor's cache, where a convolution gains nothing; and while an engine is loaded
-# ONNX Runtime holds its weights twice.
-CONVOLVED_BYTES = (2**26, 2**33)
+# Bytes of f32. Fewer lie in a processor's nearest caches, where a convolution gains nothing; with more, loading would
+# hold too much, since ONNX Runtime has its weights twice meanwhile.
+CONVOLVED_BYTES = (2**24, 2**33)
 CONTRIB = "com.microsoft"  # the domain of MatMulNBits
 
 
