@@ -47,6 +47,7 @@ class Sequence:
         self.transcript = transcript
         self.cost = cost  # None: a loop that could save work by it does not
         self.planner = planner  # None: block length and mode are fixed
+        self.plans = cost is not None or planner is not None
         self.block_length = settings.block_length  # of the next block; planned anew if there is a planner
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
