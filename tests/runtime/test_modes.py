@@ -19,6 +19,7 @@ from stand_ins.checkpoints import TINY_CHAT
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.runtime import generate
+from nemodiff.runtime.planning.pass_costs import HostCosts
 from nemodiff.runtime.requests import prepare as request
 
 QUESTIONS = equality.questions(40)
@@ -75,13 +76,14 @@ def test_quadratic_with_all_groups_equals_the_oracle(
 
 
 class Flat:
-    """A cost curve: a pass costs `base` and `slope` per token."""
+    """Costs: a pass takes `base` and `slope` per token, the host nothing."""
 
     def __init__(self, base: float, slope: float) -> None:
         self.base = base
         self.slope = slope
         self.sizes = list[int]()
         self.curve = self
+        self.host = HostCosts()
 
     def wants(self, size: int) -> bool:
         return False
