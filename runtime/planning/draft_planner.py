@@ -21,7 +21,7 @@ _PROBE_BLOCK = 4
 _STAY = 8  # passes of a plan at most before the next is made, and of quadratic_spec always: each of its passes verifies
 # the draft that the one before it has made
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
-_GROUPED = 32.0  # passes of quadratic_spec with a block that make it known, and that those with other blocks are worth
+_GROUPED = 32.0  # passes of quadratic_spec that its estimate is worth
 
 
 class Plan(NamedTuple):
@@ -175,7 +175,7 @@ class DraftPlanner:
 
     def _is_news(self, plan: Plan) -> bool:
         if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
-            return self._engine.quadratic.passes(plan.size) < _GROUPED
+            return self._engine.quadratic.passes(plan.size) < _STAY
         return self._costs.wants(plan.size)
 
     def _best(self, expected: list[float]) -> Plan:
