@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -58,9 +59,19 @@ class Batch:
         return Batch(self.tokens.to(device), self.prompt.to(device), self.answer.to(device))
 
 
+class Place(NamedTuple):
+    """A token of an answer in its block; the fields are those of `Noisy`."""
+
+    target: int
+    masked: bool
+    position: int
+    block: int
+    context: int
+
+
 @dataclass(frozen=True)
 class Noisy:
-    """The answers cut into blocks, some tokens replaced by the mask id; N is the longest answer and a block."""
+    """The answers of rows, cut into blocks, some tokens replaced by the mask id."""
 
     tokens: Tensor  # (B, N) i64, what the network sees
     target: Tensor  # (B, N) i64, the clean tokens
@@ -118,37 +129,53 @@ def as_batch(rows: list[Sample]) -> Batch:
     return Batch(tokens, lengths[:, 0], lengths[:, 1])
 
 
-def noise(batch: Batch, generator: torch.Generator) -> Noisy:
-    """Cut each answer into blocks and mask each block by one of two patterns; drawn on the CPU.
+def noise(tokens: Tensor, learned: Tensor, rng: random.Random, fill: int = BLOCK) -> Noisy:
+    """Cut every answer, a run of `learned` (B, L), into blocks, and mask some tokens of each.
 
-    Half the rows have a first block of any length up to 31, so that blocks begin everywhere, as self-speculation
-    restarts wherever the last verify stopped. Half the blocks mask each token with one probability, as in denoising;
-    half keep a short clean start, as in drafting.
+    Half the answers have a first block of any length up to 31, so that blocks begin everywhere, as self-speculation
+    restarts wherever the last verify stopped. After an answer's EOS its block goes on with EOS, at most `fill` of them.
     """
-    rows, length = batch.tokens.shape
-    device = batch.tokens.device
-    count = int(batch.answer.max()) + BLOCK - 1
-    blocks = count // BLOCK + 2
+    rows = [_cut(row, taught, rng, fill) for row, taught in zip(tokens.tolist(), learned.tolist(), strict=True)]
+    longest = max(map(len, rows))
+    places = torch.tensor([row + [(EOS, False, 0, -1, 0)] * (longest - len(row)) for row in rows])
+    target, masked, position, block, context = places.to(tokens.device).unbind(-1)
+    return Noisy(torch.where(masked > 0, MASK, target), target, masked > 0, position, block, context)
 
-    def uniform(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator).to(device)
 
-    index = torch.arange(count, device=device)[None]  # (1, N)
-    position = batch.prompt[:, None] + index
-    target = batch.tokens.gather(1, position.clamp(max=length - 1))  # a row ends in EOS
+def _runs(learned: list[bool]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each answer."""
+    for taught, places in groupby(range(len(learned)), learned.__getitem__):
+        if taught:
+            run = list(places)
+            yield run[0], run[-1] + 1
 
-    first = (uniform(rows) * BLOCK).long() * (uniform(rows) < 0.5)  # (B,)
-    block = (index + (BLOCK - first)[:, None]) // BLOCK  # first 0: no block 0, a whole block 1
-    starts = torch.ones_like(block, dtype=torch.bool)
-    starts[:, 1:] = block[:, 1:] != block[:, :-1]
-    begin = torch.where(starts, index, 0).cummax(1).values  # (B, N), index where the token's block begins
 
-    rate = uniform(rows, blocks).clamp(0.05, 1).gather(1, block)
-    kept = (uniform(rows, blocks) ** 2 * 16).long().clamp(min=1).gather(1, block)  # 1..15, mostly few
-    drafting = index - begin >= kept
-    masked = torch.where((uniform(rows, blocks) < 0.5).gather(1, block), drafting, uniform(rows, count) < rate)
-    masked &= block <= block.gather(1, batch.answer[:, None] - 1)  # to the end of the answer's last block
-    return Noisy(target.masked_fill(masked, MASK), target, masked, position, block, batch.prompt[:, None] + begin)
+def _cut(row: list[int], learned: list[bool], rng: random.Random, fill: int) -> list[Place]:
+    """The places of a row's answers, in blocks."""
+    cut: list[Place] = []
+    for begin, end in _runs(learned):
+        text = row[begin:end]
+        size = rng.randrange(1, BLOCK) if rng.random() < 0.5 else BLOCK
+        at = 0
+        while at < len(text):
+            block = text[at : at + size]
+            if block[-1] == EOS:
+                block += [EOS] * min(size - len(block), fill)
+            number = cut[-1].block + 1 if cut else 0
+            places = zip(block, _masked(len(block), rng), strict=True)
+            cut += [Place(t, m, begin + at + i, number, begin + at) for i, (t, m) in enumerate(places)]
+            at, size = at + size, BLOCK
+    return cut
+
+
+def _masked(size: int, rng: random.Random) -> list[bool]:
+    """A block as denoising begins with it, as it goes on, or as drafting sees it, after a short clean start."""
+    kind = rng.random()
+    if kind < 0.5:
+        rate = max(0.05, rng.random())
+        return [rng.random() < rate for _ in range(size)]
+    kept = 0 if kind < 0.75 else 1 + int(15 * rng.random() ** 2)
+    return [at >= kept for at in range(size)]
 
 
 def joint_mask(noisy: Noisy, length: int) -> Tensor:  # (B, 1, N + L, N + L) bool
@@ -178,20 +205,20 @@ def causal(model: TinyChat, tokens: Tensor, learned: Tensor) -> Losses:
         return _next_token(model, hidden[:, :-1], tokens, learned)
 
 
-def joint(model: TinyChat, batch: Batch, generator: torch.Generator) -> Losses:
+def joint(model: TinyChat, tokens: Tensor, learned: Tensor, rng: random.Random, fill: int = BLOCK) -> Losses:
     """The losses of one pass over [noisy | clean]; a token has one position in both halves."""
-    rows, length = batch.tokens.shape
-    noisy = noise(batch, generator)
+    rows, length = tokens.shape
+    noisy = noise(tokens, learned, rng, fill)
     count = noisy.tokens.shape[1]
-    clean = torch.arange(length, device=batch.tokens.device)
-    with torch.autocast(batch.tokens.device.type, torch.bfloat16):
+    clean = torch.arange(length, device=tokens.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16):
         hidden = model(
-            torch.cat([noisy.tokens, batch.tokens], 1),
+            torch.cat([noisy.tokens, tokens], 1),
             torch.cat([noisy.position, clean.expand(rows, length)], 1),
             joint_mask(noisy, length),
         )
         guesses = model.diffusion_head(hidden[:, :count][noisy.masked])  # (masked, V), for the token itself
-        read = _next_token(model, hidden[:, count:-1], batch.tokens, batch.learned)
+        read = _next_token(model, hidden[:, count:-1], tokens, learned)
     return read._replace(diffusion=F.cross_entropy(guesses.float(), noisy.target[noisy.masked]))
 
 

@@ -1,9 +1,9 @@
 """Train tiny-chat-2, or go on where an earlier run stopped: one set of weights, two readings.
 
-The first `--causal` steps read causally alone, and mostly dense exercises; conversations take their place step by step.
-The later ones read conversations both ways, with some exercises left. Everything a step needs follows from its number
-and the seed, so a run that is stopped and started again gives what one run gives. The rate warms up, holds, falls
-slowly, and at last over the `--fall` steps before the end, which a later run may move.
+The first `--causal` steps read causally alone, and mostly dense exercises; conversations take the place of some, step
+by step. The later ones read both ways. Everything a step needs follows from its number and the seed, so a run that is
+stopped and started again gives what one run gives. The rate warms up, holds, falls slowly, and at last over the
+`--fall` steps before the end, which a later run may move.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from model import HERE, TinyChat, save_checkpoint
-from objective import Losses, Sample, as_batch, causal, exercises, joint, pool, samples
+from objective import BLOCK, Losses, Sample, as_batch, causal, exercises, joint, pool, samples
 from optimiser import Optimiser
 from start import write_copying
 from tokenizers import Tokenizer
 
 WARMUP, HOLD = 60, 400  # steps; after these the rate falls with the root of the step
 PARTS = 2  # of a step, each exercises or conversations of one length
-EXERCISED = (0.8, 0.2)  # share of the parts that are exercises: at first, and after the causal steps
+EXERCISED = (0.8, 0.5)  # share of the parts that are exercises: at first, and after the causal steps
+FILL = 8  # most EOS after an answer of an exercise; one of a conversation fills its block
 LOG_EVERY = 50
 HELD_OUT = 256  # conversations of another seed
 HELD_OUT_SEED = "held out"
@@ -96,11 +97,14 @@ class Run:
         recipe = self._recipe
         begin, end = EXERCISED
         if rng.random() < end + (begin - end) * max(0, 1 - self.step / max(recipe.causal, 1)):
-            return causal(self.model, *exercises(self._tokenizer, seed, recipe.positions, recipe.device))
-        batch = as_batch(self._next_rows()).to(recipe.device)
+            tokens, learned = exercises(self._tokenizer, seed, recipe.positions, recipe.device)
+            fill = FILL
+        else:
+            batch = as_batch(self._next_rows()).to(recipe.device)
+            tokens, learned, fill = batch.tokens, batch.learned, BLOCK
         if self.step < recipe.causal:
-            return causal(self.model, batch.tokens, batch.learned)
-        return joint(self.model, batch, torch.Generator().manual_seed(rng.getrandbits(32)))
+            return causal(self.model, tokens, learned)
+        return joint(self.model, tokens, learned, rng, fill)
 
     @torch.no_grad()
     def held_out(self) -> str:
@@ -112,7 +116,8 @@ class Run:
         ar = diffusion = 0.0
         for at in range(0, len(drawn), 16):
             rows = drawn[at : at + 16]
-            loss = joint(self.model, as_batch(rows).to(self._recipe.device), torch.Generator().manual_seed(at))
+            batch = as_batch(rows).to(self._recipe.device)
+            loss = joint(self.model, batch.tokens, batch.learned, random.Random(at))
             ar += float(loss.ar) * len(rows) / len(drawn)
             diffusion += float(loss.diffusion) * len(rows) / len(drawn)
             seen.update(row.task for row in rows)

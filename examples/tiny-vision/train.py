@@ -181,13 +181,13 @@ def learn(model: chat.TinyChat, tokenizer: Tokenizer, args: argparse.Namespace, 
     """
     optimiser = Optimiser(model)
     rng, held_out = random.Random(args.seed), random.Random(10**6)
-    noise = torch.Generator().manual_seed(args.seed)
+    noise = random.Random(args.seed)
 
     def loss_of(batch: objective.Batch, pictures: Tensor) -> objective.Losses:
         with torch.no_grad():
             model.encoder.embed_tokens.images = see(model, pictures)
         if jointly:
-            return objective.joint(model, batch, noise)
+            return objective.joint(model, batch.tokens, batch.learned, noise)
         return objective.causal(model, batch.tokens, batch.learned)
 
     begin = saved = time.monotonic()

@@ -59,6 +59,42 @@ again = Run(parts)
 assert again.step == 1
 again.train()
 """
+NOISE = """
+import random
+from itertools import groupby, takewhile
+from objective import BLOCK, EOS, MASK, as_batch, exercises, joint_mask, noise, samples
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file("tokenizer.json")
+drawn = samples(tokenizer, random.Random(1))
+batch = as_batch([next(drawn) for _ in range(40)])
+sizes, unmasked = set(), set()
+for tokens, learned, fill in ((batch.tokens, batch.learned, BLOCK), (*exercises(tokenizer, "a", 5000, "cpu"), 8)):
+    noisy = noise(tokens, learned, random.Random(2), fill)
+    mask = joint_mask(noisy, tokens.shape[1])
+    assert (noisy.tokens == noisy.target.masked_fill(noisy.masked, MASK)).all()
+    for row in range(len(tokens)):
+        wanted = [at for at, taught in enumerate(learned[row].tolist()) if taught]
+        seen = []
+        for number, places in groupby(range(noisy.tokens.shape[1]), noisy.block[row].__getitem__):
+            places = list(places)
+            if number < 0:
+                assert not noisy.masked[row, places].any() and places[-1] + 1 == noisy.tokens.shape[1]
+                continue
+            at = noisy.position[row, places].tolist()
+            assert at == list(range(at[0], at[0] + len(at))) and len(at) <= BLOCK
+            answer = list(takewhile(wanted.__contains__, at))
+            assert noisy.target[row, places].tolist() == tokens[row, answer].tolist() + [EOS] * (len(at) - len(answer))
+            assert (len(at) - len(answer)) <= fill
+            seen += answer
+            for place in places:
+                sees = mask[row, 0, place].nonzero()[:, 0].tolist()
+                assert sees == places + [noisy.tokens.shape[1] + i for i in range(at[0])]
+            sizes.add(len(at))
+            unmasked.add(len(at) - int(noisy.masked[row, places].sum()))
+        assert seen == wanted
+assert {1, BLOCK} < sizes and {0, 1, 2, 8} < unmasked
+print("checked")
+"""
 DRAFTER = """
 import sys
 from pathlib import Path
@@ -145,6 +181,11 @@ def test_training_goes_on_where_it_stopped_and_gives_a_checkpoint(tmp_path: Path
     engine = nemodiff.load(Builder(tmp_path / "whole", tmp_path / "engine").run(), threads=1)
     for mode in nemodiff.MODES:
         assert len(nemodiff.generate(engine, "Hello", mode=mode, max_new_tokens=5).token_ids) <= 5
+
+
+@pytest.mark.torch
+def test_blocks_hold_the_answers_and_see_what_decoding_sees() -> None:
+    assert ran(NOISE) == "checked\n"
 
 
 @pytest.mark.torch
