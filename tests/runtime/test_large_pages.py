@@ -96,6 +96,17 @@ def test_it_ends_where_no_large_page_is_left(
     assert len(library.calls) == 1 if asks == "one" else memory.ctypes.data in [call[0] for call in library.calls]
 
 
+def test_it_ends_when_its_time_is_over(memory: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "size").write_text(f"{SIZE}\n")
+    monkeypatch.setattr(large_pages, "_SIZE", tmp_path / "size")
+    library = Asked()
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+    times = iter(np.arange(0, large_pages.SECONDS * 2, large_pages.SECONDS / 2).tolist())
+    monkeypatch.setattr(large_pages.time, "monotonic", lambda: next(times))
+    large_pages.gather()
+    assert len(library.calls) == 2
+
+
 @pytest.mark.parametrize("content", [None, "", "no\n"])
 def test_a_system_without_them_is_left_alone(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

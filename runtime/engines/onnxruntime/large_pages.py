@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import errno
 import re
+import time
 from pathlib import Path
 
 LEAST = 2**24  # bytes of weights; fewer stay in a processor's cache and gain nothing
+SECONDS = 2.0  # at most, of a load
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux's mman.h: move what lies here into a large page now
 _MAPS = Path("/proc/self/maps")
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -31,8 +33,8 @@ def places(size: int) -> list[int]:
 def gather() -> None:
     """Move what this process holds into large pages, as far as the system has some; it stays where it is and the same.
 
-    It takes a thread up to two milliseconds for a megabyte, where memory is in pieces; what has been moved before takes
-    next to none.
+    It takes a thread up to two milliseconds for a megabyte, where memory is in pieces, and none for what has been moved
+    before. What has had no turn after SECONDS stays where it is.
     """
     try:
         size = int(_SIZE.read_text())
@@ -42,6 +44,9 @@ def gather() -> None:
 
     advise = ctypes.CDLL(None, use_errno=True).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    end = time.monotonic() + SECONDS
     for address in places(size):
+        if time.monotonic() > end:
+            return
         if advise(address, size, _COLLAPSE) and ctypes.get_errno() == errno.ENOMEM:
             return  # none is left
