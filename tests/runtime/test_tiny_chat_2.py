@@ -127,7 +127,7 @@ for batch in run._held_out:
 
 
 # Of 17 questions, one of each task that has a right answer: fewer than the weights give, as machines round differently.
-RIGHT = 12
+RIGHT = {"ar": 15, "diffusion": 11}
 
 
 def ran(script: str, *words: str) -> str:
@@ -222,7 +222,7 @@ def test_the_shipped_adapter_drafts_better_and_changes_no_answer(engine: nemodif
         lengths["plain"] += plain.acceptance.lengths
         lengths["drafter"] += drafted.acceptance.lengths
     means = {name: sum(n) / len(n) for name, n in lengths.items()}
-    assert means["drafter"] > 1.05 * means["plain"]
+    assert means["drafter"] > means["plain"] > 7
 
 
 def test_tiny_chat_2_itself_has_no_adapter() -> None:
@@ -252,14 +252,16 @@ def test_the_weights_answer_most_questions_and_drafts_change_no_token(
 ) -> None:
     asked = [json.loads(line) for line in ran(ASK, str(tmp_path), "1").splitlines()]
     prompts = [engine.text.encode_chat(messages, False, tools) for _, messages, tools, *_ in asked]
-    plain, drafted = (
-        list(nemodiff.generate_many(engine, prompts, mode=mode, max_new_tokens=336)) for mode in ("ar", "linear_spec")
-    )
-    assert [answer.token_ids for answer in drafted] == [answer.token_ids for answer in plain]
-    told = zip(asked, plain, strict=True)
-    right = [task for (task, *_, answer), said in told if task not in ("story", "loop") and said.text == answer]
-    assert len(right) >= RIGHT, right
-    assert sum(answer.acceptance.mean or 0 for answer in drafted) / len(drafted) > 2
+    answers = {
+        mode: list(nemodiff.generate_many(engine, prompts, mode=mode, max_new_tokens=336))
+        for mode in ("ar", "linear_spec", "diffusion")
+    }
+    assert [one.token_ids for one in answers["linear_spec"]] == [one.token_ids for one in answers["ar"]]
+    for mode, least in RIGHT.items():
+        told = zip(asked, answers[mode], strict=True)
+        right = [task for (task, *_, answer), said in told if task not in ("story", "loop") and said.text == answer]
+        assert len(right) >= least, (mode, right)
+    assert sum(answer.acceptance.mean or 0 for answer in answers["linear_spec"]) / len(asked) > 4
 
 
 def test_the_weights_call_a_tool_and_read_its_result(engine: nemodiff.LoadedEngine) -> None:
