@@ -157,7 +157,7 @@ def _block_length(info: EngineInfo, o: Options) -> int:
 def _default_block(info: EngineInfo, mode: str, every_group: bool) -> int:
     """Where the text does not depend on it, a CPU's default is shorter: it pays for every token of a draft.
 
-    Blocks of 16 have 1.5 times the speed of 32 on tiny-chat-2 (benchmarks/results/auto.md). A length that the engine
+    Blocks of 16 have 1.13 times the speed of 32 on tiny-chat-2 (benchmarks/results/auto.md). A length that the engine
     was built with stays.
     """
     block = info.build.block_length
