@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-STEP = 64  # slots; T at a multiple of 16 is also quicker than just below one (docs/log.md)
+STEP = 32  # slots; T at a multiple of 16 is also quicker than just below one (docs/log.md)
 _SHARE = 32  # a step is at most this part of T, so that moving costs a small part of a token at any length
 _SLACK = 16  # T shrinks only if this part of it is not needed
 FIRST_ROOM = 256  # slots
