@@ -30,6 +30,7 @@ from nemodiff import contract
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.kernels import stages
+from nemodiff.builder.graph import projection
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.engine_folder import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
@@ -73,7 +74,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     work = tmp_path_factory.mktemp("stand-in")
     checkpoint = Path(shutil.copytree(TINY_CHAT, work / "checkpoint"))
     write_adapter(checkpoint, rank=8, alpha=32, strength=0.05)
-    plain = Builder(checkpoint, work / "plain", max_seq_len=LENGTH, max_batch_size=4).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(projection, "CONVOLVED_BYTES", (0, 0))  # products as in the other graph
+        plain = Builder(checkpoint, work / "plain", max_seq_len=LENGTH, max_batch_size=4).run()
     folder = Path(shutil.copytree(plain, work / "compiled"))
     builder = Builder(checkpoint, work / "plain")
     adapter = builder.checkpoint.adapter
