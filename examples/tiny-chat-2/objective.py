@@ -137,9 +137,11 @@ def noise(tokens: Tensor, learned: Tensor, rng: random.Random, fill: int = BLOCK
     """
     rows = [_cut(row, taught, rng, fill) for row, taught in zip(tokens.tolist(), learned.tolist(), strict=True)]
     longest = max(map(len, rows))
-    places = torch.tensor([row + [(EOS, False, 0, -1, 0)] * (longest - len(row)) for row in rows])
+    outside = Place(EOS, masked=False, position=0, block=-1, context=0)
+    places = torch.tensor([row + [outside] * (longest - len(row)) for row in rows])
     target, masked, position, block, context = places.to(tokens.device).unbind(-1)
-    return Noisy(torch.where(masked > 0, MASK, target), target, masked > 0, position, block, context)
+    masked = masked.bool()
+    return Noisy(target.masked_fill(masked, MASK), target, masked, position, block, context)
 
 
 def _runs(learned: list[bool]) -> Iterator[tuple[int, int]]:
