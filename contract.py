@@ -221,3 +221,9 @@ def size_text(nbytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: `1 row`, `2 rows`, `2 passes`; the noun's last word gets the ending."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{count} {noun}{ending}"

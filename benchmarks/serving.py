@@ -28,6 +28,7 @@ from common import questions, record
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.contract import counted
 from nemodiff.measurement import machine
 
 BASE = "runtime"
@@ -217,7 +218,7 @@ def main() -> None:
             figures = compare(clients, prompts, arguments.tokens, MODES)
     title = (
         f"`{origin['command']}`, {origin['date'][:10]}: {arguments.questions} questions per mode one after the other, "
-        f"{arguments.tokens} tokens each, {arguments.threads} thread(s), load before the run "
+        f"{arguments.tokens} tokens each, {counted(arguments.threads, 'thread')}, load before the run "
         f"{origin['machine']['load_before']}; medians, and medians of each question's ratio and difference."
     )
     page = table(figures, title)

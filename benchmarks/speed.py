@@ -18,7 +18,7 @@ from typing import Any
 from common import questions, record, timing
 
 from nemodiff.builder.build import Builder
-from nemodiff.contract import MODES
+from nemodiff.contract import MODES, counted
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine, load
 
@@ -101,7 +101,7 @@ def measure(checkpoint: Path, folder: Path, threads: int, arguments: argparse.Na
 
 def show(figures: dict[str, Any]) -> None:
     """The tables, ratios first."""
-    print(f"\n{figures['threads']} thread(s)      ratio to {BASE} (min..max)    tokens/s   other answers")
+    print(f"\n{counted(figures['threads'], 'thread'):12}     ratio to {BASE} (min..max)    tokens/s   other answers")
     for name, r in figures["race"].items():
         spread = f"({r['ratio_min']:.2f}..{r['ratio_max']:.2f})"
         print(
@@ -121,7 +121,7 @@ def goals(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts, per thread count."""
     verdicts = []
     for run in runs:
-        where = f"{run['threads']} thread(s)"
+        where = counted(run["threads"], "thread")
         ratio, first = run["race"]["nemodiff ar"]["ratio"], run["first_token"]["seconds"]
         verdicts.append(record.goal(f"ar over {BASE}, {where}", ratio, "at least", 2.0, "x"))
         for mode, host in run["host"].items():
@@ -143,8 +143,8 @@ def main() -> None:
     arguments.questions = questions.first(arguments.prompts)
     origin = record.origin(PACKAGES, arguments.threads)
     print(
-        f"{len(arguments.questions)} prompts, {arguments.rounds} rounds; excluded as warm-up: {arguments.warmup} "
-        f"round(s), {arguments.warmup * len(arguments.questions)} requests per contender"
+        f"{counted(len(arguments.questions), 'prompt')}, {counted(arguments.rounds, 'round')}; excluded as warm-up: "
+        f"{counted(arguments.warmup, 'round')}, {arguments.warmup * len(arguments.questions)} requests per contender"
     )
     with tempfile.TemporaryDirectory(prefix="nemodiff-speed-") as work:
         folder = Builder(arguments.checkpoint, Path(work) / "engine").run()

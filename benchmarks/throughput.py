@@ -19,7 +19,7 @@ from typing import Any
 from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.contract import MODES
+from nemodiff.contract import MODES, counted
 from nemodiff.runtime.batching.batch import KEPT_PREFIXES, Batch
 from nemodiff.runtime.batching.slot import Counts
 from nemodiff.runtime.events.events import Finished
@@ -184,7 +184,8 @@ def main() -> None:
         figures = compare(contenders(engine, workload, arguments.rows), arguments.rounds)
     title = (
         f"`{origin['command']}`, {origin['date'][:10]}: {len(workload)} mixed requests that are all there at the "
-        f"start, {arguments.threads} threads; times are medians over requests, the longest gap is the worst of all."
+        f"start, {counted(arguments.threads, 'thread')}; times are medians over requests, the longest gap is the "
+        "worst of all."
     )
     page = table(figures, title)
     print(page)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..contract import EXPORT_FORMATS, size_text
+from ..contract import EXPORT_FORMATS, counted, size_text
 from ..engine_folder import CONFIG_FILE, GENERATION_FILE, TWIN_FILE
 from ..errors import BuildError
 from .checkpoint.carried_notes import regex_notes
@@ -46,12 +46,12 @@ class ExportPlan:
 
     def lines(self, checkpoint: str, output: Path) -> list[str]:
         """The plan for people."""
-        count = f"{len(self.files)} files" if len(self.files) > 1 else "1 file"
+        count = counted(len(self.files), "file")
         weights = size_text(self.weight_bytes)
         unknown = ", ".join(self.unknown_fields)
         adapter = f"the drafter adapter of rank {self.adapter_rank}: the twin only decodes autoregressively"
         return [
-            f"checkpoint   {checkpoint}: {self.tensors} tensors, {weights}",
+            f"checkpoint   {checkpoint}: {counted(self.tensors, 'tensor')}, {weights}",
             f"twin         Ministral3ForCausalLM, {self.parameters:,} parameters, {self.dtype}",
             f"disk         {weights} to write under {output} in {count}, {size_text(self.disk_free)} free",
             *([f"left out     {adapter}"] if self.adapter_rank else []),

@@ -13,7 +13,7 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-from ..contract import DOMAIN, dtype_line, kv_bytes_per_token, size_text
+from ..contract import DOMAIN, counted, dtype_line, kv_bytes_per_token, size_text
 from ..engine_folder import (
     ENGINE_FILE,
     GENERATION_FILE,
@@ -136,7 +136,8 @@ def _image_lines(images: dict[str, Any] | None) -> list[str]:
     if images is None:
         return []
     return [
-        f"images       {images['layers']} layers, hidden {images['hidden_size']}, {images['parameters']:,} parameters "
+        f"images       {counted(images['layers'], 'layer')}, hidden {images['hidden_size']}, "
+        f"{images['parameters']:,} parameters "
         f"with the projector; up to {images['max_image_size']} pixels a side, {images['max_tokens']} tokens"
     ]
 
@@ -147,10 +148,11 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
     if about is None:
         return []
     profiles = "; ".join(
-        f"{p['name']} up to {p['max_batch_size']} rows of {p['max_tokens']} tokens, {p['max_rows']} predicted"
+        f"{p['name']} up to {counted(p['max_batch_size'], 'row')} of {counted(p['max_tokens'], 'token')}, "
+        f"{p['max_rows']} predicted"
         for p in about["profiles"]
     )
-    counted = "; ".join(_counted(kind, counts) for kind, counts in about["layers"].items() if counts)
+    kinds = "; ".join(_of_kind(kind, counts) for kind, counts in about["layers"].items() if counts)
     by_sm: dict[int, list[str]] = {}
     for kernel in about["kernels"]:
         by_sm.setdefault(kernel["sm"], []).append(
@@ -164,24 +166,24 @@ def _tensorrt_lines(described: dict[str, Any]) -> list[str]:
         f"{size_text(about['engine_bytes'])}{flags}",
         *(["             TensorRT-RTX 1.7 runs on no SM 90 card, such as H100 and H200 (2026-11-27)"] * rtx),
         f"profiles     {profiles}",
-        f"layers       {counted}",
+        f"layers       {kinds}",
         *(f"kernels      SM {sm}: {', '.join(names)}" for sm, names in by_sm.items()),
         *_vision_engine_lines(about["vision"]),
-        *([f"in engine    {len(layers)} layers"] if layers is not None else []),
+        *([f"in engine    {counted(len(layers), 'layer')}"] if layers is not None else []),
     ]
 
 
 def _vision_engine_lines(vision: dict[str, Any] | None) -> list[str]:
     if vision is None:
         return []
-    counted = "; ".join(_counted(kind, counts) for kind, counts in vision["layers"].items() if counts)
+    kinds = "; ".join(_of_kind(kind, counts) for kind, counts in vision["layers"].items() if counts)
     return [
         f"tower        {VISION_ENGINE_FILE}, {size_text(vision['engine_bytes'])}, profiles up to "
-        f"{' and '.join(map(str, vision['patches']))} patches; {counted}"
+        f"{' and '.join(map(str, vision['patches']))} patches; {kinds}"
     ]
 
 
-def _counted(kind: str, counts: dict[str, int]) -> str:
+def _of_kind(kind: str, counts: dict[str, int]) -> str:
     """`native 6 BlockAttention, 1 ConfidenceCommit`."""
     return f"{kind} {', '.join(f'{count} {name}' for name, count in counts.items())}"
 
@@ -200,7 +202,7 @@ def _verified_lines(record: dict[str, Any] | None) -> list[str]:
     try:
         tallies = [*record["modes"].values(), *record["passes"].values()]
         counts = [sum(tally[kind] for tally in tallies) for kind in ("equal", "near_ties", "wrong", "strays")]
-        result = f"{counts[0]} tokens equal, {counts[1]} near ties, {counts[2] + counts[3]} wrong"
+        result = f"{counted(counts[0], 'token')} equal, {counted(counts[1], 'near tie')}, {counts[2] + counts[3]} wrong"
         return [
             f"verified     {'ok' if record['ok'] else 'WRONG'} on {record['date']} against {record['against']} in "
             f"{record['precision']}: {result}"
@@ -220,14 +222,14 @@ def lines(described: dict[str, Any]) -> list[str]:
     adapter = described["adapter"]
     revision = f" at {source['revision']}" if source["revision"] else ""
     rank = f"drafter LoRA of rank {adapter['rank']}" if adapter else "no drafter adapter"
-    limits = f"up to {engine['max_batch_size']} rows of {engine['max_seq_len']} tokens"
+    limits = f"up to {counted(engine['max_batch_size'], 'row')} of {counted(engine['max_seq_len'], 'token')}"
     files = ", ".join(f"{name} {size_text(nbytes)}" for name, nbytes in described["files"].items())
     return [
         f"engine       {engine['backend']}, {dtype}, block length {engine['block_length']}, {limits}",
         f"checkpoint   {source['name']}{revision}",
         f"parameters   {model['parameters']:,}, {rank}",
-        f"model        {model['layers']} layers, hidden {model['hidden_size']}, {heads} heads on {kv_heads} key/value "
-        f"heads of {head_dim}, vocabulary {model['vocab_size']}",
+        f"model        {counted(model['layers'], 'layer')}, hidden {model['hidden_size']}, {counted(heads, 'head')} on "
+        f"{counted(kv_heads, 'key/value head')} of {head_dim}, vocabulary {model['vocab_size']}",
         f"positions    {kind}, theta {theta:g}, factor {factor:g}, up to {model['max_position']}",
         *_image_lines(described["images"]),
         f"ids          mask {model['mask_id']}, end of sequence {', '.join(map(str, model['eos_ids']))}",

@@ -7,7 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..contract import COMPILED, ITEMSIZE, Backend, BuildConfig, cache_slots, dtype_line, kv_bytes_per_token, size_text
+from ..contract import (
+    COMPILED,
+    ITEMSIZE,
+    Backend,
+    BuildConfig,
+    cache_slots,
+    counted,
+    dtype_line,
+    kv_bytes_per_token,
+    size_text,
+)
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 from .checkpoint.checkpoint import Checkpoint
 from .resources import disk_free, memory_needed
@@ -58,10 +68,10 @@ class Plan:
         adapter = f"drafter LoRA of rank {self.adapter_rank}" if self.adapter_rank else "no drafter adapter"
         row = size_text(self.kv_bytes_per_token * build.max_seq_len)
         dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype)
-        limits = f"up to {build.max_batch_size} rows of {build.max_seq_len} tokens"
+        limits = f"up to {counted(build.max_batch_size, 'row')} of {counted(build.max_seq_len, 'token')}"
         ignored = [f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"]
         return [
-            f"checkpoint   {checkpoint}: {self.tensors} tensors, {size_text(self.checkpoint_bytes)}",
+            f"checkpoint   {checkpoint}: {counted(self.tensors, 'tensor')}, {size_text(self.checkpoint_bytes)}",
             f"parameters   {self.parameters:,}, {adapter}",
             *([self._image_line()] if self.image_tokens else []),
             f"engine       {self.backend}, {dtype}, block length {build.block_length}, {limits}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..contract import kv_bytes_per_token
+from ..contract import counted, kv_bytes_per_token
 from ..errors import NemodiffError
 from .calls import CallLines, spelled
 
@@ -83,10 +83,10 @@ def print_statistics(answer: Generation, info: EngineInfo) -> None:
     rate = len(answer.token_ids) / ms["total"] * 1e3
     tpf = "-" if answer.decode_tpf is None else f"{answer.decode_tpf:.2f}"
     kept = "" if answer.acceptance.mean is None else f", {answer.acceptance.mean:.2f} accepted per verify"
-    kept += f", drafter adapter on {answer.adapter_tokens} tokens" if answer.adapter_tokens else ""
+    kept += f", drafter adapter on {counted(answer.adapter_tokens, 'token')}" if answer.adapter_tokens else ""
     images = f" after images of {', '.join(map(str, answer.image_tokens))} tokens" if answer.image_tokens else ""
     click.echo(
-        f"{answer.mode}: {len(answer.token_ids)} tokens ({answer.finish_reason}){images} in {passes}; "
+        f"{answer.mode}: {counted(len(answer.token_ids), 'token')} ({answer.finish_reason}){images} in {passes}; "
         f"{tpf} tokens per pass{kept}; {ms['prefill']:.1f} ms to the first token, {ms['total']:.1f} ms in all, "
         f"{rate:.0f} tokens/s; {kv_bytes_per_token(info.model, info.build):,} bytes of K/V per token",
         err=True,

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..contract import counted
 from . import options
 from .streams import TEXT
 
@@ -93,9 +94,12 @@ def batch(
 
         totals = run_job(job, progress)
     click.echo(
-        f"{output}: {totals.answered} rows answered ({totals.tokens} tokens) by {totals.workers} workers, "
+        f"{output}: {counted(totals.answered, 'row')} answered ({counted(totals.tokens, 'token')}) by "
+        f"{counted(totals.workers, 'worker')}, "
         f"{totals.kept} kept from before, {totals.failed} failed",
         err=True,
     )
     if totals.failed:
-        raise click.ClickException(f"{totals.failed} of {totals.rows} rows failed; see {output / 'failed.jsonl'}")
+        raise click.ClickException(
+            f"{totals.failed} of {counted(totals.rows, 'row')} failed; see {output / 'failed.jsonl'}"
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..contract import counted
 from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
@@ -127,7 +128,7 @@ def run(
         )
     if refused and as_json:
         raise click.ClickException(
-            f'{input_file}: {refused} of {len(prompts)} lines are refused; see "error" in their objects'
+            f'{input_file}: refused {refused} of {counted(len(prompts), "line")}; see "error" in their objects'
         )
     if refused:
         raise click.exceptions.Exit(1)

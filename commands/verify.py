@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from ..contract import counted
 from ..engine_folder import VERIFY_FILE, write_record
 from ..errors import RequestError
 from . import options
@@ -93,7 +94,7 @@ def verify(
     build = loaded.info.build
     click.echo(
         f"verifying    {engine} ({loaded.info.manifest.backend}, {build.dtype}) against {name} in "
-        f"{reference.precision}, {len(ids)} prompts",
+        f"{reference.precision}, {counted(len(ids), 'prompt')}",
         err=True,
     )
     with tqdm(total=len(ids) + 1, desc="verifying", disable=None, file=sys.stderr) as bar:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..builder.resources import disk_free, memory_free
-from ..contract import size_text
+from ..contract import counted, size_text
 from ..serving.triton_server.install import installed
 from .check import Check
 from .packages import declared, package_checks, python_check
@@ -119,7 +119,7 @@ def _server() -> Check:
 def _machine(folder: Path) -> list[Check]:
     """Processor, memory and disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    checks = [Check("machine", "ok", f"{platform.system()} {platform.machine()}, {cores} processors")]
+    checks = [Check("machine", "ok", f"{platform.system()} {platform.machine()}, {counted(cores or 1, 'processor')}")]
     free = memory_free()
     if free is not None:
         enough = free >= _LITTLE_MEMORY

@@ -11,6 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from ..contract import counted
 from ..errors import RequestError
 from ..runtime.engines.engine import PASS_KINDS, PassKind
 from ..runtime.events.events import answers
@@ -120,11 +121,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 if chosen.get("temperature"):  # a question that a task asks several times is answered anew
                     chosen["seed"] = chosen.get("seed", 0) + number
                 options = make_options(chosen)
-                room = self._limit - (options.max_new_tokens or _NEW_TOKENS)
+                asked = options.max_new_tokens or _NEW_TOKENS
+                room = self._limit - asked
                 if room < 1:
-                    raise RequestError(
-                        f"a task asks for {options.max_new_tokens} tokens, the engine takes {self._limit}"
-                    )
+                    raise RequestError(f"a task asks for {counted(asked, 'token')}, the engine takes {self._limit}")
                 yield prepare(self._engine, self.tok_encode(context)[-room:], options)
 
         said = list[str]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..contract import counted
 from ..runtime.loading import LoadedEngine
 from .bench import Outcome, Plan, described
 from .figures import Figures, Percentiles, ratios
@@ -28,12 +29,14 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
     """The table of every engine, and for two the ratios of the first over the second."""
     here = machine()
     text = [
-        f"{here['cpu']}, {here['cores']} cores, load {outcomes[0].load:.2f} before; {len(plan.prompts)} prompts, at "
-        f"most {plan.max_new_tokens} new tokens; medians of {plan.rounds} rounds after {plan.warmup} of warm-up"
+        f"{here['cpu']}, {counted(here['cores'], 'core')}, load {outcomes[0].load:.2f} before; "
+        f"{counted(len(plan.prompts), 'prompt')}, at "
+        f"most {counted(plan.max_new_tokens, 'new token')}; medians of {counted(plan.rounds, 'round')} after "
+        f"{plan.warmup} of warm-up"
     ]
     for engine, outcome in zip(engines, outcomes, strict=True):
         about = described(engine)
-        threads = "" if engine.threads is None else f", {engine.threads} threads"
+        threads = "" if engine.threads is None else f", {counted(engine.threads, 'thread')}"
         text += ["", f"{about['name']}: {about['backend']} {about['dtype']} on {about['processor']}{threads}"]
         text += _aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
         curve = zip(outcome.curve.sizes, outcome.curve.times, strict=True)

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from ..contract import counted
 from .rounding import LARGEST
 from .verdict import Tally
 
@@ -63,7 +64,7 @@ class Report:
         if self.layers:
             found = next((layer for layer in self.layers if layer["name"] == self.stray), None)
             lines.append(
-                f"layers       all {len(self.layers)} tensors within rounding"
+                f"layers       all {counted(len(self.layers), 'tensor')} within rounding"
                 if found is None
                 else f"layers       {found['name']} strays first, off by {found['deviation']:.3g}, allowed: "
                 f"{found['bound']:.3g}; look at {self.blame}"
@@ -75,7 +76,11 @@ class Report:
 
 
 def _line(word: str, name: str, tally: Tally, right: str) -> str:
-    parts = [f"{tally.equal} tokens {right}", f"{tally.near_ties} near ties", f"{tally.wrong} wrong"]
+    parts = [
+        f"{counted(tally.equal, 'token')} {right}",
+        counted(tally.near_ties, "near tie"),
+        f"{tally.wrong} wrong",
+    ]
     if tally.strays:
         parts.append(f"{tally.strays} farther off than rounding")
     if tally.drifts:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..contract import counted
 from ..errors import RequestError, first_line
 from ..runtime.batching.batch import KEPT_PREFIXES
 from ..runtime.engines.engine import bidirectional, causal
@@ -232,7 +233,7 @@ def _judge_mode(
                 report.findings.append(f"{where} is {got[at]}, where ar has {expected[at]}, {gap:.3g} apart in logits")
         elif len(got) != len(expected):
             tally.wrong += 1
-            report.findings.append(f"{where} of {len(got)}, where ar has {len(expected)} tokens")
+            report.findings.append(f"{where} of {len(got)}, where ar has {counted(len(expected), 'token')}")
 
 
 def _judge_passes(report: Report, run: _Run, answer: Answer, recorder: Recorder) -> None:

@@ -43,7 +43,7 @@ def footer(origin: dict[str, Any]) -> str:
     """The line under a table that says where it comes from."""
     return (
         f"{origin['date']}, `{origin['command']}`, nemodiff {origin['versions']['nemodiff']}, ONNX Runtime "
-        f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, {origin['threads']} thread(s)."
+        f"{origin['versions']['onnxruntime']}, {origin['machine']['cpu']}, threads: {origin['threads']}."
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from ...contract import MAX_BLOCK
+from ...contract import MAX_BLOCK, counted
 from ...errors import RequestError
 from ..engines.engine import PassKind, causal
 from ..loading import LoadedEngine
@@ -76,8 +76,8 @@ def revise(
     kept = 0 if context else 1  # the first token of all has nothing before it that could tell
     if len(context) + len(given) > limit:
         raise RequestError(
-            f"prompt and text have {len(context) + len(given)} tokens, the engine's max_seq_len is {limit}; shorten "
-            "the text or build with a larger --max-seq-len"
+            f"prompt and text have {counted(len(context) + len(given), 'token')}, the engine's max_seq_len is "
+            f"{limit}; shorten the text or build with a larger --max-seq-len"
         )
     with Row(engine.backend, context + given[:kept]) as row:
         for start in range(kept, len(given), window):

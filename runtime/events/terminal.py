@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from ...contract import counted
 from ..loading import LoadedEngine
 from .events import Step
 
@@ -44,7 +45,7 @@ def _causal(engine: LoadedEngine, step: Step) -> str:
     first = step.start + given
     masks = len(step.before) - given if step.kind == "commit" else 0
     shown = {first: _shown(engine, step.after[0])} | {c.position: _shown(engine, c.token) for c in step.committed}
-    return f"{given} tokens -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, masks)))!r}"
+    return f"{counted(given, 'token')} -> {''.join(shown.get(p, MASK) for p in range(first, first + max(1, masks)))!r}"
 
 
 def _verdict(engine: LoadedEngine, step: Step) -> str:

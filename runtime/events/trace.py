@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ...contract import counted
 from ...errors import RequestError
 from ..loading import LoadedEngine
 from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
@@ -139,10 +140,10 @@ def summary(events: Iterable[dict[str, Any]]) -> list[str]:
             answer = event["generation"]
             parts = [f"{len(ms)} {kind} {sum(ms):.1f} ms" for kind, ms in spent.pop(number, {}).items()]
             kept, refused = proposals.pop(number, [0, 0])
-            drafts = f"; {kept} of {kept + refused} drafted tokens kept" if kept + refused else ""
+            drafts = f"; {kept} of {counted(kept + refused, 'drafted token')} kept" if kept + refused else ""
             reused = f" ({answer['reused_tokens']} reused)" if answer["reused_tokens"] else ""
             lines.append(
-                f"request {number}, {answer['mode']}: {answer['prompt_tokens']} tokens in{reused}, "
+                f"request {number}, {answer['mode']}: {counted(answer['prompt_tokens'], 'token')} in{reused}, "
                 f"{len(answer['token_ids'])} out ({answer['finish_reason']}); {', '.join(parts)}{drafts}; "
                 f"{_ms(event['ttft_ms'])} to the first token, {_ms(event['itl_ms'])} between tokens, "
                 f"{_ms(event['longest_gap_ms'])} at most"

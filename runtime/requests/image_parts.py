@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...contract import counted
 from ...engine_folder import IMAGE_TOKENS
 from ...errors import RequestError
 from ..images.decode import decode
@@ -121,7 +122,8 @@ def place_images(engine: LoadedEngine, ids: list[int], images: Sequence[Image]) 
     start, pad, row_break, end = (special[text] for text in IMAGE_TOKENS)
     if ids.count(start) != len(images):
         raise RequestError(
-            f"the chat template has made {ids.count(start)} places for {len(images)} images; give another template"
+            f"the chat template has made {ids.count(start)} places for {counted(len(images), 'image')}; give another "
+            "template"
         )
     placed: list[int] = []
     found: list[Placed] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from ...contract import MAX_BLOCK, PREFILL_CHUNK
+from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
 from ...errors import RequestError
 from ..images.sight import PromptImages
 from ..loading import LoadedEngine
@@ -97,7 +97,8 @@ def _check_memory(engine: LoadedEngine, prompt_tokens: int, settings: Settings) 
     room = pages.slots - past
     if prompt_tokens + settings.max_new_tokens > room:
         raise RequestError(
-            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {settings.max_new_tokens}, the memory for "
+            f"the prompt has {counted(prompt_tokens, 'token')} and max_new_tokens is {settings.max_new_tokens}, the "
+            "memory for "
             f"K/V holds {max(room, 0)} in mode {settings.mode}; ask for less, or give the engine more memory by "
             "--gpu-memory-utilization"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ...contract import MAX_BLOCK, PREFILL_CHUNK
+from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
 from ...engine_folder import EngineInfo
 from ...errors import ContextLengthError, RequestError
 from ..engines.engine import ABOVE_ALL
@@ -115,8 +115,10 @@ def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
         )
     if tokens > room:
         raise ContextLengthError(
-            f"the prompt has {prompt_tokens} tokens and max_new_tokens is {tokens}, together {prompt_tokens + tokens}; "
-            f"{length}: shorten the prompt, ask for at most {room} tokens or build with a larger --max-seq-len"
+            f"the prompt has {counted(prompt_tokens, 'token')} and max_new_tokens is {tokens}, together "
+            f"{prompt_tokens + tokens}; "
+            f"{length}: shorten the prompt, ask for at most {counted(room, 'token')} or build with a larger "
+            "--max-seq-len"
         )
     return tokens
 

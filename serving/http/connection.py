@@ -122,9 +122,7 @@ class Connection(H11Protocol):
         if self.transport.is_closing():
             return
         if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
-            self._refuse(
-                408, f"the request has not arrived in full in {self._limits.patience:g} seconds; send it again"
-            )
+            self._refuse(408, f"the request has not arrived in full in {self._limits.patience:g} s; send it again")
         else:  # a browser that has connected for later takes an answer to nothing for one to its next request
             self.transport.close()
 

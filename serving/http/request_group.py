@@ -26,7 +26,7 @@ class RequestTimeoutError(NemodiffError):
     """A request took longer than the `seconds` that the server allows."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"the request took more than {seconds:g} seconds; ask for fewer tokens")
+        super().__init__(f"the request took more than {seconds:g} s; ask for fewer tokens")
 
 
 async def on_disconnect(request: Request, callback: Callable[[], None]) -> None:

@@ -161,7 +161,7 @@ def test_with_json_a_failed_line_is_an_object_in_its_place(tiny_engine: Path, fi
     ]
     assert got[1]["error"]["message"].startswith("the prompt is too long: 120016 tokens")
     assert result.exit_code == 1
-    assert result.stderr == f'Error: {file}: 2 of 4 lines are refused; see "error" in their objects\n'
+    assert result.stderr == f'Error: {file}: refused 2 of 4 lines; see "error" in their objects\n'
 
 
 def test_a_request_that_cannot_go_on_fails_alone(

@@ -82,7 +82,7 @@ def test_show_denoise_tells_the_answers_own_tokens(tiny_engine: Path, options: l
     """Also where masks stand after a prompt or a block, whose predictions are another thing."""
     prompt = ["-p", "Count from 3 to 9.", "--block-length", 4, "--groups", "all", "--max-new-tokens", 16]
     shown = run("run", tiny_engine, *prompt, *options, "--show-denoise")
-    texts = [ast.literal_eval(line.split(" tokens -> ")[1]) for line in shown.stderr.splitlines() if "-> " in line]
+    texts = [ast.literal_eval(line.split(" -> ")[1]) for line in shown.stderr.splitlines() if "-> " in line]
     assert texts[0] == shown.stdout[0] == "3"
     assert all(text.partition("░")[0] in shown.stdout for text in texts)
     assert ("merge" in options[-1]) == any(len(text) > 1 for text in texts)

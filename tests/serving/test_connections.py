@@ -79,7 +79,7 @@ def test_what_is_not_sent_in_full_is_closed(server: Served, sent: bytes, status:
     assert int(received.split()[1]) == status
     if status == 408:
         message = json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
-        assert message == "the request has not arrived in full in 1 seconds; send it again"
+        assert message == "the request has not arrived in full in 1 s; send it again"
 
 
 def test_a_trickle_does_not_keep_a_connection_open(server: Served) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import ITEMSIZE, cache_slots
+from ....contract import ITEMSIZE, cache_slots, counted
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
@@ -118,7 +118,7 @@ class TensorRTEngine:
                 return cache
             if self.device.memory()[0] < self.cache_bytes(rows):
                 self._closed.clear()
-            check_memory(self.folder, self.device, {f"K/V of {rows} row(s)": self.cache_bytes(rows)})
+            check_memory(self.folder, self.device, {f"K/V of {counted(rows, 'row')}": self.cache_bytes(rows)})
             return TensorRTCache(self, rows)
 
     def see(self, image: Image) -> np.ndarray:

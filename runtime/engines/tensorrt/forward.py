@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ....contract import counted
 from ....engine_folder import ENGINE_FILE, EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
@@ -103,7 +104,8 @@ class Forward:
         self._context = engine.context(profile)
         if not self._bind(tensor_shapes):
             raise EngineError(
-                f"{engine.folder / ENGINE_FILE}: does not take {shape.rows} row(s) of {shape.tokens} tokens "
+                f"{engine.folder / ENGINE_FILE}: does not take {counted(shape.rows, 'row')} of "
+                f"{counted(shape.tokens, 'token')} "
                 f"({engine.api.errors()}); build it again: nemodiff build CHECKPOINT -o {engine.folder}"
             )
 
