@@ -11,18 +11,17 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-from .contract import MODES
-from .errors import (
-    BuildError,
-    BusyError,
-    CheckpointError,
-    ContextLengthError,
-    EngineError,
-    NemodiffError,
-    RequestError,
-)
-
 if TYPE_CHECKING:
+    from .contract import MODES
+    from .errors import (
+        BuildError,
+        BusyError,
+        CheckpointError,
+        ContextLengthError,
+        EngineError,
+        NemodiffError,
+        RequestError,
+    )
     from .runtime.editing.infill import Filled, fill, infill
     from .runtime.editing.revise import Revised, revise
     from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
@@ -44,8 +43,19 @@ if TYPE_CHECKING:
 if not os.environ.get("ORT_DISABLE_TELEMETRY"):
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-# Modules that are imported when one of their names is first used, so that a command waits for no more than it needs.
+# Modules that are imported when one of their names is first used: a command waits for no more than it needs, and is in
+# `__main__`, which knows what to do about Ctrl-C, before anything else.
 _LAZY = {
+    "contract": ("MODES",),
+    "errors": (
+        "BuildError",
+        "BusyError",
+        "CheckpointError",
+        "ContextLengthError",
+        "EngineError",
+        "NemodiffError",
+        "RequestError",
+    ),
     "runtime.editing.infill": ("Filled", "fill", "infill"),
     "runtime.editing.revise": ("Revised", "revise"),
     "runtime.events.events": ("BlockStarted", "Committed", "Event", "Finished", "Pieces", "Started", "Step", "Text"),

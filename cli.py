@@ -1,7 +1,8 @@
 """The `nemodiff` command.
 
 Standard output carries answers only; progress, statistics and errors go to standard error. A user's mistake is one
-line and exit code 1, or 2 for a wrong flag. Flags may be spelled with underscores too (`--max_batch_size`).
+line and exit code 1, or 2 for a wrong flag; Ctrl-C is 130, and a reader of the output that has enough is 141, as shells
+have it. Flags may be spelled with underscores too (`--max_batch_size`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from .commands.eval import evaluate
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.serve import serve
-from .commands.streams import settle_streams
+from .commands.streams import abandon_streams, settle_streams
 from .commands.trace import trace
 from .commands.triton import triton
 from .commands.verify import verify
 from .contract import MODES, QUANTIZATIONS
 from .errors import NemodiffError
 from .runtime.sampling.policies import POLICIES
+
+_INTERRUPTED = 128 + 2  # SIGINT
+_UNREAD = 128 + 13  # SIGPIPE
 
 
 class _Group(click.Group):
@@ -46,11 +50,14 @@ class _Group(click.Group):
             raise click.ClickException(one_line(str(error))) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise
+                abandon_streams()
+                raise click.exceptions.Exit(_UNREAD) from None
             text = f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and its disk"
             raise click.ClickException(one_line(text)) from None
         except MemoryError:
             raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
 def _normalize(token: str) -> str:

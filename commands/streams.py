@@ -15,11 +15,38 @@ def settle_streams() -> None:
 
     A terminal in plain ASCII is one whose locale says nothing; what it shows is UTF-8 nearly everywhere.
     """
+    _replace_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=_encoding(stream, "utf-8"), errors="backslashreplace")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding=_encoding(sys.stdin, "utf-8-sig"), errors="strict")
+
+
+def abandon_streams() -> None:
+    """Drop what standard output and error hold for a reader that is gone, so that Python's end does not try it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _replace_closed() -> None:
+    """Write what has nowhere to go to the null device.
+
+    The numbers of closed streams are taken: the next file that is opened would get one, and with it what a library
+    writes there. Standard input stays None, which says that it was closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _encoding(stream: io.TextIOWrapper, utf8: str) -> str:

@@ -1,0 +1,128 @@
+"""Ctrl-C ends every command without a word and with 130, whatever it is doing; a reader that has enough, with 141."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import snapshot
+from stand_ins.checkpoints import TINY_CHAT
+
+NEMODIFF = [sys.executable, "-m", "nemodiff"]
+ROOT = Path(__file__).parents[2]
+# Runs the command and interrupts it at the moment when a module is imported or a function is called.
+AT = """
+import importlib.abc, importlib, os, signal, sys
+
+module, _, place = os.environ["AT"].partition(":")
+
+class Interrupt(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == module and not place:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+if place:
+    *owners, name = place.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    called = getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return called(*args, **kwargs)
+
+    setattr(owner, name, interrupted)
+from nemodiff.__main__ import main
+main()
+"""
+
+
+def run_interrupted(at: str, words: Sequence[object], stdin: bytes = b"") -> tuple[bytes, bytes]:
+    """What a command writes that is interrupted."""
+    command = [sys.executable, "-c", AT, *map(str, words)]
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, env={**os.environ, "AT": at}, timeout=120, check=False
+    )
+    for word in (b"Traceback", b"Error", b"Abort", b"Exception"):
+        assert word not in done.stderr, done.stderr
+    assert done.returncode == 130, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nemodiff.cli",
+        "click",
+        "nemodiff.runtime.requests.options",
+        "numpy",
+        "onnxruntime",
+    ],
+)
+def test_an_interrupted_import(tiny_engine: Path, module: str) -> None:
+    assert run_interrupted(module, ["run", tiny_engine, "-p", "x"]) == (b"", b"")
+
+
+def test_the_command_begins_where_it_can_be_interrupted() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"nemodiff": "nemodiff.__main__:main"}
+    listed = "import sys, nemodiff; print(*(m for m in sys.modules if m.startswith('nemodiff.')))"
+    assert subprocess.run([sys.executable, "-c", listed], capture_output=True, check=True).stdout == b"\n"
+
+
+STEP = "nemodiff.runtime.batching.batch:Batch.step"
+WORKING = {
+    "build": ("nemodiff.builder.build:copy_carried", ["build", TINY_CHAT, "-o", "OUT"]),
+    "build, writing": ("nemodiff.builder.checkpoint.weights:_pieces", ["build", TINY_CHAT, "-o", "OUT"]),
+    "export": ("nemodiff.builder.export:copy_tensors", ["export", TINY_CHAT, "-o", "OUT"]),
+    "load": ("nemodiff.runtime.loading:TextCodec", ["run", "ENGINE", "-p", "x"]),
+    "run": (STEP, ["run", "ENGINE", "-p", "x"]),
+    "trace": (STEP, ["run", "ENGINE", "-p", "x", "--trace", "OUT"]),
+    "chat": (STEP, ["chat", "ENGINE"]),
+    "bench": ("nemodiff.measurement.bench:tests", ["bench", "ENGINE"]),
+    "verify": ("nemodiff.verification.verify:_answers", ["verify", "ENGINE", "-p", "x"]),
+    "infill": ("nemodiff.runtime.editing.infill:fill", ["infill", "ENGINE", "--template", "a{hole:1}"]),
+    "serve": ("uvicorn", ["serve", "ENGINE", "--port", "0"]),
+}
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_an_interrupt_at_work_leaves_nothing_half_written(tiny_engine: Path, tmp_path: Path, name: str) -> None:
+    at, words = WORKING[name]
+    places = {"ENGINE": tiny_engine, "OUT": tmp_path / "out"}
+    before = snapshot(tmp_path), snapshot(tiny_engine)
+    out, _ = run_interrupted(at, [places.get(str(word), word) for word in words], stdin=b"Hi\n")
+    assert out == b""
+    assert (snapshot(tmp_path), snapshot(tiny_engine)) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["inspect", "ENGINE"], ["run", "ENGINE", "-p", "x", "--stream"]],
+    ids=lambda words: words[0],
+)
+def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [*NEMODIFF, *(str(tiny_engine) if word == "ENGINE" else word for word in words)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_streams_that_were_closed(tmp_path: Path) -> None:
+    def closed(streams: str, *words: object) -> int:
+        command = ["sh", "-c", f'exec "$@" {streams}', "sh", *NEMODIFF, *map(str, words)]
+        return subprocess.run(command, timeout=120, check=False).returncode
+
+    engine = tmp_path / "engine"
+    assert closed("<&- >&- 2>&-", "build", TINY_CHAT, "-o", engine) == 0
+    assert closed("<&- >&- 2>&-", "run", engine, "-p", "x") == 0
+    assert closed("2>&-", "run", tmp_path / "none", "-p", "x") == 1
