@@ -24,7 +24,12 @@ module, _, place = os.environ["AT"].partition(":")
 class Interrupt(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == module and not place:
-            signal.raise_signal(signal.SIGINT)
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if name == "onnxruntime":
+                    raise ImportError("initialization failed") from None  # as it says then
+                raise
 
 sys.meta_path.insert(0, Interrupt())
 if place:
