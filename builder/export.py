@@ -126,7 +126,7 @@ class Exporter:
             raise BuildError(f"{self.source.name}: only headers were fetched; leave out headers_only to export")
         plan = self.plan()
         check_export_disk(self.output, plan.weight_bytes, plan.disk_free)
-        with staged(self.output, EXPORT) as stage:
+        with staged(self.output, EXPORT) as stage, self.checkpoint.reading():
             for name, tensors in self.shards.items():
                 copy_tensors(tensors, twin_name, stage / name, advance)
             if list(self.shards) != [WEIGHTS]:

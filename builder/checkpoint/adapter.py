@@ -32,21 +32,28 @@ def open_adapter(checkpoint: Path, folder: Path | None) -> Adapter | None:
     """Open the adapter in `folder`, or else the checkpoint's own if it has one. Raises CheckpointError."""
     if folder is None:
         own = checkpoint / ADAPTER_FOLDER
-        return _read(own, f"remove {ADAPTER_FOLDER}/ to build without one") if own.is_dir() else None
+        remedy = f"remove {ADAPTER_FOLDER}/ to build without one"
+        return _read(own, remedy, remedy) if own.is_dir() else None
+    what = f"a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file, expected a folder; give --adapter {folder.parent}")
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; give --adapter a folder with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
-        )
-    return _read(folder, "build without --adapter")
+        raise CheckpointError(f"{folder}: no such folder; give --adapter {what}")
+    inside = folder / ADAPTER_FOLDER
+    return _read(folder, f"give --adapter {inside if inside.is_dir() else what}", "build without --adapter")
 
 
-def _read(folder: Path, remedy: str) -> Adapter:
-    rank, alpha = _read_config(folder / ADAPTER_CONFIG, remedy)
+def _read(folder: Path, complete: str, remedy: str) -> Adapter:
+    """An adapter; `complete` is what to do where a file is missing, `remedy` where one says something else."""
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file() and list(folder.glob("*.bin")):
         raise CheckpointError(
             f"{folder}: holds a pickle file, allowed: {folder.name}/{weights.name}; convert it to safetensors"
         )
+    for path in (folder / ADAPTER_CONFIG, weights):
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {path.name} is missing; {complete}")
+    rank, alpha = _read_config(folder / ADAPTER_CONFIG, remedy)
     tensors = read_tensors(weights)
     for name in tensors:
         if not name.startswith("base_model."):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from .safetensors_file import Tensor
 from .scheme import parse_scheme
 from .shards import open_weights
 
+Stamp = tuple[int, int] | None  # size in bytes and time of change in ns; None of a file that is not there
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint folder says, and where each of its tensors lies.
 
-    `generation` is its generation_config.json; `notes` says where its files contradict each other.
+    `generation` is its generation_config.json, `notes` says where its files contradict each other, and `stamps` tell
+    whether a file is still what was opened.
     """
 
     folder: Path
@@ -35,6 +40,7 @@ class Checkpoint:
     adapter: Adapter | None
     generation: dict[str, Any]
     notes: tuple[str, ...]
+    stamps: Mapping[Path, Stamp] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -47,6 +53,28 @@ class Checkpoint:
         if self.adapter:
             named |= self.adapter.files
         return dict(sorted(named.items()))
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Read the files inside. Raises CheckpointError if one has changed since the checkpoint was opened.
+
+        What else fails inside may have failed for that reason, so it is looked for first.
+        """
+        try:
+            yield
+        except Exception:
+            self._check_stamps()
+            raise
+        self._check_stamps()
+
+    def _check_stamps(self) -> None:
+        for path, stamp in self.stamps.items():
+            now = _stamp(path)
+            if now != stamp:
+                state = "is gone" if now is None else "has changed"
+                raise CheckpointError(
+                    f"{path}: the file {state} while it was read; run the command again when the checkpoint is whole"
+                )
 
 
 def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
@@ -76,7 +104,16 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
     if scheme is not None:
         tensors = assemble(opened, scheme)
         notes = (*notes, scheme.note())
-    return Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, notes)
+    checkpoint = Checkpoint(folder, config, model, tensors, open_adapter(folder, adapter), generation, notes)
+    return dataclasses.replace(checkpoint, stamps={path: _stamp(path) for path in checkpoint.files.values()})
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

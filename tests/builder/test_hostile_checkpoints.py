@@ -322,7 +322,7 @@ SHARDS = [
 ]
 
 ADAPTERS = [
-    pytest.param(gone(ADAPTER_CONFIG), ["adapter_config.json: missing"], id="no adapter config"),
+    pytest.param(gone(ADAPTER_CONFIG), ["adapter_config.json is missing"], id="no adapter config"),
     pytest.param(
         change(ADAPTER_CONFIG, target_modules=["q_proj"]),
         ["target_modules is ['q_proj'], allowed: ['o_proj']"],
@@ -343,7 +343,7 @@ ADAPTERS = [
         ["linear_spec_lora: holds a pickle file, allowed: linear_spec_lora/adapter_model.safetensors"],
         id="adapter is a pickle",
     ),
-    pytest.param(gone(ADAPTER), ["adapter_model.safetensors: missing"], id="no adapter weights"),
+    pytest.param(gone(ADAPTER), ["adapter_model.safetensors is missing"], id="no adapter weights"),
     pytest.param(
         tensors(lambda v: v.pop(LORA), ADAPTER),
         [f"tensor {LORA} of shape [4, 64] is missing"],
