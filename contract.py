@@ -31,7 +31,7 @@ Backend = Literal["onnxruntime", "tensorrt-rtx", "tensorrt", "torch"]
 COMPILED: tuple[Backend, ...] = ("tensorrt-rtx", "tensorrt")  # compiled while they are built, each for some GPUs
 Dtype = Literal["f32", "f16", "bf16"]
 # Of the projections. fp8: e4m3 with an f32 scale per output. int8: likewise, with the head. int4: an f32 scale per
-# output and 32 inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too; in
+# output and group of inputs, and the head in int8. On onnxruntime the inputs of int8 and int4 are in 8 bits too; in
 # tensorrt-rtx they are not, and the scales are rounded to the engine's dtype.
 # fp8_dynamic: weights as in fp8, and inputs in e4m3 with a scale per token.
 Quantization = Literal["fp8", "fp8_dynamic", "int8", "int4"]
@@ -43,6 +43,12 @@ QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
     "fp8_dynamic": ("torch",),
 }
 QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16, "fp8_dynamic": 16}
+GROUP_SIZE = 32  # inputs of an int4 weight that share a scale, unless another is chosen
+GROUP_SIZES: dict[Backend, tuple[int, ...]] = {
+    "onnxruntime": (32, 64, 128),
+    "tensorrt-rtx": (32, 64, 128),
+    "torch": (32,),
+}
 # Of K and V: auto is the engine's dtype. The others have a scale for every token and head; fp8 is e4m3.
 KvCacheDtype = Literal["auto", "int8", "fp8"]
 KvBits = Literal["int8", "fp8"]
@@ -81,6 +87,7 @@ class BuildConfig:
     quantization: Quantization | None = None
     max_image_size: int = 0  # pixels; larger images are scaled down to it. 0 for a model that sees none
     kv_cache_dtype: KvCacheDtype = "auto"
+    group_size: int = GROUP_SIZE  # inputs of an int4 weight that share a scale
 
     @property
     def kv_bits(self) -> KvBits | None:
@@ -98,9 +105,11 @@ def stored_as(quantization: Quantization | None) -> Quantization | None:
     return "fp8" if quantization == "fp8_dynamic" else quantization
 
 
-def dtype_line(dtype: str, quantization: str | None, kv_cache_dtype: str = "auto") -> str:
+def dtype_line(dtype: str, quantization: str | None, kv_cache_dtype: str = "auto", group_size: int = GROUP_SIZE) -> str:
     """What weights and cache are, for people."""
     parts = [f"{quantization} projections"] if quantization else []
+    if quantization == "int4":
+        parts = [f"int4 projections in groups of {group_size}"]
     parts += [f"{kv_cache_dtype} K/V"] if kv_cache_dtype != "auto" else []
     return f"{dtype} with {' and '.join(parts)}" if parts else dtype
 

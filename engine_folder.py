@@ -14,6 +14,7 @@ from .config import ModelConfig, parse_config
 from .contract import (
     BACKEND_DTYPES,
     COMPILED,
+    GROUP_SIZES,
     ITEMSIZE,
     KV_CACHE_DTYPES,
     MAX_BATCH,
@@ -25,9 +26,9 @@ from .errors import CheckpointError, EngineError
 from .tensorrt_info import TensorRTInfo, parse_tensorrt
 from .whole_file import whole
 
-# A reader refuses a newer schema. It reads 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no
-# quantization, and 1, which has no max_input_len either.
-SCHEMA = 5
+# A reader refuses a newer schema. It reads 5, which has no group_size, 4, which has no kv_cache_dtype, 3, which has no
+# images, 2, which has no quantization, and 1, which has no max_input_len either.
+SCHEMA = 6
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 COMPILED_FOLDER = "compiled"  # what a torch engine's first load on a GPU has compiled, so not in the manifest
 MODEL_FILE = "model.onnx"
@@ -237,6 +238,12 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
         raise EngineError(
             f"{folder}: quantization is {quantization!r} on {backend}, allowed: "
             f"{', '.join(name for name, backends in QUANTIZATIONS.items() if backend in backends) or 'none'}; {again}"
+        )
+    groups = {str(name): sizes for name, sizes in GROUP_SIZES.items()}.get(backend, ())
+    group = info.build.group_size
+    if quantization == "int4" and (isinstance(group, bool) or group not in groups):
+        raise EngineError(
+            f"{folder}: group_size is {group!r} on {backend}, allowed: {', '.join(map(str, groups))}; {again}"
         )
     cache = info.build.kv_cache_dtype
     if backend not in KV_CACHE_DTYPES.get(cache, ()):

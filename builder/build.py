@@ -52,7 +52,7 @@ from .checkpoint.mistral_regex import correct, has_wrong_regex
 from .checkpoint.quantized import QuantizedTensor
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
-from .checks import check_backend, check_config
+from .checks import check_backend, check_config, choose_group
 from .compilers.choices import Choices, require, targets
 from .compilers.graphs import compile_graphs
 from .compilers.kernels import OLDEST_SM, compile_kernels
@@ -80,6 +80,8 @@ class Builder:
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
         quantization: `int8` or `int4` projections, not on tensorrt, `fp8` or `fp8_dynamic` on torch; default none.
+        group_size: inputs of an int4 weight that share a scale, 32, 64 or 128, on torch 32; default the checkpoint's
+            own where it is quantized so, else 32.
         kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
@@ -105,6 +107,7 @@ class Builder:
         max_input_len: int | None = None,
         logits: bool = True,
         quantization: Quantization | None = None,
+        group_size: int | None = None,
         kv_cache_dtype: KvCacheDtype = "auto",
         choices: Choices = Choices(),  # noqa: B008  (frozen)
         adapter: str | Path | None = None,
@@ -115,7 +118,7 @@ class Builder:
         self.output = Path(output)
         self.backend = backend
         self.choices = choices
-        check_backend(backend, choices, dtype, max_input_len, logits, quantization, kv_cache_dtype)
+        check_backend(backend, choices, dtype, max_input_len, logits, quantization, kv_cache_dtype, group_size)
         self._compiled = backend in COMPILED
         if self._compiled and not headers_only:
             require(backend)
@@ -134,7 +137,8 @@ class Builder:
         kinds = {t.kind for t in exact if t.kind and backend in QUANTIZATIONS[t.kind]}
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
-        kept = {t.name: t.scheme.symmetric for t in exact if t.kind == stored_as(quantization)}
+        held = [t for t in exact if t.kind == stored_as(quantization)]
+        kept = {t.name: t.scheme.symmetric for t in held}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
             max_seq_len=length,
@@ -145,6 +149,7 @@ class Builder:
             quantization=quantization,
             max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
             kv_cache_dtype=kv_cache_dtype,
+            group_size=choose_group(group_size, quantization, {t.group for t in held}, model, backend),
         )
         check_config(self.config, model, backend)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()
@@ -159,6 +164,7 @@ class Builder:
             capacity=cache_slots(self.config) if self._compiled else None,
             logits=logits,
             quantization=None if backend == "torch" else quantization,
+            group_size=self.config.group_size,
             kept=kept or None,  # what is in other bits is quantized anew
             packed=backend == "onnxruntime",
             convolved=backend == "onnxruntime" and convolves(self.config, self.checkpoint.tensors.values()),

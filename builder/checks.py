@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 from ..config import ModelConfig
 from ..contract import (
     BACKEND_DTYPES,
     COMPILED,
+    GROUP_SIZE,
+    GROUP_SIZES,
     KV_CACHE_DTYPES,
     MAX_BATCH,
     MAX_BLOCK,
@@ -29,6 +34,7 @@ def check_backend(
     logits: bool,
     quantization: Quantization | None,
     kv_cache_dtype: KvCacheDtype,
+    group_size: int | None,
 ) -> None:
     """Refuse what the backend cannot do. Raises BuildError."""
     if backend not in BACKEND_DTYPES:
@@ -63,6 +69,10 @@ def check_backend(
             f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "
             "quantized; leave it out"
         )
+    sizes = GROUP_SIZES.get(backend, ())
+    if group_size is not None and (isinstance(group_size, bool) or group_size not in sizes):
+        allowed_sizes = ", ".join(map(str, sizes)) or "none"
+        raise BuildError(f"--group-size is {group_size!r}, allowed on {backend}: {allowed_sizes}; leave it out")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BuildError(
             f"--kv-cache-dtype is {kv_cache_dtype!r}, allowed: {', '.join(KV_CACHE_DTYPES)}; choose one of them"
@@ -105,9 +115,39 @@ def check_config(config: BuildConfig, model: ModelConfig, backend: Backend) -> N
             "whose query heads share them; leave it out"
         )
     if config.quantization:
-        for width in (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size):
-            if width % QUANTIZED_INPUTS[config.quantization]:
-                raise BuildError(
-                    f"--quantization {config.quantization}: a projection has {width} inputs, allowed: multiples of "
-                    f"{QUANTIZED_INPUTS[config.quantization]}; leave it out"
-                )
+        flag, step = f"--quantization {config.quantization}", QUANTIZED_INPUTS[config.quantization]
+        if config.quantization == "int4" and config.group_size > step:
+            flag, step = f"--group-size {config.group_size}", config.group_size
+        for width in widths(model):
+            if width % step:
+                raise BuildError(f"{flag}: a projection has {width} inputs, allowed: multiples of {step}; leave it out")
+
+
+def widths(model: ModelConfig) -> tuple[int, ...]:
+    """How many inputs the projections have."""
+    return model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size
+
+
+def choose_group(
+    group_size: int | None,
+    quantization: Quantization | None,
+    kept: Collection[int],
+    model: ModelConfig,
+    backend: Backend,
+) -> int:
+    """The group of an engine's int4 weights; `kept` are those of what a checkpoint has in such bits.
+
+    Unless one is asked for, a checkpoint's own, or the largest part of it that the engine has. Raises BuildError.
+    """
+    if group_size is not None and quantization != "int4":
+        raise BuildError(f"--group-size {group_size}: a choice of --quantization int4; leave it out or add that")
+    whole = math.gcd(*kept)  # 0 where nothing is kept
+    if group_size is None:
+        sizes = GROUP_SIZES.get(backend, ()) if kept and quantization == "int4" else ()
+        return max((size for size in sizes if not math.gcd(whole, *widths(model)) % size), default=GROUP_SIZE)
+    if whole % group_size:
+        raise BuildError(
+            f"--group-size is {group_size}, but a scale of the checkpoint is for {whole} inputs, allowed: divisors of "
+            "that; leave it out"
+        )
+    return group_size

@@ -16,6 +16,8 @@ from ..contract import (
     DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_MAX_SEQ_LEN,
     EXPORT_FORMATS,
+    GROUP_SIZE,
+    GROUP_SIZES,
     ITEMSIZE,
     KV_CACHE_DTYPES,
     MAX_BLOCK,
@@ -75,6 +77,13 @@ from .options import PATH, json_output
     type=click.Choice(list(QUANTIZATIONS)),
     help="Quantize the projections: int8 and int4 for onnxruntime, torch and tensorrt-rtx; fp8, or fp8_dynamic "
     "with inputs in 8 bits too, for torch.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(list(map(str, GROUP_SIZES["onnxruntime"]))),
+    callback=lambda ctx, param, value: None if value is None else int(value),
+    help=f"Let this many inputs of an int4 weight share a scale; on torch {GROUP_SIZE}. [default: the checkpoint's if "
+    f"it is quantized so, else {GROUP_SIZE}]",
 )
 @click.option(
     "--kv-cache-dtype",

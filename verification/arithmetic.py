@@ -8,8 +8,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from ..contract import GROUP_SIZE
+
 STORED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-GROUP = 32  # inputs of an int4 weight that share a scale
 
 Part = Literal["projection", "head", "other"]
 
@@ -28,6 +29,7 @@ class Arithmetic:
     quantization: str | None = None
     rounds_inputs: bool = True
     kv_bits: str | None = None  # of K and V: int8, or fp8; each head of a token has a scale
+    group_size: int = GROUP_SIZE  # inputs that share a scale in int4
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The values that a result can have."""
@@ -46,7 +48,7 @@ class Arithmetic:
         elif grid == "int8":
             weight = _integers(weight, 127)
         elif grid == "int4":
-            weight = _by_groups(weight, 8)
+            weight = _by_groups(weight, 8, self.group_size)
         return self.round(weight.astype(self.compute))
 
     def inputs(self, x: np.ndarray, part: Part = "projection") -> np.ndarray:
@@ -58,7 +60,7 @@ class Arithmetic:
             return x
         if grid == "int8":
             return _integers(x, 127)
-        return _by_groups(x, 127) if grid == "int4" else x
+        return _by_groups(x, 127, self.group_size) if grid == "int4" else x
 
     def cached(self, x: np.ndarray) -> np.ndarray:
         """What a cache keeps of K or V, (T, G, D)."""
@@ -87,8 +89,8 @@ def _integers(x: np.ndarray, most: int) -> np.ndarray:
     return rounded
 
 
-def _by_groups(x: np.ndarray, most: int) -> np.ndarray:
+def _by_groups(x: np.ndarray, most: int, size: int) -> np.ndarray:
     """The same with a step for every group of the last axis."""
-    if x.shape[-1] % GROUP:
+    if x.shape[-1] % size:
         return _integers(x, most)
-    return _integers(x.reshape(len(x), -1, GROUP), most).reshape(x.shape)
+    return _integers(x.reshape(len(x), -1, size), most).reshape(x.shape)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..contract import GROUP_SIZE
 from .arithmetic import STORED, Arithmetic
 from .positions import attention_factor, inverse_frequencies, query_scale, rope_parameters
 from .script import Script
@@ -157,6 +158,7 @@ class Network:
         quantization: of its projections.
         rounds_inputs: whether the inputs of projections in int8 and int4 are in 8 bits too.
         kv_bits: of its K and V.
+        group_size: inputs of an int4 weight that share a scale.
     """
 
     def __init__(
@@ -166,11 +168,12 @@ class Network:
         quantization: str | None = None,
         rounds_inputs: bool = True,
         kv_bits: str | None = None,
+        group_size: int = GROUP_SIZE,
     ) -> None:
         self._weights = weights
         self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits)
+        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, group_size)
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:

@@ -44,7 +44,8 @@ def open_reference(
         weights = Weights(source.folder, adapter)
     build = engine.info.build
     rounds_inputs = engine.info.manifest.backend == "onnxruntime"
-    return Network(weights, build.dtype, build.quantization, rounds_inputs, build.kv_bits), source.name
+    kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size
+    return Network(weights, *kinds), source.name
 
 
 def _check_same(one: ModelConfig, other: ModelConfig, against: str) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ...contract import Quantization
+from ...contract import GROUP_SIZE, Quantization
 from ...errors import CheckpointError
 from ..graph.graph import Graph
-from ..graph.projection import GROUP
 from ..graph.writer import ALIGNMENT, Weight
 from .quantized import QuantizedTensor
 from .safetensors_file import CODES, Entry, Tensor, header_bytes
@@ -83,7 +82,7 @@ def _parts(shape: tuple[int, ...], kind: Quantization, around_zero: bool) -> lis
     outputs, inputs = shape
     if kind != "int4":  # a scale per row
         return [("", "I8" if kind == "int8" else "F8_E4M3", shape), ("_scale", "F32", (outputs,))]
-    groups = inputs // GROUP
+    groups = inputs // GROUP_SIZE
     parts: list[tuple[str, str, tuple[int, ...]]] = [
         ("", "U8", (outputs, inputs // 2)),
         ("_scale", "F32", (outputs, groups)),

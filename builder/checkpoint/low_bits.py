@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..graph.projection import GROUP
+from ...contract import GROUP_SIZE
 
 _TINY = np.finfo(np.float32).tiny  # the scale of zeros
 
@@ -27,14 +27,14 @@ def quantise_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return quantise_int8(weight, scale[:, None]), scale
 
 
-def quantise_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_int4(weight: np.ndarray, group_size: int = GROUP_SIZE) -> tuple[np.ndarray, np.ndarray]:
     """A projection (out, in) f32 as MatMulNBits reads it.
 
     Returns:
-        (out, in / 32, 16) u8, each with two inputs, the earlier one in the lower bits, as their number plus 8; and
-        scales (out, in / 32) f32. The input of the largest magnitude is -8, so no step is lost to an unused -8.
+        (out, groups, group_size / 2) u8, each with two inputs, the earlier one in the lower bits, as their number plus
+        8; and scales (out, groups) f32. The input of the largest magnitude is -8, so no step is lost to an unused -8.
     """
-    groups = weight.reshape(len(weight), -1, GROUP)
+    groups = weight.reshape(len(weight), -1, group_size)
     at = np.abs(groups).argmax(-1, keepdims=True)
     scale = np.take_along_axis(groups, at, -1) / np.float32(-8)
     scale = np.where(np.abs(scale) < _TINY, _TINY, scale)

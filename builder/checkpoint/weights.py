@@ -18,7 +18,6 @@ import numpy as np
 from ...errors import BuildError, CheckpointError
 from ...plugins.ops.low_bit_linear import quantise
 from ..graph.graph import Graph
-from ..graph.projection import GROUP
 from ..graph.writer import Weight
 from .joined import JoinedTensor, Part
 from .low_bits import int8_scale, packed_int4, quantise_int4, quantise_int8, quantise_rows
@@ -35,7 +34,7 @@ _TOO_LARGE: dict[np.dtype[Any], tuple[str, str]] = {
     _BF16: ("bf16", "use other weights"),
 }
 _LARGEST = {"f32": float(np.finfo(np.float32).max), "f16": 65504.0, "bf16": 3.3895313892515355e38}
-_QUANTISE = {"fp8": quantise, "int8": quantise_rows, "int4": quantise_int4}  # of a band of rows
+_QUANTISE = {"fp8": quantise, "int8": quantise_rows}  # of a band of rows, each with one scale
 _Item = TypeVar("_Item")
 
 
@@ -125,7 +124,10 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
         values = _to_f32(band)
         _check_finite(values, tensor, start)
         if weight.quantization is not None:
-            stored, scale = _QUANTISE[weight.quantization](values)
+            if weight.quantization == "int4":
+                stored, scale = quantise_int4(values, weight.group_size)
+            else:
+                stored, scale = _QUANTISE[weight.quantization](values)
             scales.append(scale)
             yield _halves(weight, stored)
         else:
@@ -176,7 +178,7 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
     if weight.quantization != "int4":
         yield scales[:, 0]
         return
-    repeats = tensor.group // GROUP
+    repeats = tensor.group // weight.group_size
     yield scales.repeat(repeats, axis=1)
     if not tensor.scheme.symmetric:
         zeros = [tensor.zeros(*band) for band in bands]

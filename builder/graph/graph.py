@@ -16,10 +16,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...config import ModelConfig
-from ...contract import CONVOLVED, DOMAIN, Binding, Dtype, KvBits, Quantization, inputs, outputs
+from ...contract import CONVOLVED, DOMAIN, GROUP_SIZE, Binding, Dtype, KvBits, Quantization, inputs, outputs
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
-from .projection import CONTRIB
+from .projection import CONTRIB, pairs
 from .writer import GraphWriter, Weight
 
 OPSET = 24
@@ -55,6 +55,7 @@ def build_graph(
     capacity: int | None = None,
     logits: bool = True,
     quantization: Quantization | None = None,
+    group_size: int = GROUP_SIZE,
     kept: Mapping[str, bool] | None = None,
     packed: bool = False,
     convolved: bool = False,
@@ -70,13 +71,21 @@ def build_graph(
         capacity: fixes T for TensorRT, which updates a cache in place only where its length is static.
         logits: False leaves that output out.
         quantization: `int8` or `int4` projections, for ONNX Runtime and TensorRT.
+        group_size: inputs of an int4 weight that share a scale, of which every projection's are a multiple.
         kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
             projection of the layers is quantized.
         kv_bits: `int8` keeps K and V in 8 bits, for ONNX Runtime.
         packed: make one product of projections that share an input, for ONNX Runtime.
         convolved: make products that are not of few bits convolutions, for ONNX Runtime on x86.
     """
-    w = GraphWriter(dtype, packed=packed, dequantized=capacity is not None, convolved=convolved)
+    w = GraphWriter(
+        dtype,
+        packed=packed,
+        dequantized=capacity is not None,
+        convolved=convolved,
+        paired=capacity is None and pairs(quantization, group_size),
+        group_size=group_size,
+    )
     w.kept = kept
     ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
@@ -84,7 +93,7 @@ def build_graph(
     if model.vision:
         x = add_embeddings(w, x)
     add_shared(w, model, bool(adapter_rank), quantization, kv_bits)
-    if convolved:
+    if w.flattened:
         x = w.flat(x, model.hidden_size, "embeddings.flat")
     for layer in range(model.num_layers):
         x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization, kv_bits)

@@ -38,12 +38,20 @@ def add_shared(
         heads["qkv"] = model.num_heads + 2 * model.num_kv_heads
         w.constant("heads.qkv", np.array([model.num_heads, model.num_kv_heads, model.num_kv_heads], np.int64))
         w.constant("inputs.gate_up", np.array([model.intermediate_size] * 2, np.int64))
-    if w.convolved:
+    if w.flattened:
         w.constant("tokens.rest", np.array([-1], np.int64))
         w.node("Shape", ["ids"], "ids.shape")  # B, S
         w.node("Concat", ["ids.shape", "tokens.rest"], "tokens.shape", axis=0)  # B, S, -1
+    if w.paired:
+        w.constant("tokens.first", np.array([0], np.int64))
+        w.constant("tokens.axis", np.array([2], np.int64))
+        w.constant("tokens.none", np.zeros(6, np.int64))
+        w.constant("tokens.pair", np.array([2], np.int64))
+        tokens = w.node("ReduceProd", ["ids.shape"], "tokens.count", keepdims=1)
+        odd = w.node("Mod", [tokens, "tokens.pair"], "tokens.odd")
+        w.node("Concat", ["tokens.none", odd, "tokens.first"], "tokens.pads", axis=0)  # of four axes, before and after
     for part, count in heads.items():
-        if w.convolved:
+        if w.flattened:
             sizes = w.constant(f"sizes.{part}", np.array([count, model.head_dim], np.int64))
             w.node("Concat", ["ids.shape", sizes], f"shape.{part}", axis=0)
         else:
@@ -92,7 +100,7 @@ def add_shared(
     w.node("Range", ["slots.zero", capacity, "slots.one"], "slots")  # (T,) i32
     if adapter:
         gate = w.node("Unsqueeze", ["adapter", "axis.last"], "adapter.3d")  # (B, S, 1)
-        w.compute(w.flat(gate, 1, "adapter.flat") if w.convolved else gate, "adapter.gate")
+        w.compute(w.flat(gate, 1, "adapter.flat") if w.flattened else gate, "adapter.gate")
 
 
 def add_embeddings(w: GraphWriter, x: str) -> str:
@@ -149,7 +157,7 @@ def add_attention(
         scale=float(model.head_dim**-0.5),
     )
     merged = w.node("Transpose", [attn], f"{attn}.rows", perm=[0, 2, 1, 3])
-    if w.convolved:
+    if w.flattened:
         merged = w.flat(merged, q_size, f"{attn}.merged")
     else:
         merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
@@ -185,7 +193,7 @@ def _cached(w: GraphWriter, cache: str, rows: str, kv_bits: KvBits | None) -> li
 
 def _heads(w: GraphWriter, flat: str, shape: str) -> str:
     """(B, S, heads D) as (B, heads, S, D)."""
-    split = w.node("Reshape", [flat, shape], f"{flat}.split")
+    split = w.node("Reshape", [w.unpadded(flat), shape], f"{flat}.split")
     return w.node("Transpose", [split], f"{flat}.heads", perm=[0, 2, 1, 3])
 
 
@@ -214,8 +222,8 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     """Final norm and head on the picked rows only, then the commit rule."""
     rows = w.node("Cast", ["rows"], "rows.index", to=TensorProto.INT64)
     rows = w.node("Unsqueeze", [rows, "axis.last"], "rows.3d")
-    if w.convolved:
-        x = w.node("Reshape", [x, "tokens.shape"], "hidden")
+    if w.flattened:
+        x = w.node("Reshape", [w.unpadded(x), "tokens.shape"], "hidden")
     picked = w.node("GatherND", [x, rows], "rows.hidden", batch_dims=1)  # (B, R, E)
     ids = w.node("GatherND", ["ids", rows], "rows.ids", batch_dims=1)  # (B, R)
     normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)

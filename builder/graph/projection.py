@@ -2,7 +2,8 @@
 
 That is what self-speculation rests on: it verifies in one pass what mode ar decides one token at a time. So a token's
 scale is made from that token alone, sums are of integers or, per output, of fixed groups, and one kernel serves passes
-of every size. Measured with ONNX Runtime 1.32 (docs/log.md): MatMulNBits keeps it in groups of 32 with 8-bit sums.
+of every size. Measured with ONNX Runtime 1.32 (docs/log.md): MatMulNBits keeps it in groups of 32 with 8-bit sums. In
+wider ones it takes two tokens at a time and the last of an odd number by another kernel, so there is none such.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from typing import Protocol
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from ...contract import BuildConfig, Quantization, on_x86
+from ...contract import GROUP_SIZE, BuildConfig, Quantization, on_x86
 from .writer import GraphWriter, Source
 
-GROUP = 32  # inputs of an int4 weight that share a scale
 # Bytes of f32. Fewer lie in a processor's nearest caches, where a convolution gains nothing; with more, loading would
 # hold too much, since ONNX Runtime has its weights twice meanwhile.
 CONVOLVED_BYTES = (2**24, 2**33)
@@ -40,6 +40,11 @@ def convolves(build: BuildConfig, tensors: Iterable[Shaped]) -> bool:
         return False
     least, most = CONVOLVED_BYTES
     return least <= 4 * sum(math.prod(tensor.shape) for tensor in tensors) <= most
+
+
+def pairs(quantization: Quantization | None, group_size: int) -> bool:
+    """Whether ONNX Runtime's products need an even number of tokens."""
+    return quantization == "int4" and group_size > GROUP_SIZE
 
 
 def add_zero(w: GraphWriter, like: str, name: str) -> str:
@@ -78,14 +83,15 @@ def dequantized(
         weight, scale = w.int8_weight(f"{name}.weight", source, size_in, size_out)
         w.node("DequantizeLinear", [weight, w.compute(scale, step)], values, axis=1)
     else:
-        weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
-        rows = w.node("DequantizeLinear", [weight, w.compute(scale, step)], f"{values}.rows", axis=1, block_size=GROUP)
+        weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out)
+        scale = w.compute(scale, step)
+        rows = w.node("DequantizeLinear", [weight, scale], f"{values}.rows", axis=1, block_size=w.group_size)
         w.node("Transpose", [rows], values, perm=[1, 0])
     return w.node("MatMul", [x, values], name)
 
 
 def int4(w: GraphWriter, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:
     """Multiply by an int4 projection, with a scale per output and group of inputs."""
-    weights = w.int4_weight(f"{name}.weight", source, size_in, size_out, GROUP)
-    sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": GROUP, "accuracy_level": 4}
+    weights = w.int4_weight(f"{name}.weight", source, size_in, size_out)
+    sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": w.group_size, "accuracy_level": 4}
     return w.node("MatMulNBits", [x, *weights], name, domain=CONTRIB, **sizes)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...contract import DOMAIN, Dtype, Quantization
+from ...contract import DOMAIN, GROUP_SIZE, Dtype, Quantization
 from ...engine_folder import WEIGHTS_FILE
 
 CHANNELS = 16  # a convolution's inputs are a multiple of this, or ONNX Runtime takes another kernel
@@ -41,6 +41,7 @@ class Weight:
     nbytes: int
     quantization: Quantization | None = None  # then the f32 scales come after it: of its rows, int8 of its columns
     signed: bool = False  # of int4: each half of a byte is a signed number, and not that plus 8
+    group_size: int = GROUP_SIZE  # inputs of int4 that share a scale
 
     @property
     def source(self) -> str:
@@ -68,11 +69,16 @@ class GraphWriter:
         packed: bool = False,
         dequantized: bool = False,
         convolved: bool = False,
+        paired: bool = False,
+        group_size: int = GROUP_SIZE,
     ) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
         self.packed = packed  # whether projections of one input become one product
         self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
         self.convolved = convolved  # whether a product is a convolution with a kernel of 1 over the tokens
+        self.paired = paired  # whether products have an even number of tokens, the last one of zeros if need be
+        self.flattened = convolved or paired  # whether tokens are as `flat` makes them, outside attention
+        self.group_size = group_size  # inputs of an int4 weight that share a scale
         self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -132,11 +138,12 @@ class GraphWriter:
         )
         return name, f"{name}_scale"
 
-    def int4_weight(self, name: str, source: Source, size_in: int, size_out: int, group: int) -> list[str]:
+    def int4_weight(self, name: str, source: Source, size_in: int, size_out: int) -> list[str]:
         """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups).
 
         A kept one that is not around 0 has bytes of two zero points after them.
         """
+        group = self.group_size
         groups = size_in // group
         offset = self._begin()
         if self.dequantized:
@@ -150,7 +157,7 @@ class GraphWriter:
             names.append(f"{name}_zero")
             self._external(names[-1], (size_out, -(-groups // 2)), np.dtype(np.uint8))
         weight = Weight(name, sources, (size_out, size_in), False, 1.0, offset, self._end - offset, "int4")
-        self.weights.append(dataclasses.replace(weight, signed=self.dequantized))
+        self.weights.append(dataclasses.replace(weight, signed=self.dequantized, group_size=group))
         return names
 
     def packs(self, sources: Collection[str]) -> bool:
@@ -188,11 +195,22 @@ class GraphWriter:
         return self.node("MatMul", [x, self.weight(f"{name}.weight", source, (size_in, size_out), True)], name)
 
     def flat(self, x: str, size: int, name: str) -> str:
-        """The tokens of all rows as the pixels of one picture, channels last: (1, 1, B S, size)."""
+        """The tokens of all rows as the pixels of one picture, channels last: (1, 1, B S, size).
+
+        Paired, there is one of zeros more where B S is odd; `unpadded` takes it away.
+        """
         shape = f"tokens.flat.{size}"
         if shape not in self._flat:
             self._flat.add(self.constant(shape, np.array([1, 1, -1, size], np.int64)))
-        return self.node("Reshape", [x, shape], name)
+        if not self.paired:
+            return self.node("Reshape", [x, shape], name)
+        return self.node("Pad", [self.node("Reshape", [x, shape], f"{name}.tokens"), "tokens.pads"], name)
+
+    def unpadded(self, x: str) -> str:
+        """Flat tokens without the one that makes their number even."""
+        if not self.paired:
+            return x
+        return self.node("Slice", [x, "tokens.first", "tokens.count", "tokens.axis"], f"{x}.real")
 
     def _convolution(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str | None) -> str:
         """The product as a convolution over one picture, whose pixels are the tokens."""

@@ -24,24 +24,26 @@ from nemodiff.contract import Quantization, cache_names
 from nemodiff.runtime.engines.engine import causal
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra")
-KINDS: list[Quantization] = ["int8", "int4"]
 
 
-def for_tensorrt(checkpoint: Path, folder: Path, kind: Quantization) -> Path:
+def for_tensorrt(checkpoint: Path, folder: Path, kind: Quantization, group: int = 32) -> Path:
     """The graph that TensorRT gets, in f32, with its weights."""
     opened = open_checkpoint(checkpoint)
-    graph = build_graph(opened.model, "f32", capacity=128, quantization=kind)
+    graph = build_graph(opened.model, "f32", capacity=128, quantization=kind, group_size=group)
     folder.mkdir()
     write_weights(graph, opened.tensors, folder / "model.onnx.data", lambda nbytes: None)
     onnx.save(graph.proto, folder / "model.onnx")
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_what_the_cpu_engine_does_but_for_its_inputs_in_8_bits(kind: Quantization, tmp_path: Path) -> None:
-    path = for_tensorrt(TINY_CHAT, tmp_path / "graph", kind)
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", 32), ("int4", 128)])
+def test_it_computes_what_the_cpu_engine_does_but_for_its_inputs_in_8_bits(
+    kind: Quantization, group: int | None, tmp_path: Path
+) -> None:
+    path = for_tensorrt(TINY_CHAT, tmp_path / "graph", kind, group or 32)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    engine = nemodiff.load(Builder(TINY_CHAT, tmp_path / "engine", quantization=kind).run(), threads=1)
+    builder = Builder(TINY_CHAT, tmp_path / "engine", quantization=kind, group_size=group)
+    engine = nemodiff.load(builder.run(), threads=1)
     ids = nemodiff.generate(engine, "Count from 3 to 9.", max_new_tokens=60).token_ids
     pass_ = causal("verify", ids, 0, predict_all=True, logits=True)
     expected = engine.backend.open(1).forward([pass_])[0].logits
@@ -76,11 +78,11 @@ def test_int4_is_of_signed_halves_of_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.trt
 @RTX
-@pytest.mark.parametrize("kind", KINDS)
-def test_tensorrt_rtx_builds_it_and_keeps_the_few_bits(kind: Quantization, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=512, intermediate_size=1024)
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", 32), ("int4", 128)])
+def test_tensorrt_rtx_builds_it_and_keeps_the_few_bits(kind: Quantization, group: int | None, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=512, intermediate_size=1024, head_dim=32)
     options: dict[str, Any] = {"backend": "tensorrt-rtx", "max_seq_len": 64, "choices": Choices(sm=(89,))}
-    builder = Builder(checkpoint, tmp_path / "engine", quantization=kind, **options)
+    builder = Builder(checkpoint, tmp_path / "engine", quantization=kind, group_size=group, **options)
     folder = builder.run()
     assert f"bf16 with {kind} projections" in output_of("inspect", str(folder))
     plain = Builder(checkpoint, tmp_path / "plain", **options).weight_bytes

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_checkpoint
+from stand_ins.low_bits import causal_bits, stored
 from stand_ins.packed import packed
 
 import nemodiff
@@ -36,12 +36,6 @@ def engine(kind: str, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
     return nemodiff.load(folder, threads=1)
 
 
-def stored(folder: Path) -> dict[str, np.ndarray]:
-    """Every weight of an engine by name."""
-    model = onnx.load(folder / "model.onnx")
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,18 +59,6 @@ def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, m
         over = np.abs(values - exact) / np.abs(step)
         assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.0001)  # the far end of int4 has no step of its own
         assert np.mean(over) < 0.26
-
-
-def causal_bits(engine: LoadedEngine, ids: list[int], size: int) -> np.ndarray:
-    """The logits after every token, in passes of `size`."""
-    cache = engine.backend.open(1)
-    rows = []
-    for start in range(0, len(ids), size):
-        pass_ = causal("verify", ids[start : start + size], start, predict_all=True, logits=True)
-        logits = cache.forward([pass_])[0].logits
-        assert logits is not None
-        rows.append(logits.copy())
-    return np.concatenate(rows)
 
 
 def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:

@@ -30,13 +30,20 @@ def pack_last(values: np.ndarray, bits: int, order: tuple[int, ...] | None = Non
     return words.astype(np.uint32).view(np.int32)
 
 
-def write(folder: Path, form: str, group: int = 32, symmetric: bool = False, seed: int = 0) -> dict[str, np.ndarray]:
+def write(
+    folder: Path,
+    form: str,
+    group: int = 32,
+    symmetric: bool = False,
+    seed: int = 0,
+    sizes: dict[str, int] = WIDE,
+) -> dict[str, np.ndarray]:
     """Write a checkpoint and return what each projection is, (out, in) f32 by name.
 
     `form`: gptq, gptq8, awq, pack, pack8, int8, fp8, or of ModelOpt modelopt (FP8), modelopt-rows (a scale per output)
     or nvfp4; `group` 0 is a scale per output.
     """
-    write_checkpoint(folder, dtype="f32", **WIDE)
+    write_checkpoint(folder, dtype="f32", **sizes)
     plain = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}

@@ -1,0 +1,201 @@
+"""int4 weights in groups of 64 and 128: products of an even number of tokens, so a token always has the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import Refused, output_of
+from safetensors.numpy import load_file
+from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_adapter, write_checkpoint
+from stand_ins.low_bits import causal_bits, nibbles, stored
+from stand_ins.packed import packed
+from stand_ins.quantized_checkpoints import write
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.engine_folder import read_engine
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.engine import Pass, causal
+from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.verification.arithmetic import Arithmetic
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # multiples of 64
+PRODUCT = "layers.0.mlp.gate_up_proj"
+
+
+@pytest.fixture(scope="module", params=[64, 128])
+def group(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(group: int, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    folder = tmp_path_factory.mktemp("wide") / "engine"
+    Builder(TINY_CHAT, folder, quantization="int4", group_size=group).run()
+    return nemodiff.load(folder, threads=1)
+
+
+def test_a_group_has_one_scale(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="f32", **WIDE)
+    arrays = stored(Builder(checkpoint, tmp_path / "engine", quantization="int4", group_size=64).run())
+    for mine, weight in packed(load_file(checkpoint / "model.safetensors")).items():
+        if mine.endswith("_proj.weight"):
+            step = arrays[f"{mine}_scale"].repeat(64, axis=1)
+            over = np.abs((nibbles(arrays[mine]) - 8) * step - weight) / np.abs(step)
+            assert over.max() <= 1.0001
+            assert np.mean(over) < 0.26
+
+
+def test_products_have_an_even_number_of_tokens(engine: LoadedEngine, tmp_path: Path) -> None:
+    """For that keeps the bits, whatever kernels a processor has."""
+    model = onnx.load(engine.folder / "model.onnx")
+    assert {n.op_type for n in model.graph.node if n.name == PRODUCT} == {"MatMulNBits"}
+    model.graph.output.append(onnx.helper.make_tensor_value_info(PRODUCT, onnx.TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    dtypes = {"tensor(int32)": np.int32, "tensor(float)": np.float32}
+    for rows, tokens in ((1, 1), (1, 2), (3, 1), (3, 3), (2, 3)):
+        lengths = {"B": rows, "S": tokens, "R": 1, "T": 8}
+        feeds = {
+            item.name: np.zeros([lengths.get(size, size) for size in item.shape], dtypes[item.type])
+            for item in session.get_inputs()
+        }
+        token, product = session.run(["token", PRODUCT], feeds)
+        assert token.shape == (rows, 1)
+        assert product.shape[:3] == (1, 1, rows * tokens + rows * tokens % 2)
+
+
+def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
+    ids = np.random.default_rng(0).integers(200, 800, 70).tolist()
+    one = causal_bits(engine, ids, 1)
+    for size in (2, 3, 5, 8, 32, 33, 64, 70):
+        np.testing.assert_array_equal(causal_bits(engine, ids, size), one, err_msg=f"passes of {size}")
+
+
+@pytest.mark.parametrize("sizes", [(20, 3, 11), (1, 1, 1), (3, 5), (2, 9, 4, 1, 7)], ids=str)
+def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine, sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+
+    def pass_of(text: list[int]) -> Pass:
+        return causal("verify", text, 0, predict_all=True, logits=True)
+
+    texts = [rng.integers(200, 800, size).tolist() for size in sizes]
+    together = [p.logits.copy() for p in engine.backend.open(len(sizes)).forward(list(map(pass_of, texts)))]
+    for text, got in zip(texts, together, strict=True):
+        np.testing.assert_array_equal(got, causal_bits(engine, text, 1))
+
+
+def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:
+    """A sample; `python benchmarks/low_bits.py` asks a hundred questions."""
+    data, rng = load_make_data(), random.Random(4)
+    for _ in range(3):
+        question = data.example(rng)[1]
+        expected = nemodiff.generate(engine, question, mode="ar", max_new_tokens=60).token_ids
+        for mode in ("linear_spec", "quadratic_spec"):
+            for block_length in (5, 32):
+                answer = nemodiff.generate(engine, question, mode=mode, block_length=block_length, max_new_tokens=60)
+                assert answer.token_ids == expected
+
+
+def test_an_adapter_acts_on_its_own_tokens(tmp_path: Path) -> None:
+    """Its gate has one token more too."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="f32", **WIDE)
+    write_adapter(checkpoint, rank=4, alpha=8, strength=0.5)
+    folder = Builder(checkpoint, tmp_path / "engine", quantization="int4", group_size=64).run()
+    engine = nemodiff.load(folder, threads=1)
+    for prompt in ("one", "another one"):
+        expected = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=24).token_ids
+        answer = nemodiff.generate(engine, prompt, mode="linear_spec", block_length=5, max_new_tokens=24)
+        assert answer.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "group", "symmetric", "asked", "expected"),
+    [
+        ("awq", 64, False, None, 64),
+        ("gptq", 64, False, 32, 32),
+        ("pack", 128, True, None, 128),
+        ("pack", 128, True, 64, 64),
+        ("pack", 0, True, None, 128),
+    ],
+)
+def test_a_checkpoint_keeps_its_group(
+    form: str, group: int, symmetric: bool, asked: int | None, expected: int, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    truth = write(tmp_path / "checkpoint", form, group, symmetric, sizes=sizes)
+    choices: dict[str, Any] = {} if asked is None else {"group_size": asked}
+    builder = Builder(tmp_path / "checkpoint", tmp_path / "engine", **choices)
+    assert (builder.config.quantization, builder.config.group_size) == ("int4", expected)
+    arrays = stored(builder.run())
+    for mine, values in packed(truth).items():
+        numbers, scale = nibbles(arrays[mine]), arrays[f"{mine}_scale"]
+        assert scale.shape[1] == numbers.shape[1] // expected
+        zeros = np.full(scale.shape, np.float32(8))
+        if not symmetric:
+            zeros = nibbles(arrays[f"{mine}_zero"])[:, : scale.shape[1]]
+        np.testing.assert_array_equal((numbers - zeros.repeat(expected, 1)) * scale.repeat(expected, 1), values)
+    engine = nemodiff.load(tmp_path / "engine", threads=1)
+    ids = np.random.default_rng(0).integers(200, 800, 7).tolist()
+    np.testing.assert_array_equal(causal_bits(engine, ids, 7), causal_bits(engine, ids, 1))
+
+
+def test_plan_and_inspect_name_the_group(tmp_path: Path) -> None:
+    target = str(tmp_path / "engine")
+    command = ["build", str(TINY_CHAT), "-o", target, "--quantization", "int4", "--group-size", "128"]
+    said = "f32 with int4 projections in groups of 128,"
+    plan = json.loads(output_of(*command, "--dry-run", "--json"))
+    assert said in output_of(*command, "--dry-run")
+    output_of(*command)
+    assert said in output_of("inspect", target)
+    assert json.loads(output_of("inspect", target, "--json"))["engine"]["group_size"] == 128
+    assert (tmp_path / "engine" / "model.onnx.data").stat().st_size == plan["weight_bytes"]
+    narrow = Builder(TINY_CHAT, tmp_path / "none", quantization="int4").plan()
+    assert plan["memory_loaded"] < narrow.memory_loaded
+
+
+def test_refusals(tmp_path: Path, refused: Refused) -> None:
+    odd = write_checkpoint(tmp_path / "odd", hidden_size=64, intermediate_size=96)
+    write(tmp_path / "awq", "awq", 32)
+
+    def build(checkpoint: Path, *flags: str) -> list[str]:
+        return ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--group-size", *flags]
+
+    int4 = ("--quantization", "int4")
+    refused(build(odd, "64", *int4), "--group-size 64: a projection has 96 inputs, allowed: multiples of 64")
+    refused(build(TINY_CHAT, "48", *int4), "'48' is not one of '32', '64', '128'", code=2)
+    refused(build(TINY_CHAT, "64"), "--group-size 64: a choice of --quantization int4")
+    refused(build(TINY_CHAT, "64", *int4, "--backend", "torch"), "--group-size is 64, allowed on torch: 32")
+    refused(build(TINY_CHAT, "64", "--backend", "tensorrt"), "--group-size is 64, allowed on tensorrt: none")
+    refused(build(tmp_path / "awq", "64"), "--group-size is 64, but a scale of the checkpoint is for 32 inputs")
+
+
+@pytest.mark.parametrize("group", [96, "64", True, None])
+def test_an_engine_of_no_such_group(group: object, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **WIDE)
+    folder = Builder(checkpoint, tmp_path / "engine", quantization="int4").run()
+    config = json.loads((folder / "config.json").read_text())
+    config["build_config"]["group_size"] = group
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=r"group_size is .* on onnxruntime, allowed: 32, 64, 128; build it again"):
+        read_engine(folder)
+
+
+def test_the_reference_rounds_by_the_group() -> None:
+    x = np.zeros((1, 64), np.float32)
+    x[0, 0], x[0, 63] = 8, 0.1
+    narrow, wide = (Arithmetic(np.float32, np.float32, "int4", group_size=g).weight(x, "projection") for g in (32, 64))
+    np.testing.assert_allclose([narrow[0, 63], wide[0, 63]], [0.1, 0])
+
+
+def test_verify_finds_nothing_wrong(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **WIDE)
+    engine = Builder(checkpoint, tmp_path / "engine", quantization="int4", group_size=64).run()
+    output_of("verify", str(engine), "--against", str(checkpoint), "-p", "one", "--max-new-tokens", "8")
