@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,9 +145,19 @@ def made_as(folder: Path) -> tuple[str, str | None] | None:
     return None
 
 
+def quoted(path: Path) -> str:
+    """A path as a word of a command that somebody may copy."""
+    return shlex.quote(str(path))
+
+
+def build_again(folder: Path) -> str:
+    """What to do about an engine that cannot be used."""
+    return f"build it again: nemodiff build CHECKPOINT -o {quoted(folder)}"
+
+
 def read_engine(folder: Path) -> EngineInfo:
     """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
-    again = f"build it again: nemodiff build CHECKPOINT -o {folder}"
+    again = build_again(folder)
     _check_is_engine(folder, again)
     manifest = _read_object(folder / MANIFEST_FILE, again)
     _check_schema(folder, manifest.get("schema"), again)
@@ -177,7 +188,7 @@ def _check_is_engine(folder: Path, again: str) -> None:
         raise EngineError(f"{folder}: a file, expected an engine folder; give {ours}")
     if not folder.is_dir():
         raise EngineError(
-            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {folder}"
+            f"{folder}: no such folder; expected an engine made by: nemodiff build CHECKPOINT -o {quoted(folder)}"
         )
     if not is_engine(folder):
         hint = again
@@ -187,7 +198,7 @@ def _check_is_engine(folder: Path, again: str) -> None:
         elif made is not None:
             hint = f"it is {made[0]} for other programs; build an engine from the checkpoint it was made from"
         elif any(folder.glob("*.safetensors")):
-            hint = f"it looks like a checkpoint, so build it first: nemodiff build {folder} -o ENGINE"
+            hint = f"it looks like a checkpoint, so build it first: nemodiff build {quoted(folder)} -o ENGINE"
         raise EngineError(f"{folder}: not an engine, {MANIFEST_FILE} is missing; {hint}")
 
 
@@ -270,7 +281,9 @@ def _read_object(path: Path, again: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(f"{path}: missing; {again}") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror}); mend that, or {again}") from None
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{path}: not readable as JSON ({error}); {again}") from None
     if not isinstance(values, dict):
         raise EngineError(f"{path}: holds a {type(values).__name__}, expected a JSON object; {again}")

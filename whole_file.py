@@ -13,6 +13,7 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A file to write, which takes the place of `path` once it is on the disk; an error leaves nothing of it.
 
+    An OSError of what is done inside gets the path's name.
     What a killed process leaves is hidden and named as the stages of a build are, which a rebuild replaces as well. A
     link is followed; a pipe or a device is written to as it is.
     """
@@ -22,9 +23,20 @@ def whole(path: Path) -> Iterator[Path]:
         return
     stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        yield stage
-        with stage.open("rb") as file:
-            os.fsync(file.fileno())
-        stage.replace(path)
+        with naming(path):
+            yield stage
+            with stage.open("rb") as file:
+                os.fsync(file.fileno())
+            stage.replace(path)
     finally:
         stage.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the name of the file that is written: that of a full disk has none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise

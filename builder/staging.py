@@ -143,6 +143,9 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
 def _parent(place: Path) -> Path:
     """Where to stage: beside a folder that can be renamed, else inside it."""
     inside = place.is_dir() and (
-        is_mount(place) or not os.access(place.parent, os.W_OK) or any(stays(path.name) for path in place.iterdir())
+        is_mount(place)
+        or not os.access(place.parent, os.W_OK)
+        or any(stays(path.name) for path in place.iterdir())
+        or resolved(Path()).is_relative_to(place)  # who stands in it would stand in a folder that is gone
     )
     return place if inside else place.parent

@@ -24,7 +24,7 @@ from ..contract import (
     PREFILL_CHUNK,
     QUANTIZATIONS,
 )
-from ..engine_folder import TOKENIZER_CONFIG_FILE
+from ..engine_folder import TOKENIZER_CONFIG_FILE, quoted
 from .answers import one_line
 from .options import PATH, json_output
 
@@ -169,7 +169,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     with _progress(plan.weight_bytes) as bar:
         builder.run(bar.update)
     where = "where such a GPU is" if builder.backend in COMPILED else "try"
-    click.echo(f"built        {output}; {where}: nemodiff run {output} -p 'Hello'", err=True)
+    click.echo(f"built        {output}; {where}: nemodiff run {quoted(output)} -p 'Hello'", err=True)
 
 
 def _template_warning(folder: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """A file that appears whole or not at all, behind a link, and where it is no file but a pipe."""
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -18,10 +19,11 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, before: str | None) -> N
     def fill() -> None:
         with whole(path) as stage:
             stage.write_text("half")
-            raise OSError("full")
+            raise OSError(errno.ENOSPC, "full")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match="full") as caught:
         fill()
+    assert caught.value.filename == str(path)  # and not the stage's
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == ([] if before is None else [("file", before)])
 
 

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from ...contract import counted
 from ...errors import RequestError
+from ...whole_file import naming
 from ..loading import LoadedEngine
 from .events import BlockStarted, Event, Pieces, Started, Step, Text, as_dict
 
@@ -32,25 +33,26 @@ def record(path: Path | None, engine: LoadedEngine) -> Iterator[Callable[[Event]
         nonlocal file
         if path is None:
             return event
-        if file is None:
-            file = path.open("w", encoding="utf-8", buffering=1)
+        with naming(path):
+            if file is None:
+                file = path.open("w", encoding="utf-8", buffering=1)
+                if timeline:
+                    file.write("[\n" + json.dumps(_named("process_name", 0, f"nemodiff {engine.folder.name}")))
+                else:
+                    file.write(json.dumps(header(engine, event)) + "\n")
             if timeline:
-                file.write("[\n" + json.dumps(_named("process_name", 0, f"nemodiff {engine.folder.name}")))
+                file.write("".join(",\n" + json.dumps(entry) for entry in _timeline(event)))
+                file.flush()
             else:
-                file.write(json.dumps(header(engine, event)) + "\n")
-        if timeline:
-            file.write("".join(",\n" + json.dumps(entry) for entry in _timeline(event)))
-            file.flush()
-        else:
-            file.write(json.dumps(as_dict(event)) + "\n")
+                file.write(json.dumps(as_dict(event)) + "\n")
         return event
 
     try:
         yield write
     finally:
-        if file is not None:
-            file.write("\n]\n" if timeline else "")
-            file.close()
+        if path is not None and file is not None:
+            with naming(path), file:
+                file.write("\n]\n" if timeline else "")
 
 
 def header(engine: LoadedEngine, event: Event) -> dict[str, Any]:

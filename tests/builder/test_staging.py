@@ -69,6 +69,19 @@ def siblings(engine: Path) -> set[str]:
     return {p.name for p in engine.parent.iterdir()}
 
 
+def test_a_build_into_the_folder_that_one_stands_in(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "engine").mkdir()
+    monkeypatch.chdir(tmp_path / "engine")
+    for _ in range(2):  # a new one, and in its place another
+        Builder(checkpoint, ".").run()
+        assert answers(Path()) == answers(tmp_path / "engine")
+        assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+    monkeypatch.chdir(tmp_path)
+    assert siblings(tmp_path / "engine") == {"checkpoint", "engine"}
+
+
 def answers(engine: Path) -> list[int]:
     return nemodiff.generate(nemodiff.load(engine), [130, 131, 132], max_new_tokens=8).token_ids
 

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import Refused, assert_one_line
 
 import nemodiff
+from nemodiff.cli import main
 
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 
@@ -418,3 +420,23 @@ def test_every_line_of_a_file_is_checked_before_the_first_is_answered(
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps(line))
     refused(["run", str(tiny_engine), "--input-file", str(file), "--system", "Be brief."], fragment)
+
+
+def test_a_path_with_spaces_is_quoted_where_a_command_is_proposed(checkpoint: Path, tmp_path: Path) -> None:
+    engine = tmp_path / "größe 1"
+    built = CliRunner().invoke(main, ["build", str(checkpoint), "-o", str(engine)])
+    assert built.stderr.splitlines()[-1].endswith(f"; try: nemodiff run '{engine}' -p 'Hello'")
+    (engine / "manifest.json").write_text("{}")
+    refusal = CliRunner().invoke(main, ["inspect", str(engine)]).stderr
+    assert refusal.endswith(f"build it again: nemodiff build CHECKPOINT -o '{engine}'\n")
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_a_full_disk_says_which_file(tiny_engine: Path, tmp_path: Path, name: str) -> None:
+    small = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    small += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); from nemodiff.cli import main; main(sys.argv[1:])"
+    trace = tmp_path / name
+    command = [sys.executable, "-c", small, "run", str(tiny_engine), "-p", "x", "--trace", str(trace)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_one_line(done.stderr, f"{trace}: File too large; check the path and its disk")
+    assert done.returncode == 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ....contract import CONVOLVED, Binding, inputs, on_x86, vision_inputs
-from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, EngineInfo
+from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, EngineInfo, build_again
 from ....errors import EngineError
 from ...images.image import Image
 from . import large_pages
@@ -104,7 +104,7 @@ def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> A
         options.add_session_config_entry("session.x64quantprecision", "1")  # a slower way, 1.7 times with VNNI
     if threads is not None:
         options.intra_op_num_threads = threads
-    again = f"build it again: nemodiff build CHECKPOINT -o {path.parent}"
+    again = build_again(path.parent)
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises classes of its own without a common base

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ....contract import Binding, cache_names, inputs, outputs, size_text, vision_inputs, vision_outputs
-from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, EngineInfo
+from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, EngineInfo, build_again
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels
@@ -30,7 +30,7 @@ def check_here(folder: Path, info: EngineInfo, api: TensorRT, device: Device) ->
     about = info.manifest.tensorrt
     backend = info.manifest.backend
     assert about is not None
-    again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend"
+    again = f"{build_again(folder)} --backend"
     if api.version != about.version and not _compatible(about, api.version):
         raise EngineError(
             f"{folder}: built with {about.module} {about.version}, here is {api.version}; install that version: "
@@ -111,7 +111,7 @@ def _deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device, 
     about = info.manifest.tensorrt
     assert about is not None
     path = folder / part.file
-    again = f"build it again: nemodiff build CHECKPOINT -o {folder} --backend {info.manifest.backend}"
+    again = f"{build_again(folder)} --backend {info.manifest.backend}"
     device.use()
     runtime = api.runtime()
     runtime.engine_host_code_allowed = "--version-compatible" in about.flags

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from ....contract import counted
-from ....engine_folder import ENGINE_FILE, EngineInfo
+from ....engine_folder import ENGINE_FILE, EngineInfo, build_again
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.op import ceil_div
@@ -106,7 +106,7 @@ class Forward:
             raise EngineError(
                 f"{engine.folder / ENGINE_FILE}: does not take {counted(shape.rows, 'row')} of "
                 f"{counted(shape.tokens, 'token')} "
-                f"({engine.api.errors()}); build it again: nemodiff build CHECKPOINT -o {engine.folder}"
+                f"({engine.api.errors()}); {build_again(engine.folder)}"
             )
 
     def _bind(self, tensor_shapes: Mapping[str, tuple[int, ...]]) -> bool:
