@@ -75,10 +75,9 @@ class Handlers:
             prompt_logprobs=body.prompt_logprobs is not None,
             answers=body.n or 1,
         )
-        requests = _choices(await self._prompts(body), options, builder.answers)
         group = self._request_group(request)
         diffusing = bool(body.diffusing)
-        await group.submit(requests, steps=diffusing)
+        requests = await group.submit(lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing)
         builder.sequences = group.sequences
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [
@@ -86,13 +85,13 @@ class Handlers:
                 for (prompt, _), sequence in zip(requests, group.sequences, strict=True)
             ]
         if not body.stream:
-            finished = await group.finished(request)
+            finished = await group.finished(request.receive)
             generations = [event.generation for event in finished]
             # In a thread, since thousands of tokens with their names and neighbours would hold up other clients.
             return await asyncio.to_thread(lambda: JSONResponse(builder.full(generations)))
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         chunks = builder.chunks(group.events(), len(requests), with_usage=with_usage, diffusing=diffusing)
-        return EventStreamResponse(chunks, group.close, done=True)
+        return EventStreamResponse(chunks, group.close, lambda: group.more, done=True)
 
     async def answer(self, request: Request, body: Messages | Responses) -> Response:
         """Answer a request of another API, whole or streamed. Raises NemodiffError."""
@@ -103,18 +102,19 @@ class Handlers:
         codec = self.engine.text if "logprobs" in options else None
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
         group = self._request_group(request)
-        await group.submit([((await self._prompts(body))[0], options)])
+        await group.submit(lambda: [(self._prompts(body)[0], options)])
         if not body.stream:
-            (finished,) = await group.finished(request)
+            (finished,) = await group.finished(request.receive)
             return JSONResponse(writer.full(finished.generation))
-        return EventStreamResponse(writer.events(group.events()), group.close, done=False, named=True)
+        return EventStreamResponse(
+            writer.events(group.events()), group.close, lambda: group.more, done=False, named=True
+        )
 
     async def count(self, body: Counted) -> dict[str, Any]:
         """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
         _, options = self._model_options(body)
         chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
-        (prompt,) = await self._prompts(body)
-        sequence = await in_thread(lambda: prepare(self.engine, prompt, chosen))
+        sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen))
         return {"input_tokens": len(sequence.prompt)}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +128,13 @@ class Handlers:
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
         group = self._request_group(request)
-        await group.submit([((await self._prompts(body))[0], options)], steps=True)
-        return EventStreamResponse(trace_lines(self.engine, group.events()), group.close, done=False)
+        await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
+        lines = trace_lines(self.engine, group.events())
+        return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
 
-    async def _prompts(self, body: Chat | Completion | DialectBody) -> list[Prompt]:
-        """The prompts with their images. Raises RequestError."""
-        return await in_thread(lambda: with_images(body.prompts(), self.image_urls))
+    def _prompts(self, body: Chat | Completion | DialectBody) -> list[Prompt]:
+        """The prompts with their images, which may have to be fetched. Raises RequestError."""
+        return with_images(body.prompts(), self.image_urls)
 
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""
@@ -145,7 +146,7 @@ class Handlers:
             cancelled.set()
             future.cancel()
 
-        watch = asyncio.create_task(on_disconnect(request, leave))
+        watch = asyncio.create_task(on_disconnect(request.receive, leave))
         try:
             filled = await asyncio.wait_for(asyncio.wrap_future(future), self.timeout)
         except TimeoutError:
@@ -164,7 +165,7 @@ class Handlers:
             return JSONResponse(response)
         if body.stream_options is None or not body.stream_options.include_usage:
             del response["usage"]
-        return EventStreamResponse(_single(response), cancelled.set, done=True)
+        return EventStreamResponse(_single(response), cancelled.set, lambda: True, done=True)
 
     async def tokenize(self, body: Tokenize) -> dict[str, Any]:
         """The tokens of a text or a conversation. Raises RequestError."""

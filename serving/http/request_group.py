@@ -7,11 +7,12 @@ still runs is cancelled before the next step.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from starlette.requests import Request
+from starlette.types import Receive
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished
@@ -29,9 +30,9 @@ class RequestTimeoutError(NemodiffError):
         super().__init__(f"the request took more than {seconds:g} s; ask for fewer tokens")
 
 
-async def on_disconnect(request: Request, callback: Callable[[], None]) -> None:
+async def on_disconnect(receive: Receive, callback: Callable[[], None]) -> None:
     """Wait until the client has disconnected, then call `callback`."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
     callback()
 
@@ -50,22 +51,32 @@ class RequestGroup:
         self._observe = observe
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._outcomes: asyncio.Queue[tuple[int, list[Event] | NemodiffError]] = asyncio.Queue()
+        self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
+        self._woken = asyncio.Event()
+        self._sleeps = False  # whether the next outcome has to wake the loop
+        self.more = False  # whether what follows the event yielded last is here already
         self._handles = list[Handle]()
         self._closed = False
         self._expired = False
         self._timer = self._loop.call_later(timeout, self._expire)
 
-    async def submit(self, requests: list[tuple[Prompt, dict[str, Any]]], *, steps: bool = False) -> None:
-        """Queue prompts with their options: all of them, or none. Raises RequestError and BusyError."""
+    async def submit(
+        self, read: Callable[[], list[tuple[Prompt, dict[str, Any]]]], *, steps: bool = False
+    ) -> list[tuple[Prompt, dict[str, Any]]]:
+        """Queue prompts with their options: all of them, or none. `read` gives them, in a thread.
 
-        def submit_all() -> None:
+        Raises RequestError and BusyError.
+        """
+
+        def submit_all() -> list[tuple[Prompt, dict[str, Any]]]:
+            requests = read()
             self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
             if self._closed:  # in the meantime, so that `close` did not see these handles
                 self.close()
+            return requests
 
         try:
-            await in_thread(submit_all)  # encoding a long prompt takes time
+            return await in_thread(submit_all)  # encoding a long prompt takes time
         except BaseException:
             self.close()
             raise
@@ -79,20 +90,22 @@ class RequestGroup:
         """What happens, until all requests have ended. Raises NemodiffError for the first that fails."""
         unfinished = len(self._handles)
         while unfinished:
-            index, outcome = await self._outcomes.get()
-            if isinstance(outcome, NemodiffError):
-                raise outcome
-            for event in outcome:
-                if isinstance(event, Finished):
-                    unfinished -= 1
-                    if self._expired and event.generation.finish_reason == "cancelled":
-                        raise RequestTimeoutError(self._timeout)
-                yield index, event
+            for left in reversed(range(await self._arrived())):
+                index, outcome = self._outcomes.popleft()
+                if isinstance(outcome, NemodiffError):
+                    raise outcome
+                for event in outcome:
+                    if isinstance(event, Finished):
+                        unfinished -= 1
+                        if self._expired and event.generation.finish_reason == "cancelled":
+                            raise RequestTimeoutError(self._timeout)
+                    self.more = left > 0 or event is not outcome[-1] or not unfinished
+                    yield index, event
 
-    async def finished(self, request: Request) -> list[Finished]:
+    async def finished(self, receive: Receive) -> list[Finished]:
         """Wait for all requests, in their order; a client that disconnects meanwhile cancels them."""
         finished: dict[int, Finished] = {}
-        watch = asyncio.create_task(on_disconnect(request, self.close))
+        watch = asyncio.create_task(on_disconnect(receive, self.close))
         try:
             async for index, event in self.events():
                 if isinstance(event, Finished):
@@ -110,12 +123,25 @@ class RequestGroup:
             if not handle.done:
                 handle.cancel()
 
+    async def _arrived(self) -> int:
+        """How many outcomes are here to be read, once there is one."""
+        while not self._outcomes:
+            self._woken.clear()
+            self._sleeps = True
+            if not self._outcomes:  # else one came just before, and nobody has been woken
+                await self._woken.wait()
+        self._sleeps = False
+        return len(self._outcomes)
+
     def _listen(self, index: int, outcome: list[Event] | NemodiffError) -> None:
         # Called here and not where events are read, because nobody reads them once the client has gone.
         if isinstance(outcome, list):
             self._observe(index, outcome)
-        with contextlib.suppress(RuntimeError):  # the loop has been closed
-            self._loop.call_soon_threadsafe(self._outcomes.put_nowait, (index, outcome))
+        self._outcomes.append((index, outcome))
+        if self._sleeps:  # waking the loop costs as much as all else here
+            self._sleeps = False
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self._woken.set)
 
     def _expire(self) -> None:
         self._expired = True

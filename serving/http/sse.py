@@ -5,54 +5,74 @@ Once the first line is out the status cannot change any more, so a later error i
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import orjson
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...errors import NemodiffError
 from .error_responses import status_and_body
+from .request_group import on_disconnect
 
 MEDIA_TYPE = "text/event-stream"
 
 
 class EventStreamResponse(StreamingResponse):
-    """A stream of objects.
+    """A stream of objects. Those that are there together are written together.
 
     Args:
         objects: what to send.
-        close: called when the stream has ended in any way, also by a client that left in the middle of a write.
+        close: called when the stream has ended in any way, and when the client has gone; the objects then end soon.
+        more: whether the object after the last one is there already, or none is to come.
         done: whether the last line is OpenAI's `[DONE]`.
         named: whether each event has a name, the object's `type`.
     """
 
     def __init__(
-        self, objects: AsyncIterator[Any], close: Callable[[], None], *, done: bool, named: bool = False
+        self,
+        objects: AsyncIterator[Any],
+        close: Callable[[], None],
+        more: Callable[[], bool],
+        *,
+        done: bool,
+        named: bool = False,
     ) -> None:
         self._close = close
+        self._more = more
+        self._done = done
+        self._named = named
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(_lines(objects, done, named), media_type=MEDIA_TYPE, headers=headers)
+        super().__init__(objects, media_type=MEDIA_TYPE, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(on_disconnect(receive, self._close))
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
         finally:
+            watch.cancel()
             self._close()
 
-
-async def _lines(objects: AsyncIterator[Any], done: bool, named: bool) -> AsyncIterator[bytes]:
-    try:
-        async for item in objects:
-            yield _line(item, named)
-    except NemodiffError as error:
-        yield _line(status_and_body(error)[1], named)
-        return
-    if done:
-        yield b"data: [DONE]\n\n"
+    async def stream_response(self, send: Send) -> None:
+        """See StreamingResponse."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        lines = list[bytes]()
+        try:
+            async for item in self.body_iterator:
+                lines.append(_line(item, self._named))
+                if not self._more():
+                    await send({"type": "http.response.body", "body": b"".join(lines), "more_body": True})
+                    lines.clear()
+        except NemodiffError as error:
+            lines.append(_line(status_and_body(error)[1], self._named))
+        else:
+            if self._done:
+                lines.append(b"data: [DONE]\n\n")
+        await send({"type": "http.response.body", "body": b"".join(lines), "more_body": False})
 
 
 def _line(value: Any, named: bool) -> bytes:
     name = f"event: {value['type']}\n".encode() if named else b""
-    return name + b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return name + b"data: " + orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS) + b"\n\n"

@@ -158,7 +158,7 @@ def test_an_iterator_that_ends_too_early_hangs_no_request(tiny_engine: Path, mon
 
     async def submit() -> None:
         group = RequestGroup(Scheduler(loaded), lambda *_: None, 5)
-        await asyncio.wait_for(group.submit([("x", {})]), 5)
+        await asyncio.wait_for(group.submit(lambda: [("x", {})]), 5)
 
     async def fill() -> None:
         queue = InfillQueue(loaded, 1)
