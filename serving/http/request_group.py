@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from ...runtime.handle import Handle
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.sequence import Sequence
 from ...runtime.scheduler import Scheduler
+from .doorbell import doorbell
 from .threads import in_thread
 
 
@@ -50,7 +50,7 @@ class RequestGroup:
         self._scheduler = scheduler
         self._observe = observe
         self._timeout = timeout
-        self._loop = asyncio.get_running_loop()
+        self._bell = doorbell()
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
         self._woken = asyncio.Event()
         self._sleeps = False  # whether the next outcome has to wake the loop
@@ -58,7 +58,7 @@ class RequestGroup:
         self._handles = list[Handle]()
         self._closed = False
         self._expired = False
-        self._timer = self._loop.call_later(timeout, self._expire)
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._expire)
 
     async def submit(
         self, read: Callable[[], list[tuple[Prompt, dict[str, Any]]]], *, steps: bool = False
@@ -140,8 +140,7 @@ class RequestGroup:
         self._outcomes.append((index, outcome))
         if self._sleeps:  # waking the loop costs as much as all else here
             self._sleeps = False
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                self._loop.call_soon_threadsafe(self._woken.set)
+            self._bell.ring(self._woken.set)
 
     def _expire(self) -> None:
         self._expired = True

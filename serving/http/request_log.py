@@ -59,7 +59,9 @@ class Record:
 
     def observe(self, index: int, events: Sequence[Event]) -> None:
         """Take in what happened to one answer; the scheduler's worker calls this."""
-        answer = self.answers.setdefault(index, Answer())
+        answer = self.answers.get(index)
+        if answer is None:
+            answer = self.answers[index] = Answer()
         for event in events:
             if isinstance(event, Started):
                 answer.started = event.at

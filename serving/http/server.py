@@ -43,7 +43,9 @@ def bind(host: str, port: int) -> socket.socket:
     """Take an address before anything slow is done; port 0 takes a free one. Raises RequestError."""
     if not host.strip():  # which would be every address of the machine
         raise RequestError("--host is empty; give an address, such as 127.0.0.1, or 0.0.0.0 for all of the machine's")
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    # The protocol by its number, else asyncio does not know it and leaves small pieces waiting for acknowledgements.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

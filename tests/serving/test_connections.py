@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import resource
@@ -10,10 +11,13 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from conftest import Refused
 from stand_ins.http_server import Served, serving
+
+from nemodiff.serving.http.server import bind
 
 MOST = 20  # connections
 PATIENCE = 1.0  # seconds that a client has
@@ -80,6 +84,26 @@ def test_what_is_not_sent_in_full_is_closed(server: Served, sent: bytes, status:
     if status == 408:
         message = json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"]
         assert message == "the request has not arrived in full in 1 s; send it again"
+
+
+def test_small_pieces_are_sent_at_once() -> None:
+    """Without TCP_NODELAY a piece waits until the client's system acknowledges the one before, often after 40 ms."""
+
+    async def option() -> int:
+        sent = asyncio.get_running_loop().create_future()
+
+        class Connected(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                taken = transport.get_extra_info("socket")
+                sent.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                cast(asyncio.Transport, transport).abort()
+
+        with bind("127.0.0.1", 0) as listening:
+            async with await asyncio.get_running_loop().create_server(Connected, sock=listening):
+                with socket.create_connection(listening.getsockname(), SLOWNESS):
+                    return await asyncio.wait_for(sent, SLOWNESS)
+
+    assert asyncio.run(option())
 
 
 def test_a_trickle_does_not_keep_a_connection_open(server: Served) -> None:
