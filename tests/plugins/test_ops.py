@@ -122,8 +122,12 @@ def test_confidence_commit_equals_its_reference(
         data.draw(st.lists(st.sampled_from([0, 0.3, 0.9, 2]), min_size=rows, max_size=rows)), np.float32
     )
     got = commit(logits, ids, threshold)
-    for known, other in zip(got, commit(logits, ids, threshold, vocab), strict=True):
-        np.testing.assert_array_equal(known, other)
+    for least in (confidence_commit.MANY, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(confidence_commit, "MANY", least)
+            known = commit(logits, ids, threshold, vocab)
+        for mine, other in zip(got, known, strict=True):
+            np.testing.assert_array_equal(mine, other)
     expected = confidence_commit.reference(logits, ids, threshold, MASK)
     np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
@@ -142,6 +146,13 @@ def test_confidence_commit_leaves_the_caller_s_logits_alone() -> None:
     logits = np.ones((1, 1, 8), np.float32)
     confidence_commit.reference(logits, np.array([[MASK]], np.int32), np.zeros(1, np.float32), MASK)
     assert (logits == 1).all()
+
+
+@pytest.mark.parametrize("vocab", [None, 12, confidence_commit.MANY])
+def test_confidence_commit_makes_progress_where_nothing_is_a_number(vocab: int | None) -> None:
+    logits = np.full((1, 3, vocab or 12), np.nan, np.float32)
+    *_, left = commit(logits, np.full((1, 3), MASK, np.int32), np.full(1, 0.9, np.float32), vocab)
+    assert left[0] == 2
 
 
 @pytest.mark.parametrize("module", [block_attention, confidence_commit])
