@@ -87,9 +87,8 @@ def build_graph(
         group_size=group_size,
     )
     w.kept = kept
-    ids = w.node("Cast", ["ids"], "ids.index", to=TensorProto.INT64)
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
-    x = w.node("Gather", [embed, ids], "embed_tokens", axis=0)
+    x = w.node("Gather", [embed, "ids"], "embed_tokens", axis=0)
     if model.vision:
         x = add_embeddings(w, x)
     add_shared(w, model, bool(adapter_rank), quantization, kv_bits)
