@@ -72,10 +72,15 @@ class Stage:
         """`num_stages` in an engine's dtype."""
         return self.num_stages_f32 if dtype == "f32" and self.num_stages_f32 is not None else self.num_stages
 
+    @property
+    def entry(self) -> str:
+        """The kernel's name where it is compiled."""
+        return self.kernel.split(".")[1]
+
     def load(self) -> Any:
         """The kernel as a function of the Triton compiler, which this imports."""
-        module, function = self.kernel.split(".")
-        return getattr(importlib.import_module(f".kernels.{module}", __package__), function)
+        module = self.kernel.split(".")[0]
+        return getattr(importlib.import_module(f".kernels.{module}", __package__), self.entry)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,17 +107,17 @@ def scan(
 
 
 @triton.jit
-def sampled_scan(
+def drawn_scan(
     logits, temperature, seed, position, R, part, best,
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`scan` with temperature (B,) f32, seed (B, 2) i32 and position (B, R) i32; temperature 0 is greedy."""
+    """`scan` with temperature and position (B, R), f32 and i32, and seed (B, 2) i32; temperature 0 is greedy."""
     at = tl.program_id(0)
     row = at // R
     low = tl.load(seed + row * 2)
     high = tl.load(seed + row * 2 + 1)
     _scan(
-        logits, at, low, high, tl.load(position + at), tl.load(temperature + row), part, best,
+        logits, at, low, high, tl.load(position + at), tl.load(temperature + at), part, best,
         V, MASK_ID, SPLITS, BLOCK, True,
     )  # fmt: skip
 

@@ -7,8 +7,8 @@ masks_left (B) i32. `token` is the best entry and `confidence` its softmax proba
 (the smallest id wins a tie). Among the positions whose id is the mask, every one with confidence at or over the row's
 threshold takes its token, and always the most confident one does (the leftmost of equals), so each pass makes progress.
 
-`SAMPLED` is the same op with three inputs more, temperature (B) f32, seed (B, 2) i32 (low and high word) and position
-(B, R) i32: where a row's temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise
+`SAMPLED` is the same op with three inputs more, temperature (B, R) f32, seed (B, 2) i32 (low and high word) and
+position (B, R) i32: where the temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise
 that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
 and has no function body: on a CPU the host samples.
 
@@ -216,7 +216,7 @@ _INPUTS = (
     Arg("threshold", "f32", ("B",)),
 )
 _NOISE = (
-    Arg("temperature", "f32", ("B",)),
+    Arg("temperature", "f32", ("B", "R")),
     Arg("seed", "i32", ("B", 2)),
     Arg("position", "i32", ("B", "R")),
 )
@@ -249,7 +249,7 @@ SAMPLED = Op(
     stages=(
         Stage(
             "SampledCommitScan",
-            "confidence_commit.sampled_scan",
+            "confidence_commit.drawn_scan",
             inputs=("logits", "temperature", "seed", "position"),
             scalars=("R",),
             outputs=_SCAN,

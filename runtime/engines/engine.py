@@ -43,6 +43,7 @@ class Pass(NamedTuple):
     adapter: bool | np.ndarray = False  # of all tokens, or (S,) f32
     logits: bool = False
     temperature: float = 0.0  # over 0 only for an engine that `samples`: it draws each token by its position's noise
+    mask_temperature: float = 0.0  # the same for what is predicted at masks; over 0 with the other alone
     seed: int = 0  # of that noise, under 2**64
     # Only for an engine whose model sees images.
     embedded: np.ndarray | None = None  # (K,) i32: which of the S tokens have an embedding in the place of their id's

@@ -50,7 +50,7 @@ class Layout:
 # The inputs of `SampledCommit` (`plugins/ops/confidence_commit.py`) beside logits and threshold.
 SAMPLING = (
     Binding("predicted_ids", "i32", ("B", "R")),  # the op's `ids`
-    Binding("temperature", "f32", ("B",)),
+    Binding("temperature", "f32", ("B", "R")),
     Binding("seed", "i32", ("B", 2)),
     Binding("position", "i32", ("B", "R")),
 )
@@ -109,11 +109,12 @@ def fill(arrays: Mapping[str, np.ndarray], row: int, p: Pass, mask_id: int) -> N
             arrays["embeddings"][places] = p.embeddings
     if "seed" in arrays:
         predicted_ids = ids[predicted]
-        arrays["temperature"][row] = p.temperature
+        masked = predicted_ids == mask_id
+        arrays["temperature"][row] = np.where(masked, p.mask_temperature, p.temperature)
         arrays["seed"][row] = np.array([p.seed], np.uint64).view(np.int32)
         arrays["predicted_ids"][row] = predicted_ids
         # A mask stands at its token's position, any other token one before it.
-        arrays["position"][row] = pos[predicted] + (predicted_ids != mask_id)
+        arrays["position"][row] = pos[predicted] + ~masked
 
 
 def rounded(number: int, limit: int) -> int:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import numpy as np
 
 from ..engines.engine import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
-from ..sampling.sampler import BadWords, draw, penalise
+from ..sampling.sampler import BadWords, SamplingParams, draw, penalise
 from .settings import Settings
 from .token_logprobs import TokenLogprobs, measure
 
 _HOTTEST = float(np.finfo(np.float32).max)  # engines hold f32
+_DRAFT_SHARE = 0.5  # of the temperature: of 0 to 1 what loses least whatever is asked (docs/log.md, 2026-11-28)
 
 
 class TokenSelector:
     """Chooses the tokens of one request, by the same rule in every mode.
 
     A loop chooses and emits, and the emitted token becomes part of the history; a draft walks ahead on the same history
-    and back again.
+    and back again. A draft that a verify will judge is cooler than the request: a mask's distribution spreads over all
+    that may come to stand before it, and the verify's does not, so noise counts for less there.
 
     Args:
         settings: of the request.
@@ -40,7 +43,10 @@ class TokenSelector:
         vocab: int,
         samples: bool = False,
     ) -> None:
-        self._params = settings.params
+        self._params = self._mask_params = settings.params
+        if settings.mode != "diffusion":
+            cooler = _DRAFT_SHARE * settings.params.temperature
+            self._mask_params = dataclasses.replace(settings.params, temperature=cooler)
         self._start = len(prompt)
         self._mask_id = mask_id
         self._stops = stops
@@ -69,10 +75,11 @@ class TokenSelector:
         return self.plain and self._budget is None
 
     def with_sampling(self, pass_: Pass) -> Pass:
-        """A pass as the engine must get it: with temperature and seed, if it is the engine that draws."""
+        """A pass as the engine must get it: with temperatures and seed, if it is the engine that draws."""
         if not self._drawn:
             return pass_
-        return pass_._replace(temperature=min(self._params.temperature, _HOTTEST), seed=self._params.seed)
+        heat, of_masks = (min(params.temperature, _HOTTEST) for params in (self._params, self._mask_params))
+        return pass_._replace(temperature=heat, mask_temperature=of_masks, seed=self._params.seed)
 
     def next(self, prediction: Prediction, index: int) -> int:
         """The token after all that has been emitted, from the causal prediction of that index."""
@@ -81,7 +88,7 @@ class TokenSelector:
             return int(prediction.token[index]) if forced is None else forced
         assert prediction.logits is not None
         logits = prediction.logits[index]
-        token = self._choose(logits)
+        token = self._choose(logits, self._params)
         if self._top_logprobs is not None:
             self.logprobs += measure(logits[None], [token], self._top_logprobs, self._mask_id)
         return token
@@ -95,7 +102,7 @@ class TokenSelector:
         for token, index in zip(tokens, indices, strict=True):
             if token == self._mask_id:
                 assert prediction.logits is not None
-                token = self._choose(prediction.logits[index])
+                token = self._choose(prediction.logits[index], self._mask_params)
             chosen.append(token)
             self.push(token)
         self.pop(len(chosen))
@@ -142,12 +149,11 @@ class TokenSelector:
         """What restricts the next token and takes it in: nothing while a structured answer still thinks."""
         return None if self._after_thinking and not self._thought else self._matcher
 
-    def _choose(self, logits: np.ndarray) -> int:
+    def _choose(self, logits: np.ndarray, params: SamplingParams) -> int:
         """The choice after the history; logits (V,) f32."""
         forced = self.forced()
         if forced is not None:
             return forced
-        params = self._params
         scores = logits.astype(np.float64)
         if params.penalised:
             penalise(scores, params, self._prompt, self._counts)

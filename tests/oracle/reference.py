@@ -4,6 +4,7 @@ Every loop keeps whole token lists and no cache, so whether a token is committed
 list that a pass gets. `reference_choice` chooses the tokens.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -125,7 +126,8 @@ def linear_spec(
         block = [out.tokens[-1]] + [model.mask_id] * (length - 1)
         block = _with_end(params, block, out.tokens[:-1])
         while model.mask_id in block:
-            prediction = predict(model, params, committed, block, bidirectional=True, adapter=adapter)
+            drafting = _drafting(params)
+            prediction = predict(model, drafting, committed, block, bidirectional=True, adapter=adapter)
             block = commit_rule(model.mask_id, block, threshold, eos, *prediction)
             out.nfe["draft"] += 1
         token, _ = predict(model, params, committed, block, bidirectional=False)
@@ -158,7 +160,13 @@ def quadratic_spec(
         if size < 2:
             return []
         token, _ = predict(
-            model, params, context, [model.mask_id] * size, bidirectional=True, adapter=adapter, first=first
+            model,
+            _drafting(params),
+            context,
+            [model.mask_id] * size,
+            bidirectional=True,
+            adapter=adapter,
+            first=first,
         )
         tokens = [int(t) for t in token[1:]]
         return tokens[: next((i for i, t in enumerate(tokens) if t in eos), len(tokens))]
@@ -211,6 +219,11 @@ def _closed(block: list[int], mask_id: int, eos: Collection[int]) -> list[int]:
     """The EOS rule."""
     first = next((i for i, t in enumerate(block) if t in eos), len(block))
     return [block[first] if i > first and t == mask_id else t for i, t in enumerate(block)]
+
+
+def _drafting(params: SamplingParams | None) -> SamplingParams | None:
+    """The parameters by which a draft is drawn."""
+    return None if params is None else dataclasses.replace(params, temperature=params.temperature * 0.5)
 
 
 def predict(

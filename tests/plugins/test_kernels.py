@@ -208,11 +208,11 @@ def test_commit_of_random_cases(tiny: ModelConfig, rows: int, size: int, vocab: 
 
 
 def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
-    """Also where a row is greedy, where seeds have their highest bit set, and at temperatures below and above 1."""
+    """Also where a row or a position is greedy, where seeds have their highest bit set, at temperatures over 1."""
     vocab, size = 4100, 8
     case = commit_case(4, size, vocab)
     words = np.array([[5, 0], [2**31 - 1, -3], [-1, 7], [0, -(2**31)]], np.int32)
-    heat = np.array([0.7, 0, 1.3, 1.0], np.float32)
+    heat = np.array([[0.7, 0.35], [0, 0], [1.3, 0.65], [1.0, 0]], np.float32).repeat(size // 2, 1)  # (B, R)
     position = np.arange(4 * size, dtype=np.int32).reshape(4, size) * 21
     model = dataclasses.replace(tiny, vocab_size=vocab, mask_id=MASK)
     token, confidence, next_ids, left = launch(SAMPLED, model, **case, temperature=heat, seed=words, position=position)
@@ -220,13 +220,12 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
     for row in range(4):
         seed = int(words[row].view(np.uint64)[0])
         expected = greedy[row].tolist()
-        if heat[row]:
-            params = SamplingParams(temperature=float(heat[row]), seed=seed)
-            noise = Noise(seed, vocab)
-            scores = case["logits"][row].astype(np.float64)  # (R, V)
-            scores[:, MASK] = -np.inf
-            pairs = zip(scores, position[row].tolist(), strict=True)
-            expected = [draw(token_scores, params, noise, at) for token_scores, at in pairs]
+        noise = Noise(seed, vocab)
+        scores = case["logits"][row].astype(np.float64)  # (R, V)
+        scores[:, MASK] = -np.inf
+        for at in np.flatnonzero(heat[row]):
+            params = SamplingParams(temperature=float(heat[row, at]), seed=seed)
+            expected[at] = draw(scores[at].copy(), params, noise, int(position[row, at]))
         assert token[row].tolist() == expected
     logits = case["logits"].astype(np.float64)
     logits[:, :, MASK] = -np.inf

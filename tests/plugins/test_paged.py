@@ -523,6 +523,7 @@ def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
     np.testing.assert_array_equal(confidence[as_it_was], greedy[1][as_it_was])
     alone = {
         **noise,
+        "temperature": noise["temperature"][:, None],
         "logits": logits[:, None],
         "ids": rule["ids"][rule["index"]][:, None],
         "position": noise["position"][:, None],

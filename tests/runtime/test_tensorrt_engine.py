@@ -179,7 +179,7 @@ def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
     for _, stage in stages([SAMPLED]):
         pointers = [f"*fp32 {name}" for name in stage.inputs]
         arguments = (*pointers, *(f"i32 {name}" for name in stage.scalars), *(f"*fp32 {a.name}" for a in stage.outputs))
-        kernels.append(Kernel(stage.name, 89, stage.kernel.split(".")[1], stage.num_warps, 0, 32, 0, arguments))
+        kernels.append(Kernel(stage.name, 89, stage.entry, stage.num_warps, 0, 32, 0, arguments))
         (folder / kernels[-1].file("cubin")).write_text(stage.name)
     made = dataclasses.replace(setup, folder=folder)
     engine, backend, driver, _ = made.load(driver, info=with_about(setup.info, kernels=tuple(kernels)))
@@ -203,6 +203,9 @@ def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
     assert first.token[0] != second.token[0]
     _, unable, *_ = setup.load()
     assert not unable.samples  # without kernels the host draws, from logits
+    older = tuple(dataclasses.replace(kernel, entry=f"earlier_{kernel.entry}") for kernel in kernels)
+    _, unable, *_ = made.load(gpu_driver.Driver(), info=with_about(setup.info, kernels=older))
+    assert not unable.samples  # nor with kernels that take other arguments
 
 
 def test_batches_with_padding_and_row_moves(setup: Setup) -> None:

@@ -87,8 +87,8 @@ class TensorRTEngine:
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
         self.logits: Memory | None = self.device.allocate(logits_bytes) if has_logits else None
-        drawing = {(stage.name, self.device.sm) for stage in SAMPLED.stages}
-        self.samples = has_logits and drawing <= {(kernel.stage, kernel.sm) for kernel in about.kernels}
+        drawing = {(stage.entry, self.device.sm) for stage in SAMPLED.stages}
+        self.samples = has_logits and drawing <= {(kernel.entry, kernel.sm) for kernel in about.kernels}
         self.sampler: Sampler | None = None
         if self.samples:
             kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)

@@ -173,11 +173,11 @@ def fill(
         span[picked] = (begin, end)
         arrays["threshold"][picked] = p.threshold
         if "seed" in arrays:
-            chosen = p.ids[p.predicted]
-            arrays["temperature"][picked] = p.temperature
+            masked = p.ids[p.predicted] == mask
+            arrays["temperature"][picked] = np.where(masked, p.mask_temperature, p.temperature)
             arrays["seed"][picked] = np.array([p.seed], np.uint64).view(np.int32)
             # A mask stands at its token's position, any other token one before it.
-            arrays["position"][picked] = p.pos[p.predicted] + (chosen != mask)
+            arrays["position"][picked] = p.pos[p.predicted] + ~masked
         at += size
         begin = end
     if "source" in arrays:
