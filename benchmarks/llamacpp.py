@@ -5,7 +5,9 @@
     python benchmarks/llamacpp.py --checkpoint FOLDER --name llamacpp_133m --questions 0
 
 Both run in one process and take turns pass by pass, each from token ids to the best next token, which in nemodiff is a
-part of the graph. CPU time counts, so other work on the machine falls on both. It cannot be called llama_cpp.py, as its
+part of the graph. CPU time counts, so other work on the machine falls on both. Q4_0 has a scale for 32 weights and is
+compared with int4 likewise, and with int4 in groups of 128, which reads as many bits of a weight but is less accurate:
+`errors` says how far each engine's logits are from the same program's in f32. It cannot be called llama_cpp.py, as its
 own folder comes first on Python's path.
 """
 
@@ -32,7 +34,12 @@ from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import load
 
-PAIRS: tuple[tuple[str, str | None], ...] = (("F32", None), ("Q8_0", "int8"), ("Q4_0", "int4"))
+PAIRS: dict[str, tuple[str, dict[str, Any]]] = {  # by name: llama.cpp's kind, and what nemodiff builds
+    "F32": ("F32", {}),
+    "Q8_0": ("Q8_0", {"quantization": "int8"}),
+    "Q4_0": ("Q4_0", {"quantization": "int4"}),
+    "Q4_0, int4 by 128": ("Q4_0", {"quantization": "int4", "group_size": 128}),
+}
 BITS = {"F32": 32, "Q8_0": 8.5, "Q4_0": 4.5}  # of a weight in GGUF, with its share of a scale
 SIZES = (1, 8, 32, 512)
 CONTEXT = 64
@@ -83,24 +90,33 @@ def main() -> None:
     passes: dict[str, Any] = {}
     reads: dict[str, Any] = {}
     equal: dict[str, int] = {}
+    errors: dict[str, dict[str, float]] = {}
     goals = []
     with tempfile.TemporaryDirectory() as work:
         twin = Exporter(args.checkpoint, Path(work) / "twin").run()
         plain: list[list[int]] = []
-        for kind, quantization in PAIRS:
-            folder = Builder(args.checkpoint, Path(work) / kind, quantization=quantization).run()  # type: ignore[arg-type]
+        exact: dict[str, np.ndarray] = {}
+        for kind, (theirs, choices) in PAIRS.items():
+            folder = Builder(args.checkpoint, Path(work) / kind, **choices).run()
             engine = load(folder, threads=args.threads)
-            other = LlamaCpp(write_gguf(twin, Path(work) / f"{kind}.gguf", kind), args.threads)
+            gguf = Path(work) / f"{theirs}.gguf"
+            other = LlamaCpp(write_gguf(twin, gguf, theirs), args.threads)
+            texts = compared.texts(engine)
+            logits = {
+                "nemodiff": compared.logits(engine, texts),
+                "llama_cpp": np.concatenate([other.forward(ids, 0, predict_all=True).copy() for ids in texts]),
+            }
+            exact = exact or logits
+            errors[kind] = {name: compared.error(got, exact[name]) for name, got in logits.items()}
             cache = engine.backend.open(1)
             fill(cache, other)
             passes[kind] = {size: compare(cache, other, size, args.rounds) for size in SIZES}
             model = engine.info.model
             table = 4 * model.vocab_size * model.hidden_size  # of the embeddings, of which a token reads a row
-            gguf = Path(work) / f"{kind}.gguf"
             nbytes = {"nemodiff": (folder / WEIGHTS_FILE).stat().st_size - table}
-            nbytes["llama_cpp"] = gguf.stat().st_size - int(table * BITS[kind] / 32)
+            nbytes["llama_cpp"] = gguf.stat().st_size - int(table * BITS[theirs] / 32)
             reads[kind] = limit(cache, other, nbytes, args.rounds)
-            print(kind, passes[kind], reads[kind], flush=True)
+            print(kind, passes[kind], reads[kind], errors[kind], flush=True)
             goals.append(record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp"))
             equal[kind] = 0
             for number, question in enumerate(first(args.questions)):
@@ -115,7 +131,7 @@ def main() -> None:
             record.goal("the twin's answers equal to ar's", equal["F32"], "at least", args.questions, "answers")
         )
         print(f"answers equal to ar's in f32: {equal} of {args.questions}")
-    figures = {"checkpoint": args.checkpoint.name, "passes": passes, "reads": reads, "equal": equal}
+    figures = {"checkpoint": args.checkpoint.name, "passes": passes, "reads": reads, "errors": errors, "equal": equal}
     record.write(args.name, origin, goals, figures)
 
 

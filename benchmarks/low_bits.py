@@ -22,14 +22,20 @@ import numpy as np
 
 from common import checkout  # noqa: F401  # isort: skip
 from common import compared, record
-from common.questions import LONGEST, draw
+from common.questions import LONGEST
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engines.engine import bidirectional, causal
+from nemodiff.runtime.engines.engine import bidirectional
 from nemodiff.runtime.loading import LoadedEngine, load
 
 ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by backend and name
-    "onnxruntime": {"f32": {}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"}},
+    "onnxruntime": {
+        "f32": {},
+        "int8": {"quantization": "int8"},
+        "int4": {"quantization": "int4"},
+        "int4 by 64": {"quantization": "int4", "group_size": 64},
+        "int4 by 128": {"quantization": "int4", "group_size": 128},
+    },
     "torch": {
         "f32": {"dtype": "f32"},
         "bf16": {"dtype": "bf16"},
@@ -55,31 +61,19 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[int,
 def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]]:
     """How far the logits of questions with their answers are from f32's, by engine.
 
-    `error` is the root mean square of the difference over the standard deviation of f32's logits, `same_best` the share
-    of positions with the same best token.
+    `same_best` is the share of positions with the same best token.
     """
-    asked = draw(1)
-    codec = next(iter(engines.values())).text
-    asked_of = [q.prompt(codec) for q in asked]
-    texts = [[*prompt, *codec.encode_plain(q.answer)] for prompt, q in zip(asked_of, asked, strict=True)]
-    exact: list[np.ndarray] = []
-    results = {}
-    for name, engine in engines.items():
-        got = []
-        for ids in texts:
-            cache = engine.backend.open(1)
-            (prediction,) = cache.forward([causal("verify", ids, 0, predict_all=True, logits=True)])
-            assert prediction.logits is not None
-            got.append(prediction.logits.copy())
-            cache.close()
-        exact = exact or got
-        one, other = np.concatenate(got), np.concatenate(exact)
-        results[name] = {
-            "error": round(float(np.sqrt(np.mean((one - other) ** 2)) / other.std()), 6),
-            "same_best": round(float(np.mean(one.argmax(-1) == other.argmax(-1))), 4),
+    texts = compared.texts(engines["f32"])
+    got = {name: compared.logits(engine, texts) for name, engine in engines.items()}
+    exact = got["f32"]
+    return {
+        name: {
+            "error": compared.error(one, exact),
+            "same_best": round(float(np.mean(one.argmax(-1) == exact.argmax(-1))), 4),
             "positions": len(one),
         }
-    return results
+        for name, one in got.items()
+    }
 
 
 def main() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
+from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine
 
 from . import record
-from .questions import first
+from .questions import draw, first
 
 MODES = (("linear_spec", 16), ("linear_spec", 32), ("quadratic_spec", 16), ("quadratic_spec", 32))
 WARMUP = 2
@@ -67,6 +70,29 @@ def answers(engines: dict[str, LoadedEngine], questions: int, new_tokens: int) -
         results[name] = {"answers": len(asked), **result}
         print(name, results[name], flush=True)
     return results
+
+
+def texts(engine: LoadedEngine) -> list[list[int]]:
+    """The ids of a question of every task with its answer."""
+    codec = engine.text
+    return [[*question.prompt(codec), *codec.encode_plain(question.answer)] for question in draw(1)]
+
+
+def logits(engine: LoadedEngine, ids: Sequence[list[int]]) -> np.ndarray:
+    """The logits after every token of some texts, one text after the other, (tokens, V) f32."""
+    got = []
+    for text in ids:
+        cache = engine.backend.open(1)
+        (prediction,) = cache.forward([causal("verify", text, 0, predict_all=True, logits=True)])
+        assert prediction.logits is not None
+        got.append(prediction.logits.copy())
+        cache.close()
+    return np.concatenate(got)
+
+
+def error(got: np.ndarray, exact: np.ndarray) -> float:
+    """The root mean square of what logits are off, over the standard deviation of the exact ones."""
+    return round(float(np.sqrt(np.mean((got - exact) ** 2)) / exact.std()), 6)
 
 
 def unequal_goals(asked: dict[str, Any]) -> list[dict[str, Any]]:
