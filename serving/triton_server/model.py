@@ -90,10 +90,10 @@ class TritonPythonModel:
 
     def _read(self, request: Any) -> TritonRequest:
         """The request's prompt and options. Raises RequestError."""
+        given = {tensor.name(): tensor for tensor in request.inputs()}  # to ask for each by its name takes 2 us
         tensors: dict[str, list[Any]] = {}
         for declared in INPUTS:
-            tensor = self._pb.get_input_tensor_by_name(request, declared.name)
-            if tensor is not None:
+            if (tensor := given.get(declared.name)) is not None:
                 tensors[declared.name] = [_plain(declared.name, value) for value in tensor.as_numpy().reshape(-1)]
         return read(tensors, json.loads(request.parameters() or "{}"), self._defaults)
 

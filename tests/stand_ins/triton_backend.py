@@ -53,13 +53,16 @@ class Request:
     """A request, and the sender of its responses; `sent` gets each with whether it is the last."""
 
     def __init__(self, values: dict[str, Any], parameters: dict[str, Any] | None = None) -> None:
-        self.tensors = {}
+        self._tensors = []
         for name, value in values.items():
             array = np.array([value.encode()], object) if isinstance(value, str) else np.array([value])
-            self.tensors[name] = Tensor(name, array)
+            self._tensors.append(Tensor(name, array))
         self._parameters = json.dumps(parameters or {})
         self.cancelled = False
         self.sent: queue.SimpleQueue[tuple[InferenceResponse, bool]] = queue.SimpleQueue()
+
+    def inputs(self) -> list[Tensor]:
+        return self._tensors
 
     def parameters(self) -> str:
         return self._parameters
@@ -129,7 +132,6 @@ def module() -> types.ModuleType:
         MetricFamily=type("MetricFamily", (MetricFamily,), {"values": {}}),
         Logger=Logger,
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
-        get_input_tensor_by_name=lambda request, name: request.tensors.get(name),
     )
     return made
 
