@@ -26,13 +26,14 @@ if TYPE_CHECKING:
     from .runtime.editing.revise import Revised, revise
     from .runtime.events.events import BlockStarted, Committed, Event, Finished, Pieces, Started, Step, Text
     from .runtime.generate import events, generate, generate_many, stream
-    from .runtime.handle import Handle
     from .runtime.loading import LoadedEngine, load
     from .runtime.requests.generation import Acceptance, Generation
     from .runtime.requests.generation_config import sampling_defaults
     from .runtime.requests.options import Options
     from .runtime.requests.token_logprobs import TokenLogprobs
-    from .runtime.scheduler import Scheduler, Statistics
+    from .runtime.scheduler.handle import Handle
+    from .runtime.scheduler.scheduler import Scheduler
+    from .runtime.scheduler.statistics import Statistics
     from .runtime.score import Score, score, score_many
     from .runtime.tools.answer import ToolCall
 
@@ -60,13 +61,14 @@ _LAZY = {
     "runtime.editing.revise": ("Revised", "revise"),
     "runtime.events.events": ("BlockStarted", "Committed", "Event", "Finished", "Pieces", "Started", "Step", "Text"),
     "runtime.generate": ("events", "generate", "generate_many", "stream"),
-    "runtime.handle": ("Handle",),
     "runtime.loading": ("LoadedEngine", "load"),
     "runtime.requests.generation": ("Acceptance", "Generation"),
     "runtime.requests.generation_config": ("sampling_defaults",),
     "runtime.requests.options": ("Options",),
     "runtime.requests.token_logprobs": ("TokenLogprobs",),
-    "runtime.scheduler": ("Scheduler", "Statistics"),
+    "runtime.scheduler.handle": ("Handle",),
+    "runtime.scheduler.scheduler": ("Scheduler",),
+    "runtime.scheduler.statistics": ("Statistics",),
     "runtime.score": ("Score", "score", "score_many"),
     "runtime.tools.answer": ("ToolCall",),
 }

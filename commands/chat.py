@@ -17,7 +17,7 @@ from .answers import follow, one_line, print_statistics, print_warnings
 
 if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine
-    from ..runtime.scheduler import Scheduler
+    from ..runtime.scheduler.scheduler import Scheduler
     from ..runtime.text.messages import Message
 
 
@@ -40,7 +40,7 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     from ..runtime.loading import load
-    from ..runtime.scheduler import Scheduler
+    from ..runtime.scheduler.scheduler import Scheduler
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")

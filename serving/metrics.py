@@ -12,7 +12,7 @@ from typing import Literal
 
 from ..runtime.engines.engine import PassKind
 from ..runtime.events.events import Finished
-from ..runtime.scheduler import Statistics
+from ..runtime.scheduler.statistics import Statistics
 
 Kind = Literal["counter", "gauge", "histogram"]
 Values = Mapping[str, float] | Mapping[PassKind, int]

@@ -50,7 +50,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"modes"},
         {"batching"},
         {"events"},
-        {"generate", "handle"},
+        {"generate"},
         {"scheduler", "score"},
         {"editing"},
     ],

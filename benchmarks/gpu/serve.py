@@ -18,7 +18,7 @@ from gpu import script as gpu_script
 from gpu.forward import Passes, passes, seconds
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.runtime.loading import LoadedEngine
-from nemodiff.runtime.scheduler import Scheduler
+from nemodiff.runtime.scheduler.scheduler import Scheduler
 
 WAYS: dict[str, tuple[dict[str, Any], ...]] = {
     "ar": ({"mode": "ar"},),

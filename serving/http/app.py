@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from ...runtime.loading import LoadedEngine, load
-from ...runtime.scheduler import Scheduler
+from ...runtime.scheduler.scheduler import Scheduler
 from ..metrics import ServerStats
 from .handlers import Handlers
 from .hosts import AllowedHosts

@@ -22,7 +22,7 @@ from ...runtime.loading import LoadedEngine
 from ...runtime.requests.options import make_options
 from ...runtime.requests.prepare import Prompt, encode, prepare
 from ...runtime.requests.spellings import with_seed
-from ...runtime.scheduler import Scheduler
+from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.text.checks import check_text
 from .body import Chat, Completion, Decoding, Detokenize, Tokenize, Watched
 from .dialects.dialect import DialectBody

@@ -15,10 +15,10 @@ from starlette.types import Receive
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished
-from ...runtime.handle import Handle
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.sequence import Sequence
-from ...runtime.scheduler import Scheduler
+from ...runtime.scheduler.handle import Handle
+from ...runtime.scheduler.scheduler import Scheduler
 from .doorbell import doorbell
 from .threads import in_thread
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import NemodiffError, RequestError
 from ...runtime.loading import LoadedEngine, load
-from ...runtime.scheduler import Scheduler
+from ...runtime.scheduler.scheduler import Scheduler
 from .metrics import TritonMetrics
 from .parameters import INPUTS, TritonRequest, model_parameters, read
 from .responder import Responder

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...errors import NemodiffError
 from ...runtime.events.events import Event, Finished, Text
-from ...runtime.handle import Handle
-from ...runtime.scheduler import Scheduler
+from ...runtime.scheduler.handle import Handle
+from ...runtime.scheduler.scheduler import Scheduler
 from ..metrics import ServerStats
 from .metrics import TritonMetrics
 from .parameters import TritonRequest

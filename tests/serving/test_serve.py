@@ -29,7 +29,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from stand_ins.http_server import Served, serving
 
 import nemodiff
-from nemodiff.runtime.scheduler import Scheduler
+from nemodiff.runtime.scheduler.scheduler import Scheduler
 from nemodiff.runtime.text.reasoning import ReasoningParser
 from nemodiff.runtime.text.thoughts import TAGS
 from nemodiff.serving.http.infill_queue import InfillQueue

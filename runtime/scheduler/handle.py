@@ -6,11 +6,11 @@ import concurrent.futures
 import queue
 from collections.abc import Callable, Iterator
 
-from ..errors import NemodiffError
-from .events.events import Event, Finished
-from .events.reporter import Reporter
-from .requests.generation import Generation
-from .requests.sequence import Sequence
+from ...errors import NemodiffError
+from ..events.events import Event, Finished
+from ..events.reporter import Reporter
+from ..requests.generation import Generation
+from ..requests.sequence import Sequence
 
 Listener = Callable[[list[Event] | NemodiffError], None]
 
