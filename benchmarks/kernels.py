@@ -2,8 +2,9 @@
 
     python benchmarks/kernels.py
 
-The sizes are those of the released 8B model. Blocks per multiprocessor are an upper bound from registers, shared memory
-and warps; `gpu.py` measures how fast a kernel runs. Writes `results/kernels.json`.
+The sizes are those of the released 8B model, in bf16 and, of the torch engine, in f32. Blocks per multiprocessor are an
+upper bound from registers, shared memory and warps; `gpu.py` measures how fast a kernel runs. Writes
+`results/kernels.json`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import record
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels
+from nemodiff.contract import Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED
+from nemodiff.plugins.op import Op
 from nemodiff.tensorrt_info import Kernel
 
 # Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.
@@ -46,27 +50,31 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.MODEL).model, **HEAD, **WIDTH)
+    typed = [op for op in FUSED if any(arg.dtype == "compute" for arg in op.args.values())]
+    of_dtype: dict[Dtype, Sequence[Op]] = {"bf16": (*OPS, SAMPLED, *FUSED), "f32": typed}
     with tempfile.TemporaryDirectory() as folder:
-        kernels = compile_kernels(model, "bf16", SMS, Path(folder), (*OPS, SAMPLED, *FUSED))
-    print(f"{'kernel':<22} {'SM':>4} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
-    for k in kernels:
+        kernels = [
+            (dtype, k) for dtype, ops in of_dtype.items() for k in compile_kernels(model, dtype, SMS, Path(folder), ops)
+        ]
+    print(f"{'kernel':<22} type  SM {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
+    for dtype, k in kernels:
         print(
-            f"{k.stage:<22} {k.sm:>4} {k.num_warps:>5} {k.registers:>9} {k.spill_bytes:>7} {k.shared_bytes:>7} "
-            f"{blocks(k):>6}"
+            f"{k.stage:<22} {dtype:>4} {k.sm:>3} {k.num_warps:>5} {k.registers:>9} {k.spill_bytes:>7} "
+            f"{k.shared_bytes:>7} {blocks(k):>6}"
         )
-    worst = max(k.spill_bytes for k in kernels)
+    worst = max(k.spill_bytes for _, k in kernels)
     goals = [record.goal("bytes spilled by any kernel", worst, "at most", 0, "bytes per thread")]
     figures = {
         "model": {**HEAD, **WIDTH},
-        "dtype": "bf16",
         "ptx_version": PTX_VERSION,
         "kernels": [
             {
+                "dtype": dtype,
                 **dataclasses.asdict(k),
                 "blocks_per_multiprocessor": blocks(k),
                 "occupancy": round(blocks(k) * k.num_warps / LIMITS[k.sm][1], 2),
             }
-            for k in kernels
+            for dtype, k in kernels
         ],
     }
     record.write("kernels", origin, goals, figures)

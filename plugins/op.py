@@ -65,12 +65,12 @@ class Stage:
     grid: Callable[[Dims, Ceil], Grid]  # its number of programs
     num_warps: int = 4
     num_stages: int = 2  # tiles in shared memory, those that are on their way among them
-    num_stages_f32: int | None = None  # another number where compute is f32, whose tiles are twice as large
+    constants_f32: Constants = dataclasses.field(default_factory=dict)  # others where compute is f32, for a GPU
     follows: bool = False  # the kernel takes PDL: it may begin while the one before it ends
 
-    def tiles_ahead(self, dtype: str) -> int:
-        """`num_stages` in an engine's dtype."""
-        return self.num_stages_f32 if dtype == "f32" and self.num_stages_f32 is not None else self.num_stages
+    def constants_for(self, model: ModelConfig, dtype: str) -> Constants:
+        """The kernel's constants in an engine's dtype."""
+        return {**self.constants(model), **(self.constants_f32 if dtype == "f32" else {})}
 
     @property
     def entry(self) -> str:
@@ -145,11 +145,12 @@ def run(
     tensors = dict(inputs)
     heads = {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim}
     dims = heads | op.dims({name: tensor.shape for name, tensor in inputs.items()})
-    is_f32 = any(op.args[name].dtype == "compute" and t.element_size() == 4 for name, t in inputs.items())
+    # The interpreter has no registers to be short of and takes the tiles of 16 bits, as it does in every dtype.
+    is_f32 = any(op.args[n].dtype == "compute" and t.element_size() == 4 and t.is_cuda for n, t in inputs.items())
     dtype = "f32" if is_f32 else "of 16 bits"
     for stage in op.stages:
-        constants = {**stage.constants(model)}
-        options = {"num_warps": stage.num_warps, "num_stages": stage.tiles_ahead(dtype), "enable_fp_fusion": True}
+        constants = {**stage.constants_for(model, dtype)}
+        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
         if stage.follows:
             constants["PDL"] = pdl
             options["launch_pdl"] = pdl

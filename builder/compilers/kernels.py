@@ -126,7 +126,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     from triton.backends.compiler import GPUTarget
 
     arguments = _arguments(op, stage, dtype)
-    constants = {**stage.constants(model), **({"PDL": sm >= OLDEST_PDL_SM} if stage.follows else {})}
+    constants = {**stage.constants_for(model, dtype), **({"PDL": sm >= OLDEST_PDL_SM} if stage.follows else {})}
     source = triton.compiler.ASTSource(
         fn=stage.load(),
         signature={**arguments, **dict.fromkeys(constants, "constexpr")},
@@ -136,7 +136,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     )
     options = {
         "num_warps": stage.num_warps,
-        "num_stages": stage.tiles_ahead(dtype),
+        "num_stages": stage.num_stages,
         "ptx_version": ptx_version(sm),
         "enable_fp_fusion": True,
     }

@@ -16,14 +16,15 @@ from .shares import finish, share_sums
 @triton.jit
 def byte_linear(
     x, weight, scale, counters, N, F, K, W, part, y,
-    E4M3: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    E4M3: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """x (N, K), weight (F, K) u8, scale (F,) f32 -> y (N, F), by W shares."""
     follow(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     whole = share_sums(
-        x, weight, weight, weight, N, F, K, 0, W, n, f, "e4m3" if E4M3 else "int8", BLOCK_N, BLOCK_F, BLOCK_K
+        x, weight, weight, weight, N, F, K, 0, W, n, f, "e4m3" if E4M3 else "int8", BLOCK_N, BLOCK_F, BLOCK_K, STEP
     )
     gain = tl.load(scale + f, mask=f < F, other=0.0)
     finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)
@@ -38,5 +39,6 @@ def nibble_linear(
     follow(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    whole = share_sums(x, weight, scale, zero, N, F, K, Z, W, n, f, "int4", BLOCK_N, BLOCK_F, 2 * GROUP)
+    pair: tl.constexpr = 2 * GROUP
+    whole = share_sums(x, weight, scale, zero, N, F, K, Z, W, n, f, "int4", BLOCK_N, BLOCK_F, pair, pair)
     finish(whole, tl.full([BLOCK_F], 1.0, tl.float32), counters, N, F, part, y, n, f, BLOCK_N, BLOCK_F)

@@ -4,48 +4,45 @@
 import triton
 import triton.language as tl
 
-from .attention_plan import (
-    AT,
-    FIELDS,
-    FIRST,
-    FULL,
-    PART,
-    PREFIX,
-    ROW,
-    SHARE,
-    SHARES,
-    SHIFT,
-    SMALL,
-    TILE,
-    TOKENS,
-    UNTIL,
-)
+from .attention_plan import AT, FIELDS, FIRST, FULL, PART, PREFIX, ROW, SHARE, SHARES, SHIFT, SMALL, TOKENS, UNTIL
+from .attention_share import merge_last, weigh
 from .dependent import follow
 from .kv_cache import to_numbers
 
 
 @triton.jit
-def _weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr):
-    """One step of the running softmax; scores (M, N) in base 2, values (N, D) times gains (N,)."""
-    above = tl.maximum(highest, tl.max(scores, 1))
-    safe = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
-    weight = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(highest - safe)
-    total = total * shrink + tl.sum(weight, 1)
-    if CACHE:
-        weight *= gains[None, :]
-    sum_v = tl.dot(weight.to(values.dtype), values, sum_v * shrink[:, None], input_precision="ieee")
-    return above, total, sum_v
+def _sliced(
+    of_query, of_key, real, used, gain, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, SLICE: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Scores (M, N) by slices of the head, in f32; queries begin at of_query (M,) and keys at of_key (N,)."""
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for at in tl.range(0, BLOCK_D, SLICE, num_stages=1):
+        d = at + tl.arange(0, SLICE)
+        in_head = (d < D)[None, :]
+        query = tl.load(of_query[:, None] + d[None, :], mask=real[:, None] & in_head, other=0.0)
+        keys = tl.load(of_key[:, None] + d[None, :], mask=used[:, None] & in_head, other=0.0)
+        scores = tl.dot(query, tl.trans(to_numbers(keys, tl.float32, CACHE)), scores, input_precision="ieee")
+    return scores * gain
+
+
+@triton.jit
+def _whole(place, in_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What is stored at a place (N, D)."""
+    return tl.load(place) if D == BLOCK_D else tl.load(place, mask=in_head[None, :], other=0.0)
 
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, begins, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PART_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr, PART_M: tl.constexpr,
     SPLITS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SHARES: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """One share of one tile of BLOCK_M packed queries and heads; scales are read where CACHE is not 0."""
+    """One share of BLOCK_M packed queries and heads of a tile, the first of them `begins`, and their merge.
+
+    Scales are read where CACHE is not 0. With MERGE_ROWS 0 nothing is merged.
+    """
     group: tl.constexpr = H // G
     kv_head = tl.program_id(1)
     first = tl.load(item + FIRST)
@@ -58,12 +55,15 @@ def _attend(
     until = tl.load(item + UNTIL)
 
     m = tl.arange(0, BLOCK_M)
+    if MERGE_ROWS == 0:
+        m += begins
     token = first + m // group
     real = m // group < tokens
     d = tl.arange(0, BLOCK_D)
     in_head = d < D
     of_query = (token * H + kv_head * group + m % group).to(tl.int64) * D
-    query = tl.load(q + of_query[:, None] + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0)
+    if SLICE >= BLOCK_D:
+        query = tl.load(q + of_query[:, None] + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -84,18 +84,19 @@ def _attend(
         row = (page.to(tl.int64) * G + kv_head) * PAGE + number % steps * BLOCK_N
         head = row * D
         page = tl.load(table + (number + 1) // steps, mask=number + 1 < whole, other=0)
-        if D == BLOCK_D:
-            keys = tl.load(k_pages + head + of_key)
-            values = tl.load(v_pages + head + of_value)
+        if SLICE >= BLOCK_D:
+            keys = _whole(k_pages + head + of_key, in_head, D, BLOCK_D)
+        values = _whole(v_pages + head + of_value, in_head, D, BLOCK_D)
+        if SLICE >= BLOCK_D:
+            scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
         else:
-            keys = tl.load(k_pages + head + of_key, mask=in_head[None, :], other=0.0)
-            values = tl.load(v_pages + head + of_value, mask=in_head[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+            of_slot = k_pages + head + n * D
+            scores = _sliced(q + of_query, of_slot, real, n >= 0, gain, D, BLOCK_M, BLOCK_N, BLOCK_D, SLICE, CACHE)
         gains = highest
         if CACHE:
             scores *= tl.load(k_scales + row + n)[None, :]
             gains = tl.load(v_scales + row + n) * lift
-        highest, total, sum_v = _weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
+        highest, total, sum_v = weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
 
     # The prefixes' ends and the spans.
     seen = visible + token * 3
@@ -113,15 +114,20 @@ def _attend(
         sees |= (slot[None, :] >= begin[:, None]) & (slot[None, :] < end[:, None])  # (M, N) bool
         # Slots that no query sees may hold anything: they are read as zeros, since zero times NaN is NaN.
         used = tl.max(sees.to(tl.int32), 0) > 0
-        keys = tl.load(k_pages + head + of_key, mask=used[:, None] & in_head[None, :], other=0.0)
+        if SLICE >= BLOCK_D:
+            keys = tl.load(k_pages + head + of_key, mask=used[:, None] & in_head[None, :], other=0.0)
         values = tl.load(v_pages + head + of_value, mask=used[:, None] & in_head[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+        if SLICE >= BLOCK_D:
+            scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+        else:
+            of_slot = k_pages + head + n * D
+            scores = _sliced(q + of_query, of_slot, real, used, gain, D, BLOCK_M, BLOCK_N, BLOCK_D, SLICE, CACHE)
         gains = highest
         if CACHE:
             scores *= tl.load(k_scales + row + n, mask=used, other=0.0)[None, :]
             gains = tl.load(v_scales + row + n, mask=used, other=0.0) * lift
         scores = tl.where(sees, scores, float("-inf"))
-        highest, total, sum_v = _weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
+        highest, total, sum_v = weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
     if CACHE == 1:
         sum_v *= 1.0 / lift
 
@@ -141,49 +147,11 @@ def _attend(
         tl.store(stats + place * 2, highest, mask=real)
         tl.store(stats + place * 2 + 1, total, mask=real)
         tl.store(part + place[:, None] * D + d[None, :], sum_v, mask=real[:, None] & in_head[None, :])
-        tl.debug_barrier()  # every thread has written before one says so
-        counter = counters + tl.load(item + TILE) * G + kv_head
-        done = tl.atomic_add(counter, 1, sem="acq_rel")
-        if done == shares - 1:  # the last to finish merges, in the order of shares
-            tl.store(counter, 0)
-            for row in range(0, tokens * group, MERGE_ROWS):
-                _merge(
-                    part, stats, y, parts, shares, row, first, tokens, kv_head,
-                    H, G, D, BLOCK_D, PART_M, SPLITS, MERGE_ROWS, MERGE_SHARES,
-                )  # fmt: skip
-
-
-@triton.jit
-def _merge(
-    part, stats, y, parts, shares, row, first, tokens, kv_head,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART_M: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Merge ROWS packed rows of a tile from all of its shares. What others wrote is read past the first-level cache."""
-    group: tl.constexpr = H // G
-    m = row + tl.arange(0, ROWS)
-    real = m < tokens * group
-    d = tl.arange(0, BLOCK_D)
-    every = tl.arange(0, SPLITS)
-    place = (parts + every).to(tl.int64)[:, None] * PART_M + m[None, :]
-    filled = (every < shares)[:, None] & real[None, :]
-    high = tl.load(stats + place * 2, mask=filled, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(stats + place * 2 + 1, mask=filled, other=0.0, cache_modifier=".cg")
-    highest = tl.max(high, 0)  # (ROWS,)
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    bottom = tl.sum(tl.exp2(high - safe[None, :]) * total, 0)
-    sum_v = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for at in range(0, shares, STEP):
-        some = at + tl.arange(0, STEP)
-        there = (parts + some).to(tl.int64)[:, None] * PART_M + m[None, :]
-        has = (some < shares)[:, None] & real[None, :]
-        weight = tl.exp2(tl.load(stats + there * 2, mask=has, other=float("-inf"), cache_modifier=".cg") - safe)
-        of_head = has[:, :, None] & (d < D)[None, None, :]
-        values = tl.load(part + there[:, :, None] * D + d[None, None, :], mask=of_head, other=0.0, cache_modifier=".cg")
-        sum_v += tl.sum(values * weight[:, :, None], 0)
-    out = sum_v / tl.where(bottom == 0.0, 1.0, bottom)[:, None]
-    to = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
-    tl.store(y + to[:, None] + d[None, :], out.to(y.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+        if MERGE_ROWS:
+            merge_last(
+                item, counters, part, stats, y, parts, shares, first, tokens, kv_head,
+                H, G, D, BLOCK_D, PART_M, SPLITS, MERGE_ROWS, MERGE_SHARES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -191,21 +159,35 @@ def _attend_item(
     q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """One program per item and key/value head."""
     item = items + tl.program_id(0) * FIELDS
     if tl.load(item + TOKENS) == 0:
         return
-    if tl.load(item + SMALL) == 1:
+    if MOST_M < LARGE_M:
+        for begins in range(0, tl.load(item + TOKENS) * (H // G), MOST_M):
+            _attend(
+                q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, begins, counters, M, part, stats, y,
+                H, G, D, SCALE, PAGE, MOST_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 0, 0, CACHE,
+            )  # fmt: skip
+        shares = tl.load(item + SHARES)
+        if shares > 1:
+            kv_head = tl.program_id(1)
+            parts = tl.load(item + PART) * G + kv_head * shares
+            merge_last(
+                item, counters, part, stats, y, parts, shares, tl.load(item + FIRST), tl.load(item + TOKENS), kv_head,
+                H, G, D, BLOCK_D, LARGE_M, SPLITS, 2, 16,
+            )  # fmt: skip
+    elif tl.load(item + SMALL) == 1:
         _attend(
-            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, LARGE_M, SPLITS, 2, SPLITS, CACHE,
+            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, 0, counters, M, part, stats, y,
+            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 2, SPLITS, CACHE,
         )  # fmt: skip
     else:
         _attend(
-            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, LARGE_M, SPLITS, 2, 16, CACHE,
+            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, 0, counters, M, part, stats, y,
+            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 2, 16, CACHE,
         )  # fmt: skip
 
 
@@ -214,13 +196,13 @@ def attend(
     q, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D)."""
     follow(PDL)
     _attend_item(
         q, k_pages, v_pages, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, BLOCK_D, SPLITS, 0,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, SPLITS, 0,
     )  # fmt: skip
 
 
@@ -229,11 +211,12 @@ def attend_bits(
     q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The same over pages of 8 bits with scales (A, G, PAGE) f32."""
     follow(PDL)
     _attend_item(
         q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, BLOCK_D, SPLITS, CACHE,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, SPLITS, CACHE,
     )  # fmt: skip

@@ -14,15 +14,16 @@ from .widened import from_e4m3, from_int8
 @triton.jit
 def share_sums(
     x, weight, scale, zero, N, F, K, Z, W, n, f,
-    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The sum of this program's shares for outputs f (BLOCK_F,) and tokens n (BLOCK_N,), in f32, (BLOCK_F, BLOCK_N).
 
-    x (N, K); W shares in all. Of KIND "same" weight is (F, K) as x, of "e4m3" or "int8" their bits in u8, and scale and
-    zero are not read; of "int4" they are those of `ops/low_bit_linear.py`, and BLOCK_K a pair of groups.
+    x (N, K); W shares in all, of whole BLOCK_K each, summed STEP inputs at a time. Of KIND "same" weight is (F, K) as
+    x, of "e4m3" or "int8" their bits in u8, and scale and zero are not read; of "int4" they are those of
+    `ops/low_bit_linear.py`, and STEP a pair of groups.
     """
     K = K // 16 * 16  # no change; tells the compiler that rows and the end of a row are aligned
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, STEP)
     real = n < N
     inside = f < F
     of_x = x + n.to(tl.int64)[None, :] * K + k[:, None]
@@ -32,9 +33,9 @@ def share_sums(
     first = tl.program_id(2)
     for share in range(first, first + W // tl.num_programs(2)):
         total = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
-        for start in range(share * length, tl.minimum((share + 1) * length, K), BLOCK_K):
+        for start in range(share * length, tl.minimum((share + 1) * length, K), STEP):
             if KIND == "int4":
-                total = _pair_of_groups(x, weight, scale, zero, N, F, K, Z, n, f, start, total, BLOCK_K // 2)
+                total = _pair_of_groups(x, weight, scale, zero, N, F, K, Z, n, f, start, total, STEP // 2)
             else:
                 has = start + k < K
                 a = tl.load(of_x + start, mask=has[:, None] & real[None, :], other=0.0)

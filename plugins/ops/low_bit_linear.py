@@ -36,6 +36,9 @@ KINDS: tuple[Quantization, ...] = ("fp8", "int8", "int4")
 TILES = (16, 64)  # tokens of a tile, as in `head_commit`
 BLOCK_F = 128  # outputs of a tile; a warpgroup's instructions take 64 of them
 BLOCK_K = 64  # the step over K, in 4 bits a pair of groups
+STEP_F32 = {
+    "STEP": 16
+}  # in f32, which a thread multiplies for itself, so many inputs at a time; with 32 two spilled on SM 120
 WARPS = {16: 4, 64: 8}
 STAGES = {16: 4, 64: 3}  # loads in flight
 GROUP = 32  # inputs of a weight of 4 bits that share a scale
@@ -112,7 +115,7 @@ def reference_int4(x: np.ndarray, numbers: np.ndarray, scale: np.ndarray, zero: 
 
 
 def _constants(model: ModelConfig, kind: Quantization, tile: int) -> Constants:
-    step = {"GROUP": GROUP} if kind == "int4" else {"E4M3": kind == "fp8", "BLOCK_K": BLOCK_K}
+    step = {"GROUP": GROUP} if kind == "int4" else {"E4M3": kind == "fp8", "BLOCK_K": BLOCK_K, "STEP": BLOCK_K}
     return {"BLOCK_N": tile, "BLOCK_F": BLOCK_F, **step}
 
 
@@ -157,6 +160,7 @@ def op(kind: Quantization, tile: int) -> Op:
                 grid=functools.partial(_grid, tile=tile),
                 num_warps=WARPS[tile],
                 num_stages=STAGES[tile],
+                constants_f32={} if kind == "int4" else STEP_F32,
                 follows=True,
             ),
         ),

@@ -32,6 +32,9 @@ PROGRAMS = 264  # that a pass is split into, if nobody says: two for each of an 
 SPLITS = 32  # at most so many shares of a tile
 SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile
 SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
+# In f32 so many rows of a tile and slots at a time; with 32 slots it spilled 16 bytes on SM 120. No tensor core
+# multiplies f32: a thread holds all numbers that a product of its rows and columns sums over, so heads come in slices.
+F32 = {"MOST_M": 16, "SMALL_N": 16, "SLICE": 32}
 MOST_SMALL = 16  # small tiles of a row; one with more tokens gets large ones
 SHORT = 10  # pages up to which a row of more than one small tile keeps to them: they read K/V once each
 _FIELDS = 16  # of an item, see the kernel
@@ -81,8 +84,9 @@ def _plan_constants(model: ModelConfig, programs: int | None) -> Constants:
 def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
     heads = {"H": model.num_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
     block = max(16, 1 << (model.head_dim - 1).bit_length())  # a tensor core takes a power of two of 16 or more
-    tile = {"SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block}
-    return {**_group_constants(model), **heads, **tile, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
+    tile = {"SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block, "SLICE": block}
+    rows = _group_constants(model)
+    return {**rows, "MOST_M": rows["LARGE_M"], **heads, **tile, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
 
 
 def tiles(dims: Dims, ceil: Ceil) -> int:
@@ -184,7 +188,7 @@ def op(bits: KvBits | None, programs: int | None = None) -> Op:
                 constants=functools.partial(_constants, bits=bits),
                 grid=_grid,
                 num_stages=2 if bits else 3,  # with 3, int8 spilled 8 bytes on SM 100
-                num_stages_f32=1,  # with 3 it takes 140 KiB at heads of 128, and SM 86, 89 and 120 have 99
+                constants_f32=F32,
                 follows=True,
             ),
         ),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, rounded
+from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, of_f32, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.low_bits import quantise_int4, quantise_rows
@@ -38,15 +38,24 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def product(
-    model: ModelConfig, kind: Quantization, x: np.ndarray, *weights: np.ndarray, parts: int = 1, dtype: str = "f32"
+    model: ModelConfig,
+    kind: Quantization,
+    x: np.ndarray,
+    *weights: np.ndarray,
+    parts: int = 1,
+    dtype: str = "f32",
+    small: bool = False,
 ) -> np.ndarray:
-    """By the kernel, in the tile that the engine would take; weights by the op's inputs, summed in so many shares."""
+    """By the kernel, in the tile that the engine would take; weights by the op's inputs, summed in so many shares.
+
+    `small` takes the tiles of f32.
+    """
     tile = low_bit_linear.TILES[len(x) > low_bit_linear.TILES[0]]
     op = low_bit_linear.op(kind, tile)
     outputs = weights[0].shape[-2]
     named = dict(zip([arg.name for arg in op.inputs[1:-1]], weights, strict=True))
     counters = np.zeros((parts, low_bit_linear.counters(outputs, x.shape[1])[1]), np.int32)
-    (y,) = launch(op, model, x=x, **named, counters=counters, dtype=dtype)
+    (y,) = launch(of_f32(op) if small else op, model, x=x, **named, counters=counters, dtype=dtype)
     assert not counters.any()
     return y
 
@@ -64,17 +73,17 @@ def laid_out(numbers: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> list[n
 @settings(max_examples=6)
 @given(
     size=st.integers(1, 70), outputs=st.integers(1, 150), width=st.sampled_from([16, 48, 128, 272]),
-    parts=st.integers(1, 3), seed=st.integers(0, 99),
+    parts=st.integers(1, 3), small=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_8_bits_equal_the_reference(
-    tiny: ModelConfig, kind: Quantization, size: int, outputs: int, width: int, parts: int, seed: int
+    tiny: ModelConfig, kind: Quantization, size: int, outputs: int, width: int, parts: int, small: bool, seed: int
 ) -> None:
     """Also where the last tile of tokens, outputs or width is not full, and where a share has no inputs."""
     spread = np.exp(normal(seed, outputs, 1) * 3)  # every output has a scale of its own
     weight, scale = in_8_bits(kind, normal(seed + 1, outputs, width) * spread)
     x = normal(seed + 2, size, width)
     expected = low_bit_linear.reference(x, weight, scale, kind)
-    got = product(tiny, kind, x, weight, scale, parts=parts)
+    got = product(tiny, kind, x, weight, scale, parts=parts, small=small)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 

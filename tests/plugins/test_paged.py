@@ -25,6 +25,7 @@ from stand_ins.kernel_launch import (
     groups,
     launch,
     launch_head,
+    of_f32,
     rounded,
 )
 
@@ -106,9 +107,14 @@ class Paged:
 
 
 def attend(
-    tiny: ModelConfig, case: Paged, dtype: str = "f32", bits: KvBits | None = None, programs: int | None = None
+    tiny: ModelConfig,
+    case: Paged,
+    dtype: str = "f32",
+    bits: KvBits | None = None,
+    programs: int | None = None,
+    small: bool = False,
 ) -> float:
-    """The largest difference of kernel and reference."""
+    """The largest difference of kernel and reference; `small` takes the tiles of f32."""
     width = case.q.shape[2]
     model = dataclasses.replace(tiny, num_heads=case.q.shape[1], num_kv_heads=case.k_pages.shape[1], head_dim=width)
     caches = {"k_pages": case.k_pages, "v_pages": case.v_pages}
@@ -117,7 +123,7 @@ def attend(
         if bits:
             caches, pages = in_bits(pages, np.isnan(case.k_pages).any(-1), bits)
         expected = paged_attention.reference(case.q, *pages, case.page_table, case.row, case.visible, width**-0.5)
-    y, counters = launched(model, case, caches, dtype, bits, programs)
+    y, counters = launched(model, case, caches, dtype, bits, programs, small)
     assert np.isfinite(y).all()
     assert not counters.any()  # as they were found, for the next layer
     return float(np.abs(y - expected).max(initial=0))
@@ -142,6 +148,7 @@ def launched(
     dtype: str,
     bits: KvBits | None,
     programs: int | None,
+    small: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """y and the counters, after two layers with one plan."""
 
@@ -156,6 +163,7 @@ def launched(
     }
     items, counters = run(paged_attention.plan(programs), model, ints, new)
     op = paged_attention.op(bits, programs)
+    op = of_f32(op) if small else op
     given = {
         name: torch.from_numpy(array).to(TYPES[dtype if op.args[name].dtype == "compute" else op.args[name].dtype])
         for name, array in {"q": case.q, **caches}.items()
@@ -210,6 +218,17 @@ def test_attention_over_pages_packs_every_group_and_width(
     tiny: ModelConfig, heads: tuple[int, int], width: int
 ) -> None:
     assert attend(tiny, Paged.of([chunk(100, 7), block(40, 5)], heads, width, "f32")) < 2e-6
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("bits", KV_BITS)
+def test_attention_over_pages_in_tiles_of_f32(
+    monkeypatch: pytest.MonkeyPatch, tiny: ModelConfig, bits: KvBits | None
+) -> None:
+    """The head by slices, the last of them not whole, and a large tile in parts."""
+    monkeypatch.setattr(paged_attention, "SHORT", 0)
+    case = Paged.of([block(45, 24), quadratic(50, 2, 3)], (4, 2), 72, "f32")
+    assert attend(tiny, case, bits=bits, small=True) < 2e-6
 
 
 @pytest.mark.usefixtures("bf16_products", "few_programs")

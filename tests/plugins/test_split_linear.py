@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, rounded
+from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, of_f32, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
@@ -24,24 +24,34 @@ def tiny() -> ModelConfig:
 
 
 def product(
-    model: ModelConfig, x: np.ndarray, weight: np.ndarray, shares: int, dtype: str = "f32", tile: int | None = None
+    model: ModelConfig,
+    x: np.ndarray,
+    weight: np.ndarray,
+    shares: int,
+    dtype: str = "f32",
+    tile: int | None = None,
+    small: bool = False,
 ) -> np.ndarray:
     """By the kernel, in the least tile that holds the tokens unless one is given."""
     tile = tile or next((t for t in split_linear.TILES if len(x) <= t), split_linear.TILES[-1])
     counters = np.zeros((shares, low_bit_linear.counters(*weight.shape)[1]), np.int32)
-    (y,) = launch(split_linear.op(tile), model, dtype, x=x, weight=weight, counters=counters)
+    op = split_linear.op(tile)
+    (y,) = launch(of_f32(op) if small else op, model, dtype, x=x, weight=weight, counters=counters)
     return y
 
 
 @settings(max_examples=10)
-@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from([16, 80, 272]), st.integers(1, 4), st.integers(0, 99))
+@given(
+    st.integers(1, 70), st.integers(1, 140), st.sampled_from([16, 80, 272]), st.integers(1, 4), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
 def test_product_equals_the_reference(
-    tiny: ModelConfig, size: int, outputs: int, width: int, shares: int, seed: int
+    tiny: ModelConfig, size: int, outputs: int, width: int, shares: int, small: bool, seed: int
 ) -> None:
     """Small multiples of a power of two, so that every order of summing gives the same."""
     rng = np.random.default_rng(seed)
     x, weight = ((rng.integers(-8, 9, shape) / 8).astype(np.float32) for shape in ((size, width), (outputs, width)))
-    np.testing.assert_array_equal(product(tiny, x, weight, shares), split_linear.reference(x, weight))
+    np.testing.assert_array_equal(product(tiny, x, weight, shares, small=small), split_linear.reference(x, weight))
 
 
 @pytest.mark.usefixtures("bf16_products")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -49,6 +50,12 @@ def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
+def of_f32(op: Op) -> Op:
+    """An op in the tiles that a GPU takes in f32; the interpreter takes those of 16 bits."""
+    stages = [dataclasses.replace(s, constants=functools.partial(s.constants_for, dtype="f32")) for s in op.stages]
+    return dataclasses.replace(op, stages=tuple(stages))
+
+
 def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
     """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN.
 
@@ -72,10 +79,14 @@ def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray)
 
 
 def launch_head(
-    tile: int, model: ModelConfig, dtype: str = "f32", *, int8: bool = False, **inputs: np.ndarray
+    tile: int, model: ModelConfig, dtype: str = "f32", *, int8: bool = False, small: bool = False, **inputs: np.ndarray
 ) -> list[np.ndarray]:
-    """The head and the commit rule of a pass: token, confidence, next_ids; samples where temperatures are given."""
-    part, best = launch(head_commit.flat_op(tile, int8), model, dtype, **inputs)
+    """The head and the commit rule of a pass: token, confidence, next_ids; samples where temperatures are given.
+
+    `small` takes the tiles of f32.
+    """
+    op = head_commit.flat_op(tile, int8)
+    part, best = launch(of_f32(op) if small else op, model, dtype, **inputs)
     found = {"part": part, "best": best}
     if "temperature" in inputs:
         *_, part, best = launch(confidence_commit.FLAT_SAMPLED, model, logits=inputs["kept"], **found, **inputs)
