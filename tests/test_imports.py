@@ -29,7 +29,7 @@ PRODUCT: list[set[str]] = [
 ROOMS: dict[str, list[set[str]]] = {
     "": PRODUCT,
     "batch": [{"lines"}, {"answers", "shards"}, {"cluster", "parts"}, {"output", "predictor", "worker"}, {"job"}],
-    "plugins": [{"op", "kernels"}, {"ops"}, {"__init__"}, {"tensorrt"}],
+    "plugins": [{"failure", "op", "kernels"}, {"ops"}, {"__init__"}, {"tensorrt"}],
     "builder": [
         {"files", "resources", "swap"},
         {"graph"},

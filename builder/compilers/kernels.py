@@ -24,6 +24,7 @@ from ...config import ModelConfig, RopeConfig
 from ...contract import Dtype
 from ...errors import BuildError
 from ...plugins import FUSED, OPS, SAMPLED
+from ...plugins.failure import failure
 from ...plugins.op import Op, Stage
 from ...tensorrt_info import KERNELS_FOLDER, Kernel, parse_kernel
 from .child import child_command, child_environment
@@ -77,15 +78,6 @@ def compile_kernels(
             "pip install 'nemodiff[trt]', or build without --plugins and with --no-logits"
         )
     return tuple(parse_kernel(record) for record in json.loads(child.stdout))
-
-
-def failure(stderr: str) -> str:
-    """What went wrong, in one line: the assembler's own words if it has said any, else Python's last."""
-    lines = stderr.strip().splitlines()
-    for line in lines:
-        if line.startswith("ptxas") and ("fatal" in line or "error" in line):
-            return line
-    return lines[-1] if lines else "the compiler gave no reason"
 
 
 def ptx_version(sm: int) -> int:

@@ -22,10 +22,11 @@ from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, bf16_products, causal, groups, launch, released, rounded
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
-from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, failure, ptx_version, stages
+from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, ptx_version, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
 from nemodiff.plugins import OPS, SAMPLED
+from nemodiff.plugins.failure import failure
 from nemodiff.plugins.kernels.confidence_commit import gumbel
 from nemodiff.plugins.ops import block_attention, confidence_commit
 from nemodiff.runtime.sampling.noise import Noise, philox

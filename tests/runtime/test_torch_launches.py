@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,17 @@ import pytest
 import torch
 from stand_ins.launches import launches, specialisations
 from stand_ins.torch_pair import MODELS
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from nemodiff.builder.build import Builder
 from nemodiff.engine_folder import EngineInfo, read_engine
+from nemodiff.errors import EngineError
 from nemodiff.plugins import FUSED
+from nemodiff.plugins.failure import refusal
+from nemodiff.plugins.op import Stage
 from nemodiff.plugins.ops import paged_attention
+from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.torch import launcher
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, rounded_shape
@@ -114,3 +121,61 @@ def test_cards_that_begin_kernels_early(
     assert not device.overlaps_launches
     device.is_gpu = True
     assert device.overlaps_launches == can
+
+
+PTXAS = "`ptxas` stderr:\nptxas fatal   : Value 'sm_130' is not defined\n\nRepro command: ptxas x\n"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TorchEngine:
+    return TorchEngine(*built(tmp_path_factory.mktemp("plain"), "plain rotation"), "cpu", kernels=True, pages=8)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OutOfResources(141312, 101376, "shared memory"),
+            "141312 bytes of shared memory, allowed on this card: 101376;",
+        ),
+        (OutOfResources(1024, 512, "threads"), "needs 1024 of threads, allowed on this card: 512; run with"),
+        (PTXASError(PTXAS), "is refused by Triton's assembler (ptxas fatal   : Value 'sm_130' is not defined); update"),
+        (RuntimeError("Failed to find C compiler. Please"), "needs a C compiler and Python's headers, with which"),
+        (CalledProcessError(1, ["gcc", "main.c"]), "(Command '['gcc', 'main.c']' returned non-zero exit status 1.);"),
+    ],
+    ids=["memory", "threads", "assembler", "no compiler", "no headers"],
+)
+def test_a_kernel_that_is_refused_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, plain: TorchEngine, error: Exception, said: str
+) -> None:
+    class Refused:
+        """Stands in for a compiled kernel."""
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, **options: Any) -> None:
+                raise error
+
+            return launch
+
+    load = Stage.load
+    monkeypatch.setattr(Stage, "load", lambda stage: Refused() if stage.name == "SwiGLU" else load(stage))
+    cache = plain.open(1)
+    with pytest.raises(EngineError) as caught:
+        cache.forward([causal("prefill", [300, 301], 0)])
+    line = str(caught.value)
+    assert line.startswith(f"SwiGLU in bf16, heads of {plain.info.model.head_dim}, on cpu ")
+    assert said in line
+    assert line.endswith("run with --device cpu")
+    assert len(line.splitlines()) == 1
+    monkeypatch.setattr(Stage, "load", load)
+    assert cache.forward([causal("prefill", [300, 301], 0)])[0].token.shape == (1,)  # goes on where it can
+
+
+def test_an_engine_in_f32_may_be_built_smaller() -> None:
+    assert "; build again with --dtype bf16, or run" in str(refusal(OutOfResources(9, 8, "shared memory"), "f32"))
+
+
+def test_any_other_error_of_a_launch_is_a_defect_and_stays(monkeypatch: pytest.MonkeyPatch, plain: TorchEngine) -> None:
+    monkeypatch.setattr(launcher, "run", lambda *_, **__: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        plain.open(1).forward([causal("prefill", [300, 301], 0)])
