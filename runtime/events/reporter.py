@@ -10,7 +10,6 @@ import numpy as np
 from ..batching.slot import PassResult
 from ..loading import LoadedEngine
 from ..requests.generation import finished_generation
-from ..requests.outcome import Commit
 from ..requests.sequence import Sequence
 from ..sampling.softmax import probability
 from ..tools.answer import AnswerParser
@@ -124,7 +123,7 @@ class Reporter:
         before = pass_.ids.tolist()
         after = _after(result)
         confidence = _confidence(result, self.sequence.model.mask_id).tolist()
-        committed = [_committed(one, confidence) for one in (*outcome.emitted, *outcome.filled)]
+        committed = self._committed(result, confidence)
         proposed = self._proposed(result)
         ids = [*before, *after, *self.sequence.tokens[self._tokens :]]
         events += self._new_pieces([*ids, *(one.token for one in (*committed, *proposed))], result.began)
@@ -142,11 +141,20 @@ class Reporter:
                 committed,
                 len(self.sequence.tokens),
                 outcome.kept,
-                outcome.refused,
+                list(outcome.refused),
                 proposed,
             )
         )
         return events
+
+    def _committed(self, result: PassResult, confidence: list[float]) -> list[Committed]:
+        """What the pass decided: tokens after those of earlier passes, and masks of its block."""
+        start, filling = len(self.sequence.prompt) + self._tokens, result.outcome.filling
+        committed = [Committed(start + i, token, confidence[i]) for i, token in enumerate(result.outcome.emitted)]
+        if filling is not None:
+            filled = filling.filled(self.sequence.model.mask_id)
+            committed += [Committed(filling.start + i, token, confidence[filling.first + i]) for i, token in filled]
+        return committed
 
     def _proposed(self, result: PassResult) -> list[Committed]:
         """The next draft; it stands after the token that the pass emitted last."""
@@ -161,12 +169,10 @@ class Reporter:
 def _after(result: PassResult) -> list[int]:
     """Per predicted position the id that came out: the block after a denoise or draft pass, else the choices."""
     pass_, prediction, outcome = result.pass_, result.prediction, result.outcome
-    if pass_.kind in ("denoise", "draft") and outcome.block_after is not None:
-        return outcome.block_after
-    after: list[int] = prediction.token.tolist()
-    for commit in outcome.emitted:
-        after[commit.prediction_index] = commit.token
-    return after
+    if pass_.kind in ("denoise", "draft") and outcome.filling is not None:
+        return outcome.filling.after
+    rest: list[int] = prediction.token[len(outcome.emitted) :].tolist()
+    return outcome.emitted + rest
 
 
 def _confidence(result: PassResult, mask_id: int) -> np.ndarray:
@@ -176,11 +182,6 @@ def _confidence(result: PassResult, mask_id: int) -> np.ndarray:
     if prediction.logits is None or not outcome.emitted:
         return confidence
     confidence = confidence.copy()
-    indices = [commit.prediction_index for commit in outcome.emitted]
-    tokens = [commit.token for commit in outcome.emitted]
-    confidence[indices] = probability(prediction.logits[indices], tokens, mask_id)
+    count = len(outcome.emitted)
+    confidence[:count] = probability(prediction.logits[:count], outcome.emitted, mask_id)
     return confidence
-
-
-def _committed(commit: Commit, confidence: list[float]) -> Committed:
-    return Committed(commit.position, commit.token, confidence[commit.prediction_index])

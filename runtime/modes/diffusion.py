@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import EngineError
 from ..engines.engine import Pass, PassKind, Prediction, bidirectional, causal, with_masks
-from ..requests.outcome import Commit
+from ..requests.outcome import Filling
 from ..requests.sequence import Sequence
 from ..sampling.softmax import entropies, probability
 from .ar import Loop, prefill
@@ -107,13 +107,10 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first
 
 def _commit(sequence: Sequence, block: list[int], after: list[int], confidence: np.ndarray, *, first: int) -> list[int]:
     """Record what the pass has committed; returns the block closed after an EOS."""
-    outcome, answer_start = sequence.outcome, sequence.length - len(sequence.prompt)
-    outcome.block_after = after
-    for i, (old, new) in enumerate(zip(block, after, strict=True)):
-        if old == new:
-            continue
-        outcome.filled.append(Commit(sequence.length + i, new, first + i))
-        if sequence.settings.confidences:
+    filling = sequence.outcome.filling = Filling(sequence.length, block, after, first)
+    if sequence.settings.confidences:
+        answer_start = sequence.length - len(sequence.prompt)
+        for i, _ in filling.filled(sequence.model.mask_id):
             sequence.confidences[answer_start + i] = float(confidence[first + i])
     return sequence.close_after_eos(after)
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
-class Commit(NamedTuple):
-    """A token decided at a position."""
+class Filling(NamedTuple):
+    """A block whose masks were looked at."""
 
-    position: int
-    token: int
-    prediction_index: int  # of the prediction that decided it, among those of the pass
+    start: int  # the position of its first token
+    before: list[int]
+    after: list[int]  # as the commit rule left it
+    first: int  # the prediction for its first token, among those of the pass
+
+    def filled(self, mask_id: int) -> list[tuple[int, int]]:
+        """The masks that became tokens: the place in the block, and the token."""
+        pairs = enumerate(zip(self.before, self.after, strict=True))
+        return [(at, new) for at, (old, new) in pairs if old == mask_id != new]
 
 
-@dataclasses.dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """Proposed tokens after the last emitted one, up to the first EOS, and the probability the draft gave each."""
 
     tokens: list[int]
@@ -28,14 +34,13 @@ class Draft:
 class PassOutcome:
     """One pass as its loop leaves it; a prediction itself is never written to.
 
-    emitted: tokens chosen by causal predictions, in order. filled: masks of a block that became tokens.
+    It holds what the loop has at hand anyway, and whoever reports it works out the rest: most passes nobody reports.
     """
 
-    emitted: list[Commit] = dataclasses.field(default_factory=list)
-    filled: list[Commit] = dataclasses.field(default_factory=list)
+    emitted: list[int] = dataclasses.field(default_factory=list)  # tokens chosen by the causal predictions 0, 1, ..
     block: tuple[int, int] | None = None  # start and length of the block that the pass began
-    block_after: list[int] | None = None  # of a denoise or draft pass: the block as the commit rule left it
+    filling: Filling | None = None
     confidence: np.ndarray | None = None  # (R,) f32 where the loop measured its own choices; None: the engine's
     kept: int | None = None  # of a verify: how many drafted tokens it kept
-    refused: list[int] = dataclasses.field(default_factory=list)  # and the others, unless the answer ended before them
+    refused: Sequence[int] = ()  # and the others, unless the answer ended before them
     draft: Draft | None = None  # the next one, if the pass made one beside what else it did

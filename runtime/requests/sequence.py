@@ -11,7 +11,7 @@ from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..planning.pass_costs import PassCosts
 from ..text.transcript import Transcript
-from .outcome import Commit, PassOutcome
+from .outcome import PassOutcome
 from .selection import TokenSelector
 from .settings import Settings
 from .token_logprobs import PromptScores
@@ -120,7 +120,7 @@ class Sequence:
     def take(self, prediction: Prediction, index: int) -> int:
         """Choose the next token by a causal prediction, the pass's number `index`, and emit it."""
         token = self.selector.next(prediction, index)
-        self.outcome.emitted.append(Commit(len(self.prompt) + len(self.tokens), token, index))
+        self.outcome.emitted.append(token)
         self.emit(token)
         return token
 
@@ -157,6 +157,8 @@ class Sequence:
 
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
+        if self.stops.isdisjoint(block):
+            return block
         for i, token in enumerate(block):
             if token in self.stops:
                 rest = [token if t == self.model.mask_id else t for t in block[i + 1 :]]
