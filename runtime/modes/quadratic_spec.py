@@ -60,11 +60,9 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
 
 
 class _Inputs(NamedTuple):
-    """A layout's inputs of a pass at position 0, and which entries of `visible` grow with the position."""
+    """A layout's inputs of a pass at position 0."""
 
-    pos: np.ndarray  # (S,) i32
-    visible: np.ndarray  # (S, 3) i32
-    grows: np.ndarray  # (S, 3) i32
+    places: np.ndarray  # (S, 4) i32: `pos` and `visible`, all of which grow with the position
     adapter: np.ndarray  # (S,) f32
 
 
@@ -83,9 +81,10 @@ class _Layout(NamedTuple):
         start, count = sequence.length, self.tokens
         ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
         inputs = _inputs(self.heads, tuple(self.groups.items()))
-        pos, visible = inputs.pos + start, inputs.visible + start * inputs.grows
+        places = inputs.places + start
+        pos, visible = places[:, 0], places[:, 1:]
         logits = not sequence.selector.plain
-        return Pass("verify", ids, pos, start, visible, every_token(count), adapter=inputs.adapter, logits=logits)
+        return Pass("verify", ids, pos, start, visible, every_token(count), 0.0, inputs.adapter, logits)
 
     def next_draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
         """What the group of `accepted` proposes; nothing if that group was left out."""
@@ -101,17 +100,16 @@ class _Layout(NamedTuple):
 def _inputs(heads: int, groups: tuple[tuple[int, int], ...]) -> _Inputs:
     """The inputs of a layout's passes: the same layouts come again and again."""
     count = heads + sum(size for _, size in groups)
-    pos = np.arange(count, dtype=np.int32)
-    visible = np.zeros((count, 3), np.int32)
+    places = np.zeros((count, 4), np.int32)
+    pos, visible = places[:, 0], places[:, 1:]
+    pos[:heads] = np.arange(heads)
     visible[:heads, 0] = pos[:heads] + 1
-    grows = np.ones((count, 3), np.int32)
-    grows[:heads, 1:] = 0
     at = heads
     for accepted, size in groups:
         pos[at : at + size] = np.arange(accepted, accepted + size)
         visible[at : at + size] = (accepted, at, at + size)
         at += size
-    return _Inputs(pos, visible, grows, np.repeat(np.array([0, 1], np.float32), [heads, count - heads]))
+    return _Inputs(places, np.repeat(np.array([0, 1], np.float32), [heads, count - heads]))
 
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
@@ -189,27 +187,24 @@ def _best(
     is needed times what a draft is `worth`. `host` is what a pass takes beside its forward. A layout has at most
     `most` tokens.
     """
-    seconds = cost.seconds
-    best, best_rate, tokens_of_heads = _Layout(1, {}), 0.0, 1.0
+    seconds = cost.table
+    best_heads, best_groups, best_rate, tokens_of_heads = 1, list[tuple[float, int]](), 0.0, 1.0
     earlier: list[tuple[float, int]] = []  # chance and number, negative, of the groups before the last head, in order
     for heads, chance_of_all in enumerate(reached, 1):
         if chance_of_all < _UNLIKELY:
             break
         tokens_of_heads += chance_of_all
-        others, size, tokens, taken = seconds(heads) + 2 * host, heads, tokens_of_heads, 0
-        rate = tokens / (seconds(size) + others)
-        ranked = earlier
-        if heads in sizes:
-            ranked = earlier.copy()
-            bisect.insort(ranked, (-chance_of_all, -heads))
+        alone = seconds[heads]
+        others, size, tokens, taken = alone + 2 * host, heads, tokens_of_heads, 0
+        rate = tokens / (alone + others)
+        ranked = sorted([*earlier, (-chance_of_all, -heads)]) if heads in sizes else earlier
         for chance, number in ranked:
             size, tokens = size + sizes[-number], tokens - chance * worth
-            if size > most or (longer := tokens / (seconds(size) + others)) <= rate:
+            if size > most or (longer := tokens / (seconds[size] + others)) <= rate:
                 break
             rate, taken = longer, taken + 1
         if rate > best_rate:
-            best = _Layout(heads, {-number: sizes[-number] for _, number in ranked[:taken]})
-            best_rate = rate
+            best_heads, best_groups, best_rate = heads, ranked[:taken], rate
         if heads < len(reached) and heads in sizes:
             bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
-    return best
+    return _Layout(best_heads, {-number: sizes[-number] for _, number in best_groups})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ...contract import PREFILL_CHUNK
 from ..engines.engine import Engine, causal
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
@@ -31,18 +32,19 @@ class CostCurve:
 
     def seconds(self, size: int) -> float:
         """Expected seconds of a forward of `size` tokens in one row."""
-        if size < len(self._table):
-            return self._table[size]
-        (a, b), (low, high) = self.sizes[-2:], self.times[-2:]
-        return low + (high - low) * (size - a) / (b - a)
+        return self.table[size] if size < len(self.table) else self._beyond(size)
 
     @functools.cached_property
-    def _table(self) -> list[float]:
-        """Seconds by size up to the largest one; planning looks up dozens of sizes per pass."""
+    def table(self) -> list[float]:
+        """Seconds by size, up to `PREFILL_CHUNK` tokens at least; planning looks up dozens of sizes per pass."""
         table: list[float] = np.interp(np.arange(self.sizes[-1] + 1), self.sizes, self.times).tolist()
         (a, b), (low, high) = self.sizes[:2], self.times[:2]
         table[:a] = [low + (high - low) * (size - a) / (b - a) for size in range(a)]
-        return table
+        return table + [self._beyond(size) for size in range(len(table), PREFILL_CHUNK + 1)]
+
+    def _beyond(self, size: int) -> float:
+        (a, b), (low, high) = self.sizes[-2:], self.times[-2:]
+        return low + (high - low) * (size - a) / (b - a)
 
 
 def without_noise(curve: CostCurve) -> CostCurve:

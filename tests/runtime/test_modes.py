@@ -19,6 +19,7 @@ from stand_ins.checkpoints import TINY_CHAT
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.runtime import generate
+from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import HostCosts
 from nemodiff.runtime.requests import prepare as request
 
@@ -79,18 +80,11 @@ class Flat:
     """Costs: a pass takes `base` and `slope` per token, the host nothing."""
 
     def __init__(self, base: float, slope: float) -> None:
-        self.base = base
-        self.slope = slope
-        self.sizes = list[int]()
-        self.curve = self
+        self.curve = CostCurve((1, 2), (base + slope, base + 2 * slope))
         self.host = HostCosts()
 
     def wants(self, size: int) -> bool:
         return False
-
-    def seconds(self, size: int) -> float:
-        self.sizes.append(size)
-        return self.base + self.slope * size
 
 
 @settings(max_examples=25, deadline=None)
