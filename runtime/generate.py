@@ -144,9 +144,9 @@ def decode(
 def _drive(batch: Batch, waiting: Iterator[Sequence]) -> Iterator[PassResult]:
     try:
         while True:
-            while len(batch) < batch.rows and (sequence := next(waiting, None)) is not None:
+            while (running := len(batch)) < batch.rows and (sequence := next(waiting, None)) is not None:
                 batch.add(sequence)
-            if not len(batch):
+            if not running:
                 return
             yield from batch.step()
     finally:

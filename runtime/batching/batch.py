@@ -13,7 +13,7 @@ from typing import Any
 from ...contract import PREFILL_CHUNK
 from ...errors import NemodiffError
 from ..engines.drafter import adapted
-from ..engines.engine import Engine, Pass, Prediction
+from ..engines.engine import Engine
 from ..planning.pass_costs import PassCosts
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
@@ -60,6 +60,7 @@ class Batch:
         self._cache = cache
         self._rows: NeighbouringRows | PagedRows
         self._pages = backend.pages
+        self._adapts = backend.info.has_adapter
         if self._pages is None:
             self._rows = NeighbouringRows(cache, self.prefixes, prefill_tokens, self.counts, cost)
         else:
@@ -113,7 +114,7 @@ class Batch:
         """
         self.counts.steps += 1
         for forward in self._rows.forwards():
-            results = self._results(forward)
+            results = [self._advance(forward, at) for at in range(len(forward.slots))]
             failure: Exception | None = None
             try:
                 self._rows.go_on()
@@ -123,33 +124,23 @@ class Batch:
             if failure is not None:
                 raise failure
 
-    def _results(self, forward: Forward) -> list[PassResult]:
-        """Let each sequence of a forward go on to its next pass."""
-        results = []
-        for slot, pass_, prediction in zip(forward.slots, forward.passes, forward.predictions, strict=True):
-            error = self._advance(slot, pass_, prediction)
-            outcome = slot.sequence.outcome
-            results.append(
-                PassResult(
-                    slot.sequence, pass_, prediction, outcome, forward.began, forward.seconds, forward.rows, error
-                )
-            )
-        return results
-
-    def _advance(self, slot: Slot, pass_: Pass, prediction: Prediction) -> Exception | None:
+    def _advance(self, forward: Forward, at: int) -> PassResult:
+        """Let a sequence of a forward go on to its next pass."""
+        slot, pass_, prediction = forward.slots[at], forward.passes[at], forward.predictions[at]
         assert slot.loop is not None
         sequence = slot.sequence
-        sequence.outcome = PassOutcome()
+        error: NemodiffError | None = None
+        outcome = sequence.outcome = PassOutcome()
         sequence.nfe[pass_.kind] += 1
-        sequence.adapter_tokens += adapted(pass_)
+        if self._adapts:
+            sequence.adapter_tokens += adapted(pass_)
         slot.reach = max(slot.reach, pass_.write_at + pass_.ids.size)
         try:
             slot.pass_ = sequence.for_engine(slot.loop.send(prediction))
         except StopIteration:
             slot.ended = True
             sequence.ended = time.perf_counter()
-        except NemodiffError as error:
-            slot.ended = True
+        except NemodiffError as failure:
+            slot.ended, error = True, failure
             sequence.ended = time.perf_counter()
-            return error
-        return None
+        return PassResult(sequence, pass_, prediction, outcome, forward.began, forward.seconds, forward.rows, error)

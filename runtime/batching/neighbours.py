@@ -58,7 +58,7 @@ class NeighbouringRows(Rows):
             predictions = self._cache.forward(passes, first)
             seconds = time.perf_counter() - began
             spent = self._clock() - before if timed else None
-            self.count(passes, max(p.ids.size for p in passes) * len(passes), spent)
+            self.count(passes, spent)
             yield Forward(slots, passes, predictions, began, seconds, len(slots))
         for slot in reversed(self.slots):
             if slot.ended:

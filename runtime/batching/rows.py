@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..engines.engine import Cache, Pass
 from ..modes import LOOPS
-from ..modes.scoring import scored
+from ..modes.scoring import loop_of
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import SHORTEST, PrefixCache, common
 from .slot import Counts, Slot
@@ -61,7 +61,7 @@ class Rows:
             if found.length and self.copy(found, slot.row):
                 sequence.length = sequence.reused = slot.reach = found.length
                 self.counts.reused += found.length
-        slot.loop = scored(sequence, LOOPS[sequence.settings.mode])
+        slot.loop = loop_of(sequence, LOOPS[sequence.settings.mode])
         slot.pass_ = sequence.for_engine(next(slot.loop))
         return True
 
@@ -74,17 +74,24 @@ class Rows:
         """The oldest first."""
         return sorted(slots, key=lambda slot: slot.arrival)
 
-    def count(self, passes: list[Pass], computed: int, seconds: float | None) -> None:
-        """Take note of a forward that has ended and of the tokens that it has computed, padding included.
+    def count(self, passes: list[Pass], seconds: float | None, computed: int | None = None) -> None:
+        """Take note of a forward that has ended.
 
-        Its seconds are None where they say nothing of its cost.
+        Its seconds are None where they say nothing of its cost. `computed` are its tokens with what was computed for
+        nobody; None: all passes were padded to the longest.
         """
-        tokens, prefills = 0, False
+        tokens, longest, prefills = 0, 0, False
         for p in passes:
-            tokens += p.ids.size
+            size = p.ids.size
+            tokens += size
+            if size > longest:
+                longest = size
             prefills = prefills or p.kind == "prefill"
-        self.counts.forwards += 1
-        self.counts.tokens += tokens
-        self.counts.padding += computed - tokens
+        if computed is None:
+            computed = longest * len(passes)
+        counts = self.counts
+        counts.forwards += 1
+        counts.tokens += tokens
+        counts.padding += computed - tokens
         if self._cost is not None and seconds is not None and not prefills:
             self._cost.learn(computed, seconds)

@@ -32,7 +32,7 @@ def check_gate(engine: Engine, folder: Path) -> None:
 
 
 def adapted(pass_: Pass) -> int:
-    """Tokens of a pass that the adapter acts on."""
+    """Tokens of a pass that the adapter acts on, if the engine has one."""
     if isinstance(pass_.adapter, np.ndarray):
         return int(np.count_nonzero(pass_.adapter))
     return pass_.ids.size if pass_.adapter else 0

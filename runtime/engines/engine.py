@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from ...contract import MAX_BLOCK
 from ...engine_folder import EngineInfo
 from ..images.image import Image
 from .pages import Pages
@@ -23,9 +24,17 @@ PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "ve
 
 ABOVE_ALL = 2.0  # a threshold that no confidence reaches, as every one over 1; engines hold f32
 
-# Slices of these two serve every position below 4096 without an allocation.
-_RAMP = np.arange(4096, dtype=np.int32)
-_CAUSAL = np.stack([_RAMP + 1, np.zeros_like(_RAMP), np.zeros_like(_RAMP)], axis=1)
+
+def _causal_visible(pos: np.ndarray) -> np.ndarray:
+    """(pos + 1, 0, 0) for each position, (S, 3) i32."""
+    return np.stack([pos + 1, np.zeros_like(pos), np.zeros_like(pos)], axis=1)
+
+
+# Slices of these serve every position below _SHARED without an allocation.
+_SHARED = 4096
+_RAMP = np.arange(_SHARED, dtype=np.int32)
+_CAUSAL = _causal_visible(_RAMP)
+_BLOCKS = np.broadcast_to(_CAUSAL[:, None], (_SHARED, MAX_BLOCK, 3))  # a block of tokens that see as much as its last
 _RAMP.flags.writeable = False
 _CAUSAL.flags.writeable = False
 
@@ -167,9 +176,9 @@ def read_only(array: np.ndarray) -> np.ndarray:
 def causal(kind: PassKind, ids: Sequence[int], start: int, *, predict_all: bool = False, logits: bool = False) -> Pass:
     """A causal pass over `ids` at position `start`, predicting after the last token or after every one."""
     size = len(ids)
-    pos = _ramp(start, size)
+    pos, visible = _causal(start, size)
     predicted = every_token(size) if predict_all else _last_token(size)
-    return Pass(kind, np.array(ids, np.int32), pos, start, _causal_visible(start, size), predicted, logits=logits)
+    return Pass(kind, np.array(ids, np.int32), pos, start, visible, predicted, 0.0, False, logits)
 
 
 def bidirectional(
@@ -178,11 +187,10 @@ def bidirectional(
     """A pass in which every token of the block at `start` sees the cache before it and the whole block."""
     threshold = min(threshold, ABOVE_ALL)
     size = len(ids)
-    visible = np.zeros((size, 3), np.int32)
-    visible[:, 0] = start + size
-    predicted = every_token(size)
-    pos = _ramp(start, size)
-    return Pass(kind, np.array(ids, np.int32), pos, start, visible, predicted, threshold, adapter, logits)
+    pos, visible = _causal(start, size)
+    last = start + size - 1
+    visible = _BLOCKS[last, :size] if last < _SHARED and size <= MAX_BLOCK else visible[-1:].repeat(size, axis=0)
+    return Pass(kind, np.array(ids, np.int32), pos, start, visible, every_token(size), threshold, adapter, logits)
 
 
 def with_masks(pass_: Pass, size: int, mask_id: int, *, adapter: bool = False) -> Pass:
@@ -204,23 +212,18 @@ def with_masks(pass_: Pass, size: int, mask_id: int, *, adapter: bool = False) -
 @functools.lru_cache(maxsize=1024)
 def every_token(size: int) -> np.ndarray:
     """The `predicted` of a pass that predicts after every token."""
-    return _ramp(0, size)
+    return np.arange(size, dtype=np.int32)
 
 
 @functools.lru_cache(maxsize=1024)
 def _last_token(size: int) -> np.ndarray:
-    return _ramp(size - 1, 1)
+    return np.array([size - 1], np.int32)
 
 
-def _ramp(start: int, size: int) -> np.ndarray:
-    """start, start + 1, ... as (size,) i32; the common short cases come from one shared array."""
-    if start + size <= _RAMP.size:
-        return _RAMP[start : start + size]
-    return np.arange(start, start + size, dtype=np.int32)
-
-
-def _causal_visible(start: int, size: int) -> np.ndarray:
-    """(pos + 1, 0, 0) for each position, (size, 3) i32."""
-    if start + size <= len(_CAUSAL):
-        return _CAUSAL[start : start + size]
-    return np.stack([_ramp(start + 1, size), np.zeros(size, np.int32), np.zeros(size, np.int32)], axis=1)
+def _causal(start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`pos` and `visible` of a causal pass; the common short cases come from shared arrays."""
+    end = start + size
+    if end <= _SHARED:
+        return _RAMP[start:end], _CAUSAL[start:end]
+    pos = np.arange(start, end, dtype=np.int32)
+    return pos, _causal_visible(pos)

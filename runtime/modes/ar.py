@@ -36,12 +36,11 @@ def ar(sequence: Sequence) -> Loop:
     prediction = yield from prefill(sequence)
     sequence.take(prediction, 0)
     while not sequence.finish:
-        yield from decode_token(sequence)
+        prediction = yield over_last(sequence)
+        sequence.length += 1
+        sequence.take(prediction, 0)
 
 
-def decode_token(sequence: Sequence) -> Generator[Pass, Prediction, None]:
-    """One pass over the last emitted token, which emits the next."""
-    logits = not sequence.selector.plain
-    prediction = yield causal("decode", sequence.tokens[-1:], sequence.length, logits=logits)
-    sequence.length += 1
-    sequence.take(prediction, 0)
+def over_last(sequence: Sequence) -> Pass:
+    """The pass over the last emitted token, which predicts the next."""
+    return causal("decode", sequence.tokens[-1:], sequence.length, logits=not sequence.selector.plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
-from .ar import Loop, decode_token, prefill
+from .ar import Loop, over_last, prefill
 from .linear_spec import draft_and_verify
 from .quadratic_spec import prefill_and_draft, propose, verify_and_draft
 
@@ -33,4 +33,6 @@ def auto(sequence: Sequence) -> Loop:
         if mode == "linear_spec":
             yield from draft_and_verify(sequence)
         else:
-            yield from decode_token(sequence)
+            prediction = yield over_last(sequence)
+            sequence.length += 1
+            sequence.take(prediction, 0)

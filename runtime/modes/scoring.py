@@ -9,7 +9,13 @@ from ..requests.sequence import Sequence
 from .ar import Loop, prefill
 
 
-def scored(sequence: Sequence, mode: Callable[[Sequence], Loop]) -> Loop:
+def loop_of(sequence: Sequence, mode: Callable[[Sequence], Loop]) -> Loop:
+    """The loop of a request: its mode's alone, unless its prompt is scored or nothing is to be generated."""
+    usual = sequence.prompt_scores is None and sequence.settings.max_new_tokens
+    return mode(sequence) if usual else _scored(sequence, mode)
+
+
+def _scored(sequence: Sequence, mode: Callable[[Sequence], Loop]) -> Loop:
     """Score the prompt, then decode by the mode; a request of no new tokens ends with its prompt."""
     scores = sequence.prompt_scores
     if scores is not None:

@@ -120,7 +120,7 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         decode_tpf=decode_tpf,
         e2e_tpf=e2e_tpf,
         acceptance=Acceptance(sum(lengths) / len(lengths) if lengths else None, lengths, sequence.verified),
-        adapter_tokens=sequence.adapter_tokens if engine.info.has_adapter else 0,
+        adapter_tokens=sequence.adapter_tokens,
         timings_ms={
             "load": engine.load_ms,
             "queued": (sequence.started - sequence.submitted) * 1e3,

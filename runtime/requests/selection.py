@@ -59,6 +59,7 @@ class TokenSelector:
         self._biases = np.array([bias for _, bias in settings.params.logit_bias])
         self._bad_words = BadWords(settings.params.bad_words)
         self._emitted: list[int] = []
+        self._penalised = settings.params.penalised
         self._counts: collections.Counter[int] = collections.Counter()
         self._thought = 0  # how many `</think>` have been emitted
         self._matcher: Matcher | None = settings.grammar.matcher() if settings.grammar is not None else None
@@ -67,25 +68,21 @@ class TokenSelector:
         drawn = samples and settings.params.only_temperature
         # Whether the engine's own token is the choice; if not, a pass must bring its logits.
         self.plain = (settings.params.greedy or drawn) and self._matcher is None and settings.logprobs is None
-        self._drawn = drawn and self.plain
-
-    @property
-    def as_predicted(self) -> bool:
-        """Whether every next token is the engine's own, whatever has been emitted before."""
-        return self.plain and self._budget is None
+        # Whether every next token is the engine's own, whatever has been emitted before.
+        self.as_predicted = self.plain and self._budget is None
+        self.drawn = drawn and self.plain  # by the engine
 
     def with_sampling(self, pass_: Pass) -> Pass:
-        """A pass as the engine must get it: with temperatures and seed, if it is the engine that draws."""
-        if not self._drawn:
-            return pass_
+        """A pass as an engine that draws must get it: with temperatures and seed."""
         heat, of_masks = (min(params.temperature, _HOTTEST) for params in (self._params, self._mask_params))
         return pass_._replace(temperature=heat, mask_temperature=of_masks, seed=self._params.seed)
 
     def next(self, prediction: Prediction, index: int) -> int:
         """The token after all that has been emitted, from the causal prediction of that index."""
         if self.plain:
-            forced = self.forced()
-            return int(prediction.token[index]) if forced is None else forced
+            token: int = prediction.token.item(index)
+            forced = None if self.as_predicted else self.forced()
+            return token if forced is None else forced
         assert prediction.logits is not None
         logits = prediction.logits[index]
         token = self._choose(logits, self._params)
@@ -126,18 +123,19 @@ class TokenSelector:
     def push(self, token: int) -> None:
         """Take a token into the history."""
         self._emitted.append(token)
-        if self._params.penalised:
+        if self._penalised:
             self._counts[token] += 1
-        if (matcher := self._guide) is not None:
+        if self._matcher is not None and (matcher := self._guide) is not None:
             matcher.push(token)
-        self._thought += token == self._end_think
+        if token == self._end_think:
+            self._thought += 1
 
     def pop(self, count: int) -> None:
         """Take the last tokens out of the history again."""
         for _ in range(count):
             token = self._emitted.pop()
             self._thought -= token == self._end_think
-            if self._params.penalised:
+            if self._penalised:
                 self._counts[token] -= 1
                 if not self._counts[token]:
                     del self._counts[token]
@@ -155,7 +153,7 @@ class TokenSelector:
         if forced is not None:
             return forced
         scores = logits.astype(np.float64)
-        if params.penalised:
+        if self._penalised:
             penalise(scores, params, self._prompt, self._counts)
         if params.logit_bias:
             scores[self._biased] += self._biases

@@ -74,7 +74,8 @@ class Sequence:
 
     def for_engine(self, pass_: Pass) -> Pass:
         """A loop's pass as the engine must get it: with what it draws by, and with the embeddings of images."""
-        pass_ = self.selector.with_sampling(pass_)
+        if self.selector.drawn:
+            pass_ = self.selector.with_sampling(pass_)
         if self.images is None or pass_.kind != "prefill":
             return pass_
         found = self.images.within(pass_.write_at, pass_.write_at + pass_.ids.size)

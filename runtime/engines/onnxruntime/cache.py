@@ -50,20 +50,21 @@ class OnnxRuntimeCache:
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`."""
-        tokens = 0
-        predicted = 0
-        begins = []
-        ends = []
+        tokens = predicted = 0
+        begins, ends = [], []
         logits = embedded = False
         for p in passes:
-            tokens = max(tokens, p.ids.size)
-            predicted = max(predicted, p.predicted.size)
+            size, count = p.ids.size, p.predicted.size
+            if size > tokens:
+                tokens = size
+            if count > predicted:
+                predicted = count
             begins.append(p.write_at)
-            ends.append(p.write_at + p.ids.size)
+            ends.append(p.write_at + size)
             logits = logits or p.logits
             embedded = embedded or p.embedded is not None
         self.memory.use(first, begins, ends, max(begins) + tokens)
-        bound = self._bound(PassShape(first, len(passes), tokens, predicted, logits, embedded=embedded))
+        bound = self._bound(PassShape(first, len(passes), tokens, predicted, logits, False, embedded))
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
         started = time.perf_counter()
@@ -96,7 +97,7 @@ class OnnxRuntimeCache:
             self._forwards.clear()
             self._bound_rows.clear()
             self._room = self.memory.room
-        forward = self._forwards.get((self.capacity, shape))
+        forward = self._forwards.get((self.memory.capacity, shape))
         if forward is None:
             kept = [key for key in self._forwards if key[1].logits == shape.logits]
             if len(kept) >= (_KEPT_WITH_LOGITS if shape.logits else _KEPT_FORWARDS):

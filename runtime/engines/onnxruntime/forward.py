@@ -83,9 +83,14 @@ class Forward:
         """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
         ids, pos, visible, rows, write_at, threshold, adapter, embedding = self._inputs[row]
         size = p.ids.size
-        ids[:size] = p.ids
-        pos[:size] = p.pos
-        visible[:size] = p.visible
+        if size == ids.size:
+            ids[...], pos[...], visible[...] = p.ids, p.pos, p.visible
+        else:
+            ids[:size], pos[:size], visible[:size] = p.ids, p.pos, p.visible
+            own = np.arange(p.write_at + size, p.write_at + ids.size)
+            ids[size:] = pad_id
+            pos[size:] = own
+            visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
         write_at[0] = p.write_at
         if p.predicted is not self._last_predicted[row]:
             rows[: p.predicted.size] = p.predicted
@@ -103,11 +108,6 @@ class Forward:
                 places = row * ids.size + p.embedded
                 embedding[p.embedded] = places
                 self.arrays["embeddings"][places] = p.embeddings
-        if size < ids.size:
-            own = np.arange(p.write_at + size, p.write_at + ids.size)
-            ids[size:] = pad_id
-            pos[size:] = own
-            visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
 
     def prediction(self, row: int, p: Pass) -> Prediction:
         """One row's results as views."""

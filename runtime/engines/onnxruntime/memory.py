@@ -38,19 +38,15 @@ class Memory:
 
     def use(self, first: int, begins: Sequence[int], ends: Sequence[int], slots: int) -> None:
         """Fit T to a forward whose rows write from `begins` to `ends`, and with padding up to `slots` at most."""
-        rows = range(first, first + len(begins))
-        joining = {row: self._apart.pop(row) for row in rows if row in self._apart} if self._apart else {}
-        for row, begin in zip(rows, begins, strict=True):
+        for row, begin in enumerate(begins, first):
             if begin == 0:
                 self._reach[row] = 0
-        for held in joining.values():
-            slots = max(slots, next(iter(held.values())).shape[1])
+        if self._apart:
+            self._join(range(first, first + len(begins)), slots)
         self._fit(max(slots, *self._reach))
-        for row, held in joining.items():
-            for name, kept in held.items():
-                self._view(name, self._arrays[name])[row, :, : kept.shape[1]] = kept
-        for row, end in zip(rows, ends, strict=True):
-            self._reach[row] = max(self._reach[row], end)
+        for row, end in enumerate(ends, first):
+            if end > self._reach[row]:
+                self._reach[row] = end
 
     def move(self, source: int, target: int, slots: int) -> None:
         """Copy the first `slots` slots of a row over those of another."""
@@ -73,6 +69,16 @@ class Memory:
         self._apart.clear()
         self._reach = [0] * len(self._reach)
 
+    def _join(self, rows: range, slots: int) -> None:
+        """Put those of the rows that lie apart into the memory, where T is to be `slots` at least."""
+        joining = {row: self._apart.pop(row) for row in rows if row in self._apart}
+        lengths = {row: next(iter(held.values())).shape[1] for row, held in joining.items()}
+        self._fit(max(slots, *lengths.values(), *self._reach))
+        for row, held in joining.items():
+            for name, kept in held.items():
+                self._view(name, self._arrays[name])[row, :, : lengths[row]] = kept
+            self._reach[row] = lengths[row]
+
     def _view(self, name: str, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
         """An array's memory as that of a cache, (rows, G, T, its last axis)."""
         slots = self.capacity if capacity is None else capacity
@@ -91,18 +97,17 @@ class Memory:
         room = max(self.room, FIRST_ROOM)
         while room < new:
             room *= 2
+        # What is in use moves to where it lies under another T, perhaps within the same memory: a head up where T grows
+        # and down where it shrinks, so no copy hits what is still to be read.
+        used = [(row, head, reach) for row, reach in enumerate(self._reach) if reach for head in range(self._heads)]
+        if new > old:
+            used.reverse()
         for name, array in self._arrays.items():
             target = array
             if room > self.room:
                 target = np.zeros(len(self._reach) * self._heads * room * self._widths[name], array.dtype)
                 self._arrays[name] = target
-            self._shift(self._view(name, array), self._view(name, target, new))
+            moved, held = self._view(name, target, new), self._view(name, array)
+            for row, head, reach in used:
+                moved[row, head, :reach] = held[row, head, :reach]
         self.capacity, self.room, self._least = new, room, new - max(STEP, new // _SLACK)
-
-    def _shift(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copy what is in use to where it lies under another T, perhaps within the same memory."""
-        used = [(row, head) for row, reach in enumerate(self._reach) if reach for head in range(self._heads)]
-        # A head moves up where T grows and down where it shrinks, so no copy hits what is still to be read.
-        for row, head in reversed(used) if target.shape[2] > source.shape[2] else used:
-            reach = self._reach[row]
-            target[row, head, :reach] = source[row, head, :reach]
