@@ -24,6 +24,7 @@ from .planning.pass_costs import PassCosts
 from .text.codec import TextCodec
 
 T = TypeVar("T")
+_MOST_THREADS = 1024  # a system may take minutes to start a hundred thousand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,8 @@ def load(
         RequestError: threads, device or gpu_memory_utilization is out of range.
     """
     started = time.perf_counter()
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise RequestError(f"threads is {threads!r}, allowed: 1 or more, or None for one per core")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS):
+        raise RequestError(f"threads is {threads!r}, allowed: 1 to {_MOST_THREADS}, or None for one per core")
     if not 0 < gpu_memory_utilization <= 1:
         raise RequestError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, allowed: over 0 to 1")
     folder = Path(path)

@@ -401,9 +401,9 @@ def test_wrong_rows_in_python(engine: nemodiff.LoadedEngine, rows: Any) -> None:
         list(nemodiff.generate_many(engine, ["x"], rows=rows))
 
 
-@pytest.mark.parametrize("threads", [0, -1, "x"])
+@pytest.mark.parametrize("threads", [0, -1, "x", 100_000])  # the last of which a system may take minutes to start
 def test_wrong_threads_in_python(tiny_engine: Path, threads: Any) -> None:
-    with pytest.raises(nemodiff.RequestError, match=r"threads is .*, allowed: 1 or more"):
+    with pytest.raises(nemodiff.RequestError, match=r"threads is .*, allowed: 1 to 1024, or None"):
         nemodiff.load(tiny_engine, threads=threads)
 
 
@@ -440,3 +440,19 @@ def test_a_full_disk_says_which_file(tiny_engine: Path, tmp_path: Path, name: st
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert_one_line(done.stderr, f"{trace}: File too large; check the path and its disk")
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("flags", [["--system", "hi"], ["--thinking"], ["--chat-template-kwargs", '{"a": 1}']])
+def test_what_only_the_chat_template_shows_is_refused_without_it(
+    tiny_engine: Path, refused: Refused, flags: list[str]
+) -> None:
+    fragment = f"{flags[0]} needs the chat template; leave out --raw"
+    refused(["run", str(tiny_engine), "-p", "x", "--raw", *flags], fragment, code=2)
+
+
+@pytest.mark.parametrize("flags", [["--threshold", "0.5"], ["--block-length", "8"], ["--groups", "all"]])
+def test_a_choice_that_mode_ar_has_not_is_warned_of(tiny_engine: Path, flags: list[str]) -> None:
+    words = ["run", str(tiny_engine), "-p", "x", "--max-new-tokens", "2", *flags]
+    warned, other = (CliRunner().invoke(main, [*words, "--mode", mode]) for mode in ("ar", "quadratic_spec"))
+    assert warned.stderr == f"Warning: {flags[0]} has no effect in mode ar\n"
+    assert (warned.exit_code, other.stderr) == (0, "")
