@@ -32,5 +32,7 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
     while mask in block:
         block = yield from denoise(sequence, "draft", block, begins=begins)
         begins = False
+    ends = (at for at, token in enumerate(block[1:], 2) if token in sequence.stops)
+    block = block[: next(ends, size)]  # nothing is emitted behind an EOS, so nothing is looked at there
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
     sequence.verify(prediction, block[1:])

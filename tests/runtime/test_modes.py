@@ -132,6 +132,22 @@ def test_ar_equals_transformers(setup: equality.Setup) -> None:
         assert nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=64).token_ids == expected
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_verify_looks_at_nothing_behind_a_drafted_end(setup: equality.Setup, stop: bool) -> None:
+    """An EOS or a stop id of the request; behind it nothing can be emitted."""
+    engine = setup.plain
+    expected = nemodiff.generate(engine, QUESTIONS[0], mode="ar", max_new_tokens=60).token_ids
+    stops = expected[len(expected) // 2 :][:1] if stop else []
+    options = nemodiff.Options(mode="linear_spec", block_length=32, max_new_tokens=60, stop_token_ids=stops)
+    sequence = request.prepare(engine, QUESTIONS[0], options)
+    passes = generate.decode(engine.backend, [sequence], 1)
+    looked_at = [pass_.ids.tolist() for _, pass_, _ in passes if pass_.kind == "verify"]
+    assert sequence.finish == "stop"
+    assert sequence.tokens == (expected[: expected.index(stops[0]) + 1] if stop else expected)
+    assert not any(token in sequence.stops for block in looked_at for token in block[:-1])
+    assert len(looked_at[-1]) < 32
+
+
 def test_a_random_adapter_changes_acceptance_only(setup: equality.Setup) -> None:
     means = []
     for question in QUESTIONS[:5]:
