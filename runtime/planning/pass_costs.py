@@ -39,9 +39,8 @@ class HostCosts:
     def learn(self, way: str, seconds: float) -> None:
         """Take in what a block took."""
         kept = self._kept.setdefault(way, collections.deque(maxlen=_HOST_KEPT))
-        if not kept:
-            self._usual[way] = seconds
         kept.append(seconds)
+        self._usual.setdefault(way, seconds)
         if len(kept) == _HOST_KEPT:  # the quicker third of them, for other work only adds
             self._usual[way] = sorted(kept)[_HOST_KEPT // 3]
             kept.clear()

@@ -20,7 +20,7 @@ from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
 from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
 from nemodiff.runtime.planning.kept_curve import cpu_name, read_curve, write_curve
-from nemodiff.runtime.planning.pass_costs import PassCosts
+from nemodiff.runtime.planning.pass_costs import HostCosts, PassCosts
 from nemodiff.runtime.requests import prepare as request
 
 Seconds = Callable[[float], float]
@@ -72,6 +72,14 @@ def test_interruptions_do_not_make_long_passes_dear() -> None:
             costs.learn(size, real(size) + float(rng.exponential(6.0, interruptions).sum()))
     learned = [costs.curve.seconds(size) / real(size) for size in (1, 4, 8, 16, 32)]
     assert max(learned) / min(learned) < 1.35
+
+
+def test_one_slow_turn_of_the_host_changes_nothing() -> None:
+    """Before there are a dozen figures the first one stands, and later what the quicker ones of the last dozen say."""
+    host = HostCosts()
+    for turn in range(60):
+        host.learn("ar", 50.0 if turn % 12 == 0 and turn else 1.0)
+        assert host.seconds("ar") == 1.0
 
 
 def rate(planner: DraftPlanner, costs: PassCosts, real: Seconds, rng: np.random.Generator, chance: float) -> float:
