@@ -25,7 +25,7 @@ from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import AUTO, make_options
 from nemodiff.runtime.requests.prepare import prepare
 
-BLOCKS: tuple[int | str, ...] = (4, 8, 12, 16, 32, 64, AUTO)
+BLOCKS: tuple[int | str, ...] = (4, 8, 12, 16, 24, 32, 64, AUTO)
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"mode": "ar"},
     *({"mode": mode, "block_length": block} for mode in ("linear_spec", "quadratic_spec") for block in BLOCKS),

@@ -5,6 +5,7 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK
@@ -18,10 +19,10 @@ _NEVER = 1e-3  # chance below which a position adds nothing
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_STAY = 8  # passes of a plan at most before the next is made, and of quadratic_spec always: each of its passes verifies
+_STAY = 8  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes verifies
 # the draft that the one before it has made
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
-_GROUPED = 32.0  # passes of quadratic_spec that its estimate is worth
+_GROUPED = 32.0  # blocks of a length that what all others did is worth
 
 
 class Plan(NamedTuple):
@@ -29,6 +30,18 @@ class Plan(NamedTuple):
 
     mode: ExactMode
     size: int
+
+
+@dataclasses.dataclass
+class _Standing:
+    """A plan with how often it is to be taken: by the request that made it, and by those that begin meanwhile."""
+
+    best: Plan
+    plan: Plan  # the best one, or one that is taken for what it teaches
+    most: int  # times that the best one is taken in all
+    left: int
+    tokens: float  # expected of a block, and the seconds of a pass of it in quadratic_spec
+    seconds: float
 
 
 class AcceptanceStatistics:
@@ -41,8 +54,10 @@ class AcceptanceStatistics:
     def __init__(self) -> None:
         self.seen = [0.0] * (MAX_BLOCK - 1)  # verified, all positions before being kept
         self.kept = [0.0] * (MAX_BLOCK - 1)
-        self.quadratic = QuadraticStatistics()
-        self.last = (Plan("ar", 1), 1)  # of any request: what was planned, and how often to take it
+        self.linear = BlockStatistics()
+        self.quadratic = BlockStatistics()
+        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
+        self.passes_without_draft = 0  # of requests that plan
 
     def add(self, size: int, emitted: int) -> None:
         """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
@@ -70,22 +85,23 @@ class AcceptanceStatistics:
         return (sum(self.kept) + _WEIGHT * _GUESS) / (sum(self.seen) + _WEIGHT)
 
 
-class QuadraticStatistics:
-    """What passes of budgeted quadratic_spec gave and took, over what was expected of a pass with their block.
+class BlockStatistics:
+    """What blocks gave and took, over what was expected of them by their length.
 
-    Some leave out their groups, and then the next pass has no draft: how often that is right is known afterwards.
+    Verify looks at nothing behind a drafted end of the answer. Passes of budgeted quadratic_spec may leave out their
+    groups, and then the next one has no draft: how often that is right is known afterwards.
     """
 
     def __init__(self) -> None:
-        # By block: passes, and over those expected, the tokens that they emitted and the seconds that they took.
+        # By length: how many, and over those expected, the tokens that they emitted and the seconds that they took.
         self._met = dict.fromkeys(BLOCKS, (0.0, 0.0, 0.0))
 
-    def passes(self, block: int) -> float:
-        """That were planned with this block, of late."""
+    def count(self, block: int) -> float:
+        """Of those of this length, of late."""
         return self._met[block][0]
 
     def add(self, block: int, tokens: float, seconds: float) -> None:
-        """A pass that was planned with this block gave and took these parts of what was expected."""
+        """One of this length gave and took these parts of what was expected."""
         met = self._met[block]
         weight = 0.5 if met[0] >= _FORGET else 1.0
         self._met[block] = (weight * met[0] + 1, weight * met[1] + tokens, weight * met[2] + seconds)
@@ -126,11 +142,9 @@ class DraftPlanner:
         self._engine = engine
         self._own = AcceptanceStatistics()
         self._modes = modes
-        self._passes_without_draft = 0
-        self._plan = Plan("ar", 1)  # the last one
-        self._standing = 0  # how often it is to be taken yet
-        self._met: _Met | None = None  # what passes had cost when it was last taken
-        self._expected = (0.0, 0.0)  # tokens and seconds of the pass that is planned, if it is one of quadratic_spec
+        self._standing = engine.standing.get(modes)
+        self._taken = Plan("ar", 1)  # the last one
+        self._met: _Met | None = None  # what passes had cost when it was taken
 
     def plan(self) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it.
@@ -139,60 +153,62 @@ class DraftPlanner:
         where ar is the best, at times a short draft.
         """
         self._meter()
-        if not self._standing:
-            expected = self.expected()
-            self._plan = self._next(expected)
-            self._expected = (expected[self._plan.size - 1], self._quadratic_seconds(_tokens(self._plan)))
-            # One that is made again, if by another request, stands longer.
-            last, stood = self._engine.last
-            most = _STAY // _PASSES[self._plan.mode]
-            stands = min(2 * stood, most) if self._plan == last else 1
-            self._engine.last = self._plan, stands
-            self._standing = _STAY if self._plan.mode == "quadratic_spec" else stands
-        self._standing -= 1
-        self._passes_without_draft = self._passes_without_draft + 1 if self._plan.mode == "ar" else 0
-        return self._plan
+        standing = self._standing
+        if standing is None or not standing.left:
+            standing = self._standing = self._engine.standing[self._modes] = self._make(standing)
+        standing.left -= 1
+        self._taken = standing.plan
+        self._engine.passes_without_draft = self._engine.passes_without_draft + 1 if self._taken.mode == "ar" else 0
+        return self._taken
+
+    def _make(self, before: _Standing | None) -> _Standing:
+        """A plan; the best one stands twice as long as before if it was the best before."""
+        expected = self.expected()
+        best = self._best(expected)
+        plan = self._news(best) or best
+        most = 1
+        if before is not None:
+            most = min(2 * before.most, _STAY) if best == before.best else max(before.most // 2, 1)
+        times = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
+        return _Standing(best, plan, most, times, expected[plan.size - 1], self._quadratic_seconds(_tokens(plan)))
 
     def _meter(self) -> None:
         """Learn what the host took for the last plan, if no other request's forward came between."""
         costs, before = self._costs, self._met
         self._met = _Met(costs.passes, costs.spent, costs.clock())
-        if before is not None and costs.passes - before.passes == _PASSES[self._plan.mode]:
+        if before is not None and costs.passes - before.passes == _PASSES[self._taken.mode]:
             seconds = self._met.at - before.at - (costs.spent - before.spent)
             if seconds > 0:  # else the request has changed threads, and each has a clock of its own
-                costs.host.learn(self._plan.mode, seconds)
+                costs.host.learn(self._taken.mode, seconds)
 
-    def _next(self, expected: list[float]) -> Plan:
-        best = self._best(expected)
+    def _news(self, best: Plan) -> Plan | None:
+        """What to take for once instead of the best plan for what it teaches, if anything."""
         if best.mode == "ar":
-            if self._passes_without_draft >= _PROBE or self._costs.wants(_PROBE_BLOCK):
-                best = Plan("linear_spec", _PROBE_BLOCK)
-        else:
-            at = BLOCKS.index(best.size)
-            nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
-            best = next((other for other in nearby if self._is_news(other)), best)
-        return best
+            due = self._engine.passes_without_draft >= _PROBE or self._costs.wants(_PROBE_BLOCK)
+            return Plan("linear_spec", _PROBE_BLOCK) if due else None
+        at = BLOCKS.index(best.size)
+        nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
+        return next(filter(self._is_news, nearby), None)
 
     def _is_news(self, plan: Plan) -> bool:
         if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
-            return self._engine.quadratic.passes(plan.size) < _STAY
+            return self._engine.quadratic.count(plan.size) < _STAY
         return self._costs.wants(plan.size)
 
     def _best(self, expected: list[float]) -> Plan:
         """A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says."""
-        seconds, factors = self._costs.curve.seconds, self._engine.quadratic.factors()
-        ar, linear = (self._costs.host.seconds(mode) for mode in ("ar", "linear_spec"))
-        best = Plan("ar", 1)
-        best_rate = 1 / (seconds(1) + ar) if "ar" in self._modes else 0.0
-        for size, factor in zip(BLOCKS, factors, strict=True):
-            tokens = expected[size - 1]
-            for mode, rate in (
-                ("linear_spec", tokens / (2 * seconds(size) + linear)),
-                ("quadratic_spec", tokens / self._quadratic_seconds(2 * size) * factor),
-            ):
-                if mode in self._modes and rate > best_rate:
-                    best, best_rate = Plan(mode, size), rate
-        return best
+        seconds, host = self._costs.curve.seconds, self._costs.host.seconds
+        rates = dict[Plan, float]()
+        if "ar" in self._modes:
+            rates[Plan("ar", 1)] = 1 / (seconds(1) + host("ar"))
+        if "linear_spec" in self._modes:
+            taken = host("linear_spec")
+            for size, factor in zip(BLOCKS, self._engine.linear.factors(), strict=True):
+                rates[Plan("linear_spec", size)] = expected[size - 1] / (2 * seconds(size) + taken) * factor
+        if "quadratic_spec" in self._modes:
+            for size, factor in zip(BLOCKS, self._engine.quadratic.factors(), strict=True):
+                rates[Plan("quadratic_spec", size)] = expected[size - 1] / self._quadratic_seconds(2 * size) * factor
+        return max(rates, key=rates.__getitem__)
 
     def _quadratic_seconds(self, tokens: int) -> float:
         """Of a pass of quadratic_spec, with what the host takes."""
@@ -211,10 +227,19 @@ class DraftPlanner:
             tokens.append(tokens[-1] + chance)
         return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
 
-    def learn(self, size: int, emitted: int) -> None:
-        """Take in a verify of a block of `size` tokens that emitted this many."""
+    def learn(self, looked_at: int, emitted: int, *, ended: bool = False) -> None:
+        """Take in a verify that looked at a block of so many tokens, and emitted this many.
+
+        Where the answer has `ended`, what a longer draft would have proposed is as lost as a wrong draft.
+        """
+        mode, block = self._taken
+        size = max(looked_at, block) if ended else looked_at
         self._own.add(size, emitted)
         self._engine.add(size, emitted)
+        if mode == "linear_spec":
+            seconds, host = self._costs.curve.seconds, self._costs.host.seconds(mode)
+            draft = seconds(block) + host
+            self._engine.linear.add(block, 1.0, (draft + seconds(looked_at)) / (draft + seconds(block)))
 
     def learn_quadratic(self, block: int, tokens: int, emitted: int, unseen: list[float]) -> None:
         """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many.
@@ -223,8 +248,8 @@ class DraftPlanner:
         """
         for statistics in (self._own, self._engine):
             statistics.add_unseen(emitted - 1, unseen)
-        expected, seconds = self._expected
-        self._engine.quadratic.add(block, emitted / expected, self._quadratic_seconds(tokens) / seconds)
+        if (plan := self._standing) is not None:
+            self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
 
 
 def _tokens(plan: Plan) -> int:

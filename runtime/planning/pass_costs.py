@@ -24,7 +24,8 @@ _GUESS = 0.02  # passes at a size that the prior is worth
 _FAR = 256.0  # a pass of twice the size says as much about a size as this part of one of the size itself
 _WIDE = 8.0  # and where none has run near one of twice the size this part of one of the size itself
 _REFIT = 8  # passes after which the curve is made anew, or a quarter of those that it is made of
-_GAP = 6  # passes between two that are taken to learn what they cost
+_GAP = 6  # passes between two that are taken to learn what they cost, where that has never been known
+_GAP_OF_KNOWN = 256  # where it has
 _KNOWN = 3.0  # passes of about a size that make its cost known
 _HOST_KEPT = 12  # figures that one of what the host takes is made of
 
@@ -74,6 +75,7 @@ class PassCosts:
         self._fitted = 0
         self._probed = 0
         self._evidence = [0.0] * len(SIZES)
+        self._ever = [0] * len(SIZES)
 
     @property
     def curve(self) -> CostCurve:
@@ -96,18 +98,23 @@ class PassCosts:
         self._met.clear()
         self._passes = self._fitted = self._probed = 0
         self._evidence = [0.0] * len(SIZES)
+        self._ever = [0] * len(SIZES)
 
     def learn(self, size: int, seconds: float) -> None:
         """Take in a forward of `size` tokens, padding included, that has predicted all of them."""
         self._met.append((size, seconds))
         self._passes += 1
         self.spent += seconds
-        self._evidence[_knot(size)] += 1
+        knot = _knot(size)
+        self._evidence[knot] += 1
+        self._ever[knot] += 1
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""
         self.curve  # noqa: B018  (brings the evidence up to date)
-        if self._passes - self._probed < _GAP or self._evidence[_knot(size)] >= _KNOWN:
+        knot = _knot(size)
+        gap = _GAP if self._ever[knot] < _KNOWN else _GAP_OF_KNOWN
+        if self._passes - self._probed < gap or self._evidence[knot] >= _KNOWN:
             return False
         self._probed = self._passes
         return True

@@ -144,9 +144,7 @@ class Sequence:
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
         if self.planner is not None and draft:
-            # Where the answer ends, what a longer draft would have proposed is as lost as a wrong draft.
-            size = max(len(draft) + 1, self.block_length) if self.finish else len(draft) + 1
-            self.planner.learn(size, accepted)
+            self.planner.learn(len(draft) + 1, accepted, ended=self.finish is not None)
         return accepted
 
     def plan(self) -> ExactMode | None:

@@ -106,12 +106,48 @@ def test_plans_of_one_token_look_again_at_times() -> None:
 
 
 def test_a_plan_that_is_right_again_stands_longer() -> None:
-    planner = fed(8, 8, ("linear_spec",), MIXED)
+    """For all requests that choose among the same modes: in short answers each block would else be planned anew."""
     made = list[object]()
-    planner._next = lambda expected: made.append(expected) or Plan("linear_spec", 8)  # type: ignore[method-assign]
-    for _ in range(1 + 2 + 4 + 4 + 4):
-        planner.plan()
-    assert len(made) == 5
+
+    def best(expected: list[float]) -> Plan:
+        made.append(expected)
+        return Plan("linear_spec", 8)
+
+    planner = fed(8, 8, ("linear_spec",), MIXED)
+    for times in (1, 2, 4, 8, 8):
+        planner._best = best  # type: ignore[method-assign]
+        for _ in range(times):
+            assert planner.plan().size == 8
+        made.append("next")
+        planner = DraftPlanner(planner._costs, planner._engine, ("linear_spec",))
+    assert [entry == "next" for entry in made] == [False, True] * 5
+
+
+def test_a_length_that_is_known_is_tried_seldom() -> None:
+    """What a longer and a shorter block cost is asked for at once, and then hardly ever, for they are not the best."""
+    costs = PassCosts(MIXED)
+    planner = DraftPlanner(costs, AcceptanceStatistics(), ("linear_spec",))
+    sizes = []
+    for _ in range(600):
+        size = planner.plan().size
+        sizes.append(size)
+        for _ in range(2):
+            costs.learn(size, MIXED.seconds(size))
+        planner.learn(size, min(size, 12))
+    assert {8, 12, 16} <= set(sizes[:40])
+    assert sizes[100:].count(12) > 0.98 * 500
+
+
+def test_what_verify_leaves_out_counts() -> None:
+    """Nothing behind a drafted end is looked at, so long drafts at the end of answers are cheaper than their length."""
+    planners = [DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",)) for _ in range(2)]
+    for planner, looked_at in zip(planners, (32, 1), strict=True):
+        planner._taken = Plan("linear_spec", 32)
+        for _ in range(60):
+            planner.learn(looked_at, 32)
+    whole, cut = (planner._engine.linear.factors() for planner in planners)
+    assert whole == [1.0] * len(BLOCKS)
+    assert 1.2 < cut[BLOCKS.index(32)] < 1.6  # three quarters of the two passes at least, were there none before
 
 
 def test_what_the_host_takes_counts() -> None:
