@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --minutes 6         measure the most important figures first; repeat to continue
     python benchmarks/gpu.py --device cpu        run the same code at tiny sizes; its figures mean nothing
 
-Writes `gpu.json` every few seconds, so a run that is cut short loses nothing and the next one on a card of the same
-name measures what is missing. At the end it writes `gpu.md` and `gpu.png`. `scripts/measure-gpu` runs it on a card that
+Writes `gpu.json` and `gpu.md` every few seconds, so a run that is cut short loses nothing and the next one on a card of
+the same name measures what is missing. At the end it draws `gpu.png`. `scripts/measure-gpu` runs it on a card that
 is lent for minutes.
 """
 
@@ -51,6 +51,7 @@ except ModuleNotFoundError as error:
 
 PACKAGES = ("nemodiff", "numpy", "torch", "triton")
 SECTIONS = ("first", "forward", "kernels", "narrow", "decode", "serve", "variants", "modes", "peers", "tensorrt")
+NO_TIME = "no time was left"
 SAVE_SECONDS = 5.0  # between two writes of the report
 
 
@@ -115,7 +116,7 @@ def measured(cell: Cell, lab: Lab, left: float) -> dict[str, Any]:
         needed, there = cell.nbytes / 2**30, lab.card.total / 2**30
         return {"skipped": f"needs about {needed:.0f} GiB, the card has {there:.0f}"}
     if cell.seconds > left:
-        return {"skipped": "no time was left"}
+        return {"skipped": NO_TIME}
     try:
         return cell.measure(lab)
     except ModuleNotFoundError as error:
@@ -133,18 +134,21 @@ def measured(cell: Cell, lab: Lab, left: float) -> dict[str, Any]:
 def run(todo: list[Cell], lab: Lab, report: gpu_report.Report, guard: Guard, minutes: float) -> int:
     """Measure what is missing and keep the report up to date; returns how many cells failed."""
     started = saved = time.monotonic()
-    failed = 0
+    failed = late = 0
     try:
         for cell in todo:
             if report.has(cell):
                 continue
-            before = time.monotonic()
-            with guard.watch(cell):
-                figures = measured(cell, lab, 60 * minutes - (before - started))
+            left = 60 * minutes - (time.monotonic() - started)
+            with guard.watch(cell, left):
+                figures = measured(cell, lab, left)
                 report.put(cell, figures)
                 failed += figures.get("skipped", "").startswith("failed")
                 if "skipped" in figures:
                     guard.check(cell, lab.card.answers(), figures["skipped"])
+            if figures.get("skipped") == NO_TIME:
+                late += 1
+                continue
             outcome = figures.get("skipped") or gpu_report.headline(figures)
             print(f"{time.monotonic() - started:7.1f} s  {cell.name}: {outcome}", flush=True)
             if time.monotonic() - saved > SAVE_SECONDS:
@@ -153,6 +157,8 @@ def run(todo: list[Cell], lab: Lab, report: gpu_report.Report, guard: Guard, min
     finally:
         report.run["minutes"] = round((time.monotonic() - started) / 60, 2)
         report.save()
+    if late:
+        print(f"{late} figures not measured: {NO_TIME}", flush=True)
     return failed
 
 

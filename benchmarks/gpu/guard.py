@@ -17,6 +17,7 @@ from gpu.plan import Cell, Figures
 
 BROKEN = 3  # exit status of a process that another one should follow
 PATIENCE = 45.0  # seconds, and three times a cell's estimate, until it counts as hanging on a card
+GRACE = 12.0  # seconds behind a run's end for the cell that is being measured; `scripts/measure-gpu` gives 20
 
 
 class Guard:
@@ -42,12 +43,12 @@ class Guard:
             self._note.unlink()
 
     @contextlib.contextmanager
-    def watch(self, cell: Cell) -> Iterator[None]:
-        """While a cell is measured."""
+    def watch(self, cell: Cell, left: float) -> Iterator[None]:
+        """While a cell is measured, with so many seconds left of the run."""
         if self._note is not None:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             self._note.write_text(cell.name, encoding="utf-8")
-        seconds = (self._patience or 0.0) + 3 * cell.seconds
+        seconds = min((self._patience or 0.0) + 3 * cell.seconds, max(left, 0.0) + GRACE)
         timer = threading.Timer(seconds, self._end, [cell, f"it took more than {seconds:.0f} s"])
         timer.daemon = True
         if self._patience is not None:

@@ -40,6 +40,7 @@ class Report:
             if saved["device"]["name"] == about["name"] and saved["dtype"] == config.dtype:
                 self.cells = saved["cells"]
                 self.runs = saved["runs"]
+        self._drawn = False  # the plot
         self.keeps_failures = False  # whether what failed is left alone too
         self.run = {"date": origin["date"], "command": origin["command"], "ceilings": ceilings, "minutes": 0.0}
         self.runs.append(self.run)
@@ -63,7 +64,7 @@ class Report:
         self.cells[name] = {"run": len(self.runs) - 1, **figures}
 
     def save(self) -> None:
-        """Write the figures."""
+        """Write the figures and the tables."""
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +79,13 @@ class Report:
             "cells": self.cells,
         }
         _write(self._folder / "gpu.json", json.dumps(values, indent=1) + "\n")
+        _write(self._folder / "gpu.md", markdown(self, self._drawn))
 
     def finish(self) -> None:
-        """Write the tables and the plot, and print the verdicts."""
-        self.save()
+        """Draw the plot, and print the verdicts."""
         if self._folder is not None:
-            drawn = plot(self, self._folder / "gpu.png")
-            _write(self._folder / "gpu.md", markdown(self, drawn))
+            self._drawn = plot(self, self._folder / "gpu.png")
+        self.save()
         self._show()
 
     def goals(self) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:

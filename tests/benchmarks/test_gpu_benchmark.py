@@ -125,6 +125,7 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
         n: c for n, c in cells.items() if n not in skipped
     }
     assert len(again["runs"]) == 2
+    assert "figures not measured: no time was left\n" in again["printed"]  # one line, whatever their number
     assert {c["skipped"] for n, c in again["cells"].items() if n.startswith("peers/")} == {"no time was left"}
 
 
@@ -256,11 +257,12 @@ import sys, threading
 sys.path.insert(0, {str(FOLDER)!r})
 from common import checkout
 from gpu import guard, plan
-there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print, 0.2)
+there = guard.Guard(__import__("pathlib").Path({str(tmp_path)!r}), print, 60 if sys.argv[1] == "late" else 0.2)
+guard.GRACE = 0.3
 cell = plan.Cell("forward", "8b", sys.argv[1], 0, 0, None)
 there.last()
-with there.watch(cell):
-    if cell.key == "hangs":
+with there.watch(cell, -5 if cell.key == "late" else 100):
+    if cell.key in ("hangs", "late"):
         threading.Event().wait(60)
     if cell.key == "dies":
         __import__("os").abort()
@@ -274,6 +276,7 @@ with there.watch(cell):
         return done.returncode, done.stdout
 
     assert ended("hangs")[0] == 3
+    assert "it took more than 0 s" in ended("late")[1]  # a run's end is nobody's to pass
     assert ended("dies")[0] < 0
     code, said = ended("breaks")
     assert code == 3
