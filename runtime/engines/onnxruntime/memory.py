@@ -43,7 +43,9 @@ class Memory:
                 self._reach[row] = 0
         if self._apart:
             self._join(range(first, first + len(begins)), slots)
-        self._fit(max(slots, *self._reach))
+        needed = max(slots, *self._reach)
+        if not self._least < needed <= self.capacity:
+            self._fit(needed)
         for row, end in enumerate(ends, first):
             if end > self._reach[row]:
                 self._reach[row] = end
@@ -87,8 +89,6 @@ class Memory:
 
     def _fit(self, slots: int) -> None:
         """Bring T to what `slots` need."""
-        if self._least < slots <= self.capacity:
-            return
         step = max(STEP, 1 << (slots // _SHARE).bit_length() >> 1)
         new = -(-slots // step) * step
         old = self.capacity
