@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import Any
 
 import click
@@ -57,7 +58,14 @@ class _Group(click.Group):
         except MemoryError:
             raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
         except KeyboardInterrupt:
+            _end_line()
             raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+def _end_line() -> None:
+    """Leave the line of a terminal on which the interrupt was typed."""
+    if sys.stderr.isatty():
+        click.echo(err=True)
 
 
 def _normalize(token: str) -> str:

@@ -20,6 +20,7 @@ from ..contract import (
     GROUP_SIZES,
     ITEMSIZE,
     KV_CACHE_DTYPES,
+    MAX_BATCH,
     MAX_BLOCK,
     PREFILL_CHUNK,
     QUANTIZATIONS,
@@ -55,7 +56,7 @@ from .options import PATH, json_output
     type=int,
     default=DEFAULT_MAX_BATCH_SIZE,
     show_default=True,
-    help="Allow this many requests to share one forward pass.",
+    help=f"Allow this many requests to share one forward pass, 1 to {MAX_BATCH}.",
 )
 @click.option(
     "--block-length",
@@ -95,7 +96,7 @@ from .options import PATH, json_output
 @click.option(
     "--logits/--no-logits",
     default=True,
-    help="Keep or leave out the logits that sampling needs; for the TensorRT backends.",
+    help="Keep or leave out the logits that sampling needs; for the TensorRT backends. [default: keep them]",
 )
 @click.option(
     "--fix-mistral-regex",
@@ -109,7 +110,10 @@ from .options import PATH, json_output
     help="Scale larger images down to this many pixels a side; for a model that sees images. [default: 1400 or what it "
     "was trained on]",
 )
-@click.option("--sm", help="Compile for these GPU architectures; for tensorrt-rtx. [default: 80,86,89,120]")
+@click.option(
+    "--sm",
+    help="Compile for these compute capabilities, with commas between; for tensorrt-rtx. [default: 80,86,89,120]",
+)
 @click.option(
     "--plugins",
     is_flag=True,
@@ -120,12 +124,13 @@ from .options import PATH, json_output
     "--workspace",
     type=int,
     metavar="MIB",
-    help="Limit the scratch memory of a layer to this many MiB; for the TensorRT backends.",
+    help="Limit the scratch memory of a layer to this many MiB; for the TensorRT backends. [default: no limit]",
 )
 @click.option(
     "--opt-level",
     type=int,
-    help="Spend this much effort on optimizing, 0 (fast build) to 5 (fast engine); for the TensorRT backends.",
+    help="Spend this much effort on optimizing, 0 (fast build) to 5 (fast engine); for the TensorRT backends. "
+    "[default: TensorRT's]",
 )
 @click.option(
     "--strip-weights",

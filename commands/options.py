@@ -97,13 +97,13 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--no-warmup",
             is_flag=True,
-            help="Load sooner: capture a torch engine's passes on a GPU when they first come, and leave the weights of "
-            "one for ONNX Runtime in small pages.",
+            help="Load sooner, and make passes slower for it: a torch engine captures its passes on a GPU when they "
+            "first come, and the weights of an ONNX Runtime engine stay in small pages of memory.",
         ),
         click.option(
             "--tp-size",
             type=click.IntRange(1),
-            help="Split a torch engine's weights and K/V over so many GPUs. [default: torchrun's ranks, or 1]",
+            help="Split a torch engine's weights and K/V over this many GPUs. [default: torchrun's ranks, or 1]",
         ),
     )
     for option in reversed(options):

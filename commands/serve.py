@@ -167,7 +167,7 @@ def serve(
 ) -> None:
     """Serve ENGINE over HTTP.
 
-    The server speaks OpenAI's API, reports metrics, and has a page to watch the engine decode.
+    The server speaks OpenAI's and Anthropic's APIs, reports metrics, and has a page to watch the engine decode.
     """
     try:
         from ..runtime.requests.generation_config import sampling_defaults
@@ -184,6 +184,8 @@ def serve(
             f"torchrun has started {world} ranks, and each would serve at port {port}; start one server with "
             f"--tp-size {world}, which starts the ranks"
         )
+    if served_model_name is not None and not served_model_name.strip():
+        raise click.UsageError("--served-model-name is empty; give a name, or leave it out")
     check_connections(max_connections)
     limits = Limits(
         timeout=timeout,

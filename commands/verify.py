@@ -33,7 +33,14 @@ _BLOCKS = 12
     type=options.PATH,
     help="Take the drafter adapter from this folder; with a checkpoint. [default: the checkpoint's linear_spec_lora]",
 )
-@click.option("-p", "--prompt", "prompts", type=TEXT, multiple=True, help="Use this prompt; may be repeated.")
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    type=TEXT,
+    multiple=True,
+    help="Use this prompt; may be repeated. [default: six built-in ones]",
+)
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @click.option(
     "--max-new-tokens",

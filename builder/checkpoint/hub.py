@@ -96,7 +96,7 @@ def _download(repo: str, revision: str | None, headers_only: bool) -> Path:
     except Exception as error:  # the library lets through its HTTP client's errors, which have no common base
         raise CheckpointError(
             f"{where}: the download failed ({first_line(error)}); run the same command again, whole files are kept, or "
-            "give a folder"
+            "give a folder: none here has this name"
         ) from None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
 import tomllib
@@ -120,6 +122,24 @@ def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"\x03", 130), (b"\x04", 0)], ids=["interrupt", "end of input"])
+def test_a_conversation_that_is_left_leaves_its_line(tiny_engine: Path, key: bytes, code: int) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [*NEMODIFF, "chat", str(tiny_engine)])
+    shown = b""
+    with os.fdopen(terminal, "r+b", buffering=0) as keys:
+        while not shown.endswith(b"> "):
+            shown += keys.read(1)
+        keys.write(key)
+        with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
+            while part := keys.read(4096):
+                shown += part
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert shown.endswith(b"\r\n")
+    assert b"Traceback" not in shown
 
 
 def test_streams_that_were_closed(tmp_path: Path) -> None:

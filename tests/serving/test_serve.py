@@ -738,6 +738,7 @@ def test_what_the_command_refuses(tiny_engine: Path, refused: Any, monkeypatch: 
         port = str(taken.getsockname()[1])
         refused(["serve", str(tiny_engine), "--port", port], "--port", "give another")
     refused(["serve", str(tiny_engine), "--rows", "0"], "rows is 0")
+    refused(["serve", str(tiny_engine), "--served-model-name", " "], "--served-model-name is empty; give", code=2)
     refused(["serve", str(tiny_engine), "--host", "", "--port", "0"], "--host is empty; give an address")
     for key in ("", " ", "a "):  # an empty one would let in whoever sends none
         refused(["serve", str(tiny_engine), "--api-key", "x", "--api-key", key], "--api-key", "give another", code=2)
