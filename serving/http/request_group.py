@@ -52,13 +52,14 @@ class RequestGroup:
         self._timeout = timeout
         self._bell = doorbell()
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
-        self._woken = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._woken = self._loop.create_future()
         self._sleeps = False  # whether the next outcome has to wake the loop
         self.more = False  # whether what follows the event yielded last is here already
         self._handles = list[Handle]()
         self._closed = False
         self._expired = False
-        self._timer = asyncio.get_running_loop().call_later(timeout, self._expire)
+        self._timer = self._loop.call_later(timeout, self._expire)
 
     async def submit(
         self, read: Callable[[], list[tuple[Prompt, dict[str, Any]]]], *, steps: bool = False
@@ -126,10 +127,10 @@ class RequestGroup:
     async def _arrived(self) -> int:
         """How many outcomes are here to be read, once there is one."""
         while not self._outcomes:
-            self._woken.clear()
+            self._woken = self._loop.create_future()
             self._sleeps = True
             if not self._outcomes:  # else one came just before, and nobody has been woken
-                await self._woken.wait()
+                await self._woken
         self._sleeps = False
         return len(self._outcomes)
 
@@ -140,7 +141,11 @@ class RequestGroup:
         self._outcomes.append((index, outcome))
         if self._sleeps:  # waking the loop costs as much as all else here
             self._sleeps = False
-            self._bell.ring(self._woken.set)
+            self._bell.ring(self._wake)
+
+    def _wake(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
 
     def _expire(self) -> None:
         self._expired = True

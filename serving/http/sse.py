@@ -49,10 +49,13 @@ class EventStreamResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(on_disconnect(receive, self._close))
+        # A task of its own goes on at once, and not by way of every layer between the server and here.
+        stream = asyncio.create_task(self.stream_response(send))
         try:
-            await self.stream_response(send)
+            await stream
         finally:
             watch.cancel()
+            stream.cancel()
             self._close()
 
     async def stream_response(self, send: Send) -> None:
