@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..errors import RequestError
 from ..runtime.editing.methods import METHODS
 from ..runtime.text.files import read_text
 from . import options
@@ -121,6 +122,8 @@ def revise(
         raise click.UsageError("give --text or --file, not both")
     if file is not None:
         text = read_text(file).removesuffix("\n")
+        if not text:
+            raise RequestError(f"{file}: no text to revise; give a file that holds some")
     elif text is None:
         text = read_stdin("no text: give --text TEXT, --file FILE, or text on standard input")
     revised = revise_text(load(engine, threads=threads, device=device), text, **choices)

@@ -456,3 +456,9 @@ def test_a_choice_that_mode_ar_has_not_is_warned_of(tiny_engine: Path, flags: li
     warned, other = (CliRunner().invoke(main, [*words, "--mode", mode]) for mode in ("ar", "quadratic_spec"))
     assert warned.stderr == f"Warning: {flags[0]} has no effect in mode ar\n"
     assert (warned.exit_code, other.stderr) == (0, "")
+
+
+def test_an_empty_file_to_revise_is_named(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    file = str(tmp_path / "empty.txt")
+    refused(["revise", str(tiny_engine), "--file", file], f"{file}: no text to revise; give a file")

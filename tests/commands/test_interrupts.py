@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import signal
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,7 @@ from stand_ins.checkpoints import TINY_CHAT
 
 NEMODIFF = [sys.executable, "-m", "nemodiff"]
 ROOT = Path(__file__).parents[2]
+INTERRUPT = b"\x03"
 # Runs the command and interrupts it at the moment when a module is imported or a function is called.
 AT = """
 import importlib.abc, importlib, os, signal, sys
@@ -124,20 +126,26 @@ def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize(("key", "code"), [(b"\x03", 130), (b"\x04", 0)], ids=["interrupt", "end of input"])
+@pytest.mark.parametrize(("key", "code"), [(INTERRUPT, 130), (b"\x04", 0)], ids=["interrupt", "end of input"])
 def test_a_conversation_that_is_left_leaves_its_line(tiny_engine: Path, key: bytes, code: int) -> None:
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [*NEMODIFF, "chat", str(tiny_engine)])
-    shown = b""
-    with os.fdopen(terminal, "r+b", buffering=0) as keys:
+    ours, theirs = pty.openpty()
+    words = [*NEMODIFF, "chat", str(tiny_engine)]
+    with (
+        os.fdopen(ours, "r+b", buffering=0) as keys,
+        subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs) as process,
+    ):
+        os.close(theirs)
+        shown = b""
         while not shown.endswith(b"> "):
             shown += keys.read(1)
-        keys.write(key)
+        if key == INTERRUPT:  # which a terminal sends to the processes that it controls
+            process.send_signal(signal.SIGINT)
+        else:
+            keys.write(key)
         with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
             while part := keys.read(4096):
                 shown += part
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert process.returncode == code
     assert shown.endswith(b"\r\n")
     assert b"Traceback" not in shown
 
