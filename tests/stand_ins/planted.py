@@ -157,5 +157,5 @@ COMMIT: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
     "mask id a candidate": (in_body("candidates", "Identity", "logits"), "probability is off"),
     "mask id in the sum alone": (in_body("probability", "Softmax", "logits"), "probability is off"),
     "the least sure is committed": (in_body("first", "ArgMin"), "where the rule gives"),
-    "nothing but the surest is committed": (in_body("chosen", "Or", "is_first", "is_first"), "where the rule gives"),
+    "nothing but the surest is committed": (in_body("is_sure", "Less", "rank", "closed"), "where the rule gives"),
 }
