@@ -36,9 +36,8 @@ class Plan(NamedTuple):
 class _Standing:
     """A plan with how often it is to be taken: by the request that made it, and by those that begin meanwhile."""
 
-    best: Plan
-    plan: Plan  # the best one, or one that is taken for what it teaches
-    most: int  # times that the best one is taken in all
+    plan: Plan
+    most: int  # times that it is taken, unless it is for what it teaches alone
     left: int
     tokens: float  # expected of a block, and the seconds of a pass of it in quadratic_spec
     seconds: float
@@ -162,15 +161,13 @@ class DraftPlanner:
         return self._taken
 
     def _make(self, before: _Standing | None) -> _Standing:
-        """A plan; the best one stands twice as long as before if it was the best before."""
+        """A plan, which stands twice as long as the one before it: the first ones know little."""
         expected = self.expected()
         best = self._best(expected)
         plan = self._news(best) or best
-        most = 1
-        if before is not None:
-            most = min(2 * before.most, _STAY) if best == before.best else max(before.most // 2, 1)
-        times = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
-        return _Standing(best, plan, most, times, expected[plan.size - 1], self._quadratic_seconds(_tokens(plan)))
+        most = 1 if before is None else min(2 * before.most, _STAY)
+        left = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
+        return _Standing(plan, most, left, expected[plan.size - 1], self._quadratic_seconds(_tokens(plan)))
 
     def _meter(self) -> None:
         """Learn what the host took for the last plan, if no other request's forward came between."""

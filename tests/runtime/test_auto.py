@@ -105,7 +105,7 @@ def test_plans_of_one_token_look_again_at_times() -> None:
     assert drafts[1] - drafts[0] > 32
 
 
-def test_a_plan_that_is_right_again_stands_longer() -> None:
+def test_later_plans_stand_longer() -> None:
     """For all requests that choose among the same modes: in short answers each block would else be planned anew."""
     made = list[object]()
 
