@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence as Items
 
+from ...contract import counted
 from ...errors import BusyError, EngineError, NemodiffError, first_line
 from ..batching.batch import Batch
 from ..batching.slot import Counts
@@ -72,8 +73,8 @@ class Worker:
         if present + count > self._most_waiting + self._rows:
             further = f", and {count} more are asked for" if count > 1 else ""
             raise BusyError(
-                f"{present} requests run or wait{further}, allowed: {self._rows} and {self._most_waiting}; try again "
-                "later, or make the scheduler with more rows or a longer queue"
+                f"{counted(present, 'request')} running or waiting{further}, allowed: {self._rows} and "
+                f"{self._most_waiting}; try again later, or make the scheduler with more rows or a longer queue"
             )
 
     def cancel(self, handle: Handle) -> None:

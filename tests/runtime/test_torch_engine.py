@@ -490,7 +490,7 @@ def test_a_cache_that_is_forgotten_holds_nothing(tiny: Pair) -> None:
     with pytest.raises(EngineError, match="1600 slots of K/V are needed, of 1280 1280 are free; let other requests"):
         cache.forward([causal("prefill", PROMPT * 40, 0)])
     held = backend.open(200)
-    with pytest.raises(EngineError, match="200 rows are asked for and "):
+    with pytest.raises(EngineError, match="200 rows asked for, "):
         backend.open(200)
     assert backend.pages.open_rows == 1 + len(held.rows)
 

@@ -52,7 +52,7 @@ def test_what_does_not_fit_now_takes_no_place(server: Served) -> None:
     assert answer.read(200)
     status, headers, content = server.send(CHAT, {"messages": MESSAGES, "n": 5})
     assert (status, headers["retry-after"]) == (429, "1")
-    assert "1 requests run or wait, and 5 more are asked for" in json.loads(content)["error"]["message"]
+    assert "1 request running or waiting, and 5 more are asked for" in json.loads(content)["error"]["message"]
     values = server.metrics()
     assert values["nemodiff_requests_running"] + values["nemodiff_requests_waiting"] == 1
     fitting = server.ask(CHAT, {"messages": MESSAGES, "n": 4, "max_tokens": 3})

@@ -409,7 +409,7 @@ def test_a_full_queue_says_so(server: TritonServer) -> None:
             for _ in range(3):
                 status, text = post(server.http, "/v2/models/slow/generate", {"text_input": QUESTIONS[0]})
                 assert status in (400, 503)  # Triton 2.51 answers 400 whatever status the model gives
-                assert "requests run or wait, allowed: 1 and 2; try again later" in text
+                assert "requests running or waiting, allowed: 1 and 2; try again later" in text
     eventually(lambda: read_metrics(server, "slow")[refusals] == before + 3)
     eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_running"] == 0)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK
+from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, counted
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
@@ -131,7 +131,7 @@ class TorchEngine:
             numbers = self.pages.open(rows)
         if numbers is None:
             raise EngineError(
-                f"{self.folder}: {rows} rows are asked for and {self.pages.open_rows} are in use, allowed together: "
+                f"{self.folder}: {counted(rows, 'row')} asked for, {self.pages.open_rows} in use, allowed together: "
                 f"{len(self.pages.table) - 1}; close what is not needed, or build with a larger --max-batch-size"
             )
         return TorchCache(self.forwards, numbers)
