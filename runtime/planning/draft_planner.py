@@ -143,7 +143,7 @@ class DraftPlanner:
         self._modes = modes
         self._standing = engine.standing.get(modes)
         self._taken = Plan("ar", 1)  # the last one
-        self._met: _Met | None = None  # what passes had cost when it was taken
+        self._met: _Met | None = None  # what passes had cost before the last block of a plan
 
     def plan(self) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it.
@@ -151,11 +151,13 @@ class DraftPlanner:
         Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
         where ar is the best, at times a short draft.
         """
-        self._meter()
-        standing = self._standing
+        standing, costs = self._standing, self._costs
         if standing is None or not standing.left:
+            self._meter()
             standing = self._standing = self._engine.standing[self._modes] = self._make(standing)
         standing.left -= 1
+        if not standing.left:
+            self._met = _Met(costs.passes, costs.spent, costs.clock())
         self._taken = standing.plan
         self._engine.passes_without_draft = self._engine.passes_without_draft + 1 if self._taken.mode == "ar" else 0
         return self._taken
@@ -170,13 +172,12 @@ class DraftPlanner:
         return _Standing(plan, most, left, expected[plan.size - 1], self._quadratic_seconds(_tokens(plan)))
 
     def _meter(self) -> None:
-        """Learn what the host took for the last plan, if no other request's forward came between."""
-        costs, before = self._costs, self._met
-        self._met = _Met(costs.passes, costs.spent, costs.clock())
-        if before is not None and costs.passes - before.passes == _PASSES[self._taken.mode]:
-            seconds = self._met.at - before.at - (costs.spent - before.spent)
+        """Learn what the host took for the last block of a plan, if no other request's forward came between."""
+        costs, before, mode = self._costs, self._met, self._taken.mode
+        if before is not None and costs.passes - before.passes == _PASSES[mode]:
+            seconds = costs.clock() - before.at - (costs.spent - before.spent)
             if seconds > 0:  # else the request has changed threads, and each has a clock of its own
-                costs.host.learn(self._taken.mode, seconds)
+                costs.host.learn(mode, seconds)
 
     def _news(self, best: Plan) -> Plan | None:
         """What to take for once instead of the best plan for what it teaches, if anything."""
