@@ -14,7 +14,7 @@ from ...errors import BusyError, EngineError, NemodiffError, first_line
 from ..batching.batch import Batch
 from ..batching.slot import Counts
 from ..engines.pages import PAGE
-from ..events.events import Finished
+from ..events.events import Event, Finished
 from ..loading import LoadedEngine
 from ..requests.sequence import Sequence
 from .handle import Handle, Listener
@@ -183,7 +183,7 @@ class Worker:
             else:
                 continue  # it has ended already
             sequence.finish, sequence.ended = "cancelled", time.perf_counter()
-            self._finish(handle)
+            self._finish(handle, [])
         self._cancelled.clear()
 
     def _step(self) -> None:
@@ -193,17 +193,19 @@ class Worker:
             if result.error is not None:
                 self._fail(handle, result.error)
                 continue
-            handle.deliver(handle.reporter.passed(result))
-            if result.sequence.ended:
-                with self._changed:
-                    self._finish(handle)
+            events = handle.reporter.passed(result)
+            if not result.sequence.ended:
+                handle.deliver(events)
+                continue
+            with self._changed:
+                self._finish(handle, events)
 
-    def _finish(self, handle: Handle) -> None:
-        """Count a request that has ended and say so."""
+    def _finish(self, handle: Handle, last: list[Event]) -> None:
+        """Count a request that has ended and say so, together with what its last pass gave."""
         sequence = handle.sequence
         self._running.pop(sequence, None)
         self._ended.count(sequence, "cancelled" if sequence.finish == "cancelled" else "finished")
-        events = handle.reporter.finished(self._engine)
+        events = last + handle.reporter.finished(self._engine)
         handle.deliver(events)
         assert isinstance(events[-1], Finished)
         handle.end(events[-1])

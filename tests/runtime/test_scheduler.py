@@ -174,6 +174,16 @@ def test_any_schedule_gives_what_each_request_gives_alone(
     assert backend(engine).open_caches == before
 
 
+def test_what_the_last_pass_gave_comes_with_the_end(engine: nemodiff.LoadedEngine) -> None:
+    """A listener that wakes somebody for each outcome wakes him once for both."""
+    heard: list[Any] = []
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        handle = scheduler.submit([130], mode="ar", max_new_tokens=5, min_tokens=5, listener=heard.append)
+        assert len(handle.result(PATIENCE).token_ids) == 5
+    assert len(heard) == 5  # one for each pass that gave a token
+    assert [type(event).__name__ for event in heard[-1]] == ["Text", "Finished"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data(), rows=st.integers(1, 4), reuse=st.booleans(), seed=st.integers(0, 1000))
 def test_threads_cancels_and_a_scheduler_lose_nothing(
