@@ -405,7 +405,7 @@ def test_refusals_name_what_is_here_and_what_to_do(setup: Setup, tmp_path: Path)
     _, backend, device, _ = setup.load()
     device.total = device.used + backend.cache_bytes(1) + 2**20
     backend.open(1).close()
-    with pytest.raises(EngineError, match=r"for K/V of 4 row\(s\)\), device 0 has .* ask for fewer rows"):
+    with pytest.raises(EngineError, match=r"for K/V of 4 rows\), device 0 has .* ask for fewer rows"):
         backend.open(4)
     other = dataclasses.replace(setup, folder=Path(shutil.copytree(setup.folder, tmp_path / "other")))
     (other.folder / "rank0.engine").write_bytes(b"torn")
