@@ -417,14 +417,14 @@ def test_a_full_queue_says_so(server: TritonServer) -> None:
 def test_an_engine_that_breaks_in_mid_stream(server: TritonServer, repository: Path) -> None:
     broken = repository / "slow" / "1" / "broken"
     events = server_sent(server.http, "slow", {"text_input": QUESTIONS[0], "mode": "ar", "stream": True})
-    assert next(events)["text_output"] == "3"
+    assert next(events)["text_output"].startswith("3")
     broken.touch()
     *_, last = events
     broken.unlink()
     assert last["status"] == 200
     assert last["error"] == "the engine failed (the device has gone); the request may be sent again"
     assert generate(server, "slow", text_input=QUESTIONS[0], mode="ar", max_tokens=3)["num_output_tokens"] == 3
-    assert read_metrics(server, "slow")["nemodiff_requests_total failed"] == 1
+    eventually(lambda: read_metrics(server, "slow")["nemodiff_requests_total failed"] == 1)
 
 
 def test_figures_on_the_metrics_port_add_up(server: TritonServer) -> None:
