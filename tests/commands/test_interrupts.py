@@ -92,12 +92,10 @@ WORKING = {
     "build, writing": ("nemodiff.builder.checkpoint.weights:_pieces", ["build", TINY_CHAT, "-o", "OUT"]),
     "export": ("nemodiff.builder.export:copy_tensors", ["export", TINY_CHAT, "-o", "OUT"]),
     "load": ("nemodiff.runtime.loading:TextCodec", ["run", "ENGINE", "-p", "x"]),
-    "run": (STEP, ["run", "ENGINE", "-p", "x"]),
     "trace": (STEP, ["run", "ENGINE", "-p", "x", "--trace", "OUT"]),
     "chat": (STEP, ["chat", "ENGINE"]),
     "bench": ("nemodiff.measurement.bench:tests", ["bench", "ENGINE"]),
     "verify": ("nemodiff.verification.verify:_answers", ["verify", "ENGINE", "-p", "x"]),
-    "infill": ("nemodiff.runtime.editing.infill:fill", ["infill", "ENGINE", "--template", "a{hole:1}"]),
     "serve": ("uvicorn", ["serve", "ENGINE", "--port", "0"]),
 }
 
