@@ -143,6 +143,7 @@ class DraftPlanner:
         self._modes = modes
         self._standing = engine.standing.get(modes)
         self._taken = Plan("ar", 1)  # the last one
+        self._changed = False  # whether it was another than the one before
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
 
     def plan(self) -> Plan:
@@ -158,6 +159,7 @@ class DraftPlanner:
         standing.left -= 1
         if not standing.left:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
+        self._changed = standing.plan != self._taken
         self._taken = standing.plan
         self._engine.passes_without_draft = self._engine.passes_without_draft + 1 if self._taken.mode == "ar" else 0
         return self._taken
@@ -246,7 +248,8 @@ class DraftPlanner:
         """
         for statistics in (self._own, self._engine):
             statistics.add_unseen(emitted - 1, unseen)
-        if (plan := self._standing) is not None:
+        plan = self._standing
+        if plan is not None and not self._changed:  # else the draft was still one of the plan before
             self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
 
 

@@ -138,6 +138,18 @@ def test_a_length_that_is_known_is_tried_seldom() -> None:
     assert sizes[100:].count(12) > 0.98 * 500
 
 
+def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None:
+    """A pass of quadratic_spec verifies what the one before drafted, so a longer block would seem worse than it is."""
+    planner = fed(64, 12, ("quadratic_spec",), FREE)
+    plans = iter([Plan("quadratic_spec", 8), Plan("quadratic_spec", 16)])
+    planner._best = lambda expected: next(plans)  # type: ignore[method-assign]
+    planner._news = lambda best: None  # type: ignore[method-assign]
+    for _ in range(16):
+        size = planner.plan().size
+        planner.learn_quadratic(size, 2 * size, 5, [])
+    assert [planner._engine.quadratic.count(size) for size in (8, 16)] == [7, 7]
+
+
 def test_what_verify_leaves_out_counts() -> None:
     """Nothing behind a drafted end is looked at, so long drafts at the end of answers are cheaper than their length."""
     planners = [DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",)) for _ in range(2)]
