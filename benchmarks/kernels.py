@@ -1,6 +1,7 @@
 """Report what the kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
 
     python benchmarks/kernels.py
+    python benchmarks/kernels.py --only f32,SwiGLU     compile these types and ops anew, keep what is recorded of others
 
 The sizes are those of the released 8B model, in bf16 and, of the torch engine, in f32. Blocks per multiprocessor are an
 upper bound from registers, shared memory and warps; `gpu.py` measures how fast a kernel runs. Writes
@@ -11,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common import record
 
@@ -47,37 +50,39 @@ def blocks(kernel: Kernel) -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="types and ops, separated by commas, that are compiled anew")
+    only = parser.parse_args().only
     origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.MODEL).model, **HEAD, **WIDTH)
     typed = [op for op in FUSED if any(arg.dtype == "compute" for arg in op.args.values())]
     of_dtype: dict[Dtype, Sequence[Op]] = {"bf16": (*OPS, SAMPLED, *FUSED), "f32": typed}
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = [
-            (dtype, k) for dtype, ops in of_dtype.items() for k in compile_kernels(model, dtype, SMS, Path(folder), ops)
-        ]
+    kernels: list[dict[str, Any]] = []
+    for dtype, ops in of_dtype.items():
+        some = [op for op in ops if only is None or {dtype, op.name} & set(only.split(","))]
+        with tempfile.TemporaryDirectory() as folder:
+            for made in compile_kernels(model, dtype, SMS, Path(folder), some):
+                held = blocks(made)
+                share = round(held * made.num_warps / LIMITS[made.sm][1], 2)
+                taken = {"blocks_per_multiprocessor": held, "occupancy": share}
+                kernels.append({"dtype": dtype, **dataclasses.asdict(made), **taken})
     print(f"{'kernel':<22} type  SM {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7} {'blocks':>6}")
-    for dtype, k in kernels:
+    for k in kernels:
         print(
-            f"{k.stage:<22} {dtype:>4} {k.sm:>3} {k.num_warps:>5} {k.registers:>9} {k.spill_bytes:>7} "
-            f"{k.shared_bytes:>7} {blocks(k):>6}"
+            f"{k['stage']:<22} {k['dtype']:>4} {k['sm']:>3} {k['num_warps']:>5} {k['registers']:>9} "
+            f"{k['spill_bytes']:>7} {k['shared_bytes']:>7} {k['blocks_per_multiprocessor']:>6}"
         )
-    worst = max(k.spill_bytes for _, k in kernels)
+    if only is not None:
+        anew = {_key(k) for k in kernels}
+        recorded = json.loads((record.RESULTS / "kernels.json").read_text(encoding="utf-8"))["kernels"]
+        kernels = [k for k in recorded if _key(k) not in anew] + kernels
+    worst = max(k["spill_bytes"] for k in kernels)
     goals = [record.goal("bytes spilled by any kernel", worst, "at most", 0, "bytes per thread")]
-    figures = {
-        "model": {**HEAD, **WIDTH},
-        "ptx_version": PTX_VERSION,
-        "kernels": [
-            {
-                "dtype": dtype,
-                **dataclasses.asdict(k),
-                "blocks_per_multiprocessor": blocks(k),
-                "occupancy": round(blocks(k) * k.num_warps / LIMITS[k.sm][1], 2),
-            }
-            for dtype, k in kernels
-        ],
-    }
-    record.write("kernels", origin, goals, figures)
+    record.write("kernels", origin, goals, {"model": {**HEAD, **WIDTH}, "ptx_version": PTX_VERSION, "kernels": kernels})
+
+
+def _key(kernel: Mapping[str, Any]) -> tuple[str, str, int]:
+    return kernel["dtype"], kernel["stage"], kernel["sm"]
 
 
 if __name__ == "__main__":

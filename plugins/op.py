@@ -25,6 +25,7 @@ Ceil = Callable[[Any, int], Any]  # ceiling division of such a size
 Size = str | int | Callable[[Dims, Ceil], Any]
 Constants = Mapping[str, int | float]
 Grid = tuple[Any, Any, Any]
+MOST_REGISTERS = 255  # of a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,12 @@ class Stage:
     def entry(self) -> str:
         """The kernel's name where it is compiled."""
         return self.kernel.split(".")[1]
+
+    def options_for(self, dtype: str) -> dict[str, Any]:
+        """What the Triton compiler is told in an engine's dtype."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        # In f32 every register there is: left alone, the assembler spills some bytes to fit more programs.
+        return options | ({"maxnreg": MOST_REGISTERS} if dtype == "f32" else {})
 
     def load(self) -> Any:
         """The kernel as a function of the Triton compiler, which this imports."""
@@ -150,7 +157,7 @@ def run(
     dtype = "f32" if is_f32 else "of 16 bits"
     for stage in op.stages:
         constants = {**stage.constants_for(model, dtype)}
-        options = {"num_warps": stage.num_warps, "num_stages": stage.num_stages, "enable_fp_fusion": True}
+        options = stage.options_for(dtype)
         if stage.follows:
             constants["PDL"] = pdl
             options["launch_pdl"] = pdl

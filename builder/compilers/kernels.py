@@ -126,12 +126,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
         # Every tensor that TensorRT or an allocator hands out starts at a multiple of 16 bytes.
         attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(arguments.values()) if kind[0] == "*"},
     )
-    options = {
-        "num_warps": stage.num_warps,
-        "num_stages": stage.num_stages,
-        "ptx_version": ptx_version(sm),
-        "enable_fp_fusion": True,
-    }
+    options = {**stage.options_for(dtype), "ptx_version": ptx_version(sm)}
     with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

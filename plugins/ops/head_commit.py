@@ -77,7 +77,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
                 constants=functools.partial(_scan_constants, tile=tile),
                 grid=lambda dims, ceil: (ceil(dims["R"], tile), ceil(dims["V"], BLOCK_V), 1),
                 num_stages=3,
-                constants_f32={"BLOCK_E": 32},  # 64 spilled in tiles of 64
+                constants_f32={"BLOCK_E": 16},  # 64 spilled in tiles of 64
                 follows=True,
             ),
             Stage(

@@ -36,9 +36,7 @@ KINDS: tuple[Quantization, ...] = ("fp8", "int8", "int4")
 TILES = (16, 64)  # tokens of a tile, as in `head_commit`
 BLOCK_F = 128  # outputs of a tile; a warpgroup's instructions take 64 of them
 BLOCK_K = 64  # the step over K, in 4 bits a pair of groups
-STEP_F32 = {
-    "STEP": 16
-}  # in f32, which a thread multiplies for itself, so many inputs at a time; with 32 two spilled on SM 120
+STEP_F32 = {"STEP": 16}  # in f32, which a thread multiplies for itself, so many inputs at a time; 64 spilled
 WARPS = {16: 4, 64: 8}
 STAGES = {16: 4, 64: 3}  # loads in flight
 GROUP = 32  # inputs of a weight of 4 bits that share a scale

@@ -32,8 +32,8 @@ PROGRAMS = 264  # that a pass is split into, if nobody says: two for each of an 
 SPLITS = 32  # at most so many shares of a tile
 SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile
 SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
-# In f32 so many rows of a tile and slots at a time; with 32 slots it spilled 16 bytes on SM 120. No tensor core
-# multiplies f32: a thread holds all numbers that a product of its rows and columns sums over, so heads come in slices.
+# In f32 so many rows of a tile and slots at a time: no tensor core multiplies it, and a thread holds all numbers that a
+# product of its rows and columns sums over, so heads come in slices.
 F32 = {"MOST_M": 16, "SMALL_N": 16, "SLICE": 32}
 MOST_SMALL = 16  # small tiles of a row; one with more tokens gets large ones
 SHORT = 10  # pages up to which a row of more than one small tile keeps to them: they read K/V once each
