@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -136,13 +137,14 @@ def test_a_conversation_that_is_left_leaves_its_line(tiny_engine: Path, key: byt
         shown = b""
         while not shown.endswith(b"> "):
             shown += keys.read(1)
-        if key == INTERRUPT:  # which a terminal sends to the processes that it controls
-            process.send_signal(signal.SIGINT)
-        else:
-            keys.write(key)
         with contextlib.suppress(OSError):  # how Linux reports that the other end has closed
-            while part := keys.read(4096):
-                shown += part
+            while True:  # an interrupt before readline waits for a key is seen with the next one
+                if key == INTERRUPT:  # which a terminal sends to the processes that it controls
+                    process.send_signal(signal.SIGINT)
+                else:
+                    keys.write(key)
+                while select.select([keys], [], [], 5)[0]:
+                    shown += keys.read(4096)
     assert process.returncode == code
     assert shown.endswith(b"\r\n")
     assert b"Traceback" not in shown
