@@ -123,7 +123,7 @@ def test_chosen_adapter_takes_the_place_of_the_checkpoints_own(checkpoint: Path,
 def test_wrong_adapters_are_refused(checkpoint: Path, tmp_path: Path, refused: Refused) -> None:
     command = ["build", str(checkpoint), "-o", str(tmp_path / "engine"), "--adapter"]
     refused([*command, str(tmp_path / "none")], "none: no such folder", "adapter_config.json")
-    refused([*command, str(checkpoint)], "adapter_config.json: missing")
+    refused([*command, str(checkpoint)], "adapter_config.json is missing", "linear_spec_lora")
     larger = write_checkpoint(tmp_path / "larger", hidden_size=64)
     write_adapter(larger, rank=2, alpha=6, strength=0.5)
     refused([*command, str(larger / "linear_spec_lora")], "lora_B.weight has shape [64, 2]", "[32, 2]")
