@@ -1,14 +1,15 @@
 """Compare the planned block length and mode with every fixed length, with the model's trained drafter and without.
 
 Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve that all passes have
-taught, summed over the passes taken, which no other load changes. All settings take turns in each round. Writes
-`results/auto.json` and `.md`.
+taught, summed over the passes taken, which no other load changes. Settings take turns after a question of each task, so
+that what else the machine does falls on all. Writes `results/auto.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import statistics
 import tempfile
 import time
@@ -55,13 +56,17 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
     sizes: dict[tuple[str, str], list[tuple[int, list[int]]]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     unlike = 0
-    plain = list[list[int]]()
+    plain = dict[int, list[int]]()
+    numbers = range(len(drawn))
+    parts = [numbers[at : at + len(questions.TASKS)] for at in numbers[:: len(questions.TASKS)]]
     tasks = [*questions.TASKS, "all"]
     for turn in range(rounds):
-        for setting in SETTINGS:
-            spent: dict[str, list[float]] = {task: [0.0] * 3 for task in tasks}
-            passes: dict[str, list[int]] = {task: [] for task in tasks}
-            for number, question in enumerate(drawn):
+        spent = {(name_of(setting), task): [0.0] * 3 for setting in SETTINGS for task in tasks}
+        passes: dict[tuple[str, str], list[int]] = {way: [] for way in spent}
+        for part, setting in itertools.product(parts, SETTINGS):
+            name = name_of(setting)
+            for number in part:
+                question = drawn[number]
                 sequence = prepare(
                     engine, question.text, make_options({**setting, "max_new_tokens": questions.LONGEST})
                 )
@@ -73,16 +78,16 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
                         forwarded.append(pass_.ids.size)
                 took = (time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
                 for task in (question.task, "all"):
-                    passes[task] += forwarded
-                    spent[task] = [a + b for a, b in zip(spent[task], took, strict=True)]
-                used[name_of(setting)].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
+                    passes[name, task] += forwarded
+                    spent[name, task] = [a + b for a, b in zip(spent[name, task], took, strict=True)]
+                used[name].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
                 if setting["mode"] == "ar" and not turn:
-                    plain.append(sequence.tokens)
+                    plain[number] = sequence.tokens
                 unlike += sequence.tokens != plain[number]
-            for task, (*seconds, tokens) in spent.items():
-                sizes[name_of(setting), task].append((int(tokens), passes[task]))
-                for clock, value in zip(CLOCKS[1:], seconds, strict=True):
-                    rates[name_of(setting), task, clock].append(tokens / value)
+        for (name, task), (*seconds, tokens) in spent.items():
+            sizes[name, task].append((int(tokens), passes[name, task]))
+            for clock, value in zip(CLOCKS[1:], seconds, strict=True):
+                rates[name, task, clock].append(tokens / value)
         print(f"round {turn + 1} of {rounds}", flush=True)
     curve = engine.cost.curve  # what all passes have taught: one measure for all settings
     for (name, task), rounds_of in sizes.items():

@@ -101,13 +101,6 @@ def main() -> None:
             engine = load(folder, threads=args.threads)
             gguf = Path(work) / f"{theirs}.gguf"
             other = LlamaCpp(write_gguf(twin, gguf, theirs), args.threads)
-            texts = compared.texts(engine)
-            logits = {
-                "nemodiff": compared.logits(engine, texts),
-                "llama_cpp": np.concatenate([other.forward(ids, 0, predict_all=True).copy() for ids in texts]),
-            }
-            exact = exact or logits
-            errors[kind] = {name: compared.error(got, exact[name]) for name, got in logits.items()}
             cache = engine.backend.open(1)
             fill(cache, other)
             passes[kind] = {size: compare(cache, other, size, args.rounds) for size in SIZES}
@@ -116,6 +109,13 @@ def main() -> None:
             nbytes = {"nemodiff": (folder / WEIGHTS_FILE).stat().st_size - table}
             nbytes["llama_cpp"] = gguf.stat().st_size - int(table * BITS[theirs] / 32)
             reads[kind] = limit(cache, other, nbytes, args.rounds)
+            texts = compared.texts(engine)
+            logits = {
+                "nemodiff": compared.logits(engine, texts),
+                "llama_cpp": np.concatenate([other.forward(ids, 0, predict_all=True).copy() for ids in texts]),
+            }
+            exact = exact or logits
+            errors[kind] = {name: compared.error(got, exact[name]) for name, got in logits.items()}
             print(kind, passes[kind], reads[kind], errors[kind], flush=True)
             goals.append(record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp"))
             equal[kind] = 0
