@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
-from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_checkpoint
-from stand_ins.low_bits import causal_bits, stored
+from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
+from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, stored
 from stand_ins.packed import packed
 
 import nemodiff
@@ -85,17 +85,7 @@ def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine) -> None:
 
 
 def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:
-    """A sample; `python benchmarks/low_bits.py` asks a hundred questions."""
-    import random
-
-    data, rng = load_make_data(), random.Random(4)
-    for _ in range(5):
-        question = data.example(rng)[1]
-        expected = nemodiff.generate(engine, question, mode="ar", max_new_tokens=60).token_ids
-        for mode in ("linear_spec", "quadratic_spec"):
-            for block_length in (5, 32):
-                answer = nemodiff.generate(engine, question, mode=mode, block_length=block_length, max_new_tokens=60)
-                assert answer.token_ids == expected
+    assert_speculation_is_ar(engine, questions=5)
 
 
 def test_predictions_are_near_those_of_f32(kind: str, engine: LoadedEngine, tiny_engine: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import onnxruntime
 import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file
-from stand_ins.checkpoints import TINY_CHAT, load_make_data, write_adapter, write_checkpoint
-from stand_ins.low_bits import causal_bits, nibbles, stored
+from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
+from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, nibbles, stored
 from stand_ins.packed import packed
 from stand_ins.quantized_checkpoints import write
 
@@ -93,15 +92,7 @@ def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine, sizes: tupl
 
 
 def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:
-    """A sample; `python benchmarks/low_bits.py` asks a hundred questions."""
-    data, rng = load_make_data(), random.Random(4)
-    for _ in range(3):
-        question = data.example(rng)[1]
-        expected = nemodiff.generate(engine, question, mode="ar", max_new_tokens=60).token_ids
-        for mode in ("linear_spec", "quadratic_spec"):
-            for block_length in (5, 32):
-                answer = nemodiff.generate(engine, question, mode=mode, block_length=block_length, max_new_tokens=60)
-                assert answer.token_ids == expected
+    assert_speculation_is_ar(engine, questions=3)
 
 
 def test_an_adapter_acts_on_its_own_tokens(tmp_path: Path) -> None:
