@@ -187,6 +187,12 @@ def _embeddings(model: ModelConfig) -> list[Binding]:
     return [Binding("embedding", "i32", ("B", "S")), Binding("embeddings", "f32", ("F", model.hidden_size))]
 
 
+# ONNX Runtime keeps where the arrays of a pass lie by the exclusive or of all sizes of its inputs, in which S and R
+# cancel, so most passes would share what suits the first of them. This input has no elements, and its P makes the
+# exclusive or a number of the runtime's choice.
+MEMORY_PATTERN = Binding("memory_pattern", "i32", ("P", 0))
+
+
 def vision_inputs(vision: VisionConfig) -> list[Binding]:
     """Inputs of the vision graph, for N patches of one or more images.
 

@@ -27,9 +27,9 @@ from .errors import CheckpointError, EngineError
 from .tensorrt_info import TensorRTInfo, parse_tensorrt
 from .whole_file import whole
 
-# A reader refuses a newer schema. It reads 5, which has no group_size, 4, which has no kv_cache_dtype, 3, which has no
-# images, 2, which has no quantization, and 1, which has no max_input_len either.
-SCHEMA = 6
+# A reader refuses a newer schema. It reads 6, whose graph has no memory_pattern, 5, which has no group_size, 4, which
+# has no kv_cache_dtype, 3, which has no images, 2, which has no quantization, and 1, which has no max_input_len either.
+SCHEMA = 7
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
 COMPILED_FOLDER = "compiled"  # what a torch engine's first load on a GPU has compiled, so not in the manifest
 MODEL_FILE = "model.onnx"

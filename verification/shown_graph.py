@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..contract import MAX_BLOCK, cache_names, caches
+from ..contract import MAX_BLOCK, MEMORY_PATTERN, cache_names, caches
 from ..engine_folder import MODEL_FILE, EngineInfo
 from ..errors import EngineError, first_line
 from .script import Block, Script
@@ -39,6 +39,7 @@ class ShownGraph:
             raise EngineError(
                 f"{folder / MODEL_FILE}: cannot be run with its values shown ({first_line(error)})"
             ) from None
+        self._pattern = {i.name: np.zeros((0, 0), np.int32) for i in proto.graph.input if i.name == MEMORY_PATTERN.name}
         self._info = info
         self._caches = caches(info.model, info.build.kv_bits)
         own = np.float16 if info.build.dtype == "f16" else np.float32
@@ -75,6 +76,7 @@ class ShownGraph:
             "threshold": np.zeros(1, np.float32),
             **({"adapter": block.gate[None]} if self._info.has_adapter else {}),
             **(self._no_image(size) if self._info.model.vision else {}),
+            **self._pattern,
             **held,
         }
         outputs = [f"{cache.name}_out" for cache in self._caches]

@@ -16,7 +16,18 @@ import onnx
 from onnx import TensorProto, helper
 
 from ...config import ModelConfig
-from ...contract import CONVOLVED, DOMAIN, GROUP_SIZE, Binding, Dtype, KvBits, Quantization, inputs, outputs
+from ...contract import (
+    CONVOLVED,
+    DOMAIN,
+    GROUP_SIZE,
+    MEMORY_PATTERN,
+    Binding,
+    Dtype,
+    KvBits,
+    Quantization,
+    inputs,
+    outputs,
+)
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
 from .projection import CONTRIB, pairs
@@ -108,8 +119,8 @@ def build_graph(
     functions = [attention, confidence_commit.function(model.vocab_size if packed else None)]
     adapter = bool(adapter_rank)
     sizes = {"V": model.vocab_size} if capacity is None else {"V": model.vocab_size, "T": capacity}
-    bindings = inputs(model, adapter, kv_bits), outputs(model, logits, kv_bits)
-    graph = make_graph(w, "nemodiff", dtype, sizes, *bindings, functions)
+    given = inputs(model, adapter, kv_bits) + ([MEMORY_PATTERN] if capacity is None else [])
+    graph = make_graph(w, "nemodiff", dtype, sizes, given, outputs(model, logits, kv_bits), functions)
     if convolved:
         helper.set_model_props(graph.proto, {CONVOLVED: "x86"})
     return graph

@@ -16,8 +16,9 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.config import ModelConfig, parse_config
-from nemodiff.contract import PREFILL_CHUNK, inputs, outputs
+from nemodiff.contract import MEMORY_PATTERN, PREFILL_CHUNK, inputs, outputs
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
+from nemodiff.runtime.engines.onnxruntime import forward
 
 PROMPT = [130 + (i * 7) % 200 for i in range(20)]
 
@@ -69,7 +70,8 @@ def test_graph_declares_the_contract(tmp_path: Path, engine: nemodiff.LoadedEngi
     built = Builder(TINY_CHAT, tmp_path / "engine").run()  # of its own: the checker refuses weights with hard links
     model = onnx.load(built / "model.onnx", load_external_data=False)
     onnx.checker.check_model(str(built / "model.onnx"), full_check=True)
-    assert [i.name for i in model.graph.input] == [b.name for b in inputs(engine.info.model, adapter=False)]
+    declared = [*inputs(engine.info.model, adapter=False), MEMORY_PATTERN]
+    assert [i.name for i in model.graph.input] == [b.name for b in declared]
     assert [o.name for o in model.graph.output] == [b.name for b in outputs(engine.info.model)]
     assert {f.name for f in model.functions} == {"BlockAttention", "ConfidenceCommit"}
     names = {n.name for n in model.graph.node}
@@ -207,6 +209,34 @@ def test_cache_grows_with_the_text_and_keeps_what_it_holds(engine: nemodiff.Load
     assert capacities == [96, 192, 288, 384, 480, 544, 640, 704]
     assert got.token.tolist() == expected.token.tolist()
     np.testing.assert_allclose(got.confidence, expected.confidence, atol=1e-5)
+
+
+# What ONNX Runtime says of an array that is not where the pattern would have it.
+NO_PATTERN = "fall back to default allocation"
+
+
+@pytest.mark.parametrize(("patterns", "least", "most"), [(1024, 0, 0), (1, 100, 10**6)], ids=["own", "shared"])
+def test_every_shape_has_a_memory_pattern_of_its_own(
+    patterns: int,
+    least: int,
+    most: int,
+    tiny_engine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(forward, "_PATTERNS", patterns)
+    backend: Any = nemodiff.load(tiny_engine).backend
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 0
+    options.log_verbosity_level = 1
+    backend.session = onnxruntime.InferenceSession(tiny_engine / "model.onnx", options)
+    capfd.readouterr()
+    for rows in (1, 2):
+        cache = backend.open(rows)
+        for size in (16, 1, 8, 16, 1, 8):
+            for predict_all in (True, False):
+                cache.forward([causal("verify", PROMPT[:size], 0, predict_all=predict_all)] * rows)
+    assert least <= capfd.readouterr().err.count(NO_PATTERN) <= most
 
 
 def test_a_closed_cache_is_used_again_unless_it_has_grown(tiny_engine: Path) -> None:

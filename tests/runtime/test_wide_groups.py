@@ -61,7 +61,7 @@ def test_products_have_an_even_number_of_tokens(engine: LoadedEngine, tmp_path: 
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     dtypes = {"tensor(int32)": np.int32, "tensor(float)": np.float32}
     for rows, tokens in ((1, 1), (1, 2), (3, 1), (3, 3), (2, 3)):
-        lengths = {"B": rows, "S": tokens, "R": 1, "T": 8}
+        lengths = {"B": rows, "S": tokens, "R": 1, "T": 8, "P": 1}
         feeds = {
             item.name: np.zeros([lengths.get(size, size) for size in item.shape], dtypes[item.type])
             for item in session.get_inputs()

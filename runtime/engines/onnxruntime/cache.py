@@ -22,7 +22,14 @@ _KEPT_WITH_LOGITS = 16  # of those, shapes whose arrays hold a vocabulary per to
 class OnnxRuntimeCache:
     """The K/V of some rows, and the bound forwards over them, each for a capacity; `closed` gets it when it closes."""
 
-    def __init__(self, session: Any, info: EngineInfo, rows: int, closed: Callable[[OnnxRuntimeCache], object]) -> None:
+    def __init__(
+        self,
+        session: Any,
+        info: EngineInfo,
+        bindings: Bindings,
+        rows: int,
+        closed: Callable[[OnnxRuntimeCache], object],
+    ) -> None:
         model = info.model
         self.rows = rows
         self.seconds = 0.0
@@ -35,7 +42,7 @@ class OnnxRuntimeCache:
         )
         self._names = cache_names(model.num_layers)
         self._session = session
-        self._bindings = Bindings(info)
+        self._bindings = bindings
         self._vocab = model.vocab_size
         self._closed = closed
         self._pad_id = int(model.mask_id == 0)  # any id but the mask

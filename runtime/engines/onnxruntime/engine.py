@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import CONVOLVED, Binding, inputs, on_x86, vision_inputs
+from ....contract import CONVOLVED, Binding, on_x86, vision_inputs
 from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, EngineInfo, build_again
 from ....errors import EngineError
 from ...images.image import Image
 from . import large_pages
 from .cache import OnnxRuntimeCache
+from .forward import Bindings
 from .memory import FIRST_ROOM
 
 _KEPT_CACHES = 4  # closed ones; binding a shape anew costs as much as a small model's forward
@@ -43,9 +44,8 @@ class OnnxRuntimeEngine:
     clock = staticmethod(time.thread_time)  # of what passes cost
 
     def __init__(self, folder: Path, info: EngineInfo, threads: int | None = None, *, warmup: bool = False) -> None:
-        self.session = _open_session(
-            folder / MODEL_FILE, inputs(info.model, info.has_adapter, info.build.kv_bits), threads
-        )
+        self._bindings = Bindings(info)
+        self.session = _open_session(folder / MODEL_FILE, self._bindings.inputs, threads)
         vision = info.model.vision
         self._vision = (
             _open_session(folder / VISION_MODEL_FILE, vision_inputs(vision), threads) if vision is not None else None
@@ -64,7 +64,7 @@ class OnnxRuntimeEngine:
                     self._closed.remove(cache)
                     cache.seconds = 0.0
                     return cache
-        return OnnxRuntimeCache(self.session, self.info, rows, self.take_back)
+        return OnnxRuntimeCache(self.session, self.info, self._bindings, rows, self.take_back)
 
     def see(self, image: Image) -> np.ndarray:
         """See `engine.SeeingEngine.see`."""

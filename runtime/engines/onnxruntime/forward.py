@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
 
-from ....contract import Binding, inputs, outputs
+from ....contract import MEMORY_PATTERN, Binding, inputs, outputs
 from ....engine_folder import EngineInfo
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape
 
 NUMPY: dict[str, type] = {"i8": np.int8, "i32": np.int32, "f32": np.float32, "f16": np.float16}
+_PATTERNED = 7  # the first schema whose graph has the input MEMORY_PATTERN
+_PATTERNS = 1024  # at most: ONNX Runtime forgets none, and one takes tens of kilobytes in a large model
 BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
 
 
 class Bindings:
-    """What an engine's graph takes and gives, listed once: a list takes longer than to bind it."""
+    """What an engine's graph takes and gives, listed once, as a list takes longer than to bind it; and its patterns."""
 
     def __init__(self, info: EngineInfo) -> None:
         kv_bits = info.build.kv_bits
         self.inputs = inputs(info.model, info.has_adapter, kv_bits)
+        if info.manifest.schema >= _PATTERNED:
+            self.inputs.append(MEMORY_PATTERN)
         self.outputs = outputs(info.model, kv_bits=kv_bits)
+        self._patterns: dict[PassShape, int] = {}
+
+    def pattern(self, shape: PassShape) -> int:
+        """The number of a shape's own memory pattern, in every cache; shapes beyond _PATTERNS share one."""
+        key = shape._replace(first=0)
+        if key not in self._patterns and len(self._patterns) >= _PATTERNS:
+            return _PATTERNS
+        return self._patterns.setdefault(key, len(self._patterns))
 
 
 class Forward:
@@ -35,6 +49,10 @@ class Forward:
         self._values: list[Any] = []  # keeps what the binding points to alive
         self._lengths = {"B": shape.rows, "S": shape.tokens, "R": shape.predicted, "V": vocab}
         self._lengths["F"] = shape.rows * shape.tokens if shape.embedded else 1
+        self._lengths["T"] = next(iter(caches.values()))[0].shape[2]
+        self._lengths["P"] = bindings.pattern(shape)
+        sizes = [size for binding in bindings.inputs for size in self._sizes(binding)]
+        self._lengths["P"] = functools.reduce(operator.xor, sizes)  # so that with it in P's place that number is left
         self._bind(bindings.inputs, self.binding.bind_ortvalue_input)
         unbound = "" if shape.logits else "logits"
         self._bind([b for b in bindings.outputs if b.name != unbound], self.binding.bind_ortvalue_output)
@@ -61,12 +79,14 @@ class Forward:
                 # A cache is input and output over the same memory: ONNX Runtime's TensorScatter then skips its copy.
                 _, value = self._caches[cache]
             else:
-                sizes = [self._lengths[size] if isinstance(size, str) else size for size in binding.shape]
-                array: np.ndarray = np.zeros(sizes, NUMPY[binding.kind])
+                array: np.ndarray = np.zeros(self._sizes(binding), NUMPY[binding.kind])
                 self.arrays[binding.name] = array
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 self._values.append(value)
             bind_value(binding.name, value)
+
+    def _sizes(self, binding: Binding) -> list[int]:
+        return [self._lengths[size] if isinstance(size, str) else size for size in binding.shape]
 
     def _row(self, row: int, names: tuple[str, ...]) -> list[Any]:
         """Views of one row of some arrays, (1,) where a row is a single number, None where there is no array."""
