@@ -15,7 +15,7 @@ from ..layout import PassShape
 
 NUMPY: dict[str, type] = {"i8": np.int8, "i32": np.int32, "f32": np.float32, "f16": np.float16}
 _PATTERNED = 7  # the first schema whose graph has the input MEMORY_PATTERN
-_PATTERNS = 1024  # at most: ONNX Runtime forgets none, and one takes tens of kilobytes in a large model
+_PATTERNS = 1024  # at most: ONNX Runtime forgets none, and one takes a kilobyte for each layer
 BoundRows = dict[str, tuple[np.ndarray, Any]]  # by cache: a view of its rows and the view's OrtValue
 
 
