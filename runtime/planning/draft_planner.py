@@ -6,6 +6,8 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK
@@ -57,6 +59,13 @@ class AcceptanceStatistics:
         self.quadratic = BlockStatistics()
         self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
         self.passes_without_draft = 0  # of requests that plan
+        self.later: list[Callable[[], None]] = []  # what has been met since `take_in`
+
+    def take_in(self) -> None:
+        """Learn from what has been met. Not at once, for between two passes this code is out of the caches."""
+        later, self.later = self.later, []
+        for learn in later:
+            learn()
 
     def add(self, size: int, emitted: int) -> None:
         """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
@@ -166,6 +175,7 @@ class DraftPlanner:
 
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""
+        self._engine.take_in()
         expected = self.expected()
         best = self._best(expected)
         plan = self._news(best) or best
@@ -232,7 +242,10 @@ class DraftPlanner:
 
         Where the answer has `ended`, what a longer draft would have proposed is as lost as a wrong draft.
         """
-        mode, block = self._taken
+        self._engine.later.append(partial(self._learn, self._taken, looked_at, emitted, ended))
+
+    def _learn(self, taken: Plan, looked_at: int, emitted: int, ended: bool) -> None:
+        mode, block = taken
         size = max(looked_at, block) if ended else looked_at
         self._own.add(size, emitted)
         self._engine.add(size, emitted)
@@ -246,10 +259,15 @@ class DraftPlanner:
 
         `unseen` are the confidences of what its draft had beyond the emitted ones, if it kept all that it looked at.
         """
+        plan = None if self._changed else self._standing  # else the draft was still one of the plan before
+        self._engine.later.append(partial(self._learn_quadratic, plan, block, tokens, emitted, unseen))
+
+    def _learn_quadratic(
+        self, plan: _Standing | None, block: int, tokens: int, emitted: int, unseen: list[float]
+    ) -> None:
         for statistics in (self._own, self._engine):
             statistics.add_unseen(emitted - 1, unseen)
-        plan = self._standing
-        if plan is not None and not self._changed:  # else the draft was still one of the plan before
+        if plan is not None:
             self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
 
 

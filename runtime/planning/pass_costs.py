@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ _HALF_LIFE = 128  # passes after which one counts half, so that a size that runs
 _LOWER = (0.05, 0.35)  # of the passes of a size, in the order of their seconds
 _TRUST = 0.5  # passes near a size that what passes far from it say is worth
 _GUESS = 0.02  # passes at a size that the prior is worth
-_FAR = 256.0  # a pass of twice the size says as much about a size as this part of one of the size itself
+_FAR = 2.0**20  # a pass of twice the size says as much about a size as this part of one of the size itself
+_FARTHEST = 16.0  # square of octaves; 2.0**-1074 is the least weight that there is
 _WIDE = 8.0  # and where none has run near one of twice the size this part of one of the size itself
 _REFIT = 8  # passes after which the curve is made anew, or a quarter of those that it is made of
 _GAP = 6  # passes between two that are taken to learn what they cost, where that has never been known
@@ -74,6 +76,7 @@ class PassCosts:
         self._passes = 0
         self._fitted = 0
         self._probed = 0
+        self._counted = 0
         self._evidence = [0.0] * len(SIZES)
         self._ever = [0] * len(SIZES)
 
@@ -96,7 +99,7 @@ class PassCosts:
         """Forget what passes have cost so far, and begin with this curve."""
         self._make_prior, self._prior, self._curve = curve, None, None
         self._met.clear()
-        self._passes = self._fitted = self._probed = 0
+        self._passes = self._fitted = self._probed = self._counted = 0
         self._evidence = [0.0] * len(SIZES)
         self._ever = [0] * len(SIZES)
 
@@ -105,13 +108,11 @@ class PassCosts:
         self._met.append((size, seconds))
         self._passes += 1
         self.spent += seconds
-        knot = _knot(size)
-        self._evidence[knot] += 1
-        self._ever[knot] += 1
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""
         self.curve  # noqa: B018  (brings the evidence up to date)
+        self._count()
         knot = _knot(size)
         gap = _GAP if self._ever[knot] < _KNOWN else _GAP_OF_KNOWN
         if self._passes - self._probed < gap or self._evidence[knot] >= _KNOWN:
@@ -119,10 +120,19 @@ class PassCosts:
         self._probed = self._passes
         return True
 
+    def _count(self) -> None:
+        """Take the passes since the last time for evidence."""
+        new = min(self._passes - self._counted, len(self._met))
+        for size, _ in itertools.islice(reversed(tuple(self._met)), new):
+            self._evidence[_knot(size)] += 1
+            self._ever[_knot(size)] += 1
+        self._counted = self._passes
+
     def _fit(self) -> None:
         """The prior times a correction by the passes of about each size, or else by those of sizes further off."""
         prior = self._prior
         assert prior is not None
+        self._count()
         self._fitted = self._passes
         met, seconds = np.array(tuple(self._met)).T
         sizes, which = np.unique(met, return_inverse=True)
@@ -130,7 +140,7 @@ class PassCosts:
         recent = 0.5 ** (np.arange(len(off))[::-1] / _HALF_LIFE)  # (n,)
         apart = np.abs(np.log2(SIZES)[:, None] - np.log2(sizes))  # (knots, sizes): octaves
         corrections = np.zeros(len(SIZES))
-        for weights, trust in ((_WIDE**-apart, _GUESS), (_FAR ** -(apart**2), _TRUST)):
+        for weights, trust in ((_WIDE**-apart, _GUESS), (_FAR ** -np.minimum(apart**2, _FARTHEST), _TRUST)):
             near = recent * weights[:, which]  # (knots, n)
             known = near.sum(axis=1) / trust
             corrections = (known * _lower_mean(off, near) + corrections) / (known + 1)

@@ -147,6 +147,7 @@ def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None
     for _ in range(16):
         size = planner.plan().size
         planner.learn_quadratic(size, 2 * size, 5, [])
+    planner._engine.take_in()
     assert [planner._engine.quadratic.count(size) for size in (8, 16)] == [7, 7]
 
 
@@ -157,6 +158,7 @@ def test_what_verify_leaves_out_counts() -> None:
         planner._taken = Plan("linear_spec", 32)
         for _ in range(60):
             planner.learn(looked_at, 32)
+        planner._engine.take_in()
     whole, cut = (planner._engine.linear.factors() for planner in planners)
     assert whole == [1.0] * len(BLOCKS)
     assert 1.2 < cut[BLOCKS.index(32)] < 1.6  # three quarters of the two passes at least, were there none before
@@ -197,6 +199,7 @@ def test_expected_tokens_are_the_mean_that_was_met() -> None:
     met = [min(16, int(n)) for n in rng.geometric(0.15, 2000)]
     for emitted in met:
         planner.learn(16, emitted)
+    planner._engine.take_in()
     assert abs(planner.expected()[15] - np.mean(met)) < 0.5
 
 

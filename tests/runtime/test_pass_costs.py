@@ -62,6 +62,25 @@ def test_a_wrong_curve_is_gone_after_some_dozens_of_passes(truth: str, mistake: 
     assert list(costs.curve.times) == sorted(costs.curve.times)
 
 
+def test_neighbouring_sizes_keep_a_cost_of_their_own() -> None:
+    """A product takes 12 rows at once, so 13 tokens may cost a good deal more than 12."""
+    real = {8: 1.0, 12: 1.0, 16: 1.3, 24: 1.5}
+    costs = PassCosts(curve(lambda size: 1.0 + 0.03 * size, MISTAKES["right"]))
+    for _ in range(40):
+        for size, seconds in real.items():
+            costs.learn(size, seconds)
+    assert costs.curve.seconds(16) / costs.curve.seconds(12) == pytest.approx(1.3, rel=0.03)
+
+
+def test_sizes_far_apart_are_learned_together() -> None:
+    costs = PassCosts(curve(TRUTHS["a CPU"], MISTAKES["right"]))
+    for _ in range(40):
+        for size in (1, 2**16):
+            costs.learn(size, 2 * TRUTHS["a CPU"](size))
+    assert costs.curve.seconds(1) == pytest.approx(2 * TRUTHS["a CPU"](1), rel=0.1)
+    assert np.isfinite(costs.curve.times).all()
+
+
 def test_interruptions_do_not_make_long_passes_dear() -> None:
     """Other work meets a pass the likelier the longer it is: nearly all long ones, few short ones."""
     real, rng = TRUTHS["a CPU"], np.random.default_rng(1)
