@@ -1,7 +1,7 @@
 """What builder and runtime agree on: the choices an engine is built with, and the bindings of its graph.
 
-`inputs` and `outputs` list every binding of an engine, for all backends and modes; the builder declares them and the
-runtime allocates them from the same list.
+`inputs` and `outputs` list every binding of an engine, for all backends and modes, to which ONNX Runtime's graph adds
+`MEMORY_PATTERN`; the builder declares them and the runtime allocates them from the same list.
 
 Letters in shapes: B rows, S tokens this pass, R of them that are predicted, T cache capacity, V vocabulary; G key/value
 heads and D head size are numbers of the model. Of images: N patches, M and F embeddings.
