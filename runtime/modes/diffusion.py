@@ -94,10 +94,9 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first
         known = len(sequence.prompt) + len(sequence.tokens) - sequence.length  # of the block, emitted already
         chosen = selector.propose(prediction, block[known:], range(first + known, first + len(block)))
         tokens = [chosen[i - known] for i in masked]
-        if not policy.everything or sequence.settings.confidences:
+        if not policy.everything or sequence.settings.confidences or sequence.planner is not None:
             confidence = confidence.copy()
             confidence[rows] = probability(prediction.logits[rows], tokens, mask)
-            sequence.outcome.confidence = confidence
     entropy = entropies(prediction.logits[rows], mask) if policy.by_entropy and prediction.logits is not None else None
     after = list(block)
     for i in policy.commits(confidence[rows], entropy, passes):
@@ -108,6 +107,7 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first
 def _commit(sequence: Sequence, block: list[int], after: list[int], confidence: np.ndarray, *, first: int) -> list[int]:
     """Record what the pass has committed; returns the block closed after an EOS."""
     filling = sequence.outcome.filling = Filling(sequence.length, block, after, first)
+    sequence.outcome.confidence = confidence
     if sequence.settings.confidences:
         answer_start = sequence.length - len(sequence.prompt)
         for i, _ in filling.filled(sequence.model.mask_id):

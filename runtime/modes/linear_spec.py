@@ -28,11 +28,16 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
     mask, selector = sequence.model.mask_id, sequence.selector
     size = min(sequence.block_length, sequence.remaining)
     block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
+    unseen: list[float] = []
     begins = True
     while mask in block:
         block = yield from denoise(sequence, "draft", block, begins=begins)
         begins = False
     ends = (at for at, token in enumerate(block[1:], 2) if token in sequence.stops)
     block = block[: next(ends, size)]  # nothing is emitted behind an EOS, so nothing is looked at there
+    if sequence.planner is not None and sequence.outcome.confidence is not None:
+        unseen = sequence.outcome.confidence[1 : len(block)].tolist()
+        worth = sequence.planner.worth_verifying(unseen)
+        block, unseen = block[: worth + 1], unseen[worth:]
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
-    sequence.verify(prediction, block[1:])
+    sequence.verify(prediction, block[1:], unseen)

@@ -51,11 +51,9 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     layout = _plan(sequence, draft)
     heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
     prediction = yield layout.make_pass(sequence, heads)
-    accepted = sequence.verify(prediction, heads[1:])
+    accepted = sequence.verify(prediction, heads[1:], draft.confidence[layout.heads - 1 :])
     if sequence.planner is not None:
-        cut = accepted == layout.heads and not sequence.finish
-        unseen = draft.confidence[accepted - 1 :] if cut else []
-        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted, unseen)
+        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted)
     return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
 
 

@@ -6,7 +6,8 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -21,8 +22,8 @@ _NEVER = 1e-3  # chance below which a position adds nothing
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_STAY = 8  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes verifies
-# the draft that the one before it has made
+_STAY = 16  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes
+# verifies the draft that the one before it has made
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
 _GROUPED = 32.0  # blocks of a length that what all others did is worth
 
@@ -41,6 +42,7 @@ class _Standing:
     plan: Plan
     most: int  # times that it is taken, unless it is for what it teaches alone
     left: int
+    prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
     tokens: float  # expected of a block, and the seconds of a pass of it in quadratic_spec
     seconds: float
 
@@ -53,8 +55,10 @@ class AcceptanceStatistics:
     """
 
     def __init__(self) -> None:
-        self.seen = [0.0] * (MAX_BLOCK - 1)  # verified, all positions before being kept
-        self.kept = [0.0] * (MAX_BLOCK - 1)
+        # Verifies by how many drafted tokens they looked at, up to the first wrong one, and by how many they kept.
+        self._looked_at = [0.0] * MAX_BLOCK
+        self._kept = [0.0] * MAX_BLOCK
+        self._verifies = 0.0
         self.linear = BlockStatistics()
         self.quadratic = BlockStatistics()
         self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
@@ -69,28 +73,39 @@ class AcceptanceStatistics:
 
     def add(self, size: int, emitted: int) -> None:
         """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
-        for at in range(min(emitted, size - 1)):
-            self.seen[at] += 1
-        for at in range(emitted - 1):
-            self.kept[at] += 1
-        if self.seen[0] > _FORGET:
-            self.seen = [0.5 * seen for seen in self.seen]
-            self.kept = [0.5 * kept for kept in self.kept]
+        if self._verifies >= _FORGET:
+            self._looked_at = [0.5 * count for count in self._looked_at]
+            self._kept = [0.5 * count for count in self._kept]
+            self._verifies *= 0.5
+        self._verifies += 1
+        self._looked_at[min(emitted, size - 1)] += 1
+        self._kept[emitted - 1] += 1
 
-    def add_unseen(self, kept: int, confidences: list[float]) -> None:
+    def add_unseen(self, kept: int, confidences: Iterable[float]) -> None:
         """Tokens of a draft after `kept` others that a verify kept and it did not look at, by their confidences.
 
         They are left out for being unlikely, so without them a draft would seem better than it is.
         """
         chance = 1.0
-        for at, confidence in enumerate(confidences[: MAX_BLOCK - 1 - kept], kept):
-            self.seen[at] += chance
+        for at, confidence in zip(range(kept, MAX_BLOCK - 1), confidences, strict=False):
+            self._looked_at[at] -= chance  # so many look at one more
+            self._looked_at[at + 1] += chance
             chance *= confidence
-            self.kept[at] += chance
+            self._kept[at] -= chance
+            self._kept[at + 1] += chance
 
-    def pooled(self) -> float:
-        """The chance of any position, which stands in for those that nobody has looked at."""
-        return (sum(self.kept) + _WEIGHT * _GUESS) / (sum(self.seen) + _WEIGHT)
+    def seen(self) -> list[float]:
+        """Verifies that looked at each position of a draft, having kept all before it."""
+        return _and_more(self._looked_at)
+
+    def kept(self) -> list[float]:
+        """Those of them that kept it."""
+        return _and_more(self._kept)
+
+
+def _and_more(counts: list[float]) -> list[float]:
+    """From how many had 0, 1, 2, .. to how many had more than 0, 1, .."""
+    return list(itertools.accumulate(reversed(counts[1:])))[::-1]
 
 
 class BlockStatistics:
@@ -154,6 +169,7 @@ class DraftPlanner:
         self._taken = Plan("ar", 1)  # the last one
         self._changed = False  # whether it was another than the one before
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
+        self._share = 1.0  # of the tokens that the last draft promised, those that its verify looks for
 
     def plan(self) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it.
@@ -177,11 +193,14 @@ class DraftPlanner:
         """A plan, which stands twice as long as the one before it: the first ones know little."""
         self._engine.take_in()
         expected = self.expected()
-        best = self._best(expected)
+        rates = self._rates(expected)
+        best = max(rates, key=rates.__getitem__)
         plan = self._news(best) or best
         most = 1 if before is None else min(2 * before.most, _STAY)
         left = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
-        return _Standing(plan, most, left, expected[plan.size - 1], self._quadratic_seconds(_tokens(plan)))
+        seconds = self._quadratic_seconds(_tokens(plan))
+        prices = [rates[best] * taken for taken in self._costs.curve.table[: MAX_BLOCK + 1]]
+        return _Standing(plan, most, left, prices, expected[plan.size - 1], seconds)
 
     def _meter(self) -> None:
         """Learn what the host took for the last block of a plan, if no other request's forward came between."""
@@ -205,8 +224,11 @@ class DraftPlanner:
             return self._engine.quadratic.count(plan.size) < _STAY
         return self._costs.wants(plan.size)
 
-    def _best(self, expected: list[float]) -> Plan:
-        """A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says."""
+    def _rates(self, expected: list[float]) -> dict[Plan, float]:
+        """Tokens per second of every plan.
+
+        A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says.
+        """
         seconds, host = self._costs.curve.seconds, self._costs.host.seconds
         rates = dict[Plan, float]()
         if "ar" in self._modes:
@@ -218,7 +240,7 @@ class DraftPlanner:
         if "quadratic_spec" in self._modes:
             for size, factor in zip(BLOCKS, self._engine.quadratic.factors(), strict=True):
                 rates[Plan("quadratic_spec", size)] = expected[size - 1] / self._quadratic_seconds(2 * size) * factor
-        return max(rates, key=rates.__getitem__)
+        return rates
 
     def _quadratic_seconds(self, tokens: int) -> float:
         """Of a pass of quadratic_spec, with what the host takes."""
@@ -226,49 +248,65 @@ class DraftPlanner:
 
     def expected(self) -> list[float]:
         """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average."""
-        own, engine = self._own, self._engine
-        guess = _WEIGHT * engine.pooled()
+        all_seen, all_kept = self._engine.seen(), self._engine.kept()
+        # The chance of any position stands in for those that nobody has looked at.
+        guess = _WEIGHT * (sum(all_kept) + _WEIGHT * _GUESS) / (sum(all_seen) + _WEIGHT)
         chance, tokens = 1.0, [1.0]
-        for seen, kept, all_seen, all_kept in zip(own.seen, own.kept, engine.seen, engine.kept, strict=True):
-            prior = (all_kept + guess) / (all_seen + _WEIGHT)  # of this position, if all before it were kept
+        positions = zip(self._own.seen(), self._own.kept(), all_seen, all_kept, strict=True)
+        for seen, kept, engine_seen, engine_kept in positions:
+            prior = (engine_kept + guess) / (engine_seen + _WEIGHT)  # of this position, if all before it were kept
             chance *= (kept + _WEIGHT * prior) / (seen + _WEIGHT)
             if chance < _NEVER:
                 break
             tokens.append(tokens[-1] + chance)
         return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
 
-    def learn(self, looked_at: int, emitted: int, *, ended: bool = False) -> None:
+    def worth_verifying(self, confidences: list[float]) -> int:
+        """How many tokens of a draft linear_spec's verify should look at, by their confidences.
+
+        So many that looking at more would take longer than other passes need for the tokens that it promises.
+        """
+        assert self._standing is not None
+        prices = self._standing.prices
+        chance, tokens = 1.0, 1.0
+        best, count, found = tokens - prices[1], 0, tokens
+        for number, confidence in enumerate(confidences, 1):
+            chance *= confidence
+            tokens += chance
+            if tokens - prices[number + 1] > best:
+                best, count, found = tokens - prices[number + 1], number, tokens
+        self._share = found / tokens
+        return count
+
+    def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:
         """Take in a verify that looked at a block of so many tokens, and emitted this many.
 
-        Where the answer has `ended`, what a longer draft would have proposed is as lost as a wrong draft.
+        Where the answer has `ended`, what a longer draft would have proposed is as lost as a wrong draft. `unseen` are
+        the confidences of what the draft had beyond the block, if all of that was kept.
         """
-        self._engine.later.append(partial(self._learn, self._taken, looked_at, emitted, ended))
+        self._engine.later.append(partial(self._learn, self._taken, self._share, looked_at, emitted, ended, unseen))
 
-    def _learn(self, taken: Plan, looked_at: int, emitted: int, ended: bool) -> None:
+    def _learn(
+        self, taken: Plan, share: float, looked_at: int, emitted: int, ended: bool, unseen: Iterable[float]
+    ) -> None:
         mode, block = taken
         size = max(looked_at, block) if ended else looked_at
-        self._own.add(size, emitted)
-        self._engine.add(size, emitted)
+        for statistics in (self._own, self._engine):
+            statistics.add(size, emitted)
+            if unseen:
+                statistics.add_unseen(emitted - 1, unseen)
         if mode == "linear_spec":
             seconds, host = self._costs.curve.seconds, self._costs.host.seconds(mode)
             draft = seconds(block) + host
-            self._engine.linear.add(block, 1.0, (draft + seconds(looked_at)) / (draft + seconds(block)))
+            self._engine.linear.add(block, share, (draft + seconds(looked_at)) / (draft + seconds(block)))
 
-    def learn_quadratic(self, block: int, tokens: int, emitted: int, unseen: list[float]) -> None:
-        """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many.
+    def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
+        """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
+        if self._standing is not None and not self._changed:  # else the draft was still one of the plan before
+            self._engine.later.append(partial(self._learn_quadratic, self._standing, block, tokens, emitted))
 
-        `unseen` are the confidences of what its draft had beyond the emitted ones, if it kept all that it looked at.
-        """
-        plan = None if self._changed else self._standing  # else the draft was still one of the plan before
-        self._engine.later.append(partial(self._learn_quadratic, plan, block, tokens, emitted, unseen))
-
-    def _learn_quadratic(
-        self, plan: _Standing | None, block: int, tokens: int, emitted: int, unseen: list[float]
-    ) -> None:
-        for statistics in (self._own, self._engine):
-            statistics.add_unseen(emitted - 1, unseen)
-        if plan is not None:
-            self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
+    def _learn_quadratic(self, plan: _Standing, block: int, tokens: int, emitted: int) -> None:
+        self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
 
 
 def _tokens(plan: Plan) -> int:

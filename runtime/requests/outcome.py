@@ -40,7 +40,7 @@ class PassOutcome:
     emitted: list[int] = dataclasses.field(default_factory=list)  # tokens chosen by the causal predictions 0, 1, ..
     block: tuple[int, int] | None = None  # start and length of the block that the pass began
     filling: Filling | None = None
-    confidence: np.ndarray | None = None  # (R,) f32 where the loop measured its own choices; None: the engine's
+    confidence: np.ndarray | None = None  # (R,) f32 of what masks became, if the pass filled any
     kept: int | None = None  # of a verify: how many drafted tokens it kept
     refused: Sequence[int] = ()  # and the others, unless the answer ended before them
     draft: Draft | None = None  # the next one, if the pass made one beside what else it did

@@ -125,11 +125,11 @@ class Sequence:
         self.emit(token)
         return token
 
-    def verify(self, prediction: Prediction, draft: list[int]) -> int:
+    def verify(self, prediction: Prediction, draft: list[int], unseen: list[float]) -> int:
         """Emit AR's tokens as long as they agree with the draft, and one more; returns how many were emitted.
 
         The committed length grows by as many. `prediction` begins with those for the draft's tokens, in order, and for
-        the one after them.
+        the one after them. `unseen` are the confidences of drafted tokens beyond these.
         """
         kept = 0
         for index, drafted in enumerate([*draft, None]):
@@ -143,8 +143,10 @@ class Sequence:
         self.length += accepted
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
-        if self.planner is not None and draft:
-            self.planner.learn(len(draft) + 1, accepted, ended=self.finish is not None)
+        if self.planner is not None and (draft or unseen):
+            ended = self.finish is not None
+            unseen = unseen if kept == len(draft) and not ended else []
+            self.planner.learn(len(draft) + 1, accepted, ended=ended, unseen=unseen)
         return accepted
 
     def plan(self) -> ExactMode | None:

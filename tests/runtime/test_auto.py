@@ -109,18 +109,18 @@ def test_later_plans_stand_longer() -> None:
     """For all requests that choose among the same modes: in short answers each block would else be planned anew."""
     made = list[object]()
 
-    def best(expected: list[float]) -> Plan:
+    def rates(expected: list[float]) -> dict[Plan, float]:
         made.append(expected)
-        return Plan("linear_spec", 8)
+        return {Plan("linear_spec", 8): 1.0}
 
     planner = fed(8, 8, ("linear_spec",), MIXED)
-    for times in (1, 2, 4, 8, 8):
-        planner._best = best  # type: ignore[method-assign]
+    for times in (1, 2, 4, 8, 16, 16):
+        planner._rates = rates  # type: ignore[method-assign]
         for _ in range(times):
             assert planner.plan().size == 8
         made.append("next")
         planner = DraftPlanner(planner._costs, planner._engine, ("linear_spec",))
-    assert [entry == "next" for entry in made] == [False, True] * 5
+    assert [entry == "next" for entry in made] == [False, True] * 6
 
 
 def test_a_length_that_is_known_is_tried_seldom() -> None:
@@ -142,13 +142,13 @@ def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None
     """A pass of quadratic_spec verifies what the one before drafted, so a longer block would seem worse than it is."""
     planner = fed(64, 12, ("quadratic_spec",), FREE)
     plans = iter([Plan("quadratic_spec", 8), Plan("quadratic_spec", 16)])
-    planner._best = lambda expected: next(plans)  # type: ignore[method-assign]
+    planner._rates = lambda expected: {next(plans): 1.0}  # type: ignore[method-assign]
     planner._news = lambda best: None  # type: ignore[method-assign]
-    for _ in range(16):
+    for _ in range(32):
         size = planner.plan().size
-        planner.learn_quadratic(size, 2 * size, 5, [])
+        planner.learn_quadratic(size, 2 * size, 5)
     planner._engine.take_in()
-    assert [planner._engine.quadratic.count(size) for size in (8, 16)] == [7, 7]
+    assert [planner._engine.quadratic.count(size) for size in (8, 16)] == [15, 15]
 
 
 def test_what_verify_leaves_out_counts() -> None:
@@ -162,6 +162,44 @@ def test_what_verify_leaves_out_counts() -> None:
     whole, cut = (planner._engine.linear.factors() for planner in planners)
     assert whole == [1.0] * len(BLOCKS)
     assert 1.2 < cut[BLOCKS.index(32)] < 1.6  # three quarters of the two passes at least, were there none before
+
+
+def test_a_verify_looks_at_what_is_worth_its_time() -> None:
+    """Where every token of a pass costs something, not at what is unlikely; where none does, at all of the draft."""
+    confidences = [0.95] * 6 + [0.3] * 9
+    looked_at = []
+    for curve in (FREE, MIXED, EACH_PAID):
+        planner = fed(16, 6, ("linear_spec",), curve)
+        planner.plan()
+        looked_at.append(planner.worth_verifying(confidences))
+    assert looked_at[0] == 15 > looked_at[1] >= 6 >= looked_at[2]
+
+
+def test_what_a_verify_left_out_is_not_taken_for_kept() -> None:
+    """Else drafts would seem the better the less of them is looked at."""
+    planner = DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",))
+    for _ in range(400):
+        planner.learn(5, 5, unseen=[0.1] * 11)
+    planner._engine.take_in()
+    assert planner.expected()[15] == pytest.approx(5.1, abs=0.2)
+
+
+def test_planned_drafts_are_looked_at_in_part(engine: nemodiff.LoadedEngine) -> None:
+    """Only where it pays, so a fixed block is looked at as a whole."""
+    looked_at = dict[object, list[int]]()
+    for block in ("auto", 16):
+        sequence = request.prepare(
+            engine, "Count from 1 to 40.", nemodiff.Options(block_length=block, max_new_tokens=60)
+        )
+        if sequence.planner is not None:
+            sequence.planner._costs = PassCosts(EACH_PAID)
+            sequence.planner._rates = lambda expected: {Plan("linear_spec", 16): 8 / 32}  # type: ignore[method-assign]
+            sequence.planner._news = lambda best: None  # type: ignore[method-assign]
+        for _ in generate.decode(engine.backend, [sequence], 1):
+            pass
+        looked_at[block] = sequence.verified
+    assert looked_at[16] == [16] * 4
+    assert min(looked_at["auto"][:-1]) < 16
 
 
 def test_what_the_host_takes_counts() -> None:
