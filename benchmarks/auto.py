@@ -139,9 +139,9 @@ def table(engines: dict[str, Any], over_best: dict[str, Any], origin: dict[str, 
     lines = [
         "# Planned block length and mode",
         "",
-        f"Tokens per second, {count} questions of every task, greedy. By the cost curve (the passes after the prefill,",
-        "each at its measured cost), and by processor and wall time, prefill included. Wall and processor time hold",
-        "what else the machine did.",
+        f"Tokens per second, greedy, {count} questions of every task, {3 * count} stories, {3 * count} loops. By the",
+        "cost curve (the passes after the prefill, each at its measured cost), and by processor and wall time, prefill",
+        "included. Wall and processor time hold what else the machine did.",
     ]
     for name, results in engines.items():
         lines += ["", f"## {name}", "", "| way | curve | processor | wall |", "|---|---:|---:|---:|"]
@@ -171,7 +171,7 @@ def main() -> None:
         (
             f"{record.MODEL.name}, {' and '.join(questions.OPEN)}",
             None,
-            questions.draw(arguments.per_task, tasks=questions.OPEN),
+            questions.draw(3 * arguments.per_task, tasks=questions.OPEN),
         ),
     )
     engines, over_best = dict[str, Any](), dict[str, Any]()
@@ -191,9 +191,10 @@ def main() -> None:
             goals.append(record.goal(f"{name}: answers unlike AR's", unlike, "at most", 0, "answers"))
             for clock in CLOCKS[:1] if arguments.exact else CLOCKS:
                 for planned, cells in over_best[name][clock].items():
-                    goal = f"{name}: {planned} over the best fixed, all tasks, by {clock}"
-                    goals.append(record.goal(goal, cells["all"], "at least", 0.95, "x"))
-                    print(goals[-1]["name"], cells["all"], flush=True)
+                    what = f"{name}: {planned} over the best fixed, all tasks, by {clock}"
+                    print(what, cells["all"], flush=True)
+                    if asked is drawn:
+                        goals.append(record.goal(what, cells["all"], "at least", 0.95, "x"))
     if arguments.no_write or arguments.exact:
         return
     figures = {"dtype": "f32", "questions": len(drawn), "cost_ms": curves, "tokens_per_second": engines}

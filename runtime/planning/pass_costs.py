@@ -25,7 +25,7 @@ _GUESS = 0.02  # passes at a size that the prior is worth
 _FAR = 2.0**20  # a pass of twice the size says as much about a size as this part of one of the size itself
 _FARTHEST = 16.0  # square of octaves; 2.0**-1074 is the least weight that there is
 _WIDE = 8.0  # and where none has run near one of twice the size this part of one of the size itself
-_REFIT = 8  # passes after which the curve is made anew, or a quarter of those that it is made of
+_REFIT = 8  # passes after which the curve is made anew, or half of those that it is made of
 _GAP = 6  # passes between two that are taken to learn what they cost, where that has never been known
 _GAP_OF_KNOWN = 256  # where it has
 _KNOWN = 3.0  # passes of about a size that make its cost known
@@ -86,7 +86,7 @@ class PassCosts:
         if self._curve is None:
             prior = self._make_prior() if callable(self._make_prior) else self._make_prior
             self._prior = self._curve = without_noise(prior)
-        if self._passes - self._fitted >= max(_REFIT, len(self._met) // 4):
+        if self._passes - self._fitted >= max(_REFIT, len(self._met) // 2):
             self._fit()
         return self._curve
 
