@@ -63,6 +63,8 @@ def read_lines(path: Path, *, as_json: bool) -> list[Line]:
         if text.strip():
             fields = read_object(text, f"{path}, line {number}")
             lines.append(make_line(fields, path, number, as_json=as_json))
+    if not lines:
+        raise RequestError(f"{path}: no prompts; give a file of JSON lines")
     return lines
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from ..contract import MODES
-from ..errors import RequestError
 from . import options
 
 
@@ -146,10 +145,7 @@ def _keep(engine: Any, outcome: Any) -> None:
 def _prompts(path: Path) -> list[Any]:
     from ..batch.lines import read_lines
 
-    lines = read_lines(path, as_json=False)
-    if not lines:
-        raise RequestError(f"{path}: no prompts; give a file of JSON lines")
-    return [line.prompt for line in lines]
+    return [line.prompt for line in read_lines(path, as_json=False)]
 
 
 def _block(text: str | None) -> int | str | None:

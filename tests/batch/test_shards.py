@@ -30,7 +30,8 @@ def test_shards_hold_what_the_whole_file_does(
     path = tmp_path_factory.mktemp("rows") / "prompts.jsonl"
     path.write_bytes(("\ufeff" + ("\r\n" if end == "\r\n" else "\n").join(rows) + end).encode())
     got = [read(shard) for shard in cut([path], size)]
-    assert [row.line for part in got for row in part] == read_lines(path, as_json=True)
+    whole = read_lines(path, as_json=True) if set(rows) - {" "} else []  # a file of none is refused
+    assert [row.line for part in got for row in part] == whole
     assert all(len({row.key for row in part}) == len(part) <= size for part in got)
 
 

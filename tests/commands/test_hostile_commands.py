@@ -458,6 +458,13 @@ def test_a_choice_that_mode_ar_has_not_is_warned_of(tiny_engine: Path, flags: li
     assert (warned.exit_code, other.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_prompts_is_named(tiny_engine: Path, tmp_path: Path, refused: Refused, text: str) -> None:
+    (tmp_path / "empty.jsonl").write_text(text)
+    file = str(tmp_path / "empty.jsonl")
+    refused(["run", str(tiny_engine), "--input-file", file], f"{file}: no prompts; give a file of JSON lines")
+
+
 def test_an_empty_file_to_revise_is_named(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     file = str(tmp_path / "empty.txt")
