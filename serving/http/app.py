@@ -97,12 +97,6 @@ class Server:
         sinks: list[Callable[[Record], None]] = [] if reports.log is None else [log_record]
         self.app = RequestLog(answering, sinks if self._spans is None else [*sinks, self._spans])
 
-    @property
-    def busy(self) -> bool:
-        """Whether a request runs or waits."""
-        statistics = self.scheduler.statistics
-        return bool(statistics.running or statistics.waiting or self.infill_queue.stats.present)
-
     def close(self) -> None:
         """Let go of the threads; to be called once, after the last request."""
         self.infill_queue.close()

@@ -51,6 +51,11 @@ class Connection(H11Protocol):
             return None
         return self._asking_since if self._unread_since is None else self._unread_since
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request has begun to come whose answer has not been read in full."""
+        return self._unread_since is not None or (self.cycle is not None and not self.cycle.response_complete)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a request; another connection makes room if there are too many."""
         super().connection_made(cast(asyncio.Transport, transport))

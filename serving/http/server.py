@@ -1,8 +1,9 @@
 """The process of `nemodiff serve`, from an open port to a clean end.
 
-The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what runs or
-waits may finish. A second signal ends the process at once. The port stays open while the server drains, because a load
-balancer could not ask for its health otherwise. SIGUSR1 writes what the server is doing to standard error.
+The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what has begun
+may finish, from a body that is still coming to an answer that is still being read. A second signal ends the process at
+once. The port stays open while the server drains, because a load balancer could not ask for its health otherwise.
+SIGUSR1 writes what the server is doing to standard error.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from ...errors import RequestError
 from .app import Server
-from .connection import ConnectionConfig
+from .connection import Connection, ConnectionConfig
 from .request_log import settle_logging, written_time
 from .state import state_of
 
@@ -135,10 +136,15 @@ class _DrainingServer(uvicorn.Server):
     def _start_drain(self) -> None:
         self._drain_task = self._loop.create_task(self._finish_requests())
 
+    @property
+    def _busy(self) -> bool:
+        """Whether a client has yet to send the rest of a request, to get its answer, or to read it."""
+        return any(cast(Connection, connection).busy for connection in self.server_state.connections)
+
     async def _finish_requests(self) -> None:
         """Let requests finish while there is time, then cancel the rest."""
         deadline = self._loop.time() + self._drain
-        while self._server.busy and self._loop.time() < deadline:
+        while self._busy and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._server.scheduler.close, drain=False)
         self.should_exit = True

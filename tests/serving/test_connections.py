@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from conftest import Refused
+from conftest import Refused, eventually
 from stand_ins.http_server import Served, serving
 
 from nemodiff.serving.http.server import bind
@@ -221,3 +221,32 @@ def test_few_open_files_are_refused_with_what_helps(
 def test_more_connections_than_files_are_refused(tiny_engine: Path, refused: Refused) -> None:
     most = 1 << 40
     refused(["serve", str(tiny_engine), "--max-connections", str(most)], f"--max-connections {most} needs", "ulimit -n")
+
+
+def post_of(path: str, body: dict[str, object]) -> tuple[bytes, bytes]:
+    """A request after which the connection ends, cut in the middle of its body."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:9], content[9:]
+
+
+def test_what_still_comes_or_is_still_read_when_the_drain_begins_is_finished(tiny_engine: Path) -> None:
+    begin, rest = post_of("/v1/completions", {"prompt": "Once upon", "max_tokens": 5})
+    long = b"".join(post_of("/tokenize", {"prompt": "9 " * 300_000, "return_token_strs": True}))
+    with serving(tiny_engine) as served, connected(served, 1, begin) as (sender,), socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        reader.settimeout(SLOWNESS)
+        reader.connect((served.host, served.port))
+        reader.sendall(long)
+        received = reader.recv(100)
+        served.process.terminate()
+        with contextlib.suppress(ConnectionError):  # of a server that waits for nobody
+            eventually(lambda: served.send("/health/ready")[0] == 503)
+        time.sleep(2.5)  # more than uvicorn gives to the last answers
+        sender.sendall(rest)
+        head, _, content = read_all(sender).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert json.loads(content)["usage"]["completion_tokens"] >= 1
+        received += read_all(reader)
+        assert len(json.loads(received.partition(b"\r\n\r\n")[2])["token_strs"]) >= 300_000
+        assert served.process.wait(SLOWNESS) == 0
