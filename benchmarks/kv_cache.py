@@ -1,7 +1,8 @@
 """Measure K and V in 8 bits on the CPU: memory, what passes cost, which answers change, and that modes equal ar.
 
     python benchmarks/kv_cache.py
-    python benchmarks/kv_cache.py --checkpoint FOLDER --name kv_cache_133m --questions 0
+    python benchmarks/make_checkpoint.py m133 --size 133m
+    python benchmarks/kv_cache.py --checkpoint m133 --name kv_cache_133m --questions 0
 
 Passes of the engines take turns, and CPU time counts, so other work on the machine falls on all of them.
 """

@@ -2,7 +2,8 @@
 
     pip install nemodiff[llama-cpp]
     python benchmarks/llamacpp.py
-    python benchmarks/llamacpp.py --checkpoint FOLDER --name llamacpp_133m --questions 0
+    python benchmarks/make_checkpoint.py m133 --size 133m
+    python benchmarks/llamacpp.py --checkpoint m133 --name llamacpp_133m --questions 0
 
 Both run in one process and take turns pass by pass, each from token ids to the best next token, which in nemodiff is a
 part of the graph. CPU time counts, so other work on the machine falls on both. Q4_0 has a scale for 32 weights and is

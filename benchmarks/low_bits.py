@@ -2,7 +2,8 @@
 self-speculation equals ar.
 
     python benchmarks/low_bits.py
-    python benchmarks/low_bits.py --checkpoint FOLDER --name low_bits_133m --questions 0
+    python benchmarks/make_checkpoint.py m133 --size 133m
+    python benchmarks/low_bits.py --checkpoint m133 --name low_bits_133m --questions 0
     python benchmarks/low_bits.py --backend torch --name low_bits_torch --questions 20
 
 Passes of the engines take turns, and CPU time counts, so other work on the machine falls on all of them. The torch

@@ -1,4 +1,4 @@
-"""Write a checkpoint of a released size with random weights, in the released file layout.
+"""Write a checkpoint of a released size with random weights, or of one that a CPU runs, in the released file layout.
 
 Weights go into shards of at most 5 GB with an index where one file would be larger. The tokenizer files are those of
 tiny-chat, whose ids all lie below the vocabulary's end.
@@ -33,7 +33,17 @@ SIZES: dict[str, dict[str, int]] = {
     "14b": {**COMMON, "hidden_size": 5120, "num_hidden_layers": 40, "intermediate_size": 16384},
 }
 SIZES["vlm-8b"] = SIZES["8b"]
-ROPE_THETA = {"3b": 1e6, "8b": 1e6, "14b": 1e9, "vlm-8b": 1e6}
+# No released size: the model of the CPU benchmarks whose weights a processor's cache does not hold.
+SIZES["133m"] = {
+    "vocab_size": 32768,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "intermediate_size": 2304,
+}
+ROPE_THETA = {"3b": 1e6, "8b": 1e6, "14b": 1e9, "vlm-8b": 1e6, "133m": 1e6}
 # What the model that sees has beside the fields of its decoder; tiny-chat's reserved tokens take the images' names.
 SEEING: dict[str, Any] = {
     "architectures": ["NemotronLabsDiffusionVLMModel"],
@@ -224,7 +234,7 @@ def _change(text: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint of a released size with random weights.")
+    parser = argparse.ArgumentParser(description="Write a checkpoint of one of these sizes with random weights.")
     parser.add_argument("folder", type=Path, help="folder to write; must not exist")
     parser.add_argument("--size", choices=list(SIZES), default="3b", help="default 3b")
     parser.add_argument("--layers", type=int, help="cut the network to this many layers")

@@ -79,6 +79,10 @@ def test_full_sizes_have_the_published_counts(size: str) -> None:
     assert values["rope_parameters"]["rope_theta"] == (1e9 if size == "14b" else 1e6)
 
 
+def test_the_size_of_the_cpu_benchmarks_has_the_count_that_their_results_tell() -> None:
+    assert sum(map(math.prod, MAKE.shapes(MAKE.config("133m")).values())) == 132_926_208
+
+
 def test_cut_checkpoint_builds_and_answers(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     changes = [f"--set={name}={value}" for name, value in TINY.items() if name != "num_hidden_layers"]
