@@ -92,9 +92,12 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first
         tokens: list[int] = prediction.token[rows].tolist()
     else:
         known = len(sequence.prompt) + len(sequence.tokens) - sequence.length  # of the block, emitted already
-        chosen = selector.propose(prediction, block[known:], range(first + known, first + len(block)))
+        chances: list[float] | None = None if sequence.planner is None else []
+        chosen = selector.propose(prediction, block[known:], range(first + known, first + len(block)), chances)
         tokens = [chosen[i - known] for i in masked]
-        if not policy.everything or sequence.settings.confidences or sequence.planner is not None:
+        if chances is not None:
+            confidence = np.array([*confidence[: first + known], *chances], np.float32)
+        elif not policy.everything or sequence.settings.confidences:
             confidence = confidence.copy()
             confidence[rows] = probability(prediction.logits[rows], tokens, mask)
     entropy = entropies(prediction.logits[rows], mask) if policy.by_entropy and prediction.logits is not None else None

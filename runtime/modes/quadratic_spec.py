@@ -21,7 +21,6 @@ from ..engines.engine import Pass, Prediction, causal, every_token, with_masks
 from ..planning.cost import CostCurve
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
-from ..sampling.softmax import probability
 from .ar import Loop, prompt_parts
 
 _FREE = CostCurve((1, PREFILL_CHUNK), (1.0, 1.0))  # all passes cost the same
@@ -132,16 +131,15 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
     The group's first position is the causal model's to decide, so the draft begins with the second.
     """
     selector, rows = sequence.selector, range(at + 1, at + size)
+    confidence: list[float] = []
     if prediction.logits is None or selector.plain:
         tokens = selector.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
     else:
-        tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows)
+        chances = confidence if sequence.cost is not None else None
+        tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows, chances)
     length = next((i for i, token in enumerate(tokens) if token in sequence.stops), len(tokens))
-    del tokens[length:]
-    confidence = prediction.confidence[at + 1 : at + 1 + length]
-    if prediction.logits is not None and not selector.plain and sequence.cost is not None and tokens:
-        confidence = probability(prediction.logits[at + 1 : at + 1 + length], tokens, sequence.model.mask_id)
-    draft = Draft(tokens, confidence.tolist())
+    confidence = confidence or prediction.confidence[at + 1 : at + size].tolist()
+    draft = Draft(tokens[:length], confidence[:length])
     sequence.outcome.draft = draft
     return draft
 

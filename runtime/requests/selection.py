@@ -11,6 +11,7 @@ from ..engines.engine import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
 from ..sampling.sampler import BadWords, SamplingParams, draw, penalise
+from ..sampling.softmax import chance
 from .settings import Settings
 from .token_logprobs import TokenLogprobs, measure
 
@@ -90,16 +91,22 @@ class TokenSelector:
             self.logprobs += measure(logits[None], [token], self._top_logprobs, self._mask_id)
         return token
 
-    def propose(self, prediction: Prediction, tokens: list[int], indices: range) -> list[int]:
+    def propose(
+        self, prediction: Prediction, tokens: list[int], indices: range, chances: list[float] | None = None
+    ) -> list[int]:
         """A block's tokens with a choice for every mask, left to right, each after the tokens before it.
 
-        tokens: what follows the history, masks included; indices: of the prediction for each of them.
+        tokens: what follows the history, masks included; indices: of the prediction for each of them. `chances` gets
+        each token's probability among what may stand there, at temperature 1: a verify chooses among the same, so what
+        a grammar leaves alone is certain, however unlikely the model holds it.
         """
         chosen = list[int]()
         for token, index in zip(tokens, indices, strict=True):
             if token == self._mask_id:
                 assert prediction.logits is not None
-                token = self._choose(prediction.logits[index], self._mask_params)
+                token = self._choose(prediction.logits[index], self._mask_params, chances)
+            elif chances is not None:
+                chances.append(1.0)
             chosen.append(token)
             self.push(token)
         self.pop(len(chosen))
@@ -147,10 +154,12 @@ class TokenSelector:
         """What restricts the next token and takes it in: nothing while a structured answer still thinks."""
         return None if self._after_thinking and not self._thought else self._matcher
 
-    def _choose(self, logits: np.ndarray, params: SamplingParams) -> int:
-        """The choice after the history; logits (V,) f32."""
+    def _choose(self, logits: np.ndarray, params: SamplingParams, chances: list[float] | None = None) -> int:
+        """The choice after the history, logits (V,) f32; `chances` gets its own."""
         forced = self.forced()
         if forced is not None:
+            if chances is not None:
+                chances.append(1.0)
             return forced
         scores = logits.astype(np.float64)
         if self._penalised:
@@ -166,4 +175,9 @@ class TokenSelector:
             scores[self._bad_words.banned(self._emitted)] = -np.inf
         if guide is not None:
             guide.restrict(scores)
-        return draw(scores, params, self._noise, self._start + len(self._emitted))
+        position = self._start + len(self._emitted)
+        if chances is None:
+            return draw(scores, params, self._noise, position)
+        token = draw(scores.copy(), params, self._noise, position)
+        chances.append(chance(scores, token))
+        return token

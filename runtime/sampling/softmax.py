@@ -12,6 +12,12 @@ def probability(logits: np.ndarray, tokens: list[int], mask_id: int | None = Non
     return probabilities
 
 
+def chance(scores: np.ndarray, entry: int) -> float:
+    """The probability of one of these scores (V,) f64, of which some are -inf; 0 if all are."""
+    best = scores.max()
+    return float(np.exp(scores[entry] - best) / np.exp(scores - best).sum()) if best > -np.inf else 0.0
+
+
 def entropies(logits: np.ndarray, mask_id: int) -> np.ndarray:
     """Entropy of the model's distribution per row, in nats; logits (n, V) f32 -> (n,) f64."""
     scores, total = _shifted(logits.astype(np.float64), mask_id)

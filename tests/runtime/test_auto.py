@@ -202,6 +202,23 @@ def test_planned_drafts_are_looked_at_in_part(engine: nemodiff.LoadedEngine) -> 
     assert min(looked_at["auto"][:-1]) < 16
 
 
+@pytest.mark.parametrize("choice", [*CHOICES, {"mode": "quadratic_spec", "block_length": 16}], ids=str)
+def test_what_a_grammar_leaves_alone_is_a_good_draft(engine: nemodiff.LoadedEngine, choice: dict[str, object]) -> None:
+    """The model would never say it, but a verify has the same grammar."""
+    pattern = "(Sphinx of black quartz|The five boxing wizards), judge my vow and jump quickly"
+    options = nemodiff.Options(**choice, regex=pattern, max_new_tokens=60)  # type: ignore[arg-type]
+    sequence = request.prepare(engine, QUESTIONS[0], options)
+    costs = PassCosts(CostCurve((1, 64), (1.0, 4.0)))
+    if sequence.cost is not None:
+        sequence.cost = costs
+    if sequence.planner is not None:
+        sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), sequence.planner._modes)
+    for _ in generate.decode(engine.backend, [sequence], 1):
+        pass
+    passes = sum(sequence.nfe.values()) - sequence.nfe["prefill"]
+    assert len(sequence.tokens) / passes > 2
+
+
 def test_what_the_host_takes_counts() -> None:
     """The fewest and cheapest forwards are of no use if the host needs longer for them."""
     planner = fed(32, 8, ("linear_spec", "quadratic_spec"), MIXED)
