@@ -161,6 +161,7 @@ def read_engine(folder: Path) -> EngineInfo:
     _check_is_engine(folder, again)
     manifest = _read_object(folder / MANIFEST_FILE, again)
     _check_schema(folder, manifest.get("schema"), again)
+    _check_manifest(manifest, folder / MANIFEST_FILE, again)
     config = _read_object(folder / CONFIG_FILE, again)
     generation = _read_object(folder / GENERATION_FILE, again) if (folder / GENERATION_FILE).is_file() else None
     try:
@@ -171,7 +172,7 @@ def read_engine(folder: Path) -> EngineInfo:
         sizes = {name: int(entry["bytes"]) for name, entry in info.manifest.files.items()}
     except CheckpointError as error:
         raise EngineError(f"{folder}: {error}; {again}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EngineError(f"{folder}: {CONFIG_FILE} and {MANIFEST_FILE} are incomplete ({error}); {again}") from None
     _check_build(build, folder / CONFIG_FILE, again)
     _check_backend(info, folder, again)
@@ -212,6 +213,20 @@ def _check_schema(folder: Path, schema: Any, again: str) -> None:
         )
 
 
+def _check_manifest(manifest: Mapping[str, Any], path: Path, again: str) -> None:
+    """Refuse fields of another kind than those that a build has written; missing ones are seen elsewhere."""
+    kinds = {"backend": (str, "text"), "versions": (dict, "an object"), "checkpoint": (dict, "an object")}
+    _check_kinds(manifest, {**kinds, "adapter": (dict | None, "an object or null")}, path, again)
+    if manifest.get("adapter") is not None:
+        _check_kinds({"rank": None, **manifest["adapter"]}, {"rank": (int, "an integer")}, path, again)
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, tuple[Any, str]], path: Path, again: str) -> None:
+    for name, (kind, allowed) in kinds.items():
+        if name in values and not isinstance(values[name], kind):
+            raise EngineError(f"{path}: {name} is {values[name]!r:.100}, allowed: {allowed}; {again}")
+
+
 def _check_sizes(folder: Path, sizes: dict[str, int], again: str) -> None:
     for name, size in sizes.items():
         path = folder / name
@@ -222,6 +237,9 @@ def _check_sizes(folder: Path, sizes: dict[str, int], again: str) -> None:
 
 
 def _check_build(build: BuildConfig, path: Path, again: str) -> None:
+    kinds = {"dtype": (str, "text"), "quantization": (str | None, "text or null"), "kv_cache_dtype": (str, "text")}
+    logits = {"gather_generation_logits": (bool, "true or false")}
+    _check_kinds(dataclasses.asdict(build), {**kinds, **logits}, path, again)
     if build.dtype not in tuple(ITEMSIZE):
         raise EngineError(f"{path}: dtype is {build.dtype!r}, allowed: {', '.join(ITEMSIZE)}; {again}")
     limits = {

@@ -120,7 +120,20 @@ def scramble(folder: Path) -> None:
             ["backend 'other', allowed: onnxruntime, tensorrt-rtx, tensorrt, torch"],
             id="backend",
         ),
+        pytest.param(edit("manifest.json", backend=["x"]), ["backend is ['x'], allowed: text"], id="backend a list"),
+        pytest.param(
+            edit("manifest.json", versions=[1]), ["versions is [1], allowed: an object"], id="versions a list"
+        ),
+        pytest.param(edit("manifest.json", checkpoint="x"), ["checkpoint is 'x', allowed"], id="checkpoint is text"),
+        pytest.param(edit("manifest.json", adapter=1.5), ["adapter is 1.5, allowed: an object"], id="adapter a number"),
+        pytest.param(edit("manifest.json", adapter={}), ["rank is None, allowed: an integer"], id="adapter of no rank"),
+        pytest.param(
+            edit("manifest.json", files={"model.onnx": {"bytes": float("inf")}}), ["are incomplete"], id="endless file"
+        ),
         pytest.param(gone("config.json"), ["config.json: missing; build it again"], id="no config"),
+        pytest.param(build_config(quantization=["int8"]), ["quantization is ['int8'], allowed"], id="quantized a list"),
+        pytest.param(build_config(kv_cache_dtype={}), ["kv_cache_dtype is {}, allowed"], id="cache an object"),
+        pytest.param(build_config(gather_generation_logits="no"), ["is 'no', allowed: true or"], id="logits are text"),
         pytest.param(edit("config.json", build_config=None), ["incomplete ('build_config')"], id="no build config"),
         pytest.param(edit("config.json", pretrained_config=None), ["incomplete ('pretrained_config')"], id="no model"),
         pytest.param(edit("config.json", pretrained_config={}), ["architectures is 'missing'"], id="empty model"),
