@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ..sampling.endless_schema import is_endless
+from ..text.checks import check_json
 from ..text.thoughts import BRACKETS
 from ..tools.answer import RAW, AnswerFormat
 from ..tools.definition import Tool, read_tools
@@ -109,6 +110,7 @@ def template_variables(o: Options) -> dict[str, Any]:
     for name in _GIVEN:
         if name in variables:
             raise RequestError(f"chat_template_kwargs holds {name}, which is given otherwise; leave it out")
+    check_json(variables, "chat_template_kwargs")
     return variables
 
 

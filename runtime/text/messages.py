@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import RequestError
-from .checks import check_text
+from .checks import check_json, check_text
 
 Message = Mapping[str, Any]
 CALL_OPEN = "<tool_call>"
@@ -116,7 +116,7 @@ def _arguments(given: Any, name: str) -> dict[str, Any]:
     value = given
     if isinstance(given, str):
         try:
-            value = json.loads(given) if given.strip() else {}
+            value = json.loads(given, parse_constant=str) if given.strip() else {}  # models write NaN
         except (ValueError, RecursionError):
             value = _begun(given)
     elif given is None:
@@ -125,7 +125,7 @@ def _arguments(given: Any, name: str) -> dict[str, Any]:
         raise RequestError(
             f"the arguments of a call of {name!r:.60} are {given!r:.60}, allowed: a JSON object; send that of the call"
         )
-    check_text(json.dumps(value, ensure_ascii=False), "tool_calls")
+    check_json(value, "tool_calls")
     return dict(value)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import RequestError
-from ..text.checks import check_text
+from ..text.checks import check_json
 
 MOST_TOOLS = 512
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
@@ -56,7 +56,7 @@ def read_tools(text: str) -> tuple[Tool, ...]:
     if not isinstance(listed, list) or len(listed) > MOST_TOOLS:
         got = f"{len(listed)} tools" if isinstance(listed, list) else f"{text:.60}"
         raise RequestError(f"tools is {got}, allowed: a list of at most {MOST_TOOLS} tools")
-    check_text(json.dumps(listed, ensure_ascii=False), "tools")
+    check_json(listed, "tools")
     tools = tuple(map(_tool, listed))
     names = [tool.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)

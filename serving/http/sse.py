@@ -6,6 +6,7 @@ Once the first line is out the status cannot change any more, so a later error i
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -78,4 +79,8 @@ class EventStreamResponse(StreamingResponse):
 
 def _line(value: Any, named: bool) -> bytes:
     name = f"event: {value['type']}\n".encode() if named else b""
-    return name + b"data: " + orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS) + b"\n\n"
+    try:
+        data = orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # an integer of more than 64 bits, which a request may have and a response repeat
+        data = json.dumps(value).encode()
+    return name + b"data: " + data + b"\n\n"

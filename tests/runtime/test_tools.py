@@ -573,6 +573,7 @@ def test_what_is_wrong_with_tools_is_told(engine: nemodiff.LoadedEngine, options
         ([5], "tool_calls holds 5, allowed: an object with a function"),
         ([{"function": {"name": "f", "arguments": "{]"}}], "the arguments of a call of 'f' are '{]', allowed: a JSON"),
         ([{"function": {"name": "f", "arguments": "[1]"}}], "the arguments of a call of 'f' are"),
+        ([{"function": {"name": "f", "arguments": f'{{"a": {"[" * 500 + "]" * 500}}}'}}], "tool_calls is nested too"),
     ],
 )
 def test_what_is_wrong_with_a_call_is_told(engine: nemodiff.LoadedEngine, calls: Any, problem: str) -> None:
@@ -589,6 +590,7 @@ def test_what_is_wrong_with_a_call_is_told(engine: nemodiff.LoadedEngine, calls:
         ('{"city": "Rome", ', {"city": "Rome"}),
         ('{"city": "Rome", "da', {"city": "Rome"}),
         ('{"days": [1, {"a": 2', {"days": [1, {"a": 2}]}),
+        ('{"days": NaN}', {"days": "NaN"}),
     ],
 )
 def test_a_call_that_was_cut_comes_back_as_what_there_was(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
 import pytest
 from stand_ins.http_server import Served, serving
+
+from nemodiff.runtime.tools.answer import ToolCall
+from nemodiff.serving.http.dialects.messages_writer import MessagesWriter
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 SCHEMA = {
@@ -51,6 +55,18 @@ def test_text_is_that_of_a_chat(server: Served, client: anthropic.Anthropic) -> 
     usage = message.usage
     assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == chat["usage"]["prompt_tokens"]
     assert usage.output_tokens == chat["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    "written", ['{"city": "\\ud83d"}', '{"days": NaN}', "[1]", '{"a": ' + "[" * 900, '{"city": "Ro']
+)
+def test_arguments_that_no_client_could_read_are_none(written: str) -> None:
+    generation: Any = SimpleNamespace(
+        reasoning="", content="", tool_calls=[ToolCall("weather", written)], stop_text=None, finish_reason="stop",
+        prompt_tokens=3, reused_tokens=0, token_ids=[1],
+    )  # fmt: skip
+    (block,) = MessagesWriter("tiny").full(generation)["content"]
+    assert (block["name"], block["input"]) == ("weather", {})
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear_spec", "quadratic_spec"])

@@ -122,6 +122,14 @@ def test_text_and_its_end_are_streamed(client: openai.OpenAI) -> None:
     assert event.response.output_text == text
 
 
+def test_a_long_number_comes_back_in_a_stream_too(server: Served) -> None:
+    body = {"input": QUESTION, "max_output_tokens": 3, "metadata": {"order": 10**30}}
+    whole = server.ask("/v1/responses", body)
+    _, _, content = server.send("/v1/responses", body | {"stream": True})
+    last = json.loads(content.decode().rstrip().rpartition("data: ")[2])["response"]
+    assert last["metadata"] == whole["metadata"] == {"order": 10**30}
+
+
 @pytest.mark.parametrize(
     "fields",
     [

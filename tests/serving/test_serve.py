@@ -36,6 +36,7 @@ from nemodiff.serving.http.infill_queue import InfillQueue
 from nemodiff.serving.http.request_group import RequestGroup
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
 LONG = {"prompt": "Once upon a time", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar"}
@@ -76,6 +77,13 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 
 def chat(content: str = QUESTION, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], **fields}
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return {"a": value}
 
 
 def with_schema(schema: Any, strict: bool | None = None, **fields: Any) -> dict[str, Any]:
@@ -392,6 +400,11 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, b"[" * 100_000, "the body cannot be read; send a JSON object in UTF-8, nested less deeply"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}", "body"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature"),
+        (RESPONSES, b'{"input": "x", "metadata": {"a": NaN}}', "metadata holds nan, which is no number of JSON"),
+        (RESPONSES, {"input": "x", "metadata": {"\ud800": "b"}}, "metadata: not UTF-8"),
+        (RESPONSES, {"input": "x", "metadata": {"a": [{"b": "\ud800"}]}, "stream": True}, "metadata: not UTF-8"),
+        (RESPONSES, {"input": "x", "metadata": nested(120), "stream": True}, "metadata is nested too deeply"),
+        (CHAT, chat() | {"chat_template_kwargs": nested(850)}, "chat_template_kwargs is nested too deeply"),
         (CHAT, b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
     ],
 )  # fmt: skip

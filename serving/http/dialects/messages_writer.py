@@ -7,8 +7,10 @@ import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from ....errors import RequestError
 from ....runtime.events.events import Event, Finished, Started, Text
 from ....runtime.requests.generation import Generation
+from ....runtime.text.checks import check_json
 from ....runtime.tools.answer import Delta
 from .dialect import Writer
 
@@ -102,12 +104,14 @@ def _tool_use(name: str) -> dict[str, Any]:
     return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": name}
 
 
-def _object(arguments: str) -> Any:
-    """Arguments as an object; those of a call that was cut are no JSON, and given as none."""
+def _object(arguments: str) -> dict[str, Any]:
+    """Arguments as an object; those that were cut, or that no client could read, are given as none."""
     try:
-        return json.loads(arguments)
-    except ValueError:
+        value = json.loads(arguments)
+        check_json(value, "the arguments")
+    except (ValueError, RecursionError, RequestError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _end(generation: Generation) -> dict[str, Any]:

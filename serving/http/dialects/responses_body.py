@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from ....errors import RequestError
+from ....runtime.text.checks import check_json
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
@@ -118,6 +119,7 @@ class Responses(DialectBody):
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
+        check_json(self.metadata, "metadata")  # which the answer repeats
         chosen = super().options()
         if _LOGPROBS in (self.include or ()):
             chosen["logprobs"] = self.top_logprobs or 0
