@@ -7,9 +7,11 @@ have it. Flags may be spelled with underscores too (`--max_batch_size`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -44,22 +46,34 @@ class _Group(click.Group):
         settle_streams()  # before the first word is printed
         return super().main(*args, **kwargs)
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """See click.Command. The flags of the group itself are followed here, and print."""
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        """See click.Command."""
+        with _one_line():
             return super().invoke(ctx)
-        except NemodiffError as error:
-            raise click.ClickException(one_line(str(error))) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                abandon_streams()
-                raise click.exceptions.Exit(_UNREAD) from None
-            text = f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and its disk"
-            raise click.ClickException(one_line(text)) from None
-        except MemoryError:
-            raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
-        except KeyboardInterrupt:
-            _end_line()
-            raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except NemodiffError as error:
+        raise click.ClickException(one_line(str(error))) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            abandon_streams()
+            raise click.exceptions.Exit(_UNREAD) from None
+        text = f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and its disk"
+        raise click.ClickException(one_line(text)) from None
+    except MemoryError:
+        raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
+    except KeyboardInterrupt:
+        _end_line()
+        raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
 def _end_line() -> None:

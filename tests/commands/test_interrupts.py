@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import snapshot
+from conftest import assert_one_line, snapshot
 from stand_ins.checkpoints import TINY_CHAT
 
 NEMODIFF = [sys.executable, "-m", "nemodiff"]
@@ -113,7 +113,7 @@ def test_an_interrupt_at_work_leaves_nothing_half_written(tiny_engine: Path, tmp
 
 @pytest.mark.parametrize(
     "words",
-    [["inspect", "ENGINE"], ["run", "ENGINE", "-p", "x", "--stream"]],
+    [["inspect", "ENGINE"], ["run", "ENGINE", "-p", "x", "--stream"], ["--help"]],
     ids=lambda words: words[0],
 )
 def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
@@ -123,6 +123,15 @@ def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["run", "--help"]], ids=lambda words: words[0])
+def test_an_output_that_is_full(words: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*NEMODIFF, *words], stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
+    assert_one_line(done.stderr.decode(), "No space left on device; check the path and its disk")
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(("key", "code"), [(INTERRUPT, 130), (b"\x04", 0)], ids=["interrupt", "end of input"])
