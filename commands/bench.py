@@ -11,6 +11,7 @@ import click
 
 from ..contract import MODES
 from . import options
+from .inputs import spare_inputs
 
 
 @click.command(short_help="Measure how fast ENGINE is, in prefill and in every mode.")
@@ -105,6 +106,7 @@ def bench(
     from ..runtime.loading import load
 
     if plot is not None:
+        spare_inputs(plot, engine, compare, input_file)
         check_plot(plot)
     chosen: dict[str, Any] = {"modes": modes} if modes else {}
     if input_file is not None:

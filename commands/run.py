@@ -14,7 +14,7 @@ from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
 from .calls import spelled
-from .inputs import read_stdin, read_stdin_bytes
+from .inputs import read_stdin, read_stdin_bytes, spare_inputs
 from .streams import TEXT
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def run(
         raise click.UsageError("--batch-size goes with --input-file")
     if input_file is None and no_prefix_reuse:
         raise click.UsageError("--no-prefix-reuse goes with --input-file")
+    spare_inputs(trace, engine, input_file, *images)
     from ..batch.answers import answer_lines
     from ..batch.lines import REPORTS, check_lines, read_lines
 

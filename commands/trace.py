@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .inputs import spare_inputs
 from .options import OUTPUT_FILE, PATH
 
 
@@ -35,6 +36,7 @@ def view(files: tuple[Path, ...], output: Path) -> None:
     from ..serving.http.page_export import html
     from ..whole_file import whole
 
+    spare_inputs(output, *files)
     text = html([(file.stem, read(file)) for file in files])
     with whole(output) as stage:
         stage.write_text(text, encoding="utf-8")

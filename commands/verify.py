@@ -14,6 +14,7 @@ from ..engine_folder import VERIFY_FILE, write_record
 from ..errors import RequestError
 from . import options
 from .answers import one_line
+from .inputs import spare_inputs
 from .streams import TEXT
 
 # What --layers looks at: every kind of pass, at near and at far positions.
@@ -86,6 +87,7 @@ def verify(
 
     if save_outputs is not None and not layers:
         raise click.UsageError("--save-outputs goes with --layers")
+    spare_inputs(save_outputs, engine, against, adapter)
     if layers:
         from ..verification.layers import blame, compare_layers, import_polygraphy
 

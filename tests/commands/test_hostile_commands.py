@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import Refused, assert_one_line
+from conftest import Refused, assert_one_line, snapshot
 
 import nemodiff
 from nemodiff.cli import main
@@ -469,3 +469,25 @@ def test_an_empty_file_to_revise_is_named(tiny_engine: Path, tmp_path: Path, ref
     (tmp_path / "empty.txt").write_text("\n")
     file = str(tmp_path / "empty.txt")
     refused(["revise", str(tiny_engine), "--file", file], f"{file}: no text to revise; give a file")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["run", "ENGINE", "--input-file", "FILE", "--trace", "FILE"], id="prompts"),
+        pytest.param(["run", "ENGINE", "-p", "x", "--image", "FILE", "--trace", "FILE"], id="image"),
+        pytest.param(["run", "ENGINE", "-p", "x", "--trace", "ENGINE/config.json"], id="engine"),
+        pytest.param(["bench", "ENGINE", "--input-file", "FILE", "--plot", "FILE"], id="bench"),
+        pytest.param(["verify", "ENGINE", "--layers", "--save-outputs", "ENGINE/manifest.json"], id="verify"),
+        pytest.param(["trace", "view", "FILE", "-o", "FILE"], id="trace"),
+    ],
+)
+def test_an_output_that_would_replace_an_input_is_refused(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, words: list[str]
+) -> None:
+    file = tmp_path / "in.png"
+    file.write_text('{"prompt": "x"}' if words[0] != "trace" else '{"event": "trace", "schema": 1}')
+    before = snapshot(tiny_engine)
+    named = [word.replace("ENGINE", str(tiny_engine)).replace("FILE", str(file)) for word in words]
+    refused(named, f"{named[-1]}: writing it would replace what this command reads; give another file", code=2)
+    assert snapshot(tiny_engine) == before
