@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import queue
 from collections.abc import Callable, Iterator
 
@@ -74,5 +75,6 @@ class Handle:
         else:
             self._future.set_exception(outcome)
             if self._listener is not None:
-                self._listener(outcome)
+                with contextlib.suppress(Exception):  # nothing is left to be done about one, and other requests run
+                    self._listener(outcome)
         self._events.put(None)

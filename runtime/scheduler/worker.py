@@ -188,25 +188,38 @@ class Worker:
 
     def _step(self) -> None:
         assert self._batch is not None
+        untold = list[tuple[Handle, Exception]]()
         for result in self._batch.step():
             handle = self._running[result.sequence]
             if result.error is not None:
                 self._fail(handle, result.error)
                 continue
-            events = handle.reporter.passed(result)
-            if not result.sequence.ended:
-                handle.deliver(events)
+            try:
+                events = handle.reporter.passed(result)
+                if not result.sequence.ended:
+                    handle.deliver(events)
+                    continue
+            except Exception as error:  # which is no reason for the others to fail
+                untold.append((handle, error))
                 continue
             with self._changed:
                 self._finish(handle, events)
+        for handle, problem in untold:
+            if not handle.sequence.ended:
+                self._batch.remove(handle.sequence)
+            self._fail(handle, problem)
 
     def _finish(self, handle: Handle, last: list[Event]) -> None:
         """Count a request that has ended and say so, together with what its last pass gave."""
         sequence = handle.sequence
+        try:
+            events = last + handle.reporter.finished(self._engine)
+            handle.deliver(events)
+        except Exception as error:  # else it would wait for ever, as it does not run any more
+            self._fail(handle, error)
+            return
         self._running.pop(sequence, None)
         self._ended.count(sequence, "cancelled" if sequence.finish == "cancelled" else "finished")
-        events = last + handle.reporter.finished(self._engine)
-        handle.deliver(events)
         assert isinstance(events[-1], Finished)
         handle.end(events[-1])
 

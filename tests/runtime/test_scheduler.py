@@ -26,6 +26,7 @@ import nemodiff
 from nemodiff.contract import MODES
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.batching.prefix_cache import PrefixCache, common
+from nemodiff.runtime.events.reporter import Reporter
 from nemodiff.runtime.planning.cost import CostCurve, split
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.generation import finished_generation
@@ -393,6 +394,41 @@ def test_one_request_with_broken_numbers_fails_alone(
             bad.result(PATIENCE)
         assert good.result(PATIENCE).token_ids
         assert len(scheduler.statistics.nfe) == 6
+
+
+@pytest.mark.parametrize("place", ["passed", "finished", "listener"])
+def test_a_request_that_cannot_be_told_of_fails_alone(
+    engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def broken(self: Reporter, *given: Any) -> Any:
+        if self.sequence.prompt == [130]:
+            raise RecursionError("too deep")
+        return told(self, *given)
+
+    def deaf(outcome: Any) -> None:
+        raise RecursionError("too deep")
+
+    slow, gate = gated(engine)
+    listener = deaf if place == "listener" else None
+    if place != "listener":
+        told = getattr(Reporter, place)
+        monkeypatch.setattr(Reporter, place, broken)
+    with nemodiff.Scheduler(slow, rows=2) as scheduler:
+        good = scheduler.submit([131], mode="ar", max_new_tokens=20)
+        bad = scheduler.submit([130], mode="ar", max_new_tokens=20, listener=listener)
+        waiting = scheduler.submit([132], mode="ar", max_new_tokens=20)
+        dropped = scheduler.submit([130], mode="ar", max_new_tokens=20, listener=listener)
+        dropped.cancel()
+        gate.set()
+        for handle in (bad, *(() if place == "passed" else (dropped,))):
+            with pytest.raises(nemodiff.EngineError, match=r"too deep"):
+                handle.result(PATIENCE)
+        for number, handle in ((131, good), (132, waiting)):
+            expected = nemodiff.generate(engine, [number], max_new_tokens=20, mode="ar")
+            assert handle.result(PATIENCE).token_ids == expected.token_ids
+        ended = scheduler.statistics
+    assert (ended.running, ended.waiting, ended.finished) == (0, 0, 2)
+    assert ended.failed + ended.cancelled == 2
 
 
 def test_a_cancelled_row_is_free_in_the_next_step(engine: nemodiff.LoadedEngine) -> None:
