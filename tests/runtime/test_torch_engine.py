@@ -225,6 +225,14 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(tiny: Pair) -> None:
     assert backend.captured > 0
 
 
+def test_a_rounded_shape_without_a_graph_has_what_fills_it_up(tiny: Pair) -> None:
+    """Of a pass with more logits than graphs have: quadratic_spec with 16 heads and a group of 16 for each."""
+    engine = tiny.with_backend(graphed(tiny, RecordingDevice()))
+    case = {"mode": "quadratic_spec", "groups": "all", "block_length": 16, "logprobs": 0, "max_new_tokens": 30}
+    got, expected = (nemodiff.generate(e, QUESTIONS[0], **case) for e in (engine, tiny.theirs))
+    assert got.token_ids == expected.token_ids
+
+
 def test_sizes_of_graphs() -> None:
     """Padding is free up to 256 tokens and at most a quarter beyond; a prompt's chunk with masks is not doubled."""
     assert [rounded_tokens(n) for n in (1, 2, 3, 31, 33, 256, 257, 544, 577, 1025)] == [

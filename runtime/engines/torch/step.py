@@ -150,6 +150,8 @@ class Step:
             seen = max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
             self._views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
             at += p.ids.size
+        if at < self.shape.tokens:  # those that fill up a rounded shape, which see a slot of the scratch page
+            self._views.append(View(at, self.shape.tokens, 0, 1))
 
     def run(self) -> None:
         """Put the work into the stream: eager when the shape first comes, which compiles kernels, then its graph."""
