@@ -109,6 +109,8 @@ def bench(
         spare_inputs(plot, engine, compare, input_file)
         check_plot(plot)
     chosen: dict[str, Any] = {"modes": modes} if modes else {}
+    if block_length is not None and modes and not {*modes} - {"ar", "auto"}:
+        click.echo(f"Warning: --block-length has no effect in mode {' and '.join(sorted({*modes}))}", err=True)
     if input_file is not None:
         chosen["prompts"] = _prompts(input_file)
     plan = measured.Plan(
@@ -131,7 +133,7 @@ def bench(
         for loaded, outcome in zip(engines, outcomes, strict=True):
             _keep(loaded, outcome)
     if plot is not None:
-        draw(plot, [folder.resolve().name for folder in folders], outcomes)
+        draw(plot, measured.names(engines), outcomes)
 
 
 def _keep(engine: Any, outcome: Any) -> None:
@@ -147,7 +149,10 @@ def _keep(engine: Any, outcome: Any) -> None:
 def _prompts(path: Path) -> list[Any]:
     from ..batch.lines import read_lines
 
-    return [line.prompt for line in read_lines(path, as_json=False)]
+    lines = read_lines(path, as_json=True)
+    if unused := sorted({name for line in lines for name in line.options}):
+        click.echo(f"Warning: {path}: bench does not use the options of lines ({', '.join(unused)})", err=True)
+    return [line.prompt for line in lines]
 
 
 def _block(text: str | None) -> int | str | None:

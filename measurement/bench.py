@@ -71,7 +71,7 @@ def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
     """The plan's tests in order: prefill, then by concurrency every mode. Raises RequestError."""
     rng, model = random.Random(0), engine.info.model
     planned = []
-    for length in plan.input_lens:
+    for length in dict.fromkeys(plan.input_lens):
         limit = engine.info.build.max_seq_len - 1
         if length > limit:
             raise RequestError(f"input_len is {length}, allowed: 1 to {limit}; give a shorter one with --input-len")
@@ -79,17 +79,28 @@ def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
         ids = list(itertools.islice((token for token in drawn if token != model.mask_id), length))
         options = make_options({"mode": "ar", "max_new_tokens": 1})
         planned.append(Test(f"pp{length}", 1, [Request(ids, options)]))
-    for concurrency in plan.concurrency:
+    for concurrency in dict.fromkeys(plan.concurrency):
         check_rows(engine, concurrency)
         # As many as keep all rows at work for a while.
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(max(len(plan.prompts), 2 * concurrency))]
-        for mode in plan.modes:
+        # ar comes first: the answers of the others are compared with its.
+        for mode in sorted(dict.fromkeys(plan.modes), key=lambda mode: mode != "ar"):
             options = _options(mode, plan)
             planned.append(Test(mode, concurrency, [Request(prompt, options) for prompt in prompts]))
     for test in planned:
         for request in test.requests:
             prepare(engine, request.prompt, request.options)  # refuses now what would be refused in the middle
+    if plan.block_length is not None:  # which the plan's modes may have no use for
+        drafts = make_options({"mode": "linear_spec", "block_length": plan.block_length, "max_new_tokens": 1})
+        prepare(engine, plan.prompts[0], drafts)
     return planned
+
+
+def names(engines: Sequence[LoadedEngine]) -> list[str]:
+    """What the engines are called: their folders' names, or whole paths where these would be the same."""
+    folders = [engine.folder.resolve() for engine in engines]
+    alike = len({folder.name for folder in folders}) < len(folders)
+    return [str(folder) if alike else folder.name for folder in folders]
 
 
 def bench(
@@ -101,8 +112,8 @@ def bench(
     """
     load = os.getloadavg()[0]
     planned = [tests(engine, plan) for engine in engines]
-    for engine in engines:
-        report(f"cost curve of {engine.folder.name}")
+    for engine, name in zip(engines, names(engines), strict=True):
+        report(f"cost curve of {name}")
         engine.cost.begin(measure(engine.backend, _CURVE_SECONDS))
     results: list[list[Figures]] = [[] for _ in engines]
     exact: dict[tuple[int, int], Round] = {}  # by engine and concurrency
@@ -122,11 +133,11 @@ def bench(
     return [Outcome(own, engine.cost.curve, load) for own, engine in zip(results, engines, strict=True)]
 
 
-def described(engine: LoadedEngine) -> dict[str, object]:
+def described(engine: LoadedEngine, name: str) -> dict[str, object]:
     """What was measured."""
     info = engine.info
     return {
-        "name": engine.folder.resolve().name,
+        "name": name,
         "checkpoint": info.manifest.checkpoint.get("name"),
         "backend": info.manifest.backend,
         "dtype": info.build.dtype,
@@ -151,11 +162,11 @@ def result(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: P
         "warmup": plan.warmup,
         "engines": [
             {
-                **described(engine),
+                **described(engine, name),
                 "cost_curve_ms": dict(zip(outcome.curve.sizes, (1e3 * t for t in outcome.curve.times), strict=True)),
                 "tests": [dataclasses.asdict(one) for one in outcome.figures],
             }
-            for engine, outcome in zip(engines, outcomes, strict=True)
+            for engine, name, outcome in zip(engines, names(engines), outcomes, strict=True)
         ],
     }
     if len(outcomes) > 1:

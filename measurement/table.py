@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..contract import counted
 from ..runtime.loading import LoadedEngine
-from .bench import Outcome, Plan, described
+from .bench import Outcome, Plan, described, names
 from .figures import Figures, Percentiles, ratios
 from .machine import machine
 
@@ -34,16 +34,16 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
         f"most {counted(plan.max_new_tokens, 'new token')}; medians of {counted(plan.rounds, 'round')} after "
         f"{plan.warmup} of warm-up"
     ]
-    for engine, outcome in zip(engines, outcomes, strict=True):
-        about = described(engine)
+    called = names(engines)
+    for engine, name, outcome in zip(engines, called, outcomes, strict=True):
+        about = described(engine, name)
         threads = "" if engine.threads is None else f", {counted(engine.threads, 'thread')}"
         text += ["", f"{about['name']}: {about['backend']} {about['dtype']} on {about['processor']}{threads}"]
         text += _aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
         curve = zip(outcome.curve.sizes, outcome.curve.times, strict=True)
         text.append("ms of a pass by its tokens: " + ", ".join(f"{size}: {1e3 * t:.3g}" for size, t in curve))
     if len(outcomes) > 1:
-        names = [engine.folder.resolve().name for engine in engines]
-        text += ["", f"tokens/s of {names[0]} over {names[1]}, round by round: median (min..max)"]
+        text += ["", f"tokens/s of {called[0]} over {called[1]}, round by round: median (min..max)"]
         rows = []
         for own, other in zip(outcomes[0].figures, outcomes[1].figures, strict=True):
             ratio = ratios(own, other)

@@ -116,6 +116,30 @@ def test_two_engines_take_turns(engine: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ratio["min"] <= ratio["median"] <= ratio["max"]
 
 
+def test_what_is_given_twice_is_measured_once_and_every_mode_compared_with_ar(engine: Path) -> None:
+    twice = [word for flag in ("--mode linear_spec", "--mode ar", "--concurrency 2") for word in flag.split() * 2]
+    (measured,) = json.loads(output_of("bench", str(engine), *SHORT, "--input-len", "40", *twice, "--json"))["engines"]
+    tests = [(one["test"], one["different_from_ar"]) for one in measured["tests"]]
+    assert tests == [("pp40", None), ("ar", 0), ("linear_spec", 0)]
+
+
+def test_engines_in_folders_of_the_same_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(engine, tmp_path / "other" / engine.name))
+    text = output_of("bench", str(engine), "--compare", str(other), *SHORT, "--mode", "ar", "--no-keep")
+    assert f"\n{engine.resolve()}: onnxruntime" in text
+    assert f"tokens/s of {engine.resolve()} over {other.resolve()}, " in text
+
+
+def test_what_is_given_and_not_used_is_warned_of(engine: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x", "mode": "diffusion", "stop": ["y"], "logprobs": 1}')
+    words = ["bench", str(engine), *SHORT, "--mode", "ar", "--block-length", "8", "--input-file", str(file)]
+    assert CliRunner().invoke(main, words).stderr.splitlines()[:2] == [
+        "Warning: --block-length has no effect in mode ar",
+        f"Warning: {file}: bench does not use the options of lines (logprobs, mode, stop)",
+    ]
+
+
 def test_a_folder_that_cannot_be_written_is_measured_all_the_same(engine: Path) -> None:
     (engine / COST_FILE).mkdir()  # in the way of a new file, for root too
     result = CliRunner().invoke(main, ["bench", str(engine), *SHORT, "--mode", "ar"])
@@ -157,6 +181,8 @@ def test_what_cannot_be_measured_is_refused(
     refused([*words, "--block-length", "65"], "block_length is 65", "1 to 64")
     refused([*words, "--block-length", "long"], "block_length is 'long'", "auto")
     refused([*words, "--mode", "fast"], "--mode", code=2)
+    with pytest.raises(nemodiff.RequestError, match="block_length is 65, allowed: 1 to 64"):
+        bench.tests(nemodiff.load(engine), bench.Plan(modes=("ar",), block_length=65))
     (tmp_path / "none.jsonl").write_text("\n")
     refused([*words, "--input-file", str(tmp_path / "none.jsonl")], "no prompts; give")
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "word " * 40000}))
