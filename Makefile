@@ -1,4 +1,4 @@
-# make demo: build tiny-chat-2 and answer one question in every mode.  make test: every check.
+# make demo: build tiny-chat-2 and answer one question in three modes.  make test: every check.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 

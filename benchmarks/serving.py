@@ -1,8 +1,9 @@
 """Compare one stream through `nemodiff serve` with the bare runtime: tokens per second and time to the first token.
 
 Both take turns with every question, so noise falls on both alike, and must give the same text. A served stream also
-pays for the client that reads it, on the same cores. With `--soak N` it sends N requests of which most leave in the
-middle, and checks that memory returns to its start. Writes `results/serving.json` and `.md`.
+pays for the client that reads it, on the same cores. Writes `results/serving.json` and `.md`. With `--soak N` it sends
+N requests instead, of which most leave in the middle, checks that memory stays as it is after the first fifth, and
+writes `results/serving_soak.json`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Compare every mode with the oracles, prompt by prompt and token for token.
+"""Compare ar, diffusion and linear_spec with the oracles, prompt by prompt and token for token.
 
 `compare_prompt` is what the test suite runs on a sample, with tiny-chat, and what this file, run as a command, runs
 with the demonstration model over the whole grid, or over some cases of it drawn for each prompt:
 
-    python tests/equality.py --prompts 48 --cases 16 --output benchmarks/results/equality.json
-    python tests/equality.py --prompts 200 --against transformers --output benchmarks/results/equality_transformers.json
+    python tests/equality.py --prompts 64 --cases 16 --output benchmarks/results/equality.json
+    python tests/equality.py --prompts 60 --against transformers --output benchmarks/results/equality_transformers.json
 
 Passes are counted too, which shows that an adapter acts in drafts and nowhere else.
 """
