@@ -17,6 +17,9 @@ from .special_tokens import SpecialTokens
 from .thoughts import BRACKETS, thoughts_of
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Characters from which a text is encoded as a batch of one: that lets other threads run meanwhile, which a single text
+# stops for as long as it takes, and it looks for no offsets.
+_LONG = 10_000
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
 _BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _SHOWN_BYTES)
@@ -211,7 +214,10 @@ class TextCodec:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of text and nothing else."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        if len(text) < _LONG:
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        (encoded,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoded.ids)
 
 
 def _up_to_open_end(prompt: str) -> str:

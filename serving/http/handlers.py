@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -167,7 +168,7 @@ class Handlers:
             del response["usage"]
         return EventStreamResponse(_single(response), cancelled.set, lambda: True, done=True)
 
-    async def tokenize(self, body: Tokenize) -> dict[str, Any]:
+    async def tokenize(self, body: Tokenize) -> Response:
         """The tokens of a text or a conversation. Raises RequestError."""
         self._mode(self.name if body.model is None else body.model)
         if (body.messages is None) == (body.prompt is None):
@@ -181,13 +182,14 @@ class Handlers:
             messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
             return encode(self.engine, messages, make_options(body.template_options(body.messages)))
 
-        tokens = await in_thread(encoded)
-        return {
-            "count": len(tokens),
-            "max_model_len": self.engine.info.build.max_seq_len,
-            "tokens": tokens,
-            "token_strs": [text.name(token) for token in tokens] if body.return_token_strs else None,
-        }
+        def told() -> Response:  # in the thread too, since a text has millions of tokens
+            tokens = encoded()
+            names = [text.name(token) for token in tokens] if body.return_token_strs else None
+            most = self.engine.info.build.max_seq_len
+            answer = {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
+            return Response(orjson.dumps(answer), media_type="application/json")
+
+        return await in_thread(told)
 
     async def detokenize(self, body: Detokenize) -> dict[str, Any]:
         """The text of tokens. Raises RequestError."""

@@ -98,7 +98,7 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
         return await handlers.infill(request, body)
 
     @app.post("/tokenize")
-    async def tokenize(body: Tokenize) -> dict[str, Any]:
+    async def tokenize(body: Tokenize) -> Response:
         """Encode a text or a conversation."""
         return await handlers.tokenize(body)
 

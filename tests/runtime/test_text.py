@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -300,3 +301,24 @@ def test_events_tell_what_their_ids_stand_for(engine: nemodiff.LoadedEngine, mod
             assert len(event.prompt) == event.prompt_tokens == last.prompt_tokens
     assert emitted == len(last.token_ids)
     assert shown == last.text
+
+
+def test_a_long_text_is_encoded_as_a_short_one_is_and_lets_other_threads_run(engine: nemodiff.LoadedEngine) -> None:
+    text = "Count from 3 to 9. \u00e4\U0001f600 <|im_end|> " * 15_000
+    done = threading.Event()
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    before = ticks
+    ids = engine.text.encode_plain(text)
+    between = ticks - before
+    done.set()
+    ticking.join()
+    assert ids == engine.text.tokenizer.encode(text, add_special_tokens=False).ids
+    assert between > 20  # a thread that holds Python lets it tick once or twice
