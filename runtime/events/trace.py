@@ -115,6 +115,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
         header = lines[0]
         right = header["event"] == "trace" and all(isinstance(line["event"], str) for line in lines)
+        if right and header["schema"] == SCHEMA:
+            summary(lines[1:])  # whose fields must be there
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file written by: nemodiff run --trace FILE") from None
     except (ValueError, LookupError, TypeError):
