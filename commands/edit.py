@@ -46,7 +46,7 @@ from .streams import TEXT
 @click.option(
     "--block-length",
     type=int,
-    help="Look at this many tokens at once, hole included. [default: the engine's block length]",
+    help="Let method block look at this many tokens at once, hole included. [default: the engine's block length]",
 )
 @options.threads
 @options.device
@@ -75,6 +75,10 @@ def infill(
         raise click.UsageError("--suffix and --length go with --prefix; a template says them itself")
     parts = parse_template(template) if template is not None else [prefix, length, suffix]
     filled = fill(load(engine, threads=threads, device=device), parts, **choices)
+    unused = ("threshold", "block_length") if choices["method"] == "search" else ("width",)
+    for name in unused:
+        if options.given(click.get_current_context(), name):
+            click.echo(f"Warning: {options.flag(name)} has no effect in method {choices['method']}", err=True)
     click.echo(json.dumps(dataclasses.asdict(filled)) if as_json else filled.text)
 
 

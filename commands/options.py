@@ -145,7 +145,7 @@ class RequestCommand(click.Command):
             from ..runtime.requests.generation_config import sampling_defaults
 
             for name, value in sampling_defaults(ctx.params["engine"]).items():
-                if not _given(ctx, name):
+                if not given(ctx, name):
                     ctx.params[name] = value
         _check_together(ctx)
         return super().invoke(ctx)
@@ -159,7 +159,8 @@ class RequestCommand(click.Command):
         return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
 
 
-def _given(ctx: click.Context, name: str) -> bool:
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user chose the value of an option."""
     return ctx.get_parameter_source(name) not in (None, click.core.ParameterSource.DEFAULT)
 
 
@@ -167,11 +168,11 @@ def _check_together(ctx: click.Context) -> None:
     """Refuse flags that could not show; warn of those without effect where no line of a file can choose its mode."""
     if ctx.params.get("raw"):
         for name in ("system", "thinking", "chat_template_kwargs"):
-            if _given(ctx, name):
+            if given(ctx, name):
                 raise click.UsageError(f"{flag(name)} needs the chat template; leave out --raw", ctx)
     if ctx.params.get("mode") == "ar" and not (ctx.params.get("input_file") or ctx.params.get("inputs")):
         for name in ("threshold", "block_length", "groups"):
-            if _given(ctx, name):
+            if given(ctx, name):
                 click.echo(f"Warning: {flag(name)} has no effect in mode ar", err=True)
 
 

@@ -241,6 +241,20 @@ def test_commands_print_the_text(tiny_engine: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "unused"),
+    [
+        (["--threshold", "0.5"], ["--threshold has no effect in method search"]),
+        (["--block-length", "8", "--width", "2"], ["--block-length has no effect in method search"]),
+        (["--method", "block", "--width", "2"], ["--width has no effect in method block"]),
+        (["--method", "block", "--threshold", "0.5", "--block-length", "8"], []),
+    ],
+)
+def test_a_choice_that_the_method_has_not_is_warned_of(tiny_engine: Path, flags: list[str], unused: list[str]) -> None:
+    done = CliRunner().invoke(main, ["infill", str(tiny_engine), "--template", "a{hole:2}b", *flags])
+    assert (done.exit_code, done.stderr.splitlines()) == (0, [f"Warning: {text}" for text in unused])
+
+
+@pytest.mark.parametrize(
     ("arguments", "fragment", "code"),
     [
         (["infill"], "give --prefix (with --suffix and --length) or --template", 2),
