@@ -124,7 +124,10 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 asked = options.max_new_tokens or _NEW_TOKENS
                 room = self._limit - asked
                 if room < 1:
-                    raise RequestError(f"a task asks for {counted(asked, 'token')}, the engine takes {self._limit}")
+                    raise RequestError(
+                        f"a task asks for {counted(asked, 'token')}, allowed: fewer than the engine's {self._limit}; "
+                        "lower max_gen_toks in its file or build with a larger --max-seq-len"
+                    )
                 yield prepare(self._engine, self.tok_encode(context)[-room:], options)
 
         said = list[str]()

@@ -37,7 +37,7 @@ class ShownGraph:
             )
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
             raise EngineError(
-                f"{folder / MODEL_FILE}: cannot be run with its values shown ({first_line(error)})"
+                f"{folder / MODEL_FILE}: cannot be run with its values shown ({first_line(error)}); leave --layers out"
             ) from None
         self._pattern = {i.name: np.zeros((0, 0), np.int32) for i in proto.graph.input if i.name == MEMORY_PATTERN.name}
         self._info = info

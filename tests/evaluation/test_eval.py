@@ -186,6 +186,8 @@ def test_long_texts_are_scored_in_windows_and_long_prompts_cut(tmp_path: Path) -
     first, second = lm.generate_until(twice)
     assert first != second
     assert lm.generate_until(twice) == [first, second]
+    with pytest.raises(nemodiff.RequestError, match=r"asks for 32 tokens, allowed: .* 32; lower max_gen_toks"):
+        lm.generate_until([_Instance(text, {"until": [], "max_gen_toks": 32})])  # type: ignore[list-item]
 
 
 def test_what_a_task_says_of_generation_becomes_options() -> None:
