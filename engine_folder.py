@@ -48,6 +48,7 @@ TRITON_ENGINE = "1/engine"  # the engine in an exported Triton model
 VERIFY_FILE = "verify.json"  # what `nemodiff verify` found last; written after the build, so not in the manifest
 COST_FILE = "cost_curves.json"  # what `nemodiff bench` has measured last; likewise a record
 GENERATION_FILE = "generation_config.json"
+PROPOSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what of that file is sampling
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"

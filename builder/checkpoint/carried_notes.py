@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...engine_folder import GENERATION_FILE, TOKENIZER_FILE
+from ...engine_folder import GENERATION_FILE, PROPOSED, TOKENIZER_FILE
 from .mistral_regex import has_wrong_regex
-
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_notes(generation: Mapping[str, Any]) -> list[str]:
     """The sampling that the checkpoint proposes; an engine is greedy unless it is asked."""
-    given = [f"{name} {generation[name]!r:.30}" for name in _SAMPLING if generation.get(name) is not None]
+    given = [f"{name} {generation[name]!r:.30}" for name in PROPOSED if generation.get(name) is not None]
     unless = "not used unless given as options or by --generation-config auto"
     return [f"{', '.join(given)} of {GENERATION_FILE}: {unless}"] if given else []
 

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...engine_folder import GENERATION_FILE
+from ...engine_folder import GENERATION_FILE, PROPOSED
 from ...errors import RequestError
 from .options import OPTIONS, make_options
-
-PROPOSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_defaults(folder: str | Path) -> dict[str, Any]:
