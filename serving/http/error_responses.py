@@ -120,7 +120,8 @@ def _place(location: Sequence[Any], body: Any, *, missing: bool) -> list[str]:
         if inside or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
             place.append(str(part))
             here = here[part]
-    return [*place, str(location[-1])] if missing and location[1:] else place
+    named = missing and location[1:] and location[-1:] != tuple(place[-1:])  # unless it is there, and null
+    return [*place, str(location[-1])] if named else place
 
 
 def _is_json(content_type: str | None) -> bool:

@@ -238,12 +238,12 @@ class Handlers:
 
 
 def _choices(prompts: list[Prompt], options: dict[str, Any], n: int) -> list[tuple[Prompt, dict[str, Any]]]:
-    """Each prompt `n` times; the seed of a further answer is that of the one before plus 1."""
+    """Each prompt `n` times; the seed of a further answer is that of the one before plus 1, and 0 after the last."""
     requests = []
     for prompt in prompts:
         for index in range(n):
-            seeded = {**options, "seed": options["seed"] + index} if "seed" in options else options
-            requests.append((prompt, seeded))
+            further = {"seed": (options["seed"] + index) % 2**64} if index and "seed" in options else {}
+            requests.append((prompt, options | further))
     return requests
 
 

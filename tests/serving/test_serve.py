@@ -393,6 +393,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         ("/events", {}, "messages or prompt"),
         ("/events", {**chat(), "prompt": "x"}, "messages or prompt"),
         ("/events", chat(n=2), "several requests"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content: Field required"),
         (CHAT, b"", "the body is missing; send an object"),
         (CHAT, b"{", "not JSON"),
         (CHAT, b"[]", "the body is [], allowed: a JSON object; send an object"),
@@ -482,6 +483,10 @@ def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
 
 def test_small_routes(server: Served) -> None:
     assert server.ask("/health") == {"status": "ok"}
+    for path in ("/health", "/health/ready", "/v1/models", "/metrics", "/"):  # as balancers and curl -I ask
+        plain, asked = server.send(path), server.send(path, method="HEAD")
+        assert (asked[0], asked[1]["content-type"], asked[2]) == (200, plain[1]["content-type"], b"")
+    assert server.send(CHAT, method="HEAD")[0] == 405
     assert server.ask("/health/ready") == {"status": "ready"}
     assert server.ask("/version")["backend"] == "onnxruntime"
     status, headers, content = server.send("/")

@@ -77,6 +77,12 @@ def test_a_prompt_is_counted_once_for_all_its_answers(server: Served) -> None:
     assert both["completion_tokens"] == 8
 
 
+def test_the_seed_after_the_last_one_is_0(server: Served) -> None:
+    body = {"prompt": "Count", "temperature": 3.0, "max_tokens": 12}
+    both = server.ask("/v1/completions", {**body, "seed": 2**64 - 1, "n": 2})["choices"]
+    assert both[1]["text"] == server.ask("/v1/completions", {**body, "seed": 0})["choices"][0]["text"]
+
+
 def test_a_client_that_leaves_a_hole_leaves_no_trace(tiny_engine: Path) -> None:
     body = json.dumps({"prompt": "def add(a, b):", "suffix": " a + b", "length": 60, "width": 64})
     with serving(tiny_engine, "--max-queue", "3") as served:
