@@ -1,6 +1,6 @@
 """What a pass costs on this machine, by its number of tokens.
 
-The curve's shape decides what speculation is worth: on a CPU 32 tokens cost three to four times as much as one
+The curve's shape decides what speculation is worth: on a CPU 32 tokens cost four to five times as much as one
 (benchmarks/results/speed.json), on a GPU about the same.
 """
 
