@@ -57,7 +57,7 @@ BlockAttention <scale, plugin_namespace> (q, k, v, visible, slots) => (y)
 }
 """
 # ONNX Runtime's attention goes through K and V once for every query head, so there the heads that share a key/value
-# head become one head of as many times the queries: 1.1 to 1.6 times as fast on a CPU (benchmarks/context.py).
+# head become one head of as many times the queries: 1.1 to 1.6 times as fast on a CPU (docs/log.md).
 _ALL = "y = Attention <scale: float = @scale> (q, k, v, mask_q)"
 _GROUPED = """
     shared_heads = Constant <value = int64[4] {0, @G, -1, @D}> ()

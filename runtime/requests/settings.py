@@ -159,8 +159,8 @@ def _block_length(info: EngineInfo, o: Options) -> int:
 def _default_block(info: EngineInfo, mode: str, every_group: bool) -> int:
     """Where the text does not depend on it, a CPU's default is shorter: it pays for every token of a draft.
 
-    Blocks of 16 have 1.13 times the speed of 32 on tiny-chat-2 (benchmarks/results/auto.md). A length that the engine
-    was built with stays.
+    On tiny-chat-2 blocks of 16 are a tenth faster than of 32 (benchmarks/results/auto.md). A length that the engine was
+    built with stays.
     """
     block = info.build.block_length
     chosen = block != min(info.model.block_length, MAX_BLOCK)
