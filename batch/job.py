@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engine_folder import EngineInfo, engine_digest, read_engine
-from ..errors import EngineError, NemodiffError
-from ..runtime.loading import check_device
+from ..errors import EngineError, NemodiffError, RequestError
+from ..runtime.loading import check_device, check_rows
 from ..runtime.requests.options import make_options
 from ..runtime.requests.settings import settle
 from ..runtime.text.codec import TextCodec
@@ -67,6 +67,8 @@ def run_job(job: Job, progress: Callable[[int, int], None]) -> Totals:
         EngineError: the engine, or a worker, failed; the same job can be run again.
     """
     info = read_engine(job.engine)
+    if job.rows is not None:
+        check_rows(info, job.rows)
     settle(info, TextCodec(job.engine), 0, make_options(dict(job.flags)))
     inputs = find_inputs(job.inputs)
     shards = cut(inputs, job.rows_per_part)
@@ -112,6 +114,11 @@ def _results(
     on_gpu = check_device(job.device, backend) != "cpu" and backend != "onnxruntime" and (gpus > 0 or job.device)
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     machines = [count for count in cpus if count > 0]
+    if job.threads and machines and job.threads > max(machines) and not on_gpu:
+        raise RequestError(  # Ray would wait without end for a machine that has so many
+            f"--threads is {job.threads}, allowed: 1 to {max(machines)}, the processors of the largest machine; give "
+            "fewer, or leave it out"
+        )
     workers = job.workers or (gpus if on_gpu else len(machines)) or 1
     workers = min(workers, max(1, len(shards)))
     threads = job.threads or max(1, min(machines) * len(machines) // max(workers, len(machines)))

@@ -104,7 +104,7 @@ def check_lines(engine: LoadedEngine, lines: list[Line], flags: Mapping[str, Any
     from ..runtime.requests.settings import settle
     from ..runtime.text.messages import checked_messages, with_open_end
 
-    check_rows(engine, rows)
+    check_rows(engine.info, rows)
     known = set[str]()
     for line in lines:
         try:

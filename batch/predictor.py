@@ -50,7 +50,7 @@ class Predictor:
         make_options(options)
         self._engine = load(engine, threads=threads, device=device)
         self._rows = self._engine.info.build.max_batch_size if rows is None else rows
-        check_rows(self._engine, self._rows)
+        check_rows(self._engine.info, self._rows)
         self._options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
         options = make_options({"mode": "ar", "max_new_tokens": 1})
         planned.append(Test(f"pp{length}", 1, [Request(ids, options)]))
     for concurrency in dict.fromkeys(plan.concurrency):
-        check_rows(engine, concurrency)
+        check_rows(engine.info, concurrency)
         # As many as keep all rows at work for a while.
         prompts = [plan.prompts[i % len(plan.prompts)] for i in range(max(len(plan.prompts), 2 * concurrency))]
         # ar comes first: the answers of the others are compared with its.

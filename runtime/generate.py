@@ -87,7 +87,7 @@ def events(
     if isinstance(prompts, str):
         raise RequestError(f"prompts is {prompts!r:.60}, allowed: a list of prompts; for one there is generate")
     chosen = make_options(options)
-    check_rows(engine, rows)
+    check_rows(engine.info, rows)
     sequences = (prepare(engine, prompt, chosen) for prompt in prompts)
     return sequence_events(engine, sequences, rows=rows, prefix_reuse=prefix_reuse, steps=steps, text=text)
 

@@ -168,9 +168,9 @@ def check_device(device: object, backend: str) -> Any:
     return "cpu" if match[1] else int(match[2] or 0)
 
 
-def check_rows(engine: LoadedEngine, rows: object) -> None:
+def check_rows(info: EngineInfo, rows: object) -> None:
     """Refuse a number of rows that the engine was not built for. Raises RequestError."""
-    limit = engine.info.build.max_batch_size
+    limit = info.build.max_batch_size
     if not isinstance(rows, int) or not 1 <= rows <= limit:
         raise RequestError(
             f"rows is {rows!r}, allowed: 1 to {limit}; choose one of these, or build the engine with a larger "

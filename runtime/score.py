@@ -77,7 +77,7 @@ def score_many(
     What a prompt shares with an earlier one, or with one beside it, is not computed again. Pairs are taken as rows
     become free. Raises RequestError.
     """
-    check_rows(engine, rows)
+    check_rows(engine.info, rows)
     options = Options(chat=chat, prompt_logprobs=top, max_new_tokens=0)
     begun: deque[list[int]] = deque()  # the continuations that have no score yet
 

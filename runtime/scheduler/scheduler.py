@@ -51,7 +51,7 @@ class Scheduler:
         prefill_tokens: int = PREFILL_CHUNK,
     ) -> None:
         self._rows = engine.info.build.max_batch_size if rows is None else rows
-        check_rows(engine, self._rows)
+        check_rows(engine.info, self._rows)
         for name, value in (("waiting", waiting), ("prefill_tokens", prefill_tokens)):
             if not isinstance(value, int) or value < 1:
                 raise RequestError(f"{name} is {value!r}, allowed: 1 or more")

@@ -145,6 +145,16 @@ def test_what_no_row_could_get_is_refused_at_once(
     words = ["batch", str(tiny_engine), "--output", str(tmp_path / "out"), "--input"]
     refused([*words, str(tmp_path / "none.jsonl")], "none.jsonl: no such file")
     refused([*words, str(prompts), "--threshold", "-1"], "threshold")
+    refused([*words, str(prompts), "--batch-size", "9"], "rows is 9, allowed: 1 to 8", "--max-batch-size")
+
+
+def test_more_threads_than_a_machine_has_are_not_waited_for(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    words = command(tiny_engine, prompts, tmp_path / "out", "--threads", "1000")
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert_one_line(done.stderr, "--threads is 1000, allowed: 1 to ", "give fewer, or leave it out")
+    assert (done.returncode, (tmp_path / "out").exists()) == (1, False)
 
 
 def test_a_cluster_that_is_not_there(
