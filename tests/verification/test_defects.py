@@ -228,8 +228,8 @@ def test_a_wrong_loop_is_caught_without_a_reference(setup: Setup, monkeypatch: p
     original = Request.verify
     with monkeypatch.context() as patch:
 
-        def one_too_far(request: Request, prediction: Prediction, draft: list[int]) -> int:
-            accepted = original(request, prediction, draft)
+        def one_too_far(request: Request, prediction: Prediction, draft: list[int], unseen: list[float]) -> int:
+            accepted = original(request, prediction, draft, unseen)
             request.length += len(draft) > accepted
             return accepted
 
@@ -239,7 +239,7 @@ def test_a_wrong_loop_is_caught_without_a_reference(setup: Setup, monkeypatch: p
     with monkeypatch.context() as patch:
         # The first drafted token is emitted, whatever the model says.
         patch.setattr(
-            Request, "verify", lambda r, p, draft: original(r, p, draft) if not draft else _believe(r, p, draft)
+            Request, "verify", lambda r, p, draft, _: original(r, p, draft, []) if not draft else _believe(r, p, draft)
         )
         report, _ = verify(engine, PROMPTS, itself, max_new_tokens=TOKENS)
         assert any("where ar has" in finding for finding in report.findings)
