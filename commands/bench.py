@@ -109,8 +109,9 @@ def bench(
         spare_inputs(plot, engine, compare, input_file)
         check_plot(plot)
     chosen: dict[str, Any] = {"modes": modes} if modes else {}
-    if block_length is not None and modes and not {*modes} - {"ar", "auto"}:
-        click.echo(f"Warning: --block-length has no effect in mode {' and '.join(sorted({*modes}))}", err=True)
+    if modes and not {*modes} - {"ar", "auto"}:
+        unused = f"mode {' and '.join(sorted({*modes}))}"
+        options.warn_unused(click.get_current_context(), ("block_length",), unused)
     if input_file is not None:
         chosen["prompts"] = _prompts(input_file)
     plan = measured.Plan(

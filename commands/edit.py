@@ -76,9 +76,7 @@ def infill(
     parts = parse_template(template) if template is not None else [prefix, length, suffix]
     filled = fill(load(engine, threads=threads, device=device), parts, **choices)
     unused = ("threshold", "block_length") if choices["method"] == "search" else ("width",)
-    for name in unused:
-        if options.given(click.get_current_context(), name):
-            click.echo(f"Warning: {options.flag(name)} has no effect in method {choices['method']}", err=True)
+    options.warn_unused(click.get_current_context(), unused, f"method {choices['method']}")
     click.echo(json.dumps(dataclasses.asdict(filled)) if as_json else filled.text)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +145,7 @@ class RequestCommand(click.Command):
             from ..runtime.requests.generation_config import sampling_defaults
 
             for name, value in sampling_defaults(ctx.params["engine"]).items():
-                if not given(ctx, name):
+                if not _given(ctx, name):
                     ctx.params[name] = value
         _check_together(ctx)
         return super().invoke(ctx)
@@ -159,21 +159,25 @@ class RequestCommand(click.Command):
         return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
 
 
-def given(ctx: click.Context, name: str) -> bool:
-    """Whether the user chose the value of an option."""
+def _given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) not in (None, click.core.ParameterSource.DEFAULT)
+
+
+def warn_unused(ctx: click.Context, names: Iterable[str], where: str) -> None:
+    """Warn of each of these options that the user gave, as it has no effect `where` the command is, say in mode ar."""
+    for name in names:
+        if _given(ctx, name):
+            click.echo(f"Warning: {flag(name)} has no effect in {where}", err=True)
 
 
 def _check_together(ctx: click.Context) -> None:
     """Refuse flags that could not show; warn of those without effect where no line of a file can choose its mode."""
     if ctx.params.get("raw"):
         for name in ("system", "thinking", "chat_template_kwargs"):
-            if given(ctx, name):
+            if _given(ctx, name):
                 raise click.UsageError(f"{flag(name)} needs the chat template; leave out --raw", ctx)
     if ctx.params.get("mode") == "ar" and not (ctx.params.get("input_file") or ctx.params.get("inputs")):
-        for name in ("threshold", "block_length", "groups"):
-            if given(ctx, name):
-                click.echo(f"Warning: {flag(name)} has no effect in mode ar", err=True)
+        warn_unused(ctx, ("threshold", "block_length", "groups"), "mode ar")
 
 
 def flag(name: str) -> str:
