@@ -37,6 +37,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 # Milliseconds of a pass of tiny-chat on one thread of an idle AMD EPYC, rounded; with --exact passes cost this.
 EXACT = CostCurve((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (0.63, 0.75, 0.9, 1.1, 1.45, 2.2, 4.1, 7.9, 15.5, 31.0))
 CLOCKS = ("curve", "cpu", "wall")
+OPEN_TIMES = 3  # as many stories and loops as questions of any other task, of which there are more
 PACKAGES = ("nemodiff", "onnxruntime", "numpy")
 Rates = dict[tuple[str, str, str], list[float]]  # tokens per second of each round, by setting, task and clock
 
@@ -120,26 +121,27 @@ def ratios(rates: Rates, clock: str) -> dict[str, dict[str, float]]:
     for planned, candidates in fixed.items():
         by_planned[planned] = {}
         for task in tasks:
-            of_rounds = []
-            for turn, got in enumerate(rates[planned, task, clock]):
-                others = {name: without(rates[name, task, clock], turn) for name in candidates}
-                best = max(candidates, key=lambda name, others=others: statistics.median(others[name]))
-                of_rounds.append(got / rates[best, task, clock][turn])
+            of_candidates = [rates[name, task, clock] for name in candidates]
+            of_rounds = [
+                got / best_by_others(of_candidates, turn) for turn, got in enumerate(rates[planned, task, clock])
+            ]
             by_planned[planned][task] = round(statistics.median(of_rounds), 3)
     return by_planned
 
 
-def without(values: list[float], place: int) -> list[float]:
-    """All but the value at one place, or that one if there is no other."""
-    return values[:place] + values[place + 1 :] or values
+def best_by_others(of_candidates: list[list[float]], turn: int) -> float:
+    """In one round, what the candidate has that is best in the others; in the only one, the best there."""
+    best = max(of_candidates, key=lambda rounds: statistics.median(rounds[:turn] + rounds[turn + 1 :] or rounds))
+    return best[turn]
 
 
-def table(engines: dict[str, Any], over_best: dict[str, Any], origin: dict[str, Any], count: int) -> str:
+def table(engines: dict[str, Any], over_best: dict[str, Any], origin: dict[str, Any], per_task: int) -> str:
     """The result as Markdown."""
+    many = OPEN_TIMES * per_task
     lines = [
         "# Planned block length and mode",
         "",
-        f"Tokens per second, greedy, {count} questions of every task, {3 * count} stories, {3 * count} loops. By the",
+        f"Tokens per second, greedy, {per_task} questions of every task, {many} stories, {many} loops. By the",
         "cost curve (the passes after the prefill, each at its measured cost), and by processor and wall time, prefill",
         "included. Wall and processor time hold what else the machine did.",
     ]
@@ -171,7 +173,7 @@ def main() -> None:
         (
             f"{record.MODEL.name}, {' and '.join(questions.OPEN)}",
             None,
-            questions.draw(3 * arguments.per_task, tasks=questions.OPEN),
+            questions.draw(OPEN_TIMES * arguments.per_task, tasks=questions.OPEN),
         ),
     )
     engines, over_best = dict[str, Any](), dict[str, Any]()
