@@ -17,10 +17,9 @@ import make_checkpoint
 import safetensors
 
 from nemodiff.config import ModelConfig, parse_config
-from nemodiff.contract import ITEMSIZE, QUANTIZATIONS, BuildConfig
+from nemodiff.contract import ITEMSIZE, PAGE, QUANTIZATIONS, BuildConfig
 from nemodiff.engine_folder import SCHEMA, EngineInfo, Manifest
 from nemodiff.plugins.ops.low_bit_linear import GROUP
-from nemodiff.runtime.engines.pages import PAGE
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec

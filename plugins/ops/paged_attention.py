@@ -23,11 +23,10 @@ import functools
 import numpy as np
 
 from ...config import ModelConfig
-from ...contract import KvBits
+from ...contract import PAGE, KvBits
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 from . import block_attention, kv_cache
 
-PAGE = 64  # slots of a page, and the step over them
 PROGRAMS = 264  # that a pass is split into, if nobody says: two for each of an H100's 132 multiprocessors
 SPLITS = 32  # at most so many shares of a tile
 SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile

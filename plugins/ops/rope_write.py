@@ -16,10 +16,10 @@ import functools
 import numpy as np
 
 from ...config import ModelConfig
-from ...contract import KvBits
+from ...contract import PAGE, KvBits
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
 from . import kv_cache
-from .paged_attention import PAGE, cached
+from .paged_attention import cached
 
 HEADS = 8  # of a program
 

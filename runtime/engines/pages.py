@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-PAGE = 64  # slots
+from ...contract import PAGE
+
 SCRATCH = 0  # the page that padding writes to; row 0 of the table is the padding's
 
 

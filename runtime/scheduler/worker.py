@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Sequence as Items
 
-from ...contract import counted
+from ...contract import PAGE, counted
 from ...errors import BusyError, EngineError, NemodiffError, first_line
 from ..batching.batch import Batch
 from ..batching.slot import Counts
-from ..engines.pages import PAGE
 from ..events.events import Event, Finished
 from ..loading import LoadedEngine
 from ..requests.sequence import Sequence

@@ -18,9 +18,9 @@ from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, TYPES, bf16_produ
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
+from nemodiff.contract import PAGE
 from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.plugins.ops import block_attention, confidence_commit, head_commit, residual_norm, rope_write, swiglu
-from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("bf16_products"), *([] if INTERPRETED else [pytest.mark.gpu])]

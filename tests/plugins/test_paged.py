@@ -31,7 +31,7 @@ from stand_ins.kernel_launch import (
 
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
-from nemodiff.contract import KvBits
+from nemodiff.contract import PAGE, KvBits
 from nemodiff.plugins import KV_BITS, SAMPLED
 from nemodiff.plugins.op import Arg, ceil_div, run
 from nemodiff.plugins.ops import (
@@ -43,7 +43,6 @@ from nemodiff.plugins.ops import (
     rotation,
     token_quantise,
 )
-from nemodiff.plugins.ops.paged_attention import PAGE
 
 __all__ = ["bf16_products"]  # a fixture
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]

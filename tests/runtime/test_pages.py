@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from stand_ins.toy_engine import PagedToyEngine, toy
 
 import nemodiff
-from nemodiff.contract import MODES
+from nemodiff.contract import MODES, PAGE
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.engine import causal
-from nemodiff.runtime.engines.pages import PAGE, Copy, Pages
+from nemodiff.runtime.engines.pages import Copy, Pages
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options

@@ -41,12 +41,11 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
-from nemodiff.contract import MODES, cache_slots
+from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_folder import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
-from nemodiff.runtime.engines.pages import PAGE
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import (

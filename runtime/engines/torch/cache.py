@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ....contract import cache_names
+from ....contract import PAGE, cache_names
 from ....errors import EngineError
 from ..engine import Flight, Pass, Prediction
-from ..pages import PAGE, Pages
+from ..pages import Pages
 from .forwards import Forwards, TorchFlight
 
 MOST_TOKENS = 2048  # of a forward's rows that decode; prompts come on top

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....contract import MAX_BLOCK, PREFILL_CHUNK, Binding
+from ....contract import MAX_BLOCK, PAGE, PREFILL_CHUNK, Binding
 from ....engine_folder import EngineInfo
 from ..engine import Pass
 from ..layout import ALIGNMENT, Layout, layout
-from ..pages import PAGE, Pages
+from ..pages import Pages
 
 FED_AT = ALIGNMENT // 4  # where a forward's tokens begin, for the one that is fed by them; what lies before is padding
 MOST_CAPTURED = 1024  # tokens of a graph

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....contract import ITEMSIZE, cache_slots, kv_bytes_per_token, size_text
+from ....contract import ITEMSIZE, PAGE, cache_slots, kv_bytes_per_token, size_text
 from ....engine_folder import EngineInfo
 from ....errors import EngineError
-from ..pages import PAGE, Pages
+from ..pages import Pages
 from .device import TorchDevice
 from .flat import FREE
 from .stored import Pool

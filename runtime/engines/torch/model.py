@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ....contract import PAGE
 from ....engine_folder import TENSORS_FILE, EngineInfo
 from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation, swiglu
-from ..pages import PAGE
 from . import plain
 from .device import TorchDevice
 from .head import Head

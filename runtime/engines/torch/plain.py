@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..pages import PAGE
+from ....contract import PAGE
 from .stored import Stored
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ....contract import PAGE
 from ....engine_folder import EngineInfo
 from ..engine import Pass
-from ..pages import PAGE
 from .device import Buffer, Graph, TorchDevice
 from .flat import FED_AT, FREE, FlatShape, fill, flat_layouts, rounded_tokens
 from .kernel_cache import KernelCache
