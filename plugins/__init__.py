@@ -6,6 +6,7 @@ from ..contract import KvBits
 from .ops import (
     block_attention,
     confidence_commit,
+    flat_commit,
     head_commit,
     low_bit_linear,
     paged_attention,
@@ -30,8 +31,8 @@ FUSED = (  # the ops of the torch engine
     *map(paged_attention.op, KV_BITS),
     swiglu.OP,
     *(head_commit.flat_op(tile, int8) for int8 in (False, True) for tile in head_commit.TILES),
-    confidence_commit.FLAT_SAMPLED,
-    confidence_commit.FLAT_COMMIT,
+    flat_commit.SAMPLED,
+    flat_commit.OP,
     *(low_bit_linear.op(kind, tile) for kind in low_bit_linear.KINDS for tile in low_bit_linear.TILES),
     *map(split_linear.op, split_linear.TILES),
 )
@@ -43,6 +44,7 @@ __all__ = [
     "SAMPLED",
     "block_attention",
     "confidence_commit",
+    "flat_commit",
     "head_commit",
     "low_bit_linear",
     "paged_attention",

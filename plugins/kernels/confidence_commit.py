@@ -8,8 +8,6 @@ before the argmax, from the same Philox words as `runtime/sampling/noise.py`, wi
 import triton
 import triton.language as tl
 
-from .dependent import follow
-
 
 @triton.jit
 def gumbel(words):
@@ -32,7 +30,7 @@ def noise(low, high, position, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drawn(
+def drawn(
     x, ids, inside, low, high, position, temperature, start, MASK_ID: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The scores of logits x (BLOCK,), of which the highest is a sample."""
@@ -51,7 +49,7 @@ def _first(x, wins, ids, inside, V: tl.constexpr):
 
 
 @triton.jit
-def _best(x, score, ids, inside, V: tl.constexpr):
+def winner(x, score, ids, inside, V: tl.constexpr):
     """The highest score, its token, and that one's logit x; the token of a NaN as `_first` gives it."""
     top = tl.max(score, 0)
     token = _first(x, score == top, ids, inside, V)
@@ -80,8 +78,8 @@ def _scan(
     if SAMPLED:
         score = x
         if temperature > 0:
-            score = _drawn(x, ids, inside, low, high, position, temperature, start, MASK_ID, BLOCK)
-        top, token, value = _best(x, score, ids, inside, V)
+            score = drawn(x, ids, inside, low, high, position, temperature, start, MASK_ID, BLOCK)
+        top, token, value = winner(x, score, ids, inside, V)
     else:
         top = highest
         token = _first(x, x == highest, ids, inside, V)
@@ -123,36 +121,6 @@ def drawn_scan(
 
 
 @triton.jit
-def flat_sampled_scan(
-    logits, temperature, seed, position, part, best,
-    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """Put samples into part (R, SPLITS, 4) and best (R, SPLITS) of a scan of logits (R, V).
-
-    temperature (R,) f32, seed (R, 2) and position (R,) i32; what has temperature 0, or a NaN, stays as it is.
-    """
-    follow(PDL)
-    at = tl.program_id(0)
-    heat = tl.load(temperature + at)
-    if heat <= 0:
-        return
-    share = tl.program_id(1)
-    start = share * BLOCK
-    ids = start + tl.arange(0, BLOCK)
-    inside = ids < V
-    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf"))
-    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
-    low, high, where = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at)
-    score = _drawn(x, ids, inside, low, high, where, heat, start, MASK_ID, BLOCK)
-    top, token, value = _best(x, score, ids, inside, V)
-    place = at.to(tl.int64) * SPLITS + share
-    tl.store(part + place * 4 + 2, top, mask=token >= 0)
-    tl.store(part + place * 4 + 3, value, mask=token >= 0)
-    tl.store(best + place, token, mask=token >= 0)
-
-
-@triton.jit
 def _merge(part, best, first, r, R, SPLITS: tl.constexpr, LANES: tl.constexpr):
     """Token and confidence of some positions of one row, (BLOCK_R,) each; a NaN logit gives its own id and NaN."""
     share = tl.arange(0, LANES)
@@ -189,7 +157,7 @@ def _ids_of(ids, index, position, real, INDEXED: tl.constexpr):
 
 
 @triton.jit
-def _commit(
+def rule(
     part, best, ids, index, bar, first, R, token, confidence, next_ids,
     MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
@@ -235,29 +203,7 @@ def commit(
     """part and best of a scan, ids (B, R), threshold (B,) -> the op's outputs; one program per row."""
     row = tl.program_id(0)
     bar = tl.load(threshold + row)
-    left = _commit(
+    left = rule(
         part, best, ids, ids, bar, row * R, R, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R, False
     )
     tl.store(masks_left + row, left)
-
-
-@triton.jit
-def flat_commit(
-    part, best, ids, index, span, threshold, token, confidence, next_ids,
-    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """ids (N,), index and threshold (R,), span (R, 2) -> the op's outputs.
-
-    The program of a span's first position does the span.
-    """
-    follow(PDL)
-    at = tl.program_id(0)
-    begin = tl.load(span + at * 2)
-    if at != begin:
-        return
-    count = tl.load(span + at * 2 + 1) - begin
-    bar = tl.load(threshold + at)
-    _commit(
-        part, best, ids, index, bar, begin, count, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R, True
-    )

@@ -10,13 +10,7 @@ threshold takes its token, and always the most confident one does (the leftmost 
 `SAMPLED` is the same op with three inputs more, temperature (B, R) f32, seed (B, 2) i32 (low and high word) and
 position (B, R) i32: where the temperature is over 0, `token` is a sample of softmax(logits / temperature), by the noise
 that `runtime/sampling/noise.py` describes, and `confidence` its probability in softmax(logits). It exists on GPUs only
-and has no function body: on a CPU the host samples.
-
-For R predictions of any number of rows it is three ops, without masks_left: `head_commit` scans the logits as it makes
-them, `FLAT_SAMPLED` puts samples into what a scan has found where a prediction's temperature is over 0, and
-`FLAT_COMMIT` is the rule. logits (R, V), threshold, temperature and position (R), seed (R, 2), ids (N) of all tokens,
-index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and end of the predictions among which the
-rule chooses, the same for all of them. `flat_reference` specifies the rule, of the ids that are predicted.
+and has no function body: on a CPU the host samples. `flat_commit.py` has both for predictions of any number of rows.
 """
 
 from __future__ import annotations
@@ -157,19 +151,8 @@ def reference(
     return token, confidence, next_ids, (next_ids == mask_id).sum(1).astype(np.int32)
 
 
-def flat_reference(
-    logits: np.ndarray, ids: np.ndarray, span: np.ndarray, threshold: np.ndarray, mask_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rule over flat positions, span after span; shapes as in the module's docstring."""
-    parts = [
-        reference(logits[None, begin:end], ids[None, begin:end], threshold[None, begin], mask_id)[:3]
-        for begin, end in np.unique(span, axis=0)
-    ]
-    token, confidence, next_ids = (np.concatenate([part[i][0] for part in parts]) for i in range(3))
-    return token, confidence, next_ids
-
-
-def _scan_constants(model: ModelConfig) -> Constants:
+def scan_constants(model: ModelConfig) -> Constants:
+    """Of a scan of logits."""
     sizes = {"V": model.vocab_size, "MASK_ID": model.mask_id}
     return {**sizes, "SPLITS": ceil_div(model.vocab_size, SHARE), "BLOCK": SHARE}
 
@@ -183,7 +166,8 @@ def _scan_grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["B"] * dims["R"], splits(dims, ceil), 1
 
 
-def _commit_constants(model: ModelConfig) -> Constants:
+def commit_constants(model: ModelConfig) -> Constants:
+    """Of the commit rule over a scan."""
     shares = ceil_div(model.vocab_size, SHARE)
     lanes = 1 << (shares - 1).bit_length()
     return {"MASK_ID": model.mask_id, "SPLITS": shares, "LANES": lanes, "BLOCK_R": BLOCK_R}
@@ -206,7 +190,7 @@ _COMMIT = Stage(
     inputs=("part", "best", "ids", "threshold"),
     scalars=("R",),
     outputs=_OUTPUTS,
-    constants=_commit_constants,
+    constants=commit_constants,
     grid=_commit_grid,
     num_warps=WARPS,
 )
@@ -233,7 +217,7 @@ OP = Op(
             inputs=("logits",),
             scalars=(),
             outputs=_SCAN,
-            constants=_scan_constants,
+            constants=scan_constants,
             grid=_scan_grid,
             num_warps=WARPS,
         ),
@@ -253,65 +237,10 @@ SAMPLED = Op(
             inputs=("logits", "temperature", "seed", "position"),
             scalars=("R",),
             outputs=_SCAN,
-            constants=_scan_constants,
+            constants=scan_constants,
             grid=_scan_grid,
             num_warps=WARPS,
         ),
         _COMMIT,
-    ),
-)
-
-FLAT_SCAN = (Arg("part", "f32", ("R", splits, 4)), Arg("best", "i32", ("R", splits)))
-
-FLAT_SAMPLED = Op(
-    "FlatSampled",
-    inputs=(
-        Arg("logits", "f32", ("R", "V")),
-        Arg("temperature", "f32", ("R",)),
-        Arg("seed", "i32", ("R", 2)),
-        Arg("position", "i32", ("R",)),
-        *FLAT_SCAN,
-    ),
-    outputs=(),
-    attributes=(),
-    stages=(
-        Stage(
-            "FlatSampledScan",
-            "confidence_commit.flat_sampled_scan",
-            inputs=("logits", "temperature", "seed", "position", "part", "best"),
-            scalars=(),
-            outputs=(),
-            constants=_scan_constants,
-            grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
-            num_warps=WARPS,
-            follows=True,
-        ),
-    ),
-)
-
-_FLAT_OUTPUTS = (Arg("token", "i32", ("R",)), Arg("confidence", "f32", ("R",)), Arg("next_ids", "i32", ("R",)))
-FLAT_COMMIT = Op(
-    "FlatCommit",
-    inputs=(
-        *FLAT_SCAN,
-        Arg("ids", "i32", ("N",)),
-        Arg("index", "i32", ("R",)),
-        Arg("span", "i32", ("R", 2)),
-        Arg("threshold", "f32", ("R",)),
-    ),
-    outputs=_FLAT_OUTPUTS,
-    attributes=(),
-    stages=(
-        Stage(
-            "FlatCommitRule",
-            "confidence_commit.flat_commit",
-            inputs=("part", "best", "ids", "index", "span", "threshold"),
-            scalars=(),
-            outputs=_FLAT_OUTPUTS,
-            constants=_commit_constants,
-            grid=lambda dims, ceil: (dims["R"], 1, 1),
-            num_warps=WARPS,
-            follows=True,
-        ),
     ),
 )

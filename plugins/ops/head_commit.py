@@ -3,7 +3,7 @@
     part, best = FlatHeadCommit(x, weight, index, kept)
 
 x (N, E) and weight (V, E) compute; index (R) i32 are the tokens that get logits = x[index] weight^T in f32, of which
-part and best are what ConfidenceCommit's scan would find, for `confidence_commit.FLAT_COMMIT`. `kept` (R, W) f32
+part and best are what ConfidenceCommit's scan would find, for `flat_commit.py`. `kept` (R, W) f32
 receives the logits: W is V where someone wants them, 0 where not. Every tile of the vocabulary keeps its highest logit,
 sum of exponentials, best entry and first NaN; a second stage brings the tiles down to the splits of the commit rule.
 The tokens are chosen from the f32 logits; a head that writes them in 16 bits makes ties, so it may choose another of
@@ -19,8 +19,8 @@ import numpy as np
 
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Op, Stage, ceil_div
-from . import confidence_commit
-from .confidence_commit import FLAT_SCAN, SHARE
+from . import flat_commit
+from .confidence_commit import SHARE
 
 TILES = (16, 64)  # positions of a tile: 16 keeps a decode step light, 64 reads the weights once for a block of 64
 BLOCK_V, BLOCK_E = 64, 64  # vocabulary entries of a tile, and the step over E
@@ -32,7 +32,7 @@ def reference(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """The specification of both ops in numpy, token, confidence and next_ids; shapes as in the modules' docstrings."""
     logits = x[index].astype(np.float32) @ weight.astype(np.float32).T
-    return confidence_commit.flat_reference(logits, ids[index], span, threshold, mask_id)
+    return flat_commit.reference(logits, ids[index], span, threshold, mask_id)
 
 
 def _tiles(dims: Dims, ceil: Ceil) -> int:
@@ -65,7 +65,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
             Arg("index", "i32", ("R",)),
             Arg("kept", "f32", ("R", "W")),
         ),
-        outputs=FLAT_SCAN,
+        outputs=flat_commit.SCAN,
         attributes=(),
         stages=(
             Stage(
@@ -85,7 +85,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
                 "head_commit.head_reduce",
                 inputs=("tile_part", "tile_best"),
                 scalars=(),
-                outputs=FLAT_SCAN,
+                outputs=flat_commit.SCAN,
                 constants=_reduce_constants,
                 grid=lambda dims, ceil: (dims["R"], 1, 1),
                 follows=True,

@@ -20,7 +20,15 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.contract import PAGE
 from nemodiff.plugins.op import Arg, Op, run
-from nemodiff.plugins.ops import block_attention, confidence_commit, head_commit, residual_norm, rope_write, swiglu
+from nemodiff.plugins.ops import (
+    block_attention,
+    confidence_commit,
+    flat_commit,
+    head_commit,
+    residual_norm,
+    rope_write,
+    swiglu,
+)
 
 __all__ = ["bf16_products"]  # a fixture
 pytestmark = [pytest.mark.usefixtures("bf16_products"), *([] if INTERPRETED else [pytest.mark.gpu])]
@@ -137,7 +145,7 @@ def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
     scanned = {name: case[name] for name in ("x", "weight", "index")}
     (part, best), _ = launch(head_commit.flat_op(tile), model, dtype, {**scanned, "kept": no_logits})
     found = {"part": wide(part), "best": wide(best)}
-    got, _ = launch(confidence_commit.FLAT_COMMIT, model, dtype, {**rule, "threshold": case["threshold"], **found})
+    got, _ = launch(flat_commit.OP, model, dtype, {**rule, "threshold": case["threshold"], **found})
     check_commit(got, head_commit.reference(**case, mask_id=MASK))
 
 

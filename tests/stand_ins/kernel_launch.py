@@ -13,7 +13,7 @@ import torch
 
 from nemodiff.config import ModelConfig
 from nemodiff.plugins.op import Arg, Op, run
-from nemodiff.plugins.ops import confidence_commit, head_commit
+from nemodiff.plugins.ops import flat_commit, head_commit
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -89,9 +89,9 @@ def launch_head(
     part, best = launch(of_f32(op) if small else op, model, dtype, **inputs)
     found = {"part": part, "best": best}
     if "temperature" in inputs:
-        *_, part, best = launch(confidence_commit.FLAT_SAMPLED, model, logits=inputs["kept"], **found, **inputs)
+        *_, part, best = launch(flat_commit.SAMPLED, model, logits=inputs["kept"], **found, **inputs)
         found = {"part": part, "best": best}
-    return launch(confidence_commit.FLAT_COMMIT, model, **found, **inputs)
+    return launch(flat_commit.OP, model, **found, **inputs)
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ....config import ModelConfig
-from ....plugins.ops import confidence_commit, head_commit
+from ....plugins.ops import confidence_commit, flat_commit, head_commit
 from . import plain
 from .launcher import Launcher, tile
 from .projections import Projections
@@ -99,9 +99,9 @@ class Head:
             launch(op, {"x": x, **weight, "index": inputs["index"][some], "kept": kept}, found)
             if place is not None:
                 drawing = {name: inputs[name][some] for name in ("temperature", "seed", "position")}
-                launch(confidence_commit.FLAT_SAMPLED, {"logits": kept, **drawing, **found})
+                launch(flat_commit.SAMPLED, {"logits": kept, **drawing, **found})
         rule = {name: inputs[name] for name in ("ids", "index", "span", "threshold")}
-        launch(confidence_commit.FLAT_COMMIT, {"part": part, "best": best, **rule}, outputs)
+        launch(flat_commit.OP, {"part": part, "best": best, **rule}, outputs)
 
     def _logits(self, x: Tensor) -> Tensor:
         """Logits in plain torch, (R, V) f32."""

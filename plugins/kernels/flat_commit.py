@@ -1,0 +1,58 @@
+# mypy: ignore-errors
+"""The kernels of `ops/flat_commit.py`: one puts samples into a scan, one applies the commit rule span by span."""
+
+import triton
+import triton.language as tl
+
+from .confidence_commit import drawn, rule, winner
+from .dependent import follow
+
+
+@triton.jit
+def flat_sampled_scan(
+    logits, temperature, seed, position, part, best,
+    V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Put samples into part (R, SPLITS, 4) and best (R, SPLITS) of a scan of logits (R, V).
+
+    temperature (R,) f32, seed (R, 2) and position (R,) i32; what has temperature 0, or a NaN, stays as it is.
+    """
+    follow(PDL)
+    at = tl.program_id(0)
+    heat = tl.load(temperature + at)
+    if heat <= 0:
+        return
+    share = tl.program_id(1)
+    start = share * BLOCK
+    ids = start + tl.arange(0, BLOCK)
+    inside = ids < V
+    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf"))
+    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
+    low, high, where = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at)
+    score = drawn(x, ids, inside, low, high, where, heat, start, MASK_ID, BLOCK)
+    top, token, value = winner(x, score, ids, inside, V)
+    place = at.to(tl.int64) * SPLITS + share
+    tl.store(part + place * 4 + 2, top, mask=token >= 0)
+    tl.store(part + place * 4 + 3, value, mask=token >= 0)
+    tl.store(best + place, token, mask=token >= 0)
+
+
+@triton.jit
+def flat_commit(
+    part, best, ids, index, span, threshold, token, confidence, next_ids,
+    MASK_ID: tl.constexpr, SPLITS: tl.constexpr, LANES: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """ids (N,), index and threshold (R,), span (R, 2) -> the op's outputs.
+
+    The program of a span's first position does the span.
+    """
+    follow(PDL)
+    at = tl.program_id(0)
+    begin = tl.load(span + at * 2)
+    if at != begin:
+        return
+    count = tl.load(span + at * 2 + 1) - begin
+    bar = tl.load(threshold + at)
+    rule(part, best, ids, index, bar, begin, count, token, confidence, next_ids, MASK_ID, SPLITS, LANES, BLOCK_R, True)
