@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engine_folder import EngineInfo, engine_digest, read_engine
+from ..engine_folder import engine_digest
+from ..engine_info import EngineInfo, read_engine
 from ..errors import EngineError, NemodiffError, RequestError
 from ..runtime.loading import check_device, check_rows
 from ..runtime.requests.options import make_options

@@ -39,8 +39,8 @@ from ..engine_folder import (
     VISION_TENSORS_FILE,
     VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
-    EngineInfo,
 )
+from ..engine_info import EngineInfo
 from ..errors import BuildError
 from ..plugins import OPS, SAMPLED
 from ..tensorrt_info import Kernel, Profile

@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import DOMAIN, counted, dtype_line, kv_bytes_per_token, size_text
-from ..engine_folder import (
-    ENGINE_FILE,
-    GENERATION_FILE,
-    MODEL_FILE,
-    VERIFY_FILE,
-    VISION_ENGINE_FILE,
-    EngineInfo,
-    read_engine,
-    read_record,
-)
+from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, VERIFY_FILE, VISION_ENGINE_FILE, read_record
+from ..engine_info import EngineInfo, read_engine
 from ..errors import EngineError
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 

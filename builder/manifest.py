@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..contract import Backend
-from ..engine_folder import SCHEMA, Manifest
+from ..engine_info import SCHEMA, Manifest
 from ..tensorrt_info import TensorRTInfo
 from .checkpoint.adapter import Adapter
 from .checkpoint.hub import Source

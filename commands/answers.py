@@ -14,7 +14,7 @@ from .calls import CallLines, spelled
 
 if TYPE_CHECKING:
     from ..batch.lines import Line
-    from ..engine_folder import EngineInfo
+    from ..engine_info import EngineInfo
     from ..runtime.events.events import Event
     from ..runtime.loading import LoadedEngine
     from ..runtime.requests.generation import Generation

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from ..engine_folder import CONFIG_FILE, MANIFEST_FILE, is_engine, read_engine
+from ..engine_folder import CONFIG_FILE, MANIFEST_FILE, is_engine
+from ..engine_info import read_engine
 from ..runtime.text.files import not_utf8, plain
 
 

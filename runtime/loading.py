@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
-from ..engine_folder import EngineInfo, read_engine
+from ..engine_info import EngineInfo, read_engine
 from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine

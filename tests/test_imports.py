@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 # Rooms from the lowest up; those of one set never import each other.
 PRODUCT: list[set[str]] = [
     {"errors", "whole_file"},
-    {"fields"},
+    {"engine_folder", "fields"},
     {"vision"},
     {"config"},
     {"contract", "tensorrt_info"},
-    {"engine_folder"},
+    {"engine_info"},
     {"plugins"},
     {"builder", "runtime"},
     {"batch", "evaluation", "measurement", "serving", "verification"},

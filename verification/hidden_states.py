@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
-from ..engine_folder import EngineInfo
+from ..engine_info import EngineInfo
 
 Seen = list[np.ndarray]
 

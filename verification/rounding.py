@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 
-from ..engine_folder import EngineInfo
+from ..engine_info import EngineInfo
 
 UNIT = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}
 _AMPLIFIED = 4.0

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..contract import MAX_BLOCK, MEMORY_PATTERN, cache_names, caches
-from ..engine_folder import MODEL_FILE, EngineInfo
+from ..engine_folder import MODEL_FILE
+from ..engine_info import EngineInfo
 from ..errors import EngineError, first_line
 from .script import Block, Script
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemodiff.contract import MODES
-from nemodiff.engine_folder import EngineInfo
+from nemodiff.engine_info import EngineInfo
 from nemodiff.runtime.engines.engine import Cache, bidirectional, causal
 from nemodiff.runtime.generate import decode
 from nemodiff.runtime.loading import LoadedEngine

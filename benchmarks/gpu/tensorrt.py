@@ -16,7 +16,7 @@ from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.contract import ITEMSIZE, MODES
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import MODULES
 from nemodiff.runtime.engines.engine import bidirectional, causal

@@ -67,7 +67,7 @@ class Kernels:
         if stage not in self._loaded:
             self._loaded[stage] = self._load(kernel)
         kinds = [ctypes.c_void_p if argument[0] == "*" else ctypes.c_int32 for argument in kernel.arguments]
-        scratch = (None, None)  # see engine_folder.Kernel
+        scratch = (None, None)  # see tensorrt_info.Kernel
         parameters = ((*arguments, *scratch), (*kinds, ctypes.c_void_p, ctypes.c_void_p))
         _, function = self._loaded[stage]
         threads = 32 * kernel.num_warps

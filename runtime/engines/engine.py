@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ...contract import MAX_BLOCK
-from ...engine_folder import EngineInfo
+from ...engine_info import EngineInfo
 from ..images.image import Image
 from .pages import Pages
 

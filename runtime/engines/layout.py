@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...contract import Binding, inputs, outputs
-from ...engine_folder import EngineInfo
+from ...engine_info import EngineInfo
 from .engine import Pass
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT gets; Triton assumes 16

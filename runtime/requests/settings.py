@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
-from ...engine_folder import EngineInfo
+from ...engine_info import EngineInfo
 from ...errors import ContextLengthError, RequestError
 from ..engines.engine import ABOVE_ALL
 from ..sampling.commit import Policy

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ...engine_folder import EngineInfo
+from ...engine_info import EngineInfo
 from ...errors import BusyError, RequestError
 from ...runtime.editing.infill import Filled, infill
 from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction

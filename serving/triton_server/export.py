@@ -17,7 +17,8 @@ from ...builder.files import copy_folder
 from ...builder.resources import check_export_disk, disk_free
 from ...builder.staging import Kind, staged
 from ...builder.swap import stays
-from ...engine_folder import TRITON_ENGINE, TRITON_FILE, EngineInfo, read_engine
+from ...engine_folder import TRITON_ENGINE, TRITON_FILE
+from ...engine_info import EngineInfo, read_engine
 from ...errors import RequestError
 from ...runtime.loading import check_device
 from ...runtime.requests.options import make_options

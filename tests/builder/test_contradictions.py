@@ -16,7 +16,7 @@ from stand_ins.checkpoints import write_checkpoint
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
 from nemodiff.config import parse_config
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 
 INDEX = "model.safetensors.index.json"
 NORM = "encoder.norm.weight"

@@ -13,7 +13,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers import choices, tensorrt
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.graph.stages import split
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
 from nemodiff.plugins import OPS
 from nemodiff.plugins.tensorrt.api import device_sm, library_folder

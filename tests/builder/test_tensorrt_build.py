@@ -36,7 +36,7 @@ from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.inspect import describe
 from nemodiff.cli import main
 from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load

@@ -12,7 +12,7 @@ from stand_ins.vision import write_vision_checkpoint
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.inspect import describe
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
 
 pytestmark = [

@@ -25,7 +25,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import CheckpointError
 from nemodiff.plugins.ops import low_bit_linear
 from nemodiff.runtime.engines.engine import causal

@@ -21,7 +21,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.contract import MODES, Backend, KvCacheDtype
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.loading import LoadedEngine

@@ -18,7 +18,7 @@ from stand_ins.torch_ranks import answers, answers_of_ranks, build
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape

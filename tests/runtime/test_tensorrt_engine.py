@@ -32,7 +32,7 @@ from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.graph import projection
 from nemodiff.builder.graph.graph import build_graph
-from nemodiff.engine_folder import EngineInfo, read_engine
+from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.tensorrt.api import device_sm

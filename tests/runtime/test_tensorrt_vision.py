@@ -18,7 +18,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.builder.graph.vision import build_vision_graph
-from nemodiff.engine_folder import EngineInfo, read_engine
+from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import device_sm
 from nemodiff.runtime.engines.tensorrt.device import Device

@@ -42,7 +42,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.contract import MODES, PAGE, cache_slots
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal

@@ -14,7 +14,7 @@ from stand_ins.torch_pair import MODELS
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from nemodiff.builder.build import Builder
-from nemodiff.engine_folder import EngineInfo, read_engine
+from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins import FUSED
 from nemodiff.plugins.failure import refusal

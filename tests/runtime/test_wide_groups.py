@@ -19,7 +19,7 @@ from stand_ins.quantized_checkpoints import write
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.loading import LoadedEngine

@@ -18,7 +18,8 @@ from stand_ins.torch_graphs import RecordingDevice
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nemodiff.engine_folder import COMPILED_FOLDER, read_engine
+from nemodiff.engine_folder import COMPILED_FOLDER
+from nemodiff.engine_info import read_engine
 from nemodiff.plugins.kernels import swiglu
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape

@@ -22,7 +22,8 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from nemodiff.engine_folder import MODEL_FILE, VISION_MODEL_FILE, EngineInfo
+from nemodiff.engine_folder import MODEL_FILE, VISION_MODEL_FILE
+from nemodiff.engine_info import EngineInfo
 from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Stage
 from nemodiff.plugins.tensorrt.api import TensorRT

@@ -15,7 +15,7 @@ import numpy as np
 
 import nemodiff
 from nemodiff.contract import PAGE
-from nemodiff.engine_folder import EngineInfo
+from nemodiff.engine_info import EngineInfo
 from nemodiff.runtime.engines.engine import Pass, Prediction, read_only
 from nemodiff.runtime.engines.pages import Pages
 

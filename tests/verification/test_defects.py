@@ -21,7 +21,7 @@ from stand_ins.vision import write_vision_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
-from nemodiff.engine_folder import read_engine
+from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.neighbours import NeighbouringRows
 from nemodiff.runtime.engines.engine import Cache, Engine, Pass, Prediction, bidirectional
 from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine

@@ -27,7 +27,8 @@ from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.cli import main
 from nemodiff.commands import verify as command
-from nemodiff.engine_folder import VERIFY_FILE, read_engine
+from nemodiff.engine_folder import VERIFY_FILE
+from nemodiff.engine_info import read_engine
 from nemodiff.plugins.tensorrt.api import MODULES
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine

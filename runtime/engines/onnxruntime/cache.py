@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ....contract import cache_names, caches
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ..engine import Pass, Prediction
 from ..layout import PassShape
 from .forward import NUMPY, Bindings, BoundRows, Forward

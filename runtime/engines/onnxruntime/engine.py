@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ....contract import CONVOLVED, Binding, on_x86, vision_inputs
-from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, EngineInfo, build_again
+from ....engine_folder import MODEL_FILE, VISION_MODEL_FILE, WEIGHTS_FILE, build_again
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
 from . import large_pages
@@ -31,7 +32,7 @@ class OnnxRuntimeEngine:
 
     Args:
         folder: the engine folder.
-        info: its description, from `engine_folder.read_engine`.
+        info: its description, from `engine_info.read_engine`.
         threads: CPU threads of a forward; None lets ONNX Runtime take one per physical core.
         warmup: move the weights into large pages, where they are more than a processor's cache holds.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ....contract import MEMORY_PATTERN, Binding, inputs, outputs
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape
 

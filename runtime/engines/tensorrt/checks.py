@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ....contract import Binding, cache_names, inputs, outputs, size_text, vision_inputs, vision_outputs
-from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, EngineInfo, build_again
+from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, build_again
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ....contract import ITEMSIZE, cache_slots, counted
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load
@@ -37,7 +37,7 @@ class TensorRTEngine:
 
     Args:
         folder: the engine folder.
-        info: its description, from `engine_folder.read_engine`.
+        info: its description, from `engine_info.read_engine`.
         device: the GPU's number, or the device itself.
         api: the TensorRT module's facade; default the one the engine was built with.
         graphs: capture CUDA graphs; False runs every pass eagerly, for comparison.

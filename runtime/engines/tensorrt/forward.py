@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from ....contract import counted
-from ....engine_folder import ENGINE_FILE, EngineInfo, build_again
+from ....engine_folder import ENGINE_FILE, build_again
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ....plugins import SAMPLED
 from ....plugins.op import ceil_div

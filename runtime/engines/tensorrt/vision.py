@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from ....contract import vision_inputs, vision_outputs
-from ....engine_folder import VISION_ENGINE_FILE, EngineInfo
+from ....engine_folder import VISION_ENGINE_FILE
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.protocols import Context, Engine

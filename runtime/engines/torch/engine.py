@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, counted
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ...images.image import Image
 from ..pages import Pages
@@ -39,7 +39,7 @@ class TorchEngine:
 
     Args:
         folder: the engine folder.
-        info: its description, from `engine_folder.read_engine`.
+        info: its description, from `engine_info.read_engine`.
         device: a GPU's number, "cpu", None for a GPU if there is one, or a device made before.
         threads: CPU threads, for all of torch in this process; None leaves torch's choice.
         kernels: run the project's Triton kernels; default on a GPU.

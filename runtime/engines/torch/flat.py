@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ....contract import MAX_BLOCK, PAGE, PREFILL_CHUNK, Binding
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ..engine import Pass
 from ..layout import ALIGNMENT, Layout, layout
 from ..pages import Pages

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ....contract import ITEMSIZE, PAGE, cache_slots, kv_bytes_per_token, size_text
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ..pages import Pages
 from .device import TorchDevice

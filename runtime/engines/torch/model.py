@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....contract import PAGE
-from ....engine_folder import TENSORS_FILE, EngineInfo
+from ....engine_folder import TENSORS_FILE
+from ....engine_info import EngineInfo
 from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation, swiglu
 from . import plain
 from .device import TorchDevice

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from ....engine_folder import EngineInfo, read_engine
+from ....engine_info import EngineInfo, read_engine
 from ....errors import EngineError
 from .device import import_torch
 from .engine import TorchEngine

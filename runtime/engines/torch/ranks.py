@@ -22,7 +22,7 @@ import numpy as np
 
 from ....config import ModelConfig
 from ....contract import QUANTIZED_INPUTS, Quantization
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ....errors import EngineError, RequestError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ....contract import PAGE
-from ....engine_folder import EngineInfo
+from ....engine_info import EngineInfo
 from ..engine import Pass
 from .device import Buffer, Graph, TorchDevice
 from .flat import FED_AT, FREE, FlatShape, fill, flat_layouts, rounded_tokens

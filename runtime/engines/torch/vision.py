@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....engine_folder import VISION_TENSORS_FILE, EngineInfo
+from ....engine_folder import VISION_TENSORS_FILE
+from ....engine_info import EngineInfo
 from ....vision import CHANNELS, NORM_EPS, VisionConfig
 from ...images.image import Image
 from .weights import WeightsFile
