@@ -45,6 +45,7 @@ QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
 }
 QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16, "fp8_dynamic": 16}
 GROUP_SIZE = 32  # inputs of an int4 weight that share a scale, unless another is chosen
+MLP_GROUP_SIZE = 128  # likewise in the MLPs, where a backend has that and it divides their inputs
 GROUP_SIZES: dict[Backend, tuple[int, ...]] = {
     "onnxruntime": (32, 64, 128),
     "tensorrt-rtx": (32, 64, 128),
@@ -89,6 +90,7 @@ class BuildConfig:
     max_image_size: int = 0  # pixels; larger images are scaled down to it. 0 for a model that sees none
     kv_cache_dtype: KvCacheDtype = "auto"
     group_size: int = GROUP_SIZE  # inputs of an int4 weight that share a scale
+    mlp_group_size: int = GROUP_SIZE  # likewise in the MLPs
 
     @property
     def kv_bits(self) -> KvBits | None:
@@ -106,11 +108,14 @@ def stored_as(quantization: Quantization | None) -> Quantization | None:
     return "fp8" if quantization == "fp8_dynamic" else quantization
 
 
-def dtype_line(dtype: str, quantization: str | None, kv_cache_dtype: str = "auto", group_size: int = GROUP_SIZE) -> str:
-    """What weights and cache are, for people."""
+def dtype_line(
+    dtype: str, quantization: str | None, kv_cache_dtype: str, group_size: int | None, mlp_group_size: int | None
+) -> str:
+    """What weights and cache are, for people; the groups are int4's."""
     parts = [f"{quantization} projections"] if quantization else []
     if quantization == "int4":
-        parts = [f"int4 projections in groups of {group_size}"]
+        wide = "" if mlp_group_size == group_size else f" ({mlp_group_size} in the MLPs)"
+        parts = [f"int4 projections in groups of {group_size}{wide}"]
     parts += [f"{kv_cache_dtype} K/V"] if kv_cache_dtype != "auto" else []
     return f"{dtype} with {' and '.join(parts)}" if parts else dtype
 

@@ -35,9 +35,10 @@ from .engine_folder import (
 from .errors import CheckpointError, EngineError
 from .tensorrt_info import TensorRTInfo, parse_tensorrt
 
-# A reader refuses a newer schema. It reads 6, whose graph has no memory_pattern, 5, which has no group_size, 4, which
-# has no kv_cache_dtype, 3, which has no images, 2, which has no quantization, and 1, which has no max_input_len either.
-SCHEMA = 7
+# A reader refuses a newer schema. It reads 7, which has no mlp_group_size, 6, whose graph has no memory_pattern, 5,
+# which has no group_size, 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no quantization, and 1,
+# which has no max_input_len either.
+SCHEMA = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,10 @@ def read_engine(folder: Path) -> EngineInfo:
     config = _read_object(folder / CONFIG_FILE, again)
     generation = _read_object(folder / GENERATION_FILE, again) if (folder / GENERATION_FILE).is_file() else None
     try:
-        build = BuildConfig(**config["build_config"])
+        choices = config["build_config"]
+        if "group_size" in choices:
+            choices = {"mlp_group_size": choices["group_size"], **choices}
+        build = BuildConfig(**choices)
         model = parse_config(config["pretrained_config"], generation)
         checked = Manifest(**{**manifest, "tensorrt": parse_tensorrt(manifest.get("tensorrt"))})
         info = EngineInfo(model, build, checked, config["pretrained_config"])
@@ -190,11 +194,12 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
             f"{', '.join(name for name, backends in QUANTIZATIONS.items() if backend in backends) or 'none'}; {again}"
         )
     groups = {str(name): sizes for name, sizes in GROUP_SIZES.items()}.get(backend, ())
-    group = info.build.group_size
-    if quantization == "int4" and (isinstance(group, bool) or group not in groups):
-        raise EngineError(
-            f"{folder}: group_size is {group!r} on {backend}, allowed: {', '.join(map(str, groups))}; {again}"
-        )
+    for name in ("group_size", "mlp_group_size"):
+        group = getattr(info.build, name)
+        if quantization == "int4" and (isinstance(group, bool) or group not in groups):
+            raise EngineError(
+                f"{folder}: {name} is {group!r} on {backend}, allowed: {', '.join(map(str, groups))}; {again}"
+            )
     cache = info.build.kv_cache_dtype
     if backend not in KV_CACHE_DTYPES.get(cache, ()):
         allowed = ", ".join(name for name, backends in KV_CACHE_DTYPES.items() if backend in backends)

@@ -34,6 +34,7 @@ ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by ba
         "f32": {},
         "int8": {"quantization": "int8"},
         "int4": {"quantization": "int4"},
+        "int4 by 32": {"quantization": "int4", "group_size": 32},
         "int4 by 64": {"quantization": "int4", "group_size": 64},
         "int4 by 128": {"quantization": "int4", "group_size": 128},
     },

@@ -52,7 +52,7 @@ from .checkpoint.mistral_regex import correct, has_wrong_regex
 from .checkpoint.quantized import QuantizedTensor
 from .checkpoint.safetensors_file import Tensor
 from .checkpoint.weights import write_weights
-from .checks import check_backend, check_config, choose_group
+from .checks import check_backend, check_config, choose_groups
 from .compilers.choices import Choices, require, targets
 from .compilers.graphs import compile_graphs
 from .compilers.kernels import OLDEST_SM, compile_kernels
@@ -81,7 +81,8 @@ class Builder:
         logits: False leaves out the output that sampling needs, TensorRT only.
         quantization: `int8` or `int4` projections, not on tensorrt, `fp8` or `fp8_dynamic` on torch; default none.
         group_size: inputs of an int4 weight that share a scale, 32, 64 or 128, on torch 32; default the checkpoint's
-            own where it is quantized so, else 32.
+            own where it is quantized so, else 32, and 128 in the MLPs where the backend has it and it divides their
+            inputs.
         kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
@@ -138,6 +139,7 @@ class Builder:
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
         held = [t for t in exact if t.kind == stored_as(quantization)]
+        groups = choose_groups(group_size, quantization, {t.group for t in held}, model, backend)
         kept = {t.name: t.scheme.symmetric for t in held}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
@@ -149,7 +151,8 @@ class Builder:
             quantization=quantization,
             max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
             kv_cache_dtype=kv_cache_dtype,
-            group_size=choose_group(group_size, quantization, {t.group for t in held}, model, backend),
+            group_size=groups[0],
+            mlp_group_size=groups[1],
         )
         check_config(self.config, model, backend)
         self.profiles: tuple[Profile, ...] = profiles(model, self.config) if self._compiled else ()
@@ -165,6 +168,7 @@ class Builder:
             logits=logits,
             quantization=None if backend == "torch" else quantization,
             group_size=self.config.group_size,
+            mlp_group_size=self.config.mlp_group_size,
             kept=kept or None,  # what is in other bits is quantized anew
             packed=backend == "onnxruntime",
             convolved=backend == "onnxruntime" and convolves(self.config, self.checkpoint.tensors.values()),

@@ -14,6 +14,7 @@ from ..contract import (
     KV_CACHE_DTYPES,
     MAX_BATCH,
     MAX_BLOCK,
+    MLP_GROUP_SIZE,
     QUANTIZATIONS,
     QUANTIZED_INPUTS,
     Backend,
@@ -128,26 +129,30 @@ def widths(model: ModelConfig) -> tuple[int, ...]:
     return model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size
 
 
-def choose_group(
+def choose_groups(
     group_size: int | None,
     quantization: Quantization | None,
     kept: Collection[int],
     model: ModelConfig,
     backend: Backend,
-) -> int:
-    """The group of an engine's int4 weights; `kept` are those of what a checkpoint has in such bits.
+) -> tuple[int, int]:
+    """The groups of an engine's int4 weights, and of its MLPs; `kept` are those of what a checkpoint has in such bits.
 
     Unless one is asked for, a checkpoint's own, or the largest part of it that the engine has. Raises BuildError.
     """
     if group_size is not None and quantization != "int4":
         raise BuildError(f"--group-size {group_size}: a choice of --quantization int4; leave it out or add that")
     whole = math.gcd(*kept)  # 0 where nothing is kept
-    if group_size is None:
-        sizes = GROUP_SIZES.get(backend, ()) if kept and quantization == "int4" else ()
-        return max((size for size in sizes if not math.gcd(whole, *widths(model)) % size), default=GROUP_SIZE)
-    if whole % group_size:
-        raise BuildError(
-            f"--group-size is {group_size}, but a scale of the checkpoint is for {whole} inputs, allowed: divisors of "
-            "that; leave it out"
-        )
-    return group_size
+    if group_size is not None:
+        if whole % group_size:
+            raise BuildError(
+                f"--group-size is {group_size}, but a scale of the checkpoint is for {whole} inputs, allowed: divisors "
+                "of that; leave it out"
+            )
+        return group_size, group_size
+    sizes = GROUP_SIZES.get(backend, ()) if quantization == "int4" else ()
+    if kept:
+        own = max((size for size in sizes if not math.gcd(whole, *widths(model)) % size), default=GROUP_SIZE)
+        return own, own
+    wide = MLP_GROUP_SIZE in sizes and not math.gcd(model.hidden_size, model.intermediate_size) % MLP_GROUP_SIZE
+    return GROUP_SIZE, MLP_GROUP_SIZE if wide else GROUP_SIZE

@@ -34,6 +34,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "dtype": build.dtype,
             "quantization": build.quantization,
             "group_size": build.group_size if build.quantization == "int4" else None,
+            "mlp_group_size": build.mlp_group_size if build.quantization == "int4" else None,
             "kv_cache_dtype": build.kv_cache_dtype,
             "max_seq_len": build.max_seq_len,
             "max_batch_size": build.max_batch_size,
@@ -209,7 +210,9 @@ def lines(described: dict[str, Any]) -> list[str]:
     engine = described["engine"]
     model = described["model"]
     heads, kv_heads, head_dim = model["heads"]
-    dtype = dtype_line(engine["dtype"], engine["quantization"], engine["kv_cache_dtype"], engine["group_size"])
+    dtype = dtype_line(
+        *(engine[key] for key in ("dtype", "quantization", "kv_cache_dtype", "group_size", "mlp_group_size"))
+    )
     kind, theta, factor = model["rope"]
     source = described["checkpoint"]
     adapter = described["adapter"]

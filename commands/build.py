@@ -22,6 +22,7 @@ from ..contract import (
     KV_CACHE_DTYPES,
     MAX_BATCH,
     MAX_BLOCK,
+    MLP_GROUP_SIZE,
     PREFILL_CHUNK,
     QUANTIZATIONS,
 )
@@ -84,7 +85,7 @@ from .options import PATH, json_output
     type=click.Choice(list(map(str, GROUP_SIZES["onnxruntime"]))),
     callback=lambda ctx, param, value: None if value is None else int(value),
     help=f"Let this many inputs of an int4 weight share a scale; on torch {GROUP_SIZE}. [default: the checkpoint's if "
-    f"it is quantized so, else {GROUP_SIZE}]",
+    f"it is quantized so, else {GROUP_SIZE}, and {MLP_GROUP_SIZE} in the MLPs except on torch]",
 )
 @click.option(
     "--kv-cache-dtype",

@@ -143,6 +143,7 @@ def described(engine: LoadedEngine, name: str) -> dict[str, object]:
         "dtype": info.build.dtype,
         "quantization": info.build.quantization,
         "group_size": info.build.group_size if info.build.quantization == "int4" else None,
+        "mlp_group_size": info.build.mlp_group_size if info.build.quantization == "int4" else None,
         "kv_cache_dtype": info.build.kv_cache_dtype,
         "parameters": info.model.parameters,
         "versions": info.manifest.versions,

@@ -12,7 +12,7 @@ from ..contract import GROUP_SIZE
 
 STORED: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
-Part = Literal["projection", "head", "other"]
+Part = Literal["projection", "mlp", "head", "other"]  # the MLPs' projections are a part of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Arithmetic:
     rounds_inputs: bool = True
     kv_bits: str | None = None  # of K and V: int8, or fp8; each head of a token has a scale
     group_size: int = GROUP_SIZE  # inputs that share a scale in int4
+    mlp_group_size: int = GROUP_SIZE  # likewise in the MLPs
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The values that a result can have."""
@@ -48,10 +49,10 @@ class Arithmetic:
         elif grid == "int8":
             weight = _integers(weight, 127)
         elif grid == "int4":
-            weight = _by_groups(weight, 8, self.group_size)
+            weight = _by_groups(weight, 8, self._group(part))
         return self.round(weight.astype(self.compute))
 
-    def inputs(self, x: np.ndarray, part: Part = "projection") -> np.ndarray:
+    def inputs(self, x: np.ndarray, part: Part) -> np.ndarray:
         """What a matrix is multiplied by, (T, in)."""
         grid = self._grid(part)
         if grid == "fp8_dynamic":
@@ -60,7 +61,7 @@ class Arithmetic:
             return x
         if grid == "int8":
             return _integers(x, 127)
-        return _by_groups(x, 127, self.group_size) if grid == "int4" else x
+        return _by_groups(x, 127, self._group(part)) if grid == "int4" else x
 
     def cached(self, x: np.ndarray) -> np.ndarray:
         """What a cache keeps of K or V, (T, G, D)."""
@@ -68,6 +69,9 @@ class Arithmetic:
             return x
         kept = _integers(x, 127) if self.kv_bits == "int8" else _e4m3(x.astype(np.float32))
         return kept.astype(self.compute)
+
+    def _group(self, part: Part) -> int:
+        return self.mlp_group_size if part == "mlp" else self.group_size
 
     def _grid(self, part: Part) -> str | None:
         if self.stored is None or part == "other" or (part == "head" and self.quantization in ("fp8", "fp8_dynamic")):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..contract import GROUP_SIZE
-from .arithmetic import STORED, Arithmetic
+from .arithmetic import STORED, Arithmetic, Part
 from .positions import attention_factor, inverse_frequencies, query_scale, rope_parameters
 from .script import Script
 from .weights import Weights
@@ -128,7 +128,7 @@ class _Pass:
         return self._note(name, self._round(_normed(self.x, self._eps) * weight))
 
     def _times(self, name: str, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return self._note(name, self._round(self.arithmetic.inputs(x) @ weight.T))
+        return self._note(name, self._round(self.arithmetic.inputs(x, _part(name)) @ weight.T))
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
         """The first half of a head is turned against the second; (T, heads, D)."""
@@ -159,6 +159,7 @@ class Network:
         rounds_inputs: whether the inputs of projections in int8 and int4 are in 8 bits too.
         kv_bits: of its K and V.
         group_size: inputs of an int4 weight that share a scale.
+        mlp_group_size: likewise in the MLPs.
     """
 
     def __init__(
@@ -169,11 +170,13 @@ class Network:
         rounds_inputs: bool = True,
         kv_bits: str | None = None,
         group_size: int = GROUP_SIZE,
+        mlp_group_size: int = GROUP_SIZE,
     ) -> None:
         self._weights = weights
         self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, group_size)
+        groups = group_size, mlp_group_size
+        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, *groups)
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:
@@ -191,7 +194,7 @@ class Network:
             for lane, arithmetic in enumerate(self._arithmetics):
                 w = {}
                 for name, value in layer.items():
-                    w[name] = arithmetic.weight(value, "projection" if name.endswith("proj") else "other")
+                    w[name] = arithmetic.weight(value, _part(name))
                 for of_script in passes:
                     if not states:
                         of_script[lane].states = None
@@ -233,6 +236,13 @@ class Network:
         theirs = rounded.states or {}
         noise = {name: float(np.abs(value - theirs[name]).mean()) for name, value in states.items()}
         return Answer(**joined, ids=pieces[0].ids, states=states, state_noise=noise)
+
+
+def _part(name: str) -> Part:
+    """What a weight or a product of a layer is part of, by its name."""
+    if not name.endswith("proj"):
+        return "other"
+    return "mlp" if "mlp." in name else "projection"
 
 
 def _normed(x: np.ndarray, eps: float) -> np.ndarray:

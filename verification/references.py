@@ -44,7 +44,7 @@ def open_reference(
         weights = Weights(source.folder, adapter)
     build = engine.info.build
     rounds_inputs = engine.info.manifest.backend == "onnxruntime"
-    kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size
+    kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size, build.mlp_group_size
     return Network(weights, *kinds), source.name
 
 

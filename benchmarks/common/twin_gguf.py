@@ -81,6 +81,17 @@ def write_gguf(twin: Path, path: Path, kind: str = "F32") -> Path:
     return path
 
 
+def quantize_gguf(source: Path, path: Path) -> None:
+    """Write a GGUF of F32 as Q4_0 by llama.cpp's own quantizer, which gives its head Q6_K."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params)
+    if code:
+        raise RuntimeError(f"llama_model_quantize gave {code}")
+
+
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp, with one text in its cache."""
 

@@ -67,6 +67,7 @@ def build_graph(
     logits: bool = True,
     quantization: Quantization | None = None,
     group_size: int = GROUP_SIZE,
+    mlp_group_size: int = GROUP_SIZE,
     kept: Mapping[str, bool] | None = None,
     packed: bool = False,
     convolved: bool = False,
@@ -83,6 +84,7 @@ def build_graph(
         logits: False leaves that output out.
         quantization: `int8` or `int4` projections, for ONNX Runtime and TensorRT.
         group_size: inputs of an int4 weight that share a scale, of which every projection's are a multiple.
+        mlp_group_size: likewise in the MLPs.
         kept: names the tensors that a checkpoint has in these bits already, and whether around 0; then no other
             projection of the layers is quantized.
         kv_bits: `int8` keeps K and V in 8 bits, for ONNX Runtime.
@@ -95,7 +97,9 @@ def build_graph(
         dequantized=capacity is not None,
         convolved=convolved,
         paired=capacity is None and pairs(quantization, group_size),
+        paired_mlps=capacity is None and pairs(quantization, mlp_group_size),
         group_size=group_size,
+        mlp_group_size=mlp_group_size,
     )
     w.kept = kept
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)

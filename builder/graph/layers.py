@@ -13,17 +13,17 @@ from .writer import GraphWriter, Source
 
 
 def _project(
-    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: Source, sizes: tuple[int, int], zero: str
+    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: Source, sizes: tuple[int, int], group: int
 ) -> str:
-    """Multiply by a projection (inputs, outputs) in the bits of its kind; `zero` is int8's for these tokens."""
+    """Multiply by a projection of a layer (inputs, outputs) in the bits of its kind; `group` is int4's."""
     if not w.keeps(source):
         kind = None
     if kind and w.dequantized:
-        return dequantized(w, kind, x, name, source, *sizes)
+        return dequantized(w, kind, x, name, source, *sizes, group)
     if kind == "int8":
-        return int8(w, x, zero, name, source, *sizes)
+        return int8(w, x, "tokens.zero", name, source, *sizes)
     if kind == "int4":
-        return int4(w, x, name, source, *sizes)
+        return int4(w, x, name, source, *sizes, group)
     return w.linear(x, name, source, *sizes)
 
 
@@ -42,7 +42,7 @@ def add_shared(
         w.constant("tokens.rest", np.array([-1], np.int64))
         w.node("Shape", ["ids"], "ids.shape")  # B, S
         w.node("Concat", ["ids.shape", "tokens.rest"], "tokens.shape", axis=0)  # B, S, -1
-    if w.paired:
+    if w.paired or w.paired_mlps:
         w.constant("tokens.first", np.array([0], np.int64))
         w.constant("tokens.axis", np.array([2], np.int64))
         w.constant("tokens.none", np.zeros(6, np.int64))
@@ -131,18 +131,17 @@ def add_attention(
     normed = w.norm(
         x, f"{at}.input_layernorm", f"{source}.input_layernorm.weight", model.hidden_size, model.rms_norm_eps
     )
-    zero = "tokens.zero"
     names = {part: f"{attn}.{part}_proj" for part in "qkv"}
     outputs = {f"{source}.self_attn.q_proj.weight": q_size}
     outputs |= {f"{source}.self_attn.{part}_proj.weight": kv_size for part in "kv"}
     heads: dict[str, str] = {}
     if w.packs(outputs):
         name, sizes = f"{attn}.qkv_proj", (model.hidden_size, q_size + 2 * kv_size)
-        turned = _heads(w, _project(w, kind, normed, name, outputs, sizes, zero), "shape.qkv")
+        turned = _heads(w, _project(w, kind, normed, name, outputs, sizes, w.group_size), "shape.qkv")
         heads = dict(zip("qkv", w.split(turned, list(names.values()), "heads.qkv", 1), strict=True))
     else:
         for (part, name), (tensor, size) in zip(names.items(), outputs.items(), strict=True):
-            flat = _project(w, kind, normed, name, tensor, (model.hidden_size, size), zero)
+            flat = _project(w, kind, normed, name, tensor, (model.hidden_size, size), w.group_size)
             heads[part] = _heads(w, flat, "shape.q" if part == "q" else "shape.kv")
     for part in "qk":
         heads[part] = w.node("RotaryEmbedding", [heads[part], "rope.cos", "rope.sin"], f"{attn}.{part}_rope")
@@ -162,7 +161,7 @@ def add_attention(
     else:
         merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
     sizes = q_size, model.hidden_size
-    out = _project(w, kind, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, zero)
+    out = _project(w, kind, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, w.group_size)
     if rank:
         lora = f"{attn}.o_proj.lora"
         key = f"base_model.model.{source}.self_attn.o_proj"
@@ -203,18 +202,22 @@ def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quanti
     hidden, inner = model.hidden_size, model.intermediate_size
     norm = f"{at}.post_attention_layernorm"
     normed = w.norm(x, norm, f"{source}.post_attention_layernorm.weight", hidden, model.rms_norm_eps)
-    zero, sizes = "tokens.zero", (hidden, inner)
+    if w.paired_mlps:
+        normed = w.even(normed, f"{norm}.even")
+    sizes, group = (hidden, inner), w.mlp_group_size
     gate, up = (f"{at}.mlp.{part}_proj" for part in ("gate", "up"))
     outputs = {f"{source}.mlp.{part}_proj.weight": inner for part in ("gate", "up")}
     if w.packs(outputs):
-        both = _project(w, kind, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), zero)
+        both = _project(w, kind, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), group)
         w.split(both, [gate, up], "inputs.gate_up", -1)
     else:
         for name, tensor in zip((gate, up), outputs, strict=True):
-            _project(w, kind, normed, name, tensor, sizes, zero)
+            _project(w, kind, normed, name, tensor, sizes, group)
     silu = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
     gated = w.node("Mul", [silu, up], f"{at}.mlp.gated")
-    down = _project(w, kind, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], zero)
+    down = _project(w, kind, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], group)
+    if w.paired_mlps:
+        down = w.real(down)
     return w.node("Add", [x, down], f"{at}.mlp.residual")
 
 
@@ -230,7 +233,7 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     sizes = model.hidden_size, model.vocab_size
     # In 4 bits it would decide other tokens, and int8 reads its half as quickly.
     if kind and w.dequantized:
-        head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes)
+        head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes, w.group_size)
     elif kind:
         zero = add_zero(w, rows, "rows.zero")
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)

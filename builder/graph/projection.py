@@ -3,7 +3,8 @@
 That is what self-speculation rests on: it verifies in one pass what mode ar decides one token at a time. So a token's
 scale is made from that token alone, sums are of integers or, per output, of fixed groups, and one kernel serves passes
 of every size. Measured with ONNX Runtime 1.32 (docs/log.md): MatMulNBits keeps it in groups of 32 with 8-bit sums. In
-wider ones it takes two tokens at a time and the last of an odd number by another kernel, so there is none such.
+wider ones it takes two tokens at a time and the last of an odd number by another kernel, so there is none such:
+`GraphWriter.even` adds one of zeros.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def convolves(build: BuildConfig, tensors: Iterable[Shaped]) -> bool:
 
 
 def pairs(quantization: Quantization | None, group_size: int) -> bool:
-    """Whether ONNX Runtime's products need an even number of tokens."""
+    """Whether ONNX Runtime's products in groups of this size need an even number of tokens."""
     return quantization == "int4" and group_size > GROUP_SIZE
 
 
@@ -71,7 +72,7 @@ def int8(w: GraphWriter, x: str, zero: str, name: str, source: Source, size_in: 
 
 
 def dequantized(
-    w: GraphWriter, kind: Quantization, x: str, name: str, source: Source, size_in: int, size_out: int
+    w: GraphWriter, kind: Quantization, x: str, name: str, source: Source, size_in: int, size_out: int, group: int
 ) -> str:
     """Multiply by what a projection of few bits stands for, in the engine's dtype, which TensorRT does as it reads it.
 
@@ -83,15 +84,15 @@ def dequantized(
         weight, scale = w.int8_weight(f"{name}.weight", source, size_in, size_out)
         w.node("DequantizeLinear", [weight, w.compute(scale, step)], values, axis=1)
     else:
-        weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out)
+        weight, scale = w.int4_weight(f"{name}.weight", source, size_in, size_out, group)
         scale = w.compute(scale, step)
-        rows = w.node("DequantizeLinear", [weight, scale], f"{values}.rows", axis=1, block_size=w.group_size)
+        rows = w.node("DequantizeLinear", [weight, scale], f"{values}.rows", axis=1, block_size=group)
         w.node("Transpose", [rows], values, perm=[1, 0])
     return w.node("MatMul", [x, values], name)
 
 
-def int4(w: GraphWriter, x: str, name: str, source: Source, size_in: int, size_out: int) -> str:
+def int4(w: GraphWriter, x: str, name: str, source: Source, size_in: int, size_out: int, group: int) -> str:
     """Multiply by an int4 projection, with a scale per output and group of inputs."""
-    weights = w.int4_weight(f"{name}.weight", source, size_in, size_out)
-    sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": w.group_size, "accuracy_level": 4}
+    weights = w.int4_weight(f"{name}.weight", source, size_in, size_out, group)
+    sizes = {"K": size_in, "N": size_out, "bits": 4, "block_size": group, "accuracy_level": 4}
     return w.node("MatMulNBits", [x, *weights], name, domain=CONTRIB, **sizes)

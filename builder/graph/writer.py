@@ -70,15 +70,20 @@ class GraphWriter:
         dequantized: bool = False,
         convolved: bool = False,
         paired: bool = False,
+        paired_mlps: bool = False,
         group_size: int = GROUP_SIZE,
+        mlp_group_size: int = GROUP_SIZE,
     ) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
         self.packed = packed  # whether projections of one input become one product
         self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
         self.convolved = convolved  # whether a product is a convolution with a kernel of 1 over the tokens
         self.paired = paired  # whether products have an even number of tokens, the last one of zeros if need be
-        self.flattened = convolved or paired  # whether tokens are as `flat` makes them, outside attention
+        self.paired_mlps = paired_mlps and not paired  # whether those of MLPs alone have
+        # Whether tokens are as `flat` makes them, outside attention.
+        self.flattened = convolved or paired or paired_mlps
         self.group_size = group_size  # inputs of an int4 weight that share a scale
+        self.mlp_group_size = mlp_group_size  # likewise in the MLPs
         self.file = file  # of the weights
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
@@ -138,12 +143,11 @@ class GraphWriter:
         )
         return name, f"{name}_scale"
 
-    def int4_weight(self, name: str, source: Source, size_in: int, size_out: int) -> list[str]:
+    def int4_weight(self, name: str, source: Source, size_in: int, size_out: int, group: int) -> list[str]:
         """Declare an external int4 projection, two weights in a byte, and its f32 scales (out, groups).
 
         A kept one that is not around 0 has bytes of two zero points after them.
         """
-        group = self.group_size
         groups = size_in // group
         offset = self._begin()
         if self.dequantized:
@@ -197,20 +201,26 @@ class GraphWriter:
     def flat(self, x: str, size: int, name: str) -> str:
         """The tokens of all rows as the pixels of one picture, channels last: (1, 1, B S, size).
 
-        Paired, there is one of zeros more where B S is odd; `unpadded` takes it away.
+        Paired, their number is even; `unpadded` takes away what was added.
         """
         shape = f"tokens.flat.{size}"
         if shape not in self._flat:
             self._flat.add(self.constant(shape, np.array([1, 1, -1, size], np.int64)))
         if not self.paired:
             return self.node("Reshape", [x, shape], name)
-        return self.node("Pad", [self.node("Reshape", [x, shape], f"{name}.tokens"), "tokens.pads"], name)
+        return self.even(self.node("Reshape", [x, shape], f"{name}.tokens"), name)
+
+    def even(self, x: str, name: str) -> str:
+        """Flat tokens, and where their number is odd one of zeros more; `real` takes it away."""
+        return self.node("Pad", [x, "tokens.pads"], name)
+
+    def real(self, x: str) -> str:
+        """Flat tokens without the one that makes their number even."""
+        return self.node("Slice", [x, "tokens.first", "tokens.count", "tokens.axis"], f"{x}.real")
 
     def unpadded(self, x: str) -> str:
-        """Flat tokens without the one that makes their number even."""
-        if not self.paired:
-            return x
-        return self.node("Slice", [x, "tokens.first", "tokens.count", "tokens.axis"], f"{x}.real")
+        """Flat tokens as they leave products."""
+        return self.real(x) if self.paired else x
 
     def _convolution(self, x: str, name: str, source: Source, size_in: int, size_out: int, tokens: str | None) -> str:
         """The product as a convolution over one picture, whose pixels are the tokens."""

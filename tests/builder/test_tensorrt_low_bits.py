@@ -26,23 +26,24 @@ from nemodiff.runtime.engines.engine import causal
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra")
 
 
-def for_tensorrt(checkpoint: Path, folder: Path, kind: Quantization, group: int = 32) -> Path:
+def for_tensorrt(checkpoint: Path, folder: Path, kind: Quantization, **groups: int) -> Path:
     """The graph that TensorRT gets, in f32, with its weights."""
     opened = open_checkpoint(checkpoint)
-    graph = build_graph(opened.model, "f32", capacity=128, quantization=kind, group_size=group)
+    graph = build_graph(opened.model, "f32", capacity=128, quantization=kind, **groups)
     folder.mkdir()
     write_weights(graph, opened.tensors, folder / "model.onnx.data", lambda nbytes: None)
     onnx.save(graph.proto, folder / "model.onnx")
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", None), ("int4", 32), ("int4", 128)])
 def test_it_computes_what_the_cpu_engine_does_but_for_its_inputs_in_8_bits(
     kind: Quantization, group: int | None, tmp_path: Path
 ) -> None:
-    path = for_tensorrt(TINY_CHAT, tmp_path / "graph", kind, group or 32)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     builder = Builder(TINY_CHAT, tmp_path / "engine", quantization=kind, group_size=group)
+    groups = {name: getattr(builder.config, name) for name in ("group_size", "mlp_group_size")}
+    path = for_tensorrt(TINY_CHAT, tmp_path / "graph", kind, **groups)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     engine = nemodiff.load(builder.run(), threads=1)
     ids = nemodiff.generate(engine, "Count from 3 to 9.", max_new_tokens=60).token_ids
     pass_ = causal("verify", ids, 0, predict_all=True, logits=True)
@@ -78,7 +79,7 @@ def test_int4_is_of_signed_halves_of_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.trt
 @RTX
-@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", 32), ("int4", 128)])
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int4", None), ("int4", 32), ("int4", 128)])
 def test_tensorrt_rtx_builds_it_and_keeps_the_few_bits(kind: Quantization, group: int | None, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=512, intermediate_size=1024, head_dim=32)
     options: dict[str, Any] = {"backend": "tensorrt-rtx", "max_seq_len": 64, "choices": Choices(sm=(89,))}

@@ -151,6 +151,7 @@ def test_build_dry_run_writes_nothing(tmp_path: Path) -> None:
         "max_image_size": 0,
         "kv_cache_dtype": "auto",
         "group_size": 32,
+        "mlp_group_size": 32,
     }
     manifest = json.loads((tmp_path / "engine" / "manifest.json").read_text())
     assert set(manifest["files"]) == {p.name for p in (tmp_path / "engine").iterdir()} - {

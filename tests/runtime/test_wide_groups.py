@@ -1,4 +1,7 @@
-"""int4 weights in groups of 64 and 128: products of an even number of tokens, so a token always has the same bits."""
+"""int4 weights in groups of 64 and 128, of all projections or, by default, of MLPs alone.
+
+Products have an even number of tokens there, so a token always has the same bits.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,14 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}  # multiples of 64
 PRODUCT = "layers.0.mlp.gate_up_proj"
 
 
-@pytest.fixture(scope="module", params=[64, 128])
-def group(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+@pytest.fixture(scope="module", params=[64, 128, None])
+def group(request: pytest.FixtureRequest) -> int | None:
+    chosen: int | None = request.param
+    return chosen
 
 
 @pytest.fixture(scope="module")
-def engine(group: int, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+def engine(group: int | None, tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
     folder = tmp_path_factory.mktemp("wide") / "engine"
     Builder(TINY_CHAT, folder, quantization="int4", group_size=group).run()
     return nemodiff.load(folder, threads=1)
@@ -50,6 +54,32 @@ def test_a_group_has_one_scale(tmp_path: Path) -> None:
             over = np.abs((nibbles(arrays[mine]) - 8) * step - weight) / np.abs(step)
             assert over.max() <= 1.25
             assert np.mean(over) < 0.26
+
+
+def test_by_default_mlps_have_wider_groups_than_attention(tmp_path: Path) -> None:
+    folder = Builder(TINY_CHAT, tmp_path / "engine", quantization="int4").run()
+    arrays = stored(folder)
+    groups = {
+        name: 2 * arrays[name][0].size // arrays[f"{name}_scale"].shape[1]
+        for name in arrays
+        if f"{name}_scale" in arrays and "head" not in name
+    }
+    assert groups == {name: 128 if ".mlp." in name else 32 for name in groups}
+    assert len(groups) == 4 * read_engine(folder).model.num_layers
+
+
+def test_without_multiples_of_128_mlps_have_the_groups_of_attention(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, intermediate_size=192)
+    config = Builder(checkpoint, tmp_path / "engine", quantization="int4").config
+    assert (config.group_size, config.mlp_group_size) == (32, 32)
+
+
+def test_an_engine_from_before_mlps_had_groups_of_their_own(tmp_path: Path) -> None:
+    folder = Builder(TINY_CHAT, tmp_path / "engine", quantization="int4", group_size=64).run()
+    config = json.loads((folder / "config.json").read_text())
+    del config["build_config"]["mlp_group_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_engine(folder).build.mlp_group_size == 64
 
 
 def test_products_have_an_even_number_of_tokens(engine: LoadedEngine, tmp_path: Path) -> None:
@@ -146,10 +176,15 @@ def test_plan_and_inspect_name_the_group(tmp_path: Path) -> None:
     assert said in output_of(*command, "--dry-run")
     output_of(*command)
     assert said in output_of("inspect", target)
-    assert json.loads(output_of("inspect", target, "--json"))["engine"]["group_size"] == 128
+    engine = json.loads(output_of("inspect", target, "--json"))["engine"]
+    assert (engine["group_size"], engine["mlp_group_size"]) == (128, 128)
     assert (tmp_path / "engine" / "model.onnx.data").stat().st_size == plan["weight_bytes"]
-    narrow = Builder(TINY_CHAT, tmp_path / "none", quantization="int4").plan()
-    assert plan["memory_loaded"] < narrow.memory_loaded
+    default, narrow = (
+        Builder(TINY_CHAT, tmp_path / "none", quantization="int4", group_size=size).plan() for size in (None, 32)
+    )
+    assert plan["memory_loaded"] < default.memory_loaded < narrow.memory_loaded
+    said = [line for line in default.lines("tiny-chat", tmp_path) if "int4" in line]
+    assert ["f32 with int4 projections in groups of 32 (128 in the MLPs)," in line for line in said] == [True]
 
 
 def test_refusals(tmp_path: Path, refused: Refused) -> None:
@@ -168,14 +203,17 @@ def test_refusals(tmp_path: Path, refused: Refused) -> None:
     refused(build(tmp_path / "awq", "64"), "--group-size is 64, but a scale of the checkpoint is for 32 inputs")
 
 
+@pytest.mark.parametrize("name", ["group_size", "mlp_group_size"])
 @pytest.mark.parametrize("group", [96, "64", True, None])
-def test_an_engine_of_no_such_group(group: object, tmp_path: Path) -> None:
+def test_an_engine_of_no_such_group(group: object, name: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", **WIDE)
     folder = Builder(checkpoint, tmp_path / "engine", quantization="int4").run()
     config = json.loads((folder / "config.json").read_text())
-    config["build_config"]["group_size"] = group
+    config["build_config"][name] = group
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match=r"group_size is .* on onnxruntime, allowed: 32, 64, 128; build it again"):
+    with pytest.raises(
+        EngineError, match=rf"engine: {name} is .* on onnxruntime, allowed: 32, 64, 128; build it again"
+    ):
         read_engine(folder)
 
 
@@ -184,9 +222,12 @@ def test_the_reference_rounds_by_the_group() -> None:
     x[0, 0], x[0, 63] = 8, 0.1
     narrow, wide = (Arithmetic(np.float32, np.float32, "int4", group_size=g).weight(x, "projection") for g in (32, 64))
     np.testing.assert_allclose([narrow[0, 63], wide[0, 63]], [0.1, 0])
+    both = Arithmetic(np.float32, np.float32, "int4", mlp_group_size=64)
+    np.testing.assert_allclose([both.weight(x, part)[0, 63] for part in ("projection", "mlp")], [0.1, 0])
 
 
-def test_verify_finds_nothing_wrong(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", **WIDE)
-    engine = Builder(checkpoint, tmp_path / "engine", quantization="int4", group_size=64).run()
+@pytest.mark.parametrize("group", [64, None])
+def test_verify_finds_nothing_wrong(group: int | None, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", hidden_size=128, intermediate_size=256)
+    engine = Builder(checkpoint, tmp_path / "engine", quantization="int4", group_size=group).run()
     output_of("verify", str(engine), "--against", str(checkpoint), "-p", "one", "--max-new-tokens", "8")
