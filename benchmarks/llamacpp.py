@@ -95,7 +95,7 @@ def main() -> None:
     passes: dict[str, Any] = {}
     reads: dict[str, Any] = {}
     equal: dict[str, int] = {}
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, dict[str, float]]] = {}
     goals = []
     with tempfile.TemporaryDirectory() as work:
         twin = Exporter(args.checkpoint, Path(work) / "twin").run()
@@ -124,7 +124,7 @@ def main() -> None:
                 "llama_cpp": np.concatenate([other.forward(ids, 0, predict_all=True).copy() for ids in texts]),
             }
             exact = exact or logits
-            errors[kind] = {name: compared.error(got, exact[name]) for name, got in logits.items()}
+            errors[kind] = {name: compared.differences(got, exact[name]) for name, got in logits.items()}
             print(kind, passes[kind], reads[kind], errors[kind], flush=True)
             if kind == theirs:
                 goal = record.goal(f"one token, {kind}", passes[kind][1]["speed"], "at least", 1.0, "of llama.cpp")

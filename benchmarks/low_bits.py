@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import checkout  # noqa: F401  # isort: skip
 from common import compared, record
 from common.questions import LONGEST
@@ -61,21 +59,10 @@ def passes(engines: dict[str, LoadedEngine], rounds: int) -> dict[str, dict[int,
 
 
 def logit_errors(engines: dict[str, LoadedEngine]) -> dict[str, dict[str, float]]:
-    """How far the logits of questions with their answers are from f32's, by engine.
-
-    `same_best` is the share of positions with the same best token.
-    """
+    """How far the logits of questions with their answers are from f32's, by engine."""
     texts = compared.texts(engines["f32"])
     got = {name: compared.logits(engine, texts) for name, engine in engines.items()}
-    exact = got["f32"]
-    return {
-        name: {
-            "error": compared.error(one, exact),
-            "same_best": round(float(np.mean(one.argmax(-1) == exact.argmax(-1))), 4),
-            "positions": len(one),
-        }
-        for name, one in got.items()
-    }
+    return {name: {**compared.differences(one, got["f32"]), "positions": len(one)} for name, one in got.items()}
 
 
 def main() -> None:

@@ -90,9 +90,19 @@ def logits(engine: LoadedEngine, ids: Sequence[list[int]]) -> np.ndarray:
     return np.concatenate(got)
 
 
-def error(got: np.ndarray, exact: np.ndarray) -> float:
-    """The root mean square of what logits are off, over the standard deviation of the exact ones."""
-    return round(float(np.sqrt(np.mean((got - exact) ** 2)) / exact.std()), 6)
+def differences(got: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """How far logits (positions, V) are from the exact ones.
+
+    `error` is the root mean square of what they are off, over the standard deviation of the exact ones,
+    `kl_divergence` the mean of the distributions' in nats, `same_best` the share of positions with the same best token.
+    """
+    wanted, given = (logits - np.logaddexp.reduce(logits, -1, keepdims=True) for logits in (exact, got))
+    figures = {
+        "error": np.sqrt(np.mean((got - exact) ** 2)) / exact.std(),
+        "kl_divergence": (np.exp(wanted) * (wanted - given)).sum(-1).mean(),
+        "same_best": np.mean(got.argmax(-1) == exact.argmax(-1)),
+    }
+    return {name: round(float(figure), 6) for name, figure in figures.items()}
 
 
 def unequal_goals(asked: dict[str, Any]) -> list[dict[str, Any]]:
