@@ -13,7 +13,7 @@ from ..errors import RequestError
 from ..runtime.requests.options import FLAGS, OPTIONS, Options, make_options
 from ..runtime.requests.spellings import resolve
 from ..runtime.text.checks import check_text
-from ..runtime.text.files import read_text
+from ..runtime.text.files import called, read_text
 
 if TYPE_CHECKING:
     from ..runtime.loading import LoadedEngine
@@ -50,7 +50,7 @@ class Line:
 
 
 def read_lines(path: Path, *, as_json: bool) -> list[Line]:
-    """The prompts of a file of JSON lines, each with its keys and the values of its options checked.
+    """The prompts of JSON lines in a file, or standard input for `-`, with their keys and values of options checked.
 
     as_json: whether answers have a place for what belongs to tokens. Raises RequestError.
     """
@@ -58,6 +58,7 @@ def read_lines(path: Path, *, as_json: bool) -> list[Line]:
         texts = read_text(path).split("\n")
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file of JSON lines") from None
+    path = Path(called(path))
     lines = []
     for number, text in enumerate(texts, 1):
         if text.strip():

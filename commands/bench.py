@@ -47,7 +47,8 @@ from .inputs import spare_inputs
 @click.option(
     "--input-file",
     type=options.PATH,
-    help='Decode the prompts of this file, a JSON object with "prompt" or "messages" a line. [default: six short ones]',
+    help='Decode the prompts of this file, - for standard input: a JSON object with "prompt" or "messages" a line. '
+    "[default: six short ones]",
 )
 @click.option(
     "--max-new-tokens",
@@ -152,7 +153,7 @@ def _prompts(path: Path) -> list[Any]:
 
     lines = read_lines(path, as_json=True)
     if unused := sorted({name for line in lines for name in line.options}):
-        click.echo(f"Warning: {path}: bench does not use the options of lines ({', '.join(unused)})", err=True)
+        click.echo(f"Warning: {lines[0].path}: bench does not use the options of lines ({', '.join(unused)})", err=True)
     return [line.prompt for line in lines]
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..errors import RequestError
 from ..runtime.editing.methods import METHODS
-from ..runtime.text.files import read_text
+from ..runtime.text.files import called, read_text
 from . import options
 from .inputs import read_stdin
 from .streams import TEXT
@@ -83,7 +83,7 @@ def infill(
 @click.command()
 @options.engine
 @click.option("--text", type=TEXT, help="Revise this text. [default: standard input]")
-@click.option("--file", type=options.PATH, help="Revise the text of this file.")
+@click.option("--file", type=options.PATH, help="Revise the text of this file, - for standard input.")
 @options.editing_prompt
 @click.option(
     "--keep",
@@ -125,7 +125,7 @@ def revise(
     if file is not None:
         text = read_text(file).removesuffix("\n")
         if not text:
-            raise RequestError(f"{file}: no text to revise; give a file that holds some")
+            raise RequestError(f"{called(file)}: no text to revise; give a file that holds some")
     elif text is None:
         text = read_stdin("no text: give --text TEXT, --file FILE, or text on standard input")
     revised = revise_text(load(engine, threads=threads, device=device), text, **choices)

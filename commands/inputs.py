@@ -9,16 +9,12 @@ import click
 
 from ..engine_folder import CONFIG_FILE, MANIFEST_FILE, is_engine
 from ..engine_info import read_engine
-from ..runtime.text.files import not_utf8, plain
+from ..runtime.text.files import STDIN, read_text
 
 
 def read_stdin(missing: str) -> str:
     """All of standard input; `missing` is the refusal where it holds no text or is a terminal."""
-    try:  # standard input is None where it was closed
-        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise not_utf8("standard input", error) from None
-    text = plain(text)
+    text = "" if sys.stdin is None or sys.stdin.isatty() else read_text(STDIN)
     if not text.strip():
         raise click.UsageError(missing)
     return text.removesuffix("\n")

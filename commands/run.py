@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--input-file",
     type=options.PATH,
-    help='Answer every line of this file, a JSON object with "prompt" or "messages", and options by their names.',
+    help='Answer every line of this file, - for standard input: a JSON object with "prompt" or "messages", and options '
+    "by their names.",
 )
 @click.option(
     "--batch-size",
@@ -129,7 +130,7 @@ def run(
         )
     if refused and as_json:
         raise click.ClickException(
-            f'{input_file}: refused {refused} of {counted(len(prompts), "line")}; see "error" in their objects'
+            f'{prompts[0].path}: refused {refused} of {counted(len(prompts), "line")}; see "error" in their objects'
         )
     if refused:
         raise click.exceptions.Exit(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from ...errors import RequestError
 
+STDIN = Path("-")
 _BOM = "\ufeff"
 
 
@@ -15,11 +17,23 @@ def plain(text: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises RequestError where it is not UTF-8, OSError where it cannot be read."""
+    """The text of a file, or of standard input for `-`.
+
+    Raises RequestError where it is not UTF-8, OSError where it cannot be read.
+    """
     try:
-        return plain(path.read_bytes().decode("utf-8"))
+        return plain((_stdin() if path == STDIN else path.read_bytes()).decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise not_utf8(str(path), error) from None
+        raise not_utf8(called(path), error) from None
+
+
+def _stdin() -> bytes:
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()  # it is None where it was closed
+
+
+def called(path: Path) -> str:
+    """What messages call a file."""
+    return "standard input" if path == STDIN else str(path)
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> RequestError:

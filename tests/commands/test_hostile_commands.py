@@ -256,6 +256,25 @@ def test_input_file_that_cannot_be_read(tiny_engine: Path, tmp_path: Path, refus
     refused(["run", str(tiny_engine), "--input-file", path], f"{path}: ", "give a file of JSON lines")
 
 
+def test_a_hyphen_is_standard_input(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
+    text = '{"prompt": "Count from 3 to 9."}\n{"prompt": "Hi"}\n'
+    (tmp_path / "x.jsonl").write_text(text)
+
+    def shown(*words: str) -> str:
+        result = CliRunner().invoke(main, [words[0], str(tiny_engine), *words[1:]], input=text)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    few = ("--max-new-tokens", "4")
+    assert shown("run", "--input-file", "-", *few) == shown("run", "--input-file", str(tmp_path / "x.jsonl"), *few)
+    assert shown("revise", "--file", "-") == shown("revise")
+    line = ["run", str(tiny_engine), "--input-file", "-"]
+    refused(line, "standard input, line 1: not JSON", stdin="{")
+    refused(line, "standard input: no prompts; give a file of JSON lines")
+    refused(line, "standard input: not UTF-8 at byte 0", stdin=b"\xff")
+    refused([*line, "--json-schema", "-"], "standard input: no prompts", stdin="{}")  # which is read once
+
+
 @pytest.mark.parametrize("rows", ["0", "9"])
 def test_batch_beyond_the_engine_is_refused(tiny_engine: Path, tmp_path: Path, refused: Refused, rows: str) -> None:
     (tmp_path / "x.jsonl").write_text('{"prompt": "x"}')
@@ -275,6 +294,7 @@ def test_line_ends_of_unicode_do_not_end_a_line(tiny_engine: Path, tmp_path: Pat
     [
         pytest.param("run", "no prompt: give --prompt", id="run"),
         pytest.param("chat", "standard input is closed", id="chat"),
+        pytest.param("revise", "no text: give --text", id="revise"),
     ],
 )
 def test_closed_standard_input(tiny_engine: Path, command: str, fragment: str) -> None:
