@@ -11,8 +11,8 @@ from typing import Any
 
 from ..engine_folder import engine_digest
 from ..engine_info import EngineInfo, read_engine
-from ..errors import EngineError, NemodiffError, RequestError
-from ..runtime.loading import check_device, check_rows
+from ..errors import EngineError, NemodiffError
+from ..runtime.loading import check_device, check_rows, check_threads
 from ..runtime.requests.options import make_options
 from ..runtime.requests.settings import settle
 from ..runtime.text.codec import TextCodec
@@ -115,11 +115,8 @@ def _results(
     on_gpu = check_device(job.device, backend) != "cpu" and backend != "onnxruntime" and (gpus > 0 or job.device)
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     machines = [count for count in cpus if count > 0]
-    if job.threads and machines and job.threads > max(machines) and not on_gpu:
-        raise RequestError(  # Ray would wait without end for a machine that has so many
-            f"--threads is {job.threads}, allowed: 1 to {max(machines)}, the processors of the largest machine; give "
-            "fewer, or leave it out"
-        )
+    if job.threads and machines and not on_gpu:  # Ray would wait without end for a machine that has so many
+        check_threads(job.threads, max(machines), "the largest machine")
     workers = job.workers or (gpus if on_gpu else len(machines)) or 1
     workers = min(workers, max(1, len(shards)))
     threads = job.threads or max(1, min(machines) * len(machines) // max(workers, len(machines)))

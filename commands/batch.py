@@ -48,7 +48,11 @@ from .streams import TEXT
 )
 @click.option("--raw", is_flag=True, help="Continue the prompts as they are, without the chat template.")
 @options.generation_config
-@options.threads
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    help="Use this many CPU threads in each worker. [default: a machine's, shared by its workers]",
+)
 @options.device
 def batch(
     engine: Path,

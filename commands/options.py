@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,22 @@ _NOTES = {
 
 _FILES = ("json_schema", "tools", "chat_template_kwargs")  # options of JSON
 
+
+def _check_threads(_context: click.Context, _option: click.Parameter, threads: int | None) -> int | None:
+    if threads is not None:
+        from ..runtime.loading import check_threads
+
+        check_threads(threads, os.cpu_count() or 1, "this machine")
+    return threads
+
+
 engine = click.argument("engine", type=PATH)
-threads = click.option("--threads", type=click.IntRange(1), help="Use this many CPU threads. [default: one per core]")
+threads = click.option(
+    "--threads",
+    type=click.IntRange(1),
+    callback=_check_threads,
+    help="Use this many CPU threads. [default: one per core]",
+)
 device = click.option(
     "--device", help="Run on cpu, cuda or cuda:N. [default: the device that the engine was built for]"
 )

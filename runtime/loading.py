@@ -168,6 +168,15 @@ def check_device(device: object, backend: str) -> Any:
     return "cpu" if match[1] else int(match[2] or 0)
 
 
+def check_threads(threads: int, processors: int, machine: str) -> None:
+    """Refuse a user's number of threads that a machine has no processors for. Raises RequestError."""
+    if threads > processors:
+        raise RequestError(
+            f"--threads is {threads}, allowed: 1 to {processors}, the processors of {machine}; give fewer, or leave it "
+            "out"
+        )
+
+
 def check_rows(info: EngineInfo, rows: object) -> None:
     """Refuse a number of rows that the engine was not built for. Raises RequestError."""
     limit = info.build.max_batch_size

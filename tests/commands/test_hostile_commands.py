@@ -181,6 +181,13 @@ def test_values_out_of_range_are_refused(
     refused(["run", str(tiny_engine), "-p", "x", *flags], *fragments)
 
 
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_more_threads_than_processors_are_refused(tiny_engine: Path, refused: Refused, command: str) -> None:
+    count = os.cpu_count() or 1
+    words = [command, str(tiny_engine), "--threads", str(count + 1)]
+    refused(words, f"--threads is {count + 1}, allowed: 1 to {count}, the processors of this machine; give fewer")
+
+
 def test_prompt_that_does_not_fit_is_refused_with_the_numbers(tiny_engine: Path, refused: Refused) -> None:
     line = refused(
         ["run", str(tiny_engine)],
