@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
+from ..engine_info import read_engine
 from ..errors import RequestError
 from ..runtime.text.files import read_text
 from .streams import TEXT, typed
@@ -96,6 +97,7 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def loads(*args: Any, **choices: Any) -> Any:
+        _warn_of_memory(click.get_current_context())
         chosen = {name: choices.pop(name) for name in ("threads", "device", "gpu_memory_utilization", "tp_size")}
         return command(*args, loading={**chosen, "warmup": not choices.pop("no_warmup")}, **choices)
 
@@ -183,6 +185,12 @@ def warn_unused(ctx: click.Context, names: Iterable[str], where: str) -> None:
     for name in names:
         if _given(ctx, name):
             click.echo(f"Warning: {flag(name)} has no effect in {where}", err=True)
+
+
+def _warn_of_memory(ctx: click.Context) -> None:
+    share = "gpu_memory_utilization"
+    if _given(ctx, share) and (backend := read_engine(ctx.params["engine"]).manifest.backend) != "torch":
+        warn_unused(ctx, (share,), f"an engine for {backend}")
 
 
 def _check_together(ctx: click.Context) -> None:

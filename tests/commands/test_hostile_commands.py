@@ -485,6 +485,13 @@ def test_a_choice_that_mode_ar_has_not_is_warned_of(tiny_engine: Path, flags: li
     assert (warned.exit_code, other.stderr) == (0, "")
 
 
+def test_an_option_that_a_backend_has_not_is_warned_of(tiny_engine: Path) -> None:
+    words = ["chat", str(tiny_engine), "--gpu-memory-utilization", "0.5"]
+    warned = CliRunner().invoke(main, words, input="")
+    assert warned.stderr == "Warning: --gpu-memory-utilization has no effect in an engine for onnxruntime\n"
+    assert warned.exit_code == 0
+
+
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_a_file_without_prompts_is_named(tiny_engine: Path, tmp_path: Path, refused: Refused, text: str) -> None:
     (tmp_path / "empty.jsonl").write_text(text)
