@@ -37,6 +37,7 @@ from .runtime.sampling.policies import POLICIES
 
 _INTERRUPTED = 128 + 2  # SIGINT
 _UNREAD = 128 + 13  # SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only of the standard streams do these come without a file's name
 
 
 class _Group(click.Group):
@@ -64,10 +65,11 @@ def _one_line() -> Iterator[None]:
     except NemodiffError as error:
         raise click.ClickException(one_line(str(error))) from None
     except OSError as error:
+        abandon_streams()
         if error.errno == errno.EPIPE:
-            abandon_streams()
             raise click.exceptions.Exit(_UNREAD) from None
-        text = f"{error.filename or 'input/output'}: {error.strerror or error}; check the path and its disk"
+        place = error.filename or ("standard output" if error.errno in _FULL else "input/output")
+        text = f"{place}: {error.strerror or error}; check the path and its disk"
         raise click.ClickException(one_line(text)) from None
     except MemoryError:
         raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None

@@ -24,7 +24,7 @@ def settle_streams() -> None:
 
 
 def abandon_streams() -> None:
-    """Drop what standard output and error hold for a reader that is gone, so that Python's end does not try it."""
+    """Drop what standard output and error hold and cannot get rid of, so that Python's end does not try it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

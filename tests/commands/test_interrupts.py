@@ -127,10 +127,14 @@ def test_a_reader_that_is_gone(tiny_engine: Path, words: list[str]) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("words", [["--version"], ["run", "--help"]], ids=lambda words: words[0])
-def test_an_output_that_is_full(words: list[str]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_full(words: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([*NEMODIFF, *words], stdout=full, stderr=subprocess.PIPE, timeout=120, check=False)
-    assert_one_line(done.stderr.decode(), "No space left on device; check the path and its disk")
+        done = subprocess.run(
+            [*NEMODIFF, *words], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=120, check=False
+        )
+    assert_one_line(done.stderr.decode(), "standard output: No space left on device; check the path and its disk")
     assert done.returncode == 1
 
 
