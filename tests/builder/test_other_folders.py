@@ -85,3 +85,19 @@ def test_what_nemodiff_made_is_no_checkpoint_and_says_which_is(
 def test_a_checkpoint_with_a_manifest_of_others_is_built(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").write_text('{"name": "a progressive web app"}')
     assert Builder(checkpoint, checkpoint.parent / "engine").run().is_dir()
+
+
+@pytest.mark.parametrize("named", ["model.Q4_K_M.gguf", "."], ids=["file", "folder"])
+def test_gguf_is_not_read(tmp_path: Path, refused: Refused, named: str) -> None:
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+    for command in ("build", "export"):
+        words = [command, str(folder / named), "-o", str(tmp_path / "new")]
+        line = refused(words, f"{folder / 'model.Q4_K_M.gguf'}: GGUF is not read, allowed: a folder with config.json")
+        assert line.endswith("safetensors files; give the checkpoint that it was made from")
+
+
+def test_gguf_beside_a_checkpoint_is_passed_over(checkpoint: Path) -> None:
+    (checkpoint / "model.gguf").write_bytes(b"GGUF")
+    assert Builder(checkpoint, checkpoint.parent / "engine").run().is_dir()
