@@ -62,7 +62,7 @@ def evaluate(
     lm = EngineLM(engine, rows=rows, chat=chat, thinking=bool(options.get("thinking")))
     loaded = _load(tasks, num_fewshot)
     results = {}
-    for mode in modes:
+    for mode in dict.fromkeys(modes):
         shared = {name: value for name, value in options.items() if mode == "diffusion" or name not in _OF_DIFFUSION}
         lm.options, lm.work = {**shared, "mode": mode}, {}
         began = time.perf_counter()

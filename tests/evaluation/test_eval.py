@@ -204,6 +204,25 @@ def test_what_a_task_says_of_generation_becomes_options() -> None:
         _options({"num_beams": 4})
 
 
+def test_a_mode_that_is_named_twice_is_measured_once(
+    engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.evaluator
+
+    from nemodiff.evaluation import evaluate as evaluation
+
+    measured: list[str] = []
+
+    def found(lm: Any, tasks: None, **choices: Any) -> dict[str, Any]:
+        measured.append(lm.options["mode"])
+        return {"n-samples": {}, "results": {}}
+
+    monkeypatch.setattr(evaluation, "_load", lambda tasks, num_fewshot: None)
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", found)
+    assert list(evaluation.evaluate(engine, ["x"], ["diffusion", "ar", "diffusion"])["modes"]) == measured
+    assert measured == ["diffusion", "ar"]
+
+
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
