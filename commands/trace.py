@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from .answers import one_line
 from .inputs import spare_inputs
 from .options import OUTPUT_FILE, PATH
 
@@ -19,9 +20,9 @@ def trace() -> None:
 @click.argument("file", type=PATH)
 def show(file: Path) -> None:
     """Summarize each request in FILE, a trace in JSON lines: its passes, times and drafts."""
-    from ..runtime.events.trace import read, summary
+    from ..runtime.events.trace import read
 
-    click.echo("\n".join(summary(read(file))))
+    click.echo("\n".join(one_line(line) for line in read(file)[1]))
 
 
 @trace.command()
@@ -37,7 +38,7 @@ def view(files: tuple[Path, ...], output: Path) -> None:
     from ..whole_file import whole
 
     spare_inputs(output, *files)
-    text = html([(file.stem, read(file)) for file in files])
+    text = html([(file.stem, read(file)[0]) for file in files])
     with whole(output) as stage:
         stage.write_text(text, encoding="utf-8")
     click.echo(f"written      {output}; open it in a browser", err=True)

@@ -109,23 +109,24 @@ def _named(what: str, track: int, name: str) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": 1, "tid": track, "args": {"name": name}}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a file of JSON lines, its header left out. Raises RequestError."""
+def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a file of JSON lines, its header left out, and their summary. Raises RequestError."""
+    told: list[str] = []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        header = lines[0]
-        right = header["event"] == "trace" and all(isinstance(line["event"], str) for line in lines)
+        header, *events = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines())
+        right = header["event"] == "trace"
         if right and header["schema"] == SCHEMA:
-            summary(lines[1:])  # whose fields must be there
+            right = all(isinstance(event["event"], str) and type(event["request"]) is int for event in events)
+            told = summary(events)  # whose fields must be there
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file written by: nemodiff run --trace FILE") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         right = False
     if not right:
         raise RequestError(f"{path}: not JSON lines of events; write them with: nemodiff run --trace FILE.jsonl")
     if header["schema"] != SCHEMA:
         raise RequestError(f"{path}: schema is {header['schema']!r}, allowed: {SCHEMA}; write it again")
-    return lines[1:]
+    return events, told
 
 
 def summary(events: Iterable[dict[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ from stand_ins.toy_engine import toy
 
 import nemodiff
 from nemodiff.cli import main
+from nemodiff.runtime.events import trace
 from nemodiff.runtime.events.trace import record
 
 PROMPT = "Count from 3 to 9."
@@ -157,6 +158,9 @@ def test_without_a_path_or_an_event_there_is_no_file(engine: nemodiff.LoadedEngi
         ('{"event": "trace", "schema": 1}\n{"event": "finished", "request": 0, "generation": 5}\n', "not JSON lines"),
         ('{"event": "trace", "schema": 2}\n', "schema is 2, allowed: 1"),
         ("\udcff", "not JSON lines of events"),
+        ("[" * 100_000, "not JSON lines of events"),
+        ('{"event": "trace", "schema": 1}\n{"event": "text", "request": "0"}\n', "not JSON lines of events"),
+        ('{"event": "trace", "schema": 1}\n{"event": "text"}\n', "not JSON lines of events"),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: str | None, fragment: str) -> None:
@@ -164,6 +168,21 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: 
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
     refused(["trace", "show", str(path)], str(path), fragment)
+    refused(["trace", "view", str(path), "-o", str(tmp_path / "page.html")], str(path), fragment)
+
+
+def test_a_summary_is_made_once_and_is_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"event": "step", "request": 0, "kind": "decode\x1b[2J", "seconds": 0.25, "kept": None}
+    answer = {"mode": "ar", "prompt_tokens": 1, "token_ids": [5], "finish_reason": "stop", "reused_tokens": 0}
+    end = {"event": "finished", "request": 0, "generation": answer, "ttft_ms": 1, "itl_ms": None}
+    lines = [{"event": "trace", "schema": 1}, step, {**end, "longest_gap_ms": None}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made: list[int] = []
+    whole = trace.summary
+    monkeypatch.setattr(trace, "summary", lambda events: made.append(1) or whole(events))
+    shown = run("trace", "show", tmp_path / "t.jsonl").stdout
+    assert shown.startswith("request 0, ar: 1 token in, 1 out (stop); 1 decode\\x1b[2J 250.0 ms; 1.0 ms to the first")
+    assert made == [1]
 
 
 def test_a_trace_that_cannot_be_written_is_one_line(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
