@@ -32,6 +32,7 @@ from ..engine_folder import (
     VISION_TENSORS_FILE,
     VISION_WEIGHTS_FILE,
     WEIGHTS_FILE,
+    made_as,
 )
 from ..errors import BuildError
 from . import swap
@@ -74,7 +75,13 @@ ENGINE = Kind(
 
 
 def check_target(target: Path, kind: Kind = ENGINE) -> None:
-    """Refuse an output that would destroy something other than a folder of this kind. Raises BuildError."""
+    """Refuse an output that lies in an engine or would destroy what is no folder of this kind. Raises BuildError."""
+    for above in resolved(target).parents:
+        made = made_as(above)
+        if made is not None and made[0] == "an engine":
+            raise BuildError(
+                f"{target}: lies in the engine {above}, which could not be replaced then; choose another {kind.option}"
+            )
     if target.is_dir():
         ours = (target / kind.marker).is_file()
         if not ours and not all(stays(path.name) for path in target.iterdir()):

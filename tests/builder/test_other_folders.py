@@ -87,6 +87,17 @@ def test_a_checkpoint_with_a_manifest_of_others_is_built(checkpoint: Path) -> No
     assert Builder(checkpoint, checkpoint.parent / "engine").run().is_dir()
 
 
+def test_nothing_is_built_inside_an_engine(checkpoint: Path, refused: Refused) -> None:
+    engine = Builder(checkpoint, checkpoint.parent / "engine").run()
+    (checkpoint.parent / "manifest.json").write_text('{"name": "a progressive web app"}')  # in which engines may lie
+    said = f"lies in the engine {engine}, which could not be replaced then; choose another --"
+    for inside in (engine / "sub", engine / "sub" / "sub"):
+        refused(["build", str(checkpoint), "-o", str(inside)], f"{inside}: {said}output")
+        refused(["export", str(checkpoint), "-o", str(inside)], f"{inside}: {said}output")
+    refused(["triton", "export", str(engine), "--repo", str(engine)], f"{engine / 'nemodiff'}: {said}repo")
+    assert Builder(checkpoint, engine).run() == engine
+
+
 @pytest.mark.parametrize("named", ["model.Q4_K_M.gguf", "."], ids=["file", "folder"])
 def test_gguf_is_not_read(tmp_path: Path, refused: Refused, named: str) -> None:
     folder = tmp_path / "llama.cpp"
