@@ -5,19 +5,18 @@ Nothing is timed here. A cut checkpoint is written and built for real; the full 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+from stand_ins.scripts import load_script
 
 from nemodiff import generate, load
 from nemodiff.builder.build import Builder
@@ -57,16 +56,7 @@ PUBLISHED = {"3b": (3_831_659_520, 237), "8b": (8_489_553_920, 309), "14b": (13_
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1024}
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MAKE: Any = script("make_checkpoint")
+MAKE: Any = load_script(FOLDER / "make_checkpoint.py")
 
 
 @pytest.mark.parametrize("size", sorted(PUBLISHED))

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_ins.scripts import load_script
 from stand_ins.torch_graphs import RecordingDevice
 
 from nemodiff.runtime.engines.engine import causal
@@ -39,12 +40,7 @@ def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _program() -> Any:
     """`benchmarks/gpu.py`, which shares its name with the package of its parts."""
-    spec = importlib.util.spec_from_file_location("gpu_program", FOLDER / "gpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program
+    return load_script(FOLDER / "gpu.py")
 
 
 @pytest.fixture

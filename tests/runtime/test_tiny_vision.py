@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stand_ins.scripts import load_script
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -22,12 +22,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "tiny-vision"
 
 @pytest.fixture(scope="module")
 def pictures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_vision_make_pictures", FOLDER / "make_pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FOLDER / "make_pictures.py")
 
 
 def test_pictures_hold_what_their_scene_says(pictures: ModuleType) -> None:

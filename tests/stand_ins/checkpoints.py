@@ -1,6 +1,5 @@
 """Checkpoints for tests: the path of tiny-chat, its data generator, and small random folders in the released layout."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+from stand_ins.scripts import load_script
 
 TINY_CHAT = Path(__file__).parents[2] / "examples" / "tiny-chat"
 TINY_CHAT_2 = TINY_CHAT.with_name("tiny-chat-2")
@@ -26,12 +26,7 @@ SMALL: dict[str, Any] = {
 
 def load_make_data() -> ModuleType:
     """The example's data generator, which is not part of any package."""
-    spec = importlib.util.spec_from_file_location("tiny_chat_make_data", TINY_CHAT / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(TINY_CHAT / "make_data.py")
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
