@@ -28,8 +28,12 @@ from click.testing import CliRunner
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.tool_templates import tool_engine
 
+import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
+from nemodiff.builder.export import Exporter
 from nemodiff.cli import main
+from nemodiff.config import ModelConfig
 
 PLAN = re.compile(
     r"(checkpoint|parameters|images|twin|left out|engine|split|disk|KV cache|memory|fits( here)?|ignored|note|"
@@ -72,6 +76,24 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def xml_tool_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-chat with a template that shows tools and writes calls as XML; read it, never change it."""
     return tool_engine(tmp_path_factory.mktemp("engines") / "tools", "xml")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    """tiny-chat, loaded anew for each file of tests."""
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    """tiny-chat's config."""
+    return open_checkpoint(TINY_CHAT).model
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat's twin; read it, never change it."""
+    return Exporter(TINY_CHAT, tmp_path_factory.mktemp("twins") / "tiny-chat").run()
 
 
 @pytest.fixture

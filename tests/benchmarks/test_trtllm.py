@@ -17,8 +17,6 @@ import pytest
 from stand_ins.checkpoints import TINY_CHAT
 from tokenizers import Tokenizer
 
-from nemodiff.builder.export import Exporter
-
 ROOT = Path(__file__).parents[2]
 STAND_IN = '''
 """A stand-in for TensorRT-LLM, made by nemodiff's tests: it looks answers up."""
@@ -74,11 +72,6 @@ class LLM:
     def output(self, ids):
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)])
 '''
-
-
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Exporter(TINY_CHAT, tmp_path_factory.mktemp("twins") / "tiny-chat").run()
 
 
 @pytest.fixture

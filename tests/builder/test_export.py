@@ -80,12 +80,6 @@ def continued(model: Any, ids: list[int], limit: int) -> list[int]:
 # ---- what transformers says ----
 
 
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/tiny-chat's twin; read it, never change it."""
-    return Exporter(TINY_CHAT, tmp_path_factory.mktemp("twins") / "tiny-chat").run()
-
-
 @pytest.mark.torch
 def test_twin_gives_the_tokens_of_mode_ar(twin: Path, tiny_engine: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -25,11 +25,6 @@ from nemodiff.cli import main
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
-
-
 @pytest.mark.parametrize(
     ("flags", "fragments"),
     [

@@ -27,11 +27,6 @@ MODES = ("ar", "diffusion", "linear_spec")
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-chat-2's questions as three tasks, some of which tiny-chat can answer."""
     folder = tmp_path_factory.mktemp("tasks")

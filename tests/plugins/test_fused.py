@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import INTERPRETED, MASK, launch, launch_head, released
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
@@ -27,11 +25,6 @@ from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
 from nemodiff.tensorrt_info import Kernel
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -13,11 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.function_body import run
 from stand_ins.kernel_launch import INTERPRETED, bf16_products, causal, groups, launch, rounded
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
@@ -149,11 +147,6 @@ def test_the_reference_of_a_query_that_sees_nothing() -> None:
     assert (block_attention.reference(case.q, case.k, case.v, case.visible, SCALE) == 0).all()
     assert np.isfinite(by_onnxruntime(case, "f32", -np.inf)).all()
     assert np.isfinite(by_onnxruntime(case, "f16", -np.inf)).all()
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 @on_device

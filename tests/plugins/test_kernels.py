@@ -18,10 +18,8 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import DEVICE, INTERPRETED, MASK, bf16_products, causal, groups, launch, released, rounded
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels, ptx_version, stages
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
@@ -42,11 +40,6 @@ def gumbel_of(words, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def attention_model(tiny: ModelConfig, heads: int, kv_heads: int, width: int) -> ModelConfig:

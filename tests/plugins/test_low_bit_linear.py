@@ -10,10 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, of_f32, rounded
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.low_bits import quantise_int4, quantise_rows
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Quantization
@@ -26,11 +24,6 @@ __all__ = ["bf16_products"]  # a fixture
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 EIGHT: tuple[Quantization, ...] = ("fp8", "int8")
 pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import (
     DEVICE,
     INTERPRETED,
@@ -29,7 +28,6 @@ from stand_ins.kernel_launch import (
     rounded,
 )
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.contract import PAGE, KvBits
 from nemodiff.plugins import KV_BITS, SAMPLED
@@ -48,11 +46,6 @@ __all__ = ["bf16_products"]  # a fixture
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def flat(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

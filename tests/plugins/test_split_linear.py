@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, of_f32, rounded
 
-from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.config import ModelConfig
 from nemodiff.plugins.ops import low_bit_linear, split_linear
 from nemodiff.plugins.ops.low_bit_linear import BLOCK_K
 
 __all__ = ["bf16_products"]  # a fixture
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def product(

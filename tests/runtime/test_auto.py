@@ -1,7 +1,5 @@
 """Planned block lengths and modes: always AR's tokens, and the plan that follows from the cost and the acceptance."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,11 +21,6 @@ CHOICES = [
 ]
 FREE, EACH_PAID = CostCurve((1, 512), (1.0, 1.0)), CostCurve((1, 512), (1.0, 512.0))
 MIXED = CostCurve((1, 32), (1.0, 3.0))
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
 
 
 @settings(max_examples=25)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import equality
@@ -18,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference
-from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
 from nemodiff.runtime.sampling.commit import Policy
@@ -27,16 +25,6 @@ from nemodiff.runtime.sampling.softmax import entropies, probability
 QUESTIONS = equality.questions(30)
 CAUSAL = ("ar", "linear_spec", "quadratic_spec")
 SCHEMA, REGEX = equality_sampled.SCHEMA, equality_sampled.REGEX
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
-
-
-@pytest.fixture(scope="module")
-def model() -> reference.ReferenceModel:
-    return reference.ReferenceModel.load(TINY_CHAT)
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
@@ -107,14 +95,14 @@ def test_thinking_ends_with_its_budget(
 @pytest.mark.parametrize("mode", CAUSAL)
 @pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "top_k": 3, "repetition_penalty": 1.2}])
 def test_logprobs_are_the_models_own(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, mode: str, params: dict[str, Any]
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, mode: str, params: dict[str, Any]
 ) -> None:
     prompt = engine.text.encode_chat([{"role": "user", "content": QUESTIONS[3]}])
     answer = nemodiff.generate(engine, prompt, mode=mode, logprobs=4, max_new_tokens=30, **params)
     assert answer.token_ids == nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=30, **params).token_ids
     assert answer.logprobs is not None
-    logits = model.logits(prompt[:-1], [prompt[-1], *answer.token_ids[:-1]], False).astype(np.float64)
-    logits[:, model.mask_id] = -np.inf
+    logits = oracle.logits(prompt[:-1], [prompt[-1], *answer.token_ids[:-1]], False).astype(np.float64)
+    logits[:, oracle.mask_id] = -np.inf
     expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     for position, token, got in zip(expected, answer.token_ids, answer.logprobs, strict=True):
         assert got.logprob == pytest.approx(position[token], abs=1e-3)

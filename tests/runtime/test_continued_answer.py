@@ -30,11 +30,6 @@ def templated(folder: Path, source: str) -> TextCodec:
     return TextCodec(folder)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_an_answer_goes_on_where_its_beginning_ends(engine: nemodiff.LoadedEngine, mode: str) -> None:
     options: dict[str, Any] = {"mode": mode, "block_length": 4, "max_new_tokens": 30}

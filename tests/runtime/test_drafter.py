@@ -22,11 +22,6 @@ from nemodiff.builder.build import Builder
 QUESTIONS = equality.questions(4)
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
-    return equality.Setup.make(tmp_path_factory.mktemp("equality"))
-
-
 @pytest.mark.parametrize("mode", ["linear_spec", "quadratic_spec"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_adapter_acts_on_every_drafted_token_and_on_no_other(setup: equality.Setup, mode: str, question: str) -> None:

@@ -23,16 +23,6 @@ from nemodiff.runtime.engines.onnxruntime import forward
 PROMPT = [130 + (i * 7) % 200 for i in range(20)]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
-
-
-@pytest.fixture(scope="module")
-def oracle() -> reference.ReferenceModel:
-    return reference.ReferenceModel.load(TINY_CHAT)
-
-
 def published_config(**changes: Any) -> ModelConfig:
     """The 8B model's config.json as published, cut in size but not in rotation."""
     rope = {

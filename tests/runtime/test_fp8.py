@@ -24,7 +24,6 @@ from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
-from nemodiff.config import ModelConfig
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import CheckpointError
 from nemodiff.plugins.ops import low_bit_linear
@@ -33,11 +32,6 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 pytestmark = pytest.mark.torch
-
-
-@pytest.fixture(scope="module")
-def tiny() -> ModelConfig:
-    return open_checkpoint(TINY_CHAT).model
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

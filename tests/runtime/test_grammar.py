@@ -8,7 +8,6 @@ import enum
 import json
 import pathlib
 import uuid
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,11 +38,6 @@ LATER: dict[str, Any] = {
     "required": ["first", "second"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
 
 
 def compiled(engine: nemodiff.LoadedEngine, source: Any, kind: str = "json_schema", **options: Any) -> Grammar:

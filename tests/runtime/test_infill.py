@@ -19,7 +19,7 @@ from conftest import Refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference
-from stand_ins.checkpoints import TINY_CHAT, load_make_data
+from stand_ins.checkpoints import load_make_data
 
 import nemodiff
 from nemodiff.cli import main
@@ -34,60 +34,50 @@ CODE = "Write a Python function that returns the sum of a and b."
 ANSWER = 'def add(a, b):\n    """Return the sum of a and b."""\n    result = a + b\n    return result'
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-@pytest.fixture(scope="module")
-def model() -> reference.ReferenceModel:
-    return reference.ReferenceModel.load(TINY_CHAT)
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def oracle_block(model: reference.ReferenceModel, before: list[int], size: int, after: list[int]) -> list[int]:
-    block = [model.mask_id] * size + after[: max(0, 32 - size)]
-    while model.mask_id in block:
-        block = reference.commit_rule(model.mask_id, block, 0.9, (), *model.forward(before, block, True))
+def oracle_block(oracle: reference.ReferenceModel, before: list[int], size: int, after: list[int]) -> list[int]:
+    block = [oracle.mask_id] * size + after[: max(0, 32 - size)]
+    while oracle.mask_id in block:
+        block = reference.commit_rule(oracle.mask_id, block, 0.9, (), *oracle.forward(before, block, True))
     return block[:size]
 
 
 def oracle_search(
-    model: reference.ReferenceModel, before: list[int], sizes: range, after: list[int], width: int
+    oracle: reference.ReferenceModel, before: list[int], sizes: range, after: list[int], width: int
 ) -> list[int]:
     """Every beam of every requested size is scored in full, none is left out early."""
     beams, best = [(0.0, [])], (-math.inf, [])  # type: ignore[var-annotated]
     for size in range(1, sizes[-1] + 1):
         grown = []
         for score, tokens in beams:
-            last = log_softmax(model.logits(before[:-1], [before[-1], *tokens], False)[-1:])[0]
-            last[[model.mask_id, *model.eos]] = -math.inf
+            last = log_softmax(oracle.logits(before[:-1], [before[-1], *tokens], False)[-1:])[0]
+            last[[oracle.mask_id, *oracle.eos]] = -math.inf
             grown += [(score + last[t], [*tokens, int(t)]) for t in np.argsort(-last)[:width]]
         beams = sorted(grown, key=lambda beam: -beam[0])[:width]
         for score, tokens in beams if size in sizes else []:
-            whole = log_softmax(model.logits(before[:-1], [before[-1], *tokens, *after[:-1]], False))
+            whole = log_softmax(oracle.logits(before[:-1], [before[-1], *tokens, *after[:-1]], False))
             total = score + (sum(whole[len(tokens) + i, t] for i, t in enumerate(after)))
             best = max(best, (total, tokens), key=lambda beam: beam[0])
     return best[1]
 
 
-def oracle_revise(model: reference.ReferenceModel, before: list[int], ids: list[int], keep: float) -> list[int]:
+def oracle_revise(oracle: reference.ReferenceModel, before: list[int], ids: list[int], keep: float) -> list[int]:
     done: list[int] = []
     for start in range(0, len(ids), 32):
         block, context = ids[start : start + 32], before + done
         for _ in range(4):
-            own = log_softmax(model.logits(context[:-1], [context[-1], *block[:-1]], False))
+            own = log_softmax(oracle.logits(context[:-1], [context[-1], *block[:-1]], False))
             sure = [math.exp(own[i, t]) >= keep for i, t in enumerate(block)]
             if all(sure):
                 break
-            after = [t if s else model.mask_id for t, s in zip(block, sure, strict=True)]
-            while model.mask_id in after:
-                after = reference.commit_rule(model.mask_id, after, 0.9, (), *model.forward(context, after, True))
+            after = [t if s else oracle.mask_id for t, s in zip(block, sure, strict=True)]
+            while oracle.mask_id in after:
+                after = reference.commit_rule(oracle.mask_id, after, 0.9, (), *oracle.forward(context, after, True))
             if after == block:
                 break
             block = after
@@ -96,7 +86,7 @@ def oracle_revise(model: reference.ReferenceModel, before: list[int], ids: list[
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, seed: int) -> None:
+def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, seed: int) -> None:
     """Two holes; the text between them is what the first one sees, and the second one sees what filled the first."""
     rng = random.Random(100 + seed)
     _, question, answer = DATA.example(rng)
@@ -113,28 +103,28 @@ def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, model: referen
     for i, size in enumerate(sizes):
         after = engine.text.encode_plain(" " + texts[i + 1])
         if method == "block":
-            expected = oracle_block(model, before, size, after)
+            expected = oracle_block(oracle, before, size, after)
         else:
-            expected = oracle_search(model, before, range(size, size + 1), after, 3)
+            expected = oracle_search(oracle, before, range(size, size + 1), after, 3)
         assert got.token_ids[i] == expected
         before += expected + after
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_free_length_equals_the_oracle_that_scores_everything(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, seed: int
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, seed: int
 ) -> None:
     _, question, answer = DATA.example(random.Random(40 + seed))
     at = answer.index(" ")
     prefix, suffix = answer[:at], answer[at + 9 :]
     got = nemodiff.infill(engine, prefix, suffix, prompt=question, width=2)
     before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(prefix)
-    expected = oracle_search(model, before, range(1, LONGEST_FREE + 1), engine.text.encode_plain(suffix), 2)
+    expected = oracle_search(oracle, before, range(1, LONGEST_FREE + 1), engine.text.encode_plain(suffix), 2)
     assert got.token_ids == [expected]
 
 
 def test_a_filling_that_has_lost_is_not_read_to_the_texts_end(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, monkeypatch: pytest.MonkeyPatch
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it grow: what comes after can only lower its probability."""
     read = collections.Counter[str]()
@@ -149,13 +139,13 @@ def test_a_filling_that_has_lost_is_not_read_to_the_texts_end(
     got = nemodiff.infill(engine, prefix, suffix, prompt=CODE, longest=6, width=4)
     after = engine.text.encode_plain(suffix)
     before = engine.text.encode_chat([{"role": "user", "content": CODE}]) + engine.text.encode_plain(prefix)
-    assert got.token_ids == [oracle_search(model, before, range(1, 7), after, 4)]
+    assert got.token_ids == [oracle_search(oracle, before, range(1, 7), after, 4)]
     assert len(after) < read["verify"] < 6 * 4 * len(after) / 2
     assert read["decode"] < sum(4 * length for length in range(1, 7)) / 2
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, seed: int) -> None:
+def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, seed: int) -> None:
     rng = random.Random(seed)
     _, question, answer = DATA.example(rng)
     words = answer.split(" ")
@@ -164,7 +154,7 @@ def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, model: refere
     got = nemodiff.revise(engine, text, prompt=question)
     before = engine.text.encode_chat([{"role": "user", "content": question}])
     ids = engine.text.encode_plain(text)
-    assert got.token_ids == oracle_revise(model, before, ids, 0.05)
+    assert got.token_ids == oracle_revise(oracle, before, ids, 0.05)
     assert got.changed == sum(a != b for a, b in zip(got.token_ids, ids, strict=True))
 
 

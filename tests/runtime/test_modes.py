@@ -26,11 +26,6 @@ from nemodiff.runtime.requests import prepare as request
 QUESTIONS = equality.questions(40)
 
 
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
-    return equality.Setup.make(tmp_path_factory.mktemp("equality"))
-
-
 @pytest.mark.parametrize("number", range(10))
 def test_sample_of_the_grid_equals_the_oracles(setup: equality.Setup, number: int) -> None:
     cases = random.Random(number).sample(equality.grid(), 14)

@@ -134,11 +134,6 @@ def test_plans_get_over_a_wrong_curve(truth: str, mistake: str, chance: float) -
     assert np.mean(rates) > 0.85 * best
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
 QUESTIONS = ["Count from 3 to 9.", "Show the times table of 7 up to 5.", "Count from 20 to 29."]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from pathlib import Path
 from typing import Any
 
 import equality
@@ -26,16 +25,6 @@ QUESTIONS = equality.questions(40)
 MASK = 6
 EOS = 3
 END = 5
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> equality.Setup:
-    return equality.Setup.make(tmp_path_factory.mktemp("equality"))
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
 
 
 def test_philox_gives_the_published_words() -> None:

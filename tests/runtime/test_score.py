@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import equality
 import numpy as np
 import pytest
 from oracle import reference
-from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
 from nemodiff.runtime.requests import token_logprobs
@@ -19,20 +17,10 @@ QUESTIONS = equality.questions(20)
 ANSWERS = ["3, 4, 5, 6, 7, 8, 9.", "3, 4, 5, 6, 7, 9.", "Hello", "é€𝄞"]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-@pytest.fixture(scope="module")
-def model() -> reference.ReferenceModel:
-    return reference.ReferenceModel.load(TINY_CHAT)
-
-
-def expected(model: reference.ReferenceModel, ids: list[int]) -> np.ndarray:
+def expected(oracle: reference.ReferenceModel, ids: list[int]) -> np.ndarray:
     """Log-probabilities of what follows each token of a text, (n, V) f64, by the independent implementation."""
-    logits = model.logits([], ids, False).astype(np.float64)
-    logits[:, model.mask_id] = -np.inf
+    logits = oracle.logits([], ids, False).astype(np.float64)
+    logits[:, oracle.mask_id] = -np.inf
     return np.asarray(
         logits
         - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
@@ -45,14 +33,14 @@ def prompt_of(engine: nemodiff.LoadedEngine, question: str) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_scores_are_the_models_own(engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, rows: int) -> None:
+def test_scores_are_the_models_own(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, rows: int) -> None:
     prompt = prompt_of(engine, "Count from 3 to 9.")
     continuations: list[Any] = [*ANSWERS, [11], [150, 11, 2]]
     scores = nemodiff.score(engine, "Count from 3 to 9.", continuations, top=3, rows=rows)
     for continuation, score in zip(continuations, scores, strict=True):
         ids = engine.text.encode_plain(continuation) if isinstance(continuation, str) else continuation
         assert score.token_ids == ids
-        after = expected(model, prompt + ids)[len(prompt) - 1 : -1]
+        after = expected(oracle, prompt + ids)[len(prompt) - 1 : -1]
         own = after[np.arange(len(ids)), ids]
         np.testing.assert_allclose([one.logprob for one in score.logprobs], own, atol=1e-3)
         assert score.logprob == pytest.approx(own.sum(), abs=1e-2)
@@ -110,7 +98,7 @@ def test_a_prompt_is_forwarded_once_for_all_its_continuations(engine: nemodiff.L
 @pytest.mark.parametrize("mode", [*nemodiff.MODES, "auto"])
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_prompt_logprobs_in_every_mode_change_no_token(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, mode: str, chunk: int
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, mode: str, chunk: int
 ) -> None:
     prompt = prompt_of(engine, QUESTIONS[1])
     options: dict[str, Any] = {"mode": mode, "max_new_tokens": 20, "prefill_chunk": chunk}
@@ -121,7 +109,7 @@ def test_prompt_logprobs_in_every_mode_change_no_token(
     assert "prompt_logprobs" not in plain.as_dict()
     assert answer.prompt_logprobs is not None
     assert answer.prompt_logprobs[0] is None
-    own = expected(model, prompt)[np.arange(len(prompt) - 1), prompt[1:]]
+    own = expected(oracle, prompt)[np.arange(len(prompt) - 1), prompt[1:]]
     got = [one.logprob for one in answer.prompt_logprobs[1:] if one is not None]
     np.testing.assert_allclose(got, own, atol=1e-3)
     assert answer.nfe["prefill"] >= -(-(len(prompt) - 1) // chunk)
@@ -132,14 +120,14 @@ def test_prompt_logprobs_in_every_mode_change_no_token(
 
 
 def test_long_texts_are_scored_in_chunks_of_few_logits(
-    engine: nemodiff.LoadedEngine, model: reference.ReferenceModel, monkeypatch: pytest.MonkeyPatch
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_logprobs, "_LOGITS", 1)  # 16 tokens are the least
     prompt = (prompt_of(engine, QUESTIONS[2]) * 4)[:70]
     only = nemodiff.generate(engine, prompt, prompt_logprobs=0, max_new_tokens=0)
     assert only.nfe["prefill"] == 5
     assert only.prompt_logprobs is not None
-    own = expected(model, prompt)[np.arange(69), prompt[1:]]
+    own = expected(oracle, prompt)[np.arange(69), prompt[1:]]
     np.testing.assert_allclose([one.logprob for one in only.prompt_logprobs if one is not None], own, atol=1e-3)
 
 

@@ -1,11 +1,8 @@
 """A stop string ends the answer, and the thoughts before it only if that is requested."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
@@ -13,16 +10,6 @@ from nemodiff.runtime.text.thoughts import TAGS
 from nemodiff.runtime.text.transcript import Transcript
 
 QUESTION = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
-
-
-@pytest.fixture(scope="module")
-def codec() -> TextCodec:
-    return TextCodec(TINY_CHAT)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)

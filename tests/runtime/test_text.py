@@ -23,16 +23,6 @@ THINK = 12
 END_THINK = 13
 
 
-@pytest.fixture(scope="module")
-def codec() -> TextCodec:
-    return TextCodec(TINY_CHAT)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine)
-
-
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 

@@ -6,12 +6,11 @@ Texts, ids and schemas in them are shortened; what shape a client gives them is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.http_server import Served, serving
+from stand_ins.http_server import Served
 
 FILE = Path(__file__).with_name("captured_requests.jsonl")
 REQUESTS = [json.loads(line) for line in FILE.read_text().splitlines()]
@@ -21,12 +20,6 @@ ENDS = {
     "responses": (b"event: response.completed\n", b"event: response.incomplete\n"),
     "completions": b"data: [DONE]\n",
 }
-
-
-@pytest.fixture(scope="module")
-def server(xml_tool_engine: Path) -> Iterator[Served]:
-    with serving(xml_tool_engine, "--served-model-name", "tiny") as served:
-        yield served
 
 
 @pytest.mark.parametrize("number", range(len(REQUESTS)), ids=[f"{n}-{r['client']}" for n, r in enumerate(REQUESTS)])

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from stand_ins.http_server import Served, serving
+from stand_ins.http_server import Served
 from stand_ins.tool_templates import CLOCK, TOOLS, WEATHER
 
 CHAT = "/v1/chat/completions"
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 MODES = ("ar", "linear_spec", "quadratic_spec", "diffusion")
-
-
-@pytest.fixture(scope="module")
-def server(xml_tool_engine: Path) -> Iterator[Served]:
-    with serving(xml_tool_engine, "--served-model-name", "tiny") as served:
-        yield served
-
-
-@pytest.fixture
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def options(mode: str) -> dict[str, Any]:

@@ -18,10 +18,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import PATIENCE, output_of
 from stand_ins.http_server import Served, serving
-from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
+from stand_ins.vision import as_bytes, picture
 
 import nemodiff
-from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.errors import RequestError
 from nemodiff.serving.http import image_urls
@@ -34,28 +33,22 @@ URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("seeing")
-    return Builder(write_vision_checkpoint(folder / "checkpoint"), folder / "seeing").run()
-
-
-@pytest.fixture(scope="module")
-def expected(engine: Path) -> dict[str, Any]:
+def expected(seeing_engine: Path) -> dict[str, Any]:
     content = [{"type": "image", "image": DATA}, {"type": "text", "text": QUESTION}]
-    answer = nemodiff.generate(nemodiff.load(engine), [{"role": "user", "content": content}], max_new_tokens=12)
+    answer = nemodiff.generate(nemodiff.load(seeing_engine), [{"role": "user", "content": content}], max_new_tokens=12)
     return {"text": answer.text, "image_tokens": answer.image_tokens, "prompt_tokens": answer.prompt_tokens}
 
 
 @pytest.fixture(scope="module")
-def server(engine: Path) -> Iterator[Served]:
-    with serving(engine, "--threads", "1") as served:
+def server(seeing_engine: Path) -> Iterator[Served]:
+    with serving(seeing_engine, "--threads", "1") as served:
         yield served
 
 
-def test_run_shows_images(engine: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+def test_run_shows_images(seeing_engine: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(DATA)
-    base = ["run", str(engine), "-p", QUESTION, "--max-new-tokens", "12", "--json"]
+    base = ["run", str(seeing_engine), "-p", QUESTION, "--max-new-tokens", "12", "--json"]
     for image, stdin in ((str(path), b""), ("-", DATA)):
         result = CliRunner().invoke(main, [*base, "--image", image, "--stats"], input=stdin)
         assert result.exit_code == 0, result.stderr
@@ -68,17 +61,17 @@ def test_run_shows_images(engine: Path, expected: dict[str, Any], tmp_path: Path
     by_url = [{"type": "image_url", "image_url": {"url": URL}}, content[1]]
     texts = [json.dumps({"messages": [{"role": "user", "content": one}]}) for one in (content, by_url)]
     lines.write_text("\n".join(texts))
-    answers = output_of("run", str(engine), "--input-file", str(lines), "--json", "--max-new-tokens", "12")
+    answers = output_of("run", str(seeing_engine), "--input-file", str(lines), "--json", "--max-new-tokens", "12")
     assert [json.loads(line)["text"] for line in answers.splitlines()] == [expected["text"]] * 2
 
 
-def test_run_refuses_what_is_no_image(engine: Path, tmp_path: Path, refused: Any) -> None:
-    base = ["run", str(engine), "-p", QUESTION]
+def test_run_refuses_what_is_no_image(seeing_engine: Path, tmp_path: Path, refused: Any) -> None:
+    base = ["run", str(seeing_engine), "-p", QUESTION]
     refused([*base, "--image", str(tmp_path / "none.png")], "none.png", "cannot be read")
     refused([*base, "--image", "-", "--image", "-"], "standard input", code=2)
-    refused(["run", str(engine), "--image", "-"], "standard input", code=2)
+    refused(["run", str(seeing_engine), "--image", "-"], "standard input", code=2)
     refused([*base, "--raw", "--image", "x"], "leave out --raw", code=2)
-    refused(["run", str(engine), "--input-file", "x", "--image", "y"], "--image goes with --prompt", code=2)
+    refused(["run", str(seeing_engine), "--input-file", "x", "--image", "y"], "--image goes with --prompt", code=2)
 
 
 def chat(*parts: Any, **fields: Any) -> dict[str, Any]:
@@ -162,17 +155,17 @@ def test_chat_refuses_what_is_no_image(server: Served, part: dict[str, Any], fra
     assert fragment in json.loads(body)["error"]["message"]
 
 
-def test_a_server_that_fetches_does_not_call_its_own_network(engine: Path, web: str) -> None:
-    with serving(engine, "--threads", "1", "--allow-image-urls") as served:
+def test_a_server_that_fetches_does_not_call_its_own_network(seeing_engine: Path, web: str) -> None:
+    with serving(seeing_engine, "--threads", "1", "--allow-image-urls") as served:
         part = {"type": "image_url", "image_url": {"url": f"{web}/a.png"}}
         status, _, body = served.send("/v1/chat/completions", chat(part))
     assert status == 400
     assert "no public address" in json.loads(body)["error"]["message"]
 
 
-def test_a_request_to_triton_has_images_in_base64(expected: dict[str, Any], engine: Path) -> None:
+def test_a_request_to_triton_has_images_in_base64(expected: dict[str, Any], seeing_engine: Path) -> None:
     request = read({"text_input": [QUESTION], "image": [base64.b64encode(DATA).decode()], "max_tokens": [12]}, {}, {})
-    answer = nemodiff.generate(nemodiff.load(engine), request.content, max_new_tokens=12)
+    answer = nemodiff.generate(nemodiff.load(seeing_engine), request.content, max_new_tokens=12)
     assert answer.text == expected["text"]
     with pytest.raises(RequestError, match="image 1 is no base64"):
         read({"text_input": [QUESTION], "image": ["*"]}, {}, {})

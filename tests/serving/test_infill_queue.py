@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,6 @@ from conftest import PATIENCE
 import nemodiff
 from nemodiff.serving.http import infill_queue
 from nemodiff.serving.http.infill_queue import InfillQueue
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
 
 
 @pytest.fixture

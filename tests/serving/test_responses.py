@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pydantic
 import pytest
-from stand_ins.http_server import Served, serving
+from stand_ins.http_server import Served
 
 from nemodiff.runtime.requests.token_logprobs import TokenLogprobs
 from nemodiff.serving.http.token_values import ContentTokens
@@ -34,18 +32,6 @@ MODES = ("ar", "linear_spec", "quadratic_spec")
 
 def named(name: str, **more: str) -> dict[str, Any]:
     return {"type": "function", "name": name, **more}
-
-
-@pytest.fixture(scope="module")
-def server(xml_tool_engine: Path) -> Iterator[Served]:
-    with serving(xml_tool_engine, "--served-model-name", "tiny") as served:
-        yield served
-
-
-@pytest.fixture
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def test_text_is_that_of_a_chat(server: Served, client: openai.OpenAI) -> None:

@@ -18,11 +18,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-@pytest.fixture(scope="module")
 def server(tiny_engine: Path) -> Iterator[Served]:
     with serving(tiny_engine, "--served-model-name", "tiny", "--threads", "1") as running:
         yield running

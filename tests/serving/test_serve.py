@@ -52,11 +52,6 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-@pytest.fixture(scope="module")
 def server(tiny_engine: Path) -> Iterator[Served]:
     with serving(tiny_engine, "--max-queue", "256", "--served-model-name", "tiny") as served:
         yield served
@@ -67,12 +62,6 @@ def guarded(tiny_engine: Path) -> Iterator[Served]:
     options = ["--rows", "1", "--max-queue", "1", "--max-request-bytes", "2000", "--timeout", "0.5", "--api-key", "a b"]
     with serving(tiny_engine, *options, environment={"NEMODIFF_API_KEY": "unused"}) as served:
         yield served
-
-
-@pytest.fixture
-def client(server: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def chat(content: str = QUESTION, **fields: Any) -> dict[str, Any]:

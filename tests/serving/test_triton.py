@@ -28,10 +28,9 @@ import pytest
 grpc = pytest.importorskip("grpc")
 from conftest import PATIENCE, eventually  # noqa: E402
 from stand_ins.triton_clients import GrpcStream, get, post, server_sent, tensor  # noqa: E402
-from stand_ins.vision import as_bytes, picture, write_vision_checkpoint  # noqa: E402
+from stand_ins.vision import as_bytes, picture  # noqa: E402
 
 import nemodiff  # noqa: E402
-from nemodiff.builder.build import Builder  # noqa: E402
 from nemodiff.serving.triton_server.export import export  # noqa: E402
 from nemodiff.serving.triton_server.install import installed  # noqa: E402
 from nemodiff.serving.triton_server.server import TritonServer, free_ports  # noqa: E402
@@ -74,12 +73,6 @@ class TritonPythonModel(Model):
         engine = super().load(folder)
         return dataclasses.replace(engine, backend=Backend(engine.backend))
 """
-
-
-@pytest.fixture(scope="module")
-def seeing_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("seeing")
-    return Builder(write_vision_checkpoint(folder / "checkpoint"), folder / "engine").run()
 
 
 @pytest.fixture(scope="module")
