@@ -136,6 +136,16 @@ def assert_one_line(stderr: str, *fragments: str, code: int = 1) -> str:
     return line
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def answers(engine: Path) -> list[int]:
+    """The tokens of a short answer, which an engine that is whole gives."""
+    return nemodiff.generate(nemodiff.load(engine), [130, 131, 132], max_new_tokens=8).token_ids
+
+
 def output_of(*arguments: str) -> str:
     """What the command prints when it succeeds."""
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)

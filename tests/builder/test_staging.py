@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, assert_one_line, eventually, snapshot
+from conftest import PATIENCE, answers, assert_one_line, eventually, snapshot
 
 import nemodiff
 from nemodiff.builder import staging
@@ -80,10 +80,6 @@ def test_a_build_into_the_folder_that_one_stands_in(
         assert not [path for path in Path().iterdir() if path.name.startswith(".")]
     monkeypatch.chdir(tmp_path)
     assert siblings(tmp_path / "engine") == {"checkpoint", "engine"}
-
-
-def answers(engine: Path) -> list[int]:
-    return nemodiff.generate(nemodiff.load(engine), [130, 131, 132], max_new_tokens=8).token_ids
 
 
 @pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])

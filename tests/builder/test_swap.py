@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Refused, snapshot
+from conftest import Refused, answers, snapshot
 
 import nemodiff
 from nemodiff.builder import staging, swap
@@ -45,10 +45,6 @@ ending = swap.Swap(pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), "marker
 ending.put(lambda: None)
 ending.clean_up()
 """
-
-
-def answers(engine: Path) -> list[int]:
-    return nemodiff.generate(nemodiff.load(engine), [130, 131, 132], max_new_tokens=8).token_ids
 
 
 def names(folder: Path) -> set[str]:

@@ -2,17 +2,13 @@
 
 import ast
 import json
-import os
-import pty
 import subprocess
-import sys
-import tempfile
-import termios
 from pathlib import Path
 from typing import Any
 
 import click.testing
 import pytest
+from stand_ins.terminal import in_terminal
 
 import nemodiff
 from nemodiff.cli import main
@@ -190,32 +186,8 @@ def test_help_and_version() -> None:
 
 def test_terminal_gets_a_progress_bar_and_colours(tiny_engine: Path, tmp_path: Path) -> None:
     checkpoint = Path(__file__).parents[2] / "examples" / "tiny-chat"
-    built = _in_terminal(["build", str(checkpoint), "-o", str(tmp_path / "engine")], {})
-    assert "writing: 100%" in built
+    built = in_terminal(["build", str(checkpoint), "-o", str(tmp_path / "engine")], {}, subprocess.DEVNULL)
+    assert b"writing: 100%" in built
     command = ["run", str(tiny_engine), "-p", "Count from 3 to 9.", "--mode", "diffusion", "--show-denoise"]
-    assert "\x1b[" in _in_terminal(command, {})
-    assert "\x1b[" not in _in_terminal(command, {"NO_COLOR": "1"})
-
-
-def _in_terminal(arguments: list[str], environment: dict[str, str]) -> str:
-    """Standard error of a command whose standard error is a terminal."""
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 100))
-    with tempfile.TemporaryFile() as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nemodiff", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=slave,
-            env={**os.environ, **environment},
-        )
-        os.close(slave)
-        text = b""
-        try:
-            while part := os.read(master, 4096):
-                text += part
-        except OSError:  # how Linux reports that the other end has closed
-            pass
-        os.close(master)
-    assert process.wait() == 0
-    return text.decode()
+    assert b"\x1b[" in in_terminal(command, {}, subprocess.DEVNULL)
+    assert b"\x1b[" not in in_terminal(command, {"NO_COLOR": "1"}, subprocess.DEVNULL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from conftest import output_of
+from stand_ins.terminal import in_terminal
 
 from nemodiff.cli import main
 from nemodiff.commands.streams import TEXT, typed
@@ -83,24 +83,6 @@ def test_no_answer_is_lost_whatever_the_locale_is(tiny_engine: Path, files: Path
         assert b"Traceback" not in got.stderr
 
 
-def _in_terminal(words: list[str], environment: dict[str, str]) -> bytes:
-    """What a command writes into a terminal."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [NEMODIFF, *words], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env={**os.environ, **environment}
-    ) as process:
-        os.close(theirs)
-        written = b""
-        try:
-            while part := os.read(ours, 4096):
-                written += part
-        except OSError:  # how Linux reports that the other end has closed
-            pass
-        os.close(ours)
-    assert process.returncode == 0, written
-    return written.replace(b"\r\n", b"\n")
-
-
 @pytest.mark.parametrize(
     ("environment", "shown"),
     [
@@ -111,7 +93,7 @@ def _in_terminal(words: list[str], environment: dict[str, str]) -> bytes:
 def test_a_terminal_shows_what_it_can_and_escapes_the_rest(
     tiny_engine: Path, environment: dict[str, str], shown: bytes
 ) -> None:
-    assert _in_terminal(["run", str(tiny_engine), "-p", WORDS, *SAYING], environment) == shown
+    assert in_terminal(["run", str(tiny_engine), "-p", WORDS, *SAYING], environment) == shown
 
 
 @pytest.mark.parametrize("command", [["run", "--json", "--raw"], ["revise", "--json", "--keep", "0", "--rounds", "1"]])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.kernel_launch import INTERPRETED, MASK, launch, launch_head, released
+from stand_ins.kernel_launch import INTERPRETED, MASK, launch, launch_head, normal, released
 
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
@@ -25,10 +25,6 @@ from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
 from nemodiff.tensorrt_info import Kernel
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 @settings(max_examples=8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, of_f32, rounded
+from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, normal, of_f32, rounded
 
 from nemodiff.builder.checkpoint.low_bits import quantise_int4, quantise_rows
 from nemodiff.config import ModelConfig
@@ -24,10 +24,6 @@ __all__ = ["bf16_products"]  # a fixture
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 EIGHT: tuple[Quantization, ...] = ("fp8", "int8")
 pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def product(

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT
+from stand_ins.messages import user
 
 import nemodiff
 from nemodiff.cli import main
@@ -64,10 +65,6 @@ def checkpoint(folder: Path, template: str | None = None, **config: Any) -> Path
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def assert_as_transformers(folder: Path) -> None:

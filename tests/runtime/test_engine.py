@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import resident
 from oracle import reference, reference_model
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
 
@@ -255,15 +256,10 @@ def test_requests_leave_nothing_after_them(tiny_engine: Path) -> None:
     assert [ask(n) for n in reversed(range(9))] == expected[::-1]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, [*range(9)] * 3)) == expected * 3
-    before = _resident()
+    before = resident()
     for n in range(100):
         ask(n)
-    assert _resident() - before < 8 * 2**20
-
-
-def _resident() -> int:
-    """Bytes of memory this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    assert resident() - before < 8 * 2**20
 
 
 def test_moved_row_continues_where_it_was(engine: nemodiff.LoadedEngine) -> None:

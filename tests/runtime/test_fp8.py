@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
+from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -32,10 +32,6 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 pytestmark = pytest.mark.torch
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 @settings(max_examples=50)

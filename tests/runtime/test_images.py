@@ -17,6 +17,7 @@ from oracle import reference
 from oracle.reference_model import ReferenceModel
 from PIL import Image as Pillow
 from safetensors.numpy import load_file, save_file
+from stand_ins.messages import asked
 from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
 
 import nemodiff
@@ -58,11 +59,6 @@ def whole(image: Image, side: int = 4, merge: int = 2) -> np.ndarray:
     return np.ascontiguousarray(
         cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.rows * merge * side, image.columns * merge * side)
     )
-
-
-def asked(*images: Any, text: str = "What is this?") -> list[dict[str, Any]]:
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 @pytest.mark.torch

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.toy_engine import PagedToyEngine, toy
@@ -135,13 +135,6 @@ def test_pages_are_counted(steps: list[tuple[int, int, int, int]]) -> None:
 
 
 # --- whole requests ---
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def requests() -> st.SearchStrategy[tuple[list[int], dict[str, Any]]]:
@@ -337,7 +330,7 @@ def test_who_waits_for_pages_sleeps_until_some_are_freed(
     monkeypatch.setattr(backend(engine).pages, "reserve", counted)
     with nemodiff.Scheduler(engine, rows=1) as scheduler:
         handle = scheduler.submit(SYSTEM[:100], mode="ar", max_new_tokens=9)
-        wait_for(lambda: bool(asked))
+        eventually(lambda: bool(asked))
         time.sleep(0.05)
         assert len(asked) == 1
         other.free(0)
@@ -353,7 +346,7 @@ def test_who_waits_for_pages_can_be_cancelled(real: nemodiff.LoadedEngine, ends:
     other.forward([causal("prefill", [130] * 300, 0)])
     with nemodiff.Scheduler(engine, rows=1) as scheduler:
         handle = scheduler.submit(SYSTEM[:100], mode="ar", max_new_tokens=9)
-        wait_for(lambda: scheduler.statistics.steps > 0)
+        eventually(lambda: scheduler.statistics.steps > 0)
         time.sleep(0.02)
         if ends == "cancel":
             handle.cancel()

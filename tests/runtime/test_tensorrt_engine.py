@@ -93,12 +93,6 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(folder, info, nemodiff.load(plain, threads=1))
 
 
-def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
-    assert info.manifest.tensorrt is not None
-    about = dataclasses.replace(info.manifest.tensorrt, **changes)
-    return dataclasses.replace(info, manifest=dataclasses.replace(info.manifest, tensorrt=about))
-
-
 def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
     """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
     engine, backend, _, _ = setup.load()
@@ -182,7 +176,7 @@ def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
         kernels.append(Kernel(stage.name, 89, stage.entry, stage.num_warps, 0, 32, 0, arguments))
         (folder / kernels[-1].file("cubin")).write_text(stage.name)
     made = dataclasses.replace(setup, folder=folder)
-    engine, backend, driver, _ = made.load(driver, info=with_about(setup.info, kernels=tuple(kernels)))
+    engine, backend, driver, _ = made.load(driver, info=gpu_driver.with_about(setup.info, kernels=tuple(kernels)))
     assert backend.samples
     ways: list[dict[str, Any]] = [
         {"mode": "ar", "seed": 2**64 - 5},
@@ -204,7 +198,7 @@ def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
     _, unable, *_ = setup.load()
     assert not unable.samples  # without kernels the host draws, from logits
     older = tuple(dataclasses.replace(kernel, entry=f"earlier_{kernel.entry}") for kernel in kernels)
-    _, unable, *_ = made.load(gpu_driver.Driver(), info=with_about(setup.info, kernels=older))
+    _, unable, *_ = made.load(gpu_driver.Driver(), info=gpu_driver.with_about(setup.info, kernels=older))
     assert not unable.samples  # nor with kernels that take other arguments
 
 
@@ -395,9 +389,9 @@ def test_refusals_name_what_is_here_and_what_to_do(setup: Setup, tmp_path: Path)
     refuse(setup, r"built for SM 86, 89, device 0 \(Host memory\) is SM 90; .*--backend tensorrt$", driver(sm=90))
     refuse(setup, r"built with tensorrt_rtx 1.7.1.116, here is 1.8.0.1; .*tensorrt-rtx-cu13==1.7", version="1.8.0.1")
     refuse(setup, r"needs .* of GPU memory \(22 B for weights, .* for logits, .* for one row\)", driver(total=2**20))
-    refuse(setup, "profiles are not those", info=with_about(setup.info, profiles=PROFILES[:1]))
+    refuse(setup, "profiles are not those", info=gpu_driver.with_about(setup.info, profiles=PROFILES[:1]))
     refuse(setup, "the driver finds none; run the engine on a machine", driver(count=0))
-    later = with_about(setup.info, flags=("--version-compatible",))
+    later = gpu_driver.with_about(setup.info, flags=("--version-compatible",))
     setup.load(info=later, version="1.8.0.1")
     refuse(setup, "here is 1.6", info=later, version="1.6.0.1")
     with pytest.raises(RequestError, match="device is 1, allowed: 0 to 0"):

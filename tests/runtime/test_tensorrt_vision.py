@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from stand_ins import gpu_driver
+from stand_ins.messages import asked
 from stand_ins.vision import picture, write_vision_checkpoint
 
 import nemodiff
@@ -66,11 +67,6 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(folder, dataclasses.replace(info, manifest=manifest), nemodiff.load(builder.output, threads=1))
 
 
-def asked(*images: Any, text: str = "What is this?") -> list[dict[str, Any]]:
-    parts = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
 def test_it_sees_what_onnxruntime_does(setup: Setup) -> None:
     _, backend, made, driver = setup.load()
     vision = setup.info.model.vision
@@ -104,18 +100,11 @@ def test_every_mode_equals_the_onnxruntime_engine(setup: Setup, mode: str) -> No
     assert backend.captured
 
 
-def changed(setup: Setup, vision: VisionEngine | None) -> EngineInfo:
-    about = setup.info.manifest.tensorrt
-    assert about is not None
-    about = dataclasses.replace(about, vision=vision)
-    return dataclasses.replace(setup.info, manifest=dataclasses.replace(setup.info.manifest, tensorrt=about))
-
-
 def test_a_tower_that_is_missing_or_another_is_refused(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(setup.folder, tmp_path / "copy"))
-    blind = changed(setup, None)
+    blind = gpu_driver.with_about(setup.info, vision=None)
     dataclasses.replace(blind, build=dataclasses.replace(blind.build, dtype="bf16")).write(folder)
     with pytest.raises(EngineError, match="tensorrt has no engine for the images that the model sees"):
         read_engine(folder)

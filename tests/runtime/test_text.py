@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT, load_make_data
+from stand_ins.messages import user
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
@@ -21,10 +22,6 @@ IM_START = 10
 IM_END = 11
 THINK = 12
 END_THINK = 13
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def test_an_assistant_turn_of_a_stranger_opens_and_closes_no_turn(codec: TextCodec) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import Refused, output_of
+from conftest import Refused, output_of, resident
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
 from stand_ins.torch_graphs import Operations, RecordingDevice
@@ -524,9 +524,6 @@ def test_memory_is_flat(tiny: Pair) -> None:
     def ask(number: int) -> list[int]:
         mode = MODES[number % 4]
         return nemodiff.generate(tiny.ours, QUESTIONS[number % 3], mode=mode, max_new_tokens=8).token_ids
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     expected = [ask(n) for n in range(12)]
     before = resident()

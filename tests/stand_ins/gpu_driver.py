@@ -379,3 +379,10 @@ def make_api(folder: Path, info: EngineInfo, driver: Driver) -> tuple[TensorRT, 
     )
     backend: Any = info.manifest.backend
     return TensorRT(backend, module, about.version, None, [("ERROR", "it is not the right magic")]), made
+
+
+def with_about(info: EngineInfo, **changes: Any) -> EngineInfo:
+    """A description that says something else of TensorRT."""
+    assert info.manifest.tensorrt is not None
+    about = dataclasses.replace(info.manifest.tensorrt, **changes)
+    return dataclasses.replace(info, manifest=dataclasses.replace(info.manifest, tensorrt=about))

@@ -94,6 +94,11 @@ def launch_head(
     return launch(flat_commit.OP, model, **found, **inputs)
 
 
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """f32 values of a normal distribution."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     """f32 values as they are in another dtype."""
     array: np.ndarray = torch.from_numpy(values).to(TYPES[dtype]).float().numpy()
