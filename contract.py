@@ -45,12 +45,8 @@ QUANTIZATIONS: dict[str, tuple[Backend, ...]] = {
 }
 QUANTIZED_INPUTS: dict[str, int] = {"int8": 16, "int4": 32, "fp8": 16, "fp8_dynamic": 16}
 GROUP_SIZE = 32  # inputs of an int4 weight that share a scale, unless another is chosen
-MLP_GROUP_SIZE = 128  # likewise in the MLPs, where a backend has that and it divides their inputs
-GROUP_SIZES: dict[Backend, tuple[int, ...]] = {
-    "onnxruntime": (32, 64, 128),
-    "tensorrt-rtx": (32, 64, 128),
-    "torch": (32,),
-}
+MLP_GROUP_SIZE = 128  # likewise in the MLPs, where it divides their inputs
+GROUP_SIZES = (32, 64, 128)
 # Of K and V: auto is the engine's dtype. The others have a scale for every token and head; fp8 is e4m3.
 KvCacheDtype = Literal["auto", "int8", "fp8"]
 KvBits = Literal["int8", "fp8"]

@@ -193,13 +193,10 @@ def _check_backend(info: EngineInfo, folder: Path, again: str) -> None:
             f"{folder}: quantization is {quantization!r} on {backend}, allowed: "
             f"{', '.join(name for name, backends in QUANTIZATIONS.items() if backend in backends) or 'none'}; {again}"
         )
-    groups = {str(name): sizes for name, sizes in GROUP_SIZES.items()}.get(backend, ())
     for name in ("group_size", "mlp_group_size"):
         group = getattr(info.build, name)
-        if quantization == "int4" and (isinstance(group, bool) or group not in groups):
-            raise EngineError(
-                f"{folder}: {name} is {group!r} on {backend}, allowed: {', '.join(map(str, groups))}; {again}"
-            )
+        if quantization == "int4" and (isinstance(group, bool) or group not in GROUP_SIZES):
+            raise EngineError(f"{folder}: {name} is {group!r}, allowed: {', '.join(map(str, GROUP_SIZES))}; {again}")
     cache = info.build.kv_cache_dtype
     if backend not in KV_CACHE_DTYPES.get(cache, ()):
         allowed = ", ".join(name for name, backends in KV_CACHE_DTYPES.items() if backend in backends)

@@ -80,9 +80,8 @@ class Builder:
         max_input_len: tokens of a prefill pass, TensorRT only; default 512 or `max_seq_len` if smaller.
         logits: False leaves out the output that sampling needs, TensorRT only.
         quantization: `int8` or `int4` projections, not on tensorrt, `fp8` or `fp8_dynamic` on torch; default none.
-        group_size: inputs of an int4 weight that share a scale, 32, 64 or 128, on torch 32; default the checkpoint's
-            own where it is quantized so, else 32, and 128 in the MLPs where the backend has it and it divides their
-            inputs.
+        group_size: inputs of an int4 weight that share a scale, 32, 64 or 128; default the checkpoint's own where it
+            is quantized so, else 32, and 128 in the MLPs where that divides their inputs.
         kv_cache_dtype: how K and V are kept: `auto` is `dtype`; `int8` on onnxruntime and torch, `fp8` on torch.
         choices: flags that only a TensorRT backend has.
         adapter: folder of a drafter adapter, to use in the place of the checkpoint's own if it has one.
@@ -139,7 +138,7 @@ class Builder:
         if quantization is None and dtype in (None, BACKEND_DTYPES[backend][0]) and len(kinds) == 1:
             (quantization,) = kinds
         held = [t for t in exact if t.kind == stored_as(quantization)]
-        groups = choose_groups(group_size, quantization, {t.group for t in held}, model, backend)
+        groups = choose_groups(group_size, quantization, {t.group for t in held}, model)
         kept = {t.name: t.scheme.symmetric for t in held}
         self.config = BuildConfig(
             dtype=BACKEND_DTYPES[backend][0] if dtype is None else dtype,
@@ -176,7 +175,9 @@ class Builder:
         )
         self._header = b""  # of the weights file
         if backend == "torch":
-            self.graph, self._header = as_safetensors(self.graph, stored_as(quantization), kept if packed else None)
+            self.graph, self._header = as_safetensors(
+                self.graph, stored_as(quantization), groups=groups, kept=kept if packed else None
+            )
         self.vision: Graph | None = None
         if model.vision:
             self.vision = build_vision_graph(model, self.config.dtype, fused=self._compiled)

@@ -70,10 +70,9 @@ def check_backend(
             f"--dtype {dtype}: not a choice of --quantization {quantization}, allowed: f32 for all that is not "
             "quantized; leave it out"
         )
-    sizes = GROUP_SIZES.get(backend, ())
-    if group_size is not None and (isinstance(group_size, bool) or group_size not in sizes):
-        allowed_sizes = ", ".join(map(str, sizes)) or "none"
-        raise BuildError(f"--group-size is {group_size!r}, allowed on {backend}: {allowed_sizes}; leave it out")
+    if group_size is not None and (isinstance(group_size, bool) or group_size not in GROUP_SIZES):
+        allowed_sizes = ", ".join(map(str, GROUP_SIZES))
+        raise BuildError(f"--group-size is {group_size!r}, allowed: {allowed_sizes}; leave it out")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise BuildError(
             f"--kv-cache-dtype is {kv_cache_dtype!r}, allowed: {', '.join(KV_CACHE_DTYPES)}; choose one of them"
@@ -134,7 +133,6 @@ def choose_groups(
     quantization: Quantization | None,
     kept: Collection[int],
     model: ModelConfig,
-    backend: Backend,
 ) -> tuple[int, int]:
     """The groups of an engine's int4 weights, and of its MLPs; `kept` are those of what a checkpoint has in such bits.
 
@@ -150,9 +148,10 @@ def choose_groups(
                 "of that; leave it out"
             )
         return group_size, group_size
-    sizes = GROUP_SIZES.get(backend, ()) if quantization == "int4" else ()
+    if quantization != "int4":
+        return GROUP_SIZE, GROUP_SIZE
     if kept:
-        own = max((size for size in sizes if not math.gcd(whole, *widths(model)) % size), default=GROUP_SIZE)
+        own = max((size for size in GROUP_SIZES if not math.gcd(whole, *widths(model)) % size), default=GROUP_SIZE)
         return own, own
-    wide = MLP_GROUP_SIZE in sizes and not math.gcd(model.hidden_size, model.intermediate_size) % MLP_GROUP_SIZE
+    wide = not math.gcd(model.hidden_size, model.intermediate_size) % MLP_GROUP_SIZE
     return GROUP_SIZE, MLP_GROUP_SIZE if wide else GROUP_SIZE

@@ -82,10 +82,10 @@ from .options import PATH, json_output
 )
 @click.option(
     "--group-size",
-    type=click.Choice(list(map(str, GROUP_SIZES["onnxruntime"]))),
+    type=click.Choice(list(map(str, GROUP_SIZES))),
     callback=lambda ctx, param, value: None if value is None else int(value),
-    help=f"Let this many inputs of an int4 weight share a scale; on torch {GROUP_SIZE}. [default: the checkpoint's if "
-    f"it is quantized so, else {GROUP_SIZE}, and {MLP_GROUP_SIZE} in the MLPs except on torch]",
+    help="Let this many inputs of an int4 weight share a scale. [default: the checkpoint's if it is quantized so, else "
+    f"{GROUP_SIZE}, and {MLP_GROUP_SIZE} in the MLPs]",
 )
 @click.option(
     "--kv-cache-dtype",

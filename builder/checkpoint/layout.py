@@ -38,13 +38,18 @@ def match(graphs: Sequence[Graph], tensors: Mapping[str, Tensor | QuantizedTenso
 
 
 def as_safetensors(
-    graph: Graph, quantization: Quantization | None = None, kept: Mapping[str, bool] | None = None
+    graph: Graph,
+    quantization: Quantization | None = None,
+    *,
+    groups: tuple[int, int] = (GROUP_SIZE, GROUP_SIZE),
+    kept: Mapping[str, bool] | None = None,
 ) -> tuple[Graph, bytes]:
     """Lay the graph's weights out as one safetensors file, and write the header that stands before them.
 
     Projections are (out, in), as in the checkpoint. Quantized, those of the layers have the numbers that an engine of
-    ONNX Runtime would have, each followed by its `NAME_scale`; so has the head, in int8, unless they are fp8. `kept`
-    names those that a checkpoint has in these bits already, with True where they are around 0, and then no other is
+    ONNX Runtime would have, each followed by its `NAME_scale`; so has the head, in int8, unless they are fp8. `groups`
+    are those of int4, and of its MLPs; a wider one than the kernel's is stored as several with one scale. `kept` names
+    the projections that a checkpoint has in these bits already, with True where they are around 0, and then no other is
     quantized.
     """
     entries: dict[str, Entry] = {}
@@ -59,14 +64,13 @@ def as_safetensors(
             middle = end
             end = middle + int(np.prod(part_shape)) * _ITEMSIZE[code]
             entries[f"{weight.name}{part}"] = Entry(code, part_shape, middle, end)
-        weights.append(
-            dataclasses.replace(
-                weight, shape=shape, transposed=False, offset=begin, nbytes=end - begin, quantization=kind
-            )
-        )
+        placed = dataclasses.replace(weight, shape=shape, transposed=False, offset=begin, nbytes=end - begin)
+        group = groups[".mlp." in weight.name]
+        copies = group // GROUP_SIZE
+        weights.append(dataclasses.replace(placed, quantization=kind, group_size=group, scale_copies=copies))
     header = header_bytes(entries, alignment=ALIGNMENT)
-    placed = [dataclasses.replace(weight, offset=len(header) + weight.offset) for weight in weights]
-    return dataclasses.replace(graph, weights=tuple(placed)), header
+    moved = [dataclasses.replace(weight, offset=len(header) + weight.offset) for weight in weights]
+    return dataclasses.replace(graph, weights=tuple(moved)), header
 
 
 def _kind(weight: Weight, quantization: Quantization | None, kept: Mapping[str, bool] | None) -> Quantization | None:

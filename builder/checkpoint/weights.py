@@ -126,6 +126,7 @@ def _pieces(weight: Weight, tensor: Part | JoinedTensor, dtype: np.dtype[Any]) -
         if weight.quantization is not None:
             if weight.quantization == "int4":
                 stored, scale = quantise_int4(values, weight.group_size)
+                scale = scale.repeat(weight.scale_copies, axis=1)
             else:
                 stored, scale = _QUANTISE[weight.quantization](values)
             scales.append(scale)
@@ -178,7 +179,7 @@ def _kept_pieces(weight: Weight, tensor: QuantizedTensor | JoinedTensor) -> Iter
     if weight.quantization != "int4":
         yield scales[:, 0]
         return
-    repeats = tensor.group // weight.group_size
+    repeats = tensor.group // weight.group_size * weight.scale_copies
     yield scales.repeat(repeats, axis=1)
     if not tensor.scheme.symmetric:
         zeros = [tensor.zeros(*band) for band in bands]

@@ -42,6 +42,7 @@ class Weight:
     quantization: Quantization | None = None  # then the f32 scales come after it: of its rows, int8 of its columns
     signed: bool = False  # of int4: each half of a byte is a signed number, and not that plus 8
     group_size: int = GROUP_SIZE  # inputs of int4 that share a scale
+    scale_copies: int = 1  # of int4: how often each scale is stored, for equal parts of its group
 
     @property
     def source(self) -> str:

@@ -41,11 +41,16 @@ def build(checkpoint: Path, folder: Path, kind: Quantization, **choices: Any) ->
     return Builder(checkpoint, folder, backend="torch", quantization=kind, **choices).run()
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_the_numbers_are_those_of_onnxruntime(kind: Quantization, dtype: str, tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, **WIDE)
-    mine = load_file(build(checkpoint, tmp_path / "torch", kind, dtype="f32") / "model.safetensors")
-    model = onnx.load(Builder(checkpoint, tmp_path / "onnx", quantization=kind).run() / "model.onnx")
+@pytest.mark.parametrize(("dtype", "group"), [("f32", None), ("bf16", None), ("f32", 64)])
+def test_the_numbers_are_those_of_onnxruntime(
+    kind: Quantization, dtype: str, group: int | None, tmp_path: Path
+) -> None:
+    """The scales too, stored for 32 inputs each."""
+    choices = {"quantization": kind, "group_size": group if kind == "int4" else None}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, hidden_size=128, intermediate_size=256)
+    folder = Builder(checkpoint, tmp_path / "torch", backend="torch", dtype="f32", **choices).run()
+    mine = load_file(folder / "model.safetensors")
+    model = onnx.load(Builder(checkpoint, tmp_path / "onnx", **choices).run() / "model.onnx")
     theirs = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     names = [name for name in mine if f"{name}_scale" in mine]
     assert len(names) == 2 * 7 + 1
@@ -59,7 +64,12 @@ def test_the_numbers_are_those_of_onnxruntime(kind: Quantization, dtype: str, tm
         numbers, scale = (np.concatenate([mine[f"{one}{part}"] for one in held]) for part in ("", "_scale"))
         stored = theirs[name].T if theirs[name].dtype == np.int8 else theirs[name].reshape(len(theirs[name]), -1)
         np.testing.assert_array_equal(numbers, stored)
-        np.testing.assert_array_equal(scale, theirs[f"{name}_scale"])
+        expected = theirs[f"{name}_scale"]
+        if expected.ndim == 2:  # int4's groups
+            copies = scale.shape[1] // expected.shape[1]
+            assert copies == (group or (128 if ".mlp." in name else 32)) // 32
+            expected = expected.repeat(copies, axis=1)
+        np.testing.assert_array_equal(scale, expected)
 
 
 def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:

@@ -198,8 +198,7 @@ def test_refusals(tmp_path: Path, refused: Refused) -> None:
     refused(build(odd, "64", *int4), "--group-size 64: a projection has 96 inputs, allowed: multiples of 64")
     refused(build(TINY_CHAT, "48", *int4), "'48' is not one of '32', '64', '128'", code=2)
     refused(build(TINY_CHAT, "64"), "--group-size 64: a choice of --quantization int4")
-    refused(build(TINY_CHAT, "64", *int4, "--backend", "torch"), "--group-size is 64, allowed on torch: 32")
-    refused(build(TINY_CHAT, "64", "--backend", "tensorrt"), "--group-size is 64, allowed on tensorrt: none")
+    refused(build(TINY_CHAT, "64", *int4, "--backend", "tensorrt"), "--quantization int4: ")
     refused(build(tmp_path / "awq", "64"), "--group-size is 64, but a scale of the checkpoint is for 32 inputs")
 
 
@@ -211,9 +210,7 @@ def test_an_engine_of_no_such_group(group: object, name: str, tmp_path: Path) ->
     config = json.loads((folder / "config.json").read_text())
     config["build_config"][name] = group
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        EngineError, match=rf"engine: {name} is .* on onnxruntime, allowed: 32, 64, 128; build it again"
-    ):
+    with pytest.raises(EngineError, match=rf"engine: {name} is .*, allowed: 32, 64, 128; build it again"):
         read_engine(folder)
 
 
