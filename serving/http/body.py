@@ -5,7 +5,9 @@ Null always means "not given", because clients spell out what they leave open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -37,6 +39,20 @@ class Decoding(Body):
         None, description="Answer with this model, a name of /v1/models; NAME:MODE chooses a mode too."
     )
 
+    def spelled(self) -> dict[str, str]:
+        """The field that gives an option, by the option's name, where the two differ."""
+        return {}
+
+    @contextlib.contextmanager
+    def own_words(self) -> Iterator[None]:
+        """A refusal from inside names the fields that the client sent. Raises RequestError."""
+        try:
+            yield
+        except RequestError as error:
+            spelled = self.spelled()
+            message = re.sub(r"\w+", lambda word: spelled.get(word[0], word[0]), str(error))
+            raise type(error)(message) from None
+
 
 @with_options(*_GENERATING)
 class Generating(Decoding):
@@ -63,6 +79,10 @@ class Generating(Decoding):
     diffusing: bool | None = Field(
         None, description="Send blocks as they fill in too, outside of the text; needs stream."
     )
+
+    def spelled(self) -> dict[str, str]:
+        """See `Decoding.spelled`."""
+        return {"max_new_tokens": "max_tokens"}
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
@@ -109,6 +129,12 @@ class Chat(Templated, Generating):
         """The conversation."""
         messages: list[Mapping[str, Any]] = [message.plain() for message in self.messages]
         return [messages]
+
+    def spelled(self) -> dict[str, str]:
+        """See `Decoding.spelled`."""
+        limit = {} if self.max_completion_tokens in (None, -1) else {"max_new_tokens": "max_completion_tokens"}
+        likeliest = {} if self.top_logprobs is None else {"logprobs": "top_logprobs"}
+        return super().spelled() | limit | likeliest
 
     def options(self) -> dict[str, Any]:
         """See `Generating.options`."""

@@ -8,7 +8,6 @@ a surrogate pair has no UTF-8 bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,12 +19,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...errors import BusyError, ContextLengthError, NemodiffError, RequestError
-from ...runtime.requests.options import Options
+from ...runtime.requests.options import OPTIONS
+from .body import Chat, Completion
+from .dialects.messages_body import Messages
+from .dialects.responses_body import Responses
 from .request_group import RequestTimeoutError
 
 RETRY_AFTER = 1  # seconds
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
-_OPTIONS = {field.name for field in dataclasses.fields(Options)}
+_FIELDS = {*OPTIONS, *(name for body in (Chat, Completion, Messages, Responses) for name in body.model_fields)}
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -63,9 +65,9 @@ def status_and_body(error: NemodiffError) -> tuple[int, dict[str, Any]]:
     """The status and body of an error of nemodiff's."""
     message = str(error)
     if isinstance(error, RequestError):
-        first_word = message.split(" ", 1)[0]
+        subject = message.partition(" ")[0]  # a field or, after a point, what is in it
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return 400, error_body(400, message, first_word if first_word in _OPTIONS else None, code)
+        return 400, error_body(400, message, subject if subject.partition(".")[0] in _FIELDS else None, code)
     if isinstance(error, BusyError):
         return 429, error_body(429, message, code="queue_full")
     if isinstance(error, DrainingError):

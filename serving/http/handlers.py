@@ -78,7 +78,10 @@ class Handlers:
         )
         group = self._request_group(request)
         diffusing = bool(body.diffusing)
-        requests = await group.submit(lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing)
+        with body.own_words():
+            requests = await group.submit(
+                lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing
+            )
         builder.sequences = group.sequences
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [
@@ -103,7 +106,8 @@ class Handlers:
         codec = self.engine.text if "logprobs" in options else None
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
         group = self._request_group(request)
-        await group.submit(lambda: [(self._prompts(body)[0], options)])
+        with body.own_words():
+            await group.submit(lambda: [(self._prompts(body)[0], options)])
         if not body.stream:
             (finished,) = await group.finished(request.receive)
             return JSONResponse(writer.full(finished.generation))
@@ -114,8 +118,9 @@ class Handlers:
     async def count(self, body: Counted) -> dict[str, Any]:
         """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
         _, options = self._model_options(body)
-        chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
-        sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen))
+        with body.own_words():
+            chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
+            sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen))
         return {"input_tokens": len(sequence.prompt)}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +134,8 @@ class Handlers:
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
         group = self._request_group(request)
-        await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
+        with body.own_words():
+            await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
         lines = trace_lines(self.engine, group.events())
         return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
 

@@ -368,7 +368,7 @@ def test_what_goes_wrong_is_one_line(page: Page, server: tuple[str, nemodiff.Sch
     page.get_by_text("Options").click()
     page.get_by_label("Most tokens").fill("100000")
     page.get_by_role("button", name="Run").click()
-    expect(error).to_contain_text("max_new_tokens")
+    expect(error).to_contain_text("max_tokens is 100000")
     assert "\n" not in error.inner_text()
     expect(page.locator(".lane")).to_have_count(0)
     page.get_by_label("Most tokens").fill("")

@@ -202,3 +202,46 @@ def test_curl_without_a_content_type_is_told_the_header(server: Served, flags: l
     remedy = message.partition("with curl: -H ")[2].strip("'")
     answer = subprocess.run([*command, "-H", remedy], capture_output=True, text=True, check=True).stdout
     assert json.loads(answer)["choices"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "message"),
+    [
+        (CHAT, {"max_tokens": -5}, "max_tokens", "max_tokens is -5, "),
+        (CHAT, {"max_completion_tokens": -5}, "max_completion_tokens", "max_completion_tokens is -5, "),
+        (CHAT, {"max_completion_tokens": 40000}, None, "max_completion_tokens is 40000, together "),
+        (CHAT, {"max_completion_tokens": 3, "min_tokens": 4}, "min_tokens", "0 to max_completion_tokens, which is 3"),
+        (CHAT, {"max_tokens": 3, "max_completion_tokens": -1, "min_tokens": 4}, "min_tokens", "max_tokens, which is 3"),
+        (CHAT, {"min_tokens": 513}, "min_tokens", "allowed: 0 to max_tokens, which is 512"),
+        (CHAT, {"logprobs": True, "top_logprobs": 101}, "top_logprobs", "top_logprobs is 101, "),
+        ("/events", {"max_tokens": -5}, "max_tokens", "max_tokens is -5, "),
+        ("/v1/messages", {"max_tokens": 3, "min_tokens": 4}, "min_tokens", "allowed: 0 to max_tokens, which is 3"),
+        (
+            "/v1/messages",
+            {"max_tokens": 3, "thinking": {"type": "enabled", "budget_tokens": -1}},
+            "thinking.budget_tokens",
+            "thinking.budget_tokens is -1, ",
+        ),
+        (
+            "/v1/messages/count_tokens",
+            {"thinking": {"type": "enabled", "budget_tokens": -1}},
+            "thinking.budget_tokens",
+            "thinking.budget_tokens is -1, ",
+        ),
+        ("/v1/responses", {"max_output_tokens": 3, "min_tokens": 4}, "min_tokens", "max_output_tokens, which is 3"),
+        (
+            "/v1/responses",
+            {"include": ["message.output_text.logprobs"], "top_logprobs": 101},
+            "top_logprobs",
+            "top_logprobs is 101, ",
+        ),
+    ],
+)
+def test_a_refusal_names_the_field_that_was_sent(
+    server: Served, path: str, fields: dict[str, Any], param: str | None, message: str
+) -> None:
+    said = {"input": "Count"} if path == "/v1/responses" else {"messages": [QUESTION]}
+    status, _, content = server.send(path, {**said, **fields})
+    error = json.loads(content)["error"]
+    assert (status, error["param"]) == (400, param), error
+    assert message in error["message"]

@@ -362,7 +362,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(add_generation_prompt=False), "allowed with continue_final_message: true; give both"),
         (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "both true; give one of them"),
         (CHAT, chat(continue_final_message=True), "the last message is the user's"),
-        ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_new_tokens is 0"),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 0}, "max_tokens is 0"),
         (
             "/v1/completions",
             {"prompt": "x", "echo": True, "logprobs": 1, "prompt_logprobs": 2},

@@ -99,6 +99,13 @@ class Counted(DialectBody):
             turns.append({**part, "role": "user"} if turns and part["role"] == "system" else part)
         return turns
 
+    def spelled(self) -> dict[str, str]:
+        """See `Decoding.spelled`."""
+        budget = None if self.thinking is None else self.thinking.budget_tokens
+        return {"max_new_tokens": "max_tokens"} | (
+            {} if budget is None else {"thinking_budget": "thinking.budget_tokens"}
+        )
+
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
         chosen = super().options()

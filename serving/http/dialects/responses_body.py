@@ -117,6 +117,11 @@ class Responses(DialectBody):
                 open_turn[name] = open_turn[name] + value if name in open_turn else value
         return _one_system(turns)
 
+    def spelled(self) -> dict[str, str]:
+        """See `Decoding.spelled`."""
+        likeliest = {} if self.top_logprobs is None else {"logprobs": "top_logprobs"}
+        return {"max_new_tokens": "max_output_tokens"} | likeliest
+
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
         check_json(self.metadata, "metadata")  # which the answer repeats
