@@ -28,7 +28,16 @@ from .request_group import RequestTimeoutError
 RETRY_AFTER = 1  # seconds
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
 _FIELDS = {*OPTIONS, *(name for body in (Chat, Completion, Messages, Responses) for name in body.model_fields)}
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC = "/v1/messages"  # the paths whose clients know Anthropic's types
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ErrorInfo(BaseModel):
@@ -55,28 +64,35 @@ class ModelNotFoundError(NemodiffError):
     """The request names a model that is not served here."""
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The JSON object of an error; its `type` is for clients of Anthropic's API."""
-    error_type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None, *, path: str = ""
+) -> dict[str, Any]:
+    """The JSON object of an error; its `type` is that of the API which the path belongs to."""
+    if path.startswith(_ANTHROPIC):
+        error_type = _ANTHROPIC_TYPES.get(status, "invalid_request_error")
+    elif status == 429:
+        error_type = "rate_limit_error"
+    else:
+        error_type = "invalid_request_error" if status < 500 else "server_error"
     return {"type": "error", "error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
-def status_and_body(error: NemodiffError) -> tuple[int, dict[str, Any]]:
-    """The status and body of an error of nemodiff's."""
+def status_and_body(error: NemodiffError, path: str) -> tuple[int, dict[str, Any]]:
+    """The status and body of an error of nemodiff's that a request to this path meets."""
     message = str(error)
     if isinstance(error, RequestError):
         subject = message.partition(" ")[0]  # a field or, after a point, what is in it
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return 400, error_body(400, message, subject if subject.partition(".")[0] in _FIELDS else None, code)
     if isinstance(error, BusyError):
-        return 429, error_body(429, message, code="queue_full")
+        return 429, error_body(429, message, code="queue_full", path=path)
     if isinstance(error, DrainingError):
-        return 503, error_body(503, message, code="draining")
+        return 503, error_body(503, message, code="draining", path=path)
     if isinstance(error, ModelNotFoundError):
-        return 404, error_body(404, message, "model", "model_not_found")
+        return 404, error_body(404, message, "model", "model_not_found", path=path)
     if isinstance(error, RequestTimeoutError):
-        return 504, error_body(504, message, code="timeout")
-    return 500, error_body(500, message)
+        return 504, error_body(504, message, code="timeout", path=path)
+    return 500, error_body(500, message, path=path)
 
 
 def error_response(status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
@@ -88,7 +104,7 @@ def error_response(status: int, body: Mapping[str, Any], headers: Mapping[str, s
 async def on_nemodiff_error(request: Request, error: Exception) -> Response:
     """Handle errors of nemodiff's."""
     assert isinstance(error, NemodiffError)
-    return error_response(*status_and_body(error))
+    return error_response(*status_and_body(error, request.url.path))
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
@@ -134,18 +150,18 @@ def _is_json(content_type: str | None) -> bool:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Handle paths and methods that do not exist, and a body that is too large or cannot be read."""
     assert isinstance(error, HTTPException)
-    status = error.status_code
+    status, path = error.status_code, request.url.path
     if status == 400 and error.detail == _UNREADABLE:
         return error_response(
             400, error_body(400, "the body cannot be read; send a JSON object in UTF-8, nested less deeply")
         )
     if status not in (404, 405):
-        return error_response(status, error_body(status, str(error.detail)), error.headers)
-    message = f"{request.method} {request.url.path:.100}: {error.detail}; the routes are in /openapi.json"
-    return error_response(status, error_body(status, message), error.headers)
+        return error_response(status, error_body(status, str(error.detail), path=path), error.headers)
+    message = f"{request.method} {path:.100}: {error.detail}; the routes are in /openapi.json"
+    return error_response(status, error_body(status, message, path=path), error.headers)
 
 
 async def on_unexpected_error(request: Request, error: Exception) -> Response:
     """Handle a defect of nemodiff's: its traceback goes to the log, never to a client."""
     message = f"nemodiff failed ({type(error).__name__}); the server's log says more"
-    return error_response(500, error_body(500, message))
+    return error_response(500, error_body(500, message, path=request.url.path))

@@ -83,21 +83,21 @@ class AdmissionMiddleware:
 
     def _refusal(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
         """Why a request is not admitted, as a status and a body."""
-        headers = Headers(scope=scope)
+        headers, path = Headers(scope=scope), str(scope["path"])
         host = headers.get("host", "")
         if not self._hosts.allows(host):
             message = f"the server does not go by the host {host!r:.60}; call it by its address, or start it with "
-            return 421, error_body(421, message + "--allowed-host NAME")
-        if str(scope["path"]).startswith(PROTECTED):
+            return 421, error_body(421, message + "--allowed-host NAME", path=path)
+        if path.startswith(PROTECTED):
             if self._keys and not self._has_key(headers):
                 message = "no valid key; send the header Authorization: Bearer KEY"
-                return 401, error_body(401, message, code="invalid_api_key")
+                return 401, error_body(401, message, code="invalid_api_key", path=path)
             if self._draining.is_set() and scope["method"] == "POST":
                 message = "the server is about to stop; send the request to another, or later"
-                return status_and_body(DrainingError(message))
+                return status_and_body(DrainingError(message), path)
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            return 413, error_body(413, self._too_large())
+            return 413, error_body(413, self._too_large(), path=path)
         return None
 
     def _has_key(self, headers: Headers) -> bool:

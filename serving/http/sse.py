@@ -50,6 +50,7 @@ class EventStreamResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(on_disconnect(receive, self._close))
+        self._path = str(scope["path"])
         # A task of its own goes on at once, and not by way of every layer between the server and here.
         stream = asyncio.create_task(self.stream_response(send))
         try:
@@ -70,7 +71,7 @@ class EventStreamResponse(StreamingResponse):
                     await send({"type": "http.response.body", "body": b"".join(lines), "more_body": True})
                     lines.clear()
         except NemodiffError as error:
-            lines.append(_line(status_and_body(error)[1], self._named))
+            lines.append(_line(status_and_body(error, self._path)[1], self._named))
         else:
             if self._done:
                 lines.append(b"data: [DONE]\n\n")

@@ -39,7 +39,7 @@ def written(objects: list[int | Exception], *, ready: set[int] = frozenset(), do
 
     async def stream() -> None:
         response = EventStreamResponse(given(), lambda: closed.append(True), lambda: last[0] in ready, done=done)
-        await response({"type": "http"}, receive, send)
+        await response({"type": "http", "path": "/events"}, receive, send)
 
     asyncio.run(stream())
     assert closed

@@ -1,0 +1,132 @@
+"""The `type` of an error is the one of the API whose route was called, whoever refuses and whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from anthropic.types.shared import ErrorType
+from stand_ins.toy_engine import ToyEngine, toy
+
+import nemodiff
+from nemodiff.runtime.scheduler.scheduler import Scheduler
+from nemodiff.serving.http.app import Limits, Server
+
+CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
+ASKED = {"messages": [{"role": "user", "content": "Count from 3 to 9."}], "max_tokens": 4000, "min_tokens": 4000}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+def ask(server: Server, path: str, body: Any, key: str = "key") -> tuple[int, list[dict[str, Any]]]:
+    """One request, without a network; a defect that the server logs is raised to whoever serves it, and left out."""
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+    sent = list[dict[str, Any]]()
+    given = [{"type": "http.request", "body": content}]
+
+    async def receive() -> dict[str, Any]:
+        if not given:
+            await asyncio.Event().wait()
+        return given.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def call() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            await server.app(scope, receive, send)
+
+    asyncio.run(call())
+    text = b"".join(message.get("body", b"") for message in sent).decode()
+    lines = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
+    return sent[0]["status"], [json.loads(line) for line in lines or [text]]
+
+
+def defect(*_: Any, **__: Any) -> None:
+    raise ZeroDivisionError
+
+
+def busy(*_: Any, **__: Any) -> None:
+    raise nemodiff.BusyError("too many wait; try again later")
+
+
+@pytest.mark.parametrize(
+    ("path", "types"),
+    [
+        (
+            MESSAGES,
+            {
+                400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
+                413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+                504: "timeout_error",
+            },
+        ),
+        *(
+            (
+                path,
+                {
+                    400: "invalid_request_error", 401: "invalid_request_error", 404: "invalid_request_error",
+                    413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error",
+                    504: "server_error",
+                },
+            )
+            for path in (CHAT, RESPONSES)
+        ),
+    ],
+)  # fmt: skip
+def test_types_by_route(
+    engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, path: str, types: dict[int, str]
+) -> None:
+    asked = {"input": "Count", "min_tokens": 4000} if path == RESPONSES else ASKED
+    limits = Limits(keys=("key",), max_request_bytes=1000, timeout=0.05)
+
+    def error(server: Server, body: Any = asked, key: str = "key") -> None:
+        status, (told,) = ask(server, path, body, key)
+        found[status] = told["error"]["type"]
+        assert told["type"] == "error"
+
+    found = dict[int, str]()
+    with Scheduler(toy(engine)) as scheduler:
+        server = Server(engine, scheduler, limits, "tiny", {})
+        error(server, asked | {"temperature": -1})
+        error(server, key="wrong")
+        error(server, asked | {"model": "other"})
+        error(server, asked | {"user": "x" * 2000})
+        error(server)  # takes too long
+        for fails in (busy, defect):
+            with monkeypatch.context() as patched:
+                patched.setattr(Scheduler, "submit_many", fails)
+                error(server)
+        server.draining.set()
+        error(server)
+        server.close()
+    assert found == types
+    assert path != MESSAGES or {*types.values()} <= {*get_args(ErrorType), "request_too_large"}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [(MESSAGES, "api_error"), (CHAT, "server_error"), (RESPONSES, "server_error")]
+)
+def test_types_in_a_stream(engine: nemodiff.LoadedEngine, path: str, kind: str) -> None:
+    asked = {"input": "Count"} if path == RESPONSES else ASKED
+    failing = toy(engine)
+    assert isinstance(failing.backend, ToyEngine)
+    with Scheduler(failing) as scheduler:
+        failing.backend.fails_at = {failing.backend.forwards + 3}
+        server = Server(engine, scheduler, Limits(), "tiny", {})
+        status, told = ask(server, path, {**asked, "stream": True, "mode": "ar"})
+        server.close()
+    assert status == 200
+    assert len(told) > 1
+    assert told[-1]["error"]["type"] == kind
