@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,19 +29,16 @@ class SpecialTokens:
     def __init__(self, added: Mapping[int, AddedToken], template: str = "") -> None:
         self._tokens = {token.content: token for token in added.values() if token.special}
         self.ids = {token.content: i for i, token in added.items() if token.special}
-        texts = sorted(self.ids, key=len, reverse=True)  # the longest of several is meant
-        taken = {*template, *"".join(texts)}
-        free = (c for c in map(chr, range(_HIGHEST, 0x7F, -1)) if c not in taken and not "\ud800" <= c <= "\udfff")
-        marks = list(itertools.islice(free, len(texts) + 1))
+        texts = [*self.ids]
+        marks = _free({*template, *"".join(texts)}, len(texts) + 1)
         self._escape = marks[0]  # before a mark that a message holds itself
         self._mark = dict(zip(texts, marks[1:], strict=True))
         self._spelling = {mark: text for text, mark in self._mark.items()}
-        any_text = "|".join(map(re.escape, texts)) or "(?!)"
-        any_mark = f"[{''.join(map(re.escape, marks))}]"
-        self._any = re.compile(f"({any_text})")
-        self._to_quote = re.compile(f"{any_text}|{any_mark}")
-        self._quoted = re.compile(f"{re.escape(self._escape)}({any_mark})|{any_mark}")
-        self._not_ascii = re.compile(rf"{re.escape(self._escape)}({any_mark})|[^\x00-\x7e]")
+        escape, any_mark = re.escape(self._escape), f"{marks[0]}-{marks[-1]}"
+        self._any = re.compile(f"({_any_of(texts)})")
+        self._to_quote = re.compile(_any_of(texts, any_mark))
+        self._quoted = re.compile(f"[{any_mark}](?:(?<={escape})([{any_mark}]))?")
+        self._not_ascii = re.compile(rf"{escape}([{any_mark}])|[^\x00-\x7e]")
 
     def quote(self, text: str, keep: Collection[str] = ()) -> str:
         """The text with a mark for each special token that it spells, except for those to `keep`."""
@@ -77,3 +75,30 @@ class SpecialTokens:
                 piece = piece.rstrip()
             parts.append(self._quoted.sub(lambda match: match[1] or self._spelling.get(match[0], ""), piece))
         return parts
+
+
+def _free(taken: Collection[str], count: int) -> list[str]:
+    """The highest characters in a row of which none is taken."""
+    blocks = ([chr(first + i) for i in range(count)] for first in range(_HIGHEST + 1 - count, 0x7F, -1))
+    return next(block for block in blocks if not any(c in taken or "\ud800" <= c <= "\udfff" for c in block))
+
+
+def _any_of(texts: Collection[str], more: str = "") -> str:
+    """A pattern of any of the texts, the longest where several fit, or of a character in the range `more`.
+
+    It is a set of characters, and what may stand after each: `re` passes quickly over those that are not in a set at
+    the beginning of a pattern. Of alternatives it would try one after the other at every character.
+    """
+    firsts = sorted({text[0] for text in texts})
+    ends = [f"(?<={re.escape(c)}){_tree([text[1:] for text in texts if text[0] == c])}" for c in firsts]
+    ends += [f"(?<=[{more}])"] if more else []
+    return f"[{''.join(map(re.escape, firsts))}{more}](?:{'|'.join(ends)})" if ends else "(?!)"
+
+
+def _tree(texts: Sequence[str]) -> str:
+    """A pattern of any of the texts, the longest where several fit, that looks at each character once."""
+    shared = os.path.commonprefix(texts)  # noqa: RUF071  (characters are meant)
+    rests = sorted(text.removeprefix(shared) for text in texts)
+    branches = [_tree([*group]) for _, group in itertools.groupby(filter(None, rests), lambda rest: rest[0])]
+    any_rest = f"(?:{'|'.join(branches)}){'' if rests[0] else '?'}" if branches else ""
+    return re.escape(shared) + any_rest
