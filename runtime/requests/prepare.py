@@ -7,7 +7,8 @@ or meet a broken engine.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
 from ...errors import RequestError
@@ -16,7 +17,7 @@ from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..text.checks import check_text
 from ..text.messages import Message
-from ..text.thoughts import BRACKETS
+from ..text.thoughts import BRACKETS, Thoughts
 from ..text.transcript import Transcript
 from .image_parts import place_images, plain_messages, read_images
 from .options import AUTO, Options
@@ -32,6 +33,64 @@ Prompt = str | list[int] | list[Message]
 
 def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     """Encode a prompt and check every option against the engine. Raises RequestError."""
+    return _check(engine, prompt, options).sequence(options.seed)
+
+
+def prepare_all(engine: LoadedEngine, requests: Iterable[tuple[Prompt, Options]]) -> Iterator[Sequence]:
+    """`prepare` for several; those in a row that differ in their seeds alone are encoded and checked once."""
+
+    def shared(request: tuple[Prompt, Options]) -> tuple[int, Options]:
+        return id(request[0]), dataclasses.replace(request[1], seed=0)
+
+    for _, alike in itertools.groupby(requests, shared):
+        answers = [*alike]
+        checked = _check(engine, *answers[0])
+        for _, options in answers:
+            yield checked.sequence(options.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A prompt and its options, all but the seed, encoded and checked.
+
+    opened: whether the answer begins inside a think block. thoughts: the marks around those that it may begin with.
+    """
+
+    engine: LoadedEngine
+    ids: list[int]
+    images: PromptImages | None
+    settings: Settings
+    opened: bool
+    thoughts: Thoughts | None
+
+    def sequence(self, seed: int) -> Sequence:
+        """One answer."""
+        engine, thoughts = self.engine, self.thoughts
+        settings = dataclasses.replace(self.settings, params=dataclasses.replace(self.settings.params, seed=seed))
+        planner = None
+        if settings.auto_block and settings.mode != "ar":
+            modes: dict[str, tuple[ExactMode, ...]] = {
+                "linear_spec": ("linear_spec",),
+                "quadratic_spec": ("quadratic_spec",),
+                AUTO: ("ar", "linear_spec", "quadratic_spec"),
+            }
+            planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
+        transcript = Transcript(
+            engine.text,
+            settings.stop,
+            settings.stop_token_ids,
+            thoughts=thoughts,
+            opened=thoughts is not None and self.opened,
+        )
+        budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
+        cost = engine.cost if budgeted else None
+        samples = engine.backend.samples
+        return Sequence(
+            engine.info.model, self.ids, settings, transcript, cost, planner, samples, self.opened, self.images
+        )
+
+
+def _check(engine: LoadedEngine, prompt: Prompt, options: Options) -> _Checked:
     ids, images = _encoded(engine, prompt, options)
     marks = engine.text.thoughts
     opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
@@ -52,26 +111,8 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
     if ignored is not None:
         settings = dataclasses.replace(settings, warnings=(*settings.warnings, ignored))
     _check_memory(engine, len(ids), settings)
-    budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
-    planner = None
-    if settings.auto_block and settings.mode != "ar":
-        modes: dict[str, tuple[ExactMode, ...]] = {
-            "linear_spec": ("linear_spec",),
-            "quadratic_spec": ("quadratic_spec",),
-            AUTO: ("ar", "linear_spec", "quadratic_spec"),
-        }
-        planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
     thoughts = marks if settings.stop and thinks and not options.stop_in_thinking else None
-    transcript = Transcript(
-        engine.text,
-        settings.stop,
-        settings.stop_token_ids,
-        thoughts=thoughts,
-        opened=thoughts is not None and opened,
-    )
-    cost = engine.cost if budgeted else None
-    samples = engine.backend.samples
-    return Sequence(engine.info.model, ids, settings, transcript, cost, planner, samples, opened, images)
+    return _Checked(engine, ids, images, settings, opened, thoughts)
 
 
 def _beginning(prompt: Prompt, options: Options) -> str | None:

@@ -18,7 +18,7 @@ from ..batching.batch import kept_prefixes
 from ..events.events import Event
 from ..loading import LoadedEngine, check_rows
 from ..requests.options import make_options
-from ..requests.prepare import Prompt, prepare
+from ..requests.prepare import Prompt, prepare_all
 from ..requests.sequence import Sequence
 from .handle import Handle, Listener
 from .statistics import Statistics
@@ -136,11 +136,11 @@ class Scheduler:
                 f"{self._most_waiting} that wait); ask for fewer at a time"
             )
         self._worker.refuse_if_busy(len(requests))
-        sequences = [self._prepare(prompt, options) for prompt, options in requests]
-        return self._worker.add(sequences, listeners, steps=steps)
+        prepared = prepare_all(self._engine, ((prompt, make_options(options)) for prompt, options in requests))
+        return self._worker.add([self._in_small_chunks(sequence) for sequence in prepared], listeners, steps=steps)
 
-    def _prepare(self, prompt: Prompt, options: Mapping[str, Any]) -> Sequence:
-        sequence = prepare(self._engine, prompt, make_options(options))
+    def _in_small_chunks(self, sequence: Sequence) -> Sequence:
+        """The sequence with its prompt read in passes that a step has room for."""
         chunk = min(sequence.settings.prefill_chunk, self._prefill_tokens)
         sequence.settings = dataclasses.replace(sequence.settings, prefill_chunk=chunk)
         return sequence

@@ -281,6 +281,30 @@ def test_a_full_queue_refuses_with_one_line_and_recovers(engine: nemodiff.Loaded
         scheduler.submit([1])
 
 
+def test_answers_to_one_prompt_encode_it_once(engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else differs, such as the options, each answer is the one that its request would get alone."""
+    encoded = list[str]()
+    encode_plain = engine.text.encode_plain
+
+    def count(text: str) -> list[int]:
+        encoded.append(text)
+        return encode_plain(text)
+
+    prompt, other = "Count from 3 to 9.", "Sort: b, a."
+    requests: list[tuple[str, dict[str, Any]]] = [
+        *((prompt, {"max_new_tokens": 8, "temperature": 2.0, "seed": seed, "stop": ["zz"]}) for seed in (4, 5, 6)),
+        (prompt, {"max_new_tokens": 5, "temperature": 2.0, "seed": 4, "mode": "auto"}),
+        *((other, {"max_new_tokens": 8, "temperature": 2.0, "seed": seed, "chat": False}) for seed in (4, 5)),
+    ]
+    expected = [nemodiff.generate(engine, one, **options) for one, options in requests]
+    monkeypatch.setattr(engine.text, "encode_plain", count)
+    with nemodiff.Scheduler(engine, rows=3) as scheduler:
+        answers = [handle.result(PATIENCE) for handle in scheduler.submit_many(requests)]
+    assert [answer.text for answer in answers] == [one.text for one in expected]
+    assert len({answer.text for answer in answers}) > 4
+    assert [sum(text in part for part in encoded) for text in (prompt, other)] == [2, 1]
+
+
 def test_several_requests_are_queued_all_or_none(engine: nemodiff.LoadedEngine) -> None:
     slow, gate = gated(engine)
     heard: list[tuple[int, Any]] = []
