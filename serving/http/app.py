@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ...runtime.scheduler.scheduler import Scheduler
 from ..metrics import ServerStats
 from .handlers import Handlers
 from .hosts import AllowedHosts
+from .image_urls import THREADS
 from .infill_queue import InfillQueue
 from .metrics import ServerMetrics
 from .middleware import AdmissionMiddleware
@@ -81,9 +83,12 @@ class Server:
         self.scheduler = scheduler
         self.infill_queue = InfillQueue(engine, limits.waiting)
         self.draining = threading.Event()
+        self._image_pool = (
+            concurrent.futures.ThreadPoolExecutor(THREADS, "nemodiff-images") if limits.image_urls else None
+        )
         metrics = ServerMetrics(self._stats)
         handlers = Handlers(
-            engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, limits.image_urls
+            engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, self._image_pool
         )
         routes = create_routes(handlers, self.draining)
         self.admission = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
@@ -100,6 +105,8 @@ class Server:
     def close(self) -> None:
         """Let go of the threads; to be called once, after the last request."""
         self.infill_queue.close()
+        if self._image_pool is not None:
+            self._image_pool.shutdown(cancel_futures=True)
         if self._spans is not None:
             self._spans.close()
 

@@ -6,6 +6,7 @@ No handler blocks the event loop: what takes time runs in the scheduler's worker
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import threading
 import time
@@ -33,7 +34,7 @@ from .dialects.responses_body import Responses
 from .dialects.responses_writer import ResponsesWriter
 from .error_responses import ModelNotFoundError
 from .fim_body import Fim
-from .image_urls import with_images
+from .image_urls import image_urls, with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .models import describe
@@ -49,7 +50,7 @@ class Handlers:
     """One engine for the routes.
 
     name: the model's, for clients. defaults: options that a request does not give. timeout: seconds of one request.
-    image_urls: whether images are fetched that a request names by http URL.
+    image_pool: fetches images that a request names by http URL, None where that is not allowed.
     """
 
     engine: LoadedEngine
@@ -59,7 +60,7 @@ class Handlers:
     name: str
     defaults: dict[str, Any]
     timeout: float
-    image_urls: bool = False
+    image_pool: concurrent.futures.Executor | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def generate(self, request: Request, body: Chat | Completion) -> Response:
@@ -76,7 +77,7 @@ class Handlers:
             prompt_logprobs=body.prompt_logprobs is not None,
             answers=body.n or 1,
         )
-        group = self._request_group(request)
+        group = self._request_group(request, body)
         diffusing = bool(body.diffusing)
         with body.own_words():
             requests = await group.submit(
@@ -105,7 +106,7 @@ class Handlers:
         options = self._enforceable(with_seed(room | options | body.options()))
         codec = self.engine.text if "logprobs" in options else None
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
-        group = self._request_group(request)
+        group = self._request_group(request, body)
         with body.own_words():
             await group.submit(lambda: [(self._prompts(body)[0], options)])
         if not body.stream:
@@ -120,7 +121,7 @@ class Handlers:
         _, options = self._model_options(body)
         with body.own_words():
             chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
-            sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen))
+            sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen), self._pool(body))
         return {"input_tokens": len(sequence.prompt)}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Handlers:
         """Stream the events of one request as a trace. Raises NemodiffError."""
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
-        group = self._request_group(request)
+        group = self._request_group(request, body)
         with body.own_words():
             await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
         lines = trace_lines(self.engine, group.events())
@@ -141,7 +142,11 @@ class Handlers:
 
     def _prompts(self, body: Chat | Completion | DialectBody) -> list[Prompt]:
         """The prompts with their images, which may have to be fetched. Raises RequestError."""
-        return with_images(body.prompts(), self.image_urls)
+        return with_images(body.prompts(), self.image_pool is not None)
+
+    def _pool(self, body: Chat | Completion | DialectBody) -> concurrent.futures.Executor | None:
+        """The threads in which a request may wait for hosts of images, if it names some."""
+        return self.image_pool if self.image_pool is not None and image_urls(body.prompts()) else None
 
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""
@@ -216,7 +221,7 @@ class Handlers:
         self._mode(name)
         return describe(name, self.created, self.engine.info.build, self.scheduler.statistics.rows)
 
-    def _request_group(self, request: Request) -> RequestGroup:
+    def _request_group(self, request: Request, body: Chat | Completion | DialectBody) -> RequestGroup:
         record = record_of(request)
 
         def observe(index: int, events: list[Event]) -> None:
@@ -225,7 +230,7 @@ class Handlers:
             if record is not None:
                 record.observe(index, events)
 
-        return RequestGroup(self.scheduler, observe, self.timeout)
+        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body))
 
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""

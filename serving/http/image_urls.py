@@ -19,6 +19,7 @@ from ...runtime.requests.prepare import Prompt
 MOST_BYTES = 16 * 2**20  # of a fetched image
 MOST_URLS = 16  # of a request
 SECONDS = 10.0  # for all of these
+THREADS = 8  # for the images of so many requests at a time
 _CHUNK = 64 * 2**10
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -33,8 +34,8 @@ def is_public(address: Address) -> bool:
     return address.is_global and not old
 
 
-def with_images(prompts: list[Prompt], allowed: bool) -> list[Prompt]:
-    """The prompts with the bytes of each image that is named by an http URL. Raises RequestError."""
+def image_urls(prompts: list[Prompt]) -> list[str]:
+    """The http URLs of all images."""
     contents = [
         message["content"]
         for prompt in prompts
@@ -42,7 +43,12 @@ def with_images(prompts: list[Prompt], allowed: bool) -> list[Prompt]:
         for message in prompt
         if isinstance(message, Mapping) and isinstance(message.get("content"), list)
     ]
-    urls = [url for content in contents for part in content if (url := _http_url(part))]
+    return [url for content in contents for part in content if (url := _http_url(part))]
+
+
+def with_images(prompts: list[Prompt], allowed: bool) -> list[Prompt]:
+    """The prompts with the bytes of each image that is named by an http URL. Raises RequestError."""
+    urls = image_urls(prompts)
     if urls and not allowed:
         raise RequestError(
             f"image_url is {urls[0]:.80}, allowed: data:image/png;base64,..; send the image itself, or start the "

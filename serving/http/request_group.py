@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import concurrent.futures
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -44,12 +45,20 @@ class RequestGroup:
         scheduler: takes the requests.
         observe: called in the scheduler's worker with what happened to a request, by its index.
         timeout: seconds until what still runs is cancelled.
+        pool: its threads read the prompts; see `in_thread`.
     """
 
-    def __init__(self, scheduler: Scheduler, observe: Callable[[int, list[Event]], None], timeout: float) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        observe: Callable[[int, list[Event]], None],
+        timeout: float,
+        pool: concurrent.futures.Executor | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._observe = observe
         self._timeout = timeout
+        self._pool = pool
         self._bell = doorbell()
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
         self._loop = asyncio.get_running_loop()
@@ -77,7 +86,7 @@ class RequestGroup:
             return requests
 
         try:
-            return await in_thread(submit_all)  # encoding a long prompt takes time
+            return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
         except BaseException:
             self.close()
             raise

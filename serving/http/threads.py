@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ def without_stop_iteration(function: Callable[[], Result]) -> Result:
         raise RuntimeError("an iterator ended too early") from error
 
 
-async def in_thread(function: Callable[[], Result]) -> Result:
-    """Call a function outside of the event loop, which it would block for other clients."""
-    return await asyncio.to_thread(without_stop_iteration, function)
+async def in_thread(function: Callable[[], Result], pool: concurrent.futures.Executor | None = None) -> Result:
+    """Call a function outside of the event loop, which it would block for other clients.
+
+    `pool` has the thread, instead of the loop's own few, for what may wait for others.
+    """
+    return await asyncio.get_running_loop().run_in_executor(pool, without_stop_iteration, function)

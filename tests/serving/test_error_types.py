@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from anthropic.types.shared import ErrorType
+from stand_ins.asgi import asked
 from stand_ins.toy_engine import ToyEngine, toy
 
 import nemodiff
@@ -20,37 +18,6 @@ CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
 RESPONSES = "/v1/responses"
 ASKED = {"messages": [{"role": "user", "content": "Count from 3 to 9."}], "max_tokens": 4000, "min_tokens": 4000}
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
-    return nemodiff.load(tiny_engine, threads=1)
-
-
-def ask(server: Server, path: str, body: Any, key: str = "key") -> tuple[int, list[dict[str, Any]]]:
-    """One request, without a network; a defect that the server logs is raised to whoever serves it, and left out."""
-    content = json.dumps(body).encode()
-    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())]
-    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
-    sent = list[dict[str, Any]]()
-    given = [{"type": "http.request", "body": content}]
-
-    async def receive() -> dict[str, Any]:
-        if not given:
-            await asyncio.Event().wait()
-        return given.pop()
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def call() -> None:
-        with contextlib.suppress(ZeroDivisionError):
-            await server.app(scope, receive, send)
-
-    asyncio.run(call())
-    text = b"".join(message.get("body", b"") for message in sent).decode()
-    lines = [line[6:] for line in text.split("\n") if line.startswith("data: {")]
-    return sent[0]["status"], [json.loads(line) for line in lines or [text]]
 
 
 def defect(*_: Any, **__: Any) -> None:
@@ -88,21 +55,21 @@ def busy(*_: Any, **__: Any) -> None:
 def test_types_by_route(
     engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, path: str, types: dict[int, str]
 ) -> None:
-    asked = {"input": "Count", "min_tokens": 4000} if path == RESPONSES else ASKED
+    right = {"input": "Count", "min_tokens": 4000} if path == RESPONSES else ASKED
     limits = Limits(keys=("key",), max_request_bytes=1000, timeout=0.05)
 
-    def error(server: Server, body: Any = asked, key: str = "key") -> None:
-        status, (told,) = ask(server, path, body, key)
+    def error(server: Server, body: Any = right, key: str = "key") -> None:
+        status, (told,) = asyncio.run(asked(server.app, path, body, authorization=f"Bearer {key}"))
         found[status] = told["error"]["type"]
         assert told["type"] == "error"
 
     found = dict[int, str]()
     with Scheduler(toy(engine)) as scheduler:
         server = Server(engine, scheduler, limits, "tiny", {})
-        error(server, asked | {"temperature": -1})
+        error(server, right | {"temperature": -1})
         error(server, key="wrong")
-        error(server, asked | {"model": "other"})
-        error(server, asked | {"user": "x" * 2000})
+        error(server, right | {"model": "other"})
+        error(server, right | {"user": "x" * 2000})
         error(server)  # takes too long
         for fails in (busy, defect):
             with monkeypatch.context() as patched:
@@ -119,13 +86,13 @@ def test_types_by_route(
     ("path", "kind"), [(MESSAGES, "api_error"), (CHAT, "server_error"), (RESPONSES, "server_error")]
 )
 def test_types_in_a_stream(engine: nemodiff.LoadedEngine, path: str, kind: str) -> None:
-    asked = {"input": "Count"} if path == RESPONSES else ASKED
+    body = {"input": "Count"} if path == RESPONSES else ASKED
     failing = toy(engine)
     assert isinstance(failing.backend, ToyEngine)
     with Scheduler(failing) as scheduler:
         failing.backend.fails_at = {failing.backend.forwards + 3}
         server = Server(engine, scheduler, Limits(), "tiny", {})
-        status, told = ask(server, path, {**asked, "stream": True, "mode": "ar"})
+        status, told = asyncio.run(asked(server.app, path, {**body, "stream": True, "mode": "ar"}))
         server.close()
     assert status == 200
     assert len(told) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import PATIENCE, output_of
+from stand_ins.asgi import asked
 from stand_ins.http_server import Served, serving
 from stand_ins.vision import as_bytes, picture
 
@@ -24,6 +26,7 @@ import nemodiff
 from nemodiff.cli import main
 from nemodiff.errors import RequestError
 from nemodiff.serving.http import image_urls
+from nemodiff.serving.http.app import Limits, Server
 from nemodiff.serving.http.image_urls import fetch, is_public
 from nemodiff.serving.triton_server.parameters import read
 
@@ -261,6 +264,43 @@ def test_an_image_is_fetched_under_limits(web: str, monkeypatch: pytest.MonkeyPa
     for url in ("http://", "http://user@host/", "http://[::1", "http://host:x/"):
         with pytest.raises(RequestError, match="cannot be fetched"):
             fetch(url, anyone)
+
+
+def test_slow_image_hosts_hold_up_no_other_prompt(seeing_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = threading.Event()  # set once they answer
+
+    def fetch(url: str, **_: Any) -> bytes:
+        assert hosts.wait(PATIENCE)
+        return DATA
+
+    def told(*parts: dict[str, Any]) -> dict[str, Any]:
+        content = [*parts, {"type": "text", "text": QUESTION}]
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 3}
+
+    async def ask(server: Server) -> None:
+        seen = told({"type": "image_url", "image_url": {"url": "http://slow.example/a.png"}})
+        counted = {"messages": [{"role": "user", "content": [
+            {"type": "image", "source": {"type": "url", "url": "http://slow.example/a.png"}}
+        ]}]}  # fmt: skip
+        paths = [("/v1/chat/completions", seen), ("/v1/messages/count_tokens", counted)] * 40
+        slow = [asyncio.create_task(asked(server.app, *one)) for one in paths]
+        await asyncio.sleep(0.05)
+        for path, body in (("/v1/chat/completions", told()), ("/tokenize", {"prompt": QUESTION})):
+            status, _ = await asyncio.wait_for(asked(server.app, path, body), PATIENCE)
+            assert status == 200
+        assert not any(task.done() for task in slow)
+        hosts.set()
+        assert {status for status, _ in await asyncio.gather(*slow)} == {200}
+
+    monkeypatch.setattr(image_urls, "fetch", fetch)
+    loaded = nemodiff.load(seeing_engine, threads=1)
+    with nemodiff.Scheduler(loaded) as scheduler:
+        server = Server(loaded, scheduler, Limits(image_urls=True), "seeing", {})
+        try:
+            asyncio.run(ask(server))
+        finally:
+            hosts.set()
+            server.close()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium; install it: scripts/debian-packages")
