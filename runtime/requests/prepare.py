@@ -91,7 +91,7 @@ class _Checked:
 
 
 def _check(engine: LoadedEngine, prompt: Prompt, options: Options) -> _Checked:
-    ids, images = _encoded(engine, prompt, options)
+    ids, images = encode_with_images(engine, prompt, options)
     marks = engine.text.thoughts
     opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
     begun = _beginning(prompt, options)
@@ -125,7 +125,7 @@ def _without_thoughts(engine: LoadedEngine, prompt: Prompt, options: Options, id
     """Whether a conversation whose prompt opens no thoughts would be the same prompt if the model were not to think."""
     if not options.chat or ids == prompt:
         return False
-    return _encoded(engine, prompt, dataclasses.replace(options, thinking=False))[0] == ids
+    return encode_with_images(engine, prompt, dataclasses.replace(options, thinking=False))[0] == ids
 
 
 def _check_memory(engine: LoadedEngine, prompt_tokens: int, settings: Settings) -> None:
@@ -147,13 +147,13 @@ def _check_memory(engine: LoadedEngine, prompt_tokens: int, settings: Settings) 
 
 def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
     """The prompt's token ids, of a prompt without images. Raises RequestError."""
-    ids, images = _encoded(engine, prompt, options)
+    ids, images = encode_with_images(engine, prompt, options)
     if images is not None:
         raise RequestError("the prompt has an image, allowed here: text alone; leave it out")
     return ids
 
 
-def _encoded(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[list[int], PromptImages | None]:
+def encode_with_images(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[list[int], PromptImages | None]:
     """The prompt's token ids, and its images if it has some. Raises RequestError."""
     continued = options.continue_final_message
     if continued and not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping)):

@@ -22,7 +22,7 @@ from ...errors import RequestError
 from ...runtime.events.events import Event, Finished
 from ...runtime.loading import LoadedEngine
 from ...runtime.requests.options import make_options
-from ...runtime.requests.prepare import Prompt, encode, prepare
+from ...runtime.requests.prepare import Prompt, encode, encode_with_images
 from ...runtime.requests.spellings import with_seed
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.text.checks import check_text
@@ -120,9 +120,11 @@ class Handlers:
         """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
         _, options = self._model_options(body)
         with body.own_words():
-            chosen = make_options({"fit": True, **self._enforceable(options | body.options())})
-            sequence = await in_thread(lambda: prepare(self.engine, self._prompts(body)[0], chosen), self._pool(body))
-        return {"input_tokens": len(sequence.prompt)}
+            chosen = make_options(self._enforceable(options | body.options()))
+            ids, _ = await in_thread(
+                lambda: encode_with_images(self.engine, self._prompts(body)[0], chosen), self._pool(body)
+            )
+        return {"input_tokens": len(ids)}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options of another API without a budget of thinking that nothing could enforce."""

@@ -150,6 +150,14 @@ def test_an_answer_that_has_begun_is_continued(server: Served, client: anthropic
     assert client.messages.count_tokens(model="tiny", messages=talk).input_tokens > counted.input_tokens
 
 
+def test_what_is_too_long_is_counted(client: anthropic.Anthropic) -> None:
+    """A client counts to know how much it has to leave out."""
+    talk: list[Any] = [{"role": "user", "content": "9 " * 40_000}]
+    counted = client.messages.count_tokens(model="tiny", messages=talk).input_tokens
+    with pytest.raises(anthropic.BadRequestError, match=rf"the prompt is too long: {counted} tokens > 32767"):
+        client.messages.create(model="tiny", max_tokens=1, messages=talk)
+
+
 def test_an_error_of_a_tool_is_said(server: Served) -> None:
     def count(**result: Any) -> int:
         content = [{"type": "tool_result", "tool_use_id": "a", "content": "no such city", **result}]
