@@ -45,10 +45,10 @@ class Served:
     counts: Counts
 
 
-def requests(count: int, seed: int = questions.SEED) -> Workload:
+def requests(count: int) -> Workload:
     """`count` requests; quadratic_spec takes all groups, because a budget follows the clock and the passes with it."""
-    rng, workload = random.Random(seed), Workload()
-    question_list = questions.draw(-(-count // len(questions.TASKS)), seed)[:count]
+    rng, workload = random.Random(questions.SEED), Workload()
+    question_list = questions.draw(-(-count // len(questions.TASKS)))[:count]
     for number, question in enumerate(question_list):
         text = question.text
         if number % 8 == 7:

@@ -199,7 +199,7 @@ class Network:
                     if not states:
                         of_script[lane].states = None
                     of_script[lane].layer(number, w)
-        return [self._finish(*pair) for pair in zip(scripts, self._heads(passes, scripts, columns), strict=True)]
+        return [_joined(*found) for found in self._heads(passes, scripts, columns)]
 
     def _heads(
         self, passes: list[list[_Pass]], scripts: Sequence[Script], columns: np.ndarray
@@ -226,16 +226,17 @@ class Network:
             done.append((of_script, pieces))
         return done
 
-    def _finish(self, script: Script, found: tuple[list[_Pass], list[Answer]]) -> Answer:
-        (exact, rounded), pieces = found
-        joined = {
-            name: np.concatenate([getattr(piece, name) for piece in pieces])
-            for name in ("token", "best", "total", "logits", "noise")
-        }
-        states = exact.states or {}
-        theirs = rounded.states or {}
-        noise = {name: float(np.abs(value - theirs[name]).mean()) for name, value in states.items()}
-        return Answer(**joined, ids=pieces[0].ids, states=states, state_noise=noise)
+
+def _joined(passes: list[_Pass], pieces: list[Answer]) -> Answer:
+    exact, rounded = passes
+    joined = {
+        name: np.concatenate([getattr(piece, name) for piece in pieces])
+        for name in ("token", "best", "total", "logits", "noise")
+    }
+    states = exact.states or {}
+    theirs = rounded.states or {}
+    noise = {name: float(np.abs(value - theirs[name]).mean()) for name, value in states.items()}
+    return Answer(**joined, ids=pieces[0].ids, states=states, state_noise=noise)
 
 
 def _part(name: str) -> Part:

@@ -25,7 +25,6 @@ class Layer(Protocol):
     num_outputs: int
 
     def get_input(self, index: int) -> Tensor | None: ...
-    def get_output(self, index: int) -> Tensor | None: ...
 
 
 class Network(Protocol):
@@ -37,7 +36,6 @@ class Network(Protocol):
 
     def get_layer(self, index: int) -> Layer: ...
     def get_input(self, index: int) -> Tensor: ...
-    def get_output(self, index: int) -> Tensor: ...
 
 
 class ParserError(Protocol):
@@ -125,7 +123,6 @@ class Engine(Protocol):
     num_io_tensors: int
     num_layers: int
     num_optimization_profiles: int
-    device_memory_size_v2: int
 
     def get_tensor_name(self, index: int) -> str: ...
     def get_tensor_shape(self, name: str) -> Shape: ...

@@ -23,6 +23,7 @@ from ...errors import ServerError
 from .executable import Executable, find_executable
 
 _ATTEMPTS = 3  # a port that was free may be taken by the time it is used
+_PATIENCE = 40.0  # seconds until a server that was asked to stop is made to
 
 
 class TritonServer:
@@ -79,13 +80,13 @@ class TritonServer:
     ) -> None:
         self.stop()
 
-    def stop(self, patience: float = 40.0) -> int:
-        """Ask the server to stop, make it after `patience` seconds, and return its exit code."""
+    def stop(self) -> int:
+        """Ask the server to stop, make it if it does not, and return its exit code."""
         code = 0
         if self.process is not None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(patience)
+                self.process.wait(_PATIENCE)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)  # what hangs, and Python processes that it left
             code = self.process.wait()

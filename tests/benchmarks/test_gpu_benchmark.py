@@ -189,7 +189,7 @@ def test_a_call_of_six_minutes_has_what_matters_most() -> None:
     assert rows | ways | loops | crowds | kernels | {"peers/8b/rows 1 context 512"} <= measured
 
 
-def test_what_is_asked_for_must_be_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_for_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (("--only", "everything"), ("--shapes", "70b")):
         monkeypatch.setattr(sys, "argv", ["benchmarks/gpu.py", *arguments])
         with pytest.raises(SystemExit):

@@ -95,19 +95,24 @@ def tensors(edit: Callable[[dict[str, Any]], object], name: str = "model.safeten
     return apply
 
 
-def element(value: float, dtype: Any = np.float32, name: str = Q_PROJ) -> Break:
+def element(value: float, dtype: Any = np.float32) -> Break:
     """Put one number into a tensor of the given dtype."""
 
     def edit(values: dict[str, Any]) -> None:
-        values[name] = values[name].astype(dtype)
-        values[name].flat[-1] = value
+        values[Q_PROJ] = values[Q_PROJ].astype(dtype)
+        values[Q_PROJ].flat[-1] = value
 
     return tensors(edit)
 
 
-def raw(edit: Callable[[bytearray], bytes], name: str = "model.safetensors") -> Break:
-    """Change the bytes of a file."""
-    return lambda folder: (folder / name).write_bytes(edit(bytearray((folder / name).read_bytes())))
+def raw(edit: Callable[[bytearray], bytes]) -> Break:
+    """Change the bytes of model.safetensors."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(edit(bytearray(path.read_bytes())))
+
+    return apply
 
 
 def header(edit: Callable[[dict[str, Any]], object]) -> Break:

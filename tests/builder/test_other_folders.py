@@ -59,9 +59,7 @@ def test_a_weight_of_a_like_name_is_still_refused(checkpoint: Path, refused: Ref
     refused(command, "tensor encoder.rotary_emb.inv_freq.weight is not part of this architecture")
 
 
-def test_what_nemodiff_made_is_no_checkpoint_and_says_which_is(
-    checkpoint: Path, tiny_engine: Path, refused: Refused
-) -> None:
+def test_what_nemodiff_made_is_no_checkpoint_and_says_which_is(checkpoint: Path, refused: Refused) -> None:
     root = checkpoint.parent
     made = {
         "an engine": Builder(checkpoint, root / "engine").run(),

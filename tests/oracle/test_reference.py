@@ -150,7 +150,7 @@ def test_adapter_does_nothing_where_there_is_none() -> None:
 
 
 @pytest.mark.torch
-def test_transformers_takes_the_files_yarn(oracle: ModuleType, peer: Any, chat: ReferenceModel) -> None:
+def test_transformers_takes_the_files_yarn(peer: Any, chat: ReferenceModel) -> None:
     buffer = peer.model.rotary_emb.inv_freq.numpy()
     np.testing.assert_allclose(buffer, yarn_inv_freq(chat.rope, chat.head_dim), rtol=1e-6)
     assert peer.model.rotary_emb.attention_scaling == 1.0

@@ -27,6 +27,7 @@ WIDTH = 16
 SCALE = WIDTH**-0.5
 on_device = pytest.mark.usefixtures("bf16_products") if INTERPRETED else pytest.mark.gpu
 LARGE = {"f32": (1e4, 1e20, 1e30), "f16": (4000.0, 60000.0), "bf16": (1e4, 1e20, 1e30)}
+SLOTS = 90
 TWO_SPANS = np.array([[[70, 80, 90], [3, 80, 82], [0, 81, 90], [64, 0, 0]]], np.int32)
 LAYOUTS = {"one token": causal(66, 1), "chunk": causal(60, 9), "groups": groups(50, 4, 5), "two spans": TWO_SPANS}
 
@@ -77,10 +78,10 @@ def by_onnxruntime(case: Case, dtype: str, hidden: float) -> np.ndarray:
 
 
 @st.composite
-def intervals(draw: st.DrawFn, slots: int = 90) -> np.ndarray:
+def intervals(draw: st.DrawFn) -> np.ndarray:
     rows, size = draw(st.integers(1, 2)), draw(st.integers(1, 8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    visible = rng.integers(0, slots // 2, (rows, size, 3)).astype(np.int32)
+    visible = rng.integers(0, SLOTS // 2, (rows, size, 3)).astype(np.int32)
     visible[..., 0] = np.maximum(visible[..., 0], visible[..., 2] <= visible[..., 1])  # see at least one slot
     return visible
 
@@ -89,7 +90,7 @@ def intervals(draw: st.DrawFn, slots: int = 90) -> np.ndarray:
 @given(data=st.data(), visible=intervals(), dtype=st.sampled_from(["f32", "f16"]))
 def test_the_function_body_on_onnxruntime(data: st.DataObject, visible: np.ndarray, dtype: str) -> None:
     """In f16 a product past 65504 is infinite; ONNX Runtime still takes -inf for a score of nothing."""
-    case = make_case(visible, dtype, 90, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([(4, 2), (3, 3)])))
+    case = make_case(visible, dtype, SLOTS, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([(4, 2), (3, 3)])))
     large = data.draw(st.sampled_from(LARGE[dtype]))
     clean = by_onnxruntime(case, dtype, -np.inf)
     for query in range(visible.shape[1]):
@@ -160,7 +161,7 @@ def test_the_kernels(tiny: ModelConfig, name: str, dtype: str) -> None:
 @settings(max_examples=4, deadline=None)
 @given(visible=intervals(), dtype=st.sampled_from(list(LARGE)), seed=st.integers(0, 99))
 def test_the_kernels_with_random_intervals(tiny: ModelConfig, visible: np.ndarray, dtype: str, seed: int) -> None:
-    check_kernels(tiny, make_case(visible, dtype, 90, seed), dtype, LARGE[dtype][0])
+    check_kernels(tiny, make_case(visible, dtype, SLOTS, seed), dtype, LARGE[dtype][0])
 
 
 def check_kernels(tiny: ModelConfig, case: Case, dtype: str, large: float) -> None:

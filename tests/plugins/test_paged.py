@@ -259,7 +259,7 @@ def test_attention_over_pages_of_random_rows(
 
 
 def planned(
-    model: ModelConfig, rows: list[np.ndarray], width: int = 1000, programs: int | None = None
+    model: ModelConfig, rows: list[np.ndarray], programs: int | None = None
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The items of a pass that have something to do, and the pass's sizes."""
     row, first = flat(rows)
@@ -270,7 +270,7 @@ def planned(
         row=row,
         first=first,
         visible=visible,
-        page_table=np.zeros((len(rows), width), np.int32),
+        page_table=np.zeros((len(rows), 1000), np.int32),
     )
     dims = {"N": len(visible), "B": len(rows), "H": model.num_heads, "G": model.num_kv_heads}
     assert len(items) == paged_attention.items(dims, ceil_div, programs)
@@ -473,9 +473,9 @@ def test_the_product_of_8_bits_by_8_bits_is_torch_s(tiny: ModelConfig) -> None:
 SPANS = [3, 1, 18, 1, 1]  # predictions of each row
 
 
-def flat_rule(vocab: int, seed: int = 0) -> dict[str, np.ndarray]:
+def flat_rule(vocab: int) -> dict[str, np.ndarray]:
     """Ids of tokens, and index, span and threshold of predictions of several rows, which are some of the tokens."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     total = sum(SPANS)
     ids = rng.integers(0, vocab, total + 5).astype(np.int32)
     ids[rng.random(total + 5) < 0.7] = MASK

@@ -183,7 +183,7 @@ def test_broken_engine_is_refused(engine: Path, refused: Refused, breaks: Break,
     refused(["run", str(engine), "-p", "x"], *fragments)
 
 
-def test_engine_without_template_needs_raw(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
+def test_engine_without_template_needs_raw(tmp_path: Path, refused: Refused) -> None:
     checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
     shutil.copytree(TINY_CHAT, checkpoint)
     (checkpoint / "chat_template.jinja").unlink()
@@ -215,7 +215,7 @@ def test_inspect_refuses_what_is_no_engine(engine: Path, refused: Refused) -> No
     refused(["inspect", str(engine)], "not an engine, manifest.json is missing")
 
 
-def test_checkpoint_is_not_an_engine(tmp_path: Path, checkpoint: Path, refused: Refused) -> None:
+def test_checkpoint_is_not_an_engine(checkpoint: Path, refused: Refused) -> None:
     fragments = [f"{checkpoint}: not an engine, manifest.json is missing", "looks like a checkpoint, so build it first"]
     refused(["run", str(checkpoint), "-p", "x"], *fragments)
     refused(["chat", str(checkpoint)], *fragments)

@@ -53,8 +53,9 @@ def seen(engine: LoadedEngine, source: Any) -> Image:
     return make_image(decode(source), vision, engine.info.build.max_image_size)
 
 
-def whole(image: Image, side: int = 4, merge: int = 2) -> np.ndarray:
+def whole(image: Image) -> np.ndarray:
     """The normalized pixels that an image was cut from, (3, height, width)."""
+    side, merge = 4, 2
     cut = image.patches.reshape(image.rows, image.columns, merge, merge, 3, side, side)
     return np.ascontiguousarray(
         cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.rows * merge * side, image.columns * merge * side)
@@ -80,9 +81,7 @@ def test_features_are_those_of_transformers(tmp_path: Path, act: str) -> None:
 
 @pytest.mark.torch
 @pytest.mark.parametrize(("old", "new"), [((300, 100), (56, 28)), ((20, 30), (56, 84)), ((13, 57), (40, 56))])
-def test_pixels_are_interpolated_as_torch_does(
-    engine: LoadedEngine, old: tuple[int, int], new: tuple[int, int]
-) -> None:
+def test_pixels_are_interpolated_as_torch_does(old: tuple[int, int], new: tuple[int, int]) -> None:
     import torch
 
     from nemodiff.runtime.images.image import _resized

@@ -52,8 +52,8 @@ def backend(engine: nemodiff.LoadedEngine) -> PagedToyEngine:
     return engine.backend
 
 
-def opened(count: int, rows: int = 3, width: int = 8) -> tuple[Pages, list[int]]:
-    pages = Pages(count, 8, width)
+def opened(count: int, rows: int = 3) -> tuple[Pages, list[int]]:
+    pages = Pages(count, 8, 8)
     numbers = pages.open(rows)
     assert numbers is not None
     return pages, numbers

@@ -193,10 +193,10 @@ def test_the_kernels_give_the_same_tokens_in_every_mode(tmp_path: Path) -> None:
         assert without_times(got) == without_times(expected)
 
 
-def graphed(pair: Pair, device: RecordingDevice, pages: int = 32) -> TorchEngine:
+def graphed(pair: Pair, device: RecordingDevice) -> TorchEngine:
     """The engine over graphs, with a pool that plain torch can look at whole."""
     backend = torch_backend(pair.ours)
-    return TorchEngine(backend.folder, backend.info, device, graphs=True, pages=pages)
+    return TorchEngine(backend.folder, backend.info, device, graphs=True, pages=32)
 
 
 def test_a_replay_equals_an_eager_run(pair: Pair) -> None:

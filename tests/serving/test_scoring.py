@@ -86,7 +86,7 @@ def test_an_echoed_prompt_stands_before_its_completion(
 @pytest.mark.parametrize("mode", CAUSAL)
 @pytest.mark.parametrize("fields", [{}, {"stop": ["9"]}, {"temperature": 30.0, "seed": 3}, {"thinking": True}])
 def test_chunks_have_the_logprobs_of_the_tokens_whose_text_they_end(
-    server: Served, engine: nemodiff.LoadedEngine, mode: str, fields: dict[str, Any]
+    server: Served, mode: str, fields: dict[str, Any]
 ) -> None:
     messages = [{"role": "user", "content": QUESTION}]
     body = {"messages": messages, "logprobs": True, "top_logprobs": 1, "mode": mode, "max_tokens": 60, **fields}

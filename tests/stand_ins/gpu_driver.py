@@ -238,7 +238,6 @@ class Engine:
 
     num_layers = 1
     merge = 1
-    device_memory_size_v2 = 4096
 
     def __init__(self, path: Path, profiles: list[dict[str, int]], driver: Driver, made: Made) -> None:
         self.profiles = profiles  # the most of each letter

@@ -180,9 +180,9 @@ CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock", "desc
 TOOLS = [WEATHER, CLOCK]
 
 
-def tool_checkpoint(folder: Path, form: str, *, special: bool = True, source: Path = TINY_CHAT) -> Path:
+def tool_checkpoint(folder: Path, form: str, *, special: bool = True) -> Path:
     """A checkpoint with a template that shows tools; `special`: whether the markers of a call are special tokens."""
-    shutil.copytree(source, folder)
+    shutil.copytree(TINY_CHAT, folder)
     (folder / "chat_template.jinja").write_text(BRACKETS if form == "brackets" else TEMPLATES[form])
     if special:
         for name in ("tokenizer.json", "tokenizer_config.json"):

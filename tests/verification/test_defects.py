@@ -64,14 +64,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(checkpoint, folder, network(checkpoint))
 
 
-def judged(engine: nemodiff.LoadedEngine, reference: Network, *, layers: bool = True) -> Report:
+def judged(engine: nemodiff.LoadedEngine, reference: Network) -> Report:
     """What a short verification finds."""
     report, scripts = verify(engine, PROMPTS, reference, max_new_tokens=TOKENS)
-    if layers:
-        few = [scripts[0].shortened(6)]
-        sample = columns(engine.info.model.vocab_size)
-        report.layers = compare_layers(engine.backend, engine.folder, reference, few, sample)
-        report.blame = blame(report.layers)
+    few = [scripts[0].shortened(6)]
+    sample = columns(engine.info.model.vocab_size)
+    report.layers = compare_layers(engine.backend, engine.folder, reference, few, sample)
+    report.blame = blame(report.layers)
     return report
 
 
