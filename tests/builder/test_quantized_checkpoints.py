@@ -13,6 +13,7 @@ import pytest
 from conftest import Refused
 from safetensors.numpy import load_file, save_file
 from stand_ins import quantized_checkpoints
+from stand_ins.low_bits import loaded, nibbles, torch_values
 from stand_ins.packed import packed
 from stand_ins.quantized_checkpoints import WIDE, write
 
@@ -21,7 +22,6 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.low_bits import quantise_rows
 from nemodiff.builder.checkpoint.quantized import QuantizedTensor
-from nemodiff.builder.checkpoint.safetensors_file import read_tensors
 from nemodiff.runtime.engines.engine import causal
 
 FORMS: list[tuple[str, int, bool]] = [
@@ -53,11 +53,6 @@ def test_rows_and_columns_are_what_was_written(form: str, group: int, symmetric:
         np.testing.assert_array_equal(tensor.rows(0, len(values)), values)
         np.testing.assert_array_equal(tensor.rows(3, 13), values[3:13])  # from the middle of a word
         np.testing.assert_array_equal(tensor.columns(5, 40), values.T[5:40])
-
-
-def loaded(path: Path) -> dict[str, np.ndarray]:
-    """As safetensors' load_file, which knows no fp8 in numpy."""
-    return {name: np.array(tensor.array()) for name, tensor in read_tensors(path, packed=True).items()}
 
 
 def logits(folder: Path) -> np.ndarray:
@@ -96,14 +91,11 @@ def test_int4_is_kept_bit_for_bit(form: str, symmetric: bool, tmp_path: Path) ->
     model = onnx.load(Builder(tmp_path / "checkpoint", tmp_path / "engine").run() / "model.onnx")
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
-    def halves(array: np.ndarray) -> np.ndarray:
-        return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
-
     for mine, values in packed(truth).items():
-        numbers, scale = halves(arrays[mine]), arrays[f"{mine}_scale"]
+        numbers, scale = nibbles(arrays[mine]), arrays[f"{mine}_scale"]
         zeros = np.full(scale.shape, np.float32(8))
         if not symmetric:
-            zeros = halves(arrays[f"{mine}_zero"])[:, : scale.shape[1]]
+            zeros = nibbles(arrays[f"{mine}_zero"])[:, : scale.shape[1]]
         np.testing.assert_array_equal((numbers - zeros.repeat(32, 1)) * scale.repeat(32, 1), values)
 
 
@@ -133,23 +125,6 @@ def test_what_the_checkpoint_leaves_in_f32_stays_so(tmp_path: Path) -> None:
     assert ops["layers.0.self_attn.k_proj"] == "MatMulNBits"
 
 
-def torch_values(folder: Path, name: str) -> np.ndarray:
-    """What a torch engine's file says a projection is, (out, in) f32."""
-    stored = loaded(folder / "model.safetensors")
-    numbers, scale = stored[name], stored[f"{name}_scale"]
-    if scale.ndim == 1:
-        return numbers.astype(np.float32) * scale[:, None]
-
-    def halves(array: np.ndarray) -> np.ndarray:
-        return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
-
-    zero = np.full(scale.shape, np.float32(8))
-    if f"{name}_zero" in stored:
-        zero = halves(stored[f"{name}_zero"])[:, : scale.shape[1]]
-    values: np.ndarray = (halves(numbers) - zero.repeat(32, 1)) * scale.repeat(32, 1)
-    return values
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize(("form", "group", "symmetric"), FORMS, ids=NAMED)
 def test_torch_keeps_the_numbers(form: str, group: int, symmetric: bool, tmp_path: Path) -> None:
@@ -166,7 +141,7 @@ def test_torch_keeps_the_numbers(form: str, group: int, symmetric: bool, tmp_pat
         if kind is None:
             np.testing.assert_array_equal(stored[mine], values.astype(stored[mine].dtype))
         else:
-            np.testing.assert_array_equal(torch_values(tmp_path / "engine", mine), values)
+            np.testing.assert_array_equal(torch_values(stored, mine), values)
 
 
 @pytest.mark.torch

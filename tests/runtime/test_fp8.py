@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -20,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal
+from stand_ins.low_bits import dequantised
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -30,7 +29,6 @@ from nemodiff.plugins.ops import low_bit_linear
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 pytestmark = pytest.mark.torch
 
 
@@ -71,20 +69,6 @@ WAYS: list[dict[str, Any]] = [
 
 def build(checkpoint: Path, folder: Path, **choices: Any) -> Path:
     return Builder(checkpoint, folder, backend="torch", quantization="fp8", **choices).run()
-
-
-def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:
-    """The checkpoint with the numbers that an engine's 8 bits stand for."""
-    shutil.copytree(checkpoint, folder)
-    stored = load_tensors(engine / "model.safetensors")
-    weights = load_file(folder / "model.safetensors")
-    for name, scale in stored.items():
-        if name.endswith("_scale"):
-            short = name.removesuffix("_scale")
-            values = stored[short].view(torch.uint8).numpy().view(E4M3).astype(np.float32)
-            weights[f"encoder.{short}"] = values * scale.numpy()[:, None]
-    save_file(weights, folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
-from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, stored
+from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, nibbles, stored
 from stand_ins.packed import packed
 
 import nemodiff
@@ -53,9 +53,8 @@ def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, m
             values = got.T * scale[:, None]
             step = scale[:, None]
         else:
-            nibbles = np.stack([got & 15, got >> 4], -1).reshape(len(got), -1).astype(np.float32) - 8
             step = scale.repeat(32, axis=1)
-            values = nibbles * step
+            values = (nibbles(got) - 8) * step
         over = np.abs(values - exact) / np.abs(step)
         assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.25)  # int4 may end before its largest weights
         assert np.mean(over) < 0.26

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 from conftest import Refused
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
+from stand_ins.low_bits import dequantised
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -70,23 +70,6 @@ def test_the_numbers_are_those_of_onnxruntime(
             assert copies == (group or (128 if ".mlp." in name else 32)) // 32
             expected = expected.repeat(copies, axis=1)
         np.testing.assert_array_equal(scale, expected)
-
-
-def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:
-    """The checkpoint with the numbers that an engine's bits stand for."""
-    shutil.copytree(checkpoint, folder)
-    stored = load_file(engine / "model.safetensors")
-    weights = load_file(folder / "model.safetensors")
-    for name, scale in stored.items():
-        if name.endswith("_scale"):
-            short = name.removesuffix("_scale")
-            numbers = stored[short]
-            if numbers.dtype == np.uint8:
-                numbers = np.stack([numbers & 15, numbers >> 4], -1).reshape(len(numbers), -1).astype(np.float32) - 8
-            wide = scale.repeat(32, 1) if scale.ndim == 2 else scale[:, None]
-            weights[short if short in weights else f"encoder.{short}"] = numbers.astype(np.float32) * wide
-    save_file(weights, folder / "model.safetensors")
-    return folder
 
 
 def test_every_mode_gives_the_tokens_of_the_dequantised_weights(kind: Quantization, tmp_path: Path) -> None:

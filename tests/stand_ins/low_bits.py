@@ -1,13 +1,17 @@
-"""What an engine of few bits holds, and its bits of every token."""
+"""What an engine of few bits holds, as numbers and as a checkpoint, and its bits of every token."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
+from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import load_make_data
 
 import nemodiff
+from nemodiff.builder.checkpoint.safetensors_file import read_tensors
+from nemodiff.engine_folder import TENSORS_FILE
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.loading import LoadedEngine
 
@@ -21,6 +25,35 @@ def stored(folder: Path) -> dict[str, np.ndarray]:
 def nibbles(array: np.ndarray) -> np.ndarray:
     """The halves of each row's bytes, the lower ones first, 0 to 15."""
     return np.stack([array & 15, array >> 4], -1).reshape(len(array), -1).astype(np.float32)
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    """As safetensors' load_file, which knows no fp8 in numpy."""
+    return {name: np.array(tensor.array()) for name, tensor in read_tensors(path, packed=True).items()}
+
+
+def torch_values(stored: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """What a torch engine's tensors say a projection is, (out, in) f32."""
+    numbers, scale = stored[name], stored[f"{name}_scale"]
+    if scale.ndim == 1:
+        return numbers.astype(np.float32) * scale[:, None]
+    zero = np.full(scale.shape, np.float32(8))
+    if f"{name}_zero" in stored:
+        zero = nibbles(stored[f"{name}_zero"])[:, : scale.shape[1]]
+    values: np.ndarray = (nibbles(numbers) - zero.repeat(32, 1)) * scale.repeat(32, 1)
+    return values
+
+
+def dequantised(checkpoint: Path, engine: Path, folder: Path) -> Path:
+    """A copy of the checkpoint with the numbers that a torch engine's bits stand for."""
+    shutil.copytree(checkpoint, folder)
+    stored = loaded(engine / TENSORS_FILE)
+    weights = load_file(folder / "model.safetensors")
+    for name in stored:
+        if f"{name}_scale" in stored:
+            weights[name if name in weights else f"encoder.{name}"] = torch_values(stored, name)
+    save_file(weights, folder / "model.safetensors")
+    return folder
 
 
 def causal_bits(engine: LoadedEngine, ids: list[int], size: int) -> np.ndarray:
