@@ -10,14 +10,13 @@ import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
-from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, nibbles, stored
+from stand_ins.low_bits import assert_rows_are_alone, assert_speculation_is_ar, causal_bits, nibbles, stored
 from stand_ins.packed import packed
 
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint import weights as weights_module
 from nemodiff.errors import CheckpointError
-from nemodiff.runtime.engines.engine import Pass, Prediction, causal
 from nemodiff.runtime.engines.onnxruntime import engine as engine_module
 from nemodiff.runtime.loading import LoadedEngine
 
@@ -68,19 +67,7 @@ def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
 
 
 def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine) -> None:
-    rng = np.random.default_rng(1)
-    texts = [rng.integers(200, 800, size).tolist() for size in (20, 3, 11)]
-
-    def copied(prediction: Prediction) -> Prediction:
-        return Prediction(*(None if a is None else a.copy() for a in prediction))  # type: ignore[arg-type]
-
-    def pass_of(text: list[int]) -> Pass:
-        return causal("verify", text, 0, predict_all=True, logits=True)
-
-    together = [copied(p) for p in engine.backend.open(3).forward([pass_of(text) for text in texts])]
-    for text, got in zip(texts, together, strict=True):
-        (alone,) = engine.backend.open(1).forward([pass_of(text)])
-        np.testing.assert_array_equal(got.logits, alone.logits)
+    assert_rows_are_alone(engine, (20, 3, 11))
 
 
 def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import Refused, output_of
 from safetensors.numpy import load_file
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.low_bits import assert_speculation_is_ar, causal_bits, nibbles, stored
+from stand_ins.low_bits import assert_rows_are_alone, assert_speculation_is_ar, causal_bits, nibbles, stored
 from stand_ins.packed import packed
 from stand_ins.quantized_checkpoints import write
 
@@ -24,7 +24,6 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
-from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.verification.arithmetic import Arithmetic
 
@@ -110,15 +109,7 @@ def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:
 
 @pytest.mark.parametrize("sizes", [(20, 3, 11), (1, 1, 1), (3, 5), (2, 9, 4, 1, 7)], ids=str)
 def test_a_row_has_the_same_bits_beside_others(engine: LoadedEngine, sizes: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(1)
-
-    def pass_of(text: list[int]) -> Pass:
-        return causal("verify", text, 0, predict_all=True, logits=True)
-
-    texts = [rng.integers(200, 800, size).tolist() for size in sizes]
-    together = [p.logits.copy() for p in engine.backend.open(len(sizes)).forward(list(map(pass_of, texts)))]
-    for text, got in zip(texts, together, strict=True):
-        np.testing.assert_array_equal(got, causal_bits(engine, text, 1))
+    assert_rows_are_alone(engine, sizes)
 
 
 def test_self_speculation_gives_the_tokens_of_ar(engine: LoadedEngine) -> None:

@@ -68,6 +68,16 @@ def causal_bits(engine: LoadedEngine, ids: list[int], size: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def assert_rows_are_alone(engine: LoadedEngine, sizes: tuple[int, ...]) -> None:
+    """A forward of texts of so many tokens gives each the bits that it has by itself."""
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(200, 800, size).tolist() for size in sizes]
+    passes = [causal("verify", text, 0, predict_all=True, logits=True) for text in texts]
+    together = [np.array(prediction.logits) for prediction in engine.backend.open(len(sizes)).forward(passes)]
+    for text, got in zip(texts, together, strict=True):
+        np.testing.assert_array_equal(got, causal_bits(engine, text, 1))
+
+
 def assert_speculation_is_ar(engine: LoadedEngine, questions: int) -> None:
     """Self-speculation gives ar's tokens. A sample; `python benchmarks/low_bits.py` asks a hundred questions."""
     data, rng = load_make_data(), random.Random(4)
