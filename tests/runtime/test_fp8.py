@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal
-from stand_ins.low_bits import dequantised
+from stand_ins.low_bits import WAYS, dequantised
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -59,12 +59,6 @@ def test_quantising_zeros_and_the_largest() -> None:
 
 
 QUESTIONS = ["Sort these numbers: 41, 7, 93."]
-WAYS: list[dict[str, Any]] = [
-    {"mode": "ar"},
-    {"mode": "diffusion", "block_length": 8},
-    {"mode": "linear_spec"},
-    {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
-]
 
 
 def build(checkpoint: Path, folder: Path, **choices: Any) -> Path:

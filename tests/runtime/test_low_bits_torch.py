@@ -13,7 +13,7 @@ from conftest import Refused
 from safetensors.numpy import load_file
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE
-from stand_ins.low_bits import dequantised
+from stand_ins.low_bits import WAYS, dequantised
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -23,12 +23,6 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 
 pytestmark = pytest.mark.torch
 QUESTION = "Sort these numbers: 41, 7, 93."
-WAYS: list[dict[str, Any]] = [
-    {"mode": "ar"},
-    {"mode": "diffusion", "block_length": 8},
-    {"mode": "linear_spec"},
-    {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
-]
 WIDE = {"hidden_size": 64, "intermediate_size": 96}  # multiples of 32
 
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_ins.transcripts import streamed
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
@@ -45,13 +46,8 @@ def test_streamed_thoughts_and_answer_are_never_taken_back(codec: TextCodec, dat
     found = [at for s in stop if (at := text.find(s, start)) >= 0]
     ids = codec.encode(text)
     transcript = Transcript(codec, stop, thoughts=TAGS, opened=opened)
-    shown, used = "", ids
-    for count in range(1, len(ids) + 1):
-        if transcript.reaches_stop(ids[:count]):
-            used = ids[:count]
-            break
-        shown += transcript.push(ids[:count], final=False)
-        assert text.startswith(shown)
+    shown, used = streamed(transcript, ids)
+    assert text.startswith(shown)
     assert len(shown) <= min(found, default=len(text))
     shown += transcript.push(used, final=True)
     assert shown == transcript.text(used) == text[: min(found, default=len(text))]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.checkpoints import TINY_CHAT, load_make_data
 from stand_ins.messages import user
+from stand_ins.transcripts import streamed
 
 import nemodiff
 from nemodiff.runtime.text.codec import TextCodec
@@ -86,14 +87,9 @@ def test_specials_in_a_prompt_are_text(codec: TextCodec, content: str) -> None:
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=3), max_size=3))
 def test_streamed_text_is_the_text_and_is_never_taken_back(codec: TextCodec, text: str, stop: list[str]) -> None:
     ids = [*codec.encode(text), IM_END]
-    transcript, shown = Transcript(codec, stop), ""
-    used = ids
-    for count in range(1, len(ids) + 1):
-        if transcript.reaches_stop(ids[:count]):
-            used = ids[:count]
-            break
-        shown += transcript.push(ids[:count], final=False)
-        assert text.startswith(shown)
+    transcript = Transcript(codec, stop)
+    shown, used = streamed(transcript, ids)
+    assert text.startswith(shown)
     shown += transcript.push(used, final=True)
     cut = min([text.find(s) for s in stop if s in text], default=len(text))
     assert shown == transcript.text(used) == text[:cut]
@@ -111,14 +107,11 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
     for text, stop, kept in (("a.é b", ".", "a"), ("ab.é", "b.", "a"), ("x —", " ", "x"), ("a.é b", "é", "a.")):
         ids = codec.encode(text)
         assert any(codec.token_bytes(i)[-1] in (0xC3, 0xE2) for i in ids)
-        transcript, shown = Transcript(codec, [stop]), ""
-        for count in range(1, len(ids) + 1):
-            if transcript.reaches_stop(ids[:count]):
-                break
-            shown += transcript.push(ids[:count], final=False)
-        assert stop not in codec.decode(ids[: count - 1])
-        assert stop in codec.decode(ids[:count])
-        assert shown + transcript.push(ids[:count], final=True) == transcript.text(ids[:count]) == kept
+        transcript = Transcript(codec, [stop])
+        shown, used = streamed(transcript, ids)
+        assert stop not in codec.decode(used[:-1])
+        assert stop in codec.decode(used)
+        assert shown + transcript.push(used, final=True) == transcript.text(used) == kept
 
 
 @settings(max_examples=200)

@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +15,14 @@ from nemodiff.builder.checkpoint.safetensors_file import read_tensors
 from nemodiff.engine_folder import TENSORS_FILE
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.loading import LoadedEngine
+
+# Options of requests, one for each mode.
+WAYS: list[dict[str, Any]] = [
+    {"mode": "ar"},
+    {"mode": "diffusion", "block_length": 8},
+    {"mode": "linear_spec"},
+    {"mode": "quadratic_spec", "groups": "all", "block_length": 6},
+]
 
 
 def stored(folder: Path) -> dict[str, np.ndarray]:
