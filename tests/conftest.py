@@ -24,7 +24,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists()
 import hypothesis
 import hypothesis.configuration
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.tool_templates import tool_engine
 
@@ -146,9 +146,14 @@ def answers(engine: Path) -> list[int]:
     return nemodiff.generate(nemodiff.load(engine), [130, 131, 132], max_new_tokens=8).token_ids
 
 
-def output_of(*arguments: str) -> str:
+def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
+    """Run the command in this process."""
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def output_of(*arguments: object) -> str:
     """What the command prints when it succeeds."""
-    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     return result.stdout
 

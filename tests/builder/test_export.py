@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import numpy as np
 import pytest
-from conftest import Refused, snapshot
+from conftest import Refused, run, snapshot
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, load_make_data, shapes, write_checkpoint
@@ -29,16 +28,11 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.safetensors_file import PIECE, copy_tensors
 from nemodiff.builder.export import Exporter
 from nemodiff.builder.twin import twin_name
-from nemodiff.cli import main
 from nemodiff.errors import BuildError, CheckpointError
 from nemodiff.runtime.engines.engine import causal
 
 YARN = json.loads((TINY_CHAT / "config.json").read_text())["rope_parameters"]
 LONG = {"rope_theta": 10000.0, "original_max_position_embeddings": 40, "llama_4_scaling_beta": 0.5}
-
-
-def run(*arguments: object) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def read(folder: Path, name: str) -> Any:

@@ -8,18 +8,14 @@ from typing import Any
 
 import click.testing
 import pytest
+from conftest import run
 from stand_ins.terminal import in_terminal
 
 import nemodiff
-from nemodiff.cli import main
 
 QUESTION = "Write JSON for Emil, age 31, from Oslo, who owns a yak."
 KEYS = ["text", "token_ids", "prompt_tokens", "reused_tokens", "finish_reason", "mode", "block_length", "threshold"]
 KEYS += ["nfe", "decode_tpf", "e2e_tpf", "acceptance", "adapter_tokens", "timings_ms"]
-
-
-def run(*arguments: object, stdin: str | bytes | None = None) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
 
 
 def answers(result: click.testing.Result) -> Any:

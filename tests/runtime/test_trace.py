@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click.testing
 import pytest
-from conftest import Refused
+from conftest import Refused, output_of
 from stand_ins.toy_engine import toy
 
 import nemodiff
-from nemodiff.cli import main
 from nemodiff.runtime.events import trace
 from nemodiff.runtime.events.trace import record
 
@@ -26,12 +24,6 @@ SYSTEM = "Answer shortly and to the point, in the form that is asked for."
 @pytest.fixture(scope="module")
 def engine(tiny_engine: Path) -> nemodiff.LoadedEngine:
     return toy(nemodiff.load(tiny_engine))
-
-
-def run(*arguments: object) -> click.testing.Result:
-    result = click.testing.CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 0, result.stderr
-    return result
 
 
 def assert_timeline(entries: Any) -> None:
@@ -65,7 +57,7 @@ def assert_timeline(entries: Any) -> None:
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_run_writes_both_formats(tiny_engine: Path, tmp_path: Path, mode: str) -> None:
     arguments = ("run", tiny_engine, "-p", PROMPT, "--mode", mode, "--groups", "all", "--json", "--trace")
-    answer = json.loads(run(*arguments, tmp_path / "run.jsonl").stdout)
+    answer = json.loads(output_of(*arguments, tmp_path / "run.jsonl"))
     header, *lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert (header["event"], header["schema"], header["mask_id"]) == ("trace", 1, 100)
     assert (lines[0]["event"], lines[-1]["event"]) == ("started", "finished")
@@ -74,12 +66,12 @@ def test_run_writes_both_formats(tiny_engine: Path, tmp_path: Path, mode: str) -
     steps = [e for e in lines if e["event"] == "step"]
     assert {kind: sum(e["kind"] == kind for e in steps) for kind in answer["nfe"]} == answer["nfe"]
     assert [e["at"] for e in steps] == sorted(e["at"] for e in steps)
-    shown = run("trace", "show", tmp_path / "run.jsonl").stdout
+    shown = output_of("trace", "show", tmp_path / "run.jsonl")
     assert shown.startswith(f"request 0, {mode}: {answer['prompt_tokens']} tokens in, {len(answer['token_ids'])} out")
     for kind, count in answer["nfe"].items():
         assert (f" {count} {kind} " in shown) == bool(count)
 
-    run(*arguments, tmp_path / "run.json")
+    output_of(*arguments, tmp_path / "run.json")
     entries = json.loads((tmp_path / "run.json").read_text())
     assert_timeline(entries)
     spans = collections.Counter(e["name"] for e in entries if e["ph"] == "X")
@@ -104,16 +96,16 @@ def test_many_requests_have_a_track_each(tiny_engine: Path, tmp_path: Path) -> N
         "--trace",
     )
     for suffix in ("json", "jsonl"):
-        answers = [json.loads(line) for line in run(*arguments, tmp_path / f"t.{suffix}").stdout.splitlines()]
+        answers = [json.loads(line) for line in output_of(*arguments, tmp_path / f"t.{suffix}").splitlines()]
     assert [a["reused_tokens"] > 0 for a in answers].count(False) == 1
     entries = json.loads((tmp_path / "t.json").read_text())
     assert_timeline(entries)
     assert {e["tid"] for e in entries if e["name"] == "request"} == {1, 2, 3, 4, 5}
     assert max(e["args"]["rows"] for e in entries if e["name"] == "decode") == 3
-    shown = run("trace", "show", tmp_path / "t.jsonl").stdout.splitlines()
+    shown = output_of("trace", "show", tmp_path / "t.jsonl").splitlines()
     assert sorted(line.split(",")[0] for line in shown) == [f"request {i}" for i in range(5)]
     assert sum("reused)" in line for line in shown) == 4
-    plain = run(*arguments[:-1], "--no-prefix-reuse").stdout.splitlines()
+    plain = output_of(*arguments[:-1], "--no-prefix-reuse").splitlines()
     again = [json.loads(line) for line in plain]
     assert [a["token_ids"] for a in again] == [a["token_ids"] for a in answers]
     assert {a["reused_tokens"] for a in again} == {0}
@@ -132,7 +124,7 @@ def test_a_killed_run_leaves_whole_lines(engine: nemodiff.LoadedEngine, tmp_path
             assert len([json.loads(line) for line in text.splitlines()]) == 10
         else:
             assert_timeline(json.loads(text + close))
-    assert run("trace", "show", lines).stdout == "request 0: not finished\n"
+    assert output_of("trace", "show", lines) == "request 0: not finished\n"
 
 
 def test_without_a_path_or_an_event_there_is_no_file(engine: nemodiff.LoadedEngine, tmp_path: Path) -> None:
@@ -180,7 +172,7 @@ def test_a_summary_is_made_once_and_is_plain_text(tmp_path: Path, monkeypatch: p
     made: list[int] = []
     whole = trace.summary
     monkeypatch.setattr(trace, "summary", lambda events: made.append(1) or whole(events))
-    shown = run("trace", "show", tmp_path / "t.jsonl").stdout
+    shown = output_of("trace", "show", tmp_path / "t.jsonl")
     assert shown.startswith("request 0, ar: 1 token in, 1 out (stop); 1 decode\\x1b[2J 250.0 ms; 1.0 ms to the first")
     assert made == [1]
 
