@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,6 @@ from .runtime.sampling.policies import POLICIES
 
 _INTERRUPTED = 128 + 2  # SIGINT
 _UNREAD = 128 + 13  # SIGPIPE
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only of the standard streams do these come without a file's name
 
 
 class _Group(click.Group):
@@ -68,7 +68,7 @@ def _one_line() -> Iterator[None]:
         abandon_streams()
         if error.errno == errno.EPIPE:
             raise click.exceptions.Exit(_UNREAD) from None
-        place = error.filename or ("standard output" if error.errno in _FULL else "input/output")
+        place = error.filename or ("standard output" if _printing(error) else "input/output")
         text = f"{place}: {error.strerror or error}; check the path and its disk"
         raise click.ClickException(one_line(text)) from None
     except MemoryError:
@@ -76,6 +76,11 @@ def _one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         _end_line()
         raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+def _printing(error: OSError) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code is click.echo.__code__
 
 
 def _end_line() -> None:

@@ -19,7 +19,8 @@ def whole(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        yield path
+        with naming(path):
+            yield path
         return
     stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:

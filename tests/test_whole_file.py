@@ -49,3 +49,10 @@ def test_a_pipe_stays_one(tmp_path: Path) -> None:
     reader.join(60)
     assert read == ["all of it"]
     assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_device_that_is_full_is_named() -> None:
+    with pytest.raises(OSError, match="No space") as caught, whole(Path("/dev/full")) as stage:
+        stage.write_text("all of it")
+    assert caught.value.filename == "/dev/full"
