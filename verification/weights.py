@@ -77,5 +77,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); give a complete checkpoint folder") from None
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: not readable ({reason}); give a complete checkpoint folder") from None
     return values

@@ -82,13 +82,6 @@ def open_checkpoint(folder: Path, adapter: Path | None = None) -> Checkpoint:
 
     Raises CheckpointError.
     """
-    _refuse_gguf(folder)
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: a file, expected a checkpoint folder; give the folder that it is in")
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; give a checkpoint folder or a hub id like nvidia/Nemotron-Labs-Diffusion-8B"
-        )
     _check_kind(folder)
     config = read_json(folder / CONFIG_FILE)
     generation = _read_if_there(folder / GENERATION_FILE)
@@ -119,16 +112,6 @@ def _stamp(path: Path) -> Stamp:
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _refuse_gguf(path: Path) -> None:
-    """Refuse a GGUF file, and a folder that has nothing else."""
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if files and not any(path.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{files[0]}: GGUF is not read, allowed: a folder with {CONFIG_FILE} and safetensors files; give the "
-            "checkpoint that it was made from"
-        )
 
 
 def _check_kind(folder: Path) -> None:

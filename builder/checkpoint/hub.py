@@ -55,6 +55,7 @@ def resolve(checkpoint: str, *, headers_only: bool = False) -> Source:
     """
     folder = Path(checkpoint)
     if checkpoint and folder.exists():
+        _refuse_files(folder)
         return Source(folder, folder.resolve().name, None)
     match = _HUB_ID.fullmatch(checkpoint)
     if match is None:
@@ -64,6 +65,18 @@ def resolve(checkpoint: str, *, headers_only: bool = False) -> Source:
         )
     local = _download(match["repo"], match["revision"], headers_only)
     return Source(local, match["repo"], local.name, headers_only)
+
+
+def _refuse_files(path: Path) -> None:
+    """Refuse what is no folder, and a folder that has nothing but GGUF."""
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not any(path.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{files[0]}: GGUF is not read, allowed: a folder with {CONFIG_FILE} and safetensors files; give the "
+            "checkpoint that it was made from"
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: a file, expected a checkpoint folder; give the folder that it is in")
 
 
 def _download(repo: str, revision: str | None, headers_only: bool) -> Path:

@@ -90,12 +90,16 @@ def test_an_unset_variable_is_no_path(tmp_path: Path, refused: Refused, monkeypa
     refused(["run", "", "-p", "x"], "ENGINE", "it is empty; give a path", code=2)
 
 
-def test_checkpoint_that_is_a_file(tmp_path: Path, refused: Refused) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(
-        ["build", str(tmp_path / "model.safetensors"), "-o", str(tmp_path / "engine")],
-        "model.safetensors: a file, expected",
+def test_checkpoint_that_is_a_file(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    said = f"{file}: a file, expected a checkpoint folder; give the folder that it is in"
+    refused(["build", str(file), "-o", str(tmp_path / "engine")], said)
+    refused(["verify", str(tiny_engine), "--against", str(file)], said)
+    line = refused(
+        ["verify", str(tiny_engine), "--against", str(tmp_path)], f"{tmp_path / 'config.json'}: not readable"
     )
+    assert line.endswith("(No such file or directory); give a complete checkpoint folder")
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,16 @@ def test_nothing_is_built_inside_an_engine(checkpoint: Path, refused: Refused) -
 
 
 @pytest.mark.parametrize("named", ["model.Q4_K_M.gguf", "."], ids=["file", "folder"])
-def test_gguf_is_not_read(tmp_path: Path, refused: Refused, named: str) -> None:
+def test_gguf_is_not_read(tiny_engine: Path, tmp_path: Path, refused: Refused, named: str) -> None:
     folder = tmp_path / "llama.cpp"
     folder.mkdir()
     (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
-    for command in ("build", "export"):
-        words = [command, str(folder / named), "-o", str(tmp_path / "new")]
-        line = refused(words, f"{folder / 'model.Q4_K_M.gguf'}: GGUF is not read, allowed: a folder with config.json")
+    made = ["-o", str(tmp_path / "new")]
+    for command in (["build", *made], ["export", *made], ["verify", str(tiny_engine), "--against"]):
+        line = refused(
+            [*command, str(folder / named)],
+            f"{folder / 'model.Q4_K_M.gguf'}: GGUF is not read, allowed: a folder with config.json",
+        )
         assert line.endswith("safetensors files; give the checkpoint that it was made from")
 
 
