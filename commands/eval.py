@@ -62,12 +62,18 @@ def evaluate(
     Log-likelihoods are causal and the same in every mode. Data come from where a task says: files, or a hub.
     """
     try:
+        from ..evaluation.evaluate import OF_DIFFUSION
         from ..evaluation.evaluate import evaluate as run
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[eval]'") from None
     from ..evaluation.table import table
     from ..runtime.loading import load
 
+    if modes:
+        unused: tuple[str, ...] = options.UNUSED_IN_AR if {*modes} == {"ar"} else ()
+        unused += OF_DIFFUSION if "diffusion" not in modes else ()
+        where = f"mode {' and '.join(dict.fromkeys(modes))}"
+        options.warn_unused(click.get_current_context(), unused, where)
     evaluation = run(
         load(engine, threads=threads, device=device),
         [task for task in tasks.split(",") if task],

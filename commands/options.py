@@ -193,6 +193,9 @@ def _warn_of_memory(ctx: click.Context) -> None:
         warn_unused(ctx, (share,), f"an engine for {backend}")
 
 
+UNUSED_IN_AR = ("threshold", "block_length", "groups")
+
+
 def _check_together(ctx: click.Context) -> None:
     """Refuse flags that could not show; warn of those without effect where no line of a file can choose its mode."""
     if ctx.params.get("raw"):
@@ -200,7 +203,7 @@ def _check_together(ctx: click.Context) -> None:
             if _given(ctx, name):
                 raise click.UsageError(f"{flag(name)} needs the chat template; leave out --raw", ctx)
     if ctx.params.get("mode") == "ar" and not (ctx.params.get("input_file") or ctx.params.get("inputs")):
-        warn_unused(ctx, ("threshold", "block_length", "groups"), "mode ar")
+        warn_unused(ctx, UNUSED_IN_AR, "mode ar")
 
 
 def flag(name: str) -> str:

@@ -19,11 +19,11 @@ import lm_eval.evaluator
 from lm_eval.tasks import TaskManager
 
 from ..errors import NemodiffError, RequestError, first_line
-from ..runtime.loading import LoadedEngine
+from ..runtime.loading import LoadedEngine, check_rows
 from ..runtime.requests.generation import tokens_per_pass
 from .lm import EngineLM, Work
 
-_OF_DIFFUSION = ("policy", "per_step", "entropy_bound", "block_steps", "merge_commit")
+OF_DIFFUSION = ("policy", "per_step", "entropy_bound", "block_steps", "merge_commit")
 _SEED = 1234  # of the examples before a question, as lm-eval's command has it
 _RESAMPLES = 100  # for the error of metrics that have no formula for it
 
@@ -56,14 +56,15 @@ def evaluate(
         kind, tokens per pass and seconds.
 
     Raises:
-        RequestError: there is no such task, its data cannot be had, or an option is out of range.
+        RequestError: there is no such task, its data cannot be had, or an option or `rows` is out of range.
     """
+    check_rows(engine.info, rows)
     options = dict(options or {})
     lm = EngineLM(engine, rows=rows, chat=chat, thinking=bool(options.get("thinking")))
     loaded = _load(tasks, num_fewshot)
     results = {}
     for mode in dict.fromkeys(modes):
-        shared = {name: value for name, value in options.items() if mode == "diffusion" or name not in _OF_DIFFUSION}
+        shared = {name: value for name, value in options.items() if mode == "diffusion" or name not in OF_DIFFUSION}
         lm.options, lm.work = {**shared, "mode": mode}, {}
         began = time.perf_counter()
         with _refusing():

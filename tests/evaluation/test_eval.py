@@ -245,6 +245,27 @@ def test_tasks_that_cannot_be_had_are_one_line(
     refused(["eval", str(tiny_engine), "--tasks", "nothing.yaml"], "--tasks: ", fragment)
 
 
+@pytest.mark.parametrize("rows", ["0", "9"])
+def test_rows_beyond_the_engine_are_refused(tiny_engine: Path, tasks: Path, refused: Refused, rows: str) -> None:
+    words = ["eval", str(tiny_engine), "--tasks", str(tasks / "tiny_chat_2_answers.yaml"), "--batch-size", rows]
+    refused(words, f"rows is {rows}, allowed: 1 to 8", "--max-batch-size")
+
+
+def test_choices_that_no_mode_has_are_warned_of(tiny_engine: Path) -> None:
+    words = ["eval", str(tiny_engine), "--tasks", ",", "--threshold", "0.5", "--per-step", "2"]  # no task: ends at once
+
+    def warned(*modes: str) -> list[str]:
+        result = CliRunner().invoke(main, [*words, *(f"--mode={mode}" for mode in modes)])
+        *lines, refusal = result.stderr.splitlines()
+        assert refusal.startswith("Error: --tasks names no task")
+        return lines
+
+    in_ar = ["Warning: --threshold has no effect in mode ar", "Warning: --per-step has no effect in mode ar"]
+    assert warned("ar", "ar") == in_ar
+    assert warned("linear_spec", "ar") == ["Warning: --per-step has no effect in mode linear_spec and ar"]
+    assert warned() == warned("ar", "diffusion") == []
+
+
 def test_a_folder_without_tasks_is_one_line(tiny_engine: Path, tmp_path: Path, refused: Refused) -> None:
     refused(
         ["eval", str(tiny_engine), "--tasks", str(tmp_path)], f"--tasks: {tmp_path}: no task files", "give a folder"
