@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,6 +42,17 @@ class _OutputFile(_Path):
         if not path.parent.is_dir():
             self.fail(f"{path}: {path.parent} is no folder; make it, or give another place", param, ctx)
         return path
+
+
+class Number(click.FloatRange):
+    """A number of a range, which nan is not, though it is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+        return number
 
 
 PATH = _Path(path_type=Path)
@@ -106,7 +118,7 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
         device,
         click.option(
             "--gpu-memory-utilization",
-            type=click.FloatRange(0, 1, min_open=True),
+            type=Number(0, 1, min_open=True),
             default=DEFAULT_GPU_MEMORY_UTILIZATION,
             show_default=True,
             help="Take this share of a GPU's memory for weights, passes and K/V, in a torch engine.",

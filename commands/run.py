@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..contract import counted
-from ..runtime.text.checks import check_text
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
 from .calls import spelled
@@ -141,7 +140,6 @@ def _one_prompt(prompt: str | None, images: tuple[str, ...]) -> Prompt:
         raise click.UsageError("standard input is one image or the prompt; give the other images by name, and --prompt")
     if prompt is None:
         prompt = read_stdin("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
-    check_text(prompt, "--prompt")
     if not images:
         return prompt
     parts = [{"type": "image", "image": read_stdin_bytes() if image == "-" else image} for image in images]

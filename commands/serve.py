@@ -14,6 +14,7 @@ from ..errors import RequestError
 from . import options
 from .streams import TEXT
 
+_NAME = re.compile(r"\*|(\*\.)?[^\s/*]+")
 _ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 
 
@@ -24,6 +25,13 @@ def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...
                 f"{key!r:.20} is empty or has space around it, which no client can send; give another key, or none"
             )
     return keys
+
+
+def _check_names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise click.BadParameter(f"{name!r:.60} is no name of a host, allowed: NAME, *.NAME or *")
+    return names
 
 
 def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,6 +67,7 @@ def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[st
     multiple=True,
     type=TEXT,
     metavar="NAME",
+    callback=_check_names,
     help="Answer under this name too, or *.NAME, or * for any; may be repeated. [default: its address and localhost]",
 )
 @click.option(
@@ -105,21 +114,21 @@ def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[st
 )
 @click.option(
     "--client-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=options.Number(0, min_open=True),
     default=60,
     show_default=True,
     help="Close a connection whose request has not arrived, or whose answer is not read, for this many seconds.",
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=options.Number(0, min_open=True),
     default=600,
     show_default=True,
     help="Cancel a request after this many seconds.",
 )
 @click.option(
     "--drain",
-    type=click.FloatRange(0),
+    type=options.Number(0),
     default=30,
     show_default=True,
     help="Give running requests this many seconds to finish after SIGTERM.",

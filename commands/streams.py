@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ..runtime.text.checks import check_text
+
 
 def settle_streams() -> None:
     """Read and write UTF-8, but in a terminal its own encoding, where what that lacks is escaped: `\\u4f60`.
@@ -66,7 +68,9 @@ class _Text(click.types.StringParamType):
     """Text for the model or a client; a path stays as the system spelled it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return typed(super().convert(value, param, ctx))
+        text = typed(super().convert(value, param, ctx))
+        check_text(text, max(param.opts, key=len) if param else self.name)
+        return text
 
 
 TEXT = _Text()

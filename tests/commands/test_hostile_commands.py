@@ -211,6 +211,27 @@ def test_prompt_that_is_not_text(tiny_engine: Path, refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["infill", "ENGINE", "--prefix", "TEXT"], id="infill"),
+        pytest.param(["revise", "ENGINE", "--text", "TEXT"], id="revise"),
+        pytest.param(["verify", "ENGINE", "--prompt", "TEXT"], id="verify"),
+        pytest.param(["batch", "ENGINE", "--output", "out", "--input", "TEXT"], id="batch"),
+        pytest.param(["serve", "ENGINE", "--api-key", "TEXT"], id="key"),
+        pytest.param(["serve", "ENGINE", "--served-model-name", "TEXT"], id="name"),
+    ],
+)
+def test_an_option_that_is_not_text(tiny_engine: Path, refused: Refused, words: list[str]) -> None:
+    named = [word.replace("ENGINE", str(tiny_engine)).replace("TEXT", "caf\udce9") for word in words]
+    refused(named, f"{words[-2]}: not UTF-8 text at character 3; convert it first")
+
+
+@pytest.mark.parametrize("flag", ["--timeout", "--client-timeout", "--drain", "--gpu-memory-utilization"])
+def test_what_is_no_number_is_refused(tiny_engine: Path, refused: Refused, flag: str) -> None:
+    refused(["serve", str(tiny_engine), flag, "nan"], f"'{flag}': 'nan' is not a valid float", code=2)
+
+
+@pytest.mark.parametrize(
     ("line", "fragments"),
     [
         pytest.param("{", ["line 2: not JSON", "one object per line is allowed"], id="not JSON"),

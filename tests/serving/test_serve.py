@@ -749,6 +749,9 @@ def test_what_the_command_refuses(tiny_engine: Path, refused: Any, monkeypatch: 
     refused(["serve", str(tiny_engine), "--host", "", "--port", "0"], "--host is empty; give an address")
     for key in ("", " ", "a "):  # an empty one would let in whoever sends none
         refused(["serve", str(tiny_engine), "--api-key", "x", "--api-key", key], "--api-key", "give another", code=2)
+    for name in ("", "a b", "http://a", "a/b", "*a", "a.*"):
+        words = ["serve", str(tiny_engine), "--allowed-host", "b", "--allowed-host", name]
+        refused(words, "--allowed-host", f"{name!r} is no name of a host, allowed: NAME, *.NAME or *", code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     refused(["serve", str(tiny_engine)], "torchrun has started 2 ranks", "start one server with --tp-size 2")
