@@ -40,11 +40,14 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing for input())
     from ..runtime.loading import load
+    from ..runtime.requests.options import make_options
+    from ..runtime.requests.settings import settle
     from ..runtime.scheduler.scheduler import Scheduler
 
     if sys.stdin is None:
         raise click.UsageError("standard input is closed; give it lines to answer, or use: nemodiff run")
     loaded = load(engine, **loading, progress=True)
+    settle(loaded.info, loaded.text, 0, make_options(choices))  # refuses now what every turn would be refused for
     with Scheduler(loaded, rows=1) as scheduler:  # it keeps the K/V of the conversation from turn to turn
         messages: list[Message] = []
         conversation = _Conversation(loaded, scheduler, choices, stats)
@@ -54,7 +57,7 @@ def chat(
             if line == "/reset":
                 messages = []
             elif line.startswith("/"):
-                click.echo(f"unknown command {line.split()[0]}; allowed: /reset, /exit", err=True)
+                click.echo(f"unknown command {one_line(line)}; allowed: /reset, /exit", err=True)
             elif line:
                 said = conversation.say(messages, line)
                 if said is None:

@@ -426,16 +426,31 @@ def test_a_threshold_that_nothing_reaches_commits_one_token_per_pass(
 def test_chat_survives_a_refused_turn(tiny_engine: Path) -> None:
     done = subprocess.run(
         [NEMODIFF, "chat", tiny_engine, "--max-new-tokens", "32760"],
-        input="/nonsense\nHello\n/exit\n",
+        input="/nonsense\n/reset all\nHello\n/exit\n",
         capture_output=True,
         text=True,
         check=False,
     )
-    lines = done.stderr.splitlines()
-    assert lines[0] == "unknown command /nonsense; allowed: /reset, /exit"
-    assert lines[1].startswith("Error: the prompt has ")
-    assert lines[1].endswith("; /reset starts over")
-    assert (done.returncode, len(lines)) == (0, 2)
+    nonsense, more, refusal = done.stderr.splitlines()
+    assert nonsense == "unknown command /nonsense; allowed: /reset, /exit"
+    assert more == "unknown command /reset all; allowed: /reset, /exit"
+    assert refusal.startswith("Error: the prompt has ")
+    assert refusal.endswith("; /reset starts over")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens is 0, allowed: 1 or more"),
+        (["--regex", "(("], "regex is not understood"),
+        (["--block-length", "65"], "block_length is 65, allowed: 1 to 64"),
+    ],
+)
+def test_chat_refuses_before_the_first_turn_what_none_could_have(
+    tiny_engine: Path, refused: Refused, flags: list[str], fragment: str
+) -> None:
+    refused(["chat", str(tiny_engine), *flags], fragment)
 
 
 @pytest.mark.parametrize("rows", [0, 9, "2", None])
