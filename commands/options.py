@@ -274,6 +274,8 @@ def _file_or_text(_context: click.Context, _option: click.Parameter, value: str 
     """The value itself if it is an object, a list or a literal of JSON, else what the file of that name holds."""
     if value is None or value.lstrip().startswith(("{", "[")) or value.strip() in ("true", "false"):
         return value if value is None else typed(value)
+    if value == "":
+        raise click.BadParameter("it is empty; give a file or the JSON itself")
     try:
         return read_text(Path(value))
     except (OSError, ValueError, RequestError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..contract import counted
+from ..runtime.text.files import STDIN
 from . import options
 from .answers import follow, print_lines, print_statistics, print_warnings
 from .calls import spelled
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--image",
     "images",
+    type=options.PATH,
     multiple=True,
     metavar="FILE",
     help="Show the model this image before the prompt, - for standard input; may be repeated.",
@@ -67,7 +69,7 @@ def run(
     prompt: str | None,
     input_file: Path | None,
     batch_size: int,
-    images: tuple[str, ...],
+    images: tuple[Path, ...],
     raw: bool,
     loading: dict[str, Any],
     stats: bool,
@@ -135,14 +137,14 @@ def run(
         raise click.exceptions.Exit(1)
 
 
-def _one_prompt(prompt: str | None, images: tuple[str, ...]) -> Prompt:
-    if images.count("-") > 1 or ("-" in images and prompt is None):
+def _one_prompt(prompt: str | None, images: tuple[Path, ...]) -> Prompt:
+    if images.count(STDIN) > 1 or (STDIN in images and prompt is None):
         raise click.UsageError("standard input is one image or the prompt; give the other images by name, and --prompt")
     if prompt is None:
         prompt = read_stdin("no prompt: give --prompt TEXT, --input-file FILE, or text on standard input")
     if not images:
         return prompt
-    parts = [{"type": "image", "image": read_stdin_bytes() if image == "-" else image} for image in images]
+    parts = [{"type": "image", "image": read_stdin_bytes() if image == STDIN else str(image)} for image in images]
     message: Mapping[str, Any] = {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
     return [message]
 

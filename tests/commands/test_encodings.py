@@ -26,7 +26,6 @@ PATHS = (
     "checkpoint",
     "device",
     "host",
-    "images",
     "sm",
     "tasks",
 )  # words for the system, or without anything but ASCII
