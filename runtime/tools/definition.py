@@ -44,7 +44,33 @@ class Tool:
 
     def types(self, argument: str) -> set[str]:
         """JSON types that an argument may have; empty where its schema leaves that open."""
-        return _types(self.properties.get(argument), self.parameters, 0)
+        found = [json_types(one) for one in self.alternatives(argument)]
+        return set[str]().union(*found) if all(found) else set()
+
+    def alternatives(self, argument: str) -> list[Mapping[str, Any]]:
+        """The schemas of which an argument follows one, with references followed; an empty one leaves all open."""
+        waiting, seen = [self.properties.get(argument)], set[str]()
+        found = list[Mapping[str, Any]]()
+        while waiting:
+            schema = waiting.pop(0)
+            one = schema if isinstance(schema, Mapping) else {}
+            if isinstance(reference := one.get("$ref"), str):
+                if reference not in seen:
+                    seen.add(reference)
+                    waiting.append(self._referred(reference))
+                continue
+            choices = [one[name] for name in ("anyOf", "oneOf", "allOf") if isinstance(one.get(name), list)]
+            if any(choices):
+                waiting += next(filter(None, choices))
+            else:
+                found.append(one)
+        return found or [{}]
+
+    def _referred(self, reference: str) -> Any:
+        target: Any = self.parameters
+        for step in reference.removeprefix("#").split("/")[1:]:
+            target = target.get(step) if isinstance(target, Mapping) else None
+        return target
 
 
 def read_tools(text: str) -> tuple[Tool, ...]:
@@ -90,20 +116,16 @@ def _tool(value: Any) -> Tool:
     return Tool(name, parameters, bool(strict), shown)
 
 
-def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
-    if not isinstance(schema, Mapping) or depth > 8:
-        return set()
-    if isinstance(reference := schema.get("$ref"), str):
-        target: Any = root
-        for step in reference.removeprefix("#").split("/")[1:]:
-            target = target.get(step) if isinstance(target, Mapping) else None
-        return _types(target, root, depth + 1)
-    for name in ("anyOf", "oneOf", "allOf"):
-        if isinstance(choices := schema.get(name), list) and choices:
-            found = [_types(choice, root, depth + 1) for choice in choices]
-            return set().union(*found) if all(found) else set()
+def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The values that a schema lists, if it does."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values if isinstance(values, list) else None
+
+
+def json_types(schema: Mapping[str, Any]) -> set[str]:
+    """JSON types that a schema without references and alternatives allows; empty where it leaves that open."""
     kind = schema.get("type")
-    if kind is None and (values := schema.get("enum", [schema["const"]] if "const" in schema else None)) is not None:
+    if kind is None and (values := listed_values(schema)) is not None:
         return {json_type(value) for value in values}
     kinds: list[Any] = kind if isinstance(kind, list) else [kind]
     return set(kinds) if all(one in _PLAIN_TYPES for one in kinds) else set()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_ID
 from ..text.thoughts import Thoughts
-from .definition import Tool
+from .definition import Tool, json_types, listed_values
 from .form import READERS, Form
 from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
 
@@ -153,22 +153,26 @@ class _Writer:
 
     def _value(self, rule: str, tool: Tool, name: str, schema: Any) -> str:
         """A value with its closing tag."""
+        end = json.dumps("\n" + END_PARAMETER)
+        shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         types = tool.types(name)
         if "string" not in types:
-            end = json.dumps("\n" + END_PARAMETER)
-            rooted = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-            rooted = (schema if isinstance(schema, dict) else {}) | rooted
-            return f"{self.add(rule, f'%json {_guided(rooted)}')} {end}"
-        schema = schema if isinstance(schema, dict) else {}
-        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-        if values is not None:
-            spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
-            choices = [json.dumps(f"{one}\n{END_PARAMETER}", ensure_ascii=False) for one in spelled]
-            return f"({' | '.join(choices)})"
+            return f"{self.add(rule, f'%json {_guided({**_plain(schema), **shared})}')} {end}"
+        alternatives = tool.alternatives(name)
+        texts = [one for one in alternatives if listed_values(one) is None and "string" in json_types(one)]
         for key in _UNHELD:
-            if key in schema:
+            if any(key in text for text in texts):
                 self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")
-        return self._text(rule, schema if types == {"string"} else {})
+        if texts:
+            return self._text(rule, texts[0] if types == {"string"} and len(alternatives) == 1 else {})
+        choices = list[str]()
+        for index, one in enumerate(alternatives):
+            if (values := listed_values(one)) is None:
+                choices.append(f"{self.add(f'{rule}_{index}', f'%json {_guided({**one, **shared})}')} {end}")
+                continue
+            spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            choices += [json.dumps(f"{value}\n{END_PARAMETER}", ensure_ascii=False) for value in spelled]
+        return f"({' | '.join(choices)})"
 
     def _text(self, rule: str, schema: Mapping[str, Any]) -> str:
         """Plain text up to its closing tag; its length may be limited."""
@@ -190,5 +194,9 @@ def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _guided(schema: Any) -> str:
     """A schema as text, with the one way to set JSON that every answer has."""
-    plain = schema if isinstance(schema, Mapping) else {}
-    return json.dumps({**plain, "x-guidance": _GUIDANCE})
+    return json.dumps({**_plain(schema), "x-guidance": _GUIDANCE})
+
+
+def _plain(schema: Any) -> Mapping[str, Any]:
+    """A schema as an object; true, which allows everything, is an empty one."""
+    return schema if isinstance(schema, Mapping) else {}

@@ -603,6 +603,48 @@ def test_a_call_that_was_cut_comes_back_as_what_there_was(
     assert engine.text.encode_chat(said) == engine.text.encode_chat(meant)
 
 
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"$ref": "#/$defs/Unit"}, ["C", "F"], ["K", "null", '"C"']),
+        ({"allOf": [{"$ref": "#/$defs/Unit"}], "default": "C"}, ["C", "F"], ["K"]),
+        ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}, ["C", "null"], ["K", "nul"]),
+        ({"oneOf": [{"const": "a"}, {"const": "b"}, {"type": "integer"}]}, ["a", "b", "12"], ["c", "1.5"]),
+        ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "string"}]}, ["C", "K"], []),
+        ({"type": ["string", "null"], "enum": ["a", None]}, ["a", "null"], ["b"]),
+        ({"$ref": "#/$defs/Short"}, ["ab"], ["abc"]),
+    ],
+)  # fmt: skip
+def test_a_text_is_held_to_what_its_schema_refers_to(
+    engine: nemodiff.LoadedEngine, schema: dict[str, Any], right: list[str], wrong: list[str]
+) -> None:
+    """As pydantic writes enumerations and what may be left out."""
+    shared = {"Unit": {"enum": ["C", "F"], "type": "string"}, "Short": {"type": "string", "maxLength": 2}}
+    parameters = {"type": "object", "properties": {"unit": schema}, "required": ["unit"], "$defs": shared}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    grammar = prepare(engine, QUESTION, make_options({"tools": [tool], "tool_choice": "required"})).settings.grammar
+    assert grammar is not None
+    for value in (*right, *wrong):
+        matcher = grammar.matcher()
+        call = f"\n<function=f>\n<parameter=unit>\n{value}\n</parameter>\n"
+        for token in [engine.text.special_tokens["<tool_call>"], *engine.text.encode_plain(call)]:
+            matcher.push(token)
+        assert bool(matcher._astray) is (value in wrong), value
+
+
+def test_schemas_that_refer_to_themselves_have_types() -> None:
+    """Each reference is followed once: these would be followed 300 to the power of their depth."""
+    shared = {name: {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in "ABC"] * 100} for name in "ABC"}
+    properties = {
+        "endless": {"$ref": "#/$defs/A"},
+        "tree": {"anyOf": [{"type": "string"}, {"$ref": "#/properties/tree"}]},
+        "missing": {"$ref": "#/$defs/D"},
+    }
+    parameters = {"type": "object", "properties": properties, "$defs": shared}
+    (tool,) = read_tools(json.dumps([{"type": "function", "function": {"name": "f", "parameters": parameters}}]))
+    assert [tool.types(name) for name in properties] == [set(), {"string"}, set()]
+
+
 def test_what_a_schema_is_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:
     schema = {
         "type": "object",
