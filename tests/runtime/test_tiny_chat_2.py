@@ -161,6 +161,17 @@ def test_conversations_are_written_as_the_template_renders_them(drawn: list[Any]
     assert {length for *_, length in kinds} >= {2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("parameters", [{}, {"type": "object"}, {"type": "object", "properties": None}, None])
+def test_tools_without_parameters_are_shown(parameters: Any) -> None:
+    """As clients send tools that take none; an empty schema of an object is the same to them."""
+    codec, asked = TextCodec(FOLDER), [{"role": "user", "content": "Hello"}]
+    tool, empty = (
+        {"type": "function", "function": {"name": "f", "parameters": one}}
+        for one in (parameters, {"type": "object", "properties": {}})
+    )
+    assert codec.encode_chat(asked, tools=[tool]) == codec.encode_chat(asked, tools=[empty])
+
+
 def test_every_answer_can_be_written_by_the_tokenizer(drawn: list[Any]) -> None:
     codec = TextCodec(FOLDER)
     config = json.loads((FOLDER / "config.json").read_text())
