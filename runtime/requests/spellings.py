@@ -16,10 +16,16 @@ def left_open(option: str, value: Any) -> bool:
 
 
 def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
-    """The options with every -1 and an ignored end resolved. Raises RequestError."""
+    """The options in the runtime's spelling, with an ignored end resolved. Raises RequestError."""
     chosen = {name: value for name, value in options.items() if not left_open(name, value)}
     if chosen.get("top_k") == -1:
         del chosen["top_k"]
+    if chosen.get("top_p") == 0 and chosen["top_p"] is not False:  # the likeliest token alone
+        del chosen["top_p"]
+        chosen["temperature"] = 0.0
+    seed = chosen.get("seed")
+    if isinstance(seed, int) and -(2**63) <= seed < 0:
+        chosen["seed"] = seed % 2**64
     if ignore_eos:
         if "max_new_tokens" not in chosen:
             raise RequestError("ignore_eos needs a limit; give max_tokens")

@@ -143,7 +143,7 @@ class Chat(Templated, Generating):
                 raise RequestError("max_tokens and max_completion_tokens differ; give one of them")
             self.max_tokens = self.max_completion_tokens
         chosen = super().options()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs; set logprobs to true")
         if self.logprobs:
             chosen["logprobs"] = self.top_logprobs or 0

@@ -14,8 +14,9 @@ Model = TypeVar("Model", bound=BaseModel)
 # What a body means besides, by option; see runtime/requests/spellings.py.
 _NOTES = {
     "max_new_tokens": "-1 leaves it open too.",
-    "seed": "A sampled request without it, or with -1, draws one.",
+    "seed": "A sampled request without it, or with -1, draws one; other negative ones are seeds too, from -2**63 on.",
     "top_k": "-1 is all of them too.",
+    "top_p": "0 takes the likeliest.",
 }
 
 

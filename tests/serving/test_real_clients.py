@@ -245,3 +245,30 @@ def test_a_refusal_names_the_field_that_was_sent(
     error = json.loads(content)["error"]
     assert (status, error["param"]) == (400, param), error
     assert message in error["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses"])
+def test_values_at_the_edge_of_what_apis_allow(server: Served, path: str) -> None:
+    """OpenAI allows a top_p of 0 and negative seeds, and vLLM's clients send a top_k of -1 whatever the route."""
+
+    def said(**fields: Any) -> str:
+        limit = {"max_output_tokens" if path == "/v1/responses" else "max_tokens": 12}
+        prompt = {"messages": [QUESTION]} | ({"prompt": "Count"} if path == "/v1/completions" else {})
+        body = {"input": "Count"} if path == "/v1/responses" else prompt
+        if path == "/v1/completions":
+            del body["messages"]
+        answer = server.ask(path, {**body, **limit, **fields})
+        kept = {name: answer[name] for name in ("choices", "content") if name in answer}
+        return json.dumps(kept or [part["text"] for item in answer["output"] for part in item["content"]])
+
+    hot = {"temperature": 5.0}
+    assert said(**hot, top_p=0) == said(**hot, top_p=0.0, seed=3) == said()
+    assert said(**hot, seed=-5) == said(**hot, seed=2**64 - 5) != said(**hot, seed=5)
+    assert said(**hot, seed=4, top_k=-1) == said(**hot, seed=4)
+    assert len({said(**hot, seed=-1) for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize("fields", [{"top_logprobs": 0}, {"logprobs": False, "top_logprobs": 0}])
+def test_no_likeliest_tokens_need_no_logprobs(server: Served, fields: dict[str, Any]) -> None:
+    answer = server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4, **fields})
+    assert answer["choices"][0]["logprobs"] is None

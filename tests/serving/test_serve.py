@@ -336,7 +336,7 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(tool_choice={"type": "function", "function": {}}), "tool_choice.function.name: Field required"),
         (CHAT, chat(stop=["x"] * 1025), "stop has 1025 values, allowed: at most 1024 with 16384 characters"),
         ("/v1/completions", {"prompt": "x", "bad_words": ["x" * 16385]}, "bad_words has 16385 characters"),
-        (CHAT, chat(seed=-2), "seed is -2"),
+        (CHAT, chat(seed=-(2**63) - 1), "seed is -9223372036854775809"),
         (CHAT, chat(logit_bias={"x": 1}), "token ids"),
         (CHAT, chat(top_logprobs=2), "logprobs"),
         (CHAT, chat(mode="fast"), "mode"),

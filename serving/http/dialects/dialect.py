@@ -12,6 +12,7 @@ from typing import Any
 from ....runtime.events.events import Event
 from ....runtime.requests.generation import Generation
 from ....runtime.requests.prepare import Prompt
+from ....runtime.requests.spellings import resolve
 from ..body import Decoding
 from ..option_fields import with_options
 
@@ -39,7 +40,8 @@ class DialectBody(Decoding):
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
-        return self.model_dump(include={"mode", "threshold", "groups", *OPTIONS}, exclude_none=True)
+        given = self.model_dump(include={"mode", "threshold", "groups", *OPTIONS}, exclude_none=True)
+        return resolve(given, ignore_eos=False)
 
 
 @dataclasses.dataclass
