@@ -28,6 +28,7 @@ from .request_group import RequestTimeoutError
 RETRY_AFTER = 1  # seconds
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
 _FIELDS = {*OPTIONS, *(name for body in (Chat, Completion, Messages, Responses) for name in body.model_fields)}
+_PLAIN = dict.fromkeys(("dict_type", "model_attributes_type"), "Input should be an object")  # instead of pydantic's
 _ANTHROPIC = "/v1/messages"  # the paths whose clients know Anthropic's types
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -124,9 +125,19 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     if first["loc"] == ("body",):
         state = "is missing" if first["type"] == "missing" else f"is {first['input']!r:.60}, allowed: a JSON object"
         return error_response(400, error_body(400, f"the body {state}; send an object"))
-    subject = "the body" if param is None else param
-    got = f", got {first['input']!r:.60}" if first["type"] != "missing" else ""
-    return error_response(400, error_body(400, f"{subject}: {first['msg'][:200]}{got}; change it", param))
+    return error_response(400, error_body(400, *_complaint(first, param)))
+
+
+def _complaint(problem: Mapping[str, Any], param: str | None) -> tuple[str, str | None]:
+    """The sentence about a value that is wrong, and the field which has it."""
+    subject, kind = "the body" if param is None else param, problem["type"]
+    if kind == "union_tag_invalid":
+        given, allowed = problem["input"]["type"], problem["ctx"]["expected_tags"]
+        return f"{subject}.type is {given!r:.60}, allowed: {allowed}; change it, or leave it out", f"{subject}.type"
+    if kind == "union_tag_not_found":
+        return f"{subject}.type: Field required; change it", f"{subject}.type"
+    got = "" if kind == "missing" else f", got {problem['input']!r:.60}"
+    return f"{subject}: {_PLAIN.get(kind, problem['msg'])[:200]}{got}; change it", param
 
 
 def _place(location: Sequence[Any], body: Any, *, missing: bool) -> list[str]:

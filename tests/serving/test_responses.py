@@ -319,7 +319,7 @@ def test_tokens_of_thoughts_calls_and_marks_are_not_those_of_text(size: int) -> 
             "tool_choice is 'required', but no tools are given",
         ),
         ({"background": True}, "'background' is not supported"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "Input tag 'item_reference' found"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0 is an item_reference, but items are not stored"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "image 1: the URL is 'x', allowed: data:image/png",
@@ -334,7 +334,7 @@ def test_tokens_of_thoughts_calls_and_marks_are_not_those_of_text(size: int) -> 
             "input holds an image that neither user nor tool has given",
         ),
         ({"input": 5}, "input: Input should be a valid string"),
-        ({"input": [{"type": 5}]}, "input.0: "),
+        ({"input": [{"type": 5}]}, "input.0.type is 5, allowed: "),
     ],
 )
 def test_what_is_wrong_is_told(server: Served, fields: dict[str, Any], problem: str) -> None:

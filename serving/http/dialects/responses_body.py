@@ -90,6 +90,13 @@ class Responses(DialectBody):
                 raise ValueError(
                     f"{name} is not supported, since responses are not stored; send the whole input instead"
                 )
+        items = values.get("input") if isinstance(values, dict) else None
+        for index, item in enumerate(items if isinstance(items, list) else ()):
+            if isinstance(item, dict) and item.get("type") == "item_reference":
+                raise ValueError(
+                    f"input.{index} is an item_reference, but items are not stored; send the item itself, as clients "
+                    "do with store: false"
+                )
         return values
 
     @classmethod
