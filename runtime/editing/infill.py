@@ -9,15 +9,16 @@ and one span of its own.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
 from ..engines.engine import PassKind
 from ..loading import LoadedEngine
-from ..requests.options import THRESHOLD, Options
+from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..text.checks import check_text
 from .methods import METHODS
@@ -27,7 +28,7 @@ from .search import search
 LONGEST_FREE = 16  # tokens of a hole without a length, unless its user says otherwise
 _HOLE = re.compile(r"\{hole(?::(\d+))?\}")
 
-Template = Sequence[str | int | None]  # text, and holes: their length in tokens, or None for a length that fits
+Template = Iterable[str | int | None]  # text, and holes: their length in tokens, or None for a length that fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +104,15 @@ def fill(
     """
     started = time.perf_counter()
     limit = engine.info.build.max_seq_len
+    if isinstance(template, str) or not isinstance(template, Iterable):
+        raise RequestError(
+            f"template is {template!r:.60}, allowed: a list of texts and holes, each its length in tokens or None"
+        )
+    template = list(template)
     parts = _parts(engine, template, method)
     window = engine.info.build.block_length if block_length is None else block_length
-    if not 1 <= width <= MAX_BLOCK:
-        raise RequestError(f"width is {width}, allowed: 1 to {MAX_BLOCK}")
-    if not 1 <= longest <= MAX_BLOCK:
-        raise RequestError(f"longest is {longest}, allowed: 1 to {MAX_BLOCK}")
-    if not 1 <= window <= MAX_BLOCK:
-        raise RequestError(f"block_length is {window}, allowed: 1 to {MAX_BLOCK}")
+    for name, value in (("width", width), ("longest", longest), ("block_length", window)):
+        BLOCK_LENGTH.check(name, value, numbers.Integral)
     THRESHOLD.check("threshold", threshold)
     context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
     need = len(context) + sum(len(p) if isinstance(p, list) else p or longest for p in parts)

@@ -8,17 +8,22 @@ much, and the second look at a block is what lets right tokens stand.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import time
 
-from ...contract import MAX_BLOCK, counted
+from ...contract import counted
 from ...errors import RequestError
 from ..engines.engine import PassKind, causal
 from ..loading import LoadedEngine
-from ..requests.options import THRESHOLD, Options
+from ..requests.option_types import Range
+from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..sampling.softmax import probability
 from ..text.checks import check_text
 from .row import Row
+
+_ROUNDS = Range(1, 64)
+_KEEP = Range(0, 1, text="0 to 1; a token of that probability or more is kept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,9 @@ def revise(
     check_text(text, "text")
     given = engine.text.encode_plain(text)
     window = engine.info.build.block_length if block_length is None else block_length
-    for name, value, high in (("block_length", window, MAX_BLOCK), ("rounds", rounds, 64)):
-        if not 1 <= value <= high:
-            raise RequestError(f"{name} is {value}, allowed: 1 to {high}")
-    if not 0 <= keep <= 1:
-        raise RequestError(f"keep is {keep}, allowed: 0 to 1; a token of that probability or more is kept")
+    BLOCK_LENGTH.check("block_length", window, numbers.Integral)
+    _ROUNDS.check("rounds", rounds, numbers.Integral)
+    _KEEP.check("keep", keep)
     THRESHOLD.check("threshold", threshold)
     if not given:
         raise RequestError("--text is empty; give some text to revise")

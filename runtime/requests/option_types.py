@@ -52,10 +52,11 @@ class Range:
         low = f"over {self.low}" if self.over else f"{self.low}"
         return f"{low} or more" if self.high is None else f"{low} to {self.high}"
 
-    def check(self, name: str, value: float) -> None:
-        """Refuse a number out of range, NaN included. Raises RequestError."""
-        if value not in self:
-            raise RequestError(f"{name} is {value}, allowed: {self}")
+    def check(self, name: str, value: Any, kind: type = numbers.Real) -> None:
+        """Refuse what is no number of a kind, or is out of range, NaN included. Raises RequestError."""
+        number = isinstance(value, kind) and not isinstance(value, bool)
+        if not number or value not in self:
+            raise RequestError(f"{name} is {value!r:.60}, allowed: {self}")
 
 
 @dataclasses.dataclass(frozen=True)

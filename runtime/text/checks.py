@@ -11,8 +11,13 @@ from ...errors import RequestError
 MOST_NESTED = 100  # levels of a value of JSON; what walks it, templates and grammars among them, walks it recursively
 
 
-def check_text(text: str, where: str) -> None:
-    """Refuse halves of surrogate pairs: JSON spells them and a shell passes them on, but no tokenizer takes them."""
+def check_text(text: object, where: str) -> None:
+    """Refuse what is no text, and halves of surrogate pairs: JSON and shells pass them on, but no tokenizer takes them.
+
+    Raises RequestError.
+    """
+    if not isinstance(text, str):
+        raise RequestError(f"{where} is {text!r:.60}, allowed: text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -4,6 +4,7 @@ The oracles know no cache, no slots and no two intervals: each pass is a plain p
 """
 
 import collections
+import contextlib
 import json
 import math
 import random
@@ -287,6 +288,35 @@ def test_wrong_requests_are_one_line(
 def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, template: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"allowed: 1 to 64|no hole"):
         nemodiff.fill(engine, template, prompt=CODE)
+
+
+def test_a_template_may_be_a_generator(engine: nemodiff.LoadedEngine) -> None:
+    template: list[str | int] = ["def add(", 3, "):"]
+    again = nemodiff.fill(engine, (part for part in template), prompt=CODE)
+    assert again.text == nemodiff.fill(engine, template, prompt=CODE).text
+    assert again.text.startswith("def add(")
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, math.nan, "8", [8]])
+@pytest.mark.parametrize("name", ["width", "longest", "block_length", "rounds", "keep", "threshold"])
+def test_wrong_numbers_in_python(engine: nemodiff.LoadedEngine, name: str, value: Any) -> None:
+    right = (name, value) in (("block_length", None), ("threshold", 1.5))
+    wrong = contextlib.nullcontext() if right else pytest.raises(nemodiff.RequestError, match=f"^{name} is .*allowed: ")
+    if name not in ("rounds", "keep"):
+        with wrong:
+            nemodiff.fill(engine, ["def add(", 2, "):"], prompt=CODE, **{name: value})
+    if name not in ("width", "longest"):
+        with wrong:
+            nemodiff.revise(engine, ANSWER, prompt=CODE, **{name: value})
+
+
+def test_what_is_no_text_in_python(engine: nemodiff.LoadedEngine) -> None:
+    for text in (None, 5, b"def", ["def"]):
+        with pytest.raises(nemodiff.RequestError, match=r"^text is .*, allowed: text$"):
+            nemodiff.revise(engine, text)  # type: ignore[arg-type]
+    for template in (None, 5, "def {hole}"):
+        with pytest.raises(nemodiff.RequestError, match=r"^template is .*, allowed: a list of texts and holes"):
+            nemodiff.fill(engine, template)  # type: ignore[arg-type]
 
 
 def test_example_runs(tiny_engine: Path) -> None:
