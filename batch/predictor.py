@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .lines import Line
 
 _READ = ("prompt", "messages", *OPTIONS)
+_COUNTS = frozenset(name for name, option in OPTIONS.items() if option.type is int)
 
 
 class Predictor:
@@ -84,7 +85,12 @@ class Predictor:
 def _fields(batch: Mapping[str, np.ndarray], number: int) -> dict[str, Any]:
     """A row's prompt and options as plain values; None and NaN mean not given."""
     fields = {name: _plain(batch[name][number]) for name in _READ if name in batch}
-    return {name: value for name, value in fields.items() if value is not None and value == value}
+    return {
+        # A column of integers with gaps is one of floats.
+        name: int(value) if name in _COUNTS and isinstance(value, float) and value.is_integer() else value
+        for name, value in fields.items()
+        if value is not None and value == value
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -45,6 +45,17 @@ def test_messages_of_numpy_are_taken(tiny_engine: Path) -> None:
     )
 
 
+def test_a_column_of_integers_with_gaps_is_one_of_floats(tiny_engine: Path) -> None:
+    """So pandas and Arrow hand it over."""
+    predictor = Predictor(tiny_engine, threads=1, mode="ar", max_new_tokens=6)
+    prompts = np.array(["Count from 3 to 9."] * 3, object)
+    out = predictor({"prompt": prompts, "max_new_tokens": np.array([4.0, np.nan, 2.5])})
+    assert out["tokens"].tolist() == [4, 6, 0]
+    assert out["error"].tolist() == [None, None, "batch, line 3: max_new_tokens is 2.5, allowed: an integer"]
+    blocks = predictor({"prompt": prompts, "mode": np.array(["linear_spec"] * 3), "block_length": np.array([8.0] * 3)})
+    assert blocks["error"].tolist() == [None] * 3
+
+
 def test_a_wrong_option_is_refused_before_the_engine_is_read() -> None:
     with pytest.raises(RequestError, match="allowed"):
         Predictor("nowhere", mode="arr")
