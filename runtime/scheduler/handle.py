@@ -7,7 +7,7 @@ import contextlib
 import queue
 from collections.abc import Callable, Iterator
 
-from ...errors import NemodiffError
+from ...errors import EngineError, NemodiffError, first_line
 from ..events.events import Event, Finished
 from ..events.reporter import Reporter
 from ..requests.generation import Generation
@@ -63,7 +63,11 @@ class Handle:
         """Hand events to the listener, or keep them for who iterates; the scheduler's thread calls this."""
         if self._listener is not None:
             if events:
-                self._listener(events)
+                try:
+                    self._listener(events)
+                except Exception as error:
+                    what = f"{type(error).__name__}: {first_line(error)}"
+                    raise EngineError(f"the request's listener failed ({what}); mend it, the engine goes on") from error
             return
         for event in events:
             self._events.put(event)

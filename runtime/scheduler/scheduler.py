@@ -111,7 +111,10 @@ class Scheduler:
         return self._worker.statistics
 
     def close(self, *, drain: bool = True) -> None:
-        """Take no more requests and wait for the worker: until all have finished, or with drain=False cancelled."""
+        """Take no more requests and wait for the worker: until all have finished, or with drain=False cancelled.
+
+        A listener, which is in the worker's thread, does not wait.
+        """
         self._worker.close(drain=drain)
 
     def __enter__(self) -> Scheduler:

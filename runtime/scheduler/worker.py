@@ -89,7 +89,8 @@ class Worker:
             if not drain:
                 self._cancelled += [*self._waiting, *self._running.values()]
             self._wake()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # as it is where a listener closes
+            self._thread.join()
 
     @property
     def statistics(self) -> Statistics:

@@ -455,6 +455,32 @@ def test_a_request_that_cannot_be_told_of_fails_alone(
     assert ended.failed + ended.cancelled == 2
 
 
+def test_an_error_of_a_listener_says_so(engine: nemodiff.LoadedEngine) -> None:
+    def deaf(outcome: Any) -> None:
+        raise KeyError("mine")
+
+    said = r"^the request's listener failed \(KeyError: 'mine'\); mend it, the engine goes on$"
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        handle = scheduler.submit([130], mode="ar", max_new_tokens=5, listener=deaf)
+        with pytest.raises(nemodiff.EngineError, match=said) as failed:
+            handle.result(PATIENCE)
+    assert isinstance(failed.value.__cause__, KeyError)
+
+
+def test_a_listener_may_close_the_scheduler(engine: nemodiff.LoadedEngine) -> None:
+    """It is in the thread that closing waits for."""
+    slow, gate = gated(engine)
+    scheduler = nemodiff.Scheduler(slow, rows=1)
+    handle = scheduler.submit([130], mode="ar", max_new_tokens=5, listener=lambda outcome: scheduler.close())
+    waiting = scheduler.submit([131], mode="ar", max_new_tokens=5)
+    gate.set()
+    assert handle.result(PATIENCE).token_ids
+    assert waiting.result(PATIENCE).token_ids
+    with pytest.raises(nemodiff.BusyError, match="closed"):
+        scheduler.submit([132])
+    scheduler.close()
+
+
 def test_a_cancelled_row_is_free_in_the_next_step(engine: nemodiff.LoadedEngine) -> None:
     batch = Batch(engine.backend, 2)
     first, second, third = (sequence(engine, Request((130 + i,), Options("ar", 30))) for i in range(3))
