@@ -82,7 +82,10 @@ def score_many(
     begun: deque[list[int]] = deque()  # the continuations that have no score yet
 
     def sequences() -> Iterator[Sequence]:
-        for prompt, continuation in pairs:
+        for pair in pairs:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise RequestError(f"a pair is {pair!r:.60}, allowed: a prompt and a continuation")
+            prompt, continuation = pair
             ids = _encoded(engine, continuation)
             before = encode(engine, prompt, options)
             sequence = prepare(engine, [*before, *ids], options)

@@ -199,6 +199,13 @@ def test_what_cannot_be_scored_is_refused(
         nemodiff.score(engine, *arguments)
 
 
+@pytest.mark.parametrize("pair", ["ab", ("x",), ("x", "y", "z"), 5, None])  # and no text is one of a letter each
+def test_what_is_no_pair_is_refused(engine: nemodiff.LoadedEngine, pair: Any) -> None:
+    scores = nemodiff.score_many(engine, [("x", "y"), pair])
+    with pytest.raises(nemodiff.RequestError, match=r"^a pair is .*, allowed: a prompt and a continuation$"):
+        list(scores)
+
+
 def test_a_limit_of_nothing_needs_something_to_score(engine: nemodiff.LoadedEngine) -> None:
     with pytest.raises(nemodiff.RequestError, match="max_new_tokens is 0, allowed: 1 or more, and 0 with"):
         nemodiff.generate(engine, "x", max_new_tokens=0)
