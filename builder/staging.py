@@ -75,12 +75,12 @@ ENGINE = Kind(
 
 
 def check_target(target: Path, kind: Kind = ENGINE) -> None:
-    """Refuse an output that lies in an engine or would destroy what is no folder of this kind. Raises BuildError."""
+    """Refuse an output inside what nemodiff wrote, or that would destroy what is of no such kind. Raises BuildError."""
     for above in resolved(target).parents:
         made = made_as(above)
-        if made is not None and made[0] == "an engine":
+        if made is not None:
             raise BuildError(
-                f"{target}: lies in the engine {above}, which could not be replaced then; choose another {kind.option}"
+                f"{target}: lies in {made[0]}, {above}, which could not be replaced then; choose another {kind.option}"
             )
     if target.is_dir():
         ours = (target / kind.marker).is_file()

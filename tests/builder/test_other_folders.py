@@ -88,12 +88,24 @@ def test_a_checkpoint_with_a_manifest_of_others_is_built(checkpoint: Path) -> No
 def test_nothing_is_built_inside_an_engine(checkpoint: Path, refused: Refused) -> None:
     engine = Builder(checkpoint, checkpoint.parent / "engine").run()
     (checkpoint.parent / "manifest.json").write_text('{"name": "a progressive web app"}')  # in which engines may lie
-    said = f"lies in the engine {engine}, which could not be replaced then; choose another --"
+    said = f"lies in an engine, {engine}, which could not be replaced then; choose another --"
     for inside in (engine / "sub", engine / "sub" / "sub"):
         refused(["build", str(checkpoint), "-o", str(inside)], f"{inside}: {said}output")
         refused(["export", str(checkpoint), "-o", str(inside)], f"{inside}: {said}output")
     refused(["triton", "export", str(engine), "--repo", str(engine)], f"{engine / 'nemodiff'}: {said}repo")
     assert Builder(checkpoint, engine).run() == engine
+
+
+def test_nothing_is_built_inside_an_export(checkpoint: Path, refused: Refused) -> None:
+    twin = Exporter(checkpoint, checkpoint.parent / "twin").run()
+    engine = Builder(checkpoint, checkpoint.parent / "engine").run()
+    model = export(engine, checkpoint.parent / "models")
+    for folder, kind in ((twin, "an exported twin"), (model, "an exported Triton model")):
+        said = f"lies in {kind}, {folder}, which could not be replaced then; choose another --output"
+        refused(["build", str(checkpoint), "-o", str(folder / "sub")], f"{folder / 'sub'}: {said}")
+        refused(["export", str(checkpoint), "-o", str(folder / "sub")], f"{folder / 'sub'}: {said}")
+    assert Exporter(checkpoint, twin).run() == twin
+    assert export(engine, checkpoint.parent / "models") == model
 
 
 @pytest.mark.parametrize("named", ["model.Q4_K_M.gguf", "."], ids=["file", "folder"])
