@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
 from ..engine_info import EngineInfo, read_engine
-from ..errors import RequestError
+from ..errors import EngineError, RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
@@ -114,10 +115,11 @@ def load(
         RequestError: threads, device or gpu_memory_utilization is out of range.
     """
     started = time.perf_counter()
-    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= _MOST_THREADS):
-        raise RequestError(f"threads is {threads!r}, allowed: 1 to {_MOST_THREADS}, or None for one per core")
-    if not 0 < gpu_memory_utilization <= 1:
-        raise RequestError(f"gpu_memory_utilization is {gpu_memory_utilization!r}, allowed: over 0 to 1")
+    check_resources(threads, gpu_memory_utilization)
+    if not isinstance(path, (str, os.PathLike)):
+        raise EngineError(
+            f"path is {path!r:.60}, allowed: the path of a folder made by: nemodiff build CHECKPOINT -o PATH"
+        )
     folder = Path(path)
     info = read_engine(folder)
     chosen = check_device(device, info.manifest.backend)
@@ -166,6 +168,16 @@ def check_device(device: object, backend: str) -> Any:
     if match is None or ("cpu" if match[1] else "cuda") not in allowed:
         raise RequestError(f"device is {device!r}, allowed on {backend}: {', '.join(allowed)}; choose one of them")
     return "cpu" if match[1] else int(match[2] or 0)
+
+
+def check_resources(threads: int | None, gpu_memory_utilization: float) -> None:
+    """Refuse threads or a share of memory that no machine can give. Raises RequestError."""
+    whole = isinstance(threads, int) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= _MOST_THREADS):
+        raise RequestError(f"threads is {threads!r:.60}, allowed: 1 to {_MOST_THREADS}, or None for one per core")
+    share: Any = gpu_memory_utilization
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise RequestError(f"gpu_memory_utilization is {share!r:.60}, allowed: over 0 to 1")
 
 
 def check_threads(threads: int, processors: int, machine: str) -> None:

@@ -20,7 +20,7 @@ from ...builder.swap import stays
 from ...engine_folder import TRITON_ENGINE, TRITON_FILE
 from ...engine_info import EngineInfo, read_engine
 from ...errors import RequestError
-from ...runtime.loading import check_device
+from ...runtime.loading import check_device, check_resources
 from ...runtime.requests.options import make_options
 from ...runtime.requests.settings import settle
 from ...runtime.text.codec import TextCodec
@@ -113,10 +113,11 @@ def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
     limit = info.build.max_batch_size
     if parsed.rows is not None and not 1 <= parsed.rows <= limit:
         raise RequestError(f"rows is {parsed.rows}, allowed: 1 to {limit}; build with a larger --max-batch-size")
-    for name, least in (("waiting", 1), ("prefill_tokens", 1), ("threads", 1)):
+    for name in ("waiting", "prefill_tokens"):
         value = getattr(parsed, name)
-        if value is not None and value < least:
-            raise RequestError(f"{name} is {value}, allowed: {least} or more")
+        if value < 1:
+            raise RequestError(f"{name} is {value}, allowed: 1 or more")
+    check_resources(parsed.threads, parsed.gpu_memory_utilization)
     if not 0 <= parsed.stream_interval_ms < math.inf:
         raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")
     check_device(parsed.device, info.manifest.backend)

@@ -461,7 +461,21 @@ def test_wrong_rows_in_python(engine: nemodiff.LoadedEngine, rows: Any) -> None:
         list(nemodiff.generate_many(engine, ["x"], rows=rows))
 
 
-@pytest.mark.parametrize("threads", [0, -1, "x", 100_000])  # the last of which a system may take minutes to start
+@pytest.mark.parametrize("share", [0, -1, 1.5, math.nan, True, "x", None, [0.5]])
+def test_a_wrong_share_of_memory_in_python(tiny_engine: Path, share: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"gpu_memory_utilization is .*, allowed: over 0 to 1$"):
+        nemodiff.load(tiny_engine, gpu_memory_utilization=share)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"engine", ["engine"]])
+def test_what_is_no_path_in_python(path: Any) -> None:
+    with pytest.raises(
+        nemodiff.EngineError, match=r"^path is .*, allowed: the path of a folder made by: nemodiff build"
+    ):
+        nemodiff.load(path)
+
+
+@pytest.mark.parametrize("threads", [0, -1, "x", True, 100_000])  # the last of which a system may take minutes to start
 def test_wrong_threads_in_python(tiny_engine: Path, threads: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"threads is .*, allowed: 1 to 1024, or None"):
         nemodiff.load(tiny_engine, threads=threads)
