@@ -98,6 +98,10 @@ class AdmissionMiddleware:
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
             return 413, error_body(413, self._too_large(), path=path)
+        coding = headers.get("content-encoding") or "identity"
+        if coding.lower() != "identity":
+            message = f"the header Content-Encoding is {coding!r:.60}, allowed: identity; send the body uncompressed"
+            return 400, error_body(400, message, path=path)
         return None
 
     def _has_key(self, headers: Headers) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +247,17 @@ def test_a_refusal_names_the_field_that_was_sent(
     error = json.loads(content)["error"]
     assert (status, error["param"]) == (400, param), error
     assert message in error["message"]
+
+
+def test_a_compressed_body_is_told_what_to_leave_out(server: Served) -> None:
+    body = json.dumps({"messages": [QUESTION], "max_tokens": 4}).encode()
+    for coding, sent in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body)), ("br", body)):
+        status, _, content = server.send(CHAT, sent, content_encoding=coding)
+        assert status == 400
+        message = f"the header Content-Encoding is '{coding}', allowed: identity; send the body uncompressed"
+        assert json.loads(content)["error"]["message"] == message
+    for coding in ("identity", ""):
+        assert server.send(CHAT, body, content_encoding=coding)[0] == 200
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses"])
