@@ -51,8 +51,7 @@ class Tool:
         """The schemas of which an argument follows one, with references followed; an empty one leaves all open."""
         waiting, seen = [self.properties.get(argument)], set[str]()
         found = list[Mapping[str, Any]]()
-        while waiting:
-            schema = waiting.pop(0)
+        for schema in waiting:  # which grows meanwhile
             one = schema if isinstance(schema, Mapping) else {}
             if isinstance(reference := one.get("$ref"), str):
                 if reference not in seen:
