@@ -68,8 +68,7 @@ def _one_line() -> Iterator[None]:
         abandon_streams()
         if error.errno == errno.EPIPE:
             raise click.exceptions.Exit(_UNREAD) from None
-        place = error.filename or ("standard output" if _printing(error) else "input/output")
-        text = f"{place}: {error.strerror or error}; check the path and its disk"
+        text = f"{error.filename or _nameless(error)}: {error.strerror or error}; check the path and its disk"
         raise click.ClickException(one_line(text)) from None
     except MemoryError:
         raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
@@ -78,9 +77,12 @@ def _one_line() -> Iterator[None]:
         raise click.exceptions.Exit(_INTERRUPTED) from None
 
 
-def _printing(error: OSError) -> bool:
+def _nameless(error: OSError) -> str:
+    """What an error is about that names no file."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return frames[-1].f_code is click.echo.__code__
+    if frames[-1].f_code is click.echo.__code__:
+        return "standard output"
+    return "the current folder" if error.errno == errno.ENOENT else "input/output"
 
 
 def _end_line() -> None:

@@ -18,6 +18,8 @@ def settle_streams() -> None:
     A terminal in plain ASCII is one whose locale says nothing; what it shows is UTF-8 nearly everywhere.
     """
     _replace_closed()
+    for number in range(3):
+        os.set_blocking(number, True)  # a program that shares one may have left it so that reading does not wait
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=_encoding(stream, "utf-8"), errors="backslashreplace")

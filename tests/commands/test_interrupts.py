@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line, snapshot
+from conftest import assert_one_line, eventually, snapshot
 from stand_ins.checkpoints import TINY_CHAT
 
 NEMODIFF = [sys.executable, "-m", "nemodiff"]
@@ -161,6 +161,29 @@ def test_a_conversation_that_is_left_leaves_its_line(tiny_engine: Path, key: byt
     assert process.returncode == code
     assert shown.endswith(b"\r\n")
     assert b"Traceback" not in shown
+
+
+def test_a_standard_input_that_does_not_wait(tiny_engine: Path) -> None:
+    """As another program may leave one that it shares."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    words = [*NEMODIFF, "run", str(tiny_engine), "--max-new-tokens", "4"]
+    with subprocess.Popen(words, stdin=read, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        eventually(lambda: os.get_blocking(read) or process.poll() is not None)
+        os.close(read)
+        os.write(write, b"Count from 3 to 9.")
+        os.close(write)
+        assert process.stdout is not None
+        assert process.stdout.read().startswith("3")
+    assert process.returncode == 0
+
+
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    script = 'mkdir "$0"; cd "$0"; rmdir "$0"; exec "$@"'
+    words = ["sh", "-c", script, str(tmp_path / "gone"), *NEMODIFF, "build", TINY_CHAT, "-o", "engine"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    said = "Error: the current folder: No such file or directory; check the path and its disk\n"
+    assert (done.stderr, done.returncode) == (said, 1)
 
 
 def test_streams_that_were_closed(tmp_path: Path) -> None:
