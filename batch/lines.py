@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RequestError
 from ..runtime.requests.options import FLAGS, OPTIONS, Options, make_options
 from ..runtime.requests.spellings import resolve
-from ..runtime.text.checks import check_text
+from ..runtime.text.checks import check_json, check_text
 from ..runtime.text.files import called, read_text
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def make_line(fields: Mapping[str, Any], path: Path, number: int, *, as_json: bo
     """The line with some fields, its keys and the values of its options checked. Raises RequestError."""
     try:
         prompt, options = _prompt(fields), _options(fields, as_json)
+        for name, value in labels(fields).items():
+            check_json(value, name)
     except RequestError as error:
         raise RequestError(f"{path}, line {number}: {error}") from None
     return Line(path, number, prompt, options, labels(fields))

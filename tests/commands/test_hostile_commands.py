@@ -242,6 +242,7 @@ def test_what_is_no_number_is_refused(tiny_engine: Path, refused: Refused, flag:
         pytest.param("{}", ["line 2: allowed"], id="empty object"),
         pytest.param('{"prompt": 7}', ["line 2: allowed"], id="prompt is a number"),
         pytest.param('{"messages": []}', ["line 2: allowed"], id="no messages"),
+        pytest.param('{"prompt": "x", "id": [NaN]}', ["line 2: id holds nan, which is no number of JSON"], id="NaN"),
         pytest.param('{"messages": [5, 6]}', ["line 2: allowed"], id="messages are numbers"),
         pytest.param('{"messages": [{"role": "user", "content": "x"}, 6]}', ["line 2: allowed"], id="one is a number"),
         pytest.param(r'{"prompt": "\ud800"}', ["line 2: not UTF-8 text at character"], id="half a surrogate pair"),
