@@ -143,6 +143,25 @@ def test_torchrun_starts_the_ranks(tiny: Path) -> None:
     assert ended.stdout == f"{alone.text}\n"
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is '-1'"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is ''"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_refused(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], said: str
+) -> None:
+    numbers = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1", **changed}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=f"^RANK is set as by torchrun, but {said}; start the ranks with torchrun"):
+        nemodiff.load(tiny, device="cpu")
+
+
 @pytest.mark.parametrize("size", [0, 3, 64])
 def test_numbers_that_do_not_fit(tiny: Path, size: int) -> None:
     with pytest.raises(RequestError, match="allowed: 1"):

@@ -152,12 +152,12 @@ def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | N
     """The ranks that this process shall be one of: torchrun's, or those that it starts; None for one alone.
 
     Raises:
-        RequestError: torchrun has started another number, or the model cannot be split so.
+        RequestError: torchrun has started another number or set half of what it sets, or the model cannot be split so.
         EngineError: the ranks cannot reach each other.
     """
     import torch
 
-    world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    world = _world()
     if world > 1 and size not in (None, world):
         raise RequestError(f"--tp-size is {size} and torchrun has started {world} ranks; leave --tp-size out")
     size = world if world > 1 else size or 1
@@ -171,6 +171,19 @@ def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | N
         )
     words = [sys.executable, "-m", "nemodiff.runtime.engines.torch.rank", str(folder), *([] if gpu else ["cpu"])]
     return Ranks(folder, size, gpu, None if world > 1 else words)
+
+
+def _world() -> int:
+    """How many ranks torchrun has started; 1 without it. Raises RequestError."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return 1
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        value = os.environ.get(name, "")
+        if not value or not (value.isdecimal() or name == "MASTER_ADDR"):
+            raise RequestError(
+                f"RANK is set as by torchrun, but {name} is {value!r}; start the ranks with torchrun, or unset RANK"
+            )
+    return int(os.environ["WORLD_SIZE"])
 
 
 def _check(model: ModelConfig, size: int, quantization: Quantization | None) -> None:
