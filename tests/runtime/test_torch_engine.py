@@ -41,7 +41,7 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
-from nemodiff.contract import MODES, PAGE, cache_slots
+from nemodiff.contract import MODES
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
@@ -57,7 +57,7 @@ from nemodiff.runtime.engines.torch.flat import (
     rounded_shape,
     rounded_tokens,
 )
-from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
+from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes, row_pages
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
 
@@ -502,11 +502,25 @@ def test_a_cache_that_is_forgotten_holds_nothing(tiny: Pair) -> None:
     assert backend.pages.open_rows == 1 + len(held.rows)
 
 
+def test_a_short_engine_has_room_for_the_largest_pass(tmp_path: Path) -> None:
+    """All groups of a long block, or all fillings side by side, are far more tokens than a row may have."""
+    engine, other = (
+        nemodiff.load(Builder(TINY_CHAT, tmp_path / b, backend=b, dtype="f32", max_seq_len=70).run(), device="cpu")
+        for b in ("torch", "onnxruntime")
+    )
+    prompt = [150 + i for i in range(60)]
+    all_groups: dict[str, Any] = {"mode": "quadratic_spec", "groups": "all", "block_length": 22, "min_tokens": 50}
+    answers = [nemodiff.generate(e, prompt[:20], max_new_tokens=50, **all_groups) for e in (engine, other)]
+    assert without_times(answers[0]) == without_times(answers[1])
+    filled = [nemodiff.fill(e, ["3", 7, "4"], prompt=prompt, width=64) for e in (engine, other)]
+    assert filled[0].token_ids == filled[1].token_ids
+
+
 def test_memory_for_pages(tiny: Pair) -> None:
     """What a share of a GPU leaves beside weights and passes, or half of a CPU's free memory; at most what is used."""
     info = tiny.ours.info
     device = RecordingDevice()
-    rows = 2 * info.build.max_batch_size * -(-cache_slots(info.build) // PAGE)
+    rows = 2 * info.build.max_batch_size * row_pages(info.build)
     for free, total, is_gpu, expected in (
         (2**40, 2**41, False, rows),
         (1000 * page_bytes(info), 2**35, False, 500),
