@@ -76,7 +76,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that is scored from its first token on."""
+        """What stands before a text that is scored from its first token on, and for a prompt without any."""
         return self.eot_token_id if self._text.bos is None else self._text.bos
 
     @property
@@ -128,7 +128,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                         f"a task asks for {counted(asked, 'token')}, allowed: fewer than the engine's {self._limit}; "
                         "lower max_gen_toks in its file or build with a larger --max-seq-len"
                     )
-                yield prepare(self._engine, self.tok_encode(context)[-room:], options)
+                ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
+                yield prepare(self._engine, ids, options)
 
         said = list[str]()
         events = sequence_events(self._engine, prepared(), rows=self._rows, prefix_reuse=True, text=False)

@@ -176,6 +176,8 @@ def test_long_texts_are_scored_in_windows_and_long_prompts_cut(tmp_path: Path) -
     said = lm.generate_until([_Instance(text, {"until": "9", "max_gen_toks": 6})])  # type: ignore[list-item]
     alone = nemodiff.generate(short, ids[-26:], mode="ar", max_new_tokens=6, stop=["9"])
     assert said == [alone.text]
+    bare_said = lm.generate_until([_Instance("", {"until": [], "max_gen_toks": 6})])  # type: ignore[list-item]
+    assert bare_said == [nemodiff.generate(short, [BOS], mode="ar", max_new_tokens=6).text]
     sampled = {"until": [], "do_sample": True, "temperature": 9.0, "max_gen_toks": 6}
     twice: list[Any] = [_Instance("Count", sampled), _Instance("Count", sampled)]
     first, second = lm.generate_until(twice)
