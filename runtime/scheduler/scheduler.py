@@ -100,6 +100,9 @@ class Scheduler:
             BusyError: as in `submit`.
         """
         submitted = list(requests)
+        for one in submitted:
+            if not isinstance(one, (tuple, list)) or len(one) != 2 or not isinstance(one[1], Mapping):
+                raise RequestError(f"a request is {one!r:.60}, allowed: a prompt and a mapping of its options")
         listeners: list[Listener | None] = [
             None if listener is None else functools.partial(listener, index) for index in range(len(submitted))
         ]

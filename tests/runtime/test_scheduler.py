@@ -467,6 +467,17 @@ def test_an_error_of_a_listener_says_so(engine: nemodiff.LoadedEngine) -> None:
     assert isinstance(failed.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("request_", ["Hi", ("Hi",), ("Hi", None), ("Hi", {}, {}), 5])
+def test_what_is_no_request_is_refused(engine: nemodiff.LoadedEngine, request_: Any) -> None:
+    with (
+        nemodiff.Scheduler(engine, rows=1) as scheduler,
+        pytest.raises(
+            nemodiff.RequestError, match=r"^a request is .*, allowed: a prompt and a mapping of its options$"
+        ),
+    ):
+        scheduler.submit_many([([130], {"max_new_tokens": 1}), request_])
+
+
 def test_a_listener_may_close_the_scheduler(engine: nemodiff.LoadedEngine) -> None:
     """It is in the thread that closing waits for."""
     slow, gate = gated(engine)
