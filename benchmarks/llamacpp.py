@@ -6,11 +6,12 @@
     python benchmarks/llamacpp.py --checkpoint m133 --name llamacpp_133m --questions 0
 
 Both run in one process and take turns pass by pass, each from token ids to the best next token, which in nemodiff is a
-part of the graph. CPU time counts, so other work on the machine falls on both. Q4_0, which has a scale for 32 weights,
-is compared with int4 as it is by default, with a scale for 32 in attention and for 128 in MLPs, and with int4 in groups
-of 32 and of 128 alone: `errors` says how far each engine's logits are from the same program's in f32. The heads of both
-have 8 bits, and in the last pair llama.cpp's 6.6, for so its own quantizer makes a Q4_0. It cannot be called
-llama_cpp.py, as its own folder comes first on Python's path.
+part of the graph. CPU time counts, so other work on the machine falls on both. Where the memory of weights happens to
+lie moves a pass by some percent for as long as they are loaded, so both are loaded several times. Q4_0, which has a
+scale for 32 weights, is compared with int4 as it is by default, with a scale for 32 in attention and for 128 in MLPs,
+and with int4 in groups of 32 and of 128 alone: `errors` says how far each engine's logits are from the same program's
+in f32. The heads of both have 8 bits, and in the last pair llama.cpp's 6.6, for so its own quantizer makes a Q4_0. It
+cannot be called llama_cpp.py, as its own folder comes first on Python's path.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from nemodiff.builder.export import Exporter
 from nemodiff.engine_folder import WEIGHTS_FILE
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.generate import generate
-from nemodiff.runtime.loading import load
+from nemodiff.runtime.loading import LoadedEngine, load
 
 QUANTIZER = "Q4_0 by llama-quantize"
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {  # by name: llama.cpp's kind, and what nemodiff builds
@@ -56,6 +57,14 @@ def fill(cache: Any, other: LlamaCpp) -> None:
     other.forward([300] * CONTEXT, 0)
 
 
+def begin(folder: Path, gguf: Path, threads: int) -> tuple[LoadedEngine, Any, LlamaCpp]:
+    """Load both and begin a text in them: the engine, its cache, and llama.cpp."""
+    engine, other = load(folder, threads=threads), LlamaCpp(gguf, threads)
+    cache = engine.backend.open(1)
+    fill(cache, other)
+    return engine, cache, other
+
+
 def compare(cache: Any, other: LlamaCpp, size: int, rounds: int) -> dict[str, float]:
     """Lower quartiles of a causal pass of `size` tokens that predicts the last one."""
     ids = list(range(200, 200 + size)) if size < 500 else [200 + i % 500 for i in range(size)]
@@ -63,6 +72,12 @@ def compare(cache: Any, other: LlamaCpp, size: int, rounds: int) -> dict[str, fl
     runs = {"ours": lambda: cache.forward([pass_]), "theirs": lambda: other.token(ids, CONTEXT)}
     a, b = (statistics.quantiles(times)[0] for times in compared.in_turns(runs, rounds).values())
     return {"nemodiff_ms": round(a, 3), "llama_cpp_ms": round(b, 3), "speed": round(b / a, 2)}
+
+
+def medians(loads: list[dict[str, float]]) -> dict[str, Any]:
+    """The median of each figure, and every load's speed."""
+    found: dict[str, Any] = {name: round(statistics.median(one[name] for one in loads), 3) for name in loads[0]}
+    return found | {"speeds": [one["speed"] for one in loads]}
 
 
 def limit(cache: Any, other: LlamaCpp, nbytes: dict[str, int], rounds: int) -> dict[str, dict[str, float]]:
@@ -90,7 +105,9 @@ def limit(cache: Any, other: LlamaCpp, nbytes: dict[str, int], rounds: int) -> d
 
 def main() -> None:
     about = "Compare the CPU engine with llama.cpp at the same bits."
-    args = compared.parser(about, "llamacpp", questions=50, rounds=15).parse_args()
+    parser = compared.parser(about, "llamacpp", questions=50, rounds=15)
+    parser.add_argument("--loads", type=int, default=5, help="load both so often and take medians; default 5")
+    args = parser.parse_args()
     origin = record.origin(("nemodiff", "onnxruntime", "llama-cpp-python"), args.threads)
     passes: dict[str, Any] = {}
     reads: dict[str, Any] = {}
@@ -103,16 +120,18 @@ def main() -> None:
         exact: dict[str, np.ndarray] = {}
         for kind, (theirs, choices) in PAIRS.items():
             folder = Builder(args.checkpoint, Path(work) / kind, **choices).run()
-            engine = load(folder, threads=args.threads)
             gguf = Path(work) / f"{theirs}.gguf"
             if theirs == QUANTIZER:
                 quantize_gguf(Path(work) / "F32.gguf", gguf)
             else:
                 write_gguf(twin, gguf, theirs)
-            other = LlamaCpp(gguf, args.threads)
-            cache = engine.backend.open(1)
-            fill(cache, other)
-            passes[kind] = {size: compare(cache, other, size, args.rounds) for size in SIZES}
+            loads = []
+            for _ in range(args.loads):
+                _, cache, other = begin(folder, gguf, args.threads)
+                loads.append({size: compare(cache, other, size, args.rounds) for size in SIZES})
+                other.close()
+            engine, cache, other = begin(folder, gguf, args.threads)
+            passes[kind] = {size: medians([one[size] for one in loads]) for size in SIZES}
             model = engine.info.model
             table = 4 * model.vocab_size * model.hidden_size  # of the embeddings, of which a token reads a row
             nbytes = {"nemodiff": (folder / WEIGHTS_FILE).stat().st_size - table}
