@@ -93,10 +93,11 @@ class _Pass:
         for part in "qkv":
             flat = self._times(f"{attention}.{part}_proj", x, w[f"self_attn.{part}_proj"])
             heads[part] = flat.reshape(len(flat), -1, self._width)
-        q = self._note(f"{attention}.q_rope", self._rotate(heads["q"]))
-        k = self._note(f"{attention}.k_rope", self._rotate(heads["k"]))
+        q = self._rotate(heads["q"])
         if self._scale is not None:
-            q = self._note(f"{attention}.q_scaled", self._round(q * self._scale))
+            q = self._round(q * self._scale)
+        self._note(f"{attention}.q_rope", q)
+        k = self._note(f"{attention}.k_rope", self._rotate(heads["k"]))
         k = self._note(f"k_cache_{number}", self.arithmetic.cached(k))
         v = self._note(f"v_cache_{number}", self.arithmetic.cached(heads["v"]))
         mixed = self._note(attention, self._round(self._attend(q, k, v)))

@@ -69,13 +69,6 @@ def add_shared(
         add_zero(w, "rope.pos3", "tokens.zero")
     w.constant("rope.inv_freq", rope.inv_freq(model.head_dim)[None, None])  # (1, 1, D/2) f32
     angle = w.node("Mul", ["rope.pos3", "rope.inv_freq"], "rope.angle")
-    for op, name in (("Cos", "cos"), ("Sin", "sin")):
-        value = w.node(op, [angle], f"rope.{name}.f32")
-        if rope.attention_factor != 1.0:
-            factor = w.constant(f"rope.{name}.factor", np.float32(rope.attention_factor))
-            value = w.node("Mul", [value, factor], f"rope.{name}.scaled")
-        w.compute(value, f"rope.{name}")
-
     if rope.llama_4_scaling_beta:  # 1 + beta * ln(1 + floor(pos / L0)), queries only
         w.constant("query_scale.L0", np.float32(rope.original_max_position))
         w.constant("query_scale.beta", np.float32(rope.llama_4_scaling_beta))
@@ -84,8 +77,15 @@ def add_shared(
         log = w.node("Log", [w.node("Add", [periods, "query_scale.one"], "query_scale.count")], "query_scale.log")
         scale = w.node("Mul", [log, "query_scale.beta"], "query_scale.gain")
         scale = w.node("Add", [scale, "query_scale.one"], "query_scale.f32")
-        w.constant("query_scale.axes", np.array([1, 3], np.int64))
-        w.compute(w.node("Unsqueeze", [scale, "query_scale.axes"], "query_scale.4d"), "query_scale")  # (B, 1, S, 1)
+        w.node("Unsqueeze", [scale, "axis.last"], "query_scale")  # (B, S, 1) f32
+    for op, name in (("Cos", "cos"), ("Sin", "sin")):
+        value = w.node(op, [angle], f"rope.{name}.f32")
+        if rope.attention_factor != 1.0:
+            factor = w.constant(f"rope.{name}.factor", np.float32(rope.attention_factor))
+            value = w.node("Mul", [value, factor], f"rope.{name}.scaled")
+        w.compute(value, f"rope.{name}")
+        if rope.llama_4_scaling_beta:  # a rotation by these scales a query too, which saves each layer a product
+            w.compute(w.node("Mul", [value, "query_scale"], f"rope.q_{name}.f32"), f"rope.q_{name}")
 
     if kv_bits:
         w.constant("kv.axis", np.array([3], np.int64))
@@ -144,9 +144,9 @@ def add_attention(
             flat = _project(w, kind, normed, name, tensor, (model.hidden_size, size), w.group_size)
             heads[part] = _heads(w, flat, "shape.q" if part == "q" else "shape.kv")
     for part in "qk":
-        heads[part] = w.node("RotaryEmbedding", [heads[part], "rope.cos", "rope.sin"], f"{attn}.{part}_rope")
-    if model.rope.llama_4_scaling_beta:
-        heads["q"] = w.node("Mul", [heads["q"], "query_scale"], f"{attn}.q_scaled")
+        of = "q_" if part == "q" and model.rope.llama_4_scaling_beta else ""
+        rotation = [f"rope.{of}cos", f"rope.{of}sin"]
+        heads[part] = w.node("RotaryEmbedding", [heads[part], *rotation], f"{attn}.{part}_rope")
     kept = [name for part in "kv" for name in _cached(w, f"{part}_cache_{layer}", heads[part], kv_bits)]
     w.plugin(
         "Int8BlockAttention" if kv_bits else "BlockAttention",

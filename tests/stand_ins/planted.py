@@ -111,7 +111,7 @@ ATTENTION = "layers.{}.self_attn".format
 # By name: the change, and the first value that strays. "logits" where all layers are right.
 GRAPH: dict[str, tuple[Change, str]] = {
     "swapped rotation": (swapped_inputs(f"{ATTENTION(1)}.k_rope", 1, 2), f"{ATTENTION(1)}.k_rope"),
-    "query scale dropped": (becomes(f"{ATTENTION(0)}.q_scaled", "Identity"), f"{ATTENTION(0)}.q_scaled"),
+    "query scale dropped": (constant("query_scale.beta", np.zeros_like), f"{ATTENTION(0)}.q_rope"),
     "adapter gate stuck": (stuck_gate, f"{ATTENTION(0)}.o_proj.lora.sum"),
     "a span one slot short": (shifted_input("visible", np.array([0, 0, -1], np.int32)), f"{ATTENTION(0)}"),
     "a query sees the future": (shifted_input("visible", np.array([1, 0, 0], np.int32)), f"{ATTENTION(0)}"),
