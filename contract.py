@@ -89,6 +89,12 @@ class BuildConfig:
     mlp_group_size: int = GROUP_SIZE  # likewise in the MLPs
 
     @property
+    def groups(self) -> dict[str, int | None]:
+        """The groups of int4 by their names here, None in other bits."""
+        sizes = {"group_size": self.group_size, "mlp_group_size": self.mlp_group_size}
+        return {name: size if self.quantization == "int4" else None for name, size in sizes.items()}
+
+    @property
     def kv_bits(self) -> KvBits | None:
         """How K and V are kept in 8 bits, if they are."""
         return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -67,8 +67,7 @@ class Plan:
         build = self.build
         adapter = f"drafter LoRA of rank {self.adapter_rank}" if self.adapter_rank else "no drafter adapter"
         row = size_text(self.kv_bytes_per_token * build.max_seq_len)
-        groups = build.group_size, build.mlp_group_size
-        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, *groups)
+        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
         limits = f"up to {counted(build.max_batch_size, 'row')} of {counted(build.max_seq_len, 'token')}"
         ignored = [f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"]
         return [

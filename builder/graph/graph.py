@@ -30,7 +30,7 @@ from ...contract import (
 )
 from ...plugins.ops import block_attention, confidence_commit
 from .layers import add_attention, add_embeddings, add_head, add_mlp, add_shared
-from .projection import CONTRIB, pairs
+from .projection import CONTRIB
 from .writer import GraphWriter, Weight
 
 OPSET = 24
@@ -96,8 +96,7 @@ def build_graph(
         packed=packed,
         dequantized=capacity is not None,
         convolved=convolved,
-        paired=capacity is None and pairs(quantization, group_size),
-        paired_mlps=capacity is None and pairs(quantization, mlp_group_size),
+        pairs=capacity is None and quantization == "int4",
         group_size=group_size,
         mlp_group_size=mlp_group_size,
     )

@@ -233,7 +233,7 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     sizes = model.hidden_size, model.vocab_size
     # In 4 bits it would decide other tokens, and int8 reads its half as quickly.
     if kind and w.dequantized:
-        head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes, w.group_size)
+        head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes)
     elif kind:
         zero = add_zero(w, rows, "rows.zero")
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)

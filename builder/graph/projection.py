@@ -43,11 +43,6 @@ def convolves(build: BuildConfig, tensors: Iterable[Shaped]) -> bool:
     return least <= 4 * sum(math.prod(tensor.shape) for tensor in tensors) <= most
 
 
-def pairs(quantization: Quantization | None, group_size: int) -> bool:
-    """Whether ONNX Runtime's products in groups of this size need an even number of tokens."""
-    return quantization == "int4" and group_size > GROUP_SIZE
-
-
 def add_zero(w: GraphWriter, like: str, name: str) -> str:
     """The byte that stands for 0 in a token's quantized inputs, (B, tokens, 1) u8 of the shape of `like`."""
     shape = w.node("Shape", [like], f"{name}.shape")
@@ -72,7 +67,14 @@ def int8(w: GraphWriter, x: str, zero: str, name: str, source: Source, size_in: 
 
 
 def dequantized(
-    w: GraphWriter, kind: Quantization, x: str, name: str, source: Source, size_in: int, size_out: int, group: int
+    w: GraphWriter,
+    kind: Quantization,
+    x: str,
+    name: str,
+    source: Source,
+    size_in: int,
+    size_out: int,
+    group: int = GROUP_SIZE,
 ) -> str:
     """Multiply by what a projection of few bits stands for, in the engine's dtype, which TensorRT does as it reads it.
 

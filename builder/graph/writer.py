@@ -70,8 +70,7 @@ class GraphWriter:
         packed: bool = False,
         dequantized: bool = False,
         convolved: bool = False,
-        paired: bool = False,
-        paired_mlps: bool = False,
+        pairs: bool = False,
         group_size: int = GROUP_SIZE,
         mlp_group_size: int = GROUP_SIZE,
     ) -> None:
@@ -79,10 +78,12 @@ class GraphWriter:
         self.packed = packed  # whether projections of one input become one product
         self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
         self.convolved = convolved  # whether a product is a convolution with a kernel of 1 over the tokens
-        self.paired = paired  # whether products have an even number of tokens, the last one of zeros if need be
-        self.paired_mlps = paired_mlps and not paired  # whether those of MLPs alone have
+        # Whether products have an even number of tokens, the last one of zeros if need be, and whether those of MLPs
+        # alone have; `pairs` says that wide groups need it.
+        self.paired = pairs and group_size > GROUP_SIZE
+        self.paired_mlps = pairs and mlp_group_size > GROUP_SIZE >= group_size
         # Whether tokens are as `flat` makes them, outside attention.
-        self.flattened = convolved or paired or paired_mlps
+        self.flattened = convolved or self.paired or self.paired_mlps
         self.group_size = group_size  # inputs of an int4 weight that share a scale
         self.mlp_group_size = mlp_group_size  # likewise in the MLPs
         self.file = file  # of the weights
