@@ -130,12 +130,14 @@ def kv_bytes_per_token(model: ModelConfig, build: BuildConfig) -> int:
 
 
 def cache_slots(build: BuildConfig) -> int:
-    """T of a TensorRT engine: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
+    """Slots of the longest row: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
 
-    A block, a group of masks or a batch's padding may reach past the request's end.
+    A block, groups of masks, fillings of a hole or a batch's padding reach past the request's end. A pass has up to
+    PREFILL_CHUNK tokens however few `max_seq_len` allows or the engine takes at once, since it then runs in pieces.
+    This is T of a TensorRT engine.
     """
-    # In whole pieces of 64, so that every row begins at an address that TensorRT takes.
-    return -(-(build.max_seq_len + max(MAX_BLOCK, build.max_input_len)) // 64) * 64
+    # In whole pages, so that every row of TensorRT's begins at an address that it takes.
+    return -(-(build.max_seq_len + max(PREFILL_CHUNK, build.max_input_len)) // PAGE) * PAGE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,10 @@ def profiles(model: ModelConfig, build: BuildConfig) -> tuple[Profile, ...]:
     """Choose the optimization profiles. Raises BuildError.
 
     `block` is for decoding, `prefill` for longer passes: chunks of a prompt, and quadratic self-speculation, which
-    needs a prediction of every token. With `max_input_len` no longer than a block there is only the first.
+    needs a prediction of every token. With `max_input_len` no longer than a block there is only the first, which takes
+    a whole block however short `max_seq_len` is, as the last one may reach past it.
     """
-    length = min(max(MAX_BLOCK, build.block_length), build.max_seq_len)
+    length = MAX_BLOCK
     slots = cache_slots(build)
     rows = build.max_batch_size
     widest = {

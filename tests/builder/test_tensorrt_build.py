@@ -125,7 +125,7 @@ def test_adapter_short_engine_and_no_logits(checkpoint: Path, dtype: Any, plugin
     assert not info.build.gather_generation_logits
     about = info.manifest.tensorrt
     assert about is not None
-    assert about.profiles == (Profile("block", 3, 40, 40),)
+    assert about.profiles == (Profile("block", 3, 64, 64),)
     graph = describe(folder)["graph"]
     assert "adapter" in graph["inputs"]
     assert "logits" not in graph["outputs"]

@@ -26,12 +26,14 @@ from stand_ins import gpu_driver
 from stand_ins.checkpoints import TINY_CHAT, write_adapter
 
 import nemodiff
-from nemodiff import contract
 from nemodiff.builder.build import Builder
+from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.kernels import stages
+from nemodiff.builder.compilers.profiles import profiles
 from nemodiff.builder.graph import projection
 from nemodiff.builder.graph.graph import build_graph
+from nemodiff.contract import BACKEND_DTYPES, BuildConfig, cache_slots
 from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import SAMPLED
@@ -45,7 +47,7 @@ from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.tensorrt_info import Kernel, Profile, TensorRTInfo
 
-CAPACITY, LENGTH = 320, 256
+CAPACITY, LENGTH = 320, 256  # less scratch than in an engine, so passes take less time
 QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 4, 2, 9.", "Show the times table of 3 up to 5."]
 PROMPT = [130 + (i * 7) % 200 for i in range(20)]
 PROFILES = (Profile("block", 4, 32, 32), Profile("prefill", 2, 64, 64))
@@ -69,41 +71,59 @@ class Setup:
 
 
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """tiny-chat with an adapter, in f32 so that equality is exact."""
-    work = tmp_path_factory.mktemp("stand-in")
-    checkpoint = Path(shutil.copytree(TINY_CHAT, work / "checkpoint"))
-    write_adapter(checkpoint, rank=8, alpha=32, strength=0.05)
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-chat with an adapter."""
+    folder = Path(shutil.copytree(TINY_CHAT, tmp_path_factory.mktemp("adapted") / "checkpoint"))
+    write_adapter(folder, rank=8, alpha=32, strength=0.05)
+    return folder
+
+
+def make_setup(checkpoint: Path, work: Path, max_seq_len: int, some: tuple[Profile, ...], capacity: int) -> Setup:
+    """Engines of a checkpoint in f32, so that equality is exact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection, "CONVOLVED_BYTES", (0, 0))  # products as in the other graph
-        plain = Builder(checkpoint, work / "plain", max_seq_len=LENGTH, max_batch_size=4).run()
+        plain = Builder(checkpoint, work / "plain", max_seq_len=max_seq_len, max_batch_size=4).run()
     folder = Path(shutil.copytree(plain, work / "compiled"))
     builder = Builder(checkpoint, work / "plain")
     adapter = builder.checkpoint.adapter
     assert adapter is not None
-    graph = build_graph(builder.checkpoint.model, "f32", adapter.rank, adapter.scale, capacity=CAPACITY)
+    graph = build_graph(builder.checkpoint.model, "f32", adapter.rank, adapter.scale, capacity=capacity)
     info = read_engine(folder)  # before its graph becomes another
     onnx.save(graph.proto, folder / "model.onnx")
     write_weights(graph, builder.tensors, folder / "model.onnx.data", lambda nbytes: None)
     (folder / "rank0.engine").write_bytes(b"played by ONNX Runtime")
-    about = TensorRTInfo("tensorrt_rtx", "1.7.1.116", (86, 89), PROFILES, "native", {}, (), 22)
+    about = TensorRTInfo("tensorrt_rtx", "1.7.1.116", (86, 89), some, "native", {}, (), 22)
     info = dataclasses.replace(
         info, manifest=dataclasses.replace(info.manifest, backend="tensorrt-rtx", tensorrt=about)
     )
     return Setup(folder, info, nemodiff.load(plain, threads=1))
 
 
-def test_requests_that_fill_the_engine_have_room_for_scratch(setup: Setup) -> None:
-    """The last block, group of masks or padding reaches past max_seq_len; T of the graph is what `cache_slots` says."""
-    engine, backend, _, _ = setup.load()
-    slots = contract.cache_slots(dataclasses.replace(setup.info.build, max_input_len=64))
-    assert backend.capacity == slots == CAPACITY
-    prompts: list[Any] = [(PROMPT * 13)[: LENGTH - 3], PROMPT * 2]
-    for mode in nemodiff.MODES:
-        options: dict[str, Any] = {"mode": mode, "max_new_tokens": 3, "rows": 2, "block_length": 24}
-        options |= {"groups": "all", "block_length": 5} if mode == "quadratic_spec" else {}
+@pytest.fixture(scope="module")
+def setup(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return make_setup(checkpoint, tmp_path_factory.mktemp("stand-in"), LENGTH, PROFILES, CAPACITY)
+
+
+@pytest.mark.parametrize(("max_seq_len", "max_input_len"), [(40, 40), (70, 70), (256, 64)])
+def test_requests_that_fill_a_short_engine_have_room_for_scratch(
+    checkpoint: Path, tmp_path: Path, max_seq_len: int, max_input_len: int
+) -> None:
+    """The last block, all groups of masks, the fillings of a hole and padding reach far past max_seq_len."""
+    build = BuildConfig("f32", max_seq_len, 4, 32, max_input_len)
+    some = profiles(open_checkpoint(checkpoint).model, build)
+    setup = make_setup(checkpoint, tmp_path, max_seq_len, some, cache_slots(build))
+    engine, _, _, _ = setup.load()
+    ways: list[dict[str, Any]] = [{"mode": mode, "block_length": 64} for mode in nemodiff.MODES]
+    ways += [{"mode": "diffusion", "block_length": 64, "merge_commit": True}]
+    ways += [{"mode": "quadratic_spec", "groups": "all", "block_length": 22}]
+    prompts: list[Any] = [(PROMPT * 13)[: max_seq_len - count] for count in (3, 32, 36)]
+    for way in ways:
+        options: dict[str, Any] = {**way, "max_new_tokens": 36, "fit": True, "logit_bias": {11: -100.0}, "rows": 3}
         expected, got = (list(nemodiff.generate_many(e, prompts, **options)) for e in (setup.plain, engine))
-        assert [(g.token_ids, g.nfe) for g in got] == [(e.token_ids, e.nfe) for e in expected]
+        assert [g.token_ids for g in got] == [e.token_ids for e in expected]
+    parts = ["3", 4, "4"]
+    filled = [nemodiff.fill(e, parts, prompt=prompts[1][:-4], width=64) for e in (setup.plain, engine)]
+    assert filled[0].token_ids == filled[1].token_ids
 
 
 def test_scores_equal_the_onnxruntime_engine(setup: Setup) -> None:
@@ -446,7 +466,7 @@ def test_load_takes_the_backend_of_the_manifest(
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["model.onnx"]["bytes"] = (folder / "model.onnx").stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setitem(contract.BACKEND_DTYPES, "tensorrt-rtx", ("f32",))
+    monkeypatch.setitem(BACKEND_DTYPES, "tensorrt-rtx", ("f32",))
     driver = gpu_driver.Driver()
     api, _ = gpu_driver.make_api(folder, setup.info, driver)
     monkeypatch.setattr(tensorrt_engine, "load", lambda backend, error: api)

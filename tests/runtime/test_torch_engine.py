@@ -41,7 +41,7 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
-from nemodiff.contract import MODES
+from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.editing.methods import METHODS
@@ -57,7 +57,7 @@ from nemodiff.runtime.engines.torch.flat import (
     rounded_shape,
     rounded_tokens,
 )
-from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes, row_pages
+from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
 
@@ -520,7 +520,7 @@ def test_memory_for_pages(tiny: Pair) -> None:
     """What a share of a GPU leaves beside weights and passes, or half of a CPU's free memory; at most what is used."""
     info = tiny.ours.info
     device = RecordingDevice()
-    rows = 2 * info.build.max_batch_size * row_pages(info.build)
+    rows = 2 * info.build.max_batch_size * (cache_slots(info.build) // PAGE)
     for free, total, is_gpu, expected in (
         (2**40, 2**41, False, rows),
         (1000 * page_bytes(info), 2**35, False, 500),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....contract import ITEMSIZE, PAGE, PREFILL_CHUNK, BuildConfig, kv_bytes_per_token, size_text
+from ....contract import ITEMSIZE, PAGE, cache_slots, kv_bytes_per_token, size_text
 from ....engine_info import EngineInfo
 from ....errors import EngineError
 from ..pages import Pages
@@ -39,7 +39,7 @@ class Memory:
         import torch
 
         model, build = info.model, info.build
-        self.pages = Pages(count, 2 * build.max_batch_size + _SPARE_ROWS, row_pages(build) + 1)
+        self.pages = Pages(count, 2 * build.max_batch_size + _SPARE_ROWS, cache_slots(build) // PAGE + 1)
         # A fresh slot is 0, since 0 times NaN is NaN.
         slots = (model.num_layers, 2, count + 1, model.num_kv_heads, PAGE)
         bits = build.kv_bits
@@ -109,14 +109,6 @@ def pass_bytes(info: EngineInfo, tokens: int) -> int:
     return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + FREE * m.vocab_size * 4
 
 
-def row_pages(build: BuildConfig) -> int:
-    """Pages of the longest row: `max_seq_len`, and room for the scratch of a pass that begins at the last slot.
-
-    A pass has up to PREFILL_CHUNK tokens, however few `max_seq_len` allows.
-    """
-    return -(-(build.max_seq_len + PREFILL_CHUNK) // PAGE)
-
-
 def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens: int, share: float) -> int:
     """Pages beside what is loaded already: what `share` of all memory leaves, and no more than could ever be used.
 
@@ -124,10 +116,11 @@ def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens:
     they are written to, and at most half of what is free now. Raises EngineError where next to nothing is left.
     """
     free, total = device.memory()
-    most = 2 * info.build.max_batch_size * row_pages(info.build)
+    row = cache_slots(info.build) // PAGE
+    most = 2 * info.build.max_batch_size * row
     left = int(share * total) - (total - free) - pass_bytes(info, most_tokens) if device.is_gpu else free // 2
     count = min(most, left // page_bytes(info))
-    least = min(_LEAST_SLOTS // PAGE, row_pages(info.build))
+    least = min(_LEAST_SLOTS // PAGE, row)
     if count < least:
         raise EngineError(
             f"{folder}: {device.name} has {size_text(max(left, 0))} for K/V beside the weights, needs "
