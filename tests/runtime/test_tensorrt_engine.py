@@ -243,6 +243,14 @@ def test_closed_caches_make_room_for_a_larger_one(setup: Setup) -> None:
     backend.open(3).close()
 
 
+def test_a_row_near_its_end_runs_beside_one_with_a_longer_pass(setup: Setup) -> None:
+    _, backend, _, made = setup.load()
+    passes = [causal("decode", PROMPT[:2], CAPACITY - 3), causal("prefill", PROMPT, 0), causal("decode", [150], 0)]
+    got, plain = backend.open(3).forward(passes), setup.plain.backend.open(3).forward(passes)
+    assert [p.token.tolist() for p in got] == [p.token.tolist() for p in plain]
+    assert [run[1:3] for run in made.executed] == [(1, 2), (1, 32), (1, 1)]
+
+
 def test_a_forward_of_more_rows_than_its_profile_takes_runs_in_parts(setup: Setup) -> None:
     _, backend, _, made = setup.load()
     passes = [causal("prefill", (PROMPT * 3)[: 40 + row], 0) for row in range(3)]

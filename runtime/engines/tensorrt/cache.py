@@ -151,6 +151,8 @@ class TensorRTCache:
         tokens = rounded(size, profile.max_tokens)
         if end + tokens > self.capacity:  # no room for padding
             tokens = size
+        if end + tokens > self.capacity and len(passes) > 1:  # a row near its end beside one with a longer pass
+            return [copied(self._batch([p], first + row)[0]) for row, p in enumerate(passes)]
         if end + tokens > self.capacity:
             raise EngineError(
                 f"{self._engine.folder}: a pass of {tokens} tokens at slot {end} exceeds the cache, allowed: "
