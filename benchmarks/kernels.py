@@ -73,9 +73,8 @@ def main() -> None:
             f"{k['spill_bytes']:>7} {k['shared_bytes']:>7} {k['blocks_per_multiprocessor']:>6}"
         )
     if only is not None:
-        anew = {_key(k) for k in kernels}
         recorded = json.loads((record.RESULTS / "kernels.json").read_text(encoding="utf-8"))["kernels"]
-        kernels = [k for k in recorded if _key(k) not in anew] + kernels
+        kernels = list(({_key(k): k for k in recorded} | {_key(k): k for k in kernels}).values())
     worst = max(k["spill_bytes"] for k in kernels)
     goals = [record.goal("bytes spilled by any kernel", worst, "at most", 0, "bytes per thread")]
     record.write("kernels", origin, goals, {"model": {**HEAD, **WIDTH}, "ptx_version": PTX_VERSION, "kernels": kernels})
