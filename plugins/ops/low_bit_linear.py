@@ -13,7 +13,7 @@ decides in many. So one kernel serves every number of tokens, its tiles differ i
 summed in shares whose number comes from K and F. Where tokens are few, every share is a program of its own, since F
 alone does not fill a card; `counters` say which program finishes last, and are left as they were, zeros.
 
-K is a multiple of 16 in 8 bits and of GROUP in 4. No kernel uses arithmetic of 8 bits or fewer, so older cards read
+K is a multiple of 16 in 8 bits and of GROUP in 4. No kernel multiplies in 8 bits or fewer, so older cards read
 fewer bytes as well.
 """
 

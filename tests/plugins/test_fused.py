@@ -181,6 +181,8 @@ def test_fused_kernels_compile_for_every_card(
             assert not re.search(r"\b(ld|st|atom|red)\.(?!param)[\w.]*global|cp\.async|ld\.acquire", before), kernel
         if kernel.stage.startswith("Fp8Linear"):  # whose subnormal numbers are subnormal in f32 on the way
             assert ".ftz" not in ptx, kernel
+            assert ("cvt.rn.f16x2.e4m3x2" in ptx) == (kernel.sm >= 89), kernel  # where a card has that
+            assert not re.search(r"cvt\S*\.bf16\.f16\b", ptx), kernel  # number by number
     if dtype != "f32":  # which no tensor core multiplies
         check_products(kernels, tmp_path)
 

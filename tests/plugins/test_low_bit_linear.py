@@ -8,13 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.kernel_launch import INTERPRETED, bf16_products, launch, launch_head, normal, of_f32, rounded
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, bf16_products, launch, launch_head, normal, of_f32, rounded
 
 from nemodiff.builder.checkpoint.low_bits import quantise_int4, quantise_rows
 from nemodiff.config import ModelConfig
 from nemodiff.contract import Quantization
+from nemodiff.plugins.kernels.widened import from_e4m3, shifted_e4m3
 from nemodiff.plugins.op import ceil_div
 from nemodiff.plugins.ops import head_commit, low_bit_linear
 from nemodiff.plugins.ops.low_bit_linear import GROUP
@@ -23,7 +26,15 @@ from nemodiff.runtime.engines.torch.quantized import unpacked
 __all__ = ["bf16_products"]  # a fixture
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 EIGHT: tuple[Quantization, ...] = ("fp8", "int8")
+FINITE = np.setdiff1d(np.arange(256), (0x7F, 0xFF)).astype(np.uint8)  # e4m3
 pytestmark = [pytest.mark.torch] if INTERPRETED else [pytest.mark.torch, pytest.mark.gpu]
+
+
+@triton.jit
+def e4m3_of(bits, out, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 256)
+    byte = tl.load(bits + at)
+    tl.store(out + at, shifted_e4m3(byte) if SHIFTED else from_e4m3(byte))
 
 
 def product(
@@ -97,13 +108,29 @@ def test_4_bits_equal_the_reference(
 @pytest.mark.parametrize("kind", EIGHT)
 def test_every_byte_is_rebuilt(tiny: ModelConfig, kind: Quantization) -> None:
     """All finite values, one per output, each alone: exact."""
-    bits = np.setdiff1d(np.arange(256), (0x7F, 0xFF) if kind == "fp8" else ()).astype(np.uint8)
+    bits = FINITE if kind == "fp8" else np.arange(256).astype(np.uint8)
     weight = np.zeros((len(bits), 16), np.uint8)
     weight[:, 5] = bits
     x = np.zeros((1, 16), np.float32)
     x[0, 5] = 1.0
     got = product(tiny, kind, x, weight, np.full(len(bits), 0.5, np.float32))[0]
     np.testing.assert_array_equal(got, bits.view(E4M3 if kind == "fp8" else np.int8).astype(np.float32) / 2)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_e4m3_has_its_bits_on_every_card(shifted: bool) -> None:
+    """By conversion and by shifts, zeros with their signs too."""
+    out = torch.empty(256, device=DEVICE)
+    e4m3_of[(1,)](torch.arange(256, dtype=torch.uint8, device=DEVICE), out, SHIFTED=shifted)
+    expected = FINITE.view(E4M3).astype(np.float32)
+    np.testing.assert_array_equal(out.cpu().numpy()[FINITE].view(np.int32), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_16_bits_hold_every_e4m3(dtype: type) -> None:
+    """So it does not matter to a product by which of them a weight comes."""
+    values = FINITE.view(E4M3).astype(np.float32)
+    np.testing.assert_array_equal(values.astype(dtype).astype(np.float32), values)
 
 
 @pytest.mark.usefixtures("bf16_products")
