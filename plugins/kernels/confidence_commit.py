@@ -8,24 +8,43 @@ before the argmax, from the same Philox words as `runtime/sampling/noise.py`, wi
 import triton
 import triton.language as tl
 
+from .approximate import exp, log
+
 
 @triton.jit
 def gumbel(words):
-    """-ln(-ln((w + 0.5) / 2^32)) of u32 words, f32 with a relative error of about 1e-6."""
-    u = (words.to(tl.float32) + 0.5) * (1.0 / 4294967296.0)
-    # Near 2^32 f32 rounds u to 1, whose noise is infinite, once in a few passes: use the distance to 2^32 there.
-    far = ((~words).to(tl.float32) + 0.5) * (1.0 / 4294967296.0)  # 1 - u, exact where u is rounded
-    inner = tl.where(far < 1e-3, far * (1.0 + far * (0.5 + far * (1.0 / 3.0))), -tl.log(u))
-    return -tl.log(inner)
+    """-ln(-ln((w + 0.5) / 2^32)) of u32 words, f32 with an error of about 1e-6, relative where it is over 1."""
+    u = words.to(tl.float32) * (1.0 / 4294967296.0) + 0.5 / 4294967296.0
+    # Near 2^32 f32 rounds u to 1, whose noise is infinite, once in a few passes, and `log` is least accurate near 1:
+    # there the first terms of the series in the distance to 1.
+    far = (~words).to(tl.float32) * (1.0 / 4294967296.0) + 0.5 / 4294967296.0  # 1 - u, exact where u is rounded
+    near = far * (1.0 + far * (1 / 2 + far * (1 / 3 + far * (1 / 4 + far * (1 / 5 + far * (1 / 6))))))
+    return -log(tl.where(far < 0.125, near, -log(u)))
+
+
+@triton.jit
+def philox(low, high, c0, c1, c2, c3):
+    """The words of `tl.philox`, u32, which multiplies twice, for the upper half of a product and for the lower."""
+    k0 = low.to(tl.uint32, bitcast=True)
+    k1 = high.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(10):
+        one = c0.to(tl.uint64) * 0xD2511F53
+        other = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (other >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (one >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = other.to(tl.uint32)
+        c3 = one.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def noise(low, high, position, start, BLOCK: tl.constexpr):
     """Gumbel noise of tokens start..start + BLOCK - 1 at a position, (BLOCK,) f32; `start` is a multiple of 4."""
-    seed = (high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low.to(tl.uint32, bitcast=True).to(tl.uint64)
     counter = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = tl.philox(seed, counter, zero + position.to(tl.uint32), zero, zero)
+    w0, w1, w2, w3 = philox(low, high, counter, zero + position.to(tl.uint32), zero, zero)
     return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK]))
 
 
@@ -74,7 +93,7 @@ def _scan(
     x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
     highest = tl.max(x, 0)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp(x - safe), 0)
+    total = tl.sum(exp(x - safe), 0)
     if SAMPLED:
         score = x
         if temperature > 0:

@@ -27,7 +27,8 @@ from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
 
 SHARE = 2048  # vocabulary entries of a program, read at once; a multiple of 4, as noise comes in fours
 BLOCK_R = 32  # positions of a step of the commit rule
-WARPS = 8  # of every kernel here; fewer have too many registers for a full multiprocessor, or for a step of the rule
+SCAN_WARPS = 4  # of a scan, which loads 64 bytes a thread at once; with 8 reductions take more instructions of all
+WARPS = 8  # of the rule; fewer have too many registers for a step of it
 
 # -1e30 and not -inf: it is safe in TensorRT's f16 paths, and in exp(x - x), where -inf gives NaN.
 _BODY = """
@@ -219,7 +220,7 @@ OP = Op(
             outputs=_SCAN,
             constants=scan_constants,
             grid=_scan_grid,
-            num_warps=WARPS,
+            num_warps=SCAN_WARPS,
         ),
         _COMMIT,
     ),
@@ -239,7 +240,7 @@ SAMPLED = Op(
             outputs=_SCAN,
             constants=scan_constants,
             grid=_scan_grid,
-            num_warps=WARPS,
+            num_warps=SCAN_WARPS,
         ),
         _COMMIT,
     ),

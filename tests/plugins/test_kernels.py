@@ -25,7 +25,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import Dtype
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.failure import failure
-from nemodiff.plugins.kernels.confidence_commit import gumbel
+from nemodiff.plugins.kernels import confidence_commit as commit_kernels
 from nemodiff.plugins.ops import block_attention, confidence_commit
 from nemodiff.runtime.sampling.noise import Noise, philox
 from nemodiff.runtime.sampling.sampler import SamplingParams, draw
@@ -36,7 +36,17 @@ __all__ = ["bf16_products"]  # a fixture
 @triton.jit
 def gumbel_of(words, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, N)
-    tl.store(out + at, gumbel(tl.load(words + at).to(tl.uint32, bitcast=True)))
+    tl.store(out + at, commit_kernels.gumbel(tl.load(words + at).to(tl.uint32, bitcast=True)))
+
+
+@triton.jit
+def philox_of(low, high, position, out, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, N)
+    counter = at.to(tl.uint32)
+    zero = tl.zeros_like(counter)
+    words = commit_kernels.philox(low, high, counter, zero + position.to(tl.uint32), zero, zero)
+    for word in tl.static_range(4):
+        tl.store(out + 4 * at + word, words[word].to(tl.int32, bitcast=True))
 
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -229,6 +239,14 @@ def test_sampled_commit_draws_what_the_host_draws(tiny: ModelConfig) -> None:
     np.testing.assert_array_equal(left, (next_ids == MASK).sum(1))
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**31, 2**63 + 7, 2**64 - 1])
+def test_words_are_philoxs(seed: int) -> None:
+    low, high = np.array([seed], np.uint64).view(np.int32).tolist()
+    out = torch.empty(64, 4, dtype=torch.int32, device=DEVICE)
+    philox_of[(1,)](low, high, 2100, out, N=64)
+    np.testing.assert_array_equal(out.cpu().numpy().view(np.uint32), philox(seed, (np.arange(64), 2100, 0, 0)))
+
+
 def test_noise_is_accurate_where_f32_rounds() -> None:
     """Words next to 2^32 give large finite noise, words next to 0 large negative noise."""
     ends = np.array([2**32 - 1 - i for i in (0, 1, 2, 100, 127, 128, 129, 10**6)] + [0, 1, 2, 3], np.uint32)
@@ -275,3 +293,7 @@ def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype
         assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_bytes <= 99 * 1024  # of SM 86, 89 and 120; the others have more
         assert (tmp_path / kernel.file("cubin")).read_bytes()[:4] == b"\x7fELF"
+        if kernel.stage.endswith("Scan"):  # reads 16 bytes at a time, and all of them before it waits for any
+            loads = [m.start() for m in re.finditer(r"ld\.global\.v4\.b32", ptx)]
+            assert len(loads) == confidence_commit.SHARE / (32 * confidence_commit.SCAN_WARPS) / 4, kernel
+            assert loads[-1] < ptx.index("shfl"), kernel
