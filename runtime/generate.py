@@ -14,7 +14,7 @@ from .batching.slot import PassResult
 from .engines.engine import Engine, Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
 from .events.reporter import Reporter
-from .loading import LoadedEngine, check_rows
+from .loading import LoadedEngine, check_engine, check_rows
 from .planning.pass_costs import PassCosts
 from .requests.generation import Generation
 from .requests.options import make_options
@@ -57,6 +57,7 @@ def stream(
 
     The texts joined are the generation's text. Raises RequestError as `generate` does, before the first event.
     """
+    check_engine(engine)
     sequence = prepare(engine, prompt, make_options(options))
 
     def chosen() -> Iterator[Started | Pieces | BlockStarted | Step | Text | Generation]:
@@ -84,6 +85,7 @@ def events(
     The arguments are those of `generate_many`; `steps` reports every pass, `text` text before a request's end.
     Prompts are taken as rows become free. Raises RequestError.
     """
+    check_engine(engine)
     if isinstance(prompts, str):
         raise RequestError(f"prompts is {prompts!r:.60}, allowed: a list of prompts; for one there is generate")
     chosen = make_options(options)

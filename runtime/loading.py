@@ -189,6 +189,12 @@ def check_threads(threads: int, processors: int, machine: str) -> None:
         )
 
 
+def check_engine(engine: object) -> None:
+    """Refuse what is no loaded engine, such as the path of one. Raises RequestError."""
+    if not isinstance(engine, LoadedEngine):
+        raise RequestError(f"engine is {engine!r:.60}, allowed: what load(...) returns; call that first")
+
+
 def check_rows(info: EngineInfo, rows: object) -> None:
     """Refuse a number of rows that the engine was not built for. Raises RequestError."""
     limit = info.build.max_batch_size

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from ..errors import RequestError
 from .events.events import answers
 from .generate import sequence_events
-from .loading import LoadedEngine, check_rows
+from .loading import LoadedEngine, check_engine, check_rows
 from .requests.options import Options
 from .requests.prepare import Prompt, encode, prepare
 from .requests.sequence import Sequence
@@ -77,6 +77,7 @@ def score_many(
     What a prompt shares with an earlier one, or with one beside it, is not computed again. Pairs are taken as rows
     become free. Raises RequestError.
     """
+    check_engine(engine)
     check_rows(engine.info, rows)
     options = Options(chat=chat, prompt_logprobs=top, max_new_tokens=0)
     begun: deque[list[int]] = deque()  # the continuations that have no score yet

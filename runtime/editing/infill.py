@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
 from ..engines.engine import PassKind
-from ..loading import LoadedEngine
+from ..loading import LoadedEngine, check_engine
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..text.checks import check_text
@@ -103,6 +103,7 @@ def fill(
         RequestError: an argument is out of range or the text does not fit.
     """
     started = time.perf_counter()
+    check_engine(engine)
     limit = engine.info.build.max_seq_len
     if isinstance(template, str) or not isinstance(template, Iterable):
         raise RequestError(

@@ -14,7 +14,7 @@ import time
 from ...contract import counted
 from ...errors import RequestError
 from ..engines.engine import PassKind, causal
-from ..loading import LoadedEngine
+from ..loading import LoadedEngine, check_engine
 from ..requests.option_types import Range
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
@@ -65,6 +65,7 @@ def revise(
         RequestError: an argument is out of range or the text does not fit.
     """
     started = time.perf_counter()
+    check_engine(engine)
     limit = engine.info.build.max_seq_len
     check_text(text, "text")
     given = engine.text.encode_plain(text)

@@ -16,7 +16,7 @@ from ...contract import PREFILL_CHUNK
 from ...errors import NemodiffError, RequestError
 from ..batching.batch import kept_prefixes
 from ..events.events import Event
-from ..loading import LoadedEngine, check_rows
+from ..loading import LoadedEngine, check_engine, check_rows
 from ..requests.options import make_options
 from ..requests.prepare import Prompt, prepare_all
 from ..requests.sequence import Sequence
@@ -50,6 +50,7 @@ class Scheduler:
         prefix_reuse: bool = True,
         prefill_tokens: int = PREFILL_CHUNK,
     ) -> None:
+        check_engine(engine)
         self._rows = engine.info.build.max_batch_size if rows is None else rows
         check_rows(engine.info, self._rows)
         for name, value in (("waiting", waiting), ("prefill_tokens", prefill_tokens)):

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +475,27 @@ def test_what_is_no_path_in_python(path: Any) -> None:
         nemodiff.EngineError, match=r"^path is .*, allowed: the path of a folder made by: nemodiff build"
     ):
         nemodiff.load(path)
+
+
+@pytest.mark.parametrize("engine", ["engines/tiny", Path("engines/tiny"), None])
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda engine: nemodiff.generate(engine, "Hi"),
+        lambda engine: list(nemodiff.generate_many(engine, ["Hi"])),
+        lambda engine: nemodiff.stream(engine, "Hi"),
+        lambda engine: nemodiff.events(engine, ["Hi"]),
+        lambda engine: nemodiff.score(engine, "Hi", ["Ho"]),
+        lambda engine: list(nemodiff.score_many(engine, [("Hi", "Ho")])),
+        lambda engine: nemodiff.fill(engine, ["Hi", 1]),
+        lambda engine: nemodiff.infill(engine, "Hi", length=1),
+        lambda engine: nemodiff.revise(engine, "Hi"),
+        lambda engine: nemodiff.Scheduler(engine),
+    ],
+)
+def test_what_is_no_loaded_engine_in_python(door: Callable[[Any], object], engine: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"^engine is .*, allowed: what load\(\.\.\.\) returns; call that"):
+        door(engine)
 
 
 @pytest.mark.parametrize("threads", [0, -1, "x", True, 100_000])  # the last of which a system may take minutes to start
