@@ -227,8 +227,8 @@ def _grammar(
         kind, source, warnings = "tools", calls.source, calls.warnings
         if o.mode == "diffusion" and o.policy != "left_to_right":
             raise RequestError(
-                f"tools that are strict or required depend on the tokens before, which policy {o.policy} of diffusion "
-                "may decide later; use policy left_to_right or another mode"
+                f"tools that are strict or must be called depend on the tokens before, which policy {o.policy} of "
+                "diffusion may decide later; use policy left_to_right or another mode"
             )
         if o.strict_schema and warnings:
             raise RequestError(f"{warnings[0]}; change it or leave strict_schema out")

@@ -253,7 +253,8 @@ def test_an_error_has_the_form_that_the_client_knows(server: Served) -> None:
         ),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: Input should be 'custom'"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice has no name"),
-        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice is 'x', allowed: auto, none"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x', allowed: auto, none, any"),
+        ({"tool_choice": {"type": "any"}}, "tool_choice is 'any', but no tools are given"),
         (
             {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
             "the last message calls tools; give their results",

@@ -102,9 +102,9 @@ class Counted(DialectBody):
     def spelled(self) -> dict[str, str]:
         """See `Decoding.spelled`."""
         budget = None if self.thinking is None else self.thinking.budget_tokens
-        return {"max_new_tokens": "max_tokens"} | (
-            {} if budget is None else {"thinking_budget": "thinking.budget_tokens"}
-        )
+        chosen = {} if self.tool_choice is None else {"required": "any"}  # the word of tool_choice
+        limited = {} if budget is None else {"thinking_budget": "thinking.budget_tokens"}
+        return {"max_new_tokens": "max_tokens", **chosen, **limited}
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
