@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -43,7 +44,7 @@ class Body(BaseModel):
     def _known(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        names = [field.alias or name for name, field in cls.model_fields.items()]
+        names = _names(cls)
         accepted = dict[str, Any]()
         for name, value in values.items():
             if name in names and value is not None:
@@ -56,6 +57,12 @@ class Body(BaseModel):
     def _ignores(cls, name: str) -> bool:
         """Whether a field is accepted at any value and has no effect."""
         return name in _WITHOUT_EFFECT
+
+
+@functools.cache  # a large body has tens of thousands of parts
+def _names(kind: type[Body]) -> list[str]:
+    """The fields of a body, as clients write them."""
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def _remedy(name: str, names: list[str]) -> str:
