@@ -23,7 +23,8 @@ _SPELLINGS = dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tok
 _LABELS = ("id", "custom_id")
 _IGNORE_EOS = "ignore_eos"
 _KEYS = ("prompt", "messages", *_LABELS, *OPTIONS, *_SPELLINGS, _IGNORE_EOS)
-REPORTS = ("logprobs", "confidences", "prompt_logprobs")  # what belongs to tokens
+_REPORTS = ("logprobs", "confidences", "prompt_logprobs")  # what belongs to tokens
+_COUNTS = frozenset(name for name, option in OPTIONS.items() if option.type is int)
 _SETS = 256  # of options, checked against the engine beforehand: a schema among them takes a millisecond or more
 
 
@@ -63,21 +64,41 @@ def read_lines(path: Path, *, as_json: bool) -> list[Line]:
     for number, text in enumerate(texts, 1):
         if text.strip():
             fields = read_object(text, f"{path}, line {number}")
-            lines.append(make_line(fields, path, number, as_json=as_json))
+            line = make_line(fields, path, number)
+            if not as_json and (name := report_of(line.options)):
+                raise line.refusal(RequestError(f"{name} goes with --json; give the flag or leave {name} out"))
+            lines.append(line)
     if not lines:
         raise RequestError(f"{path}: no prompts; give a file of JSON lines")
     return lines
 
 
-def make_line(fields: Mapping[str, Any], path: Path, number: int, *, as_json: bool) -> Line:
+def make_line(fields: Mapping[str, Any], path: Path, number: int) -> Line:
     """The line with some fields, its keys and the values of its options checked. Raises RequestError."""
     try:
-        prompt, options = _prompt(fields), _options(fields, as_json)
+        prompt, options = _prompt(fields), _options(fields)
         for name, value in labels(fields).items():
             check_json(value, name)
     except RequestError as error:
         raise RequestError(f"{path}, line {number}: {error}") from None
     return Line(path, number, prompt, options, labels(fields))
+
+
+def given(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a row of a table gives, where None, NaN and pandas' NA fill gaps.
+
+    A column of integers with gaps is one of floats.
+    """
+    return {
+        name: int(value) if name in _COUNTS and isinstance(value, float) and value.is_integer() else value
+        for name, value in cells.items()
+        if value is not None and (value == value) is True
+    }
+
+
+def report_of(options: Mapping[str, Any]) -> str | None:
+    """The first option, if there is one, that asks for what belongs to tokens."""
+    return next((name for name in _REPORTS if options.get(name) is not None and options[name] is not False), None)
 
 
 def labels(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,20 +164,17 @@ def _prompt(fields: Mapping[str, Any]) -> str | list[Message]:
     )
 
 
-def _options(fields: Mapping[str, Any], as_json: bool) -> dict[str, Any]:
+def _options(fields: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for key, value in fields.items():
         name = _SPELLINGS.get(key, key)
         if name in OPTIONS:
-            if options.setdefault(name, value) != value:
+            if name in options and options[name] != value:
                 raise RequestError(f"{spelled[name]} and {key} differ; give one of them")
-            spelled[name] = key
+            options[name], spelled[name] = value, key
         elif key not in _KEYS:
             raise RequestError(f"{key!r:.60} is no key of a line; {_remedy(key)}")
-    for name in REPORTS:
-        if options.get(name, False) is not False and not as_json:
-            raise RequestError(f"{name} goes with --json; give the flag or leave {name} out")
     ignore_eos = fields.get(_IGNORE_EOS, False)
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"{_IGNORE_EOS} is {ignore_eos!r:.60}, allowed: true or false")

@@ -10,7 +10,7 @@ from ..errors import NemodiffError, RequestError
 from ..runtime.loading import check_rows, load
 from ..runtime.requests.options import OPTIONS, make_options
 from .answers import answer_lines
-from .lines import make_line
+from .lines import given, make_line, report_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .lines import Line
 
 _READ = ("prompt", "messages", *OPTIONS)
-_COUNTS = frozenset(name for name, option in OPTIONS.items() if option.type is int)
 
 
 class Predictor:
@@ -36,7 +35,7 @@ class Predictor:
 
     Raises:
         EngineError: the engine cannot be loaded.
-        RequestError: an option or `rows` is out of range.
+        RequestError: an option or `rows` is out of range, or an option asks for what belongs to tokens.
     """
 
     def __init__(
@@ -49,21 +48,27 @@ class Predictor:
         **options: Any,
     ) -> None:
         make_options(options)
+        _check_reports(options)
         self._engine = load(engine, threads=threads, device=device)
         self._rows = self._engine.info.build.max_batch_size if rows is None else rows
         check_rows(self._engine.info, self._rows)
         self._options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The batch with its answers. A row that is refused has an `error`; the others are answered."""
+        """The batch with its answers. A row that is refused has an `error`; the others are answered.
+
+        Raises RequestError where the batch itself is none.
+        """
         import numpy as np
 
-        size = len(next(iter(batch.values()))) if batch else 0
+        size = _size(batch)
         outcomes: list[dict[str, Any]] = [{} for _ in range(size)]
         lines: list[Line] = []
         for number in range(size):
             try:
-                lines.append(make_line(_fields(batch, number), Path("batch"), number + 1, as_json=False))
+                line = make_line(_fields(batch, number), Path("batch"), number + 1)
+                _check_reports(line.options, f"{line.path}, line {line.number}: ")
+                lines.append(line)
             except RequestError as error:
                 outcomes[number] = {"error": str(error)}
         choices: dict[str, Any] = {"rows": self._rows, "prefix_reuse": True, "text": False}
@@ -82,15 +87,27 @@ class Predictor:
         return {**batch, **texts, **counts}
 
 
+def _size(batch: object) -> int:
+    """The rows of a batch. Raises RequestError."""
+    if not isinstance(batch, Mapping):
+        raise RequestError(
+            f"a batch is of type {type(batch).__name__}, allowed: columns by their names, as batch_format='numpy' gives"
+        )
+    sizes = sorted({len(column) for column in batch.values()})
+    if len(sizes) > 1:
+        raise RequestError(f"the columns of a batch have {sizes[0]} and {sizes[-1]} rows, allowed: as many each")
+    return sizes[0] if sizes else 0
+
+
+def _check_reports(options: Mapping[str, Any], place: str = "") -> None:
+    """Refuse options that ask for what no column is for. Raises RequestError."""
+    if (name := report_of(options)) is not None:
+        raise RequestError(f"{place}{name} belong to tokens, for which answers here have no column; leave {name} out")
+
+
 def _fields(batch: Mapping[str, np.ndarray], number: int) -> dict[str, Any]:
-    """A row's prompt and options as plain values; None and NaN mean not given."""
-    fields = {name: _plain(batch[name][number]) for name in _READ if name in batch}
-    return {
-        # A column of integers with gaps is one of floats.
-        name: int(value) if name in _COUNTS and isinstance(value, float) and value.is_integer() else value
-        for name, value in fields.items()
-        if value is not None and value == value
-    }
+    """A row's prompt and options as plain values, those that are given."""
+    return given({name: _plain(batch[name][number]) for name in _READ if name in batch})
 
 
 def _plain(value: Any) -> Any:

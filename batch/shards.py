@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import RequestError, first_line
 from ..runtime.text.files import plain
-from .lines import Line, labels, make_line, read_object
+from .lines import Line, given, labels, make_line, read_object
 
 _READ = 8 << 20  # bytes at once while lines are counted
 _KEY = 32  # hexadecimal digits
@@ -82,14 +82,15 @@ def read(shard: Shard) -> list[Row]:
         line = None
         if reason is None:
             try:
-                line = make_line(fields, Path(shard.source), number, as_json=True)
+                line = make_line(fields, Path(shard.source), number)
             except RequestError as error:
                 reason = str(error)
         key = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:_KEY]
         seen[key] = seen.get(key, 0) + 1
         if seen[key] > 1:  # the same row again is a row of its own
             key += f"-{seen[key]}"
-        rows.append(Row(key, number, labels(fields), line, reason))
+        own = json.loads(json.dumps(labels(fields), default=str))  # a table has dates, and JSON none
+        rows.append(Row(key, number, own, line, reason))
     return rows
 
 
@@ -142,7 +143,7 @@ def _parquet(shard: Shard) -> Iterator[tuple[int, dict[str, Any], str | None]]:
         if low < high:
             table = file.read_row_group(group).slice(low - start, high - low)
             for number, fields in enumerate(table.to_pylist(), low + 1):
-                yield number, {name: value for name, value in fields.items() if value is not None}, None
+                yield number, given(fields), None
         start += count
 
 

@@ -93,11 +93,10 @@ def run(
         raise click.UsageError("--no-prefix-reuse goes with --input-file")
     spare_inputs(trace, engine, input_file, *images)
     from ..batch.answers import answer_lines
-    from ..batch.lines import REPORTS, check_lines, read_lines
+    from ..batch.lines import check_lines, read_lines, report_of
 
-    for name in REPORTS:
-        if choices[name] not in (None, False) and not as_json:
-            raise click.UsageError(f"{options.flag(name)} goes with --json")
+    if not as_json and (report := report_of(choices)) is not None:
+        raise click.UsageError(f"{options.flag(report)} goes with --json")
     if stream and as_json:
         raise click.UsageError("give --stream or --json, not both")
     if input_file is not None and (stream or show_denoise):

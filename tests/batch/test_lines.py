@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def test_answers_come_in_the_order_of_the_lines(tiny_engine: Path, file: Path, r
         pytest.param({"max_tokens": 4, "max_new_tokens": 5}, ["max_tokens and max_new_tokens differ"], id="two limits"),
         pytest.param({"messages": [{"role": "user", "content": "x"}]}, ["prompt and messages are both"], id="both"),
         pytest.param({"stop": [""]}, ["a stop string is empty; give"], id="stop"),
+        pytest.param({"temperature": math.nan}, ["temperature is nan, allowed: 0"], id="no number"),
         pytest.param({"logprobs": 1}, ["logprobs goes with --json; give the flag"], id="logprobs"),
         pytest.param({"confidences": True}, ["confidences goes with --json"], id="confidences"),
         pytest.param(

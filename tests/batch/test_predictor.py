@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,37 @@ def test_a_column_of_integers_with_gaps_is_one_of_floats(tiny_engine: Path) -> N
     assert out["error"].tolist() == [None, None, "batch, line 3: max_new_tokens is 2.5, allowed: an integer"]
     blocks = predictor({"prompt": prompts, "mode": np.array(["linear_spec"] * 3), "block_length": np.array([8.0] * 3)})
     assert blocks["error"].tolist() == [None] * 3
+
+
+def test_missing_values_of_pandas_are_not_given(tiny_engine: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    predictor = Predictor(tiny_engine, threads=1, mode="ar", max_new_tokens=6)
+    prompts = np.array(["Count from 3 to 9.", "Count from 3 to 9.", pandas.NA], object)
+    out = predictor({"prompt": prompts, "max_new_tokens": pandas.array([4, None, 5], dtype="Int64")})
+    assert out["tokens"].tolist() == [4, 6, 0]
+    assert out["error"][:2].tolist() == [None, None]
+    assert '"prompt" (text)' in out["error"][2]
+
+
+def test_what_no_column_is_for_is_refused(tiny_engine: Path) -> None:
+    with pytest.raises(RequestError, match=r"^logprobs belong to tokens, for which answers here have no column"):
+        Predictor(tiny_engine, logprobs=2)
+    prompts = np.array(["Count from 3 to 9."] * 2, object)
+    out = Predictor(tiny_engine, threads=1)({"prompt": prompts, "confidences": np.array([True, False])})
+    assert "line 1: confidences belong to tokens, for which answers here have no column" in out["error"][0]
+    assert out["error"][1] is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        (["Hi"], "^a batch is of type list, allowed: columns by their names, as batch_format='numpy' gives"),
+        ({"prompt": ["Hi", "Ho"], "mode": ["ar"]}, "^the columns of a batch have 1 and 2 rows, allowed: as many each"),
+    ],
+)
+def test_what_is_no_batch_is_refused(tiny_engine: Path, batch: Any, problem: str) -> None:
+    with pytest.raises(RequestError, match=problem):
+        Predictor(tiny_engine, threads=1)(batch)
 
 
 def test_a_wrong_option_is_refused_before_the_engine_is_read() -> None:

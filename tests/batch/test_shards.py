@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,24 @@ def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
     assert [row.line and dict(row.line.options) for row in lines] == [
         row.line and dict(row.line.options) for row in table
     ]
+
+
+def test_gaps_of_a_table_are_what_is_not_given(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    columns: dict[str, Any] = {
+        "id": [datetime.date(2026, 11, 28), None],
+        "prompt": ["a", "b"],
+        "temperature": [0.5, math.nan],
+        "max_new_tokens": [4.0, math.nan],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    first, second = rows_of(tmp_path / "a.parquet", 5)
+    assert first.line is not None, first.reason
+    assert dict(first.line.options) == {"temperature": 0.5, "max_new_tokens": 4}
+    assert first.labels == {"id": "2026-11-28"}  # what JSON cannot write is text in the answers
+    assert second.line is not None, second.reason
+    assert (dict(second.line.options), second.labels) == ({}, {})
 
 
 def test_a_broken_row_is_told_in_its_place(tmp_path: Path) -> None:
