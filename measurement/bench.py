@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 from ..contract import MODES
 from ..errors import RequestError
-from ..runtime.loading import LoadedEngine, check_rows
+from ..runtime.loading import LoadedEngine, check_engine, check_rows
 from ..runtime.planning.cost import CostCurve, measure
+from ..runtime.requests.option_types import Range
 from ..runtime.requests.options import AUTO, Options, make_options
 from ..runtime.requests.prepare import Prompt, prepare
 from .figures import Figures, figures, ratios
@@ -36,7 +37,7 @@ class Plan:
     """What is measured.
 
     input_lens: prompt tokens of the prefill tests. concurrency: requests at a time, each a test of every mode. rounds
-    come after `warmup` others, which are dropped.
+    come after `warmup` others, which are dropped. Raises RequestError where that would be nothing.
     """
 
     prompts: Sequence[Prompt] = PROMPTS
@@ -47,6 +48,18 @@ class Plan:
     block_length: int | str | None = None
     rounds: int = 5
     warmup: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "modes", "concurrency", "input_lens"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise RequestError(f"{name} is {value!r:.60}, allowed: a list")
+        if not self.prompts:
+            raise RequestError(f"prompts is {self.prompts!r}, allowed: one or more")
+        for length in self.input_lens:
+            Range(1).check("input_lens", length, int)
+        Range(1).check("rounds", self.rounds, int)
+        Range(0).check("warmup", self.warmup, int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +82,7 @@ class Outcome:
 
 def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
     """The plan's tests in order: prefill, then by concurrency every mode. Raises RequestError."""
+    check_engine(engine)
     rng, model = random.Random(0), engine.info.model
     planned = []
     for length in dict.fromkeys(plan.input_lens):

@@ -198,3 +198,28 @@ def test_what_cannot_be_measured_is_refused(
         "png",
     )
     refused([*words, "--plot", str(tmp_path / "none" / "bench.png")], "none is no folder; make it", code=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"rounds": 0}, "rounds is 0, allowed: 1 or more"),
+        ({"rounds": "2"}, "rounds is '2', allowed: 1 or more"),
+        ({"warmup": -1}, "warmup is -1, allowed: 0 or more"),
+        ({"input_lens": (8, -1)}, "input_lens is -1, allowed: 1 or more"),
+        ({"input_lens": 8}, "input_lens is 8, allowed: a list"),
+        ({"concurrency": 2}, "concurrency is 2, allowed: a list"),
+        ({"modes": "ar"}, "modes is 'ar', allowed: a list"),
+        ({"prompts": "Hi"}, "prompts is 'Hi', allowed: a list"),
+        ({"prompts": []}, r"prompts is \[\], allowed: one or more"),
+    ],
+)
+def test_a_plan_that_measures_nothing_is_refused(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(nemodiff.RequestError, match=f"^{problem}"):
+        bench.Plan(**fields)
+
+
+@pytest.mark.parametrize("engines", [["engines/tiny"], [None]])
+def test_what_is_no_loaded_engine_is_not_measured(engines: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"^engine is .*, allowed: what load\(\.\.\.\) returns"):
+        bench.bench(engines, bench.Plan())
