@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .errors import EngineError
 from .whole_file import whole
 
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
@@ -48,6 +50,15 @@ class ImageTokens(NamedTuple):
 
 
 IMAGE_TOKENS = ImageTokens()
+
+
+def engine_path(path: object) -> Path:
+    """What a user gives as an engine's folder. Raises EngineError where that is no path."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise EngineError(
+            f"path is {path!r:.60}, allowed: the path of a folder made by: nemodiff build CHECKPOINT -o PATH"
+        )
+    return Path(path)
 
 
 def engine_digest(folder: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 import sys
 import time
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
+from ..engine_folder import engine_path
 from ..engine_info import EngineInfo, read_engine
-from ..errors import EngineError, RequestError
+from ..errors import RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
@@ -116,11 +116,7 @@ def load(
     """
     started = time.perf_counter()
     check_resources(threads, gpu_memory_utilization)
-    if not isinstance(path, (str, os.PathLike)):
-        raise EngineError(
-            f"path is {path!r:.60}, allowed: the path of a folder made by: nemodiff build CHECKPOINT -o PATH"
-        )
-    folder = Path(path)
+    folder = engine_path(path)
     info = read_engine(folder)
     chosen = check_device(device, info.manifest.backend)
     if tp_size is not None and (not isinstance(tp_size, int) or tp_size < 1):

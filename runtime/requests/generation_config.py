@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...engine_folder import GENERATION_FILE, PROPOSED
+from ...engine_folder import GENERATION_FILE, PROPOSED, engine_path
 from ...errors import RequestError
 from .options import OPTIONS, make_options
 
@@ -15,9 +15,9 @@ def sampling_defaults(folder: str | Path) -> dict[str, Any]:
     """The options of a request that an engine's generation_config.json proposes; none without that file.
 
     With `do_sample` true and no temperature that is 1, as in transformers; with `do_sample` false it is left out.
-    Raises RequestError: a value is none of its option.
+    Raises RequestError: a value is none of its option. Raises EngineError: the folder is no path.
     """
-    path = Path(folder) / GENERATION_FILE
+    path = engine_path(folder) / GENERATION_FILE
     if not path.is_file():
         return {}
     try:

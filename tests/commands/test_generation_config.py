@@ -57,6 +57,12 @@ def test_what_the_file_proposes(tmp_path: Path, said: dict[str, Any], expected: 
     assert nemodiff.sampling_defaults(tmp_path) == expected
 
 
+@pytest.mark.parametrize("path", [None, 5, b"engine"])
+def test_what_is_no_path_proposes_nothing(path: Any) -> None:
+    with pytest.raises(nemodiff.EngineError, match=r"^path is .*, allowed: the path of a folder made by"):
+        nemodiff.sampling_defaults(path)
+
+
 def test_run_takes_it_where_the_user_chose_nothing(engine: Path, tmp_path: Path) -> None:
     loaded = nemodiff.load(engine, threads=1)
 
