@@ -6,6 +6,7 @@ docs/serving.md are derived from this table. What depends on the engine or on se
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -200,7 +201,9 @@ class Options:
     def _check_names(cls, values: ArgsKwargs) -> ArgsKwargs:
         for name in values.kwargs or ():
             if name not in OPTIONS:
-                raise RequestError(f"unknown option {name!r}; allowed: {', '.join(OPTIONS)}")
+                near = difflib.get_close_matches(name, OPTIONS, 1)
+                remedy = f"is {near[0]} meant?" if near else f"allowed: {', '.join(OPTIONS)}"
+                raise RequestError(f"unknown option {name!r:.60}; {remedy}")
         return values
 
     @field_validator("*", mode="wrap")

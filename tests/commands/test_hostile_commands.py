@@ -345,6 +345,7 @@ def test_bytes_that_are_no_text_in_a_real_shell(tiny_engine: Path) -> None:
     [
         pytest.param({"beams": 4}, ["unknown option 'beams'; allowed: mode, max_new_tokens"], id="unknown"),
         pytest.param({"mode": None}, ["mode is None, allowed: ar, diffusion"], id="mode None"),
+        pytest.param({"max_tokens": 4}, ["unknown option 'max_tokens'; is max_new_tokens meant?"], id="misspelt"),
         pytest.param({"mode": ["ar"]}, ["mode is ['ar'], allowed"], id="mode is a list"),
         pytest.param({"max_new_tokens": "7"}, ["max_new_tokens is '7', allowed: an integer"], id="limit is text"),
         pytest.param({"max_new_tokens": 7.5}, ["max_new_tokens is 7.5, allowed: an integer"], id="limit is a float"),
