@@ -108,7 +108,10 @@ class TextCodec:
             checked = with_open_end(checked)
         if MISTRAL_CALL in self._template.source:
             checked = with_short_ids(checked)
-        quoted = [self._quoted_message(message) for message in checked]
+        try:
+            quoted = [self._quoted_message(message) for message in checked]
+        except RecursionError:
+            raise RequestError("a message is nested too deeply; give flatter values in it") from None
         prompt = self._template.render(
             quoted, thinking, self._quote(tools), self._quote(variables), answer=not continued
         )

@@ -44,7 +44,7 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
             check_text(text, "message")
         if plain.get("role") not in _ROLES or texts is None:
             raise RequestError(
-                f"message {dict(message)!r} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
+                f"message {dict(message)!r:.100} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
             )
         checked.append(plain)
     return checked

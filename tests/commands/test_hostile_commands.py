@@ -23,6 +23,7 @@ from conftest import Refused, assert_one_line, snapshot
 import nemodiff
 from nemodiff.cli import main
 
+DEEP: list[Any] = json.loads("[" * 700 + "]" * 700)
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 
 
@@ -344,8 +345,8 @@ def test_bytes_that_are_no_text_in_a_real_shell(tiny_engine: Path) -> None:
     ("options", "fragments"),
     [
         pytest.param({"beams": 4}, ["unknown option 'beams'; allowed: mode, max_new_tokens"], id="unknown"),
-        pytest.param({"mode": None}, ["mode is None, allowed: ar, diffusion"], id="mode None"),
         pytest.param({"max_tokens": 4}, ["unknown option 'max_tokens'; is max_new_tokens meant?"], id="misspelt"),
+        pytest.param({"mode": None}, ["mode is None, allowed: ar, diffusion"], id="mode None"),
         pytest.param({"mode": ["ar"]}, ["mode is ['ar'], allowed"], id="mode is a list"),
         pytest.param({"max_new_tokens": "7"}, ["max_new_tokens is '7', allowed: an integer"], id="limit is text"),
         pytest.param({"max_new_tokens": 7.5}, ["max_new_tokens is 7.5, allowed: an integer"], id="limit is a float"),
@@ -402,12 +403,15 @@ def test_wrong_options_in_python(
         pytest.param([{"role": "user", "content": "\ud800"}], "message: not UTF-8 text", id="surrogate in a message"),
         pytest.param([{"role": "user"}], "malformed; allowed: role", id="no content"),
         pytest.param([{"content": "x"}], "malformed; allowed: role", id="no role"),
+        pytest.param([{"role": "robot", "content": "x" * 9000}], "message {'role': 'robot', 'content': 'x", id="long"),
+        pytest.param([{"role": "user", "content": "x", "a": DEEP}], "a message is nested too deeply; give", id="deep"),
     ],
 )
 def test_wrong_prompts_in_python(engine: nemodiff.LoadedEngine, prompt: Any, fragment: str) -> None:
     with pytest.raises(nemodiff.RequestError) as caught:
         nemodiff.generate(engine, prompt)
     assert fragment in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_numbers_of_numpy_are_numbers(engine: nemodiff.LoadedEngine) -> None:
