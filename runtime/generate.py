@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ..errors import NemodiffError, RequestError
+from ..errors import NemodiffError
 from .batching.batch import Batch, kept_prefixes
 from .batching.slot import PassResult
 from .engines.engine import Engine, Pass, Prediction
@@ -20,6 +20,7 @@ from .requests.generation import Generation
 from .requests.options import make_options
 from .requests.prepare import Prompt, prepare
 from .requests.sequence import Sequence
+from .text.checks import check_list
 
 
 def generate(engine: LoadedEngine, prompt: Prompt, **options: Any) -> Generation:
@@ -86,8 +87,7 @@ def events(
     Prompts are taken as rows become free. Raises RequestError.
     """
     check_engine(engine)
-    if isinstance(prompts, str):
-        raise RequestError(f"prompts is {prompts!r:.60}, allowed: a list of prompts; for one there is generate")
+    check_list(prompts, "prompts", "prompts; for one there is generate")
     chosen = make_options(options)
     check_rows(engine.info, rows)
     sequences = (prepare(engine, prompt, chosen) for prompt in prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -10,11 +11,11 @@ from ..errors import RequestError
 from .events.events import answers
 from .generate import sequence_events
 from .loading import LoadedEngine, check_engine, check_rows
-from .requests.options import Options
+from .requests.options import LOGPROBS, Options
 from .requests.prepare import Prompt, encode, prepare
 from .requests.sequence import Sequence
 from .requests.token_logprobs import TokenLogprobs
-from .text.checks import check_text
+from .text.checks import check_list, check_text
 
 Continuation = str | list[int]
 
@@ -59,8 +60,7 @@ def score(
     Raises:
         RequestError: an argument is out of range, or prompt and continuation do not fit.
     """
-    if isinstance(continuations, str):
-        raise RequestError(f"continuations is {continuations!r:.60}, allowed: a list of texts or of token ids")
+    check_list(continuations, "continuations", "texts or of token ids")
     return list(score_many(engine, ((prompt, one) for one in continuations), chat=chat, top=top, rows=rows))
 
 
@@ -78,7 +78,9 @@ def score_many(
     become free. Raises RequestError.
     """
     check_engine(engine)
+    check_list(pairs, "pairs", "pairs of a prompt and a continuation")
     check_rows(engine.info, rows)
+    LOGPROBS.check("top", top, numbers.Integral)
     options = Options(chat=chat, prompt_logprobs=top, max_new_tokens=0)
     begun: deque[list[int]] = deque()  # the continuations that have no score yet
 

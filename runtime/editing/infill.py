@@ -20,7 +20,7 @@ from ..engines.engine import PassKind
 from ..loading import LoadedEngine, check_engine
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
-from ..text.checks import check_text
+from ..text.checks import check_list, check_text
 from .methods import METHODS
 from .row import Row
 from .search import search
@@ -60,6 +60,10 @@ def infill(
     longest: int = LONGEST_FREE,
 ) -> Filled:
     """Fill the hole between two texts; see `fill` for the arguments, docs/semantics.md for what is computed."""
+    check_text(prefix, "prefix")
+    check_text(suffix, "suffix")
+    if isinstance(length, str):  # no text of the template
+        raise _wrong_length(length)
     return fill(
         engine,
         [prefix, length, suffix],
@@ -105,10 +109,7 @@ def fill(
     started = time.perf_counter()
     check_engine(engine)
     limit = engine.info.build.max_seq_len
-    if isinstance(template, str) or not isinstance(template, Iterable):
-        raise RequestError(
-            f"template is {template!r:.60}, allowed: a list of texts and holes, each its length in tokens or None"
-        )
+    check_list(template, "template", "texts and holes, each its length in tokens or None")
     template = list(template)
     parts = _parts(engine, template, method)
     window = engine.info.build.block_length if block_length is None else block_length
@@ -174,9 +175,7 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
         elif part is None or (isinstance(part, int) and not isinstance(part, bool) and 1 <= part <= MAX_BLOCK):
             parts.append(part)
         else:
-            raise RequestError(
-                f"--length of a hole is {part!r}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
-            )
+            raise _wrong_length(part)
     if all(isinstance(one, list) for one in parts):
         raise RequestError("the template has no hole; give one as its length in tokens, or None")
     for one, after in zip(parts, [*parts[1:], []], strict=True):
@@ -185,3 +184,9 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
                 "a hole without --length needs --method search and text after it; give the hole's length in tokens"
             )
     return parts
+
+
+def _wrong_length(length: object) -> RequestError:
+    return RequestError(
+        f"--length of a hole is {length!r:.60}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
+    )

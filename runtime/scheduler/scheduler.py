@@ -20,6 +20,7 @@ from ..loading import LoadedEngine, check_engine, check_rows
 from ..requests.options import make_options
 from ..requests.prepare import Prompt, prepare_all
 from ..requests.sequence import Sequence
+from ..text.checks import check_list
 from .handle import Handle, Listener
 from .statistics import Statistics
 from .worker import Worker
@@ -100,6 +101,7 @@ class Scheduler:
             RequestError: as in `submit`, or more requests than can ever run and wait at a time.
             BusyError: as in `submit`.
         """
+        check_list(requests, "requests", "prompts with their options")
         submitted = list(requests)
         for one in submitted:
             if not isinstance(one, (tuple, list)) or len(one) != 2 or not isinstance(one[1], Mapping):

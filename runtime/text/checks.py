@@ -1,9 +1,9 @@
-"""Checks of text that comes from outside."""
+"""Checks of text, and of values that hold texts, that come from outside."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import RequestError
@@ -22,6 +22,12 @@ def check_text(text: object, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"{where}: not UTF-8 text at character {error.start}; convert it first") from None
+
+
+def check_list(values: object, where: str, of: str) -> None:
+    """Refuse what holds no values one after the other, a text and a mapping among it. Raises RequestError."""
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise RequestError(f"{where} is {values!r:.60}, allowed: a list of {of}")
 
 
 def check_json(value: Any, where: str) -> None:

@@ -319,6 +319,21 @@ def test_what_is_no_text_in_python(engine: nemodiff.LoadedEngine) -> None:
             nemodiff.fill(engine, template)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["prefix", "suffix"])
+@pytest.mark.parametrize("text", [None, 5, b"def"])
+def test_what_is_no_text_around_a_hole_is_no_hole_of_its_own(
+    engine: nemodiff.LoadedEngine, name: str, text: Any
+) -> None:
+    with pytest.raises(nemodiff.RequestError, match=rf"^{name} is .*, allowed: text$"):
+        nemodiff.infill(engine, **{"prefix": "def add(", "suffix": "):", "length": 2, name: text})
+
+
+@pytest.mark.parametrize("length", ["2", 0, True])
+def test_what_is_no_length_in_python(engine: nemodiff.LoadedEngine, length: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"length of a hole is .*, allowed: 1 to 64 tokens"):
+        nemodiff.infill(engine, "def add(", "):", length=length)
+
+
 def test_example_runs(tiny_engine: Path) -> None:
     command = [sys.executable, "-W", "error", str(SCRIPT), str(tiny_engine)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout

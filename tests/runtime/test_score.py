@@ -213,5 +213,26 @@ def test_a_limit_of_nothing_needs_something_to_score(engine: nemodiff.LoadedEngi
         nemodiff.score(engine, "x", ["y"], rows=9)
     with pytest.raises(nemodiff.RequestError, match="prompts is 'Hi', allowed: a list of prompts"):
         nemodiff.generate_many(engine, "Hi")
-    with pytest.raises(nemodiff.RequestError, match="prompt_logprobs is 101, allowed: 0 to 100"):
+    with pytest.raises(nemodiff.RequestError, match=r"^top is 101, allowed: 0 to 100"):
         nemodiff.score(engine, "x", ["y"], top=101)
+
+
+@pytest.mark.parametrize("many", [None, 5, b"Hi", "Hi", {"role": "user", "content": "Hi"}])
+def test_what_is_no_list_is_refused(engine: nemodiff.LoadedEngine, many: Any) -> None:
+    doors = {
+        "prompts": lambda: nemodiff.events(engine, many),
+        "continuations": lambda: nemodiff.score(engine, "Hi", many),
+        "pairs": lambda: list(nemodiff.score_many(engine, many)),
+        "requests": lambda: scheduler.submit_many(many),
+        "template": lambda: nemodiff.fill(engine, many),
+    }
+    with nemodiff.Scheduler(engine) as scheduler:
+        for name, door in doors.items():
+            with pytest.raises(nemodiff.RequestError, match=f"^{name} is .*, allowed: a list of "):
+                door()
+
+
+@pytest.mark.parametrize("top", [None, True, "5", 1.5])
+def test_what_is_no_number_of_neighbours_is_refused(engine: nemodiff.LoadedEngine, top: Any) -> None:
+    with pytest.raises(nemodiff.RequestError, match=r"^top is .*, allowed: 0 to 100$"):
+        nemodiff.score(engine, "x", ["y"], top=top)
