@@ -83,13 +83,14 @@ def verify(
     from ..verification.prompts import token_ids
     from ..verification.recorder import columns
     from ..verification.references import open_reference
+    from ..verification.verify import failures
     from ..verification.verify import verify as run
 
     if save_outputs is not None and not layers:
         raise click.UsageError("--save-outputs goes with --layers")
     spare_inputs(save_outputs, engine, against, adapter)
     if layers:
-        from ..verification.layers import blame, compare_layers, import_polygraphy
+        from ..verification.layers import blame, compare_layers, import_polygraphy, save_results
 
         import_polygraphy()  # before the work begins
     loaded = load(engine, threads=threads, device=device)
@@ -108,10 +109,12 @@ def verify(
     )
     with tqdm(total=len(ids) + 1, desc="verifying", disable=None, file=sys.stderr) as bar:
         report, scripts = run(loaded, ids, reference, max_new_tokens=max_new_tokens, advance=bar.update)
-    if layers:
+    values = None
+    few = [script.shortened(_BLOCKS) for script in scripts if script.blocks][:_SCRIPTS]
+    if layers and few:
         sample = columns(loaded.info.model.vocab_size)
-        few = [script.shortened(_BLOCKS) for script in scripts if script.blocks][:_SCRIPTS]
-        report.layers = compare_layers(loaded.backend, engine, reference, few, sample, save_outputs)
+        with failures(report, "layers"):
+            report.layers, values = compare_layers(loaded.backend, engine, reference, few, sample)
         report.blame = blame(report.layers)
     record = {"date": time.strftime("%Y-%m-%d"), "against": name, **report.as_dict()}
     kept = f"kept in {engine / VERIFY_FILE}"
@@ -124,5 +127,7 @@ def verify(
     else:
         click.echo("\n".join(one_line(line) for line in report.lines()))
     click.echo(f"{'verified' if report.ok else 'WRONG':12} {engine}; {kept}", err=True)
+    if values is not None and save_outputs is not None:
+        save_results(values, save_outputs)
     if not report.ok:
         raise click.exceptions.Exit(1)

@@ -52,9 +52,8 @@ def compare_layers(
     reference: Reference,
     scripts: Sequence[Script],
     columns: np.ndarray,
-    save: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Mean deviation and bound of every value that both have, in the order of computation.
+) -> tuple[list[dict[str, Any]], Any]:
+    """Mean deviation and bound of every value that both have, in the order of computation; and Polygraphy's results.
 
     Args:
         engine: the engine that is judged.
@@ -62,11 +61,9 @@ def compare_layers(
         reference: what says which values are right.
         scripts: what both compute.
         columns: ids whose logits are compared.
-        save: a file for all values, as Polygraphy's tools read it.
 
     Raises:
-        RequestError: Polygraphy is missing.
-        EngineError: the engine shows no K and V.
+        RequestError: Polygraphy is missing, or the engine does not show its values.
     """
     polygraphy = import_polygraphy()
     comparator = polygraphy.comparator
@@ -113,9 +110,6 @@ def compare_layers(
         runners.append(Runner("graph", lambda script: ShownGraph(folder, engine.info, noise).run(script)))
     feeds = [_arrays(script) for script in scripts]
     results = comparator.Comparator.run(runners, data_loader=feeds)
-    if save is not None:
-        with whole(save) as stage:
-            results.save(str(stage))
     deviations: dict[str, float] = {}
     for other in range(1, len(runners)):
         # Names that a runner lacks are skipped: an engine shows K and V alone, a graph has no value of another name.
@@ -129,11 +123,18 @@ def compare_layers(
                 for name, compared in iteration.items():
                     deviation = compared.mean_absdiff
                     deviations[name] = max(deviations.get(name, 0.0), deviation if np.isfinite(deviation) else 1e30)
-    return [
+    found = [
         {"name": name, "deviation": deviations[name], "bound": bound}
         for name, bound in noise.items()
         if name in deviations
     ]
+    return found, results
+
+
+def save_results(results: Any, path: Path) -> None:
+    """Write all values as Polygraphy's tools read them."""
+    with whole(path) as stage:
+        results.save(str(stage))
 
 
 def blame(layers: Sequence[Mapping[str, Any]]) -> str | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from ..contract import PREFILL_CHUNK
-from ..errors import EngineError
+from ..errors import EngineError, RequestError, first_line
 from ..runtime.engines.engine import Engine, Pass, Prediction, ReadableCache, causal, every_token
 from .hidden_states import named, watched
 from .network import Answer
@@ -29,13 +29,13 @@ class Replayed(NamedTuple):
 def replay(engine: Engine, script: Script, ids: np.ndarray, *, states: bool = False) -> Replayed:
     """Run a script's passes in a fresh cache: its text, then the blocks from the last prefix to the first.
 
-    A block writes over the text after its prefix, which no later one reads. Raises EngineError where K and V are wanted
+    A block writes over the text after its prefix, which no later one reads. Raises RequestError where states are wanted
     of a cache that shows none.
     """
     info = engine.info
     cache = cast(ReadableCache, engine.open(1))
     if states and not hasattr(cache, "read"):
-        raise EngineError(f"backend {info.manifest.backend} does not show its K and V; leave --layers out")
+        raise RequestError(f"backend {info.manifest.backend} does not show its K and V; leave --layers out")
     result = Replayed(
         np.zeros(script.size, np.int64),
         np.ones(script.size),
@@ -104,8 +104,13 @@ class EngineReference:
         self.precision: str = engine.info.build.dtype
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:
-        """See `network.Network.answer`; states are K and V alone."""
-        return [self._answer(script, columns, states) for script in scripts]
+        """See `network.Network.answer`; states are K and V alone. Raises EngineError where the engine fails."""
+        try:
+            return [self._answer(script, columns, states) for script in scripts]
+        except (RequestError, MemoryError):
+            raise
+        except Exception as error:
+            raise EngineError(first_line(error)) from error
 
     def _answer(self, script: Script, columns: np.ndarray, states: bool) -> Answer:
         ids = np.union1d(columns, sorted(script.asked)).astype(np.int64)

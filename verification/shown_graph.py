@@ -11,7 +11,7 @@ import numpy as np
 from ..contract import MAX_BLOCK, MEMORY_PATTERN, cache_names, caches
 from ..engine_folder import MODEL_FILE
 from ..engine_info import EngineInfo
-from ..errors import EngineError, first_line
+from ..errors import RequestError, first_line
 from .script import Block, Script
 
 
@@ -37,7 +37,7 @@ class ShownGraph:
                 proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime raises classes of its own without a common base
-            raise EngineError(
+            raise RequestError(
                 f"{folder / MODEL_FILE}: cannot be run with its values shown ({first_line(error)}); leave --layers out"
             ) from None
         self._pattern = {i.name: np.zeros((0, 0), np.int32) for i in proto.graph.input if i.name == MEMORY_PATTERN.name}

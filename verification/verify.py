@@ -6,6 +6,7 @@ checkpoint's own network, another engine, or the same engine in a fresh cache.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..contract import counted
-from ..errors import RequestError, first_line
+from ..errors import CheckpointError, EngineError, RequestError, first_line
 from ..runtime.batching.batch import KEPT_PREFIXES
 from ..runtime.engines.engine import bidirectional, causal
 from ..runtime.generate import decode
@@ -39,7 +40,10 @@ class Reference(Protocol):
     precision: str
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:
-        """What is right for each token of each script; see `network.Network.answer`."""
+        """What is right for each token of each script; see `network.Network.answer`.
+
+        Raises EngineError where it is an engine and fails.
+        """
         ...
 
 
@@ -95,6 +99,17 @@ def verify(
     return work.report, list(work.scripts.values())
 
 
+@contextlib.contextmanager
+def failures(report: Report, name: str) -> Iterator[None]:
+    """An engine that fails is wrong, whatever it raises; what a user can mend is no verdict."""
+    try:
+        yield
+    except (RequestError, CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        report.findings.append(f"{name}: fails ({first_line(error)})")
+
+
 class _Work:
     """One verification: what has run, and what it is compared with."""
 
@@ -122,8 +137,10 @@ class _Work:
             self._take(number, mode, [*prompt, *tokens], 0)
         text = [*prompt, *self._answers["ar"][number]]
         for offset in sorted({0, _far(self._engine, len(text))}):
-            _probe(self._recorder, text, offset)
-            self._take(number, f"probe at {offset}" if offset else "probe", text, offset)
+            mode = f"probe at {offset}" if offset else "probe"
+            with failures(self.report, f"prompt {number}, {mode}"):
+                _probe(self._recorder, text, offset)
+            self._take(number, mode, text, offset)
 
     def run_side_by_side(self) -> None:
         """Answer the prompts in one batch, in each exact mode."""
@@ -141,7 +158,11 @@ class _Work:
         for given in self._answers.values():
             for key, tokens in zip(texts, given, strict=True):
                 self.scripts[key].asked.update(tokens)
-        answers = reference.answer(list(self.scripts.values()), self._recorder.columns)
+        try:
+            answers = reference.answer(list(self.scripts.values()), self._recorder.columns)
+        except EngineError as error:
+            self.report.findings.append(f"the reference: fails ({error})")
+            return
         right = dict(zip(self.scripts, answers, strict=True))
         for mode, given in self._answers.items():
             if mode not in ("ar", "diffusion"):
@@ -168,20 +189,16 @@ def _answers(
     options: dict[str, Any],
     limits: Sequence[int],
 ) -> list[list[int]]:
-    """The answers' tokens, as far as they come: an engine that fails is wrong, whatever it raises."""
+    """The answers' tokens, as far as they come."""
     rows = min(_ROWS, engine.info.build.max_batch_size, len(prompts))
     sequences = [
         prepare(engine, prompt, Options(max_new_tokens=limit, **options))
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
-    try:
+    with failures(report, name):
         # No cost curve, so that rows always share a forward and are padded.
         for _ in decode(engine.backend, sequences, rows, kept=KEPT_PREFIXES if rows > 1 else None):
             pass
-    except RequestError:
-        raise
-    except Exception as error:
-        report.findings.append(f"{name}: fails ({first_line(error)})")
     return [sequence.tokens for sequence in sequences]
 
 

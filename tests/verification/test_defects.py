@@ -69,7 +69,7 @@ def judged(engine: nemodiff.LoadedEngine, reference: Network) -> Report:
     report, scripts = verify(engine, PROMPTS, reference, max_new_tokens=TOKENS)
     few = [scripts[0].shortened(6)]
     sample = columns(engine.info.model.vocab_size)
-    report.layers = compare_layers(engine.backend, engine.folder, reference, few, sample)
+    report.layers, _ = compare_layers(engine.backend, engine.folder, reference, few, sample)
     report.blame = blame(report.layers)
     return report
 

@@ -30,6 +30,7 @@ from nemodiff.commands import verify as command
 from nemodiff.engine_folder import VERIFY_FILE
 from nemodiff.engine_info import read_engine
 from nemodiff.plugins.tensorrt.api import MODULES
+from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.tensorrt_info import Profile, TensorRTInfo
@@ -147,6 +148,39 @@ def test_a_folder_that_cannot_be_written_is_verified_all_the_same(
     assert "(No space left on device)" in result.stderr
 
 
+@pytest.mark.parametrize("fails", ["probe", "draft", "every pass"])
+@pytest.mark.parametrize("against", [False, True])
+def test_an_engine_that_fails_is_wrong_wherever_it_does(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, against: bool
+) -> None:
+    engine = Builder(checkpoint, tmp_path / "engine", block_length=8).run()
+    forward = OnnxRuntimeCache.forward
+
+    def failing(cache: OnnxRuntimeCache, passes: Any, first: int = 0) -> Any:
+        size = passes[0].ids.size
+        probe = passes[0].kind == "prefill" and passes[0].predicted.size == size
+        if size > 2 and {"probe": probe, "draft": passes[0].kind == "draft", "every pass": True}[fails]:
+            raise RuntimeError("out of order")
+        return forward(cache, passes, first)
+
+    monkeypatch.setattr(OnnxRuntimeCache, "forward", failing)
+    result = run(engine, *(("--against", checkpoint) if against else ()), *SHORT, "--layers")
+    assert result.exit_code == 1
+    assert "fails (out of order)" in result.stdout
+    findings = json.loads((engine / VERIFY_FILE).read_text())["findings"]
+    assert all("local variable" not in finding for finding in findings)
+    assert (fails != "draft" and not against) == ("the reference: fails (out of order)" in findings)
+
+
+def test_values_that_cannot_be_written_hide_no_verdict(checkpoint: Path, tmp_path: Path) -> None:
+    engine = Builder(checkpoint, tmp_path / "engine", block_length=8).run()
+    result = run(engine, *SHORT, "--layers", "--save-outputs", "/dev/full")
+    assert result.exit_code == 1
+    assert "tensors within rounding" in result.stdout
+    assert json.loads((engine / VERIFY_FILE).read_text())["ok"]
+    assert result.stderr.splitlines()[-1] == "Error: /dev/full: No space left on device; check the path and its disk"
+
+
 def test_polygraphys_tools_read_the_values_of_all_layers(checkpoint: Path, tmp_path: Path) -> None:
     engine = Builder(checkpoint, tmp_path / "engine", block_length=8).run()
     result = run(engine, "--against", checkpoint, *SHORT, "--layers", "--save-outputs", tmp_path / "values.json")
@@ -178,7 +212,7 @@ def test_an_engine_without_logits_is_judged_by_tokens_and_probabilities(checkpoi
 def layers_of(engine: nemodiff.LoadedEngine, reference: Network) -> Report:
     report, scripts = verify(engine, PROMPTS, reference, max_new_tokens=5)
     few = [scripts[0].shortened(4)]
-    report.layers = compare_layers(engine.backend, engine.folder, reference, few, columns(reference_vocab(engine)))
+    report.layers, _ = compare_layers(engine.backend, engine.folder, reference, few, columns(reference_vocab(engine)))
     report.blame = blame(report.layers)
     return report
 

@@ -46,5 +46,5 @@ def test_a_gpu_engine_is_right_in_every_pass(tmp_path: Path, dtype: Any, choices
     assert report.ok, report.lines()
     sample = columns(engine.info.model.vocab_size)
     pytest.importorskip("polygraphy")
-    layers = compare_layers(engine.backend, engine.folder, reference, [scripts[0].shortened(6)], sample)
+    layers, _ = compare_layers(engine.backend, engine.folder, reference, [scripts[0].shortened(6)], sample)
     assert blame(layers) is None, dataclasses.asdict(report)
