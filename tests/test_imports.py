@@ -57,8 +57,9 @@ ROOMS: dict[str, list[set[str]]] = {
     "evaluation": [{"lm"}, {"evaluate", "table"}],
     "doctor": [{"check", "probe"}, {"packages"}, {"diagnose"}],
     "verification": [
-        {"arithmetic", "hidden_states", "positions", "prompts", "rounding", "script", "weights"},
-        {"network", "shown_graph"},
+        {"arithmetic", "hidden_states", "positions", "prompts", "quantized", "rounding", "script"},
+        {"shown_graph", "weights"},
+        {"network"},
         {"recorder", "replay"},
         {"verdict"},
         {"report"},

@@ -31,6 +31,7 @@ class Arithmetic:
     kv_bits: str | None = None  # of K and V: int8, or fp8; each head of a token has a scale
     group_size: int = GROUP_SIZE  # inputs that share a scale in int4
     mlp_group_size: int = GROUP_SIZE  # likewise in the MLPs
+    kept: bool = False  # weights are on their grid already, and the head on none
 
     def round(self, x: np.ndarray) -> np.ndarray:
         """The values that a result can have."""
@@ -43,7 +44,7 @@ class Arithmetic:
         """A weight as it is stored, (out, in) where it is a matrix."""
         if self.stored is None:
             return weight.astype(self.compute)
-        grid = self._grid(part)
+        grid = None if self.kept else self._grid(part)
         if grid in ("fp8", "fp8_dynamic"):
             weight = _e4m3(weight)
         elif grid == "int8":
@@ -74,7 +75,8 @@ class Arithmetic:
         return self.mlp_group_size if part == "mlp" else self.group_size
 
     def _grid(self, part: Part) -> str | None:
-        if self.stored is None or part == "other" or (part == "head" and self.quantization in ("fp8", "fp8_dynamic")):
+        plain_head = self.kept or self.quantization in ("fp8", "fp8_dynamic")
+        if self.stored is None or part == "other" or (part == "head" and plain_head):
             return None
         return "int8" if part == "head" and self.quantization else self.quantization
 

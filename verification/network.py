@@ -177,7 +177,8 @@ class Network:
         self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
         groups = group_size, mlp_group_size
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, *groups)
+        kept = weights.kept(quantization)
+        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, *groups, kept)
         self._arithmetics = (exact, rounded)
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:

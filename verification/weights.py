@@ -7,10 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  # gives numpy the name bfloat16, without which such a file cannot be read
+import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
+from .quantized import PARTS, SCALES, Parts, dequantized, kind
+
+_DTYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "I32": np.int32,
+}
 
 _PARTS = (
     "input_layernorm",
@@ -42,16 +53,48 @@ class Weights:
             self._list(adapter / "adapter_model.safetensors")
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as f32."""
-        from safetensors import SafetensorError, safe_open
+        """One tensor as f32, which may be a quantized projection."""
+        base = name.removesuffix(".weight")
+        if not any(f"{base}.{scale}" in self._files for scale in SCALES):
+            return self._tensor(name).astype(np.float32)
+        try:
+            return dequantized(self._parts(base), self._bits)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.folder}: {name} is quantized in a way that cannot be read ({error}); download it again"
+            ) from None
 
+    def kept(self, quantization: str | None) -> bool:
+        """Whether an engine of this quantization has the checkpoint's own numbers."""
+        bases = [base for base, _, part in (name.rpartition(".") for name in self._files) if part in SCALES]
+        if quantization is None or not bases:
+            return False
+        return kind(self._parts(bases[0]), self._bits) == quantization.removesuffix("_dynamic")
+
+    @property
+    def _bits(self) -> int:
+        """Of an integer of a quantized checkpoint, as its config.json says."""
+        values = self.config.get("quantization_config") or {}
+        groups = [group["weights"]["num_bits"] for group in values.get("config_groups", {}).values()]
+        return int(values.get("bits") or (groups or [4])[0])
+
+    def _parts(self, base: str) -> Parts:
+        names = {part: f"{base}.{part}" for part in PARTS}
+        return {part: self._tensor(whole) for part, whole in names.items() if whole in self._files}
+
+    def _tensor(self, name: str) -> np.ndarray:
         path = self._files.get(name)
         if path is None:
             raise CheckpointError(f"{self.folder}: has no tensor {name}; give the checkpoint the engine was built from")
         try:
-            with safe_open(path, framework="numpy") as file:
-                return np.asarray(file.get_tensor(name), np.float32)
-        except (SafetensorError, OSError, ValueError) as error:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                entry = json.loads(file.read(size))[name]
+                start, stop = entry["data_offsets"]
+                file.seek(8 + size + start)
+                flat = np.frombuffer(file.read(stop - start), _DTYPES[entry["dtype"]])
+                return flat.reshape(entry["shape"])
+        except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: not readable ({error}); download the file again") from None
 
     def layer(self, number: int) -> dict[str, np.ndarray]:

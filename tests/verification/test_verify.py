@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from stand_ins import gpu_driver
 from stand_ins.checkpoints import write_adapter, write_checkpoint
 from stand_ins.planted import GRAPH
+from stand_ins.quantized_checkpoints import write as write_quantized
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -170,6 +171,38 @@ def test_an_engine_that_fails_is_wrong_wherever_it_does(
     findings = json.loads((engine / VERIFY_FILE).read_text())["findings"]
     assert all("local variable" not in finding for finding in findings)
     assert (fails != "draft" and not against) == ("the reference: fails (out of order)" in findings)
+
+
+QUANTIZED: list[tuple[str, int, bool, dict[str, Any]]] = [
+    ("gptq", 32, False, {}),
+    ("gptq8", 32, False, {}),
+    ("awq", 32, False, {}),
+    ("pack", 32, True, {}),
+    ("pack", 32, False, {"backend": "torch"}),
+    ("pack8", 32, True, {}),
+    ("int8", 0, True, {}),
+    ("int8", 0, True, {"quantization": "int4"}),
+    ("fp8", 0, True, {"backend": "torch", "dtype": "f32"}),
+    ("modelopt", 0, True, {"backend": "torch"}),
+    ("modelopt-rows", 0, True, {}),
+    ("nvfp4", 16, True, {}),
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("form", "group", "symmetric", "choices"), QUANTIZED, ids=str)
+def test_a_quantized_checkpoint_is_a_reference(
+    tmp_path: Path, form: str, group: int, symmetric: bool, choices: dict[str, Any]
+) -> None:
+    truth = write_quantized(tmp_path / "checkpoint", form, group, symmetric)
+    weights = Weights(tmp_path / "checkpoint", None)
+    for name, values in truth.items():
+        np.testing.assert_array_equal(weights.read(name), values)
+    engine = Builder(tmp_path / "checkpoint", tmp_path / "engine", block_length=8, **choices).run()
+    result = run(engine, "--against", tmp_path / "checkpoint", *SHORT, "--layers", "--device", "cpu")
+    assert result.exit_code == 0, result.stdout
+    write_quantized(tmp_path / "other", form, group, symmetric, seed=1)
+    assert run(engine, "--against", tmp_path / "other", *SHORT, "--device", "cpu").exit_code == 1
 
 
 def test_values_that_cannot_be_written_hide_no_verdict(checkpoint: Path, tmp_path: Path) -> None:
