@@ -36,15 +36,7 @@ def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     figure = Figure(figsize=(11, max(4.0, tall)), layout="constrained")
     bars, curves = figure.subplots(1, 2, width_ratios=(3, 2))
     _bars(bars, groups, modes)
-    for name, outcome in zip(names, outcomes, strict=True):
-        curves.plot(outcome.curve.sizes, [1e3 * t for t in outcome.curve.times], "o-", label=name)
-    curves.set(xscale="log", yscale="log", xlabel="tokens of a pass", ylabel="ms", title="Cost of a pass")
-    sizes = sorted({size for outcome in outcomes for size in outcome.curve.sizes})
-    curves.set_xticks(sizes, list(map(str, sizes)), minor=False)
-    curves.set_xticks([], minor=True)
-    curves.yaxis.set_major_formatter("{x:g}")
-    curves.grid(alpha=0.3)
-    curves.legend()
+    _curves(curves, names, outcomes)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)
     with whole(path) as stage:
@@ -85,6 +77,20 @@ def _bars(axes: Any, groups: Sequence[tuple[str, Mapping[str, Spread]]], modes: 
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(loc="best")
+
+
+def _curves(axes: Any, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """Milliseconds by tokens."""
+    for name, outcome in zip(names, outcomes, strict=True):
+        axes.plot(outcome.curve.sizes, [1e3 * t for t in outcome.curve.times], "o-", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a pass", ylabel="ms", title="Cost of a pass")
+    sizes = sorted({size for outcome in outcomes for size in outcome.curve.sizes})
+    # Powers of two alone have a number: those between would cover each other's.
+    axes.set_xticks(sizes, ["" if size & (size - 1) else str(size) for size in sizes], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def _rounded(value: float) -> str:

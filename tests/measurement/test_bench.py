@@ -1,6 +1,7 @@
 """`nemodiff bench`: its figures by their definitions, two engines in turns, and the curve that it keeps."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -11,13 +12,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import Refused, output_of
+from stand_ins.checkpoints import write_checkpoint
 
 import nemodiff
+from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 from nemodiff.engine_folder import COST_FILE
 from nemodiff.measurement import bench
 from nemodiff.measurement.figures import Percentiles, Spread, figures, ratios
 from nemodiff.measurement.round import Answer, Request, Round, serve
+from nemodiff.runtime.planning.cost import SIZES, CostCurve
 from nemodiff.runtime.planning.kept_curve import read_curve
 
 SHORT = ("--threads", "1", "-r", "2", "--max-new-tokens", "12", "--input-len", "40")
@@ -123,6 +127,12 @@ def test_what_is_given_twice_is_measured_once_and_every_mode_compared_with_ar(en
     assert tests == [("pp40", None), ("ar", 0), ("linear_spec", 0)]
 
 
+def test_the_table_says_what_an_engine_is(tmp_path: Path) -> None:
+    folder = Builder(write_checkpoint(tmp_path / "checkpoint"), tmp_path / "engine", quantization="int8").run()
+    text = output_of("bench", str(folder), *SHORT, "--mode", "ar", "--no-keep")
+    assert "\nengine: onnxruntime, f32 with int8 projections, on " in text
+
+
 def test_engines_in_folders_of_the_same_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(engine, tmp_path / "other" / engine.name))
     text = output_of("bench", str(engine), "--compare", str(other), *SHORT, "--mode", "ar", "--no-keep")
@@ -152,11 +162,13 @@ def test_a_picture_has_a_bar_for_every_engine_mode_and_number_of_requests(tmp_pa
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    from nemodiff.measurement.plot import _bars
+    from nemodiff.measurement.plot import _bars, _curves
 
     rates = {mode: Spread.of([1200.0, 1234.4, 1300.0]) for mode in ("ar", "quadratic_spec")}
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes, curves = figure.subplots(1, 2, width_ratios=(3, 2))
+    outcome = bench.Outcome([], CostCurve(SIZES, tuple(1.0 + size for size in SIZES)), 0.0)
+    _curves(curves, ["same"], [outcome])
     _bars(axes, [("same", rates), ("same", {"ar": Spread.of([7.251])})], list(rates))
     figure.savefig(tmp_path / "bars.png")
     assert len(axes.patches) == 3
@@ -164,6 +176,9 @@ def test_a_picture_has_a_bar_for_every_engine_mode_and_number_of_requests(tmp_pa
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["ar", "quadratic_spec"]
     edges = [tick.get_window_extent() for tick in axes.get_yticklabels()]
     assert edges[0].y0 > edges[1].y1  # no name covers another
+    edges = [tick.get_window_extent() for tick in curves.get_xticklabels() if tick.get_text()]
+    assert len(edges) > 6
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(edges))
 
 
 def test_a_picture_is_drawn(engine: Path, tmp_path: Path) -> None:
