@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..contract import counted
+from ..contract import counted, dtype_line
 from ..engine_folder import VERIFY_FILE, write_record
 from ..errors import RequestError
 from . import options
@@ -102,8 +102,9 @@ def verify(
         )
     ids = token_ids(loaded, prompts, max_new_tokens, raw=raw)
     build = loaded.info.build
+    dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
     click.echo(
-        f"verifying    {engine} ({loaded.info.manifest.backend}, {build.dtype}) against {name} in "
+        f"verifying    {engine} ({loaded.info.manifest.backend}, {dtype}) against {name} in "
         f"{reference.precision}, {counted(len(ids), 'prompt')}",
         err=True,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..contract import counted
+from ..contract import counted, dtype_line
 from ..runtime.loading import LoadedEngine
-from .bench import Outcome, Plan, described, names
+from .bench import Outcome, Plan, names
 from .figures import Figures, Percentiles, ratios
 from .machine import machine
 
@@ -36,9 +36,10 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
     ]
     called = names(engines)
     for engine, name, outcome in zip(engines, called, outcomes, strict=True):
-        about = described(engine, name)
+        build = engine.info.build
+        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
         threads = "" if engine.threads is None else f", {counted(engine.threads, 'thread')}"
-        text += ["", f"{about['name']}: {about['backend']} {about['dtype']} on {about['processor']}{threads}"]
+        text += ["", f"{name}: {engine.info.manifest.backend}, {dtype}, on {engine.processor}{threads}"]
         text += _aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
         curve = zip(outcome.curve.sizes, outcome.curve.times, strict=True)
         text.append("ms of a pass by its tokens: " + ", ".join(f"{size}: {1e3 * t:.3g}" for size, t in curve))
