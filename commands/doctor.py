@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -22,12 +21,13 @@ def doctor(as_json: bool) -> None:
     anything is wrong.
     """
     from ..doctor.diagnose import diagnose
+    from ..doctor.packages import version
 
     checks = diagnose(Path.cwd())
     wrong = any(check.state == "wrong" for check in checks)
     if as_json:
         values = {
-            "nemodiff": importlib.metadata.version("nemodiff"),
+            "nemodiff": version("nemodiff"),
             "ok": not wrong,
             "checks": [dataclasses.asdict(check) for check in checks],
         }

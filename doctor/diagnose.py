@@ -87,7 +87,7 @@ def _gpus(found: dict[str, dict[str, Any]]) -> list[Check]:
     if "error" in driver or not driver["gpus"]:
         reason = driver.get("error", "it finds no GPU")
         return [Check("NVIDIA driver", "wrong", str(reason), "look at nvidia-smi and dmesg, then install it again")]
-    checks = [Check("NVIDIA driver", "ok", f"for CUDA {driver['cuda']}")]
+    checks = [Check("NVIDIA driver", "ok", f"{driver['version'] or 'version unknown'}, for CUDA {driver['cuda']}")]
     sms = found["tensorrt_rtx"].get("sms", [])
     for number, gpu in enumerate(driver["gpus"]):
         # TensorRT-RTX 1.7 ran on no SM 90 card (docs/log.md).

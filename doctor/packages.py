@@ -59,7 +59,7 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
             continue
         name = f"extra {extra}" if extra else "packages"
         install = f"pip install 'nemodiff[{extra}]'" if extra else "pip install nemodiff"
-        versions = {one.name: _version(one.name) for one in requirements}
+        versions = {one.name: version(one.name) for one in requirements}
         absent = [one.name for one in requirements if versions[one.name] is None]
         for one in requirements:
             here = versions[one.name]
@@ -73,7 +73,7 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
                 Check(name, state, f"without {', '.join(absent)}", f"{install} (in a checkout: {_local(extra)})")
             )
         elif not any(check.name == name for check in checks):
-            checks.append(Check(name, "ok", ", ".join(f"{name} {version}" for name, version in versions.items())))
+            checks.append(Check(name, "ok", ", ".join(f"{name} {here}" for name, here in versions.items())))
     return checks
 
 
@@ -87,7 +87,8 @@ def _local(extra: str) -> str:
     return f"pip install '.[{extra}]'" if extra else "pip install ."
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

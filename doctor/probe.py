@@ -15,16 +15,26 @@ from typing import Any
 
 
 def onnxruntime() -> dict[str, Any]:
-    """ONNX Runtime, and whether it runs a graph."""
+    """ONNX Runtime, which must run a graph."""
     module = importlib.import_module("onnxruntime")
-    return {"version": module.__version__, "providers": module.get_available_providers()}
+    model = importlib.import_module("onnx.parser").parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> sum (float[2] x) => (float[2] y) { y = Add(x, x) }'
+    )
+    session = module.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": importlib.import_module("numpy").ones(2, "float32")})
+    if found.tolist() != [2.0, 2.0]:
+        return {"error": f"computes 1 + 1 = {found[0]}"}
+    return {"version": module.__version__}
 
 
 def torch() -> dict[str, Any]:
-    """torch, and the GPUs that it can use."""
+    """torch, and the GPUs that it can use: a wheel may have no kernels for a card that it finds."""
     module = importlib.import_module("torch")
     available = module.cuda.is_available()
-    names = [module.cuda.get_device_name(number) for number in range(module.cuda.device_count())] if available else []
+    numbers = range(module.cuda.device_count()) if available else ()
+    for device in ("cpu", *(f"cuda:{number}" for number in numbers)):
+        float(module.ones(2, device=device).sum())
+    names = [module.cuda.get_device_name(number) for number in numbers]
     return {"version": module.__version__, "cuda": module.version.cuda, "gpus": names}
 
 
@@ -69,7 +79,19 @@ def driver() -> dict[str, Any]:
         cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, number)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
         cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, number)
         gpus.append({"name": name.value.decode(), "sm": 10 * major.value + minor.value, "bytes": total.value})
-    return {"cuda": f"{version.value // 1000}.{version.value % 1000 // 10}", "gpus": gpus}
+    cuda_version = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return {"version": _driver_version(), "cuda": cuda_version, "gpus": gpus}
+
+
+def _driver_version() -> str | None:
+    """The driver's own version, which its management library knows."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    return None if failed else text.value.decode()
 
 
 PROBES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -85,7 +107,11 @@ def main(name: str) -> None:
         # Only the library itself: one that lacks another is broken.
         found = {"missing": True} if error.name == name else {"error": str(error)}
     except Exception as error:  # whatever a broken library raises
-        found = {"missing": True} if name == "driver" else {"error": f"{type(error).__name__}: {error}"}
+        found = (
+            {"missing": True}
+            if name == "driver" and isinstance(error, OSError)
+            else {"error": f"{type(error).__name__}: {error}"}
+        )
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,12 @@ from nemodiff.doctor.check import Check
 
 ROOT = Path(__file__).parents[2]
 HEALTHY: dict[str, dict[str, Any]] = {
-    "onnxruntime": {"version": "1.32.0", "providers": ["CPUExecutionProvider"]},
+    "onnxruntime": {"version": "1.32.0"},
     "torch": {"version": "2.13.0", "cuda": "13.0", "gpus": ["NVIDIA L4"]},
     "triton": {"version": "3.9.0", "ptxas": "12.9"},
     "tensorrt_rtx": {"version": "1.7.1.116", "sms": [80, 86, 89, 90, 120]},
     "tensorrt": {"missing": True},
-    "driver": {"cuda": "13.0", "gpus": [{"name": "NVIDIA L4", "sm": 89, "bytes": 24 * 2**30}]},
+    "driver": {"version": "580.159", "cuda": "13.0", "gpus": [{"name": "NVIDIA L4", "sm": 89, "bytes": 24 * 2**30}]},
 }
 
 
@@ -38,6 +41,7 @@ def test_a_healthy_machine_says_what_it_builds_and_runs(monkeypatch: pytest.Monk
     checks = diagnosed(monkeypatch, tmp_path)
     assert {name for name, check in checks.items() if check.state == "wrong"} == set()
     assert checks["GPU 0"].found == "NVIDIA L4, SM 89, 24.0 GiB, for torch, tensorrt-rtx"
+    assert checks["NVIDIA driver"].found == "580.159, for CUDA 13.0"
     assert checks["Triton"].found == "3.9.0, ptxas 12.9"
     assert checks["TensorRT"] == Check("TensorRT", "missing", "not installed", "pip install tensorrt-cu13")
     assert "processor" in checks["machine"].found
@@ -46,7 +50,7 @@ def test_a_healthy_machine_says_what_it_builds_and_runs(monkeypatch: pytest.Monk
 
 
 def test_a_card_that_nothing_here_can_use_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    h100 = {"cuda": "13.0", "gpus": [{"name": "NVIDIA H100", "sm": 90, "bytes": 80 * 2**30}]}
+    h100 = {"version": None, "cuda": "13.0", "gpus": [{"name": "NVIDIA H100", "sm": 90, "bytes": 80 * 2**30}]}
     checks = diagnosed(monkeypatch, tmp_path, driver=h100, torch={"version": "2.13.0+cpu", "cuda": None, "gpus": []})
     assert (checks["GPU 0"].state, checks["torch"].state) == ("missing", "ok")
     assert "pip install torch" in checks["GPU 0"].remedy
@@ -74,6 +78,64 @@ def test_a_library_that_is_broken_is_wrong_and_does_not_break_the_doctor(
     assert str(probed["error"]).startswith(found)
     check = diagnosed(monkeypatch, tmp_path, tensorrt=probed)["TensorRT"]
     assert (check.state, check.remedy) == ("wrong", "pip install --force-reinstall tensorrt-cu13")
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        (
+            "onnxruntime",
+            "class InferenceSession:\n    def __init__(self, *a, **b): raise RuntimeError('no kernel for Add')\n",
+            "RuntimeError: no kernel for Add",
+        ),
+        (
+            "torch",
+            "class cuda:\n    is_available = staticmethod(lambda: True)\n    device_count = staticmethod(lambda: 1)\n"
+            "def ones(size, device):\n    if device == 'cpu': return __import__('numpy').ones(size)\n"
+            "    raise RuntimeError('no kernel image is available for execution on the device')\n",
+            "RuntimeError: no kernel image is available for execution on the device",
+        ),
+    ],
+    ids=["onnxruntime", "torch"],
+)
+def test_a_library_that_is_imported_and_computes_nothing_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, source: str, found: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text(f"__version__ = '1.0'\n{source}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    assert doctor._probe(module) == {"error": found}
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(int f) { return 0; }
+int cuDriverGetVersion(int *v) { *v = 13020; return 0; }
+int cuDeviceGetCount(int *n) { *n = 2; return 0; }
+int cuDeviceGetName(char *s, int n, int d) { strcpy(s, d ? "B" : "A"); return 0; }
+int cuDeviceTotalMem_v2(size_t *b, int d) { *b = (size_t)24 << 30; return 0; }
+int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 8 + d : 9; return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *s, int n) { strcpy(s, "580.159"); return 0; }
+"""
+
+
+def test_the_driver_is_asked_for_its_version_and_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C compiler for a stand-in of the driver")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        command = [compiler, "-shared", "-fPIC", "-o", str(tmp_path / name), str(tmp_path / "driver.c")]
+        subprocess.run(command, check=True, timeout=60)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path), prepend=":")
+    found = {"version": "580.159", "cuda": "13.2"}
+    cards = [{"name": name, "sm": sm, "bytes": 24 * 2**30} for name, sm in (("A", 89), ("B", 99))]
+    assert doctor._probe("driver") == {**found, "gpus": cards}
+    (tmp_path / "libnvidia-ml.so.1").write_text("no library")
+    assert doctor._probe("driver")["version"] is None
+    (tmp_path / "driver.c").write_text("int cuInit(int f) { return 0; }")
+    subprocess.run([compiler, "-shared", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "driver.c")], check=True)
+    assert "undefined symbol: cuDriverGetVersion" in doctor._probe("driver")["error"]
 
 
 def test_little_disk_and_little_memory_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
