@@ -6,12 +6,13 @@ from ..runtime.loading import LoadedEngine
 from ..runtime.requests.options import Options
 from ..runtime.requests.prepare import encode
 
+# The last begins as the first does, whose row is kept by then, so that it is copied where prompts share a batch.
 QUESTIONS = (
+    "Translate into French and German: The house at the end of the road is old.",
     "Count from 3 to 9.",
     "Sort these numbers: 41, 7, 93.",
     "Write a Python function that returns the sum of a and b.",
-    "Why is the sky blue? Answer in two sentences.",
-    "Translate into French and German: The house at the end of the road is old.",
+    "Translate into French and German: The house at the end of the road is new and red.",
 )
 # So long that a cache grows and a prompt takes several passes.
 LONG = "Continue the list: " + " ".join(f"item {i} costs {7 * i % 31} and weighs {5 * i % 17};" for i in range(60))

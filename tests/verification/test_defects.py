@@ -23,11 +23,13 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.neighbours import NeighbouringRows
+from nemodiff.runtime.batching.rows import Rows
 from nemodiff.runtime.engines.engine import Cache, Engine, Pass, Prediction, bidirectional
 from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from nemodiff.runtime.requests.sequence import Sequence as Request
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
+from nemodiff.verification.prompts import QUESTIONS, token_ids
 from nemodiff.verification.recorder import columns
 from nemodiff.verification.replay import EngineReference
 from nemodiff.verification.report import Report
@@ -265,6 +267,23 @@ def test_a_batch_that_moves_no_row_is_caught(setup: Setup, monkeypatch: pytest.M
     report, _ = verify(engine, [*PROMPTS, PROMPTS[0][3:], PROMPTS[1][6:]], setup.network, max_new_tokens=TOKENS)
     assert {name for name, tally in report.modes.items() if not tally.ok} != set()
     assert all("side by side" in name for name, tally in report.modes.items() if not tally.ok)
+
+
+def test_a_prefix_copied_one_slot_too_far_is_caught(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the built-in questions, of which one begins as another that has left the batch."""
+    engine = nemodiff.load(tiny_engine, threads=1)
+    prompts = token_ids(engine, QUESTIONS, TOKENS, raw=False)
+    itself = EngineReference(engine.backend, engine.backend)
+    assert verify(engine, prompts, itself, max_new_tokens=TOKENS)[0].ok
+    original = Rows.find
+
+    def one_too_far(rows: Rows, slot: Any) -> Any:
+        found = original(rows, slot)
+        return found._replace(length=found.length + 1) if found.length else found
+
+    monkeypatch.setattr(Rows, "find", one_too_far)
+    report, _ = verify(engine, prompts, itself, max_new_tokens=TOKENS)
+    assert any("side by side" in finding for finding in report.findings)
 
 
 @pytest.mark.torch
