@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
+from nemodiff.builder import resources
 from nemodiff.cli import main
 from nemodiff.doctor import diagnose as doctor
 from nemodiff.doctor import packages
@@ -144,6 +145,20 @@ def test_little_disk_and_little_memory_are_wrong(monkeypatch: pytest.MonkeyPatch
     checks = diagnosed(monkeypatch, tmp_path)
     assert (checks["disk"].state, checks["memory"].state) == ("wrong", "wrong")
     assert "5.0 MiB free" in checks["disk"].found
+
+
+def test_memory_is_what_the_container_may_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    everything = resources.memory_free()
+    assert everything is not None
+    assert everything > 2**28
+    monkeypatch.setattr(resources, "_CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text(f"{200 * 2**20}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {40 * 2**20}\n")
+    (tmp_path / "memory.max").write_text(f"{256 * 2**20}\n")
+    check = diagnosed(monkeypatch, tmp_path)["memory"]
+    assert (check.state, check.found) == ("wrong", "96.0 MiB free")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert diagnosed(monkeypatch, tmp_path)["memory"].state == "ok"
 
 
 def test_packages_are_held_against_what_is_declared() -> None:
