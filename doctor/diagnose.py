@@ -90,10 +90,9 @@ def _gpus(found: dict[str, dict[str, Any]]) -> list[Check]:
     checks = [Check("NVIDIA driver", "ok", f"{driver['version'] or 'version unknown'}, for CUDA {driver['cuda']}")]
     sms = found["tensorrt_rtx"].get("sms", [])
     for number, gpu in enumerate(driver["gpus"]):
-        # TensorRT-RTX 1.7 ran on no SM 90 card (docs/log.md).
         runs = [
             *(["torch"] if found["torch"].get("gpus") else []),
-            *(["tensorrt-rtx"] if gpu["sm"] in sms and gpu["sm"] != 90 else []),
+            *(["tensorrt-rtx"] if gpu["sm"] in sms else []),
             *(["tensorrt"] if "version" in found["tensorrt"] else []),
         ]
         text = f"{gpu['name']}, SM {gpu['sm']}, {size_text(gpu['bytes'])}"

@@ -51,9 +51,10 @@ def triton() -> dict[str, Any]:
 
 def tensorrt_rtx() -> dict[str, Any]:
     """TensorRT-RTX, and the cards that it builds for."""
+    from ..plugins.tensorrt.api import buildable_sms
+
     module = importlib.import_module("tensorrt_rtx")
-    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
-    return {"version": module.__version__, "sms": sorted(int(name[2:]) for name in names if name.startswith("SM"))}
+    return {"version": module.__version__, "sms": buildable_sms(module)}
 
 
 def tensorrt() -> dict[str, Any]:

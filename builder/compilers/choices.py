@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ...contract import COMPILED, Backend
 from ...errors import BuildError
-from ...plugins.tensorrt.api import device_sm, load
+from ...plugins.tensorrt.api import RTX_SMS, device_sm, load
 
-RTX_SMS = (80, 86, 89, 120, 121)  # that TensorRT-RTX 1.7 compiles bf16 for; it knows no 90 and no 100
 DEFAULT_SMS = (80, 86, 89, 120)
 
 

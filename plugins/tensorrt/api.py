@@ -15,6 +15,7 @@ from .protocols import Builder, Network, Parser, Registry, Runtime
 
 MODULES: dict[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 INSTALL: dict[Backend, str] = {"tensorrt-rtx": "pip install 'nemodiff[trt]'", "tensorrt": "pip install tensorrt-cu13"}
+RTX_SMS = (80, 86, 89, 120, 121)  # of TensorRT-RTX 1.7 in bf16: 75 has none, and it knows no 90 and no 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,7 @@ class TensorRT:
 
     def sms(self) -> tuple[int, ...]:
         """Compute capabilities that can be built for without such a GPU; none where it must be the GPU at hand."""
-        names = getattr(getattr(self.module, "ComputeCapability", None), "__members__", ())
-        return tuple(sorted(int(name[2:]) for name in names if name.startswith("SM")))
+        return buildable_sms(self.module)
 
     def stream_writer(self, write: Callable[[memoryview], int]) -> Any:
         """An object the builder writes an engine to, piece by piece."""
@@ -106,6 +106,12 @@ def _logger(module: Any, messages: list[tuple[str, str]]) -> Any:
                 messages.append((kept[severity], text))
 
     return Logger()
+
+
+def buildable_sms(module: Any) -> tuple[int, ...]:
+    """See `TensorRT.sms`."""
+    names = getattr(getattr(module, "ComputeCapability", None), "__members__", ())
+    return tuple(sm for sm in RTX_SMS if f"SM{sm}" in names)
 
 
 def device_sm() -> int | None:

@@ -30,7 +30,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers import checks, compile, tensorrt
-from nemodiff.builder.compilers.choices import RTX_SMS, Choices
+from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.compilers.profiles import corners, shape
 from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.inspect import describe
@@ -39,7 +39,7 @@ from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import SAMPLED
-from nemodiff.plugins.tensorrt.api import device_sm, library_folder, load
+from nemodiff.plugins.tensorrt.api import RTX_SMS, device_sm, library_folder, load
 from nemodiff.tensorrt_info import Kernel, Profile
 
 pytestmark = [

@@ -20,13 +20,15 @@ from nemodiff.cli import main
 from nemodiff.doctor import diagnose as doctor
 from nemodiff.doctor import packages
 from nemodiff.doctor.check import Check
+from nemodiff.errors import EngineError
+from nemodiff.plugins.tensorrt.api import RTX_SMS, load
 
 ROOT = Path(__file__).parents[2]
 HEALTHY: dict[str, dict[str, Any]] = {
     "onnxruntime": {"version": "1.32.0"},
     "torch": {"version": "2.13.0", "cuda": "13.0", "gpus": ["NVIDIA L4"]},
     "triton": {"version": "3.9.0", "ptxas": "12.9"},
-    "tensorrt_rtx": {"version": "1.7.1.116", "sms": [80, 86, 89, 90, 120]},
+    "tensorrt_rtx": {"version": "1.7.1.116", "sms": [80, 86, 89, 120]},
     "tensorrt": {"missing": True},
     "driver": {"version": "580.159", "cuda": "13.0", "gpus": [{"name": "NVIDIA L4", "sm": 89, "bytes": 24 * 2**30}]},
 }
@@ -57,6 +59,12 @@ def test_a_card_that_nothing_here_can_use_is_named(monkeypatch: pytest.MonkeyPat
     assert "pip install torch" in checks["GPU 0"].remedy
     checks = diagnosed(monkeypatch, tmp_path, driver={"error": "cuInit fails with code 999"})
     assert (checks["NVIDIA driver"].state, checks["NVIDIA driver"].found) == ("wrong", "cuInit fails with code 999")
+
+
+def test_tensorrt_rtx_builds_for_what_a_build_takes() -> None:
+    """The library lists SM 75 too, for which it compiles no bf16."""
+    assert doctor._probe("tensorrt_rtx")["sms"] == list(RTX_SMS)
+    assert load("tensorrt-rtx", EngineError).sms() == RTX_SMS
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from nemodiff.builder.graph.graph import build_graph
 from nemodiff.builder.graph.vision import build_vision_graph
 from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError
-from nemodiff.plugins.tensorrt.api import device_sm
+from nemodiff.plugins.tensorrt.api import RTX_SMS, device_sm
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.images.decode import decode
@@ -123,8 +123,6 @@ def test_a_tower_that_is_missing_or_another_is_refused(
 @pytest.mark.skipif(device_sm() is None, reason="needs a GPU")
 def test_an_engine_that_sees_runs_on_this_gpu(tmp_path: Path) -> None:
     """Not yet run: TensorRT-RTX runs on no card that could be had."""
-    from nemodiff.builder.compilers.choices import RTX_SMS
-
     if device_sm() not in RTX_SMS:
         pytest.skip(f"TensorRT-RTX runs on SM {', '.join(map(str, RTX_SMS))}")
     checkpoint = write_vision_checkpoint(tmp_path / "checkpoint", dtype="bf16")
