@@ -72,7 +72,8 @@ from .options import PATH, json_output
 @click.option(
     "--max-input-len",
     type=int,
-    help=f"Allow this many tokens in one prefill pass; for the TensorRT backends. [default: {PREFILL_CHUNK}]",
+    help=f"Allow this many tokens in one prefill pass; for the TensorRT backends. "
+    f"[default: {PREFILL_CHUNK}, or --max-seq-len if less]",
 )
 @click.option(
     "--quantization",

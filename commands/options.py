@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +60,12 @@ OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False)
 # What a help text says besides, where the command line differs from other ways to give the option.
 _NOTES = {
     "logit_bias": "may be repeated",
-    "logprobs": "needs --json",
-    "confidences": "needs --json",
-    "prompt_logprobs": "needs --json",
     "json_schema": "give the schema itself or a file that holds it",
     "tools": "give the list itself or a file that holds it",
     "chat_template_kwargs": "give the object itself or a file that holds it",
 }
+# What an answer's text does not hold: said where a command can print one as JSON, and does not always.
+_NEED_JSON = dict.fromkeys(("logprobs", "confidences", "prompt_logprobs"), "needs --json")
 
 _FILES = ("json_schema", "tools", "chat_template_kwargs")  # options of JSON
 
@@ -185,7 +184,8 @@ class RequestCommand(click.Command):
 
         names = OPTIONS.keys() - {*WITHOUT_FLAG, *self._left_out} if self._kept is None else set(self._kept)
         shown = [option for option in OPTIONS.values() if option.name in names]
-        return [click.Option([_declaration(option), option.name], **_attributes(option)) for option in shown]
+        notes = _NOTES | _NEED_JSON if any(param.name == "as_json" for param in self.params) else _NOTES
+        return [click.Option([_declaration(option), option.name], **_attributes(option, notes)) for option in shown]
 
 
 def _given(ctx: click.Context, name: str) -> bool:
@@ -231,9 +231,9 @@ def _declaration(option: Option) -> str:
     return f"{on}/--no-{on.removeprefix('--')}" if option.type is bool and option.default else on
 
 
-def _attributes(option: Option) -> dict[str, Any]:
+def _attributes(option: Option, notes: Mapping[str, str]) -> dict[str, Any]:
     help = option.help.text
-    note = "may be repeated" if option.many else _NOTES.get(option.name)
+    note = "may be repeated" if option.many else notes.get(option.name)
     if option.most is not None:
         note = f"may be repeated, {option.most}"
     if note is not None:

@@ -28,6 +28,12 @@ def test_choices_are_shown_as_everything_else_spells_them() -> None:
     assert "fp8-dynamic" not in told.stdout
 
 
+def test_help_names_a_flag_only_where_it_is() -> None:
+    for command in ("run", "batch", "chat", "eval"):
+        told = CliRunner().invoke(main, [command, "--help"]).stdout
+        assert ("needs --json" in " ".join(told.split())) == (command == "run")
+
+
 def test_every_help_text_is_one_sentence() -> None:
     for option in OPTIONS.values():
         text = option.help.text
