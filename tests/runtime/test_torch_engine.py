@@ -59,7 +59,9 @@ from nemodiff.runtime.engines.torch.flat import (
 )
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
+from nemodiff.runtime.engines.torch.plain import Sight, attend
 from nemodiff.runtime.engines.torch.step import Step
+from nemodiff.runtime.engines.torch.stored import Stored
 
 pytestmark = pytest.mark.torch
 
@@ -514,6 +516,22 @@ def test_a_short_engine_has_room_for_the_largest_pass(tmp_path: Path) -> None:
     assert without_times(answers[0]) == without_times(answers[1])
     filled = [nemodiff.fill(e, ["3", 7, "4"], prompt=prompt, width=64) for e in (engine, other)]
     assert filled[0].token_ids == filled[1].token_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_of_a_token_alone_has_the_bits_of_a_pass_of_many(dtype: torch.dtype) -> None:
+    """Else a near tie would be decided by the size of its pass, and self-speculation leave ar's text."""
+    count, pages = 40, torch.arange(2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        held = torch.randn(2, 2, 2, PAGE, 64, generator=generator).to(dtype)
+        keys, values = (Stored(part, None) for part in held)
+        q = torch.randn(count, 4, 64, generator=generator).to(dtype)
+        slots, seen = torch.arange(2 * PAGE), torch.arange(60, 60 + count)
+        mask = torch.where(slots <= seen[:, None], 0.0, -torch.inf).to(dtype)
+        many = attend(q, keys, values, [Sight(0, count, pages, mask)])
+        alone = attend(q, keys, values, [Sight(i, i + 1, pages, mask[i : i + 1]) for i in range(count)])
+        assert torch.equal(many, alone)
 
 
 def test_memory_for_pages(tiny: Pair) -> None:

@@ -72,7 +72,8 @@ def _mask(visible: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
 def attend(q: Tensor, keys: Stored, values: Stored, seen: Sequence[Sight]) -> Tensor:
     """Attention of q (N, H, D) over what is stored, (N, H D).
 
-    The query heads that share a key/value head are packed with the queries.
+    The query heads that share a key/value head are packed with the queries. In 16 bits a token alone is attended twice,
+    since torch sums a single query's products in another order: so it has the same bits as in a pass of many.
     """
     import torch
     from torch.nn import functional
@@ -83,9 +84,12 @@ def attend(q: Tensor, keys: Stored, values: Stored, seen: Sequence[Sight]) -> Te
     for begin, end, pages, mask in seen:
         k, v = (stored.get(pages, q.dtype) for stored in (keys, values))
         k, v = (p.transpose(0, 1).reshape(1, groups, -1, width) for p in (k, v))  # (1, G, slots, D)
-        packed = q[begin:end].transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
+        queries = q[begin:end]
+        if end - begin == 1 and q.dtype != torch.float32:
+            queries, mask = queries.repeat(2, 1, 1), mask.repeat(2, 1)
+        packed = queries.transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
         y = functional.scaled_dot_product_attention(packed, k, v, mask.repeat(heads // groups, 1), scale=width**-0.5)
-        parts.append(y.view(heads, end - begin, width).transpose(0, 1).flatten(1))
+        parts.append(y.view(heads, len(queries), width).transpose(0, 1)[: end - begin].flatten(1))
     return torch.cat(parts)
 
 
