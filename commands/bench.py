@@ -40,9 +40,7 @@ from .inputs import spare_inputs
     "--input-len",
     type=click.IntRange(1),
     multiple=True,
-    default=[512],
-    show_default=True,
-    help="Measure the prefill of this many tokens; may be repeated.",
+    help="Measure the prefill of this many tokens; may be repeated. [default: 512, or as many as the engine takes]",
 )
 @click.option(
     "--input-file",
@@ -117,7 +115,7 @@ def bench(
         chosen["prompts"] = _prompts(input_file)
     plan = measured.Plan(
         concurrency=concurrency,
-        input_lens=input_len,
+        input_lens=input_len or None,
         max_new_tokens=max_new_tokens,
         block_length=_block(block_length),
         rounds=repetitions,

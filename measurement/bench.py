@@ -21,6 +21,7 @@ from .round import Request, Round, serve
 
 WAYS = (*MODES, AUTO)
 _CURVE_SECONDS = 3.0  # for the curve to begin with
+_INPUT_LEN = 512
 # Used where no prompts are given: short and long answers, words, numbers and code.
 PROMPTS = (
     "Count from 3 to 12.",
@@ -36,14 +37,15 @@ PROMPTS = (
 class Plan:
     """What is measured.
 
-    input_lens: prompt tokens of the prefill tests. concurrency: requests at a time, each a test of every mode. rounds
-    come after `warmup` others, which are dropped. Raises RequestError where that would be nothing.
+    input_lens: prompt tokens of the prefill tests, None: 512, or as many as all engines take. concurrency: requests at
+    a time, each a test of every mode. rounds come after `warmup` others, which are dropped. Raises RequestError where
+    that would be nothing.
     """
 
     prompts: Sequence[Prompt] = PROMPTS
     modes: Sequence[str] = WAYS
     concurrency: Sequence[int] = (1,)
-    input_lens: Sequence[int] = (512,)
+    input_lens: Sequence[int] | None = None
     max_new_tokens: int = 64
     block_length: int | str | None = None
     rounds: int = 5
@@ -52,11 +54,13 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("prompts", "modes", "concurrency", "input_lens"):
             value = getattr(self, name)
+            if name == "input_lens" and value is None:
+                continue
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise RequestError(f"{name} is {value!r:.60}, allowed: a list")
         if not self.prompts:
             raise RequestError(f"prompts is {self.prompts!r}, allowed: one or more")
-        for length in self.input_lens:
+        for length in self.input_lens or ():
             Range(1).check("input_lens", length, int)
         Range(1).check("rounds", self.rounds, int)
         Range(0).check("warmup", self.warmup, int)
@@ -85,7 +89,7 @@ def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
     check_engine(engine)
     rng, model = random.Random(0), engine.info.model
     planned = []
-    for length in dict.fromkeys(plan.input_lens):
+    for length in dict.fromkeys(plan.input_lens or ()):
         limit = engine.info.build.max_seq_len - 1
         if length > limit:
             raise RequestError(f"input_len is {length}, allowed: 1 to {limit}; give a shorter one with --input-len")
@@ -125,7 +129,19 @@ def bench(
     `report` is told what is measured next. Raises RequestError.
     """
     load = os.getloadavg()[0]
-    planned = [tests(engine, plan) for engine in engines]
+    for engine in engines:
+        check_engine(engine)
+    if plan.input_lens is None:
+        most = (engine.info.build.max_seq_len - 1 for engine in engines)
+        plan = dataclasses.replace(plan, input_lens=(min(_INPUT_LEN, *most),))
+    planned = []
+    for engine, name in zip(engines, names(engines), strict=True):
+        try:
+            planned.append(tests(engine, plan))
+        except RequestError as error:
+            if len(engines) == 1:
+                raise
+            raise RequestError(f"{name}: {error}") from None
     for engine, name in zip(engines, names(engines), strict=True):
         report(f"cost curve of {name}")
         engine.cost.begin(measure(engine.backend, _CURVE_SECONDS))

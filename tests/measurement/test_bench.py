@@ -133,6 +133,17 @@ def test_the_table_says_what_an_engine_is(tmp_path: Path) -> None:
     assert "\nengine: onnxruntime, f32 with int8 projections, on " in text
 
 
+def test_a_short_engine_is_measured_as_far_as_it_goes_and_named_where_it_is_not(engine: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    short = Builder(checkpoint, tmp_path / "short", max_seq_len=120, max_batch_size=1).run()
+    words = ["--threads", "1", "-r", "1", "--max-new-tokens", "4", "--mode", "ar", "--no-keep"]
+    assert re.search(r"\npp119 +1 ", output_of("bench", str(short), *words))
+    both = ["bench", str(engine), "--compare", str(short), *words]
+    assert output_of(*both).count("\npp119 ") == 3
+    result = CliRunner().invoke(main, [*both, "--concurrency", "2"])
+    assert "Error: short: rows is 2, allowed: 1 to 1; " in result.stderr
+
+
 def test_engines_in_folders_of_the_same_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(engine, tmp_path / "other" / engine.name))
     text = output_of("bench", str(engine), "--compare", str(other), *SHORT, "--mode", "ar", "--no-keep")
