@@ -40,7 +40,8 @@ _BLOCKS = 12
     "prompts",
     type=TEXT,
     multiple=True,
-    help="Use this prompt; may be repeated. [default: six built-in ones]",
+    help="Use this prompt; may be repeated; one too long for the engine loses its beginning. [default: six built-in "
+    "ones]",
 )
 @click.option("--raw", is_flag=True, help="Take the prompts as they are, without the chat template.")
 @click.option(
