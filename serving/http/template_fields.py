@@ -30,14 +30,15 @@ def _kind(choice: Any) -> str:
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
     if kind == "allowed_tools":
         return "allowed"
-    return "name" if isinstance(choice, dict | NamedTool) else "word"
+    return "name" if isinstance(choice, dict | Body) else "word"
 
 
+CHOICE = Discriminator(_kind)  # of `tool_choice`: a word, the name of a tool, or several allowed ones
 ToolChoice = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag("word")]
     | Annotated[NamedTool, Tag("name")]
     | Annotated[AllowedTools, Tag("allowed")],
-    Discriminator(_kind),
+    CHOICE,
 ]
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from ....errors import RequestError
 from ....runtime.text.checks import check_json
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
+from ..template_fields import CHOICE
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
 from .responses_tools import AllowedTools, Tools, joined, plain
@@ -51,13 +52,6 @@ class Reasoning(ConversationPart):
     effort: str | None = None
 
 
-def _choice_kind(choice: Any) -> str:
-    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    if kind == "allowed_tools":
-        return "allowed"
-    return "name" if isinstance(choice, dict | NamedFunction) else "word"
-
-
 class Responses(DialectBody):
     """A conversation that waits for its next turn, in the words of OpenAI's Responses API."""
 
@@ -71,7 +65,7 @@ class Responses(DialectBody):
         Annotated[Literal["auto", "none", "required"], Tag("word")]
         | Annotated[NamedFunction, Tag("name")]
         | Annotated[AllowedTools, Tag("allowed")],
-        Discriminator(_choice_kind),
+        CHOICE,
     ] = "auto"
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
