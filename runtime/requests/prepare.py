@@ -97,6 +97,8 @@ def _check(engine: LoadedEngine, prompt: Prompt, options: Options) -> _Checked:
     begun = _beginning(prompt, options)
     if begun is not None and not opened:
         opened = marks.left_open_by(begun)
+    if opened:  # by the template or the beginning, whether that was asked for or not
+        options = dataclasses.replace(options, thinking=True)
     # Models with brackets think unasked.
     thinks = options.thinking or (options.chat and marks is BRACKETS)
     ignored = None

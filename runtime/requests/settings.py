@@ -240,6 +240,11 @@ def _grammar(
     for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):
         if getattr(o, name):
             raise RequestError(f"{name} could leave no way to follow the {kind}; use one of them")
+    if o.thinking and text.end_think is None:
+        raise RequestError(
+            f"the {kind} would begin after the thoughts, whose end, {text.thoughts.close}, is no token of this "
+            "tokenizer; leave thinking out"
+        )
     grammar = GRAMMARS.get(text.source, info.model.vocab_size, info.model.eos_ids, kind, source, o.strict_schema)
     return grammar, (*warnings, *grammar.warnings)
 
