@@ -69,6 +69,8 @@ def evaluate(
     from ..evaluation.table import table
     from ..runtime.loading import load
 
+    if choices["thinking"] and not apply_chat_template:
+        raise click.UsageError("--thinking needs the chat template; give --apply-chat-template too")
     if modes:
         unused: tuple[str, ...] = options.UNUSED_IN_AR if {*modes} == {"ar"} else ()
         unused += OF_DIFFUSION if "diffusion" not in modes else ()

@@ -55,7 +55,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         engine: from `load`.
         rows: requests at a time.
         chat: whether texts come from `apply_chat_template`, so that special tokens in them are tokens.
-        thinking: whether the chat template opens a think block; thoughts are no part of an answer.
+        thinking: whether the chat template lets the model think; thoughts are no part of a chat's answer.
     """
 
     def __init__(self, engine: LoadedEngine, *, rows: int, chat: bool = False, thinking: bool = False) -> None:
@@ -117,7 +117,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         def prepared() -> Iterator[Request]:
             for number, request in enumerate(requests):
                 context, settings = request.args
-                chosen = {**_options(settings), **self.options, "chat": False}
+                chosen = {**_options(settings), **self.options, "chat": self._chat}
                 if chosen.get("temperature"):  # a question that a task asks several times is answered anew
                     chosen["seed"] = chosen.get("seed", 0) + number
                 options = make_options(chosen)
@@ -136,7 +136,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         progress = tqdm(answers(events), total=len(requests), desc="answering", disable=disable_tqdm or None)
         for request, answer in zip(requests, progress, strict=True):
             self.work.setdefault(request.task_name or "", Work()).add(answer)
-            said.append(answer.content if self._thinking else answer.text)
+            said.append(answer.content)
         return said
 
     def _loglikelihood_tokens(

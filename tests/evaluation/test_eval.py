@@ -18,6 +18,7 @@ from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.http_server import serving
 
 import nemodiff
+from nemodiff.builder.build import Builder
 from nemodiff.cli import main
 
 pytestmark = pytest.mark.eval
@@ -128,6 +129,25 @@ def test_lm_evals_client_of_the_server_gives_the_same(
         rolling = outside.loglikelihood_rolling(texts, True)
         assert rolling == pytest.approx(inside.loglikelihood_rolling(texts), abs=1e-2)
         assert outside.generate_until(prompts, True) == inside.generate_until(prompts)
+
+
+@pytest.fixture
+def thinker(tmp_path: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(Builder(TINY_CHAT.with_name("tiny-chat-2"), tmp_path / "engine").run(), threads=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_thoughts_are_no_part_of_an_answer(thinker: nemodiff.LoadedEngine, mode: str) -> None:
+    from nemodiff.evaluation.lm import EngineLM
+
+    question = "Count from 3 to 9."
+    answer = nemodiff.generate(thinker, question, mode=mode, thinking=True)
+    assert "9" in answer.reasoning
+    lm = EngineLM(thinker, rows=2, chat=True, thinking=True)
+    lm.options = {"mode": mode, "thinking": True}
+    prompt = lm.apply_chat_template([{"role": "user", "content": question}])
+    asked: list[Any] = [_Instance(prompt, {"until": until, "max_gen_toks": 96}) for until in ([], ["9"])]
+    assert lm.generate_until(asked) == [answer.content, answer.content.partition("9")[0]]
 
 
 def test_the_table_has_a_column_for_every_mode(evaluation: Mapping[str, Any]) -> None:
@@ -251,6 +271,11 @@ def test_tasks_that_cannot_be_had_are_one_line(
 def test_rows_beyond_the_engine_are_refused(tiny_engine: Path, tasks: Path, refused: Refused, rows: str) -> None:
     words = ["eval", str(tiny_engine), "--tasks", str(tasks / "tiny_chat_2_answers.yaml"), "--batch-size", rows]
     refused(words, f"rows is {rows}, allowed: 1 to 8", "--max-batch-size")
+
+
+def test_thinking_needs_the_chat_template(tiny_engine: Path, refused: Refused) -> None:
+    words = ["eval", str(tiny_engine), "--tasks", "x", "--thinking"]
+    refused(words, "--thinking needs the chat template; give --apply-chat-template too", code=2)
 
 
 def test_choices_that_no_mode_has_are_warned_of(tiny_engine: Path) -> None:
