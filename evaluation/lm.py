@@ -143,7 +143,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = []
-        for _texts, context, continuation in requests:
+        for texts, context, continuation in requests:
+            # lm-eval cuts the encoded whole where the context would end, and one token may hold the rest.
+            continuation = continuation or self._text.encode_plain(texts[1])
             room = self._limit - len(continuation)
             pairs.append((tuple(context[-room:]), tuple(continuation)))
         scores = self._scored(pairs, disable_tqdm)

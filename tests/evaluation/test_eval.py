@@ -131,6 +131,16 @@ def test_lm_evals_client_of_the_server_gives_the_same(
         assert outside.generate_until(prompts, True) == inside.generate_until(prompts)
 
 
+def test_a_continuation_that_is_one_token_with_its_context_is_scored(engine: nemodiff.LoadedEngine) -> None:
+    from nemodiff.evaluation.lm import EngineLM
+
+    whole, (begin,), (end,) = (engine.text.encode_plain(text) for text in ("er", "e", "r"))
+    assert len(whole) == 1
+    pairs: list[Any] = [_Instance("e", "r"), _Instance("e", "")]
+    score = nemodiff.score(engine, [begin], [[end]])[0]
+    assert EngineLM(engine, rows=1).loglikelihood(pairs) == [(score.logprob, score.greedy), (0.0, True)]
+
+
 @pytest.fixture
 def thinker(tmp_path: Path) -> nemodiff.LoadedEngine:
     return nemodiff.load(Builder(TINY_CHAT.with_name("tiny-chat-2"), tmp_path / "engine").run(), threads=1)
