@@ -48,6 +48,8 @@ class PromptImages:
     def __init__(self, placed: Sequence[Placed], sight: See) -> None:
         self._placed = placed
         self._sight = sight
+        # Of the image that a prefill has reached the middle of: others' images may take its place in `sight` meanwhile.
+        self._begun: tuple[Image, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self._placed)
@@ -75,8 +77,11 @@ class PromptImages:
         for image, pads in self._placed:
             first, last = np.searchsorted(pads, (start, end)).tolist()
             if first < last:
+                begun = self._begun
+                seen = begun[1] if begun is not None and begun[0] is image else self._sight(image)
+                self._begun = (image, seen) if last < len(pads) else None
                 indices.append(pads[first:last] - start)
-                embeddings.append(self._sight(image)[first:last])
+                embeddings.append(seen[first:last])
         if not indices:
             return None
         return np.concatenate(indices).astype(np.int32), np.concatenate(embeddings)

@@ -27,6 +27,7 @@ from nemodiff.errors import BuildError, CheckpointError, RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
 from nemodiff.runtime.engines.torch.step import Step
+from nemodiff.runtime.images import sight
 from nemodiff.runtime.images.decode import decode
 from nemodiff.runtime.images.image import MEAN, STD, Image, make_image
 from nemodiff.runtime.loading import LoadedEngine
@@ -214,6 +215,30 @@ def test_what_was_seen_is_remembered(engine: LoadedEngine) -> None:
     image = seen(engine, picture(16, 16, 7))
     first = engine.sight(image)
     assert engine.sight(seen(engine, picture(16, 16, 7))) is first
+
+
+def test_an_image_is_seen_once_however_many_passes_it_takes(
+    engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[int]()
+    monkeypatch.setattr(sight, "KEPT_BYTES", 1)  # two prompts at a time drive each other's image out
+
+    def see(image: Image) -> np.ndarray:
+        looks.append(image.tokens)
+        return engine.backend.see(image)
+
+    fresh = dataclasses.replace(engine)
+    fresh.__dict__["sight"] = sight.Sight(see)
+    asks = [asked(picture(64, 64, seed), picture(64, 64, seed + 1)) for seed in (1, 3)]
+    prompts, whole = ([prepare(one, ask, Options()) for ask in asks] for one in (fresh, engine))
+    for start in range(0, len(prompts[0].prompt), 7):
+        for one, other in zip(prompts, whole, strict=True):
+            assert one.images is not None
+            assert other.images is not None
+            found, expected = one.images.within(start, start + 7), other.images.within(start, start + 7)
+            for left, right in zip(found or (), expected or (), strict=True):
+                np.testing.assert_array_equal(left, right)
+    assert len(looks) == 4
 
 
 def test_text_alone_needs_no_image(checkpoint: Path, engine: LoadedEngine) -> None:
