@@ -23,7 +23,7 @@ _FIXED: dict[str, tuple[object, object]] = {
 }
 _IGNORED = """
     attention_dropout initializer_range torch_dtype dtype architectures transformers_version _name_or_path
-    _attn_implementation attn_implementation rope_theta
+    _attn_implementation attn_implementation
 """
 
 
@@ -127,11 +127,19 @@ def parse_vision(outer: Fields) -> VisionConfig:
 
 
 def _rope_theta(fields: Fields) -> float:
+    """`rope_theta`, which may stand in `rope_parameters` or in `rope_scaling` (its older name) too."""
     rope: Any = fields.get("rope_parameters") or fields.get("rope_scaling")
+    outside = fields.positive("rope_theta", 10000.0)
     if rope is None:
-        return fields.positive("rope_theta", 10000.0)
+        return outside
     if not isinstance(rope, Mapping):
         raise fields.fail("rope_parameters", rope, "an object with rope_theta")
     inner = Fields(f"{fields.where}: rope_parameters", rope)
-    inner.one_of("rope_type", ("axial", "default"), "default")
-    return inner.positive("rope_theta", fields.positive("rope_theta", 10000.0))
+    kind = inner.one_of("rope_type", ("axial", "default"), inner.get("type", "default"))
+    theta = inner.positive("rope_theta", outside)
+    if theta != outside and fields.values.get("rope_theta") is not None:
+        raise inner.fail("rope_theta", theta, f"the {outside:g} of rope_theta beside it")
+    for key in set(rope) - inner.read:
+        if rope[key] is not None:
+            raise inner.fail(key, rope[key], f"no such field for rope_type {kind!r}")
+    return theta

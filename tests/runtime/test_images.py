@@ -18,7 +18,7 @@ from oracle.reference_model import ReferenceModel
 from PIL import Image as Pillow
 from safetensors.numpy import load_file, save_file
 from stand_ins.messages import asked
-from stand_ins.vision import as_bytes, picture, write_vision_checkpoint
+from stand_ins.vision import VISION, as_bytes, picture, write_vision_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -477,6 +477,9 @@ def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_pa
         ({"vision_feature_layer": -2}, "vision_feature_layer is -2"),
         ({"spatial_merge_size": 0}, "spatial_merge_size is 0"),
         ({"spatial_merge_size": 3}, "has shape"),
+        ({"vision_config": VISION | {"rope_parameters": {"rope_theta": 5.0}}}, "allowed: the 10000 of rope_theta"),
+        ({"vision_config": VISION | {"rope_parameters": {"factor": 4.0}}}, "factor is 4.0"),
+        ({"vision_config": VISION | {"rope_parameters": {"type": "yarn"}}}, "rope_type is 'yarn'"),
         ({"architectures": ["NemotronLabsDiffusionModel"]}, "model_type"),
     ],
 )
