@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,16 @@ def _part(part: Any, sources: list[Any]) -> dict[str, Any]:
     source = part.get(kind)
     if kind == "image_url":
         source = _from_data_url(source.get("url") if isinstance(source, Mapping) else source, name)
-    if not isinstance(source, (str, bytes, Path)) and type(source).__module__.partition(".")[0] != "PIL":
+    if not isinstance(source, (str, bytes, Path)) and not _is_picture(source):
         raise RequestError(f"{name} is {source!r:.80}, allowed: {_ALLOWED}")
     sources.append(source)
     return {"type": "image"}
+
+
+def _is_picture(source: Any) -> bool:
+    """Whether something is a Pillow image; where Pillow was not imported, nothing is."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(source, pillow.Image)
 
 
 def read_images(engine: LoadedEngine, sources: Sequence[Any]) -> list[Image]:

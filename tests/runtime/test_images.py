@@ -16,6 +16,7 @@ from conftest import output_of
 from oracle import reference
 from oracle.reference_model import ReferenceModel
 from PIL import Image as Pillow
+from PIL import ImageDraw
 from safetensors.numpy import load_file, save_file
 from stand_ins.messages import asked
 from stand_ins.vision import VISION, as_bytes, picture, write_vision_checkpoint
@@ -393,6 +394,7 @@ def test_no_more_images_are_decoded_than_a_prompt_can_hold(tmp_path: Path, check
     [
         ([{"type": "image", "image": "/nowhere.png"}], "/nowhere.png: cannot be read"),
         ([{"type": "image", "image": 3}], "image 1 is 3"),
+        ([{"type": "image", "image": ImageDraw.Draw(picture(4, 4))}], "image 1 is <PIL"),
         ([{"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}], "allowed: data:image"),
         ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,*"}}], "no base64"),
         ([{"type": "image_url"}], "the URL is None"),
