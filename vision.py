@@ -62,10 +62,14 @@ class VisionConfig:
             width, height = round(width / ratio), round(height / ratio)
         return -(-max(width, 1) // self.cell), -(-max(height, 1) // self.cell)
 
-    def tokens(self, width: int, height: int) -> int:
-        """Tokens in a prompt of an image of so many pixels, which is not scaled: pads, breaks, start and end."""
-        columns, rows = self.grid(width, height, max(width, height))
+    def tokens(self, width: int, height: int, limit: int) -> int:
+        """Tokens in a prompt of an image of so many pixels, see `grid`: pads, breaks, start and end."""
+        columns, rows = self.grid(width, height, limit)
         return columns * rows + rows - 1 + 2
+
+    def most_tokens(self, limit: int) -> int:
+        """Tokens of an image that is as large as it may be."""
+        return self.tokens(limit, limit, limit)
 
     def parameters(self, text_size: int) -> int:
         """Number of weights of tower and projector; `text_size` is the decoder's hidden size."""

@@ -82,7 +82,7 @@ def _images(info: EngineInfo) -> dict[str, Any] | None:
         "hidden_size": vision.hidden_size,
         "patch_size": vision.patch_size,
         "max_image_size": size,
-        "max_tokens": vision.tokens(size, size),
+        "max_tokens": vision.most_tokens(size),
     }
 
 

@@ -172,7 +172,7 @@ def make_plan(
         checkpoint_bytes=sum(tensor.nbytes for tensor in tensors),
         parameters=model.parameters,
         vision_parameters=seeing,
-        image_tokens=model.vision.tokens(build.max_image_size, build.max_image_size) if model.vision else 0,
+        image_tokens=model.vision.most_tokens(build.max_image_size) if model.vision else 0,
         patches=patches,
         adapter_rank=adapter.rank if adapter else 0,
         weight_bytes=weight_bytes,

@@ -9,6 +9,7 @@ import click
 
 from ..engine_folder import CONFIG_FILE, MANIFEST_FILE, is_engine
 from ..engine_info import read_engine
+from ..runtime.images.decode import MOST_BYTES
 from ..runtime.text.files import STDIN, read_text
 
 
@@ -21,10 +22,10 @@ def read_stdin(missing: str) -> str:
 
 
 def read_stdin_bytes() -> bytes:
-    """All of standard input, an image."""
+    """All of standard input, an image, or more of it than an image may have."""
     if sys.stdin is None or sys.stdin.isatty():
         raise click.UsageError("--image - reads standard input; give it an image file")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
 
 
 def spare_inputs(output: Path | None, *read: Path | str | None) -> None:

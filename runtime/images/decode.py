@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MOST_BYTES = 64 * 2**20  # of a file
 MOST_PIXELS = 2**26  # of a picture, 192 MiB as RGB: a file of a few bytes can say that it holds any number
+MOST_SCANS = 100  # of a JPEG: each is a walk over all pixels, which 100 bytes can ask for; encoders make about ten
+_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd8\xff]")  # of those that have a length behind them, or the end
+_SCAN, _END = 0xDA, 0xD9
 
 
 def decode(source: str | Path | bytes | Picture, name: str = "image") -> np.ndarray:
@@ -36,6 +40,10 @@ def decode(source: str | Path | bytes | Picture, name: str = "image") -> np.ndar
     data = source if isinstance(source, bytes) else _read(Path(source))
     if isinstance(source, (str, Path)):
         name = str(source)
+    if len(data) > MOST_BYTES:
+        raise RequestError(f"{name}: more than {MOST_BYTES:,} bytes, allowed of an image: up to that; make it smaller")
+    if data.startswith(b"\xff\xd8") and _scans(data) > MOST_SCANS:
+        raise RequestError(f"{name}: more than {MOST_SCANS} scans, allowed of a JPEG: up to that; save it anew")
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -48,13 +56,23 @@ def decode(source: str | Path | bytes | Picture, name: str = "image") -> np.ndar
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            return file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RequestError(f"{path}: cannot be read ({reason}); give the path of an image file") from None
-    if len(data) > MOST_BYTES:
-        raise RequestError(f"{path}: more than {MOST_BYTES:,} bytes, allowed of an image: up to that; make it smaller")
-    return data
+
+
+def _scans(data: bytes) -> int:
+    """The scans of a JPEG's first picture, not counted further than it takes to refuse it."""
+    scans, at = 0, 2
+    while scans <= MOST_SCANS and (found := _MARKER.search(data, at)) is not None:
+        at = found.end()
+        marker = data[at - 1]
+        if marker == _END:
+            break
+        scans += marker == _SCAN
+        at += max(int.from_bytes(data[at : at + 2]), 2)  # of the segment, its own two bytes included
+    return scans
 
 
 def _pixels(picture: Picture, name: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from ..images.sight import Placed, PromptImages
 from ..loading import LoadedEngine
 from ..text.messages import Message
 
+MOST_PIXELS = 2**28  # of the images of a prompt: 22 photos, or so many seconds of decoding
 _ALLOWED = 'text, {"type": "image", "image": PATH, bytes or a Pillow image} or {"type": "image_url"} with a data URL'
 
 
@@ -96,15 +97,24 @@ def read_images(engine: LoadedEngine, sources: Sequence[Any]) -> list[Image]:
         raise RequestError("the prompt has an image, which this model cannot see; use an engine of a model that sees")
     build = engine.info.build
     images: list[Image] = []
-    tokens = 0
+    tokens = pixels = 0
     for number, source in enumerate(sources, 1):
-        images.append(make_image(decode(source, f"image {number}"), vision, build.max_image_size))
-        tokens += images[-1].tokens
-        if tokens > build.max_seq_len:  # here, before any number of further ones is decoded
+        picture = decode(source, f"image {number}")
+        height, width = picture.shape[:2]
+        tokens += vision.tokens(width, height, build.max_image_size)
+        pixels += width * height
+        # Both here, before it is made any larger and before any number of further ones is decoded.
+        if pixels > MOST_PIXELS:
+            raise RequestError(
+                f"image {number} brings the prompt to {pixels:,} pixels, allowed of all its images: up to "
+                f"{MOST_PIXELS:,}; send fewer or smaller images"
+            )
+        if tokens > build.max_seq_len:
             raise RequestError(
                 f"image {number} brings the prompt to {tokens} tokens or more, allowed: the engine's max_seq_len, "
                 f"{build.max_seq_len}; send fewer or smaller images"
             )
+        images.append(make_image(picture, vision, build.max_image_size))
     return images
 
 

@@ -32,6 +32,7 @@ from nemodiff.runtime.images import sight
 from nemodiff.runtime.images.decode import decode
 from nemodiff.runtime.images.image import MEAN, STD, Image, make_image
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.runtime.requests import image_parts
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 
@@ -126,8 +127,8 @@ def test_the_grid_of_the_released_sizes(size: tuple[int, int], grid: tuple[int, 
     released = VisionConfig(1024, 24, 4096, 16, 64, 14, 1540, "silu", 10000.0, 2)
     assert released.default_max_image_size == 1400
     assert released.grid(*size, 1400) == grid
-    assert released.tokens(1400, 1400) == 2500 + 49 + 2
-    assert released.tokens(28, 56) == 5
+    assert released.tokens(1400, 1400, 1400) == 2500 + 49 + 2
+    assert released.tokens(28, 56, 1400) == 5
 
 
 def test_an_image_is_rows_of_pads_between_start_and_end(engine: LoadedEngine) -> None:
@@ -328,7 +329,23 @@ def hostile() -> list[tuple[str, bytes]]:
         ("tiff", as_bytes(picture(4, 4), "TIFF")),
         ("bomb", bytes(bomb)),
         ("broken jpeg", as_bytes(picture(30, 30), "JPEG")[:60]),
+        ("long", png + bytes(64 * 2**20)),
+        ("scans", with_scans(200)),
     ]
+
+
+def with_scans(count: int) -> bytes:
+    """A progressive JPEG with that many scans more than its encoder has made."""
+    data = as_bytes(Pillow.new("L", (600, 600), 77), "JPEG", progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * count + data[-2:]
+
+
+def test_a_jpeg_may_have_many_scans_and_what_looks_like_them() -> None:
+    decode(with_scans(80))
+    scans = b"\xff\xda" * 200
+    plain = as_bytes(Pillow.new("L", (6, 6), 77), "JPEG", progressive=True, comment=scans)
+    assert scans in plain  # as thumbnails are in a picture's head
+    decode(plain + scans)  # and a film behind it
 
 
 @pytest.mark.parametrize(("name", "data"), hostile(), ids=[name for name, _ in hostile()])
@@ -387,6 +404,26 @@ def test_no_more_images_are_decoded_than_a_prompt_can_hold(tmp_path: Path, check
     short = nemodiff.load(Builder(checkpoint, tmp_path / "engine", max_seq_len=100).run())
     with pytest.raises(RequestError, match="image 2 brings the prompt to 146 tokens"):
         prepare(short, asked(picture(64, 64), picture(64, 64), "never looked at"), Options())
+
+
+def test_no_more_pixels_are_decoded_than_a_prompt_may_have(
+    engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_parts, "MOST_PIXELS", 2 * 20_000)
+    strip = picture(20_000, 1)
+    assert prepare(engine, asked(strip, strip), Options()).images is not None
+    with pytest.raises(RequestError, match="image 3 brings the prompt to 40,001 pixels"):
+        prepare(engine, asked(strip, strip, picture(1, 1), "never looked at"), Options())
+
+
+def test_a_picture_of_another_class_is_one(engine: LoadedEngine) -> None:
+    class Photo(Pillow.Image):
+        pass
+
+    photo = Photo()
+    photo.im, photo._mode, photo._size = (source := picture(24, 16)).im, source.mode, source.size
+    one, other = (prepare(engine, asked(image), Options()) for image in (photo, source))
+    assert one.keys == other.keys
 
 
 @pytest.mark.parametrize(
