@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -230,10 +231,9 @@ class Worker:
         handle.end(error if isinstance(error, NemodiffError) else _one_line(error))
 
     def _abandon(self, error: Exception) -> None:
-        """Fail all that run, and the cache with them; those that wait get a new one."""
+        """Fail all that run, and give the cache back; those that wait get a new one."""
         with self._changed:
-            self._past = self._counts()
-            self._batch = None
+            self._give_back()
         for handle in list(self._running.values()):
             self._fail(handle, error)
 
@@ -244,10 +244,11 @@ class Worker:
             self._give_back()
 
     def _give_back(self) -> None:
-        if self._batch is not None:
+        if (batch := self._batch) is not None:
             self._past = self._counts()
-            self._batch.close()
             self._batch = None
+            with contextlib.suppress(Exception):  # a broken engine may refuse that, too
+                batch.close()
 
     def _counts(self) -> Counts:
         """Of all batches so far."""

@@ -7,6 +7,7 @@ query sees, so a page that is shared, copied or given away wrongly changes an an
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import time
 from pathlib import Path
@@ -355,6 +356,29 @@ def test_who_waits_for_pages_can_be_cancelled(real: nemodiff.LoadedEngine, ends:
         assert handle.result(5).finish_reason == "cancelled"
     other.close()
     assert backend(engine).pages.free == 6
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_failed_engine_gives_all_pages_back_at_once(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, ahead: bool
+) -> None:
+    """Else who comes next would wait for them until Python happens to look for garbage."""
+    engine = paged(real, 12, ahead=ahead)
+    gc.disable()
+    try:
+        with nemodiff.Scheduler(engine, rows=2) as scheduler:
+            backend(engine).said = dict.fromkeys(range(500), 200)  # no EOS
+            for fails_behind in (1, 2, 4):
+                backend(engine).fails_at = {backend(engine).forwards + fails_behind}
+                with pytest.raises(nemodiff.EngineError, match="the device has gone"):
+                    scheduler.submit(SYSTEM, mode="ar", max_new_tokens=300).result(20)
+            backend(engine).said = {}
+            expected = nemodiff.generate(dense, SYSTEM, mode="ar", max_new_tokens=9)
+            assert scheduler.submit(SYSTEM, mode="ar", max_new_tokens=9).result(20).token_ids == expected.token_ids
+            assert backend(engine).open_caches == 1
+    finally:
+        gc.enable()
+    assert (backend(engine).pages.free, backend(engine).pages.open_rows) == (12, 0)
 
 
 def test_a_thousand_requests_leave_no_page_behind(real: nemodiff.LoadedEngine) -> None:

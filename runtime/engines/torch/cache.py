@@ -109,5 +109,7 @@ class TorchCache:
 
 def _give_back(lock: Any, forwards: Forwards, pages: Pages, rows: list[int]) -> None:
     with lock:
-        forwards.settle()
-        pages.close(rows)
+        try:
+            forwards.settle()
+        finally:
+            pages.close(rows)
