@@ -468,6 +468,30 @@ def test_a_forward_that_leaves_its_tokens_elsewhere_is_not_followed(small: Pair)
     flight.finish()
 
 
+def test_a_forward_that_fails_is_its_own_caches_affair(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another cache's forward waits for it and hears nothing of it; it fails where its predictions are asked for."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=40)
+    prompt = [causal("prefill", PROMPT, 0)]
+    one, other, third = (engine.open(1) for _ in range(3))
+    expected = other.forward(prompt)[0].token
+    run = Step.run
+
+    def fail(step: Step) -> None:
+        monkeypatch.setattr(Step, "run", run)
+        raise RuntimeError("gone")
+
+    for waits in (lambda: other.forward(prompt), third.close):
+        assert one.reserve(0, 0, len(PROMPT))
+        flight = one.launch(prompt, [0])
+        monkeypatch.setattr(Step, "run", fail)
+        waits()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="gone"):
+                flight.finish()
+    np.testing.assert_array_equal(one.forward(prompt)[0].token, expected)
+
+
 def test_short_memory_changes_no_token(small: Pair) -> None:
     """Kept prefixes are given up, rows are computed again, copies are made at the border of what is shared."""
     backend = torch_backend(small.ours)

@@ -109,7 +109,5 @@ class TorchCache:
 
 def _give_back(lock: Any, forwards: Forwards, pages: Pages, rows: list[int]) -> None:
     with lock:
-        try:
-            forwards.settle()
-        finally:
-            pages.close(rows)
+        forwards.settle()
+        pages.close(rows)

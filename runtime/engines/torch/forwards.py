@@ -65,7 +65,7 @@ class Forwards:
     def settle(self, but: int = 0) -> None:
         """Wait for the forwards under way, the oldest first, until no more than so many are left."""
         while len(self._flights) > but:
-            self._flights[0].finish()
+            self._flights[0].land()
 
     def landed(self, flight: TorchFlight) -> None:
         """Take note that a forward has ended."""
@@ -115,6 +115,7 @@ class TorchFlight:
         self._passes = passes
         self._logits: dict[int, Tensor] = {}
         self._predictions: list[Prediction] | None = None
+        self._failure: Exception | None = None
         self._start: Callable[[], Any] | None = self._started
         self._mark: Any = None
         step.fill(passes, rows, fed)
@@ -123,21 +124,31 @@ class TorchFlight:
 
     def finish(self) -> list[Prediction]:
         """See `engine.Flight`."""
+        with self._owner.lock:
+            self.land()
+        if self._failure is not None:
+            raise self._failure
+        assert self._predictions is not None
+        return self._predictions
+
+    def land(self) -> None:
+        """Wait for it, whoever waits; a failure is for the one that finishes it."""
         owner = self._owner
-        with owner.lock:
-            if self._predictions is None:
-                try:
-                    with owner.device.use(owner.folder):
-                        if self._start is not None:
-                            self._start()
-                        owner.device.wait(self._mark)
-                finally:
-                    owner.landed(self)
-                ended = time.perf_counter()
-                self.seconds = ended - max(self._began, owner.ended)  # the device was busy before
-                owner.ended = ended
-                self._predictions = self._read()
-            return self._predictions
+        if self._predictions is not None or self._failure is not None:
+            return
+        try:
+            with owner.device.use(owner.folder):
+                if self._start is not None:
+                    self._start()
+                owner.device.wait(self._mark)
+            ended = time.perf_counter()
+            self.seconds = ended - max(self._began, owner.ended)  # the device was busy before
+            owner.ended = ended
+            self._predictions = self._read()
+        except Exception as failure:
+            self._failure = failure
+        finally:
+            owner.landed(self)
 
     def _started(self) -> None:
         """Put everything into the stream."""
