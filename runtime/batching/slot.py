@@ -79,8 +79,9 @@ class Slot:
         return decodes and sequence.settings.mode == "ar" and sequence.selector.as_predicted
 
     def following(self, pass_: Pass) -> Pass:
-        """The pass after one that decodes a token, with any id."""
-        return self.sequence.for_engine(causal("decode", [0], pass_.write_at + 1))
+        """The pass after one that decodes a token, with any id but the mask's."""
+        stand_in = int(self.sequence.model.mask_id == 0)
+        return self.sequence.for_engine(causal("decode", [stand_in], pass_.write_at + 1))
 
     @property
     def held(self) -> list[int]:

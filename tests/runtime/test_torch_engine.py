@@ -44,6 +44,7 @@ from nemodiff.cli import main
 from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
+from nemodiff.runtime.batching.slot import Slot
 from nemodiff.runtime.editing.methods import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
@@ -52,6 +53,8 @@ from nemodiff.runtime.engines.torch.flat import (
     FREE,
     MOST_CAPTURED,
     FlatShape,
+    fill,
+    flat_layouts,
     flat_shape,
     graph_shapes,
     rounded_shape,
@@ -62,6 +65,8 @@ from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.plain import Sight, attend
 from nemodiff.runtime.engines.torch.step import Step
 from nemodiff.runtime.engines.torch.stored import Stored
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
 
 pytestmark = pytest.mark.torch
 
@@ -433,6 +438,29 @@ def test_ar_runs_a_pass_ahead(small: Pair, graphs: bool) -> None:
     assert {shape.tokens for shape in fed} >= {1, 2}
     assert ahead.pages.free == 40
     assert ahead.eager_shapes == {}
+
+
+@pytest.mark.parametrize("mask", [0, 100])
+def test_a_pass_begun_ahead_draws_as_if_its_token_were_known(
+    small: Pair, monkeypatch: pytest.MonkeyPatch, mask: int
+) -> None:
+    """Whatever id stands for it meanwhile is no mask, which would be drawn by another temperature and position."""
+    info = dataclasses.replace(small.ours.info, model=dataclasses.replace(small.ours.info.model, mask_id=mask))
+    toy = PagedToyEngine(info, 400, ahead=True)
+    monkeypatch.setattr(toy, "samples", True)
+    engine = dataclasses.replace(small.ours, backend=toy)
+    sequence = prepare(engine, PROMPT, Options(mode="ar", temperature=0.8, seed=3))
+    inputs, _ = flat_layouts(FlatShape(1, 1, sampled=True), info)
+    drawn = []
+    for pass_ in (
+        Slot(sequence, 1).following(causal("decode", [300], 8)),
+        sequence.for_engine(causal("decode", [301], 9)),
+    ):
+        arrays = inputs.views(np.zeros(inputs.nbytes, np.uint8))
+        fill(arrays, [pass_], [1], toy.pages, mask)
+        drawn.append({name: arrays[name].tolist() for name in arrays if name != "ids"})
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["position"] == [10]
 
 
 def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
