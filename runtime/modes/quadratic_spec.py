@@ -165,7 +165,7 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     worth = sum(useful) / len(useful) - 1
     cost = sequence.cost
     best = _best(reached, sizes, worth, cost.curve, cost.host.seconds("quadratic_spec"))
-    more = max(2 * best.tokens, 1 + max(sizes.values(), default=0))
+    more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
     return _best(reached, sizes, worth, _FREE, most=more) if cost.wants(more) else best
 
 

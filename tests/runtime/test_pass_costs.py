@@ -14,14 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nemodiff
+from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.engine_folder import CONFIG_FILE, COST_FILE, MANIFEST_FILE, engine_digest
 from nemodiff.runtime import loading
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
+from nemodiff.runtime.modes.quadratic_spec import verify_and_draft
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
 from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
 from nemodiff.runtime.planning.kept_curve import cpu_name, read_curve, write_curve
 from nemodiff.runtime.planning.pass_costs import HostCosts, PassCosts
 from nemodiff.runtime.requests import prepare as request
+from nemodiff.runtime.requests.outcome import Draft
 
 Seconds = Callable[[float], float]
 TRUTHS: dict[str, Seconds] = {
@@ -172,6 +175,21 @@ def test_drafts_are_not_given_up_for_passes_without_one(engine: nemodiff.LoadedE
     for _ in nemodiff.runtime.generate.decode(engine.backend, [sequence], 1):
         pass
     assert max(sequence.verified[16:]) > 4
+
+
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_pass_that_is_tried_has_no_more_tokens_than_any(engine: nemodiff.LoadedEngine, block: int) -> None:
+    """Where passes of up to 330 tokens cost the same, twice the best one would be more than a pass may have."""
+    options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=300)
+    sequence = request.prepare(engine, QUESTIONS[0], options)
+    sequence.tokens = [200]
+    costs = sequence.cost = PassCosts(CostCurve((1, 330, 512), (1.0, 1.0, 9.0)))
+    draft = Draft([200] * (block - 1), [0.95] * (block - 1))
+    tokens = list[int]()
+    for _ in range(40):
+        tokens.append(next(verify_and_draft(sequence, draft)).ids.size)
+        costs.learn(tokens[-1], 1.0 if tokens[-1] <= 330 else 9.0)
+    assert min(tokens) < max(tokens) <= PREFILL_CHUNK
 
 
 @settings(max_examples=50)
