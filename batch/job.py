@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engine_folder import engine_digest
 from ..engine_info import EngineInfo, read_engine
-from ..errors import EngineError, NemodiffError
+from ..errors import EngineError, NemodiffError, RequestError
 from ..runtime.loading import check_device, check_rows, check_threads
 from ..runtime.requests.options import make_options
 from ..runtime.requests.settings import settle
@@ -71,8 +71,10 @@ def run_job(job: Job, progress: Callable[[int, int], None]) -> Totals:
     if job.rows is not None:
         check_rows(info, job.rows)
     settle(info, TextCodec(job.engine), 0, make_options(dict(job.flags)))
-    inputs = find_inputs(job.inputs)
+    inputs = find_inputs(job.inputs, job.output)
     shards = cut(inputs, job.rows_per_part)
+    if not shards:
+        raise RequestError(f"{', '.join(job.inputs)}: no prompts; give files of JSON lines or Parquet")
     suffix = f".{job.format}" if job.format else ".parquet" if inputs[0].suffix == ".parquet" else ".jsonl"
     work = Work(job.engine.resolve(), job.output.resolve(), suffix, job.flags, job.rows, job.threads, job.device)
     totals = Totals()
@@ -118,8 +120,10 @@ def _results(
     if job.threads and machines and not on_gpu:  # Ray would wait without end for a machine that has so many
         check_threads(job.threads, max(machines), "the largest machine")
     workers = job.workers or (gpus if on_gpu else len(machines)) or 1
-    workers = min(workers, max(1, len(shards)))
-    threads = job.threads or max(1, min(machines) * len(machines) // max(workers, len(machines)))
+    if not machines and not on_gpu:
+        raise RequestError("the cluster has no CPUs for workers; start a machine of it with some")
+    workers = min(workers, len(shards))
+    threads = job.threads or max(1, min(machines, default=1) * len(machines) // max(workers, len(machines)))
     totals.workers = workers
     share: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": threads}
     if not on_gpu:
@@ -127,8 +131,6 @@ def _results(
     # A worker has one shard and the next; where a machine is lost, what it had is answered by another.
     pool = ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=2)
     items = [dataclasses.asdict(shard) for shard in shards]
-    if not items:
-        return
     rows = from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS))
     step: Any = Worker  # Ray's types know functions alone here
     try:

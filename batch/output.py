@@ -44,10 +44,10 @@ def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
             file.write(json.dumps(said, indent=2) + "\n")
             file.flush()
         elif before != said:
-            name = next(name for name in said if before.get(name) != said[name])
+            name = next(name for name in {**said, **before} if before.get(name) != said.get(name))
             raise RequestError(
                 f"{output}: holds answers of another job, whose {name} is {_short(before.get(name))}, now "
-                f"{_short(said[name])}; give another folder, or the same command to go on"
+                f"{_short(said.get(name))}; give another folder, or the same command to go on"
             )
         try:
             yield

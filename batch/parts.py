@@ -1,11 +1,13 @@
 """The output of a shard: answers as they come in journals, and at last all of them, in order, in one part.
 
-A journal is appended to and may end in half a line after a crash; a part appears whole or not at all. Both hold rows
+A journal is appended to and may hold half a line after a crash; a part appears whole or not at all. Both hold rows
 under their keys, so that what has been answered once is taken from them whoever answered it and however it ended.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..whole_file import whole
-from .shards import Row, Shard
+from .shards import Shard
 
 JOURNALS = ".journal"
 
@@ -24,27 +26,30 @@ class Part:
     def __init__(self, output: Path, shard: Shard, suffix: str) -> None:
         self.path = output / f"{shard.part}{suffix}"
         self._journals = output / JOURNALS
-        self._name = shard.part.replace("/", "%")
+        self._name = hashlib.sha256(shard.part.encode()).hexdigest()[:32]  # of any path, however long
 
     def answered(self) -> dict[str, dict[str, Any]]:
         """The answers that exist already, by key."""
-        answers = {row["key"]: row for row in self._rows()} if self.path.is_file() else {}
-        for journal in self._old():
-            for line in journal.read_bytes().split(b"\n")[:-1]:  # what follows the last line end is torn
-                row = json.loads(line)
-                answers[row["key"]] = row
-        return answers
+        answers: dict[str, dict[str, Any]] = {}
+        for journal in self._old():  # before the part: what a worker that ends now drops is in it
+            with contextlib.suppress(FileNotFoundError):
+                for line in journal.read_bytes().split(b"\n"):
+                    with contextlib.suppress(ValueError):  # torn
+                        row = json.loads(line)
+                        answers[row["key"]] = row
+        return answers | {row["key"]: row for row in self._rows()}
 
     def journal(self) -> IO[str]:
         """A new file of this worker alone, to which answers are appended as lines of JSON."""
         self._journals.mkdir(exist_ok=True)
         return (self._journals / f"{self._name}.{uuid.uuid4().hex}.jsonl").open("x", encoding="utf-8")
 
-    def finish(self, rows: list[Row], answers: dict[str, dict[str, Any]]) -> None:
-        """Write the part, the answers in the order of their rows, and drop the journals."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path) as partial:
-            self._write(partial, [answers[row.key] for row in rows if row.key in answers])
+    def finish(self, rows: list[dict[str, Any]]) -> None:
+        """Make these answers the part, unless they are it already, and drop the journals."""
+        if not self.path.is_file() or _places(rows) != _places(self._rows()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(self.path) as partial:
+                self._write(partial, rows)
         for journal in self._old():
             journal.unlink(missing_ok=True)
 
@@ -53,10 +58,13 @@ class Part:
             yield from (path for path in self._journals.iterdir() if path.name.rsplit(".", 2)[0] == self._name)
 
     def _rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
         if self.path.suffix == ".parquet":
             from pyarrow import parquet
 
-            return parquet.read_table(self.path).to_pylist()  # type: ignore[no-any-return]
+            rows = parquet.read_table(self.path).to_pylist()
+            return [{name: value for name, value in row.items() if value is not None} for row in rows]
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").split("\n") if line]
 
     def _write(self, path: Path, rows: list[dict[str, Any]]) -> None:
@@ -68,6 +76,10 @@ class Part:
             parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), path)
             return
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _places(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    return [(row["key"], row["line"]) for row in rows]
 
 
 def _schema() -> Any:

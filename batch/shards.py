@@ -45,18 +45,26 @@ class Row(NamedTuple):
     reason: str | None
 
 
-def find_inputs(patterns: Iterable[str]) -> list[Path]:
-    """The files that paths and patterns name, each once, in the order of their names. Raises RequestError."""
+def find_inputs(patterns: Iterable[str], output: Path) -> list[Path]:
+    """The files that paths and patterns name, each once, in the order of their names; none of the output's folder.
+
+    Raises RequestError.
+    """
+    output = output.resolve()
     found = set[Path]()
     for pattern in patterns:
         names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute too)
-        files = [Path(name).resolve() for name in names if Path(name).is_file()]
+        paths = [Path(name).resolve() for name in names if Path(name).is_file()]
+        files = [path for path in paths if not path.is_relative_to(output)]
         if not files:
-            raise RequestError(f"{pattern}: no such file; give files or patterns of JSON lines or Parquet")
+            problem = "is in the output's folder" if paths else "is a folder" if names else "no such file"
+            raise RequestError(f"{pattern}: {problem}; give files or patterns of JSON lines or Parquet")
         found.update(files)
     for path in found:
         if path.suffix not in (".jsonl", ".json", ".ndjson", ".parquet"):
-            raise RequestError(f"{path}: allowed: files that end in .jsonl, .ndjson, .json or .parquet; rename it")
+            raise RequestError(
+                f"{path}: allowed: files that end in .jsonl, .ndjson, .json or .parquet; unpack or rename it"
+            )
     return sorted(found)
 
 

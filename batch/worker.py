@@ -91,8 +91,7 @@ class Worker:
                     answers[row.key] = {**row.labels, "line": line.number, "key": row.key, **result.as_dict()}
                     journal.write(json.dumps(answers[row.key]) + "\n")
                     journal.flush()
-        if left or not part.path.is_file():
-            part.finish(rows, answers)
+        part.finish([answers[row.key] | {"line": row.number} for row in rows if row.key in answers])
         failed.sort(key=lambda failure: failure["error"]["line"])
         return Done(len(rows), len(rows) - kept - len(failed), kept, tokens, failed)
 

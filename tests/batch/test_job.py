@@ -20,6 +20,7 @@ from conftest import Refused, assert_one_line, eventually
 
 import nemodiff
 from nemodiff.batch.parts import JOURNALS
+from nemodiff.engine_folder import engine_digest
 
 pytest.importorskip("ray")
 ROWS = 240
@@ -137,6 +138,9 @@ def test_folders_of_others_are_refused(tiny_engine: Path, prompts: Path, tmp_pat
     (tmp_path / "out" / "notes.txt").unlink()
     (tmp_path / "out" / "job.json").write_text(json.dumps({"engine": "another"}))
     refused(words, "holds answers of another job, whose engine is", "give another folder")
+    said = {"engine": engine_digest(tiny_engine), "inputs": [str(prompts)], "rows_per_part": 1000, "format": "jsonl"}
+    (tmp_path / "out" / "job.json").write_text(json.dumps({**said, "chat": True, "of_another_version": 1}))
+    refused(words, "holds answers of another job, whose ", "give another folder")
 
 
 def test_what_no_row_could_get_is_refused_at_once(
@@ -144,6 +148,8 @@ def test_what_no_row_could_get_is_refused_at_once(
 ) -> None:
     words = ["batch", str(tiny_engine), "--output", str(tmp_path / "out"), "--input"]
     refused([*words, str(tmp_path / "none.jsonl")], "none.jsonl: no such file")
+    (tmp_path / "empty.jsonl").touch()
+    refused([*words, str(tmp_path / "empty.jsonl")], "empty.jsonl: no prompts")
     refused([*words, str(prompts), "--threshold", "-1"], "threshold")
     refused([*words, str(prompts), "--batch-size", "9"], "rows is 9, allowed: 1 to 8", "--max-batch-size")
 

@@ -101,16 +101,33 @@ def test_parts_lie_as_the_inputs_do(tmp_path: Path) -> None:
             from pyarrow import parquet
 
             parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "a"}]), tmp_path / name)
-    inputs = find_inputs([f"{tmp_path}/**/a.*", f"{tmp_path}/x/a.jsonl"])
+    inputs = find_inputs([f"{tmp_path}/**/a.*", f"{tmp_path}/x/a.jsonl"], tmp_path / "out")
     parts = [shard.part for shard in cut(inputs, 2)]
     assert parts == ["x/a-00000", "x/a-00001", "y/a.jsonl-00000", "y/a.jsonl-00001", "y/a.parquet-00000"]
 
 
-@pytest.mark.parametrize(("name", "problem"), [("none*", "no such file"), ("a.txt", "allowed: files that end in")])
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none*", "no such file"),
+        ("a.txt", "allowed: files that end in"),
+        ("out", "is a folder"),
+        ("out/*", "is in the output's folder"),
+    ],
+)
 def test_inputs_that_are_none(tmp_path: Path, name: str, problem: str) -> None:
     (tmp_path / "a.txt").write_text("")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a-00000.jsonl").write_text("{}")
     with pytest.raises(RequestError, match=problem):
-        find_inputs([str(tmp_path / name)])
+        find_inputs([str(tmp_path / name)], tmp_path / "out")
+
+
+def test_a_pattern_does_not_meet_the_answers(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "out/a-00000.jsonl", "out/failed.jsonl", "out/job.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert find_inputs([f"{tmp_path}/**/*.json*"], tmp_path / "out") == [tmp_path / "a.jsonl"]
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:

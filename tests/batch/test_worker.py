@@ -121,6 +121,37 @@ def test_rows_that_have_changed_are_answered_anew(worker: Worker, shard: Shard, 
     assert len(answers(output / "prompts-00000.jsonl")) == 9
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_part_follows_rows_that_left_or_moved(tiny_engine: Path, tmp_path: Path, output: Path, suffix: str) -> None:
+    worker = Worker(Work(tiny_engine, output, suffix, FLAGS, rows=2, threads=1, device=None))
+    path = tmp_path / "prompts.jsonl"
+
+    def written(rows: list[dict[str, Any]]) -> tuple[int, list[tuple[int, str]]]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (shard,) = cut([path], 100)
+        done = worker.answer(shard)
+        part = Part(output, shard, suffix)
+        return done.answered, [(row["line"], row.get("custom_id", "none")) for row in part.answered().values()]
+
+    rows = [{"prompt": "Hi", "custom_id": "a"}, {"prompt": "Hi"}, {"prompt": "Hello", "custom_id": "b"}]
+    assert written(rows) == (3, [(1, "a"), (2, "none"), (3, "b")])
+    assert written(rows[1:]) == (0, [(1, "none"), (2, "b")])
+    assert written(rows[:0:-1]) == (0, [(1, "b"), (2, "none")])
+    assert written(rows) == (1, [(1, "a"), (2, "none"), (3, "b")])
+
+
+def test_a_worker_killed_before_it_dropped_its_journal(worker: Worker, shard: Shard, output: Path) -> None:
+    part = Part(output, shard, ".jsonl")
+    worker.answer(shard)
+    with part.journal() as journal:
+        journal.write((output / "prompts-00000.jsonl").read_text())
+        journal.write('\0\0\0\n{"key": "half\n')  # as a lost machine may leave it
+    before = (output / "prompts-00000.jsonl").stat()
+    assert worker.answer(shard).kept == 9
+    assert list((output / JOURNALS).iterdir()) == []
+    assert (output / "prompts-00000.jsonl").stat() == before  # which is written again only where it would differ
+
+
 def test_parquet_parts_give_the_same(
     tiny_engine: Path, shard: Shard, output: Path, expected: list[tuple[str, list[int]]]
 ) -> None:
@@ -141,5 +172,5 @@ def test_a_part_appears_whole_or_not_at_all(output: Path, shard: Shard, monkeypa
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        part.finish([], {})
+        part.finish([])
     assert list(output.iterdir()) == []
