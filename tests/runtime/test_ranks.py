@@ -103,6 +103,47 @@ def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
     assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
 
 
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that rank 0 has started so far."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if runs(child)]
+
+
+@pytest.mark.parametrize("dying", ["the other", "rank 0"])
+def test_a_rank_that_dies_before_they_have_met(tiny: Path, dying: str) -> None:
+    words = [sys.executable, *command(tiny, "--tp-size", "2")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: bool(ranks_of(process)))
+        (rank,) = ranks_of(process)
+        os.kill(rank if dying == "the other" else process.pid, signal.SIGKILL)
+        _, said = process.communicate(timeout=PATIENCE)  # the other's standard error is the same
+    if dying == "the other":
+        assert process.returncode == 1
+        assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
+    eventually(lambda: not runs(str(rank)))
+
+
+def test_signals_to_all_processes_let_a_server_drain(tiny: Path) -> None:
+    """As those of a terminal or of a service manager are."""
+    with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1") as served:
+        body = {"model": "engine", "prompt": "Count", "max_tokens": 400, "ignore_eos": True, "mode": "ar"}
+        connection = served.connect()
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
+        answer = connection.getresponse()
+        first = answer.readline()
+        (rank,) = ranks_of(served.process)
+        for process in (rank, served.process.pid):
+            os.kill(process, signal.SIGTERM)
+        rest = answer.read()
+        connection.close()
+        assert first.startswith(b"data: ")
+        assert b'"finish_reason":"length"' in rest
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert served.process.wait(PATIENCE) == 0
+        assert not runs(str(rank))
+
+
 def test_a_server_says_that_a_rank_is_gone(tiny: Path) -> None:
     with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1", warnings="default") as served:
         body = {"model": "engine", "prompt": "Count", "max_tokens": 3}

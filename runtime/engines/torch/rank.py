@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +52,13 @@ def _follow(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
 
 
 def main() -> None:
-    """`python -m nemodiff.runtime.engines.torch.rank ENGINE [cpu]`, with the variables of torchrun."""
+    """`python -m nemodiff.runtime.engines.torch.rank ENGINE [cpu]`, with the variables of torchrun.
+
+    It ends with its input, which rank 0 holds open; signals to all processes of a service are for rank 0 alone.
+    """
+    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(one, signal.SIG_IGN)
+    threading.Thread(target=_end_with_input, daemon=True).start()
     folder = Path(sys.argv[1])
     info = read_engine(folder)
     try:
@@ -59,6 +67,11 @@ def main() -> None:
         _follow(folder, info, ranks)
     except (EngineError, RuntimeError):
         sys.exit(1)  # rank 0 has ended, or tells what is wrong
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _PATIENCE = datetime.timedelta(minutes=30)  # that a rank waits for the others of a sum, or to be reached by them
 _SILENCE = datetime.timedelta(days=20)  # that it waits for a word; a rank that ends is noticed at once
 _END = 5.0  # seconds that ranks have to end
+_GLANCE = 0.1  # seconds between two looks at whether all live
 
 
 class Ranks:
@@ -63,10 +65,14 @@ class Ranks:
             os.environ |= {**place, "RANK": "0", "LOCAL_RANK": "0"}
             for rank in range(1, size):
                 named = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self._started.append(subprocess.Popen(command, env=named, stdin=subprocess.DEVNULL))
+                self._started.append(  # its input is open as long as this process lives; Ctrl-C is not for it
+                    subprocess.Popen(command, env=named, stdin=subprocess.PIPE, start_new_session=True)
+                )
         self.rank = int(os.environ["RANK"])
         with self.watched():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+            self._alive(
+                lambda: distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+            )
             self._words = distributed.new_group(backend="gloo", timeout=_SILENCE)
 
     @property
@@ -84,10 +90,35 @@ class Ranks:
             self.lost = self._reason(error)
             raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
 
-    def _reason(self, error: Exception) -> str:
+    def _alive(self, meet: Callable[[], None]) -> None:
+        """Do what waits for all ranks, and would wait for one that has ended. Raises RuntimeError where one has."""
+        failed: list[BaseException] = []
+
+        def meeting() -> None:
+            try:
+                meet()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=meeting, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_GLANCE)
+            if thread.is_alive() and (ended := self._ended()):
+                raise RuntimeError(ended)
+        if failed:
+            raise failed[0]
+
+    def _ended(self) -> str | None:
+        """The first of the ranks started here that has ended, and how; None where all run."""
         for number, process in enumerate(self._started, 1):
             if (code := process.poll()) is not None:
                 return f"rank {number} of {self.size} has ended (exit code {code})"
+        return None
+
+    def _reason(self, error: Exception) -> str:
+        if (ended := self._ended()) is not None:
+            return ended
         return f"another of {self.size} ranks has ended ({str(error).splitlines()[0]})"
 
     def add(self, x: Tensor) -> Tensor:
@@ -131,8 +162,12 @@ class Ranks:
 
     def close(self) -> None:
         """End the others; they are killed where they do not listen."""
-        with contextlib.suppress(RuntimeError):
-            self.tell(None)
+        if not self._started:
+            with contextlib.suppress(RuntimeError):
+                self.tell(None)
+        for process in self._started:
+            assert process.stdin is not None
+            process.stdin.close()
         self.leave()
         deadline = time.monotonic() + _END
         for process in self._started:
