@@ -45,7 +45,10 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Record:
-    """One HTTP request. began, first, ended: seconds of `time.perf_counter`; first: when its response began."""
+    """One HTTP request. began, first, ended: seconds of `time.perf_counter`; first: when its response began.
+
+    error: what a stream ended with after its status had been sent.
+    """
 
     id: str
     method: str
@@ -55,6 +58,7 @@ class Record:
     first: float | None = None
     ended: float = 0.0
     status: int = 0
+    error: str | None = None
     answers: dict[int, Answer] = dataclasses.field(default_factory=dict)
 
     def observe(self, index: int, events: Sequence[Event]) -> None:
@@ -70,6 +74,11 @@ class Record:
             elif isinstance(event, Finished):
                 answer.finished = event
 
+    @property
+    def failed(self) -> bool:
+        """Whether the server has not given what was asked for."""
+        return self.status >= 500 or self.error is not None
+
     def fields(self) -> dict[str, Any]:
         """The record as plain values: milliseconds, and sums over its answers."""
         done = [answer.finished.generation for answer in self.answers.values() if answer.finished is not None]
@@ -80,6 +89,8 @@ class Record:
             "status": self.status,
             "ms": round((self.ended - self.began) * 1e3, 3),
         }
+        if self.error is not None:
+            fields["error"] = self.error
         if self.first is not None:
             fields["first_byte_ms"] = round((self.first - self.began) * 1e3, 3)
         if done:
@@ -145,13 +156,20 @@ class RequestLog:
 def log_record(record: Record) -> None:
     """Write a record as a line; a status of 0 is a client that left before its response began."""
     fields = record.fields()
-    level = logging.INFO if record.status < 500 else logging.ERROR
-    _LOGGER.log(level, " ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields})
+    level = logging.ERROR if record.failed else logging.INFO
+    text = " ".join(f"{name}={_word(value)}" for name, value in fields.items())
+    _LOGGER.log(level, text, extra={"fields": fields})
 
 
 def log_message(message: str, **fields: Any) -> None:
     """Say something of the server itself; in JSON, `fields` stand beside the message."""
     _LOGGER.info(message, extra={"fields": {"message": message, **fields}})
+
+
+def _word(value: Any) -> str:
+    """A value in a line of text; what a client wrote is quoted where it could pass for more than one value."""
+    plain = not isinstance(value, str) or (value.isprintable() and not set(value) & set(' "='))
+    return str(value) if plain else json.dumps(value)
 
 
 def written_time(seconds: float) -> str:

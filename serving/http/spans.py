@@ -42,7 +42,7 @@ class Spans:
         root = self._tracer.start_span(
             f"{record.method} {record.path}", context=parent, start_time=self._at(record.began), attributes=fields
         )
-        if record.status >= 500 or record.status == 0:
+        if record.failed or record.status == 0:
             root.set_status(self._trace.StatusCode.ERROR)
         context = self._trace.set_span_in_context(root)
         for index, answer in record.answers.items():

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
+from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ...errors import NemodiffError
 from .error_responses import status_and_body
 from .request_group import on_disconnect
+from .request_log import record_of
 
 MEDIA_TYPE = "text/event-stream"
 
@@ -51,6 +53,7 @@ class EventStreamResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(on_disconnect(receive, self._close))
         self._path = str(scope["path"])
+        self._record = record_of(Request(scope))
         # A task of its own goes on at once, and not by way of every layer between the server and here.
         stream = asyncio.create_task(self.stream_response(send))
         try:
@@ -72,6 +75,8 @@ class EventStreamResponse(StreamingResponse):
                     lines.clear()
         except NemodiffError as error:
             lines.append(_line(status_and_body(error, self._path)[1], self._named))
+            if self._record is not None:
+                self._record.error = str(error)
         else:
             if self._done:
                 lines.append(b"data: [DONE]\n\n")

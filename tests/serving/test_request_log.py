@@ -57,6 +57,24 @@ def test_a_line_per_request_with_the_client_s_id(tiny_engine: Path, format: str)
     assert "mode" not in refused
 
 
+def test_no_request_writes_a_line_of_its_own(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--log-format", "text", "--threads", "1") as served:
+        served.send("/x%0aforged%20status=200%1b[31m", X_Request_Id="a status=200")
+        said = line(served)
+    assert r' request_id="a status=200" method=GET path="/x\nforged status=200\u001b[31m" status=404 ' in said
+
+
+def test_a_stream_that_ends_in_an_error_says_so(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--timeout", "0.5") as served:
+        body = {**BODY, "max_tokens": 20_000, "mode": "ar", "stream": True, "ignore_eos": True}
+        status, _, content = served.send("/v1/chat/completions", body)
+        record = json.loads(line(served))
+    assert b"the request took more than 0.5 s" in content
+    assert (status, record["status"], record["level"]) == (200, 200, "error")
+    assert record["error"] == "the request took more than 0.5 s; ask for fewer tokens"
+    assert record["finish_reasons"] == ["cancelled"]
+
+
 def test_every_line_is_json_where_lines_are(tmp_path: Path) -> None:
     shutil.copytree(TINY_CHAT, tmp_path / "checkpoint")
     sampling = tmp_path / "checkpoint" / "generation_config.json"
