@@ -246,6 +246,31 @@ def test_cells_fail_by_themselves() -> None:
     assert cell(ValueError("odd")) == {"skipped": "failed: ValueError: odd"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton interprets nothing")
+def test_a_way_that_fails_leaves_the_other_first_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, first, card = (importlib.import_module(f"gpu.{name}") for name in ("plan", "first", "card"))
+    reports = importlib.import_module("gpu.report")
+    generate = first.generate
+
+    def failing(engine: Any, prompt: Any, **options: Any) -> Any:
+        if options["mode"] == "linear_spec":
+            raise IndexError("list index out of range")
+        return generate(engine, prompt, **options)
+
+    monkeypatch.setattr(first, "generate", failing)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = plan.RunConfig(("tiny",), "f32", Path("tiny-chat"), plan.CPU)
+    cell = next(first.cells(config, "tiny"))
+    report = reports.Report(None, {"date": "", "command": ""}, {"name": "cpu", "torch": ""}, {}, config)
+    figures = cell.measure(plan.Lab(card.Card("cpu"), {}))
+    report.put(cell, figures)
+    assert {name for name, way in figures["ways"].items() if "skipped" in way} == {"linear_spec"}
+    met, unmeasured = report.goals()
+    assert [g["name"] for g in met] == ["graphs and kernels made by first answers"]
+    why = "first/tiny/answers, linear_spec: failed: IndexError: list index out of range"
+    assert [u["reason"] for u in unmeasured].count(why) == 2
+
+
 def test_a_cell_that_hangs_or_breaks_the_card_costs_itself_alone(tmp_path: Path) -> None:
     """Its process ends, what there is is written, and the next one leaves it out."""
     program = f"""
@@ -391,6 +416,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     report.cells.pop(f"kernels/8b/PagedAttention context {plan.GPU.kernel_contexts[0]} tokens 8")
     missing = "kernels/8b/PagedAttention context 512 tokens 8: not reached yet"
     assert missing in {u["reason"] for u in report.goals()[1]}
+    crowds = [(way, 16, 0) for way in importlib.import_module("gpu.serve").WAYS]
+    for way, count, captured in [*crowds, ("mix", 64, 3)]:  # whatever the number of requests, nothing may be made
+        figures = {"captured_meanwhile": captured, "compiled_meanwhile": 0}
+        put("serve", f"{way} requests {count}", way=way, requests=count, **figures)
+    made = [g for g in report.goals()[0] if g["name"] == "graphs and kernels made while requests are served"]
+    assert [(g["got"], g["passed"]) for g in made] == [(3, False)]
 
 
 def test_the_script_gives_the_published_tokens_per_pass() -> None:
