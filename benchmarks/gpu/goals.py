@@ -150,3 +150,5 @@ def goals(report: Any, config: RunConfig) -> Iterator[tuple[str, float | str, An
             yield name, figure(), sense, limit, unit
         except LookupError as error:
             yield name, str(error.args[0]), sense, limit, unit
+        except (ArithmeticError, TypeError, ValueError) as error:
+            yield name, f"its figures make no sense: {error}", sense, limit, unit

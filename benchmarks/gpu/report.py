@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ class Report:
             "cells": self.cells,
         }
         _write(self._folder / "gpu.json", json.dumps(values, indent=1) + "\n")
-        _write(self._folder / "gpu.md", markdown(self, self._drawn))
+        try:
+            text = markdown(self, self._drawn)
+        except Exception:  # a figure that another version has written, perhaps; no reason to measure no more
+            traceback.print_exc()
+            return
+        _write(self._folder / "gpu.md", text)
 
     def finish(self) -> None:
         """Draw the plot, and print the verdicts."""

@@ -424,6 +424,22 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     assert [(g["got"], g["passed"]) for g in made] == [(3, False)]
 
 
+def test_figures_that_cannot_be_shown_end_no_run(tmp_path: Path) -> None:
+    """As those of another version in the same folder: they are kept, and what is measured is written beside them."""
+    plan, reports = importlib.import_module("gpu.plan"), importlib.import_module("gpu.report")
+    config = plan.RunConfig(("8b",), "bf16", Path("tiny-chat"), plan.GPU)
+    about = {"name": "a card", "torch": ""}
+    origin = {"date": "", "command": ""}
+    ceilings = {"copy_bytes_per_second": 1.0, "matrix_operations_per_second": 1.0}
+    report = reports.Report(tmp_path, origin, about, ceilings, config)
+    for key, figures in (("ar", {"tokens_per_second": 0.0, "host_gap": None}), ("linear_spec", {"other": 1})):
+        report.put(plan.Cell("decode", "8b", key, 0, 0, lambda lab: {}), {"way": key, **figures})
+    report.save()
+    again = reports.Report(tmp_path, origin, about, ceilings, config)
+    assert list(again.cells) == ["decode/8b/ar", "decode/8b/linear_spec"]
+    assert any(u["reason"].startswith("its figures make no sense: ") for u in again.goals()[1])
+
+
 def test_the_script_gives_the_published_tokens_per_pass() -> None:
     """And the same drafts to every mode, so the tokens are the same."""
     card, models, script = (importlib.import_module(f"gpu.{name}") for name in ("card", "models", "script"))
