@@ -63,7 +63,8 @@ class Sequence:
         self.first_token = 0.0
         self.ended = 0.0
         self.confidences: list[float | None] = []  # of diffusion, if requested; None where the token was forced
-        self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids)  # ids that end the answer
+        # Ids that end the answer. The mask never comes, and stands in blocks.
+        self.stops = frozenset(model.eos_ids).union(settings.stop_token_ids) - {model.mask_id}
         self.selector = TokenSelector(settings, prompt, model.mask_id, self.stops, model.vocab_size, samples)
         # Whether a pass must bring its logits.
         self.needs_logits = not self.selector.plain or settings.policy.by_entropy

@@ -44,6 +44,14 @@ def test_stop_id_ends_the_answer_and_is_not_in_its_text(
     assert "".join(e.text for e in events if isinstance(e, nemodiff.Text)) == answer.text
 
 
+def test_the_mask_as_a_stop_id_changes_nothing(engine: nemodiff.LoadedEngine) -> None:
+    """It is never chosen, but it stands in blocks, where the first stop id closes what comes after it."""
+    question, mask = "Sort these numbers: 41, 7, 93.", engine.info.model.mask_id
+    plain = nemodiff.generate(engine, question, mode="diffusion")
+    answer = nemodiff.generate(engine, question, mode="diffusion", stop_token_ids=[mask])
+    assert (answer.token_ids, answer.nfe) == (plain.token_ids, plain.nfe)
+
+
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 @pytest.mark.parametrize("block", [3, 32])
 def test_min_tokens_forbids_an_early_end(engine: nemodiff.LoadedEngine, mode: str, block: int) -> None:
