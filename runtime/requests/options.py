@@ -108,7 +108,9 @@ class Options:
     ] = None
     bad_words: Annotated[tuple[str, ...], NotEmpty("a bad word"), _MOST_TEXTS, Help("Never complete this text.")] = ()
     min_tokens: Annotated[
-        int, Range(0, text="0 to max_new_tokens"), Help("Do not end the answer before this many tokens.")
+        int,
+        Range(0, text="0 to max_new_tokens"),
+        Help("Do not end the answer by an EOS or a stop token id before this many tokens."),
     ] = 0
 
     stop: Annotated[tuple[str, ...], NotEmpty("a stop string"), _MOST_TEXTS, Help("End the answer at this text.")] = ()

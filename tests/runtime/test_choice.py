@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from oracle import reference
 
 import nemodiff
+from nemodiff.runtime.requests.options import OPTIONS
 from nemodiff.runtime.sampling.commit import Policy
 from nemodiff.runtime.sampling.softmax import entropies, probability
 
@@ -62,6 +63,12 @@ def test_min_tokens_forbids_an_early_end(engine: nemodiff.LoadedEngine, mode: st
     assert short.finish_reason == "stop"
     assert len(answer.token_ids) > least
     assert not set(answer.token_ids[:least]) & set(engine.info.model.eos_ids)
+
+
+def test_a_stop_string_ends_an_answer_before_min_tokens(engine: nemodiff.LoadedEngine) -> None:
+    answer = nemodiff.generate(engine, "Count from 3 to 9.", stop=[", 5"], min_tokens=30)
+    assert (answer.text, answer.finish_reason) == ("3, 4", "stop")
+    assert "stop token id" in OPTIONS["min_tokens"].help.text  # what alone is held back
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
