@@ -136,6 +136,8 @@ class Batch:
             sequence.adapter_tokens += adapted(pass_)
         slot.reach = max(slot.reach, pass_.write_at + pass_.ids.size)
         try:
+            if slot.failure is not None:
+                raise slot.failure
             slot.pass_ = sequence.for_engine(slot.loop.send(prediction))
         except StopIteration:
             slot.ended = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from ...errors import NemodiffError
 from ..engines.engine import Cache, Pass
 from ..modes import LOOPS
 from ..modes.scoring import loop_of
@@ -62,7 +63,11 @@ class Rows:
                 sequence.length = sequence.reused = slot.reach = found.length
                 self.counts.reused += found.length
         slot.loop = loop_of(sequence, LOOPS[sequence.settings.mode])
-        slot.pass_ = sequence.for_engine(next(slot.loop))
+        first = next(slot.loop)
+        try:
+            slot.pass_ = sequence.for_engine(first)
+        except NemodiffError as error:
+            slot.pass_, slot.failure = first, error
         return True
 
     def copy(self, found: Found, row: int) -> bool:

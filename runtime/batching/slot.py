@@ -52,6 +52,7 @@ class Slot:
     pass_: Pass | None = None  # None: not begun
     reach: int = 0  # slots that a pass has written to
     ended: bool = False
+    failure: Exception | None = None  # of making its first pass ready, told when what there is of that has run
     built: int | None = None  # tokens computed again of a row whose pages were taken; None: it lacks none
 
     @property

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...errors import EngineError, NemodiffError, first_line
 from .image import Image
 
 KEPT_BYTES = 256 * 2**20  # of embeddings; a conversation sends its images with every turn
@@ -23,11 +24,19 @@ class Sight:
         self._lock = threading.Lock()  # requests may run in several threads
 
     def __call__(self, image: Image) -> np.ndarray:
-        """The embeddings of an image's pads, in order."""
+        """The embeddings of an image's pads, in order. Raises EngineError."""
         with self._lock:
             found = self._kept.pop(image.digest, None)
         if found is None:
-            found = self._see(image)
+            try:
+                found = self._see(image)
+            except NemodiffError:
+                raise
+            except Exception as error:  # whatever a backend raises, mostly where memory is short
+                raise EngineError(
+                    f"the engine could not look at an image of {image.tokens} tokens ({first_line(error)}); send a "
+                    "smaller one, or build with a smaller --max-image-size"
+                ) from error
         with self._lock:
             self._kept[image.digest] = found
             while sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES and len(self._kept) > 1:

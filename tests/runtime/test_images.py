@@ -24,7 +24,8 @@ from stand_ins.vision import VISION, as_bytes, picture, write_vision_checkpoint
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
-from nemodiff.errors import BuildError, CheckpointError, RequestError
+from nemodiff.errors import BuildError, CheckpointError, EngineError, RequestError
+from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
 from nemodiff.runtime.engines.torch.step import Step
@@ -35,6 +36,7 @@ from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.requests import image_parts
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.sequence import Sequence
 
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 SIZES = [(30, 20), (8, 8), (1, 1), (64, 24), (100, 37)]  # the last is scaled down
@@ -241,6 +243,35 @@ def test_an_image_is_seen_once_however_many_passes_it_takes(
             for left, right in zip(found or (), expected or (), strict=True):
                 np.testing.assert_array_equal(left, right)
     assert len(looks) == 4
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_image_that_cannot_be_seen_fails_its_own_request(engine: LoadedEngine, passes: int) -> None:
+    wrong = seen(engine, picture(64, 64, 8)).digest
+
+    def see(image: Image) -> np.ndarray:
+        if image.digest == wrong:
+            raise MemoryError("no room for the scores")
+        return engine.backend.see(image)
+
+    frail = dataclasses.replace(engine)
+    frail.__dict__["sight"] = sight.Sight(see)
+    options = Options(max_new_tokens=8, prefill_chunk=512 if passes == 1 else 8)
+    text = "" if passes == 1 else "x" * 100  # of some passes before its image
+    bad = prepare(frail, [{"role": "system", "content": text}, *asked(picture(64, 64, 8))], options)
+    good = prepare(frail, asked(picture(64, 64, 9)), options)
+    alone = nemodiff.generate(engine, asked(picture(64, 64, 9)), max_new_tokens=8).token_ids
+    batch = Batch(engine.backend, 2, kept=2)
+    batch.add(bad)
+    batch.add(good)
+    errors = dict[Sequence, Exception]()
+    while len(batch):
+        errors |= {result.sequence: result.error for result in batch.step() if result.error is not None}
+    batch.close()
+    assert list(errors) == [bad]
+    assert isinstance(errors[bad], EngineError)
+    assert "could not look at an image of 73 tokens (no room for the scores); send a smaller one" in str(errors[bad])
+    assert good.tokens == alone
 
 
 def test_text_alone_needs_no_image(checkpoint: Path, engine: LoadedEngine) -> None:
