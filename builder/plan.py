@@ -166,13 +166,14 @@ def make_plan(
             whole = model.vocab_size * model.hidden_size * ITEMSIZE[build.dtype]  # the embedding, which every rank has
             for size in (n for n in model.splits if 1 < n <= _MOST_RANKS):
                 split[size] = _rows_on_cards(whole + (weight_bytes - whole) // size, row // size)
+    image_tokens = model.vision.most_tokens(build.max_image_size) if model.vision else 0
     return Plan(
         backend=backend,
         tensors=len(tensors),
         checkpoint_bytes=sum(tensor.nbytes for tensor in tensors),
         parameters=model.parameters,
         vision_parameters=seeing,
-        image_tokens=model.vision.most_tokens(build.max_image_size) if model.vision else 0,
+        image_tokens=image_tokens,
         patches=patches,
         adapter_rank=adapter.rank if adapter else 0,
         weight_bytes=weight_bytes,
@@ -193,5 +194,17 @@ def make_plan(
             *checkpoint.notes,
             *sampling_notes(checkpoint.generation),
             *regex_notes(checkpoint.folder, "the engine gets the right one" if fix_regex else REGEX_REMEDY),
+            *_image_notes(image_tokens, build),
         ),
     )
+
+
+def _image_notes(image_tokens: int, build: BuildConfig) -> list[str]:
+    """Where the largest images would be refused."""
+    if image_tokens < build.max_seq_len:
+        return []
+    size = build.max_image_size
+    return [
+        f"an image of {size} x {size} pixels or larger, {image_tokens} tokens, does not fit in rows of "
+        f"{build.max_seq_len}; give a smaller --max-image-size, or a larger --max-seq-len"
+    ]

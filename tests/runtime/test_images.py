@@ -532,6 +532,14 @@ def test_the_plan_tells_what_an_image_takes(checkpoint: Path, tmp_path: Path) ->
     assert line.endswith("up to 32 pixels a side, 21 tokens")
 
 
+def test_the_plan_tells_of_images_that_no_row_holds(checkpoint: Path, tmp_path: Path) -> None:
+    for length, told in ((74, 0), (73, 1)):
+        plan = Builder(checkpoint, tmp_path / "engine", max_seq_len=length).plan()
+        notes = [note for note in plan.notes if "does not fit in rows" in note]
+        assert len(notes) == told
+    assert notes[0].startswith("an image of 64 x 64 pixels or larger, 73 tokens, does not fit in rows of 73")
+
+
 def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_path: Path) -> None:
     small = nemodiff.load(Builder(checkpoint, tmp_path / "engine", dtype="f16").run())
     image = seen(engine, picture(20, 20))
