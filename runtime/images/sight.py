@@ -21,12 +21,13 @@ class Sight:
     def __init__(self, see: See) -> None:
         self._see = see
         self._kept: dict[bytes, np.ndarray] = {}
+        self._bytes = 0  # of all that is kept: a prompt may have thousands of images, each of which asks
         self._lock = threading.Lock()  # requests may run in several threads
 
     def __call__(self, image: Image) -> np.ndarray:
         """The embeddings of an image's pads, in order. Raises EngineError."""
         with self._lock:
-            found = self._kept.pop(image.digest, None)
+            found = self._take(image.digest)
         if found is None:
             try:
                 found = self._see(image)
@@ -38,9 +39,17 @@ class Sight:
                     "smaller one, or build with a smaller --max-image-size"
                 ) from error
         with self._lock:
+            self._take(image.digest)  # another thread may have looked at it meanwhile
             self._kept[image.digest] = found
-            while sum(kept.nbytes for kept in self._kept.values()) > KEPT_BYTES and len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
+            self._bytes += found.nbytes
+            while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+                self._take(next(iter(self._kept)))
+        return found
+
+    def _take(self, digest: bytes) -> np.ndarray | None:
+        found = self._kept.pop(digest, None)
+        if found is not None:
+            self._bytes -= found.nbytes
         return found
 
 

@@ -221,6 +221,16 @@ def test_what_was_seen_is_remembered(engine: LoadedEngine) -> None:
     assert engine.sight(seen(engine, picture(16, 16, 7))) is first
 
 
+def test_of_what_was_seen_the_latest_are_kept(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[Image]()
+    keeping = sight.Sight(lambda image: looks.append(image) or np.zeros((4, 8), np.float32))
+    monkeypatch.setattr(sight, "KEPT_BYTES", 2 * 4 * 8 * 4)
+    first, second, third = (seen(engine, picture(16, 16, seed)) for seed in (1, 2, 3))
+    for image in (first, second, first, third, first, second, third):
+        keeping(image)
+    assert looks == [first, second, third, second, third]
+
+
 def test_an_image_is_seen_once_however_many_passes_it_takes(
     engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
