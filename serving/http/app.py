@@ -19,7 +19,7 @@ from .handlers import Handlers
 from .hosts import AllowedHosts
 from .image_urls import THREADS
 from .infill_queue import InfillQueue
-from .metrics import ServerMetrics
+from .metrics import Refusals, ServerMetrics
 from .middleware import AdmissionMiddleware
 from .request_log import Format, Record, RequestLog, log_record
 from .routes import create_routes
@@ -91,16 +91,22 @@ class Server:
             engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, self._image_pool
         )
         routes = create_routes(handlers, self.draining)
-        self.admission = AdmissionMiddleware(routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining)
-        answering: ASGIApp = self.admission
+        answering: ASGIApp = AdmissionMiddleware(
+            routes, limits.hosts, limits.keys, limits.max_request_bytes, self.draining
+        )
         if limits.origins:  # before the keys, which a browser's first question has not
             exposed = ["X-Request-Id", "Retry-After"]
             answering = CORSMiddleware(
                 answering, limits.origins, ["GET", "POST"], allow_headers=["*"], expose_headers=exposed
             )
         self._spans = Spans() if reports.spans else None
-        sinks: list[Callable[[Record], None]] = [] if reports.log is None else [log_record]
-        self.app = RequestLog(answering, sinks if self._spans is None else [*sinks, self._spans])
+        self._refusals = Refusals()
+        sinks: list[Callable[[Record], None]] = [self._refusals]
+        if reports.log is not None:
+            sinks.append(log_record)
+        if self._spans is not None:
+            sinks.append(self._spans)
+        self.app = RequestLog(answering, sinks)
 
     def close(self) -> None:
         """Let go of the threads; to be called once, after the last request."""
@@ -111,7 +117,7 @@ class Server:
             self._spans.close()
 
     def _stats(self) -> ServerStats:
-        return ServerStats(self.scheduler.statistics, self.admission.refused, self.infill_queue.stats)
+        return ServerStats(self.scheduler.statistics, self._refusals.by_status, self.infill_queue.stats)
 
 
 def open_server(

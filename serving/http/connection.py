@@ -138,6 +138,7 @@ class Connection(H11Protocol):
         if self.conn.our_state in _OPEN:
             if self.cycle is not None:
                 self.cycle.disconnected = True  # what the application sends from now on comes too late
+                self.cycle.scope["state"]["refused"] = status
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

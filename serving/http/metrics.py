@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 
 from ...runtime.events.events import Finished
 from ..metrics import INFILL_METRICS, METRICS, Metric, ServerStats, Values
+from .middleware import PROTECTED
+from .request_log import Record
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -48,6 +50,18 @@ class Histograms:
         bounds = [*map(str, metric.buckets), "+Inf"]
         buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
         return HistogramMetricFamily(metric.name, metric.help, buckets, total)
+
+
+class Refusals:
+    """Requests to protected paths that were answered with an error, by status; a sink of `RequestLog`."""
+
+    def __init__(self) -> None:
+        self.by_status = dict.fromkeys((400, 401, 404, 408, 413, 421, 429, 500, 503, 504), 0)
+
+    def __call__(self, record: Record) -> None:
+        """Count a request."""
+        if record.status >= 400 and record.path.startswith(PROTECTED):
+            self.by_status[record.status] = self.by_status.get(record.status, 0) + 1
 
 
 class ServerMetrics(Collector):

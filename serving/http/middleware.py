@@ -22,7 +22,7 @@ PROTECTED = (
 
 
 class AdmissionMiddleware:
-    """An ASGI application that admits requests to another and counts those that end in an error.
+    """An ASGI application that admits requests to another.
 
     Args:
         app: answers the requests that are admitted.
@@ -40,8 +40,6 @@ class AdmissionMiddleware:
         self._keys = [key.encode() for key in keys]
         self._max_bytes = max_bytes
         self._draining = draining
-        # Error responses of protected paths by status, whoever gives them.
-        self.refused = dict.fromkeys((400, 401, 404, 413, 421, 429, 500, 503, 504), 0)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,8 +47,6 @@ class AdmissionMiddleware:
             return
         if scope["method"] == "HEAD":  # which every route that takes GET answers; uvicorn leaves the body out
             scope = {**scope, "method": "GET"}
-        if str(scope["path"]).startswith(PROTECTED):
-            send = self._counting_errors(send)
         refusal = self._refusal(scope)
         if refusal is not None:
             status, body = refusal
@@ -58,14 +54,6 @@ class AdmissionMiddleware:
             await error_response(status, body, headers)(scope, receive, send)
             return
         await self._app(scope, self._limiting_size(receive), send)
-
-    def _counting_errors(self, send: Send) -> Send:
-        async def counting_send(message: Message) -> None:
-            if message["type"] == "http.response.start" and (status := int(message["status"])) >= 400:
-                self.refused[status] = self.refused.get(status, 0) + 1
-            await send(message)
-
-        return counting_send
 
     def _limiting_size(self, receive: Receive) -> Receive:
         """Count the body as it comes in, because a client need not announce its size."""

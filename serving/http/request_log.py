@@ -47,7 +47,8 @@ class Answer:
 class Record:
     """One HTTP request. began, first, ended: seconds of `time.perf_counter`; first: when its response began.
 
-    error: what a stream ended with after its status had been sent.
+    status: 0 for a client that left before its response began. error: what a stream ended with after its status had
+    been sent.
     """
 
     id: str
@@ -134,18 +135,29 @@ class RequestLog:
         record = Record(
             given if usable else uuid.uuid4().hex, scope["method"], scope["path"], headers, time.perf_counter()
         )
-        scope.setdefault("state", {})["record"] = record
+        state = scope.setdefault("state", {})
+        state["record"] = record
         self.open.add(record)
+        left = False  # before its response began, so that nobody gets what is sent from then on
+
+        async def watching_receive() -> Message:
+            nonlocal left
+            message = await receive()
+            if message["type"] == "http.disconnect" and record.first is None:
+                left = True
+                record.status = state.get("refused", 0)  # by the connection
+            return message
 
         async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.first = time.perf_counter()
-                record.status = int(message["status"])
+                if not left:
+                    record.first = time.perf_counter()
+                    record.status = int(message["status"])
                 message["headers"] = [*message.get("headers", []), (_HEADER.encode(), record.id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, recording_send)
+            await self._app(scope, watching_receive, recording_send)
         finally:
             record.ended = time.perf_counter()
             self.open.discard(record)
@@ -154,7 +166,7 @@ class RequestLog:
 
 
 def log_record(record: Record) -> None:
-    """Write a record as a line; a status of 0 is a client that left before its response began."""
+    """Write a record as a line."""
     fields = record.fields()
     level = logging.ERROR if record.failed else logging.INFO
     text = " ".join(f"{name}={_word(value)}" for name, value in fields.items())

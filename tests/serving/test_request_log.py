@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import eventually
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.http_server import Served, serving
 from starlette.datastructures import Headers
@@ -73,6 +75,42 @@ def test_a_stream_that_ends_in_an_error_says_so(tiny_engine: Path) -> None:
     assert (status, record["status"], record["level"]) == (200, 200, "error")
     assert record["error"] == "the request took more than 0.5 s; ask for fewer tokens"
     assert record["finish_reasons"] == ["cancelled"]
+
+
+@pytest.mark.parametrize("when", ["body", "answer"])
+def test_who_left_before_the_answer_began_has_got_no_status(tiny_engine: Path, when: str) -> None:
+    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--client-timeout", "1") as served:
+        before = served.metrics()
+        line(served)
+        with contextlib.closing(served.connect()) as connection:
+            body = json.dumps({**BODY, "max_tokens": 20_000, "mode": "ar", "ignore_eos": True}).encode()
+            connection.putrequest("POST", "/v1/chat/completions")
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body[: -1 if when == "body" else None])
+            if when == "answer":
+                eventually(lambda: served.metrics()["nemodiff_requests_running"] == 1)
+        records = iter(lambda: json.loads(line(served)), None)
+        left = next(record for record in records if record["path"] != "/metrics")
+        after = served.settled()
+    assert left["status"] == 0
+    assert "first_byte_ms" not in left
+    refused = {name for name in after if name.startswith("nemodiff_refused") and after[name] != before.get(name)}
+    assert not refused
+    assert after['nemodiff_requests_total{end="cancelled"}'] == (when == "answer")
+
+
+def test_a_request_that_did_not_arrive_in_time_is_a_408_everywhere(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--client-timeout", "0.5") as served:
+        connection = served.connect()
+        connection.putrequest("POST", "/v1/chat/completions")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b"{")
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["type"]) == (408, "invalid_request_error")
+        connection.close()
+        assert json.loads(line(served))["status"] == 408
+        assert served.metrics()['nemodiff_refused_requests_total{status="408"}'] == 1
 
 
 def test_every_line_is_json_where_lines_are(tmp_path: Path) -> None:
