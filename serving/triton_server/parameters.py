@@ -105,6 +105,7 @@ _GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"
 _BY_NAME = {i.name: i for i in INPUTS}
 _FLAGS = ("stream", "exclude_input_in_output", "return_log_probs", "ignore_eos")
 _READ = (*_FLAGS, *_GUIDED)
+_INPUTS_ALONE = ("text_input", "image", "sampling_parameters")  # and no keys or defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,10 +256,10 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in _FLAGS:
             chosen[name] = convert(name, bool, value)
             continue
-        if option is None and name not in ("text_input", "sampling_parameters"):
+        if option is None and name not in _INPUTS_ALONE:
             continue
         if option not in OPTIONS:
-            allowed = sorted({*_BY_NAME, *OPTIONS, *_READ, *_ONLY} - {"text_input", "sampling_parameters"})
+            allowed = sorted({*_BY_NAME, *OPTIONS, *_READ, *_ONLY} - {*_INPUTS_ALONE})
             raise RequestError(f"unknown parameter {name!r:.60}; allowed: {', '.join(allowed)}")
         converted = convert(name, OPTIONS[option].type, value, OPTIONS[option].choices)
         if left_open(option, converted):

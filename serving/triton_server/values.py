@@ -27,8 +27,8 @@ def convert(name: str, kind: Any, value: Any, words: tuple[str, ...] = ()) -> An
     if kind == tuple[int, ...]:
         items = value if isinstance(value, (list, tuple)) else [value]
         return [convert(name, int, item) for item in items]
-    if kind is int and words:
-        return int(value) if isinstance(value, str) and value.isdecimal() else value
+    if kind is int and words and isinstance(value, str) and not value.isdecimal():
+        return value
     if kind in (int, float) and isinstance(value, str):
         try:
             return kind(value)

@@ -198,6 +198,8 @@ def test_sampling_without_a_seed_draws_one() -> None:
         ({"max_tokens": 5, "max_new_tokens": 6}, "max_tokens is 5 and max_new_tokens is 6; give one of them"),
         ({"guided_decoding_guide_type": "xml", "guided_decoding_guide": "<a/>"}, "allowed: json, json_schema, regex"),
         ({"stop": [5]}, "stop is [5], allowed: text or a list of texts"),
+        ({"block_length": "9" * 5000}, "allowed: an integer"),
+        ({"image": "aGVsbG8="}, "unknown parameter 'image'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(sampling: dict[str, Any], fragment: str) -> None:
