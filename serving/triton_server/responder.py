@@ -11,6 +11,7 @@ import dataclasses
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ...errors import NemodiffError
@@ -122,12 +123,19 @@ class Responder:
                 self._answer(active)
             now = time.perf_counter()
             if now > cancelled_at + pause:
-                self._cancel_abandoned()
+                self._attempt(self._cancel_abandoned)
                 cancelled_at = time.perf_counter()
                 pause = max(_CANCELLATION_INTERVAL, (cancelled_at - now) / _CANCELLATION_SHARE)
                 if cancelled_at > updated_at + _METRICS_INTERVAL:
-                    self._update_metrics()
+                    self._attempt(self._update_metrics)
                     updated_at = cancelled_at
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        """Do something by way of the server. Where that fails, as for want of shared memory, all else goes on."""
+        try:
+            action(*arguments)
+        except Exception as error:
+            self._writer.report(error)
 
     def _update_metrics(self) -> None:
         self._metrics.update(ServerStats(self._scheduler.statistics, self._writer.refused))
@@ -159,7 +167,7 @@ class Responder:
                     return
         except Exception as error:
             self.discard(active)
-            self._writer.send_error(active.sender, error)
+            self._attempt(self._writer.send_error, active.sender, error)
 
     def _read(self, active: ActiveRequest, outcome: list[Event] | NemodiffError) -> bool:
         """Keep a request's new text; at its end answer it and return True. Raises NemodiffError if it has failed."""
@@ -185,4 +193,5 @@ class Responder:
             self._writer.send_cancelled(active.sender)
         else:
             self._writer.send_final(active.sender, active.take_text(), event)
-        self._metrics.observe(event)  # after the answer, since each value is a call to the server's process
+        # After the answer, since each value is a call to the server's process.
+        self._attempt(self._metrics.observe, event)

@@ -56,9 +56,13 @@ class ResponseWriter:
             self.refused[status] += 1
         message = str(error)
         if not isinstance(error, NemodiffError):  # a defect of nemodiff itself
-            self._pb.Logger.log_error(f"{self._name}: {type(error).__name__}: {error}")
+            self.report(error)
             message = "the request failed inside the model; the server's log says why"
         self._send_error(sender, message, code)
+
+    def report(self, error: Exception) -> None:
+        """Write what has failed into the server's log."""
+        self._pb.Logger.log_error(f"{self._name}: {type(error).__name__}: {error}")
 
     def _send_error(self, sender: Any, message: str, code: Any) -> None:
         response = self._pb.InferenceResponse(error=self._pb.TritonError(message, code))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins.triton_backend import Request, TritonError, module
+from conftest import eventually
+from stand_ins.triton_backend import Request, TritonError, _Metric, module
 
 import nemodiff
 from nemodiff.serving.triton_server.model import TritonPythonModel
@@ -114,6 +115,31 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
             return
         time.sleep(0.05)
     raise AssertionError(values)
+
+
+def series(name: str, *labels: str) -> float:
+    """A value on the metrics port."""
+    return float(sys.modules["triton_python_backend_utils"].MetricFamily.values["nemodiff_" + name, *labels])
+
+
+def test_what_the_server_refuses_ends_no_other_request(
+    started: Callable[..., TritonPythonModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = started()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no shared memory is left")
+
+    with monkeypatch.context() as patch:
+        for name in ("increment", "set", "observe"):
+            patch.setattr(_Metric, name, fail)
+        refused = Request({"text_input": QUESTION, "max_tokens": 3})
+        patch.setattr(refused, "send", fail)
+        model.execute([refused])
+        ask(model, max_tokens=3)
+        time.sleep(0.5)  # two updates of the metrics
+    assert ask(model, max_tokens=3)[-1]["num_output_tokens"] == 3
+    eventually(lambda: series("requests_total", "finished") == 3)
 
 
 def test_schemas_fail_and_warn_as_in_the_runtime(started: Callable[..., TritonPythonModel]) -> None:
