@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ...runtime.events.events import Finished
@@ -33,7 +34,7 @@ class TritonMetrics:
             if metric.observe is not None:
                 self._histograms[metric.name] = family.Metric(labels=labels, buckets=list(metric.buckets))
         # Counters and gauges by name and label value. Their last values are kept because the server's counters can
-        # only be incremented.
+        # only be incremented. A gauge may have one from an earlier process, which has been killed.
         self._series: dict[tuple[str, str], Any] = {}
         self._last: dict[tuple[str, str], float] = {}
 
@@ -47,7 +48,7 @@ class TritonMetrics:
                 if key not in self._series:
                     label = {} if metric.label is None else {metric.label: label_value}
                     self._series[key] = self._families[metric.name].Metric(labels={**self._labels, **label})
-                    self._last[key] = 0.0
+                    self._last[key] = 0.0 if metric.kind == "counter" else math.nan
                 last = self._last[key]
                 if value == last:
                     continue

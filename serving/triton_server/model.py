@@ -83,7 +83,9 @@ class TritonPythonModel:
             prefill_tokens=self._parameters.prefill_tokens,
         )
         self._writer = ResponseWriter(self._pb, self._name, batched)
-        metrics = TritonMetrics(self._pb, {"model": self._name, "version": args["model_version"]})
+        # The instance, since the instances of a model share its series and would overwrite each other's gauges.
+        labels = {"model": self._name, "version": args["model_version"], "model_instance": args["model_instance_name"]}
+        metrics = TritonMetrics(self._pb, labels)
         interval = self._parameters.stream_interval_ms / 1e3
         self._responder = Responder(self._scheduler, self._writer, metrics, interval)
         self._pb.Logger.log_info(f"{self._name}: {engine.folder} is loaded in {engine.load_ms:.0f} ms")

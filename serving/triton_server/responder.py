@@ -114,6 +114,7 @@ class Responder:
             try:
                 woken = self._woken.get(timeout=max(0.0, wake_at - time.perf_counter()))
                 if woken is None:
+                    self._attempt(self._update_metrics)  # so that the last requests are in the server's counters
                     return
                 self._answer(woken)
             except queue.Empty:

@@ -120,6 +120,7 @@ def test_triton_takes_it_as_a_parameter_of_the_model(engine: Path, monkeypatch: 
         config = {"parameters": {name: {"string_value": value} for name, value in values.items()}}
         model = TritonPythonModel()
         place = {"model_repository": str(engine.parent), "model_version": "1", "model_name": "played"}
+        place["model_instance_name"] = "played_0_0"
         model.initialize({**place, "model_config": json.dumps(config)})
         request = Request({"text_input": PROMPT, "seed": 4, "max_tokens": 30})
         model.execute([request])

@@ -138,7 +138,11 @@ def read_metrics(server: TritonServer, model: str = "nemodiff") -> dict[str, flo
     for line in get(server.metrics, "/metrics")[1].splitlines():
         if match := re.fullmatch(r"(nemodiff_\w+)\{(.*)\} (\S+)", line):
             labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
-            if labels.pop("model") == model and labels.pop("version") == "1":
+            if (labels.pop("model"), labels.pop("version"), labels.pop("model_instance")) == (
+                model,
+                "1",
+                f"{model}_0_0",
+            ):
                 values[" ".join([match[1], *labels.values()])] = float(match[3])
     return values
 

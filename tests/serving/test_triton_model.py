@@ -25,11 +25,12 @@ def started(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module())
     models = []
 
-    def start(**parameters: str) -> TritonPythonModel:
+    def start(instance: int = 0, **parameters: str) -> TritonPythonModel:
         values = {"engine": str(tiny_engine), "threads": "1", **parameters}
         config = {"parameters": {name: {"string_value": value} for name, value in values.items()}}
         model = TritonPythonModel()
         place = {"model_repository": str(tiny_engine.parent), "model_version": "1", "model_name": "played"}
+        place["model_instance_name"] = f"played_0_{instance}"
         model.initialize({**place, "model_config": json.dumps(config)})
         models.append(model)
         return model
@@ -111,7 +112,7 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
     name = "nemodiff_refused_requests_total"
     expected = {"400": 2, "503": len(busy), "500": 0}
     for _ in range(600):
-        if {status: values.get((name, status)) for status in expected} == expected:
+        if {status: values.get((name, "played_0_0", status)) for status in expected} == expected:
             return
         time.sleep(0.05)
     raise AssertionError(values)
@@ -120,6 +121,30 @@ def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonP
 def series(name: str, *labels: str) -> float:
     """A value on the metrics port."""
     return float(sys.modules["triton_python_backend_utils"].MetricFamily.values["nemodiff_" + name, *labels])
+
+
+def test_instances_of_a_model_have_series_of_their_own(started: Callable[..., TritonPythonModel]) -> None:
+    first, second = started(0, rows="1"), started(1, rows="2")
+    ask(first, max_tokens=3)
+    ask(second, max_tokens=3)
+    ask(second, max_tokens=3)
+    assert [series("rows", f"played_0_{n}") for n in range(2)] == [1, 2]
+    eventually(lambda: [series("requests_total", f"played_0_{n}", "finished") for n in range(2)] == [1, 2])
+
+
+def test_a_model_that_goes_leaves_its_last_figures_and_the_next_one_begins_with_its_own(
+    started: Callable[..., TritonPythonModel],
+) -> None:
+    model = started()
+    values = sys.modules["triton_python_backend_utils"].MetricFamily.values
+    request = Request({"text_input": QUESTION, "mode": "ar", "max_tokens": 150, "min_tokens": 150, "stream": True})
+    model.execute([request])
+    model.finalize()
+    assert request.responses()[-1].error is not None
+    assert series("requests_total", "played_0_0", "cancelled") == 1
+    values["nemodiff_requests_running", "played_0_0"] = 5.0  # by a process that has been killed
+    started()
+    assert series("requests_running", "played_0_0") == 0
 
 
 def test_what_the_server_refuses_ends_no_other_request(
@@ -139,7 +164,7 @@ def test_what_the_server_refuses_ends_no_other_request(
         ask(model, max_tokens=3)
         time.sleep(0.5)  # two updates of the metrics
     assert ask(model, max_tokens=3)[-1]["num_output_tokens"] == 3
-    eventually(lambda: series("requests_total", "finished") == 3)
+    eventually(lambda: series("requests_total", "played_0_0", "finished") == 3)
 
 
 def test_schemas_fail_and_warn_as_in_the_runtime(started: Callable[..., TritonPythonModel]) -> None:

@@ -146,7 +146,7 @@ def run(folder: Path, values: dict[str, Any]) -> list[InferenceResponse]:
     spec.loader.exec_module(model_file)
     model = model_file.TritonPythonModel()
     place = {"model_repository": str(folder), "model_version": "1", "model_name": folder.name}
-    model.initialize({**place, "model_config": "{}"})
+    model.initialize({**place, "model_instance_name": f"{folder.name}_0_0", "model_config": "{}"})
     request = Request(values)
     model.execute([request])
     responses = request.responses()
