@@ -117,6 +117,8 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         right = header["event"] == "trace"
         if right and header["schema"] == SCHEMA:
             right = all(isinstance(event["event"], str) and type(event["request"]) is int for event in events)
+            firsts = {event["request"]: event["event"] for event in reversed(events)}
+            right = right and set(firsts.values()) == {"started"}  # and there is a request
             told = summary(events)  # whose fields must be there
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file written by: nemodiff run --trace FILE") from None
@@ -136,7 +138,9 @@ def summary(events: Iterable[dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for event in events:
         number = event["request"]
-        if event["event"] == "step":
+        if event["event"] == "started":
+            spent[number] = {}
+        elif event["event"] == "step":
             spent.setdefault(number, {}).setdefault(event["kind"], []).append(event["seconds"] * 1e3)
             if event["kept"] is not None:
                 kept, refused = proposals.setdefault(number, [0, 0])

@@ -153,6 +153,8 @@ def test_without_a_path_or_an_event_there_is_no_file(engine: nemodiff.LoadedEngi
         ("[" * 100_000, "not JSON lines of events"),
         ('{"event": "trace", "schema": 1}\n{"event": "text", "request": "0"}\n', "not JSON lines of events"),
         ('{"event": "trace", "schema": 1}\n{"event": "text"}\n', "not JSON lines of events"),
+        ('{"event": "trace", "schema": 1}\n', "not JSON lines of events"),
+        ('{"event": "trace", "schema": 1}\n{"event": "text", "request": 0}\n', "not JSON lines of events"),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: str | None, fragment: str) -> None:
@@ -163,11 +165,16 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, refused: Refused, content: 
     refused(["trace", "view", str(path), "-o", str(tmp_path / "page.html")], str(path), fragment)
 
 
+def test_a_request_without_a_pass_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"event": "trace", "schema": 1}\n{"event": "started", "request": 3}\n')
+    assert output_of("trace", "show", tmp_path / "t.jsonl") == "request 3: not finished\n"
+
+
 def test_a_summary_is_made_once_and_is_plain_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = {"event": "step", "request": 0, "kind": "decode\x1b[2J", "seconds": 0.25, "kept": None}
     answer = {"mode": "ar", "prompt_tokens": 1, "token_ids": [5], "finish_reason": "stop", "reused_tokens": 0}
     end = {"event": "finished", "request": 0, "generation": answer, "ttft_ms": 1, "itl_ms": None}
-    lines = [{"event": "trace", "schema": 1}, step, {**end, "longest_gap_ms": None}]
+    lines = [{"event": "trace", "schema": 1}, {"event": "started", "request": 0}, step, {**end, "longest_gap_ms": None}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made: list[int] = []
     whole = trace.summary
