@@ -375,6 +375,12 @@ def test_what_goes_wrong_is_one_line(page: Page, server: tuple[str, nemodiff.Sch
     page.get_by_label("Prompt").fill(" ")
     page.get_by_role("button", name="Run").click()
     expect(error).to_have_text("Type a prompt first.")
+    page.get_by_label("Prompt").fill("")
+    page.get_by_label("Prompt").focus()
+    page.keyboard.insert_text("7, " * 50_000)  # as by pasting, where a limit of the field would cut it silently
+    assert len(page.get_by_label("Prompt").input_value()) == 150_000
+    page.get_by_role("button", name="Run").click()
+    expect(error).to_contain_text("the prompt is too long")
     page.get_by_label("Prompt").fill("hi")
     page.route("**/events", lambda route: route.abort())
     page.get_by_role("button", name="Run").click()
