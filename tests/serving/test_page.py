@@ -468,7 +468,7 @@ def test_names_labels_and_order_for_assistive_technology(page: Page, server: tup
 
 def test_exported_traces_open_from_a_file(page: Page, tiny_engine: Path, tmp_path: Path) -> None:
     files, answers = [], []
-    for mode in ("diffusion", "linear_spec"):
+    for mode in ("diffusion", "linear_spec", "auto"):
         files.append(str(tmp_path / f"{mode}.jsonl"))
         command = ["run", str(tiny_engine), "-p", PROMPT, "--mode", mode, "--json", "--trace", files[-1]]
         answers.append(json.loads(CliRunner().invoke(main, command).stdout))
@@ -479,10 +479,11 @@ def test_exported_traces_open_from_a_file(page: Page, tiny_engine: Path, tmp_pat
     seen = lanes(page)
     assert [lane["text"] for lane in seen] == [answer["text"] for answer in answers]
     assert [lane["figures"] for lane in seen] == [figures(answer) for answer in answers]
+    assert page.locator(".lane .mode").all_inner_texts() == ["Diffusion", "Self-speculation", "Automatic"]
     expect(page.locator("#shared-prompt .prompt")).to_contain_text(PROMPT)
     expect(page.locator("form")).to_have_count(0)
     page.get_by_label("Moment").fill("1")
-    assert [lane["figures"]["passes"] for lane in lanes(page)] == [1] * 2
+    assert [lane["figures"]["passes"] for lane in lanes(page)] == [1] * 3
     assert out.stat().st_size < 300_000
 
 

@@ -7,6 +7,7 @@
  */
 
 const MODES = {
+  auto: "Automatic",
   ar: "Autoregressive",
   diffusion: "Diffusion",
   linear_spec: "Self-speculation",
