@@ -9,6 +9,7 @@ from typing import Literal
 from ..text.reasoning import ReasoningParser
 from ..text.thoughts import TAGS, Thoughts
 from .definition import Tool
+from .json_form import ObjectScan
 from .reader import CallReader, partial_end
 
 
@@ -18,6 +19,11 @@ class ToolCall:
 
     name: str
     arguments: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether its arguments come to their end."""
+        return ObjectScan().end(self.arguments, 0) is not None
 
 
 @dataclasses.dataclass(frozen=True)

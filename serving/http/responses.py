@@ -183,8 +183,11 @@ class ResponseBuilder:
 
 
 def finish_reason(generation: Generation) -> str:
-    """Why an answer ends, in OpenAI's words."""
-    return "tool_calls" if generation.tool_calls and generation.finish_reason == "stop" else generation.finish_reason
+    """Why an answer ends, in OpenAI's words: for calls, unless a limit or a stop text has cut the last of them."""
+    calls = generation.tool_calls
+    if not calls or generation.finish_reason != "stop" or (generation.stop_text is not None and not calls[-1].whole):
+        return generation.finish_reason
+    return "tool_calls"
 
 
 def call_id() -> str:

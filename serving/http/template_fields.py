@@ -42,6 +42,15 @@ ToolChoice = Annotated[
 ]
 
 
+def by_name(name: str | None) -> str | None:
+    """The option that chooses a tool of this name. Raises RequestError where it would mean something else."""
+    if name in ("auto", "none", "required"):
+        raise RequestError(
+            f"tool_choice names the tool {name!r}, a word that means something else there; rename the tool"
+        )
+    return name
+
+
 def allowed(offered: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The offered tools of these names, in OpenAI's older form. Raises RequestError for one that is not offered."""
     by_name = {function.get("name"): tool for tool in offered if isinstance(function := tool.get("function"), dict)}
@@ -94,7 +103,7 @@ class Templated(Body):
             "continue_final_message": continued,
             "thinking": thinks if self.thinking is None else self.thinking,
             "tools": tools,
-            "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
+            "tool_choice": by_name(choice.function.name) if isinstance(choice, NamedTool) else choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "chat_template_kwargs": variables or None,
         }

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.http_server import Served
 from stand_ins.tool_templates import CLOCK, TOOLS, WEATHER
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.serving.http.responses import finish_reason
 
 CHAT = "/v1/chat/completions"
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -161,3 +167,50 @@ def test_what_is_wrong_with_a_call_is_refused(server: Served, turn: dict[str, An
 def test_tokenize_counts_tools_too(server: Served) -> None:
     body = {"messages": ASKED, "tools": TOOLS, "reasoning_effort": "low"}
     assert server.ask("/tokenize", body)["count"] == prompt_tokens(server, ASKED, tools=TOOLS, reasoning_effort="low")
+
+
+def test_a_call_that_a_stop_text_has_cut_is_not_asked_for(tmp_path: Path) -> None:
+    checkpoint = TINY_CHAT.with_name("tiny-chat-2")
+    engine = nemodiff.load(Builder(checkpoint, tmp_path / "engine").run(), threads=1)
+    tools = json.loads((checkpoint / "tools.json").read_text())
+    reasons = {}
+    for stop in ("<tool_call>", "<parameter=", "Oslo", "</function>", "</tool_call>"):
+        answer = nemodiff.generate(engine, "What is the weather in Oslo?", tools=tools, stop=[stop])
+        assert answer.stop_text == stop
+        reasons[finish_reason(answer)] = answer
+    assert [(call.name, call.arguments) for call in reasons["tool_calls"].tool_calls] == [
+        ("get_weather", '{"city": "Oslo"}')
+    ]
+    assert reasons["tool_calls"].stop_text == "</tool_call>"
+    assert reasons["stop"].stop_text == "</function>"
+    assert reasons.keys() == {"stop", "tool_calls"}
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "required"])
+def test_a_tool_whose_name_is_a_word_of_the_choice_cannot_be_chosen_by_it(server: Served, name: str) -> None:
+    function = {"name": name, "parameters": {"type": "object", "properties": {}}}
+    bodies: dict[str, dict[str, Any]] = {
+        CHAT: {
+            "messages": ASKED,
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": name}},
+        },
+        "/v1/responses": {
+            "input": "Hello",
+            "tools": [{"type": "function", **function}],
+            "tool_choice": {"type": "function", "name": name},
+        },
+        "/v1/messages": {
+            "messages": ASKED,
+            "max_tokens": 5,
+            "tools": [{"name": name, "input_schema": function["parameters"]}],
+            "tool_choice": {"type": "tool", "name": name},
+        },
+    }
+    for path, body in bodies.items():
+        status, _, answer = server.send(path, body)
+        assert status == 400
+        refusal = json.loads(answer)["error"]["message"]
+        assert (
+            refusal == f"tool_choice names the tool {name!r}, a word that means something else there; rename the tool"
+        )

@@ -10,6 +10,7 @@ from pydantic import Field, Tag
 
 from ....errors import RequestError
 from ..body_parts import TEXT_OR_PARTS, ConversationPart
+from ..template_fields import by_name
 from .dialect import DialectBody
 from .messages_blocks import Block, ImageBlock, TextBlock, Texts, ThinkingBlock, ToolResultBlock, ToolUseBlock
 
@@ -117,7 +118,7 @@ class Counted(DialectBody):
             if self.tool_choice.type == "tool" and self.tool_choice.name is None:
                 raise RequestError("tool_choice has no name; give that of the tool")
             words = {"auto": "auto", "any": "required", "none": "none"}
-            chosen["tool_choice"] = words.get(self.tool_choice.type, self.tool_choice.name)
+            chosen["tool_choice"] = words.get(self.tool_choice.type) or by_name(self.tool_choice.name)
             chosen["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
         if self.thinking is not None:
             chosen["thinking"] = self.thinking.type != "disabled"

@@ -10,7 +10,7 @@ from pydantic import Field, Tag, model_validator
 from ....errors import RequestError
 from ....runtime.text.checks import check_json
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
-from ..template_fields import CHOICE
+from ..template_fields import CHOICE, by_name
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
 from .responses_tools import AllowedTools, Tools, joined, plain
@@ -140,7 +140,7 @@ class Responses(DialectBody):
             chosen["tools"] = choice.of(chosen.get("tools", []))
             chosen["tool_choice"] = choice.mode
         elif isinstance(choice, NamedFunction):
-            chosen["tool_choice"] = joined(choice.namespace, choice.name)
+            chosen["tool_choice"] = by_name(joined(choice.namespace, choice.name))
         else:
             chosen["tool_choice"] = choice
         if self.parallel_tool_calls is not None:
