@@ -38,9 +38,9 @@ class Tool:
 
     @property
     def required(self) -> Sequence[str]:
-        """The arguments that a call must have."""
+        """The arguments that a call must have, whether there is a schema for them or not."""
         required = self.parameters.get("required")
-        return [name for name in required if name in self.properties] if isinstance(required, list) else []
+        return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
     def types(self, argument: str) -> set[str]:
         """JSON types that an argument may have; empty where its schema leaves that open."""

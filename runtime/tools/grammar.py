@@ -26,7 +26,14 @@ _LISTS: dict[Form, tuple[str, str, str]] = {
     "mistral_list_id": ('/ ?/ "["', '", "', '"]"'),
     "llama": ("", '"; "', ""),
 }
-_UNHELD = ("pattern", "format")  # of text that stands without quotation marks
+_UNHELD = ("pattern", "format", "not")  # of text that stands without quotation marks
+# Of the arguments as a whole, which as XML are one parameter after the other.
+_UNHELD_OF_ALL = (
+    "allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentRequired", "dependentSchemas", "dependencies",
+    "minProperties", "maxProperties",
+)  # fmt: skip
+_LENGTHS = {"minLength", "maxLength"}
+_NOTES = {"title", "description", "default", "examples"}  # of a schema, which restrict nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +139,15 @@ class _Writer:
             begin = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{key}": ')
             end = f'", \\"id\\": \\"" {_ID} "\\"}}"' if self._form == "mistral_list_id" else '"}"'
             return self.add(rule, f"{begin} %json {_guided(schema)} {end}")
-        parameters = " ".join(self._parameters(rule, tool) if held and tool.properties else self._any(tool, held))
+        parameters = " ".join(
+            self._parameters(rule, tool) if held and (tool.properties or tool.required) else self._any(tool, held)
+        )
         begin, end = json.dumps(f"{FUNCTION}{tool.name}>\n"), json.dumps(END_FUNCTION)
         return self.add(rule, f"{begin} {parameters} {end}")
 
     def _any(self, tool: Tool, held: bool) -> Iterator[str]:
         """Parameters of any names, where the schema has none or is not asked for."""
-        if held and not any(name in tool.parameters for name in ("additionalProperties", "anyOf", "oneOf", "allOf")):
+        if held and not any(name in tool.parameters for name in ("additionalProperties", *_UNHELD_OF_ALL)):
             return
         if held:
             self.warnings.append(f"tool {tool.name}: a schema without properties is not held to")
@@ -146,8 +155,11 @@ class _Writer:
         yield rf'({json.dumps(PARAMETER)} /[^<>\n]+/ ">\n" {value} "\n")*'
 
     def _parameters(self, rule: str, tool: Tool) -> Iterator[str]:
-        for index, (name, schema) in enumerate(tool.properties.items()):
-            value = self._value(f"{rule}_{index}", tool, name, schema)
+        for key in _UNHELD_OF_ALL:
+            if key in tool.parameters:
+                self.warnings.append(f"tool {tool.name}: {key} of its arguments is not held to")
+        for index, name in enumerate(dict.fromkeys([*tool.properties, *tool.required])):
+            value = self._value(f"{rule}_{index}", tool, name, tool.properties.get(name))
             parameter = f'{json.dumps(f"{PARAMETER}{name}>{chr(10)}", ensure_ascii=False)} {value} "\\n"'
             yield parameter if name in tool.required else f"({parameter})?"
 
@@ -156,22 +168,32 @@ class _Writer:
         end = json.dumps("\n" + END_PARAMETER)
         shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         types = tool.types(name)
+        alternatives = tool.alternatives(name)
+        if all(one.keys() <= _NOTES for one in alternatives):
+            return self._text(rule, {})
         if "string" not in types:
             return f"{self.add(rule, f'%json {_guided({**_plain(schema), **shared})}')} {end}"
-        alternatives = tool.alternatives(name)
         texts = [one for one in alternatives if listed_values(one) is None and "string" in json_types(one)]
-        for key in _UNHELD:
-            if any(key in text for text in texts):
-                self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")
-        if texts:
-            return self._text(rule, texts[0] if types == {"string"} and len(alternatives) == 1 else {})
+        told = _plain(schema)
+        unheld = [key for key in _UNHELD if any(key in one for one in (told, *texts))]
+        if isinstance(parts := told.get("allOf"), list) and len(parts) > 1:  # which are taken for alternatives
+            unheld.append("allOf")
+        for key in unheld:
+            self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")
+        if not all(_LENGTHS & one.keys() for one in texts):
+            return self._text(rule, {})
         choices = list[str]()
         for index, one in enumerate(alternatives):
-            if (values := listed_values(one)) is None:
-                choices.append(f"{self.add(f'{rule}_{index}', f'%json {_guided({**one, **shared})}')} {end}")
+            if (values := listed_values(one)) is not None:
+                spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
+                choices += [json.dumps(f"{value}\n{END_PARAMETER}", ensure_ascii=False) for value in spelled]
                 continue
-            spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
-            choices += [json.dumps(f"{value}\n{END_PARAMETER}", ensure_ascii=False) for value in spelled]
+            others = json_types(one) - {"string"}
+            if one in texts:
+                choices.append(self._text(f"{rule}_{index}_text", one))
+            if others:
+                guided = _guided({**one, "type": sorted(others), **shared})
+                choices.append(f"{self.add(f'{rule}_{index}', f'%json {guided}')} {end}")
         return f"({' | '.join(choices)})"
 
     def _text(self, rule: str, schema: Mapping[str, Any]) -> str:

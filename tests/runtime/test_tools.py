@@ -613,6 +613,11 @@ def test_a_call_that_was_cut_comes_back_as_what_there_was(
         ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "string"}]}, ["C", "K"], []),
         ({"type": ["string", "null"], "enum": ["a", None]}, ["a", "null"], ["b"]),
         ({"$ref": "#/$defs/Short"}, ["ab"], ["abc"]),
+        ({"anyOf": [{"$ref": "#/$defs/Short"}, {"type": "null"}]}, ["ab", "null"], ["abc", "nul"]),
+        ({"type": ["string", "integer"], "maxLength": 2}, ["ab", "12", "123"], ["abc", "12c"]),
+        ({"anyOf": [{"type": "string", "minLength": 2}, {"const": "a"}]}, ["ab", "a"], ["b"]),
+        ({"anyOf": [{"$ref": "#/$defs/Short"}, {"type": "string"}]}, ["abc"], []),
+        ({"description": "Anything."}, ["abc", "12"], []),
     ],
 )  # fmt: skip
 def test_a_text_is_held_to_what_its_schema_refers_to(
@@ -643,6 +648,40 @@ def test_schemas_that_refer_to_themselves_have_types() -> None:
     parameters = {"type": "object", "properties": properties, "$defs": shared}
     (tool,) = read_tools(json.dumps([{"type": "function", "function": {"name": "f", "parameters": parameters}}]))
     assert [tool.types(name) for name in properties] == [set(), {"string"}, set()]
+
+
+@pytest.mark.parametrize("properties", [{}, {"a": {"type": "integer"}}])
+def test_an_argument_without_a_schema_may_be_required(
+    engine: nemodiff.LoadedEngine, properties: dict[str, Any]
+) -> None:
+    parameters = {"type": "object", "properties": properties, "required": ["b"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    grammar = prepare(engine, QUESTION, make_options({"tools": [tool], "tool_choice": "required"})).settings.grammar
+    assert grammar is not None
+    for written in ("", "<parameter=b>\nany thing\n</parameter>\n"):
+        matcher = grammar.matcher()
+        call = f"\n<function=f>\n{written}</function>\n"
+        for token in [engine.text.special_tokens["<tool_call>"], *engine.text.encode_plain(call)]:
+            matcher.push(token)
+        assert bool(matcher._astray) is (not written), written
+
+
+def test_what_the_arguments_as_a_whole_are_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "not": {"const": "x"}}, "b": {"allOf": [{"type": "string"}] * 2}},
+        "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        "dependentRequired": {"a": ["b"]},
+        "minProperties": 1,
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    assert nemodiff.generate(engine, QUESTION, tools=[tool], max_new_tokens=1).warnings == [
+        "tool f: anyOf of its arguments is not held to",
+        "tool f: dependentRequired of its arguments is not held to",
+        "tool f: minProperties of its arguments is not held to",
+        "tool f: not of a is not held to, as its value is plain text",
+        "tool f: allOf of b is not held to, as its value is plain text",
+    ]
 
 
 def test_what_a_schema_is_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:
