@@ -183,7 +183,7 @@ def serve(
         from ..serving.http.app import Limits, Reports, open_server
         from ..serving.http.hosts import AllowedHosts
         from ..serving.http.request_log import log_message
-        from ..serving.http.server import bind, check_connections
+        from ..serving.http.server import bind, check_connections, signals_heard
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
@@ -208,7 +208,7 @@ def serve(
         image_urls=allow_image_urls,
     )
     sampling = sampling_defaults(engine) if generation_config == "auto" else {}
-    with bind(host, port) as listening:
+    with bind(host, port) as listening, signals_heard():
         server = open_server(
             engine,
             limits=limits,

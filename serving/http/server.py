@@ -3,21 +3,20 @@
 The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what has begun
 may finish, from a body that is still coming to an answer that is still being read. A second signal ends the process at
 once. The port stays open while the server drains, because a load balancer could not ask for its health otherwise.
-SIGUSR1 writes what the server is doing to standard error.
+SIGUSR1 writes what the server is doing to standard error. While the engine is loaded, SIGTERM ends the process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import json
 import logging
 import resource
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
 
@@ -26,8 +25,8 @@ import uvicorn
 from ...errors import RequestError
 from .app import Server
 from .connection import Connection, ConnectionConfig
-from .request_log import settle_logging, written_time
-from .state import state_of
+from .request_log import settle_logging
+from .state import loading_state, state_of, write_state
 
 # Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
 _KEEP_ALIVE = 75
@@ -54,6 +53,23 @@ def bind(host: str, port: int) -> socket.socket:
         listening.close()
         raise RequestError(f"--host {host} --port {port}: {error}; give another, or --port 0 for a free one") from None
     return listening
+
+
+@contextlib.contextmanager
+def signals_heard() -> Iterator[None]:
+    """Hear signals before the server does; the first process of a container gets none that it has no handler for."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    handlers = {signal.SIGTERM: end, signal.SIGUSR1: lambda number, frame: write_state(loading_state())}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_connections(most: int) -> None:
@@ -130,8 +146,7 @@ class _DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._start_drain)
 
     def _write_state(self) -> None:
-        sys.stderr.write(json.dumps({"time": written_time(time.time()), "state": state_of(self._server)}) + "\n")
-        sys.stderr.flush()
+        write_state(state_of(self._server))
 
     def _start_drain(self) -> None:
         self._drain_task = self._loop.create_task(self._finish_requests())

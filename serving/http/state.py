@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 import sys
 import threading
@@ -10,8 +11,21 @@ import time
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+from .request_log import written_time
+
 if TYPE_CHECKING:
     from .app import Server
+
+
+def write_state(state: dict[str, Any]) -> None:
+    """Write a state as one line of JSON to standard error."""
+    sys.stderr.write(json.dumps({"time": written_time(time.time()), "state": state}) + "\n")
+    sys.stderr.flush()
+
+
+def loading_state() -> dict[str, Any]:
+    """What there is to tell while the engine is loaded."""
+    return {"loading": True, "threads": _threads()}
 
 
 def state_of(server: Server) -> dict[str, Any]:

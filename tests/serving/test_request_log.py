@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import eventually
 from stand_ins.checkpoints import TINY_CHAT
-from stand_ins.http_server import Served, serving
+from stand_ins.http_server import PATIENCE, Served, serving
 from starlette.datastructures import Headers
 
 import nemodiff
@@ -167,6 +167,34 @@ def test_a_signal_tells_what_the_server_does(tiny_engine: Path) -> None:
     assert state["scheduler"]["running"] == 1
     assert state["most_memory_bytes"] > 2**20
     assert any("scheduler" in call for call in state["threads"]["nemodiff-scheduler"])
+
+
+def test_signals_while_the_engine_is_loaded(tiny_engine: Path) -> None:
+    """Which the system keeps from a container's first process where it has no handler."""
+    program = f"""
+import time
+from nemodiff.cli import main
+from nemodiff.serving.http import app
+
+def loading(*arguments, **choices):
+    print("loading", flush=True)
+    time.sleep({PATIENCE})
+
+app.open_server = loading
+main(["serve", {str(tiny_engine)!r}, "--port", "0"])
+"""
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGUSR1)
+        state = json.loads(process.stderr.readline())["state"]
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert state["loading"] is True
+    assert any(call.endswith(" loading") for call in state["threads"]["MainThread"])
+    assert (process.returncode, said) == (128 + signal.SIGTERM, "")
 
 
 def test_spans_follow_one_another(tiny_engine: Path) -> None:
