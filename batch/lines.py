@@ -87,13 +87,20 @@ def make_line(fields: Mapping[str, Any], path: Path, number: int) -> Line:
 def given(cells: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a row of a table gives, where None, NaN and pandas' NA fill gaps.
 
-    A column of integers with gaps is one of floats.
+    A column of integers with gaps is one of floats. One of objects gives each the fields of all.
     """
     return {
-        name: int(value) if name in _COUNTS and isinstance(value, float) and value.is_integer() else value
+        name: int(value) if name in _COUNTS and isinstance(value, float) and value.is_integer() else _dense(value)
         for name, value in cells.items()
         if value is not None and (value == value) is True
     }
+
+
+def _dense(value: Any) -> Any:
+    """A value without the fields of its objects that are None."""
+    if isinstance(value, dict):
+        return {name: _dense(inner) for name, inner in value.items() if inner is not None}
+    return [_dense(inner) for inner in value] if isinstance(value, list) else value
 
 
 def report_of(options: Mapping[str, Any]) -> str | None:

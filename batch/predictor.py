@@ -114,5 +114,5 @@ def _plain(value: Any) -> Any:
     """Without NumPy's types, which Ray uses for columns."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -70,6 +70,26 @@ def test_gaps_of_a_table_are_what_is_not_given(tmp_path: Path) -> None:
     assert (dict(second.line.options), second.labels) == ({}, {})
 
 
+def test_gaps_inside_of_a_cell_are_what_is_not_given(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}, "b": {"type": "integer"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    fields: list[dict[str, Any]] = [
+        {"prompt": "a", "json_schema": schema},
+        {
+            "messages": [{"role": "system", "content": "a", "name": "x"}, {"role": "user", "content": "b"}],
+            "tools": [tool],
+        },
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fields))
+    columns = {name: [row.get(name) for row in fields] for name in ("prompt", "messages", "json_schema", "tools")}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    lines, table = rows_of(tmp_path / "a.jsonl", 5), rows_of(tmp_path / "b.parquet", 5)
+    assert [row.reason for row in lines] == [None, None]
+    assert [row.key for row in lines] == [row.key for row in table]
+
+
 def test_a_broken_row_is_told_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'{"prompt": "a"}\nnot json\n{"id": "c", "prompt": "a", "modus": "ar"}\n\xff\n{"prompt": "a"}\n')
