@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import resource
 import signal
 import socket
@@ -139,9 +140,7 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._server.draining.is_set():
-            self.should_exit = True
-            self.force_exit = True
-            return
+            os._exit(128 + sig)  # the engine's threads may be in the middle of a pass, and cannot be waited for
         self._server.draining.set()
         self._loop.call_soon_threadsafe(self._start_drain)
 

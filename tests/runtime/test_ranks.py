@@ -144,6 +144,26 @@ def test_signals_to_all_processes_let_a_server_drain(tiny: Path) -> None:
         assert not runs(str(rank))
 
 
+def test_a_second_signal_ends_a_server_and_its_ranks_at_once(tiny: Path) -> None:
+    with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1") as served:
+        body = {"model": "engine", "prompt": "Count", "max_tokens": 9000, "ignore_eos": True, "mode": "ar"}
+        connection = served.connect()
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
+        answer = connection.getresponse()
+        answer.readline()
+        (rank,) = ranks_of(served.process)
+        served.process.send_signal(signal.SIGTERM)
+        eventually(lambda: served.send("/health/ready")[0] == 503)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(PATIENCE) == 128 + signal.SIGTERM
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
+        answer.close()
+        connection.close()
+    eventually(lambda: not runs(str(rank)))
+
+
 def test_a_server_says_that_a_rank_is_gone(tiny: Path) -> None:
     with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1", warnings="default") as served:
         body = {"model": "engine", "prompt": "Count", "max_tokens": 3}
