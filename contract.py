@@ -95,6 +95,11 @@ class BuildConfig:
         return {name: size if self.quantization == "int4" else None for name, size in sizes.items()}
 
     @property
+    def dtype_text(self) -> str:
+        """What weights and cache are, for people."""
+        return dtype_line(self.dtype, self.quantization, self.kv_cache_dtype, **self.groups)
+
+    @property
     def kv_bits(self) -> KvBits | None:
         """How K and V are kept in 8 bits, if they are."""
         return None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -14,7 +14,6 @@ from ..contract import (
     BuildConfig,
     cache_slots,
     counted,
-    dtype_line,
     kv_bytes_per_token,
     size_text,
 )
@@ -67,14 +66,13 @@ class Plan:
         build = self.build
         adapter = f"drafter LoRA of rank {self.adapter_rank}" if self.adapter_rank else "no drafter adapter"
         row = size_text(self.kv_bytes_per_token * build.max_seq_len)
-        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
         limits = f"up to {counted(build.max_batch_size, 'row')} of {counted(build.max_seq_len, 'token')}"
         ignored = [f"ignored      unknown config fields: {', '.join(self.unknown_fields)}"]
         return [
             f"checkpoint   {checkpoint}: {counted(self.tensors, 'tensor')}, {size_text(self.checkpoint_bytes)}",
             f"parameters   {self.parameters:,}, {adapter}",
             *([self._image_line()] if self.image_tokens else []),
-            f"engine       {self.backend}, {dtype}, block length {build.block_length}, {limits}",
+            f"engine       {self.backend}, {build.dtype_text}, block length {build.block_length}, {limits}",
             f"disk         {size_text(self.disk_needed)} to write under {output}, {size_text(self.disk_free)} free",
             f"KV cache     {self.kv_bytes_per_token:,} bytes per token, {row} for one row of {build.max_seq_len}",
             *(self._processor_lines() if self.backend == "onnxruntime" else self._gpu_lines()),

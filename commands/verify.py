@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..contract import counted, dtype_line
+from ..contract import counted
 from ..engine_folder import VERIFY_FILE, write_record
 from ..errors import RequestError
 from . import options
@@ -102,10 +102,8 @@ def verify(
             "engine's max_seq_len; ask for fewer"
         )
     ids = token_ids(loaded, prompts, max_new_tokens, raw=raw)
-    build = loaded.info.build
-    dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
     click.echo(
-        f"verifying    {engine} ({loaded.info.manifest.backend}, {dtype}) against {name} in "
+        f"verifying    {engine} ({loaded.info.manifest.backend}, {loaded.info.build.dtype_text}) against {name} in "
         f"{reference.precision}, {counted(len(ids), 'prompt')}",
         err=True,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..contract import counted, dtype_line
+from ..contract import counted
 from ..runtime.loading import LoadedEngine
 from .bench import Outcome, Plan, names
 from .figures import Figures, Percentiles, ratios
@@ -36,10 +36,9 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
     ]
     called = names(engines)
     for engine, name, outcome in zip(engines, called, outcomes, strict=True):
-        build = engine.info.build
-        dtype = dtype_line(build.dtype, build.quantization, build.kv_cache_dtype, **build.groups)
+        info = engine.info
         threads = "" if engine.threads is None else f", {counted(engine.threads, 'thread')}"
-        text += ["", f"{name}: {engine.info.manifest.backend}, {dtype}, on {engine.processor}{threads}"]
+        text += ["", f"{name}: {info.manifest.backend}, {info.build.dtype_text}, on {engine.processor}{threads}"]
         text += _aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
         curve = zip(outcome.curve.sizes, outcome.curve.times, strict=True)
         text.append("ms of a pass by its tokens: " + ", ".join(f"{size}: {1e3 * t:.3g}" for size, t in curve))
