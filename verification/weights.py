@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .quantized import PARTS, SCALES, Parts, dequantized, kind
 
+# safetensors gives NumPy no numbers of 8 bits with an exponent, so files are read here.
 _DTYPES: dict[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,

@@ -53,11 +53,11 @@ def by_name(name: str | None) -> str | None:
 
 def allowed(offered: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
     """The offered tools of these names, in OpenAI's older form. Raises RequestError for one that is not offered."""
-    by_name = {function.get("name"): tool for tool in offered if isinstance(function := tool.get("function"), dict)}
+    named = {function.get("name"): tool for tool in offered if isinstance(function := tool.get("function"), dict)}
     for name in names:
-        if name not in by_name:
+        if name not in named:
             raise RequestError(f"tool_choice allows {name!r:.60}, which is no tool that is given; allow those of tools")
-    return [tool for name, tool in by_name.items() if name in names]
+    return [tool for name, tool in named.items() if name in names]
 
 
 class Templated(Body):
