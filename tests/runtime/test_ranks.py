@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import PATIENCE, assert_one_line, eventually
-from stand_ins.http_server import serving
+from stand_ins.http_server import Served, serving
 from stand_ins.torch_ranks import answers, answers_of_ranks, build
 
 import nemodiff
@@ -95,8 +98,7 @@ def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.read(4) != ""  # it answers
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (rank,) = [int(child) for child in children if "torch.rank" in Path(f"/proc/{child}/cmdline").read_text()]
+        (rank,) = ranks_of(process)
         os.kill(rank, signal.SIGKILL)
         _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
@@ -123,21 +125,27 @@ def test_a_rank_that_dies_before_they_have_met(tiny: Path, dying: str) -> None:
     eventually(lambda: not runs(str(rank)))
 
 
+@contextlib.contextmanager
+def answering(engine: Path, max_tokens: int) -> Iterator[tuple[Served, http.client.HTTPResponse, int]]:
+    """A server of two ranks whose stream has begun, the stream, of which a line has been read, and its other rank."""
+    with serving(engine, "--device", "cpu", "--tp-size", "2", "--threads", "1") as served:
+        body = {"model": "engine", "prompt": "Count", "max_tokens": max_tokens, "ignore_eos": True, "mode": "ar"}
+        with contextlib.closing(served.connect()) as connection:
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
+            answer = connection.getresponse()
+            assert answer.readline().startswith(b"data: ")
+            (rank,) = ranks_of(served.process)
+            yield served, answer, rank
+
+
 def test_signals_to_all_processes_let_a_server_drain(tiny: Path) -> None:
     """As those of a terminal or of a service manager are."""
-    with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1") as served:
-        body = {"model": "engine", "prompt": "Count", "max_tokens": 400, "ignore_eos": True, "mode": "ar"}
-        connection = served.connect()
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
-        answer = connection.getresponse()
-        first = answer.readline()
-        (rank,) = ranks_of(served.process)
+    with answering(tiny, 400) as (served, answer, rank):
         for process in (rank, served.process.pid):
             os.kill(process, signal.SIGTERM)
         rest = answer.read()
-        connection.close()
-        assert first.startswith(b"data: ")
+        answer.close()
         assert b'"finish_reason":"length"' in rest
         assert rest.endswith(b"data: [DONE]\n\n")
         assert served.process.wait(PATIENCE) == 0
@@ -145,14 +153,7 @@ def test_signals_to_all_processes_let_a_server_drain(tiny: Path) -> None:
 
 
 def test_a_second_signal_ends_a_server_and_its_ranks_at_once(tiny: Path) -> None:
-    with serving(tiny, "--device", "cpu", "--tp-size", "2", "--threads", "1") as served:
-        body = {"model": "engine", "prompt": "Count", "max_tokens": 9000, "ignore_eos": True, "mode": "ar"}
-        connection = served.connect()
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
-        answer = connection.getresponse()
-        answer.readline()
-        (rank,) = ranks_of(served.process)
+    with answering(tiny, 9000) as (served, answer, rank):
         served.process.send_signal(signal.SIGTERM)
         eventually(lambda: served.send("/health/ready")[0] == 503)
         served.process.send_signal(signal.SIGTERM)
@@ -160,7 +161,6 @@ def test_a_second_signal_ends_a_server_and_its_ranks_at_once(tiny: Path) -> None
         assert served.process.stderr is not None
         assert served.process.stderr.read() == ""
         answer.close()
-        connection.close()
     eventually(lambda: not runs(str(rank)))
 
 
