@@ -19,7 +19,8 @@ from ..engines.engine import Engine, causal
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 _FIRST = (1, 32)  # measured before any other, however long they take: their ratio is what plans hang on
-_TURNS = 5
+_TURNS, _LONG_TURNS = 20, 3  # of those up to the longer of these, which plans compare, and of longer ones
+_SHORT = 0.5  # of the time for all of it
 _LIMIT = 1.0  # seconds for all of it; sizes for which there is no time left lie between or beyond the others
 
 
@@ -74,19 +75,25 @@ def clock_of(engine: Engine) -> Callable[[], float]:
 
 
 def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve:
-    """Time forwards of every size in turns, the least of each, until the time for it is used up."""
+    """Time forwards of every size in turns, the least of each, until the time for it is used up.
+
+    Long ones come last: they throw the weights out of the processor's caches, and a forward of one token takes up to
+    three times as long after one, and a dozen forwards to get over it.
+    """
     cache, least, started, clock = engine.open(1), dict[int, float](), time.perf_counter(), clock_of(engine)
     token = int(engine.info.model.mask_id == 0)
     longest = max(2, engine.info.build.max_seq_len)
     sizes = [size for size in dict.fromkeys((*_FIRST, *SIZES)) if size <= longest]
-    for turn, size in itertools.product(range(_TURNS), sizes):
-        if (turn or size not in _FIRST) and len(least) > 1 and time.perf_counter() - started > limit:
-            break
-        pass_ = causal("verify", [token] * size, 0, predict_all=True)
-        cache.forward([pass_])  # binds the shape, and warms what a change of shape has cooled
-        before = clock()
-        cache.forward([pass_])
-        least[size] = min(clock() - before, least.get(size, float("inf")))
+    short = [size for size in sizes if size <= max(_FIRST)]
+    for group, turns, until in ((short, _TURNS, _SHORT * limit), (sizes[len(short) :], _LONG_TURNS, limit)):
+        for turn, size in itertools.product(range(turns), group):
+            if (turn or size not in _FIRST) and len(least) > 1 and time.perf_counter() - started > until:
+                break
+            pass_ = causal("verify", [token] * size, 0, predict_all=True)
+            cache.forward([pass_])  # binds the shape, and warms what a change of shape has cooled
+            before = clock()
+            cache.forward([pass_])
+            least[size] = min(clock() - before, least.get(size, float("inf")))
     cache.close()
     measured = sorted(least.items())
     return without_noise(CostCurve(tuple(size for size, _ in measured), tuple(seconds for _, seconds in measured)))

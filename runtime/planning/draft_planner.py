@@ -43,11 +43,10 @@ class _Standing:
     most: int  # times that it is taken, unless it is for what it teaches alone
     left: int
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
-    tokens: float  # expected of a block, and the seconds of a pass of it in quadratic_spec
-    seconds: float
+    seconds: float  # of a pass of it in quadratic_spec
 
 
-class AcceptanceStatistics:
+class PositionStatistics:
     """How often drafted tokens were verified and kept, by their position in the draft.
 
     These are lists, not arrays: after a pass numpy's code is out of the processor's caches, and a call takes longer
@@ -59,20 +58,20 @@ class AcceptanceStatistics:
         self._looked_at = [0.0] * MAX_BLOCK
         self._kept = [0.0] * MAX_BLOCK
         self._verifies = 0.0
-        self.linear = BlockStatistics()
-        self.quadratic = BlockStatistics()
-        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
-        self.passes_without_draft = 0  # of requests that plan
-        self.later: list[Callable[[], None]] = []  # what has been met since `take_in`
+        self.later: list[tuple[int, int, Iterable[float]]] = []  # verifies met since `take_in`, as `add` takes them
 
     def take_in(self) -> None:
         """Learn from what has been met. Not at once, for between two passes this code is out of the caches."""
         later, self.later = self.later, []
-        for learn in later:
-            learn()
+        for verify in later:
+            self.add(*verify)
 
-    def add(self, size: int, emitted: int) -> None:
-        """A verify of a block of `size` tokens, the first of them certain, that emitted this many."""
+    def add(self, size: int, emitted: int, unseen: Iterable[float] = ()) -> None:
+        """A verify of a block of `size` tokens, the first of them certain, that emitted this many.
+
+        `unseen` are the confidences of what the draft had beyond the block, if all of that was kept. It is left out for
+        being unlikely, so without it a draft would seem better than it is.
+        """
         if self._verifies >= _FORGET:
             self._looked_at = [0.5 * count for count in self._looked_at]
             self._kept = [0.5 * count for count in self._kept]
@@ -80,14 +79,8 @@ class AcceptanceStatistics:
         self._verifies += 1
         self._looked_at[min(emitted, size - 1)] += 1
         self._kept[emitted - 1] += 1
-
-    def add_unseen(self, kept: int, confidences: Iterable[float]) -> None:
-        """Tokens of a draft after `kept` others that a verify kept and it did not look at, by their confidences.
-
-        They are left out for being unlikely, so without them a draft would seem better than it is.
-        """
         chance = 1.0
-        for at, confidence in zip(range(kept, MAX_BLOCK - 1), confidences, strict=False):
+        for at, confidence in zip(range(emitted - 1, MAX_BLOCK - 1), unseen, strict=False):
             self._looked_at[at] -= chance  # so many look at one more
             self._looked_at[at + 1] += chance
             chance *= confidence
@@ -103,16 +96,58 @@ class AcceptanceStatistics:
         return _and_more(self._kept)
 
 
+class AcceptanceStatistics(PositionStatistics):
+    """What the drafts of all requests of an engine have brought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = BlockStatistics()
+        self.quadratic = BlockStatistics()
+        self.later_blocks: list[Callable[[list[float]], None]] = []  # met since `take_in`, by what was to be expected
+        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
+        self.passes_without_draft = 0  # of requests that plan
+
+    def take_in(self) -> None:
+        """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
+        super().take_in()
+        later, self.later_blocks = self.later_blocks, []
+        expected = self.expected(_NOTHING) if later else []
+        for learn in later:
+            learn(expected)
+
+    def expected(self, own: PositionStatistics) -> list[float]:
+        """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average.
+
+        Of a request with these statistics of its own, for which those of all are the prior: an answer is often over
+        after three verifies.
+        """
+        all_seen, all_kept = self.seen(), self.kept()
+        # The chance of any position stands in for those that nobody has looked at.
+        guess = _WEIGHT * (sum(all_kept) + _WEIGHT * _GUESS) / (sum(all_seen) + _WEIGHT)
+        chance, tokens = 1.0, [1.0]
+        for own_seen, own_kept, seen, kept in zip(own.seen(), own.kept(), all_seen, all_kept, strict=True):
+            prior = (kept + guess) / (seen + _WEIGHT)  # of this position, if all before it were kept
+            chance *= (own_kept + _WEIGHT * prior) / (own_seen + _WEIGHT)
+            if chance < _NEVER:
+                break
+            tokens.append(tokens[-1] + chance)
+        return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
+
+
 def _and_more(counts: list[float]) -> list[float]:
     """From how many had 0, 1, 2, .. to how many had more than 0, 1, .."""
     return list(itertools.accumulate(reversed(counts[1:])))[::-1]
 
 
+_NOTHING = PositionStatistics()  # of a request that has met no draft
+
+
 class BlockStatistics:
     """What blocks gave and took, over what was expected of them by their length.
 
-    Verify looks at nothing behind a drafted end of the answer. Passes of budgeted quadratic_spec may leave out their
-    groups, and then the next one has no draft: how often that is right is known afterwards.
+    That a position of a draft has a chance is not all of the truth. Verify looks at nothing behind a drafted end, or
+    behind what is worth its time. Passes of budgeted quadratic_spec may leave out their groups, and then the next one
+    has no draft: how often that is right is known afterwards.
     """
 
     def __init__(self) -> None:
@@ -155,21 +190,19 @@ class DraftPlanner:
 
     Args:
         costs: seconds of a pass by its tokens, and of what the host does for one.
-        engine: the statistics of all requests of the engine. They are the prior, since an answer is often over after
-            three verifies, and what this request meets is added to them.
+        engine: the statistics of all requests of the engine, to which what this one meets is added.
         modes: the modes to choose among.
     """
 
     def __init__(self, costs: PassCosts, engine: AcceptanceStatistics, modes: tuple[ExactMode, ...]) -> None:
         self._costs = costs
         self._engine = engine
-        self._own = AcceptanceStatistics()
+        self._own = PositionStatistics()
         self._modes = modes
         self._standing = engine.standing.get(modes)
         self._taken = Plan("ar", 1)  # the last one
         self._changed = False  # whether it was another than the one before
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
-        self._share = 1.0  # of the tokens that the last draft promised, those that its verify looks for
 
     def plan(self) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it.
@@ -192,7 +225,8 @@ class DraftPlanner:
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""
         self._engine.take_in()
-        expected = self.expected()
+        self._own.take_in()
+        expected = self._engine.expected(self._own)
         rates = self._rates(expected)
         best = max(rates, key=rates.__getitem__)
         plan = self._news(best) or best
@@ -200,7 +234,7 @@ class DraftPlanner:
         left = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
         seconds = self._quadratic_seconds(_tokens(plan))
         prices = [rates[best] * taken for taken in self._costs.curve.table[: MAX_BLOCK + 1]]
-        return _Standing(plan, most, left, prices, expected[plan.size - 1], seconds)
+        return _Standing(plan, most, left, prices, seconds)
 
     def _meter(self) -> None:
         """Learn what the host took for the last block of a plan, if no other request's forward came between."""
@@ -246,21 +280,6 @@ class DraftPlanner:
         """Of a pass of quadratic_spec, with what the host takes."""
         return self._costs.curve.seconds(tokens) + self._costs.host.seconds("quadratic_spec")
 
-    def expected(self) -> list[float]:
-        """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average."""
-        all_seen, all_kept = self._engine.seen(), self._engine.kept()
-        # The chance of any position stands in for those that nobody has looked at.
-        guess = _WEIGHT * (sum(all_kept) + _WEIGHT * _GUESS) / (sum(all_seen) + _WEIGHT)
-        chance, tokens = 1.0, [1.0]
-        positions = zip(self._own.seen(), self._own.kept(), all_seen, all_kept, strict=True)
-        for seen, kept, engine_seen, engine_kept in positions:
-            prior = (engine_kept + guess) / (engine_seen + _WEIGHT)  # of this position, if all before it were kept
-            chance *= (kept + _WEIGHT * prior) / (seen + _WEIGHT)
-            if chance < _NEVER:
-                break
-            tokens.append(tokens[-1] + chance)
-        return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
-
     def worth_verifying(self, confidences: list[float]) -> int:
         """How many tokens of a draft linear_spec's verify should look at, by their confidences.
 
@@ -269,44 +288,42 @@ class DraftPlanner:
         assert self._standing is not None
         prices = self._standing.prices
         chance, tokens = 1.0, 1.0
-        best, count, found = tokens - prices[1], 0, tokens
+        best, count = tokens - prices[1], 0
         for number, confidence in enumerate(confidences, 1):
             chance *= confidence
             tokens += chance
             if tokens - prices[number + 1] > best:
-                best, count, found = tokens - prices[number + 1], number, tokens
-        self._share = found / tokens
+                best, count = tokens - prices[number + 1], number
         return count
 
     def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:
-        """Take in a verify that looked at a block of so many tokens, and emitted this many.
+        """Take in the verify of a plan's draft that looked at a block of so many tokens, and emitted this many.
 
         Where the answer has `ended`, what a longer draft would have proposed is as lost as a wrong draft. `unseen` are
         the confidences of what the draft had beyond the block, if all of that was kept.
         """
-        self._engine.later.append(partial(self._learn, self._taken, self._share, looked_at, emitted, ended, unseen))
-
-    def _learn(
-        self, taken: Plan, share: float, looked_at: int, emitted: int, ended: bool, unseen: Iterable[float]
-    ) -> None:
-        mode, block = taken
-        size = max(looked_at, block) if ended else looked_at
-        for statistics in (self._own, self._engine):
-            statistics.add(size, emitted)
-            if unseen:
-                statistics.add_unseen(emitted - 1, unseen)
+        mode, block = self._taken
+        verify = (max(looked_at, block) if ended else looked_at, emitted, unseen)
+        self._own.later.append(verify)
+        self._engine.later.append(verify)
         if mode == "linear_spec":
-            seconds, host = self._costs.curve.seconds, self._costs.host.seconds(mode)
-            draft = seconds(block) + host
-            self._engine.linear.add(block, share, (draft + seconds(looked_at)) / (draft + seconds(block)))
+            self._engine.later_blocks.append(partial(self._learn_linear, block, looked_at, emitted))
+
+    def _learn_linear(self, block: int, looked_at: int, emitted: int, expected: list[float]) -> None:
+        seconds = self._costs.curve.seconds
+        draft = seconds(block) + self._costs.host.seconds("linear_spec")
+        spent = (draft + seconds(looked_at)) / (draft + seconds(block))
+        self._engine.linear.add(block, emitted / expected[block - 1], spent)
 
     def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
         """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
         if self._standing is not None and not self._changed:  # else the draft was still one of the plan before
-            self._engine.later.append(partial(self._learn_quadratic, self._standing, block, tokens, emitted))
+            seconds = self._standing.seconds
+            self._engine.later_blocks.append(partial(self._learn_quadratic, seconds, block, tokens, emitted))
 
-    def _learn_quadratic(self, plan: _Standing, block: int, tokens: int, emitted: int) -> None:
-        self._engine.quadratic.add(block, emitted / plan.tokens, self._quadratic_seconds(tokens) / plan.seconds)
+    def _learn_quadratic(self, seconds: float, block: int, tokens: int, emitted: int, expected: list[float]) -> None:
+        spent = self._quadratic_seconds(tokens) / seconds
+        self._engine.quadratic.add(block, emitted / expected[block - 1], spent)
 
 
 def _tokens(plan: Plan) -> int:

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.engine_folder import CONFIG_FILE, COST_FILE, MANIFEST_FILE, engine_digest
+from nemodiff.engine_info import EngineInfo
 from nemodiff.runtime import loading
+from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.modes.quadratic_spec import verify_and_draft
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
@@ -73,6 +75,44 @@ def test_neighbouring_sizes_keep_a_cost_of_their_own() -> None:
         for size, seconds in real.items():
             costs.learn(size, seconds)
     assert costs.curve.seconds(16) / costs.curve.seconds(12) == pytest.approx(1.3, rel=0.03)
+
+
+class CachedWeights:
+    """A cache whose forwards, after a longer one, take longer until the weights are back in the processor's caches."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.info = info
+        self.now = 0.0
+        self._before = 1.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def open(self, rows: int) -> "CachedWeights":
+        assert rows == 1
+        return self
+
+    def forward(self, passes: list[Pass], first: int = 0) -> None:
+        size = passes[0].ids.size
+        self._before = max(size, 0.7 * self._before)
+        self.now += TRUTHS["a CPU"](size) * (self._before / size) ** 0.25
+
+    def close(self) -> None:
+        assert self.now
+
+
+def test_a_measured_curve_is_of_passes_among_others_of_their_size(engine: nemodiff.LoadedEngine) -> None:
+    """And so is what is learned, of which the truncated verifies of long drafts are no part."""
+    cached = CachedWeights(engine.info)
+    measured = measure(cached)  # type: ignore[arg-type]
+    for size in (1, 4, 12, 32):
+        assert measured.seconds(size) == pytest.approx(TRUTHS["a CPU"](size), rel=0.3)
+    costs = PassCosts(curve(TRUTHS["a CPU"], MISTAKES["right"]))
+    for size in (24, 4, 12, 12) * 30:
+        before = cached.now
+        cached.forward([causal("verify", [1] * size, 0, predict_all=True)])
+        costs.learn(size, cached.now - before)
+    assert costs.curve.seconds(4) / costs.curve.seconds(24) < 1.15 * measured.seconds(4) / measured.seconds(24)
 
 
 def test_sizes_far_apart_are_learned_together() -> None:
