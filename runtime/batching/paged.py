@@ -83,7 +83,7 @@ class PagedRows(Rows):
             self.go_on()
         if not self._running:
             if self.slots:
-                self._pages.wait(freed, self._interrupted)
+                self._wait(freed)
             return
         flight, work, ahead = self._running.popleft()
         predictions = flight.finish()
@@ -106,6 +106,13 @@ class PagedRows(Rows):
             if slot.built == slot.sequence.length:
                 slot.built = None
         yield Forward(slots, served, results, began, flight.seconds, len(work))
+
+    def _wait(self, freed: int) -> None:
+        """Wait until pages are freed, since `freed` was read, and hold none, as others may wait for those likewise."""
+        for slot in self.slots:
+            if slot.reach:
+                self._preempt(slot)
+        self._pages.wait(freed, self._interrupted)
 
     def go_on(self) -> None:
         """Let the rows that have ended go and start the next forward, and the one after it if it is known."""

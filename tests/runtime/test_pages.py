@@ -358,6 +358,30 @@ def test_who_waits_for_pages_can_be_cancelled(real: nemodiff.LoadedEngine, ends:
     assert backend(engine).pages.free == 6
 
 
+def test_who_waits_holds_no_page_that_others_wait_for(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine
+) -> None:
+    """Two begin with pages of a shorter request, which ends; neither has room for more while the other holds those."""
+    engine = paged(real, 13)
+    with nemodiff.Scheduler(engine, rows=2) as a, nemodiff.Scheduler(engine, rows=2) as b:
+        other = engine.backend.open(1)
+        other.forward([causal("prefill", [130] * 2 * PAGE, 0)])
+        longer = list[tuple[nemodiff.Handle, list[int]]]()
+        for scheduler, base in ((a, 150), (b, 170)):
+            prompt = [base + n % 97 for n in range(300)]
+            more = [*prompt, *range(140, 140 + 7 * PAGE)]
+            short = (prompt, {"mode": "ar", "max_new_tokens": 20})
+            longer.append((scheduler.submit_many([short, (more, {"mode": "ar", "max_new_tokens": 9})])[1], more))
+            eventually(lambda: scheduler.statistics.finished == 1)  # noqa: B023  (asked at once)
+            assert scheduler.statistics.reused_tokens == 300
+        time.sleep(0.05)
+        other.close()
+        for handle, prompt in longer:
+            expected = nemodiff.generate(dense, prompt, mode="ar", max_new_tokens=9)
+            assert handle.result(10).token_ids == expected.token_ids
+    assert (backend(engine).pages.free, backend(engine).pages.open_rows) == (13, 0)
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_failed_engine_gives_all_pages_back_at_once(
     dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, ahead: bool
