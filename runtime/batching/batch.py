@@ -109,8 +109,9 @@ class Batch:
         """One pass of every running sequence, prefill within its budget; exhaust it before anything else.
 
         On an engine with pages, passes wait where a forward has too many tokens or the memory is short, and the next
-        forward runs while the results are looked at. Where others hold the memory for all of them, the step waits. An
-        error of one sequence's loop comes in its `PassResult`, an error of the engine is raised.
+        forward runs while the results are looked at. Where others hold the memory for all of them, the step waits, or
+        raises EngineError if only this thread could go on with those. An error of one sequence's loop comes in its
+        `PassResult`, an error of the engine is raised.
         """
         self.counts.steps += 1
         for forward in self._rows.forwards():

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from ...contract import PREFILL_CHUNK
+from ...contract import PAGE, PREFILL_CHUNK
+from ...errors import EngineError
 from ..engines.engine import Flight, PagedCache, Pass, Prediction, causal
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
@@ -112,7 +113,13 @@ class PagedRows(Rows):
         for slot in self.slots:
             if slot.reach:
                 self._preempt(slot)
-        self._pages.wait(freed, self._interrupted)
+        if not self._pages.wait(freed, self._interrupted):
+            pages = self._pages
+            raise EngineError(
+                f"{pages.free * PAGE} of {pages.slots} slots of K/V are free, too few to go on, and the others belong "
+                "to answers that this thread has begun; end or close one of those first, or run all of them by "
+                "generate_many or a Scheduler"
+            )
 
     def go_on(self) -> None:
         """Let the rows that have ended go and start the next forward, and the one after it if it is known."""

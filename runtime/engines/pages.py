@@ -16,6 +16,7 @@ import numpy as np
 from ...contract import PAGE
 
 SCRATCH = 0  # the page that padding writes to; row 0 of the table is the padding's
+_PATIENCE = 5.0  # seconds in which another thread may go on with what this one has begun, as those of web servers do
 
 
 class Copy(NamedTuple):
@@ -47,6 +48,7 @@ class Pages:
         self._free_rows = list(range(rows, 0, -1))
         self._rows: dict[int, list[int]] = {}
         self._spare: dict[int, None] = {}  # the least recently used first
+        self._users: dict[int, int] = {}  # the thread that last wrote to a row
 
     @property
     def slots(self) -> int:
@@ -82,6 +84,7 @@ class Pages:
         for row in rows:
             self.drop(row)
             del self._rows[row]
+            self._users.pop(row, None)
             self._free_rows.append(row)
 
     def reserve(self, row: int, begin: int, end: int) -> list[Copy] | None:
@@ -90,6 +93,7 @@ class Pages:
         Nothing has changed for the row if it is None.
         """
         pages = self._rows[row]
+        self._users[row] = threading.get_ident()
         needed = -(-end // PAGE)
         assert needed <= self.table.shape[1], "a pass reaches past the longest row"
         while True:
@@ -140,10 +144,16 @@ class Pages:
         self._spare[row] = None
         self._tell()
 
-    def wait(self, freed: int, unless: Callable[[], bool]) -> None:
-        """Sleep until `freed` is another number than this one, or until `unless()`, which `wake` makes it look at."""
+    def wait(self, freed: int, unless: Callable[[], bool]) -> bool:
+        """Sleep until `freed` is another number than this one, or until `unless()`, which `wake` makes it look at.
+
+        False where only the thread that sleeps here uses what others hold, so that it would sleep for ever.
+        """
         with self._freeing:
-            self._freeing.wait_for(lambda: self.freed != freed or unless())
+            while not self._freeing.wait_for(lambda: self.freed != freed or unless(), _PATIENCE):
+                if self._used_by() <= {threading.get_ident()}:
+                    return False
+        return True
 
     def wake(self) -> None:
         """Let all that sleep in `wait` look again."""
@@ -155,6 +165,11 @@ class Pages:
         at = np.arange(begin, begin + size, dtype=np.int32)
         where: np.ndarray = self.table[row, at // PAGE] * np.int32(PAGE) + at % PAGE
         return where
+
+    def _used_by(self) -> set[int | None]:
+        """The threads that use rows with pages; None for one that has been written to by nobody yet."""
+        held = [row for row, pages in list(self._rows.items()) if pages and row not in self._spare]
+        return {self._users.get(row) for row in held}
 
     def _held_by_others(self) -> set[int]:
         return {page for row, pages in list(self._rows.items()) if row not in self._spare for page in pages}

@@ -6,6 +6,7 @@ query sees, so a page that is shared, copied or given away wrongly changes an an
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import gc
 import random
@@ -356,6 +357,48 @@ def test_who_waits_for_pages_can_be_cancelled(real: nemodiff.LoadedEngine, ends:
         assert handle.result(5).finish_reason == "cancelled"
     other.close()
     assert backend(engine).pages.free == 6
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_answers_of_one_thread_do_not_wait_for_each_other(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    """Who is asked for the second cannot go on with the first meanwhile; one that another thread goes on with can."""
+    monkeypatch.setattr("nemodiff.runtime.engines.pages._PATIENCE", 0.05)
+    engine = paged(real, 5)
+    options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 40, "min_tokens": 40}
+    one, two = (nemodiff.stream(engine, SYSTEM[n:], **options) for n in (0, 9))
+    assert next(one)
+    if closes:
+        one.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(nemodiff.EngineError, match=r"128 of 320 slots.*this thread has begun.*generate_many"):
+            next(two)
+        assert list(one)[-1].token_ids == nemodiff.generate(dense, SYSTEM, **options).token_ids
+        two = nemodiff.stream(engine, SYSTEM[9:], **options)
+    assert list(two)[-1].token_ids == nemodiff.generate(dense, SYSTEM[9:], **options).token_ids
+    assert (backend(engine).pages.free, backend(engine).pages.open_rows) == (5, 0)
+
+
+def test_an_answer_may_pass_from_thread_to_thread(
+    dense: nemodiff.LoadedEngine, real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a web server's do: the one that holds the memory is gone on with elsewhere, so who waits goes on waiting."""
+    monkeypatch.setattr("nemodiff.runtime.engines.pages._PATIENCE", 0.3)
+    engine = paged(real, 5)
+    options: dict[str, Any] = {"mode": "ar", "max_new_tokens": 40, "min_tokens": 40}
+    one, two = (nemodiff.stream(engine, SYSTEM[n:], **options) for n in (0, 9))
+    assert next(one)
+    with concurrent.futures.ThreadPoolExecutor() as other:
+
+        def rest() -> list[Any]:
+            got = [next(one)]
+            time.sleep(1)
+            return [*got, *one]
+
+        going = other.submit(rest)
+        assert list(two)[-1].token_ids == nemodiff.generate(dense, SYSTEM[9:], **options).token_ids
+        assert going.result(5)[-1].token_ids == nemodiff.generate(dense, SYSTEM, **options).token_ids
 
 
 def test_who_waits_holds_no_page_that_others_wait_for(
