@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -432,6 +433,24 @@ def test_refusals_name_what_is_here_and_what_to_do(setup: Setup, tmp_path: Path)
     other = dataclasses.replace(setup, folder=Path(shutil.copytree(setup.folder, tmp_path / "other")))
     (other.folder / "rank0.engine").write_bytes(b"torn")
     refuse(other, r"1.7.1.116 cannot load it \(it is not the right magic\); build it again")
+
+
+def test_a_gpu_that_has_failed_is_lost(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server then says so to who asks for its health; a pass that was refused alone changes nothing."""
+    engine, backend, driver, _ = setup.load()
+    cache = backend.open(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_driver.Context, "execute_async_v3", lambda self, stream: False)
+        with pytest.raises(EngineError, match=r"a pass failed .* load the engine again"):
+            cache.forward([causal("decode", [300], 0)])
+    assert engine.lost is None
+    cache.forward([causal("decode", [300], 0)])
+    driver.failure = gpu_driver.LAUNCH_FAILED
+    reason = r"Host memory has failed \(device 0: cuStreamSynchronize failed with 719\)"
+    for ask in (lambda: cache.forward([causal("decode", [300], 0)]), lambda: cache.move(0, 1)):
+        with pytest.raises(EngineError, match=rf": {reason}; start the process again$"):
+            ask()
+    assert re.fullmatch(reason, engine.lost or "")
 
 
 def test_kernels_must_be_those_of_the_manifest(setup: Setup, tmp_path: Path) -> None:

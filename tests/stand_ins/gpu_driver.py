@@ -28,7 +28,7 @@ from nemodiff.plugins import SAMPLED
 from nemodiff.plugins.op import Stage
 from nemodiff.plugins.tensorrt.api import TensorRT
 
-OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, CAPTURE_INVALIDATED = 0, 1, 2, 100, 901
+OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE, LAUNCH_FAILED, CAPTURE_INVALIDATED = 0, 1, 2, 100, 719, 901
 STREAM, CONTEXT = 7, 5  # handles
 FRESH = 0xFF  # what fresh memory is filled with: NaN in every float
 
@@ -60,6 +60,7 @@ class Driver:
         self.stages = {stage.name: stage for stage in SAMPLED.stages}  # a cubin file holds a stage's name
         self.calls: list[str] = []  # of the stream, replays as one
         self.pending: list[Callable[[], None]] = []  # a stream's work is done when it is waited for
+        self.failure = OK  # what waiting answers, as every call does once a kernel has failed
 
     @property
     def used(self) -> int:
@@ -194,9 +195,9 @@ class Driver:
 
     def cuStreamSynchronize(self, hStream: int) -> tuple[int]:
         assert self.recording is None
-        while self.pending:
+        while self.pending and not self.failure:
             self.pending.pop(0)()
-        return (OK,)
+        return (self.failure,)
 
     def cuStreamBeginCapture(self, hStream: int, mode: int) -> tuple[int]:
         assert self.recording is None

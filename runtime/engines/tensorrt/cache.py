@@ -5,9 +5,9 @@ A pass longer than the engine's profiles runs in pieces, and more rows than a pr
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -31,8 +31,8 @@ class CacheOwner(Owner, Protocol):
 
     profiles: tuple[Profile, ...]
     samples: bool
-    lock: threading.RLock
 
+    def using(self) -> AbstractContextManager[None]: ...
     def cache_bytes(self, rows: int) -> int: ...
     def take_back(self, cache: TensorRTCache) -> None: ...
 
@@ -85,8 +85,7 @@ class TensorRTCache:
                 "sampling and log-probabilities need logits, and the engine was built with --no-logits; leave them "
                 "out, or build it again with --logits"
             )
-        with self._engine.lock:
-            self._engine.device.use()
+        with self._engine.using():
             if all(p.ids.size <= longest for p in passes):
                 return self._batch(passes, first)
             return self._in_pieces(passes, first, longest)
@@ -97,8 +96,7 @@ class TensorRTCache:
         count = self._ends[source] if slots is None else slots
         head_bytes = self.row_bytes // self._engine.info.model.num_kv_heads
         used_bytes = head_bytes // self.capacity * count  # of each head
-        with self._engine.lock:
-            device.use()
+        with self._engine.using():
             for memory in self.caches.values():
                 source_address = memory.address + source * self.row_bytes
                 target_address = memory.address + target * self.row_bytes
@@ -115,7 +113,7 @@ class TensorRTCache:
         device = self._engine.device
         model = self._engine.info.model
         held = {}
-        with self._engine.lock:
+        with self._engine.using():
             pinned = device.pinned(self.row_bytes)
             for name, memory in self.caches.items():
                 device.download(pinned.address, memory.address + row * self.row_bytes, self.row_bytes)

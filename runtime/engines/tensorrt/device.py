@@ -133,6 +133,10 @@ class Device:
         """Return when everything in the stream is done."""
         self._call("cuStreamSynchronize", self._stream)
 
+    def answers(self) -> bool:
+        """Whether it still computes: after an error in a kernel nothing runs there in the same process any more."""
+        return not int(self.driver.cuStreamSynchronize(self._stream)[0])
+
     def capture(self, work: Callable[[], bool]) -> Graph | str:
         """Record what `work` puts into the stream, without running it.
 

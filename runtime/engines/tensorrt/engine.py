@@ -6,7 +6,9 @@ from then on. S and R are rounded up to powers of two, so that a handful of shap
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ class TensorRTEngine:
         self.folder = folder
         self.pages = None
         self.graphs = graphs
+        self.lost: str | None = None  # why nothing will ever run here again
         self.api = load(backend, EngineError) if api is None else api
         try:
             self.device = device if isinstance(device, Device) else Device(device)
@@ -109,7 +112,7 @@ class TensorRTEngine:
 
         It may have more rows than a forward: those that only keep K/V for later are in no forward.
         """
-        with self.lock:
+        with self.using():
             large_enough = [cache for cache in self._closed if cache.rows >= rows]
             if large_enough:
                 cache = min(large_enough, key=lambda cache: cache.rows)
@@ -121,11 +124,23 @@ class TensorRTEngine:
             check_memory(self.folder, self.device, {f"K/V of {counted(rows, 'row')}": self.cache_bytes(rows)})
             return TensorRTCache(self, rows)
 
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Have the device for what is done inside. Raises EngineError, another one where the device has failed."""
+        with self.lock:
+            try:
+                self.device.use()
+                yield
+            except EngineError as error:
+                if self.device.answers():
+                    raise
+                self.lost = f"{self.device.name} has failed ({str(error).partition('; ')[0]})"
+                raise EngineError(f"{self.folder}: {self.lost}; start the process again") from None
+
     def see(self, image: Image) -> np.ndarray:
         """See `engine.SeeingEngine.see`."""
         assert self._vision is not None
-        with self.lock:
-            self.device.use()
+        with self.using():
             return self._vision.see(image)
 
     def cache_bytes(self, rows: int) -> int:
