@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
@@ -71,25 +72,52 @@ class TensorRTInfo:
 
 
 def parse_tensorrt(values: Any) -> TensorRTInfo | None:
-    """The manifest's object as dataclasses. Raises TypeError, ValueError."""
+    """The manifest's object as dataclasses. Raises KeyError, TypeError, ValueError."""
     if values is None:
         return None
-    return TensorRTInfo(
-        **{
+    vision = values.get("vision")
+    info: TensorRTInfo = _typed(
+        TensorRTInfo,
+        {
             **values,
             "sms": tuple(map(int, values["sms"])),
-            "profiles": tuple(Profile(**profile) for profile in values["profiles"]),
+            "profiles": tuple(_typed(Profile, profile) for profile in values["profiles"]),
             "flags": tuple(values["flags"]),
             "kernels": tuple(parse_kernel(kernel) for kernel in values.get("kernels", ())),
-            "vision": _parse_vision_engine(values.get("vision")),
-        }
+            "vision": vision and _typed(VisionEngine, {**vision, "patches": tuple(map(int, vision["patches"]))}),
+        },
     )
-
-
-def _parse_vision_engine(values: Any) -> VisionEngine | None:
-    return None if values is None else VisionEngine(**{**values, "patches": tuple(map(int, values["patches"]))})
+    if not info.profiles or (info.vision and not info.vision.patches):
+        raise ValueError("there are no profiles")
+    return info
 
 
 def parse_kernel(values: dict[str, Any]) -> Kernel:
-    """A kernel's record out of JSON. Raises TypeError, KeyError."""
-    return Kernel(**{**values, "arguments": tuple(values["arguments"])})
+    """A kernel's record out of JSON. Raises KeyError, TypeError, ValueError."""
+    kernel: Kernel = _typed(Kernel, {**values, "arguments": tuple(values["arguments"])})
+    return kernel
+
+
+def _typed(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of some values. Raises TypeError, ValueError for one of another type or below 0."""
+    one = kind(**values)
+    for field in dataclasses.fields(one):
+        _check(field.name, getattr(one, field.name), typing.get_type_hints(kind)[field.name])
+    return one
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value that is not of a type that a field may have."""
+    kinds = typing.get_args(kind)
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is {value!r:.100}")
+        for one in value.values():
+            _check(name, one, kinds[1])
+    elif typing.get_origin(kind) is tuple:
+        for one in value:
+            _check(name, one, kinds[0])
+    elif kind in (int, str) and type(value) is not kind:
+        raise TypeError(f"{name} is {value!r:.100}")
+    elif kind is int and value < 0:
+        raise ValueError(f"{name} is {value}")

@@ -362,6 +362,26 @@ def test_broken_manifest(copy: Path, change: dict[str, Any], message: str) -> No
         read_engine(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("engine_bytes", None),
+        ("engine_bytes", -1),
+        ("module", 3),
+        ("layers", {"native": 3}),
+        ("layers", {"native": {"KV_CACHE_UPDATE": None}}),
+        ("flags", [1]),
+        ("profiles", []),
+        ("profiles", [{"name": "block", "max_batch_size": "8", "max_tokens": 64, "max_rows": 64}]),
+    ],
+)
+def test_what_the_manifest_says_of_tensorrt_is_checked(copy: Path, refused: Refused, name: str, value: Any) -> None:
+    about = json.loads((copy / "manifest.json").read_text())["tensorrt"]
+    edit(copy, "manifest.json", tensorrt=about | {name: value})
+    for command in (["inspect", str(copy)], ["run", str(copy), "-p", "Hello"]):
+        refused(command, "config.json and manifest.json are incomplete (", "build it again")
+
+
 def test_broken_engine_file(copy: Path) -> None:
     (copy / "rank0.engine").write_bytes(b"short")
     with pytest.raises(EngineError, match=r"rank0.engine: 5 bytes, the manifest says"):
