@@ -35,10 +35,10 @@ from .engine_folder import (
 from .errors import CheckpointError, EngineError
 from .tensorrt_info import TensorRTInfo, parse_tensorrt
 
-# A reader refuses a newer schema. It reads 7, which has no mlp_group_size, 6, whose graph has no memory_pattern, 5,
-# which has no group_size, 4, which has no kv_cache_dtype, 3, which has no images, 2, which has no quantization, and 1,
-# which has no max_input_len either.
-SCHEMA = 8
+# A reader refuses a newer schema. It reads 8, whose kernels have no constants, 7, which has no mlp_group_size, 6, whose
+# graph has no memory_pattern, 5, which has no group_size, 4, which has no kv_cache_dtype, 3, which has no images, 2,
+# which has no quantization, and 1, which has no max_input_len either.
+SCHEMA = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,9 @@ def read_engine(folder: Path) -> EngineInfo:
     _check_build(build, folder / CONFIG_FILE, again)
     _check_backend(info, folder, again)
     _check_images(info, folder / CONFIG_FILE, again)
+    for name in info.manifest.tensorrt.files if info.manifest.tensorrt else ():
+        if not sizes.get(name):
+            raise EngineError(f"{folder / MANIFEST_FILE}: lists no {name}, which the engine needs; {again}")
     _check_sizes(folder, sizes, again)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
         _read_object(folder / TOKENIZER_CONFIG_FILE, again)

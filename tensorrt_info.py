@@ -6,6 +6,8 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
+from .engine_folder import ENGINE_FILE, VISION_ENGINE_FILE
+
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 
 
@@ -36,6 +38,7 @@ class Kernel:
     registers: int
     spill_bytes: int
     arguments: tuple[str, ...]
+    constants: dict[str, int | float] = dataclasses.field(default_factory=dict)  # compiled in; none before schema 9
 
     def file(self, suffix: Literal["ptx", "cubin"]) -> str:
         """Its file, relative to the engine folder."""
@@ -69,6 +72,12 @@ class TensorRTInfo:
     engine_bytes: int
     kernels: tuple[Kernel, ...] = ()
     vision: VisionEngine | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """What of the engine folder it takes to run: engines and kernels."""
+        engines = [ENGINE_FILE, *([VISION_ENGINE_FILE] if self.vision else [])]
+        return [*engines, *(kernel.file("cubin") for kernel in self.kernels)]
 
 
 def parse_tensorrt(values: Any) -> TensorRTInfo | None:

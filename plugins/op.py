@@ -74,6 +74,11 @@ class Stage:
         return {**self.constants(model), **(self.constants_f32 if dtype == "f32" else {})}
 
     @property
+    def parameters(self) -> list[str]:
+        """The kernel's parameters in order, without its constants."""
+        return [*self.inputs, *self.scalars, *(arg.name for arg in self.outputs)]
+
+    @property
     def entry(self) -> str:
         """The kernel's name where it is compiled."""
         return self.kernel.split(".")[1]

@@ -143,6 +143,7 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
         registers=int(usage[2]),
         spill_bytes=int(usage[1]),
         arguments=tuple(f"{kind} {name}" for name, kind in arguments.items()),
+        constants=constants,
     )
     (folder / kernel.file("ptx")).write_text(compiled.asm["ptx"], encoding="ascii")
     (folder / kernel.file("cubin")).write_bytes(compiled.asm["cubin"])

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import EngineError
+from ...config import ModelConfig
+from ...contract import Dtype
 from ...tensorrt_info import Kernel
 from ..op import Grid, Op, ceil_div
 from .driver import call
@@ -29,9 +30,6 @@ class Kernels:
         kernels: the records of its kernels.
         sm: the card's compute capability.
         driver: the module `cuda.bindings.driver`, or what plays it.
-
-    Raises:
-        EngineError: the engine has no kernels for the card.
     """
 
     def __init__(self, folder: Path, kernels: Sequence[Kernel], sm: int, driver: Any = None) -> None:
@@ -39,12 +37,16 @@ class Kernels:
         self._folder = folder
         self._chosen_driver = driver
         self._loaded: dict[str, tuple[Any, Any]] = {}  # module and function by stage
-        if not self.records:
-            built = ", ".join(str(sm) for sm in sorted({kernel.sm for kernel in kernels})) or "none"
-            raise EngineError(
-                f"{folder}: has no plugin kernels for SM {sm}, allowed: {built}; build it again with --plugins and "
-                f"--sm {sm}"
-            )
+
+    def fit(self, op: Op, model: ModelConfig, dtype: Dtype) -> bool:
+        """Whether they are all that an op takes, compiled as `run` launches them: another nemodiff's may differ."""
+        for stage in op.stages:
+            kernel = self.records.get(stage.name)
+            if kernel is None or (kernel.entry, kernel.constants) != (stage.entry, stage.constants_for(model, dtype)):
+                return False
+            if [argument.split()[1] for argument in kernel.arguments] != stage.parameters:
+                return False
+        return True
 
     def ptx(self, stage: str) -> tuple[Kernel, str]:
         """A kernel's record and its PTX."""

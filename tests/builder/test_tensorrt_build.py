@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -333,11 +334,11 @@ def test_inspect(engine: Path) -> None:
 
 def test_inspect_shows_kernels_by_target(copy: Path) -> None:
     about = json.loads((copy / "manifest.json").read_text())["tensorrt"]
-    kernel = Kernel("BlockAttentionSplit", 80, "split", 8, 4096, 96, 0, ("*bf16 q", "i32 S"))
+    kernel = Kernel("SampledCommitScan", 80, "split", 8, 4096, 96, 0, ("*bf16 q", "i32 S"))
     about["kernels"] = [dataclasses.asdict(dataclasses.replace(kernel, sm=sm)) for sm in (80, 89)]
     edit(copy, "manifest.json", tensorrt=about)
     text = CliRunner().invoke(main, ["inspect", str(copy)], catch_exceptions=False).stdout
-    assert "kernels      SM 80: BlockAttentionSplit (96 registers, 4096 bytes shared, 0 spilled)\n" in text
+    assert "kernels      SM 80: SampledCommitScan (96 registers, 4096 bytes shared, 0 spilled)\n" in text
     assert "kernels      SM 89: " in text
 
 
@@ -380,6 +381,21 @@ def test_what_the_manifest_says_of_tensorrt_is_checked(copy: Path, refused: Refu
     edit(copy, "manifest.json", tensorrt=about | {name: value})
     for command in (["inspect", str(copy)], ["run", str(copy), "-p", "Hello"]):
         refused(command, "config.json and manifest.json are incomplete (", "build it again")
+
+
+def test_every_file_that_runs_is_in_the_manifest(copy: Path) -> None:
+    """A file that is not could be missing or another's, and nobody would notice before a pass."""
+    files = json.loads((copy / "manifest.json").read_text())["files"]
+    needed = [name for name in files if name.endswith((".cubin", ".engine"))]
+    assert len(needed) == 9
+    for name in (needed[0], "rank0.engine"):
+        edit(copy, "manifest.json", files={other: entry for other, entry in files.items() if other != name})
+        with pytest.raises(EngineError, match=f"lists no {re.escape(name)}, which the engine needs; build it again"):
+            read_engine(copy)
+    edit(copy, "manifest.json", files=files | {"rank0.engine": {"bytes": 0}})
+    (copy / "rank0.engine").write_bytes(b"")
+    with pytest.raises(EngineError, match=r"lists no rank0\.engine"):
+        read_engine(copy)
 
 
 def test_broken_engine_file(copy: Path) -> None:

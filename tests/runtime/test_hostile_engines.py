@@ -104,9 +104,9 @@ def scramble(folder: Path) -> None:
             write("manifest.json", "[]", False), ["manifest.json: holds a list, expected"], id="manifest a list"
         ),
         pytest.param(
-            edit("manifest.json", schema=9), ["engine schema 9, this nemodiff reads up to 8"], id="newer schema"
+            edit("manifest.json", schema=10), ["engine schema 10, this nemodiff reads up to 9"], id="newer schema"
         ),
-        pytest.param(edit("manifest.json", schema=None), ["schema is None, allowed: 1 to 8"], id="no schema"),
+        pytest.param(edit("manifest.json", schema=None), ["schema is None, allowed: 1 to 9"], id="no schema"),
         pytest.param(edit("manifest.json", schema="1"), ["schema is '1', allowed"], id="schema is text"),
         pytest.param(edit("manifest.json", schema=True), ["schema is True, allowed"], id="schema is a bool"),
         pytest.param(

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from nemodiff.builder.graph.graph import build_graph
 from nemodiff.contract import BACKEND_DTYPES, BuildConfig, cache_slots
 from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
-from nemodiff.plugins import SAMPLED
+from nemodiff.plugins import OPS, SAMPLED
+from nemodiff.plugins.op import Op
 from nemodiff.plugins.tensorrt.api import device_sm
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.layout import PassShape
@@ -183,21 +185,28 @@ def test_sampling_reads_the_rows_of_logits_it_asks_for(setup: Setup) -> None:
     assert driver.calls.count("download") >= 3
 
 
+def kernels_of(ops: Sequence[Op], info: EngineInfo, folder: Path) -> tuple[Kernel, ...]:
+    """Records of an engine's kernels for SM 89, and files that the driver's stand-in takes for them."""
+    (folder / "kernels").mkdir()
+    kernels = []
+    for _, stage in stages(ops):
+        pointers = [f"*fp32 {name}" for name in stage.inputs]
+        arguments = (*pointers, *(f"i32 {name}" for name in stage.scalars), *(f"*fp32 {a.name}" for a in stage.outputs))
+        constants = dict(stage.constants_for(info.model, info.build.dtype))
+        kernels.append(Kernel(stage.name, 89, stage.entry, stage.num_warps, 0, 32, 0, arguments, constants))
+        (folder / kernels[-1].file("cubin")).write_text(stage.name)
+    return tuple(kernels)
+
+
 @pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="there is a GPU: test_gpu_engine.py samples on it")
 def test_tokens_are_drawn_on_the_device(setup: Setup, tmp_path: Path) -> None:
     """The host's tokens in every mode, for rows of different laws in one forward, without a logit on the host."""
     folder = Path(shutil.copytree(setup.folder, tmp_path / "engine"))
     driver = gpu_driver.Driver()
     driver.model = setup.info.model
-    (folder / "kernels").mkdir()
-    kernels = []
-    for _, stage in stages([SAMPLED]):
-        pointers = [f"*fp32 {name}" for name in stage.inputs]
-        arguments = (*pointers, *(f"i32 {name}" for name in stage.scalars), *(f"*fp32 {a.name}" for a in stage.outputs))
-        kernels.append(Kernel(stage.name, 89, stage.entry, stage.num_warps, 0, 32, 0, arguments))
-        (folder / kernels[-1].file("cubin")).write_text(stage.name)
+    kernels = kernels_of([SAMPLED], setup.info, folder)
     made = dataclasses.replace(setup, folder=folder)
-    engine, backend, driver, _ = made.load(driver, info=gpu_driver.with_about(setup.info, kernels=tuple(kernels)))
+    engine, backend, driver, _ = made.load(driver, info=gpu_driver.with_about(setup.info, kernels=kernels))
     assert backend.samples
     ways: list[dict[str, Any]] = [
         {"mode": "ar", "seed": 2**64 - 5},
@@ -462,6 +471,22 @@ def test_kernels_must_be_those_of_the_manifest(setup: Setup, tmp_path: Path) -> 
     refuse(other, "a.cubin: not the kernel that the engine was built with", info=info)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"constants": {}}, {"constants": {"BLOCK": 7}}, {"arguments": ("*fp32 logits",)}, {"sm": 86}, {"stage": "Other"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_kernels_of_another_nemodiff_are_not_launched(setup: Setup, tmp_path: Path, change: dict[str, Any]) -> None:
+    """They would be given other sizes and pointers than they were compiled for: the host draws, plugins are refused."""
+    ops = [*OPS, SAMPLED]
+    kernels = kernels_of(ops, setup.info, tmp_path)
+    others = tuple(dataclasses.replace(kernel, **change) for kernel in kernels)
+    _, backend, _, _ = setup.load(info=gpu_driver.with_about(setup.info, kernels=others))
+    assert not backend.samples
+    info = gpu_driver.with_about(setup.info, kernels=others, implementation="plugin")
+    refuse(setup, "its plugin kernels for SM 89 are not those .* --backend tensorrt-rtx --plugins$", info=info)
+
+
 def test_an_engine_without_logits_cannot_sample(setup: Setup) -> None:
     _, backend, _, _ = setup.load()
     backend.logits = None
@@ -491,7 +516,8 @@ def test_load_takes_the_backend_of_the_manifest(
     folder = Path(shutil.copytree(setup.folder, tmp_path / "engine"))
     setup.info.write(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.onnx"]["bytes"] = (folder / "model.onnx").stat().st_size
+    for name in ("model.onnx", "rank0.engine"):
+        manifest["files"][name] = {"bytes": (folder / name).stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setitem(BACKEND_DTYPES, "tensorrt-rtx", ("f32",))
     driver = gpu_driver.Driver()

@@ -33,10 +33,6 @@ STREAM, CONTEXT = 7, 5  # handles
 FRESH = 0xFF  # what fresh memory is filled with: NaN in every float
 
 
-def _parameters(stage: Stage) -> list[str]:
-    return [*stage.inputs, *stage.scalars, *(arg.name for arg in stage.outputs)]
-
-
 class Driver:
     """Host memory in the device's place; every address is checked against what is allocated."""
 
@@ -179,7 +175,7 @@ class Driver:
         values, kinds = kernelParams
         assert values[-2:] == (None, None)
         arguments = []
-        for name, value, kind in zip(_parameters(f), values, kinds, strict=False):
+        for name, value, kind in zip(f.parameters, values, kinds, strict=False):
             arguments.append(value if kind is ctypes.c_int32 else self._tensor(name, value))
         grid = (gridDimX, gridDimY, gridDimZ)
         constants = f.constants(self.model)

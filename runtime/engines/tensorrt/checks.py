@@ -15,6 +15,7 @@ from ....contract import Binding, cache_names, inputs, outputs, size_text, visio
 from ....engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION_MODEL_FILE, build_again
 from ....engine_info import EngineInfo
 from ....errors import EngineError
+from ....plugins import OPS
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.protocols import Engine
@@ -48,18 +49,21 @@ def check_here(folder: Path, info: EngineInfo, api: TensorRT, device: Device) ->
         if name.startswith(f"{KERNELS_FOLDER}/"):
             with (folder / name).open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if digest != entry["sha256"]:
+            wanted = str(entry.get("sha256"))
+            if digest != wanted:
                 raise EngineError(
                     f"{folder / name}: not the kernel that the engine was built with (sha256 {digest[:12]}, the "
-                    f"manifest says {entry['sha256'][:12]}); copy it whole or {again} {backend}{flag}"
+                    f"manifest says {wanted[:12]}); copy it whole or {again} {backend}{flag}"
                 )
 
 
 def _compatible(about: TensorRTInfo, here: str) -> bool:
     """Whether a version-compatible engine runs on this later version of the same major number."""
+    if "--version-compatible" not in about.flags:
+        return False
     built_major, built_minor = (int(part) for part in about.version.split(".")[:2])
     major, minor = (int(part) for part in here.split(".")[:2])
-    return "--version-compatible" in about.flags and major == built_major and minor >= built_minor
+    return major == built_major and minor >= built_minor
 
 
 def check_memory(folder: Path, device: Device, parts: dict[str, int]) -> None:
@@ -80,7 +84,13 @@ def deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device) -
     assert about is not None
     if about.implementation == "plugin" and info.manifest.backend == "tensorrt-rtx":
         # Full TensorRT carries the kernels in the engine.
-        register(api, Kernels(folder, about.kernels, device.sm, device.driver))
+        kernels = Kernels(folder, about.kernels, device.sm, device.driver)
+        if not all(kernels.fit(op, info.model, info.build.dtype) for op in OPS):
+            raise EngineError(
+                f"{folder}: its plugin kernels for SM {device.sm} are not those that this nemodiff launches; "
+                f"{build_again(folder)} --backend tensorrt-rtx --plugins"
+            )
+        register(api, kernels)
     bindings = [
         *inputs(info.model, info.has_adapter),
         *outputs(info.model, info.build.gather_generation_logits),

@@ -90,11 +90,10 @@ class TensorRTEngine:
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
         self.logits: Memory | None = self.device.allocate(logits_bytes) if has_logits else None
-        drawing = {(stage.entry, self.device.sm) for stage in SAMPLED.stages}
-        self.samples = has_logits and drawing <= {(kernel.entry, kernel.sm) for kernel in about.kernels}
         self.sampler: Sampler | None = None
+        kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
+        self.samples = has_logits and kernels.fit(SAMPLED, model, info.build.dtype)
         if self.samples:
-            kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
             self.sampler = Sampler(kernels, self.device.allocate(Sampler.scratch(predicted, model.vocab_size)))
         # A graph would keep the kernels that serve every shape for ever.
         self._config = make_config(self.api, self.engine, "EAGER")
