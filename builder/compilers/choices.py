@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 from ...contract import COMPILED, Backend
@@ -53,10 +54,22 @@ def check_choices(backend: Backend, choices: Choices) -> None:
         raise BuildError("--strip-weights: implies --refit, allowed: one of them; leave out --refit")
     if backend == "tensorrt-rtx":
         _check_rtx(choices)
-    elif choices.sm is not None:
+        return
+    if choices.sm is not None:
         raise BuildError(
             "--sm: TensorRT builds for the GPU it runs on, allowed: with --backend tensorrt-rtx; leave it out and "
             "build on such a GPU"
+        )
+    if choices.timing_cache is not None:
+        _check_timing_cache(choices.timing_cache)
+
+
+def _check_timing_cache(path: Path) -> None:
+    """Refuse what could not be written when all is built."""
+    place = path.resolve()
+    if place.is_dir() or not os.access(place.parent, os.W_OK) or (place.exists() and not os.access(place, os.R_OK)):
+        raise BuildError(
+            f"--timing-cache is {path}, allowed: a file, there or not, in a folder that can be written; name another"
         )
 
 

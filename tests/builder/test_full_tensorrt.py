@@ -57,6 +57,16 @@ def test_full_tensorrt_takes_the_same_way(checkpoint: Path, monkeypatch: pytest.
     assert cache.stat().st_size > 0
 
 
+@pytest.mark.parametrize("name", ["missing/timing", "."])
+def test_a_timing_cache_that_cannot_be_kept_is_refused_before_the_build(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stand_in(checkpoint.parent, monkeypatch)
+    monkeypatch.setattr(choices, "device_sm", lambda: 90)
+    with pytest.raises(BuildError, match=r"--timing-cache is .*, allowed: a file.* name another$"):
+        full(checkpoint, Choices(timing_cache=checkpoint.parent / name))
+
+
 def test_full_tensorrt_takes_an_op_as_a_chain_of_plugins(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(checkpoint.parent, monkeypatch)
     monkeypatch.setattr(choices, "device_sm", lambda: 90)
