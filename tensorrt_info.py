@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
-from .engine_folder import ENGINE_FILE, VISION_ENGINE_FILE
+from .engine_folder import ENGINE_FILE, VISION_ENGINE_FILE, VISION_WEIGHTS_FILE, WEIGHTS_FILE
 
 KERNELS_FOLDER = "kernels"  # compiled plugin kernels, one folder in the engine folder
 
@@ -75,9 +75,16 @@ class TensorRTInfo:
 
     @property
     def files(self) -> list[str]:
-        """What of the engine folder it takes to run: engines and kernels."""
+        """What of the engine folder it takes to run: engines, kernels, and weights that are not in the engines."""
         engines = [ENGINE_FILE, *([VISION_ENGINE_FILE] if self.vision else [])]
-        return [*engines, *(kernel.file("cubin") for kernel in self.kernels)]
+        return [*engines, *self.stripped, *(kernel.file("cubin") for kernel in self.kernels)]
+
+    @property
+    def stripped(self) -> list[str]:
+        """Files of the weights that are put into engines built without them."""
+        if "--strip-weights" not in self.flags:
+            return []
+        return [WEIGHTS_FILE, *([VISION_WEIGHTS_FILE] if self.vision else [])]
 
 
 def parse_tensorrt(values: Any) -> TensorRTInfo | None:

@@ -35,7 +35,7 @@ from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.compilers.profiles import profiles
 from nemodiff.builder.graph import projection
 from nemodiff.builder.graph.graph import build_graph
-from nemodiff.contract import BACKEND_DTYPES, BuildConfig, cache_slots
+from nemodiff.contract import BACKEND_DTYPES, BuildConfig, cache_slots, size_text
 from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import OPS, SAMPLED
@@ -427,6 +427,9 @@ def test_refusals_name_what_is_here_and_what_to_do(setup: Setup, tmp_path: Path)
     refuse(setup, r"built for SM 86, 89, device 0 \(Host memory\) is SM 90; .*--backend tensorrt$", driver(sm=90))
     refuse(setup, r"built with tensorrt_rtx 1.7.1.116, here is 1.8.0.1; .*tensorrt-rtx-cu13==1.7", version="1.8.0.1")
     refuse(setup, r"needs .* of GPU memory \(22 B for weights, .* for logits, .* for one row\)", driver(total=2**20))
+    outside = size_text(22 + setup.info.manifest.files["model.onnx.data"]["bytes"])
+    stripped = gpu_driver.with_about(setup.info, flags=("--strip-weights",))
+    refuse(setup, rf"\({re.escape(outside)} for weights, ", driver(total=2**20), info=stripped)
     refuse(setup, "profiles are not those", info=gpu_driver.with_about(setup.info, profiles=PROFILES[:1]))
     refuse(setup, "the driver finds none; run the engine on a machine", driver(count=0))
     later = gpu_driver.with_about(setup.info, flags=("--version-compatible",))

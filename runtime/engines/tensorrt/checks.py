@@ -137,7 +137,7 @@ def _deserialize(folder: Path, info: EngineInfo, api: TensorRT, device: Device, 
             f"{path}: its bindings or profiles are not those of the engine's description "
             f"({', '.join(sorted(expected ^ bindings)[:3]) or 'profiles'}); {again}"
         )
-    if "--strip-weights" in about.flags:
+    if about.stripped:
         _refit(folder / part.model, api, engine)
     return engine
 

@@ -79,6 +79,7 @@ class TensorRTEngine:
         logits_bytes = 4 * predicted * model.vocab_size if has_logits else 0
         row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
         weights = about.engine_bytes + (about.vision.engine_bytes if about.vision else 0)
+        weights += sum(int(info.manifest.files[name]["bytes"]) for name in about.stripped)
         image_bytes = io_bytes(info, about.vision) if about.vision else 0
         parts = {"weights": weights, "logits": logits_bytes, "one row": row, "images": image_bytes}
         check_memory(folder, self.device, parts)
