@@ -106,7 +106,7 @@ def _graph(path: Path) -> dict[str, Any]:
 
 
 def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
-    """What the engine says about its layers, profile by profile; None without a GPU that it was built for."""
+    """What the engine says about its layers, profile by profile; None where it cannot be loaded."""
     # What follows has not been executed on a GPU (docs/log.md).
     about = info.manifest.tensorrt
     if about is None or about.implementation == "plugin":
@@ -115,11 +115,14 @@ def engine_layers(folder: Path, info: EngineInfo) -> list[Any] | None:
 
     if device_sm() not in about.sms:
         return None
-    api = load("tensorrt-rtx" if about.module == "tensorrt_rtx" else "tensorrt", EngineError)
+    try:
+        api = load("tensorrt-rtx" if about.module == "tensorrt_rtx" else "tensorrt", EngineError)
+    except EngineError:
+        return None
     with (folder / ENGINE_FILE).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = api.runtime().deserialize_cuda_engine(data)
-    if engine is None:
-        raise EngineError(f"{folder / ENGINE_FILE}: cannot be loaded here ({api.errors()}); build the engine again")
+    if engine is None:  # of another version, say
+        return None
     text = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
     layers: list[Any] = json.loads(text).get("Layers", [])
     return layers

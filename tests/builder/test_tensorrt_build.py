@@ -40,6 +40,7 @@ from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, EngineError
 from nemodiff.plugins import SAMPLED
+from nemodiff.plugins.tensorrt import api
 from nemodiff.plugins.tensorrt.api import RTX_SMS, device_sm, library_folder, load
 from nemodiff.tensorrt_info import Kernel, Profile
 
@@ -174,9 +175,9 @@ def test_an_input_that_the_parser_drops_is_refused(tmp_path: Path) -> None:
     graph = helper.make_graph([node], "dropped", [*named[:3], lengths], named[3:])
     path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11), path)
-    api = load("tensorrt-rtx", BuildError)
-    network = api.network(api.builder())
-    assert api.parser(network).parse(path.read_bytes(), str(path)), api.errors()
+    rtx = load("tensorrt-rtx", BuildError)
+    network = rtx.network(rtx.builder())
+    assert rtx.parser(network).parse(path.read_bytes(), str(path)), rtx.errors()
     with pytest.raises(BuildError, match="input 'lengths' of the graph reaches no layer"):
         checks.check_inputs(network)
 
@@ -340,6 +341,19 @@ def test_inspect_shows_kernels_by_target(copy: Path) -> None:
     text = CliRunner().invoke(main, ["inspect", str(copy)], catch_exceptions=False).stdout
     assert "kernels      SM 80: SampledCommitScan (96 registers, 4096 bytes shared, 0 spilled)\n" in text
     assert "kernels      SM 89: " in text
+
+
+@NO_DRIVER
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "no_such_tensorrt_rtx"])
+def test_inspect_on_a_gpu_needs_no_engine_that_loads(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """The package may be missing where such a GPU is, or of another version, or the driver too old as here."""
+    monkeypatch.setattr(api, "device_sm", lambda: 89)
+    monkeypatch.setitem(api.MODULES, "tensorrt-rtx", module)
+    shown = CliRunner().invoke(main, ["inspect", str(engine)], catch_exceptions=False)
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert "in engine" not in shown.stdout
 
 
 @NO_DRIVER
