@@ -111,7 +111,9 @@ def _cut_lines(path: Path, rows: int) -> Iterator[tuple[int, int, int, int]]:
                 count += 1
                 if count == rows:
                     yield first, count, begin, at + end
-                    first, count, begin = first + count, 0, at + end
+                    first += count
+                    count = 0
+                    begin = at + end
                 start = end
             at += len(data)
     if at > begin:

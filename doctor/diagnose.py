@@ -54,8 +54,11 @@ def _probe(name: str) -> dict[str, Any]:
 
 def _libraries(found: dict[str, dict[str, Any]]) -> list[Check]:
     """What builds and runs engines."""
-    runtime, torch, triton = found["onnxruntime"], found["torch"], found["triton"]
-    rtx, full = found["tensorrt_rtx"], found["tensorrt"]
+    runtime = found["onnxruntime"]
+    torch = found["torch"]
+    triton = found["triton"]
+    rtx = found["tensorrt_rtx"]
+    full = found["tensorrt"]
     sms = ", ".join(map(str, rtx.get("sms", ())))
     return [
         _library("ONNX Runtime", runtime, f"{runtime.get('version')}, builds and runs on the CPU", "onnxruntime"),

@@ -65,7 +65,8 @@ def evaluate(
     results = {}
     for mode in dict.fromkeys(modes):
         shared = {name: value for name, value in options.items() if mode == "diffusion" or name not in OF_DIFFUSION}
-        lm.options, lm.work = {**shared, "mode": mode}, {}
+        lm.options = {**shared, "mode": mode}
+        lm.work = {}
         began = time.perf_counter()
         with _refusing():
             found = lm_eval.evaluator.evaluate(

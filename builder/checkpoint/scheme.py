@@ -105,7 +105,9 @@ def _compressed(values: dict[str, Any], refusal: Callable[..., CheckpointError])
         raise refusal("config_groups.weights.actorder", weights["actorder"], "null, static or weight")
     if values.get("kv_cache_scheme") is not None:
         raise refusal("kv_cache_scheme", values["kv_cache_scheme"], "null")
-    form, kind, bits = values.get("format"), weights.get("type"), weights.get("num_bits", 0)
+    form = values.get("format")
+    kind = weights.get("type")
+    bits = weights.get("num_bits", 0)
     symmetric = weights.get("symmetric", True) is True
     strategy = weights.get("strategy")
     group = _group(weights) if strategy == "group" else 0

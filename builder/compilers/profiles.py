@@ -56,7 +56,9 @@ def profiles(model: ModelConfig, build: BuildConfig) -> tuple[Profile, ...]:
 
 def corners(profile: Profile) -> Corners:
     """A decoder's letters: one row at best decodes a block, or prefills and needs one prediction."""
-    tokens, rows, predicted = profile.max_tokens, profile.max_batch_size, profile.max_rows
+    tokens = profile.max_tokens
+    rows = profile.max_batch_size
+    predicted = profile.max_rows
     best = 1 if profile.name == "prefill" else predicted
     return (
         {"B": 1, "S": 1, "R": 1, "F": 1},

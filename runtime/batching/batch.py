@@ -127,7 +127,9 @@ class Batch:
 
     def _advance(self, forward: Forward, at: int) -> PassResult:
         """Let a sequence of a forward go on to its next pass."""
-        slot, pass_, prediction = forward.slots[at], forward.passes[at], forward.predictions[at]
+        slot = forward.slots[at]
+        pass_ = forward.passes[at]
+        prediction = forward.predictions[at]
         assert slot.loop is not None
         sequence = slot.sequence
         error: NemodiffError | None = None
@@ -144,6 +146,7 @@ class Batch:
             slot.ended = True
             sequence.ended = time.perf_counter()
         except NemodiffError as failure:
-            slot.ended, error = True, failure
+            error = failure
+            slot.ended = True
             sequence.ended = time.perf_counter()
         return PassResult(sequence, pass_, prediction, outcome, forward.began, forward.seconds, forward.rows, error)

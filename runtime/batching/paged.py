@@ -92,7 +92,9 @@ class PagedRows(Rows):
         wanted = [pass_ for slot, pass_ in work if not (ahead and slot.ended)]
         # One that was started ahead began when the host saw the end of the one before, which may have been long past.
         self.count(wanted, None if ahead else flight.seconds, sum(p.ids.size for _, p in work))
-        slots, served, results = list[Slot](), list[Pass](), list[Prediction]()
+        slots = list[Slot]()
+        served = list[Pass]()
+        results = list[Prediction]()
         for (slot, pass_), prediction in zip(work, predictions, strict=True):
             if slot.ended:
                 continue

@@ -76,7 +76,8 @@ class PrefixCache:
             if shared == len(kept.ids):
                 if shared == len(ids):
                     return None
-                kept.ids, kept.used = ids, self._uses
+                kept.ids = ids
+                kept.used = self._uses
                 return kept.row
             if 2 * shared >= len(ids):
                 return None
@@ -84,7 +85,8 @@ class PrefixCache:
             self._kept.append(_Kept(self._free.pop(0), ids, self._uses))
             return self._kept[-1].row
         oldest = min(self._kept, key=lambda kept: kept.used)
-        oldest.ids, oldest.used = ids, self._uses
+        oldest.ids = ids
+        oldest.used = self._uses
         return oldest.row
 
 

@@ -67,7 +67,8 @@ class Rows:
         try:
             slot.pass_ = sequence.for_engine(first)
         except NemodiffError as error:
-            slot.pass_, slot.failure = first, error
+            slot.pass_ = first
+            slot.failure = error
         return True
 
     def copy(self, found: Found, row: int) -> bool:
@@ -85,7 +86,8 @@ class Rows:
         Its seconds are None where they say nothing of its cost. `computed` are its tokens with what was computed for
         nobody; None: all passes were padded to the longest.
         """
-        tokens, longest, prefills = 0, 0, False
+        tokens = longest = 0
+        prefills = False
         for p in passes:
             size = p.ids.size
             tokens += size

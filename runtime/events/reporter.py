@@ -168,10 +168,10 @@ class Reporter:
 
 def _after(result: PassResult) -> list[int]:
     """Per predicted position the id that came out: the block after a denoise or draft pass, else the choices."""
-    pass_, prediction, outcome = result.pass_, result.prediction, result.outcome
-    if pass_.kind in ("denoise", "draft") and outcome.filling is not None:
+    outcome = result.outcome
+    if result.pass_.kind in ("denoise", "draft") and outcome.filling is not None:
         return outcome.filling.after
-    rest: list[int] = prediction.token[len(outcome.emitted) :].tolist()
+    rest: list[int] = result.prediction.token[len(outcome.emitted) :].tolist()
     return outcome.emitted + rest
 
 

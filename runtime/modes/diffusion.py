@@ -20,7 +20,9 @@ def diffusion(sequence: Sequence) -> Loop:
     K/V of the denoise passes are useless afterwards, since bidirectional attention changes every layer above the first;
     one causal pass per block writes those that stay.
     """
-    settings, selector, mask = sequence.settings, sequence.selector, sequence.model.mask_id
+    settings = sequence.settings
+    selector = sequence.selector
+    mask = sequence.model.mask_id
     size = settings.block_length
     prediction = yield from prefill(sequence)
     merged = False  # whether the last pass has begun to denoise this block too
@@ -84,7 +86,9 @@ def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first
 
     `first` is the index of the prediction for the block's first token.
     """
-    selector, policy, mask = sequence.selector, sequence.settings.policy, sequence.model.mask_id
+    selector = sequence.selector
+    policy = sequence.settings.policy
+    mask = sequence.model.mask_id
     masked = [i for i, token in enumerate(block) if token == mask]
     rows = np.array(masked) + first
     confidence = prediction.confidence

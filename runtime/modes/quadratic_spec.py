@@ -184,23 +184,32 @@ def _best(
     `most` tokens.
     """
     seconds = cost.table
-    best_heads, best_groups, best_rate, tokens_of_heads = 1, list[tuple[float, int]](), 0.0, 1.0
+    best_heads = 1
+    best_groups = list[tuple[float, int]]()
+    best_rate = 0.0
+    tokens_of_heads = 1.0
     earlier: list[tuple[float, int]] = []  # chance and number, negative, of the groups before the last head, in order
     for heads, chance_of_all in enumerate(reached, 1):
         if chance_of_all < _UNLIKELY:
             break
         tokens_of_heads += chance_of_all
         alone = seconds[heads]
-        others, size, tokens, taken = alone + 2 * host, heads, tokens_of_heads, 0
+        others = alone + 2 * host
+        size = heads
+        tokens = tokens_of_heads
+        taken = 0
         rate = tokens / (alone + others)
         ranked = sorted([*earlier, (-chance_of_all, -heads)]) if heads in sizes else earlier
         for chance, number in ranked:
             size, tokens = size + sizes[-number], tokens - chance * worth
             if size > most or (longer := tokens / (seconds[size] + others)) <= rate:
                 break
-            rate, taken = longer, taken + 1
+            rate = longer
+            taken += 1
         if rate > best_rate:
-            best_heads, best_groups, best_rate = heads, ranked[:taken], rate
+            best_heads = heads
+            best_groups = ranked[:taken]
+            best_rate = rate
         if heads < len(reached) and heads in sizes:
             bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
     return _Layout(best_heads, {-number: sizes[-number] for _, number in best_groups})

@@ -224,7 +224,9 @@ def _grammar(
         raise RequestError("json_schema and regex are both given; use one of them")
     calls = None if use is None else use.grammar(text, o.json_schema)
     if calls is not None:
-        kind, source, warnings = "tools", calls.source, calls.warnings
+        kind = "tools"
+        source = calls.source
+        warnings = calls.warnings
         if o.mode == "diffusion" and o.policy != "left_to_right":
             raise RequestError(
                 f"tools that are strict or must be called depend on the tokens before, which policy {o.policy} of "
@@ -234,7 +236,8 @@ def _grammar(
             raise RequestError(f"{warnings[0]}; change it or leave strict_schema out")
     elif o.json_schema is not None or o.regex is not None:
         kind = "regex" if o.json_schema is None else "json_schema"
-        source, warnings = o.regex or o.json_schema or "", ()
+        source = o.regex or o.json_schema or ""
+        warnings = ()
     else:
         return None, ()
     for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):

@@ -183,7 +183,8 @@ class Worker:
                 sequence.started = time.perf_counter()
             else:
                 continue  # it has ended already
-            sequence.finish, sequence.ended = "cancelled", time.perf_counter()
+            sequence.finish = "cancelled"
+            sequence.ended = time.perf_counter()
             self._finish(handle, [])
         self._cancelled.clear()
 

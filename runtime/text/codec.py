@@ -182,7 +182,9 @@ class TextCodec:
 
         Texts and bytes of an answer's ids in a row, special tokens left out, are what `decode` makes of them.
         """
-        text, parts, special = dict[int, str](), dict[int, str](), dict[int, str]()
+        text = dict[int, str]()
+        parts = dict[int, str]()
+        special = dict[int, str]()
         for i in ids:
             if i in self._hidden_ids:
                 special[i] = str(self.tokenizer.id_to_token(i))

@@ -25,7 +25,10 @@ READERS: dict[Form, type[CallReader]] = {
     "mistral_list_id": MistralListReader,
     "llama": LlamaReader,
 }
-_NAME, _KEY, _VALUE, _QUESTION = "probe_tool", "probe_key", "probe value", "probe question"
+_NAME = "probe_tool"
+_KEY = "probe_key"
+_VALUE = "probe value"
+_QUESTION = "probe question"
 _TOOL = {
     "type": "function",
     "function": {

@@ -57,4 +57,6 @@ class MistralListReader(JsonListReader):
 
     opens = MISTRAL_CALL
     closes = ""
-    begins, separator, ends = "[", ",", "]"
+    begins = "["
+    separator = ","
+    ends = "]"

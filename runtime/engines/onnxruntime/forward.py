@@ -104,9 +104,13 @@ class Forward:
         ids, pos, visible, rows, write_at, threshold, adapter, embedding = self._inputs[row]
         size = p.ids.size
         if size == ids.size:
-            ids[...], pos[...], visible[...] = p.ids, p.pos, p.visible
+            ids[...] = p.ids
+            pos[...] = p.pos
+            visible[...] = p.visible
         else:
-            ids[:size], pos[:size], visible[:size] = p.ids, p.pos, p.visible
+            ids[:size] = p.ids
+            pos[:size] = p.pos
+            visible[:size] = p.visible
             own = np.arange(p.write_at + size, p.write_at + ids.size)
             ids[size:] = pad_id
             pos[size:] = own

@@ -6,6 +6,7 @@ It changes often and cheaply: what is in use is moved within memory that is ther
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -84,8 +85,8 @@ class Memory:
     def _view(self, name: str, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
         """An array's memory as that of a cache, (rows, G, T, its last axis)."""
         slots = self.capacity if capacity is None else capacity
-        rows, heads, width = len(self._reach), self._heads, self._widths[name]
-        return array[: rows * heads * slots * width].reshape(rows, heads, slots, width)
+        shape = (len(self._reach), self._heads, slots, self._widths[name])
+        return array[: math.prod(shape)].reshape(shape)
 
     def _fit(self, slots: int) -> None:
         """Bring T to what `slots` need."""
@@ -110,4 +111,6 @@ class Memory:
             moved, held = self._view(name, target, new), self._view(name, array)
             for row, head, reach in used:
                 moved[row, head, :reach] = held[row, head, :reach]
-        self.capacity, self.room, self._least = new, room, new - max(STEP, new // _SLACK)
+        self.capacity = new
+        self.room = room
+        self._least = new - max(STEP, new // _SLACK)

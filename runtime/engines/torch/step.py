@@ -202,13 +202,15 @@ class Step:
     def _compute(self) -> None:
         import torch
 
-        device, model, memory = self._owner.device, self._owner.model, self._owner.memory
+        owner = self._owner
+        device = owner.device
+        memory = owner.memory
         device.upload(self._inputs)
         inputs = self._inputs.tensors
         if self.shape.fed:
-            inputs = {**inputs, "ids": self._owner.fed.index_select(0, inputs["source"])}
+            inputs = {**inputs, "ids": owner.fed.index_select(0, inputs["source"])}
         place = self._place
         if self.shape.logits and place is None:
-            place = self.logits = device.zeros((self.shape.predicted, self._owner.info.model.vocab_size), torch.float32)
-        model.forward(inputs, self.outputs.tensors, memory.pool, memory.table, self._views, place)
+            place = self.logits = device.zeros((self.shape.predicted, owner.info.model.vocab_size), torch.float32)
+        owner.model.forward(inputs, self.outputs.tensors, memory.pool, memory.table, self._views, place)
         device.download(self.outputs)

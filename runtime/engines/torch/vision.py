@@ -46,7 +46,9 @@ class TorchVision:
         self._eps = info.model.rms_norm_eps
         build = dataclasses.replace(info.build, quantization=None)
         weights = WeightsFile(folder / VISION_TENSORS_FILE, device, build, kernels=False)
-        size, inner, hidden = vision.hidden_size, vision.intermediate_size, info.model.hidden_size
+        size = vision.hidden_size
+        inner = vision.intermediate_size
+        hidden = info.model.hidden_size
         self._dtype = weights.dtype
         shape = (size, CHANNELS, vision.patch_size, vision.patch_size)
         self._patch = weights.take("patch_conv", *shape).reshape(size, -1)
