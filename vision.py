@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says of its vision tower and of the projector behind it, parsed strictly."""
+"""What a checkpoint's config.json says of its vision tower and of the projector after it, parsed strictly."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def shapes(values: Mapping[str, Any]) -> Shapes:
 
 
 def vision_shapes(values: Mapping[str, Any]) -> Shapes:
-    """The tower and the projector behind it."""
+    """The tower and the projector after it."""
     vision = values["vision_config"]
     width, ffn, side, hidden = (
         vision["hidden_size"],

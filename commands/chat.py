@@ -108,7 +108,7 @@ def _read_line(prompt: str = "> ") -> str | None:
         return input(prompt if sys.stdin.isatty() else "").strip()
     except EOFError:
         if sys.stdin.isatty():
-            click.echo(err=True)  # the end of input was typed behind the prompt
+            click.echo(err=True)  # the end of input was typed after the prompt
         return None
     except UnicodeDecodeError as error:
         raise not_utf8("standard input", error) from None

@@ -44,8 +44,8 @@ def triton() -> dict[str, Any]:
     compiler = importlib.import_module("triton.backends.nvidia.compiler")
     assembler = compiler.get_ptxas(80) if compiler.get_ptxas.__code__.co_argcount else compiler.get_ptxas()
     path = getattr(assembler, "path", assembler)
-    told = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=30).stdout
-    release = next((line for line in told.splitlines() if "release" in line), "").partition("release ")[2]
+    output = subprocess.run([str(path), "--version"], capture_output=True, text=True, timeout=30).stdout
+    release = next((line for line in output.splitlines() if "release" in line), "").partition("release ")[2]
     return {"version": module.__version__, "ptxas": release.partition(",")[0] or None}
 
 

@@ -121,12 +121,12 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
                 if chosen.get("temperature"):  # a question that a task asks several times is answered anew
                     chosen["seed"] = chosen.get("seed", 0) + number
                 options = make_options(chosen)
-                asked = options.max_new_tokens or _NEW_TOKENS
-                room = self._limit - asked
+                new_tokens = options.max_new_tokens or _NEW_TOKENS
+                room = self._limit - new_tokens
                 if room < 1:
                     raise RequestError(
-                        f"a task asks for {counted(asked, 'token')}, allowed: fewer than the engine's {self._limit}; "
-                        "lower max_gen_toks in its file or build with a larger --max-seq-len"
+                        f"a task asks for {counted(new_tokens, 'token')}, allowed: fewer than the engine's "
+                        f"{self._limit}; lower max_gen_toks in its file or build with a larger --max-seq-len"
                     )
                 ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
                 yield prepare(self._engine, ids, options)

@@ -212,7 +212,7 @@ class Network:
         done: list[tuple[list[_Pass], list[Answer]]] = []
         prepared = [(a.weight(norm), a.weight(head, "head")) for a in self._arithmetics]
         for of_script, script in zip(passes, scripts, strict=True):
-            ids = np.union1d(columns, sorted(script.asked)).astype(np.int64)
+            ids = np.union1d(columns, sorted(script.wanted)).astype(np.int64)
             pieces = []
             for at in range(0, script.size, _HEAD_TOKENS):
                 places = slice(at, at + _HEAD_TOKENS)

@@ -12,7 +12,7 @@ from ..runtime.engines.engine import Cache, Engine, Pass, Prediction
 SAMPLE = 256  # logits of a prediction that are compared, spread over the vocabulary
 
 
-class Served(NamedTuple):
+class RecordedPass(NamedTuple):
     """A pass and copies of its results."""
 
     pass_: Pass
@@ -23,14 +23,14 @@ class Served(NamedTuple):
 
 
 class Recorder:
-    """Passes on what it is asked, with logits where the engine has them; `served` is what went through."""
+    """Forwards passes, with logits where the engine has them, and keeps them in `passes`."""
 
     def __init__(self, engine: Engine) -> None:
         self.info = engine.info
         self.samples = engine.samples
         self.columns = columns(engine.info.model.vocab_size)
         self.pages = None  # of a backend that has them: without, every pass goes through `forward`
-        self.served: list[Served] = []
+        self.passes: list[RecordedPass] = []
         self._engine = engine
 
     def open(self, rows: int) -> Cache:
@@ -53,7 +53,7 @@ class _RecordedCache:
         for p, got in zip(passes, predictions, strict=True):
             logits = None if got.logits is None else got.logits[:, recorder.columns].copy()
             result = (got.token.copy(), got.confidence.copy(), got.next_ids.copy(), logits)
-            recorder.served.append(Served(p, *result))
+            recorder.passes.append(RecordedPass(p, *result))
         return predictions
 
     def __getattr__(self, name: str) -> Any:

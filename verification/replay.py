@@ -113,7 +113,7 @@ class EngineReference:
             raise EngineError(first_line(error)) from error
 
     def _answer(self, script: Script, columns: np.ndarray, states: bool) -> Answer:
-        ids = np.union1d(columns, sorted(script.asked)).astype(np.int64)
+        ids = np.union1d(columns, sorted(script.wanted)).astype(np.int64)
         got = replay(self._engine, script, ids, states=states)
         spread = got.logits.std(-1) if got.logits.size else np.full(script.size, np.log(self._vocab))
         best = np.where(np.isnan(got.best), 0.0, got.best)

@@ -52,7 +52,7 @@ class Script:
         self.tokens = np.array(tokens, np.int32)  # (N,)
         self.offset = offset
         self.blocks: list[Block] = []
-        self.asked: set[int] = set()  # tokens whose logits are wanted of every answer
+        self.wanted: set[int] = set()  # tokens whose logits are wanted of every answer
         self.size = self.tokens.size  # tokens of the text and of all blocks
         self._places: dict[tuple[object, ...], int] = {}
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from .network import Answer
-from .recorder import Served
+from .recorder import RecordedPass
 from .rounding import LARGEST, NEAR_TIE, NEAR_TIE_UNSEEN, usual_bound
 
 _LEAST = 0.1  # of a deviation: the logits that are compared may all be small, and a large one is rounded more
@@ -71,18 +71,18 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def judge(served: Served, index: int, answer: Answer, place: int, columns: np.ndarray) -> Verdict:
+def judge(recorded: RecordedPass, index: int, answer: Answer, place: int, columns: np.ndarray) -> Verdict:
     """The verdict on prediction `index` of a pass, whose answer is at `place`."""
-    token = int(served.token[index])
+    token = int(recorded.token[index])
     noise = usual_noise(answer, place)
     seen = None
-    if served.logits is not None:
+    if recorded.logits is not None:
         right = answer.logits[place, np.searchsorted(answer.ids, columns)]
-        seen = float(np.sqrt(np.square(served.logits[index] - right).mean())) / noise
+        seen = float(np.sqrt(np.square(recorded.logits[index] - right).mean())) / noise
     deviation = seen or 0.0
     expected = int(answer.token[place])
     gap = answer.best[place] - answer.logit(place, token)
-    certainty = math.log(max(float(served.confidence[index]), 1e-30))
+    certainty = math.log(max(float(recorded.confidence[index]), 1e-30))
     if token != expected and not is_near_tie(gap, certainty, answer, place, seen):
         return Verdict("wrong", deviation, f"token {token} where {expected} is best by {gap:.3g} in logits")
     if not deviation <= LARGEST:  # nan too
@@ -99,7 +99,7 @@ def judge(served: Served, index: int, answer: Answer, place: int, columns: np.nd
 
 
 def is_near_tie(gap: float, certainty: float, answer: Answer, place: int, deviation: float | None = None) -> bool:
-    """Whether rounding may make another token the best one that is `gap` behind it in logits.
+    """Whether rounding may make another token the best one that is `gap` below it in logits.
 
     deviation: that of the position's logits, in multiples of the noise, if it is known.
     """
@@ -117,15 +117,15 @@ def usual_noise(answer: Answer, place: int) -> float:
     return float(max(answer.noise[place], np.sqrt(np.square(answer.noise).mean()), 1e-30))
 
 
-def commit_error(served: Served, mask_id: int) -> str | None:
+def commit_error(recorded: RecordedPass, mask_id: int) -> str | None:
     """What a pass has committed against the rule, by its own tokens and confidences."""
-    ids = served.pass_.ids[served.pass_.predicted]
+    ids = recorded.pass_.ids[recorded.pass_.predicted]
     is_open = ids == mask_id
-    chosen = is_open & (served.confidence >= np.float32(served.pass_.threshold))
+    chosen = is_open & (recorded.confidence >= np.float32(recorded.pass_.threshold))
     if is_open.any():
-        chosen[np.where(is_open, served.confidence, -1).argmax()] = True
-    expected = np.where(chosen, served.token, ids)
-    if np.array_equal(served.next_ids, expected):
+        chosen[np.where(is_open, recorded.confidence, -1).argmax()] = True
+    expected = np.where(chosen, recorded.token, ids)
+    if np.array_equal(recorded.next_ids, expected):
         return None
-    at = int(np.flatnonzero(served.next_ids != expected)[0])
-    return f"commits {served.next_ids[at]} at {at}, where the rule gives {expected[at]}"
+    at = int(np.flatnonzero(recorded.next_ids != expected)[0])
+    return f"commits {recorded.next_ids[at]} at {at}, where the rule gives {expected[at]}"

@@ -22,7 +22,7 @@ from ..runtime.loading import LoadedEngine
 from ..runtime.requests.options import Options
 from ..runtime.requests.prepare import prepare
 from .network import Answer
-from .recorder import Recorder, Served
+from .recorder import RecordedPass, Recorder
 from .report import Report
 from .script import Script, Slots
 from .verdict import commit_error, is_near_tie, judge
@@ -53,23 +53,23 @@ class _Run:
 
     prompt: int
     mode: str
-    served: list[Served]
+    passes: list[RecordedPass]
     script: Script
     places: list[int] = dataclasses.field(default_factory=list)  # where each pass's answers begin
 
     def place_passes(self) -> Iterator[str]:
         """Find every pass in the script; what a pass reads that it should not."""
         slots = Slots(self.script)
-        for number, served in enumerate(self.served):
-            place, wrong = slots.add(served.pass_)
-            self.script.asked.update(served.token.tolist())
+        for number, recorded in enumerate(self.passes):
+            place, wrong = slots.add(recorded.pass_)
+            self.script.wanted.update(recorded.token.tolist())
             self.places.append(place)
             if wrong:
                 yield f"{self.name(number)}: {wrong}"
 
     def name(self, number: int) -> str:
         """A pass in words."""
-        return f"prompt {self.prompt}, {self.mode}, pass {number} ({self.served[number].pass_.kind})"
+        return f"prompt {self.prompt}, {self.mode}, pass {number} ({self.passes[number].pass_.kind})"
 
 
 def verify(
@@ -157,7 +157,7 @@ class _Work:
         texts = [(0, *prompt, *tokens) for prompt, tokens in zip(self._prompts, ar, strict=True)]
         for given in self._answers.values():
             for key, tokens in zip(texts, given, strict=True):
-                self.scripts[key].asked.update(tokens)
+                self.scripts[key].wanted.update(tokens)
         try:
             answers = reference.answer(list(self.scripts.values()), self._recorder.columns)
         except EngineError as error:
@@ -173,12 +173,12 @@ class _Work:
             _judge_passes(self.report, run, right[(run.script.offset, *run.script.tokens.tolist())], self._recorder)
 
     def _take(self, number: int, mode: str, tokens: list[int], offset: int) -> None:
-        """Note what has been served since the last time as a run over this text."""
+        """Note the passes since the last time as a run over this text."""
         script = self.scripts.setdefault((offset, *tokens), Script(tokens, offset))
-        run = _Run(number, mode, self._recorder.served, script)
+        run = _Run(number, mode, self._recorder.passes, script)
         self.report.findings += run.place_passes()
         self._runs.append(run)
-        self._recorder.served = []
+        self._recorder.passes = []
 
 
 def _answers(
@@ -255,13 +255,13 @@ def _judge_mode(
 
 def _judge_passes(report: Report, run: _Run, answer: Answer, recorder: Recorder) -> None:
     """Judge every prediction of a run, and what its passes have committed."""
-    for number, (served, start) in enumerate(zip(run.served, run.places, strict=True)):
-        tally = report.passes[served.pass_.kind]
-        for index, token in enumerate(served.pass_.predicted.tolist()):
-            verdict = judge(served, index, answer, start + token, recorder.columns)
+    for number, (recorded, start) in enumerate(zip(run.passes, run.places, strict=True)):
+        tally = report.passes[recorded.pass_.kind]
+        for index, token in enumerate(recorded.pass_.predicted.tolist()):
+            verdict = judge(recorded, index, answer, start + token, recorder.columns)
             tally.add(verdict)
             if verdict.reason:
                 report.findings.append(f"{run.name(number)}, token {token}: {verdict.reason}")
-        wrong = commit_error(served, recorder.info.model.mask_id)
+        wrong = commit_error(recorded, recorder.info.model.mask_id)
         if wrong:
             report.findings.append(f"{run.name(number)}: {wrong}")

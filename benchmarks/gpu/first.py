@@ -49,7 +49,7 @@ def measured(lab: Lab, config: RunConfig, shape: str) -> Figures:
 
 
 def _answers(engine: LoadedEngine, config: RunConfig, options: dict[str, Any]) -> Figures:
-    """Milliseconds of a first answer and of those behind it."""
+    """Milliseconds of a first answer and of those after it."""
     prompt = prompt_of(config.scale.prompt)
     times, first_tokens = [], []
     for _ in range(1 + LATER):

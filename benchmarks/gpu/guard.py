@@ -1,6 +1,6 @@
 """Keeps one cell from costing a run: one that hangs, or that breaks the card for its process, ends the process.
 
-The next process goes on behind it (`scripts/measure-gpu`): a file names the cell that is measured, so one that took the
+The next process goes on after it (`scripts/measure-gpu`): a file names the cell that is measured, so one that took the
 process with it is known too.
 """
 
@@ -17,7 +17,7 @@ from gpu.plan import Cell, Figures
 
 BROKEN = 3  # exit status of a process that another one should follow
 PATIENCE = 45.0  # seconds, and three times a cell's estimate, until it counts as hanging on a card
-GRACE = 12.0  # seconds behind a run's end for the cell that is being measured; `scripts/measure-gpu` gives 20
+GRACE = 12.0  # seconds after a run's end for the cell that is being measured; `scripts/measure-gpu` gives 20
 
 
 class Guard:

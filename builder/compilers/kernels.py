@@ -166,10 +166,10 @@ class _Job:
 
 def _main() -> None:
     """The child: a job on standard input, the records on standard output; a process for each core compiles."""
-    told: dict[str, Any] = json.load(sys.stdin)
-    model = ModelConfig(**{**told["model"], "rope": RopeConfig(**told["model"]["rope"])})
-    job = _Job(model, told["dtype"], Path(told["folder"]))
-    wanted = [(name, sm) for name in told["stages"] for sm in sorted(set(told["sms"]))]
+    request: dict[str, Any] = json.load(sys.stdin)
+    model = ModelConfig(**{**request["model"], "rope": RopeConfig(**request["model"]["rope"])})
+    job = _Job(model, request["dtype"], Path(request["folder"]))
+    wanted = [(name, sm) for name in request["stages"] for sm in sorted(set(request["sms"]))]
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1, _MOST_PROCESSES)) as pool:
         records = list(pool.map(job.record, [name for name, _ in wanted], [sm for _, sm in wanted]))
     json.dump(records, sys.stdout)

@@ -1,4 +1,4 @@
-"""The vision tower and the projector behind it as a second ONNX graph: from patches to embeddings of image tokens.
+"""The vision tower and the projector after it as a second ONNX graph: from patches to embeddings of image tokens.
 
 A Pixtral tower is a bidirectional transformer whose positions are rows and columns. An image's patches see one another
 and no other image's, which is what `visible` says of spans, so the decoder's attention op serves here too. On ONNX

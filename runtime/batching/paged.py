@@ -137,7 +137,7 @@ class PagedRows(Rows):
             self._run_ahead(self._running[0])
 
     def _run_ahead(self, last: Running) -> None:
-        """Start the forward behind one of decoding rows that takes nothing but its predictions, while that runs.
+        """Start the forward after one of decoding rows that takes nothing but its predictions, while that runs.
 
         Rows that will have all their tokens then are left out; one that ends by its last token is computed in vain.
         """

@@ -98,7 +98,7 @@ class Step:
 class Text:
     """New text of the answer; it is never taken back.
 
-    token_ids: the next tokens of the answer, up to the last whose text has come in full; those that stand behind the
+    token_ids: the next tokens of the answer, up to the last whose text has come in full; those that stand after the
     last text are in the `Generation` alone. logprobs, confidences: one for each of them, None unless requested. parts:
     what the text adds to thoughts, content and calls; what may belong to a marker comes later, so the last text may be
     empty.

@@ -35,7 +35,7 @@ class Reporter:
         self._reported_ids: set[int] = set()
         self._tokens = 0  # of the answer, by the last pass
         self._last = 0.0  # when they came
-        self._told = 0  # of them, those in a `Text`
+        self._reported = 0  # of them, those in a `Text`
         self._gap = 0.0
         self._parser: AnswerParser | None = AnswerParser(sequence.settings.answer_format, sequence.opened)
 
@@ -108,11 +108,11 @@ class Reporter:
             self._parser = None  # which has given all
         if not new and not parts:
             return []
-        told = slice(self._told, sequence.transcript.told if new else self._told)
-        self._told = told.stop
-        logprobs = None if sequence.settings.logprobs is None else sequence.selector.logprobs[told]
-        confidences = sequence.confidences[told] if sequence.settings.confidences else None
-        return [Text(self.number, time.perf_counter(), new, sequence.tokens[told], logprobs, confidences, parts)]
+        reported = slice(self._reported, sequence.transcript.handed_out if new else self._reported)
+        self._reported = reported.stop
+        logprobs = None if sequence.settings.logprobs is None else sequence.selector.logprobs[reported]
+        confidences = sequence.confidences[reported] if sequence.settings.confidences else None
+        return [Text(self.number, time.perf_counter(), new, sequence.tokens[reported], logprobs, confidences, parts)]
 
     def _step(self, result: PassResult) -> list[Event]:
         """A pass as its loop recorded it, after what its ids stand for and the block that it began."""

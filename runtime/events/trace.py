@@ -111,7 +111,7 @@ def _named(what: str, track: int, name: str) -> dict[str, Any]:
 
 def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a file of JSON lines, its header left out, and their summary. Raises RequestError."""
-    told: list[str] = []
+    lines: list[str] = []
     try:
         header, *events = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines())
         right = header["event"] == "trace"
@@ -119,7 +119,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             right = all(isinstance(event["event"], str) and type(event["request"]) is int for event in events)
             firsts = {event["request"]: event["event"] for event in reversed(events)}
             right = right and set(firsts.values()) == {"started"}  # and there is a request
-            told = summary(events)  # whose fields must be there
+            lines = summary(events)  # whose fields must be there
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror}; give a file written by: nemodiff run --trace FILE") from None
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -128,7 +128,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         raise RequestError(f"{path}: not JSON lines of events; write them with: nemodiff run --trace FILE.jsonl")
     if header["schema"] != SCHEMA:
         raise RequestError(f"{path}: schema is {header['schema']!r}, allowed: {SCHEMA}; write it again")
-    return events, told
+    return events, lines
 
 
 def summary(events: Iterable[dict[str, Any]]) -> list[str]:

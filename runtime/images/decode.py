@@ -17,7 +17,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MOST_BYTES = 64 * 2**20  # of a file
 MOST_PIXELS = 2**26  # of a picture, 192 MiB as RGB: a file of a few bytes can say that it holds any number
 MOST_SCANS = 100  # of a JPEG: each is a walk over all pixels, which 100 bytes can ask for; encoders make about ten
-_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd8\xff]")  # of those that have a length behind them, or the end
+_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd8\xff]")  # of those that have a length after them, or the end
 _SCAN, _END = 0xDA, 0xD9
 
 

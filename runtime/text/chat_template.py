@@ -80,9 +80,9 @@ class ChatTemplate:
         if BRACKETS.open not in self.source:
             return False
         content = [{"type": "thinking", "thinking": "probe thought"}, {"type": "text", "text": "probe"}]
-        asked = {"role": "user", "content": "Hello"}
+        question = {"role": "user", "content": "Hello"}
         try:
-            shown = self._rendered([asked, {"role": "assistant", "content": content}, asked], False)
+            shown = self._rendered([question, {"role": "assistant", "content": content}, question], False)
         except Exception:  # a template is a program
             return False
         return f"{BRACKETS.open}probe thought{BRACKETS.close}" in shown

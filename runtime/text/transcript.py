@@ -44,7 +44,7 @@ class Transcript:
         self._waiting = list[int]()  # the last ids, which have left a character incomplete
         self._sent = 0  # characters handed out
         self._ends = list[int]()  # of the ids in order, where the text ends that has all of each; unknown for the last
-        self.told = 0  # ids whose text has been handed out as a whole
+        self.handed_out = 0  # ids whose text has been handed out as a whole
         self._cut: int | None = None  # where a stop string begins
 
     def reaches_stop(self, ids: Sequence[int]) -> bool:
@@ -61,13 +61,13 @@ class Transcript:
         if final:
             text = self.text(ids)
             safe, new = len(text), text[self._sent :]
-            self.told = len(ids)
+            self.handed_out = len(ids)
         else:
             safe = self._safe() if self._cut is None else self._cut
             new = self._text[self._sent : safe]
         self._sent = max(self._sent, safe)
-        while self.told < len(self._ends) and self._ends[self.told] <= self._sent:
-            self.told += 1
+        while self.handed_out < len(self._ends) and self._ends[self.handed_out] <= self._sent:
+            self.handed_out += 1
         return new
 
     def text(self, ids: Sequence[int], *, cut: bool = True) -> str:

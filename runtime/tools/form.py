@@ -43,12 +43,12 @@ _CALL = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arg
 @functools.lru_cache(maxsize=16)
 def find_form(template: ChatTemplate) -> Form:
     """The form of calls in a template's conversations. Raises RequestError where it shows no tools."""
-    asked = {"role": "user", "content": _QUESTION}
-    called = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-    answered = {"role": "tool", "name": _NAME, "tool_call_id": _CALL["id"], "content": "probe result"}
+    question = {"role": "user", "content": _QUESTION}
+    call_turn = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+    result = {"role": "tool", "name": _NAME, "tool_call_id": _CALL["id"], "content": "probe result"}
     try:
-        shown = template.render([asked], False, [_TOOL])
-        turns = template.render([asked, called, answered], False, [_TOOL]).rpartition(_QUESTION)[2]
+        shown = template.render([question], False, [_TOOL])
+        turns = template.render([question, call_turn, result], False, [_TOOL]).rpartition(_QUESTION)[2]
     except RequestError as error:
         raise RequestError(f"tools are not for this engine: {error}") from None
     if _NAME not in shown:

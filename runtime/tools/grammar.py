@@ -174,9 +174,9 @@ class _Writer:
         if "string" not in types:
             return f"{self.add(rule, f'%json {_guided({**_plain(schema), **shared})}')} {end}"
         texts = [one for one in alternatives if listed_values(one) is None and "string" in json_types(one)]
-        told = _plain(schema)
-        unheld = [key for key in _UNHELD if any(key in one for one in (told, *texts))]
-        if isinstance(parts := told.get("allOf"), list) and len(parts) > 1:  # which are taken for alternatives
+        plain = _plain(schema)
+        unheld = [key for key in _UNHELD if any(key in one for one in (plain, *texts))]
+        if isinstance(parts := plain.get("allOf"), list) and len(parts) > 1:  # which are taken for alternatives
             unheld.append("allOf")
         for key in unheld:
             self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")

@@ -195,14 +195,14 @@ class Handlers:
             messages: list[Mapping[str, Any]] = [message.plain() for message in body.messages or []]
             return encode(self.engine, messages, make_options(body.template_options(body.messages)))
 
-        def told() -> Response:  # in the thread too, since a text has millions of tokens
+        def answered() -> Response:  # in the thread too, since a text has millions of tokens
             tokens = encoded()
             names = [text.name(token) for token in tokens] if body.return_token_strs else None
             most = self.engine.info.build.max_seq_len
             answer = {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
             return Response(orjson.dumps(answer), media_type="application/json")
 
-        return await in_thread(told)
+        return await in_thread(answered)
 
     async def detokenize(self, body: Detokenize) -> dict[str, Any]:
         """The text of tokens. Raises RequestError."""

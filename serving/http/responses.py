@@ -119,21 +119,21 @@ class ResponseBuilder:
             choice["text"] = self._echo(index) + generation.text
         return {**choice, **self._token_values(index, generation, self._begin(index))}
 
-    def _chunk(self, index: int, delta: dict[str, Any], told: TokenValues | None = None) -> dict[str, Any]:
-        """One chunk with what has been told of tokens."""
+    def _chunk(self, index: int, delta: dict[str, Any], values: TokenValues | None = None) -> dict[str, Any]:
+        """One chunk with its tokens' log-probabilities."""
         choice: dict[str, Any] = {"index": index, "finish_reason": None}
         if self.kind == "chat":
             choice["delta"] = delta
         else:
             choice["text"] = delta.get("content", "")
-        choice |= {"logprobs": None} if told is None else told.take()
+        choice |= {"logprobs": None} if values is None else values.take()
         return {**self._head(self._chunk_name), "choices": [choice]}
 
-    def _last_chunk(self, index: int, generation: Generation, told: TokenValues) -> dict[str, Any]:
+    def _last_chunk(self, index: int, generation: Generation, values: TokenValues) -> dict[str, Any]:
         """The chunk that ends an answer."""
         chunk = self._chunk(index, {})
         chunk["choices"][0] |= {"finish_reason": finish_reason(generation)}
-        chunk["choices"][0] |= self._token_values(index, generation, told)
+        chunk["choices"][0] |= self._token_values(index, generation, values)
         if self.kind == "chat":
             chunk |= self._of_prompt(index, generation)
         return chunk | _warnings([generation])
@@ -157,22 +157,22 @@ class ResponseBuilder:
 
     def _begin(self, index: int) -> TokenValues:
         """What collects the log-probabilities of one answer, its echoed prompt first."""
-        told = TokenValues(self.engine.text, chat=self.kind == "chat")
+        values = TokenValues(self.engine.text, chat=self.kind == "chat")
         scores = self.sequences[index].prompt_scores
         if self.echoes and self.logprobs and scores is not None:
-            told.echo(self.sequences[index].prompt, scores.by_token)
-        return told
+            values.echo(self.sequences[index].prompt, scores.by_token)
+        return values
 
     def _echo(self, index: int) -> str:
         return self.echoes[index] if self.echoes else ""
 
-    def _token_values(self, index: int, generation: Generation, told: TokenValues) -> dict[str, Any]:
-        """Log-probabilities and confidences of the tokens that were not told yet, where they were requested."""
-        told.finish(generation)
-        values = told.take(end=len(self._echo(index)) + len(generation.text))
+    def _token_values(self, index: int, generation: Generation, values: TokenValues) -> dict[str, Any]:
+        """Log-probabilities and confidences of the tokens that were not sent yet, where they were requested."""
+        values.finish(generation)
+        fields = values.take(end=len(self._echo(index)) + len(generation.text))
         if self.kind == "completion":
-            values |= self._of_prompt(index, generation)
-        return values
+            fields |= self._of_prompt(index, generation)
+        return fields
 
     def _of_prompt(self, index: int, generation: Generation) -> dict[str, Any]:
         """The field `prompt_logprobs`, where it was requested."""

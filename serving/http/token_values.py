@@ -32,19 +32,19 @@ class ContentTokens:
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._told = collections.deque[tuple[int, TokenLogprobs]]()
+        self._pending = collections.deque[tuple[int, TokenLogprobs]]()
         self._open = b""  # the bytes of the last token that the text so far has not
 
     def tell(self, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> None:
         """The answer's next tokens."""
-        self._told.extend(zip(tokens, logprobs, strict=True))
+        self._pending.extend(zip(tokens, logprobs, strict=True))
 
     def take(self, text: str) -> list[dict[str, Any]]:
         """The log-probabilities of the tokens that begin in the next thoughts or content, told before."""
         wanted = self._rest_after(text.encode())
         taken = list[tuple[int, TokenLogprobs]]()
-        while wanted and self._told:
-            token, one = self._told.popleft()
+        while wanted and self._pending:
+            token, one = self._pending.popleft()
             raw = self._codec.token_bytes(token)
             for piece, target in ((raw, wanted), (raw.lstrip(), wanted.lstrip())):  # space at a part's ends may be gone
                 if piece and target and (target.startswith(piece) or piece.startswith(target)):
@@ -75,7 +75,7 @@ class TokenValues:
         self._codec = codec
         self._chat = chat
         self._offsets = TokenOffsets(codec)
-        self._count = 0  # of the answer's tokens that were told
+        self._count = 0  # of the answer's tokens that were taken
         self._tokens = list[int]()  # to come with the next chunk, and so are those below
         self._logprobs = list[TokenLogprobs | None]()
         self._confidences = list[float | None]()
@@ -122,7 +122,7 @@ class TokenValues:
             "tokens": [name(token) for token in tokens],
             "token_logprobs": [None if one is None else one.logprob for one in logprobs],
             "top_logprobs": [None if one is None else {name(i): value for i, value in one.top} for one in logprobs],
-            # A token of the stop string lies behind the text.
+            # A token of the stop string lies after the text.
             "text_offset": offsets if end is None else [min(offset, end) for offset in offsets],
         }
 

@@ -145,7 +145,7 @@ def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None
 
 
 def test_what_verify_leaves_out_counts() -> None:
-    """Nothing behind a drafted end is looked at, so long drafts at the end of answers are cheaper than their length."""
+    """Nothing after a drafted end is looked at, so long drafts at the end of answers are cheaper than their length."""
     planners = [DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",)) for _ in range(2)]
     for planner, looked_at in zip(planners, (32, 4), strict=True):
         planner._taken = Plan("linear_spec", 32)

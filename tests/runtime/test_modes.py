@@ -129,7 +129,7 @@ def test_ar_equals_transformers(setup: equality.Setup) -> None:
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_verify_looks_at_nothing_behind_a_drafted_end(setup: equality.Setup, stop: bool) -> None:
-    """An EOS or a stop id of the request; behind it nothing can be emitted."""
+    """An EOS or a stop id of the request; after it nothing can be emitted."""
     engine = setup.plain
     expected = nemodiff.generate(engine, QUESTIONS[0], mode="ar", max_new_tokens=60).token_ids
     stops = expected[len(expected) // 2 :][:1] if stop else []

@@ -25,7 +25,7 @@ from nemodiff.engine_info import read_engine
 from nemodiff.errors import RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
-from nemodiff.runtime.engines.torch.step import Step, Told
+from nemodiff.runtime.engines.torch.step import SharedForward, Step
 
 pytest.importorskip("torch")
 # No end token is allowed, and the text comes as it is decided.
@@ -58,9 +58,9 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     """So rank 0, which waits until it is heard, runs a pass ahead."""
     engine = TorchEngine(tiny, read_engine(tiny), "cpu", pages=8)
     happened = list[str]()
-    told: list[Told | None] = [Told(FlatShape(n, n), b"", None, []) for n in (1, 2, 3)]
-    ranks = SimpleNamespace(hear=iter([*told, None]).__next__)
-    monkeypatch.setattr(Step, "repeat", lambda step, told: happened.append(f"start {told.shape.tokens}"))
+    forwards: list[SharedForward | None] = [SharedForward(FlatShape(n, n), b"", None, []) for n in (1, 2, 3)]
+    ranks = SimpleNamespace(hear=iter([*forwards, None]).__next__)
+    monkeypatch.setattr(Step, "repeat", lambda step, forward: happened.append(f"start {forward.shape.tokens}"))
     monkeypatch.setattr(engine.device, "mark", lambda: next(e for e in reversed(happened) if e.startswith("start ")))
     monkeypatch.setattr(engine.device, "wait", lambda mark: happened.append(f"end of {mark}"))
     engine.forwards.obey(ranks)  # type: ignore[arg-type]

@@ -128,7 +128,7 @@ def test_completions_lists_of_prompts_and_several_answers(client: openai.OpenAI,
 
 
 def test_logprobs_of_parts_of_characters_have_their_bytes(client: openai.OpenAI, engine: nemodiff.LoadedEngine) -> None:
-    """A grammar makes the model say them, and a stop string ends behind the text."""
+    """A grammar makes the model say them, and a stop string ends after the text."""
     said = "a漢é🦜b"
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "extra_body": {"structured_outputs": {"regex": said}}}
     told = client.chat.completions.create(**chat(logprobs=True, **asked)).choices[0]

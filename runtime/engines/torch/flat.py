@@ -187,7 +187,7 @@ def fill(
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:
-    """Fill what is left behind the passes' tokens and predictions."""
+    """Fill what is left after the passes' tokens and predictions."""
     ids, index = arrays["ids"], arrays["index"]
     if at < ids.size:
         offset = np.arange(at, ids.size, dtype=np.int32) % PAGE

@@ -77,10 +77,10 @@ class Forwards:
         One may be under way when the next is heard of. Rank 0 uses no buffer of such a one, so neither does the next.
         """
         before = None
-        while (told := ranks.hear()) is not None:
+        while (forward := ranks.hear()) is not None:
             with self.device.use(self.folder):
-                self.memory.follow(told.news)
-                self.steps.of(told.shape).repeat(told)
+                self.memory.follow(forward.news)
+                self.steps.of(forward.shape).repeat(forward)
                 self.device.wait(before)
                 before = self.device.mark()
 

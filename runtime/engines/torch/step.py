@@ -104,12 +104,12 @@ class Steps:
         return self._place[: shape.predicted]
 
     def results(self, predicted: int) -> Tensor | None:
-        """Where the outputs of so many predictions lie for a step behind; None where it is not fed by them."""
+        """Where the outputs of so many predictions lie for the step after it; None where it is not fed by them."""
         return self._results[4 * FED_AT :] if predicted <= self.most_fed else None
 
 
-class Told(NamedTuple):
-    """A forward as rank 0 tells it to the others; `news` are changes of the memory since the one before."""
+class SharedForward(NamedTuple):
+    """A forward as rank 0 sends it to the others; `news` are changes of the memory since the one before."""
 
     shape: FlatShape
     inputs: bytes
@@ -161,7 +161,7 @@ class Step:
             self._run()
             return
         with ranks.watched():
-            ranks.tell(Told(self.shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
+            ranks.tell(SharedForward(self.shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
             self._run()
 
     def forget_logits(self) -> None:
@@ -169,10 +169,10 @@ class Step:
         if self._place is None:
             self.logits = None
 
-    def repeat(self, told: Told) -> None:
+    def repeat(self, forward: SharedForward) -> None:
         """Run what rank 0 runs."""
-        self._inputs.host.numpy()[:] = np.frombuffer(told.inputs, np.uint8)
-        self._views = told.views
+        self._inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
+        self._views = forward.views
         self._run()
 
     def _run(self) -> None:

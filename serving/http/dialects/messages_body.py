@@ -186,10 +186,11 @@ def _parts(turn: Turn) -> list[Mapping[str, Any]]:
 
 def _result(block: ToolResultBlock) -> str | list[dict[str, Any]]:
     """What a call gave; images make it a list of parts."""
-    found = [] if isinstance(block.content, str) else block.content
-    images = [part.plain() for part in found if isinstance(part, ImageBlock)]
-    told = block.content if isinstance(block.content, str) else [p for p in found if not isinstance(p, ImageBlock)]
-    text = ("Error: " if block.is_error else "") + _text(told)
+    error = "Error: " if block.is_error else ""
+    if isinstance(block.content, str):
+        return error + _text(block.content)
+    images = [part.plain() for part in block.content if isinstance(part, ImageBlock)]
+    text = error + _text([part for part in block.content if not isinstance(part, ImageBlock)])
     return [{"type": "text", "text": text}, *images] if images else text
 
 

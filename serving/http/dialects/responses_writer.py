@@ -34,8 +34,8 @@ class ResponsesWriter(Writer):
             self._tokens.take(generation.reasoning)
         output = [_reasoning(generation.reasoning)] if generation.reasoning else []
         if generation.content:
-            told = [] if self._tokens is None else self._tokens.take(generation.content)
-            output.append(_message(generation.content, told))
+            logprobs = [] if self._tokens is None else self._tokens.take(generation.content)
+            output.append(_message(generation.content, logprobs))
         output += [_call(self._places, call.name, call.arguments) for call in generation.tool_calls]
         if output and generation.finish_reason != "stop":
             output[-1]["status"] = "incomplete"
@@ -75,7 +75,7 @@ class ResponsesWriter(Writer):
         cut = generation is not None and generation.finish_reason != "stop"
         status = "in_progress" if generation is None else "incomplete" if cut else "completed"
         warnings = [] if generation is None else [*generation.warnings, *self._left_out]
-        asked = self.body.model_dump(by_alias=True, exclude_none=True)
+        request = self.body.model_dump(by_alias=True, exclude_none=True)
         return {
             "id": f"resp_{self.id}",
             "object": "response",
@@ -85,17 +85,17 @@ class ResponsesWriter(Writer):
             "incomplete_details": {"reason": _REASONS.get(generation.finish_reason)} if generation and cut else None,
             "model": self.model,
             "output": output,
-            **{name: asked.get(name) for name in _ECHOED},
+            **{name: request.get(name) for name in _ECHOED},
             "parallel_tool_calls": self.body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None, **asked.get("reasoning", {})},
+            "reasoning": {"effort": None, "summary": None, **request.get("reasoning", {})},
             "store": False,
-            "text": {"format": {"type": "text"}, **asked.get("text", {})},
-            "tool_choice": asked["tool_choice"],
-            "tools": [_tool(tool) for tool in asked.get("tools", [])],
+            "text": {"format": {"type": "text"}, **request.get("text", {})},
+            "tool_choice": request["tool_choice"],
+            "tools": [_tool(tool) for tool in request.get("tools", [])],
             "top_logprobs": self.body.top_logprobs,
             "truncation": "disabled",
-            "metadata": asked.get("metadata", {}),
+            "metadata": request.get("metadata", {}),
             "usage": None if generation is None else _usage(generation),
             **({"warnings": warnings} if warnings else {}),
         }
@@ -128,10 +128,15 @@ class _Items:
             yield from self._added(_reasoning("") if part.part == "reasoning" else _message(""))
             yield {"type": "response.content_part.added", **self._place, "part": self._content("")}
         if part.part != "call":
-            told = self._tokens.take(part.text) if self._tokens is not None and part.part != "arguments" else []
+            logprobs = self._tokens.take(part.text) if self._tokens is not None and part.part != "arguments" else []
             self._text += part.text
-            self._logprobs += told
-            yield {"type": f"response.{self._name}.delta", **self._place, **self._told(told), "delta": part.text}
+            self._logprobs += logprobs
+            yield {
+                "type": f"response.{self._name}.delta",
+                **self._place,
+                **self._values(logprobs),
+                "delta": part.text,
+            }
 
     def close(self, cut: bool = False) -> Iterator[dict[str, Any]]:
         """The end of the open item, which the answer's limit may have cut."""
@@ -139,7 +144,13 @@ class _Items:
             return
         whole = {"arguments": self._text} if self._part == "arguments" else {"text": self._text}
         named = {"name": self._item["name"]} if self._part == "arguments" else {}
-        yield {"type": f"response.{self._name}.done", **self._place, **self._told(self._logprobs), **named, **whole}
+        yield {
+            "type": f"response.{self._name}.done",
+            **self._place,
+            **self._values(self._logprobs),
+            **named,
+            **whole,
+        }
         if self._part == "arguments":
             self._item |= whole
         else:
@@ -168,7 +179,7 @@ class _Items:
         inside = {} if self._part == "arguments" else {"content_index": 0}
         return {"item_id": self._item["id"], "output_index": len(self.done), **inside}
 
-    def _told(self, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    def _values(self, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
         return {"logprobs": logprobs} if self._part == "content" else {}
 
     def _content(self, text: str) -> dict[str, Any]:
