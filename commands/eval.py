@@ -69,13 +69,14 @@ def evaluate(
     from ..evaluation.table import table
     from ..runtime.loading import load
 
+    ctx = click.get_current_context()
     if choices["thinking"] and not apply_chat_template:
         raise click.UsageError("--thinking needs the chat template; give --apply-chat-template too")
     if modes:
         unused: tuple[str, ...] = options.UNUSED_IN_AR if {*modes} == {"ar"} else ()
         unused += OF_DIFFUSION if "diffusion" not in modes else ()
         where = f"mode {' and '.join(dict.fromkeys(modes))}"
-        options.warn_unused(click.get_current_context(), unused, where)
+        options.warn_unused(ctx, unused, where)
     evaluation = run(
         load(engine, threads=threads, device=device),
         [task for task in tasks.split(",") if task],
@@ -84,10 +85,6 @@ def evaluate(
         limit=limit,
         num_fewshot=num_fewshot,
         chat=apply_chat_template,
-        options={name: value for name, value in choices.items() if _given(name)},
+        options={name: value for name, value in choices.items() if options.given(ctx, name)},
     )
     click.echo(json.dumps(evaluation, indent=2) if as_json else "\n".join(table(evaluation)))
-
-
-def _given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) != click.core.ParameterSource.DEFAULT

@@ -173,7 +173,7 @@ class RequestCommand(click.Command):
             from ..runtime.requests.generation_config import sampling_defaults
 
             for name, value in sampling_defaults(ctx.params["engine"]).items():
-                if not _given(ctx, name):
+                if not given(ctx, name):
                     ctx.params[name] = value
         _check_together(ctx)
         return super().invoke(ctx)
@@ -188,20 +188,21 @@ class RequestCommand(click.Command):
         return [click.Option([_declaration(option), option.name], **_attributes(option, notes)) for option in shown]
 
 
-def _given(ctx: click.Context, name: str) -> bool:
+def given(ctx: click.Context, name: str) -> bool:
+    """Whether the user gave this option."""
     return ctx.get_parameter_source(name) not in (None, click.core.ParameterSource.DEFAULT)
 
 
 def warn_unused(ctx: click.Context, names: Iterable[str], where: str) -> None:
     """Warn of each of these options that the user gave, as it has no effect `where` the command is, say in mode ar."""
     for name in names:
-        if _given(ctx, name):
+        if given(ctx, name):
             click.echo(f"Warning: {flag(name)} has no effect in {where}", err=True)
 
 
 def _warn_of_memory(ctx: click.Context) -> None:
     share = "gpu_memory_utilization"
-    if _given(ctx, share) and (backend := read_engine(ctx.params["engine"]).manifest.backend) != "torch":
+    if given(ctx, share) and (backend := read_engine(ctx.params["engine"]).manifest.backend) != "torch":
         warn_unused(ctx, (share,), f"an engine for {backend}")
 
 
@@ -212,7 +213,7 @@ def _check_together(ctx: click.Context) -> None:
     """Refuse flags that could not show; warn of those without effect where no line of a file can choose its mode."""
     if ctx.params.get("raw"):
         for name in ("system", "thinking", "chat_template_kwargs"):
-            if _given(ctx, name):
+            if given(ctx, name):
                 raise click.UsageError(f"{flag(name)} needs the chat template; leave out --raw", ctx)
     if ctx.params.get("mode") == "ar" and not (ctx.params.get("input_file") or ctx.params.get("inputs")):
         warn_unused(ctx, UNUSED_IN_AR, "mode ar")
@@ -285,9 +286,13 @@ def _file_or_text(_context: click.Context, _option: click.Parameter, value: str 
         ) from None
 
 
-def _integer_or_word(context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
+def _integer_or_word(_context: click.Context, option: click.Parameter, value: str | None) -> int | str | None:
     from ..runtime.requests.options import OPTIONS
 
-    if value is None or value in OPTIONS[option.name or ""].choices:
+    declared = OPTIONS[option.name or ""]
+    if value is None or value in declared.choices:
         return value
-    return int(click.INT(value, option, context))
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r:.60} is not allowed; give {declared.allowed}") from None

@@ -230,6 +230,11 @@ def test_an_option_that_is_not_text(tiny_engine: Path, refused: Refused, words: 
     refused(named, f"{words[-2]}: not UTF-8 text at character 3; convert it first")
 
 
+def test_a_word_that_is_no_block_length_is_refused(tiny_engine: Path, refused: Refused) -> None:
+    words = ["run", str(tiny_engine), "--block-length", "long"]
+    refused(words, "'long' is not allowed; give an integer or auto", code=2)
+
+
 @pytest.mark.parametrize("flag", ["--timeout", "--client-timeout", "--drain", "--gpu-memory-utilization"])
 def test_what_is_no_number_is_refused(tiny_engine: Path, refused: Refused, flag: str) -> None:
     refused(["serve", str(tiny_engine), flag, "nan"], f"'{flag}': 'nan' is not a valid float", code=2)
