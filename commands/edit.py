@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from ..errors import RequestError
-from ..runtime.editing.methods import METHODS
+from ..runtime.editing.options import (
+    DEFAULT_KEEP,
+    DEFAULT_METHOD,
+    DEFAULT_ROUNDS,
+    DEFAULT_THRESHOLD,
+    DEFAULT_WIDTH,
+    HELP,
+    METHODS,
+)
 from ..runtime.text.files import called, read_text
 from . import options
 from .inputs import read_stdin
@@ -19,8 +27,8 @@ from .streams import TEXT
 
 @click.command()
 @options.engine
-@click.option("--prefix", type=TEXT, help="Put this text before the hole.")
-@click.option("--suffix", type=TEXT, default="", help="Put this text after the hole.")
+@click.option("--prefix", type=TEXT, help=HELP["prefix"])
+@click.option("--suffix", type=TEXT, default="", help=HELP["suffix"])
 @click.option("--length", type=int, help="Fill the hole with this many tokens. [default: a length that fits]")
 @click.option(
     "--template",
@@ -31,15 +39,15 @@ from .streams import TEXT
 @click.option(
     "--method",
     type=click.Choice(METHODS),
-    default=METHODS[0],
+    default=DEFAULT_METHOD,
     show_default=True,
-    help="Fill by search, which is better, or by block, which is faster.",
+    help=HELP["method"],
 )
-@click.option("--width", type=int, default=8, show_default=True, help="Keep this many candidate fillings in a search.")
+@click.option("--width", type=int, default=DEFAULT_WIDTH, show_default=True, help=HELP["width"])
 @click.option(
     "--threshold",
     type=float,
-    default=0.9,
+    default=DEFAULT_THRESHOLD,
     show_default=True,
     help="Commit a masked token of method block at this confidence or more.",
 )
@@ -88,15 +96,17 @@ def infill(
 @click.option(
     "--keep",
     type=float,
-    default=0.05,
+    default=DEFAULT_KEEP,
     show_default=True,
     help="Keep a token that has this probability or more after the text before it.",
 )
-@click.option("--rounds", type=int, default=4, show_default=True, help="Look at a block at most this many times.")
+@click.option(
+    "--rounds", type=int, default=DEFAULT_ROUNDS, show_default=True, help="Look at a block at most this many times."
+)
 @click.option(
     "--threshold",
     type=float,
-    default=0.9,
+    default=DEFAULT_THRESHOLD,
     show_default=True,
     help="Commit a masked token at this confidence or more.",
 )

@@ -21,7 +21,7 @@ from ..loading import LoadedEngine, check_engine
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..text.checks import check_list, check_text
-from .methods import METHODS
+from .options import DEFAULT_METHOD, DEFAULT_THRESHOLD, DEFAULT_WIDTH, METHODS
 from .row import Row
 from .search import search
 
@@ -53,9 +53,9 @@ def infill(
     *,
     length: int | None = None,
     prompt: Prompt | None = None,
-    method: str = "search",
-    width: int = 8,
-    threshold: float = 0.9,
+    method: str = DEFAULT_METHOD,
+    width: int = DEFAULT_WIDTH,
+    threshold: float = DEFAULT_THRESHOLD,
     block_length: int | None = None,
     longest: int = LONGEST_FREE,
 ) -> Filled:
@@ -81,9 +81,9 @@ def fill(
     template: Template,
     *,
     prompt: Prompt | None = None,
-    method: str = "search",
-    width: int = 8,
-    threshold: float = 0.9,
+    method: str = DEFAULT_METHOD,
+    width: int = DEFAULT_WIDTH,
+    threshold: float = DEFAULT_THRESHOLD,
     block_length: int | None = None,
     longest: int = LONGEST_FREE,
 ) -> Filled:

@@ -20,6 +20,7 @@ from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode
 from ..sampling.softmax import probability
 from ..text.checks import check_text
+from .options import DEFAULT_KEEP, DEFAULT_ROUNDS, DEFAULT_THRESHOLD
 from .row import Row
 
 _ROUNDS = Range(1, 64)
@@ -45,9 +46,9 @@ def revise(
     text: str,
     *,
     prompt: Prompt | None = None,
-    keep: float = 0.05,
-    rounds: int = 4,
-    threshold: float = 0.9,
+    keep: float = DEFAULT_KEEP,
+    rounds: int = DEFAULT_ROUNDS,
+    threshold: float = DEFAULT_THRESHOLD,
     block_length: int | None = None,
 ) -> Revised:
     """Decode again what is improbable in a text; the number of tokens stays.

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from ...runtime.loading import LoadedEngine, load
-from ...runtime.scheduler.scheduler import Scheduler
+from ...runtime.scheduler.scheduler import QUEUE, Scheduler
 from ..metrics import ServerStats
 from .handlers import Handlers
 from .hosts import AllowedHosts
@@ -40,7 +40,7 @@ class Limits:
     timeout: float = 600.0
     max_request_bytes: int = 4 << 20
     keys: tuple[str, ...] = ()
-    waiting: int = 64
+    waiting: int = QUEUE
     hosts: AllowedHosts = dataclasses.field(default_factory=lambda: AllowedHosts("localhost"))
     origins: tuple[str, ...] = ()
     connections: int = 512

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from ...contract import MAX_BLOCK
 from ...errors import RequestError
 from ...runtime.editing.infill import LONGEST_FREE, Filled
-from ...runtime.editing.methods import Method
+from ...runtime.editing.options import HELP, Method
+from ...runtime.requests.options import BLOCK_LENGTH
 from ...runtime.text.codec import TextCodec
 from .body import Completion, Decoding
 from .body_parts import StreamOptions
@@ -28,17 +28,19 @@ class Fim(Decoding):
     """A text with a hole."""
 
     block_length: int | None = Field(
-        None, description=f"Look at this many tokens at once, 1 to {MAX_BLOCK}. Default: the engine's."
+        None, description=f"Look at this many tokens at once. Allowed: {BLOCK_LENGTH}. Default: the engine's."
     )
-    prompt: str = Field(description="Put this text before the hole.")
-    suffix: str = Field("", description="Put this text after the hole.")
-    length: int | None = Field(None, description=f"Fill the hole with exactly this many tokens, 1 to {MAX_BLOCK}.")
+    prompt: str = Field(description=HELP["prefix"])
+    suffix: str = Field("", description=HELP["suffix"])
+    length: int | None = Field(
+        None, description=f"Fill the hole with exactly this many tokens. Allowed: {BLOCK_LENGTH}."
+    )
     max_tokens: int | None = Field(
         None,
         description=f"Fill the hole with at most this many tokens. Default and most: {LONGEST_FREE}, or length.",
     )
-    method: Method | None = Field(None, description="Fill by search, which is better, or by block, which is faster.")
-    width: int | None = Field(None, description=f"Keep this many candidate fillings in a search, 1 to {MAX_BLOCK}.")
+    method: Method | None = Field(None, description=HELP["method"])
+    width: int | None = Field(None, description=f"{HELP['width']} Allowed: {BLOCK_LENGTH}.")
     stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
     stream_options: StreamOptions | None = None
 

@@ -20,7 +20,7 @@ from stand_ins.torch_pair import CASES, QUESTIONS, without_times
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.contract import PAGE
-from nemodiff.runtime.editing.methods import METHODS
+from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.engines.torch.cache import TorchCache

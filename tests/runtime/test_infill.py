@@ -25,7 +25,7 @@ from stand_ins.checkpoints import load_make_data
 import nemodiff
 from nemodiff.cli import main
 from nemodiff.runtime.editing.infill import LONGEST_FREE, parse_template
-from nemodiff.runtime.editing.methods import METHODS
+from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.editing.row import Row
 from nemodiff.runtime.engines.engine import Pass, Prediction
 

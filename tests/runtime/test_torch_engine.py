@@ -45,7 +45,7 @@ from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime.batching.slot import Slot
-from nemodiff.runtime.editing.methods import METHODS
+from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.engine import TorchEngine
