@@ -1,9 +1,11 @@
-"""Imports run one way: from the rooms above to those below, and in no circle."""
+"""Imports run one way: from the rooms above to those below, and in no circle; files are short."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -110,6 +112,13 @@ def imports(module: str) -> set[str]:
 GRAPH = {module: imports(module) for module in MODULES}
 
 
+def test_files_can_be_read_in_one_sitting() -> None:
+    lengths = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert [str(path) for path, length in lengths.items() if length > 400] == []
+    assert statistics.median(lengths.values()) <= 130
+    assert lengths[Path("cli.py")] < 120
+
+
 def test_no_circle_exists() -> None:
     try:
         tuple(graphlib.TopologicalSorter(GRAPH).static_order())
@@ -138,6 +147,15 @@ def test_no_import_runs_upwards(folder: str) -> None:
             if there is not None and there != here and level[there] >= level[here]:
                 upwards.append(f"{module} imports {target}")
     assert upwards == []
+
+
+@pytest.mark.parametrize(("line", "folder"), [("(errors | ", ""), ("runtime: ", "runtime")])
+def test_the_documented_order_is_this_one(line: str, folder: str) -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    (written,) = (one for one in page.splitlines() if one.startswith(line))
+    documented = [set(re.findall(r"\w+", rooms)) for rooms in written.removeprefix("runtime: ").split(" < ")]
+    named = [{room for room in rooms if not room.startswith("__")} for rooms in ROOMS[folder]]
+    assert documented == [rooms for rooms in named if rooms]
 
 
 def test_builder_and_runtime_know_nothing_of_each_other() -> None:
