@@ -22,7 +22,6 @@ class Layer(Protocol):
     name: str
     type: Any
     num_inputs: int
-    num_outputs: int
 
     def get_input(self, index: int) -> Tensor | None: ...
 
@@ -32,7 +31,6 @@ class Network(Protocol):
 
     num_layers: int
     num_inputs: int
-    num_outputs: int
 
     def get_layer(self, index: int) -> Layer: ...
     def get_input(self, index: int) -> Tensor: ...
