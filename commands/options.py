@@ -93,8 +93,7 @@ generation_config = click.option(
     type=click.Choice(["none", "auto"]),
     default="none",
     show_default=True,
-    help="Where sampling is not chosen, take what the model's generation_config.json proposes (auto) or decode "
-    "greedily (none).",
+    help="Let the model's generation_config.json choose sampling that is left open (auto), or decode greedily (none).",
 )
 statistics = click.option("--stats", is_flag=True, help="Print passes, tokens per pass and times on standard error.")
 host = click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address.")

@@ -40,7 +40,7 @@ PLAN = re.compile(
     r"warning) {2,}"
 )
 SUBJECT = re.compile(
-    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(ENGINE|device|keep|logprobs|mode|prompt|message|option|regex|rounds|seed|standard|stop|system|"
+    r"/|\.json|--[a-z]|[a-z]_[a-z]|\b(ENGINE|device|keep|length|logprobs|mode|prompt|message|option|regex|rounds|seed|standard|stop|system|"
     r"temperature|template|threshold|width|word)\b"
 )
 REMEDY = re.compile(r"allowed: |; |\bgive\b|\buse\b")

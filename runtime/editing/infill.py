@@ -181,12 +181,12 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
     for one, after in zip(parts, [*parts[1:], []], strict=True):
         if one is None and (method == "block" or not isinstance(after, list) or not after):
             raise RequestError(
-                "a hole without --length needs --method search and text after it; give the hole's length in tokens"
+                "a hole without a length needs method search and text after it; give its length in tokens"
             )
     return parts
 
 
 def _wrong_length(length: object) -> RequestError:
     return RequestError(
-        f"--length of a hole is {length!r:.60}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
+        f"length of a hole is {length!r:.60}, allowed: 1 to {MAX_BLOCK} tokens; make several holes of it"
     )

@@ -135,7 +135,7 @@ def _check_thinking(text: TextCodec, o: Options) -> None:
     if o.thinking_budget is None:
         return
     if not o.thinking:
-        raise RequestError(f"thinking_budget is {o.thinking_budget}, but thinking is off; use it with --thinking")
+        raise RequestError(f"thinking_budget is {o.thinking_budget}, but thinking is off; set thinking too")
     if text.end_think is None:
         raise RequestError(
             f"thinking_budget needs a token {text.thoughts.close}, which this tokenizer lacks; leave it out"
@@ -199,7 +199,7 @@ def _check_diffusion(o: Options) -> None:
         for name in ("policy", "block_steps", "merge_commit", "confidences"):
             value = getattr(o, name)
             if value not in (None, False, "threshold"):
-                other = "; use logprobs" if name == "confidences" else "; use --mode diffusion or leave it out"
+                other = "; use logprobs" if name == "confidences" else "; use mode diffusion or leave it out"
                 raise RequestError(f"{name} is {value}, but mode {o.mode} has no such choice{other}")
         return
     if o.logprobs is not None:

@@ -115,9 +115,7 @@ class Chat(Templated, Generating):
     """A conversation that waits for its next turn."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(
-        None, description="Stop after this many new tokens, as max_tokens; -1 leaves it open."
-    )
+    max_completion_tokens: int | None = option_field("max_new_tokens")
     logprobs: bool | None = Field(None, description="Report the log-probability of each token; not in mode diffusion.")
     top_logprobs: int | None = Field(
         None, description="Report the log-probabilities of this many likeliest tokens too; needs logprobs."
