@@ -68,6 +68,8 @@ class Grammar:
             if not self._first.is_error():
                 self.warnings = self._ignored(self._first)
         else:
+            if (len(source) - len(source.rstrip("\\"))) % 2:  # the library would leave it out
+                raise _refusal(kind, "its last backslash has nothing after it")
             self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source))
         if self._first.is_error():
             remedy = "change it or leave strict_schema out" if strict else "change it"

@@ -129,6 +129,8 @@ def test_a_refused_token_of_a_draft_is_no_error(engine: nemodiff.LoadedEngine) -
         ("regex", r"[^\s\S]", "regex allows no answer; change it"),
         ("regex", r"a[^\s\S]", "regex allows no answer; change it"),
         ("regex", "x" * 3000 + "(", "regex is not understood (unclosed group); change it"),
+        ("regex", "a\\", "regex is not understood (its last backslash has nothing after it); change it"),
+        ("regex", "\\\\\\", "regex is not understood (its last backslash has nothing after it); change it"),
         ("regex", "x" * (MAX_SOURCE + 1), f"regex has {MAX_SOURCE + 1} bytes, allowed: at most {MAX_SOURCE}; use"),
     ],
 )
@@ -142,6 +144,10 @@ def test_a_refusal_is_one_short_line_without_a_dump(
     assert len(line) < 250
     assert line.isprintable()
     assert "<" not in line
+
+
+def test_a_pattern_may_end_with_the_backslash_that_it_is_to_match(engine: nemodiff.LoadedEngine) -> None:
+    assert nemodiff.generate(engine, "Hello", regex=r"a\\").text == "a\\"
 
 
 @pytest.mark.parametrize(
