@@ -65,6 +65,7 @@ def settle(info: EngineInfo, text: TextCodec, prompt_tokens: int, options: Optio
     threshold = o.threshold
     if threshold is None:
         threshold = _DIFFUSION_THRESHOLD if o.mode == "diffusion" else 0.0
+    _check_template(o)
     _check_ids(info, o)
     if o.min_tokens > max_new_tokens:
         raise RequestError(f"min_tokens is {o.min_tokens}, allowed: 0 to max_new_tokens, which is {max_new_tokens}")
@@ -121,6 +122,12 @@ def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
             "--max-seq-len"
         )
     return tokens
+
+
+def _check_template(o: Options) -> None:
+    for name in ("system", "chat_template_kwargs"):
+        if not o.chat and getattr(o, name) is not None:
+            raise RequestError(f"{name} needs the chat template; leave it or chat=False out")
 
 
 def _check_ids(info: EngineInfo, o: Options) -> None:

@@ -223,6 +223,9 @@ def test_raw_prompts_have_no_template(engine: nemodiff.LoadedEngine) -> None:
     text = "Count from 1"
     answer = nemodiff.generate(engine, text, chat=False, max_new_tokens=3)
     assert answer.prompt_tokens == len(engine.text.encode(text))
+    for name, value in (("system", "Be brief."), ("chat_template_kwargs", {"effort": "high"})):
+        with pytest.raises(nemodiff.RequestError, match=f"^{name} needs the chat template; leave it or chat=False"):
+            nemodiff.generate(engine, text, chat=False, **{name: value})
 
 
 def test_bos_is_added_where_the_tokenizer_says_so(tmp_path: Path) -> None:
