@@ -4,7 +4,7 @@
 with the demonstration model over the whole grid, or over some cases of it drawn for each prompt:
 
     python tests/equality.py --prompts 64 --cases 16 --output benchmarks/results/equality.json
-    python tests/equality.py --prompts 60 --against transformers --output benchmarks/results/equality_transformers.json
+    python tests/equality.py --prompts 200 --against transformers --output benchmarks/results/equality_transformers.json
 
 Passes are counted too, which shows that an adapter acts in drafts and nowhere else.
 """
