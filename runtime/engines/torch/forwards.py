@@ -67,8 +67,11 @@ class Forwards:
         while len(self._flights) > but:
             self._flights[0].land()
 
-    def landed(self, flight: TorchFlight) -> None:
-        """Take note that a forward has ended."""
+    def landing(self, flight: TorchFlight) -> None:
+        """Take note that somebody waits for a forward; nobody else need.
+
+        In the midst of it Python may find that a cache is garbage, which settles what is under way in the same thread.
+        """
         self._flights.remove(flight)
 
     def obey(self, ranks: Ranks) -> None:
@@ -136,6 +139,7 @@ class TorchFlight:
         owner = self._owner
         if self._predictions is not None or self._failure is not None:
             return
+        owner.landing(self)
         try:
             with owner.device.use(owner.folder):
                 if self._start is not None:
@@ -147,8 +151,6 @@ class TorchFlight:
             self._predictions = self._read()
         except Exception as failure:
             self._failure = failure
-        finally:
-            owner.landed(self)
 
     def _started(self) -> None:
         """Put everything into the stream."""
