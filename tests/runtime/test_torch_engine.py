@@ -7,6 +7,7 @@ The kernels run in Triton's interpreter over the engine's own tensors, graphs ar
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -65,6 +66,7 @@ from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.plain import Sight, attend
 from nemodiff.runtime.engines.torch.step import Step
 from nemodiff.runtime.engines.torch.stored import Stored
+from nemodiff.runtime.planning.cost import measure
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 
@@ -554,6 +556,40 @@ def test_a_cache_that_is_forgotten_holds_nothing(tiny: Pair) -> None:
     with pytest.raises(EngineError, match="200 rows asked for, "):
         backend.open(200)
     assert backend.pages.open_rows == 1 + len(held.rows)
+
+
+def test_a_cache_may_be_forgotten_while_another_computes(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python looks for garbage whenever it likes, in the midst of a forward too."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=20)
+    one = engine.open(1)
+    prompt = [causal("prefill", PROMPT, 0)]
+    expected = one.forward(prompt)[0].token
+    monkeypatch.setattr(Step, "forget_logits", lambda step: gc.collect())
+    gc.disable()
+    try:
+        knot: list[Any] = [engine.open(1)]
+        knot.append(knot)
+        del knot
+        assert engine.pages.open_rows == 2
+        np.testing.assert_array_equal(one.forward(prompt)[0].token, expected)
+    finally:
+        gc.enable()
+    assert engine.pages.open_rows == 1
+
+
+def test_costs_are_measured_in_the_memory_there_is(small: Pair) -> None:
+    """Another request has the rest; passes that need more of it are left out, and the first two are kept."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=20)
+    held = engine.open(1)
+    held.forward([causal("prefill", [130] * PAGE * 19, 0)])
+    assert measure(engine).sizes[-1] <= PAGE
+    assert engine.pages.open_rows == 1
+    held.forward([causal("prefill", [130] * PAGE, PAGE * 19)])
+    with pytest.raises(EngineError, match="1 slots of K/V are needed, of 1280 0 are free"):
+        measure(engine)
+    assert engine.pages.open_rows == 1
 
 
 def test_a_short_engine_has_room_for_the_largest_pass(tmp_path: Path) -> None:
