@@ -64,7 +64,7 @@ from nemodiff.runtime.engines.torch.flat import (
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.plain import Sight, attend
-from nemodiff.runtime.engines.torch.step import Step
+from nemodiff.runtime.engines.torch.step import SharedForward, Step
 from nemodiff.runtime.engines.torch.stored import Stored
 from nemodiff.runtime.planning.cost import measure
 from nemodiff.runtime.requests.options import Options
@@ -638,6 +638,21 @@ def test_memory_for_pages(tiny: Pair) -> None:
     device.memory = lambda: (2**20, 2**34)  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=r"cpu has 0 B for K/V beside the weights, needs .* raise --gpu-memory"):
         page_count(device, Path("engine"), info, 64, 0.5)
+
+
+def test_another_rank_keeps_no_logits_of_a_long_pass(small: Pair) -> None:
+    """Nobody reads them there, and those of a long pass are memory of their own."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=20)
+    cache = engine.open(1)
+    passes = [causal("prefill", [130] * (FREE + 1), 0, predict_all=True, logits=True)]
+    assert cache.reserve(0, 0, FREE + 1)
+    with engine.device.use(engine.folder):
+        engine.memory.show_table()
+        step = engine.steps.of(flat_shape(passes))
+        step.fill(passes, cache.rows)
+        step.repeat(SharedForward(step.shape, step._inputs.host.numpy().tobytes(), step._views, []))
+    assert step.logits is None
 
 
 def test_memory_is_flat(tiny: Pair) -> None:

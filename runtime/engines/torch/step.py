@@ -165,7 +165,7 @@ class Step:
             self._run()
 
     def forget_logits(self) -> None:
-        """They have been read; many of them would hold much memory."""
+        """They have been read, or never will be; many of them would hold much memory."""
         if self._place is None:
             self.logits = None
 
@@ -174,6 +174,7 @@ class Step:
         self._inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
         self._views = forward.views
         self._run()
+        self.forget_logits()
 
     def _run(self) -> None:
         self._runs += 1
