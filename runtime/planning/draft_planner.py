@@ -25,7 +25,8 @@ _PROBE_BLOCK = 4
 _STAY = 16  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes
 # verifies the draft that the one before it has made
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
-_GROUPED = 32.0  # blocks of a length that what all others did is worth
+_USUAL = 32.0  # blocks of any length that what was expected of them is worth
+_GROUPED = 256.0  # blocks of a length that what those of all lengths did is worth: with few, the texts differ
 
 
 class Plan(NamedTuple):
@@ -170,7 +171,7 @@ class BlockStatistics:
         A block of which little is known is taken to be as the others were.
         """
         passes, tokens, seconds = map(sum, zip(*self._met.values(), strict=True))
-        usual_tokens, usual_seconds = ((met + _GROUPED) / (passes + _GROUPED) for met in (tokens, seconds))
+        usual_tokens, usual_seconds = ((met + _USUAL) / (passes + _USUAL) for met in (tokens, seconds))
         return [
             (tokens + _GROUPED * usual_tokens) / (seconds + _GROUPED * usual_seconds)
             for _, tokens, seconds in self._met.values()
