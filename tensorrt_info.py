@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from .engine_folder import ENGINE_FILE, VISION_ENGINE_FILE, VISION_WEIGHTS_FILE, WEIGHTS_FILE
@@ -19,6 +20,11 @@ class Profile:
     max_batch_size: int  # B
     max_tokens: int  # S
     max_rows: int  # R
+
+
+def logits_bytes(profiles: Sequence[Profile], vocab_size: int) -> int:
+    """GPU memory for the logits of the largest pass, in f32."""
+    return 4 * vocab_size * max(profile.max_batch_size * profile.max_rows for profile in profiles)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,6 +195,7 @@ class Builder:
             self.config,
             self.output,
             self.backend,
+            profiles=self.profiles,
             patches=self.patches,
             fix_regex=self.fix_mistral_regex,
         )

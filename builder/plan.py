@@ -17,6 +17,7 @@ from ..contract import (
     kv_bytes_per_token,
     size_text,
 )
+from ..tensorrt_info import Profile, logits_bytes
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 from .checkpoint.checkpoint import Checkpoint
 from .resources import disk_free, memory_needed
@@ -102,9 +103,10 @@ class Plan:
         slots = cache_slots(build) if self.build_memory else build.max_seq_len
         full = size_text(self.memory_loaded + build.max_batch_size * self.kv_bytes_per_token * slots)
         compiling = f"; to compile about {size_text(self.build_memory)} here" if self.build_memory else ""
+        logits = ", logits" * bool(self.build_memory and build.gather_generation_logits)
         fits = _first_cards(self.rows_that_fit, build.max_batch_size)
         return [
-            f"memory       {full} of GPU memory for weights and all rows{compiling}, this machine has "
+            f"memory       {full} of GPU memory for weights{logits} and all rows{compiling}, this machine has "
             f"{size_text(self.memory_here)}",
             f"fits         {fits} (rows of {build.max_seq_len})" if fits else f"fits         no row in {CARDS[-1]} GiB",
             *(
@@ -131,12 +133,13 @@ def make_plan(
     output: Path,
     backend: Backend,
     *,
+    profiles: tuple[Profile, ...],
     patches: tuple[int, ...],
     fix_regex: bool,
 ) -> Plan:
     """Compute the plan; nothing is written and no weight is read.
 
-    `patches` are of the vision graph's profiles, `fix_regex`: the tokenizer is mended.
+    `profiles` are a compiled engine's, `patches` of the vision graph's profiles, `fix_regex`: the tokenizer is mended.
     """
     model = checkpoint.model
     adapter = checkpoint.adapter
@@ -158,6 +161,8 @@ def make_plan(
         room = {length: max(0, memory - loaded) // (per_token * length) for length in lengths}
     else:
         loaded = weight_bytes
+        if profiles and build.gather_generation_logits:
+            loaded += logits_bytes(profiles, model.vocab_size)
         row = per_token * (cache_slots(build) if compiled else build.max_seq_len)
         room = _rows_on_cards(loaded, row)
         if not compiled:

@@ -39,9 +39,10 @@ from nemodiff.cli import main
 from nemodiff.contract import BuildConfig, cache_slots, inputs, outputs
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, EngineError
-from nemodiff.plugins import SAMPLED
+from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.tensorrt import api
 from nemodiff.plugins.tensorrt.api import RTX_SMS, device_sm, library_folder, load
+from nemodiff.plugins.tensorrt.launch import Kernels
 from nemodiff.tensorrt_info import Kernel, Profile
 
 pytestmark = [
@@ -91,6 +92,9 @@ def test_tiny_chat_is_built_for_every_target(tmp_path: Path, sm: int, plugins: b
     data = (folder / "rank0.engine").read_bytes()
     assert len(data) == about.engine_bytes
     assert (b"ConfidenceCommit" in data) == plugins
+    kernels = Kernels(folder, about.kernels, sm)
+    for op in (*(OPS if plugins else ()), SAMPLED):
+        assert kernels.fit(op, read_engine(folder).model, "bf16")
 
 
 def test_folder_holds_what_runs_and_nothing_else(engine: Path) -> None:
@@ -300,16 +304,22 @@ def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
     arguments = ["build", str(TINY_CHAT), "-o", str(tmp_path / "e"), *flags]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     plan = json.loads(result.stdout)
-    weights = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx").graph.weight_bytes
+    builder = Builder(TINY_CHAT, tmp_path / "e", backend="tensorrt-rtx", max_batch_size=90)
+    weights = builder.graph.weight_bytes
+    logits = 4 * 90 * 512 * builder.checkpoint.model.vocab_size
+    assert builder.profiles[-1] == Profile("prefill", 90, 512, 512)
     row = plan["kv_bytes_per_token"] * cache_slots(BuildConfig(**plan["build"]))
     assert plan["kv_bytes_per_token"] == 2 * 6 * 2 * 64 * 2
-    assert (plan["memory_loaded"], plan["disk_needed"]) == (weights, 2 * weights)
+    assert (plan["memory_loaded"], plan["disk_needed"]) == (weights + logits, 2 * weights)
     assert plan["build_memory"] > weights
-    assert plan["rows_that_fit"]["8"] == (7 * 2**30 - weights) // row
+    assert plan["rows_that_fit"]["8"] == (7 * 2**30 - weights - logits) // row
     assert plan["rows_that_fit"]["80"] == 90
     text = CliRunner().invoke(main, arguments).stdout
     assert f"{plan['rows_that_fit']['8']} in 8 GiB" in text
     assert "90 in 12 GiB (rows" in text
+    assert "of GPU memory for weights, logits and all rows; to compile" in text
+    few = json.loads(CliRunner().invoke(main, [*arguments, "--no-logits", "--json"]).stdout)
+    assert few["memory_loaded"] == weights
     assert list(tmp_path.iterdir()) == []
 
 

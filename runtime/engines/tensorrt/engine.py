@@ -21,7 +21,7 @@ from ....plugins import SAMPLED
 from ....plugins.tensorrt.api import TensorRT, load
 from ....plugins.tensorrt.launch import Kernels
 from ....plugins.tensorrt.protocols import Context
-from ....tensorrt_info import Profile
+from ....tensorrt_info import Profile, logits_bytes
 from ...images.image import Image
 from ..layout import PassShape
 from .cache import TensorRTCache
@@ -76,21 +76,21 @@ class TensorRTEngine:
         model = info.model
         has_logits = info.build.gather_generation_logits
         predicted = max(p.max_batch_size * p.max_rows for p in self.profiles)
-        logits_bytes = 4 * predicted * model.vocab_size if has_logits else 0
+        for_logits = logits_bytes(self.profiles, model.vocab_size) if has_logits else 0
         row = model.kv_bytes_per_token(ITEMSIZE[info.build.dtype]) * cache_slots(info.build)
         weights = about.engine_bytes + (about.vision.engine_bytes if about.vision else 0)
         weights += sum(int(info.manifest.files[name]["bytes"]) for name in about.stripped)
         image_bytes = io_bytes(info, about.vision) if about.vision else 0
-        parts = {"weights": weights, "logits": logits_bytes, "one row": row, "images": image_bytes}
+        parts = {"weights": weights, "logits": for_logits, "one row": row, "images": image_bytes}
         check_memory(folder, self.device, parts)
         self.engine = deserialize(folder, info, self.api, self.device)
         tower = None if about.vision is None else deserialize_vision(folder, info, self.api, self.device)
         self.capacity = int(self.engine.get_tensor_shape(MODEL_INPUT)[2])  # slots per row
         scratch = max(scratch_bytes(engine) for engine in (self.engine, tower) if engine is not None)
-        check_memory(folder, self.device, {"scratch memory": scratch, "logits": logits_bytes, "images": image_bytes})
+        check_memory(folder, self.device, {"scratch memory": scratch, "logits": for_logits, "images": image_bytes})
         # One stream, so one of each for all contexts and caches.
         self._scratch = self.device.allocate(scratch)
-        self.logits: Memory | None = self.device.allocate(logits_bytes) if has_logits else None
+        self.logits: Memory | None = self.device.allocate(for_logits) if has_logits else None
         self.sampler: Sampler | None = None
         kernels = Kernels(folder, about.kernels, self.device.sm, self.device.driver)
         self.samples = has_logits and kernels.fit(SAMPLED, model, info.build.dtype)
