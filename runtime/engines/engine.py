@@ -22,6 +22,10 @@ from .pages import Pages
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
 
+NO_LOGITS = (
+    "sampling, log-probabilities, grammars and whatever else changes what a model says need logits, and the engine was "
+    "built with --no-logits; decode greedily without them, or build it again with --logits"
+)
 ABOVE_ALL = 2.0  # a threshold that no confidence reaches, as every one over 1; engines hold f32
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
 from ...errors import RequestError
+from ..engines.engine import NO_LOGITS
 from ..images.sight import PromptImages
 from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
@@ -85,9 +86,13 @@ class _Checked:
         budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
         cost = engine.cost if budgeted else None
         samples = engine.backend.samples
-        return Sequence(
+        sequence = Sequence(
             engine.info.model, self.ids, settings, transcript, cost, planner, samples, self.opened, self.images
         )
+        scored = settings.prompt_logprobs is not None
+        if (sequence.needs_logits or scored) and not engine.info.build.gather_generation_logits:
+            raise RequestError(NO_LOGITS)
+        return sequence
 
 
 def _check(engine: LoadedEngine, prompt: Prompt, options: Options) -> _Checked:

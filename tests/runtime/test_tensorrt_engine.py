@@ -491,10 +491,31 @@ def test_kernels_of_another_nemodiff_are_not_launched(setup: Setup, tmp_path: Pa
 
 
 def test_an_engine_without_logits_cannot_sample(setup: Setup) -> None:
-    _, backend, _, _ = setup.load()
-    backend.logits = None
-    with pytest.raises(RequestError, match="built with --no-logits; leave them out"):
-        backend.open(1).forward([causal("decode", [300], 0, logits=True)])
+    _, bare, _, _ = setup.load()
+    bare.logits = None
+    with pytest.raises(RequestError, match="built with --no-logits; decode greedily without them"):
+        bare.open(1).forward([causal("decode", [300], 0, logits=True)])
+    engine, backend, _, _ = setup.load()
+    build = dataclasses.replace(setup.info.build, gather_generation_logits=False)
+    backend.info = dataclasses.replace(setup.info, build=build)
+    # Refused before they have a row: in a forward they would end the requests beside them.
+    expected = nemodiff.generate(setup.plain, QUESTIONS[0], max_new_tokens=40).token_ids
+    with nemodiff.Scheduler(engine) as scheduler:
+        greedy = scheduler.submit(QUESTIONS[0], max_new_tokens=40)
+        wishes: list[dict[str, Any]] = [
+            {"temperature": 0.8},
+            {"logprobs": 1},
+            {"prompt_logprobs": 0},
+            {"regex": "[a-z]+"},
+            {"logit_bias": {11: -1.0}},
+            {"mode": "diffusion", "policy": "entropy", "entropy_bound": 0.1},
+        ]
+        for wish in wishes:
+            with pytest.raises(RequestError, match="built with --no-logits"):
+                scheduler.submit(QUESTIONS[1], **wish)
+        assert greedy.result().token_ids == expected
+    with pytest.raises(RequestError, match="built with --no-logits"):
+        nemodiff.score(engine, QUESTIONS[0], ["Yes"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="needs the trt extra")

@@ -16,7 +16,7 @@ import numpy as np
 from ....contract import cache_names
 from ....errors import EngineError, RequestError
 from ....tensorrt_info import Profile
-from ..engine import Pass, Prediction, read_only
+from ..engine import NO_LOGITS, Pass, Prediction, read_only
 from ..layout import PassShape, layouts, rounded
 from .device import Pinned
 from .forward import Forward, Owner
@@ -81,10 +81,7 @@ class TensorRTCache:
         """See `engine.Cache.forward`; `passes[i]` is of row `first + i`."""
         longest = max(p.max_tokens for p in self._engine.profiles)
         if self._engine.logits is None and any(p.logits for p in passes):
-            raise RequestError(
-                "sampling and log-probabilities need logits, and the engine was built with --no-logits; leave them "
-                "out, or build it again with --logits"
-            )
+            raise RequestError(NO_LOGITS)
         with self._engine.using():
             if all(p.ids.size <= longest for p in passes):
                 return self._batch(passes, first)
