@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...runtime.events.events import Event, Finished, Started, Text
+from .targets import in_origin_form
 
 Format = Literal["text", "json"]
 _HEADER = "x-request-id"
@@ -129,6 +130,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = in_origin_form(scope)
         headers = Headers(scope=scope)
         given = headers.get(_HEADER, "")
         usable = 0 < len(given) <= _LONGEST and given.isascii() and given.isprintable()

@@ -223,6 +223,24 @@ def test_more_connections_than_files_are_refused(tiny_engine: Path, refused: Ref
     refused(["serve", str(tiny_engine), "--max-connections", str(most)], f"--max-connections {most} needs", "ulimit -n")
 
 
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://localhost/health", "nobody.example", 200),  # the host of the target counts alone
+        ("HTTPS://LOCALHOST:8000/v1/models?x=http://y/", "localhost", 200),
+        ("http://localhost", "localhost", 200),
+        ("http://localhost/%2e%2e", "localhost", 404),
+        ("http://nobody.example/health", "localhost", 421),
+        ("http:///health", "localhost", 404),
+        ("ftp://localhost/health", "localhost", 404),
+    ],
+)
+def test_a_target_in_absolute_form_is_its_path_on_its_host(server: Served, target: str, host: str, status: int) -> None:
+    sent = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    with connected(server, 1, sent.encode()) as (client,):
+        assert int(read_all(client).split()[1]) == status
+
+
 def post_of(path: str, body: dict[str, object]) -> tuple[bytes, bytes]:
     """A request after which the connection ends, cut in the middle of its body."""
     content = json.dumps(body).encode()
