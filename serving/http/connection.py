@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from typing import Any, cast
 
 import h11
@@ -15,22 +16,29 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .error_responses import error_body, error_response
+from .request_log import LEFT, RequestLog
 
 _OPEN = (h11.IDLE, h11.SEND_RESPONSE)  # states in which no answer has begun
+_UNREADABLE = {  # by h11's status
+    400: "what was sent is no HTTP/1.1 request; send one, without TLS",
+    431: "the request's target and headers are too long; send fewer or shorter headers",
+    501: "the header Transfer-Encoding is not supported, allowed: chunked; leave other codings out",
+}
 
 
 class ConnectionConfig(uvicorn.Config):
     """uvicorn's settings, and what connections are allowed.
 
     Args:
-        app: the ASGI application.
+        app: the ASGI application, which learns of all refusals.
         most: connections at a time.
         patience: seconds that a client has to send a request, or to read some of an answer.
         settings: of uvicorn.
     """
 
-    def __init__(self, app: Any, *, most: int, patience: float, **settings: Any) -> None:
+    def __init__(self, app: RequestLog, *, most: int, patience: float, **settings: Any) -> None:
         super().__init__(app, http=Connection, **settings)
+        self.log = app
         self.most = most
         self.patience = patience
 
@@ -64,11 +72,14 @@ class Connection(H11Protocol):
         self._follow()
         if len(self.connections) > self._limits.most and not _close_longest_waiting(self.connections, self):
             message = f"{self._limits.most} connections are open and none is idle; try again later"
-            self.app = cast(Any, error_response(503, error_body(503, message), {"Connection": "close"}))
+            refusal = error_response(503, error_body(503, message), {"Connection": "close"})
+            self.app = cast(Any, self._limits.log.around(refusal))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadlines."""
         self._cancel_timers()
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.scope["state"].setdefault("instead", LEFT)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -82,8 +93,10 @@ class Connection(H11Protocol):
         self._follow()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no request of HTTP/1.1."""
-        self._refuse(400, "what was sent is no HTTP/1.1 request; send one, without TLS")
+        """Answer what cannot be read, which uvicorn does while it handles h11's error."""
+        error = sys.exception()
+        status = error.error_status_hint if isinstance(error, h11.ProtocolError) else 400
+        self._refuse(status, _UNREADABLE.get(status, _UNREADABLE[400]))
 
     def pause_writing(self) -> None:
         """Something is not sent, because the client does not read."""
@@ -136,9 +149,12 @@ class Connection(H11Protocol):
         body = json.dumps(error_body(status, message)).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         if self.conn.our_state in _OPEN:
-            if self.cycle is not None:
+            if self.conn.our_state is h11.IDLE:  # no request has been read
+                since = self.loop.time() if self._asking_since is None else self._asking_since
+                self._limits.log.tell_unread(status, self.loop.time() - since)
+            else:
                 self.cycle.disconnected = True  # what the application sends from now on comes too late
-                self.cycle.scope["state"]["refused"] = status
+                self.cycle.scope["state"]["instead"] = status
             for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from ...runtime.events.events import Finished
 from ..metrics import INFILL_METRICS, METRICS, Metric, ServerStats, Values
 from .middleware import PROTECTED
-from .request_log import Record
+from .request_log import LEFT, Record
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
@@ -53,14 +53,15 @@ class Histograms:
 
 
 class Refusals:
-    """Requests to protected paths that were answered with an error, by status; a sink of `RequestLog`."""
+    """Requests to protected paths, or refused unread, that were answered with an error; a sink of `RequestLog`."""
 
     def __init__(self) -> None:
-        self.by_status = dict.fromkeys((400, 401, 404, 408, 413, 421, 429, 500, 503, 504), 0)
+        self.by_status = dict.fromkeys((400, 401, 404, 408, 413, 421, 429, 431, 500, 503, 504), 0)
 
     def __call__(self, record: Record) -> None:
         """Count a request."""
-        if record.status >= 400 and record.path.startswith(PROTECTED):
+        answered = record.status >= 400 and record.status != LEFT
+        if answered and (not record.path or record.path.startswith(PROTECTED)):
             self.by_status[record.status] = self.by_status.get(record.status, 0) + 1
 
 

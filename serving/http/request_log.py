@@ -23,6 +23,7 @@ from ...runtime.events.events import Event, Finished, Started, Text
 from .targets import in_origin_form
 
 Format = Literal["text", "json"]
+LEFT = 499  # nginx's number for a client that left before its answer began
 _HEADER = "x-request-id"
 _LONGEST = 128  # characters of a client's id
 _LOGGER = logging.getLogger("nemodiff.requests")
@@ -48,8 +49,8 @@ class Answer:
 class Record:
     """One HTTP request. began, first, ended: seconds of `time.perf_counter`; first: when its response began.
 
-    status: 0 for a client that left before its response began. error: what a stream ended with after its status had
-    been sent.
+    method, path: empty where the request was refused before they were read. status: LEFT for a client that left before
+    its response began. error: what a stream ended with after its status had been sent.
     """
 
     id: str
@@ -134,37 +135,43 @@ class RequestLog:
         headers = Headers(scope=scope)
         given = headers.get(_HEADER, "")
         usable = 0 < len(given) <= _LONGEST and given.isascii() and given.isprintable()
-        record = Record(
-            given if usable else uuid.uuid4().hex, scope["method"], scope["path"], headers, time.perf_counter()
-        )
+        record = Record(given if usable else _new_id(), scope["method"], scope["path"], headers, time.perf_counter())
         state = scope.setdefault("state", {})
         state["record"] = record
         self.open.add(record)
-        left = False  # before its response began, so that nobody gets what is sent from then on
-
-        async def watching_receive() -> Message:
-            nonlocal left
-            message = await receive()
-            if message["type"] == "http.disconnect" and record.first is None:
-                left = True
-                record.status = state.get("refused", 0)  # by the connection
-            return message
 
         async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if not left:
+                if "instead" not in state:
                     record.first = time.perf_counter()
                     record.status = int(message["status"])
                 message["headers"] = [*message.get("headers", []), (_HEADER.encode(), record.id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, watching_receive, recording_send)
+            await self._app(scope, receive, recording_send)
         finally:
+            record.status = state.get("instead", record.status)  # of the connection: what the client got, or LEFT
             record.ended = time.perf_counter()
             self.open.discard(record)
-            for sink in self._sinks:
-                sink(record)
+            self._tell(record)
+
+    def around(self, app: ASGIApp) -> RequestLog:
+        """Records of another application's requests, for the same sinks."""
+        return RequestLog(app, self._sinks)
+
+    def tell_unread(self, status: int, waited: float) -> None:
+        """Record a request that was refused before it was read, so many seconds after it was to come."""
+        now = time.perf_counter()
+        self._tell(Record(_new_id(), "", "", Headers({}), now - waited, ended=now, status=status))
+
+    def _tell(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink(record)
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
 
 
 def log_record(record: Record) -> None:
@@ -182,7 +189,7 @@ def log_message(message: str, **fields: Any) -> None:
 
 def _word(value: Any) -> str:
     """A value in a line of text; what a client wrote is quoted where it could pass for more than one value."""
-    plain = not isinstance(value, str) or (value.isprintable() and not set(value) & set(' "='))
+    plain = not isinstance(value, str) or (value != "" and value.isprintable() and not set(value) & set(' "='))
     return str(value) if plain else json.dumps(value)
 
 

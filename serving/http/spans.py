@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ...errors import RequestError
-from .request_log import Answer, Record
+from .request_log import LEFT, Answer, Record
 
 _BLOCKS = 256  # spans of blocks of an answer; ar would have one per token
 
@@ -36,13 +36,15 @@ class Spans:
         self._zero = time.time_ns() - time.perf_counter_ns()  # of the records' clock
 
     def __call__(self, record: Record) -> None:
-        """Export a record's spans."""
+        """Export a record's spans; there are none of a request that was never read."""
+        if not record.path:
+            return
         fields = record.fields()
         parent = self._propagate.extract(dict(record.headers))
         root = self._tracer.start_span(
             f"{record.method} {record.path}", context=parent, start_time=self._at(record.began), attributes=fields
         )
-        if record.failed or record.status == 0:
+        if record.failed or record.status in (0, LEFT):
             root.set_status(self._trace.StatusCode.ERROR)
         context = self._trace.set_span_in_context(root)
         for index, answer in record.answers.items():

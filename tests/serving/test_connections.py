@@ -241,6 +241,45 @@ def test_a_target_in_absolute_form_is_its_path_on_its_host(server: Served, targe
         assert int(read_all(client).split()[1]) == status
 
 
+@pytest.mark.parametrize(
+    ("head", "status", "said"),
+    [
+        (b"NONSENSE\r\n", 400, "no HTTP/1.1 request"),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000, 431, "send fewer or shorter headers"),
+        (GET + b"Transfer-Encoding: gzip, chunked\r\n", 501, "allowed: chunked"),
+    ],
+)
+def test_what_cannot_be_read_says_why(server: Served, head: bytes, status: int, said: str) -> None:
+    with connected(server, 1, b"") as (client,), contextlib.suppress(ConnectionError):
+        client.sendall(head + b"\r\n")
+        first, _, body = read_all(client).partition(b"\r\n\r\n")
+        assert int(first.split()[1]) == status
+        assert said in json.loads(body)["error"]["message"]
+
+
+def test_refusals_before_a_request_was_read_are_counted_and_logged(tiny_engine: Path) -> None:
+    options = ("--max-connections", "1", "--client-timeout", "0.5", "--log-format", "json")
+    stream = {"prompt": "Once", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar", "stream": True}
+    with serving(tiny_engine, *options) as served:
+        for sent in (b"NONSENSE\r\n\r\n", b"G", GET + b"\r\nNONSENSE\r\n\r\n"):
+            with connected(served, 1, sent) as (client,):
+                read_all(client)
+        with connected(served, 1, b"".join(post_of("/v1/completions", stream))) as (busy,):
+            assert busy.recv(1)
+            assert served.send("/v1/models")[0] == 503
+        eventually(lambda: served.send("/health")[0] == 200)
+        metrics = served.settled()
+        served.process.terminate()
+        assert served.process.stderr is not None
+        lines = [json.loads(line) for line in served.process.stderr]
+    refused = {status: metrics[f'nemodiff_refused_requests_total{{status="{status}"}}'] for status in (400, 408, 503)}
+    assert refused == {400: 2, 408: 1, 503: 1}
+    unread = [line for line in lines if not line["path"]]
+    assert [(line["status"], line["method"]) for line in unread] == [(400, ""), (408, ""), (400, "")]
+    assert unread[1]["ms"] >= 500
+    assert [line["status"] for line in lines if line["path"] == "/v1/models"] == [503]
+
+
 def post_of(path: str, body: dict[str, object]) -> tuple[bytes, bytes]:
     """A request after which the connection ends, cut in the middle of its body."""
     content = json.dumps(body).encode()

@@ -78,7 +78,7 @@ def test_a_stream_that_ends_in_an_error_says_so(tiny_engine: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["body", "answer"])
-def test_who_left_before_the_answer_began_has_got_no_status(tiny_engine: Path, when: str) -> None:
+def test_who_left_before_the_answer_began_is_a_499(tiny_engine: Path, when: str) -> None:
     with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--client-timeout", "1") as served:
         before = served.metrics()
         line(served)
@@ -93,7 +93,7 @@ def test_who_left_before_the_answer_began_has_got_no_status(tiny_engine: Path, w
         records = iter(lambda: json.loads(line(served)), None)
         left = next(record for record in records if record["path"] != "/metrics")
         after = served.settled()
-    assert left["status"] == 0
+    assert left["status"] == 499
     assert "first_byte_ms" not in left
     refused = {name for name in after if name.startswith("nemodiff_refused") and after[name] != before.get(name)}
     assert not refused
