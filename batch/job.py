@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def run_job(job: Job, progress: Callable[[int, int], None]) -> Totals:
             done += result["count"]
             progress(done, rows)
         write_failed(job.output, [failure for _, failures in sorted(failed) for failure in failures])
-        with contextlib.suppress(OSError):
-            (job.output / JOURNALS).rmdir()
+        shutil.rmtree(job.output / JOURNALS, ignore_errors=True)  # what is left in it are rows that have left the input
     return totals
 
 

@@ -96,6 +96,23 @@ def test_a_killed_command_goes_on(
     check(output, tiny_engine)
 
 
+def test_a_command_that_is_told_to_end_says_nothing_and_goes_on(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    words = command(tiny_engine, prompts, output, "--threads", "1")
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as job:
+        eventually(lambda: len(answered(output)) > 3 or job.poll() is not None)
+        job.terminate()
+        _, said = job.communicate(timeout=PATIENCE)
+    assert (job.returncode, said) == (128 + signal.SIGTERM, "")
+    left = output / JOURNALS / f"{'0' * 32}.{'1' * 32}.jsonl"  # of a shard that has left the input
+    left.write_text('{"key": "k", "line": 5}\n')
+    ended = subprocess.run(words, env=environment, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    check(output, tiny_engine)
+
+
 def _alive(group: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
