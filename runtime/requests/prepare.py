@@ -23,9 +23,12 @@ from ..text.transcript import Transcript
 from .image_parts import place_images, plain_messages, read_images
 from .options import AUTO, Options
 from .sequence import Sequence
-from .settings import Settings, settle
+from .settings import Settings, check_prompt, settle
 from .tool_use import read_tool_use, template_variables
 
+_FAR = (
+    300_000  # characters of a prompt that is counted only if it may fit, since that takes a tenth of a second and more
+)
 _LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
 _NO_THOUGHTS = "thinking is ignored, since the chat template has no place for thoughts"
 _BEGUN = "thinking is ignored, since the answer has begun"
@@ -96,7 +99,7 @@ class _Checked:
 
 
 def _check(engine: LoadedEngine, prompt: Prompt, options: Options) -> _Checked:
-    ids, images = encode_with_images(engine, prompt, options)
+    ids, images = encode_with_images(engine, prompt, options, fitting=True)
     marks = engine.text.thoughts
     opened = options.chat and marks.opened_by(engine.text.decode_all(ids[-_LAST:]))
     begun = _beginning(prompt, options)
@@ -160,8 +163,13 @@ def encode(engine: LoadedEngine, prompt: Prompt, options: Options) -> list[int]:
     return ids
 
 
-def encode_with_images(engine: LoadedEngine, prompt: Prompt, options: Options) -> tuple[list[int], PromptImages | None]:
-    """The prompt's token ids, and its images if it has some. Raises RequestError."""
+def encode_with_images(
+    engine: LoadedEngine, prompt: Prompt, options: Options, *, fitting: bool = False
+) -> tuple[list[int], PromptImages | None]:
+    """The prompt's token ids, and its images if it has some; `fitting` may refuse one that is far too long.
+
+    Raises RequestError.
+    """
     continued = options.continue_final_message
     if continued and not (isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping)):
         raise RequestError(
@@ -170,6 +178,8 @@ def encode_with_images(engine: LoadedEngine, prompt: Prompt, options: Options) -
     if isinstance(prompt, str):
         check_text(prompt, "prompt")
         if not options.chat:
+            if fitting:
+                _check_far(engine, prompt, options, rendered=False)
             return _not_empty(engine.text.encode(prompt)), None
         messages: list[Message] = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
@@ -194,13 +204,20 @@ def encode_with_images(engine: LoadedEngine, prompt: Prompt, options: Options) -
     turns, sources = plain_messages(conversation(messages, options.system))
     shown = None if use is None else use.shown
     variables = template_variables(options)
-    if not sources:
-        return _not_empty(engine.text.encode_chat(turns, options.thinking, shown, variables, continued)), None
-    if not options.chat:
+    if sources and not options.chat:
         raise RequestError("the prompt has an image and no chat template, which makes its place; leave out --raw")
-    images = read_images(engine, sources)
-    ids = engine.text.encode_chat(turns, options.thinking, shown, variables, continued)
-    return place_images(engine, ids, images)
+    images = read_images(engine, sources) if sources else None
+    rendered = engine.text.render_chat(turns, options.thinking, shown, variables, continued)
+    if fitting:
+        _check_far(engine, rendered, options, rendered=True)
+    ids = engine.text.encode_rendered(rendered)
+    return (_not_empty(ids), None) if images is None else place_images(engine, ids, images)
+
+
+def _check_far(engine: LoadedEngine, text: str, options: Options, *, rendered: bool) -> None:
+    """Refuse a long text that cannot fit however few tokens it has. Raises ContextLengthError."""
+    if len(text) > _FAR:
+        check_prompt(engine.info, engine.text.fewest(text, rendered=rendered), options, at_least=True)
 
 
 def conversation(messages: list[Message], system: str | None) -> list[Message]:

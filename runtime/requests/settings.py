@@ -106,22 +106,31 @@ def _max_new_tokens(info: EngineInfo, prompt_tokens: int, o: Options) -> int:
     tokens = o.max_new_tokens if o.max_new_tokens is not None else max(1, min(DEFAULT_NEW_TOKENS, room))
     if o.fit:
         tokens = min(tokens, max(1, room))
-    # Of these sentences clients know "prompt is too long: N tokens > M" and "this model's maximum context length is".
-    length = f"this model's maximum context length is {limit} (max_seq_len)"
-    most = limit - min(tokens, 1)
-    if prompt_tokens > most:
-        raise ContextLengthError(
-            f"the prompt is too long: {prompt_tokens} tokens > {most}, as {length}; shorten the prompt or build with a "
-            "larger --max-seq-len"
-        )
+    check_prompt(info, prompt_tokens, o)
     if tokens > room:
         raise ContextLengthError(
             f"the prompt has {counted(prompt_tokens, 'token')} and max_new_tokens is {tokens}, together "
             f"{prompt_tokens + tokens}; "
-            f"{length}: shorten the prompt, ask for at most {counted(room, 'token')} or build with a larger "
+            f"{_length(limit)}: shorten the prompt, ask for at most {counted(room, 'token')} or build with a larger "
             "--max-seq-len"
         )
     return tokens
+
+
+def check_prompt(info: EngineInfo, tokens: int, options: Options, *, at_least: bool = False) -> None:
+    """Refuse a prompt of so many tokens, or of more, that leaves no room for an answer. Raises ContextLengthError."""
+    limit = info.build.max_seq_len
+    most = limit if options.max_new_tokens == 0 else limit - 1
+    if tokens > most:
+        raise ContextLengthError(
+            f"the prompt is too long: {'at least ' if at_least else ''}{tokens} tokens > {most}, as {_length(limit)}; "
+            "shorten the prompt or build with a larger --max-seq-len"
+        )
+
+
+def _length(limit: int) -> str:
+    # Clients know these words, and "prompt is too long: N tokens > M".
+    return f"this model's maximum context length is {limit} (max_seq_len)"
 
 
 def _check_template(o: Options) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ...engine_folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from ...errors import EngineError, RequestError
@@ -15,6 +18,10 @@ from .chat_template import ChatTemplate, token_texts
 from .messages import CALL_MARKS, MISTRAL_CALL, OPEN_END, Message, checked_messages, with_open_end, with_short_ids
 from .special_tokens import SpecialTokens
 from .thoughts import BRACKETS, thoughts_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tokenizers import AddedToken
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Characters from which a text is encoded as a batch of one: that lets other threads run meanwhile, which a single text
@@ -120,6 +127,53 @@ class TextCodec:
         # Templates with brackets know no `enable_thinking`; a model of theirs begins its thoughts by itself.
         opens = thinking and self.thoughts is BRACKETS and not self.thoughts.opened_by(prompt)
         return prompt + self.thoughts.open if opens else prompt
+
+    def fewest(self, text: str, *, rendered: bool) -> int:
+        """A number of tokens that `encode` or, of a rendered text, `encode_rendered` gives at least; known at once.
+
+        A token's bytes weigh at most 1 together, where each weighs one over the length of the longest token that has
+        it. So what all bytes of a text weigh is no more than its tokens.
+        """
+        parts = self._special.split(text) if rendered else [text]
+        texts = "".join(part for part in parts if isinstance(part, str))
+        counts = np.bincount(np.frombuffer(texts.encode(), np.uint8), minlength=256)
+        return sum(isinstance(part, int) for part in parts) + int(counts @ self._weights)
+
+    @functools.cached_property
+    def _weights(self) -> NDArray[np.float64]:
+        """Of each byte of a text; 0 where a token may stand for more bytes than its own, or for none."""
+        if not self._keeps_bytes:
+            return np.zeros(256)
+        learned = map(self.token_bytes, self.tokenizer.get_vocab(with_added_tokens=False).values())
+        added = (token.content.encode() for token in self._found_in_text)
+        longest = np.ones(256)
+        for token in itertools.chain(learned, added):
+            for byte in {*token}:
+                longest[byte] = max(longest[byte], len(token))
+        return 1 / longest
+
+    @property
+    def _keeps_bytes(self) -> bool:
+        """Whether each byte of a text is one of a single token's, as far as is known of the tokenizer's parts."""
+        from tokenizers.models import BPE
+
+        parts = self.tokenizer
+        if parts.normalizer is not None or not isinstance(parts.model, BPE) or parts.pre_tokenizer is None:
+            return False
+        splitter = json.loads(parts.pre_tokenizer.__getstate__())
+        splitters = splitter.get("pretokenizers", [splitter])
+        return (
+            any(one["type"] == "ByteLevel" for one in splitters)
+            and all(one["type"] in ("ByteLevel", "Digits", "Split") for one in splitters)
+            and all(one.get("behavior") != "Removed" for one in splitters)
+            and all(parts.token_to_id(char) is not None for char in _BYTES)
+            and not any(token.lstrip or token.rstrip for token in self._found_in_text)
+        )
+
+    @property
+    def _found_in_text(self) -> list[AddedToken]:
+        """The added tokens that text may spell."""
+        return [token for token in self.tokenizer.get_added_tokens_decoder().values() if not token.special]
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a rendered conversation, whose special tokens are tokens."""

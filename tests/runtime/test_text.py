@@ -5,6 +5,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,9 @@ from stand_ins.messages import user
 from stand_ins.transcripts import streamed
 
 import nemodiff
+from nemodiff.errors import ContextLengthError
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import encode
 from nemodiff.runtime.text.codec import TextCodec
 from nemodiff.runtime.text.stop_strings import StopStrings
 from nemodiff.runtime.text.transcript import Transcript
@@ -112,6 +116,65 @@ def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: P
         assert stop not in codec.decode(used[:-1])
         assert stop in codec.decode(used)
         assert shown + transcript.push(used, final=True) == transcript.text(used) == kept
+
+
+@settings(max_examples=200)
+@given(st.lists(st.one_of(st.text(max_size=20), st.integers(128, 1535), st.sampled_from(["<think>", "<|im_end|>"]))))
+def test_no_text_has_fewer_tokens_than_its_bytes_say(codec: TextCodec, parts: list[str | int]) -> None:
+    text = "".join(codec.piece(part) if isinstance(part, int) else part for part in parts)
+    assert codec.fewest(text, rendered=False) <= len(codec.encode(text))
+    rendered = codec.render_chat(user(text))
+    assert codec.fewest(rendered, rendered=True) <= len(codec.encode_rendered(rendered))
+
+
+def test_every_token_weighs_one_at_most(codec: TextCodec) -> None:
+    for token in range(codec.tokenizer.get_vocab_size()):
+        weight = sum(codec._weights[byte] for byte in codec.token_bytes(token))
+        assert weight <= 1 + 1e-9
+    assert codec.fewest("漢字" * 100, rendered=False) == 600 == len(codec.encode("漢字" * 100))
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "NFKC"}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}]}),
+        ("pre_tokenizer", None),
+        ("added_tokens", {"id": 1536, "content": "éé", "rstrip": True}),
+    ],
+)
+def test_nothing_is_known_of_a_tokenizer_that_may_drop_text(tmp_path: Path, part: str, value: Any) -> None:
+    shutil.copytree(TINY_CHAT, tmp_path / "tiny")
+    values = json.loads((TINY_CHAT / "tokenizer.json").read_text())
+    assert TextCodec(tmp_path / "tiny").fewest("漢", rendered=False) == 3
+    if part == "added_tokens":
+        plain = {"special": False, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+        values[part].append({**plain, **value, "rstrip": False})
+        (tmp_path / "tiny" / "tokenizer.json").write_text(json.dumps(values))
+        codec = TextCodec(tmp_path / "tiny")
+        assert codec.fewest("éé" * 9, rendered=False) <= 9 == len(codec.encode("éé" * 9))
+        values[part][-1] |= value
+    elif value is not None and part == "pre_tokenizer":
+        value["pretokenizers"] += values[part]["pretokenizers"]
+        values[part] = value
+    else:
+        values[part] = value
+    (tmp_path / "tiny" / "tokenizer.json").write_text(json.dumps(values))
+    assert TextCodec(tmp_path / "tiny").fewest("漢" * 1000, rendered=False) == 0
+
+
+@pytest.mark.parametrize("prompt", ["漢" * 300_001, user("漢" * 300_001), [*user("a"), *user("漢" * 300_001)]])
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(
+    engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, prompt: Any
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(TextCodec, "encode_plain", lambda codec, text: pytest.fail("it is encoded"))
+        for chat in (True, False) if isinstance(prompt, str) else (True,):
+            with pytest.raises(
+                ContextLengthError, match=r"too long: at least 9000\d\d tokens > 32767, as this model's"
+            ):
+                nemodiff.generate(engine, prompt, chat=chat)
+    assert len(encode(engine, prompt, Options())) > 900_000
 
 
 @settings(max_examples=200)
