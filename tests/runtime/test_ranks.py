@@ -105,6 +105,38 @@ def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
     assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
 
 
+def test_a_rank_that_fails_alone_says_why(tiny: Path) -> None:
+    failing = f"""
+import sys
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.torch import rank
+
+def fail(*arguments):
+    print("not for rank 0")
+    raise EngineError("no room on its card")
+
+rank._follow = fail
+sys.argv = ["rank", {str(tiny)!r}, "cpu"]
+rank.main()
+"""
+    program = f"""
+import pathlib, sys
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.torch.ranks import Ranks
+try:
+    ranks = Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {failing!r}])
+    with ranks.watched():
+        ranks.tell("a word")
+        ranks.agree(1)
+        ranks.add(__import__("torch").ones(1))
+except EngineError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.stdout == "engine: rank 1 of 2 has ended (no room on its card); start all ranks again\n", ended.stderr
+    assert "not for rank 0" in ended.stderr
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that rank 0 has started so far."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -54,6 +54,7 @@ def _follow(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
 def main() -> None:
     """`python -m nemodiff.runtime.engines.torch.rank ENGINE [cpu]`, with the variables of torchrun.
 
+    On its standard output, which rank 0 reads, is the error of its own that has ended it, and nothing else.
     It ends with its input, which rank 0 holds open; signals to all processes of a service are for rank 0 alone.
     """
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -61,12 +62,16 @@ def main() -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     folder = Path(sys.argv[1])
     info = read_engine(folder)
+    rank_0, sys.stdout = sys.stdout, sys.stderr
+    ranks = None
     try:
         ranks = join(folder, info, None, "cpu" if "cpu" in sys.argv[2:] else None)
         assert ranks is not None
         _follow(folder, info, ranks)
-    except (EngineError, RuntimeError):
-        sys.exit(1)  # rank 0 has ended, or tells what is wrong
+    except (EngineError, RuntimeError) as error:
+        if isinstance(error, EngineError) and ranks is not None and ranks.lost is None:
+            print(error, file=rank_0, flush=True)
+        sys.exit(1)  # rank 0 tells what is wrong, unless it has ended
 
 
 def _end_with_input() -> None:

@@ -57,6 +57,7 @@ class Ranks:
         self._folder = folder
         self._distributed = distributed
         self._started: list[subprocess.Popen[bytes]] = []
+        self._ends: dict[int, str] = {}  # of those that have ended: why, where they said it
         if command is not None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -66,7 +67,9 @@ class Ranks:
             for rank in range(1, size):
                 named = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 self._started.append(  # its input is open as long as this process lives; Ctrl-C is not for it
-                    subprocess.Popen(command, env=named, stdin=subprocess.PIPE, start_new_session=True)
+                    subprocess.Popen(
+                        command, env=named, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                    )
                 )
         self.rank = int(os.environ["RANK"])
         with self.watched():
@@ -86,7 +89,9 @@ class Ranks:
         try:
             yield
         except (RuntimeError, OSError) as error:
-            time.sleep(0.2)  # until the system knows who has ended
+            deadline = time.monotonic() + _END  # for the system to know who has ended
+            while self._started and self._ended() is None and time.monotonic() < deadline:
+                time.sleep(_GLANCE)
             self.lost = self._reason(error)
             raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
 
@@ -110,10 +115,17 @@ class Ranks:
             raise failed[0]
 
     def _ended(self) -> str | None:
-        """The first of the ranks started here that has ended, and how; None where all run."""
+        """The first of the ranks started here that has ended, and how; None where all run.
+
+        One that has said why comes before those that have ended for want of it.
+        """
         for number, process in enumerate(self._started, 1):
-            if (code := process.poll()) is not None:
-                return f"rank {number} of {self.size} has ended (exit code {code})"
+            if process.poll() is not None and number not in self._ends:
+                assert process.stdout is not None
+                self._ends[number] = process.stdout.read().decode(errors="replace").strip()
+        for number, said in sorted(self._ends.items(), key=lambda end: not end[1]):
+            how = said or f"exit code {self._started[number - 1].returncode}"
+            return f"rank {number} of {self.size} has ended ({how})"
         return None
 
     def _reason(self, error: Exception) -> str:
