@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import RequestError
 from .endless_schema import is_endless
+from .grammar_trial import SECONDS, compiles_in_time
 
 MAX_SOURCE = 256 << 10  # bytes of a schema or pattern
 # What a compiled grammar is taken to need in memory. Measured: up to 1 MiB, and for a byte of source 14 to 260 bytes.
@@ -64,13 +65,13 @@ class Grammar:
             if not strict and self._first.get_error().startswith((_UNKNOWN_FORMAT, _UNIMPLEMENTED)):
                 self._ignore_annotations(library, schema)
         elif kind == "tools":
-            self._first = _compile(library, source)
+            self._first = _compile(library, source, kind)
             if not self._first.is_error():
                 self.warnings = self._ignored(self._first)
         else:
             if (len(source) - len(source.rstrip("\\"))) % 2:  # the library would leave it out
                 raise _refusal(kind, "its last backslash has nothing after it")
-            self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source))
+            self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source), kind)
         if self._first.is_error():
             remedy = "change it or leave strict_schema out" if strict else "change it"
             raise _refusal(kind, self._first.get_error(), remedy=remedy)
@@ -184,13 +185,18 @@ def _compile_schema(library: Any, schema: dict[str, Any], options: Any = None) -
         text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON, overrides=options)
     except (ValueError, RecursionError) as error:
         raise _refusal("json_schema", str(error)) from None
-    return _compile(library, text)
+    return _compile(library, text, "json_schema")
 
 
-def _compile(library: Any, text: str) -> Any:
-    """The library's matcher, whose limits bound the work of one token; it may be in error."""
+def _compile(library: Any, text: str, kind: str) -> Any:
+    """The library's matcher, whose limits bound the work of one token; it may be in error. Raises RequestError."""
     import llguidance
 
+    if not compiles_in_time(text):
+        raise RequestError(
+            f"{kind} is too complex (compiling it takes over {SECONDS} s); use fewer patterns at once and a smaller "
+            "multipleOf"
+        )
     limits = llguidance.LLParserLimits(verbose_errors=False)
     return llguidance.LLMatcher(library, text, log_level=0, limits=limits)
 

@@ -15,6 +15,7 @@ import pydantic
 import pytest
 
 import nemodiff
+from nemodiff.runtime.sampling import grammar_trial
 from nemodiff.runtime.sampling.endless_schema import is_endless
 from nemodiff.runtime.sampling.grammar import MAX_SOURCE, Grammar, Matcher
 from nemodiff.runtime.sampling.grammar_cache import GrammarCache
@@ -148,6 +149,40 @@ def test_a_refusal_is_one_short_line_without_a_dump(
 
 def test_a_pattern_may_end_with_the_backslash_that_it_is_to_match(engine: nemodiff.LoadedEngine) -> None:
     assert nemodiff.generate(engine, "Hello", regex=r"a\\").text == "a\\"
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["schema", "tool"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 99999999},
+        {"type": "string", "allOf": [{"pattern": f"(a|b)*a(a|b){{{10 + i}}}"} for i in range(20)]},
+    ],
+    ids=["remainders", "patterns"],
+)
+def test_what_would_compile_for_hours_is_refused(
+    engine: nemodiff.LoadedEngine, schema: dict[str, Any], wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "SECONDS", 1)
+    source = f"%llguidance {{}}\nstart: <[3]> %json {json.dumps(schema)}\n" if wrapped else schema
+    with pytest.raises(nemodiff.RequestError, match=r"is too complex \(compiling it takes over"):
+        compiled(engine, source, "tools" if wrapped else "json_schema")
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "wrong"),
+    [
+        ({"type": "integer", "multipleOf": 97}, 194, 195),
+        ({"type": "number", "multipleOf": 0.01}, 1.25, 1.255),
+        ({"type": "string", "pattern": "^[a-c]{2}$"}, "ab", "ad"),
+    ],
+)
+def test_what_compiles_in_time_is_followed(
+    engine: nemodiff.LoadedEngine, schema: dict[str, Any], value: Any, wrong: Any
+) -> None:
+    grammar = compiled(engine, schema)
+    assert follows(engine, grammar, json.dumps(value))
+    assert not follows(engine, grammar, json.dumps(wrong))
 
 
 @pytest.mark.parametrize(

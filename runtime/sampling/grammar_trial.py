@@ -1,0 +1,36 @@
+"""Compiles a grammar in a process of its own, which may be ended: the library bounds the work of no compilation.
+
+It tries every remainder of `multipleOf`, and every state that patterns have together: hours and gigabytes for some
+schemas of a line. This file also runs as a script, which gets the grammar on its standard input.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+SECONDS = 5  # of a processor; what is used takes less than one
+_COSTLY = ("multipleOf", "pattern")
+_TOKEN = re.compile(r"<\[\d+\]>")  # in llguidance's dialect of Lark
+
+
+def compiles_in_time(grammar: str) -> bool:
+    """Whether a grammar with what can take long compiles within `SECONDS`; if in doubt, True."""
+    if not any(word in grammar for word in _COSTLY):
+        return True
+    if not sys.executable:  # Python inside of another program
+        return True
+    command = [sys.executable, "-P", str(Path(__file__)), str(SECONDS)]
+    trial = subprocess.run(command, input=_TOKEN.sub("/x/", grammar).encode(), capture_output=True, check=False)
+    return trial.returncode >= 0  # less if the system ended it, for its time or for its memory
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]), int(sys.argv[1])))
+    import llguidance
+
+    # Bytes instead of the real tokens, which take longer to read than most grammars.
+    llguidance.LLMatcher(llguidance.LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0)
