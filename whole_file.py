@@ -17,11 +17,11 @@ def whole(path: Path) -> Iterator[Path]:
     What a killed process leaves is hidden and named as the stages of a build are, which a rebuild replaces as well. A
     link is followed; a pipe or a device is written to as it is.
     """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # asked before links are followed: /dev/stdout leads to no path of a pipe
         with naming(path):
             yield path
         return
+    path = path.resolve()
     stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         with naming(path):

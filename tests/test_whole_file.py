@@ -52,6 +52,17 @@ def test_a_pipe_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_pipe_without_a_path_is_written_to() -> None:
+    reader, writer = os.pipe()
+    try:
+        with whole(Path(f"/dev/fd/{writer}")) as file:
+            file.write_text("new", encoding="utf-8")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_a_device_that_is_full_is_named() -> None:
     with pytest.raises(OSError, match="No space") as caught, whole(Path("/dev/full")) as stage:
         stage.write_text("all of it")
