@@ -106,22 +106,22 @@ def _load(tasks: Sequence[str], num_fewshot: int | None) -> Any:
     for task in tasks:
         if task.endswith((".yaml", ".yml", "/")) and not Path(task).exists():
             raise RequestError(f"--tasks: {task}: no such file; give a task file (YAML) or a folder of them")
-    files = [Path(task) for task in tasks if Path(task).exists()]
-    folders = [path for path in files if path.is_dir()]
-    names = [task for task in tasks if Path(task) not in files]
+    paths = {task: Path(task).resolve() for task in tasks if Path(task).exists()}  # lm-eval reads them from elsewhere
+    folders = [path for path in paths.values() if path.is_dir()]
+    names = [task for task in tasks if task not in paths]
     # Listing lm-eval's own thousands of tasks takes seconds.
     manager = TaskManager(include_path=folders or None, include_defaults=bool(names))
     loaded: list[Any] = []
     for task in tasks:
-        path = Path(task)
+        path = paths.get(task)
         specs, folder = [task], Path()
-        if path.is_dir():
+        if path and path.is_dir():
             inside = TaskManager(include_path=path, include_defaults=False)
             specs, folder = inside.all_subtasks, path
             if not specs:
                 raise RequestError(f"--tasks: {task}: no task files in it; give a folder that holds some (YAML)")
-        elif path.is_file():
-            specs, folder = [str(path.resolve())], path.parent
+        elif path:
+            specs, folder = [str(path)], path.parent
         elif task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, 1)
             remedy = f"is {near[0]} meant?" if near else "list them: lm-eval ls tasks, or give the path of a YAML file"

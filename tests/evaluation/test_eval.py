@@ -56,7 +56,8 @@ def environment(tasks: Path) -> dict[str, str]:
 def evaluated(tasks: Path, *words: str) -> str:
     """What `nemodiff eval` prints, in a process of its own: the libraries look at their environment when imported."""
     command = [sys.executable, "-c", "from nemodiff.cli import main; main()", "eval", *words]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(tasks))
+    where = {"env": environment(tasks), "cwd": tasks.parent}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, **where)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -64,7 +65,7 @@ def evaluated(tasks: Path, *words: str) -> str:
 @pytest.fixture(scope="module")
 def evaluation(tasks: Path, tiny_engine: Path) -> Mapping[str, Any]:
     modes = [word for mode in MODES for word in ("--mode", mode)]
-    words = [str(tiny_engine), "--tasks", str(tasks), *modes, "--threads", "1", "--apply-chat-template"]
+    words = [str(tiny_engine), "--tasks", tasks.name, *modes, "--threads", "1", "--apply-chat-template"]
     return dict(json.loads(evaluated(tasks, *words, "--batch-size", "3", "--threshold", "0.8", "--json")))
 
 
