@@ -21,7 +21,7 @@ from ...contract import MODES
 from ...errors import RequestError
 from ...runtime.events.events import Event, Finished
 from ...runtime.loading import LoadedEngine
-from ...runtime.requests.options import make_options
+from ...runtime.requests.options import AUTO, make_options
 from ...runtime.requests.prepare import Prompt, encode, encode_with_images
 from ...runtime.requests.spellings import with_seed
 from ...runtime.scheduler.scheduler import Scheduler
@@ -43,6 +43,8 @@ from .request_log import record_of
 from .responses import ResponseBuilder, trace_lines
 from .sse import EventStreamResponse
 from .threads import in_thread
+
+_NAMED = (*MODES, AUTO)  # the modes that a model's name may choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Handlers:
 
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""
-        names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
+        names = [self.name, *(f"{self.name}:{mode}" for mode in _NAMED)]
         ends = {"has_more": False, "first_id": names[0], "last_id": names[-1]}  # for Anthropic's clients
         return {"object": "list", "data": [self.model(name) for name in names], **ends}
 
@@ -245,7 +247,7 @@ class Handlers:
         if model == self.name:
             return None
         base, _, mode = model.rpartition(":")
-        if base == self.name and mode in MODES:
+        if base == self.name and mode in _NAMED:
             return mode
         raise ModelNotFoundError(f"model {model!r:.60} is not here, allowed: {self.name}; see /v1/models")
 

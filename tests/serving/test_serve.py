@@ -203,7 +203,11 @@ def test_logprobs_structure_and_model_list(client: openai.OpenAI, engine: nemodi
     answer = client.chat.completions.create(**chat(model="tiny", max_tokens=60, response_format=response_format))
     assert json.loads(answer.choices[0].message.content or "")["a"] in (12, 345)
     names = [model.id for model in client.models.list()]
-    assert names == ["tiny", *(f"tiny:{mode}" for mode in nemodiff.MODES)]
+    assert names == ["tiny", *(f"tiny:{mode}" for mode in (*nemodiff.MODES, "auto"))]
+    answer = client.chat.completions.create(**chat(model="tiny:auto"))
+    assert answer.usage is not None
+    assert answer.usage.model_extra is not None
+    assert answer.usage.model_extra["mode"] == "auto"
 
 
 @pytest.mark.parametrize("asks", ["vllm", "mistral"])
