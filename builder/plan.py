@@ -106,8 +106,8 @@ class Plan:
         logits = ", logits" * bool(self.build_memory and build.gather_generation_logits)
         fits = _first_cards(self.rows_that_fit, build.max_batch_size)
         return [
-            f"memory       {full} of GPU memory for weights{logits} and all rows{compiling}, this machine has "
-            f"{size_text(self.memory_here)}",
+            f"memory       {full} of GPU memory for weights{logits} and all rows{compiling}; this machine has "
+            f"{size_text(self.memory_here)} of main memory",
             f"fits         {fits} (rows of {build.max_seq_len})" if fits else f"fits         no row in {CARDS[-1]} GiB",
             *(
                 f"split        --tp-size {size}: {_first_cards(rows, build.max_batch_size) or 'no row'}"

@@ -317,6 +317,7 @@ def test_dry_run_counts_for_the_gpu(tmp_path: Path) -> None:
     text = CliRunner().invoke(main, arguments).stdout
     assert f"{plan['rows_that_fit']['8']} in 8 GiB" in text
     assert "90 in 12 GiB (rows" in text
+    assert re.search(r"GiB of GPU memory for .*; this machine has [\d.]+ GiB of main memory\n", text)
     assert "of GPU memory for weights, logits and all rows; to compile" in text
     few = json.loads(CliRunner().invoke(main, [*arguments, "--no-logits", "--json"]).stdout)
     assert few["memory_loaded"] == weights
