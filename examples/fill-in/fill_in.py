@@ -18,6 +18,8 @@ BROKEN = 'def add(a, b):\n    """Return the sum of a and b."""\n    result = a *
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("Usage: python examples/fill-in/fill_in.py ENGINE")
     engine = nemodiff.load(sys.argv[1])
     # Two holes in one text: three tokens, and as many as fit.
     filled = nemodiff.fill(engine, ["def add(", 3, '):\n    """Return the', None, ' of a and b."""'], prompt=QUESTION)

@@ -340,3 +340,5 @@ def test_example_runs(tiny_engine: Path) -> None:
     assert shown.count("def add(a, b):") == 3
     assert ANSWER in shown
     assert "1 of 26 tokens changed" in shown
+    alone = subprocess.run(command[:-1], capture_output=True, text=True, timeout=120)
+    assert (alone.returncode, alone.stderr) == (1, "Usage: python examples/fill-in/fill_in.py ENGINE\n")
