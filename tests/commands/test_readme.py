@@ -1,5 +1,6 @@
 """Every command of the README runs, and the README's files are there."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -33,8 +34,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: list[str], folder: Path) -> str:
-    path = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=path, capture_output=True, text=True, timeout=300)
+    env = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout + done.stderr
 
