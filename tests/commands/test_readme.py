@@ -68,10 +68,24 @@ def test_make_targets_exist_and_the_demo_shows_three_modes(clone: Path) -> None:
     assert shown.count("def add(a, b):") == 3
 
 
-def test_links_lead_to_files() -> None:
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_files_and_their_headings() -> None:
+    links = 0
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*/*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            if "://" in target:
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if heading:
+                links += 1
+                assert heading in anchors(file), f"{page.name}: {target}#{heading}"
+    assert links > 10
 
 
 def test_lifecycle_page_has_a_line_for_every_room() -> None:
