@@ -38,7 +38,9 @@ class ToolUse:
     @property
     def answer_format(self) -> AnswerFormat:
         """How the answer is to be read, but for its thoughts."""
-        return AnswerFormat(READERS[self.form], {tool.name: tool for tool in self.tools}, self.several)
+        held = self.choice != "auto"
+        tools = {tool.name: dataclasses.replace(tool, strict=held or tool.strict) for tool in self.tools}
+        return AnswerFormat(READERS[self.form], tools, self.several)
 
     @property
     def shown(self) -> list[Any]:

@@ -48,8 +48,9 @@ class Answer:
 class AnswerFormat:
     """How an answer's text is to be read.
 
-    reader: what reads a call, None where text is text. tools: those that are offered, by name. several: whether
-    more than one call counts. thoughts: the marks around those that it may begin with, None where it cannot.
+    reader: what reads a call, None where text is text. tools: those that are offered, by name, `strict` where calls
+    are held to them. several: whether more than one call counts. thoughts: the marks around those that it may begin
+    with, None where it cannot.
     """
 
     reader: type[CallReader] | None = None

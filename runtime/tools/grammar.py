@@ -16,9 +16,10 @@ from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
 
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# A value ends at its closing tag, so that tag is nowhere else in it.
+# A value ends at the first line that begins with its closing tag. What looks more like its end than a tag in a text, by
+# what follows, is not in it. (Patterns that tell more precisely are too much for llguidance beside a limit of 5000.)
 _TAIL = rf"\n{re.escape(END_PARAMETER)}".replace("/", r"\/")
-_ONCE = rf"~/(?s:.*){re.escape(END_PARAMETER)}(?s:.+)/".replace("</", r"<\/")
+_INSIDE = rf"~/(?s:.*){re.escape(END_PARAMETER)}[ \t\r\n<](?s:.*)/".replace("</", r"<\/")
 _ID = "/[A-Za-z0-9]{9}/"  # of a call, as Mistral's templates want it
 # What stands before, between and after calls that are one list.
 _LISTS: dict[Form, tuple[str, str, str]] = {
@@ -204,7 +205,7 @@ class _Writer:
         if any(isinstance(n, int) for n in number.values()):
             count = f"{{{least if isinstance(least, int) else 0},{most if isinstance(most, int) else ''}}}"
         terminal = rule.upper()
-        self.add(terminal, f"/(?s:.{count}){_TAIL}/ & {_ONCE}")
+        self.add(terminal, f"/(?s:.{count}){_TAIL}/ & {_INSIDE}")
         return self.add(f"{rule}_text[lazy]", terminal).removesuffix("[lazy]")
 
 

@@ -122,13 +122,17 @@ class JsonListReader(JsonReader):
 
 
 class ObjectScan:
-    """Looks for the end of a JSON object in a text that grows; `read` is how many characters it has seen."""
+    """Looks for the end of a JSON object in a text that grows.
+
+    read: how many characters it has seen. closed: whether the end was among them. quoted: whether they end inside of
+    quotation marks.
+    """
 
     def __init__(self) -> None:
         self.read = 0
         self.closed = False
         self._depth = 0
-        self._quoted = False
+        self.quoted = False
         self._escaped = False
 
     def end(self, text: str, start: int) -> int | None:
@@ -137,11 +141,11 @@ class ObjectScan:
             c = text[at]
             if self._escaped:
                 self._escaped = False
-            elif self._quoted:
+            elif self.quoted:
                 self._escaped = c == "\\"
-                self._quoted = c != '"'
+                self.quoted = c != '"'
             elif c == '"':
-                self._quoted = True
+                self.quoted = True
             elif c in "{[":
                 self._depth += 1
             elif c in "}]":

@@ -6,15 +6,23 @@ import json
 import re
 from typing import Any
 
+from ..text.messages import CALL_CLOSE
 from .definition import json_type
-from .reader import CallReader, may_begin, partial_end
+from .json_form import ObjectScan
+from .reader import CallReader, may_begin
 
 FUNCTION = "<function="
 PARAMETER = "<parameter="
 END_PARAMETER = "</parameter>"
 END_FUNCTION = "</function>"
+_FOLLOWING = (PARAMETER, END_FUNCTION, CALL_CLOSE)  # one of them stands after the tag that closes a value
 _NAME = re.compile(r"\s*<function=([^>\n]*)>")
-_KEY = re.compile(r"<parameter=([^>\n]*)>\n?")
+_STEP = re.compile("<parameter=|</function>|</tool_call>")
+_KEY = re.compile("([^<>\n]*)>")
+_MARK = re.compile("</parameter>|(?<=\n)<parameter=|</function>|</tool_call>")  # what may end a value
+_LONGEST_MARK = 12
+_LAST = re.compile(r"(?:</function>\s*(?:</tool_call>\s*)?|</tool_call>\s*)\Z")  # an end without the value's own
+_HELD = re.compile(r"(?:</function>\s*)?(?:</tool_call>\s*)?(?:<[/a-z_=]{0,11})?\Z")
 _PYTHON = {"True": True, "False": False, "None": None}
 _LONGEST_NAME = 1000
 
@@ -23,14 +31,18 @@ class XmlReader(CallReader):
     """Reads `<function=NAME>`, `<parameter=KEY>` with a value up to `</parameter>`, and `</function>`.
 
     A value that can only be text comes as it grows, any other once it is complete. The line ends around a value belong
-    to the tags.
+    to the tags. A value may spell a closing tag: inside of quotation marks of JSON, and in text where nothing follows
+    that stands between values. One without its closing tag ends before an argument that is still missing, or with the
+    call.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._key: str | None = None  # of the parameter whose value is being read
-        self._count = 0
-        self._value = ""  # what of the value has come, while it is not given out
+        self._seen = set[str]()  # and of those before it
+        self._looked = 0  # how far its value, as far as it is unread, has been searched for its end
+        self._doubtful: int | None = None  # where a closing tag stands in it after which it seems to go on
+        self._scan = ObjectScan()
 
     def _begin(self, final: bool) -> None:
         match = _NAME.match(self.unread)
@@ -53,40 +65,122 @@ class XmlReader(CallReader):
 
     def _between(self, final: bool) -> str:
         """Text between parameters, which means nothing."""
-        match = _KEY.search(self.unread)
-        end = self.unread.find(END_FUNCTION)
-        closing = self.unread.find("</tool_call>")  # without the end of the function
-        ends = [at for at in (end, closing) if at >= 0]
-        if ends and (match is None or min(ends) < match.start()):
-            self.unread = self.unread[min(ends) :].removeprefix(END_FUNCTION)
-            self.ended = True
-            return "}" if self._count else "{}"
-        if match is None or (match.end() == len(self.unread) and not match[0].endswith("\n") and not final):
+        for step in _STEP.finditer(self.unread):
+            if step[0] != PARAMETER:
+                self.unread = self.unread[step.start() :].removeprefix(END_FUNCTION)
+                self.ended = True
+                return "}" if self._seen else "{}"
+            tag = self._tag(step.end())
+            if tag is None and "\n" not in self.unread[step.end() :] and not final:
+                return ""
+            if tag is not None:
+                return self._open(*tag, final)
+        return ""
+
+    def _open(self, key: str, end: int, final: bool) -> str:
+        """Begin the value of this parameter, whose opening tag ends here."""
+        if end == len(self.unread) and not final:  # a line end may follow
             return ""
-        self.unread = self.unread[match.end() :]
-        self._key = match[1].strip()
-        self._value = ""
-        self._count += 1
-        key = json.dumps(self._key, ensure_ascii=False)
+        self.unread = self.unread[end:].removeprefix("\n")
+        self._key = key
+        self._looked = 0
+        self._doubtful = None
+        self._scan = ObjectScan()
         opening = '"' if self._plain else ""
-        return f"{', ' if self._count > 1 else '{'}{key}: {opening}"
+        begin = ", " if self._seen else "{"
+        self._seen.add(key)
+        return f"{begin}{json.dumps(key, ensure_ascii=False)}: {opening}"
+
+    def _tag(self, at: int) -> tuple[str, int] | None:
+        """The name that begins here, and where its tag ends; None while it does not, or if this is no tag."""
+        rest = self.unread[at:]
+        offered = [name for name in self._offered if may_begin(rest, f"{name}>")]
+        name = max(offered, key=len, default="")
+        if offered:  # a name may hold what ends others
+            return (name, at + len(name) + 1) if len(name) < len(rest) else None
+        match = _KEY.match(rest)
+        return (match[1].strip(), at + match.end()) if match else None
 
     def _inside(self, final: bool) -> str:
         """A part of a value, or its end."""
-        at = self.unread.find(END_PARAMETER)
-        if at < 0:
-            if not self._plain:
-                return ""
-            held = partial_end(self.unread, "\n" + END_PARAMETER) or partial_end(self.unread, END_PARAMETER)
-            safe = len(self.unread) - (0 if final else held)
-            text, self.unread = self.unread[:safe], self.unread[safe:]
-            return _escaped(text)
-        text = self.unread[:at].removesuffix("\n")
-        self.unread = self.unread[at + len(END_PARAMETER) :]
-        plain, key = self._plain, self._key
+        at, ended = self._end(final)
+        key, plain = self._key, self._plain
         assert key is not None
-        self._key = None
-        return _escaped(text) + '"' if plain else self._typed(key, text)
+        if ended:
+            text = self.unread[:at].removesuffix("\n")
+            self.unread = self.unread[at:].removeprefix(END_PARAMETER)
+            self._key = None
+            return _escaped(text) + '"' if plain else self._typed(key, text)
+        if not plain:
+            return ""
+        text, self.unread = self.unread[:at], self.unread[at:]
+        self._looked = max(self._looked - at, 0)
+        if self._doubtful is not None:
+            self._doubtful = max(self._doubtful - at, 0)
+        return _escaped(text)
+
+    def _end(self, final: bool) -> tuple[int, bool]:
+        """Where the value ends, and true; or how much of what is unread belongs to it for certain, and false."""
+        ends: bool | None = False
+        while mark := _MARK.search(self.unread, self._looked):
+            ends = self._ends(mark[0], mark.start(), mark.end(), final)
+            if ends:
+                return mark.start(), True
+            if ends is None:
+                break
+            if mark[0] == END_PARAMETER and self._doubtful is None:
+                self._doubtful = mark.start()
+            self._looked = mark.end()
+        if final:
+            last = _LAST.search(self.unread)
+            if last is None:
+                return len(self.unread), False
+            return last.start() if self._doubtful is None else self._doubtful, True
+        if not self._plain:  # which comes as a whole
+            self._looked = mark.start() if mark else max(self._looked, len(self.unread) - _LONGEST_MARK)
+            return 0, False
+        if self._doubtful is not None:
+            open_at = self._doubtful
+        elif mark is not None:
+            open_at = mark.start()
+        else:
+            self._looked = max(self._looked, len(self.unread) - _LONGEST_MARK)
+            held = _HELD.search(self.unread)
+            assert held is not None  # nothing at the end at least
+            open_at = held.start()
+        return open_at - self.unread.endswith("\n", 0, open_at), False
+
+    def _ends(self, mark: str, start: int, end: int, final: bool) -> bool | None:
+        """Whether a mark in a value ends it; None while that cannot be said."""
+        if not self._plain and self.unread.lstrip()[:1] in ("{", "["):
+            if self._scan.closed or self._scan.end(self.unread[:start], 0) is not None:
+                return True
+            if self._scan.quoted and not self.unread[:start].endswith("\n"):  # JSON has no line ends in quotes
+                return False
+        assert self._key is not None
+        types = self._types(self._key)
+        if types and "string" not in types:
+            return True
+        rest = self.unread[end:]
+        if mark == END_PARAMETER:
+            rest = rest.lstrip(" \t\r\n")
+            if any(map(rest.startswith, _FOLLOWING)):
+                return True
+            return (final or None) if any(tag.startswith(rest) for tag in _FOLLOWING) else False
+        if mark == PARAMETER:
+            tool = self.tools.get(self.name or "")
+            held = tool is not None and tool.strict  # to a grammar, so no tag is missing
+            missing = [f"{name}>" for name in self._offered if name not in self._seen and not held]
+            if any(map(rest.startswith, missing)):
+                return True
+            return None if not final and any(name.startswith(rest) for name in missing) else False
+        return False
+
+    @property
+    def _offered(self) -> list[str]:
+        """The names of the parameters that the function has."""
+        tool = self.tools.get(self.name or "")
+        return [] if tool is None else [*tool.properties, *tool.required]
 
     @property
     def _plain(self) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ TYPED = {
         "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "kind": {"$ref": "#/$defs/Kind"},
         "open": {},
+        "a>b": {"type": "integer"},
+        " a": {"type": "string"},
     },
     "$defs": {"Kind": {"enum": ["a", "1"]}},
 }
@@ -87,6 +90,20 @@ WRITTEN = [
     ("xml", " \n \n", " \n \n", []),
     ("xml", "<tool_call>\n<funct", "<tool_call>\n<funct", []),
     ("xml", '<tool_call>\n{"name": "f", "arguments": {}}', '<tool_call>\n{"name": "f", "arguments": {}}', []),
+    ("xml", xml("f", text='a "</parameter>" </parameter>\nb\n</function>'), "", [("f", '{"text": "a \\"</parameter>\\" </parameter>\\nb\\n</function>"}')]),  # noqa: E501
+    ("xml", xml("f", list='["a</parameter></function>b"]', count="3"), "", [("f", '{"list": ["a</parameter></function>b"], "count": 3}')]),  # noqa: E501
+    ("xml", xml("f", open='{"a": "</parameter></function>"}'), "", [("f", '{"open": {"a": "</parameter></function>"}}')]),  # noqa: E501
+    ("xml", xml("f", list='["a'), "", [("f", '{"list": "[\\"a"}')]),
+    ("xml", "<tool_call>\n<function=f>\n<parameter=list>\n[1]\n</function>\n</tool_call>\nb", "b", [("f", '{"list": [1]}')]),  # noqa: E501
+    ("xml", "<tool_call>\n<function=f>\n<parameter=text>\na\n</function>\n</tool_call>\n", "", [("f", '{"text": "a"}')]),  # noqa: E501
+    ("xml", "<tool_call>\n<function=f>\n<parameter=text>\na\n\n</tool_call>", "", [("f", '{"text": "a\\n"}')]),
+    ("xml", "<tool_call>\n<function=f>\n<parameter=text>\na\n</parameter>\n</func>\n</tool_call>", "", [("f", '{"text": "a"}')]),  # noqa: E501
+    ("xml", "<tool_call>\n<function=f>\n<parameter=text>\na</parameter> b", "", [("f", '{"text": "a</parameter> b')]),
+    ("xml", "<tool_call>\n<function=f>\n<parameter=text>\na\n" + xml("", count="1")[24:], "", [("f", '{"text": "a", "count": 1}')]),  # noqa: E501
+    ("xml", xml("f", text="a\n<parameter=text>\n<parameter=else>"), "", [("f", '{"text": "a\\n<parameter=text>\\n<parameter=else>"}')]),  # noqa: E501
+    ("xml", xml("f", **{"a>b": "3", " a": "x>"}), "", [("f", '{"a>b": 3, " a": "x>"}')]),
+    ("xml", xml("f", **{" b ": "3"}), "", [("f", '{"b": 3}')]),
+    ("xml", "<tool_call>\n<function=f>\n<parameter=a>b", "", [("f", "")]),
     ("json", '<tool_call>\n{"name": "f", "arguments": {"a": "}\\"{", "b": [1]}}\n</tool_call>', "", [("f", '{"a": "}\\"{", "b": [1]}')]),  # noqa: E501
     ("json", '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>x', "x", [("f", '{"a": 1}')]),
     ("json", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 2}", "id": 1}</tool_call>', "", [("f", '{"a": 2}')]),
@@ -150,6 +167,7 @@ def test_calls_are_read_at_every_split(form: Form, text: str, content: str, call
 
 PARTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<function=", "f", ">", "\n", "<parameter=", "text", "count", "</parameter>", "1",
+     "<tool_call>\n<function=f>\n<parameter=text>\n", "<parameter=list>\n", "a>b",
      "</function>", '{"name": "f", "arguments": ', '{"a": "', '"}', "}", '"', "\\", "<", " ", "é", "[", "]", "</think>",
      "[TOOL_CALLS]", "[ARGS]", "{}", "[CALL_ID]", ",", ";", "[/THINK]", '{"name": "f", "parameters": ']
 )  # fmt: skip
@@ -166,10 +184,23 @@ def test_no_split_changes_what_is_read(
     assert joined(read, pieces, opened) == joined(read, [text], opened) == joined(read, list(text), opened)
 
 
-@given(st.text(alphabet=st.characters(codec="utf-8")).filter(lambda text: "</parameter>" not in text))
-def test_text_of_a_parameter_comes_back_as_it_is(text: str) -> None:
-    (call,) = format_of("xml", F).parse(xml("f", text=text), False).calls
-    assert json.loads(call.arguments) == {"text": text}
+TAGS = ("</parameter>", "</function>", "</tool_call>", "<parameter=", "<parameter=text>", "<function=", '"', "\n", " ")
+STRUCTURE = re.compile(r"</parameter>\s*(<parameter=|</function>|</tool_call>)")
+ANY_TEXT = st.one_of(st.text(alphabet=st.characters(codec="utf-8")), st.lists(st.sampled_from(TAGS)).map("".join))
+
+
+@given(ANY_TEXT.filter(lambda text: not STRUCTURE.search(text)), st.booleans())
+def test_text_of_a_parameter_comes_back_as_it_is(text: str, whole: bool) -> None:
+    written = xml("f", text=text, count="1")
+    _, content, ((_, arguments),) = joined(format_of("xml", F), [written] if whole else list(written))
+    assert (content, json.loads(arguments)) == ("", {"text": text, "count": 1})
+
+
+@given(st.lists(ANY_TEXT), st.booleans())
+def test_json_of_a_parameter_comes_back_as_it_is(texts: list[str], whole: bool) -> None:
+    written = xml("f", list=json.dumps(texts), open=json.dumps({"a": texts}), count="1")
+    _, content, ((_, arguments),) = joined(format_of("xml", F), [written] if whole else list(written))
+    assert (content, json.loads(arguments)) == ("", {"list": texts, "open": {"a": texts}, "count": 1})
 
 
 @pytest.mark.parametrize(
@@ -202,6 +233,17 @@ def test_text_of_a_parameter_comes_back_as_it_is(text: str) -> None:
 def test_a_value_has_the_type_of_its_schema(key: str, value: str, expected: Any) -> None:
     (call,) = format_of("xml", F).parse(xml("f", **{key: value}), False).calls
     assert json.loads(call.arguments) == {key: expected}
+
+
+def test_no_tag_is_missing_where_calls_are_held_to_their_schema(engine: nemodiff.LoadedEngine) -> None:
+    text = xml("weather", city="Rome\n<parameter=days>\n3", days="4")
+    for choice, arguments in (
+        ("auto", {"city": "Rome", "days": 4}),
+        ("required", {"city": "Rome\n<parameter=days>\n3", "days": 4}),
+    ):
+        settings = prepare(engine, QUESTION, make_options({"tools": TOOLS, "tool_choice": choice})).settings
+        (call,) = settings.answer_format.parse(text, False).calls
+        assert json.loads(call.arguments) == arguments
 
 
 def test_thoughts_end_before_calls_are_looked_for() -> None:
@@ -618,6 +660,8 @@ def test_a_call_that_was_cut_comes_back_as_what_there_was(
         ({"anyOf": [{"type": "string", "minLength": 2}, {"const": "a"}]}, ["ab", "a"], ["b"]),
         ({"anyOf": [{"$ref": "#/$defs/Short"}, {"type": "string"}]}, ["abc"], []),
         ({"description": "Anything."}, ["abc", "12"], []),
+        ({"type": "string"}, ["<b>'</parameter>'</b>", "\n<parameter=unit>"], ["</parameter></function>"]),
+        ({"type": "string", "maxLength": 20000}, ["</parameter>."], ["</parameter> "]),
     ],
 )  # fmt: skip
 def test_a_text_is_held_to_what_its_schema_refers_to(
@@ -669,7 +713,10 @@ def test_an_argument_without_a_schema_may_be_required(
 def test_what_the_arguments_as_a_whole_are_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:
     parameters = {
         "type": "object",
-        "properties": {"a": {"type": "string", "not": {"const": "x"}}, "b": {"allOf": [{"type": "string"}] * 2}},
+        "properties": {
+            "a": {"type": "string", "not": {"const": "x"}},
+            "b": {"allOf": [{"enum": ["x"]}, {"enum": ["y"]}]},
+        },
         "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
         "dependentRequired": {"a": ["b"]},
         "minProperties": 1,
