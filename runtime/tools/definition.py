@@ -14,6 +14,15 @@ from ..text.checks import check_json
 MOST_TOOLS = 512
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
+# Keywords of a schema that restrict a value; all others describe it.
+_COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
+_RESTRICTING = frozenset(
+    ("type", "enum", "const", "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum",
+     "exclusiveMaximum", "multipleOf", "items", "prefixItems", "additionalItems", "unevaluatedItems", "contains",
+     "minContains", "maxContains", "minItems", "maxItems", "uniqueItems", "properties", "required",
+     "additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties",
+     "maxProperties", "dependentRequired", "dependentSchemas", "dependencies", "not", "if", "then", "else", *_COMBINING)
+)  # fmt: skip
 _PLAIN_TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
 
 
@@ -48,22 +57,41 @@ class Tool:
         return set[str]().union(*found) if all(found) else set()
 
     def alternatives(self, argument: str) -> list[Mapping[str, Any]]:
-        """The schemas of which an argument follows one, with references followed; an empty one leaves all open."""
-        waiting, seen = [self.properties.get(argument)], set[str]()
+        """The schemas of which an argument follows one, by what restricts it; an empty one leaves all open."""
+        return self._expanded(argument)[0]
+
+    def unmerged(self, argument: str) -> list[str]:
+        """The keywords with which an argument's schema combines what the alternatives do not have together."""
+        return self._expanded(argument)[1]
+
+    def _expanded(self, argument: str) -> tuple[list[Mapping[str, Any]], list[str]]:
+        """The alternatives, with references followed and all that holds for an alternative in one, and `unmerged`."""
+        waiting = [_merged(self.properties.get(argument))[0]]
+        seen = set[str]()
         found = list[Mapping[str, Any]]()
+        unmerged = list[str]()
         for schema in waiting:  # which grows meanwhile
-            one = schema if isinstance(schema, Mapping) else {}
-            if isinstance(reference := one.get("$ref"), str):
-                if reference not in seen:
-                    seen.add(reference)
-                    waiting.append(self._referred(reference))
+            name = next((name for name in _COMBINING if name in schema), None)
+            if name is None:
+                found.append(schema)
                 continue
-            choices = [one[name] for name in ("anyOf", "oneOf", "allOf") if isinstance(one.get(name), list)]
-            if any(choices):
-                waiting += next(filter(None, choices))
+            combined = schema[name]
+            rest = {key: value for key, value in schema.items() if key != name}
+            if name == "anyOf" and rest.pop("oneOf", None):  # each with each would be too many
+                unmerged.append("oneOf")
+            if name == "$ref":
+                if combined in seen:
+                    continue
+                seen.add(combined)
+                groups = [[self._referred(combined)]]
             else:
-                found.append(one)
-        return found or [{}]
+                groups = [combined] if name == "allOf" else [[one] for one in combined]
+            for group in groups:
+                merged, agree = _merged(rest, *group)
+                waiting.append(merged)
+                if not agree:
+                    unmerged.append(name)
+        return found or [{}], list(dict.fromkeys(unmerged))
 
     def _referred(self, reference: str) -> Any:
         target: Any = self.parameters
@@ -115,9 +143,27 @@ def _tool(value: Any) -> Tool:
     return Tool(name, parameters, bool(strict), shown)
 
 
+def _merged(*schemas: Any) -> tuple[dict[str, Any], bool]:
+    """What restricts a value that follows all these schemas, and whether none of it was lost."""
+    merged = dict[str, Any]()
+    agree = True
+    for schema in schemas:
+        for key, value in schema.items() if isinstance(schema, Mapping) else ():
+            if key in _RESTRICTING and (key not in _COMBINING or _combines(key, value)):
+                agree &= merged.setdefault(key, value) == value
+    return merged, agree
+
+
+def _combines(key: str, value: Any) -> bool:
+    return isinstance(value, str if key == "$ref" else list) and bool(value)
+
+
 def listed_values(schema: Mapping[str, Any]) -> list[Any] | None:
     """The values that a schema lists, if it does."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    values = schema.get("enum")
+    if "const" in schema:
+        only = schema["const"]
+        return [only] if not isinstance(values, list) or only in values else []
     return values if isinstance(values, list) else None
 
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ...errors import RequestError
 from ..text.messages import MISTRAL_ARGUMENTS, MISTRAL_ID
 from ..text.thoughts import Thoughts
-from .definition import Tool, json_types, listed_values
+from .definition import Tool, json_type, json_types, listed_values
 from .form import READERS, Form
 from .xml_form import END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER
 
@@ -27,14 +28,16 @@ _LISTS: dict[Form, tuple[str, str, str]] = {
     "mistral_list_id": ('/ ?/ "["', '", "', '"]"'),
     "llama": ("", '"; "', ""),
 }
-_UNHELD = ("pattern", "format", "not")  # of text that stands without quotation marks
+# Of text that stands without quotation marks; what looks like JSON is read as such, so no other value is held either.
+_OF_TEXT = ("minLength", "maxLength", "pattern", "format")
+_HELD_OF_TEXT = {"type", "minLength", "maxLength"}
+_HELD_OF_LISTED = {"type", "enum", "const"}
+_NOT_TEXT = ("array", "boolean", "null", "number", "object")
 # Of the arguments as a whole, which as XML are one parameter after the other.
 _UNHELD_OF_ALL = (
     "allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentRequired", "dependentSchemas", "dependencies",
     "minProperties", "maxProperties",
 )  # fmt: skip
-_LENGTHS = {"minLength", "maxLength"}
-_NOTES = {"title", "description", "default", "examples"}  # of a schema, which restrict nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,33 +171,39 @@ class _Writer:
         """A value with its closing tag."""
         end = json.dumps("\n" + END_PARAMETER)
         shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-        types = tool.types(name)
         alternatives = tool.alternatives(name)
-        if all(one.keys() <= _NOTES for one in alternatives):
-            return self._text(rule, {})
-        if "string" not in types:
-            return f"{self.add(rule, f'%json {_guided({**_plain(schema), **shared})}')} {end}"
-        texts = [one for one in alternatives if listed_values(one) is None and "string" in json_types(one)]
-        plain = _plain(schema)
-        unheld = [key for key in _UNHELD if any(key in one for one in (plain, *texts))]
-        if isinstance(parts := plain.get("allOf"), list) and len(parts) > 1:  # which are taken for alternatives
-            unheld.append("allOf")
-        for key in unheld:
+        texts = [one for one in alternatives if _may_be_text(one)]
+        if not texts:
+            guided = _guided({"type": _NOT_TEXT, **_plain(schema), **shared})
+            return f"{self.add(rule, f'%json {guided}')} {end}"
+        free = [one for one in texts if listed_values(one) is None]
+        unheld = tool.unmerged(name)
+        if len(free) > 1 and "oneOf" in _plain(schema):  # of which more than one may fit
+            unheld.append("oneOf")
+        for one in alternatives:
+            if listed_values(one) is not None:
+                unheld += [key for key in one if key not in _HELD_OF_LISTED]
+            elif free:
+                unheld += [key for key in one if key not in _HELD_OF_TEXT]
+        for key in dict.fromkeys(unheld):
             self.warnings.append(f"tool {tool.name}: {key} of {name} is not held to, as its value is plain text")
-        if not all(_LENGTHS & one.keys() for one in texts):
+        if not all({"minLength", "maxLength"} & one.keys() for one in free):
             return self._text(rule, {})
         choices = list[str]()
         for index, one in enumerate(alternatives):
+            types = json_types(one)
             if (values := listed_values(one)) is not None:
-                spelled = [value if isinstance(value, str) else json.dumps(value) for value in values]
+                fitting = [value for value in values if _has_type(value, types)]
+                spelled = [value if isinstance(value, str) else json.dumps(value) for value in fitting]
                 choices += [json.dumps(f"{value}\n{END_PARAMETER}", ensure_ascii=False) for value in spelled]
                 continue
-            others = json_types(one) - {"string"}
             if one in texts:
                 choices.append(self._text(f"{rule}_{index}_text", one))
-            if others:
-                guided = _guided({**one, "type": sorted(others), **shared})
+            if others := sorted(types - {"string"}):
+                guided = _guided({**one, "type": others, **shared})
                 choices.append(f"{self.add(f'{rule}_{index}', f'%json {guided}')} {end}")
+        if not choices:
+            raise RequestError(f"tools: no value of {name!r:.60} of tool {tool.name!r} is possible; change its schema")
         return f"({' | '.join(choices)})"
 
     def _text(self, rule: str, schema: Mapping[str, Any]) -> str:
@@ -207,6 +216,17 @@ class _Writer:
         terminal = rule.upper()
         self.add(terminal, f"/(?s:.{count}){_TAIL}/ & {_INSIDE}")
         return self.add(f"{rule}_text[lazy]", terminal).removesuffix("[lazy]")
+
+
+def _may_be_text(schema: Mapping[str, Any]) -> bool:
+    """Whether text follows a schema; one that says nothing of its type does not mean text if it speaks of others."""
+    types = json_types(schema)
+    return "string" in types if types else all(key in _OF_TEXT for key in schema)
+
+
+def _has_type(value: Any, types: Collection[str]) -> bool:
+    kind = json_type(value)
+    return not types or kind in types or (kind == "integer" and "number" in types)
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -660,6 +660,14 @@ def test_a_call_that_was_cut_comes_back_as_what_there_was(
         ({"anyOf": [{"type": "string", "minLength": 2}, {"const": "a"}]}, ["ab", "a"], ["b"]),
         ({"anyOf": [{"$ref": "#/$defs/Short"}, {"type": "string"}]}, ["abc"], []),
         ({"description": "Anything."}, ["abc", "12"], []),
+        ({"minLength": 2, "maxLength": 3}, ["ab", "abc", "12"], ["a", "abcd"]),
+        ({"allOf": [{"minLength": 2}, {"maxLength": 3, "title": "b"}], "title": "a"}, ["ab", "abc"], ["a", "abcd"]),
+        ({"type": "string", "anyOf": [{"maxLength": 2}, {"const": "abcd"}]}, ["ab", "abcd"], ["abc"]),
+        ({"$ref": "#/$defs/Short", "minLength": 2}, ["ab"], ["a", "abc"]),
+        ({"type": "string", "enum": ["a", 1]}, ["a"], ["1"]),
+        ({"enum": ["a", "b"], "const": "a"}, ["a"], ["b"]),
+        ({"minimum": 3}, ["3", "null", "[]"], ["2", "abc", '"abc"']),
+        ({"properties": {"a": {"const": 1}}, "required": ["a"]}, ['{"a": 1}', "2"], ["{}", "a"]),
         ({"type": "string"}, ["<b>'</parameter>'</b>", "\n<parameter=unit>"], ["</parameter></function>"]),
         ({"type": "string", "maxLength": 20000}, ["</parameter>."], ["</parameter> "]),
     ],
@@ -729,6 +737,44 @@ def test_what_the_arguments_as_a_whole_are_not_held_to_is_told(engine: nemodiff.
         "tool f: not of a is not held to, as its value is plain text",
         "tool f: allOf of b is not held to, as its value is plain text",
     ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "keywords"),
+    [
+        ({"enum": ["a", "bb"], "minLength": 2}, ["minLength"]),
+        ({"const": "a", "pattern": "^b"}, ["pattern"]),
+        ({"enum": ["a", 1, 5], "minimum": 3}, ["minimum"]),
+        ({"allOf": [{"minLength": 2}, {"enum": ["a", "bb"]}]}, ["minLength"]),
+        ({"allOf": [{"minLength": 2}, {"minLength": 3}]}, ["allOf"]),
+        ({"$ref": "#/$defs/Unit", "enum": ["C"]}, ["$ref"]),
+        ({"$ref": "#/$defs/Unit", "minLength": 2}, ["minLength"]),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "maxLength": 2}, []),
+        ({"anyOf": [{"const": "a"}, {"type": "integer", "minimum": 3}]}, []),
+        ({"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}, ["minimum"]),
+        ({"anyOf": [{"type": "string"}], "oneOf": [{"minLength": 2}]}, ["oneOf"]),
+        ({"oneOf": [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 2}]}, ["oneOf"]),
+        ({"type": "string", "if": {"minLength": 2}, "then": {"const": "aa"}}, ["if", "then"]),
+        ({"type": "string", "title": "A", "default": "a", "examples": ["a"], "deprecated": True}, []),
+        ({"minLength": 2}, []),
+    ],
+)
+def test_what_text_is_not_held_to_is_told(
+    engine: nemodiff.LoadedEngine, schema: dict[str, Any], keywords: list[str]
+) -> None:
+    parameters = {"type": "object", "properties": {"v": schema}, "$defs": {"Unit": {"enum": ["C", "FF"]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    settings = prepare(engine, QUESTION, make_options({"tools": [tool]})).settings
+    assert list(settings.warnings) == [
+        f"tool f: {keyword} of v is not held to, as its value is plain text" for keyword in keywords
+    ]
+
+
+def test_a_value_that_nothing_can_be_is_refused(engine: nemodiff.LoadedEngine) -> None:
+    parameters = {"type": "object", "properties": {"v": {"type": "string", "enum": [1]}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(RequestError, match="no value of 'v' of tool 'f' is possible; change its schema"):
+        prepare(engine, QUESTION, make_options({"tools": [tool], "tool_choice": "required"}))
 
 
 def test_what_a_schema_is_not_held_to_is_told(engine: nemodiff.LoadedEngine) -> None:
