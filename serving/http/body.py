@@ -82,7 +82,14 @@ class Generating(Decoding):
 
     def spelled(self) -> dict[str, str]:
         """See `Decoding.spelled`."""
-        return {"max_new_tokens": "max_tokens"}
+        form = self.response_format
+        structure: dict[str, str] = {}
+        if form is not None and form.type != "text":
+            schema = "response_format.json_schema" if form.type == "json_schema" else "response_format"
+            structure = {"json_schema": schema, "regex": "response_format.regex"}
+        elif self.structured_outputs is not None:
+            structure = {"json_schema": "structured_outputs.json", "regex": "structured_outputs.regex"}
+        return {"max_new_tokens": "max_tokens", **structure}
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""

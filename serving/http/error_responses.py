@@ -82,7 +82,7 @@ def status_and_body(error: NemodiffError, path: str) -> tuple[int, dict[str, Any
     """The status and body of an error of nemodiff's that a request to this path meets."""
     message = str(error)
     if isinstance(error, RequestError):
-        subject = message.partition(" ")[0]  # a field or, after a point, what is in it
+        subject = message.partition(" ")[0].removesuffix(":")  # a field or, after a point, what is in it
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         return 400, error_body(400, message, subject if subject.partition(".")[0] in _FIELDS else None, code)
     if isinstance(error, BusyError):

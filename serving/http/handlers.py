@@ -81,10 +81,7 @@ class Handlers:
         )
         group = self._request_group(request, body)
         diffusing = bool(body.diffusing)
-        with body.own_words():
-            requests = await group.submit(
-                lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing
-            )
+        requests = await group.submit(lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing)
         builder.sequences = group.sequences
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [
@@ -109,8 +106,7 @@ class Handlers:
         codec = self.engine.text if "logprobs" in options else None
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
         group = self._request_group(request, body)
-        with body.own_words():
-            await group.submit(lambda: [(self._prompts(body)[0], options)])
+        await group.submit(lambda: [(self._prompts(body)[0], options)])
         if not body.stream:
             (finished,) = await group.finished(request.receive)
             return JSONResponse(writer.full(finished.generation))
@@ -139,8 +135,7 @@ class Handlers:
         _, options = self._model_options(body)
         options = with_seed(options | body.options())
         group = self._request_group(request, body)
-        with body.own_words():
-            await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
+        await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
         lines = trace_lines(self.engine, group.events())
         return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
 
@@ -234,7 +229,7 @@ class Handlers:
             if record is not None:
                 record.observe(index, events)
 
-        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body))
+        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body), body.own_words)
 
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class RequestGroup:
         observe: called in the scheduler's worker with what happened to a request, by its index.
         timeout: seconds until what still runs is cancelled.
         pool: its threads read the prompts; see `in_thread`.
+        own_words: in which refusals are told; see `Decoding.own_words`.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class RequestGroup:
         observe: Callable[[int, list[Event]], None],
         timeout: float,
         pool: concurrent.futures.Executor | None = None,
+        own_words: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._scheduler = scheduler
         self._observe = observe
         self._timeout = timeout
         self._pool = pool
+        self._own_words = own_words
         self._bell = doorbell()
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
         self._loop = asyncio.get_running_loop()
@@ -86,7 +90,8 @@ class RequestGroup:
             return requests
 
         try:
-            return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
+            with self._own_words():
+                return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
         except BaseException:
             self.close()
             raise
@@ -103,7 +108,8 @@ class RequestGroup:
             for left in reversed(range(await self._arrived())):
                 index, outcome = self._outcomes.popleft()
                 if isinstance(outcome, NemodiffError):
-                    raise outcome
+                    with self._own_words():
+                        raise outcome
                 for event in outcome:
                     if isinstance(event, Finished):
                         unfinished -= 1

@@ -417,6 +417,51 @@ def test_a_wrong_request_gets_one_sentence(server: Served, path: str, body: Any,
     assert len(error["message"]) < 1000
 
 
+UNHELD = {"type": "string", "not": {"const": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "field"),
+    [
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": UNHELD}}},
+            "response_format.json_schema",
+        ),
+        (CHAT, {"response_format": {"type": "json_object"}, "mode": "diffusion"}, "response_format"),
+        (CHAT, {"response_format": {"type": "regex", "regex": "("}}, "response_format.regex"),
+        (CHAT, {"structured_outputs": {"json": UNHELD}}, "structured_outputs.json"),
+        (CHAT, {"structured_outputs": {"json": "{}", "regex": "a"}}, "structured_outputs.json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (
+            "/v1/responses",
+            {"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": UNHELD}}},
+            "text.format",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 5, "output_config": {"format": {"type": "json_schema", "schema": UNHELD}}},
+            "output_config.format",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 5, "output_format": {"type": "json_schema", "schema": UNHELD}},
+            "output_format",
+        ),
+    ],
+)
+def test_a_refusal_names_what_the_client_sent(server: Served, path: str, fields: dict[str, Any], field: str) -> None:
+    asked = {} if "input" in fields or "prompt" in fields else {"messages": chat()["messages"]}
+    status, _, content = server.send(path, {**asked, **fields})
+    error = json.loads(content)["error"]
+    assert (status, error["param"]) == (400, field)
+    assert error["message"].startswith(f"{field} ")
+    assert "max_new_tokens" not in error["message"]
+
+
 @pytest.mark.parametrize("path", STREAMS)
 def test_a_grammar_that_fails_on_the_way_ends_its_request_with_the_reason(server: Served, path: str) -> None:
     """The library can only give up on this one when the answer has come to its second property."""
@@ -426,12 +471,12 @@ def test_a_grammar_that_fails_on_the_way_ends_its_request_with_the_reason(server
     form = {"type": "json_schema", "json_schema": {"schema": schema | {"additionalProperties": False}}}
     body = {"prompt": QUESTION} if path != CHAT else chat()
     told = server.stream(path, {**body, "response_format": form, **({} if path == "/events" else {"stream": True})})
-    assert "json_schema is too complex" in told[-1]["error"]["message"]
+    assert "response_format.json_schema is too complex" in told[-1]["error"]["message"]
     assert not any(one.get("choices", [{}])[0].get("finish_reason") for one in told)
     if path != "/events":
         status, _, content = server.send(path, {**body, "response_format": form})
         assert status == 400
-        assert json.loads(content)["error"]["param"] == "json_schema"
+        assert json.loads(content)["error"]["param"] == "response_format.json_schema"
     assert server.ask(CHAT, chat(max_tokens=4))["choices"]
 
 

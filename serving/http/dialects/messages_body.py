@@ -105,7 +105,8 @@ class Counted(DialectBody):
         budget = None if self.thinking is None else self.thinking.budget_tokens
         chosen = {} if self.tool_choice is None else {"required": "any"}  # the word of tool_choice
         limited = {} if budget is None else {"thinking_budget": "thinking.budget_tokens"}
-        return {"max_new_tokens": "max_tokens", **chosen, **limited}
+        schema = "output_config.format" if self.output_format is None else "output_format"
+        return {"max_new_tokens": "max_tokens", "json_schema": schema, **chosen, **limited}
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""

@@ -121,7 +121,7 @@ class Responses(DialectBody):
     def spelled(self) -> dict[str, str]:
         """See `Decoding.spelled`."""
         likeliest = {} if self.top_logprobs is None else {"logprobs": "top_logprobs"}
-        return {"max_new_tokens": "max_output_tokens"} | likeliest
+        return {"max_new_tokens": "max_output_tokens", "json_schema": "text.format"} | likeliest
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""
