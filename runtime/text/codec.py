@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Characters from which a text is encoded as a batch of one: that lets other threads run meanwhile, which a single text
 # stops for as long as it takes, and it looks for no offsets.
 _LONG = 10_000
+_LONGEST_CHARACTER = 4  # bytes of UTF-8, and so tokens
 _SHOWN_BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # characters of their own
 _BYTES = {chr(b): b for b in _SHOWN_BYTES} | {
     chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _SHOWN_BYTES)
@@ -213,6 +215,16 @@ class TextCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens other than the think markers left out."""
         return str(self.tokenizer.decode(self.visible(ids), skip_special_tokens=False))
+
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """Text of ids as `decode` gives it, without what stands for a character that has only begun at its end."""
+        text = self.decode(ids)
+        if not text.endswith("\ufffd"):
+            return text
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder.decode(b"".join(map(self.token_bytes, self.visible(ids)[-_LONGEST_CHARACTER:])))
+        begun = len(decoder.getstate()[0])
+        return text[: len(text) - (min(begun, 1) if self._byte_level else begun)]
 
     def piece(self, token: int) -> str:
         """One token as text, for displays."""

@@ -71,8 +71,8 @@ class Transcript:
         return new
 
     def text(self, ids: Sequence[int], *, cut: bool = True) -> str:
-        """The answer's text once all its ids are known, cut before the stop string."""
-        text = self.codec.decode([i for i in ids if i not in self._stop_ids])
+        """The answer's text once all its ids are known, cut before the stop string and an unfinished character."""
+        text = self.codec.decode_whole([i for i in ids if i not in self._stop_ids])
         return text[: self._stop_in(text)] if cut else text
 
     def _safe(self) -> int:

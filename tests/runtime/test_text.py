@@ -229,14 +229,6 @@ def test_a_part_of_a_character_is_named_by_its_bytes(codec: TextCodec) -> None:
     assert [codec.name(i) for i in [*codec.encode("a"), IM_END]] == ["a", "<|im_end|>"]
 
 
-def test_incomplete_characters_wait_and_are_replaced_at_the_end(codec: TextCodec) -> None:
-    ids = codec.encode("a漢")
-    transcript = Transcript(codec)
-    assert transcript.push(ids[:-1], final=False) == "a"
-    assert transcript.push(ids[:-1], final=True) == "�"
-    assert transcript.text(ids[:-1]) == "a�"
-
-
 def test_think_markers_are_shown_and_other_specials_are_not(codec: TextCodec) -> None:
     ids = [THINK, *codec.encode("hm"), END_THINK, 50, *codec.encode("so"), IM_END]
     assert codec.decode(ids) == "<think>hm</think>so"
@@ -368,3 +360,15 @@ def test_a_long_text_is_encoded_as_a_short_one_is_and_lets_other_threads_run(eng
     ticking.join()
     assert ids == engine.text.tokenizer.encode(text, add_special_tokens=False).ids
     assert between > 20  # a thread that holds Python lets it tick once or twice
+
+
+@pytest.mark.parametrize("end", ["é", "日", "😀", "x\ufffd"])
+def test_a_text_that_ends_inside_of_a_character_ends_before_it(end: str) -> None:
+    """Where an answer is cancelled or has its number of tokens; what the model says of that kind itself stays."""
+    codec = TextCodec(TINY_CHAT)
+    ids = codec.encode_plain(f"a\ufffd{end}")
+    whole = codec.encode_plain(f"a\ufffd{end[:-1]}")
+    for cut in range(len(whole), len(ids) + 1):
+        transcript = Transcript(codec)
+        shown = "".join(transcript.push(ids[:n], final=n == cut) for n in range(1, cut + 1))
+        assert shown == transcript.text(ids[:cut]) == f"a\ufffd{end if cut == len(ids) else end[:-1]}"
