@@ -3,15 +3,16 @@
 On questions with one right answer, with the model's trained drafter and without, and on stories and loops, whose drafts
 fare worse. Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve that all
 passes have taught, summed over the passes taken, which no other load changes. Settings take turns after a question of
-each task, so that what else the machine does falls on all. The best fixed setting of a round is the one that was best
-in all others: the best of seven in the same round is the luckiest too. Writes `results/auto.json` and `.md`.
+each task, so that what else the machine does falls on all, each time in another order: after long passes short ones
+take longer for a while. The best fixed setting of a round is the one that was best in all others: the best of seven in
+the same round is the luckiest too. Writes `results/auto.json` and `.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import itertools
+import random
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import Any
 from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.generate import decode
+from nemodiff.runtime.generate import decode, generate
 from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
@@ -60,14 +61,17 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
     sizes: dict[tuple[str, str], list[tuple[int, list[int]]]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     unlike = 0
-    plain = dict[int, list[int]]()
+    ar = {"mode": "ar", "max_new_tokens": questions.LONGEST}
+    plain = [generate(engine, question.prompt(engine.text), **ar).token_ids for question in drawn]
     tasks = [*dict.fromkeys(question.task for question in drawn), "all"]
     numbers = range(len(drawn))
+    order = random.Random(1)
     parts = [numbers[at : at + len(tasks) - 1] for at in numbers[:: len(tasks) - 1]]
     for turn in range(rounds):
         spent = {(name_of(setting), task): [0.0] * 3 for setting in SETTINGS for task in tasks}
         passes: dict[tuple[str, str], list[int]] = {way: [] for way in spent}
-        for part, setting in itertools.product(parts, SETTINGS):
+        turns = ((part, setting) for part in parts for setting in order.sample(SETTINGS, len(SETTINGS)))
+        for part, setting in turns:
             name = name_of(setting)
             for number in part:
                 question = drawn[number]
@@ -84,8 +88,6 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
                     passes[name, task] += forwarded
                     spent[name, task] = [a + b for a, b in zip(spent[name, task], took, strict=True)]
                 used[name].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
-                if setting["mode"] == "ar" and not turn:
-                    plain[number] = sequence.tokens
                 unlike += sequence.tokens != plain[number]
         for (name, task), (*seconds, tokens) in spent.items():
             sizes[name, task].append((int(tokens), passes[name, task]))
@@ -100,7 +102,7 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
 
 def medians(rates: Rates, used: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second by setting, task and clock, over rounds."""
-    results: dict[str, Any] = {name: {"passes": passes} for name, passes in used.items()}
+    results: dict[str, Any] = {name: {"passes": used[name]} for name in map(name_of, SETTINGS)}
     for (name, task, clock), of_rounds in rates.items():
         results[name].setdefault(task, {})[clock] = round(statistics.median(of_rounds), 1)
     return results

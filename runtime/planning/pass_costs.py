@@ -68,7 +68,7 @@ class PassCosts:
     ) -> None:
         self.clock = clock
         self.host = HostCosts()
-        self.spent = 0.0  # seconds of all forwards learned, and of making curves
+        self.spent = 0.0  # seconds of all forwards learned, by the curve, and of making curves
         self._make_prior = prior
         self._prior: CostCurve | None = None
         self._curve: CostCurve | None = None
@@ -120,7 +120,8 @@ class PassCosts:
             self._learned += 1
         self._before = size
         self._passes += 1
-        self.spent += seconds
+        # What this one took beyond its size's cost is taken for the host's: passes of quadratic_spec take longer.
+        self.spent += seconds if self._curve is None else self._curve.seconds(size)
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""

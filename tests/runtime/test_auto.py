@@ -9,7 +9,7 @@ import nemodiff
 from nemodiff.errors import RequestError
 from nemodiff.runtime import generate
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, Plan
+from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, Plan, _Met
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests import prepare as request
 
@@ -254,6 +254,23 @@ def test_the_host_is_metered_between_plans() -> None:
             costs.learn(1, 1.0)
             now += 2.0
     assert costs.host.seconds("ar") == pytest.approx(0.25)
+
+
+def test_what_passes_of_a_mode_take_beyond_their_size_is_the_modes() -> None:
+    """Passes of quadratic_spec take longer than the others of as many tokens that the curve is learned from as well."""
+    now = 0.0
+    costs = PassCosts(EACH_PAID, clock=lambda: now)
+    planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",))
+    planner._rates = lambda expected: {Plan("quadratic_spec", 4): 1.0}  # type: ignore[method-assign]
+    planner._news = lambda best: None  # type: ignore[method-assign]
+    costs.learn(8, costs.curve.seconds(8))
+    for _ in range(6):  # before the curve is made anew
+        planner.plan()
+        planner._standing.left = 0  # type: ignore[union-attr]
+        planner._met = _Met(costs.passes, costs.spent, now)
+        costs.learn(8, 9.0)
+        now += 9.5
+    assert costs.host.seconds("quadratic_spec") == pytest.approx(1.5)
 
 
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
