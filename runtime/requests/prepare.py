@@ -26,9 +26,7 @@ from .sequence import Sequence
 from .settings import Settings, check_prompt, settle
 from .tool_use import read_tool_use, template_variables
 
-_FAR = (
-    300_000  # characters of a prompt that is counted only if it may fit, since that takes a tenth of a second and more
-)
+_FAR = 300_000  # characters from which a prompt is encoded only if it may fit: it takes a tenth of a second and more
 _LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
 _NO_THOUGHTS = "thinking is ignored, since the chat template has no place for thoughts"
 _BEGUN = "thinking is ignored, since the answer has begun"
