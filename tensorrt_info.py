@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -123,9 +124,15 @@ def parse_kernel(values: dict[str, Any]) -> Kernel:
 def _typed(kind: Any, values: dict[str, Any]) -> Any:
     """A dataclass of some values. Raises TypeError, ValueError for one of another type or below 0."""
     one = kind(**values)
-    for field in dataclasses.fields(one):
-        _check(field.name, getattr(one, field.name), typing.get_type_hints(kind)[field.name])
+    for name, hint in _hints(kind).items():
+        _check(name, getattr(one, name), hint)
     return one
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields; an engine has hundreds of kernels of one."""
+    return typing.get_type_hints(kind)
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
