@@ -146,8 +146,8 @@ _NOTHING = PositionStatistics()  # of a request that has met no draft
 class BlockStatistics:
     """What blocks gave and took, over what was expected of them by their length.
 
-    That a position of a draft has a chance is not all of the truth. Verify looks at nothing behind a drafted end, or
-    behind what is worth its time. Passes of budgeted quadratic_spec may leave out their groups, and then the next one
+    That a position of a draft has a chance is not all of the truth. Verify looks at nothing after a drafted end, or
+    after what is worth its time. Passes of budgeted quadratic_spec may leave out their groups, and then the next one
     has no draft: how often that is right is known afterwards.
     """
 
