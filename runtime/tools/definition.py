@@ -51,6 +51,11 @@ class Tool:
         required = self.parameters.get("required")
         return [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
 
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments that are known by name: those with a schema in order, then the others that a call must have."""
+        return list(dict.fromkeys([*self.properties, *self.required]))
+
     def types(self, argument: str) -> set[str]:
         """JSON types that an argument may have; empty where its schema leaves that open."""
         found = [json_types(one) for one in self.alternatives(argument)]

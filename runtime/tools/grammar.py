@@ -162,7 +162,7 @@ class _Writer:
         for key in _UNHELD_OF_ALL:
             if key in tool.parameters:
                 self.warnings.append(f"tool {tool.name}: {key} of its arguments is not held to")
-        for index, name in enumerate(dict.fromkeys([*tool.properties, *tool.required])):
+        for index, name in enumerate(tool.arguments):
             value = self._value(f"{rule}_{index}", tool, name, tool.properties.get(name))
             parameter = f'{json.dumps(f"{PARAMETER}{name}>{chr(10)}", ensure_ascii=False)} {value} "\\n"'
             yield parameter if name in tool.required else f"({parameter})?"

@@ -40,6 +40,7 @@ class XmlReader(CallReader):
         super().__init__(*arguments)
         self._key: str | None = None  # of the parameter whose value is being read
         self._seen = set[str]()  # and of those before it
+        self._types = set[str]()  # that the schema of the former allows; empty where it leaves that open
         self._looked = 0  # how far its value, as far as it is unread, has been searched for its end
         self._doubtful: int | None = None  # where a closing tag stands in it after which it seems to go on
         self._scan = ObjectScan()
@@ -83,6 +84,7 @@ class XmlReader(CallReader):
             return ""
         self.unread = self.unread[end:].removeprefix("\n")
         self._key = key
+        self._types = self._types_of(key)
         self._looked = 0
         self._doubtful = None
         self._scan = ObjectScan()
@@ -104,13 +106,12 @@ class XmlReader(CallReader):
     def _inside(self, final: bool) -> str:
         """A part of a value, or its end."""
         at, ended = self._end(final)
-        key, plain = self._key, self._plain
-        assert key is not None
+        plain = self._plain
         if ended:
             text = self.unread[:at].removesuffix("\n")
             self.unread = self.unread[at:].removeprefix(END_PARAMETER)
             self._key = None
-            return _escaped(text) + '"' if plain else self._typed(key, text)
+            return _escaped(text) + '"' if plain else self._typed(text)
         if not plain:
             return ""
         text, self.unread = self.unread[:at], self.unread[at:]
@@ -157,9 +158,7 @@ class XmlReader(CallReader):
                 return True
             if self._scan.quoted and not self.unread[:start].endswith("\n"):  # JSON has no line ends in quotes
                 return False
-        assert self._key is not None
-        types = self._types(self._key)
-        if types and "string" not in types:
+        if self._types and "string" not in self._types:
             return True
         rest = self.unread[end:]
         if mark == END_PARAMETER:
@@ -180,22 +179,22 @@ class XmlReader(CallReader):
     def _offered(self) -> list[str]:
         """The names of the parameters that the function has."""
         tool = self.tools.get(self.name or "")
-        return [] if tool is None else [*tool.properties, *tool.required]
+        return [] if tool is None else tool.arguments
 
     @property
     def _plain(self) -> bool:
         """Whether the value can only be text."""
-        return self._key is not None and self._types(self._key) == {"string"}
+        return self._key is not None and self._types == {"string"}
 
-    def _types(self, key: str) -> set[str]:
+    def _types_of(self, key: str) -> set[str]:
         tool = self.tools.get(self.name or "")
         if tool is None or not tool.properties:
             return set()
         return tool.types(key)
 
-    def _typed(self, key: str, text: str) -> str:
+    def _typed(self, text: str) -> str:
         """A value as JSON, by the types that its schema allows; text that is no such value stays text."""
-        types = self._types(key)
+        types = self._types
         try:
             value = _PYTHON[text.strip()] if text.strip() in _PYTHON else json.loads(text)
             if isinstance(value, float) and value.is_integer() and types == {"integer"}:
