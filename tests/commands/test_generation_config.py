@@ -108,7 +108,7 @@ def test_the_server_takes_it_below_what_requests_say(engine: Path) -> None:
             answer(seed=4) == nemodiff.generate(loaded, PROMPT, mode="ar", max_new_tokens=30, seed=4, **SAMPLING).text
         )
         assert answer(temperature=0, repetition_penalty=1) == nemodiff.generate(loaded, PROMPT, max_new_tokens=30).text
-        assert len({answer() for _ in range(5)}) > 1  # who samples by default draws a seed too
+        assert len({answer() for _ in range(24)}) > 1  # who samples by default draws a seed too
 
 
 def test_triton_takes_it_as_a_parameter_of_the_model(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
