@@ -38,9 +38,11 @@ try:
     from gpu import peers as gpu_peers
     from gpu import plan as gpu_plan
     from gpu import products as gpu_products
+    from gpu import profile as gpu_profile
     from gpu import report as gpu_report
     from gpu import serve as gpu_serve
     from gpu import tensorrt as gpu_tensorrt
+    from gpu import tiles as gpu_tiles
     from gpu.card import Card
     from gpu.guard import PATIENCE, Guard
     from gpu.plan import Cell, Lab, RunConfig
@@ -51,6 +53,7 @@ except ModuleNotFoundError as error:
 
 PACKAGES = ("nemodiff", "numpy", "torch", "triton")
 SECTIONS = ("first", "forward", "kernels", "narrow", "decode", "serve", "variants", "modes", "peers", "tensorrt")
+SECTIONS += ("profile", "tiles")
 NO_TIME = "no time was left"
 SAVE_SECONDS = 5.0  # between two writes of the report
 
@@ -64,6 +67,8 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_modes.decode_cells(config, shape)
         yield from gpu_serve.cells(config, shape)
         yield from gpu_kernels.main_cells(config, shape)
+        yield from gpu_profile.cells(config, shape)
+        yield from gpu_tiles.cells(config, shape)
         yield from gpu_products.narrow_cells(config, shape)
         yield from gpu_forward.variant_cells(config, shape)
         yield from itertools.islice(gpu_peers.cells(config, shape), 1)

@@ -14,11 +14,12 @@ from typing import Any
 from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import EngineError
-from nemodiff.runtime.engines.engine import bidirectional, causal
+from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
 VARIANTS = ("graphs", "pdl", "eager", "without kernels", "one prediction", "with logits")
+WARM = 3  # forwards until a shape is warm: eager, captured, replayed
 LOADED = ("adapter", *gpu_models.KINDS)  # with other weights
 
 
@@ -62,20 +63,24 @@ class Passes:
             self.warm_seconds = None
             self._variant = variant
 
-    def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:
-        """Time one shape of a pass: a decode pass of one token, or a block whose every token is predicted."""
-        card = lab.card
-        self.vary(variant)
-        cache, mask = self.cache(rows, context), self.engine.info.model.mask_id
-        at, logits = context - size, variant == "with logits"
+    def pass_of(self, context: int, size: int, variant: str = "graphs") -> Pass:
+        """A decode pass of one token, or a block whose every token is predicted, at the end of a context."""
+        mask, at, logits = self.engine.info.model.mask_id, context - size, variant == "with logits"
         pass_ = causal("decode", [mask + 1], at, logits=logits)
         if size > 1:
             pass_ = bidirectional("denoise", [mask] * size, at, 0.9, logits=logits)
         if variant == "one prediction":
             pass_ = pass_._replace(predicted=pass_.predicted[-1:])
+        return pass_
+
+    def run(self, lab: Lab, rows: int, context: int, size: int, variant: str = "graphs") -> Figures:
+        """Time one shape of a pass."""
+        card = lab.card
+        self.vary(variant)
+        cache = self.cache(rows, context)
         card.start_peak()
-        passes = [pass_] * rows
-        for _ in range(3):  # eager, captured, replayed
+        passes = [self.pass_of(context, size, variant)] * rows
+        for _ in range(WARM):
             chosen = cache.forward(passes)
         device, wall = [], []
         for _ in card.rounds():

@@ -84,11 +84,21 @@ def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelC
     return made.fill_(1) if arg.name == "temperature" else made.normal_()
 
 
-def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int]) -> Figures:
-    """Seconds of one launch of an op, and its bytes as a share of the copy ceiling."""
-    if op.name.startswith("PagedAttention"):  # as an engine on this card has it
-        bits = next(bits for bits in KV_BITS if paged_attention.op(bits).name == op.name)
-        op = paged_attention.op(bits, lab.card.programs)
+def of_card(op: Op, programs: int) -> Op:
+    """An op as an engine has it on a card that takes so many programs at once."""
+    if not op.name.startswith("PagedAttention"):
+        return op
+    return paged_attention.op(next(bits for bits in KV_BITS if paged_attention.op(bits).name == op.name), programs)
+
+
+def measured(
+    lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[str, int], programs: int | None = None
+) -> Figures:
+    """Seconds of one launch of an op, and its bytes as a share of the copy ceiling.
+
+    Attention is shared out for so many programs, by default for those that an engine on this card takes.
+    """
+    programs = programs or lab.card.programs
     torch, used = lab.card.torch, {name for stage in op.stages for name in stage.inputs} | {"page_table"}
     inputs = [arg for arg in op.inputs if arg.name in used]
 
@@ -111,7 +121,7 @@ def measured(lab: Lab, op: Op, model: ModelConfig, dtype: str, letters: Mapping[
         if "items" in arrays:
             of_tokens = torch.zeros(letters["N"], dtype=torch.int32, device=lab.card.name)
             plan = {name: arrays[name] for name in ("visible", "page_table")} | {"row": of_tokens, "first": of_tokens}
-            arrays["items"], arrays["counters"] = run(paged_attention.plan(lab.card.programs), model, plan, new)
+            arrays["items"], arrays["counters"] = run(paged_attention.plan(programs), model, plan, new)
         return arrays
 
     with lab.card.use(gpu_models.CARRIED):
@@ -160,7 +170,7 @@ def op_cells(config: RunConfig, shape: str, ops: list[Op]) -> Iterator[Cell]:
             letters = sizes(op, model, tokens, context)
 
             def measure(lab: Lab, op: Op = op, letters: dict[str, int] = letters, tokens: int = tokens) -> Figures:
-                figures = measured(lab, op, model, config.dtype, letters)
+                figures = measured(lab, of_card(op, lab.card.programs), model, config.dtype, letters)
                 return {**figures, "tokens": tokens, "context": letters["T"] if reads_context(op) else None}
 
             where = f" context {context}" if reads_context(op) else ""

@@ -136,6 +136,12 @@ class Report:
 
 def headline(figures: Figures) -> str:
     """A cell's main figures in a few words for the terminal."""
+    if "variants" in figures:
+        times = (f"{name} {us:.4g}" for name, us in figures["variants"].items())
+        return f"{figures['winner']} wins; us: {', '.join(times)}"
+    if "kernels" in figures and isinstance(figures["kernels"], list):
+        longest = (f"{one['us']:.4g} {one['name'][:40]}" for one in figures["kernels"][:6])
+        return f"{figures['us']:.4g} us in {figures['launches']:g} launches: {', '.join(longest)}"
     if "winner" in figures:
         times = (f"{name} {sum(way['us'].values()):.4g}" for name, way in figures["ways"].items() if "us" in way)
         return f"{figures['winner']} wins; us: {', '.join(times)}"

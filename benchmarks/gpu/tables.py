@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 from gpu.plan import Figures
 
 
+SHOWN = 12  # kernels of a pass
+
+
 def tables(figures: Callable[..., list[Figures]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, head and lines of each section, from `Report.figures`."""
     peers = {(r["shape"], r["rows"], r["context"]): r["device_us"] for r in figures("peers")}
@@ -32,6 +35,17 @@ def tables(figures: Callable[..., list[Figures]]) -> Iterator[tuple[str, list[st
         [r["shape"], r["op"] if r["op"].endswith("Attention") else r["stages"][0], str(r["tokens"]),
          str(r["context"] or ""), f"{r['us']:.2f}", f"{r['bytes'] / 1024:.0f}", f"{r['to_copy_ceiling']:.2f}"]
         for r in figures("kernels")
+    ]  # fmt: skip
+    yield "Where the time of a pass goes", ["shape", "context", "tokens", "kernel", "us", "launches"], [
+        [r["shape"], str(r["context"]), str(r["tokens"]), f"`{one['name'][:70]}`", f"{one['us']:.1f}",
+         f"{one['launches']:g}"]
+        for r in figures("profile")
+        for one in [*r["kernels"][:SHOWN], {"name": "all", "us": r["us"], "launches": r["launches"]}]
+    ]  # fmt: skip
+    yield "Attention with other tiles, us", ["shape", "context", "tokens", "us", "winner"], [
+        [r["shape"], str(r["context"]), str(r["tokens"]),
+         "; ".join(f"{name}: {us:.2f}" for name, us in r["variants"].items()), r["winner"]]
+        for r in figures("tiles")
     ]  # fmt: skip
     yield "Ways to multiply by a narrow matrix", ["shape", "matrix", "way", "us by tokens", "same bits", ""], [
         [r["shape"], f"{r['out']} x {r['in']}", name, ", ".join(f"{n}: {us:.2f}" for n, us in way["us"].items())

@@ -1,0 +1,52 @@
+"""Measure where the time of one pass goes: microseconds and launches of every kernel of it, by torch's profiler."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+from gpu import models as gpu_models
+from gpu.forward import WARM, passes
+from gpu.plan import Cell, Figures, Lab, RunConfig
+
+TURNS = 5  # passes that are looked at
+SHOWN = 24  # kernels of a pass that are kept by name, the longest first
+
+
+def measured(lab: Lab, config: RunConfig, shape: str, context: int, size: int) -> Figures:
+    """One pass of one row."""
+    torch, card = lab.card.torch, lab.card
+    held = passes(lab, shape, config.dtype)
+    held.vary("graphs")
+    cache, pass_ = held.cache(1, context), held.pass_of(context, size)
+    for _ in range(WARM):
+        cache.forward([pass_])
+    activities = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CUDA if card.is_gpu else activities.CPU]) as profiler:
+        for _ in range(TURNS):
+            cache.forward([pass_])
+    spent: collections.Counter[str] = collections.Counter()
+    launches: collections.Counter[str] = collections.Counter()
+    for event in profiler.events():
+        if not card.is_gpu or event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.time_range.elapsed_us() / TURNS
+            launches[event.name] += 1
+    kernels = [
+        {"name": name, "us": us, "launches": launches[name] / TURNS} for name, us in spent.most_common(SHOWN) if us
+    ]
+    others = spent.total() - sum(kernel["us"] for kernel in kernels)
+    about = {"context": context, "tokens": size, "launches": launches.total() / TURNS}
+    return {**about, "us": spent.total(), "others_us": others, "kernels": kernels}
+
+
+def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
+    """A decode pass and a block in every context."""
+    block = max(size for size in config.scale.sizes if size <= 32)
+    for context, size in itertools.product(config.scale.contexts, (1, block)):
+
+        def measure(lab: Lab, context: int = context, size: int = size) -> Figures:
+            return measured(lab, config, shape, context, size)
+
+        nbytes = gpu_models.work(shape, config.dtype).memory(1, context, size)
+        yield Cell("profile", shape, f"context {context} tokens {size}", nbytes, 1.5, measure)
