@@ -47,7 +47,6 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "E": model.hidden_size,
         "K": model.hidden_size,
         "W": widths(op, model, heads, paged_attention.items(letters, ceil_div)),
-        "C": paged_attention.tiles(letters, ceil_div),
         **(low_bits(model) if op.name.endswith("Linear") else {}),
     }
 
@@ -121,7 +120,7 @@ def measured(
         if "items" in arrays:
             of_tokens = torch.zeros(letters["N"], dtype=torch.int32, device=lab.card.name)
             plan = {name: arrays[name] for name in ("visible", "page_table")} | {"row": of_tokens, "first": of_tokens}
-            arrays["items"], arrays["counters"] = run(paged_attention.plan(programs), model, plan, new)
+            arrays["items"], arrays["merges"] = run(paged_attention.plan(programs), model, plan, new)
         return arrays
 
     with lab.card.use(gpu_models.CARRIED):

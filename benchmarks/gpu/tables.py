@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 from gpu.plan import Figures
 
-
 SHOWN = 12  # kernels of a pass
 
 

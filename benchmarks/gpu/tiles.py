@@ -14,6 +14,7 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 from gpu import models as gpu_models
@@ -24,25 +25,30 @@ from nemodiff.errors import first_line
 from nemodiff.plugins.ops import paged_attention
 
 OPTIONS = ("num_warps", "num_stages")  # of the stage; "programs" is of each multiprocessor, the others are the module's
-VARIANTS: dict[str, dict[str, int]] = {
+LARGE = {"LARGE_M": 128, "LARGE_MERGE": (16, 16), "num_warps": 8}
+VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "1 program": {"programs": 1},
     "3 programs": {"programs": 3},
     "4 programs": {"programs": 4},
     "2 stages": {"num_stages": 2},
     "4 stages": {"num_stages": 4},
-    "8 warps": {"num_warps": 8},
-    "32 slots, 5 stages": {"SMALL_N": 32, "num_stages": 5},
+    "shares of 2 pages": {"LEAST": 2},
+    "shares of 4 pages": {"LEAST": 4},
+    "shares of 8 pages": {"LEAST": 8},
+    "shares of 16 pages": {"LEAST": 16},
+    "small tiles up to 64 pages": {"SHORT": 64},
+    "small tiles up to 64 pages, shares of 8": {"SHORT": 64, "LEAST": 8},
+    "small merges of 8 rows": {"SMALL_MERGE": (8, 16)},
+    "small merges of 16 rows": {"SMALL_MERGE": (16, 8)},
+    "large merges of 8 rows": {"LARGE_MERGE": (8, 16)},
+    "large merges of 4 rows": {"LARGE_MERGE": (4, 32)},
     "large tiles of 64 slots": {"LARGE_N": 64},
-    "large tiles of 64 slots, 8 warps": {"LARGE_N": 64, "num_warps": 8},
-    "large tiles of 128 rows, 8 warps": {"LARGE_M": 128, "num_warps": 8},
-    "large tiles of 128 rows, 64 slots, 8 warps": {"LARGE_M": 128, "LARGE_N": 64, "num_warps": 8},
-    "large tiles of 128 rows, 64 slots, 8 warps, 2 stages": {
-        "LARGE_M": 128,
-        "LARGE_N": 64,
-        "num_warps": 8,
-        "num_stages": 2,
-    },
+    "large tiles of 64 slots, 2 stages": {"LARGE_N": 64, "num_stages": 2},
+    "large tiles of 64 slots, 3 programs": {"LARGE_N": 64, "programs": 3},
+    "large tiles of 64 slots, 4 programs": {"LARGE_N": 64, "programs": 4},
+    "large tiles of 128 rows, 64 slots, 8 warps": {**LARGE, "LARGE_N": 64},
+    "large tiles of 128 rows, 8 warps": LARGE,
+    "large tiles of 128 rows, 8 warps, 4 programs": {**LARGE, "programs": 4},
 }
 
 

@@ -25,18 +25,18 @@ UNTIL = tl.constexpr(9)
 SHARE = tl.constexpr(10)  # its number
 SHARES = tl.constexpr(11)  # of the tile
 PART = tl.constexpr(12)  # where the tile's partial results begin
-TILE = tl.constexpr(13)  # the tile's number
 FIELDS = tl.constexpr(16)
+MERGE_FIELDS = tl.constexpr(4)  # of a token: its tile's SHARES and PART, its number in the tile, and nothing
 
 
 @triton.jit
 def plan(
-    row, first, visible, N, B, M, tiles, items, counters,
-    G: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr, SMALL_M: tl.constexpr, LARGE_M: tl.constexpr,
+    row, first, visible, N, B, M, tiles, items, merges,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, SMALL_M: tl.constexpr, LARGE_M: tl.constexpr,
     MANY_POW2: tl.constexpr, MOST: tl.constexpr, SHORT: tl.constexpr, SPLITS: tl.constexpr, SHARED: tl.constexpr,
-    PDL: tl.constexpr,
+    LEAST: tl.constexpr, LARGE_PAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """row and first (N,), visible (N, 3) -> tiles (T, FIELDS), items (W, FIELDS) and counters (T, G), all i32.
+    """row and first (N,), visible (N, 3) -> tiles (T, FIELDS), items (W, FIELDS) and merges (N, MERGE_FIELDS), all i32.
 
     One program, once per pass: how often a tile is split depends on what the pass has to read in all, so that about as
     many programs run as a card takes at once, each with as much to read, whatever the lengths of its rows.
@@ -50,8 +50,6 @@ def plan(
     block = tl.arange(0, 256)
     for at in range(0, item_room, 256):
         tl.store(items + (at + block) * FIELDS + TOKENS, 0, mask=at + block < item_room)
-    for at in range(0, room * G, 256):
-        tl.store(counters + at + block, 0, mask=at + block < room * G)
     for at in range(0, room, 256):
         tl.store(tiles + (at + block) * FIELDS + TOKENS, 0, mask=at + block < room)
     tl.debug_barrier()
@@ -105,7 +103,7 @@ def plan(
         work += tl.sum(pages, 0)
     tl.debug_barrier()
 
-    # Shares of about one size. A large tile gets half as many, since its results are long to merge.
+    # Shares of about one size.
     most = tl.maximum(tl.cdiv(work, SHARED), 1)
     number_of_items = 0
     number_of_parts = 0
@@ -114,8 +112,8 @@ def plan(
         of_tile = tiles + (at + t) * FIELDS
         pages = tl.load(of_tile + PAGES, mask=is_tile, other=0)
         small = tl.load(of_tile + SMALL, mask=is_tile, other=0)
-        limit = tl.where(small == 1, most, 2 * most)
-        each = tl.maximum(tl.cdiv(pages, tl.minimum(tl.cdiv(tl.maximum(pages, 1), limit), SPLITS)), 1)
+        limit = tl.where(small == 1, most, LARGE_PAGES * most)
+        each = tl.maximum(tl.cdiv(pages, tl.minimum(tl.cdiv(tl.maximum(pages, 1), limit), SPLITS)), LEAST)
         shares = tl.where(is_tile, tl.maximum(tl.cdiv(pages, each), 1), 0)
         parts = tl.where(shares > 1, shares, 0)
         base = number_of_items + tl.cumsum(shares, 0) - shares
@@ -141,6 +139,10 @@ def plan(
             tl.store(to + SHARE, share, mask=is_share)
             tl.store(to + SHARES, shares, mask=is_share)
             tl.store(to + PART, part, mask=is_share)
-            tl.store(to + TILE, at + t, mask=is_share)
+        has = j < tl.where(is_tile, count, 0)[:, None]
+        to = merges + (begins[:, None] + j) * MERGE_FIELDS
+        tl.store(to, shares[:, None] + 0 * j, mask=has)
+        tl.store(to + 1, part[:, None] + 0 * j, mask=has)
+        tl.store(to + 2, j + 0 * begins[:, None], mask=has)
         number_of_items += tl.sum(shares, 0)
         number_of_parts += tl.sum(parts, 0)

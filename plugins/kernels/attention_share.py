@@ -4,7 +4,8 @@
 import triton
 import triton.language as tl
 
-from .attention_plan import TILE
+from .attention_plan import MERGE_FIELDS
+from .dependent import follow
 
 
 @triton.jit
@@ -22,52 +23,34 @@ def weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr):
 
 
 @triton.jit
-def merge_last(
-    item, counters, part, stats, y, parts, shares, first, tokens, kv_head,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART_M: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+def merge(
+    merges, part, stats, y,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, LARGE_M: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Merge a tile's shares in their order, ROWS packed rows at a time, in the program that is the last to finish."""
-    tl.debug_barrier()  # every thread has written before one says so
-    counter = counters + tl.load(item + TILE) * G + kv_head
-    done = tl.atomic_add(counter, 1, sem="acq_rel")
-    if done == shares - 1:
-        tl.store(counter, 0)
-        for row in range(0, tokens * (H // G), ROWS):
-            _merge(
-                part, stats, y, parts, shares, row, first, tokens, kv_head,
-                H, G, D, BLOCK_D, PART_M, SPLITS, ROWS, STEP,
-            )  # fmt: skip
+    """merges (N, MERGE_FIELDS), part (C, G, LARGE_M, D) and stats (C, G, LARGE_M, 2) of shares -> y (N, H, D).
 
-
-@triton.jit
-def _merge(
-    part, stats, y, parts, shares, row, first, tokens, kv_head,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PART_M: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Merge ROWS packed rows of a tile from all of its shares. What others wrote is read past the first-level cache."""
+    One program per token and head; a token whose tile is one share has its y already.
+    """
+    follow(PDL)
     group: tl.constexpr = H // G
-    m = row + tl.arange(0, ROWS)
-    real = m < tokens * group
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    shares = tl.load(merges + token * MERGE_FIELDS)
+    parts = tl.load(merges + token * MERGE_FIELDS + 1)
+    offset = tl.load(merges + token * MERGE_FIELDS + 2)
+    if shares == 1:
+        return
+    share = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
-    every = tl.arange(0, SPLITS)
-    place = (parts + every).to(tl.int64)[:, None] * PART_M + m[None, :]
-    filled = (every < shares)[:, None] & real[None, :]
-    high = tl.load(stats + place * 2, mask=filled, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(stats + place * 2 + 1, mask=filled, other=0.0, cache_modifier=".cg")
-    highest = tl.max(high, 0)  # (ROWS,)
-    safe = tl.where(highest == float("-inf"), 0.0, highest)
-    bottom = tl.sum(tl.exp2(high - safe[None, :]) * total, 0)
-    sum_v = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for at in range(0, shares, STEP):
-        some = at + tl.arange(0, STEP)
-        there = (parts + some).to(tl.int64)[:, None] * PART_M + m[None, :]
-        has = (some < shares)[:, None] & real[None, :]
-        weight = tl.exp2(tl.load(stats + there * 2, mask=has, other=float("-inf"), cache_modifier=".cg") - safe)
-        of_head = has[:, :, None] & (d < D)[None, None, :]
-        values = tl.load(part + there[:, :, None] * D + d[None, None, :], mask=of_head, other=0.0, cache_modifier=".cg")
-        sum_v += tl.sum(values * weight[:, :, None], 0)
-    out = sum_v / tl.where(bottom == 0.0, 1.0, bottom)[:, None]
-    to = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
-    tl.store(y + to[:, None] + d[None, :], out.to(y.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+    place = (parts * G + head // group * shares + share).to(tl.int64) * LARGE_M + offset * group + head % group
+    real = share < shares
+    highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
+    total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
+    sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    above = tl.max(highest, 0)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    weight = tl.exp2(highest - safe)
+    bottom = tl.sum(weight * total, 0)
+    out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+    tl.store(y + (token * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)

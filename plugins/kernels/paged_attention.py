@@ -4,8 +4,22 @@
 import triton
 import triton.language as tl
 
-from .attention_plan import AT, FIELDS, FIRST, FULL, PART, PREFIX, ROW, SHARE, SHARES, SHIFT, SMALL, TOKENS, UNTIL
-from .attention_share import merge_last, weigh
+from .attention_plan import (
+    AT,
+    FIELDS,
+    FIRST,
+    FULL,
+    PART,
+    PREFIX,
+    ROW,
+    SHARE,
+    SHARES,
+    SHIFT,
+    SMALL,
+    TOKENS,
+    UNTIL,
+)
+from .attention_share import weigh
 from .dependent import follow
 from .kv_cache import to_numbers
 
@@ -34,29 +48,19 @@ def _whole(place, in_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, begins, counters, M, part, stats, y,
+    q, k_pages, v_pages, k_scales, v_scales, table, visible, begins, part, stats, y,
+    first, tokens, full, prefix, shift, at, until, share, shares, parts,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr, PART_M: tl.constexpr,
-    SPLITS: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SHARES: tl.constexpr, CACHE: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
-    """One share of BLOCK_M packed queries and heads of a tile, the first of them `begins`, and their merge.
+    """One share of BLOCK_M packed queries and heads of a tile, the first of them `begins`.
 
-    Scales are read where CACHE is not 0. With MERGE_ROWS 0 nothing is merged.
+    Scales are read where CACHE is not 0.
     """
     group: tl.constexpr = H // G
     kv_head = tl.program_id(1)
-    first = tl.load(item + FIRST)
-    tokens = tl.load(item + TOKENS)
-    table = page_table + tl.load(item + ROW) * M
-    full = tl.load(item + FULL)
-    prefix = tl.load(item + PREFIX)
-    shift = tl.load(item + SHIFT)
-    at = tl.load(item + AT)
-    until = tl.load(item + UNTIL)
-
-    m = tl.arange(0, BLOCK_M)
-    if MERGE_ROWS == 0:
-        m += begins
+    m = begins + tl.arange(0, BLOCK_M)
     token = first + m // group
     real = m // group < tokens
     d = tl.arange(0, BLOCK_D)
@@ -131,92 +135,88 @@ def _attend(
     if CACHE == 1:
         sum_v *= 1.0 / lift
 
-    # Read and worked out anew, rather than kept in registers through the loops.
-    first = tl.load(item + FIRST, volatile=True)
-    tokens = tl.load(item + TOKENS, volatile=True)
-    share = tl.load(item + SHARE)
-    shares = tl.load(item + SHARES)
-    real = m // group < tokens
     if shares == 1:
         of_query = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
         out = sum_v * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(y + of_query[:, None] + d[None, :], out.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
     else:
-        parts = tl.load(item + PART) * G + kv_head * shares
         place = (parts + share).to(tl.int64) * PART_M + m
         tl.store(stats + place * 2, highest, mask=real)
         tl.store(stats + place * 2 + 1, total, mask=real)
         tl.store(part + place[:, None] * D + d[None, :], sum_v, mask=real[:, None] & in_head[None, :])
-        if MERGE_ROWS:
-            merge_last(
-                item, counters, part, stats, y, parts, shares, first, tokens, kv_head,
-                H, G, D, BLOCK_D, PART_M, SPLITS, MERGE_ROWS, MERGE_SHARES,
-            )  # fmt: skip
 
 
 @triton.jit
 def _attend_item(
-    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """One program per item and key/value head."""
+    kv_head = tl.program_id(1)
+    # Every field at once: a second wait for memory would cost as much as a page.
     item = items + tl.program_id(0) * FIELDS
-    if tl.load(item + TOKENS) == 0:
+    first = tl.load(item + FIRST)
+    tokens = tl.load(item + TOKENS)
+    table = page_table + tl.load(item + ROW) * M
+    small = tl.load(item + SMALL)
+    full = tl.load(item + FULL)
+    prefix = tl.load(item + PREFIX)
+    shift = tl.load(item + SHIFT)
+    at = tl.load(item + AT)
+    until = tl.load(item + UNTIL)
+    share = tl.load(item + SHARE)
+    shares = tl.load(item + SHARES)
+    parts = tl.load(item + PART) * G + kv_head * shares
+    if tokens == 0:
         return
     if MOST_M < LARGE_M:
-        for begins in range(0, tl.load(item + TOKENS) * (H // G), MOST_M):
+        for begins in range(0, tokens * (H // G), MOST_M):
             _attend(
-                q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, begins, counters, M, part, stats, y,
-                H, G, D, SCALE, PAGE, MOST_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 0, 0, CACHE,
+                q, k_pages, v_pages, k_scales, v_scales, table, visible, begins, part, stats, y,
+                first, tokens, full, prefix, shift, at, until, share, shares, parts,
+                H, G, D, SCALE, PAGE, MOST_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, CACHE,
             )  # fmt: skip
-        shares = tl.load(item + SHARES)
-        if shares > 1:
-            kv_head = tl.program_id(1)
-            parts = tl.load(item + PART) * G + kv_head * shares
-            merge_last(
-                item, counters, part, stats, y, parts, shares, tl.load(item + FIRST), tl.load(item + TOKENS), kv_head,
-                H, G, D, BLOCK_D, LARGE_M, SPLITS, 2, 16,
-            )  # fmt: skip
-    elif tl.load(item + SMALL) == 1:
+    elif small == 1:
         _attend(
-            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, 0, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 2, SPLITS, CACHE,
+            q, k_pages, v_pages, k_scales, v_scales, table, visible, 0, part, stats, y,
+            first, tokens, full, prefix, shift, at, until, share, shares, parts,
+            H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
     else:
         _attend(
-            q, k_pages, v_pages, k_scales, v_scales, page_table, visible, item, 0, counters, M, part, stats, y,
-            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, SLICE, LARGE_M, SPLITS, 2, 16, CACHE,
+            q, k_pages, v_pages, k_scales, v_scales, table, visible, 0, part, stats, y,
+            first, tokens, full, prefix, shift, at, until, share, shares, parts,
+            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
 
 
 @triton.jit
 def attend(
-    q, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
+    q, k_pages, v_pages, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D)."""
     follow(PDL)
     _attend_item(
-        q, k_pages, v_pages, k_pages, v_pages, page_table, visible, items, counters, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, SPLITS, 0,
+        q, k_pages, v_pages, k_pages, v_pages, page_table, visible, items, M, part, stats, y,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, 0,
     )  # fmt: skip
 
 
 @triton.jit
 def attend_bits(
-    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
+    q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CACHE: tl.constexpr,
-    PDL: tl.constexpr,
+    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same over pages of 8 bits with scales (A, G, PAGE) f32."""
     follow(PDL)
     _attend_item(
-        q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, counters, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, SPLITS, CACHE,
+        q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, CACHE,
     )  # fmt: skip

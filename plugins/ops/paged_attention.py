@@ -1,7 +1,7 @@
 """PagedAttention: grouped-query attention over K/V in pages, for flat tokens of any number of rows; the torch engine's.
 
-    items, counters = AttentionPlan(row, first, visible, page_table)
-    y = PagedAttention(q, k_pages, v_pages, page_table, visible, items, counters)
+    items, merges = AttentionPlan(row, first, visible, page_table)
+    y = PagedAttention(q, k_pages, v_pages, page_table, visible, items, merges)
 
 row (N,) i32 is a token's row of the page table; the tokens of a row lie together, and first (N,) i32 is the number of
 their first one. q (N, H, D) compute; k_pages and v_pages (A, G, PAGE, D) compute; page_table (B, M) i32: slot s of row
@@ -13,7 +13,7 @@ A token that sees nothing gets 0. A slot that a query does not see has no influe
 values lie there; what no query of its row sees may be NaN. Page numbers past what a row's tokens see are not read.
 
 The plan is made once per pass and used by every layer: which tile of tokens reads which pages in which program. So
-sizes of grids depend on N and B alone, and rows of any length share a launch. `counters` is zero between launches.
+sizes of grids depend on N and B alone, and rows of any length share a launch.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
 F32 = {"MOST_M": 16, "SMALL_N": 16, "SLICE": 32}
 MOST_SMALL = 16  # small tiles of a row; one with more tokens gets large ones
 SHORT = 10  # pages up to which a row of more than one small tile keeps to them: they read K/V once each
+LEAST = 1  # pages of a share that is not the last of its tile
+LARGE_PAGES = 1  # pages of a share of a large tile, for one of a small tile
+_MERGE_FIELDS = 4
 _FIELDS = 16  # of an item, see the kernel
 
 
@@ -67,25 +70,34 @@ def _shared(groups: int, programs: int | None) -> int:
     return max(1, (programs or PROGRAMS) // groups)
 
 
-def _group_constants(model: ModelConfig) -> dict[str, int]:
+def _tile_rows(model: ModelConfig) -> dict[str, int]:
     small, large = _rows(model.num_heads // model.num_kv_heads)
-    return {"G": model.num_kv_heads, "PAGE": PAGE, "SPLITS": SPLITS, "SMALL_M": small, "LARGE_M": large}
+    return {"SMALL_M": small, "LARGE_M": large}
 
 
 def _plan_constants(model: ModelConfig, programs: int | None) -> Constants:
-    group = model.num_heads // model.num_kv_heads
-    tokens = 1 << (_rows(group)[1] // group - 1).bit_length()
-    shared = _shared(model.num_kv_heads, programs)
-    limits = {"MANY_POW2": tokens, "MOST": MOST_SMALL, "SHORT": SHORT, "SHARED": shared}
-    return {**_group_constants(model), "GROUP": group, **limits}
+    rows, group = _tile_rows(model), model.num_heads // model.num_kv_heads
+    tokens = 1 << (rows["LARGE_M"] // group - 1).bit_length()
+    limits = {"MOST": MOST_SMALL, "SHORT": SHORT, "LEAST": LEAST, "LARGE_PAGES": LARGE_PAGES}
+    shared = {"SPLITS": SPLITS, "SHARED": _shared(model.num_kv_heads, programs)}
+    return {**rows, "GROUP": group, "PAGE": PAGE, "MANY_POW2": tokens, **limits, **shared}
+
+
+def _heads(model: ModelConfig) -> dict[str, int]:
+    block = max(16, 1 << (model.head_dim - 1).bit_length())  # a tensor core takes a power of two of 16 or more
+    return {"H": model.num_heads, "G": model.num_kv_heads, "D": model.head_dim, "BLOCK_D": block}
 
 
 def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
-    heads = {"H": model.num_heads, "D": model.head_dim, "SCALE": float(model.head_dim**-0.5)}
-    block = max(16, 1 << (model.head_dim - 1).bit_length())  # a tensor core takes a power of two of 16 or more
-    tile = {"SMALL_N": SMALL_N, "LARGE_N": LARGE_N, "BLOCK_D": block, "SLICE": block}
-    rows = _group_constants(model)
-    return {**rows, "MOST_M": rows["LARGE_M"], **heads, **tile, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
+    rows, heads = _tile_rows(model), _heads(model)
+    slots = {"PAGE": PAGE, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N}
+    tile = {**rows, "MOST_M": rows["LARGE_M"], "SLICE": heads["BLOCK_D"]}
+    code = {"CACHE": kv_cache.CODE[bits]} if bits else {}
+    return {**heads, "SCALE": float(model.head_dim**-0.5), **slots, **tile, **code}
+
+
+def _merge_constants(model: ModelConfig) -> Constants:
+    return {**_heads(model), "LARGE_M": _tile_rows(model)["LARGE_M"], "SPLITS": SPLITS}
 
 
 def tiles(dims: Dims, ceil: Ceil) -> int:
@@ -130,7 +142,7 @@ def cached(bits: KvBits | None) -> tuple[Arg, ...]:
 def plan(programs: int | None = None) -> Op:
     """The plan of a pass for a card that takes so many programs at once."""
     shares = functools.partial(items, programs=programs)
-    planned = (Arg("items", "i32", (shares, _FIELDS)), Arg("counters", "i32", (tiles, "G")))
+    planned = (Arg("items", "i32", (shares, _FIELDS)), Arg("merges", "i32", ("N", _MERGE_FIELDS)))
     return Op(
         "AttentionPlan",
         inputs=(Arg("row", "i32", ("N",)), Arg("first", "i32", ("N",)), _VISIBLE, _TABLE),
@@ -166,7 +178,7 @@ def op(bits: KvBits | None, programs: int | None = None) -> Op:
         _TABLE,
         _VISIBLE,
         Arg("items", "i32", ("W", _FIELDS)),
-        Arg("counters", "i32", ("C", "G")),
+        Arg("merges", "i32", ("N", _MERGE_FIELDS)),
     )
     return Op(
         name,
@@ -177,7 +189,7 @@ def op(bits: KvBits | None, programs: int | None = None) -> Op:
             Stage(
                 name,
                 "paged_attention.attend" + ("_bits" if bits else ""),
-                inputs=tuple(arg.name for arg in inputs),
+                inputs=tuple(arg.name for arg in inputs if arg.name != "merges"),
                 scalars=("M",),
                 outputs=(
                     Arg("part", "f32", (parts, "G", _large, "D")),
@@ -188,6 +200,16 @@ def op(bits: KvBits | None, programs: int | None = None) -> Op:
                 grid=_grid,
                 num_stages=2 if bits else 3,  # with 3, int8 spilled 8 bytes on SM 100
                 constants_f32=F32,
+                follows=True,
+            ),
+            Stage(
+                "AttentionMerge",
+                "attention_share.merge",
+                inputs=("merges", "part", "stats", "y"),
+                scalars=(),
+                outputs=(),
+                constants=_merge_constants,
+                grid=lambda dims, ceil: (dims["N"], dims["H"], 1),
                 follows=True,
             ),
         ),

@@ -115,9 +115,8 @@ def attend(
         if bits:
             caches, pages = in_bits(pages, np.isnan(case.k_pages).any(-1), bits)
         expected = paged_attention.reference(case.q, *pages, case.page_table, case.row, case.visible, width**-0.5)
-    y, counters = launched(model, case, caches, dtype, bits, programs, small)
+    y = launched(model, case, caches, dtype, bits, programs, small)
     assert np.isfinite(y).all()
-    assert not counters.any()  # as they were found, for the next layer
     return float(np.abs(y - expected).max(initial=0))
 
 
@@ -141,8 +140,8 @@ def launched(
     bits: KvBits | None,
     programs: int | None,
     small: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """y and the counters, after two layers with one plan."""
+) -> np.ndarray:
+    """y, after two layers with one plan."""
 
     def new(arg: Arg, shape: tuple[int, ...]) -> torch.Tensor:
         kind = TYPES[dtype if arg.dtype == "compute" else arg.dtype]
@@ -153,7 +152,7 @@ def launched(
         name: torch.from_numpy(array).to(DEVICE)
         for name, array in {**seen, "row": case.row, "first": case.first}.items()
     }
-    items, counters = run(paged_attention.plan(programs), model, ints, new)
+    items, merges = run(paged_attention.plan(programs), model, ints, new)
     op = paged_attention.op(bits, programs)
     op = of_f32(op) if small else op
     given = {
@@ -161,10 +160,11 @@ def launched(
         for name, array in {"q": case.q, **caches}.items()
     }
     layer = {name: tensor.to(DEVICE) for name, tensor in given.items()} | {name: ints[name] for name in seen}
-    layer |= {"items": items, "counters": counters}
+    layer |= {"items": items, "merges": merges}
     results = [run(op, model, layer, new)[0].float().cpu().numpy() for _ in range(2)]
     np.testing.assert_array_equal(results[0], results[1])
-    return results[0], counters.cpu().numpy()
+    first: np.ndarray = results[0]
+    return first
 
 
 def chunk(start: int, size: int) -> np.ndarray:
@@ -260,11 +260,11 @@ def test_attention_over_pages_of_random_rows(
 
 def planned(
     model: ModelConfig, rows: list[np.ndarray], programs: int | None = None
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The items of a pass that have something to do, and the pass's sizes."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """The items of a pass that have something to do, what its tokens are merged from, and the pass's sizes."""
     row, first = flat(rows)
     visible = np.concatenate([*rows[1:], rows[0]]).astype(np.int32)
-    items, _ = launch(
+    items, merges = launch(
         paged_attention.plan(programs),
         model,
         row=row,
@@ -274,7 +274,7 @@ def planned(
     )
     dims = {"N": len(visible), "B": len(rows), "H": model.num_heads, "G": model.num_kv_heads}
     assert len(items) == paged_attention.items(dims, ceil_div, programs)
-    return items[items[:, 1] != 0], dims
+    return items[items[:, 1] != 0], merges, dims
 
 
 @settings(max_examples=10, deadline=None)
@@ -283,13 +283,15 @@ def test_a_plan_has_every_token_and_page_once(
     tiny: ModelConfig, rows: list[np.ndarray], heads: tuple[int, int]
 ) -> None:
     model = dataclasses.replace(tiny, num_heads=heads[0], num_kv_heads=heads[1])
-    items, dims = planned(model, rows)
+    items, merges, dims = planned(model, rows)
     tokens = np.zeros(dims["N"], int)
     parts = []
-    for tile in np.unique(items[:, 13]):
-        of_tile = items[items[:, 13] == tile]
-        first, count = of_tile[0, :2]
+    for first in np.unique(items[:, 0]):
+        of_tile = items[items[:, 0] == first]
+        count = of_tile[0, 1]
         tokens[first : first + count] += 1
+        expected = [[len(of_tile), of_tile[0, 12], number] for number in range(count)]
+        assert merges[first : first + count, :3].tolist() == expected
         assert of_tile[:, 10].tolist() == list(range(of_tile[0, 11]))
         assert of_tile[0, 8] == 0
         assert (of_tile[1:, 8] == of_tile[:-1, 9]).all()
@@ -305,10 +307,10 @@ def test_a_plan_fills_the_card_and_balances_rows(tiny: ModelConfig) -> None:
     """At the 8B model's heads: one long row alone is split to fill a card, beside short ones it is split likewise."""
     model = dataclasses.replace(tiny, num_heads=32, num_kv_heads=8)
     programs = paged_attention.PROGRAMS // 8
-    long, dims = planned(model, [chunk(32767, 1)])
+    long, _, dims = planned(model, [chunk(32767, 1)])
     assert programs * 0.9 <= len(long) <= programs
     assert (long[:, 9] - long[:, 8]).max() == 16
-    mixed, dims = planned(model, [chunk(32767, 1), *[chunk(511, 1)] * 15])
+    mixed, _, dims = planned(model, [chunk(32767, 1), *[chunk(511, 1)] * 15])
     assert len(mixed) <= programs + 16
     most = -(-(512 + 15 * 8) // programs)
     assert (mixed[:, 9] - mixed[:, 8]).max() == most
@@ -320,7 +322,7 @@ def test_a_plan_fills_any_card(tiny: ModelConfig, multiprocessors: int) -> None:
     """Two programs for each of its multiprocessors, and room for the parts that these leave."""
     model = dataclasses.replace(tiny, num_heads=32, num_kv_heads=8)
     share = 2 * multiprocessors // 8
-    items, dims = planned(model, [chunk(32767, 1)], programs=2 * multiprocessors)
+    items, _, dims = planned(model, [chunk(32767, 1)], programs=2 * multiprocessors)
     assert share * 0.85 <= len(items) <= share
     op = paged_attention.op(None, 2 * multiprocessors)
     assert op.args["part"].sizes({**dims, "D": 128}, ceil_div)[0] >= len(items)
@@ -331,7 +333,7 @@ def test_attention_over_pages_shared_by_more_programs(tiny: ModelConfig) -> None
 
 
 def test_a_pass_that_only_one_program_reads_is_not_split(tiny: ModelConfig) -> None:
-    items, _ = planned(tiny, [chunk(30, 1), chunk(20, 2)])
+    items, _, _ = planned(tiny, [chunk(30, 1), chunk(20, 2)])
     assert items[:, 11].tolist() == [1, 1]
 
 

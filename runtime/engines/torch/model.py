@@ -224,7 +224,7 @@ class TorchModel:
         assert self._launch is not None
         arguments = {name: inputs[name] for name in ("row", "first", "visible")}
         planned = self._launch(paged_attention.plan(self._programs), {**arguments, "page_table": table})
-        return dict(zip(("items", "counters"), planned, strict=True))
+        return dict(zip(("items", "merges"), planned, strict=True))
 
     def _attend(self, q: Tensor, keys: Stored, values: Stored, sight: Mapping[str, Tensor]) -> Tensor:
         """PagedAttention's kernels, (N, H D)."""
