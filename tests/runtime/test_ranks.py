@@ -81,12 +81,18 @@ else:
     print(here.hear())
 here.leave()
 """
-    script = tmp_path / "program.py"
+    assert run_by_torchrun(tmp_path, program) == "a word\n"
+
+
+def run_by_torchrun(folder: Path, program: str) -> str:
+    """What two ranks say that torchrun has started."""
+    script = folder / "program.py"
     script.write_text(program)
     started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert ended.stdout == "a word\n", ended.stderr
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def command(engine: Path, *words: str) -> list[str]:
@@ -135,6 +141,63 @@ except EngineError as error:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert ended.stdout == "engine: rank 1 of 2 has ended (no room on its card); start all ranks again\n", ended.stderr
     assert "not for rank 0" in ended.stderr
+
+
+def test_a_rank_ends_in_silence_while_a_thread_of_gloo_frees_a_tensor() -> None:
+    """Which takes Python's lock, and aborts the process where Python is ending."""
+    other = """
+import pathlib, sys, time, weakref
+import torch
+from nemodiff.runtime.engines.torch import rank, ranks
+
+def linger(freed):
+    while True:
+        time.sleep(0.01)
+
+def follow(folder, info, here):
+    global kept
+    summed = torch.ones(1)
+    kept = weakref.ref(summed, linger)
+    torch.distributed.all_reduce(summed, async_op=True)
+    del summed
+    here.hear()
+    here.hear()  # fails
+
+rank.read_engine = lambda folder: None
+rank.join = lambda *arguments: ranks.Ranks(pathlib.Path("engine"), 2, False, None)
+rank._end_with_input = lambda: None  # the sum fails first
+rank._follow = follow
+sys.argv = ["rank", "engine", "cpu"]
+rank.main()
+"""
+    program = f"""
+import os, pathlib, sys
+from nemodiff.runtime.engines.torch.ranks import Ranks
+Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {other!r}]).tell("a word")
+os._exit(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (0, "")  # the other's standard error is the same
+
+
+def test_a_process_has_no_thread_of_gloo_once_it_has_left(tmp_path: Path) -> None:
+    program = """
+import os, pathlib, time
+from nemodiff.runtime.engines.torch import ranks
+import torch
+before = os.listdir("/proc/self/task")
+here = ranks.Ranks(pathlib.Path("engine"), 2, False, None)
+here.agree(3)
+here.add(torch.ones(1))
+here.leave()
+for _ in range(1000):  # those that have been joined are listed a moment longer
+    if os.listdir("/proc/self/task") == before:
+        break
+    time.sleep(0.01)
+else:
+    raise AssertionError
+"""
+    assert run_by_torchrun(tmp_path, program) == ""
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:

@@ -64,6 +64,7 @@ def main() -> None:
     info = read_engine(folder)
     rank_0, sys.stdout = sys.stdout, sys.stderr
     ranks = None
+    code = 0
     try:
         ranks = join(folder, info, None, "cpu" if "cpu" in sys.argv[2:] else None)
         assert ranks is not None
@@ -71,7 +72,8 @@ def main() -> None:
     except (EngineError, RuntimeError) as error:
         if isinstance(error, EngineError) and ranks is not None and ranks.lost is None:
             print(error, file=rank_0, flush=True)
-        sys.exit(1)  # rank 0 tells what is wrong, unless it has ended
+        code = 1  # rank 0 tells what is wrong, unless it has ended
+    os._exit(code)  # gloo's threads may still run; see Ranks.leave
 
 
 def _end_with_input() -> None:

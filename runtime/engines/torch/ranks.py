@@ -190,9 +190,10 @@ class Ranks:
                 process.wait()
 
     def leave(self) -> None:
-        """Say no more to the others."""
+        """Say no more to the others. As Python ends, a thread of gloo that still frees a tensor aborts the process."""
         with contextlib.suppress(RuntimeError):
             self._distributed.destroy_process_group()
+        del self._words  # its threads end with it
 
 
 def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | None) -> Ranks | None:
