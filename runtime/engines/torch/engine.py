@@ -152,11 +152,6 @@ class TorchEngine:
         assert self.ranks is not None
         self.forwards.obey(self.ranks)
 
-    def close(self) -> None:
-        """End the other ranks; one rank has nothing to do."""
-        if self.ranks is not None:
-            self.ranks.close()
-
 
 def _graph_shapes(info: EngineInfo, ahead: bool) -> list[FlatShape]:
     """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
