@@ -180,6 +180,34 @@ os._exit(0)
     assert (ended.returncode, ended.stderr) == (0, "")  # the other's standard error is the same
 
 
+def test_ranks_that_are_interrupted_while_they_meet_do_not_meet_as_python_ends(tmp_path: Path) -> None:
+    ending = str(tmp_path / "ending")
+    other = f"""
+import os, pathlib, time
+import torch
+from nemodiff.runtime.engines.torch import ranks
+while not os.path.exists({ending!r}):
+    time.sleep(0.01)
+ranks.Ranks(pathlib.Path("engine"), 2, False, None)
+"""
+    program = f"""
+import os, pathlib, signal, sys, time
+from nemodiff.runtime.engines.torch import ranks
+
+class Slow:
+    def __del__(self, mkdir=os.mkdir, sleep=time.sleep):
+        mkdir({ending!r})
+        sleep(1)
+
+slow = Slow()
+signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))
+signal.setitimer(signal.ITIMER_REAL, 4)
+ranks.Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {other!r}])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def test_a_process_has_no_thread_of_gloo_once_it_has_left(tmp_path: Path) -> None:
     program = """
 import os, pathlib, time

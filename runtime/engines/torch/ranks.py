@@ -108,7 +108,13 @@ class Ranks:
         thread = threading.Thread(target=meeting, daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(_GLANCE)
+            try:
+                thread.join(_GLANCE)
+            except BaseException:  # did the others come while Python ends, the thread would abort the process
+                for process in self._started:
+                    process.kill()
+                thread.join(_GLANCE)
+                raise
             if thread.is_alive() and (ended := self._ended()):
                 raise RuntimeError(ended)
         if failed:
