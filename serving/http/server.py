@@ -16,7 +16,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
@@ -61,8 +60,7 @@ def signals_heard() -> Iterator[None]:
     """Hear signals before the server does; the first process of a container gets none that it has no handler for."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        sys.exit(128 + number)
+        os._exit(128 + number)  # an exception in the midst of importing torch would abort the process
 
     handlers = {signal.SIGTERM: end, signal.SIGUSR1: lambda number, frame: write_state(loading_state())}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
