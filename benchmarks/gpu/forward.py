@@ -18,9 +18,10 @@ from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.loading import LoadedEngine
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
-VARIANTS = ("graphs", "pdl", "eager", "without kernels", "one prediction", "with logits")
+EARLY = ("graphs", "pdl")
+OTHERS = ("eager", "without kernels", "one prediction", "with logits")
 WARM = 3  # forwards until a shape is warm: eager, captured, replayed
-LOADED = ("adapter", *gpu_models.KINDS)  # with other weights
+LOADED = (*gpu_models.KINDS, "adapter")  # with other weights
 
 
 class Passes:
@@ -139,12 +140,14 @@ def cells(config: RunConfig, shape: str, rows: tuple[int, ...]) -> Iterator[Cell
                 yield Cell("forward", shape, key, work.memory(count, context, size), estimate, measure)
 
 
-def variant_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Ways to run one engine: kernels that begin early, eager, plain torch, other predictions, logits."""
+def variant_cells(config: RunConfig, shape: str, variants: tuple[str, ...]) -> Iterator[Cell]:
+    """Ways to run one engine, some in a short context too: kernels that begin early, eager, plain torch, logits."""
     short, middle = config.scale.contexts[:2]
-    for variant, context in (("graphs", short), ("pdl", short), *((v, middle) for v in VARIANTS)):
-        slow = 3.0 if variant in ("eager", "without kernels", "with logits", "pdl") else 1.0
-        yield _variant_cell(config, shape, variant, context, slow)
+    for context in (short, middle):
+        for variant in variants:
+            if context == middle or variant in EARLY:
+                slow = 1.0 if variant in ("graphs", "one prediction") else 3.0
+                yield _variant_cell(config, shape, variant, context, slow)
 
 
 def loaded_cells(config: RunConfig, shape: str) -> Iterator[Cell]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from gpu import models as gpu_models
@@ -17,7 +17,7 @@ from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, KV_BITS, OPS
-from nemodiff.plugins.op import Arg, Op, ceil_div, run
+from nemodiff.plugins.op import Arg, Op, ceil_div, run, stage_op
 from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention
 
 
@@ -47,7 +47,7 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "E": model.hidden_size,
         "K": model.hidden_size,
         "W": widths(op, model, heads, paged_attention.items(letters, ceil_div)),
-        **(low_bits(model) if op.name.endswith("Linear") else {}),
+        **(low_bits(model) if "Linear" in op.name else {}),
     }
 
 
@@ -139,31 +139,37 @@ def measured(
 
 # Of a step in the engine's dtype, and the commit rule's scans, also of an engine of the graph.
 MAIN = ("PagedAttention", "PagedRopeWrite", "ResidualNorm", "SwiGLU", "FlatHeadScan16", "FlatHeadScan64")
-MAIN += ("FlatSampledScan", "ConfidenceCommitScan", "SampledCommitScan")
-EVERY = (*OPS, confidence_commit.SAMPLED, *FUSED)
+MAIN += ("FlatSampledScan", "ConfidenceCommitScan", "SampledCommitScan", "ConfidenceCommit", "SampledCommit")
 
 
-def name_of(op: Op) -> str:
-    """Of an op in the report; those of several stages are measured as a whole and named after the first."""
-    return op.name if reads_context(op) else op.stages[0].name
+def _every() -> dict[str, Op]:
+    """What is measured, by its name in the report: attention as a whole, of other ops the first stage, which scans."""
+    found = {}
+    for op in (*OPS, confidence_commit.SAMPLED, *FUSED):
+        whole = reads_context(op) or len(op.stages) == 1
+        found[op.name if reads_context(op) else op.stages[0].name] = op if whole else stage_op(op, op.stages[0])
+    return found | {op.name: op for op in (confidence_commit.OP, confidence_commit.SAMPLED)}  # with the rule
+
+
+EVERY = _every()
 
 
 def main_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """What a step in the engine's dtype consists of, and what has a goal."""
-    yield from op_cells(config, shape, [op for op in EVERY if name_of(op) in MAIN])
+    yield from op_cells(config, shape, MAIN)
     yield from gpu_products.linear_cells(config, shape, ("linear",))
 
 
 def other_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
     """The other ops of the torch engine and those of the graph; products in 8 bits."""
-    yield from op_cells(config, shape, [op for op in EVERY if name_of(op) not in MAIN])
+    yield from op_cells(config, shape, [name for name in EVERY if name not in MAIN])
     yield from gpu_products.linear_cells(config, shape, ("e4m3 linear",))
 
 
-def op_cells(config: RunConfig, shape: str, ops: list[Op]) -> Iterator[Cell]:
+def op_cells(config: RunConfig, shape: str, names: Iterable[str]) -> Iterator[Cell]:
     """Some ops at the sizes of a decode pass and of blocks."""
     model, scale = gpu_models.work(shape, config.dtype).model, config.scale
-    for op in ops:
+    for name, op in ((name, EVERY[name]) for name in names):
         contexts = scale.kernel_contexts if reads_context(op) else scale.kernel_contexts[:1]
         for context, tokens in itertools.product(contexts, scale.kernel_sizes):
             letters = sizes(op, model, tokens, context)
@@ -175,4 +181,4 @@ def op_cells(config: RunConfig, shape: str, ops: list[Op]) -> Iterator[Cell]:
             where = f" context {context}" if reads_context(op) else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
             nbytes = sum(map(math.prod, known)) * ITEMSIZE[config.dtype]
-            yield Cell("kernels", shape, f"{name_of(op)}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.0, measure)
+            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.0, measure)

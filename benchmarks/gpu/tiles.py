@@ -14,7 +14,6 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 from gpu import models as gpu_models
@@ -25,30 +24,21 @@ from nemodiff.errors import first_line
 from nemodiff.plugins.ops import paged_attention
 
 OPTIONS = ("num_warps", "num_stages")  # of the stage; "programs" is of each multiprocessor, the others are the module's
-LARGE = {"LARGE_M": 128, "LARGE_MERGE": (16, 16), "num_warps": 8}
-VARIANTS: dict[str, dict[str, Any]] = {
+LARGE = {"LARGE_M": 128, "num_warps": 8}
+VARIANTS: dict[str, dict[str, int]] = {
     "as it is": {},
     "3 programs": {"programs": 3},
     "4 programs": {"programs": 4},
-    "2 stages": {"num_stages": 2},
     "4 stages": {"num_stages": 4},
     "shares of 2 pages": {"LEAST": 2},
     "shares of 4 pages": {"LEAST": 4},
-    "shares of 8 pages": {"LEAST": 8},
-    "shares of 16 pages": {"LEAST": 16},
     "small tiles up to 64 pages": {"SHORT": 64},
-    "small tiles up to 64 pages, shares of 8": {"SHORT": 64, "LEAST": 8},
-    "small merges of 8 rows": {"SMALL_MERGE": (8, 16)},
-    "small merges of 16 rows": {"SMALL_MERGE": (16, 8)},
-    "large merges of 8 rows": {"LARGE_MERGE": (8, 16)},
-    "large merges of 4 rows": {"LARGE_MERGE": (4, 32)},
+    "large shares of twice the pages": {"LARGE_PAGES": 2},
     "large tiles of 64 slots": {"LARGE_N": 64},
     "large tiles of 64 slots, 2 stages": {"LARGE_N": 64, "num_stages": 2},
-    "large tiles of 64 slots, 3 programs": {"LARGE_N": 64, "programs": 3},
-    "large tiles of 64 slots, 4 programs": {"LARGE_N": 64, "programs": 4},
-    "large tiles of 128 rows, 64 slots, 8 warps": {**LARGE, "LARGE_N": 64},
+    "large tiles of 64 slots, shares of twice the pages": {"LARGE_N": 64, "LARGE_PAGES": 2},
     "large tiles of 128 rows, 8 warps": LARGE,
-    "large tiles of 128 rows, 8 warps, 4 programs": {**LARGE, "programs": 4},
+    "large tiles of 128 rows, 64 slots, 8 warps": {**LARGE, "LARGE_N": 64},
 }
 
 

@@ -49,7 +49,7 @@ def _whole(place, in_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def _attend(
     q, k_pages, v_pages, k_scales, v_scales, table, visible, begins, part, stats, y,
-    first, tokens, full, prefix, shift, at, until, share, shares, parts,
+    item, first, tokens, full, at, until,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICE: tl.constexpr, PART_M: tl.constexpr,
     CACHE: tl.constexpr,
@@ -102,7 +102,10 @@ def _attend(
             gains = tl.load(v_scales + row + n) * lift
         highest, total, sum_v = weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
 
-    # The prefixes' ends and the spans.
+    # The prefixes' ends and the spans. What is left of the item is read where it is needed, as registers are short; it
+    # has been in the first-level cache since its first fields were read.
+    prefix = tl.load(item + PREFIX)
+    shift = tl.load(item + SHIFT)
     seen = visible + token * 3
     prefix_end = tl.load(seen, mask=real, other=0)
     begin = tl.load(seen + 1, mask=real, other=0)
@@ -135,12 +138,18 @@ def _attend(
     if CACHE == 1:
         sum_v *= 1.0 / lift
 
+    if CACHE:  # read and worked out anew, rather than kept in registers through the loops
+        first = tl.load(item + FIRST, volatile=True)
+        tokens = tl.load(item + TOKENS, volatile=True)
+        real = m // group < tokens
+    shares = tl.load(item + SHARES)
     if shares == 1:
         of_query = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
         out = sum_v * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         tl.store(y + of_query[:, None] + d[None, :], out.to(y.dtype.element_ty), mask=real[:, None] & in_head[None, :])
     else:
-        place = (parts + share).to(tl.int64) * PART_M + m
+        parts = tl.load(item + PART) * G + kv_head * shares
+        place = (parts + tl.load(item + SHARE)).to(tl.int64) * PART_M + m
         tl.store(stats + place * 2, highest, mask=real)
         tl.store(stats + place * 2 + 1, total, mask=real)
         tl.store(part + place[:, None] * D + d[None, :], sum_v, mask=real[:, None] & in_head[None, :])
@@ -154,40 +163,34 @@ def _attend_item(
     MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """One program per item and key/value head."""
-    kv_head = tl.program_id(1)
-    # Every field at once: a second wait for memory would cost as much as a page.
+    # At once: another wait for memory would cost a share of a page's time.
     item = items + tl.program_id(0) * FIELDS
     first = tl.load(item + FIRST)
     tokens = tl.load(item + TOKENS)
     table = page_table + tl.load(item + ROW) * M
     small = tl.load(item + SMALL)
     full = tl.load(item + FULL)
-    prefix = tl.load(item + PREFIX)
-    shift = tl.load(item + SHIFT)
     at = tl.load(item + AT)
     until = tl.load(item + UNTIL)
-    share = tl.load(item + SHARE)
-    shares = tl.load(item + SHARES)
-    parts = tl.load(item + PART) * G + kv_head * shares
     if tokens == 0:
         return
     if MOST_M < LARGE_M:
         for begins in range(0, tokens * (H // G), MOST_M):
             _attend(
                 q, k_pages, v_pages, k_scales, v_scales, table, visible, begins, part, stats, y,
-                first, tokens, full, prefix, shift, at, until, share, shares, parts,
+                item, first, tokens, full, at, until,
                 H, G, D, SCALE, PAGE, MOST_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, CACHE,
             )  # fmt: skip
     elif small == 1:
         _attend(
             q, k_pages, v_pages, k_scales, v_scales, table, visible, 0, part, stats, y,
-            first, tokens, full, prefix, shift, at, until, share, shares, parts,
+            item, first, tokens, full, at, until,
             H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
     else:
         _attend(
             q, k_pages, v_pages, k_scales, v_scales, table, visible, 0, part, stats, y,
-            first, tokens, full, prefix, shift, at, until, share, shares, parts,
+            item, first, tokens, full, at, until,
             H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
 

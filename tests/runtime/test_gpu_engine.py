@@ -99,6 +99,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(nemodiff.load(ours, device="cuda"), reference(checkpoint, folder / "plain"))
 
 
+# Blocks of a length that is stated, since its default differs between a GPU and a CPU.
+SAMPLED = {"mode": "linear_spec", "temperature": 0.8, "seed": 3, "block_length": 32}
+
+
 def test_torch_passes_equal_the_cpu(pair: Pair) -> None:
     """Ragged, causal, bidirectional, two intervals, gated, past the first slots; eager, captured, replayed."""
     for _ in range(3):
@@ -107,7 +111,7 @@ def test_torch_passes_equal_the_cpu(pair: Pair) -> None:
     assert torch_backend(pair.ours).eager_shapes == {}
 
 
-@pytest.mark.parametrize("case", [*CASES, {"mode": "linear_spec", "temperature": 0.8, "seed": 3}], ids=str)
+@pytest.mark.parametrize("case", [*CASES, SAMPLED], ids=str)
 def test_torch_modes_equal_the_cpu(pair: Pair, case: dict[str, Any]) -> None:
     """Tokens, text, passes by kind, acceptance: all but times."""
     for prompt in [*QUESTIONS, PROMPT]:
@@ -164,11 +168,17 @@ def test_batches_equal_single_requests(engine: LoadedEngine) -> None:
 
 def test_a_replay_equals_an_eager_run(engine: LoadedEngine) -> None:
     captured = engine.backend
-    assert isinstance(captured, TensorRTEngine | TorchEngine)
-    eager = type(captured)(engine.folder, engine.info, 0, graphs=False)
+    eager: TensorRTEngine | TorchEngine
+    if isinstance(captured, TorchEngine):  # the first run of a shape is eager; without graphs it would not be rounded
+        eager = TorchEngine(engine.folder, engine.info, captured.device, pages=64)
+    else:
+        assert isinstance(captured, TensorRTEngine)
+        eager = TensorRTEngine(engine.folder, engine.info, 0, graphs=False)
     a = captured.open(2)
     b = eager.open(2)
     for step in range(9):
+        if isinstance(eager, TorchEngine):
+            eager.steps.forget()
         passes = [
             causal("verify", PROMPT[: 6 + step % 3], 3 * step, predict_all=True),
             causal("decode", [300], step),
@@ -177,6 +187,7 @@ def test_a_replay_equals_an_eager_run(engine: LoadedEngine) -> None:
             np.testing.assert_array_equal(x.token, y.token)
             np.testing.assert_array_equal(x.confidence, y.confidence)
     assert captured.captured > 0
+    assert eager.captured == 0
     assert captured.eager_shapes == {}
 
 
@@ -187,14 +198,14 @@ def torch_only(engine: LoadedEngine) -> TorchEngine:
 
 
 def test_a_later_process_compiles_nothing(engine: LoadedEngine) -> None:
-    """What the first load has compiled lies in the engine folder."""
+    """What a first load has compiled lies in the engine folder; this process has some kernels of others in memory."""
     torch_only(engine)
-    assert any((engine.folder / COMPILED_FOLDER).iterdir())
     program = "import sys, nemodiff; print(nemodiff.load(sys.argv[1], device='cuda').backend.compiled)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run(
-        [sys.executable, "-c", program, engine.folder], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program, engine.folder]
+    for _ in range(2):
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert any((engine.folder / COMPILED_FOLDER).iterdir())
     assert child.stdout.split() == ["0"]
 
 
@@ -310,8 +321,8 @@ def test_caches_share_memory_with_their_outputs(engine: LoadedEngine) -> None:
 
 
 def test_memory_is_flat_over_a_thousand_requests(engine: LoadedEngine) -> None:
-    def free() -> int:
-        return engine.backend.device.memory()[0] if isinstance(engine.backend, TorchEngine) else Device().memory()[0]
+    def taken() -> int:  # torch's own count, where it has one: other tests may use the card
+        return torch.cuda.memory_reserved() if isinstance(engine.backend, TorchEngine) else -Device().memory()[0]
 
     def ask(number: int) -> list[int]:
         mode = nemodiff.MODES[number % 3]
@@ -319,7 +330,7 @@ def test_memory_is_flat_over_a_thousand_requests(engine: LoadedEngine) -> None:
 
     expected = [ask(n) for n in range(9)]
     assert [ask(n) for n in range(9)] == expected
-    before = free()
+    before = taken()
     for number in range(1000):
         assert ask(number) == expected[number % 9]
-    assert before - free() < 2**21  # one page of the driver's allocator
+    assert taken() - before < 2**21  # one page of the driver's allocator

@@ -28,7 +28,7 @@ from nemodiff.runtime.engines.torch.flat import FlatShape, rounded_shape
 
 pytestmark = pytest.mark.torch
 FIRST = ["Rotation", "AttentionPlan", "EmbeddingNorm"]
-HEADS = ["linear", "PagedRopeWrite", "PagedAttention", "linear"]
+HEADS = ["linear", "PagedRopeWrite", "PagedAttention", "AttentionMerge", "linear"]
 REST = ["ResidualNorm", "linear", "SwiGLU", "linear", "ResidualNorm"]
 CHOICE = ["FlatHeadScan16", "HeadReduce", "FlatCommitRule"]
 AR = FlatShape(1, 1)

@@ -57,10 +57,18 @@ def of_f32(op: Op) -> Op:
 
 
 def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray) -> list[np.ndarray]:
-    """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN.
+    """Run an op's kernels, with `compute` inputs rounded to `dtype` first; outputs start as NaN."""
+    return [as_array(output) for output in launch_tensors(op, model, dtype, **inputs)[0]]
 
-    An op without outputs gives its inputs as they are afterwards.
-    """
+
+def as_array(tensor: Any) -> np.ndarray:
+    """A tensor on the host, in f32 or as integers."""
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+    return array
+
+
+def launch_tensors(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The same: an op's outputs as tensors, and its inputs as they are afterwards; tensors among them are taken so."""
 
     def torch_type(arg: Arg) -> Any:
         return TYPES[{"compute": dtype, "logits": "f32"}.get(arg.dtype, arg.dtype)]
@@ -70,12 +78,11 @@ def launch(op: Op, model: ModelConfig, dtype: str = "f32", **inputs: np.ndarray)
         return torch.full(shape, float("nan") if kind.is_floating_point else -7, dtype=kind, device=DEVICE)
 
     tensors = {
-        arg.name: torch.from_numpy(inputs[arg.name]).to(torch_type(arg)).to(DEVICE).contiguous()
+        arg.name: torch.as_tensor(inputs[arg.name]).to(torch_type(arg)).to(DEVICE).contiguous()
         for arg in op.inputs
         if arg.name in inputs
     }
-    outputs = run(op, model, tensors, new) or tensors.values()
-    return [(t.float() if t.is_floating_point() else t).cpu().numpy() for t in outputs]
+    return run(op, model, tensors, new), tensors
 
 
 def launch_head(
@@ -86,12 +93,12 @@ def launch_head(
     `small` takes the tiles of f32.
     """
     op = head_commit.flat_op(tile, int8)
-    part, best = launch(of_f32(op) if small else op, model, dtype, **inputs)
+    (part, best), given = launch_tensors(of_f32(op) if small else op, model, dtype, **inputs)
     found = {"part": part, "best": best}
     if "temperature" in inputs:
-        *_, part, best = launch(flat_commit.SAMPLED, model, logits=inputs["kept"], **found, **inputs)
-        found = {"part": part, "best": best}
-    return launch(flat_commit.OP, model, **found, **inputs)
+        _, found = launch_tensors(flat_commit.SAMPLED, model, **inputs, **found, logits=given["kept"])
+        found = {name: found[name] for name in ("part", "best")}
+    return [as_array(output) for output in launch_tensors(flat_commit.OP, model, **found, **inputs)[0]]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

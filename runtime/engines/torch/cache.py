@@ -63,8 +63,12 @@ class TorchCache:
 
     def reserve(self, row: int, begin: int, end: int) -> bool:
         """See `engine.PagedCache.reserve`."""
-        with self._lock, self._device.use(self._folder):
-            return self._memory.reserve(self.rows[row], begin, end)
+        with self._lock:
+            copies = self._memory.pages.reserve(self.rows[row], begin, end)
+            if copies:
+                with self._device.use(self._folder):
+                    self._memory.copy(copies)
+        return copies is not None
 
     def share(self, source: int, target: int, slots: int) -> int:
         """See `engine.PagedCache.share`."""

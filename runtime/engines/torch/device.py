@@ -104,18 +104,24 @@ class TorchDevice:
 
     @contextlib.contextmanager
     def use(self, folder: Path) -> Iterator[None]:
-        """Compute here, without gradients, in one stream.
+        """Compute here, without gradients, in one stream; errors as in `watched`."""
+        torch = self._torch
+        with self.watched(folder), torch.inference_mode():
+            if not self.is_gpu:
+                yield
+                return
+            with torch.cuda.device(self.name), torch.cuda.stream(self._stream):
+                yield
+
+    @contextlib.contextmanager
+    def watched(self, folder: Path) -> Iterator[None]:
+        """Wait for what computes here, which needs no more than this.
 
         Raises EngineError where memory is short, or where an error has broken the GPU for this process.
         """
         torch = self._torch
         try:
-            with torch.inference_mode():
-                if not self.is_gpu:
-                    yield
-                    return
-                with torch.cuda.device(self.name), torch.cuda.stream(self._stream):
-                    yield
+            yield
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[1:2] or [str(error)]
             raise EngineError(

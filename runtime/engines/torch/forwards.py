@@ -40,19 +40,21 @@ class Forwards:
 
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TorchFlight:
         """Start a forward over rows of the page table, after the one before has ended."""
-        with self.lock, self.device.use(self.folder):
+        with self.lock:
             self.settle()
-            return self._launched(flat_shape(passes), passes, rows, ())
+            with self.device.use(self.folder):
+                return self._launched(flat_shape(passes), passes, rows, ())
 
     def follow(
         self, flight: TorchFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
     ) -> TorchFlight | None:
         """See `engine.PagedCache.follow`."""
-        with self.lock, self.device.use(self.folder):
+        with self.lock:
             if not self.ahead or self._flights[-1:] != [flight] or flight.shape.predicted > self.steps.most_fed:
                 return None
             self.settle(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
-            return self._launched(flat_shape(passes, fed=2 if flight.shape.fed == 1 else 1), passes, rows, fed)
+            with self.device.use(self.folder):
+                return self._launched(flat_shape(passes, fed=2 if flight.shape.fed == 1 else 1), passes, rows, fed)
 
     def _launched(
         self, shape: FlatShape, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
@@ -141,9 +143,10 @@ class TorchFlight:
             return
         owner.landing(self)
         try:
-            with owner.device.use(owner.folder):
-                if self._start is not None:
+            if self._start is not None:
+                with owner.device.use(owner.folder):
                     self._start()
+            with owner.device.watched(owner.folder):
                 owner.device.wait(self._mark)
             ended = time.perf_counter()
             self.seconds = ended - max(self._began, owner.ended)  # the device was busy before

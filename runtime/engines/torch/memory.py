@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,12 +53,10 @@ class Memory:
         self._news: list[Change] = []
         self._recording = False
 
-    def reserve(self, row: int, begin: int, end: int) -> bool:
-        """See `engine.PagedCache.reserve`; pages that are shared are copied in the stream's order."""
-        copies = self.pages.reserve(row, begin, end)
-        for copy in copies or ():
+    def copy(self, copies: Iterable[Change]) -> None:
+        """Copy pages that a row is about to write to and others hold, in the stream's order."""
+        for copy in copies:
             self._apply(copy)
-        return copies is not None
 
     def show_table(self) -> None:
         """Bring the rows of the page table that have changed to the device."""
