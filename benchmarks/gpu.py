@@ -61,19 +61,22 @@ SAVE_SECONDS = 5.0  # between two writes of the report
 def cells(config: RunConfig) -> Iterator[Cell]:
     """Everything there is to measure, the most important first: a size at a time, many rows and other peers later."""
     few, many = config.scale.rows[:1], config.scale.rows[1:]
+    *crowds, most = config.scale.requests
     for shape in config.shapes[:1]:
         yield from gpu_first.cells(config, shape)  # what follows up to the requests runs over its graphs
         yield from gpu_forward.cells(config, shape, few)
         yield from gpu_modes.decode_cells(config, shape)
-        yield from gpu_serve.cells(config, shape)
+        yield from gpu_serve.cells(config, shape, tuple(crowds))
         yield from gpu_kernels.main_cells(config, shape)
         yield from gpu_products.narrow_cells(config, shape)
         yield from gpu_profile.cells(config, shape)
         yield from gpu_forward.variant_cells(config, shape, gpu_forward.EARLY)
-        yield from itertools.islice(gpu_peers.cells(config, shape), 1)
-        yield from gpu_forward.loaded_cells(config, shape)
+        yield from itertools.islice(gpu_forward.loaded_cells(config, shape), 1)
         yield from gpu_modes.fp8_cells(config, shape)
+        yield from itertools.islice(gpu_peers.cells(config, shape), 1)
         yield from gpu_modes.answer_cells(config)
+        yield from gpu_serve.cells(config, shape, (most,))
+        yield from itertools.islice(gpu_forward.loaded_cells(config, shape), 1, None)
         yield from gpu_tiles.cells(config, shape)
         yield from gpu_forward.variant_cells(config, shape, gpu_forward.OTHERS)
         yield from gpu_kernels.other_cells(config, shape)
@@ -88,7 +91,7 @@ def cells(config: RunConfig) -> Iterator[Cell]:
         yield from gpu_forward.loaded_cells(config, shape)
     for shape in config.shapes[1:]:
         yield from gpu_forward.cells(config, shape, many)
-        yield from gpu_serve.cells(config, shape)
+        yield from gpu_serve.cells(config, shape, config.scale.requests)
         yield from gpu_kernels.other_cells(config, shape)
         yield from gpu_peers.cells(config, shape)
     yield from gpu_tensorrt.cells(config)

@@ -21,7 +21,11 @@ from nemodiff.runtime.loading import LoadedEngine
 EARLY = ("graphs", "pdl")
 OTHERS = ("eager", "without kernels", "one prediction", "with logits")
 WARM = 3  # forwards until a shape is warm: eager, captured, replayed
-LOADED = (*gpu_models.KINDS, "adapter")  # with other weights
+LOADED = (
+    "fp8",
+    *(kind for kind in gpu_models.KINDS if kind != "fp8"),
+    "adapter",
+)  # with other weights, those that have a goal first
 
 
 class Passes:
@@ -135,7 +139,7 @@ def cells(config: RunConfig, shape: str, rows: tuple[int, ...]) -> Iterator[Cell
                     return measured(lab, config, shape, count, context, size)
 
                 one = seconds(work, count, context, size)
-                estimate = 0.7 + 8 * one
+                estimate = 0.3 + 8 * one
                 key = f"rows {count} context {context} tokens {size}"
                 yield Cell("forward", shape, key, work.memory(count, context, size), estimate, measure)
 

@@ -181,4 +181,4 @@ def op_cells(config: RunConfig, shape: str, names: Iterable[str]) -> Iterator[Ce
             where = f" context {context}" if reads_context(op) else ""
             known = [arg.sizes(letters, ceil_div) for arg in op.inputs]
             nbytes = sum(map(math.prod, known)) * ITEMSIZE[config.dtype]
-            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 1.0, measure)
+            yield Cell("kernels", shape, f"{name}{where} tokens {tokens}", 2 * nbytes + 2**29, 0.5, measure)

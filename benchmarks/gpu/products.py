@@ -204,7 +204,7 @@ def linear_cells(config: RunConfig, shape: str, ways: Iterable[str]) -> Iterator
                 return measured(lab, how, sizes, config.dtype, tokens)
 
             nbytes = 8 * sizes[0] * sizes[1] * ITEMSIZE[config.dtype]
-            yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.7, measure)
+            yield Cell("kernels", shape, f"{how} {name} tokens {tokens}", nbytes, 0.3, measure)
 
 
 def narrow_cells(config: RunConfig, shape: str) -> Iterator[Cell]:

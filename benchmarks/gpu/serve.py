@@ -117,10 +117,10 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, count: int) -> F
     }
 
 
-def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Every way at every number of requests, a single one first."""
+def cells(config: RunConfig, shape: str, requests: tuple[int, ...]) -> Iterator[Cell]:
+    """Every way at some numbers of requests."""
     work, scale = gpu_models.work(shape, config.dtype), config.scale
-    for count in scale.requests:
+    for count in requests:
         for way in WAYS:
             if count == 1 and way == "mix":
                 continue
