@@ -17,7 +17,7 @@ from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
-from nemodiff.plugins.op import Arg, run
+from nemodiff.plugins.op import Arg, Op, run
 from nemodiff.plugins.ops import low_bit_linear, split_linear, token_quantise
 
 Product = Callable[[Any, Any], Any]  # x (N, in) and a matrix as `_matrix` makes it -> (N, out)
@@ -74,8 +74,8 @@ def in_batches(lab: Lab) -> Product:
     return product
 
 
-def in_shares(lab: Lab) -> Product:
-    """`SplitLinear`, with one set of counters for all matrices, since they run one after the other."""
+def in_shares(lab: Lab, varied: Callable[[Op], Op] = lambda op: op) -> Product:
+    """`SplitLinear`, or what `varied` makes of it, with one set of counters for all matrices, which run in turn."""
     torch = lab.card.torch
     model = gpu_models.work("tiny", "bf16").model  # for constants, of which the op has none
     counters: dict[Any, Any] = {}
@@ -89,7 +89,7 @@ def in_shares(lab: Lab) -> Product:
             return torch.empty(shape, dtype=torch.float32 if arg.dtype == "f32" else x.dtype, device=x.device)
 
         op = split_linear.op(next((tile for tile in split_linear.TILES if len(x) <= tile), split_linear.TILES[-1]))
-        return run(op, model, {"x": x, "weight": matrix, "counters": counters[sizes]}, new)[0]
+        return run(varied(op), model, {"x": x, "weight": matrix, "counters": counters[sizes]}, new)[0]
 
     return product
 
@@ -131,17 +131,25 @@ def _matrix(lab: Lab, how: str, out: int, size_in: int, dtype: str) -> Any:
     return torch.empty(out, size_in, dtype=types(torch)[dtype], device=device).normal_()
 
 
+def microseconds(
+    lab: Lab, product: Product, sizes: tuple[int, int], dtype: str, tokens: int, how: str = "linear"
+) -> float:
+    """Of a product of some tokens with a matrix of some sizes, (out, in), as one of WAYS has it."""
+    out, size_in = sizes
+    with lab.card.use(gpu_models.CARRIED):
+        x = lab.card.torch.empty(tokens, size_in, dtype=types(lab.card.torch)[dtype], device=lab.card.name).normal_()
+        count = lab.card.sets(out * size_in * ITEMSIZE[dtype])
+        matrices = [_matrix(lab, how, out, size_in, dtype) for _ in range(count)]
+    return 1e6 * lab.card.per_launch([lambda m=m: product(x, m) for m in matrices])
+
+
 def measured(lab: Lab, how: str, sizes: tuple[int, int], dtype: str, tokens: int) -> Figures:
     """One of WAYS with a matrix of some sizes, (out, in)."""
     out, size_in = sizes
     item = ITEMSIZE[dtype]
     nbytes = out * size_in * (1 if how == "e4m3 linear" else item) + tokens * (out + size_in) * item
-    product, torch = WAYS[how](lab), lab.card.torch
-    with lab.card.use(gpu_models.CARRIED):
-        x = torch.empty(tokens, size_in, dtype=types(torch)[dtype], device=lab.card.name).normal_()
-        matrices = [_matrix(lab, how, out, size_in, dtype) for _ in range(lab.card.sets(nbytes))]
-    seconds = lab.card.per_launch([lambda m=m: product(x, m) for m in matrices])
-    figures = {"us": seconds * 1e6, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, seconds)}
+    us = microseconds(lab, WAYS[how](lab), sizes, dtype, tokens, how)
+    figures = {"us": us, "bytes": nbytes, "to_copy_ceiling": lab.to_copy_ceiling(nbytes, us / 1e6)}
     return {"op": how, "stages": [f"{how}, {out} x {size_in}"], **figures, "tokens": tokens, "context": None}
 
 

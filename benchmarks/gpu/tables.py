@@ -41,8 +41,8 @@ def tables(figures: Callable[..., list[Figures]]) -> Iterator[tuple[str, list[st
         for r in figures("profile")
         for one in [*r["kernels"][:SHOWN], {"name": "all", "us": r["us"], "launches": r["launches"]}]
     ]  # fmt: skip
-    yield "Attention with other tiles, us", ["shape", "context", "tokens", "us", "winner"], [
-        [r["shape"], str(r["context"]), str(r["tokens"]),
+    yield "Kernels with other tiles, us", ["shape", "kernel", "context", "tokens", "us", "winner"], [
+        [r["shape"], r.get("kernel", "PagedAttention"), str(r["context"]), str(r["tokens"]),
          "; ".join(f"{name}: {us:.2f}" for name, us in r["variants"].items()), r["winner"]]
         for r in figures("tiles")
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""Measure attention with other sizes of its tiles than it has, each beside them: what to choose for a card.
+"""Measure kernels with other sizes of their tiles than they have, each beside them: what to choose for a card.
 
-What a variant names is set on `plugins/ops/paged_attention.py` while it is measured, or on its stage, so a winner is
+What a variant names is set on the modules of the ops while it is measured, or on the kernel's stage, so a winner is
 adopted by writing its numbers there.
 """
 
@@ -14,18 +14,21 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from unittest import mock
 
 from gpu import models as gpu_models
+from gpu import products as gpu_products
+from gpu.kernels import EVERY, sizes
 from gpu.kernels import measured as launch
-from gpu.kernels import sizes
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import first_line
-from nemodiff.plugins.ops import paged_attention
+from nemodiff.plugins.op import Op
+from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear
 
-OPTIONS = ("num_warps", "num_stages")  # of the stage; "programs" is of each multiprocessor, the others are the module's
-LARGE = {"LARGE_M": 128, "num_warps": 8}
-VARIANTS: dict[str, dict[str, int]] = {
+Changes = dict[str, int]  # num_warps and num_stages are the stage's, "programs" are of each multiprocessor
+
+ATTENTION: dict[str, Changes] = {
     "as it is": {},
     "3 programs": {"programs": 3},
     "4 programs": {"programs": 4},
@@ -37,31 +40,64 @@ VARIANTS: dict[str, dict[str, int]] = {
     "large tiles of 64 slots": {"LARGE_N": 64},
     "large tiles of 64 slots, 2 stages": {"LARGE_N": 64, "num_stages": 2},
     "large tiles of 64 slots, shares of twice the pages": {"LARGE_N": 64, "LARGE_PAGES": 2},
-    "large tiles of 128 rows, 8 warps": LARGE,
-    "large tiles of 128 rows, 64 slots, 8 warps": {**LARGE, "LARGE_N": 64},
+    "large tiles of 128 rows, 8 warps": {"LARGE_M": 128, "num_warps": 8},
+    "large tiles of 128 rows, 64 slots, 8 warps": {"LARGE_M": 128, "LARGE_N": 64, "num_warps": 8},
+}
+SCAN: dict[str, Changes] = {
+    "as it is": {},
+    "512 entries, 1 warp": {"SHARE": 512, "num_warps": 1},
+    "1024 entries, 1 warp": {"SHARE": 1024, "num_warps": 1},
+    "1024 entries, 2 warps": {"SHARE": 1024, "num_warps": 2},
+    "2048 entries, 2 warps": {"SHARE": 2048, "num_warps": 2},
+}
+SHARES: dict[str, Changes] = {
+    "as it is": {},
+    "64 outputs, 128 inputs": {"BLOCK_F": 64, "BLOCK_K": 128},
+    "64 outputs, 64 inputs, 6 stages": {"BLOCK_F": 64, "BLOCK_K": 64, "num_stages": 6},
+    "128 outputs, 128 inputs, 3 stages": {"BLOCK_F": 128, "BLOCK_K": 128, "num_stages": 3},
+}
+SCANS = ("ConfidenceCommitScan", "SampledCommitScan", "FlatSampledScan")
+_OWNERS: dict[str, tuple[ModuleType, ...]] = {
+    **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "LARGE_M"), (paged_attention,)),
+    "SHARE": (confidence_commit,),
+    **dict.fromkeys(("BLOCK_F", "BLOCK_K"), (low_bit_linear, split_linear)),
 }
 
 
-def _one(lab: Lab, config: RunConfig, shape: str, variant: str, context: int, tokens: int) -> float:
+def variants(kernel: str) -> dict[str, Changes]:
+    """Those of a kernel."""
+    return ATTENTION if kernel == "PagedAttention" else SCAN if kernel in SCANS else SHARES
+
+
+def _one(lab: Lab, config: RunConfig, shape: str, kernel: str, variant: str, context: int, tokens: int) -> float:
     """Microseconds of a launch."""
-    changes = dict(VARIANTS[variant])
+    changes = dict(variants(kernel)[variant])
     programs = changes.pop("programs", 2) * lab.card.programs // 2
-    options = {name: changes.pop(name) for name in OPTIONS if name in changes}
+    options = {name: changes.pop(name) for name in ("num_warps", "num_stages") if name in changes}
+
+    def varied(op: Op) -> Op:
+        first, *others = op.stages
+        return dataclasses.replace(op, stages=(dataclasses.replace(first, **options), *others))
+
     model = gpu_models.work(shape, config.dtype).model
     with contextlib.ExitStack() as changed:
         for name, value in changes.items():
-            changed.enter_context(mock.patch.object(paged_attention, name, value))
-        op = paged_attention.op(None, programs)
-        varied = dataclasses.replace(op, stages=(dataclasses.replace(op.stages[0], **options),))
-        figures = launch(lab, varied, model, config.dtype, sizes(varied, model, tokens, context), programs)
-    return float(figures["us"])
+            for owner in _OWNERS[name]:
+                changed.enter_context(mock.patch.object(owner, name, value))
+        if kernel not in EVERY:
+            product = gpu_products.in_shares(lab, varied)
+            matrix = gpu_products.projections(model)[kernel]
+            return gpu_products.microseconds(lab, product, matrix, config.dtype, tokens)
+        op = varied(paged_attention.op(None, programs) if kernel == "PagedAttention" else EVERY[kernel])
+        return float(launch(lab, op, model, config.dtype, sizes(op, model, tokens, context), programs)["us"])
 
 
-def _compiled(config: RunConfig, shape: str, variant: str) -> None:
+def _compiled(config: RunConfig, shape: str, kernel: str, variant: str, tokens: int) -> None:
     """Compile what a variant needs, in a process of its own; Triton's cache keeps it."""
     from gpu.card import Card
 
-    _one(Lab(Card("cuda"), {"copy_bytes_per_second": 1.0}), config, shape, variant, 512, 1)
+    lab = Lab(Card("cuda"), {"copy_bytes_per_second": 1.0})
+    _one(lab, config, shape, kernel, variant, config.scale.kernel_contexts[0], tokens)
 
 
 @functools.cache
@@ -69,32 +105,50 @@ def compile_all(config: RunConfig, shape: str) -> None:
     """Compile all variants side by side; one that cannot be compiled says so when it is measured."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), context) as pool:
-        concurrent.futures.wait([pool.submit(_compiled, config, shape, variant) for variant in VARIANTS])
+        jobs = {(kernel, tokens) for kernel, _, tokens in _points(config) if kernel != "PagedAttention" or tokens == 1}
+        concurrent.futures.wait(
+            [
+                pool.submit(_compiled, config, shape, kernel, variant, tokens)
+                for kernel, tokens in sorted(jobs)
+                for variant in variants(kernel)
+            ]
+        )
 
 
-def measured(lab: Lab, config: RunConfig, shape: str, context: int, tokens: int) -> Figures:
+def measured(lab: Lab, config: RunConfig, shape: str, kernel: str, context: int, tokens: int) -> Figures:
     """Every variant at one size."""
     if lab.card.is_gpu:
         compile_all(config, shape)
     us: dict[str, float] = {}
     refused: dict[str, str] = {}
-    for variant in VARIANTS:
+    for variant in variants(kernel):
         try:
-            us[variant] = _one(lab, config, shape, variant, context, tokens)
+            us[variant] = _one(lab, config, shape, kernel, variant, context, tokens)
         except Exception as error:
             if not lab.card.answers():
                 raise
             refused[variant] = f"{type(error).__name__}: {first_line(error)[:100]}"
-    winner = min(us, key=lambda name: us[name])
-    return {"context": context, "tokens": tokens, "variants": us, "refused": refused, "winner": winner}
+    about = {"kernel": kernel, "context": context, "tokens": tokens}
+    return {**about, "variants": us, "refused": refused, "winner": min(us, key=lambda name: us[name], default="")}
+
+
+def _points(config: RunConfig) -> Iterator[tuple[str, int, int]]:
+    """Kernels, contexts and tokens."""
+    contexts, tokens = config.scale.kernel_contexts, [size for size in config.scale.kernel_sizes if size <= 32]
+    for context, size in itertools.product(contexts, tokens):
+        yield "PagedAttention", context, size
+    for kernel in SCANS:
+        yield kernel, contexts[0], tokens[-1]
+    for kernel, size in itertools.product(gpu_products.NARROW, {tokens[0], tokens[-1]}):
+        yield kernel, contexts[0], size
 
 
 def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Decode passes and blocks in some contexts."""
-    sizes_of = [size for size in config.scale.kernel_sizes if size <= 32]
-    for context, tokens in itertools.product(config.scale.kernel_contexts, sizes_of):
+    """Attention in some contexts, scans of a block, and products in shares."""
+    for kernel, context, tokens in _points(config):
 
-        def measure(lab: Lab, context: int = context, tokens: int = tokens) -> Figures:
-            return measured(lab, config, shape, context, tokens)
+        def measure(lab: Lab, kernel: str = kernel, context: int = context, tokens: int = tokens) -> Figures:
+            return measured(lab, config, shape, kernel, context, tokens)
 
-        yield Cell("tiles", shape, f"context {context} tokens {tokens}", 2**31, 0.4 * len(VARIANTS), measure)
+        where = f" context {context}" if kernel == "PagedAttention" else ""
+        yield Cell("tiles", shape, f"{kernel}{where} tokens {tokens}", 2**31, 0.2 * len(variants(kernel)), measure)
