@@ -49,30 +49,42 @@ def noise(low, high, position, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def drawn(
-    x, ids, inside, low, high, position, temperature, start, MASK_ID: tl.constexpr, BLOCK: tl.constexpr
+def read(logits, at, start, ids, V: tl.constexpr, MASK_ID: tl.constexpr, BLOCK: tl.constexpr):
+    """Logits of tokens `ids`, start..start + BLOCK - 1, at a position, f32: -1e30 of the mask, -inf past the last."""
+    place = logits + at.to(tl.int64) * V + ids
+    if V % BLOCK == 0:
+        x = tl.load(place).to(tl.float32)
+    else:
+        x = tl.load(place, mask=ids < V, other=float("-inf")).to(tl.float32)
+    return _hide(x, start, ids, MASK_ID, BLOCK)
+
+
+@triton.jit
+def _hide(x, start, ids, MASK_ID: tl.constexpr, BLOCK: tl.constexpr):
+    """x with -1e30 for the mask."""
+    if (start <= MASK_ID) & (start + BLOCK > MASK_ID):
+        x = tl.where(ids == MASK_ID, -1e30, x)
+    return x
+
+
+@triton.jit
+def sample(
+    logits, x, at, start, ids, low, high, position, temperature,
+    V: tl.constexpr, MASK_ID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The scores of logits x (BLOCK,), of which the highest is a sample."""
-    score = x / temperature + noise(low, high, position, start, BLOCK)
-    score = tl.where(ids == MASK_ID, -1e30, score)
-    return tl.where(inside, score, float("-inf"))
-
-
-@triton.jit
-def _first(x, wins, ids, inside, V: tl.constexpr):
-    """The least id that wins, V if none does; or the first id whose logit x is NaN, as -1 minus it."""
-    # One reduction for both: a NaN counts as less than any id, the first one as the least.
-    key = tl.where(x != x, ids - V, tl.where(wins & inside, ids, V))
-    least = tl.min(key, 0)
-    return tl.where(least < 0, -1 - (least + V), least)
-
-
-@triton.jit
-def winner(x, score, ids, inside, V: tl.constexpr):
-    """The highest score, its token, and that one's logit x; the token of a NaN as `_first` gives it."""
+    """The highest of the scores that a sample goes by, its token, and that one's logit; V and 0 where one is NaN."""
+    score = x * (1.0 / temperature) + noise(low, high, position, start, BLOCK)
+    score = _hide(score, start, ids, MASK_ID, BLOCK)
     top = tl.max(score, 0)
-    token = _first(x, score == top, ids, inside, V)
-    return top, token, tl.max(tl.where(ids == token, x, float("-inf")), 0)
+    token = _least(score == top, ids, V)
+    value = tl.load(logits + at.to(tl.int64) * V + token, mask=token < V, other=0.0).to(tl.float32)
+    return top, token, tl.where(token == MASK_ID, -1e30, value)
+
+
+@triton.jit
+def _least(wins, ids, V: tl.constexpr):
+    """The least id that wins, V if none does."""
+    return tl.min(tl.where(wins, ids, V), 0)
 
 
 @triton.jit
@@ -88,24 +100,26 @@ def _scan(
     share = tl.program_id(1)
     start = share * BLOCK
     ids = start + tl.arange(0, BLOCK)
-    inside = ids < V
-    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf")).to(tl.float32)
-    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
+    x = read(logits, at, start, ids, V, MASK_ID, BLOCK)
     highest = tl.max(x, 0)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(exp(x - safe), 0)
+    top = highest
+    value = highest
     if SAMPLED:
-        score = x
         if temperature > 0:
-            score = drawn(x, ids, inside, low, high, position, temperature, start, MASK_ID, BLOCK)
-        top, token, value = winner(x, score, ids, inside, V)
+            top, token, value = sample(
+                logits, x, at, start, ids, low, high, position, temperature, V, MASK_ID, BLOCK
+            )  # fmt: skip
+        else:
+            token = _least(x == highest, ids, V)
     else:
-        top = highest
-        token = _first(x, x == highest, ids, inside, V)
-        value = highest
-    if token < 0:
-        token = -1 - token
-        top = float("nan")
+        token = _least(x == highest, ids, V)
+    if total != total:  # by a NaN, of which the first one counts, or by an infinity
+        broken = _least(x != x, ids, V)
+        if broken < V:
+            token = broken
+            top = float("nan")
     place = at.to(tl.int64) * SPLITS + share
     tl.store(part + place * 4, highest)
     tl.store(part + place * 4 + 1, total)

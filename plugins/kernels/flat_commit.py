@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .confidence_commit import drawn, rule, winner
+from .confidence_commit import read, rule, sample
 from .dependent import follow
 
 
@@ -24,18 +24,17 @@ def flat_sampled_scan(
     if heat <= 0:
         return
     share = tl.program_id(1)
+    place = at.to(tl.int64) * SPLITS + share
+    before = tl.load(part + place * 4 + 2)
     start = share * BLOCK
     ids = start + tl.arange(0, BLOCK)
-    inside = ids < V
-    x = tl.load(logits + at.to(tl.int64) * V + ids, mask=inside, other=float("-inf"))
-    x = tl.where(ids == MASK_ID, tl.where(inside, -1e30, x), x)
+    x = read(logits, at, start, ids, V, MASK_ID, BLOCK)
     low, high, where = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at)
-    score = drawn(x, ids, inside, low, high, where, heat, start, MASK_ID, BLOCK)
-    top, token, value = winner(x, score, ids, inside, V)
-    place = at.to(tl.int64) * SPLITS + share
-    tl.store(part + place * 4 + 2, top, mask=token >= 0)
-    tl.store(part + place * 4 + 3, value, mask=token >= 0)
-    tl.store(best + place, token, mask=token >= 0)
+    top, token, value = sample(logits, x, at, start, ids, low, high, where, heat, V, MASK_ID, BLOCK)
+    sound = before == before
+    tl.store(part + place * 4 + 2, top, mask=sound)
+    tl.store(part + place * 4 + 3, value, mask=sound)
+    tl.store(best + place, token, mask=sound)
 
 
 @triton.jit
