@@ -248,6 +248,28 @@ def test_a_rank_that_dies_before_they_have_met(tiny: Path, dying: str) -> None:
     eventually(lambda: not runs(str(rank)))
 
 
+def test_a_rank_that_dies_as_they_meet_to_say_words() -> None:
+    """Rank 0 waits for it as long as for a word, unless it looks whether it lives."""
+    other = """
+import os, pathlib
+from torch import distributed
+from nemodiff.runtime.engines.torch import ranks
+distributed.new_group = lambda **choices: os._exit(7)
+ranks.Ranks(pathlib.Path("engine"), 2, False, None)
+"""
+    program = f"""
+import pathlib, sys
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.torch.ranks import Ranks
+try:
+    Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {other!r}])
+except EngineError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.stdout == "engine: rank 1 of 2 has ended (exit code 7); start all ranks again\n", ended.stderr
+
+
 @contextlib.contextmanager
 def answering(engine: Path, max_tokens: int) -> Iterator[tuple[Served, http.client.HTTPResponse, int]]:
     """A server of two ranks whose stream has begun, the stream, of which a line has been read, and its other rank."""

@@ -73,10 +73,7 @@ class Ranks:
                 )
         self.rank = int(os.environ["RANK"])
         with self.watched():
-            self._alive(
-                lambda: distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
-            )
-            self._words = distributed.new_group(backend="gloo", timeout=_SILENCE)
+            self._alive(self._meet)
 
     @property
     def device(self) -> int | Literal["cpu"]:
@@ -94,6 +91,11 @@ class Ranks:
                 time.sleep(_GLANCE)
             self.lost = self._reason(error)
             raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
+
+    def _meet(self) -> None:
+        distributed = self._distributed
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo", timeout=_PATIENCE)
+        self._words = distributed.new_group(backend="gloo", timeout=_SILENCE)
 
     def _alive(self, meet: Callable[[], None]) -> None:
         """Do what waits for all ranks, and would wait for one that has ended. Raises RuntimeError where one has."""
