@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -347,6 +348,33 @@ def test_torchrun_starts_the_ranks(tiny: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     alone = nemodiff.generate(nemodiff.load(tiny, device="cpu", threads=1), "Count from 3 to 9.", mode="ar")
     assert ended.stdout == f"{alone.text}\n"
+
+
+def test_a_rank_of_torchrun_ends_with_one_line_where_rank_0_dies(tiny: Path) -> None:
+    """Its processes are started here one by one: torchrun would kill the other, too."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [sys.executable, *command(tiny, *ENDLESS)]
+    with contextlib.ExitStack() as stack:
+        rank_0, rank_1 = (
+            stack.enter_context(
+                subprocess.Popen(
+                    words,
+                    env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in "01"
+        )
+        assert rank_0.stdout is not None
+        assert rank_0.stdout.read(4) != ""  # it answers
+        rank_0.kill()
+        _, said = rank_1.communicate(timeout=PATIENCE)
+    assert rank_1.returncode == 1
+    assert_one_line(said, "another of 2 ranks has ended (", "start all ranks again")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,11 @@ def open_engine(
     if ranks is None:
         return TorchEngine(folder, info, device, threads, memory=memory)
     if ranks.rank:
-        _follow(folder, info, ranks)
+        try:
+            with ranks.watched():
+                _follow(folder, info, ranks)
+        finally:
+            ranks.leave()
         sys.exit(0)
     if not ranks.gpu and threads is None:
         threads = max(1, (os.cpu_count() or 1) // ranks.size)
@@ -48,7 +52,6 @@ def open_engine(
 def _follow(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
     threads = ranks.hear()
     TorchEngine(folder, info, ranks.device, threads, pages=1, ranks=ranks).follow()
-    ranks.leave()
 
 
 def main() -> None:
