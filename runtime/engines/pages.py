@@ -62,8 +62,11 @@ class Pages:
 
     @property
     def spare(self) -> int:
-        """Pages that spare rows alone hold."""
-        return len({page for row in list(self._spare) for page in self._rows[row]} - self._held_by_others())
+        """Pages that spare rows alone hold; any thread may ask."""
+        by_spare, by_others = set[int](), set[int]()
+        for row, pages in list(self._rows.items()):
+            (by_spare if row in self._spare else by_others).update(pages)
+        return len(by_spare - by_others)
 
     @property
     def open_rows(self) -> int:
@@ -170,9 +173,6 @@ class Pages:
         """The threads that use rows with pages; None for one that has been written to by nobody yet."""
         held = [row for row, pages in list(self._rows.items()) if pages and row not in self._spare]
         return {self._users.get(row) for row in held}
-
-    def _held_by_others(self) -> set[int]:
-        return {page for row, pages in list(self._rows.items()) if row not in self._spare for page in pages}
 
     def _evict(self, but: int) -> bool:
         victim = next((row for row in self._spare if row != but), None)

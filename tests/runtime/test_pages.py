@@ -9,7 +9,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import gc
+import itertools
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,33 @@ def test_spare_rows_go_first_the_oldest_before_the_others() -> None:
     assert pages.reserve(c, PAGE, 4 * PAGE) == []
     assert pages.table[b].tolist() == [0] * 8
     assert pages.share(b, a, PAGE) == 0
+
+
+def test_spare_pages_may_be_counted_while_another_thread_closes_rows() -> None:
+    """As the statistics of a server do; the rows are closed before each of the instructions in turn."""
+    for moment in itertools.count():
+        pages, rows = opened(5)
+        for row in rows:
+            pages.reserve(row, 0, PAGE)
+            pages.set_spare(row)
+        instructions = itertools.count()
+
+        def close(frame: Any, event: str, _: object) -> Any:
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(instructions) == moment:  # noqa: B023  (it is called in this turn)
+                pages.close(rows)  # noqa: B023
+            return close
+
+        before = sys.gettrace()
+        sys.settrace(close)
+        try:
+            spare = pages.spare
+        finally:
+            sys.settrace(before)
+        assert 0 <= spare <= 3
+        if pages.open_rows:
+            break
+    assert moment > 9
 
 
 @settings(max_examples=100, deadline=None)
