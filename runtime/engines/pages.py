@@ -69,6 +69,11 @@ class Pages:
         return len(by_spare - by_others)
 
     @property
+    def spare_rows(self) -> int:
+        """Rows that are emptied when pages run out."""
+        return len(self._spare)
+
+    @property
     def open_rows(self) -> int:
         """Rows that caches have."""
         return len(self._rows)

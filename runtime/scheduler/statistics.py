@@ -16,10 +16,10 @@ class Statistics:
     """What a scheduler does and has done; taken at one moment, while a step may be under way.
 
     running, waiting: requests now. slots, kept_slots: cache slots in use by them and by kept prefixes, of `capacity`;
-    where rows have pages, those of all users of the engine. The rest count from the start: requests by their end;
-    tokens of prompts, of these reused, and emitted; passes of ended requests by kind; steps, forwards, tokens computed
-    in them, padding beside those, how often a request had to give its pages to an older one, and the tokens computed
-    again for it.
+    where rows have pages, these and kept_prefixes are of all users of the engine. The rest count from the start:
+    requests by their end; tokens of prompts, of these reused, and emitted; passes of ended requests by kind; steps,
+    forwards, tokens computed in them, padding beside those, how often a request had to give its pages to an older one,
+    and the tokens computed again for it.
     """
 
     rows: int

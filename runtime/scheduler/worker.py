@@ -102,10 +102,10 @@ class Worker:
             prefixes = batch.prefixes if batch is not None else None
             capacity = (self._rows + (self._kept or 0)) * self._engine.info.build.max_seq_len
             slots = sum(sequence.length for sequence in self._running)
-            kept_slots = prefixes.tokens if prefixes is not None else 0
+            kept_prefixes, kept_slots = (prefixes.count, prefixes.tokens) if prefixes is not None else (0, 0)
             if (pages := self._engine.backend.pages) is not None:
                 capacity = pages.slots
-                kept_slots = pages.spare * PAGE
+                kept_prefixes, kept_slots = pages.spare_rows, pages.spare * PAGE
                 slots = capacity - pages.free * PAGE - kept_slots
             return Statistics(
                 rows=self._rows,
@@ -113,7 +113,7 @@ class Worker:
                 waiting=len(self._waiting),
                 capacity=capacity,
                 slots=slots,
-                kept_prefixes=prefixes.count if prefixes is not None else 0,
+                kept_prefixes=kept_prefixes,
                 kept_slots=kept_slots,
                 **self._ended.ends,
                 prompt_tokens=self._prompt_tokens,

@@ -477,6 +477,15 @@ def test_a_failed_engine_gives_all_pages_back_at_once(
     assert (backend(engine).pages.free, backend(engine).pages.open_rows) == (12, 0)
 
 
+def test_a_prefix_that_was_given_up_for_another_is_counted_no_more(real: nemodiff.LoadedEngine) -> None:
+    with nemodiff.Scheduler(paged(real, 2), rows=1) as scheduler:
+        for prompt, kept in ((SYSTEM[:20], 1), (SYSTEM[20:40], 2), (SYSTEM[40:], 1)):  # of 1, 1 and 2 pages
+            scheduler.submit(prompt, mode="ar", max_new_tokens=1).result(20)
+            eventually(lambda: scheduler.statistics.running == 0)
+            statistics = scheduler.statistics
+            assert (statistics.kept_prefixes, statistics.slots) == (kept, 0)
+
+
 def test_a_thousand_requests_leave_no_page_behind(real: nemodiff.LoadedEngine) -> None:
     rng = random.Random(1)
     engine = paged(real, 40)
