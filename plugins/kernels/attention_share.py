@@ -9,13 +9,17 @@ from .dependent import follow
 
 
 @triton.jit
-def weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr):
-    """One step of the running softmax; scores (M, N) in base 2, values (N, D) times gains (N,)."""
+def weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr, SPREAD: tl.constexpr):
+    """One step of the running softmax; scores (M, N) in base 2, values (N, D) times gains (N,).
+
+    total is (M,), or with SPREAD (M, N), to be summed in the end: of few rows several warps have the columns, and a sum
+    would wait for all of them.
+    """
     above = tl.maximum(highest, tl.max(scores, 1))
     safe = tl.where(above == float("-inf"), 0.0, above)  # a row that has seen nothing yet
     weight = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(highest - safe)
-    total = total * shrink + tl.sum(weight, 1)
+    total = total * shrink[:, None] + weight if SPREAD else total * shrink + tl.sum(weight, 1)
     if CACHE:
         weight *= gains[None, :]
     sum_v = tl.dot(weight.to(values.dtype), values, sum_v * shrink[:, None], input_precision="ieee")

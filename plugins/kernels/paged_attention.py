@@ -69,7 +69,8 @@ def _attend(
     if SLICE >= BLOCK_D:
         query = tl.load(q + of_query[:, None] + d[None, :], mask=real[:, None] & in_head[None, :], other=0.0)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    spread: tl.constexpr = BLOCK_M < 64
+    total = tl.zeros([BLOCK_M, BLOCK_N] if spread else [BLOCK_M], tl.float32)
     sum_v = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # What numbers out of 8 bits lack (`to_numbers`). Weights of int8 values get back to the size of the values, since
     # an f16 could not hold them; what they are too large by is taken from the sum.
@@ -100,7 +101,9 @@ def _attend(
         if CACHE:
             scores *= tl.load(k_scales + row + n)[None, :]
             gains = tl.load(v_scales + row + n) * lift
-        highest, total, sum_v = weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
+        highest, total, sum_v = weigh(
+            scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE, spread
+        )
 
     # The prefixes' ends and the spans. What is left of the item is read where it is needed, as registers are short; it
     # has been in the first-level cache since its first fields were read.
@@ -134,14 +137,18 @@ def _attend(
             scores *= tl.load(k_scales + row + n, mask=used, other=0.0)[None, :]
             gains = tl.load(v_scales + row + n, mask=used, other=0.0) * lift
         scores = tl.where(sees, scores, float("-inf"))
-        highest, total, sum_v = weigh(scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE)
+        highest, total, sum_v = weigh(
+            scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE, spread
+        )
+    if spread:
+        total = tl.sum(total, 1)
     if CACHE == 1:
         sum_v *= 1.0 / lift
 
-    if CACHE:  # read and worked out anew, rather than kept in registers through the loops
-        first = tl.load(item + FIRST, volatile=True)
-        tokens = tl.load(item + TOKENS, volatile=True)
-        real = m // group < tokens
+    # Read and worked out anew, rather than kept in registers through the loops.
+    first = tl.load(item + FIRST, volatile=True)
+    tokens = tl.load(item + TOKENS, volatile=True)
+    real = m // group < tokens
     shares = tl.load(item + SHARES)
     if shares == 1:
         of_query = ((first + m // group) * H + kv_head * group + m % group).to(tl.int64) * D
