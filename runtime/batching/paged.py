@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ...contract import PAGE, PREFILL_CHUNK
-from ...errors import EngineError
+from ...errors import EngineError, NemodiffError
 from ..engines.engine import Flight, PagedCache, Pass, Prediction, causal
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
@@ -166,7 +166,7 @@ class PagedRows(Rows):
                 self._reserve(slot, at, at + slot.size, may_take=True)
         prompts = self._prompts([slot for slot in self.slots if slot not in decoding])
         work = self._decoding([slot for slot in decoding if slot.reach])
-        return work + [(slot, self._prompt_pass(slot)) for slot in prompts if slot.reach]
+        return work + [(slot, pass_) for slot, pass_ in prompts if slot.reach]
 
     def _decoding(self, ready: list[Slot]) -> list[tuple[Slot, Pass]]:
         """The rows that decode, or in turn as many as fit in a forward."""
@@ -181,31 +181,39 @@ class PagedRows(Rows):
             room -= slot.size
         return work
 
-    def _prompts(self, slots: list[Slot]) -> list[Slot]:
+    def _prompts(self, slots: list[Slot]) -> list[tuple[Slot, Pass]]:
         """Prompts, and rows that are computed again, for which there are pages, within the budget of tokens."""
         room = self._prefill_tokens
-        ahead = list[Slot]()
+        work: list[tuple[Slot, Pass]] = []
         for slot in self.by_arrival(slots):
-            if slot.pass_ is None and not self.begin(slot, ahead):
+            if slot.pass_ is None and not self.begin(slot, [other for other, _ in work]):
                 continue
             begin = slot.sequence.length if slot.built is None else slot.built
             end = max(len(slot.sequence.prompt), slot.next_pass.write_at + slot.size)
             computed = slot.built != 0 and slot.sequence.nfe["prefill"] > 0
             if not self._reserve(slot, begin, end, may_take=computed):
                 break
-            room -= self._prompt_pass(slot).ids.size
-            if room < 0 and ahead:
+            pass_ = self._prompt_pass(slot)
+            room -= pass_.ids.size
+            if room < 0 and work:
                 break
-            ahead.append(slot)
-        return ahead
+            work.append((slot, pass_))
+        return work
 
     def _prompt_pass(self, slot: Slot) -> Pass:
-        """The pass that the loop wants, or one that computes again what the row has lost."""
+        """The pass that the loop wants, or one that computes again what the row has lost.
+
+        Where that needs an image that cannot be seen again, the row lacks the rest and fails with its loop's next pass.
+        """
         if slot.built is None:
             return slot.next_pass
         size = min(PREFILL_CHUNK, self._prefill_tokens)
         ids = committed(slot.sequence)[slot.built : slot.built + size]
-        return slot.sequence.for_engine(causal("prefill", ids, slot.built))
+        try:
+            return slot.sequence.for_engine(causal("prefill", ids, slot.built))
+        except NemodiffError as error:
+            slot.failure, slot.built = error, None
+            return slot.next_pass
 
     def _reserve(self, slot: Slot, begin: int, end: int, *, may_take: bool) -> bool:
         """Make slots of a row its own, if need be with the pages of the youngest, which may be the row itself."""

@@ -52,7 +52,7 @@ class Slot:
     pass_: Pass | None = None  # None: not begun
     reach: int = 0  # slots that a pass has written to
     ended: bool = False
-    failure: Exception | None = None  # of making its first pass ready, told when what there is of that has run
+    failure: Exception | None = None  # of making a pass ready, told when what there is of it or the next has run
     built: int | None = None  # tokens computed again of a row whose pages were taken; None: it lacks none
 
     @property
@@ -87,6 +87,8 @@ class Slot:
     @property
     def held(self) -> list[int]:
         """The ids whose K/V its row holds, those of images by their content."""
+        if self.failure is not None:
+            return []  # it may lack some of what its sequence has committed
         sequence = self.sequence
         length = sequence.length if self.built is None else self.built
         if length <= len(sequence.keys):

@@ -24,6 +24,7 @@ from stand_ins.vision import VISION, as_bytes, picture, write_vision_checkpoint
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
+from nemodiff.contract import PAGE
 from nemodiff.errors import BuildError, CheckpointError, EngineError, RequestError
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.torch.engine import TorchEngine
@@ -282,6 +283,49 @@ def test_an_image_that_cannot_be_seen_fails_its_own_request(engine: LoadedEngine
     assert isinstance(errors[bad], EngineError)
     assert "could not look at an image of 73 tokens (no room for the scores); send a smaller one" in str(errors[bad])
     assert good.tokens == alone
+
+
+@pytest.mark.torch
+def test_an_image_that_cannot_be_seen_again_fails_its_own_request(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose pages an older one has taken is computed again, and others' images have driven its own out."""
+    folder = Builder(checkpoint, tmp_path / "torch", backend="torch", dtype="f32").run()
+    loaded = nemodiff.load(folder, device="cpu")
+    prompts = [[{"role": "system", "content": "x" * 30}, *asked(picture(64, 64, seed))] for seed in (9, 8)]
+    alone = [nemodiff.generate(loaded, one, mode="ar", max_new_tokens=12).token_ids for one in prompts]
+    monkeypatch.setattr(sight, "KEPT_BYTES", 1)
+    looks = list[bytes]()
+    scarce = dataclasses.replace(loaded, backend=TorchEngine(folder, loaded.info, "cpu", pages=4))
+
+    def see(image: Image) -> np.ndarray:
+        looks.append(image.digest)
+        if looks.count(image.digest) == 2:
+            raise MemoryError("no room for the scores")
+        return loaded.backend.see(image)
+
+    scarce.__dict__["sight"] = sight.Sight(see)
+    good, bad, late = (prepare(scarce, prompts[n], Options(mode="ar", max_new_tokens=12)) for n in (0, 1, 1))
+    assert len(good.prompt) < 2 * PAGE < len(good.prompt) + 11
+    batch = Batch(scarce.backend, 2, kept=2)
+    batch.add(good)
+    batch.add(bad)
+    errors = dict[Sequence, Exception]()
+    while len(batch):
+        errors |= {result.sequence: result.error for result in batch.step() if result.error is not None}
+        if batch.counts.preempted and len(looks) == 2:
+            scarce.sight(seen(loaded, picture(16, 16)))
+    assert batch.counts.preempted == 1
+    batch.add(late)
+    while len(batch):
+        list(batch.step())
+    batch.close()
+    assert list(errors) == [bad]
+    assert isinstance(errors[bad], EngineError)
+    assert "could not look at an image of 73 tokens (no room for the scores)" in str(errors[bad])
+    assert good.tokens == alone[0]
+    assert alone[1][: len(bad.tokens)] == bad.tokens
+    assert late.tokens == alone[1]  # by K/V of its own: what has been computed without the image is not kept
 
 
 def test_text_alone_needs_no_image(checkpoint: Path, engine: LoadedEngine) -> None:
