@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from ..contract import DEFAULT_GPU_MEMORY_UTILIZATION
 from ..engine_folder import engine_path
 from ..engine_info import EngineInfo, read_engine
-from ..errors import RequestError
+from ..errors import EngineError, RequestError
 from .engines.drafter import check_gate
 from .engines.engine import Engine, SeeingEngine
 from .images.sight import Sight
-from .planning.cost import CostCurve, clock_of, measure, met
+from .planning.cost import GUESS, CostCurve, clock_of, measure, met
 from .planning.draft_planner import AcceptanceStatistics
 from .planning.kept_curve import cpu_name, read_curve
 from .planning.pass_costs import PassCosts
@@ -48,13 +48,18 @@ class LoadedEngine:
         """Seconds of a forward by its tokens, learned from those that run.
 
         It begins with the curve that `nemodiff bench` has left in the folder, with what a warm-up has met, or with one
-        that is measured at the first use.
+        that is measured at the first use; where other requests have all the memory then, with a guess.
         """
         return PassCosts(self._first_curve, clock_of(self.backend))
 
     def _first_curve(self) -> CostCurve:
         kept = read_curve(self.folder, self.processor, self.threads)
-        return kept or met(getattr(self.backend, "pass_seconds", {})) or measure(self.backend)
+        if curve := kept or met(getattr(self.backend, "pass_seconds", {})):
+            return curve
+        try:
+            return measure(self.backend)
+        except EngineError:  # if there is more wrong, the next forward will say so
+            return GUESS
 
     @property
     def processor(self) -> str:

@@ -49,6 +49,9 @@ class CostCurve:
         return low + (high - low) * (size - a) / (b - a)
 
 
+GUESS = CostCurve((1, 32), (0.01, 0.045))  # to begin with where nothing can be measured: as on a CPU
+
+
 def without_noise(curve: CostCurve) -> CostCurve:
     """The curve without what cannot be: other work on the machine adds to a measured time and never takes away.
 

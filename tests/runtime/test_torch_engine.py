@@ -45,6 +45,7 @@ from nemodiff.cli import main
 from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
+from nemodiff.runtime import loading
 from nemodiff.runtime.batching.slot import Slot
 from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
@@ -66,7 +67,7 @@ from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.plain import Sight, attend
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 from nemodiff.runtime.engines.torch.stored import Stored
-from nemodiff.runtime.planning.cost import measure
+from nemodiff.runtime.planning.cost import CostCurve, measure
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 
@@ -590,6 +591,30 @@ def test_costs_are_measured_in_the_memory_there_is(small: Pair) -> None:
     with pytest.raises(EngineError, match="1 slots of K/V are needed, of 1280 0 are free"):
         measure(engine)
     assert engine.pages.open_rows == 1
+
+
+def test_a_request_goes_on_where_there_is_no_memory_to_measure_costs(
+    small: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the last page when it first plans; others end later."""
+    backend = torch_backend(small.ours)
+    engine = small.with_backend(TorchEngine(backend.folder, backend.info, "cpu", pages=20))
+    held = engine.backend.open(1)
+    held.forward([causal("prefill", [130] * PAGE * 18, 0)])
+
+    def measured(backend: TorchEngine) -> CostCurve:
+        assert backend.pages.free == 0
+        try:
+            return measure(backend)
+        finally:
+            held.close()
+
+    monkeypatch.setattr(loading, "measure", measured)
+    prompt = (PROMPT * 2)[: PAGE + 1]
+    options: dict[str, Any] = {"max_new_tokens": 50, "min_tokens": 50}
+    answer = nemodiff.generate(engine, prompt, mode="linear_spec", block_length="auto", **options)
+    assert answer.token_ids == nemodiff.generate(small.theirs, prompt, mode="ar", **options).token_ids
+    assert engine.cost.passes > 0  # by which it plans from then on
 
 
 def test_a_short_engine_has_room_for_the_largest_pass(tmp_path: Path) -> None:
