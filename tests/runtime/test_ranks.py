@@ -144,6 +144,31 @@ except EngineError as error:
     assert "not for rank 0" in ended.stderr
 
 
+def test_an_error_of_rank_0_is_not_said_of_another(tiny: Path) -> None:
+    """The others wait for its part of a sum and would for ever, so it is over all the same."""
+    program = f"""
+import nemodiff, torch
+from nemodiff.runtime.engines.torch import ranks
+from nemodiff.runtime.engines.torch.model import TorchModel
+
+def fail(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore lines")
+
+ranks._END = 0.5
+engine = nemodiff.load({str(tiny)!r}, device="cpu", threads=1, tp_size=2)
+TorchModel.forward = fail
+try:
+    nemodiff.generate(engine, "x")
+except nemodiff.EngineError as error:
+    print(error)
+print(engine.lost)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    why = "rank 0 of 2 cannot go on (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    assert ended.stdout == f"{tiny}: {why}; start all ranks again\n{why}\n", ended.stderr
+    assert ended.stderr == ""
+
+
 def test_a_rank_ends_in_silence_while_a_thread_of_gloo_frees_a_tensor() -> None:
     """Which takes Python's lock, and aborts the process where Python is ending."""
     other = """

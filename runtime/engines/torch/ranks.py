@@ -24,7 +24,7 @@ import numpy as np
 from ....config import ModelConfig
 from ....contract import QUANTIZED_INPUTS, Quantization
 from ....engine_info import EngineInfo
-from ....errors import EngineError, RequestError
+from ....errors import EngineError, RequestError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Do something together with the other ranks. Raises EngineError where one of them has ended."""
+        """Do something together with the other ranks. Raises EngineError where one of them ends or this one fails."""
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -139,7 +139,9 @@ class Ranks:
     def _reason(self, error: Exception) -> str:
         if (ended := self._ended()) is not None:
             return ended
-        return f"another of {self.size} ranks has ended ({str(error).splitlines()[0]})"
+        if self._started:  # all of them live: it is this one that has failed, and they wait for it for good
+            return f"rank 0 of {self.size} cannot go on ({first_line(error)})"
+        return f"another of {self.size} ranks has ended ({first_line(error)})"
 
     def add(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place of each."""
