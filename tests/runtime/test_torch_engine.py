@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from click.testing import CliRunner
 from conftest import Refused, output_of, resident
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
+from stand_ins.lagging_device import LaggingDevice
 from stand_ins.torch_graphs import Operations, RecordingDevice
 from stand_ins.torch_pair import (
     CASES,
@@ -464,6 +466,65 @@ def test_a_pass_begun_ahead_draws_as_if_its_token_were_known(
         drawn.append({name: arrays[name].tolist() for name in arrays if name != "ids"})
     assert drawn[0] == drawn[1]
     assert drawn[0]["position"] == [10]
+
+
+@pytest.mark.parametrize("haste", [0.0, 0.5])
+@pytest.mark.parametrize("pages", [7, 20])
+def test_a_card_may_lag_behind(small: Pair, monkeypatch: pytest.MonkeyPatch, haste: float, pages: int) -> None:
+    """Two passes under way, shared pages, pages freed under a pass that writes there, rows computed again, cancels."""
+    backend = torch_backend(small.ours)
+    device = LaggingDevice(monkeypatch, haste)
+    lagging = TorchEngine(backend.folder, backend.info, device, kernels=False, pages=pages)
+    choose = random.Random(3)
+    asked: list[tuple[list[int], dict[str, Any]]] = []
+    for _ in range(24):
+        prompt = (PROMPT * 3)[: choose.choice([16, 63, 64, 65, 100])]
+        prompt += [300 + choose.randrange(3)] * choose.randint(0, 9)
+        mode = choose.choice(["ar", "ar", "diffusion", "linear_spec"])
+        asked.append((prompt, {"mode": mode, "max_new_tokens": choose.choice([1, 2, 9, 60])}))
+    asked[5][1].update(mode="ar", logprobs=1)
+    followed = list[bool]()
+    follow = lagging.forwards.follow
+
+    def counted(*arguments: Any) -> Any:
+        flight = follow(*arguments)
+        followed.append(flight is not None)
+        return flight
+
+    lagging.forwards.follow = counted  # type: ignore[method-assign]
+    with nemodiff.Scheduler(small.with_backend(lagging), rows=4) as scheduler:
+        handles, leaving = [], []
+        for number, (prompt, options) in enumerate(asked):
+            handles.append(scheduler.submit(prompt, **options))
+            if number % 3 == 0:
+                leaving.append(scheduler.submit(prompt, mode="ar", max_new_tokens=200))
+        for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
+            if number % 2 and leaving:
+                leaving.pop().cancel()
+            expected = nemodiff.generate(small.theirs, prompt, **options)
+            assert handle.result(60).token_ids == expected.token_ids
+        for handle in leaving:
+            handle.cancel()
+        statistics = scheduler.statistics
+    assert statistics.preempted > 0 if pages == 7 else sum(followed) > 5
+    assert statistics.reused_tokens > 0
+    assert lagging.pages.free == pages
+
+
+def test_caches_take_turns_with_the_buffers_of_a_card(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = torch_backend(small.ours)
+    lagging = TorchEngine(backend.folder, backend.info, LaggingDevice(monkeypatch), kernels=False, pages=7)
+    prompts = [PROMPT, PROMPT[::-1]]
+    caches = [lagging.open(1) for _ in prompts]
+    flights = []
+    for cache, prompt in zip(caches, prompts, strict=True):
+        assert cache.reserve(0, 0, len(prompt))
+        flights.append(cache.launch([causal("verify", prompt, 0, predict_all=True)], [0]))
+    got = [flight.finish()[0].token.tolist() for flight in flights]
+    theirs = small.theirs.backend.open(1)
+    for prompt, tokens in zip(prompts, got, strict=True):
+        (expected,) = theirs.forward([causal("verify", prompt, 0, predict_all=True)])
+        assert tokens == expected.token.tolist()
 
 
 def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
