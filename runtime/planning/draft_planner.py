@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK
@@ -24,6 +23,8 @@ _PROBE = 32  # passes of one token after which a short draft looks whether that 
 _PROBE_BLOCK = 4
 _STAY = 16  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes
 # verifies the draft that the one before it has made
+_DOUBT = 2048  # blocks after which a mode that none of them was of may be worth twice what it seems to be
+_TRY = 8  # blocks of it then; so trying what is not the best costs at most 8 / 2048 of the time
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
 _USUAL = 32.0  # blocks of any length that what was expected of them is worth
 _GROUPED = 256.0  # blocks of a length that what those of all lengths did is worth: with few, the texts differ
@@ -44,7 +45,6 @@ class _Standing:
     most: int  # times that it is taken, unless it is for what it teaches alone
     left: int
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
-    seconds: float  # of a pass of it in quadratic_spec
 
 
 class PositionStatistics:
@@ -97,24 +97,12 @@ class PositionStatistics:
         return _and_more(self._kept)
 
 
-class AcceptanceStatistics(PositionStatistics):
-    """What the drafts of all requests of an engine have brought."""
+class ModeStatistics(PositionStatistics):
+    """What the drafts of a mode have brought, those of all requests of an engine."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = BlockStatistics()
-        self.quadratic = BlockStatistics()
-        self.later_blocks: list[Callable[[list[float]], None]] = []  # met since `take_in`, by what was to be expected
-        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # by the modes to choose among, the last one made
-        self.passes_without_draft = 0  # of requests that plan
-
-    def take_in(self) -> None:
-        """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
-        super().take_in()
-        later, self.later_blocks = self.later_blocks, []
-        expected = self.expected(_NOTHING) if later else []
-        for learn in later:
-            learn(expected)
+        self.blocks = BlockStatistics()
 
     def expected(self, own: PositionStatistics) -> list[float]:
         """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average.
@@ -133,6 +121,18 @@ class AcceptanceStatistics(PositionStatistics):
                 break
             tokens.append(tokens[-1] + chance)
         return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
+
+
+class AcceptanceStatistics:
+    """What the drafts of all requests of an engine have brought, and by the modes to choose among what was planned."""
+
+    def __init__(self) -> None:
+        self.of: dict[ExactMode, ModeStatistics] = {
+            "linear_spec": ModeStatistics(),
+            "quadratic_spec": ModeStatistics(),
+        }
+        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # the last one made
+        self.idle: dict[tuple[ExactMode, ...], dict[ExactMode, int]] = {}  # blocks since the last of each mode
 
 
 def _and_more(counts: list[float]) -> list[float]:
@@ -154,6 +154,7 @@ class BlockStatistics:
     def __init__(self) -> None:
         # By length: how many, and over those expected, the tokens that they emitted and the seconds that they took.
         self._met = dict.fromkeys(BLOCKS, (0.0, 0.0, 0.0))
+        self.later: list[tuple[int, int, int]] = []  # length, tokens of the verify, tokens emitted; not yet counted in
 
     def count(self, block: int) -> float:
         """Of those of this length, of late."""
@@ -201,6 +202,7 @@ class DraftPlanner:
         self._own = PositionStatistics()
         self._modes = modes
         self._standing = engine.standing.get(modes)
+        self._idle = engine.idle.setdefault(modes, {mode: 0 for mode in modes if mode in engine.of})
         self._taken = Plan("ar", 1)  # the last one
         self._changed = False  # whether it was another than the one before
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
@@ -209,7 +211,7 @@ class DraftPlanner:
         """What gives the most tokens per second, if the draft fares as those before it.
 
         Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
-        where ar is the best, at times a short draft.
+        where ar is the best, at times a short draft. A mode of drafts that has not been taken for long is tried.
         """
         standing, costs = self._standing, self._costs
         if standing is None or not standing.left:
@@ -220,22 +222,35 @@ class DraftPlanner:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
         self._changed = standing.plan != self._taken
         self._taken = standing.plan
-        self._engine.passes_without_draft = self._engine.passes_without_draft + 1 if self._taken.mode == "ar" else 0
         return self._taken
 
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""
-        self._engine.take_in()
-        self._own.take_in()
-        expected = self._engine.expected(self._own)
-        rates = self._rates(expected)
+        self._take_in()
+        rates = self._rates()
         best = max(rates, key=rates.__getitem__)
-        plan = self._news(best) or best
+        plan = max(rates, key=lambda plan: rates[plan] * (1 + self._idle.get(plan.mode, 0) / _DOUBT))
         most = 1 if before is None else min(2 * before.most, _STAY)
-        left = _STAY if plan.mode == "quadratic_spec" else most if plan is best else 1
-        seconds = self._quadratic_seconds(_tokens(plan))
+        left = _STAY if plan.mode == "quadratic_spec" else most
+        if plan != best:
+            left = _TRY
+        elif news := self._news(best):
+            plan, left = news, _STAY if news.mode == "quadratic_spec" else 1
+        for mode in self._idle:
+            self._idle[mode] = 0 if mode == plan.mode else self._idle[mode] + left
         prices = [rates[best] * taken for taken in self._costs.curve.table[: MAX_BLOCK + 1]]
-        return _Standing(plan, most, left, prices, seconds)
+        return _Standing(plan, most, left, prices)
+
+    def _take_in(self) -> None:
+        """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
+        self._own.take_in()
+        for mode, met in self._engine.of.items():
+            met.take_in()
+            later, met.blocks.later = met.blocks.later, []
+            expected = met.expected(_NOTHING) if later else []
+            for block, tokens, emitted in later:
+                spent = self._seconds(mode, block, tokens) / self._seconds(mode, block)
+                met.blocks.add(block, emitted / expected[block - 1], spent)
 
     def _meter(self) -> None:
         """Learn what the host took for the last block of a plan, if no other request's forward came between."""
@@ -248,7 +263,7 @@ class DraftPlanner:
     def _news(self, best: Plan) -> Plan | None:
         """What to take for once instead of the best plan for what it teaches, if anything."""
         if best.mode == "ar":
-            due = self._engine.passes_without_draft >= _PROBE or self._costs.wants(_PROBE_BLOCK)
+            due = min(self._idle.values()) >= _PROBE or self._costs.wants(_PROBE_BLOCK)
             return Plan("linear_spec", _PROBE_BLOCK) if due else None
         at = BLOCKS.index(best.size)
         nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
@@ -256,30 +271,28 @@ class DraftPlanner:
 
     def _is_news(self, plan: Plan) -> bool:
         if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
-            return self._engine.quadratic.count(plan.size) < _STAY
+            return self._engine.of["quadratic_spec"].blocks.count(plan.size) < _STAY
         return self._costs.wants(plan.size)
 
-    def _rates(self, expected: list[float]) -> dict[Plan, float]:
-        """Tokens per second of every plan.
-
-        A block costs linear_spec two passes of it; quadratic_spec one of its heads and groups, as `_tokens` says.
-        """
-        seconds, host = self._costs.curve.seconds, self._costs.host.seconds
-        rates = dict[Plan, float]()
-        if "ar" in self._modes:
-            rates[Plan("ar", 1)] = 1 / (seconds(1) + host("ar"))
-        if "linear_spec" in self._modes:
-            taken = host("linear_spec")
-            for size, factor in zip(BLOCKS, self._engine.linear.factors(), strict=True):
-                rates[Plan("linear_spec", size)] = expected[size - 1] / (2 * seconds(size) + taken) * factor
-        if "quadratic_spec" in self._modes:
-            for size, factor in zip(BLOCKS, self._engine.quadratic.factors(), strict=True):
-                rates[Plan("quadratic_spec", size)] = expected[size - 1] / self._quadratic_seconds(2 * size) * factor
+    def _rates(self) -> dict[Plan, float]:
+        """Tokens per second of every plan."""
+        rates = {Plan("ar", 1): 1 / self._seconds("ar", 1)} if "ar" in self._modes else {}
+        for mode in self._idle:
+            met = self._engine.of[mode]
+            expected = met.expected(self._own)
+            for size, factor in zip(BLOCKS, met.blocks.factors(), strict=True):
+                rates[Plan(mode, size)] = expected[size - 1] / self._seconds(mode, size) * factor
         return rates
 
-    def _quadratic_seconds(self, tokens: int) -> float:
-        """Of a pass of quadratic_spec, with what the host takes."""
-        return self._costs.curve.seconds(tokens) + self._costs.host.seconds("quadratic_spec")
+    def _seconds(self, mode: ExactMode, block: int, tokens: int | None = None) -> float:
+        """Of a block with what the host takes, if its verify has so many tokens; None: those of the whole block.
+
+        That costs linear_spec two passes of it; quadratic_spec about one of as many heads, and one group.
+        """
+        seconds = self._costs.curve.table
+        draft = seconds[block] if mode == "linear_spec" else 0.0
+        whole = 2 * block if mode == "quadratic_spec" else block
+        return draft + seconds[tokens or whole] + self._costs.host.seconds(mode)
 
     def worth_verifying(self, confidences: list[float]) -> int:
         """How many tokens of a draft linear_spec's verify should look at, by their confidences.
@@ -306,27 +319,11 @@ class DraftPlanner:
         mode, block = self._taken
         verify = (max(looked_at, block) if ended else looked_at, emitted, unseen)
         self._own.later.append(verify)
-        self._engine.later.append(verify)
+        self._engine.of[mode].later.append(verify)
         if mode == "linear_spec":
-            self._engine.later_blocks.append(partial(self._learn_linear, block, looked_at, emitted))
-
-    def _learn_linear(self, block: int, looked_at: int, emitted: int, expected: list[float]) -> None:
-        seconds = self._costs.curve.seconds
-        draft = seconds(block) + self._costs.host.seconds("linear_spec")
-        spent = (draft + seconds(looked_at)) / (draft + seconds(block))
-        self._engine.linear.add(block, emitted / expected[block - 1], spent)
+            self._engine.of[mode].blocks.later.append((block, looked_at, emitted))
 
     def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
         """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
         if self._standing is not None and not self._changed:  # else the draft was still one of the plan before
-            seconds = self._standing.seconds
-            self._engine.later_blocks.append(partial(self._learn_quadratic, seconds, block, tokens, emitted))
-
-    def _learn_quadratic(self, seconds: float, block: int, tokens: int, emitted: int, expected: list[float]) -> None:
-        spent = self._quadratic_seconds(tokens) / seconds
-        self._engine.quadratic.add(block, emitted / expected[block - 1], spent)
-
-
-def _tokens(plan: Plan) -> int:
-    """Of one of its passes; of quadratic_spec about: as many heads as the block has, and one group."""
-    return 2 * plan.size if plan.mode == "quadratic_spec" else plan.size
+            self._engine.of["quadratic_spec"].blocks.later.append((block, tokens, emitted))

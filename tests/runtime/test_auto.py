@@ -1,5 +1,7 @@
 """Planned block lengths and modes: always AR's tokens, and the plan that follows from the cost and the acceptance."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -50,8 +52,8 @@ def test_every_plan_gives_ars_tokens(
     for choice in CHOICES:
         sequence = request.prepare(engine, question, nemodiff.Options(**choice, **params))  # type: ignore[arg-type]
         record = AcceptanceStatistics()
-        for size, emitted in met:
-            record.add(size, min(size, emitted))
+        for of_mode, (size, emitted) in itertools.product(record.of.values(), met):
+            of_mode.add(size, min(size, emitted))
         assert sequence.planner is not None
         sequence.cost = PassCosts(curve)
         sequence.planner = DraftPlanner(sequence.cost, record, sequence.planner._modes)
@@ -75,8 +77,10 @@ def test_a_scheduler_gives_the_same_tokens(engine: nemodiff.LoadedEngine) -> Non
 
 def fed(size: int, emitted: int, modes: tuple[str, ...], curve: CostCurve) -> DraftPlanner:
     planner = DraftPlanner(PassCosts(curve), AcceptanceStatistics(), modes)  # type: ignore[arg-type]
-    for _ in range(40):
-        planner.learn(size, emitted)
+    for mode in modes:
+        planner._taken = Plan(mode, size)  # type: ignore[arg-type]
+        for _ in range(40 if mode != "ar" else 0):
+            planner.learn(size, emitted)
     return planner
 
 
@@ -98,12 +102,36 @@ def test_plans_of_one_token_look_again_at_times() -> None:
     assert drafts[1] - drafts[0] > 32
 
 
+def modes_of(blocks: int, kept: dict[str, int]) -> list[str]:
+    """The modes of so many blocks of mode auto, in answers of a dozen, where drafts give this many tokens."""
+    costs, met, taken = PassCosts(MIXED), AcceptanceStatistics(), list[str]()
+    for number in range(blocks):
+        if number % 12 == 0:
+            planner = DraftPlanner(costs, met, ("ar", "linear_spec", "quadratic_spec"))
+        mode, size = planner.plan()
+        taken.append(mode)
+        for tokens in {"ar": [1], "linear_spec": [size, size], "quadratic_spec": [2 * size]}[mode]:
+            costs.learn(tokens, MIXED.seconds(tokens))
+        if mode != "ar":
+            planner.learn(size, min(size, kept[mode]))
+        if mode == "quadratic_spec":
+            planner.learn_quadratic(size, 2 * size, min(size, kept[mode]))
+    return taken
+
+
+def test_the_other_mode_is_tried_and_has_an_acceptance_of_its_own() -> None:
+    """It is soon taken where its drafts are the better ones, and otherwise costs next to nothing."""
+    assert modes_of(3000, {"linear_spec": 12, "quadratic_spec": 4})[1000:].count("linear_spec") > 1000
+    tried = modes_of(6000, {"linear_spec": 2, "quadratic_spec": 4})[3000:].count("linear_spec")
+    assert 0 < tried <= 3000 * 8 / 2048 + 8
+
+
 def test_later_plans_stand_longer() -> None:
     """For all requests that choose among the same modes: in short answers each block would else be planned anew."""
     made = list[object]()
 
-    def rates(expected: list[float]) -> dict[Plan, float]:
-        made.append(expected)
+    def rates() -> dict[Plan, float]:
+        made.append("made")
         return {Plan("linear_spec", 8): 1.0}
 
     planner = fed(8, 8, ("linear_spec",), MIXED)
@@ -135,13 +163,13 @@ def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None
     """A pass of quadratic_spec verifies what the one before drafted, so a longer block would seem worse than it is."""
     planner = fed(64, 12, ("quadratic_spec",), FREE)
     plans = iter([Plan("quadratic_spec", 8), Plan("quadratic_spec", 16)])
-    planner._rates = lambda expected: {next(plans): 1.0}  # type: ignore[method-assign]
+    planner._rates = lambda: {next(plans): 1.0}  # type: ignore[method-assign]
     planner._news = lambda best: None  # type: ignore[method-assign]
     for _ in range(32):
         size = planner.plan().size
         planner.learn_quadratic(size, 2 * size, 5)
-    planner._engine.take_in()
-    assert [planner._engine.quadratic.count(size) for size in (8, 16)] == [15, 15]
+    planner._take_in()
+    assert [planner._engine.of["quadratic_spec"].blocks.count(size) for size in (8, 16)] == [15, 15]
 
 
 def test_what_verify_leaves_out_counts() -> None:
@@ -151,8 +179,8 @@ def test_what_verify_leaves_out_counts() -> None:
         planner._taken = Plan("linear_spec", 32)
         for _ in range(60):
             planner.learn(looked_at, 4, ended=looked_at < 32)
-        planner._engine.take_in()
-    whole, cut = (planner._engine.linear.factors() for planner in planners)
+        planner._take_in()
+    whole, cut = (planner._engine.of["linear_spec"].blocks.factors() for planner in planners)
     assert whole == pytest.approx([1.0] * len(BLOCKS), abs=0.02)
     assert 1.2 < cut[BLOCKS.index(32)] < 1.6  # three quarters of the two passes at least, were there none before
 
@@ -164,8 +192,11 @@ def test_what_blocks_gave_counts_beyond_their_positions() -> None:
         for size, emitted in ((12, 12), (16, 8)):
             planner._taken = Plan("linear_spec", size)
             planner.learn(size, emitted)
-    planner._engine.take_in()
-    expected, factors = planner._engine.expected(planner._own), planner._engine.linear.factors()
+    planner._take_in()
+    expected, factors = (
+        planner._engine.of["linear_spec"].expected(planner._own),
+        planner._engine.of["linear_spec"].blocks.factors(),
+    )
     of_12, of_16 = (expected[size - 1] * factors[BLOCKS.index(size)] for size in (12, 16))
     assert expected[15] > expected[11]
     assert of_16 < of_12
@@ -185,10 +216,11 @@ def test_a_verify_looks_at_what_is_worth_its_time() -> None:
 def test_what_a_verify_left_out_is_not_taken_for_kept() -> None:
     """Else drafts would seem the better the less of them is looked at."""
     planner = DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",))
+    planner._taken = Plan("linear_spec", 16)
     for _ in range(400):
         planner.learn(5, 5, unseen=[0.1] * 11)
-    planner._engine.take_in()
-    assert planner._engine.expected(planner._own)[15] == pytest.approx(5.1, abs=0.2)
+    planner._take_in()
+    assert planner._engine.of["linear_spec"].expected(planner._own)[15] == pytest.approx(5.1, abs=0.2)
 
 
 def test_planned_drafts_are_looked_at_in_part(engine: nemodiff.LoadedEngine) -> None:
@@ -200,7 +232,7 @@ def test_planned_drafts_are_looked_at_in_part(engine: nemodiff.LoadedEngine) -> 
         )
         if sequence.planner is not None:
             sequence.planner._costs = PassCosts(EACH_PAID)
-            sequence.planner._rates = lambda expected: {Plan("linear_spec", 16): 8 / 32}  # type: ignore[method-assign]
+            sequence.planner._rates = lambda: {Plan("linear_spec", 16): 8 / 32}  # type: ignore[method-assign]
             sequence.planner._news = lambda best: None  # type: ignore[method-assign]
         for _ in generate.decode(engine.backend, [sequence], 1):
             pass
@@ -261,7 +293,7 @@ def test_what_passes_of_a_mode_take_beyond_their_size_is_the_modes() -> None:
     now = 0.0
     costs = PassCosts(EACH_PAID, clock=lambda: now)
     planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",))
-    planner._rates = lambda expected: {Plan("quadratic_spec", 4): 1.0}  # type: ignore[method-assign]
+    planner._rates = lambda: {Plan("quadratic_spec", 4): 1.0}  # type: ignore[method-assign]
     planner._news = lambda best: None  # type: ignore[method-assign]
     costs.learn(8, costs.curve.seconds(8))
     for _ in range(6):  # before the curve is made anew
@@ -276,10 +308,11 @@ def test_what_passes_of_a_mode_take_beyond_their_size_is_the_modes() -> None:
 def test_expected_tokens_are_the_mean_that_was_met() -> None:
     planner, rng = DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec",)), np.random.default_rng(1)
     met = [min(16, int(n)) for n in rng.geometric(0.15, 2000)]
+    planner._taken = Plan("linear_spec", 16)
     for emitted in met:
         planner.learn(16, emitted)
-    planner._engine.take_in()
-    assert abs(planner._engine.expected(planner._own)[15] - np.mean(met)) < 0.5
+    planner._take_in()
+    assert abs(planner._engine.of["linear_spec"].expected(planner._own)[15] - np.mean(met)) < 0.5
 
 
 def test_the_answer_says_what_was_used(engine: nemodiff.LoadedEngine) -> None:
