@@ -716,14 +716,32 @@ def test_memory_for_pages(tiny: Pair) -> None:
     for free, total, is_gpu, expected in (
         (2**40, 2**41, False, rows),
         (1000 * page_bytes(info), 2**35, False, 500),
-        (2**34, 2**34, True, (int(0.5 * 2**34) - pass_bytes(info, 64)) // page_bytes(info)),
+        (2**34, 2**34, True, (int(0.5 * 2**34) - 2**20) // page_bytes(info)),
     ):
         device.memory = lambda free=free, total=total: (free, total)  # type: ignore[method-assign]
         device.is_gpu = is_gpu
-        assert page_count(device, Path("engine"), info, 64, 0.5) == min(rows, expected)
+        assert page_count(device, Path("engine"), info, 2**20, 0.5) == min(rows, expected)
     device.memory = lambda: (2**20, 2**34)  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=r"cpu has 0 B for K/V beside the weights, needs .* raise --gpu-memory"):
-        page_count(device, Path("engine"), info, 64, 0.5)
+        page_count(device, Path("engine"), info, 2**20, 0.5)
+
+
+@pytest.mark.parametrize("count", [FREE, FREE + 1, 800])
+def test_memory_for_logits(small: Pair, count: int) -> None:
+    """Few have a place that stays, more have one of their own beside it."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=20)
+    cache = engine.open(1)
+    passes = [causal("prefill", [130] * count, 0, predict_all=True, logits=True)]
+    assert cache.reserve(0, 0, count)
+    place = engine.steps.place(FlatShape(FREE, FREE, logits=True))
+    with engine.device.use(engine.folder):
+        engine.memory.show_table()
+        step = engine.steps.of(flat_shape(passes))
+        step.fill(passes, cache.rows)
+        step.run()
+    held = {logits.data_ptr(): logits.nbytes for logits in (place, step.logits) if logits is not None}
+    assert sum(held.values()) == pass_bytes(backend.info, 0, count)
 
 
 def test_another_rank_keeps_no_logits_of_a_long_pass(small: Pair) -> None:

@@ -25,7 +25,7 @@ from .cache import MOST_TOKENS, TorchCache
 from .device import TorchDevice
 from .flat import FlatShape, graph_shapes
 from .forwards import Forwards
-from .memory import Memory, page_count
+from .memory import Memory, page_count, pass_bytes
 from .model import TorchModel
 from .step import Steps
 from .vision import TorchVision
@@ -87,7 +87,8 @@ class TorchEngine:
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)
             self._vision = TorchVision(folder, info, self.device.name) if seeing else None
             if pages is None:
-                pages = page_count(self.device, folder, own, MOST_TOKENS + PREFILL_CHUNK, memory)
+                largest = pass_bytes(own, MOST_TOKENS + PREFILL_CHUNK, _most_decoded(info))
+                pages = page_count(self.device, folder, own, largest, memory)
             if ranks is not None:
                 pages = ranks.agree(pages)
             self.memory = Memory(self.device, own, self.model.dtype, pages)
@@ -153,9 +154,13 @@ class TorchEngine:
         self.forwards.obey(self.ranks)
 
 
+def _most_decoded(info: EngineInfo) -> int:
+    """Tokens of a forward where all rows decode: a chunk of a prompt with masks, beside a block of every other row."""
+    blocks = min(MOST_TOKENS, (info.build.max_batch_size - 1) * info.build.block_length)
+    return blocks + PREFILL_CHUNK + MAX_BLOCK
+
+
 def _graph_shapes(info: EngineInfo, ahead: bool) -> list[FlatShape]:
-    """The shapes of decoding: a chunk of a prompt with masks, beside a block of every other row."""
-    build = info.build
-    blocks = min(MOST_TOKENS, (build.max_batch_size - 1) * build.block_length)
-    most = blocks + PREFILL_CHUNK + MAX_BLOCK
-    return graph_shapes(most, build.max_batch_size if ahead else 0, images=info.model.vision is not None)
+    """The shapes of decoding."""
+    rows = info.build.max_batch_size if ahead else 0
+    return graph_shapes(_most_decoded(info), rows, images=info.model.vision is not None)

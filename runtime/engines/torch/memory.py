@@ -100,15 +100,19 @@ def page_bytes(info: EngineInfo) -> int:
     return PAGE * kv_bytes_per_token(info.model, info.build)
 
 
-def pass_bytes(info: EngineInfo, tokens: int) -> int:
-    """About what a forward of so many tokens holds at most: the widest tensors of a layer, the head's, and logits."""
+def pass_bytes(info: EngineInfo, tokens: int, logits: int) -> int:
+    """About what a forward holds at most: of so many tokens the widest tensors of a layer and the head's, and logits.
+
+    Those of FREE predictions have a place of their own, beside those of a forward that has more.
+    """
     m = info.model
     wide = 4 * m.intermediate_size + 6 * m.hidden_size + 3 * m.num_heads * m.head_dim
     # The head keeps 20 bytes for every tile of 64 vocabulary entries (plugins/ops/head_commit.py).
-    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + FREE * m.vocab_size * 4
+    rows = FREE if logits <= FREE else FREE + logits
+    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + rows * m.vocab_size * 4
 
 
-def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens: int, share: float) -> int:
+def page_count(device: TorchDevice, folder: Path, info: EngineInfo, largest_pass: int, share: float) -> int:
     """Pages beside what is loaded already: what `share` of all memory leaves, and no more than could ever be used.
 
     That is `max_batch_size` rows of `max_seq_len`, and as many again for kept prefixes. A CPU's pages take memory as
@@ -117,7 +121,7 @@ def page_count(device: TorchDevice, folder: Path, info: EngineInfo, most_tokens:
     free, total = device.memory()
     row = cache_slots(info.build) // PAGE
     most = 2 * info.build.max_batch_size * row
-    left = int(share * total) - (total - free) - pass_bytes(info, most_tokens) if device.is_gpu else free // 2
+    left = int(share * total) - (total - free) - largest_pass if device.is_gpu else free // 2
     count = min(most, left // page_bytes(info))
     least = min(_LEAST_SLOTS // PAGE, row)
     if count < least:
