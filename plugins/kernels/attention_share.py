@@ -34,27 +34,28 @@ def merge(
 ):  # fmt: skip
     """merges (N, MERGE_FIELDS), part (C, G, LARGE_M, D) and stats (C, G, LARGE_M, 2) of shares -> y (N, H, D).
 
-    One program per token and head; a token whose tile is one share has its y already.
+    One program per token and some heads; a token whose tile is one share has its y already.
     """
     follow(PDL)
     group: tl.constexpr = H // G
     token = tl.program_id(0)
-    head = tl.program_id(1)
     shares = tl.load(merges + token * MERGE_FIELDS)
     parts = tl.load(merges + token * MERGE_FIELDS + 1)
     offset = tl.load(merges + token * MERGE_FIELDS + 2)
     if shares == 1:
         return
     share = tl.arange(0, SPLITS)
-    d = tl.arange(0, BLOCK_D)
-    place = (parts * G + head // group * shares + share).to(tl.int64) * LARGE_M + offset * group + head % group
     real = share < shares
-    highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
-    total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
-    sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-    above = tl.max(highest, 0)
-    safe = tl.where(above == float("-inf"), 0.0, above)
-    weight = tl.exp2(highest - safe)
-    bottom = tl.sum(weight * total, 0)
-    out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
-    tl.store(y + (token * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)
+    d = tl.arange(0, BLOCK_D)
+    heads = H // tl.num_programs(1)
+    for head in range(tl.program_id(1) * heads, (tl.program_id(1) + 1) * heads):
+        place = (parts * G + head // group * shares + share).to(tl.int64) * LARGE_M + offset * group + head % group
+        highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
+        total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
+        sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+        above = tl.max(highest, 0)
+        safe = tl.where(above == float("-inf"), 0.0, above)
+        weight = tl.exp2(highest - safe)
+        bottom = tl.sum(weight * total, 0)
+        out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+        tl.store(y + (token * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)

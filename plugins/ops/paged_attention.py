@@ -38,6 +38,7 @@ MOST_SMALL = 16  # small tiles of a row; one with more tokens gets large ones
 SHORT = 10  # pages up to which a row of more than one small tile keeps to them: they read K/V once each
 LEAST = 1  # pages of a share that is not the last of its tile
 LARGE_PAGES = 1  # pages of a share of a large tile, for one of a small tile
+FEW = 128  # tokens of a pass up to which every head of a token is merged by a program of its own
 _MERGE_FIELDS = 4
 _FIELDS = 16  # of an item, see the kernel
 
@@ -121,6 +122,11 @@ def _parts(dims: Dims, ceil: Ceil, programs: int | None) -> int:
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["W"], dims["G"], 1
+
+
+def _merge_grid(dims: Dims, ceil: Ceil) -> Grid:
+    """Of many tokens few are split, and programs that find nothing to do take time, too."""
+    return dims["N"], dims["H"] if dims["N"] <= FEW else dims["G"], 1
 
 
 def _large(dims: Dims, ceil: Ceil) -> int:
@@ -209,7 +215,7 @@ def op(bits: KvBits | None, programs: int | None = None) -> Op:
                 scalars=(),
                 outputs=(),
                 constants=_merge_constants,
-                grid=lambda dims, ceil: (dims["N"], dims["H"], 1),
+                grid=_merge_grid,
                 follows=True,
             ),
         ),

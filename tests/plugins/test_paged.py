@@ -332,6 +332,11 @@ def test_attention_over_pages_shared_by_more_programs(tiny: ModelConfig) -> None
     assert attend(tiny, Paged.of([chunk(700, 1)], (4, 2), WIDTH, "f32"), programs=20) < 2e-6
 
 
+def test_many_tokens_are_merged_by_fewer_programs(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "FEW", 2)
+    assert attend(tiny, Paged.of([chunk(700, 5), chunk(30, 1)], (6, 2), WIDTH, "f32")) < 2e-6
+
+
 def test_a_pass_that_only_one_program_reads_is_not_split(tiny: ModelConfig) -> None:
     items, _, _ = planned(tiny, [chunk(30, 1), chunk(20, 2)])
     assert items[:, 11].tolist() == [1, 1]
