@@ -244,18 +244,37 @@ def test_attention_over_pages_of_8_bits_sees_what_it_should(
 
 @st.composite
 def passes(draw: st.DrawFn) -> list[np.ndarray]:
+    """Rows whose tokens see anything, some of them nothing, and begin and end at a page's border or next to it."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     counts = draw(st.lists(st.integers(0, 30), min_size=1, max_size=3).filter(any))
-    return [rng.integers(0, draw(st.sampled_from([50, 300])), (count, 3)).astype(np.int32) for count in counts]
+    rows = []
+    for count in counts:
+        visible = rng.integers(0, draw(st.sampled_from([50, 300])), (count, 3)).astype(np.int32)
+        borders = np.where(
+            rng.random((count, 3)) < 0.5, visible, visible // PAGE * PAGE + rng.integers(-1, 2, (count, 3))
+        )
+        rows.append(np.where(rng.random((count, 1)) < 0.1, 0, borders.clip(0)).astype(np.int32))
+    return rows
 
 
 @pytest.mark.usefixtures("few_programs")
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(passes(), st.integers(0, 99), st.sampled_from(KV_BITS))
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    passes(),
+    st.integers(0, 99),
+    st.sampled_from([(4, 2), (6, 2), (5, 1), (24, 1)]),
+    st.sampled_from([None, 3, 40]),
+    st.sampled_from(KV_BITS),
+)
 def test_attention_over_pages_of_random_rows(
-    tiny: ModelConfig, rows: list[np.ndarray], seed: int, bits: KvBits | None
+    tiny: ModelConfig,
+    rows: list[np.ndarray],
+    seed: int,
+    heads: tuple[int, int],
+    programs: int | None,
+    bits: KvBits | None,
 ) -> None:
-    assert attend(tiny, Paged.of(rows, (4, 2), WIDTH, "f32", seed), bits=bits) < 4e-6
+    assert attend(tiny, Paged.of(rows, heads, WIDTH, "f32", seed), bits=bits, programs=programs) < 4e-6
 
 
 def planned(
@@ -278,7 +297,7 @@ def planned(
 
 
 @settings(max_examples=10, deadline=None)
-@given(passes(), st.sampled_from([(4, 2), (32, 8), (3, 3)]))
+@given(passes(), st.sampled_from([(4, 2), (32, 8), (3, 3), (5, 1), (64, 1)]))
 def test_a_plan_has_every_token_and_page_once(
     tiny: ModelConfig, rows: list[np.ndarray], heads: tuple[int, int]
 ) -> None:
