@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -581,6 +582,25 @@ def test_a_forward_that_fails_is_its_own_caches_affair(small: Pair, monkeypatch:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="gone"):
                 flight.finish()
+    np.testing.assert_array_equal(one.forward(prompt)[0].token, expected)
+
+
+def test_a_forward_that_another_thread_was_interrupted_in_says_so(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C, which only the thread that waits hears of."""
+    backend = torch_backend(small.ours)
+    engine = TorchEngine(backend.folder, backend.info, "cpu", pages=40)
+    prompt = [causal("prefill", PROMPT, 0)]
+    one, other = engine.open(1), engine.open(1)
+    assert one.reserve(0, 0, len(PROMPT))
+    flight = one.launch(prompt, [0])
+    with monkeypatch.context() as context:
+        context.setattr(Step, "run", lambda step: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            other.forward(prompt)
+    for _ in range(2):
+        with pytest.raises(EngineError, match="a pass was interrupted; the request may be sent again"):
+            flight.finish()
+    expected = other.forward(prompt)[0].token
     np.testing.assert_array_equal(one.forward(prompt)[0].token, expected)
 
 

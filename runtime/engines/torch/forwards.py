@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ....errors import EngineError
 from ..engine import Pass, Prediction, read_only
 from .flat import FlatShape, flat_shape, rounded_shape
 from .step import Step, Steps
@@ -154,6 +155,9 @@ class TorchFlight:
             self._predictions = self._read()
         except Exception as failure:
             self._failure = failure
+        except BaseException:  # Ctrl-C, in whichever thread has waited
+            self._failure = EngineError(f"{owner.folder}: a pass was interrupted; the request may be sent again")
+            raise
 
     def _started(self) -> None:
         """Put everything into the stream."""
