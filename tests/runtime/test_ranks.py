@@ -144,27 +144,41 @@ except EngineError as error:
     assert "not for rank 0" in ended.stderr
 
 
-def test_an_error_of_rank_0_is_not_said_of_another(tiny: Path) -> None:
-    """The others wait for its part of a sum and would for ever, so it is over all the same."""
+@pytest.mark.parametrize(
+    ("stops", "said"),
+    [
+        (
+            'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore lines")',
+            "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        ("signal.raise_signal(signal.SIGINT)", "KeyboardInterrupt"),
+    ],
+    ids=["memory", "Ctrl-C"],
+)
+def test_what_stops_rank_0_is_said_of_it_and_of_every_request_after_it(tiny: Path, stops: str, said: str) -> None:
+    """The others wait in a sum for its part, and would add the next pass's to it."""
     program = f"""
-import nemodiff, torch
+import nemodiff, signal, torch
 from nemodiff.runtime.engines.torch import ranks
-from nemodiff.runtime.engines.torch.model import TorchModel
 
-def fail(*arguments):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore lines")
+class Stopping(ranks.Ranks):
+    def add(self, x):
+        {stops}
 
 ranks._END = 0.5
 engine = nemodiff.load({str(tiny)!r}, device="cpu", threads=1, tp_size=2)
-TorchModel.forward = fail
-try:
-    nemodiff.generate(engine, "x")
-except nemodiff.EngineError as error:
-    print(error)
+engine.backend.ranks.__class__ = Stopping
+for _ in range(2):
+    try:
+        nemodiff.generate(engine, "x")
+    except (nemodiff.EngineError, KeyboardInterrupt) as error:
+        last = error
+    engine.backend.ranks.__class__ = ranks.Ranks
+print(last)
 print(engine.lost)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
-    why = "rank 0 of 2 cannot go on (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    why = f"rank 0 of 2 cannot go on ({said})"
     assert ended.stdout == f"{tiny}: {why}; start all ranks again\n{why}\n", ended.stderr
     assert ended.stderr == ""
 

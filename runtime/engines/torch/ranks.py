@@ -82,7 +82,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Do something together with the other ranks. Raises EngineError where one of them ends or this one fails."""
+        """Do something together with the other ranks.
+
+        Raises EngineError where one of them ends or this one fails, and from then on: the others wait for its part.
+        """
+        if self.lost is not None:
+            raise EngineError(f"{self._folder}: {self.lost}; start all ranks again")
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -91,6 +96,9 @@ class Ranks:
                 time.sleep(_GLANCE)
             self.lost = self._reason(error)
             raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
+        except BaseException as error:
+            self.lost = f"rank {self.rank} of {self.size} cannot go on ({first_line(error)})"
+            raise
 
     def _meet(self) -> None:
         distributed = self._distributed
