@@ -21,11 +21,8 @@ from nemodiff.runtime.loading import LoadedEngine
 EARLY = ("graphs", "pdl")
 OTHERS = ("eager", "without kernels", "one prediction", "with logits")
 WARM = 3  # forwards until a shape is warm: eager, captured, replayed
-LOADED = (
-    "fp8",
-    *(kind for kind in gpu_models.KINDS if kind != "fp8"),
-    "adapter",
-)  # with other weights, those that have a goal first
+# With other weights; those that have a goal first.
+LOADED = ("fp8", *(kind for kind in gpu_models.KINDS if kind != "fp8"), "adapter")
 
 
 class Passes:

@@ -141,8 +141,8 @@ def plan(
             tl.store(to + PART, part, mask=is_share)
         has = j < tl.where(is_tile, count, 0)[:, None]
         to = merges + (begins[:, None] + j) * MERGE_FIELDS
-        tl.store(to, shares[:, None] + 0 * j, mask=has)
-        tl.store(to + 1, part[:, None] + 0 * j, mask=has)
-        tl.store(to + 2, j + 0 * begins[:, None], mask=has)
+        tl.store(to, shares[:, None], mask=has)
+        tl.store(to + 1, part[:, None], mask=has)
+        tl.store(to + 2, j, mask=has)
         number_of_items += tl.sum(shares, 0)
         number_of_parts += tl.sum(parts, 0)

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""What `paged_attention.py` does without pages: a step of the softmax, and the merge of a tile's shares."""
+"""What attention does without pages: a step of the softmax, and the merge of a tile's shares."""
 
 import triton
 import triton.language as tl
@@ -24,6 +24,16 @@ def weigh(scores, highest, total, sum_v, values, gains, CACHE: tl.constexpr, SPR
         weight *= gains[None, :]
     sum_v = tl.dot(weight.to(values.dtype), values, sum_v * shrink[:, None], input_precision="ieee")
     return above, total, sum_v
+
+
+@triton.jit
+def merged(highest, total, sum_v):
+    """What shares with these highest scores and sums, (C,), and sums of values, (C, D), are together, (D,)."""
+    above = tl.max(highest, 0)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    weight = tl.exp2(highest - safe)
+    bottom = tl.sum(weight * total, 0)
+    return tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
 
 
 @triton.jit
@@ -53,9 +63,5 @@ def merge(
         highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
         total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
         sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        above = tl.max(highest, 0)
-        safe = tl.where(above == float("-inf"), 0.0, above)
-        weight = tl.exp2(highest - safe)
-        bottom = tl.sum(weight * total, 0)
-        out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+        out = merged(highest, total, sum_v)
         tl.store(y + (token * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)

@@ -9,6 +9,8 @@ takes its split's share of those, so the work follows the length in use and not 
 import triton
 import triton.language as tl
 
+from .attention_share import merged
+
 
 @triton.jit
 def _splits(tiles, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr):
@@ -117,12 +119,8 @@ def merge(
     place = (query_tile_number * number_of_splits + share) * BLOCK_M + m % BLOCK_M
     highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
     total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
-    above = tl.max(highest, 0)
-    safe = tl.where(above == float("-inf"), 0.0, above)
-    weight = tl.exp2(highest - safe)  # (SPLITS,) f32
     filled = real & (total != 0.0)  # NaN counts as filled
     sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=filled[:, None] & (d < D)[None, :], other=0.0)
-    bottom = tl.sum(weight * total, 0)
-    out = tl.sum(sum_v * weight[:, None], 0) / tl.where(bottom == 0.0, 1.0, bottom)
+    out = merged(highest, total, sum_v)
     at = tl.program_id(0).to(tl.int64) * S + query
     tl.store(y + at * D + d, out.to(y.dtype.element_ty), mask=d < D)

@@ -91,11 +91,11 @@ def _least(wins, ids, V: tl.constexpr):
 def _scan(
     logits, at, low, high, position, temperature, part, best,
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """One split of one position: part (4,) f32 = highest logit, sum of exp(l - highest), best score, its logit.
 
-    A program reads its whole split at once, so that all of its loads are under way together.
+    A program reads its whole split at once, so that all of its loads are under way together. A temperature that is 0
+    for the compiler leaves nothing of sampling.
     """
     share = tl.program_id(1)
     start = share * BLOCK
@@ -104,17 +104,12 @@ def _scan(
     highest = tl.max(x, 0)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(exp(x - safe), 0)
-    top = highest
-    value = highest
-    if SAMPLED:
-        if temperature > 0:
-            top, token, value = sample(
-                logits, x, at, start, ids, low, high, position, temperature, V, MASK_ID, BLOCK
-            )  # fmt: skip
-        else:
-            token = _least(x == highest, ids, V)
+    if temperature > 0:
+        top, token, value = sample(logits, x, at, start, ids, low, high, position, temperature, V, MASK_ID, BLOCK)
     else:
+        top = highest
         token = _least(x == highest, ids, V)
+        value = highest
     if total != total:  # by a NaN, of which the first one counts, or by an infinity
         broken = _least(x != x, ids, V)
         if broken < V:
@@ -134,7 +129,7 @@ def scan(
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """logits (B, R, V) -> part (B, R, SPLITS, 4) f32, best (B, R, SPLITS) i32; one program per position and split."""
-    _scan(logits, tl.program_id(0), 0, 0, 0, 0.0, part, best, V, MASK_ID, SPLITS, BLOCK, False)
+    _scan(logits, tl.program_id(0), 0, 0, 0, 0.0, part, best, V, MASK_ID, SPLITS, BLOCK)
 
 
 @triton.jit
@@ -149,7 +144,7 @@ def drawn_scan(
     high = tl.load(seed + row * 2 + 1)
     _scan(
         logits, at, low, high, tl.load(position + at), tl.load(temperature + at), part, best,
-        V, MASK_ID, SPLITS, BLOCK, True,
+        V, MASK_ID, SPLITS, BLOCK,
     )  # fmt: skip
 
 

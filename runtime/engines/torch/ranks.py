@@ -87,7 +87,7 @@ class Ranks:
         Raises EngineError where one of them ends or this one fails, and from then on: the others wait for its part.
         """
         if self.lost is not None:
-            raise EngineError(f"{self._folder}: {self.lost}; start all ranks again")
+            raise self._ended_for_good()
         try:
             yield
         except (RuntimeError, OSError) as error:
@@ -95,10 +95,16 @@ class Ranks:
             while self._started and self._ended() is None and time.monotonic() < deadline:
                 time.sleep(_GLANCE)
             self.lost = self._reason(error)
-            raise EngineError(f"{self._folder}: {self.lost}; start all ranks again") from None
+            raise self._ended_for_good() from None
         except BaseException as error:
-            self.lost = f"rank {self.rank} of {self.size} cannot go on ({first_line(error)})"
+            self.lost = self._cannot_go_on(error)
             raise
+
+    def _ended_for_good(self) -> EngineError:
+        return EngineError(f"{self._folder}: {self.lost}; start all ranks again")
+
+    def _cannot_go_on(self, error: BaseException) -> str:
+        return f"rank {self.rank} of {self.size} cannot go on ({first_line(error)})"
 
     def _meet(self) -> None:
         distributed = self._distributed
@@ -148,7 +154,7 @@ class Ranks:
         if (ended := self._ended()) is not None:
             return ended
         if self._started:  # all of them live: it is this one that has failed, and they wait for it for good
-            return f"rank 0 of {self.size} cannot go on ({first_line(error)})"
+            return self._cannot_go_on(error)
         return f"another of {self.size} ranks has ended ({first_line(error)})"
 
     def add(self, x: Tensor) -> Tensor:
