@@ -91,7 +91,7 @@ def _heads(model: ModelConfig) -> dict[str, int]:
 
 def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
     rows, heads = _tile_rows(model), _heads(model)
-    slots = {"PAGE": PAGE, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N // 2 if bits == "fp8" else LARGE_N}  # SM 120 spilled
+    slots = {"PAGE": PAGE, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N // 2 if bits else LARGE_N}  # 32 spilled on SM 120
     tile = {**rows, "MOST_M": rows["LARGE_M"], "SLICE": heads["BLOCK_D"]}
     code = {"CACHE": kv_cache.CODE[bits]} if bits else {}
     return {**heads, "SCALE": float(model.head_dim**-0.5), **slots, **tile, **code}
