@@ -36,6 +36,7 @@ SCRIPTS = (
     "drafter",
     "fp8",
     "gpu",
+    "host",
     "infill",
     "kernels",
     "kv_cache",
@@ -278,6 +279,32 @@ def test_what_aiperf_exports_becomes_a_table(tmp_path: Path) -> None:
         ["Request Count (requests)", "8.0", "", "", "", ""],
     ]
     assert words[words.index("--tokenizer") + 1].endswith("examples/tiny-chat-2")
+
+
+HOST = """
+import json, sys
+from pathlib import Path
+import host
+print(json.dumps(host.measure(Path(sys.argv[1]), ["ar", "linear_spec", "mix"], [1, 3], 1, 96)))
+"""
+
+
+def test_the_host_is_timed_beside_a_card_and_while_it_stands_still(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOST, str(tmp_path)]
+    shown = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True, timeout=120).stdout
+    results = json.loads(shown.splitlines()[-1])
+    assert [(r["mode"], r["rows"]) for r in results] == [
+        ("ar", 1),
+        ("ar", 3),
+        ("linear_spec", 1),
+        ("linear_spec", 3),
+        ("mix", 3),
+    ]
+    for result in results:
+        assert (result["gap_us"] == 0) == (result["mode"] == "ar")  # whose forwards are begun ahead
+        assert result["beside_us"] > 0
+        for name in ("gap_us", "beside_us"):
+            assert result[f"{name}_per_row"] == pytest.approx(result[name] / result["rows"], rel=0.3, abs=0.1)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
