@@ -93,7 +93,7 @@ def paged(bits: KvBits | None) -> Op:
                 outputs=_OUTPUTS,
                 constants=functools.partial(_constants, bits=bits),
                 grid=_grid,
-                num_warps=2,
+                num_warps=8,
                 follows=True,
             ),
         ),
