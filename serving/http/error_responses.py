@@ -23,7 +23,7 @@ from ...runtime.requests.options import OPTIONS
 from .body import Chat, Completion
 from .dialects.messages_body import Messages
 from .dialects.responses_body import Responses
-from .request_group import RequestTimeoutError
+from .request_group import DrainingError, RequestTimeoutError
 
 RETRY_AFTER = 1  # seconds
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
@@ -55,10 +55,6 @@ class ErrorResponse(BaseModel):
 
     type: str = "error"
     error: ErrorInfo
-
-
-class DrainingError(NemodiffError):
-    """The server is about to stop."""
 
 
 class ModelNotFoundError(NemodiffError):

@@ -38,7 +38,7 @@ from .image_urls import image_urls, with_images
 from .infill_queue import CancelledError, InfillQueue
 from .metrics import ServerMetrics
 from .models import describe
-from .request_group import RequestGroup, RequestTimeoutError, on_disconnect
+from .request_group import DrainingError, RequestGroup, RequestTimeoutError, on_disconnect
 from .request_log import record_of
 from .responses import ResponseBuilder, trace_lines
 from .sse import EventStreamResponse
@@ -163,6 +163,8 @@ class Handlers:
         except TimeoutError:
             raise RequestTimeoutError(self.timeout) from None
         except (CancelledError, asyncio.CancelledError):
+            if self.infill_queue.closed:
+                raise DrainingError from None
             if not cancelled.is_set():
                 raise
             return Response()  # the client has gone, and nobody reads this
@@ -229,7 +231,8 @@ class Handlers:
             if record is not None:
                 record.observe(index, events)
 
-        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body), body.own_words)
+        tells_cut = not isinstance(body, Messages)  # which would take it for one that the model has ended
+        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body), body.own_words, tells_cut)
 
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...engine_info import EngineInfo
@@ -22,7 +22,7 @@ from .threads import without_stop_iteration
 
 
 class CancelledError(Exception):
-    """The client no longer waits for the answer."""
+    """The client no longer waits for the answer, or the queue has been closed."""
 
 
 class InfillQueue:
@@ -38,6 +38,7 @@ class InfillQueue:
         self._capacity = waiting + 1
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="nemodiff-infill")
         self._lock = threading.Lock()
+        self.closed = False  # for good, and no hole is filled any more
         self._present = 0
         self._tokens = 0
         self._ends = {"finished": 0, "cancelled": 0, "failed": 0}
@@ -58,20 +59,28 @@ class InfillQueue:
         future is cancelled too.
         """
         with self._lock:
+            if self.closed:
+                raise BusyError("no holes are filled any more; send the request to another server")
             if self._present >= self._capacity:
                 raise BusyError(f"{self._present} holes are filled or wait, allowed: {self._capacity}; try again later")
+            future = self._worker.submit(self._fill, prefix, suffix, cancelled, options)
             self._present += 1
-        future = self._worker.submit(self._fill, prefix, suffix, cancelled, options)
         future.add_done_callback(self._count)
         return future
 
     def close(self) -> None:
-        """Drop the holes that wait, and end after the one that is being filled."""
+        """Drop the holes that wait, and the one that is being filled before its next pass."""
+        with self._lock:
+            self.closed = True
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def _fill(self, prefix: str, suffix: str, cancelled: threading.Event, options: dict[str, Any]) -> Filled:
-        engine = dataclasses.replace(self._engine, backend=_CancellableEngine(self._engine.backend, cancelled))
-        _check(cancelled)
+        def check() -> None:
+            if cancelled.is_set() or self.closed:
+                raise CancelledError
+
+        engine = dataclasses.replace(self._engine, backend=_CheckingEngine(self._engine.backend, check))
+        check()
         return without_stop_iteration(lambda: infill(engine, prefix, suffix, **options))
 
     def _count(self, future: concurrent.futures.Future[Filled]) -> None:
@@ -91,28 +100,28 @@ class InfillQueue:
                 self._ends["failed"] += 1
 
 
-class _CancellableEngine:
-    """An engine whose caches raise CancelledError; a search has no other way to be stopped between two passes."""
+class _CheckingEngine:
+    """An engine whose caches check before each pass; a search has no other way to be stopped between two passes."""
 
-    def __init__(self, engine: Engine, cancelled: threading.Event) -> None:
+    def __init__(self, engine: Engine, check: Callable[[], None]) -> None:
         self._engine = engine
-        self._cancelled = cancelled
+        self._check = check
         self.samples = engine.samples
         self.pages = engine.pages
         self.info: EngineInfo = engine.info
 
     def open(self, rows: int) -> Cache:
-        return _CancellableCache(self._engine.open(rows), self._cancelled)
+        return _CheckingCache(self._engine.open(rows), self._check)
 
 
-class _CancellableCache:
-    def __init__(self, cache: Cache, cancelled: threading.Event) -> None:
+class _CheckingCache:
+    def __init__(self, cache: Cache, check: Callable[[], None]) -> None:
         self._cache = cache
-        self._cancelled = cancelled
+        self._check = check
         self.seconds = 0.0
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
-        _check(self._cancelled)
+        self._check()
         return self._cache.forward(passes, first)
 
     def move(self, source: int, target: int, slots: int) -> None:
@@ -123,8 +132,3 @@ class _CancellableCache:
 
     def close(self) -> None:
         self._cache.close()
-
-
-def _check(cancelled: threading.Event) -> None:
-    if cancelled.is_set():
-        raise CancelledError

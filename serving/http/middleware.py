@@ -10,8 +10,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .error_responses import DrainingError, error_body, error_response, status_and_body
+from .error_responses import error_body, error_response, status_and_body
 from .hosts import AllowedHosts
+from .request_group import DrainingError
 
 PROTECTED = (
     "/v1",
@@ -81,8 +82,7 @@ class AdmissionMiddleware:
                 message = "no valid key; send the header Authorization: Bearer KEY"
                 return 401, error_body(401, message, code="invalid_api_key", path=path)
             if self._draining.is_set() and scope["method"] == "POST":
-                message = "the server is about to stop; send the request to another, or later"
-                return status_and_body(DrainingError(message), path)
+                return status_and_body(DrainingError(), path)
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
             return 413, error_body(413, self._too_large(), path=path)

@@ -25,6 +25,13 @@ from .doorbell import doorbell
 from .threads import in_thread
 
 
+class DrainingError(NemodiffError):
+    """The server is about to stop."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is about to stop; send the request to another, or later")
+
+
 class RequestTimeoutError(NemodiffError):
     """A request took longer than the `seconds` that the server allows."""
 
@@ -48,6 +55,7 @@ class RequestGroup:
         timeout: seconds until what still runs is cancelled.
         pool: its threads read the prompts; see `in_thread`.
         own_words: in which refusals are told; see `Decoding.own_words`.
+        tells_cut: whether its API can tell an answer that the server's end has cut from a whole one.
     """
 
     def __init__(
@@ -57,12 +65,14 @@ class RequestGroup:
         timeout: float,
         pool: concurrent.futures.Executor | None = None,
         own_words: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        tells_cut: bool = True,
     ) -> None:
         self._scheduler = scheduler
         self._observe = observe
         self._timeout = timeout
         self._pool = pool
         self._own_words = own_words
+        self._tells_cut = tells_cut
         self._bell = doorbell()
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
         self._loop = asyncio.get_running_loop()
@@ -113,8 +123,8 @@ class RequestGroup:
                 for event in outcome:
                     if isinstance(event, Finished):
                         unfinished -= 1
-                        if self._expired and event.generation.finish_reason == "cancelled":
-                            raise RequestTimeoutError(self._timeout)
+                        if event.generation.finish_reason == "cancelled":
+                            self._check_cancelled(event)
                     self.more = left > 0 or event is not outcome[-1] or not unfinished
                     yield index, event
 
@@ -138,6 +148,13 @@ class RequestGroup:
         for handle in self._handles:
             if not handle.done:
                 handle.cancel()
+
+    def _check_cancelled(self, event: Finished) -> None:
+        """Raise the reason of a cancellation that the client has to know; if it has gone, there is none."""
+        if self._expired:
+            raise RequestTimeoutError(self._timeout)
+        if not self._closed and not (event.generation.token_ids and self._tells_cut):
+            raise DrainingError
 
     async def _arrived(self) -> int:
         """How many outcomes are here to be read, once there is one."""

@@ -159,6 +159,7 @@ class _DrainingServer(uvicorn.Server):
         while self._busy and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(self._server.scheduler.close, drain=False)
+        await asyncio.to_thread(self._server.infill_queue.close)
         self.should_exit = True
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

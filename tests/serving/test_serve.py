@@ -37,6 +37,7 @@ from nemodiff.serving.http.request_group import RequestGroup
 
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
+PRESENT = ("nemodiff_requests_running", "nemodiff_requests_waiting", "nemodiff_fills_present")
 STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
 LONG = {"prompt": "Once upon a time", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar"}
@@ -790,6 +791,41 @@ def test_sigterm_drains(tiny_engine: Path, engine: nemodiff.LoadedEngine, patien
     whole = nemodiff.generate(engine, "Once upon", chat=False, mode="ar", max_new_tokens=300, min_tokens=300).text
     got = "".join(choice["text"] for choice in choices)
     assert got == whole if patience == "60" else got.startswith(whole[:5])
+
+
+def test_what_cannot_be_answered_before_the_end_is_refused(tiny_engine: Path) -> None:
+    long = {"max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar"}
+    words = " ".join(map(str, range(400)))
+    hole = {"prompt": words, "suffix": words, "length": 60, "width": 64}
+    bodies = [
+        ("/v1/completions", {"prompt": "Once upon", **long}),  # has one row
+        ("/v1/messages", {**chat(), **long, "stream": True}),  # and this one the other
+        ("/v1/completions", {"prompt": "Once upon", **long}),  # waits, and so do all below
+        (CHAT, chat(**long, n=2)),
+        (CHAT, chat(**long, stream=True)),
+        ("/v1/messages", {**chat(), **long}),
+        ("/v1/responses", {"input": "hi", "mode": "ar", "min_tokens": 500}),
+        ("/v1/fim/completions", hole),
+        ("/v1/fim/completions", {**hole, "stream": True}),
+    ]
+    with serving(tiny_engine, "--rows", "2", "--drain", "0.3") as served, contextlib.ExitStack() as open_ones:
+        asked = []
+        for path, body in bodies:
+            asked.append(open_ones.enter_context(contextlib.closing(served.connect())))
+            asked[-1].request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            count = len(asked) + (len(asked) > 3)  # a chat has two answers
+            eventually(lambda count=count: sum(served.metrics()[name] for name in PRESENT) == count)
+        eventually(lambda: served.metrics()["nemodiff_generation_tokens_total"] > 20)
+        served.process.send_signal(signal.SIGTERM)
+        told = [(answer.status, answer.read().decode()) for answer in (one.getresponse() for one in asked)]
+        assert served.process.wait(60) == 0
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
+    assert [status for status, _ in told] == [200, 200, 503, 503, 200, 503, 503, 503, 503]
+    assert json.loads(told[0][1])["choices"][0]["finish_reason"] == "cancelled"
+    for _, text in told[1:]:
+        end = json.loads(text.rstrip("\n").rpartition("data: ")[2])
+        assert "about to stop" in end["error"]["message"]
 
 
 def test_what_the_command_refuses(tiny_engine: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
