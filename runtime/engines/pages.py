@@ -168,9 +168,8 @@ class Pages:
         with self._freeing:
             self._freeing.notify_all()
 
-    def slots_of(self, row: int, begin: int, size: int) -> np.ndarray:
-        """Where in the pool `size` slots of a row from `begin` on lie, (size,) i32."""
-        at = np.arange(begin, begin + size, dtype=np.int32)
+    def slots_of(self, row: int | np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Where in the pool slots of a row lie, or of a row each, all (N,) i32."""
         where: np.ndarray = self.table[row, at // PAGE] * np.int32(PAGE) + at % PAGE
         return where
 

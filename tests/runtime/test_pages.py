@@ -72,7 +72,8 @@ def test_a_row_takes_a_page_at_its_border() -> None:
     assert pages.reserve(a, PAGE, PAGE + 1) == []
     assert pages.free == 3
     page = pages.table[a, :2].tolist()
-    assert pages.slots_of(a, PAGE - 1, 2).tolist() == [page[0] * PAGE + PAGE - 1, page[1] * PAGE]
+    slots = pages.slots_of(a, np.array([PAGE - 1, PAGE]))
+    assert slots.tolist() == [page[0] * PAGE + PAGE - 1, page[1] * PAGE]
     assert pages.table[a, 2:].tolist() == [0] * 6
 
 

@@ -215,8 +215,8 @@ class PagedToyCache(ToyCache):
         pages, pool = self._engine.pages, self._engine.pool
         slots = pool[pages.table[number]].reshape(-1, 2)
         prediction = self._row(slots, p)
-        where = pages.slots_of(number, p.write_at, p.ids.size)
-        pool.reshape(-1, 2)[where] = slots[p.write_at : p.write_at + p.ids.size]
+        written = np.arange(p.write_at, p.write_at + p.ids.size)
+        pool.reshape(-1, 2)[pages.slots_of(number, written)] = slots[written]
         return prediction
 
 

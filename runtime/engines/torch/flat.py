@@ -6,6 +6,7 @@ write to the scratch page and see one slot of it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -149,41 +150,64 @@ def fill(
     fed: Sequence[int] = (),
 ) -> None:
     """Write the inputs of a forward; `fed` are its ids by the predictions of the one before."""
-    ids, pos, visible, index, span = (arrays[name] for name in ("ids", "pos", "visible", "index", "span"))
-    at = begin = 0
     if "embedding" in arrays:
         arrays["embedding"][:] = -1
-    for p, row in zip(passes, rows, strict=True):
-        size = p.ids.size
-        here = slice(at, at + size)
-        ids[here] = p.ids
-        pos[here] = p.pos
-        visible[here] = p.visible
-        arrays["slot"][here] = pages.slots_of(row, p.write_at, size)
-        arrays["row"][here] = row
-        arrays["first"][here] = at
-        if "adapter" in arrays:
-            arrays["adapter"][here] = p.adapter
-        if p.embedded is not None:
-            arrays["embedding"][at + p.embedded] = at + p.embedded
-            arrays["embeddings"][at + p.embedded] = p.embeddings
-        end = begin + p.predicted.size
-        picked = slice(begin, end)
-        index[picked] = p.predicted + np.int32(at)
-        span[picked] = (begin, end)
-        arrays["threshold"][picked] = p.threshold
-        if "seed" in arrays:
-            masked = p.ids[p.predicted] == mask
-            arrays["temperature"][picked] = np.where(masked, p.mask_temperature, p.temperature)
-            arrays["seed"][picked] = np.array([p.seed], np.uint64).view(np.int32)
-            # A mask stands at its token's position, any other token one before it.
-            arrays["position"][picked] = p.pos[p.predicted] + ~masked
-        at += size
-        begin = end
+    at = begin = 0
+    if passes:
+        at = _fill_tokens(arrays, passes, rows, pages)
+        begin = _fill_predictions(arrays, passes, mask)
     if "source" in arrays:
         arrays["source"][: len(fed)] = np.add(fed, FED_AT)
         arrays["source"][len(fed) :] = 0
     _pad(arrays, at, begin, mask)
+
+
+# What all passes have is written at once, since calls of numpy are what takes the time.
+def _fill_tokens(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequence[int], pages: Pages) -> int:
+    """Write what each token has; returns how many they are."""
+    sizes = [p.ids.size for p in passes]
+    *starts, count = itertools.accumulate(sizes, initial=0)
+    for name in ("ids", "pos", "visible"):
+        np.concatenate([getattr(p, name) for p in passes], out=arrays[name][:count])
+    of_passes = np.array([rows, starts, [p.write_at for p in passes]], np.int32)
+    row, first, slot = of_passes.repeat(sizes, axis=1)  # (N,)
+    slot += np.arange(count, dtype=np.int32)
+    slot -= first
+    arrays["row"][:count] = row
+    arrays["first"][:count] = first
+    arrays["slot"][:count] = pages.slots_of(row, slot)
+    if "adapter" in arrays:
+        for p, start in zip(passes, starts, strict=True):
+            arrays["adapter"][start : start + p.ids.size] = p.adapter
+    if "embedding" in arrays:
+        for p, start in zip(passes, starts, strict=True):
+            if p.embedded is not None:
+                arrays["embedding"][start + p.embedded] = start + p.embedded
+                arrays["embeddings"][start + p.embedded] = p.embeddings
+    return count
+
+
+def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], mask: int) -> int:
+    """Write what each prediction has, after the tokens; returns how many they are."""
+    counts = [p.predicted.size for p in passes]
+    *begins, count = itertools.accumulate(counts, initial=0)
+    starts = itertools.accumulate([p.ids.size for p in passes[:-1]], initial=0)
+    start, begin, size = np.array([[*starts], begins, counts], np.int32).repeat(counts, axis=1)  # (R,)
+    index = arrays["index"][:count]
+    np.concatenate([p.predicted for p in passes], out=index)
+    index += start
+    arrays["span"][:count, 0] = begin
+    arrays["span"][:count, 1] = begin + size
+    arrays["threshold"][:count] = np.array([p.threshold for p in passes]).repeat(counts)
+    if "seed" in arrays:
+        masked = arrays["ids"][index] == mask
+        heats = np.array([[p.mask_temperature for p in passes], [p.temperature for p in passes]])
+        arrays["temperature"][:count] = np.where(masked, *heats.repeat(counts, axis=1))
+        seeds = np.array([p.seed for p in passes], np.uint64).view(np.int32).reshape(-1, 2)
+        arrays["seed"][:count] = seeds.repeat(counts, axis=0)
+        # A mask stands at its token's position, any other token one before it.
+        arrays["position"][:count] = arrays["pos"][index] + ~masked
+    return count
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:

@@ -129,7 +129,7 @@ class Step:
         self._place = owner.place(shape)
         self.logits = self._place if shape.logits else None  # (R, V) f32
         self._eager = not owner.graphs or shape not in owner.shapes
-        self._views: list[View] | None = None
+        self._views: list[View] | None = None  # for plain torch
         self._graph: Graph | None = None
         self._runs = 0
 
@@ -142,7 +142,7 @@ class Step:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner = self._owner
         fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, fed)
-        if not self._eager:
+        if owner.model.kernels or not self._eager:
             return
         self._views = []
         at = 0
