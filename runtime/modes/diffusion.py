@@ -41,7 +41,7 @@ def diffusion(sequence: Sequence) -> Loop:
                 block[held] = mask
                 held = size
             before, decided = decided, block.index(mask) if mask in block else size
-            sequence.emit_all(block[before:decided])
+            sequence.emit(block[before:decided])
             if sequence.finish:
                 return
             if decided == size:

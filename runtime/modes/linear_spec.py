@@ -33,8 +33,7 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
     while mask in block:
         block = yield from denoise(sequence, "draft", block, begins=begins)
         begins = False
-    ends = (at for at, token in enumerate(block[1:], 2) if token in sequence.stops)
-    block = block[: next(ends, size)]  # nothing is emitted after an EOS, so nothing is looked at there
+    block = block[: sequence.before_stop(block) + 1]  # nothing is emitted after an EOS, so nothing is looked at there
     if sequence.planner is not None and sequence.outcome.confidence is not None:
         unseen = sequence.outcome.confidence[1 : len(block)].tolist()
         worth = sequence.planner.worth_verifying(unseen)

@@ -137,7 +137,7 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
     else:
         chances = confidence if sequence.cost is not None else None
         tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows, chances)
-    length = next((i for i, token in enumerate(tokens) if token in sequence.stops), len(tokens))
+    length = sequence.before_stop(tokens)
     confidence = confidence or prediction.confidence[at + 1 : at + size].tolist()
     draft = Draft(tokens[:length], confidence[:length])
     sequence.outcome.draft = draft

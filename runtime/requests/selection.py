@@ -108,7 +108,7 @@ class TokenSelector:
             elif chances is not None:
                 chances.append(1.0)
             chosen.append(token)
-            self.push(token)
+            self.push([token])
         self.pop(len(chosen))
         return chosen
 
@@ -127,15 +127,18 @@ class TokenSelector:
             tokens[at] = self._end_think
         return tokens
 
-    def push(self, token: int) -> None:
-        """Take a token into the history."""
-        self._emitted.append(token)
+    def push(self, tokens: list[int]) -> None:
+        """Take tokens into the history."""
+        self._emitted += tokens
         if self._penalised:
-            self._counts[token] += 1
-        if self._matcher is not None and (matcher := self._guide) is not None:
-            matcher.push(token)
-        if token == self._end_think:
-            self._thought += 1
+            self._counts.update(tokens)
+        if self._matcher is None:
+            self._thought += tokens.count(self._end_think)  # type: ignore[arg-type]
+            return
+        for token in tokens:
+            if (matcher := self._guide) is not None:
+                matcher.push(token)
+            self._thought += token == self._end_think
 
     def pop(self, count: int) -> None:
         """Take the last tokens out of the history again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from typing import Literal
 
@@ -101,29 +103,37 @@ class Sequence:
         """Tokens still wanted."""
         return self.settings.max_new_tokens - len(self.tokens)
 
-    def emit(self, token: int) -> bool:
-        """Append one final token; returns whether the request has now finished."""
+    def before_stop(self, tokens: list[int]) -> int:
+        """How many tokens stand before the first that ends the answer."""
+        if self.stops.isdisjoint(tokens):
+            return len(tokens)
+        return next(at for at, token in enumerate(tokens) if token in self.stops)
+
+    def emit(self, tokens: list[int]) -> int:
+        """Append final tokens until the request finishes; returns how many."""
+        if self._watch_text and len(tokens) > 1:  # the text of any may end it
+            emitted = 0
+            while emitted < len(tokens) and not self.finish:
+                emitted += self.emit(tokens[emitted : emitted + 1])
+            return emitted
+        taken = tokens[: min(self.before_stop(tokens) + 1, self.remaining)]
+        if not taken:
+            return 0
         if not self.tokens:
             self.first_token = time.perf_counter()
-        self.tokens.append(token)
-        self.selector.push(token)
-        if token in self.stops or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
+        self.tokens += taken
+        self.selector.push(taken)
+        if taken[-1] in self.stops or (self._watch_text and self.transcript.reaches_stop(self.tokens)):
             self.finish = "stop"
-        elif len(self.tokens) >= self.settings.max_new_tokens:
+        elif not self.remaining:
             self.finish = "length"
-        return self.finish is not None
-
-    def emit_all(self, tokens: list[int]) -> None:
-        """Emit tokens until the request finishes."""
-        for token in tokens:
-            if self.emit(token):
-                return
+        return len(taken)
 
     def take(self, prediction: Prediction, index: int) -> int:
         """Choose the next token by a causal prediction, the pass's number `index`, and emit it."""
         token = self.selector.next(prediction, index)
         self.outcome.emitted.append(token)
-        self.emit(token)
+        self.emit([token])
         return token
 
     def verify(self, prediction: Prediction, draft: list[int], unseen: list[float]) -> int:
@@ -132,13 +142,17 @@ class Sequence:
         The committed length grows by as many. `prediction` begins with those for the draft's tokens, in order, and for
         the one after them. `unseen` are the confidences of drafted tokens beyond these.
         """
-        kept = 0
-        for index, drafted in enumerate([*draft, None]):
-            token = self.take(prediction, index)
-            kept += token == drafted
-            if self.finish or token != drafted:
-                break
-        accepted = index + 1
+        emitted = self.outcome.emitted
+        if self.selector.as_predicted:
+            said = prediction.token[: len(draft) + 1].tolist()
+            agreed = sum(itertools.takewhile(bool, map(operator.eq, said, draft)))
+            emitted += said[: self.emit(said[: agreed + 1])]
+        else:
+            for index, drafted in enumerate([*draft, None]):
+                if self.take(prediction, index) != drafted or self.finish:
+                    break
+        accepted = len(emitted)
+        kept = accepted - (emitted[-1:] != draft[accepted - 1 : accepted])
         self.outcome.kept = kept
         self.outcome.refused = draft[kept:] if kept < accepted else []
         self.length += accepted
@@ -159,10 +173,8 @@ class Sequence:
 
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
-        if self.stops.isdisjoint(block):
+        at = self.before_stop(block)
+        if at == len(block):
             return block
-        for i, token in enumerate(block):
-            if token in self.stops:
-                rest = [token if t == self.model.mask_id else t for t in block[i + 1 :]]
-                return [*block[: i + 1], *rest]
-        return block
+        rest = [block[at] if token == self.model.mask_id else token for token in block[at + 1 :]]
+        return [*block[: at + 1], *rest]

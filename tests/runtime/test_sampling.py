@@ -138,7 +138,7 @@ def check(choice: Choice, prompt: list[int]) -> None:
     made = Settings("ar", 99, 8, 0.0, params=SamplingParams(**params))
     selector = TokenSelector(made, prompt, MASK, stops, choice.logits.size)
     for token in choice.emitted:
-        selector.push(token)
+        selector.push([token])
     assert selector.plain == SamplingParams(**params).greedy
     best = np.where(np.arange(choice.logits.size) == MASK, -np.inf, choice.logits).argmax()
     zero = np.zeros(1, np.float32)
@@ -168,13 +168,13 @@ def test_drafting_leaves_no_trace() -> None:
     )
     logits = np.random.default_rng(1).normal(size=(8, 40)).astype(np.float32)
     prediction = Prediction(np.zeros(8, np.int32), np.zeros(8, np.float32), np.zeros(8, np.int32), logits)
-    selector.push(7)
+    selector.push([7])
     ahead = selector.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
     assert ahead == selector.propose(prediction, [MASK, END, MASK, 1, MASK, MASK], range(1, 7))
     fresh = TokenSelector(
         Settings("ar", 99, 8, 0.0, params=params, thinking_budget=30, end_think=END), [1], MASK, frozenset(), 40
     )
-    fresh.push(7)
+    fresh.push([7])
     assert selector.next(prediction, 0) == fresh.next(prediction, 0)
     assert vars(selector)["_counts"] == vars(fresh)["_counts"]
 

@@ -248,7 +248,7 @@ def test_a_wrong_loop_is_caught_without_a_reference(setup: Setup, monkeypatch: p
 
 
 def _believe(request: Request, prediction: Prediction, draft: list[int]) -> int:
-    request.emit(draft[0])
+    request.emit(draft[:1])
     request.length += 1
     request.accepted.append(1)
     return 1
