@@ -69,7 +69,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"layers", "references"},
     ],
     "measurement": [{"machine"}, {"round"}, {"figures"}, {"bench"}, {"plot", "table"}],
-    "serving": [{"metrics"}, {"http", "triton_server"}],
+    "serving": [{"logprobs", "metrics"}, {"http", "triton_server"}],
 }
 
 

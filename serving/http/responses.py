@@ -14,7 +14,8 @@ from ...runtime.loading import LoadedEngine
 from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.sequence import Sequence as RunningSequence
 from ...runtime.tools.answer import Delta
-from .token_values import TokenValues, prompt_logprobs
+from ..logprobs import logprobs_by_id
+from .token_values import TokenValues
 
 Kind = Literal["chat", "completion"]
 
@@ -179,7 +180,7 @@ class ResponseBuilder:
         if not self.prompt_logprobs or generation.prompt_logprobs is None:
             return {}
         prompt = self.sequences[index].prompt
-        return {"prompt_logprobs": prompt_logprobs(self.engine.text, prompt, generation.prompt_logprobs)}
+        return {"prompt_logprobs": logprobs_by_id(self.engine.text, prompt, generation.prompt_logprobs)}
 
 
 def finish_reason(generation: Generation) -> str:

@@ -1,4 +1,4 @@
-"""What is told of tokens, as JSON: OpenAI's log-probabilities of chats and of completions, and vLLM's of prompts."""
+"""What is told of tokens, as JSON: OpenAI's log-probabilities of chats and of completions."""
 
 from __future__ import annotations
 
@@ -125,18 +125,3 @@ class TokenValues:
             # A token of the stop string lies after the text.
             "text_offset": offsets if end is None else [min(offset, end) for offset in offsets],
         }
-
-
-def prompt_logprobs(
-    codec: TextCodec, tokens: Values[int], logprobs: Values[TokenLogprobs | None]
-) -> list[dict[str, dict[str, Any]] | None]:
-    """Of a prompt's tokens: each and the likeliest ones by their ids, null where nothing stands before."""
-    return [None if one is None else _by_id(codec, token, one) for token, one in zip(tokens, logprobs, strict=True)]
-
-
-def _by_id(codec: TextCodec, token: int, one: TokenLogprobs) -> dict[str, dict[str, Any]]:
-    ranked = {id: (value, rank) for rank, (id, value) in enumerate(one.top, 1)}
-    return {
-        str(id): {"logprob": value, "rank": rank, "decoded_token": codec.piece(id)}
-        for id, (value, rank) in {token: (one.logprob, one.rank), **ranked}.items()
-    }

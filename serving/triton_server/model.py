@@ -82,7 +82,7 @@ class TritonPythonModel:
             prefix_reuse=self._parameters.prefix_reuse,
             prefill_tokens=self._parameters.prefill_tokens,
         )
-        self._writer = ResponseWriter(self._pb, self._name, batched)
+        self._writer = ResponseWriter(self._pb, self._name, engine.text, batched)
         # The instance, since the instances of a model share its series and would overwrite each other's gauges.
         labels = {"model": self._name, "version": args["model_version"], "model_instance": args["model_instance_name"]}
         metrics = TritonMetrics(self._pb, labels)

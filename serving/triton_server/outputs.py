@@ -20,7 +20,8 @@ NUMPY: dict[Type, Any] = {"STRING": object, "UINT32": "uint32", "FP32": "float32
 class Output:
     """One output tensor.
 
-    value: reads it from a finished request; it may return None. many: any number of elements.
+    value: reads it from a finished request, and may return None; the writer has the others. many: any number of
+    elements.
     """
 
     name: str
@@ -57,6 +58,8 @@ OUTPUTS = (
     Output("acceptance_length", "FP32", lambda f: f.generation.acceptance.mean),
     Output("output_log_probs", "FP32", _logprobs, many=True),
     Output("cum_log_probs", "FP32", _sum_of_logprobs),
+    Output("logprobs", "STRING"),
+    Output("cumulative_logprob", "FP32", _sum_of_logprobs),
     Output("prompt_log_probs", "FP32", _logprobs_of_prompt, many=True),
     Output("warnings", "STRING", lambda f: f.generation.warnings or None, many=True),
     Output("time_to_first_token_ms", "FP32", lambda f: f.ttft_ms),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -78,6 +78,8 @@ INPUTS = (
     Input("guided_decoding_guide_type", "STRING"),
     Input("guided_decoding_guide", "STRING"),
     Input("return_log_probs", "BOOL"),
+    Input("return_logprobs", "BOOL"),
+    Input("return_cumulative_logprob", "BOOL"),
     # Supported at one value.
     Input("beam_width", "INT32", only=1),
     Input("num_return_sequences", "INT32", only=1),
@@ -100,11 +102,15 @@ INPUTS = (
 _ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
 _MEANINGLESS = ("skip_special_tokens", "spaces_between_special_tokens")
 _GUIDED = {"guided_json": "json_schema", "guided_regex": "regex"}
-_GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}
+_GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}  # TensorRT-LLM's types
+_STRUCTURES = ("structured_outputs", "guided_decoding")  # vLLM's objects
+_STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex"}
+_ANY_OBJECT = '{"type": "object"}'
 
 _BY_NAME = {i.name: i for i in INPUTS}
-_FLAGS = ("stream", "exclude_input_in_output", "return_log_probs", "ignore_eos")
-_READ = (*_FLAGS, *_GUIDED)
+_LOGPROBS = ("return_log_probs", "return_logprobs", "return_cumulative_logprob")
+_FLAGS = ("stream", "exclude_input_in_output", "ignore_eos", *_LOGPROBS)
+_READ = (*_FLAGS, *_GUIDED, *_STRUCTURES)
 _INPUTS_ALONE = ("text_input", "image", "sampling_parameters")  # and no keys or defaults
 
 
@@ -191,13 +197,13 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
     if prompt is None:
         raise RequestError("text_input is missing; give one text")
     images = tuple(_image(text, n) for n, text in enumerate(plain.pop("image", ()), 1))
-    sampling = _sampling_parameters(plain.pop("sampling_parameters", None))
+    sampling = _object("sampling_parameters", plain.pop("sampling_parameters", None))
     chosen: dict[str, Any] = {}
     for level in (defaults, _without_passing(parameters), sampling, plain):
         chosen |= _read(level)
     stream = chosen.pop("stream", False)
     exclude = chosen.pop("exclude_input_in_output", True)
-    if chosen.pop("return_log_probs", False):
+    if any([chosen.pop(name, False) for name in _LOGPROBS]):
         chosen.setdefault("logprobs", 0)
     ignore_eos = chosen.pop("ignore_eos", False)
     return TritonRequest(prompt, stream, not exclude, with_seed(resolve(chosen, ignore_eos=ignore_eos)), images)
@@ -218,15 +224,16 @@ def _element(declared: Input, values: list[Any]) -> Any:
     return values if declared.many else values[0]
 
 
-def _sampling_parameters(text: str | None) -> Mapping[str, Any]:
-    if not text:
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    """A JSON object, which may be text; none is an empty one. Raises RequestError."""
+    if not value:
         return {}
     try:
-        values = json.loads(text)
+        values = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"sampling_parameters: not JSON ({error}); give one object") from None
+        raise RequestError(f"{name}: not JSON ({error}); give one object") from None
     if not isinstance(values, dict):
-        raise RequestError(f"sampling_parameters is {text!r:.60}, allowed: a JSON object")
+        raise RequestError(f"{name} is {value!r:.60}, allowed: a JSON object")
     return values
 
 
@@ -243,8 +250,8 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options, and the flags of `_READ`, from values by any of their names. Raises RequestError."""
     chosen: dict[str, Any] = {}
     names: dict[str, str] = {}  # by which an option was given
-    for name, value in values.items():
-        if value is None or name in _MEANINGLESS or name.startswith("guided_decoding_"):
+    for name, value in _spread(values):
+        if value is None or name in _MEANINGLESS:
             continue
         declared = _BY_NAME.get(name)
         option = declared.option if declared else _GUIDED.get(name, name)
@@ -270,18 +277,41 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         chosen[option] = converted
         names[option] = name
-    return chosen | _guide(values)
+    return chosen
 
 
-def _guide(values: Mapping[str, Any]) -> dict[str, str]:
+def _spread(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, with what the answer must be by the names of options. Raises RequestError."""
+    for name, value in values.items():
+        if name in _STRUCTURES:
+            yield from _structure(name, value)
+        elif not name.startswith("guided_decoding_"):
+            yield name, value
+    yield from _guide(values)
+
+
+def _structure(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Of an object of vLLM's, whose clients spell out what they leave open."""
+    for kind, guide in _object(name, value).items():
+        if guide is None or guide is False:
+            continue
+        if kind not in _STRUCTURED:
+            raise RequestError(f"{name} has {kind!r:.60}, allowed: {', '.join(_STRUCTURED)}; leave it out")
+        yield _STRUCTURED[kind], _ANY_OBJECT if kind == "json_object" else guide
+
+
+def _guide(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of TensorRT-LLM's type and guide, which type json does without."""
     kind = values.get("guided_decoding_guide_type")
     guide = values.get("guided_decoding_guide")
     if not kind and not guide:
-        return {}
+        return
+    if kind == "json" and not guide:
+        guide = _ANY_OBJECT
     if kind not in _GUIDES or not isinstance(guide, str):
         raise RequestError(
             f"guided_decoding_guide_type is {kind!r:.60} with {'no' if guide is None else 'a'} guide, allowed: "
             f"{', '.join(_GUIDES)}, with the guide in guided_decoding_guide"
         )
     check_text(guide, "guided_decoding_guide")
-    return {_GUIDES[kind]: guide}
+    yield _GUIDES[kind], guide

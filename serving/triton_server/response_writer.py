@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from ...errors import BusyError, NemodiffError, RequestError
 from ...runtime.events.events import Finished
+from ...runtime.requests.generation import Generation
+from ...runtime.text.codec import TextCodec
+from ..logprobs import logprobs_by_id
 from .outputs import NUMPY, OUTPUTS
 
 
@@ -18,12 +22,14 @@ class ResponseWriter:
     Args:
         pb: the server's module `triton_python_backend_utils`.
         name: of the model, for the server's log.
+        codec: the engine's, which spells tokens.
         batched: whether tensors have a leading batch dimension of 1.
     """
 
-    def __init__(self, pb: Any, name: str, batched: bool) -> None:
+    def __init__(self, pb: Any, name: str, codec: TextCodec, batched: bool) -> None:
         self._pb = pb
         self._name = name
+        self._codec = codec
         self._batched = batched
         self._lock = threading.Lock()
         self.refused = dict.fromkeys((400, 500, 503), 0)  # requests that ended in an error, by HTTP status
@@ -35,7 +41,7 @@ class ResponseWriter:
     def send_final(self, sender: Any, text: str, event: Finished) -> None:
         """Send the last response, which holds all outputs."""
         outputs = {output.name: output.value(event) for output in OUTPUTS if output.value is not None}
-        response = self._response({"text_output": text, **outputs})
+        response = self._response({"text_output": text, "logprobs": self._logprobs(event.generation), **outputs})
         sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def send_cancelled(self, sender: Any) -> None:
@@ -63,6 +69,12 @@ class ResponseWriter:
     def report(self, error: Exception) -> None:
         """Write what has failed into the server's log."""
         self._pb.Logger.log_error(f"{self._name}: {type(error).__name__}: {error}")
+
+    def _logprobs(self, generation: Generation) -> str | None:
+        """The log-probabilities by token ids, as JSON, where they were requested."""
+        if generation.logprobs is None:
+            return None
+        return json.dumps(logprobs_by_id(self._codec, generation.token_ids, generation.logprobs))
 
     def _send_error(self, sender: Any, message: str, code: Any) -> None:
         response = self._pb.InferenceResponse(error=self._pb.TritonError(message, code))

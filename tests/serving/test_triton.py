@@ -240,10 +240,25 @@ def test_sampling_penalties_logprobs_and_grammars_are_the_runtimes(
         assert expected.logprobs is not None
         assert answer["output_log_probs"] == pytest.approx([each.logprob for each in expected.logprobs], abs=1e-3)
         assert answer["cum_log_probs"] == pytest.approx(sum(answer["output_log_probs"]), abs=1e-3)
+        top = {"return_logprobs": True, "sampling_parameters": '{"logprobs": 2}'}
+        given = generate(server, text_input=QUESTIONS[0], mode=mode, max_tokens=30, **top, **law)
+        assert given["cumulative_logprob"] == answer["cum_log_probs"]
+        by_id = json.loads(given["logprobs"])
+        assert [one[str(token)]["logprob"] for one, token in zip(by_id, expected.token_ids, strict=True)] == (
+            pytest.approx(given["output_log_probs"], abs=1e-3)
+        )
+        assert {len(one) for one in by_id} <= {2, 3}
     regex = "[0-9]{3}-[0-9]{2}"
     guided = {"guided_decoding_guide_type": "regex", "guided_decoding_guide": regex}
-    for fields in (guided, {"sampling_parameters": json.dumps({"guided_regex": regex})}):
+    spelled = ({"guided_regex": regex}, {"structured_outputs": json.dumps({"regex": regex})})
+    for fields in (guided, *({"sampling_parameters": json.dumps(one)} for one in spelled)):
         assert re.fullmatch(regex, generate(server, text_input=QUESTIONS[0], **fields)["text_output"])
+    schema = {"type": "object", "properties": {"n": {"enum": [3, 4]}}, "required": ["n"], "additionalProperties": False}
+    tool = {"json": json.dumps(schema), "regex": None, "choice": None, "json_object": None, "disable_fallback": False}
+    frontend = {"sampling_parameters": json.dumps({"guided_decoding": json.dumps(tool)})}  # as Triton's sends it
+    typed = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": json.dumps(schema)}
+    for fields in (frontend, typed):
+        assert json.loads(generate(server, text_input=QUESTIONS[0], **fields)["text_output"]) in ({"n": 3}, {"n": 4})
     endless = generate(server, text_input=QUESTIONS[0], sampling_parameters='{"ignore_eos": true, "max_tokens": 90}')
     assert endless["num_output_tokens"] == 90
 

@@ -197,6 +197,13 @@ def test_sampling_without_a_seed_draws_one() -> None:
         ({"use_beam_search": True}, "use_beam_search is True, allowed: False"),
         ({"max_tokens": 5, "max_new_tokens": 6}, "max_tokens is 5 and max_new_tokens is 6; give one of them"),
         ({"guided_decoding_guide_type": "xml", "guided_decoding_guide": "<a/>"}, "allowed: json, json_schema, regex"),
+        ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide_type is 'regex' with no guide"),
+        (
+            {"structured_outputs": {"choice": ["a"]}},
+            "structured_outputs has 'choice', allowed: json, json_object, regex",
+        ),
+        ({"structured_outputs": "{"}, "structured_outputs: not JSON"),
+        ({"guided_decoding": {"regex": "a"}, "guided_regex": "b"}, "regex is 'a' and guided_regex is 'b'; give one"),
         ({"stop": [5]}, "stop is [5], allowed: text or a list of texts"),
         ({"block_length": "9" * 5000}, "allowed: an integer"),
         ({"image": "aGVsbG8="}, "unknown parameter 'image'"),
@@ -205,6 +212,37 @@ def test_sampling_without_a_seed_draws_one() -> None:
 def test_what_cannot_be_meant_is_refused(sampling: dict[str, Any], fragment: str) -> None:
     with pytest.raises(RequestError, match=re.escape(fragment)):
         read({"text_input": ["x"], "sampling_parameters": [json.dumps(sampling)]}, {}, {})
+
+
+SCHEMA = '{"enum": [1]}'
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options"),
+    [
+        ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": SCHEMA}, {"json_schema": SCHEMA}),
+        ({"guided_decoding_guide_type": "json"}, {"json_schema": '{"type": "object"}'}),
+        ({"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+        ({"structured_outputs": '{"json": {"enum": [1]}}'}, {"json_schema": {"enum": [1]}}),
+        ({"structured_outputs": {"json": SCHEMA, "regex": None, "disable_fallback": False}}, {"json_schema": SCHEMA}),
+        ({"structured_outputs": {"json": {}}}, {"json_schema": {}}),
+        ({"guided_decoding": '{"json_object": true}'}, {"json_schema": '{"type": "object"}'}),
+        ({"guided_decoding": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"guided_decoding": None, "structured_outputs": "{}"}, {}),
+    ],
+)
+def test_what_an_answer_must_be_in_the_words_of_other_backends(
+    sampling: dict[str, Any], options: dict[str, Any]
+) -> None:
+    assert read({"text_input": ["x"], "sampling_parameters": [json.dumps(sampling)]}, {}, {}).options == options
+
+
+@pytest.mark.parametrize("name", ["return_log_probs", "return_logprobs", "return_cumulative_logprob"])
+def test_log_probabilities_by_any_of_their_names(name: str) -> None:
+    assert read({"text_input": ["x"], name: [True]}, {}, {}).options == {"logprobs": 0}
+    assert read({"text_input": ["x"], name: [False]}, {}, {}).options == {}
+    sampling = {"sampling_parameters": ['{"logprobs": 3}']}
+    assert read({"text_input": ["x"], name: [True], **sampling}, {}, {}).options == {"logprobs": 3}
 
 
 def test_without_a_server_one_line_says_how_to_get_one(

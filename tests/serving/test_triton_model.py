@@ -94,6 +94,27 @@ def test_a_prompt_is_scored(started: Callable[..., TritonPythonModel], tiny_engi
     assert (response.outputs()["text_output"], response.outputs()["num_output_tokens"]) == ("", 0)
 
 
+def test_log_probabilities_are_told_in_the_forms_of_both_backends(
+    started: Callable[..., TritonPythonModel], tiny_engine: Path
+) -> None:
+    engine = nemodiff.load(tiny_engine, threads=1)
+    alone = nemodiff.generate(engine, QUESTION, max_new_tokens=5, logprobs=2)
+    (answer,) = ask(started(), max_tokens=5, return_logprobs=True, sampling_parameters='{"logprobs": 2}')
+    assert alone.logprobs is not None
+    total = sum(one.logprob for one in alone.logprobs)
+    assert answer["cum_log_probs"] == answer["cumulative_logprob"] == pytest.approx(total, abs=1e-3)
+    given = json.loads(answer["logprobs"])
+    for one, token, expected in zip(given, alone.token_ids, alone.logprobs, strict=True):
+        assert one[str(token)] == {
+            "logprob": pytest.approx(expected.logprob, abs=1e-3),
+            "rank": expected.rank,
+            "decoded_token": engine.text.piece(token),
+        }
+        assert {int(id) for id in one} == {token, *(id for id, _ in expected.top)}
+    (plain,) = ask(started(), max_tokens=5)
+    assert not {"logprobs", "cumulative_logprob", "output_log_probs", "cum_log_probs"} & plain.keys()
+
+
 def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
     model = started(rows="1", waiting="1")
     for fields in ({"mode": "bogus"}, {"max_tokens": 0}):
