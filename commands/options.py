@@ -24,12 +24,17 @@ Decorator = Callable[[Any], Any]
 
 
 class _Path(click.Path[Path]):
-    """A path, which an unset variable of a shell is not: empty, it would mean the folder that one stands in."""
+    """A path, which an unset variable of a shell is not: empty, it would mean the folder that one stands in.
+
+    Neither is a URL, which as a path would lose a slash.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click.ParamType."""
         if value == "":
             self.fail("it is empty; give a path", param, ctx)
+        if "://" in str(value):
+            self.fail(f"{value} is a URL; download it and give its path", param, ctx)
         return super().convert(value, param, ctx)
 
 

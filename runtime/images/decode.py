@@ -37,7 +37,7 @@ def decode(source: str | Path | bytes | Picture, name: str = "image") -> np.ndar
 
     if isinstance(source, Image.Image):
         return _pixels(source, name)
-    data = source if isinstance(source, bytes) else _read(Path(source))
+    data = source if isinstance(source, bytes) else _read(source)
     if isinstance(source, (str, Path)):
         name = str(source)
     if len(data) > MOST_BYTES:
@@ -53,9 +53,9 @@ def decode(source: str | Path | bytes | Picture, name: str = "image") -> np.ndar
     return _pixels(picture, name)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -45,6 +45,11 @@ NEMODIFF = Path(sys.executable).with_name("nemodiff")
         pytest.param(["--json-schema", "no-file"], ["'--json-schema': no-file: ", "give a file"], id="no schema"),
         pytest.param(["--json-schema", ""], ["'--json-schema': it is empty; give a file"], id="schema unset"),
         pytest.param(["--image", ""], ["'--image': it is empty; give a path"], id="image unset"),
+        pytest.param(
+            ["--image", "https://a.example/x.png"],
+            ["'--image': https://a.example/x.png is a URL; download it and give its path"],
+            id="image of a URL",
+        ),
         pytest.param(["--temperature", "warm"], ["'--temperature': 'warm'"], id="temperature is text"),
         pytest.param(["--seed", "1.5"], ["'--seed': '1.5'"], id="seed is no integer"),
         pytest.param(["--max-new-tokens"], ["'--max-new-tokens' requires an argument"], id="flag without value"),

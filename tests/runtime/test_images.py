@@ -515,6 +515,7 @@ def test_a_picture_of_another_class_is_one(engine: LoadedEngine) -> None:
     ("content", "fragment"),
     [
         ([{"type": "image", "image": "/nowhere.png"}], "/nowhere.png: cannot be read"),
+        ([{"type": "image", "image": "https://nowhere/a.png"}], "https://nowhere/a.png: cannot be read"),
         ([{"type": "image", "image": 3}], "image 1 is 3"),
         ([{"type": "image", "image": ImageDraw.Draw(picture(4, 4))}], "image 1 is <PIL"),
         ([{"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}], "allowed: data:image"),
