@@ -83,7 +83,7 @@ def verify(
     from ..runtime.loading import load
     from ..verification.prompts import token_ids
     from ..verification.recorder import columns
-    from ..verification.references import open_reference
+    from ..verification.references import open_reference, other_weights
     from ..verification.verify import failures
     from ..verification.verify import verify as run
 
@@ -116,6 +116,8 @@ def verify(
         with failures(report, "layers"):
             report.layers, values = compare_layers(loaded.backend, engine, reference, few, sample)
         report.blame = blame(report.layers)
+    if against is not None and not report.ok:
+        report.other_weights = other_weights(loaded.info, against, adapter)
     record = {"date": time.strftime("%Y-%m-%d"), "against": name, **report.as_dict()}
     kept = f"kept in {engine / VERIFY_FILE}"
     try:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..builder.checkpoint.folder import ADAPTER_FOLDER
 from ..builder.checkpoint.hub import resolve
+from ..builder.manifest import file_entry
 from ..config import ModelConfig, parse_config
 from ..engine_folder import is_engine
+from ..engine_info import EngineInfo, read_engine
 from ..errors import CheckpointError, RequestError
 from ..runtime.loading import LoadedEngine, load
 from .network import Network
@@ -46,6 +50,30 @@ def open_reference(
     rounds_inputs = engine.info.manifest.backend == "onnxruntime"
     kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size, build.mlp_group_size
     return Network(weights, *kinds), source.name
+
+
+def other_weights(engine: EngineInfo, against: str, adapter: Path | None) -> str | None:
+    """What says that a reference has other weights than the engine was built from; by the files' sha256."""
+    files = {name: entry for name, entry in _files(engine).items() if name.endswith(".safetensors")}
+    if is_engine(Path(against)):
+        theirs = _files(read_engine(Path(against)))
+    else:
+        folder = resolve(against).folder
+        folders = {ADAPTER_FOLDER: adapter or folder / ADAPTER_FOLDER}
+        paths = {name: folders.get(str(Path(name).parent), folder) / Path(name).name for name in files}
+        theirs = {name: file_entry(path) for name, path in paths.items() if path.is_file()}
+    for name, entry in files.items():
+        if theirs.get(name) != entry:
+            state = "differs" if name in theirs else "is missing"
+            origin = engine.manifest.checkpoint.get("name")
+            return f"{against}: not the weights of {origin!r} that the engine was built from ({name} {state})"
+    return None
+
+
+def _files(engine: EngineInfo) -> Mapping[str, Any]:
+    """The files of an engine's checkpoint."""
+    files = engine.manifest.checkpoint.get("files")
+    return files if isinstance(files, dict) else {}
 
 
 def _check_same(one: ModelConfig, other: ModelConfig, against: str) -> None:

@@ -16,7 +16,10 @@ _KEPT = 200
 
 @dataclasses.dataclass
 class Report:
-    """Verdicts of one verification. `precision` is what the reference computed in."""
+    """Verdicts of one verification. `precision` is what the reference computed in.
+
+    other_weights: what says that the reference has others than the engine, if anything is wrong.
+    """
 
     prompts: int
     precision: str
@@ -29,6 +32,7 @@ class Report:
     findings: list[str] = dataclasses.field(default_factory=list)
     layers: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # name, deviation, bound; empty: not asked
     blame: str | None = None  # what the first stray tensor tells
+    other_weights: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -53,6 +57,7 @@ class Report:
             "layers": self.layers,
             "first_stray": self.stray,
             "blame": self.blame,
+            "other_weights": self.other_weights,
         }
 
     def lines(self) -> list[str]:
@@ -72,6 +77,8 @@ class Report:
         lines += [f"wrong        {finding}" for finding in self.findings[:_SHOWN]]
         if len(self.findings) > _SHOWN:
             lines.append(f"             and {len(self.findings) - _SHOWN} more")
+        if self.other_weights:
+            lines.append(f"note         {self.other_weights}")
         return lines
 
 

@@ -28,7 +28,7 @@ from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.cli import main
 from nemodiff.commands import verify as command
-from nemodiff.engine_folder import VERIFY_FILE
+from nemodiff.engine_folder import VERIFY_FILE, WEIGHTS_FILE
 from nemodiff.engine_info import read_engine
 from nemodiff.plugins.tensorrt.api import MODULES
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
@@ -99,6 +99,28 @@ def test_something_wrong_is_exit_code_1_and_kept_too(checkpoint: Path, tmp_path:
     assert "wrong        prompt 0, ar, pass 0 (prefill)" in result.stdout
     assert result.stderr.rstrip().endswith(f"kept in {engine / VERIFY_FILE}")
     assert "verified     WRONG on" in output_of("inspect", str(engine))
+
+
+def test_of_other_weights_than_the_engines_a_line_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    engine = Builder(checkpoint, tmp_path / "engine", block_length=8).run()
+    other = write_checkpoint(tmp_path / "other", dtype="f32", seed=3)
+    shutil.copytree(checkpoint / "linear_spec_lora", other / "linear_spec_lora")
+    told = "not the weights of 'checkpoint' that the engine was built from (model.safetensors differs)"
+    for against in (other, Builder(other, tmp_path / "of-other", block_length=8).run()):
+        assert run(engine, "--against", against, *SHORT).stdout.splitlines()[-1] == f"note         {against}: {told}"
+        shown = json.loads(run(engine, "--against", against, *SHORT, "--json").stdout)
+        assert shown["other_weights"] == f"{against}: {told}"
+    write_adapter(write_checkpoint(tmp_path / "third", dtype="f32"), rank=4, alpha=8, strength=0.5)
+    adapter = tmp_path / "third" / "linear_spec_lora"
+    changed = run(engine, "--against", checkpoint, "--adapter", adapter, *SHORT)
+    assert changed.exit_code == 1
+    assert "(linear_spec_lora/adapter_model.safetensors differs)" in changed.stdout
+    right = run(engine, "--against", checkpoint, *SHORT, "--json")
+    assert json.loads(right.stdout)["other_weights"] is None
+    (engine / WEIGHTS_FILE).write_bytes(bytes((engine / WEIGHTS_FILE).stat().st_size))
+    broken = run(engine, "--against", checkpoint, *SHORT)
+    assert broken.exit_code == 1
+    assert "note " not in broken.stdout
 
 
 @pytest.mark.torch
