@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ..sampling.endless_schema import is_endless
+from ..sampling.json_schema import read_schema, unfinished_pattern
 from ..text.checks import check_json
 from ..text.thoughts import BRACKETS
 from ..tools.answer import RAW, AnswerFormat
@@ -55,9 +56,16 @@ class ToolUse:
             return None
         callable_ = [tool for tool in self.tools if not named or tool.name == self.choice]
         for tool in callable_:
-            if (required or tool.strict) and is_endless(dict(tool.parameters)):
+            if not required and not tool.strict:
+                continue
+            if is_endless(dict(tool.parameters)):
                 raise RequestError(
                     f"tools: {tool.name!r} can never be called (every value would hold another, without end); change it"
+                )
+            if (pattern := unfinished_pattern(tool.parameters)) is not None:
+                raise RequestError(
+                    f"tools: the last backslash of {pattern!r:.60} in the parameters of {tool.name!r} has nothing "
+                    "after it; change it"
                 )
         return call_grammar(
             self.form,
@@ -65,7 +73,7 @@ class ToolUse:
             text.special_tokens,
             required=required,
             several=self.several and not named,
-            json_schema=json_schema,
+            json_schema=None if json_schema is None else read_schema(json_schema),
             thoughts=text.thoughts if text.thoughts is BRACKETS else None,  # a model with brackets thinks unasked
         )
 

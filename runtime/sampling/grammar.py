@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RequestError
-from .endless_schema import is_endless
 from .grammar_trial import SECONDS, compiles_in_time
+from .json_schema import is_unfinished, read_schema
 
 MAX_SOURCE = 256 << 10  # bytes of a schema or pattern
 # What a compiled grammar is taken to need in memory. Measured: up to 1 MiB, and for a byte of source 14 to 260 bytes.
@@ -57,9 +57,7 @@ class Grammar:
         self._kind = kind
         library = _tokenizer(tokenizer, vocab, eos)
         if kind == "json_schema":
-            schema = _checked_schema(source)
-            if '"$ref"' in source and is_endless(schema):
-                raise RequestError(f"{kind} allows no answer (every value would hold another, without end); change it")
+            schema = read_schema(source)
             self._first = _compile_schema(library, schema)
             self.warnings = [f"json_schema: {_reason(warning)}" for warning in self._first.get_grammar_warnings()]
             if not strict and self._first.get_error().startswith((_UNKNOWN_FORMAT, _UNIMPLEMENTED)):
@@ -69,7 +67,7 @@ class Grammar:
             if not self._first.is_error():
                 self.warnings = self._ignored(self._first)
         else:
-            if (len(source) - len(source.rstrip("\\"))) % 2:  # the library would leave it out
+            if is_unfinished(source):
                 raise _refusal(kind, "its last backslash has nothing after it")
             self._first = _compile(library, llguidance.LLMatcher.grammar_from_regex(source), kind)
         if self._first.is_error():
@@ -162,20 +160,6 @@ def _tokenizer(source: str, vocab: int, eos: tuple[int, ...]) -> Any:
     import llguidance
 
     return llguidance.LLTokenizer(source, n_vocab=vocab, eos_token=list(eos))
-
-
-def _checked_schema(source: str) -> dict[str, Any]:
-    try:
-        schema = json.loads(source)
-    except ValueError as error:
-        raise RequestError(f"json_schema is not JSON ({_reason(str(error))}); give a JSON schema") from None
-    except RecursionError:
-        raise RequestError("json_schema is nested too deeply; use a simpler one") from None
-    if schema is False:
-        raise RequestError("json_schema is false, which no answer follows; give another")
-    if schema is not True and not isinstance(schema, dict):
-        raise RequestError(f"json_schema is {source:.60}, allowed: an object or true; give a JSON schema")
-    return {} if schema is True else schema
 
 
 def _compile_schema(library: Any, schema: dict[str, Any], options: Any = None) -> Any:

@@ -55,7 +55,7 @@ def call_grammar(
     *,
     required: bool,
     several: bool,
-    json_schema: str | None = None,
+    json_schema: Mapping[str, Any] | None = None,
     thoughts: Thoughts | None = None,
 ) -> CallGrammar:
     """The grammar of an answer that may call tools.
@@ -85,7 +85,7 @@ def call_grammar(
     if required:
         writer.add("start", rf"/\n{{0,2}}/ {calls}")
     elif json_schema is not None:
-        writer.add("answer", f"%json {_guided(json.loads(json_schema))}")
+        writer.add("answer", f"%json {_guided(json_schema)}")
         writer.add("start", rf"answer | /\n{{0,2}}/ {calls}")
     elif not opens:
         writer.add("TEXT", r"/\s*([^\s{](?s:.*))?/")

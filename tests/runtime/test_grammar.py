@@ -122,6 +122,12 @@ def test_a_refused_token_of_a_draft_is_no_error(engine: nemodiff.LoadedEngine) -
         ("json_schema", {"format": "x", "type": "string", "not": {}}, '(Unimplemented keys: ["not"])'),
         ("json_schema", {"type": "string", "format": "x", "pattern": "("}, "is not understood (unclosed group)"),
         ("json_schema", {"type": "string", "pattern": "(?=a)b"}, "is not understood (look-around, including"),
+        (
+            "json_schema",
+            {"type": "string", "pattern": "a\\"},
+            "is not understood (the last backslash of 'a\\\\' has nothing",
+        ),
+        ("json_schema", {"items": [{"patternProperties": {"b\\": {}}}]}, "(the last backslash of 'b\\\\' has nothing"),
         ("json_schema", {"type": "object", "properties": {f"p{i}": {} for i in range(2000)}}, "is too complex (Parser"),
         ("json_schema", "[" * 100_000, "json_schema is nested too deeply;"),
         ("json_schema", '{"items":' * 200 + "{}" + "}" * 200, "is not understood (recursion limit"),
@@ -149,6 +155,10 @@ def test_a_refusal_is_one_short_line_without_a_dump(
 
 def test_a_pattern_may_end_with_the_backslash_that_it_is_to_match(engine: nemodiff.LoadedEngine) -> None:
     assert nemodiff.generate(engine, "Hello", regex=r"a\\").text == "a\\"
+    schema = {"type": "string", "pattern": r"^a\\$"}
+    assert nemodiff.generate(engine, "Hello", json_schema=json.dumps(schema)).text == r'"a\\"'
+    value = {"const": {"pattern": "a\\"}}  # no schema, but what the answer is
+    assert json.loads(nemodiff.generate(engine, "Hello", json_schema=json.dumps(value)).text) == value["const"]
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["schema", "tool"])

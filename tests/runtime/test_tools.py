@@ -577,6 +577,7 @@ def test_an_answer_is_the_turn_that_goes_on(engine: nemodiff.LoadedEngine) -> No
 
 
 ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+UNFINISHED = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a\\"}}}
 
 
 @pytest.mark.parametrize(
@@ -595,6 +596,14 @@ ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": 
         ({"tools": TOOLS, "tool_choice": "f"}, "tool_choice is 'f', allowed: auto, none, required, or"),
         ({"tools": TOOLS, "chat": False}, "tools are shown by the chat template"),
         ({"tools": TOOLS, "regex": "a"}, "tools and regex are both given"),
+        ({"tools": TOOLS, "json_schema": "{"}, "json_schema is not JSON .Expecting property name"),
+        ({"tools": TOOLS, "json_schema": "false"}, "json_schema is false, which no answer follows"),
+        ({"tools": TOOLS, "json_schema": "5"}, "json_schema is 5, allowed: an object or true"),
+        ({"tools": TOOLS, "json_schema": {"$ref": "#"}}, "json_schema allows no answer .every value would hold"),
+        (
+            {"tools": [{"function": {"name": "f", "parameters": UNFINISHED, "strict": True}}]},
+            "tools: the last backslash of .* in the parameters of 'f' has nothing after it; change it",
+        ),
         ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "stop could leave no way to follow the tools"),
         ({"tools": TOOLS, "tool_choice": "required", "mode": "diffusion"}, "which policy threshold of diffusion may"),
         ({"tools": [{"function": {"name": "f", "parameters": ENDLESS, "strict": True}}]}, "'f' can never be called"),
