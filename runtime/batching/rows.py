@@ -59,7 +59,9 @@ class Rows:
             found = self.find(slot)
             if any(common(other.sequence.keys, ids) >= found.length + SHORTEST for other in ahead):
                 return False
-            if found.length and self.copy(found, slot.row):
+            while found.length and not self.copy(found, slot.row):  # it is known to be gone now
+                found = self.find(slot)
+            if found.length:
                 sequence.length = sequence.reused = slot.reach = found.length
                 self.counts.reused += found.length
         slot.loop = loop_of(sequence, LOOPS[sequence.settings.mode])
@@ -72,7 +74,7 @@ class Rows:
         return True
 
     def copy(self, found: Found, row: int) -> bool:
-        """Let a row begin as another one does; False if that is gone."""
+        """Let a row begin as another one does; False if that is gone, and found no more."""
         self._cache.move(found.row, row, found.length)
         return True
 

@@ -487,6 +487,21 @@ def test_a_prefix_that_was_given_up_for_another_is_counted_no_more(real: nemodif
             assert (statistics.kept_prefixes, statistics.slots) == (kept, 0)
 
 
+def test_where_the_best_prefix_was_given_up_the_next_best_is_taken(real: nemodiff.LoadedEngine) -> None:
+    engine = paged(real, 6)
+    batch = Batch(engine.backend, 1, kept=4)
+    reused = []
+    for rest in (SYSTEM[:80], SYSTEM[80:], None, SYSTEM[:40] + SYSTEM[60:90]):
+        prompt = SYSTEM[:PAGE] + rest if rest else SYSTEM[100:] + SYSTEM[:40]  # which needs what the first one has
+        sequence = prepare(engine, prompt, Options(mode="ar", max_new_tokens=1))
+        batch.add(sequence)
+        while len(batch):
+            list(batch.step())
+        reused.append(sequence.reused)
+    batch.close()
+    assert reused == [0, PAGE, 0, PAGE]
+
+
 def test_a_thousand_requests_leave_no_page_behind(real: nemodiff.LoadedEngine) -> None:
     rng = random.Random(1)
     engine = paged(real, 40)
