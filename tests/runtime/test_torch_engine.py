@@ -6,6 +6,7 @@ The kernels run in Triton's interpreter over the engine's own tensors, graphs ar
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -53,6 +54,7 @@ from nemodiff.runtime.batching.slot import Slot
 from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
+from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import (
     FREE,
@@ -235,6 +237,38 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(tiny: Pair) -> None:
         check_steps(backend, tiny.theirs)
     assert len(backend.eager_shapes) == 2
     assert backend.captured > 0
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_in_a_capture(monkeypatch: pytest.MonkeyPatch, collects: bool) -> None:
+    """What is freed there may be an event or a graph, which CUDA does not allow while it captures."""
+    device = TorchDevice(Path("engine"), "cpu")
+    device.is_gpu, device._stream = True, None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    freed = list[int]()
+
+    class Event:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(1)
+
+    def work() -> None:
+        for _ in range(5000):
+            Event()
+        assert not freed
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    if not collects:
+        gc.disable()
+    try:
+        assert device.capture(work) == "operation not permitted when stream is capturing"
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_a_rounded_shape_without_a_graph_has_what_fills_it_up(tiny: Pair) -> None:

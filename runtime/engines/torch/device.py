@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import math
 import os
@@ -243,9 +244,21 @@ class TorchDevice:
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"), _keeping():
                 work()
         except RuntimeError as error:
             return first_line(error)
         captured: Graph = graph
         return captured
+
+
+@contextlib.contextmanager
+def _keeping() -> Iterator[None]:
+    """Collect no garbage, in which may be events and graphs: what frees those may not be done in a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
