@@ -85,6 +85,27 @@ here.leave()
     assert run_by_torchrun(tmp_path, program) == "a word\n"
 
 
+def test_a_rank_of_torchrun_says_its_own_error(tmp_path: Path) -> None:
+    program = """
+import pathlib
+import torch
+from nemodiff.errors import EngineError
+from nemodiff.runtime.engines.torch.ranks import Ranks
+here = Ranks(pathlib.Path("engine"), 2, False, None)
+try:
+    with here.watched():
+        if here.rank == 1:
+            raise RuntimeError("a kernel is broken\\nand more lines")
+        here.add(torch.ones(1))
+except EngineError as error:
+    print(str(error).partition(" (")[::2] if here.rank == 0 else error, flush=True)
+here.leave()
+"""
+    broken, other = sorted(run_by_torchrun(tmp_path, program).splitlines(), reverse=True)
+    assert broken == "engine: rank 1 of 2 cannot go on (a kernel is broken); start all ranks again"
+    assert other.startswith("('engine: another of 2 ranks has ended', ")
+
+
 def run_by_torchrun(folder: Path, program: str) -> str:
     """What two ranks say that torchrun has started."""
     script = folder / "program.py"

@@ -35,6 +35,10 @@ _END = 5.0  # seconds that ranks have to end
 _GLANCE = 0.1  # seconds between two looks at whether all live
 
 
+class _ApartError(RuntimeError):
+    """What all ranks do together has failed here, as it does where another one has ended."""
+
+
 class Ranks:
     """This process's place among the ranks.
 
@@ -108,8 +112,16 @@ class Ranks:
 
     def _meet(self) -> None:
         distributed = self._distributed
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo", timeout=_PATIENCE)
-        self._words = distributed.new_group(backend="gloo", timeout=_SILENCE)
+        backend = "cpu:gloo,cuda:nccl" if self.gpu else "gloo"
+        self._together(distributed.init_process_group, backend, timeout=_PATIENCE)
+        self._words = self._together(distributed.new_group, backend="gloo", timeout=_SILENCE)
+
+    def _together(self, do: Callable[..., Any], *arguments: Any, **choices: Any) -> Any:
+        """Do something that all ranks do. Raises _ApartError."""
+        try:
+            return do(*arguments, **choices)
+        except RuntimeError as error:
+            raise _ApartError(str(error)) from error
 
     def _alive(self, meet: Callable[[], None]) -> None:
         """Do what waits for all ranks, and would wait for one that has ended. Raises RuntimeError where one has."""
@@ -153,13 +165,14 @@ class Ranks:
     def _reason(self, error: Exception) -> str:
         if (ended := self._ended()) is not None:
             return ended
-        if self._started:  # all of them live: it is this one that has failed, and they wait for it for good
+        # Where the others live it is this one that has failed, and they wait for it for good.
+        if self._started or not isinstance(error, _ApartError):
             return self._cannot_go_on(error)
         return f"another of {self.size} ranks has ended ({first_line(error)})"
 
     def add(self, x: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place of each."""
-        self._distributed.all_reduce(x)
+        self._together(self._distributed.all_reduce, x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -167,7 +180,7 @@ class Ranks:
         import torch
 
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
-        self._distributed.all_gather(list(gathered.unbind()), x.contiguous())
+        self._together(self._distributed.all_gather, list(gathered.unbind()), x.contiguous())
         return gathered
 
     def agree(self, number: int) -> int:
@@ -189,11 +202,11 @@ class Ranks:
         import torch
 
         length = torch.tensor([0 if data is None else len(data)])
-        self._distributed.broadcast(length, 0, group=self._words)
+        self._together(self._distributed.broadcast, length, 0, group=self._words)
         content = torch.empty(int(length), dtype=torch.uint8)
         if data is not None:
             content.numpy()[:] = np.frombuffer(data, np.uint8)
-        self._distributed.broadcast(content, 0, group=self._words)
+        self._together(self._distributed.broadcast, content, 0, group=self._words)
         return content.numpy().tobytes()
 
     def close(self) -> None:
