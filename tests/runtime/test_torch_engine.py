@@ -15,8 +15,10 @@ import random
 import shutil
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import equality_sampled
@@ -43,6 +45,9 @@ from stand_ins.torch_pair import (
 )
 from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
 
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
@@ -67,9 +72,11 @@ from nemodiff.runtime.engines.torch.flat import (
     rounded_shape,
     rounded_tokens,
 )
+from nemodiff.runtime.engines.torch.head import Head
 from nemodiff.runtime.engines.torch.memory import page_bytes, page_count, pass_bytes
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.plain import Sight, attend
+from nemodiff.runtime.engines.torch.projections import Projections
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 from nemodiff.runtime.engines.torch.stored import Stored
 from nemodiff.runtime.planning.cost import CostCurve, measure
@@ -796,6 +803,56 @@ def test_memory_for_logits(small: Pair, count: int) -> None:
         step.run()
     held = {logits.data_ptr(): logits.nbytes for logits in (place, step.logits) if logits is not None}
     assert sum(held.values()) == pass_bytes(backend.info, 0, count)
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that new tensors have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._tensors = list[weakref.ref[torch.Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        old = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        new = [leaf for leaf in tree_leaves(results) if torch.is_tensor(leaf)]
+        self._tensors += [weakref.ref(leaf) for leaf in new if leaf.untyped_storage().data_ptr() not in old]
+        alive = {leaf.data_ptr(): leaf.nbytes for one in self._tensors if (leaf := one()) is not None}
+        self.most = max(self.most, sum(alive.values()))
+        return results
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_memory_for_logits_of_ranks(small: Pair, size: int) -> None:
+    """A rank has its own part of them, and all ranks' parts where they are wanted."""
+    info = torch_backend(small.ours).info
+    vocab, count = info.model.vocab_size, 300
+    own = -(-vocab // size)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(vocab, info.model.hidden_size, generator=generator)
+    x = torch.randn(count, info.model.hidden_size, generator=generator)
+    whole = torch.nn.functional.linear(x, weight)
+    parts = torch.nn.functional.pad(whole, (0, size * own - vocab)).view(count, size, own).transpose(0, 1)
+    ranks: Any = SimpleNamespace(
+        size=size, gather=lambda part: parts.clone() if part.shape[-1] == own else torch.stack([part] * size)
+    )
+    place = torch.zeros(count, vocab)
+    inputs = {
+        "ids": torch.full((count,), info.model.mask_id, dtype=torch.int32),
+        "index": torch.arange(count, dtype=torch.int32),
+        "span": torch.zeros(count, 2, dtype=torch.int32),
+        "threshold": torch.zeros(count),
+    }
+    outputs = {"token": torch.zeros(count, dtype=torch.int32), "confidence": torch.zeros(count)}
+    outputs["next_ids"] = outputs["token"].clone()
+    for first in (0, own, (size - 1) * own):  # the mask's rank copies its logits
+        head = Head(weight[first : first + own], info.model, first, Projections(torch.float32, None), None, ranks)
+        with Held() as held:
+            head.choose(x, inputs, outputs, place)
+        torch.testing.assert_close(place, whole)
+        planned = pass_bytes(info, 0, count, size) - pass_bytes(info, 0, count)
+        assert 0.9 * planned < held.most < 1.05 * planned
 
 
 def test_another_rank_keeps_no_logits_of_a_long_pass(small: Pair) -> None:

@@ -87,7 +87,8 @@ class TorchEngine:
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)
             self._vision = TorchVision(folder, info, self.device.name) if seeing else None
             if pages is None:
-                largest = pass_bytes(own, MOST_TOKENS + PREFILL_CHUNK, _most_decoded(info))
+                size = 1 if ranks is None else ranks.size
+                largest = pass_bytes(own, MOST_TOKENS + PREFILL_CHUNK, _most_decoded(info), size)
                 pages = page_count(self.device, folder, own, largest, memory)
             if ranks is not None:
                 pages = ranks.agree(pages)

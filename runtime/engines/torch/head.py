@@ -69,7 +69,10 @@ class Head:
             found = self._best_of_ranks(self._ranks, plain.best(logits, mask - self._first))
         plain.commit(found, inputs["ids"][index], inputs, outputs, mask)
         if place is not None and len(place) == len(index):
-            place.copy_(logits if self._ranks is None else self._whole(self._ranks, logits))
+            if self._ranks is None:
+                place.copy_(logits)
+            else:
+                self._gather(self._ranks, logits, place)
 
     def _by_kernels(
         self,
@@ -124,10 +127,12 @@ class Head:
         total = (bests[:, 1] * (bests[:, 0] - logit).exp()).sum(0)
         return plain.Best(bests[:, 2].gather(0, rank[None])[0].long(), logit.float(), total.float())
 
-    def _whole(self, ranks: Ranks, logits: Tensor) -> Tensor:
-        """The logits of the whole vocabulary, (R, V), from each rank's part."""
+    def _gather(self, ranks: Ranks, logits: Tensor, place: Tensor) -> None:
+        """Write the logits of the whole vocabulary, (R, V), from each rank's part."""
         from torch.nn import functional
 
         own = -(-self._config.vocab_size // ranks.size)
         padded = functional.pad(logits, (0, own - logits.shape[1]))
-        return ranks.gather(padded).transpose(0, 1).flatten(1)[:, : self._config.vocab_size]
+        for rank, part in enumerate(ranks.gather(padded)):
+            target = place[:, rank * own : (rank + 1) * own]
+            target.copy_(part[:, : target.shape[1]])

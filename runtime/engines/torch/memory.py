@@ -100,16 +100,18 @@ def page_bytes(info: EngineInfo) -> int:
     return PAGE * kv_bytes_per_token(info.model, info.build)
 
 
-def pass_bytes(info: EngineInfo, tokens: int, logits: int) -> int:
+def pass_bytes(info: EngineInfo, tokens: int, logits: int, ranks: int = 1) -> int:
     """About what a forward holds at most: of so many tokens the widest tensors of a layer and the head's, and logits.
 
-    Those of FREE predictions have a place of their own, beside those of a forward that has more.
+    Those of FREE predictions have a place of their own, beside those of a forward that has more. A rank makes its own
+    part of them, a padded copy of it, and room for the parts of all ranks, of which it is.
     """
     m = info.model
     wide = 4 * m.intermediate_size + 6 * m.hidden_size + 3 * m.num_heads * m.head_dim
     # The head keeps 20 bytes for every tile of 64 vocabulary entries (plugins/ops/head_commit.py).
     rows = FREE if logits <= FREE else FREE + logits
-    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + rows * m.vocab_size * 4
+    apart = logits * (2 * -(-m.vocab_size // ranks) + m.vocab_size) if ranks > 1 else 0
+    return tokens * (wide * ITEMSIZE[info.build.dtype] + m.vocab_size * 20 // 64) + (rows * m.vocab_size + apart) * 4
 
 
 def page_count(device: TorchDevice, folder: Path, info: EngineInfo, largest_pass: int, share: float) -> int:

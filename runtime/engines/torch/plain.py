@@ -108,7 +108,7 @@ def best(logits: Tensor, mask_id: int) -> Best:
         candidates = logits.clone()
         candidates[:, mask_id] = -1e30
     highest, token = candidates.max(-1)
-    return Best(token, highest, (candidates - highest[:, None]).exp().sum(-1))
+    return Best(token, highest, (candidates - highest[:, None]).exp_().sum(-1))
 
 
 def commit(found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], mask_id: int) -> None:
