@@ -38,6 +38,8 @@ def connected(address: str | None) -> Iterator[Any]:
                 socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
             with _silence():
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except SystemExit as error:  # by Ray's handler of SIGTERM, which takes its number for an exit code
+            sys.exit(128 + signal.SIGTERM if error.code == signal.SIGTERM else error.code)
         except (OSError, RuntimeError, ValueError) as error:
             raise RequestError(
                 f"{address or 'Ray'}: no cluster answers ({reason(error)}); give "

@@ -113,6 +113,25 @@ def test_a_command_that_is_told_to_end_says_nothing_and_goes_on(
     check(output, tiny_engine)
 
 
+def test_a_command_that_is_told_to_end_while_ray_begins(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Ray's own handler takes the signal's number for an exit code."""
+    program = """
+import signal
+from ray._private import worker
+worker.connect = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+from nemodiff.__main__ import main
+main()
+"""
+    python, _, _, *words = command(tiny_engine, prompts, tmp_path / "out")
+    words = [python, "-c", program, *words]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        _, said = job.communicate(timeout=PATIENCE)
+    assert (job.returncode, said) == (128 + signal.SIGTERM, "")
+    eventually(lambda: not _alive(job.pid))
+
+
 def _alive(group: int) -> bool:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, 0)
