@@ -18,6 +18,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
     "function_call": ("auto", "none"),
+    "include_reasoning": (True,),
     "length_penalty": (1,),
     "modalities": (["text"],),
     "skip_special_tokens": (True,),

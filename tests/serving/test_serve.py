@@ -328,6 +328,8 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(max_tokens=10**9), "max_seq_len"),
         (CHAT, chat(max_tokens=1, max_completion_tokens=2), "give one of them"),
         (CHAT, chat(max_tokens=True), "max_tokens"),
+        (CHAT, chat(include_reasoning=False, thinking=True), "'include_reasoning' is not supported"),
+        ("/v1/completions", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens: Input should be True"),
         (CHAT, chat(n=0), "n:"),
         (CHAT, chat(stop=[""]), "a stop string is empty"),
         (CHAT, chat(stop=[None]), "stop: Input should be a valid string, got [None]"),
@@ -501,10 +503,14 @@ def test_what_changes_nothing_is_accepted(server: Served) -> None:
         "stop": None,
         "top_k": -1,
         "n": 1,
+        "include_reasoning": True,
     }
     parts = [{"type": "text", "text": "Count from "}, {"type": "text", "text": "3 to 9."}]
     request = {"messages": [{"role": "user", "content": parts, "name": "x"}], "max_completion_tokens": 4, **extra}
     assert server.ask(CHAT, request)["choices"] == plain
+    completion = {"prompt": "Count from", "max_tokens": 4}
+    asked = server.ask("/v1/completions", {**completion, "add_special_tokens": True, "best_of": 1})
+    assert asked["choices"] == server.ask("/v1/completions", completion)["choices"]
 
 
 def test_the_commands_of_the_readme(server: Served) -> None:
