@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -176,9 +176,13 @@ class Handlers:
         response = builder.infill(body.cut(filled.holes[0]), usage, body.warnings(), stream=bool(body.stream))
         if not body.stream:
             return JSONResponse(response)
-        if body.stream_options is None or not body.stream_options.include_usage:
-            del response["usage"]
-        return EventStreamResponse(_single(response), cancelled.set, lambda: True, done=True)
+        del response["usage"]
+        chunks = [response]
+        if body.stream_options is not None and body.stream_options.include_usage:
+            response["usage"] = None
+            told = {name: value for name, value in response.items() if name != "warnings"}
+            chunks.append({**told, "choices": [], "usage": usage})
+        return EventStreamResponse(_each(chunks), cancelled.set, lambda: True, done=True)
 
     async def tokenize(self, body: Tokenize) -> Response:
         """The tokens of a text or a conversation. Raises RequestError."""
@@ -260,5 +264,6 @@ def _choices(prompts: list[Prompt], options: dict[str, Any], n: int) -> list[tup
     return requests
 
 
-async def _single(value: Any) -> AsyncIterator[Any]:
-    yield value
+async def _each(values: Iterable[Any]) -> AsyncIterator[Any]:
+    for value in values:
+        yield value

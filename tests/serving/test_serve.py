@@ -581,6 +581,10 @@ def test_a_hole_is_filled_as_the_runtime_does(server: Served, engine: nemodiff.L
     assert answer["choices"][0]["message"]["content"] == alone.holes[0]
     (chunk,) = server.stream("/v1/fim/completions", {**body, "stream": True})
     assert chunk["choices"][0]["text"] == chunk["choices"][0]["delta"]["content"] == alone.holes[0]
+    with_usage = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    chunk, last = server.stream("/v1/fim/completions", with_usage)
+    assert (chunk["choices"][0]["text"], chunk["usage"]) == (alone.holes[0], None)
+    assert (last["choices"], last["usage"]) == ([], answer["usage"])
     assert server.ask("/v1/fim/completions", {**body, "method": "block"})["usage"]["completion_tokens"] == 3
 
 
