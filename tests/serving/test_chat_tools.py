@@ -14,6 +14,7 @@ from stand_ins.tool_templates import CLOCK, TOOLS, WEATHER
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.serving.http.dialects.messages_writer import MessagesWriter
 from nemodiff.serving.http.responses import finish_reason
 
 CHAT = "/v1/chat/completions"
@@ -184,6 +185,8 @@ def test_a_call_that_a_stop_text_has_cut_is_not_asked_for(tmp_path: Path) -> Non
     assert reasons["tool_calls"].stop_text == "</tool_call>"
     assert reasons["stop"].stop_text == "</function>"
     assert reasons.keys() == {"stop", "tool_calls"}
+    ends = {reason: MessagesWriter("tiny").full(answer)["stop_reason"] for reason, answer in reasons.items()}
+    assert ends == {"stop": "stop_sequence", "tool_calls": "tool_use"}
 
 
 @pytest.mark.parametrize("name", ["auto", "none", "required"])

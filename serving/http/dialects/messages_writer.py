@@ -12,6 +12,7 @@ from ....runtime.events.events import Event, Finished, Started, Text
 from ....runtime.requests.generation import Generation
 from ....runtime.text.checks import check_json
 from ....runtime.tools.answer import Delta
+from ..responses import finish_reason
 from .dialect import Writer
 
 _KINDS = {"reasoning": "thinking", "content": "text"}
@@ -115,11 +116,9 @@ def _object(arguments: str) -> dict[str, Any]:
 
 
 def _end(generation: Generation) -> dict[str, Any]:
-    if generation.stop_text is not None:
+    reason = {"tool_calls": "tool_use", "length": "max_tokens"}.get(finish_reason(generation), "end_turn")
+    if generation.stop_text is not None and reason == "end_turn":
         return {"stop_reason": "stop_sequence", "stop_sequence": generation.stop_text}
-    reason = "max_tokens" if generation.finish_reason == "length" else "end_turn"
-    if generation.tool_calls and reason == "end_turn":
-        reason = "tool_use"
     return {"stop_reason": reason, "stop_sequence": None}
 
 
