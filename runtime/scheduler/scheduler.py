@@ -111,6 +111,15 @@ class Scheduler:
         ]
         return self._queue(submitted, steps, listeners)
 
+    def check_count(self, count: int) -> None:
+        """Raise RequestError for more requests than can ever run and wait at a time."""
+        most = self._rows + self._most_waiting
+        if count > most:
+            raise RequestError(
+                f"{count} answers are asked for at once, allowed: {most} ({self._rows} that run and "
+                f"{self._most_waiting} that wait); ask for fewer at a time"
+            )
+
     @property
     def statistics(self) -> Statistics:
         """What the scheduler does and has done."""
@@ -138,12 +147,7 @@ class Scheduler:
         listeners: list[Listener | None],
     ) -> list[Handle]:
         """Queue all requests, or raise RequestError or BusyError before any is queued."""
-        most = self._rows + self._most_waiting
-        if len(requests) > most:
-            raise RequestError(
-                f"{len(requests)} answers are asked for at once, allowed: {most} ({self._rows} that run and "
-                f"{self._most_waiting} that wait); ask for fewer at a time"
-            )
+        self.check_count(len(requests))
         self._worker.refuse_if_busy(len(requests))
         prepared = prepare_all(self._engine, ((prompt, make_options(options)) for prompt, options in requests))
         return self._worker.add([self._in_small_chunks(sequence) for sequence in prepared], listeners, steps=steps)

@@ -81,7 +81,13 @@ class Handlers:
         )
         group = self._request_group(request, body)
         diffusing = bool(body.diffusing)
-        requests = await group.submit(lambda: _choices(self._prompts(body), options, builder.answers), steps=diffusing)
+
+        def choices() -> list[tuple[Prompt, dict[str, Any]]]:
+            prompts = self._prompts(body)
+            self.scheduler.check_count(len(prompts) * builder.answers)  # before each has options of its own
+            return _choices(prompts, options, builder.answers)
+
+        requests = await group.submit(choices, steps=diffusing)
         builder.sequences = group.sequences
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [

@@ -45,6 +45,18 @@ def test_more_than_can_ever_fit_is_a_wrong_request(server: Served, path: str, bo
     assert grown == {'nemodiff_refused_requests_total{status="400"}': 1}
 
 
+def test_answers_that_can_never_fit_take_no_memory(server: Served) -> None:
+    def most_memory() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+    server.send("/v1/completions", {"prompt": "x", "n": 6})
+    before = most_memory()
+    status, _, content = server.send("/v1/completions", {"prompt": ["x"] * 5_000, "n": 128, "temperature": 1.0})
+    assert (status, b"640000 answers are asked for at once" in content) == (400, True)
+    assert most_memory() - before < 64 << 20
+
+
 def test_what_does_not_fit_now_takes_no_place(server: Served) -> None:
     running = server.connect()
     running.request("POST", "/v1/completions", json.dumps(LONG), {"Content-Type": "application/json"})
