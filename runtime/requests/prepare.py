@@ -206,6 +206,7 @@ def encode_with_images(
         raise RequestError("the prompt has an image and no chat template, which makes its place; leave out --raw")
     images = read_images(engine, sources) if sources else None
     rendered = engine.text.render_chat(turns, options.thinking, shown, variables, continued)
+    check_text(rendered, "the rendered conversation")  # a template may show names and other fields of messages
     if fitting:
         _check_far(engine, rendered, options, rendered=True)
     ids = engine.text.encode_rendered(rendered)

@@ -135,5 +135,5 @@ def _begun(text: str) -> Any:
 
     try:
         return from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
-    except ValueError:
+    except (ValueError, TypeError):  # which half of a surrogate pair is to it
         return None

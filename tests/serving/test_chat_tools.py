@@ -157,6 +157,11 @@ def test_what_is_wrong_with_tools_is_refused(server: Served, fields: dict[str, A
             "'tool_calls' is not supported in a message of",
         ),
         ({"role": "tool"}, "content: Field required"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "\ud800"}}]}, "rendered conversation: not UTF-8"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "\ud800"}}]},
+            "the arguments of a call of 'f' are '\\ud800', allowed: a JSON object",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_call_is_refused(server: Served, turn: dict[str, Any], problem: str) -> None:
