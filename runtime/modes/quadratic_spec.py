@@ -199,7 +199,10 @@ def _best(
         tokens = tokens_of_heads
         taken = 0
         rate = tokens / (alone + others)
-        ranked = sorted([*earlier, (-chance_of_all, -heads)]) if heads in sizes else earlier
+        ranked = earlier
+        if heads in sizes:
+            ranked = earlier.copy()
+            bisect.insort(ranked, (-chance_of_all, -heads))
         for chance, number in ranked:
             size, tokens = size + sizes[-number], tokens - chance * worth
             if size > most or (longer := tokens / (seconds[size] + others)) <= rate:
