@@ -13,14 +13,14 @@ from typing import Any
 from ...contract import PREFILL_CHUNK
 from ...errors import NemodiffError
 from ..engines.drafter import adapted
-from ..engines.engine import Engine
+from ..engines.engine import Engine, Pass, Prediction
 from ..planning.pass_costs import PassCosts
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
 from .neighbours import NeighbouringRows
 from .paged import PagedRows
 from .prefix_cache import PrefixCache
-from .slot import Counts, Forward, PassResult, Slot
+from .slot import Counts, PassResult, Slot
 
 KEPT_PREFIXES = 2  # rows of K/V of finished prompts; each takes the memory of a running row
 KEPT_IN_PAGES = 32  # the same where they share pages, and are given up when pages run out
@@ -115,25 +115,24 @@ class Batch:
         """
         self.counts.steps += 1
         for forward in self._rows.forwards():
-            results = [self._advance(forward, at) for at in range(len(forward.slots))]
+            served = list(zip(forward.slots, forward.passes, forward.predictions, strict=True))
+            ends = [self._advance(*one) for one in served]
             failure: Exception | None = None
             try:
                 self._rows.go_on()
             except Exception as error:  # what has been computed is delivered all the same
                 failure = error
-            yield from results
+            about = forward.began, forward.seconds, forward.rows
+            for (slot, pass_, prediction), end in zip(served, ends, strict=True):
+                yield PassResult(slot.sequence, pass_, prediction, slot.sequence.outcome, *about, end)
             if failure is not None:
                 raise failure
 
-    def _advance(self, forward: Forward, at: int) -> PassResult:
-        """Let a sequence of a forward go on to its next pass."""
-        slot = forward.slots[at]
-        pass_ = forward.passes[at]
-        prediction = forward.predictions[at]
+    def _advance(self, slot: Slot, pass_: Pass, prediction: Prediction) -> NemodiffError | None:
+        """Let a sequence go on to its next pass; returns why it cannot, if it cannot."""
         assert slot.loop is not None
         sequence = slot.sequence
-        error: NemodiffError | None = None
-        outcome = sequence.outcome = PassOutcome()
+        sequence.outcome = PassOutcome()
         sequence.nfe[pass_.kind] += 1
         if self._adapts:
             sequence.adapter_tokens += adapted(pass_)
@@ -142,11 +141,8 @@ class Batch:
             if slot.failure is not None:
                 raise slot.failure
             slot.pass_ = sequence.for_engine(slot.loop.send(prediction))
-        except StopIteration:
+        except (StopIteration, NemodiffError) as end:
             slot.ended = True
             sequence.ended = time.perf_counter()
-        except NemodiffError as failure:
-            error = failure
-            slot.ended = True
-            sequence.ended = time.perf_counter()
-        return PassResult(sequence, pass_, prediction, outcome, forward.began, forward.seconds, forward.rows, error)
+            return end if isinstance(end, NemodiffError) else None
+        return None

@@ -99,7 +99,8 @@ class NeighbouringRows(Rows):
         rows = [slot.row for slot in decoding]
         room = self._prefill_tokens
         ahead = list[Slot]()
-        for slot in self.by_arrival([slot for slot in self.slots if slot not in decoding]):
+        waiting = [slot for slot in self.slots if slot not in decoding]
+        for slot in sorted(waiting, key=lambda slot: slot.arrival):
             if slot.pass_ is None and not self.begin(slot, ahead):
                 continue
             ahead.append(slot)

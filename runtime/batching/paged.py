@@ -159,12 +159,15 @@ class PagedRows(Rows):
 
     def _scheduled(self) -> list[tuple[Slot, Pass]]:
         """The passes of the next forward: all that decode, then prompts in order of arrival, each within its budget."""
-        decoding = [s for s in self.slots if s.pass_ is not None and s.pass_.kind != "prefill" and s.built is None]
-        for slot in self.by_arrival(decoding):
+        decoding, others = list[Slot](), list[Slot]()  # the oldest first
+        for slot in self.slots:
+            decodes = slot.pass_ is not None and slot.pass_.kind != "prefill" and slot.built is None
+            (decoding if decodes else others).append(slot)
+        for slot in decoding:
             if slot.reach:  # else an older one has taken its pages just now
                 at = slot.next_pass.write_at
                 self._reserve(slot, at, at + slot.size, may_take=True)
-        prompts = self._prompts([slot for slot in self.slots if slot not in decoding])
+        prompts = self._prompts(others)
         work = self._decoding([slot for slot in decoding if slot.reach])
         return work + [(slot, pass_) for slot, pass_ in prompts if slot.reach]
 
@@ -185,7 +188,7 @@ class PagedRows(Rows):
         """Prompts, and rows that are computed again, for which there are pages, within the budget of tokens."""
         room = self._prefill_tokens
         work: list[tuple[Slot, Pass]] = []
-        for slot in self.by_arrival(slots):
+        for slot in slots:
             if slot.pass_ is None and not self.begin(slot, [other for other, _ in work]):
                 continue
             begin = slot.sequence.length if slot.built is None else slot.built

@@ -78,10 +78,6 @@ class Rows:
         self._cache.move(found.row, row, found.length)
         return True
 
-    def by_arrival(self, slots: list[Slot]) -> list[Slot]:
-        """The oldest first."""
-        return sorted(slots, key=lambda slot: slot.arrival)
-
     def count(self, passes: list[Pass], seconds: float | None, computed: int | None = None) -> None:
         """Take note of a forward that has ended.
 

@@ -177,13 +177,13 @@ class TorchFlight:
 
     def _read(self) -> list[Prediction]:
         """Copies, since the next forward writes into the same buffers."""
-        results = {name: read_only(array.copy()) for name, array in self._step.outputs.arrays.items()}
+        arrays = self._step.outputs.arrays
+        token, confidence, next_ids = (read_only(arrays[name].copy()) for name in ("token", "confidence", "next_ids"))
         predictions = []
         begin = 0
         for number, p in enumerate(self._passes):
-            here = slice(begin, begin + p.predicted.size)
-            begin = here.stop
+            end = begin + p.predicted.size
             logits = read_only(self._logits[number].numpy()) if number in self._logits else None
-            token, confidence, next_ids = (results[name][here] for name in ("token", "confidence", "next_ids"))
-            predictions.append(Prediction(token, confidence, next_ids, logits))
+            predictions.append(Prediction(token[begin:end], confidence[begin:end], next_ids[begin:end], logits))
+            begin = end
         return predictions
