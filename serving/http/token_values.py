@@ -121,7 +121,11 @@ class TokenValues:
         return {
             "tokens": [name(token) for token in tokens],
             "token_logprobs": [None if one is None else one.logprob for one in logprobs],
-            "top_logprobs": [None if one is None else {name(i): value for i, value in one.top} for one in logprobs],
+            # The token itself always stands there, so there may be one more than was asked for.
+            "top_logprobs": [
+                None if one is None else {name(i): value for i, value in (*one.top, (token, one.logprob))}
+                for token, one in zip(tokens, logprobs, strict=True)
+            ],
             # A token of the stop string lies after the text.
             "text_offset": offsets if end is None else [min(offset, end) for offset in offsets],
         }

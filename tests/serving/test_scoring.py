@@ -51,7 +51,12 @@ def test_echo_with_logprobs_and_no_new_tokens_scores_a_text(
     assert logprobs["top_logprobs"][0] is None
     expected = [one.logprob for one in alone if one is not None]
     assert logprobs["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
-    assert [len(top) for top in logprobs["top_logprobs"][1:]] == [2] * (len(ids) - 1)
+    for token, one, top in zip(ids[1:], alone[1:], logprobs["top_logprobs"][1:], strict=True):
+        assert one is not None
+        assert top.keys() == {engine.text.name(likely) for likely in (token, *(likely for likely, _ in one.top))}
+    assert max(map(len, logprobs["top_logprobs"][1:])) == 3  # where the token is not among the likeliest
+    of_each = zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
+    assert logprobs["token_logprobs"][1:] == [top[name] for name, top in of_each]
     assert logprobs["text_offset"] == engine.text.offsets(ids)
     assert answer["usage"]["completion_tokens"] == 0
     assert answer["usage"]["prompt_tokens"] == len(ids)
