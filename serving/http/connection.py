@@ -113,7 +113,7 @@ class Connection(H11Protocol):
             self._reading_timer = None
 
     def drop(self) -> None:
-        """Close at once, to make room for another."""
+        """Close at once, whatever is still to be sent."""
         self._dropped = True
         self.transport.abort()
 

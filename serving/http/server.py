@@ -149,17 +149,24 @@ class _DrainingServer(uvicorn.Server):
         self._drain_task = self._loop.create_task(self._finish_requests())
 
     @property
-    def _busy(self) -> bool:
-        """Whether a client has yet to send the rest of a request, to get its answer, or to read it."""
-        return any(cast(Connection, connection).busy for connection in self.server_state.connections)
+    def _busy(self) -> list[Connection]:
+        """Those whose client has yet to send the rest of a request, to get its answer, or to read it."""
+        connections = cast(set[Connection], self.server_state.connections)
+        return [connection for connection in connections if connection.busy]
 
-    async def _finish_requests(self) -> None:
-        """Let requests finish while there is time, then cancel the rest."""
-        deadline = self._loop.time() + self._drain
+    async def _wait_for_clients(self, seconds: float) -> None:
+        deadline = self._loop.time() + seconds
         while self._busy and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
+
+    async def _finish_requests(self) -> None:
+        """Let requests finish while there is time, then cancel the rest, and leave clients that do not read."""
+        await self._wait_for_clients(self._drain)
         await asyncio.to_thread(self._server.scheduler.close, drain=False)
         await asyncio.to_thread(self._server.infill_queue.close)
+        await self._wait_for_clients(_SHUTDOWN)
+        for connection in self._busy:  # else uvicorn would tell of each task that waits for one, with a traceback
+            connection.drop()
         self.should_exit = True
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -307,3 +307,15 @@ def test_what_still_comes_or_is_still_read_when_the_drain_begins_is_finished(tin
         received += read_all(reader)
         assert len(json.loads(received.partition(b"\r\n\r\n")[2])["token_strs"]) >= 300_000
         assert served.process.wait(SLOWNESS) == 0
+
+
+def test_who_does_not_read_is_left_when_the_drain_ends(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--drain", "0.3") as served, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((served.host, served.port))
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+        served.process.terminate()
+        assert served.process.wait(SLOWNESS) == 0
+        assert served.process.stderr is not None
+        assert served.process.stderr.read() == ""
