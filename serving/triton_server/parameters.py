@@ -203,7 +203,8 @@ def read(tensors: Mapping[str, list[Any]], parameters: Mapping[str, Any], defaul
         chosen |= _read(level)
     stream = chosen.pop("stream", False)
     exclude = chosen.pop("exclude_input_in_output", True)
-    if any([chosen.pop(name, False) for name in _LOGPROBS]):
+    asked = [chosen.pop(name, False) for name in _LOGPROBS]
+    if any(asked):
         chosen.setdefault("logprobs", 0)
     ignore_eos = chosen.pop("ignore_eos", False)
     return TritonRequest(prompt, stream, not exclude, with_seed(resolve(chosen, ignore_eos=ignore_eos)), images)

@@ -44,7 +44,6 @@ from stand_ins.torch_pair import (
     without_times,
 )
 from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
