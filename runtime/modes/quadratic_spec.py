@@ -180,10 +180,11 @@ def _best(
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
-    is needed times what a draft is `worth`. `host` is what a pass takes beside its forward. A layout has at most
-    `most` tokens.
+    is needed times what a draft is `worth`, and the next pass, of one head without it, then has a draft to verify.
+    `host` is what a pass takes beside its forward. A layout has at most `most` tokens.
     """
     seconds = cost.table
+    least = seconds[1] + 2 * host
     best_heads = 1
     best_groups = list[tuple[float, int]]()
     best_rate = 0.0
@@ -193,19 +194,20 @@ def _best(
         if chance_of_all < _UNLIKELY:
             break
         tokens_of_heads += chance_of_all
-        alone = seconds[heads]
-        others = alone + 2 * host
         size = heads
         tokens = tokens_of_heads
         taken = 0
-        rate = tokens / (alone + others)
+        rest = least  # of the time, what this pass does not take
+        rate = tokens / (seconds[heads] + rest)
         ranked = earlier
         if heads in sizes:
             ranked = earlier.copy()
             bisect.insort(ranked, (-chance_of_all, -heads))
         for chance, number in ranked:
-            size, tokens = size + sizes[-number], tokens - chance * worth
-            if size > most or (longer := tokens / (seconds[size] + others)) <= rate:
+            group = sizes[-number]
+            size, tokens = size + group, tokens - chance * worth
+            rest -= chance * (seconds[group] - seconds[1])
+            if size > most or (longer := tokens / (seconds[size] + rest)) <= rate:
                 break
             rate = longer
             taken += 1

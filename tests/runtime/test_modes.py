@@ -19,6 +19,7 @@ from stand_ins.checkpoints import TINY_CHAT
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.runtime import generate
+from nemodiff.runtime.modes.quadratic_spec import _best
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import HostCosts
 from nemodiff.runtime.requests import prepare as request
@@ -99,6 +100,14 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
     sizes = [pass_.ids.size for _, pass_, _ in generate.decode(setup.plain.backend, [sequence], 1)]
     assert sequence.tokens == nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=limit).token_ids
     assert max(sizes[1:], default=0) <= PREFILL_CHUNK
+
+
+def test_a_good_draft_is_not_thrown_away_for_another() -> None:
+    """What a draft is worth comes in a pass that verifies it, which takes longer than one of a single head."""
+    each_paid = CostCurve((1, 512), (2.0, 513.0))
+    for sure in (0.97, 0.99):
+        reached = [1.0, sure, sure**2, sure**3]
+        assert _best(reached, dict.fromkeys(range(1, 5), 4), 2.5, each_paid).heads == 4
 
 
 def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
