@@ -86,6 +86,7 @@ class Batch:
         """Give a sequence a row; its first pass is in one of the next steps."""
         assert len(self) < self.rows
         sequence.started = time.perf_counter()
+        sequence.load = self._rows.load
         self._arrivals += 1
         self._rows.add(Slot(sequence, self._arrivals))
 

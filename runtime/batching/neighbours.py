@@ -59,6 +59,8 @@ class NeighbouringRows(Rows):
             seconds = time.perf_counter() - began
             spent = self._clock() - before if timed else None
             self.count(passes, spent)
+            rows = len(passes)
+            self.load.padded = (rows * max(p.ids.size for p in passes), rows) if rows > 1 else None
             yield Forward(slots, passes, predictions, began, seconds, len(slots))
         for slot in reversed(self.slots):
             if slot.ended:

@@ -9,7 +9,7 @@ from ...errors import NemodiffError
 from ..engines.engine import Cache, Pass
 from ..modes import LOOPS
 from ..modes.scoring import loop_of
-from ..planning.pass_costs import PassCosts
+from ..planning.pass_costs import Load, PassCosts
 from .prefix_cache import SHORTEST, PrefixCache, common
 from .slot import Counts, Slot
 
@@ -35,6 +35,7 @@ class Rows:
         self.slots: list[Slot] = []
         self.reach = 0  # slots that a row has been grown to
         self.counts = counts
+        self.load = Load()
         self._cache = cache
         self._prefixes = prefixes
         self._prefill_tokens = prefill_tokens
@@ -98,5 +99,10 @@ class Rows:
         counts.forwards += 1
         counts.tokens += tokens
         counts.padding += computed - tokens
-        if self._cost is not None and seconds is not None and not prefills:
+        self.load.take(sum(slot.runs for slot in self.slots) if len(self.slots) > 1 else 1)
+        if self._cost is None:
+            return
+        if seconds is None or prefills:
+            self._cost.pass_over(seconds or 0.0)
+        else:
             self._cost.learn(computed, seconds)

@@ -62,6 +62,11 @@ class Slot:
         return 1 if settings.mode == "ar" else settings.block_length
 
     @property
+    def runs(self) -> bool:
+        """Whether it has begun and waits for no memory."""
+        return self.pass_ is not None and self.built is None
+
+    @property
     def next_pass(self) -> Pass:
         """What its loop wants, once it has begun."""
         assert self.pass_ is not None

@@ -159,14 +159,21 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     if sequence.cost is None:
         return _Layout(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
-    # Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
+    cost, rows = sequence.cost, sequence.load.rows
+    worth = _recent_worth(sequence) if sequence.planner is None else sequence.planner.worth
+    best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
+    more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
+    return _best(reached, sizes, worth, _FREE, most=more) if rows == 1 and cost.wants(more) else best
+
+
+def _recent_worth(sequence: Sequence) -> float:
+    """Tokens that a draft of a fixed length brings, by those of late.
+
+    Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
+    """
     passes = zip(reversed(sequence.accepted), reversed(sequence.verified), strict=True)
     useful = [*itertools.islice((kept for kept, seen in passes if seen > 1), _RECENT), _USUAL]
-    worth = sum(useful) / len(useful) - 1
-    cost = sequence.cost
-    best = _best(reached, sizes, worth, cost.curve, cost.host.seconds("quadratic_spec"))
-    more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
-    return _best(reached, sizes, worth, _FREE, most=more) if cost.wants(more) else best
+    return sum(useful) / len(useful) - 1
 
 
 def _best(

@@ -44,6 +44,10 @@ class CostCurve:
         table[:a] = [low + (high - low) * (size - a) / (b - a) for size in range(a)]
         return table + [self._beyond(size) for size in range(len(table), PREFILL_CHUNK + 1)]
 
+    def shared(self, rows: int) -> CostCurve:
+        """What a pass costs one of so many rows that share a forward: its part, where all have as many tokens."""
+        return CostCurve(SIZES, tuple(self.seconds(rows * size) / rows for size in SIZES))
+
     def _beyond(self, size: int) -> float:
         (a, b), (low, high) = self.sizes[-2:], self.times[-2:]
         return low + (high - low) * (size - a) / (b - a)

@@ -5,13 +5,14 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK
-from .pass_costs import PassCosts
+from .pass_costs import Load, PassCosts
 
 ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
 BLOCKS = (2, 4, 8, 12, 16, 24, 32, 64)
@@ -39,12 +40,18 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass
 class _Standing:
-    """A plan with how often it is to be taken: by the request that made it, and by those that begin meanwhile."""
+    """A plan with how often it is to be taken: by the request that made it, by the others, and by those that begin."""
 
     plan: Plan
-    most: int  # times that it is taken, unless it is for what it teaches alone
+    most: int  # times that each row takes it, unless it is for what it teaches alone
     left: int
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
+    worth: float  # tokens that a draft of quadratic_spec is expected to bring
+    rows: int  # that decode side by side, as it was made
+
+    def fits(self, rows: int) -> bool:
+        """Whether it may be taken once more."""
+        return self.left > 0 and self.rows == rows
 
 
 class PositionStatistics:
@@ -102,7 +109,7 @@ class ModeStatistics(PositionStatistics):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = BlockStatistics()
+        self.blocks = collections.defaultdict[int, BlockStatistics](BlockStatistics)  # by rows side by side
 
     def expected(self, own: PositionStatistics) -> list[float]:
         """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average.
@@ -141,6 +148,7 @@ def _and_more(counts: list[float]) -> list[float]:
 
 
 _NOTHING = PositionStatistics()  # of a request that has met no draft
+_ALONE = Load()
 
 
 class BlockStatistics:
@@ -154,7 +162,8 @@ class BlockStatistics:
     def __init__(self) -> None:
         # By length: how many, and over those expected, the tokens that they emitted and the seconds that they took.
         self._met = dict.fromkeys(BLOCKS, (0.0, 0.0, 0.0))
-        self.later: list[tuple[int, int, int]] = []  # length, tokens of the verify, tokens emitted; not yet counted in
+        # Not yet counted in: length, tokens and rows of the verify's forward, tokens emitted.
+        self.later: list[tuple[int, int, int, int]] = []
 
     def count(self, block: int) -> float:
         """Of those of this length, of late."""
@@ -203,20 +212,28 @@ class DraftPlanner:
         self._modes = modes
         self._standing = engine.standing.get(modes)
         self._idle = engine.idle.setdefault(modes, {mode: 0 for mode in modes if mode in engine.of})
+        self._load = _ALONE
+        self._rows = 1  # that decode side by side, by the last plan
         self._taken = Plan("ar", 1)  # the last one
         self._changed = False  # whether it was another than the one before
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
 
-    def plan(self) -> Plan:
-        """What gives the most tokens per second, if the draft fares as those before it.
+    def plan(self, load: Load = _ALONE) -> Plan:
+        """What gives the most tokens per second, if the draft fares as those before it, and the other rows do the same.
 
+        Many rows take one plan, so that what they cost together is known and, where rows are padded, they are alike.
         Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
         where ar is the best, at times a short draft. A mode of drafts that has not been taken for long is tried.
         """
+        self._load, self._rows = load, load.rows
+        if self._met is not None:
+            self._meter(self._met)
+        if self._standing is None or not self._standing.fits(self._rows):
+            standing = self._engine.standing.get(self._modes)
+            if standing is None or not standing.fits(self._rows):
+                standing = self._engine.standing[self._modes] = self._make(standing)
+            self._standing = standing
         standing, costs = self._standing, self._costs
-        if standing is None or not standing.left:
-            self._meter()
-            standing = self._standing = self._engine.standing[self._modes] = self._make(standing)
         standing.left -= 1
         if not standing.left:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
@@ -229,70 +246,92 @@ class DraftPlanner:
         self._take_in()
         rates = self._rates()
         best = max(rates, key=rates.__getitem__)
-        plan = max(rates, key=lambda plan: rates[plan] * (1 + self._idle.get(plan.mode, 0) / _DOUBT))
+        doubt = _DOUBT * self._rows
+        plan = max(rates, key=lambda plan: rates[plan] * (1 + self._idle.get(plan.mode, 0) / doubt))
         most = 1 if before is None else min(2 * before.most, _STAY)
-        left = _STAY if plan.mode == "quadratic_spec" else most
+        left = self._rows * (_STAY if plan.mode == "quadratic_spec" else most)
         if plan != best:
-            left = _TRY
+            left = self._rows * _TRY
         elif news := self._news(best):
-            plan, left = news, _STAY if news.mode == "quadratic_spec" else 1
+            plan, left = news
         for mode in self._idle:
             self._idle[mode] = 0 if mode == plan.mode else self._idle[mode] + left
-        prices = [rates[best] * taken for taken in self._costs.curve.table[: MAX_BLOCK + 1]]
-        return _Standing(plan, most, left, prices)
+        prices = [rates[best] * taken for taken in self._costs.share(self._rows).table[: MAX_BLOCK + 1]]
+        worth = 0.0
+        if plan.mode == "quadratic_spec":
+            worth = self._expected(plan.mode)[plan.size - 1] - 1
+        return _Standing(plan, most, left, prices, worth, self._rows)
 
     def _take_in(self) -> None:
         """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
         self._own.take_in()
         for mode, met in self._engine.of.items():
             met.take_in()
-            later, met.blocks.later = met.blocks.later, []
+            blocks = met.blocks[self._rows]
+            later, blocks.later = blocks.later, []
             expected = met.expected(_NOTHING) if later else []
-            for block, tokens, emitted in later:
-                spent = self._seconds(mode, block, tokens) / self._seconds(mode, block)
-                met.blocks.add(block, emitted / expected[block - 1], spent)
+            for block, tokens, rows, emitted in later:
+                spent = self._seconds(mode, block, self._costs.curve.seconds(tokens) / rows)
+                blocks.add(block, emitted / expected[block - 1], spent / self._seconds(mode, block))
 
-    def _meter(self) -> None:
-        """Learn what the host took for the last block of a plan, if no other request's forward came between."""
-        costs, before, mode = self._costs, self._met, self._taken.mode
-        if before is not None and costs.passes - before.passes == _PASSES[mode]:
+    def _meter(self, before: _Met) -> None:
+        """Learn what the host took for the last block of a plan, if no other rows' forward came between."""
+        costs, mode = self._costs, self._taken.mode
+        self._met = None
+        if costs.passes - before.passes == _PASSES[mode]:
             seconds = costs.clock() - before.at - (costs.spent - before.spent)
             if seconds > 0:  # else the request has changed threads, and each has a clock of its own
-                costs.host.learn(mode, seconds)
+                costs.host.learn(mode, seconds / self._rows, self._rows)
 
-    def _news(self, best: Plan) -> Plan | None:
-        """What to take for once instead of the best plan for what it teaches, if anything."""
+    def _news(self, best: Plan) -> tuple[Plan, int] | None:
+        """What to take instead of the best plan for what it teaches, and how often, if anything.
+
+        All rows do, but where ar is the best: a draft that may well be for nothing is one row's, and costs little.
+        """
         if best.mode == "ar":
-            due = min(self._idle.values()) >= _PROBE or self._costs.wants(_PROBE_BLOCK)
-            return Plan("linear_spec", _PROBE_BLOCK) if due else None
+            due = min(self._idle.values()) >= _PROBE * self._rows
+            due = due or (self._rows == 1 and self._costs.wants(_PROBE_BLOCK))
+            return (Plan("linear_spec", _PROBE_BLOCK), 1) if due else None
         at = BLOCKS.index(best.size)
-        nearby = (Plan(best.mode, size) for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]))
-        return next(filter(self._is_news, nearby), None)
+        for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]):
+            plan = Plan(best.mode, size)
+            if self._is_news(plan):
+                return plan, self._rows * (_STAY if plan.mode == "quadratic_spec" else 1)
+        return None
 
     def _is_news(self, plan: Plan) -> bool:
         if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
-            return self._engine.of["quadratic_spec"].blocks.count(plan.size) < _STAY
-        return self._costs.wants(plan.size)
+            return self._engine.of["quadratic_spec"].blocks[self._rows].count(plan.size) < _STAY
+        return self._costs.wants(self._rows * plan.size)
 
     def _rates(self) -> dict[Plan, float]:
         """Tokens per second of every plan."""
         rates = {Plan("ar", 1): 1 / self._seconds("ar", 1)} if "ar" in self._modes else {}
         for mode in self._idle:
-            met = self._engine.of[mode]
-            expected = met.expected(self._own)
-            for size, factor in zip(BLOCKS, met.blocks.factors(), strict=True):
+            expected, factors = self._expected(mode), self._engine.of[mode].blocks[self._rows].factors()
+            for size, factor in zip(BLOCKS, factors, strict=True):
                 rates[Plan(mode, size)] = expected[size - 1] / self._seconds(mode, size) * factor
         return rates
 
-    def _seconds(self, mode: ExactMode, block: int, tokens: int | None = None) -> float:
-        """Of a block with what the host takes, if its verify has so many tokens; None: those of the whole block.
+    def _expected(self, mode: ExactMode) -> list[float]:
+        """Tokens of a verify: this request's, or where the plan is for many rows those of all."""
+        return self._engine.of[mode].expected(self._own if self._rows == 1 else _NOTHING)
+
+    def _seconds(self, mode: ExactMode, block: int, verify: float | None = None) -> float:
+        """Of a block with what the host takes, if its verify takes so long; None: as long as one of the whole block.
 
         That costs linear_spec two passes of it; quadratic_spec about one of as many heads, and one group.
         """
-        seconds = self._costs.curve.table
+        seconds = self._costs.share(self._rows).table
         draft = seconds[block] if mode == "linear_spec" else 0.0
         whole = 2 * block if mode == "quadratic_spec" else block
-        return draft + seconds[tokens or whole] + self._costs.host.seconds(mode)
+        return draft + (verify or seconds[whole]) + self._costs.host.seconds(mode, self._rows)
+
+    @property
+    def worth(self) -> float:
+        """Tokens that a draft of the plan is expected to bring, of quadratic_spec."""
+        assert self._standing is not None
+        return self._standing.worth
 
     def worth_verifying(self, confidences: list[float]) -> int:
         """How many tokens of a draft linear_spec's verify should look at, by their confidences.
@@ -321,9 +360,14 @@ class DraftPlanner:
         self._own.later.append(verify)
         self._engine.of[mode].later.append(verify)
         if mode == "linear_spec":
-            self._engine.of[mode].blocks.later.append((block, looked_at, emitted))
+            self._learn_block(mode, block, looked_at, emitted)
 
     def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
         """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
         if self._standing is not None and not self._changed:  # else the draft was still one of the plan before
-            self._engine.of["quadratic_spec"].blocks.later.append((block, tokens, emitted))
+            self._learn_block("quadratic_spec", block, tokens, emitted)
+
+    def _learn_block(self, mode: ExactMode, block: int, tokens: int, emitted: int) -> None:
+        """Take in a block whose verify had so many tokens, which padding and rows of other sizes make dearer."""
+        forward = self._load.padded or (tokens * self._rows, self._rows)
+        self._engine.of[mode].blocks[self._rows].later.append((block, *forward, emitted))

@@ -1,7 +1,10 @@
 """What passes cost by what they have cost: a prior curve, corrected by the passes that really ran.
 
-Only the ratios of costs matter to a plan, so what disturbs all sizes alike (another load, a longer context) may pass
+Only the ratios of costs matter to a plan, so what disturbs all sizes alike (other work, a longer context) may pass
 by. Figures of single sizes are what must be right, and those that no pass has met lately are asked for at times.
+
+Where many rows share a forward, a plan reckons with its row's part of that, which no longer is next to nothing for a
+drafted token.
 """
 
 from __future__ import annotations
@@ -33,26 +36,47 @@ _HOST_KEPT = 12  # figures that one of what the host takes is made of
 
 
 class HostCosts:
-    """What a way of decoding takes beside its forwards: planning a block, choosing tokens, making passes."""
+    """What a way of decoding takes beside its forwards: planning a block, choosing tokens, making passes.
+
+    Rows that share a forward take it one after the other, each a little less than one alone, whose code has to come
+    into the processor's caches after every forward.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[str, collections.deque[float]] = {}
-        self._usual: dict[str, float] = {}
+        self._kept: dict[tuple[str, int], collections.deque[float]] = {}
+        self._usual: dict[tuple[str, int], float] = {}
 
-    def learn(self, way: str, seconds: float) -> None:
-        """Take in what a block took."""
-        kept = self._kept.setdefault(way, collections.deque(maxlen=_HOST_KEPT))
+    def learn(self, way: str, seconds: float, rows: int = 1) -> None:
+        """Take in what a block took each of so many rows."""
+        kept = self._kept.setdefault((way, rows), collections.deque(maxlen=_HOST_KEPT))
         kept.append(seconds)
-        self._usual.setdefault(way, seconds)
+        self._usual.setdefault((way, rows), seconds)
         if len(kept) == _HOST_KEPT:  # the quicker third of them, for other work only adds
-            self._usual[way] = sorted(kept)[_HOST_KEPT // 3]
+            self._usual[way, rows] = sorted(kept)[_HOST_KEPT // 3]
             kept.clear()
 
-    def seconds(self, way: str) -> float:
-        """Of a block; what nobody has met yet takes what the least of the others does."""
-        if way in self._usual:
-            return self._usual[way]
-        return min(self._usual.values(), default=0.0)
+    def seconds(self, way: str, rows: int = 1) -> float:
+        """Of a block; what so many rows have not met yet takes the least that it or else any other way has taken."""
+        met = self._usual
+        if (way, rows) in met:
+            return met[way, rows]
+        return min([s for (of, _), s in met.items() if of == way] or met.values(), default=0.0)
+
+
+class Load:
+    """How many rows decode side by side in a batch, as plans reckon with it.
+
+    To the nearest power of two: parts of a forward hardly differ in between, and a new plan has to be made less often.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 1
+        # Tokens and rows of the forward that has ended last, if it was padded to its longest row.
+        self.padded: tuple[int, int] | None = None
+
+    def take(self, running: int) -> None:
+        """Take in how many rows run now."""
+        self.rows = 1 << round(math.log2(running)) if running > 1 else 1
 
 
 class PassCosts:
@@ -72,6 +96,7 @@ class PassCosts:
         self._make_prior = prior
         self._prior: CostCurve | None = None
         self._curve: CostCurve | None = None
+        self._shares: dict[int, tuple[CostCurve, CostCurve]] = {}  # by rows, each with the curve it is made of
         self._met: collections.deque[tuple[int, float]] = collections.deque(maxlen=_KEPT)
         self._before = 0  # tokens of the last forward
         self._passes = 0
@@ -94,9 +119,20 @@ class PassCosts:
             self.spent += self.clock() - before
         return self._curve
 
+    def share(self, rows: int) -> CostCurve:
+        """Seconds that a pass costs one of so many rows that share a forward."""
+        curve = self.curve
+        if rows == 1:
+            return curve
+        made_of, share = self._shares.get(rows, (None, curve))
+        if made_of is not curve:
+            share = curve.shared(rows)
+            self._shares[rows] = curve, share
+        return share
+
     @property
     def passes(self) -> int:
-        """Forwards learned."""
+        """Forwards so far."""
         return self._passes
 
     def begin(self, curve: CostCurve) -> None:
@@ -122,6 +158,11 @@ class PassCosts:
         self._passes += 1
         # What this one took beyond its size's cost is taken for the host's: passes of quadratic_spec take longer.
         self.spent += seconds if self._curve is None else self._curve.seconds(size)
+
+    def pass_over(self, seconds: float) -> None:
+        """Take note of a forward that says nothing of what passes cost; it is no time of the host's."""
+        self._passes += 1
+        self.spent += seconds
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""

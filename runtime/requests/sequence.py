@@ -11,7 +11,7 @@ from ...config import ModelConfig
 from ..engines.engine import PASS_KINDS, Pass, PassKind, Prediction
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
-from ..planning.pass_costs import PassCosts
+from ..planning.pass_costs import Load, PassCosts
 from ..text.transcript import Transcript
 from .outcome import PassOutcome
 from .selection import TokenSelector
@@ -50,6 +50,7 @@ class Sequence:
         self.cost = cost  # None: a loop that could save work by it does not
         self.planner = planner  # None: block length and mode are fixed
         self.plans = cost is not None or planner is not None
+        self.load = Load()  # that of its batch, once it is in one
         self.block_length = settings.block_length  # of the next block; planned anew if there is a planner
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
@@ -168,7 +169,7 @@ class Sequence:
         """Choose the next block's length, if that was left open; returns the mode that goes with it."""
         if self.planner is None:
             return None
-        mode, self.block_length = self.planner.plan()
+        mode, self.block_length = self.planner.plan(self.load)
         return mode
 
     def close_after_eos(self, block: list[int]) -> list[int]:

@@ -169,7 +169,7 @@ def test_a_pass_that_verifies_a_draft_of_another_length_is_not_counted() -> None
         size = planner.plan().size
         planner.learn_quadratic(size, 2 * size, 5)
     planner._take_in()
-    assert [planner._engine.of["quadratic_spec"].blocks.count(size) for size in (8, 16)] == [15, 15]
+    assert [planner._engine.of["quadratic_spec"].blocks[1].count(size) for size in (8, 16)] == [15, 15]
 
 
 def test_what_verify_leaves_out_counts() -> None:
@@ -180,7 +180,7 @@ def test_what_verify_leaves_out_counts() -> None:
         for _ in range(60):
             planner.learn(looked_at, 4, ended=looked_at < 32)
         planner._take_in()
-    whole, cut = (planner._engine.of["linear_spec"].blocks.factors() for planner in planners)
+    whole, cut = (planner._engine.of["linear_spec"].blocks[1].factors() for planner in planners)
     assert whole == pytest.approx([1.0] * len(BLOCKS), abs=0.02)
     assert 1.2 < cut[BLOCKS.index(32)] < 1.6  # three quarters of the two passes at least, were there none before
 
@@ -195,7 +195,7 @@ def test_what_blocks_gave_counts_beyond_their_positions() -> None:
     planner._take_in()
     expected, factors = (
         planner._engine.of["linear_spec"].expected(planner._own),
-        planner._engine.of["linear_spec"].blocks.factors(),
+        planner._engine.of["linear_spec"].blocks[1].factors(),
     )
     of_12, of_16 = (expected[size - 1] * factors[BLOCKS.index(size)] for size in (12, 16))
     assert expected[15] > expected[11]

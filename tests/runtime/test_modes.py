@@ -79,6 +79,9 @@ class Flat:
         self.curve = CostCurve((1, 2), (base + slope, base + 2 * slope))
         self.host = HostCosts()
 
+    def share(self, rows: int) -> CostCurve:
+        return self.curve
+
     def wants(self, size: int) -> bool:
         return False
 

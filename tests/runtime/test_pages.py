@@ -285,7 +285,7 @@ def test_ar_runs_a_pass_ahead_and_drops_what_comes_after_the_end(
         assert (backend(engine).forwards, backend(engine).followed) == (passes + dropped, max(0, passes - 2) + dropped)
         list(batch.step())
         assert (batch.counts.forwards, batch.counts.padding) == (passes + dropped, dropped)
-        assert cost._passes == min(1, passes - 1)  # the others say nothing of what a pass costs
+        assert cost._learned == min(1, passes - 1)  # the others say nothing of what a pass costs
         batch.close()
         assert backend(engine).pages.free == 12
         ends.append(expected.finish_reason)
