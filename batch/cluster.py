@@ -35,6 +35,8 @@ def connected(address: str | None) -> Iterator[Any]:
         try:
             if address is not None and ":" in address:  # Ray itself tries for minutes
                 host, _, port = address.removeprefix("ray://").rpartition(":")
+                if not port.isdecimal():
+                    raise ValueError("its port is no number")
                 socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
             with _silence():
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -92,5 +94,5 @@ def reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__
     if isinstance(cause, BaseException):
         return reason(cause)
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line for line in str(getattr(error, "strerror", None) or error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

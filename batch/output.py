@@ -25,7 +25,10 @@ def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
     Raises RequestError where the folder belongs to another job or process.
     """
     made = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{output}: no folder can be made there ({error.strerror}); give another") from None
     path = output / JOB_FILE
     if not path.exists() and any(output.iterdir()):
         raise RequestError(f"{output}: holds files but no {JOB_FILE}; give an empty folder or one of the same job")

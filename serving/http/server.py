@@ -49,9 +49,10 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # a TypeError where a host's name has letters that no name may have
         listening.close()
-        raise RequestError(f"--host {host} --port {port}: {error}; give another, or --port 0 for a free one") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"--host {host} --port {port}: {reason}; give another, or --port 0 for a free one") from None
     return listening
 
 

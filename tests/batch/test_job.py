@@ -185,6 +185,8 @@ def test_what_no_row_could_get_is_refused_at_once(
     words = ["batch", str(tiny_engine), "--output", str(tmp_path / "out"), "--input"]
     refused([*words, str(tmp_path / "none.jsonl")], "none.jsonl: no such file")
     (tmp_path / "empty.jsonl").touch()
+    here = ["batch", str(tiny_engine), "--input", str(prompts), "--output", str(tmp_path / "empty.jsonl")]
+    refused(here, "empty.jsonl: no folder can be made there (File exists); give another")
     refused([*words, str(tmp_path / "empty.jsonl")], "empty.jsonl: no prompts")
     refused([*words, str(prompts), "--threshold", "-1"], "threshold")
     refused([*words, str(prompts), "--batch-size", "9"], "rows is 9, allowed: 1 to 8", "--max-batch-size")
@@ -202,8 +204,12 @@ def test_more_threads_than_a_machine_has_are_not_waited_for(
 def test_a_cluster_that_is_not_there(
     tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    words = command(tiny_engine, prompts, tmp_path / "out", "--address", "127.0.0.1:1")
-    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert ended.returncode == 1
-    assert_one_line(ended.stderr, "127.0.0.1:1: no cluster answers", "give --address HOST:PORT")
+    for address, why in (
+        ("127.0.0.1:1", "no cluster answers (Connection refused)"),
+        ("head:port", "no cluster answers (its port is no number)"),
+    ):
+        words = command(tiny_engine, prompts, tmp_path / "out", "--address", address)
+        ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        assert ended.returncode == 1
+        assert_one_line(ended.stderr, f"{address}: {why}", "give --address HOST:PORT")
     assert not (tmp_path / "out").exists()

@@ -843,10 +843,11 @@ def test_what_the_command_refuses(tiny_engine: Path, refused: Any, monkeypatch: 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        refused(["serve", str(tiny_engine), "--port", port], "--port", "give another")
+        refused(["serve", str(tiny_engine), "--port", port], f"--port {port}: Address already in use; give another")
     refused(["serve", str(tiny_engine), "--rows", "0"], "rows is 0")
     refused(["serve", str(tiny_engine), "--served-model-name", " "], "--served-model-name is empty; give", code=2)
     refused(["serve", str(tiny_engine), "--host", "", "--port", "0"], "--host is empty; give an address")
+    refused(["serve", str(tiny_engine), "--host", "ü" * 100], "--port 8000: encoding of hostname failed; give another")
     for key in ("", " ", "a "):  # an empty one would let in whoever sends none
         refused(["serve", str(tiny_engine), "--api-key", "x", "--api-key", key], "--api-key", "give another", code=2)
     for name in ("", "a b", "http://a", "a/b", "*a", "a.*"):
