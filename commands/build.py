@@ -166,8 +166,9 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     choices = Choices(sm=_parse_sms(sm), **compiled)
     builder = Builder(checkpoint, output, headers_only=dry_run, choices=choices, **options)
     plan = builder.plan()
-    for line in _template_warning(builder.source.folder):
-        click.echo(line, err=True)
+    warning = _template_warning(builder.source.folder)
+    if warning is not None:
+        click.echo(warning, err=True)
     if dry_run:
         click.echo(json.dumps(plan.as_dict(), indent=2) if as_json else "\n".join(plan.lines(checkpoint, output)))
         return
@@ -176,17 +177,18 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
     with _progress(plan.weight_bytes) as bar:
         builder.run(bar.update)
     where = "where such a GPU is" if builder.backend in COMPILED else "try"
-    click.echo(f"built        {output}; {where}: nemodiff run {quoted(output)} -p 'Hello'", err=True)
+    raw = "" if warning is None else " --raw"
+    click.echo(f"built        {output}; {where}: nemodiff run {quoted(output)} -p 'Hello'{raw}", err=True)
 
 
-def _template_warning(folder: Path) -> list[str]:
+def _template_warning(folder: Path) -> str | None:
     """A line if the engine will have no chat template that works; it can complete plain text all the same."""
     from ..runtime.text.chat_template import ChatTemplate
 
     config = folder / TOKENIZER_CONFIG_FILE
     template = ChatTemplate(folder, json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {})
     problem = template.try_out()
-    return [] if problem is None else [f"warning      {one_line(problem)}; without it only --raw prompts work"]
+    return None if problem is None else f"warning      {one_line(problem)}; without it only --raw prompts work"
 
 
 def _parse_sms(text: str | None) -> tuple[int, ...] | None:
