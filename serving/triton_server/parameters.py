@@ -309,7 +309,7 @@ def _guide(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     if kind == "json" and not guide:
         guide = _ANY_OBJECT
-    if kind not in _GUIDES or not isinstance(guide, str):
+    if not isinstance(kind, str) or kind not in _GUIDES or not isinstance(guide, str):
         raise RequestError(
             f"guided_decoding_guide_type is {kind!r:.60} with {'no' if guide is None else 'a'} guide, allowed: "
             f"{', '.join(_GUIDES)}, with the guide in guided_decoding_guide"

@@ -197,6 +197,8 @@ def test_sampling_without_a_seed_draws_one() -> None:
         ({"use_beam_search": True}, "use_beam_search is True, allowed: False"),
         ({"max_tokens": 5, "max_new_tokens": 6}, "max_tokens is 5 and max_new_tokens is 6; give one of them"),
         ({"guided_decoding_guide_type": "xml", "guided_decoding_guide": "<a/>"}, "allowed: json, json_schema, regex"),
+        ({"guided_decoding_guide_type": {}, "guided_decoding_guide": "a"}, "guided_decoding_guide_type is {}"),
+        ({"guided_decoding_guide_type": ["json"]}, "guided_decoding_guide_type is ['json'] with no guide"),
         ({"guided_decoding_guide_type": "regex"}, "guided_decoding_guide_type is 'regex' with no guide"),
         (
             {"structured_outputs": {"choice": ["a"]}},
