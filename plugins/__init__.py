@@ -24,9 +24,10 @@ SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     rotation.OP,
     residual_norm.EMBEDDING,
-    residual_norm.OP,
+    residual_norm.op(),
+    residual_norm.op(split_linear.MOST_SHARES),
     token_quantise.OP,
-    *map(rope_write.paged, KV_BITS),
+    *(rope_write.paged(bits, shares) for shares in (0, split_linear.MOST_SHARES) for bits in KV_BITS),
     paged_attention.PLAN,
     *map(paged_attention.op, KV_BITS),
     swiglu.OP,
@@ -34,7 +35,8 @@ FUSED = (  # the ops of the torch engine
     flat_commit.SAMPLED,
     flat_commit.OP,
     *(low_bit_linear.op(kind, tile) for kind in low_bit_linear.KINDS for tile in low_bit_linear.TILES),
-    *map(split_linear.op, split_linear.TILES),
+    *(split_linear.op(tile, split_linear.MOST_SHARES) for tile in split_linear.TILES),
+    *map(split_linear.gated, split_linear.TILES),
 )
 
 __all__ = [

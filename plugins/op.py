@@ -68,6 +68,7 @@ class Stage:
     num_stages: int = 2  # tiles in shared memory, those that are on their way among them
     constants_f32: Constants = dataclasses.field(default_factory=dict)  # others where compute is f32, for a GPU
     follows: bool = False  # the kernel takes PDL: it may begin while the one before it ends
+    all_registers: bool = False  # as in f32: left alone, the assembler spills some bytes to fit more programs
 
     def constants_for(self, model: ModelConfig, dtype: str) -> Constants:
         """The kernel's constants in an engine's dtype."""
@@ -86,8 +87,7 @@ class Stage:
     def options_for(self, dtype: str) -> dict[str, Any]:
         """What the Triton compiler is told in an engine's dtype."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        # In f32 every register there is: left alone, the assembler spills some bytes to fit more programs.
-        return options | ({"maxnreg": MOST_REGISTERS} if dtype == "f32" else {})
+        return options | ({"maxnreg": MOST_REGISTERS} if dtype == "f32" or self.all_registers else {})
 
     def load(self) -> Any:
         """The kernel as a function of the Triton compiler, which this imports."""

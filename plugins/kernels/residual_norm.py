@@ -5,19 +5,22 @@ import triton
 import triton.language as tl
 
 from .dependent import follow
+from .shares import added
 
 
 @triton.jit
 def residual_norm(
-    x, residual, weight, y, total, E: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """x, residual (B, S, E), weight (E,) -> y, total (B, S, E)."""
+    x, residual, weight, y, total,
+    E: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """x (N, E), or of SHARES (SHARES, N, E), residual (N, E), weight (E,) -> y, total (N, E)."""
     follow(PDL)
     e = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * E + e
-    a = tl.load(x + at, mask=e < E, other=0.0).to(tl.float32)
+    kind: tl.constexpr = y.dtype.element_ty
     b = tl.load(residual + at, mask=e < E, other=0.0).to(tl.float32)
-    _norm((a + b).to(y.dtype.element_ty), weight, y, total, at, e, E, EPS)
+    a = added(x, at, tl.num_programs(0).to(tl.int64) * E, e < E, kind, SHARES)
+    _norm((a + b).to(kind), weight, y, total, at, e, E, EPS)
 
 
 @triton.jit

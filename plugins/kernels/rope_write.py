@@ -6,13 +6,14 @@ import triton.language as tl
 
 from .dependent import follow
 from .kv_cache import row_scale, to_bits
+from .shares import added
 
 
 @triton.jit
 def _rotated_heads(
     qkv, cos, sin, scale, slot, A, q,
     H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Write some heads of a token into q (N, H, D) where they are queries; give those of K and V.
 
@@ -24,9 +25,10 @@ def _rotated_heads(
     p = tl.arange(0, PAIRS)[None, :]
     kind: tl.constexpr = q.dtype.element_ty
     inside = (head < H + 2 * G) & (p < HALF)
-    source = qkv + (token.to(tl.int64) * (H + 2 * G) + head) * 2 * HALF + p
-    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    source = (token.to(tl.int64) * (H + 2 * G) + head) * 2 * HALF + p
+    apart = tl.num_programs(0).to(tl.int64) * (H + 2 * G) * 2 * HALF
+    a = added(qkv, source, apart, inside, kind, SHARES)
+    b = added(qkv, source + HALF, apart, inside, kind, SHARES)
     c = tl.load(cos + token * HALF + p, mask=p < HALF, other=0.0).to(tl.float32)
     s = tl.load(sin + token * HALF + p, mask=p < HALF, other=0.0).to(tl.float32)
     gain = tl.load(scale + token).to(tl.float32)
@@ -48,12 +50,12 @@ def _rotated_heads(
 def paged_rope_write(
     qkv, cos, sin, scale, slot, k_pages, v_pages, A, q,
     H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    HEADS: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, SHARES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """qkv (N, (H + 2 G) D) -> q (N, H, D); K and V into the pages (A, G, PAGE, D)."""
+    """qkv (N, (H + 2 G) D), or of SHARES one before the other -> q (N, H, D); K and V into pages (A, G, PAGE, D)."""
     follow(PDL)
     first, second, row, is_key, is_value = _rotated_heads(
-        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS
+        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS, SHARES
     )
     kind: tl.constexpr = q.dtype.element_ty
     place = row * 2 * HALF + tl.arange(0, PAIRS)[None, :]
@@ -67,12 +69,12 @@ def paged_rope_write(
 def paged_rope_write_bits(
     qkv, cos, sin, scale, slot, k_pages, v_pages, k_scales, v_scales, A, q,
     H: tl.constexpr, G: tl.constexpr, PAGE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
-    HEADS: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, SHARES: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same into pages of 8 bits (A, G, PAGE, D) and their scales (A, G, PAGE) f32."""
     follow(PDL)
     first, second, row, is_key, is_value = _rotated_heads(
-        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS
+        qkv, cos, sin, scale, slot, A, q, H, G, PAGE, HALF, PAIRS, HEADS, SHARES
     )
     step = row_scale(first, second, CACHE)[:, None] + tl.zeros([HEADS, PAIRS], tl.float32)
     p = tl.arange(0, PAIRS)[None, :]

@@ -1,8 +1,8 @@
 # mypy: ignore-errors
 """What the products of `low_bit_linear.py` and `split_linear.py` have in common: sums of the inputs by shares.
 
-Each share of the inputs is summed for itself, and then the shares in their order, by the program that has them all or
-by the last that finishes.
+Each share of the inputs is summed for itself, and then the shares in their order: by the program that has them all, by
+the last that finishes, or where the product is read.
 """
 
 import triton
@@ -93,3 +93,28 @@ def finish(whole, gain, counters, N, F, part, y, n, f, BLOCK_N: tl.constexpr, BL
                 # What others wrote is read past the first-level cache.
                 whole += tl.load(part + corner + share * size + place, mask=real, other=0.0, cache_modifier=".cg")
             tl.store(y + corner + place, (whole * gain[:, None]).to(y.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def added(x, place, apart, mask, kind: tl.constexpr, SHARES: tl.constexpr):
+    """Numbers of a product at some places, f32: as they are, or from SHARES sums that lie `apart`, rounded to kind."""
+    whole = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    for share in tl.static_range(1, SHARES):
+        whole += tl.load(x + share * apart + place, mask=mask, other=0.0)
+    return whole.to(kind).to(tl.float32)
+
+
+def put(pointer, value, mask, _semantic=None):
+    """`tl.store` of f32 numbers by the threads that have them, which for sums of a product it has change places first.
+
+    A function of the Triton compiler, which gives `_semantic`; its interpreter gives none, and stores.
+    """
+    if _semantic is None:
+        tl.store(pointer, value, mask=mask)
+        return
+    asm = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.f32 [$1], $2; mov.u32 $0, 0; }"
+    arguments = [pointer.to(tl.int64, _semantic=_semantic), value, mask.to(tl.int32, _semantic=_semantic)]
+    tl.inline_asm_elementwise(asm, "=r,l,f,r", arguments, tl.int32, False, 1, _semantic=_semantic)
+
+
+put.__triton_builtin__ = True

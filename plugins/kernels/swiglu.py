@@ -16,6 +16,11 @@ def swiglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     inside = f < F
     gate = tl.load(gate_up + token * 2 * F + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * F + F + f, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token * F + f, gated(gate, up).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated(gate, up):
+    """silu(gate) * up, f32."""
     small = tl.exp(-tl.abs(gate))  # never overflows
-    sigmoid = tl.where(gate >= 0, 1.0, small) / (1.0 + small)
-    tl.store(y + token * F + f, (gate * sigmoid * up).to(y.dtype.element_ty), mask=inside)
+    return gate * (tl.where(gate >= 0, 1.0, small) / (1.0 + small)) * up

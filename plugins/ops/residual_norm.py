@@ -2,8 +2,8 @@
 
     y, total = ResidualNorm(x, residual, weight)
 
-x, residual (B, S, E) compute, weight (E,) compute -> total = x + residual and y = total / rms(total) * weight, both
-(B, S, E).
+x, residual (N, E) compute, weight (E) compute -> total = x + residual and y = total / rms(total) * weight, both (N, E).
+x may come in the shares of `split_linear`, (W, N, E) f32.
 
     y, total = EmbeddingNorm(ids, table, weight)
 
@@ -11,6 +11,8 @@ The same where a pass begins: ids (N) i32, table (V, E) compute -> total = table
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -40,38 +42,42 @@ def _constants(model: ModelConfig) -> Constants:
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["B"] * dims["S"], 1, 1
+    return dims["N"], 1, 1
 
 
-_TOKENS = ("B", "S", "E")
-_OUTPUTS = (Arg("y", "compute", _TOKENS), Arg("total", "compute", _TOKENS))
+_OUTPUTS = (Arg("y", "compute", ("N", "E")), Arg("total", "compute", ("N", "E")))
 
-OP = Op(
-    "ResidualNorm",
-    inputs=(Arg("x", "compute", _TOKENS), Arg("residual", "compute", _TOKENS), Arg("weight", "compute", ("E",))),
-    outputs=_OUTPUTS,
-    attributes=(),
-    stages=(
-        Stage(
-            "ResidualNorm",
-            "residual_norm.residual_norm",
-            inputs=("x", "residual", "weight"),
-            scalars=(),
-            outputs=_OUTPUTS,
-            constants=_constants,
-            grid=_grid,
-            num_warps=8,
-            follows=True,
+
+@functools.cache
+def op(shares: int = 0) -> Op:
+    """The op over a whole x, or one in shares."""
+    name = "ResidualNormOfShares" if shares else "ResidualNorm"
+    x = Arg("x", "f32", ("W", "N", "E")) if shares else Arg("x", "compute", ("N", "E"))
+    return Op(
+        name,
+        inputs=(x, Arg("residual", "compute", ("N", "E")), Arg("weight", "compute", ("E",))),
+        outputs=_OUTPUTS,
+        attributes=(),
+        stages=(
+            Stage(
+                name,
+                "residual_norm.residual_norm",
+                inputs=("x", "residual", "weight"),
+                scalars=(),
+                outputs=_OUTPUTS,
+                constants=lambda model: {**_constants(model), "SHARES": shares},
+                grid=_grid,
+                num_warps=32 if shares else 8,  # so few numbers a thread that all its loads leave at once
+                follows=True,
+            ),
         ),
-    ),
-)
+    )
 
-_EMBEDDED = (Arg("y", "compute", ("N", "E")), Arg("total", "compute", ("N", "E")))
 
 EMBEDDING = Op(
     "EmbeddingNorm",
     inputs=(Arg("ids", "i32", ("N",)), Arg("table", "compute", ("V", "E")), Arg("weight", "compute", ("E",))),
-    outputs=_EMBEDDED,
+    outputs=_OUTPUTS,
     attributes=(),
     stages=(
         Stage(
@@ -79,9 +85,9 @@ EMBEDDING = Op(
             "residual_norm.embedding_norm",
             inputs=("ids", "table", "weight"),
             scalars=(),
-            outputs=_EMBEDDED,
+            outputs=_OUTPUTS,
             constants=_constants,
-            grid=lambda dims, ceil: (dims["N"], 1, 1),
+            grid=_grid,
             num_warps=8,
             follows=True,
         ),

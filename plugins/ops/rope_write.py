@@ -6,7 +6,7 @@ qkv (N, (H + 2 G) D) compute, the packed projection; cos, sin (N, D / 2) compute
 pass for all layers by `rotation`; slot (N) i32, page * PAGE plus the place in the page; k_pages and v_pages
 (A, G, PAGE, D) compute -> q (N, H, D), rotated and scaled by position. K, rotated, and V are written in place; a token
 whose slot lies in no page is not written. Pages may hold 8 bits, of `kv_cache.py`; then their scales k_scales and
-v_scales (A, G, PAGE) f32 are written as well.
+v_scales (A, G, PAGE) f32 are written as well. qkv may come in the shares of `split_linear`, (W, N, (H + 2 G) D) f32.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ def paged_reference(
     return q.astype(qkv.dtype)
 
 
-def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
+def _constants(model: ModelConfig, bits: KvBits | None, shares: int) -> Constants:
     half = model.head_dim // 2
     pairs = 1 << (half - 1).bit_length()
     sizes = {"H": model.num_heads, "G": model.num_kv_heads, "PAGE": PAGE}
-    return {**sizes, "HALF": half, "PAIRS": pairs, "HEADS": HEADS, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
+    known = {**sizes, "HALF": half, "PAIRS": pairs, "HEADS": HEADS, "SHARES": shares}
+    return {**known, **({"CACHE": kv_cache.CODE[bits]} if bits else {})}
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["N"], ceil(dims["W"] // dims["D"], HEADS), 1
+    return dims["N"], ceil(dims["F"] // dims["D"], HEADS), 1
 
 
 def _heads(dims: Dims, ceil: Ceil) -> int:
-    heads: int = dims["W"] // dims["D"] - 2 * dims["G"]
+    heads: int = dims["F"] // dims["D"] - 2 * dims["G"]
     return heads
 
 
@@ -68,11 +69,11 @@ _OUTPUTS = (Arg("q", "compute", ("N", _heads, "D")),)
 
 
 @functools.cache
-def paged(bits: KvBits | None) -> Op:
-    """The op over pages of the engine's dtype, or of 8 bits."""
-    name = "PagedRopeWrite" + (bits or "").capitalize()
+def paged(bits: KvBits | None, shares: int = 0) -> Op:
+    """The op over pages of the engine's dtype, or of 8 bits, and a whole qkv or one in shares."""
+    name = "PagedRopeWrite" + (bits or "").capitalize() + ("OfShares" if shares else "")
     inputs = (
-        Arg("qkv", "compute", ("N", "W")),
+        Arg("qkv", "f32", ("W", "N", "F")) if shares else Arg("qkv", "compute", ("N", "F")),
         Arg("cos", "compute", ("N", "P")),
         Arg("sin", "compute", ("N", "P")),
         Arg("scale", "compute", ("N",)),
@@ -91,7 +92,7 @@ def paged(bits: KvBits | None) -> Op:
                 inputs=tuple(arg.name for arg in inputs),
                 scalars=("A",),
                 outputs=_OUTPUTS,
-                constants=functools.partial(_constants, bits=bits),
+                constants=functools.partial(_constants, bits=bits, shares=shares),
                 grid=_grid,
                 num_warps=8,
                 follows=True,

@@ -28,26 +28,25 @@ pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @settings(max_examples=8)
-@given(st.integers(1, 3), st.integers(1, 64), st.sampled_from([1, 2, 47, 128, 300]), st.integers(0, 99))
-def test_norm_of_a_residual_sum(tiny: ModelConfig, rows: int, size: int, width: int, seed: int) -> None:
+@given(st.integers(1, 150), st.sampled_from([1, 2, 47, 128, 300]), st.integers(0, 99))
+def test_norm_of_a_residual_sum(tiny: ModelConfig, size: int, width: int, seed: int) -> None:
     model = dataclasses.replace(tiny, hidden_size=width)
-    x = normal(seed, rows, size, width) * 9
-    residual = normal(seed + 1, rows, size, width)
+    x = normal(seed, size, width) * 9
+    residual = normal(seed + 1, size, width)
     weight = normal(2, width)
     expected = residual_norm.reference(x, residual, weight, model.rms_norm_eps)
-    y, total = launch(residual_norm.OP, model, x=x, residual=residual, weight=weight)
+    y, total = launch(residual_norm.op(), model, x=x, residual=residual, weight=weight)
     np.testing.assert_allclose(y, expected[0], rtol=2e-6, atol=1e-6)
     np.testing.assert_array_equal(total, expected[1])
 
 
 def test_norm_keeps_a_nan_in_its_token(tiny: ModelConfig) -> None:
     model = dataclasses.replace(tiny, hidden_size=40)
-    x = np.ones((1, 3, 40), np.float32)
-    zero = np.zeros((1, 3, 40), np.float32)
-    x[0, 1, 7] = np.nan
-    y, _ = launch(residual_norm.OP, model, x=x, residual=zero, weight=np.ones(40, np.float32))
-    assert np.isnan(y[0, 1]).all()
-    assert np.isfinite(y[0, [0, 2]]).all()
+    x = np.ones((3, 40), np.float32)
+    x[1, 7] = np.nan
+    y, _ = launch(residual_norm.op(), model, x=x, residual=np.zeros_like(x), weight=np.ones(40, np.float32))
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("width", [1, 47, 300])
@@ -177,7 +176,10 @@ def test_fused_kernels_compile_for_every_card(
         assert ("griddepcontrol.launch_dependents" in ptx) == early, kernel
         before = ptx.partition("griddepcontrol.wait")[0]
         assert (before != ptx) == early, kernel
-        if early:  # and touches no memory before it may
+        if early:  # and touches no memory before it may, but asks for weights
+            asked = "cp.async.bulk.prefetch.L2.global"
+            assert (asked in before) == kernel.stage.startswith(("SplitLinear", "GatedLinear")), kernel
+            before = before.replace(asked, "")
             assert not re.search(r"\b(ld|st|atom|red)\.(?!param)[\w.]*global|cp\.async|ld\.acquire", before), kernel
         if kernel.stage.startswith("Fp8Linear"):  # whose subnormal numbers are subnormal in f32 on the way
             assert ".ftz" not in ptx, kernel
@@ -194,7 +196,9 @@ def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
     """
     taken: dict[tuple[str, int], set[frozenset[str]]] = {}
     for kernel in kernels:
-        if kernel.stage.startswith(("Fp8Linear", "Int8Linear", "Int4Linear", "SplitLinear", "FlatHeadScan")):
+        if kernel.stage.startswith(
+            ("Fp8Linear", "Int8Linear", "Int4Linear", "SplitLinear", "GatedLinear", "FlatHeadScan")
+        ):
             ptx = (folder / kernel.file("ptx")).read_text()
             found = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)([^\s;]*)", ptx)
             forms = frozenset(name + re.sub(r"m64n\d+", "m64n", form) for name, form in found)

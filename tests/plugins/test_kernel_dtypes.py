@@ -152,9 +152,9 @@ def test_head(model: ModelConfig, dtype: str, size: int, tile: int) -> None:
 @each_dtype
 @each_size
 def test_norm(model: ModelConfig, dtype: str, size: int) -> None:
-    shape = (2, size, model.hidden_size)
-    case = {"x": normal(7, dtype, *shape), "residual": normal(8, dtype, *shape), "weight": normal(9, dtype, shape[2])}
-    (y, total), _ = launch(residual_norm.OP, model, dtype, case)
+    shape = (2 * size, model.hidden_size)
+    case = {"x": normal(7, dtype, *shape), "residual": normal(8, dtype, *shape), "weight": normal(9, dtype, shape[1])}
+    (y, total), _ = launch(residual_norm.op(), model, dtype, case)
     expected = residual_norm.reference(**case, eps=model.rms_norm_eps)
     check(y, expected[0], dtype)
     if INTERPRETED and dtype == "bf16":  # the interpreter cuts f32 off where a GPU rounds it

@@ -36,6 +36,7 @@ from nemodiff.plugins.tensorrt.api import MODULES, device_sm, load
 from nemodiff.runtime.engines.engine import bidirectional, causal
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
+from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 
@@ -263,6 +264,22 @@ def test_kernels_that_begin_early_choose_the_same(engine: LoadedEngine) -> None:
                 expected = nemodiff.generate(engine, prompt, **options)
                 for _ in range(3):
                     assert nemodiff.generate(early, prompt, **options).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_own_products_give_the_tokens_of_the_cpu(tmp_path: Path, pdl: bool) -> None:
+    """In f32, in every mode, eager and captured; with kernels that begin early too."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} finds no GPU")
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype="f32").run()
+    ours, theirs = (nemodiff.load(folder, device=device) for device in ("cuda", "cpu"))
+    device = torch_backend(ours).device
+    backend = TorchEngine(folder, ours.info, device, pages=64, pdl=pdl, own_products=projections.OWN)
+    ours = dataclasses.replace(ours, backend=backend)
+    for case in CASES:
+        for question in QUESTIONS:
+            expected, got = (nemodiff.generate(e, question, max_new_tokens=32, **case) for e in (theirs, ours))
+            assert got.token_ids == expected.token_ids
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:

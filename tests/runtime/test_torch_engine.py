@@ -53,10 +53,12 @@ from nemodiff.cli import main
 from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
+from nemodiff.plugins.ops import split_linear
 from nemodiff.runtime import loading
 from nemodiff.runtime.batching.slot import Slot
 from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Pass, causal
+from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
@@ -195,14 +197,19 @@ def test_the_kernels_take_the_engines_tensors(tmp_path: Path) -> None:
 
 
 @INTERPRETED
-def test_the_kernels_give_the_same_tokens_in_every_mode(tmp_path: Path) -> None:
-    """Greedy, and sampled from the logits that the head's kernel keeps."""
+@pytest.mark.parametrize("own", [(), projections.OWN], ids=["torch's products", "own products"])
+def test_the_kernels_give_the_same_tokens_in_every_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: tuple[str, ...]
+) -> None:
+    """Greedy, and sampled from the logits that the head's kernel keeps; own products in several shares."""
+    monkeypatch.setattr(split_linear, "BLOCK_K", 16)
+    monkeypatch.setattr(split_linear, "LEAST_STEPS", 1)
     checkpoint = write_checkpoint(
         tmp_path / "checkpoint", seed=5, num_hidden_layers=1, num_key_value_heads=1, dtype="f32"
     )
     pair = make_pair(tmp_path, adapted(checkpoint, 0.1))
     backend = torch_backend(pair.ours)
-    fused = pair.with_backend(TorchEngine(backend.folder, backend.info, "cpu", kernels=True))
+    fused = pair.with_backend(TorchEngine(backend.folder, backend.info, "cpu", kernels=True, own_products=own))
     spoken = [
         {"mode": "ar", "temperature": 0.9, "seed": 3},
         {"mode": "diffusion", "block_length": 4, "threshold": 0.3},

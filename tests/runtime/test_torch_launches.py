@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from nemodiff.builder.build import Builder
 from nemodiff.engine_info import EngineInfo, read_engine
-from nemodiff.errors import EngineError
+from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import FUSED
 from nemodiff.plugins.failure import refusal
 from nemodiff.plugins.op import Stage
@@ -97,6 +97,39 @@ def test_every_kernel_but_the_first_begins_early_where_the_card_can(
     monkeypatch.setenv("NEMODIFF_PDL", "1")
     assert early()
     assert not early(False)
+
+
+def test_own_products_leave_their_shares_to_the_next_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few tokens; an adapter takes the output of o, and more tokens, or few bits, another product."""
+
+    def engine(folder: tuple[Path, EngineInfo], own: tuple[str, ...] | None = None) -> TorchEngine:
+        return TorchEngine(*folder, "cpu", kernels=True, pages=8, pdl=True, own_products=own)
+
+    monkeypatch.setattr(TorchDevice, "overlaps_launches", True)
+    plain = built(tmp_path / "plain", "plain rotation")
+    attention = ["PagedAttention", "AttentionMerge"]
+    added = ["PagedRopeWriteOfShares", *attention]
+    some = ["SplitLinear16", *added, "SplitLinear16", "ResidualNormOfShares", "linear", "SwiGLU", "linear", REST[-1]]
+    assert names(engine(plain, ("qkv", "o")), AR) == [*FIRST, *2 * some, *CHOICE]
+    every = ["SplitLinear16", *added, "SplitLinear16", "ResidualNormOfShares"]
+    every += ["GatedLinear16", "SplitLinear16", "ResidualNormOfShares"]
+    monkeypatch.setenv("NEMODIFF_OWN_PRODUCTS", "qkv,o,gate_up,down")
+    launched = launches(engine(plain), AR)
+    assert [name for name, _ in launched] == [*FIRST, *2 * every, *CHOICE]
+    assert all(early for name, early in launched if name != "Rotation")
+    of_64 = names(engine(plain), FlatShape(64, 64))
+    assert of_64.count("SplitLinear64") == 6
+    assert names(engine(plain), FlatShape(128, 128)).count("linear") == 8
+    adapted = names(engine(built(tmp_path / "adapted", "early YaRN")), AR)
+    assert adapted[4:12] == ["SplitLinear16", *added, "linear", "linear", "mul", "addmm_"]
+    quantized = names(engine(built(tmp_path / "quantized", "plain rotation", quantization="int8")), AR)
+    assert not {name for name in quantized if name.startswith(("SplitLinear", "GatedLinear"))}
+
+
+def test_own_products_must_be_projections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMODIFF_OWN_PRODUCTS", "qkv,up")
+    with pytest.raises(RequestError, match="holds 'up', allowed: qkv, o, gate_up, down; name some"):
+        TorchEngine(*built(tmp_path, "plain rotation"), "cpu", pages=8)
 
 
 def test_attention_fills_the_card_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, counted
 from ....engine_info import EngineInfo
-from ....errors import EngineError
+from ....errors import EngineError, RequestError
 from ...images.image import Image
 from ..pages import Pages
 from .cache import MOST_TOKENS, TorchCache
@@ -27,6 +27,7 @@ from .flat import FlatShape, graph_shapes
 from .forwards import Forwards
 from .memory import Memory, page_count, pass_bytes
 from .model import TorchModel
+from .projections import OWN
 from .step import Steps
 from .vision import TorchVision
 
@@ -50,10 +51,12 @@ class TorchEngine:
         ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
         pdl: let kernels begin while those before them end, on cards that can (SM 90 and later); default where the
             environment variable NEMODIFF_PDL is 1. Tokens are the same with it and without.
+        own_products: projections, of `projections.OWN`, that the project's kernels multiply in passes of up to 64
+            tokens; default those that the environment variable NEMODIFF_OWN_PRODUCTS lists, separated by commas.
 
     Raises:
         EngineError: torch is missing, or the weights do not belong to the description, or do not fit.
-        RequestError: there is no such device.
+        RequestError: there is no such device, or no such projection.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class TorchEngine:
         pages: int | None = None,
         ranks: Ranks | None = None,
         pdl: bool | None = None,
+        own_products: Collection[str] | None = None,
     ) -> None:
         self.device = device if isinstance(device, TorchDevice) else TorchDevice(folder, device, threads)
         self.info = info
@@ -80,8 +84,9 @@ class TorchEngine:
         with_kernels = is_gpu if kernels is None else kernels
         wanted = os.environ.get("NEMODIFF_PDL") == "1" if pdl is None else pdl
         early = wanted and self.device.overlaps_launches
+        products = _own_products(own_products)
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device, with_kernels, ranks, early)
+            self.model = TorchModel(folder, info, self.device, with_kernels, ranks, early, products)
             own = dataclasses.replace(info, model=self.model.config)
             # Rank 0 alone looks at images; the others get what it sees as embeddings.
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)
@@ -153,6 +158,18 @@ class TorchEngine:
         """Compute what rank 0 does until it ends; for the other ranks."""
         assert self.ranks is not None
         self.forwards.obey(self.ranks)
+
+
+def _own_products(wanted: Collection[str] | None) -> frozenset[str]:
+    """The projections that are asked for, by default in the environment."""
+    variable = os.environ.get("NEMODIFF_OWN_PRODUCTS", "")
+    names = frozenset(filter(None, variable.split(",")) if wanted is None else wanted)
+    if names - set(OWN):
+        raise RequestError(
+            f"NEMODIFF_OWN_PRODUCTS or own_products holds {min(names - set(OWN))!r}, allowed: {', '.join(OWN)}; "
+            "name some of them, separated by commas"
+        )
+    return names
 
 
 def _most_decoded(info: EngineInfo) -> int:

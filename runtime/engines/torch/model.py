@@ -8,14 +8,14 @@ that a forward over fixed tensors can be captured and replayed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ....contract import PAGE
 from ....engine_folder import TENSORS_FILE
 from ....engine_info import EngineInfo
-from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation, swiglu
+from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation
 from . import plain
 from .device import TorchDevice
 from .head import Head
@@ -51,6 +51,7 @@ class TorchModel:
         kernels: run the project's Triton kernels.
         ranks: that hold the model together; every layer's heads, inner size and the head's vocabulary are split.
         pdl: let kernels begin while those before them end; for cards from SM 90 on.
+        own: some of `projections.OWN`, which the project's kernels multiply where tokens are few.
 
     Raises:
         EngineError: the weights file is not what the description says.
@@ -64,6 +65,7 @@ class TorchModel:
         kernels: bool,
         ranks: Ranks | None = None,
         pdl: bool = False,
+        own: Iterable[str] = (),
     ) -> None:
         import torch
 
@@ -82,14 +84,17 @@ class TorchModel:
         self.norm = weights.take("norm", model.hidden_size)
         self._head = weights.head(model)
         self._first_id = share.of(model.vocab_size).start  # that the head has
-        self.vary(kernels, pdl)
+        self.vary(kernels, pdl, own)
         self._inv_freq = torch.from_numpy(model.rope.inv_freq(model.head_dim)).to(device.name)  # (D/2,) f32
 
-    def vary(self, kernels: bool, pdl: bool = False) -> None:
+    def vary(self, kernels: bool, pdl: bool = False, own: Iterable[str] = ()) -> None:
         """Run with the kernels from here on, or without, for comparison."""
         self.kernels = kernels
         self._launch = Launcher(self.config, self.dtype, pdl) if kernels else None
-        self.project = Projections(self.dtype, self._launch)
+        # What is summed over ranks comes whole.
+        self.project = Projections(
+            self.dtype, self._launch, frozenset(own) - (set() if self.ranks is None else {"o", "down"})
+        )
         self.head = Head(self._head, self.config, self._first_id, self.project, self._launch, self.ranks)
 
     def forward(
@@ -122,18 +127,21 @@ class TorchModel:
         x, total = self._embedded(inputs, self.layers[0].input_norm)
         norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for layer, norm, (keys, values) in zip(self.layers, norms, pool.layers(), strict=True):
-            q = self._rotated(self.project(x, layer.qkv), turns, inputs["slot"], keys, values)  # (N, H, D)
+            qkv = self.project.in_shares("qkv", x, layer.qkv)
+            q = self._rotated(qkv, turns, inputs["slot"], keys, values)  # (N, H, D)
             if self._launch is not None:
                 merged = self._attend(q, keys, values, plan)  # (N, H D)
             else:
                 merged = plain.attend(q, keys, values, sights)
-            out = self.project(merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
+                out = self.project(merged, layer.o)
                 out.addmm_(functional.linear(merged, a) * gate, b.t())  # a gate of 0 adds exactly 0
+            else:
+                out = self.project.in_shares("o", merged, layer.o)
             x, total = self._added(self._summed(out), total, layer.post_norm)
-            inner = self._activated(self.project(x, layer.gate_up))
-            x, total = self._added(self._summed(self.project(inner, layer.down)), total, norm)
+            down = self.project.in_shares("down", self.project.gated(x, layer.gate_up), layer.down)
+            x, total = self._added(self._summed(down), total, norm)
         self.head.choose(x, inputs, outputs, place)
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
@@ -180,31 +188,20 @@ class TorchModel:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,)."""
+        """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,), and x in shares."""
         if self._launch is not None:
-            inputs = {"x": x[None], "residual": residual[None], "weight": weight}
-            y, total = self._launch(residual_norm.OP, inputs)
-            return y[0], total[0]
+            y, total = self._launch(residual_norm.op(_shares(x)), {"x": x, "residual": residual, "weight": weight})
+            return y, total
         total = residual + x
         return self._normed(total, weight), total
 
-    def _activated(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up, (N, F) of (N, 2 F)."""
-        from torch.nn import functional
-
-        if self._launch is not None:
-            (y,) = self._launch(swiglu.OP, {"gate_up": gate_up[None]})
-            return y[0]
-        gate, up = gate_up.chunk(2, -1)
-        return functional.silu(gate) * up
-
     def _rotated(self, qkv: Tensor, turns: Turns, slot: Tensor, keys: Stored, values: Stored) -> Tensor:
-        """q (N, H, D) of qkv (N, (H + 2 G) D), rotated and scaled; K, rotated, and V go into the pages."""
+        """q (N, H, D) of qkv (N, (H + 2 G) D) or its shares, rotated and scaled; K, rotated, and V go into pages."""
         import torch
 
         if self._launch is not None:
             inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "slot": slot}
-            op = rope_write.paged(self._kv_bits)
+            op = rope_write.paged(self._kv_bits, _shares(qkv))
             (q,) = self._launch(op, inputs | _cached(keys, values))
             return q
         model = self.config
@@ -232,6 +229,11 @@ class TorchModel:
         arguments = {"q": q, **_cached(keys, values), **sight}
         (y,) = self._launch(paged_attention.op(self._kv_bits, self._programs), arguments)
         return y.flatten(1)
+
+
+def _shares(product: Tensor) -> int:
+    """In how many shares `Projections.in_shares` has multiplied, 0 if it gave the whole."""
+    return len(product) if product.ndim == 3 else 0
 
 
 def _cached(keys: Stored, values: Stored) -> dict[str, Tensor]:

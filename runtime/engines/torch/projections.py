@@ -1,17 +1,19 @@
-"""Projections of tokens: x weight^T, by torch or where the weights have few bits by the project's kernels."""
+"""Projections of tokens: x weight^T, by torch, or by the project's kernels: of weights of few bits, and on request."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ....plugins.ops import low_bit_linear, token_quantise
+from ....plugins.ops import low_bit_linear, split_linear, swiglu, token_quantise
 from .launcher import Launcher, tile
 from .quantized import CHUNK, Matrix, Quantized, by_8_bits, quantised
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+OWN = ("qkv", "o", "gate_up", "down")  # projections that the project's kernels can multiply in 16 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Projections:
 
     dtype: torch.dtype  # compute
     launch: Launcher | None
+    own: frozenset[str] = frozenset()  # some of OWN: where tokens are few, by kernels; see `split_linear`
 
     def __call__(self, x: Tensor, weight: Matrix) -> Tensor:
         """x weight^T: (N, in) -> (N, out) compute."""
@@ -37,6 +40,32 @@ class Projections:
             return self.launch(op, {"x": x, **weight.tensors})[0]
         values, scale = weight.tensors["values"], weight.tensors["scale"]
         return (functional.linear(x, values).float() * scale).to(self.dtype)
+
+    def in_shares(self, name: str, x: Tensor, weight: Matrix) -> Tensor:
+        """The same of qkv, o or down; or its shares (W, N, out) f32, for a kernel that adds them."""
+        if (launch := self._for(name, x, weight)) is None:
+            return self(x, weight)
+        assert not isinstance(weight, Quantized | tuple)
+        op = split_linear.op(tile(split_linear.TILES, len(x)), split_linear.shares(*weight.shape))
+        return launch(op, {"x": x, "weight": weight})[0]
+
+    def gated(self, x: Tensor, weight: Matrix) -> Tensor:
+        """silu(gate) * up of gate_up, (N, out / 2)."""
+        from torch.nn import functional
+
+        if (launch := self._for("gate_up", x, weight)) is not None:
+            return launch(split_linear.gated(tile(split_linear.TILES, len(x))), {"x": x, "weight": weight})[0]
+        both = self(x, weight)
+        if self.launch is not None:
+            return self.launch(swiglu.OP, {"gate_up": both[None]})[0][0]
+        gate, up = both.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    def _for(self, name: str, x: Tensor, weight: Matrix) -> Launcher | None:
+        """What launches the kernels of `split_linear`, where they multiply these."""
+        few = name in self.own and len(x) <= split_linear.TILES[-1]
+        fits = not isinstance(weight, Quantized | tuple) and weight.shape[1] % split_linear.MULTIPLE == 0
+        return self.launch if few and fits else None
 
     def _by_8_bits(self, x: Tensor, weight: Quantized) -> Tensor:
         """The same of fp8_dynamic, which rounds every token to e4m3."""
