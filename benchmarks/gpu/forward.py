@@ -5,20 +5,47 @@ A context counts the pass's own tokens, so the caches are exactly as long as it 
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 import zlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import EngineError
+from nemodiff.plugins.ops import split_linear
 from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
+from nemodiff.runtime.engines.torch.projections import OWN
 from nemodiff.runtime.loading import LoadedEngine
 
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """How the engine launches its kernels."""
+
+    own: tuple[str, ...] = ()  # projections that its kernels multiply
+    off: str | None = None  # where kernels begin early, the way that does the same without
+    ahead: int = split_linear.AHEAD  # tiles of weights that are asked for early
+
+
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
-EARLY = ("graphs", "pdl")
+OWN_PRODUCTS = "own products, pdl"
+LAUNCHED = {
+    "graphs": Launched(),
+    "pdl": Launched(off="graphs"),
+    OWN_PRODUCTS: Launched(OWN, "own products"),
+    "own products": Launched(OWN),
+    "own qkv, o, down, pdl": Launched(("qkv", "o", "down"), "own qkv, o, down"),
+    "own qkv, o, down": Launched(("qkv", "o", "down")),
+    "own qkv, o, pdl": Launched(("qkv", "o"), "own qkv, o"),
+    "own qkv, o": Launched(("qkv", "o")),
+    "own products, pdl, nothing asked for": Launched(OWN, "own products", 0),
+    "own products, pdl, twice asked for": Launched(OWN, "own products", 2 * split_linear.AHEAD),
+}
+EARLY = tuple(LAUNCHED)
 OTHERS = ("eager", "without kernels", "one prediction", "with logits")
 WARM = 3  # forwards until a shape is warm: eager, captured, replayed
 # With other weights; those that have a goal first.
@@ -59,8 +86,9 @@ class Passes:
             is_gpu = self.backend.device.is_gpu
             # Without kernels a graph would look at the whole pool (runtime/engines/torch/plain.py).
             self.backend.steps.graphs = variant not in ("eager", "without kernels") and is_gpu
-            early = variant == "pdl" and self.backend.device.overlaps_launches
-            self.backend.model.vary(variant != "without kernels" and is_gpu, early)
+            way = LAUNCHED.get(variant, Launched())
+            early = way.off is not None and self.backend.device.overlaps_launches
+            self.backend.model.vary(variant != "without kernels" and is_gpu, early, way.own)
             self.backend.steps.forget()
             self.warm_seconds = None
             self._variant = variant
@@ -82,8 +110,9 @@ class Passes:
         cache = self.cache(rows, context)
         card.start_peak()
         passes = [self.pass_of(context, size, variant)] * rows
-        for _ in range(WARM):
-            chosen = cache.forward(passes)
+        with mock.patch.object(split_linear, "AHEAD", LAUNCHED.get(variant, Launched()).ahead):
+            for _ in range(WARM):
+                chosen = cache.forward(passes)
         device, wall = [], []
         for _ in card.rounds():
             started = time.perf_counter()
@@ -146,7 +175,7 @@ def variant_cells(config: RunConfig, shape: str, variants: tuple[str, ...]) -> I
     short, middle = config.scale.contexts[:2]
     for context in (short, middle):
         for variant in variants:
-            if context == middle or variant in EARLY:
+            if variant in LAUNCHED if context == short else variant in (*OTHERS, "graphs", "pdl", OWN_PRODUCTS):
                 slow = 1.0 if variant in ("graphs", "one prediction") else 3.0
                 yield _variant_cell(config, shape, variant, context, slow)
 
@@ -158,18 +187,21 @@ def loaded_cells(config: RunConfig, shape: str) -> Iterator[Cell]:
 
 
 def _variant_cell(config: RunConfig, shape: str, variant: str, context: int, slow: float) -> Cell:
+    work = gpu_models.work(shape, config.dtype)
+
     def measure(lab: Lab) -> Figures:
         figures: Figures = {"variant": variant, "context": context}
         engine = passes(lab, shape, config.dtype, variant if variant in LOADED else None)
         for size in (1, max(s for s in config.scale.sizes if s <= 32)):
             one = engine.run(lab, 1, context, size, "graphs" if variant in LOADED else variant)
-            if variant == "pdl":  # beside the same passes without, over the same K and V
-                off = engine.run(lab, 1, context, size)
-                one |= {"off_device_us": off["device_us"], "same_choice": one["choice"] == off["choice"]}
-            figures[str(size)] = one
+            if variant in LAUNCHED and (off := LAUNCHED[variant].off):  # the same passes over the same K and V
+                other = engine.run(lab, 1, context, size, off)
+                one |= {"off_device_us": other["device_us"], "same_choice": one["choice"] == other["choice"]}
+            copied = work.read_bytes / lab.ceilings["copy_bytes_per_second"]
+            figures[str(size)] = one | {"over_weight_bytes": one["device_us"] / 1e6 / copied}
         return figures
 
-    nbytes = gpu_models.work(shape, config.dtype).memory(1, context, 32)
+    nbytes = work.memory(1, context, 32)
     return Cell("variants", shape, f"{variant} context {context}", nbytes, 2 * slow, measure)
 
 

@@ -18,7 +18,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, KV_BITS, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run, stage_op
-from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention
+from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear
 
 
 def reads_context(op: Op) -> bool:
@@ -33,7 +33,6 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
     counted must be moved.
     """
     writes = op.name.startswith("PagedRopeWrite")
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     pages = ceil_div(tokens if writes else context, paged_attention.PAGE)
     letters = {"N": tokens, "A": pages, "M": pages, "B": 1, "H": model.num_heads, "G": model.num_kv_heads}
     return {
@@ -46,17 +45,18 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "V": tokens if op.name == "EmbeddingNorm" else model.vocab_size,
         "E": model.hidden_size,
         "K": model.hidden_size,
-        "W": widths(op, model, heads, paged_attention.items(letters, ceil_div)),
-        **(low_bits(model) if "Linear" in op.name else {}),
+        "W": widths(op, model, paged_attention.items(letters, ceil_div)),
+        "F": (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
+        **(low_bits(model) if "Linear" in op.name and op.name != "GatedLinear" else {}),
     }
 
 
-def widths(op: Op, model: ModelConfig, heads: int, items: int) -> int:
-    """What W is in an op: a projection's outputs, or the plan's items."""
-    if op.name == "SwiGLU":
+def widths(op: Op, model: ModelConfig, items: int) -> int:
+    """What W is in an op: a projection's outputs, its shares, or the plan's items."""
+    if op.name in ("SwiGLU", "GatedLinear"):
         return 2 * model.intermediate_size
-    if op.name.startswith("PagedRopeWrite"):
-        return heads
+    if op.name.endswith("OfShares"):
+        return split_linear.MOST_SHARES
     return items if op.name.startswith("PagedAttention") else 0
 
 

@@ -22,7 +22,7 @@ from nemodiff.plugins.ops import low_bit_linear, split_linear, token_quantise
 
 Product = Callable[[Any, Any], Any]  # x (N, in) and a matrix as `_matrix` makes it -> (N, out)
 MOST = 32  # tokens of a product that has always as many rows
-NARROW = ("qkv", "o")  # matrices whose outputs are too few to fill a card
+NARROW = ("qkv", "o", "down")  # matrices whose outputs are too few to fill a card
 
 
 def types(torch: Any) -> dict[str, Any]:
@@ -75,21 +75,17 @@ def in_batches(lab: Lab) -> Product:
 
 
 def in_shares(lab: Lab, varied: Callable[[Op], Op] = lambda op: op) -> Product:
-    """`SplitLinear`, or what `varied` makes of it, with one set of counters for all matrices, which run in turn."""
+    """`SplitLinear`, or what `varied` makes of it, of up to MOST rows: (N, shares, out), which another kernel adds."""
     torch = lab.card.torch
     model = gpu_models.work("tiny", "bf16").model  # for constants, of which the op has none
-    counters: dict[Any, Any] = {}
 
     def product(x: Any, matrix: Any) -> Any:
-        sizes = tuple(matrix.shape)
-        if sizes not in counters:
-            counters[sizes] = torch.zeros(low_bit_linear.counters(*sizes), dtype=torch.int32, device=x.device)
-
         def new(arg: Arg, shape: tuple[int, ...]) -> Any:
-            return torch.empty(shape, dtype=torch.float32 if arg.dtype == "f32" else x.dtype, device=x.device)
+            return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-        op = split_linear.op(next((tile for tile in split_linear.TILES if len(x) <= tile), split_linear.TILES[-1]))
-        return run(varied(op), model, {"x": x, "weight": matrix, "counters": counters[sizes]}, new)[0]
+        tile = next(tile for tile in split_linear.TILES if len(x) <= tile)
+        op = split_linear.op(tile, split_linear.shares(*matrix.shape))
+        return run(varied(op), model, {"x": x, "weight": matrix}, new)[0].transpose(0, 1)
 
     return product
 

@@ -24,7 +24,7 @@ from gpu.kernels import measured as launch
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import first_line
 from nemodiff.plugins.op import Op
-from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear
+from nemodiff.plugins.ops import confidence_commit, paged_attention, split_linear
 
 Changes = dict[str, int]  # num_warps and num_stages are the stage's, "programs" are of each multiprocessor
 
@@ -52,15 +52,17 @@ SCAN: dict[str, Changes] = {
 }
 SHARES: dict[str, Changes] = {
     "as it is": {},
+    "2 shares": {"MOST_SHARES": 2},
+    "8 shares": {"MOST_SHARES": 8},
+    "64 outputs": {"BLOCK_F": 64},
     "64 outputs, 128 inputs": {"BLOCK_F": 64, "BLOCK_K": 128},
-    "64 outputs, 64 inputs, 6 stages": {"BLOCK_F": 64, "BLOCK_K": 64, "num_stages": 6},
-    "128 outputs, 128 inputs, 3 stages": {"BLOCK_F": 128, "BLOCK_K": 128, "num_stages": 3},
+    "128 outputs, 128 inputs, 3 stages": {"BLOCK_K": 128, "num_stages": 3},
 }
 SCANS = ("ConfidenceCommitScan", "SampledCommitScan", "FlatSampledScan")
 _OWNERS: dict[str, tuple[ModuleType, ...]] = {
     **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "LARGE_M"), (paged_attention,)),
     "SHARE": (confidence_commit,),
-    **dict.fromkeys(("BLOCK_F", "BLOCK_K"), (low_bit_linear, split_linear)),
+    **dict.fromkeys(("BLOCK_F", "BLOCK_K", "MOST_SHARES"), (split_linear,)),
 }
 
 

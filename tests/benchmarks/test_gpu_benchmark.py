@@ -64,7 +64,7 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     cells = report["cells"]
     # Peers are not among what is asked for.
     assert [g["name"] for g in report["goals_not_measured"]] == ["AR step over plain torch compiled, tiny, context 64"]
-    assert len(report["goals"]) == 25
+    assert len(report["goals"]) == 26
     exact = {g["name"]: g["got"] for g in report["goals"] if "answers" in g["name"] and "unlike" in g["name"]}
     assert list(exact.values()) == [0, 0]
     skipped = {name: cell["skipped"] for name, cell in cells.items() if "skipped" in cell}
@@ -176,7 +176,8 @@ def test_a_call_of_six_minutes_has_what_matters_most() -> None:
             break
         measured.add(cell.name.removeprefix("kernels/8b/"))
     rows = {f"forward/8b/rows 1 context {c} tokens {n}" for c in plan.GPU.contexts for n in plan.GPU.sizes}
-    ways = {f"variants/8b/{way} context {c}" for way in ("graphs", "pdl") for c in plan.GPU.contexts[:2]}
+    first = ("graphs", "pdl", "own products, pdl")
+    ways = {f"variants/8b/{way} context {c}" for way in first for c in plan.GPU.contexts[:2]}
     loops = {"decode/8b/ar", "decode/8b/linear_spec", "decode/8b/quadratic_spec, budget"}
     loops |= {"decode/8b/diffusion", "decode/8b/linear_spec, weights in fp8"}
     crowds = {f"serve/8b/{way} requests {n}" for way in ("ar", "linear_spec") for n in plan.GPU.requests[:-1]}
@@ -374,7 +375,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
         report.put(plan.Cell(section, "8b", key, 0, 0, lambda lab: {}), figures)
 
     assert report.goals()[0] == []
-    assert len(report.goals()[1]) == 26
+    assert len(report.goals()[1]) == 27
     times = {(512, 1): 100, (512, 32): 110, (4096, 1): 100, (4096, 32): 116}
     for (context, size), us in times.items():
         put("forward", f"rows 1 context {context} tokens {size}", device_us=us, over_weight_bytes=1.05)
@@ -393,10 +394,12 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     for way, us in (("graphs", 100), ("fp8", 61)):
         put("variants", f"{way} context 4096", variant=way, **{"1": {"device_us": us}})
     put("variants", "pdl context 512", variant="pdl", **{"1": {"same_choice": True}, "32": {"same_choice": False}})
+    put("variants", "own products, pdl context 512", variant="own products, pdl", **{"1": {"over_weight_bytes": 1.11}})
     put("peers", "rows 1 context 512", device_us=99)
     met, unmeasured = report.goals()
     assert [(round(g["got"], 3), g["passed"]) for g in met] == [
-        (1.05, True),  # the AR step over its weights
+        (1.05, True),  # the AR step over its weights, and with own products
+        (1.11, True),
         (1.1, True),  # the block at both contexts
         (1.16, False),
         (1.01, False),  # over plain torch
