@@ -14,11 +14,11 @@ TURNS = 5  # passes that are looked at
 SHOWN = 24  # kernels of a pass that are kept by name, the longest first
 
 
-def measured(lab: Lab, config: RunConfig, shape: str, context: int, size: int) -> Figures:
-    """One pass of one row."""
+def measured(lab: Lab, config: RunConfig, shape: str, way: str, context: int, size: int) -> Figures:
+    """One pass of one row, run in one of `forward.LAUNCHED`'s ways."""
     torch, card = lab.card.torch, lab.card
     held = passes(lab, shape, config.dtype)
-    held.vary("graphs")
+    held.vary(way)
     cache, pass_ = held.cache(1, context), held.pass_of(context, size)
     for _ in range(WARM):
         cache.forward([pass_])
@@ -36,17 +36,19 @@ def measured(lab: Lab, config: RunConfig, shape: str, context: int, size: int) -
         {"name": name, "us": us, "launches": launches[name] / TURNS} for name, us in spent.most_common(SHOWN) if us
     ]
     others = spent.total() - sum(kernel["us"] for kernel in kernels)
-    about = {"context": context, "tokens": size, "launches": launches.total() / TURNS}
+    about = {"way": way, "context": context, "tokens": size, "launches": launches.total() / TURNS}
     return {**about, "us": spent.total(), "others_us": others, "kernels": kernels}
 
 
 def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """A decode pass and a block in every context."""
+    """A decode pass and a block in every context, in a short one with own products too."""
     block = max(size for size in config.scale.sizes if size <= 32)
-    for context, size in itertools.product(config.scale.contexts, (1, block)):
+    ways = [("graphs", context) for context in config.scale.contexts] + [("own products", config.scale.contexts[0])]
+    for (way, context), size in itertools.product(ways, (1, block)):
 
-        def measure(lab: Lab, context: int = context, size: int = size) -> Figures:
-            return measured(lab, config, shape, context, size)
+        def measure(lab: Lab, way: str = way, context: int = context, size: int = size) -> Figures:
+            return measured(lab, config, shape, way, context, size)
 
         nbytes = gpu_models.work(shape, config.dtype).memory(1, context, size)
-        yield Cell("profile", shape, f"context {context} tokens {size}", nbytes, 1.5, measure)
+        key = f"context {context} tokens {size}" + ("" if way == "graphs" else f", {way}")
+        yield Cell("profile", shape, key, nbytes, 1.5, measure)

@@ -35,9 +35,9 @@ def tables(figures: Callable[..., list[Figures]]) -> Iterator[tuple[str, list[st
          str(r["context"] or ""), f"{r['us']:.2f}", f"{r['bytes'] / 1024:.0f}", f"{r['to_copy_ceiling']:.2f}"]
         for r in figures("kernels")
     ]  # fmt: skip
-    yield "Where the time of a pass goes", ["shape", "context", "tokens", "kernel", "us", "launches"], [
-        [r["shape"], str(r["context"]), str(r["tokens"]), f"`{one['name'][:70]}`", f"{one['us']:.1f}",
-         f"{one['launches']:g}"]
+    yield "Where the time of a pass goes", ["shape", "way", "context", "tokens", "kernel", "us", "launches"], [
+        [r["shape"], r.get("way", "graphs"), str(r["context"]), str(r["tokens"]), f"`{one['name'][:70]}`",
+         f"{one['us']:.1f}", f"{one['launches']:g}"]
         for r in figures("profile")
         for one in [*r["kernels"][:SHOWN], {"name": "all", "us": r["us"], "launches": r["launches"]}]
     ]  # fmt: skip

@@ -166,6 +166,16 @@ def test_plan(run: Run, shape: str) -> None:
         assert float(next(t for t in printed.splitlines() if t.startswith("forward")).split()[4]) > 17  # GiB: weights
 
 
+def test_a_pass_is_taken_apart_in_each_way(run: Run, tmp_path: Path) -> None:
+    report = run("--only", "profile")
+    cells = list(report["cells"].values())
+    ways = [(cell["way"], cell["context"], cell["tokens"]) for cell in cells]
+    places = [("graphs", 64), ("graphs", 128), ("own products", 64)]
+    assert ways == [(*place, tokens) for place in places for tokens in (1, 4)]
+    assert all(0 < kernel["us"] <= cell["us"] for cell in cells for kernel in cell["kernels"])
+    assert "| tiny | own products | 64 | 4 | `all` | " in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
 def test_a_call_of_six_minutes_has_what_matters_most() -> None:
     """By the estimates: a step and its variants, loops, the step's kernels, requests together, and the peer."""
     program, plan = _program(), importlib.import_module("gpu.plan")
