@@ -4,6 +4,7 @@ from typing import get_args
 
 from ..contract import KvBits
 from .ops import (
+    advance,
     block_attention,
     confidence_commit,
     flat_commit,
@@ -22,6 +23,7 @@ KV_BITS: tuple[KvBits | None, ...] = (None, *get_args(KvBits))
 OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
+    advance.OP,
     rotation.OP,
     residual_norm.EMBEDDING,
     residual_norm.op(),
@@ -44,6 +46,7 @@ __all__ = [
     "KV_BITS",
     "OPS",
     "SAMPLED",
+    "advance",
     "block_attention",
     "confidence_commit",
     "flat_commit",

@@ -37,6 +37,7 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
     letters = {"N": tokens, "A": pages, "M": pages, "B": 1, "H": model.num_heads, "G": model.num_kv_heads}
     return {
         **letters,
+        "L": 3 * tokens,  # results of a forward as large
         "S": tokens,
         "R": tokens,
         "T": context,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemodiff.runtime.engines.engine import Pass, Prediction
+from nemodiff.runtime.engines.engine import Following, Pass, Prediction
 
 POSITIONS = 2**17  # that a script is written for
 FIRST_ID, IDS = 200, 500  # of true tokens: no EOS, no mask
@@ -87,26 +87,37 @@ class ScriptedCache:
         return ScriptedFlight(self, self._cache.launch(passes, rows), passes)
 
     def follow(
-        self, flight: ScriptedFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, flight: ScriptedFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> ScriptedFlight | None:
-        """See `engine.PagedCache.follow`; the engine goes on with its own tokens, which the script does not need."""
+        """See `engine.PagedCache.follow`.
+
+        The engine goes on with its own tokens and what it accepts of them, which the script does not need.
+        """
         followed = self._cache.follow(flight.flight, passes, rows, fed)
-        return None if followed is None else ScriptedFlight(self, followed, passes)
+        if followed is None:
+            return None
+        said = flight.said()
+        known = [following.after(said[number]) for following, number in zip(passes, fed, strict=True)]
+        return ScriptedFlight(self, followed, known)
 
     def replaced(self, passes: Sequence[Pass], predictions: list[Prediction]) -> list[Prediction]:
         """What the script says instead of some predictions."""
-        return [self._replaced(pass_, prediction) for pass_, prediction in zip(passes, predictions, strict=True)]
+        return [
+            said._replace(logits=prediction.logits)
+            for said, prediction in zip(self.said(passes), predictions, strict=True)
+        ]
 
-    def _replaced(self, pass_: Pass, prediction: Prediction) -> Prediction:
+    def said(self, passes: Sequence[Pass]) -> list[Prediction]:
+        """What the script says to some passes."""
+        return [self._said(pass_) for pass_ in passes]
+
+    def _said(self, pass_: Pass) -> Prediction:
         ids, pos = pass_.ids[pass_.predicted], pass_.pos[pass_.predicted]
         drafted, sure = guess(pos)
         is_mask = ids == self._mask
         token = np.where(is_mask, drafted, truth(pos + 1)).astype(np.int32)
-        return prediction._replace(
-            token=token,
-            confidence=np.where(is_mask, sure, 1).astype(np.float32),
-            next_ids=np.where(is_mask, token, ids).astype(np.int32),
-        )
+        confidence = np.where(is_mask, sure, 1).astype(np.float32)
+        return Prediction(token, confidence, np.where(is_mask, token, ids).astype(np.int32), None)
 
 
 class ScriptedFlight:
@@ -121,6 +132,10 @@ class ScriptedFlight:
     def seconds(self) -> float:
         """See `engine.Flight`."""
         return float(self.flight.seconds)
+
+    def said(self) -> list[Prediction]:
+        """What the script says to its passes."""
+        return self._cache.said(self._passes)
 
     def finish(self) -> list[Prediction]:
         """See `engine.Flight`."""

@@ -10,13 +10,13 @@ from .dependent import follow
 
 @triton.jit
 def flat_sampled_scan(
-    logits, temperature, seed, position, part, best,
+    logits, temperature, seed, ids, pos, index, part, best,
     V: tl.constexpr, MASK_ID: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Put samples into part (R, SPLITS, 4) and best (R, SPLITS) of a scan of logits (R, V).
 
-    temperature (R,) f32, seed (R, 2) and position (R,) i32; what has temperature 0, or a NaN, stays as it is.
+    temperature (R,) f32, seed (R, 2), index (R,), ids and pos (N,) i32; what has temperature 0 or a NaN stays as it is.
     """
     follow(PDL)
     at = tl.program_id(0)
@@ -27,10 +27,12 @@ def flat_sampled_scan(
     place = at.to(tl.int64) * SPLITS + share
     before = tl.load(part + place * 4 + 2)
     start = share * BLOCK
-    ids = start + tl.arange(0, BLOCK)
-    x = read(logits, at, start, ids, V, MASK_ID, BLOCK)
-    low, high, where = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1), tl.load(position + at)
-    top, token, value = sample(logits, x, at, start, ids, low, high, where, heat, V, MASK_ID, BLOCK)
+    choices = start + tl.arange(0, BLOCK)
+    x = read(logits, at, start, choices, V, MASK_ID, BLOCK)
+    low, high = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1)
+    own = tl.load(index + at)
+    where = tl.load(pos + own) + (tl.load(ids + own) != MASK_ID)
+    top, token, value = sample(logits, x, at, start, choices, low, high, where, heat, V, MASK_ID, BLOCK)
     sound = before == before
     tl.store(part + place * 4 + 2, top, mask=sound)
     tl.store(part + place * 4 + 3, value, mask=sound)

@@ -1,12 +1,13 @@
 """FlatSampled and FlatCommit: ConfidenceCommit over R predictions of any number of rows, for the torch engine on a GPU.
 
-    FlatSampled(logits, temperature, seed, position, part, best)
+    FlatSampled(logits, temperature, seed, ids, pos, index, part, best)
     token, confidence, next_ids = FlatCommit(part, best, ids, index, span, threshold)
 
 part and best are what `head_commit` has found while it made the logits. FlatSampled writes samples over them where a
-prediction's temperature is over 0, FlatCommit is the rule. logits (R, V), threshold, temperature and position (R), seed
-(R, 2), ids (N) of all tokens, index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and end of the
-predictions among which the rule chooses, the same for all of them. `reference` specifies the rule, of the ids that are
+prediction's temperature is over 0, FlatCommit is the rule. logits (R, V), threshold and temperature (R), seed (R, 2),
+ids and pos (N) i32 of all tokens, index (R) i32, which of them are predicted, and span (R, 2) i32, the begin and end of
+the predictions among which the rule chooses, the same for all of them. The noise of a sample is that of its position:
+a mask stands at its token's, any other token one before it. `reference` specifies the rule, of the ids that are
 predicted.
 """
 
@@ -39,7 +40,9 @@ SAMPLED = Op(
         Arg("logits", "f32", ("R", "V")),
         Arg("temperature", "f32", ("R",)),
         Arg("seed", "i32", ("R", 2)),
-        Arg("position", "i32", ("R",)),
+        Arg("ids", "i32", ("N",)),
+        Arg("pos", "i32", ("N",)),
+        Arg("index", "i32", ("R",)),
         *SCAN,
     ),
     outputs=(),
@@ -48,7 +51,7 @@ SAMPLED = Op(
         Stage(
             "FlatSampledScan",
             "flat_commit.flat_sampled_scan",
-            inputs=("logits", "temperature", "seed", "position", "part", "best"),
+            inputs=("logits", "temperature", "seed", "ids", "pos", "index", "part", "best"),
             scalars=(),
             outputs=(),
             constants=scan_constants,

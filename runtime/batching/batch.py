@@ -134,6 +134,7 @@ class Batch:
         assert slot.loop is not None
         sequence = slot.sequence
         sequence.outcome = PassOutcome()
+        sequence.follower = None
         sequence.nfe[pass_.kind] += 1
         if self._adapts:
             sequence.adapter_tokens += adapted(pass_)

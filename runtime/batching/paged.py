@@ -3,7 +3,7 @@
 A sequence begins when there are pages for its prompt, in order of arrival, and takes more as it grows. Where they run
 out, kept prefixes go first; then the youngest sequence gives its pages up and computes what it had again once there is
 room, by the same passes as a prompt. So the oldest always goes on. The next forward is started before anyone looks at
-the results of the last one; where every row decodes by `ar` and takes what the engine predicts, even before those are
+the results of the last one; where every row's next pass is known but for what the engine gives, even before those are
 there. What it computes for a row that has ended meanwhile is dropped, and its K/V lie past what anyone sees.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ...contract import PAGE, PREFILL_CHUNK
 from ...errors import EngineError, NemodiffError
-from ..engines.engine import Flight, PagedCache, Pass, Prediction, causal
+from ..engines.engine import Flight, Following, PagedCache, Pass, Prediction, causal
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
@@ -89,25 +89,28 @@ class PagedRows(Rows):
         flight, work, ahead = self._running.popleft()
         predictions = flight.finish()
         began = time.perf_counter() - flight.seconds
-        wanted = [pass_ for slot, pass_ in work if not (ahead and slot.ended)]
-        # One that was started ahead began when the host saw the end of the one before, which may have been long past.
-        self.count(wanted, None if ahead else flight.seconds, sum(p.ids.size for _, p in work))
+        wanted = list[Pass]()
         slots = list[Slot]()
         served = list[Pass]()
         results = list[Prediction]()
         for (slot, pass_), prediction in zip(work, predictions, strict=True):
             if slot.ended:
+                wanted += [] if ahead else [pass_]
                 continue
             if slot.built is None:
-                assert slot.next_pass.write_at == pass_.write_at
+                if slot.next_pass.kind != pass_.kind:
+                    continue  # what came before has broken numbers, as a NaN that leaves a mask in a draft
                 slots.append(slot)
                 served.append(slot.next_pass)
-                results.append(prediction)
+                results.append(_beginning(prediction, slot.next_pass.predicted.size))
                 continue
+            wanted.append(pass_)
             slot.built += pass_.ids.size
             self.counts.rebuilt += pass_.ids.size
             if slot.built == slot.sequence.length:
                 slot.built = None
+        # One that was started ahead began when the host saw the end of the one before, which may have been long past.
+        self.count(wanted + served, None if ahead else flight.seconds, sum(p.ids.size for _, p in work))
         yield Forward(slots, served, results, began, flight.seconds, len(work))
 
     def _wait(self, freed: int) -> None:
@@ -137,23 +140,33 @@ class PagedRows(Rows):
             self._run_ahead(self._running[0])
 
     def _run_ahead(self, last: Running) -> None:
-        """Start the forward after one of decoding rows that takes nothing but its predictions, while that runs.
+        """Start the forward after one whose rows' next passes are known but for its predictions, while that runs.
 
-        Rows that will have all their tokens then are left out; one that ends by its last token is computed in vain.
+        Rows that will have all their tokens then are left out; one that ends by what is predicted is computed in vain.
         """
-        work, fed = list[tuple[Slot, Pass]](), list[int]()
-        for number, (slot, pass_) in enumerate(last.work):
-            if not slot.follows:
-                return
-            if not slot.ended and slot.sequence.remaining > 1:
-                work.append((slot, slot.following(pass_)))
-                fed.append(number)
-        if not work or not set(self.slots) <= dict(last.work).keys():
+        if not set(self.slots) <= dict(last.work).keys():
             return  # others have come
-        for slot, pass_ in work:
-            if not self._reserve(slot, pass_.write_at, pass_.write_at + 1, may_take=False):
+        work, passes, fed = list[tuple[Slot, Pass]](), list[Following](), list[int]()
+        for number, (slot, pass_) in enumerate(last.work):
+            if slot.ended:
+                continue
+            sequence = slot.sequence
+            if sequence.follower is None or slot.next_pass.kind != pass_.kind:
+                return  # the row's next pass depends on more, or its last one is not the one that it wants
+            following = sequence.follower(sequence, slot.next_pass)
+            if following is None:
+                continue
+            following = following._replace(pass_=sequence.for_engine(following.pass_))
+            work.append((slot, following.pass_))
+            passes.append(following)
+            fed.append(number)
+        if not work:
+            return
+        for (slot, pass_), following, number in zip(work, passes, fed, strict=True):
+            most = last.work[number][1].ids.size if following.feed == "accepted" else 0
+            if not self._reserve(slot, pass_.write_at, pass_.write_at + pass_.ids.size + most, may_take=False):
                 return
-        flight = self._paged.follow(last.flight, [pass_ for _, pass_ in work], [slot.row for slot, _ in work], fed)
+        flight = self._paged.follow(last.flight, passes, [slot.row for slot, _ in work], fed)
         if flight is not None:
             self._running.append(Running(flight, work, ahead=True))
 
@@ -237,3 +250,11 @@ class PagedRows(Rows):
         slot.reach = 0
         slot.built = 0 if slot.sequence.length else None
         self.counts.preempted += 1
+
+
+def _beginning(prediction: Prediction, count: int) -> Prediction:
+    """Of a prediction, as much as a pass asked for that begins like the one that was started ahead for it."""
+    if prediction.token.size == count:
+        return prediction
+    token, confidence, next_ids, logits = prediction
+    return Prediction(token[:count], confidence[:count], next_ids[:count], None if logits is None else logits[:count])

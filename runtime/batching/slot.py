@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from ..engines.engine import Pass, Prediction, causal
+from ..engines.engine import Pass, Prediction
 from ..modes.ar import Loop
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence
@@ -76,18 +76,6 @@ class Slot:
     def size(self) -> int:
         """Tokens of its next pass."""
         return int(self.next_pass.ids.size)
-
-    @property
-    def follows(self) -> bool:
-        """Whether its pass decodes one token, and the next one is known but for that token's id."""
-        sequence, pass_ = self.sequence, self.pass_
-        decodes = pass_ is not None and pass_.kind == "decode" and self.built is None
-        return decodes and sequence.settings.mode == "ar" and sequence.selector.as_predicted
-
-    def following(self, pass_: Pass) -> Pass:
-        """The pass after one that decodes a token, with any id but the mask's."""
-        stand_in = int(self.sequence.model.mask_id == 0)
-        return self.sequence.for_engine(causal("decode", [stand_in], pass_.write_at + 1))
 
     @property
     def held(self) -> list[int]:

@@ -72,6 +72,36 @@ class Prediction(NamedTuple):
     logits: np.ndarray | None  # (R, V) f32, if the pass asked for them
 
 
+# What a pass takes from the one before it in its row. "token": its only id is the one that is predicted there.
+# "next_ids": its ids are those. "accepted": it stands behind what that verify accepts, and begins with the last of it.
+Feed = Literal["token", "next_ids", "accepted"]
+
+
+class Following(NamedTuple):
+    """A pass that is known but for what the one before it in its row gives, which still runs.
+
+    Ids that it will get are any but the mask's. One that is fed by what is accepted stands where that verify stands.
+    """
+
+    pass_: Pass
+    feed: Feed
+
+    def after(self, prediction: Prediction) -> Pass:
+        """The pass that it is once the one before it has given its prediction; engines do the same on their device."""
+        pass_, feed = self
+        if feed != "accepted":
+            return pass_._replace(ids=prediction.token[-1:] if feed == "token" else prediction.next_ids)
+        differs = prediction.token[:-1] != prediction.next_ids[1:]  # a verify's next ids are its ids
+        kept = int(differs.argmax()) if differs.any() else differs.size
+        shift = np.int32(kept + 1)
+        return pass_._replace(
+            ids=np.append(prediction.token[kept], pass_.ids[1:]),
+            pos=pass_.pos + shift,
+            write_at=pass_.write_at + kept + 1,
+            visible=pass_.visible + shift * np.array([1, 0, 0], np.int32),
+        )
+
+
 class Cache(Protocol):
     """K/V of some rows of one engine, with the buffers of its forwards."""
 
@@ -125,10 +155,12 @@ class PagedCache(Cache, Protocol):
         """Start a forward; `passes[i]` reads and writes row `rows[i]`, which has been reserved."""
         ...
 
-    def follow(self, flight: Flight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]) -> Flight | None:
-        """Start a forward before anyone knows what `flight` gives: its prediction `fed[i]` is the token of `passes[i]`.
+    def follow(
+        self, flight: Flight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
+    ) -> Flight | None:
+        """Start a forward before anyone knows what `flight` gives: `passes[i]` follows its pass number `fed[i]`.
 
-        Those have one token each. None from an engine that cannot, and where another forward has come between.
+        None from an engine that cannot, where the forwards have too many tokens, and where another has come between.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 
-from ..engines.engine import Pass, Prediction, causal
+from ..engines.engine import Following, Pass, Prediction, causal
 from ..requests.sequence import Sequence
 
 Loop = Generator[Pass, Prediction, None]
@@ -36,6 +36,8 @@ def ar(sequence: Sequence) -> Loop:
     prediction = yield from prefill(sequence)
     sequence.take(prediction, 0)
     while not sequence.finish:
+        if sequence.selector.as_predicted:
+            sequence.follower = over_next
         prediction = yield over_last(sequence)
         sequence.length += 1
         sequence.take(prediction, 0)
@@ -44,3 +46,10 @@ def ar(sequence: Sequence) -> Loop:
 def over_last(sequence: Sequence) -> Pass:
     """The pass over the last emitted token, which predicts the next."""
     return causal("decode", sequence.tokens[-1:], sequence.length, logits=not sequence.selector.plain)
+
+
+def over_next(sequence: Sequence, pass_: Pass) -> Following | None:
+    """The pass over the token that one over the last emitted token predicts."""
+    if sequence.remaining == 1:
+        return None
+    return Following(causal("decode", [sequence.stand_in], pass_.write_at + 1), "token")

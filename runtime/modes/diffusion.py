@@ -62,14 +62,7 @@ def denoise(
     `begins`: whether it is the block's first pass. `passes`: how many it has had, where the commit rule counts them.
     """
     settings, mask = sequence.settings, sequence.model.mask_id
-    prediction = yield bidirectional(
-        kind,
-        block,
-        sequence.length,
-        settings.threshold,
-        adapter=kind == "draft",
-        logits=sequence.needs_logits,
-    )
+    prediction = yield over_block(sequence, kind, block, sequence.length)
     outcome = sequence.outcome
     if begins:
         outcome.block = (sequence.length, len(block))
@@ -79,6 +72,12 @@ def denoise(
     if after.count(mask) >= block.count(mask):
         raise EngineError("the engine committed no token in a pass, so its numbers are broken; build it again in f32")
     return _commit(sequence, block, after, prediction.confidence, first=0)
+
+
+def over_block(sequence: Sequence, kind: PassKind, block: list[int], start: int) -> Pass:
+    """The bidirectional pass over a block with masks."""
+    threshold, drafts = sequence.settings.threshold, kind == "draft"
+    return bidirectional(kind, block, start, threshold, adapter=drafts, logits=sequence.needs_logits)
 
 
 def _fill(sequence: Sequence, block: list[int], prediction: Prediction, *, first: int, passes: int) -> list[int]:

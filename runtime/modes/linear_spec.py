@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from ..engines.engine import Pass, Prediction, causal
+from ..engines.engine import Following, Pass, Prediction, causal
 from ..requests.sequence import Sequence
 from .ar import Loop, prefill
-from .diffusion import denoise
+from .diffusion import denoise, over_block
 
 
 def linear_spec(sequence: Sequence) -> Loop:
@@ -26,11 +26,14 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
     accepted, and the next pass writes over the rest.
     """
     mask, selector = sequence.model.mask_id, sequence.selector
+    fixed = sequence.planner is None
     size = min(sequence.block_length, sequence.remaining)
     block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
     unseen: list[float] = []
     begins = True
     while mask in block:
+        if fixed and selector.plain and sequence.settings.policy.everything:
+            sequence.follower = _verify
         block = yield from denoise(sequence, "draft", block, begins=begins)
         begins = False
     block = block[: sequence.before_stop(block) + 1]  # nothing is emitted after an EOS, so nothing is looked at there
@@ -38,5 +41,20 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
         unseen = sequence.outcome.confidence[1 : len(block)].tolist()
         worth = sequence.planner.worth_verifying(unseen)
         block, unseen = block[: worth + 1], unseen[worth:]
+    # However much of it is accepted, the next draft has the whole length then.
+    if fixed and selector.as_predicted and 1 < sequence.block_length <= sequence.remaining - size:
+        sequence.follower = _draft
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
     sequence.verify(prediction, block[1:], unseen)
+
+
+def _verify(sequence: Sequence, draft: Pass) -> Following:
+    """The verify of a draft that one pass settles; the loop's own may end before, where the draft does."""
+    ids = [sequence.stand_in] * draft.ids.size
+    return Following(causal("verify", ids, draft.write_at, predict_all=True), "next_ids")
+
+
+def _draft(sequence: Sequence, verify: Pass) -> Following:
+    """The next block's first draft, which begins with the last token that the verify accepts."""
+    block = [sequence.stand_in, *[sequence.model.mask_id] * (sequence.block_length - 1)]
+    return Following(over_block(sequence, "draft", block, verify.write_at), "accepted")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import operator
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from ...config import ModelConfig
-from ..engines.engine import PASS_KINDS, Pass, PassKind, Prediction
+from ..engines.engine import PASS_KINDS, Following, Pass, PassKind, Prediction
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..planning.pass_costs import Load, PassCosts
@@ -60,6 +61,9 @@ class Sequence:
         self.accepted: list[int] = []  # tokens emitted by each verify
         self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
         self.outcome = PassOutcome()  # of the pass whose prediction the loop is looking at
+        # Makes the pass after the one that the loop waits for, or None if that is sure to be the last. A loop sets it
+        # for one pass, where it knows all of the next but what the engine gives.
+        self.follower: Callable[[Sequence, Pass], Following | None] | None = None
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.submitted = time.perf_counter()
         self.started = self.submitted
@@ -98,6 +102,11 @@ class Sequence:
         """Of the prompt, the tokens whose K/V may be copied: what follows them must be forwarded for its prediction."""
         last = len(self.prompt) - 1  # its prediction is the seed
         return last if self.prompt_scores is None else min(last, self.prompt_scores.begin)
+
+    @property
+    def stand_in(self) -> int:
+        """An id for one that is not known yet: any but the mask's."""
+        return int(self.model.mask_id == 0)
 
     @property
     def remaining(self) -> int:

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.kernel_launch import INTERPRETED, MASK, launch, launch_head, normal, released
+from stand_ins.kernel_launch import INTERPRETED, MASK, as_array, launch, launch_head, launch_tensors, normal, released
 
 from nemodiff.builder.compilers.kernels import SMS, compile_kernels, stages
 from nemodiff.config import ModelConfig
-from nemodiff.contract import MAX_BATCH, MAX_BLOCK, Dtype
+from nemodiff.contract import MAX_BATCH, MAX_BLOCK, PAGE, Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED
 from nemodiff.plugins.op import Op, ceil_div
-from nemodiff.plugins.ops import head_commit, residual_norm, swiglu
+from nemodiff.plugins.ops import advance, head_commit, residual_norm, swiglu
+from nemodiff.runtime.engines.torch import plain
 from nemodiff.tensorrt_info import Kernel
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
@@ -67,6 +69,52 @@ def test_swiglu_of_a_packed_projection(tiny: ModelConfig, rows: int, size: int, 
     packed[0, 0, 0] = -200  # exp overflows on the way
     (y,) = launch(swiglu.OP, dataclasses.replace(tiny, intermediate_size=width), gate_up=packed)
     np.testing.assert_allclose(y, swiglu.reference(packed), rtol=3e-6, atol=1e-6)
+
+
+def following_tokens(seed: int) -> dict[str, np.ndarray]:
+    """Rows of a forward that follows another: decoded tokens, verifies, drafts, rows that are fed by nothing."""
+    rng = np.random.default_rng(seed)
+    apart = 256  # from a prediction's token to its next id
+    results = rng.integers(300, 303, 2 * apart).astype(np.int32)
+    table = rng.integers(1, 99, (5, 9)).astype(np.int32)
+    columns: dict[str, list[int]] = {name: [] for name in ("ids", "pos", "slot", "row", "source")}
+    verified = list[tuple[int, int, int]]()
+    begin = 0
+    for _ in range(rng.integers(1, 7)):
+        kind, row = rng.integers(4), int(rng.integers(5))
+        count = 1 if kind == 0 else int(rng.integers(1, MAX_BLOCK + 1))
+        if begin + count > apart:
+            break
+        size = int(rng.integers(1, MAX_BLOCK + 1)) if kind == 2 else count
+        agree = int(rng.integers(count))
+        results[apart + begin + 1 : apart + begin + 1 + agree] = results[begin : begin + agree]
+        start = int(rng.integers(9 * PAGE - size - count))
+        source = {0: [begin], 1: [apart + begin + i for i in range(size)], 2: [begin] + [-1] * (size - 1)}
+        columns["ids"] += [MASK] * size
+        columns["pos"] += range(start, start + size)
+        columns["slot"] += (table[row, (at := np.arange(start, start + size)) // PAGE] * PAGE + at % PAGE).tolist()
+        columns["row"] += [row] * size
+        columns["source"] += source.get(kind, [-1] * size)
+        verified += [(begin, apart + begin, count) if kind == 2 else (0, 0, 0)] * size
+        begin += count
+    arrays = {name: np.array(values, np.int32) for name, values in columns.items()}
+    visible = rng.integers(0, 500, (len(verified), 3)).astype(np.int32)
+    given = {"verified": np.array(verified, np.int32), "results": results, "page_table": table}
+    return {**arrays, "visible": visible, **given}
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32))
+def test_passes_advance_as_the_reference_says(tiny: ModelConfig, seed: int) -> None:
+    """By the kernel and in plain torch."""
+    given = following_tokens(seed)
+    expected = advance.reference(**given)
+    _, kernel = launch_tensors(advance.OP, tiny, **{name: array.copy() for name, array in given.items()})
+    inputs = {name: torch.from_numpy(array) for name, array in given.items()}
+    plain.advance(inputs, inputs["results"], inputs["page_table"])
+    for name, wanted in zip(("ids", "pos", "slot", "visible"), expected, strict=True):
+        np.testing.assert_array_equal(as_array(kernel[name]), wanted, name)
+        np.testing.assert_array_equal(inputs[name].numpy(), wanted, name)
 
 
 def check_head(

@@ -545,15 +545,16 @@ def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
     noise = {
         "temperature": np.where(np.arange(total) % 3, 0.8, 0).astype(np.float32),
         "seed": rng.integers(-(2**31), 2**31, (total, 2)).astype(np.int32),
-        "position": np.arange(total, dtype=np.int32) * 7,
     }
+    pos = np.arange(total + 5, dtype=np.int32) * 7
     weight[MASK] = 9  # the best of all, never taken
     x[rule["index"][1]] = np.nan
     with np.errstate(invalid="ignore"):
         logits = x[rule["index"]] @ weight.T
     case = {"x": x, "weight": weight, **rule}
     greedy = launch_head(16, model, **case, kept=np.zeros((total, 0), np.float32))
-    token, confidence, next_ids = launch_head(16, model, **case, **noise, kept=np.zeros((total, vocab), np.float32))
+    kept = np.zeros((total, vocab), np.float32)
+    token, confidence, next_ids = launch_head(16, model, **case, **noise, pos=pos, kept=kept)
     as_it_was = (noise["temperature"] == 0) | np.isnan(confidence)
     assert np.isnan(confidence).tolist() == (np.arange(total) == 1).tolist()
     np.testing.assert_array_equal(token[as_it_was], greedy[0][as_it_was])
@@ -563,7 +564,7 @@ def test_flat_samples_are_those_of_rows(tiny: ModelConfig) -> None:
         "temperature": noise["temperature"][:, None],
         "logits": logits[:, None],
         "ids": rule["ids"][rule["index"]][:, None],
-        "position": noise["position"][:, None],
+        "position": (pos + (rule["ids"] != MASK))[rule["index"]][:, None],
         "threshold": rule["threshold"],
     }
     by_rows = launch(SAMPLED, model, **alone)

@@ -55,9 +55,8 @@ from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.ops import split_linear
 from nemodiff.runtime import loading
-from nemodiff.runtime.batching.slot import Slot
 from nemodiff.runtime.editing.options import METHODS
-from nemodiff.runtime.engines.engine import Pass, causal
+from nemodiff.runtime.engines.engine import Following, Pass, causal
 from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.device import TorchDevice
@@ -65,9 +64,8 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import (
     FREE,
     MOST_CAPTURED,
+    MOST_FED,
     FlatShape,
-    fill,
-    flat_layouts,
     flat_shape,
     graph_shapes,
     rounded_shape,
@@ -81,8 +79,6 @@ from nemodiff.runtime.engines.torch.projections import Projections
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 from nemodiff.runtime.engines.torch.stored import Stored
 from nemodiff.runtime.planning.cost import CostCurve, measure
-from nemodiff.runtime.requests.options import Options
-from nemodiff.runtime.requests.prepare import prepare
 
 pytestmark = pytest.mark.torch
 
@@ -307,10 +303,11 @@ def test_sizes_of_graphs() -> None:
     assert len([s for s in alone if not (s.logits or s.sampled)]) == 26
     assert len(alone) == 52
     assert [s.tokens for s in alone] == sorted((s.tokens for s in alone), reverse=True)
-    assert len(graph_shapes(2048 + 576, 64)) < 100  # however many rows
+    assert len(graph_shapes(2048 + 576, MOST_FED)) < 100  # however many rows
     assert {s.embedded for s in graph_shapes(576, images=True)} == {False, True}
-    assert len(graph_shapes(800, 8, images=True)) < 110
-    for shape in graph_shapes(2048 + 576, 64, images=True):
+    assert len(graph_shapes(800, 256)) == 82
+    assert len(graph_shapes(800, 256, images=True)) < 115
+    for shape in graph_shapes(2048 + 576, MOST_FED, images=True):
         assert rounded_shape(shape) == shape
         assert shape.sampled or not shape.logits
         assert shape.predicted <= FREE or not shape.logits  # so logits take memory once
@@ -493,29 +490,6 @@ def test_ar_runs_a_pass_ahead(small: Pair, graphs: bool) -> None:
     assert ahead.eager_shapes == {}
 
 
-@pytest.mark.parametrize("mask", [0, 100])
-def test_a_pass_begun_ahead_draws_as_if_its_token_were_known(
-    small: Pair, monkeypatch: pytest.MonkeyPatch, mask: int
-) -> None:
-    """Whatever id stands for it meanwhile is no mask, which would be drawn by another temperature and position."""
-    info = dataclasses.replace(small.ours.info, model=dataclasses.replace(small.ours.info.model, mask_id=mask))
-    toy = PagedToyEngine(info, 400, ahead=True)
-    monkeypatch.setattr(toy, "samples", True)
-    engine = dataclasses.replace(small.ours, backend=toy)
-    sequence = prepare(engine, PROMPT, Options(mode="ar", temperature=0.8, seed=3))
-    inputs, _ = flat_layouts(FlatShape(1, 1, sampled=True), info)
-    drawn = []
-    for pass_ in (
-        Slot(sequence, 1).following(causal("decode", [300], 8)),
-        sequence.for_engine(causal("decode", [301], 9)),
-    ):
-        arrays = inputs.views(np.zeros(inputs.nbytes, np.uint8))
-        fill(arrays, [pass_], [1], toy.pages, mask)
-        drawn.append({name: arrays[name].tolist() for name in arrays if name != "ids"})
-    assert drawn[0] == drawn[1]
-    assert drawn[0]["position"] == [10]
-
-
 @pytest.mark.parametrize("haste", [0.0, 0.5])
 @pytest.mark.parametrize("pages", [7, 20])
 def test_a_card_may_lag_behind(small: Pair, monkeypatch: pytest.MonkeyPatch, haste: float, pages: int) -> None:
@@ -584,7 +558,7 @@ def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
         cache.forward([causal("prefill", PROMPT, 0)])
         assert cache.reserve(0, len(PROMPT), len(PROMPT) + 2)
     first = one.launch([causal("decode", [300], len(PROMPT))], [0])
-    behind = [causal("decode", [0], len(PROMPT) + 1)]
+    behind = [Following(causal("decode", [0], len(PROMPT) + 1), "token")]
     between = other.launch([causal("decode", [301], len(PROMPT))], [0])
     assert one.follow(first, behind, [0], [0]) is None
     followed = other.follow(between, behind, [0], [0])
@@ -601,10 +575,11 @@ def test_a_forward_that_leaves_its_tokens_elsewhere_is_not_followed(small: Pair)
     backend = torch_backend(small.ours)
     ahead = TorchEngine(backend.folder, backend.info, RecordingDevice(), graphs=True, ahead=True, pages=40)
     cache = ahead.open(1)
-    assert cache.reserve(0, 0, len(PROMPT) + 1)
-    flight = cache.launch([causal("prefill", PROMPT, 0)], [0])
+    scored = PROMPT * 10
+    assert cache.reserve(0, 0, len(scored) + 1)
+    flight = cache.launch([causal("prefill", scored, 0, predict_all=True)], [0])
     assert flight.shape.predicted > ahead.steps.most_fed
-    assert cache.follow(flight, [causal("decode", [0], len(PROMPT))], [0], [0]) is None
+    assert cache.follow(flight, [Following(causal("decode", [0], len(scored)), "token")], [0], [0]) is None
     flight.finish()
 
 

@@ -69,6 +69,12 @@ def test_what_runs_eagerly_launches_what_the_warm_up_has_compiled(tmp_path: Path
     assert not specialisations(engine, FlatShape(530, 300)) <= compiled  # unless it is rounded
 
 
+def test_a_pass_begun_ahead_takes_one_launch_more(tmp_path: Path) -> None:
+    engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8, ahead=True)
+    for shape in (AR, FlatShape(64, 64, sampled=True)):
+        assert names(engine, shape._replace(fed=1)) == ["Advance", *names(engine, shape)]
+
+
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "early YaRN"), "cpu", kernels=True, pages=8)
     layer = [*HEADS, "linear", "mul", "addmm_", *REST]

@@ -7,6 +7,7 @@ three tokens follow from the beginning of the text alone, so that drafts are oft
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import nemodiff
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Pass, Prediction, read_only
+from nemodiff.runtime.engines.engine import Following, Pass, Prediction, read_only
 from nemodiff.runtime.engines.pages import Pages
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
@@ -126,7 +127,7 @@ class PagedToyEngine(ToyEngine):
     def __init__(self, info: EngineInfo, pages: int, *, late: bool = False, ahead: bool = False) -> None:
         super().__init__(info)
         self.ahead = ahead
-        self.followed = 0  # forwards that were begun ahead
+        self.followed = collections.Counter[str]()  # passes that were begun ahead, by kind
         self.pages = Pages(pages, 400, 64)
         self.late = late
         self.pool = np.full((pages + 1, PAGE, 2), -1, np.int64)  # id and position by page and slot
@@ -166,15 +167,15 @@ class PagedToyCache(ToyCache):
         return engine.flight
 
     def follow(
-        self, flight: ToyFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, flight: ToyFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> ToyFlight | None:
         engine = self._engine
         if not engine.ahead or engine.flight is not flight:
             return None
-        known = [p.token[0] for p in flight.peek()]
-        engine.followed += 1
-        fresh = [p._replace(ids=np.array([known[number]], np.int32)) for p, number in zip(passes, fed, strict=True)]
-        return self.launch(fresh, rows)
+        known = flight.peek()
+        for following in passes:
+            engine.followed[following.pass_.kind] += 1
+        return self.launch([p.after(known[number]) for p, number in zip(passes, fed, strict=True)], rows)
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         rows = range(first, first + len(passes))

@@ -10,7 +10,7 @@ import numpy as np
 
 from ....contract import PAGE, cache_names
 from ....errors import EngineError
-from ..engine import Flight, Pass, Prediction
+from ..engine import Flight, Following, Pass, Prediction
 from ..pages import Pages
 from .forwards import Forwards, TorchFlight
 
@@ -55,7 +55,7 @@ class TorchCache:
         return self._forwards.launch(passes, [self.rows[row] for row in rows])
 
     def follow(
-        self, flight: Flight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, flight: Flight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> TorchFlight | None:
         """See `engine.PagedCache.follow`."""
         assert isinstance(flight, TorchFlight)

@@ -23,7 +23,7 @@ from ...images.image import Image
 from ..pages import Pages
 from .cache import MOST_TOKENS, TorchCache
 from .device import TorchDevice
-from .flat import FlatShape, graph_shapes
+from .flat import FlatShape, fed_tokens, graph_shapes
 from .forwards import Forwards
 from .memory import Memory, page_count, pass_bytes
 from .model import TorchModel
@@ -45,7 +45,7 @@ class TorchEngine:
         threads: CPU threads, for all of torch in this process; None leaves torch's choice.
         kernels: run the project's Triton kernels; default on a GPU.
         graphs: capture CUDA graphs; default on a GPU. False runs every pass eagerly, for comparison.
-        ahead: start passes of mode `ar` before those before them have ended; default on a GPU, as a CPU gains nothing.
+        ahead: start passes before those that they follow have ended; default on a GPU, as a CPU gains nothing.
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
         ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
@@ -180,5 +180,5 @@ def _most_decoded(info: EngineInfo) -> int:
 
 def _graph_shapes(info: EngineInfo, ahead: bool) -> list[FlatShape]:
     """The shapes of decoding."""
-    rows = info.build.max_batch_size if ahead else 0
-    return graph_shapes(_most_decoded(info), rows, images=info.model.vision is not None)
+    fed = fed_tokens(info) if ahead else 0
+    return graph_shapes(_most_decoded(info), fed, images=info.model.vision is not None)

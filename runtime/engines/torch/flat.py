@@ -14,16 +14,25 @@ import numpy as np
 
 from ....contract import MAX_BLOCK, PAGE, PREFILL_CHUNK, Binding
 from ....engine_info import EngineInfo
-from ..engine import Pass
-from ..layout import ALIGNMENT, Layout, layout
+from ..engine import Feed, Pass
+from ..layout import Layout, layout
 from ..pages import Pages
 
-FED_AT = ALIGNMENT // 4  # where a forward's tokens begin, for the one that is fed by them; what lies before is padding
 MOST_CAPTURED = 1024  # tokens of a graph
+MOST_FED = 512  # tokens of a forward that is begun ahead, and of one that it follows: 16 blocks of 32
 FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)
 
 
 _ALONE = PREFILL_CHUNK + MAX_BLOCK  # a chunk of a prompt with a block of masks, which every answer may begin with
+
+
+class Source(NamedTuple):
+    """What feeds a pass: where the predictions of the one before it lie among the results of the forward before."""
+
+    feed: Feed
+    tokens: int  # where they begin
+    next_ids: int
+    size: int
 
 
 class FlatShape(NamedTuple):
@@ -34,7 +43,7 @@ class FlatShape(NamedTuple):
     logits: bool = False  # whether a row wants its logits on the host
     sampled: bool = False  # whether a row is sampled on the device
     embedded: bool = False  # whether a token has another embedding than its id's
-    fed: int = 0  # 1 or 2 where ids are predictions of the forward before, in turn: while one is copied, one is filled
+    fed: int = 0  # 1 or 2, in turn, where the one before may feed it: while inputs of one are copied, one is filled
 
 
 # Letters: N tokens, R predictions. `row` is a row of the page table, `first` the number of its first token here;
@@ -47,7 +56,7 @@ _TOKENS = (
     Binding("first", "i32", ("N",)),
     Binding("visible", "i32", ("N", 3)),
 )
-_FED = Binding("source", "i32", ("N",))  # where a token's id lies, FED_AT plus the number of a prediction
+_FED = (Binding("source", "i32", ("N",)), Binding("verified", "i32", ("N", 3)))  # see `plugins/ops/advance.py`
 _PREDICTIONS = (
     Binding("index", "i32", ("R",)),
     Binding("span", "i32", ("R", 2)),
@@ -56,7 +65,6 @@ _PREDICTIONS = (
 _SAMPLING = (
     Binding("temperature", "f32", ("R",)),
     Binding("seed", "i32", ("R", 2)),
-    Binding("position", "i32", ("R",)),
 )
 _OUTPUTS = (
     Binding("token", "i32", ("R",)),
@@ -72,9 +80,7 @@ def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
         bindings.append(Binding("adapter", "f32", ("N",)))
     if shape.embedded:  # as in `contract.inputs`
         bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
-    if shape.fed:
-        bindings.append(_FED)
-    bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
+    bindings += [*(_FED if shape.fed else ()), *_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
     lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
     return layout(bindings, lengths), layout(_OUTPUTS, lengths)
 
@@ -89,6 +95,11 @@ def flat_shape(passes: Sequence[Pass], fed: int = 0) -> FlatShape:
         embedded=any(p.embedded is not None for p in passes),
         fed=fed,
     )
+
+
+def fed_tokens(info: EngineInfo) -> int:
+    """The largest size of forwards that are begun ahead: every row with a block, if that is not too much."""
+    return rounded_tokens(min(info.build.max_batch_size * info.build.block_length, MOST_FED))
 
 
 def rounded_tokens(count: int) -> int:
@@ -120,24 +131,22 @@ def rounded_shape(shape: FlatShape) -> FlatShape:
     return shape._replace(tokens=tokens, predicted=predicted, sampled=sampled, logits=logits)
 
 
-def graph_shapes(most_tokens: int, fed_rows: int = 0, *, images: bool = False) -> list[FlatShape]:
+def graph_shapes(most_tokens: int, most_fed: int = 0, *, images: bool = False) -> list[FlatShape]:
     """What is captured, the largest first: later graphs fit into the memory of the first.
 
-    Forwards of every size, of greedy rows alone and of any rows, if the model sees `images` with embeddings too; and
-    forwards of up to `fed_rows` rows that are begun ahead. Others run eagerly: those of more than MOST_CAPTURED tokens,
-    which compute for longer than they are launched, and more logits than FREE, which take longer to the host.
+    Forwards of every size, of greedy rows alone and of any rows, if the model sees `images` with embeddings too. Those
+    that predict all of up to `most_fed` tokens may be begun ahead. Others run eagerly: those of more than MOST_CAPTURED
+    tokens, which compute for longer than they are launched, and more logits than FREE, which take longer to the host.
     """
     most = min(most_tokens, MOST_CAPTURED)
     shapes: dict[FlatShape, None] = {}
     for size in sorted({rounded_tokens(count) for count in range(1, most + 1)}, reverse=True):
         for predicted in _rounded_predictions(size):
             plain = FlatShape(size, predicted)
-            for shape in (plain, plain._replace(sampled=True), *([plain._replace(embedded=True)] if images else [])):
+            turns = (1, 2) if predicted == size <= most_fed else (0,)
+            wanted = [plain._replace(sampled=sampled, fed=fed) for sampled in (False, True) for fed in turns]
+            for shape in (*wanted, *([plain._replace(embedded=True)] if images else [])):
                 shapes[rounded_shape(shape)] = None
-        if fed_rows and size <= rounded_tokens(fed_rows):
-            for sampled in (False, True):
-                for turn in (1, 2):
-                    shapes[rounded_shape(FlatShape(size, size, sampled=sampled, fed=turn))] = None
     return list(shapes)
 
 
@@ -147,9 +156,9 @@ def fill(
     rows: Sequence[int],
     pages: Pages,
     mask: int,
-    fed: Sequence[int] = (),
+    sources: Sequence[Source] = (),
 ) -> None:
-    """Write the inputs of a forward; `fed` are its ids by the predictions of the one before."""
+    """Write the inputs of a forward; `sources` feed its passes, if anything does."""
     if "embedding" in arrays:
         arrays["embedding"][:] = -1
     at = begin = 0
@@ -157,8 +166,10 @@ def fill(
         at = _fill_tokens(arrays, passes, rows, pages)
         begin = _fill_predictions(arrays, passes, mask)
     if "source" in arrays:
-        arrays["source"][: len(fed)] = np.add(fed, FED_AT)
-        arrays["source"][len(fed) :] = 0
+        arrays["source"][:] = -1
+        arrays["verified"][:] = 0
+        if sources:
+            _fill_sources(arrays, passes, sources)
     _pad(arrays, at, begin, mask)
 
 
@@ -205,9 +216,21 @@ def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], 
         arrays["temperature"][:count] = np.where(masked, *heats.repeat(counts, axis=1))
         seeds = np.array([p.seed for p in passes], np.uint64).view(np.int32).reshape(-1, 2)
         arrays["seed"][:count] = seeds.repeat(counts, axis=0)
-        # A mask stands at its token's position, any other token one before it.
-        arrays["position"][:count] = arrays["pos"][index] + ~masked
     return count
+
+
+def _fill_sources(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], sources: Sequence[Source]) -> None:
+    """Write where each token's id comes from, and what its place depends on, after the tokens."""
+    sizes = [p.ids.size for p in passes]
+    moves = [(s.tokens, s.next_ids, s.size) if s.feed == "accepted" else (0, 0, 0) for s in sources]
+    begins = [s.next_ids if s.feed == "next_ids" else s.tokens for s in sources]
+    of_passes = np.array([(begin, *move) for begin, move in zip(begins, moves, strict=True)], np.int32)
+    of_tokens = of_passes.repeat(sizes, axis=0)  # (N, 4)
+    count = len(of_tokens)
+    offset = np.arange(count, dtype=np.int32) - arrays["first"][:count]
+    is_mask = (of_tokens[:, 3] > 0) & (offset > 0)
+    arrays["source"][:count] = np.where(is_mask, -1, of_tokens[:, 0] + offset)
+    arrays["verified"][:count] = of_tokens[:, 1:]
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:
@@ -229,5 +252,5 @@ def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> No
         arrays["span"][begin:] = np.stack([own, own + 1], axis=1)
         arrays["threshold"][begin:] = 0
         if "seed" in arrays:
-            for name in ("temperature", "seed", "position"):
+            for name in ("temperature", "seed"):
                 arrays[name][begin:] = 0

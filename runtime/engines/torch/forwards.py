@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ....errors import EngineError
-from ..engine import Pass, Prediction, read_only
-from .flat import FlatShape, flat_shape, rounded_shape
+from ..engine import Following, Pass, Prediction, read_only
+from .flat import FlatShape, Source, flat_shape
 from .step import Step, Steps
 
 if TYPE_CHECKING:
@@ -47,21 +48,26 @@ class Forwards:
                 return self._launched(flat_shape(passes), passes, rows, ())
 
     def follow(
-        self, flight: TorchFlight, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, flight: TorchFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> TorchFlight | None:
         """See `engine.PagedCache.follow`."""
+        known = [following.pass_ for following in passes]
+        shape = flat_shape(known, fed=2 if flight.shape.fed == 1 else 1)
         with self.lock:
-            if not self.ahead or self._flights[-1:] != [flight] or flight.shape.predicted > self.steps.most_fed:
+            if not self.ahead or self._flights[-1:] != [flight]:
+                return None
+            if max(flight.shape.predicted, shape.tokens) > self.steps.most_fed:
                 return None
             self.settle(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
+            sources = flight.sources(passes, fed)
             with self.device.use(self.folder):
-                return self._launched(flat_shape(passes, fed=2 if flight.shape.fed == 1 else 1), passes, rows, fed)
+                return self._launched(shape, known, rows, sources)
 
     def _launched(
-        self, shape: FlatShape, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, shape: FlatShape, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source]
     ) -> TorchFlight:
-        step = self.steps.of(rounded_shape(shape) if self.steps.graphs else shape)
-        flight = TorchFlight(self, step, passes, rows, fed)
+        step = self.steps.of(self.steps.rounded(shape))
+        flight = TorchFlight(self, step, passes, rows, sources)
         self._flights.append(flight)
         return flight
 
@@ -100,7 +106,7 @@ class Forwards:
                 for _ in range(2):  # eager, then captured
                     step.run()
                 self.device.wait(self.device.mark())
-                if shape == FlatShape(shape.tokens, shape.tokens):
+                if shape in (FlatShape(shape.tokens, shape.tokens, fed=fed) for fed in (0, 1)):
                     began = time.perf_counter()
                     step.run()
                     self.device.wait(self.device.mark())
@@ -112,7 +118,7 @@ class TorchFlight:
     """A forward under way; on a GPU it runs while the host does something else, on a CPU when it is finished."""
 
     def __init__(
-        self, owner: Forwards, step: Step, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int]
+        self, owner: Forwards, step: Step, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source]
     ) -> None:
         self.seconds = 0.0
         self.shape = step.shape
@@ -124,9 +130,18 @@ class TorchFlight:
         self._failure: Exception | None = None
         self._start: Callable[[], Any] | None = self._started
         self._mark: Any = None
-        step.fill(passes, rows, fed)
+        step.fill(passes, rows, sources)
         if owner.device.is_gpu:
             self._started()
+
+    def sources(self, passes: Sequence[Following], fed: Sequence[int]) -> list[Source]:
+        """Where passes that follow its passes of these numbers find what those give."""
+        counts = [p.predicted.size for p in self._passes]
+        begins = list(itertools.accumulate(counts, initial=0))
+        return [
+            Source(following.feed, begins[number], begins[number] + self._step.apart, counts[number])
+            for following, number in zip(passes, fed, strict=True)
+        ]
 
     def finish(self) -> list[Prediction]:
         """See `engine.Flight`."""

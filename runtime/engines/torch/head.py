@@ -95,14 +95,15 @@ class Head:
         best = torch.empty((count, shares), dtype=torch.int32, device=x.device)
         nothing = torch.empty((count, 0), dtype=torch.float32, device=x.device)
         step = count if place is None else len(place)
+        tokens = {name: inputs[name] for name in ("ids", "pos")}
         for begin in range(0, count, step):
             some = slice(begin, min(begin + step, count))
             found = {"part": part[some], "best": best[some]}
             kept = nothing[some] if place is None else place[: len(found["part"])]
             launch(op, {"x": x, **weight, "index": inputs["index"][some], "kept": kept}, found)
             if place is not None:
-                drawing = {name: inputs[name][some] for name in ("temperature", "seed", "position")}
-                launch(flat_commit.SAMPLED, {"logits": kept, **drawing, **found})
+                drawing = {name: inputs[name][some] for name in ("temperature", "seed", "index")}
+                launch(flat_commit.SAMPLED, {"logits": kept, **drawing, **tokens, **found})
         rule = {name: inputs[name] for name in ("ids", "index", "span", "threshold")}
         launch(flat_commit.OP, {"part": part, "best": best, **rule}, outputs)
 

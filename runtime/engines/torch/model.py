@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ....contract import PAGE
 from ....engine_folder import TENSORS_FILE
 from ....engine_info import EngineInfo
-from ....plugins.ops import paged_attention, residual_norm, rope_write, rotation
+from ....plugins.ops import advance, paged_attention, residual_norm, rope_write, rotation
 from . import plain
 from .device import TorchDevice
 from .head import Head
@@ -143,6 +143,15 @@ class TorchModel:
             down = self.project.in_shares("down", self.project.gated(x, layer.gate_up), layer.down)
             x, total = self._added(self._summed(down), total, norm)
         self.head.choose(x, inputs, outputs, place)
+
+    def advance(self, inputs: Mapping[str, Tensor], results: Tensor, table: Tensor) -> None:
+        """Make the inputs of passes that follow others what those have given, results (L,) i32; table (B, M) i32."""
+        if self._launch is None:
+            plain.advance(inputs, results, table)
+            return
+        names = [arg.name for arg in advance.OP.inputs if arg.name in inputs]
+        known = {name: inputs[name] for name in names}
+        self._launch(advance.OP, {**known, "results": results, "page_table": table})
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
         """The tokens' own embeddings (N, E), or where `index` is not negative the given one of that number."""

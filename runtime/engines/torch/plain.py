@@ -1,11 +1,11 @@
-"""Attention over pages and the commit rule in plain torch: what runs without the kernels, and what they must equal."""
+"""Attention over pages and small ops in plain torch: what runs without the kernels, and what they must equal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ....contract import PAGE
+from ....contract import MAX_BLOCK, PAGE
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -127,3 +127,22 @@ def commit(found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapp
     outputs["token"].copy_(found.token)
     outputs["confidence"].copy_(confidence)
     outputs["next_ids"].copy_(torch.where(chosen & is_open, found.token, ids))
+
+
+def advance(inputs: Mapping[str, Tensor], results: Tensor, table: Tensor) -> None:
+    """`plugins/ops/advance.py`."""
+    import torch
+
+    ids, pos, slot, visible = (inputs[name] for name in ("ids", "pos", "slot", "visible"))
+    source, (token, drafted, count) = inputs["source"], inputs["verified"][:, :, None].unbind(1)  # (N, 1)
+    lane = torch.arange(MAX_BLOCK, dtype=torch.int32, device=ids.device)
+    judged = lane < count - 1
+    said, held = (results[torch.where(judged, at + lane, 0)] for at in (token, drafted + 1))
+    kept = (judged & (said == held)).int().cumprod(1, dtype=torch.int32).sum(1, dtype=torch.int32)
+    ids.copy_(torch.where(source < 0, ids, results[torch.where(source < 0, 0, source + kept)]))
+    moves = count[:, 0] > 0
+    shift = torch.where(moves, kept + 1, 0)
+    pos += shift
+    visible[:, 0] += shift
+    page = table[inputs["row"].long(), torch.where(moves, pos // PAGE, 0).long()]
+    slot.copy_(torch.where(moves, page * PAGE + pos % PAGE, slot))

@@ -13,7 +13,7 @@ from ....contract import PAGE
 from ....engine_info import EngineInfo
 from ..engine import Pass
 from .device import Buffer, Graph, TorchDevice
-from .flat import FED_AT, FREE, FlatShape, fill, flat_layouts, rounded_tokens
+from .flat import FREE, FlatShape, Source, fed_tokens, fill, flat_layouts, rounded_shape
 from .kernel_cache import KernelCache
 from .memory import Change, Memory
 from .model import TorchModel
@@ -48,24 +48,21 @@ class Steps:
         shapes: list[FlatShape],
         graphs: bool,
     ) -> None:
-        import torch
-
         self.device = device
         self.model = model
         self.memory = memory
         self.info = info
         self.shapes = shapes
+        self._wanted = frozenset(shapes)
         self.graphs = graphs
         self.kernels = KernelCache(folder) if model.kernels else None
         self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made so far
         # Of steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
         self._place: Tensor | None = None  # of logits, (FREE, V) f32
-        # The tokens of steps of so few predictions lie in one place, where the next one finds them.
-        self.most_fed = rounded_tokens(info.build.max_batch_size)
-        self._results = device.bytes(4 * FED_AT + flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
-        self.fed: Tensor = self._results.view(torch.int32)  # (FED_AT + ...,) i32
-        self.fed[:FED_AT] = int(model.config.mask_id == 0)  # any id but the mask
+        # The results of steps of so few predictions lie in one place, where the next one finds them.
+        self.most_fed = fed_tokens(info)
+        self.results = device.bytes(flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
         self.forget()
 
     def forget(self) -> None:
@@ -75,6 +72,14 @@ class Steps:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def rounded(self, shape: FlatShape) -> FlatShape:
+        """The shape that runs a forward; where there are graphs, one that may be fed is captured for both."""
+        if not self.graphs:
+            return shape
+        shape = rounded_shape(shape)
+        feedable = shape._replace(fed=shape.fed or 1)
+        return feedable if feedable in self._wanted else shape
 
     def of(self, shape: FlatShape) -> Step:
         """The step of a shape."""
@@ -103,10 +108,6 @@ class Steps:
             self._place = self.device.zeros((FREE, self.info.model.vocab_size), torch.float32)
         return self._place[: shape.predicted]
 
-    def results(self, predicted: int) -> Tensor | None:
-        """Where the outputs of so many predictions lie for the step after it; None where it is not fed by them."""
-        return self._results[4 * FED_AT :] if predicted <= self.most_fed else None
-
 
 class SharedForward(NamedTuple):
     """A forward as rank 0 sends it to the others; `news` are changes of the memory since the one before."""
@@ -125,7 +126,9 @@ class Step:
         self._owner = owner
         inputs, outputs = flat_layouts(shape, owner.info)
         self._inputs: Buffer = owner.device.buffer(inputs)
-        self.outputs: Buffer = owner.device.buffer(outputs, owner.results(shape.predicted))
+        feeds = shape.predicted <= owner.most_fed
+        self.outputs: Buffer = owner.device.buffer(outputs, owner.results if feeds else None)
+        self.apart = outputs.places["next_ids"][0] // 4  # from a prediction's token to its next id
         self._place = owner.place(shape)
         self.logits = self._place if shape.logits else None  # (R, V) f32
         self._eager = not owner.graphs or shape not in owner.shapes
@@ -138,16 +141,17 @@ class Step:
         """Whether it has a graph."""
         return self._graph is not None
 
-    def fill(self, passes: Sequence[Pass], rows: Sequence[int], fed: Sequence[int] = ()) -> None:
+    def fill(self, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source] = ()) -> None:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner = self._owner
-        fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, fed)
+        fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
         if owner.model.kernels or not self._eager:
             return
         self._views = []
         at = 0
-        for p, row in zip(passes, rows, strict=True):
-            seen = max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
+        shifts = [source.size if source.feed == "accepted" else 0 for source in sources] or [0] * len(passes)
+        for p, row, shift in zip(passes, rows, shifts, strict=True):
+            seen = max(int(p.visible[:, 0].max()) + shift, int(p.visible[:, 2].max()))
             self._views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
             at += p.ids.size
         if at < self.shape.tokens:  # those that fill up a rounded shape, which see a slot of the scratch page
@@ -209,7 +213,7 @@ class Step:
         device.upload(self._inputs)
         inputs = self._inputs.tensors
         if self.shape.fed:
-            inputs = {**inputs, "ids": owner.fed.index_select(0, inputs["source"])}
+            owner.model.advance(inputs, owner.results.view(torch.int32), memory.table)
         place = self._place
         if self.shape.logits and place is None:
             place = self.logits = device.zeros((self.shape.predicted, owner.info.model.vocab_size), torch.float32)

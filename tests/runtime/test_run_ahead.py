@@ -1,0 +1,469 @@
+"""Passes that are begun before the host knows what those that they follow have given: nothing is other than without.
+
+Over an engine without a model, over a card that lags behind its host, and over recorded graphs; docs/design.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import equality
+import numpy as np
+import pytest
+from oracle.reference import ReferenceModel
+from oracle.reference import linear_spec as oracle_linear_spec
+from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, write_checkpoint
+from stand_ins.lagging_device import LaggingDevice
+from stand_ins.torch_graphs import RecordingDevice
+from stand_ins.torch_pair import PROMPT, QUESTIONS, Pair, adapted, make_pair, torch_backend
+from stand_ins.toy_engine import PagedToyEngine
+
+import nemodiff
+from nemodiff.builder.build import Builder
+from nemodiff.contract import PAGE
+from nemodiff.engine_info import read_engine
+from nemodiff.runtime.batching.batch import Batch
+from nemodiff.runtime.engines.engine import Following, Prediction, bidirectional, causal
+from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts
+from nemodiff.runtime.modes.ar import over_next
+from nemodiff.runtime.modes.linear_spec import _draft, _verify
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.sequence import Sequence as Request
+
+TEXT = [200 + i * 7 % 300 for i in range(150)]
+LINEAR: dict[str, Any] = {"mode": "linear_spec"}
+Asked = tuple[list[int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def real(tiny_engine: Path) -> nemodiff.LoadedEngine:
+    return nemodiff.load(tiny_engine, threads=1)
+
+
+def toy(real: nemodiff.LoadedEngine, *, ahead: bool, pages: int = 60, late: bool = False) -> nemodiff.LoadedEngine:
+    return dataclasses.replace(real, backend=PagedToyEngine(real.info, pages, late=late, ahead=ahead))
+
+
+def told(request: Request) -> dict[str, Any]:
+    """What a request has come to, times left out."""
+    names = ("tokens", "finish", "nfe", "accepted", "verified", "adapter_tokens")
+    return {name: getattr(request, name) for name in names}
+
+
+def told_by(answer: nemodiff.Generation) -> dict[str, Any]:
+    """The same of an answer."""
+    values = answer.as_dict()
+    return {name: value for name, value in values.items() if name not in ("timings_ms", "reused_tokens", "logprobs")}
+
+
+def run(engine: nemodiff.LoadedEngine, asked: Sequence[Asked], rows: int = 1) -> tuple[list[dict[str, Any]], Batch]:
+    """Requests that join as rows become free, and their batch."""
+    batch = Batch(engine.backend, rows, kept=1)
+    requests = [prepare(engine, prompt, Options(**options)) for prompt, options in asked]
+    waiting = list(reversed(requests))
+    while waiting or len(batch):
+        while waiting and len(batch) < rows:
+            batch.add(waiting.pop())
+        list(batch.step())
+    list(batch.step())  # what was begun for nobody
+    batch.close()
+    return [told(request) for request in requests], batch
+
+
+# --- over an engine without a model
+
+
+def test_a_request_of_linear_spec_waits_at_its_ends_alone(real: nemodiff.LoadedEngine) -> None:
+    """Its first draft follows the prompt, whose token the host chooses; the last blocks may be shorter."""
+    engine = toy(real, ahead=True)
+    backend = engine.backend
+    assert isinstance(backend, PagedToyEngine)
+    asked: Asked = (TEXT[:40], {**LINEAR, "block_length": 8, "max_new_tokens": 200})
+    backend.said = dict.fromkeys(range(500), 200)  # all drafts are right
+    ((result,), batch) = run(engine, [asked])
+    passes = result["nfe"]["draft"] + result["nfe"]["verify"]
+    assert result["accepted"][:3] == [8, 8, 8]
+    assert passes == 50
+    gaps = passes - backend.followed.total()
+    assert gaps <= 3  # after the prompt, and the draft of the last block, which is shorter
+    assert set(backend.followed) == {"draft", "verify"}
+    assert batch.counts.padding == 0
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 8, 32])
+def test_limits_at_every_border(real: nemodiff.LoadedEngine, block: int) -> None:
+    for limit in (1, 2, *range(block - 1, 2 * block + 3), 4 * block + 1, 70):
+        asked = [(TEXT[n : n + 30], {**LINEAR, "block_length": block, "max_new_tokens": max(1, limit)}) for n in (0, 9)]
+        before, _ = run(toy(real, ahead=False), asked, rows=2)
+        assert run(toy(real, ahead=True), asked, rows=2)[0] == before
+
+
+def test_an_end_within_a_draft(real: nemodiff.LoadedEngine) -> None:
+    """The loop's verify ends there and the one begun ahead does not; EOS, stop ids, stop strings, refused ones too."""
+    eos = real.info.model.eos_ids[0]
+    reasons, refused = collections.Counter[str](), 0
+    followed = 0
+    for at in range(2, 30):
+        engine, plain = (toy(real, ahead=ahead) for ahead in (True, False))
+        asked: list[Asked] = [(TEXT[at : at + 20], {**LINEAR, "block_length": 7, "max_new_tokens": 64})]
+        asked.append((TEXT[:20], {**asked[0][1], "stop": [nemodiff.generate(plain, TEXT[:20], **LINEAR).text[3:5]]}))
+        asked.append((TEXT[:20], {**asked[0][1], "stop_token_ids": [130 + 9 * at]}))
+        for each in (engine, plain):
+            assert isinstance(each.backend, PagedToyEngine)
+            each.backend.said = {20 + at: eos}
+        before, _ = run(plain, asked, rows=2)
+        got, _ = run(engine, asked, rows=2)
+        assert got == before
+        reasons.update(result["finish"] for result in got)
+        refused += sum(v < 7 for result in got for v in result["verified"][:-1])
+        followed += engine.backend.followed.total()  # type: ignore[attr-defined]
+    assert reasons["stop"] > 9
+    assert followed > 99
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("pages", [10, 60])
+def test_rows_of_all_modes_and_arrivals(real: nemodiff.LoadedEngine, late: bool, pages: int) -> None:
+    """With memory for all, and with so little that there are no pages for a shift and rows lose theirs."""
+    choose = random.Random(pages)
+    followed = collections.Counter[str]()
+    kinds: list[dict[str, Any]] = [
+        *({**LINEAR, "block_length": size} for size in (4, 8, 8, 16, 32)),
+        {**LINEAR, "block_length": 6, "threshold": 0.6},
+        {**LINEAR, "block_length": 6, "temperature": 0.7},
+        *([{"mode": "auto"}] if pages == 60 else []),
+        *({"mode": "ar"} for _ in range(4)),
+        {"mode": "diffusion", "block_length": 5},
+    ]
+    for turn in range(8):
+        some = kinds if turn % 2 else [*kinds[:5], {"mode": "ar"}]  # all of which run ahead
+        asked: list[Asked] = []
+        for kind in choose.choices(some, k=9):
+            prompt = TEXT[: choose.choice([0, 60, 100])] + TEXT[: choose.randint(1, 40)]
+            asked.append((prompt, {**kind, "max_new_tokens": choose.choice([3, 40, 90, 150])}))
+        before, _ = run(toy(real, ahead=False), asked, rows=4)
+        engine = toy(real, ahead=True, late=late, pages=pages)
+        got, _ = run(engine, asked, rows=4)
+        for one, other, (_, options) in zip(got, before, asked, strict=True):
+            if options["mode"] == "auto":  # whose passes depend on the clock
+                assert one["tokens"] == other["tokens"]
+            else:
+                assert one == other
+        followed += engine.backend.followed  # type: ignore[attr-defined]
+        assert engine.backend.pages.free == pages  # type: ignore[attr-defined]
+    assert min(followed[kind] for kind in ("decode", "draft", "verify")) > (9 if pages == 60 else 0)
+
+
+def test_a_row_may_leave_in_mid_flight(real: nemodiff.LoadedEngine) -> None:
+    """Its pages go to the next one while passes that were begun for it are under way."""
+    for moment in range(1, 12):
+        engine = toy(real, ahead=True, late=bool(moment % 2), pages=9)
+        asked: list[Asked] = [(TEXT[n : n + 50], {**LINEAR, "block_length": 8, "max_new_tokens": 60}) for n in range(3)]
+        batch = Batch(engine.backend, 2, kept=1)
+        first, second, third = (prepare(engine, prompt, Options(**options)) for prompt, options in asked)
+        batch.add(first)
+        batch.add(second)
+        for _ in range(moment):
+            list(batch.step())
+        if len(batch) == 2:
+            batch.remove(first)
+        if len(batch) < 2:
+            batch.add(third)
+        while len(batch):
+            list(batch.step())
+        batch.close()
+        before, _ = run(toy(real, ahead=False), asked, rows=2)
+        assert [told(second), told(third)] == before[1:]
+        assert first.tokens == before[0]["tokens"][: len(first.tokens)]
+        assert engine.backend.pages.free == 9  # type: ignore[attr-defined]
+
+
+def test_a_draft_of_broken_numbers_is_no_verify(real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A confidence that is no number leaves its mask, so what was begun ahead is dropped and another draft comes."""
+    row = PagedToyEngine.__mro__[0].open(toy(real, ahead=True).backend, 1)._row.__func__  # type: ignore[attr-defined]
+
+    def broken(cache: Any, slots: np.ndarray, p: Any) -> Prediction:
+        made: Prediction = row(cache, slots, p)
+        if p.kind != "draft" or (p.ids == real.info.model.mask_id).sum() < 7:
+            return made
+        next_ids = made.next_ids.copy()
+        next_ids[3] = real.info.model.mask_id
+        return made._replace(next_ids=next_ids)
+
+    monkeypatch.setattr("stand_ins.toy_engine.ToyCache._row", broken)
+    asked: list[Asked] = [(TEXT[:30], {**LINEAR, "block_length": 8, "max_new_tokens": 60})]
+    (before,), _ = run(toy(real, ahead=False), asked)
+    (got,), batch = run(toy(real, ahead=True), asked)
+    assert got == before
+    assert got["nfe"]["draft"] > got["nfe"]["verify"] > 0
+    assert batch.counts.padding > 0
+
+
+# --- what a following pass is
+
+
+@pytest.mark.parametrize("mask", [0, 100])
+def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, mask: int) -> None:
+    """Ids that stand for others are no mask, which would be drawn by another temperature and position."""
+    info = dataclasses.replace(real.info, model=dataclasses.replace(real.info.model, mask_id=mask))
+    backend = PagedToyEngine(info, 400, ahead=True)
+    backend.samples = True
+    engine = dataclasses.replace(real, backend=backend)
+    request = prepare(engine, TEXT[:40], Options(mode="linear_spec", temperature=0.8, seed=3, block_length=4))
+    token = np.array([301, 302, 303, 304], np.int32)
+    masks = [mask] * 3
+    given = Prediction(token, np.ones(4, np.float32), np.array([300, 301, 302, 7], np.int32), None)
+    following = over_next(request, causal("decode", [300], 8))
+    assert following is not None
+    pairs = [
+        (following, given._replace(token=token[:1]), causal("decode", [301], 9)),
+        (
+            _verify(request, bidirectional("draft", [300, *masks], 8, 0.0)),
+            given,
+            causal("verify", [300, 301, 302, 7], 8, predict_all=True),
+        ),
+        (
+            _draft(request, causal("verify", [300, 301, 302, 7], 8, predict_all=True)),
+            given,
+            bidirectional("draft", [303, *masks], 11, 0.0, adapter=True),
+        ),
+    ]
+    for following, prediction, known in pairs:
+        made = following.after(prediction)
+        for name in known._fields:
+            np.testing.assert_array_equal(getattr(made, name), getattr(known, name), name)
+        size = known.ids.size
+        inputs, _ = flat_layouts(FlatShape(size, size, sampled=True), info)
+        drawn = []
+        for pass_ in (following.pass_, known):
+            arrays = inputs.views(np.zeros(inputs.nbytes, np.uint8))
+            fill(arrays, [request.for_engine(pass_)], [1], backend.pages, mask)
+            drawn.append(
+                {name: arrays[name].tolist() for name in ("temperature", "seed", "span", "index", "threshold")}
+            )
+        assert drawn[0] == drawn[1]
+
+
+# --- over a card that lags behind, and over graphs
+
+DEVICES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    "lagging": LaggingDevice,
+    "hasty": lambda monkeypatch: LaggingDevice(monkeypatch, 0.5),
+    "graphs": lambda monkeypatch: RecordingDevice(),
+    "eager": lambda monkeypatch: "cpu",
+}
+
+
+@pytest.fixture(params=DEVICES)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nemodiff.LoadedEngine]:
+    """Makes an engine that runs ahead out of one for torch."""
+
+    graphs, devices = request.param != "eager", list[Any]()
+
+    def make(engine: nemodiff.LoadedEngine, pages: int = 40) -> nemodiff.LoadedEngine:
+        if not devices:  # from here on no other device runs
+            devices.append(DEVICES[request.param](monkeypatch))
+        backend = TorchEngine(
+            engine.folder, engine.info, devices[0], kernels=False, graphs=graphs, ahead=True, pages=pages
+        )
+        counted(backend)
+        return dataclasses.replace(engine, backend=backend)
+
+    return make
+
+
+def counted(backend: TorchEngine) -> None:
+    """Note in the engine what is begun ahead, by kind of pass."""
+    followed = backend.followed = collections.Counter[str]()  # type: ignore[attr-defined]
+    follow = backend.forwards.follow
+
+    def noted(flight: Any, passes: Sequence[Following], *rest: Any) -> Any:
+        begun = follow(flight, passes, *rest)
+        if begun is not None:
+            followed.update(following.pass_.kind for following in passes)
+        return begun
+
+    backend.forwards.follow = noted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One layer, random, with an adapter."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_key_value_heads": 1, "dtype": "f32"}
+    return make_pair(folder, adapted(write_checkpoint(folder / "checkpoint", seed=7, **sizes), 0.1))
+
+
+@pytest.mark.parametrize("pages", [9, 40])
+def test_a_card_gives_what_onnx_runtime_gives(
+    small: Pair, ahead: Callable[..., nemodiff.LoadedEngine], pages: int
+) -> None:
+    """Blocks of every length, page borders, kept prefixes, short memory, cancels, rows of all modes; an adapter."""
+    engine = ahead(small.ours, pages)
+    choose = random.Random(pages)
+    asked: list[Asked] = []
+    for _ in range(20):
+        prompt = (PROMPT * 3)[: choose.choice([16, 50, 63, 64, 65, 100])]
+        prompt += [300 + choose.randrange(3)] * choose.randint(0, 9)
+        options = {"mode": "linear_spec", "block_length": choose.choice([4, 7, 16, 32])}
+        options |= choose.choice([{}, {}, {}, {"mode": "ar"}, {"threshold": 0.01}, {"mode": "diffusion"}])
+        asked.append((prompt, {**options, "max_new_tokens": choose.choice([2, 9, 60, 90])}))
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        handles, leaving = [], []
+        for number, (prompt, options) in enumerate(asked):
+            handles.append(scheduler.submit(prompt, **options))
+            if number % 3 == 0:
+                leaving.append(scheduler.submit(prompt, mode="linear_spec", max_new_tokens=150))
+        for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
+            if number % 2 and leaving:
+                leaving.pop().cancel()
+            expected = nemodiff.generate(small.theirs, prompt, **options)
+            assert told_by(handle.result(120)) == told_by(expected)
+        for handle in leaving:
+            handle.cancel()
+        statistics = scheduler.statistics
+    backend = torch_backend(engine)
+    assert statistics.preempted > 0 or pages == 40
+    followed = backend.followed  # type: ignore[attr-defined]
+    assert min(followed[kind] for kind in ("verify", "draft")) > (5 if pages == 40 else 0)
+    assert backend.pages.free == pages
+    assert backend.eager_shapes == {}
+
+
+def test_a_trained_model_gives_what_the_oracle_gives(
+    tmp_path: Path, ahead: Callable[..., nemodiff.LoadedEngine]
+) -> None:
+    """tiny-chat, with drafts that are right, and spoiled by an adapter: tokens, ends, passes by kind, acceptance."""
+    checkpoints = {"plain": TINY_CHAT, "adapted": tmp_path / "checkpoint"}
+    shutil.copytree(TINY_CHAT, checkpoints["adapted"])
+    adapted(checkpoints["adapted"], 0.2)
+    folders = {
+        name: Builder(checkpoint, tmp_path / name, backend="torch", dtype="f32").run()
+        for name, checkpoint in checkpoints.items()
+    }
+    loaded = {name: nemodiff.load(folder, device="cpu") for name, folder in folders.items()}  # which runs a pass
+    engines = {name: ahead(engine) for name, engine in loaded.items()}
+    setup = equality.Setup(engines["plain"], engines["adapted"], ReferenceModel.load(checkpoints["adapted"]))
+    modes = ("linear_spec", "linear_spec+adapter", "ar")
+    cases = [case for case in equality.grid((4, 16), (0.0, 0.95), (30,)) if case.mode in modes]
+    cases += equality.grid((4,), (0.0,), (7,))
+    assert [difference for _, difference in equality.compare_prompt(setup, QUESTIONS[0], cases) if difference] == []
+    for engine in engines.values():
+        followed = torch_backend(engine).followed  # type: ignore[attr-defined]
+        assert min(followed[kind] for kind in ("draft", "verify")) > 5
+
+
+def test_the_demonstration_model_waits_at_its_ends_alone(
+    tmp_path: Path, ahead: Callable[..., nemodiff.LoadedEngine]
+) -> None:
+    folder = Builder(TINY_CHAT_2, tmp_path / "engine", backend="torch", dtype="f32").run()
+    plain = nemodiff.load(folder, device="cpu")
+    engine = ahead(plain)
+    model = ReferenceModel.load(TINY_CHAT_2)
+    question = "Show the times table of 7 up to 9."
+    prompt = plain.text.encode_chat([{"role": "user", "content": question}])
+    expected = oracle_linear_spec(model, prompt, 200, 16, 0.0, model.eos)
+    got = nemodiff.generate(engine, question, mode="linear_spec", block_length=16, max_new_tokens=200)
+    assert (got.token_ids, got.nfe, got.acceptance.lengths) == (expected.tokens, expected.nfe, expected.acceptance)
+    passes = expected.nfe["draft"] + expected.nfe["verify"]
+    assert passes > 6
+    followed = torch_backend(engine).followed.total()  # type: ignore[attr-defined]
+    assert passes - 1 <= followed <= passes  # all but the first, and one for nobody where the host saw the end late
+
+
+def kinds_of_choice() -> Iterator[dict[str, Any]]:
+    """Requests whose next passes the host alone can know, and ones that it needs not choose for."""
+    yield {"repetition_penalty": 1.2}
+    yield {"logprobs": 1}
+    yield {"regex": "[a-z]{9,30}"}
+    yield {"thinking": True, "thinking_budget": 5}
+    yield {"temperature": 0.8, "top_k": 5}
+
+
+@pytest.mark.parametrize("kind", list(kinds_of_choice()), ids=str)
+def test_what_the_host_chooses_does_not_run_ahead(small: Pair, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    backend = TorchEngine(small.ours.folder, small.ours.info, LaggingDevice(monkeypatch), kernels=False, pages=40)
+    counted(backend)
+    options: dict[str, Any] = {**LINEAR, "block_length": 6, "max_new_tokens": 30, **kind}
+    engine = small.with_backend(backend)
+    expected = nemodiff.generate(small.theirs, QUESTIONS[0], **options)
+    assert told_by(nemodiff.generate(engine, QUESTIONS[0], **options)) == told_by(expected)
+    followed = backend.followed  # type: ignore[attr-defined]
+    assert followed["draft"] == 0
+    assert bool(followed["verify"]) == ("thinking_budget" in kind)  # whose draft has the end of thinking in it
+
+
+def test_samples_of_the_device_are_those_without(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels in Triton's interpreter, at every position's own noise."""
+    answers = []
+    options = {**LINEAR, "block_length": 3, "temperature": 0.9, "seed": 4, "max_new_tokens": 9}
+    for runs_ahead in (False, True):
+        with monkeypatch.context() as context:
+            device = LaggingDevice(context)
+            backend = TorchEngine(
+                small.ours.folder, small.ours.info, device, kernels=True, graphs=True, ahead=runs_ahead, pages=40
+            )
+            assert backend.samples
+            counted(backend)
+            answers.append(told_by(nemodiff.generate(small.with_backend(backend), PROMPT[:9], **options)))
+            assert bool(backend.followed["draft"]) == runs_ahead  # type: ignore[attr-defined]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+def test_a_cache_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: Any) -> None:
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype="f32", kv_cache_dtype=bits).run()
+    plain = nemodiff.load(folder, device="cpu")
+    options: dict[str, Any] = {**LINEAR, "block_length": 8, "max_new_tokens": 80}
+    before = [nemodiff.generate(plain, question, **options).token_ids for question in QUESTIONS]
+    backend = TorchEngine(folder, read_engine(folder), LaggingDevice(monkeypatch), kernels=False, pages=40)
+    counted(backend)
+    engine = dataclasses.replace(plain, backend=backend)
+    assert [nemodiff.generate(engine, question, **options).token_ids for question in QUESTIONS] == before
+    assert backend.followed["draft"] > 3  # type: ignore[attr-defined]
+
+
+def test_a_pass_that_fails_ahead_is_told(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was begun in its turn; the engine goes on with the next request."""
+    backend = TorchEngine(small.ours.folder, small.ours.info, LaggingDevice(monkeypatch), kernels=False, pages=40)
+    engine = small.with_backend(backend)
+    options: dict[str, Any] = {**LINEAR, "block_length": 6, "max_new_tokens": 60}
+    expected = nemodiff.generate(engine, PROMPT, **options).token_ids
+    advance = backend.model.advance
+    turns = iter([False, False, True])
+
+    def fails(*arguments: Any) -> None:
+        if next(turns, False):
+            raise ValueError("gone")
+        advance(*arguments)
+
+    with nemodiff.Scheduler(engine, rows=2) as scheduler:
+        monkeypatch.setattr(backend.model, "advance", fails)
+        with pytest.raises(nemodiff.EngineError, match="gone"):
+            scheduler.submit(PROMPT, **options).result(60)
+        assert scheduler.submit(PROMPT, **options).result(60).token_ids == expected
+    assert backend.pages.free == 40
+
+
+def test_sources_lie_where_the_forward_before_leaves_its_results(small: Pair) -> None:
+    """Whatever its rows and its size."""
+    backend = TorchEngine(small.ours.folder, small.ours.info, RecordingDevice(), graphs=True, ahead=True, pages=40)
+    cache = backend.open(2)
+    for row in (0, 1):
+        assert cache.reserve(row, 0, 2 * PAGE)
+    passes = [causal("decode", [300], 0), causal("verify", [300, 301, 302], 0, predict_all=True)]
+    flight = cache.launch(passes, [0, 1])
+    draft = Following(bidirectional("draft", [0, 5, 5], 0, 0.0), "accepted")
+    assert flight.sources([draft], [1]) == [Source("accepted", 1, 1 + 2 * 64, 3)]
+    results = backend.steps.results.numpy().view(np.int32)
+    _, verified = flight.finish()
+    np.testing.assert_array_equal(results[1:4], verified.token)
+    np.testing.assert_array_equal(results[129:132], verified.next_ids)
