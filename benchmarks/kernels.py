@@ -1,7 +1,7 @@
 """Report what the kernels compile to: registers, shared memory, spills and blocks per multiprocessor, without a GPU.
 
     python benchmarks/kernels.py
-    python benchmarks/kernels.py --only f32,SwiGLU     compile these types and ops anew, keep what is recorded of others
+    python benchmarks/kernels.py --only f32,SwiGLU     compile these types, ops and kernels anew, keep what is recorded
 
 The sizes are those of the released 8B model, in bf16 and, of the torch engine, in f32. Blocks per multiprocessor are an
 upper bound from registers, shared memory and warps; `gpu.py` measures how fast a kernel runs. Writes
@@ -24,7 +24,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.compilers.kernels import PTX_VERSION, SMS, compile_kernels
 from nemodiff.contract import Dtype
 from nemodiff.plugins import FUSED, OPS, SAMPLED
-from nemodiff.plugins.op import Op
+from nemodiff.plugins.op import Op, stage_op
 from nemodiff.tensorrt_info import Kernel
 
 # Shared memory (KiB), warps and blocks of a multiprocessor by compute capability; all have 65536 registers.
@@ -51,7 +51,7 @@ def blocks(kernel: Kernel) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="types and ops, separated by commas, that are compiled anew")
+    parser.add_argument("--only", help="types, ops and kernels, separated by commas, that are compiled anew")
     only = parser.parse_args().only
     origin = record.origin(("nemodiff", "triton"), None)
     model = dataclasses.replace(open_checkpoint(record.MODEL).model, **HEAD, **WIDTH)
@@ -59,7 +59,8 @@ def main() -> None:
     of_dtype: dict[Dtype, Sequence[Op]] = {"bf16": (*OPS, SAMPLED, *FUSED), "f32": typed}
     kernels: list[dict[str, Any]] = []
     for dtype, ops in of_dtype.items():
-        some = [op for op in ops if only is None or {dtype, op.name} & set(only.split(","))]
+        named = set(only.split(",")) if only is not None else {dtype}
+        some = [stage_op(op, stage) for op in ops for stage in op.stages if {dtype, op.name, stage.name} & named]
         with tempfile.TemporaryDirectory() as folder:
             for made in compile_kernels(model, dtype, SMS, Path(folder), some):
                 held = blocks(made)

@@ -52,7 +52,7 @@ def merge(
     shares = tl.load(merges + token * MERGE_FIELDS)
     parts = tl.load(merges + token * MERGE_FIELDS + 1)
     offset = tl.load(merges + token * MERGE_FIELDS + 2)
-    if shares == 1:
+    if (shares == 1) | (parts < 0) | (offset < 0):  # these are never negative, but all three loads leave at once so
         return
     share = tl.arange(0, SPLITS)
     real = share < shares
@@ -60,8 +60,8 @@ def merge(
     heads = H // tl.num_programs(1)
     for head in range(tl.program_id(1) * heads, (tl.program_id(1) + 1) * heads):
         place = (parts * G + head // group * shares + share).to(tl.int64) * LARGE_M + offset * group + head % group
+        sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         highest = tl.load(stats + place * 2, mask=real, other=float("-inf"))
         total = tl.load(stats + place * 2 + 1, mask=real, other=0.0)
-        sum_v = tl.load(part + place[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         out = merged(highest, total, sum_v)
         tl.store(y + (token * H + head).to(tl.int64) * D + d, out.to(y.dtype.element_ty), mask=d < D)

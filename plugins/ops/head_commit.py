@@ -88,6 +88,7 @@ def flat_op(tile: int, int8: bool = False) -> Op:
                 outputs=flat_commit.SCAN,
                 constants=_reduce_constants,
                 grid=lambda dims, ceil: (dims["R"], 1, 1),
+                num_warps=16,  # so few numbers a thread that all its loads leave at once
                 follows=True,
             ),
         ),
