@@ -453,6 +453,32 @@ def test_a_pass_that_fails_ahead_is_told(small: Pair, monkeypatch: pytest.Monkey
     assert backend.pages.free == 40
 
 
+def test_ctrl_c_while_two_passes_are_under_way(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them is waited for; the engine goes on, and no page is lost."""
+    device = LaggingDevice(monkeypatch)
+    backend = TorchEngine(small.ours.folder, small.ours.info, device, kernels=False, pages=40)
+    counted(backend)
+    engine = small.with_backend(backend)
+    options: dict[str, Any] = {**LINEAR, "block_length": 6, "max_new_tokens": 60}
+    expected = nemodiff.generate(engine, PROMPT, **options).token_ids
+    wait = device.wait
+    for moment in range(2, 7):
+        turns = iter(range(99))
+
+        def interrupted(mark: int) -> None:
+            if next(turns) == moment:  # noqa: B023  (it is called in this turn)
+                raise KeyboardInterrupt
+            wait(mark)
+
+        with monkeypatch.context() as context:
+            context.setattr(device, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                nemodiff.generate(engine, PROMPT, **options)
+        assert nemodiff.generate(engine, PROMPT, **options).token_ids == expected
+        assert backend.pages.free == 40
+    assert backend.followed["draft"] > 9  # type: ignore[attr-defined]
+
+
 def test_sources_lie_where_the_forward_before_leaves_its_results(small: Pair) -> None:
     """Whatever its rows and its size."""
     backend = TorchEngine(small.ours.folder, small.ours.info, RecordingDevice(), graphs=True, ahead=True, pages=40)
