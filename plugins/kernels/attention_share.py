@@ -52,7 +52,7 @@ def merge(
     shares = tl.load(merges + token * MERGE_FIELDS)
     parts = tl.load(merges + token * MERGE_FIELDS + 1)
     offset = tl.load(merges + token * MERGE_FIELDS + 2)
-    if (shares == 1) | (parts < 0) | (offset < 0):  # these are never negative, but all three loads leave at once so
+    if shares == 1:
         return
     share = tl.arange(0, SPLITS)
     real = share < shares
