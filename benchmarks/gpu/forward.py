@@ -176,7 +176,8 @@ def variant_cells(config: RunConfig, shape: str, variants: tuple[str, ...]) -> I
     for context in (short, middle):
         for variant in variants:
             if variant in LAUNCHED if context == short else variant in (*OTHERS, "graphs", "pdl", OWN_PRODUCTS):
-                slow = 1.0 if variant in ("graphs", "one prediction") else 3.0
+                quick, compiles = variant in ("graphs", "one prediction"), variant.startswith("own ")
+                slow = 1.0 if quick else 5.0 if compiles else 3.0
                 yield _variant_cell(config, shape, variant, context, slow)
 
 
