@@ -6,7 +6,7 @@ write to the scratch page and see one slot of it.
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -118,6 +118,7 @@ def _rounded_predictions(tokens: int) -> list[int]:
     return [*(size for size in fewer if size < tokens), tokens]
 
 
+@functools.lru_cache(maxsize=1024)
 def rounded_shape(shape: FlatShape) -> FlatShape:
     """The shape that runs a forward where there are graphs.
 
@@ -161,54 +162,71 @@ def fill(
     """Write the inputs of a forward; `sources` feed its passes, if anything does."""
     if "embedding" in arrays:
         arrays["embedding"][:] = -1
-    at = begin = 0
+    sizes, counts = tuple([p.ids.size for p in passes]), tuple([p.predicted.size for p in passes])
+    places = _places(sizes, counts)
     if passes:
-        at = _fill_tokens(arrays, passes, rows, pages)
-        begin = _fill_predictions(arrays, passes, mask)
+        _fill_tokens(arrays, passes, rows, pages, places)
+        _fill_predictions(arrays, passes, mask, places)
     if "source" in arrays:
         arrays["source"][:] = -1
         arrays["verified"][:] = 0
         if sources:
-            _fill_sources(arrays, passes, sources)
-    _pad(arrays, at, begin, mask)
+            _fill_sources(arrays, sources, places)
+    _pad(arrays, places.first.size, places.start.size, mask)
+
+
+class _Places(NamedTuple):
+    """Where the tokens and predictions of passes stand, all i32."""
+
+    sizes: np.ndarray  # (B,): tokens of each pass
+    counts: np.ndarray  # (B,): predictions
+    first: np.ndarray  # (N,): the first token of a token's pass
+    offset: np.ndarray  # (N,): how many of the pass stand before it
+    start: np.ndarray  # (R,): the first token of a prediction's pass
+    span: np.ndarray  # (R, 2): the pass's first prediction, and the end of them
+
+
+@functools.lru_cache(maxsize=64)
+def _places(sizes: tuple[int, ...], counts: tuple[int, ...]) -> _Places:
+    """The places of passes of these sizes, which come again and again."""
+    tokens, predictions = np.array(sizes, np.int32), np.array(counts, np.int32)
+    starts, ends = tokens.cumsum(dtype=np.int32) - tokens, predictions.cumsum(dtype=np.int32)
+    first = starts.repeat(tokens)
+    span = np.stack([ends - predictions, ends], axis=1).repeat(predictions, axis=0)
+    offset = np.arange(first.size, dtype=np.int32) - first
+    return _Places(tokens, predictions, first, offset, starts.repeat(predictions), span)
 
 
 # What all passes have is written at once, since calls of numpy are what takes the time.
-def _fill_tokens(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequence[int], pages: Pages) -> int:
-    """Write what each token has; returns how many they are."""
-    sizes = [p.ids.size for p in passes]
-    *starts, count = itertools.accumulate(sizes, initial=0)
-    for name in ("ids", "pos", "visible"):
-        np.concatenate([getattr(p, name) for p in passes], out=arrays[name][:count])
-    of_passes = np.array([rows, starts, [p.write_at for p in passes]], np.int32)
-    row, first, slot = of_passes.repeat(sizes, axis=1)  # (N,)
-    slot += np.arange(count, dtype=np.int32)
-    slot -= first
+def _fill_tokens(
+    arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], rows: Sequence[int], pages: Pages, places: _Places
+) -> None:
+    """Write what each token has."""
+    count = places.first.size
+    np.concatenate([p.ids for p in passes], out=arrays["ids"][:count])
+    np.concatenate([p.pos for p in passes], out=arrays["pos"][:count])
+    np.concatenate([p.visible for p in passes], out=arrays["visible"][:count])
+    row, begin = np.array([rows, [p.write_at for p in passes]], np.int32).repeat(places.sizes, axis=1)  # (N,)
     arrays["row"][:count] = row
-    arrays["first"][:count] = first
-    arrays["slot"][:count] = pages.slots_of(row, slot)
-    if "adapter" in arrays:
-        for p, start in zip(passes, starts, strict=True):
-            arrays["adapter"][start : start + p.ids.size] = p.adapter
-    if "embedding" in arrays:
-        for p, start in zip(passes, starts, strict=True):
-            if p.embedded is not None:
-                arrays["embedding"][start + p.embedded] = start + p.embedded
-                arrays["embeddings"][start + p.embedded] = p.embeddings
-    return count
+    arrays["first"][:count] = places.first
+    arrays["slot"][:count] = pages.slots_of(row, begin + places.offset)
+    at = 0
+    for p in passes:
+        if "adapter" in arrays:
+            arrays["adapter"][at : at + p.ids.size] = p.adapter
+        if p.embedded is not None:
+            arrays["embedding"][at + p.embedded] = at + p.embedded
+            arrays["embeddings"][at + p.embedded] = p.embeddings
+        at += p.ids.size
 
 
-def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], mask: int) -> int:
-    """Write what each prediction has, after the tokens; returns how many they are."""
-    counts = [p.predicted.size for p in passes]
-    *begins, count = itertools.accumulate(counts, initial=0)
-    starts = itertools.accumulate([p.ids.size for p in passes[:-1]], initial=0)
-    start, begin, size = np.array([[*starts], begins, counts], np.int32).repeat(counts, axis=1)  # (R,)
+def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], mask: int, places: _Places) -> None:
+    """Write what each prediction has, after the tokens."""
+    count, counts = places.start.size, places.counts
     index = arrays["index"][:count]
     np.concatenate([p.predicted for p in passes], out=index)
-    index += start
-    arrays["span"][:count, 0] = begin
-    arrays["span"][:count, 1] = begin + size
+    index += places.start
+    arrays["span"][:count] = places.span
     arrays["threshold"][:count] = np.array([p.threshold for p in passes]).repeat(counts)
     if "seed" in arrays:
         masked = arrays["ids"][index] == mask
@@ -216,20 +234,17 @@ def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], 
         arrays["temperature"][:count] = np.where(masked, *heats.repeat(counts, axis=1))
         seeds = np.array([p.seed for p in passes], np.uint64).view(np.int32).reshape(-1, 2)
         arrays["seed"][:count] = seeds.repeat(counts, axis=0)
-    return count
 
 
-def _fill_sources(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], sources: Sequence[Source]) -> None:
-    """Write where each token's id comes from, and what its place depends on, after the tokens."""
-    sizes = [p.ids.size for p in passes]
+def _fill_sources(arrays: Mapping[str, np.ndarray], sources: Sequence[Source], places: _Places) -> None:
+    """Write where each token's id comes from, and what its place depends on."""
     moves = [(s.tokens, s.next_ids, s.size) if s.feed == "accepted" else (0, 0, 0) for s in sources]
     begins = [s.next_ids if s.feed == "next_ids" else s.tokens for s in sources]
     of_passes = np.array([(begin, *move) for begin, move in zip(begins, moves, strict=True)], np.int32)
-    of_tokens = of_passes.repeat(sizes, axis=0)  # (N, 4)
+    of_tokens = of_passes.repeat(places.sizes, axis=0)  # (N, 4)
     count = len(of_tokens)
-    offset = np.arange(count, dtype=np.int32) - arrays["first"][:count]
-    is_mask = (of_tokens[:, 3] > 0) & (offset > 0)
-    arrays["source"][:count] = np.where(is_mask, -1, of_tokens[:, 0] + offset)
+    is_mask = (of_tokens[:, 3] > 0) & (places.offset > 0)
+    arrays["source"][:count] = np.where(is_mask, -1, of_tokens[:, 0] + places.offset)
     arrays["verified"][:count] = of_tokens[:, 1:]
 
 
