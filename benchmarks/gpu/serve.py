@@ -27,6 +27,7 @@ WAYS: dict[str, tuple[dict[str, Any], ...]] = {
     "diffusion": ({"mode": "diffusion", "block_length": 32},),
 }
 WAYS["mix"] = tuple(options for way in list(WAYS.values()) for options in way)
+WAYS["auto"] = ({"mode": "auto"},)
 
 
 class Arrivals:

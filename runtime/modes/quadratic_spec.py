@@ -160,14 +160,15 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
         return _Layout(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
     cost, rows = sequence.cost, sequence.load.rows
-    worth = _recent_worth(sequence) if sequence.planner is None else sequence.planner.worth
+    planner = sequence.planner if rows > 1 else None
+    worth = _recent_worth(sequence) if planner is None else planner.worth
     best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
     more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
     return _best(reached, sizes, worth, _FREE, most=more) if rows == 1 and cost.wants(more) else best
 
 
 def _recent_worth(sequence: Sequence) -> float:
-    """Tokens that a draft of a fixed length brings, by those of late.
+    """Tokens that a draft brings, by those of late.
 
     Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
     """

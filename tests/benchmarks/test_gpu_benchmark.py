@@ -76,8 +76,8 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
         assert cell["to_ceiling"] > 0
     served = [cell for name, cell in cells.items() if name.startswith("serve/")]
     assert [(cell["way"], cell["requests"]) for cell in served] == [
-        *((way, 1) for way in ("ar", "linear_spec", "quadratic_spec", "diffusion")),
-        *((way, 3) for way in ("ar", "linear_spec", "quadratic_spec", "diffusion", "mix")),
+        *((way, 1) for way in ("ar", "linear_spec", "quadratic_spec", "diffusion", "auto")),
+        *((way, 3) for way in ("ar", "linear_spec", "quadratic_spec", "diffusion", "mix", "auto")),
     ]
     assert all(cell["tokens"] == 12 * cell["requests"] and cell["pages"] > 0 for cell in served)
     assert {cell["captured_meanwhile"] + cell["compiled_meanwhile"] for cell in served} == {0}
