@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from ...errors import RequestError
@@ -31,6 +33,11 @@ def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
             raise RequestError("ignore_eos needs a limit; give max_tokens")
         chosen["min_tokens"] = chosen["max_new_tokens"]
     return chosen
+
+
+def choice_pattern(texts: Iterable[str]) -> str:
+    """The pattern that these texts match and no others: what servers of other engines call a choice."""
+    return "|".join(re.escape(text) for text in texts)
 
 
 def with_seed(options: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Generating(Decoding):
         None, description="Make the answer text, JSON, or JSON after a schema, or make it match a pattern."
     )
     structured_outputs: StructuredOutputs | None = Field(
-        None, description="Make the answer follow a schema or a pattern, in vLLM's spelling."
+        None, description="Make the answer follow a schema or a pattern, or one of some texts, in vLLM's spelling."
     )
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(
@@ -88,7 +88,8 @@ class Generating(Decoding):
             schema = "response_format.json_schema" if form.type == "json_schema" else "response_format"
             structure = {"json_schema": schema, "regex": "response_format.regex"}
         elif self.structured_outputs is not None:
-            structure = {"json_schema": "structured_outputs.json", "regex": "structured_outputs.regex"}
+            pattern = "regex" if self.structured_outputs.choice is None else "choice"
+            structure = {"json_schema": "structured_outputs.json", "regex": f"structured_outputs.{pattern}"}
         return {"max_new_tokens": "max_tokens", **structure}
 
     def options(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Generating(Decoding):
         form = self.response_format
         other = self.structured_outputs
         if form is None or form.type == "text":
-            structure = {} if other is None else {"json_schema": other.json_, "regex": other.regex}
+            structure = {} if other is None else {"json_schema": other.json_, "regex": other.pattern()}
             return {name: value for name, value in structure.items() if value is not None}
         if other is not None:
             raise RequestError("response_format and structured_outputs are both given; use one of them")

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from ...errors import RequestError
+from ...runtime.requests.spellings import choice_pattern
+
 # Fields of OpenAI's that change no answer here.
 _WITHOUT_EFFECT = (
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
@@ -255,3 +258,12 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1, description="Make the answer one of these texts.")
+
+    def pattern(self) -> str | None:
+        """What the answer must match. Raises RequestError."""
+        if self.choice is None:
+            return self.regex
+        if self.regex is not None:
+            raise RequestError("structured_outputs has regex and choice; use one of them")
+        return choice_pattern(self.choice)

@@ -7,6 +7,7 @@ One table declares the inputs, for the exported configuration as for reading req
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.requests.prepare import Prompt
-from ...runtime.requests.spellings import left_open, resolve, with_seed
+from ...runtime.requests.spellings import choice_pattern, left_open, resolve, with_seed
 from ...runtime.text.checks import check_text
 from .values import convert
 
@@ -101,10 +102,10 @@ INPUTS = (
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
 _ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
 _MEANINGLESS = ("skip_special_tokens", "spaces_between_special_tokens")
-_GUIDED = {"guided_json": "json_schema", "guided_regex": "regex"}
+_GUIDED = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex"}
 _GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}  # TensorRT-LLM's types
 _STRUCTURES = ("structured_outputs", "guided_decoding")  # vLLM's objects
-_STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex"}
+_STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "guided_choice"}
 _ANY_OBJECT = '{"type": "object"}'
 
 _BY_NAME = {i.name: i for i in INPUTS}
@@ -286,6 +287,8 @@ def _spread(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if name in _STRUCTURES:
             yield from _structure(name, value)
+        elif name == "guided_choice" and value is not None:
+            yield name, _choice(name, value)
         elif not name.startswith("guided_decoding_"):
             yield name, value
     yield from _guide(values)
@@ -298,7 +301,22 @@ def _structure(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             continue
         if kind not in _STRUCTURED:
             raise RequestError(f"{name} has {kind!r:.60}, allowed: {', '.join(_STRUCTURED)}; leave it out")
-        yield _STRUCTURED[kind], _ANY_OBJECT if kind == "json_object" else guide
+        if kind == "json_object":
+            guide = _ANY_OBJECT
+        elif kind == "choice":
+            guide = _choice(f"{name}.choice", guide)
+        yield _STRUCTURED[kind], guide
+
+
+def _choice(name: str, value: Any) -> str:
+    """The pattern of an answer that is one of some texts, which may be JSON. Raises RequestError."""
+    texts = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            texts = json.loads(value)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name} is {value!r:.60}, allowed: a list of one text or more; give the answers to allow")
+    return choice_pattern(texts)
 
 
 def _guide(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

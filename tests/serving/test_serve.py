@@ -13,6 +13,7 @@ import random
 import re
 import signal
 import socket
+import string
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -146,6 +147,22 @@ def test_logprobs_of_parts_of_characters_have_their_bytes(client: openai.OpenAI,
         rest = said[offset:]
         assert rest.startswith(token) or token.startswith("bytes:") or (token, rest) == ("<|im_end|>", "")
     assert flat.logprobs.text_offset == engine.text.offsets([*engine.text.encode(said), 11])
+
+
+@pytest.mark.parametrize("mode", ["ar", "linear_spec"])
+def test_an_answer_is_one_of_the_choices(client: openai.OpenAI, mode: str) -> None:
+    """What a pattern would take for its own signs stands for itself; each choice has to be an answer."""
+    said = [*string.punctuation, " ", "\n", "a.b|c", "\\d+ (x)", "漢", ""]
+    for choice in ([one] for one in said):
+        extra = {"structured_outputs": {"choice": choice}}
+        told = client.chat.completions.create(**chat(max_tokens=30), model=f"tiny:{mode}", extra_body=extra)
+        assert [told.choices[0].message.content] == choice
+    extra = {"structured_outputs": {"choice": said}}
+    drawn = client.completions.create(
+        model=f"tiny:{mode}", prompt="x", max_tokens=30, n=8, temperature=2, seed=1, extra_body=extra
+    )
+    assert {one.text for one in drawn.choices} <= {*said}
+    assert {one.finish_reason for one in drawn.choices} == {"stop"}
 
 
 def test_an_iterator_that_ends_too_early_hangs_no_request(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +358,10 @@ def test_a_think_block_stands_at_the_beginning() -> None:
             "a part of type 'input_audio' is not supported, allowed: text, refusal, image_url, thinking",
         ),
         (CHAT, chat(tool_choice={"type": "function", "function": {}}), "tool_choice.function.name: Field required"),
+        (CHAT, chat(structured_outputs={"choice": []}), "structured_outputs.choice: "),
+        (CHAT, chat(structured_outputs={"choice": ["a", 5]}), "structured_outputs.choice.1: Input should be a valid s"),
+        (CHAT, chat(structured_outputs={"choice": ["\ud800"]}), "structured_outputs.choice: not UTF-8"),
+        (CHAT, chat(structured_outputs={"choice": ["a"], "regex": "a"}), "regex and choice; use one of them"),
         (CHAT, chat(stop=["x"] * 1025), "stop has 1025 values, allowed: at most 1024 with 16384 characters"),
         ("/v1/completions", {"prompt": "x", "bad_words": ["x" * 16385]}, "bad_words has 16385 characters"),
         (CHAT, chat(seed=-(2**63) - 1), "seed is -9223372036854775809"),
@@ -436,6 +457,8 @@ UNHELD = {"type": "string", "not": {"const": "a"}}
         (CHAT, {"structured_outputs": {"json": UNHELD}}, "structured_outputs.json"),
         (CHAT, {"structured_outputs": {"json": "{}", "regex": "a"}}, "structured_outputs.json"),
         ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        (CHAT, {"structured_outputs": {"choice": ["a" * (300 << 10)]}}, "structured_outputs.choice"),
+        (CHAT, {"structured_outputs": {"choice": ["a"]}, "mode": "diffusion"}, "structured_outputs.choice"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
