@@ -28,7 +28,12 @@ class EngineError(NemodiffError):
 
 
 class RequestError(NemodiffError):
-    """A request cannot be served: a value out of range, a prompt that does not fit, an unsupported combination."""
+    """A request cannot be served: a value out of range, a prompt that does not fit, an unsupported combination.
+
+    place: of the request among several that were given at once, from 0; None where it is the only one.
+    """
+
+    place: int | None = None
 
 
 class ContextLengthError(RequestError):

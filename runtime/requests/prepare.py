@@ -39,14 +39,23 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
 
 
 def prepare_all(engine: LoadedEngine, requests: Iterable[tuple[Prompt, Options]]) -> Iterator[Sequence]:
-    """`prepare` for several; those in a row that differ in their seeds alone are encoded and checked once."""
+    """`prepare` for several; those in a row that differ in their seeds alone are encoded and checked once.
+
+    A RequestError tells the place of its request.
+    """
 
     def shared(request: tuple[Prompt, Options]) -> tuple[int, Options]:
         return id(request[0]), dataclasses.replace(request[1], seed=0)
 
+    place = 0
     for _, alike in itertools.groupby(requests, shared):
         answers = [*alike]
-        checked = _check(engine, *answers[0])
+        try:
+            checked = _check(engine, *answers[0])
+        except RequestError as error:
+            error.place = place
+            raise
+        place += len(answers)
         for _, options in answers:
             yield checked.sequence(options.seed)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from ...errors import RequestError
 from ...runtime.requests.prepare import Prompt
@@ -180,10 +180,24 @@ class Watched(Chat):
         return super().options() | ({} if self.chat is None else {"chat": self.chat})
 
 
+def _prompt_kind(prompt: Any) -> str:
+    """Settled by the first of a list, so that a refusal is about the one that is wrong."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else 0
+    return "ids" if isinstance(first, int | float) else "lists" if isinstance(first, list) else "texts"
+
+
 class Completion(Generating):
     """Text that is to be continued as it is, without the chat template."""
 
-    prompt: str | list[str] | list[Vocabulary] | list[list[Vocabulary]]
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[list[str], Tag("texts")]
+        | Annotated[list[Vocabulary], Tag("ids")]
+        | Annotated[list[list[Vocabulary]], Tag("lists")],
+        Discriminator(_prompt_kind),
+    ]
     logprobs: int | None = option_field("logprobs")
     echo: bool | None = Field(
         None,
@@ -206,6 +220,18 @@ class Completion(Generating):
         if len(ids) == len(self.prompt):
             return [ids]
         return [item for item in self.prompt if not isinstance(item, int)]
+
+    @contextlib.contextmanager
+    def own_words(self) -> Iterator[None]:
+        """See `Decoding.own_words`; of several prompts the wrong one is named as the field that it is."""
+        with super().own_words():
+            try:
+                yield
+            except RequestError as error:
+                if error.place is None or _prompt_kind(self.prompt) not in ("texts", "lists"):
+                    raise
+                named = f"prompt.{error.place // (self.n or 1)}"
+                raise type(error)(re.sub(r"^(the )?prompt\b", named, str(error))) from None
 
     def options(self) -> dict[str, Any]:
         """See `Generating.options`. Raises RequestError."""

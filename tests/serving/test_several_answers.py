@@ -57,6 +57,34 @@ def test_answers_that_can_never_fit_take_no_memory(server: Served) -> None:
     assert most_memory() - before < 64 << 20
 
 
+@pytest.mark.parametrize(
+    ("body", "place", "message"),
+    [
+        ({"prompt": ["a", ""]}, "prompt.1", "prompt.1 is empty; "),
+        ({"prompt": ["a", "\ud800"], "n": 2}, "prompt.1", "prompt.1: not UTF-8 text at character 0; "),
+        ({"prompt": [[200], [200], [100]]}, "prompt.2", "prompt.2 holds token id 100, the mask, "),
+        ({"prompt": [[200], [200] * 40_000]}, "prompt.1", "prompt.1 is too long: 40000 tokens > "),
+        ({"prompt": ["a", "b" * 400_000], "max_tokens": 4}, "prompt.1", "prompt.1 is too long: at least "),
+        ({"prompt": [[200], [200] * 9], "max_tokens": 32_767}, "prompt.1", "prompt.1 has 9 tokens and max_tokens is "),
+        ({"prompt": ["a", 5]}, "prompt.1", "prompt.1: Input should be a valid string, got 5; "),
+        ({"prompt": ["a", None]}, "prompt.1", "prompt.1: Input should be a valid string, got None; "),
+        ({"prompt": [[200], "a"]}, "prompt.1", "prompt.1: Input should be a valid list, got 'a'; "),
+        ({"prompt": [[200], [200, -1]]}, "prompt.1.1", "prompt.1.1: Input should be greater than or equal to 0, "),
+        ({"prompt": [200, "a"]}, "prompt.1", "prompt.1: Input should be a valid integer, got 'a'; "),
+        ({"prompt": ["a", "b"], "temperature": -1}, "temperature", "temperature is -1.0, allowed: "),
+        ({"prompt": [""]}, "prompt.0", "prompt.0 is empty; "),
+        ({"prompt": []}, None, "the prompt is empty; "),
+    ],
+)
+def test_of_several_prompts_the_wrong_one_is_named(
+    server: Served, body: dict[str, Any], place: str | None, message: str
+) -> None:
+    status, _, content = server.send("/v1/completions", body)
+    error = json.loads(content)["error"]
+    assert (status, error["param"]) == (400, place)
+    assert error["message"].startswith(message)
+
+
 def test_what_does_not_fit_now_takes_no_place(server: Served) -> None:
     running = server.connect()
     running.request("POST", "/v1/completions", json.dumps(LONG), {"Content-Type": "application/json"})
