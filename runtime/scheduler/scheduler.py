@@ -125,6 +125,11 @@ class Scheduler:
         """What the scheduler does and has done."""
         return self._worker.statistics
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more requests are taken."""
+        return self._worker.closed
+
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests and wait for the worker: until all have finished, or with drain=False cancelled.
 

@@ -45,7 +45,7 @@ class Worker:
         self._waiting: collections.deque[Handle] = collections.deque()
         self._running: dict[Sequence, Handle] = {}
         self._cancelled: list[Handle] = []
-        self._closed = False
+        self.closed = False  # for good
         self._batch: Batch | None = None
         self._past = Counts()  # of batches that were given back
         self._ended = Ended()
@@ -67,7 +67,7 @@ class Worker:
 
     def refuse_if_busy(self, count: int) -> None:
         """Raise BusyError unless there is room for `count` further requests."""
-        if self._closed:
+        if self.closed:
             raise BusyError("the scheduler is closed; give the request to a new one")
         present = len(self._waiting) + len(self._running)  # a free row is about to be filled, so it counts as room
         if present + count > self._most_waiting + self._rows:
@@ -86,7 +86,7 @@ class Worker:
     def close(self, *, drain: bool) -> None:
         """See `Scheduler.close`."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             if not drain:
                 self._cancelled += [*self._waiting, *self._running.values()]
             self._wake()
@@ -154,7 +154,7 @@ class Worker:
                     self._start(self._waiting.popleft())
                 if self._running:
                     return True
-                if self._closed:
+                if self.closed:
                     return False
                 self._rest()
                 self._changed.wait()

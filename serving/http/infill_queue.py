@@ -18,6 +18,7 @@ from ...runtime.editing.infill import Filled, infill
 from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
 from ...runtime.loading import LoadedEngine
 from ..metrics import InfillStats
+from .request_group import DrainingError
 from .threads import without_stop_iteration
 
 
@@ -53,14 +54,14 @@ class InfillQueue:
     def submit(
         self, prefix: str, suffix: str, cancelled: threading.Event, **options: Any
     ) -> concurrent.futures.Future[Filled]:
-        """Queue a hole. Raises BusyError.
+        """Queue a hole. Raises BusyError and DrainingError.
 
         Once `cancelled` is set, the future raises CancelledError; a hole that waits gives its place up at once if the
         future is cancelled too.
         """
         with self._lock:
             if self.closed:
-                raise BusyError("no holes are filled any more; send the request to another server")
+                raise DrainingError
             if self._present >= self._capacity:
                 raise BusyError(f"{self._present} holes are filled or wait, allowed: {self._capacity}; try again later")
             future = self._worker.submit(self._fill, prefix, suffix, cancelled, options)

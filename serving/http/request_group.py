@@ -15,7 +15,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from ...errors import NemodiffError
+from ...errors import BusyError, NemodiffError
 from ...runtime.events.events import Event, Finished
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.sequence import Sequence
@@ -89,7 +89,7 @@ class RequestGroup:
     ) -> list[tuple[Prompt, dict[str, Any]]]:
         """Queue prompts with their options: all of them, or none. `read` gives them, in a thread.
 
-        Raises RequestError and BusyError.
+        Raises RequestError, BusyError and DrainingError.
         """
 
         def submit_all() -> list[tuple[Prompt, dict[str, Any]]]:
@@ -102,8 +102,10 @@ class RequestGroup:
         try:
             with self._own_words():
                 return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, BusyError) and self._scheduler.closed:
+                raise DrainingError from None
             raise
 
     @property

@@ -82,6 +82,22 @@ def test_types_by_route(
     assert path != MESSAGES or {*types.values()} <= {*get_args(ErrorType), "request_too_large"}
 
 
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES, "/v1/fim/completions", "/events"])
+def test_who_was_admitted_and_comes_after_the_drain_is_refused_like_a_new_one(
+    engine: nemodiff.LoadedEngine, path: str
+) -> None:
+    """A body may still arrive while the server drains, and when it is there nothing may be running any more."""
+    bodies: dict[str, Any] = {RESPONSES: {"input": "Count"}, "/v1/fim/completions": {"prompt": "a", "suffix": "b"}}
+    scheduler = Scheduler(toy(engine))
+    server = Server(engine, scheduler, Limits(), "tiny", {})
+    scheduler.close()
+    server.infill_queue.close()
+    status, (told,) = asyncio.run(asked(server.app, path, bodies.get(path, ASKED)))
+    server.close()
+    assert (status, told["error"]["code"]) == (503, "draining")
+    assert told["error"]["message"].startswith("the server is about to stop; ")
+
+
 @pytest.mark.parametrize(
     ("path", "kind"), [(MESSAGES, "api_error"), (CHAT, "server_error"), (RESPONSES, "server_error")]
 )
