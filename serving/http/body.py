@@ -74,7 +74,7 @@ class Generating(Decoding):
     )
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(
-        None, description="Send a last chunk with the usage, with include_usage."
+        None, description="Send a last chunk with the usage, or with continuous_usage_stats every chunk."
     )
     diffusing: bool | None = Field(
         None, description="Send blocks as they fill in too, outside of the text; needs stream."

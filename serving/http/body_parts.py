@@ -233,7 +233,9 @@ class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
+    continuous_usage_stats: bool = Field(
+        False, description="Send the tokens so far in each chunk too, in vLLM's words."
+    )
 
 
 class JsonSchema(Body):

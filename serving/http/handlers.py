@@ -99,8 +99,7 @@ class Handlers:
             generations = [event.generation for event in finished]
             # In a thread, since thousands of tokens with their names and neighbours would hold up other clients.
             return await asyncio.to_thread(lambda: JSONResponse(builder.full(generations)))
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        chunks = builder.chunks(group.events(), len(requests), with_usage=with_usage, diffusing=diffusing)
+        chunks = builder.chunks(group.events(), len(requests), body.stream_options, diffusing=diffusing)
         return EventStreamResponse(chunks, group.close, lambda: group.more, done=True)
 
     async def answer(self, request: Request, body: Messages | Responses) -> Response:
@@ -185,7 +184,7 @@ class Handlers:
         del response["usage"]
         chunks = [response]
         if body.stream_options is not None and body.stream_options.include_usage:
-            response["usage"] = None
+            response["usage"] = usage if body.stream_options.continuous_usage_stats else None
             told = {name: value for name, value in response.items() if name != "warnings"}
             chunks.append({**told, "choices": [], "usage": usage})
         return EventStreamResponse(_each(chunks), cancelled.set, lambda: True, done=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import secrets
 import time
@@ -15,6 +16,7 @@ from ...runtime.requests.generation import Generation, tokens_per_pass
 from ...runtime.requests.sequence import Sequence as RunningSequence
 from ...runtime.tools.answer import Delta
 from ..logprobs import logprobs_by_id
+from .body_parts import StreamOptions
 from .token_values import TokenValues
 
 Kind = Literal["chat", "completion"]
@@ -64,33 +66,43 @@ class ResponseBuilder:
         return {**head, "choices": [choice], "usage": usage, **({"warnings": warnings} if warnings else {})}
 
     async def chunks(
-        self, events: AsyncIterator[tuple[int, Event]], count: int, *, with_usage: bool, diffusing: bool
+        self, events: AsyncIterator[tuple[int, Event]], count: int, options: StreamOptions | None, *, diffusing: bool
     ) -> AsyncIterator[dict[str, Any]]:
         """The answer to a streamed request, in pieces as its text comes.
 
-        with_usage: a last chunk has the usage, and those before it say that it is yet to come.
+        options: whether a last chunk has the usage, and those before it the tokens of their answer so far, or null.
         """
-        pending = {"usage": None} if with_usage else {}
+        with_usage = options is not None and options.include_usage
+        continuous = options is not None and options.continuous_usage_stats
+        emitted = collections.Counter[int]()
+
+        def so_far(index: int) -> dict[str, Any]:
+            if not with_usage:
+                return {}
+            return {"usage": _counts(len(self.sequences[index].prompt), emitted[index]) if continuous else None}
+
         generations: dict[int, Generation] = {}
         values: dict[int, TokenValues] = {}
         if self.kind == "chat":
             for index in range(count):
-                yield {**self._chunk(index, {"role": "assistant", "content": ""}), **pending}
+                yield {**self._chunk(index, {"role": "assistant", "content": ""}), **so_far(index)}
         async for index, event in events:
             if index not in values and isinstance(event, Text | Finished):
                 values[index] = self._begin(index)  # now the prompt's are complete
                 if echo := self._echo(index):
-                    yield {**self._chunk(index, {"content": echo}, values[index]), **pending}
+                    yield {**self._chunk(index, {"content": echo}, values[index]), **so_far(index)}
             if isinstance(event, Text):
+                emitted[index] += len(event.token_ids)
                 values[index].tell(event.token_ids, event.logprobs, event.confidences)
                 for delta in self._deltas(event):
-                    yield {**self._chunk(index, delta, values[index]), **pending}
+                    yield {**self._chunk(index, delta, values[index]), **so_far(index)}
             elif isinstance(event, Step):
                 if diffusing and event.kind in ("denoise", "draft"):
-                    yield {**self._chunk(index, {}), "diffusing": self._block(event), **pending}
+                    yield {**self._chunk(index, {}), "diffusing": self._block(event), **so_far(index)}
             elif isinstance(event, Finished):
                 generations[index] = event.generation
-                yield {**self._last_chunk(index, event.generation, values[index]), **pending}
+                emitted[index] = len(event.generation.token_ids)
+                yield {**self._last_chunk(index, event.generation, values[index]), **so_far(index)}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}
@@ -219,9 +231,7 @@ def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]
     prompt = sum(g.prompt_tokens for g in prompts)
     timings = {name: max(g.timings_ms[name] for g in generations) for name in ("queued", "prefill", "decode", "total")}
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": emitted,
-        "total_tokens": prompt + emitted,
+        **_counts(prompt, emitted),
         "prompt_tokens_details": {"cached_tokens": sum(g.reused_tokens for g in prompts)}
         | ({"image_tokens": sum(sum(g.image_tokens) for g in prompts)} if first.image_tokens else {}),
         "completion_tokens_details": {"reasoning_tokens": sum(g.reasoning_tokens for g in generations)},
@@ -234,6 +244,10 @@ def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]
         "e2e_tpf": e2e_tpf,
         "timings_ms": timings,
     }
+
+
+def _counts(prompt: int, emitted: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": emitted, "total_tokens": prompt + emitted}
 
 
 def _warnings(generations: Sequence[Generation]) -> dict[str, list[str]]:

@@ -102,6 +102,28 @@ def test_what_does_not_fit_now_takes_no_place(server: Served) -> None:
     server.settled()
 
 
+@pytest.mark.parametrize(("path", "mode"), [(CHAT, "linear_spec"), ("/v1/completions", "ar")])
+def test_each_chunk_counts_its_answer_so_far(server: Served, path: str, mode: str) -> None:
+    asked = {"messages": MESSAGES} if path == CHAT else {"prompt": ["Count from", "Sort these: b, a."]}
+    body = {**asked, "mode": mode, "max_tokens": 30, "n": 2, "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = server.stream(path, {**body, "stream_options": options})
+    counts = dict[int, list[int]]()
+    prompts = dict[int, int]()
+    for chunk in chunks:
+        (choice,), usage = chunk["choices"], chunk["usage"]
+        assert set(usage) == {"prompt_tokens", "completion_tokens", "total_tokens"}
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert prompts.setdefault(choice["index"], usage["prompt_tokens"]) == usage["prompt_tokens"]
+        counts.setdefault(choice["index"], []).append(usage["completion_tokens"])
+    assert all(sorted(each) == each for each in counts.values())
+    assert len({*counts[0]}) > 1
+    assert sum(each[-1] for each in counts.values()) == last["usage"]["completion_tokens"]
+    assert sum(prompts.values()) == 2 * last["usage"]["prompt_tokens"]
+    alone = {"continuous_usage_stats": True}
+    assert not any("usage" in chunk for chunk in server.stream(path, {**body, "stream_options": alone}))
+
+
 def test_a_prompt_is_counted_once_for_all_its_answers(server: Served) -> None:
     one = server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 3})["usage"]
     body = {"messages": MESSAGES, "max_tokens": 3, "n": 3}
