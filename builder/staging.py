@@ -77,6 +77,8 @@ ENGINE = Kind(
 def check_target(target: Path, kind: Kind = ENGINE) -> None:
     """Refuse an output inside what nemodiff wrote, or that would destroy what is of no such kind. Raises BuildError."""
     for above in resolved(target).parents:
+        if above.exists() and not above.is_dir():
+            raise BuildError(f"{target}: lies in {above}, which is not a folder; choose another {kind.option}")
         made = made_as(above)
         if made is not None:
             raise BuildError(

@@ -133,6 +133,16 @@ def test_wrong_exports_are_refused(
     refused(["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models"), *arguments], fragment)
 
 
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_repository_where_a_file_stands_is_refused(
+    tiny_engine: Path, tmp_path: Path, refused: Refused, below: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    line = f"lies in {tmp_path / 'file'}, which is not a folder; choose another --repo"
+    refused(["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "file" / below)], line)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_something_that_is_no_engine_is_refused(tmp_path: Path, refused: Refused) -> None:
     refused(["triton", "export", str(tmp_path), "--repo", str(tmp_path / "models")], "nemodiff build")
 
