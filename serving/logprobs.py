@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..runtime.requests.token_logprobs import TokenLogprobs
@@ -11,9 +11,10 @@ from ..runtime.text.codec import TextCodec
 
 def logprobs_by_id(
     codec: TextCodec, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
-) -> list[dict[str, dict[str, Any]] | None]:
+) -> Iterator[dict[str, dict[str, Any]] | None]:
     """Of tokens: each and the likeliest ones by their ids, null where nothing stands before."""
-    return [None if one is None else _by_id(codec, token, one) for token, one in zip(tokens, logprobs, strict=True)]
+    for token, one in zip(tokens, logprobs, strict=True):
+        yield None if one is None else _by_id(codec, token, one)
 
 
 def _by_id(codec: TextCodec, token: int, one: TokenLogprobs) -> dict[str, dict[str, Any]]:

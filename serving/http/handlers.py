@@ -98,7 +98,9 @@ class Handlers:
             finished = await group.finished(request.receive)
             generations = [event.generation for event in finished]
             # In a thread, since thousands of tokens with their names and neighbours would hold up other clients.
-            return await asyncio.to_thread(lambda: JSONResponse(builder.full(generations)))
+            return await asyncio.to_thread(
+                lambda: Response(orjson.dumps(builder.full(generations)), media_type="application/json")
+            )
         chunks = builder.chunks(group.events(), len(requests), body.stream_options, diffusing=diffusing)
         return EventStreamResponse(chunks, group.close, lambda: group.more, done=True)
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
+import orjson
+
 from ...runtime.events.events import Event, Finished, Step, Text, as_dict
 from ...runtime.events.trace import header
 from ...runtime.loading import LoadedEngine
@@ -43,7 +45,7 @@ class ResponseBuilder:
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def full(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The answer to a request that is not streamed."""
+        """The answer to a request that is not streamed, for orjson."""
         choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         object_name = "chat.completion" if self.kind == "chat" else "text_completion"
         return {
@@ -192,7 +194,9 @@ class ResponseBuilder:
         if not self.prompt_logprobs or generation.prompt_logprobs is None:
             return {}
         prompt = self.sequences[index].prompt
-        return {"prompt_logprobs": logprobs_by_id(self.engine.text, prompt, generation.prompt_logprobs)}
+        told = logprobs_by_id(self.engine.text, prompt, generation.prompt_logprobs)
+        # One by one, since a token's objects take four times its text, and copied, since orjson's buffers do too.
+        return {"prompt_logprobs": [orjson.Fragment(memoryview(orjson.dumps(one)).tobytes()) for one in told]}
 
 
 def finish_reason(generation: Generation) -> str:

@@ -74,7 +74,7 @@ class ResponseWriter:
         """The log-probabilities by token ids, as JSON, where they were requested."""
         if generation.logprobs is None:
             return None
-        return json.dumps(logprobs_by_id(self._codec, generation.token_ids, generation.logprobs))
+        return json.dumps([*logprobs_by_id(self._codec, generation.token_ids, generation.logprobs)])
 
     def _send_error(self, sender: Any, message: str, code: Any) -> None:
         response = self._pb.InferenceResponse(error=self._pb.TritonError(message, code))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from stand_ins.http_server import Served, serving
 
 import nemodiff
+from nemodiff.runtime.requests.options import make_options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.serving.http.responses import ResponseBuilder
 
 QUESTION = "Count from 3 to 9."
 CAUSAL = ["ar", "linear_spec", "quadratic_spec", "auto"]
@@ -201,3 +207,19 @@ def test_openais_client_reads_an_echo(server: Served) -> None:
     assert logprobs.token_logprobs is not None
     assert logprobs.token_logprobs[0] is None
     client.close()
+
+
+def test_what_is_told_of_a_long_prompt_takes_little_memory_until_it_is_sent(engine: nemodiff.LoadedEngine) -> None:
+    ids = [*range(200, 800)]
+    options: dict[str, Any] = {"prompt_logprobs": 100, "max_new_tokens": 1}
+    builder = ResponseBuilder(engine, "completion", "tiny", prompt_logprobs=True)
+    builder.sequences = [prepare(engine, ids, make_options(options))]
+    generation = nemodiff.generate(engine, ids, **options)
+    tracemalloc.start()
+    content = orjson.dumps(builder.full([generation]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    told = json.loads(content)["choices"][0]["prompt_logprobs"]
+    assert len(told) == len(ids)
+    assert len(told[-1]) >= 100
+    assert peak < 4 * len(content)
