@@ -21,7 +21,7 @@ from oracle.reference import linear_spec as oracle_linear_spec
 from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, write_checkpoint
 from stand_ins.lagging_device import LaggingDevice
 from stand_ins.torch_graphs import RecordingDevice
-from stand_ins.torch_pair import PROMPT, QUESTIONS, Pair, adapted, make_pair, torch_backend
+from stand_ins.torch_pair import PROMPT, QUESTIONS, Asked, Pair, adapted, crowd, make_pair, torch_backend, without_times
 from stand_ins.toy_engine import PagedToyEngine
 
 import nemodiff
@@ -40,7 +40,6 @@ from nemodiff.runtime.requests.sequence import Sequence as Request
 
 TEXT = [200 + i * 7 % 300 for i in range(150)]
 LINEAR: dict[str, Any] = {"mode": "linear_spec"}
-Asked = tuple[list[int], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,8 @@ def told(request: Request) -> dict[str, Any]:
 
 def told_by(answer: nemodiff.Generation) -> dict[str, Any]:
     """The same of an answer."""
-    values = answer.as_dict()
-    return {name: value for name, value in values.items() if name not in ("timings_ms", "reused_tokens", "logprobs")}
+    values = without_times(answer)
+    return {name: value for name, value in values.items() if name not in ("reused_tokens", "logprobs")}
 
 
 def run(engine: nemodiff.LoadedEngine, asked: Sequence[Asked], rows: int = 1) -> tuple[list[dict[str, Any]], Batch]:
@@ -316,20 +315,9 @@ def test_a_card_gives_what_onnx_runtime_gives(
         options = {"mode": "linear_spec", "block_length": choose.choice([4, 7, 16, 32])}
         options |= choose.choice([{}, {}, {}, {"mode": "ar"}, {"threshold": 0.01}, {"mode": "diffusion"}])
         asked.append((prompt, {**options, "max_new_tokens": choose.choice([2, 9, 60, 90])}))
-    with nemodiff.Scheduler(engine, rows=4) as scheduler:
-        handles, leaving = [], []
-        for number, (prompt, options) in enumerate(asked):
-            handles.append(scheduler.submit(prompt, **options))
-            if number % 3 == 0:
-                leaving.append(scheduler.submit(prompt, mode="linear_spec", max_new_tokens=150))
-        for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
-            if number % 2 and leaving:
-                leaving.pop().cancel()
-            expected = nemodiff.generate(small.theirs, prompt, **options)
-            assert told_by(handle.result(120)) == told_by(expected)
-        for handle in leaving:
-            handle.cancel()
-        statistics = scheduler.statistics
+    answers, statistics = crowd(engine, small.theirs, asked, {"mode": "linear_spec", "max_new_tokens": 150}, 120)
+    for answer, expected in answers:
+        assert told_by(answer) == told_by(expected)
     backend = torch_backend(engine)
     assert statistics.preempted > 0 or pages == 40
     followed = backend.followed  # type: ignore[attr-defined]

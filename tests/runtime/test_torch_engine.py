@@ -36,9 +36,11 @@ from stand_ins.torch_pair import (
     MODELS,
     PROMPT,
     QUESTIONS,
+    Asked,
     Pair,
     adapted,
     check_steps,
+    crowd,
     make_pair,
     torch_backend,
     without_times,
@@ -498,7 +500,7 @@ def test_a_card_may_lag_behind(small: Pair, monkeypatch: pytest.MonkeyPatch, has
     device = LaggingDevice(monkeypatch, haste)
     lagging = TorchEngine(backend.folder, backend.info, device, kernels=False, pages=pages)
     choose = random.Random(3)
-    asked: list[tuple[list[int], dict[str, Any]]] = []
+    asked: list[Asked] = []
     for _ in range(24):
         prompt = (PROMPT * 3)[: choose.choice([16, 63, 64, 65, 100])]
         prompt += [300 + choose.randrange(3)] * choose.randint(0, 9)
@@ -514,20 +516,10 @@ def test_a_card_may_lag_behind(small: Pair, monkeypatch: pytest.MonkeyPatch, has
         return flight
 
     lagging.forwards.follow = counted  # type: ignore[method-assign]
-    with nemodiff.Scheduler(small.with_backend(lagging), rows=4) as scheduler:
-        handles, leaving = [], []
-        for number, (prompt, options) in enumerate(asked):
-            handles.append(scheduler.submit(prompt, **options))
-            if number % 3 == 0:
-                leaving.append(scheduler.submit(prompt, mode="ar", max_new_tokens=200))
-        for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
-            if number % 2 and leaving:
-                leaving.pop().cancel()
-            expected = nemodiff.generate(small.theirs, prompt, **options)
-            assert handle.result(60).token_ids == expected.token_ids
-        for handle in leaving:
-            handle.cancel()
-        statistics = scheduler.statistics
+    engine = small.with_backend(lagging)
+    answers, statistics = crowd(engine, small.theirs, asked, {"mode": "ar", "max_new_tokens": 200}, 60)
+    for answer, expected in answers:
+        assert answer.token_ids == expected.token_ids
     assert statistics.preempted > 0 if pages == 7 else sum(followed) > 5
     assert statistics.reused_tokens > 0
     assert lagging.pages.free == pages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from nemodiff.builder.build import Builder
 from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.runtime.scheduler.statistics import Statistics
 
+Asked = tuple[list[int], dict[str, Any]]  # a prompt and its options
 QUESTIONS = ["Count from 3 to 9.", "Sort these numbers: 41, 7, 93.", "Show the times table of 7 up to 5."]
 PROMPT = [130 + (i * 7) % 200 for i in range(40)]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -141,3 +143,27 @@ def check_steps(ours: TorchEngine, theirs: LoadedEngine, *, short: bool = False)
     for got, expected in zip(a.forward(last), b.forward(last), strict=True):
         np.testing.assert_array_equal(got.token, expected.token)
     a.close()
+
+
+def crowd(
+    engine: LoadedEngine, theirs: LoadedEngine, asked: Sequence[Asked], leaving: dict[str, Any], seconds: float
+) -> tuple[list[tuple[nemodiff.Generation, nemodiff.Generation]], Statistics]:
+    """Requests over four rows, each answer beside `theirs`, while others with some of the prompts are cancelled.
+
+    Those have the options `leaving`. An answer has so many seconds.
+    """
+    with nemodiff.Scheduler(engine, rows=4) as scheduler:
+        handles, left = [], []
+        for number, (prompt, options) in enumerate(asked):
+            handles.append(scheduler.submit(prompt, **options))
+            if number % 3 == 0:
+                left.append(scheduler.submit(prompt, **leaving))
+        answers = []
+        for number, (handle, (prompt, options)) in enumerate(zip(handles, asked, strict=True)):
+            if number % 2 and left:
+                left.pop().cancel()
+            expected = nemodiff.generate(theirs, prompt, **options)
+            answers.append((handle.result(seconds), expected))
+        for handle in left:
+            handle.cancel()
+        return answers, scheduler.statistics
