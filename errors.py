@@ -11,6 +11,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
+def system_reason(error: BaseException) -> str:
+    """What the system says of an error, without its number and path; of any other error all that it says."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 class NemodiffError(Exception):
     """A problem the user can fix; `str(error)` is the one line shown to them. Command-line exit code: 1."""
 

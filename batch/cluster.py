@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, system_reason
 
 _PATIENCE = 10.0  # seconds
 
@@ -94,5 +94,5 @@ def reason(error: BaseException) -> str:
     cause = getattr(error, "cause", None) or error.__cause__
     if isinstance(cause, BaseException):
         return reason(cause)
-    lines = [line for line in str(getattr(error, "strerror", None) or error).strip().splitlines() if line.strip()]
+    lines = [line for line in system_reason(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, system_reason
 from .quantized import PARTS, SCALES, Parts, dequantized, kind
 
 # safetensors gives NumPy no numbers of 8 bits with an exponent, so files are read here.
@@ -121,6 +121,6 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = system_reason(error)
         raise CheckpointError(f"{path}: not readable ({reason}); give a complete checkpoint folder") from None
     return values

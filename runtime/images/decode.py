@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import RequestError, first_line
+from ...errors import RequestError, first_line, system_reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ def _read(path: str | Path) -> bytes:
         with Path(path).open("rb") as file:
             return file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = system_reason(error)
         raise RequestError(f"{path}: cannot be read ({reason}); give the path of an image file") from None
 
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import uvicorn
 
-from ...errors import RequestError
+from ...errors import RequestError, system_reason
 from .app import Server
 from .connection import Connection, ConnectionConfig
 from .request_log import settle_logging
@@ -51,8 +51,9 @@ def bind(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except (OSError, TypeError) as error:  # a TypeError where a host's name has letters that no name may have
         listening.close()
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"--host {host} --port {port}: {reason}; give another, or --port 0 for a free one") from None
+        raise RequestError(
+            f"--host {host} --port {port}: {system_reason(error)}; give another, or --port 0 for a free one"
+        ) from None
     return listening
 
 
