@@ -22,6 +22,7 @@ MAX_BATCH = 4096  # rows of one forward
 DEFAULT_MAX_SEQ_LEN = 32768
 DEFAULT_MAX_BATCH_SIZE = 8
 PAGE = 64  # slots of a page of K/V, of the torch engine and its kernels
+DEFAULT_MAX_LOGPROBS = 20  # likeliest tokens that servers tell of for each token, as in vLLM
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9  # share of a GPU that weights, passes and K/V may take, as in vLLM
 PREFILL_CHUNK = 512  # tokens of a prefill pass unless another --max-input-len is built
 EXPORT_FORMATS = ("ministral3",)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from ..contract import MODES
+from ..contract import DEFAULT_MAX_LOGPROBS, MODES
 from ..errors import RequestError
 from . import options
 from .streams import TEXT
@@ -99,6 +99,13 @@ def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[st
     help="Let this many requests wait and refuse further ones.",
 )
 @click.option(
+    "--max-logprobs",
+    type=click.IntRange(0),
+    default=DEFAULT_MAX_LOGPROBS,
+    show_default=True,
+    help="Tell of this many likeliest tokens for each token, and refuse a request that asks for more.",
+)
+@click.option(
     "--max-request-bytes",
     type=click.IntRange(1),
     default=4 << 20,
@@ -162,6 +169,7 @@ def serve(
     mode: str,
     rows: int | None,
     max_queue: int,
+    max_logprobs: int,
     max_request_bytes: int,
     max_connections: int,
     client_timeout: float,
@@ -206,6 +214,7 @@ def serve(
         connections=max_connections,
         patience=client_timeout,
         image_urls=allow_image_urls,
+        logprobs=max_logprobs,
     )
     sampling = sampling_defaults(engine) if generation_config == "auto" else {}
     with bind(host, port) as listening, signals_heard():

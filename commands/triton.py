@@ -43,8 +43,8 @@ def export(engine: Path, repo: Path, assignments: tuple[str, ...], **choices: An
     """Write ENGINE as a model into a model repository of Triton Inference Server.
 
     --set takes rows, waiting, threads, device, gpu_memory_utilization, warmup, prefix_reuse, prefill_tokens,
-    stream_interval_ms, generation_config=auto for the sampling that the model proposes, and the default of any input or
-    field of sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
+    max_logprobs, stream_interval_ms, generation_config=auto for the sampling that the model proposes, and the default
+    of any input or field of sampling_parameters, such as mode=ar, max_tokens=200 or stream=true.
     """
     from ..serving.triton_server.export import export as export_model
     from ..serving.triton_server.export import parse_assignments

@@ -30,7 +30,8 @@ from .option_types import Help, Most, NotEmpty, Range, describe, json_text, plai
 DEFAULT_NEW_TOKENS = 512
 AUTO = "auto"  # a mode or block length by measured cost
 BLOCK_LENGTH = Range(1, MAX_BLOCK)
-LOGPROBS = Range(0, 100)
+MOST_LOGPROBS = 100
+LOGPROBS = Range(0, MOST_LOGPROBS)
 THRESHOLD = Range(0, text="0 or more (over 1 commits one token per pass)")
 _COLDEST = 1e-30  # least temperature over 0; a logit over it still is a number, also in f32
 _TEMPERATURE = Range(_COLDEST, sys.float_info.max, or_zero=True, text=f"0 or {_COLDEST} and more")

@@ -17,7 +17,7 @@ from ...errors import NemodiffError, RequestError
 from ..batching.batch import kept_prefixes
 from ..events.events import Event
 from ..loading import LoadedEngine, check_engine, check_rows
-from ..requests.options import make_options
+from ..requests.options import MOST_LOGPROBS, Options, make_options
 from ..requests.prepare import Prompt, prepare_all
 from ..requests.sequence import Sequence
 from ..text.checks import check_list
@@ -37,6 +37,7 @@ class Scheduler:
         waiting: requests that may wait for a row before `submit` refuses.
         prefix_reuse: copy the K/V of a prompt's beginning from an earlier prompt that begins alike.
         prefill_tokens: prompt tokens computed in one step; fewer let a long prompt delay running requests less.
+        max_logprobs: likeliest tokens that a request may ask for, which are kept until its answer is sent.
 
     Raises:
         RequestError: a number is out of range.
@@ -50,18 +51,21 @@ class Scheduler:
         waiting: int = QUEUE,
         prefix_reuse: bool = True,
         prefill_tokens: int = PREFILL_CHUNK,
+        max_logprobs: int = MOST_LOGPROBS,
     ) -> None:
         check_engine(engine)
         self._rows = engine.info.build.max_batch_size if rows is None else rows
         check_rows(engine.info, self._rows)
-        for name, value in (("waiting", waiting), ("prefill_tokens", prefill_tokens)):
-            if not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} is {value!r}, allowed: 1 or more")
+        numbers = (("waiting", waiting, 1), ("prefill_tokens", prefill_tokens, 1), ("max_logprobs", max_logprobs, 0))
+        for name, value, least in numbers:
+            if not isinstance(value, int) or value < least:
+                raise RequestError(f"{name} is {value!r}, allowed: {least} or more")
         if self._rows > 1:
             engine.cost.curve  # noqa: B018  (measured before the first request, not in the middle of it)
         self._engine = engine
         self._most_waiting = waiting
         self._prefill_tokens = prefill_tokens
+        self._max_logprobs = max_logprobs
         kept = kept_prefixes(engine.backend) if prefix_reuse else None
         self._worker = Worker(engine, self._rows, waiting, kept, prefill_tokens)
 
@@ -154,8 +158,20 @@ class Scheduler:
         """Queue all requests, or raise RequestError or BusyError before any is queued."""
         self.check_count(len(requests))
         self._worker.refuse_if_busy(len(requests))
-        prepared = prepare_all(self._engine, ((prompt, make_options(options)) for prompt, options in requests))
+        prepared = prepare_all(self._engine, ((prompt, self._allowed(options)) for prompt, options in requests))
         return self._worker.add([self._in_small_chunks(sequence) for sequence in prepared], listeners, steps=steps)
+
+    def _allowed(self, options: Mapping[str, Any]) -> Options:
+        """A request's options. Raises RequestError."""
+        made = make_options(options)
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(made, name)
+            if asked is not None and asked > self._max_logprobs:
+                raise RequestError(
+                    f"{name} is {asked}, allowed: at most {self._max_logprobs} on this server; ask for "
+                    "fewer, or raise max_logprobs"
+                )
+        return made
 
     def _in_small_chunks(self, sequence: Sequence) -> Sequence:
         """The sequence with its prompt read in passes that a step has room for."""

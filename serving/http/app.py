@@ -12,6 +12,7 @@ from typing import Any
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from ...contract import DEFAULT_MAX_LOGPROBS
 from ...runtime.loading import LoadedEngine, load
 from ...runtime.scheduler.scheduler import QUEUE, Scheduler
 from ..metrics import ServerStats
@@ -34,7 +35,8 @@ class Limits:
     the server is open. waiting: requests that may wait for a row. hosts: that a client may call the server by.
     origins: whose pages may read its answers in a browser, `*` for all. connections: at a time. patience: seconds that
     a client has to send a request, or to read some of an answer.
-    image_urls: whether images are fetched that a request names by http URL.
+    image_urls: whether images are fetched that a request names by http URL. logprobs: likeliest tokens that a request
+    may ask for.
     """
 
     timeout: float = 600.0
@@ -46,6 +48,7 @@ class Limits:
     connections: int = 512
     patience: float = 60.0
     image_urls: bool = False
+    logprobs: int = DEFAULT_MAX_LOGPROBS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,5 +136,7 @@ def open_server(
 ) -> Server:
     """Load an engine, by other arguments of `load`, and put it behind HTTP. Raises NemodiffError."""
     engine = load(folder, **loading, progress=True)
-    scheduler = Scheduler(engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse)
+    scheduler = Scheduler(
+        engine, rows=rows, waiting=limits.waiting, prefix_reuse=prefix_reuse, max_logprobs=limits.logprobs
+    )
     return Server(engine, scheduler, limits, name or folder.resolve().name, defaults, reports)

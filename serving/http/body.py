@@ -212,6 +212,11 @@ class Completion(Generating):
         description="Begin a text as the tokenizer begins one; only true is allowed, token ids are taken as they are.",
     )
 
+    def spelled(self) -> dict[str, str]:
+        """See `Decoding.spelled`."""
+        scored = {"prompt_logprobs": "logprobs"} if self.echo and self.prompt_logprobs is None else {}
+        return super().spelled() | scored
+
     def prompts(self) -> list[Prompt]:
         """Each text or list of ids. Raises RequestError."""
         if isinstance(self.prompt, str):

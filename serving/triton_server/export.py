@@ -113,10 +113,10 @@ def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
     limit = info.build.max_batch_size
     if parsed.rows is not None and not 1 <= parsed.rows <= limit:
         raise RequestError(f"rows is {parsed.rows}, allowed: 1 to {limit}; build with a larger --max-batch-size")
-    for name in ("waiting", "prefill_tokens"):
+    for name, least in (("waiting", 1), ("prefill_tokens", 1), ("max_logprobs", 0)):
         value = getattr(parsed, name)
-        if value < 1:
-            raise RequestError(f"{name} is {value}, allowed: 1 or more")
+        if value < least:
+            raise RequestError(f"{name} is {value}, allowed: {least} or more")
     check_resources(parsed.threads, parsed.gpu_memory_utilization)
     if not 0 <= parsed.stream_interval_ms < math.inf:
         raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")

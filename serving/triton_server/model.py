@@ -81,6 +81,7 @@ class TritonPythonModel:
             waiting=self._parameters.waiting,
             prefix_reuse=self._parameters.prefix_reuse,
             prefill_tokens=self._parameters.prefill_tokens,
+            max_logprobs=self._parameters.max_logprobs,
         )
         self._writer = ResponseWriter(self._pb, self._name, engine.text, batched)
         # The instance, since the instances of a model share its series and would overwrite each other's gauges.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from ...contract import DEFAULT_GPU_MEMORY_UTILIZATION, PREFILL_CHUNK
+from ...contract import DEFAULT_GPU_MEMORY_UTILIZATION, DEFAULT_MAX_LOGPROBS, PREFILL_CHUNK
 from ...errors import RequestError
 from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
@@ -119,10 +119,10 @@ _INPUTS_ALONE = ("text_input", "image", "sampling_parameters")  # and no keys or
 class ModelParameters:
     """What the model's configuration chooses: the scheduler's numbers, and the defaults of requests.
 
-    rows, waiting, prefix_reuse, prefill_tokens: of `Scheduler`. threads, device, gpu_memory_utilization, warmup: of
-    `load`. stream_interval_ms: least time between two responses of a stream; 0 sends text as it comes. engine: its
-    folder, beside the model's file or absolute. generation_config: auto takes the sampling that the engine's
-    generation_config.json proposes as defaults, none does not. values: defaults of requests, by their names.
+    rows, waiting, prefix_reuse, prefill_tokens, max_logprobs: of `Scheduler`. threads, device, gpu_memory_utilization,
+    warmup: of `load`. stream_interval_ms: least time between two responses of a stream; 0 sends text as it comes.
+    engine: its folder, beside the model's file or absolute. generation_config: auto takes the sampling that the
+    engine's generation_config.json proposes as defaults, none does not. values: defaults of requests, by their names.
     """
 
     rows: int | None = None
@@ -133,6 +133,7 @@ class ModelParameters:
     warmup: bool = True
     prefix_reuse: bool = True
     prefill_tokens: int = PREFILL_CHUNK
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
     stream_interval_ms: float = 10.0
     engine: str = "engine"
     generation_config: str = "none"

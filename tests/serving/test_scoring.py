@@ -223,3 +223,38 @@ def test_what_is_told_of_a_long_prompt_takes_little_memory_until_it_is_sent(engi
     assert len(told) == len(ids)
     assert len(told[-1]) >= 100
     assert peak < 4 * len(content)
+
+
+OF_TEXT = "message.output_text.logprobs"
+TOO_MANY = "is 21, allowed: at most 20 on this server; ask for fewer, or raise max_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}], "prompt_logprobs": 21}, "prompt_logprobs"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": 21}, "logprobs"),
+        (COMPLETIONS, {"prompt": "x", "prompt_logprobs": 21, "max_tokens": 0}, "prompt_logprobs"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": 21, "echo": True, "max_tokens": 0}, "logprobs"),
+        ("/events", {"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
+        ("/v1/responses", {"input": "x", "include": [OF_TEXT], "top_logprobs": 21}, "top_logprobs"),
+    ],
+)  # fmt: skip
+def test_more_logprobs_than_the_server_allows_are_refused(
+    server: Served, path: str, body: dict[str, Any], named: str
+) -> None:
+    status, _, content = server.send(path, body)
+    error = json.loads(content)["error"]
+    assert (status, error["message"], error["param"]) == (400, f"{named} {TOO_MANY}", named)
+    fewer = {name: 20 if value == 21 else value for name, value in body.items()}
+    assert server.send(path, {**fewer, "max_tokens": 1} if path == "/events" else fewer)[0] == 200
+
+
+def test_the_limit_of_logprobs_is_the_servers(tiny_engine: Path) -> None:
+    with serving(tiny_engine, "--max-logprobs", "2") as served:
+        status, _, content = served.send(COMPLETIONS, {"prompt": "x", "logprobs": 3})
+        assert (status, json.loads(content)["error"]["message"]) == (
+            400, "logprobs is 3, allowed: at most 2 on this server; ask for fewer, or raise max_logprobs"
+        )  # fmt: skip
+        assert served.send(COMPLETIONS, {"prompt": "x", "logprobs": 2, "max_tokens": 1})[0] == 200

@@ -115,6 +115,7 @@ def test_a_full_disk_is_refused_before_a_byte_is_written(
         (["--set", "rows=99"], "rows is 99, allowed: 1 to 8"),
         (["--set", "rows=many"], "rows is 'many', allowed: an integer"),
         (["--set", "waiting=0"], "waiting is 0, allowed: 1 or more"),
+        (["--set", "max_logprobs=-1"], "max_logprobs is -1, allowed: 0 or more"),
         (["--set", "threads=2000"], "threads is 2000, allowed: 1 to 1024"),
         (["--set", "gpu_memory_utilization=2"], "gpu_memory_utilization is 2.0, allowed: over 0 to 1"),
         (["--set", "stream_interval_ms=-1"], "stream_interval_ms is -1.0, allowed: 0 or more"),

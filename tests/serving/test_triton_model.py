@@ -94,6 +94,18 @@ def test_a_prompt_is_scored(started: Callable[..., TritonPythonModel], tiny_engi
     assert (response.outputs()["text_output"], response.outputs()["num_output_tokens"]) == ("", 0)
 
 
+def test_more_logprobs_than_the_model_allows_are_refused(started: Callable[..., TritonPythonModel]) -> None:
+    for model, most in ((started(), 20), (started(max_logprobs="2"), 2)):
+        for name in ("logprobs", "prompt_logprobs"):
+            request = Request({"text_input": QUESTION, "sampling_parameters": json.dumps({name: most + 1})})
+            model.execute([request])
+            (response,) = request.responses()
+            assert str(response.error) == (
+                f"{name} is {most + 1}, allowed: at most {most} on this server; ask for fewer, or raise max_logprobs"
+            )
+            ask(model, max_tokens=1, sampling_parameters=json.dumps({name: most}))
+
+
 def test_log_probabilities_are_told_in_the_forms_of_both_backends(
     started: Callable[..., TritonPythonModel], tiny_engine: Path
 ) -> None:
