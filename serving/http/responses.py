@@ -22,6 +22,7 @@ from .body_parts import StreamOptions
 from .token_values import TokenValues
 
 Kind = Literal["chat", "completion"]
+_THOUGHTS = ("reasoning", "reasoning_content")  # newer clients of vLLM read the first, those of DeepSeek the second
 
 
 @dataclasses.dataclass
@@ -127,7 +128,7 @@ class ResponseBuilder:
             content = generation.content or (None if calls else "")
             choice["message"] = {"role": "assistant", "content": content, "refusal": None}
             if generation.reasoning:
-                choice["message"]["reasoning_content"] = generation.reasoning
+                choice["message"] |= dict.fromkeys(_THOUGHTS, generation.reasoning)
             if calls:
                 choice["message"]["tool_calls"] = calls
         else:
@@ -218,7 +219,7 @@ def _delta(part: Delta) -> dict[str, Any]:
         return {"tool_calls": [{"index": part.index, "id": call_id(), "type": "function", "function": function}]}
     if part.part == "arguments":
         return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
-    return {"reasoning_content" if part.part == "reasoning" else "content": part.text}
+    return dict.fromkeys(_THOUGHTS if part.part == "reasoning" else ("content",), part.text)
 
 
 def usage(generations: Sequence[Generation], answers: int = 1) -> dict[str, Any]:

@@ -288,10 +288,11 @@ def test_thinking_is_told_apart(server: Served, engine: nemodiff.LoadedEngine) -
     message = answer["choices"][0]["message"]
     assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": alone.reasoning_tokens}
     assert 0 < alone.reasoning_tokens < answer["usage"]["completion_tokens"]
-    assert message["reasoning_content"].strip() == reasoning.strip()
+    assert message["reasoning"].strip() == reasoning.strip()
+    assert message["reasoning_content"] == message["reasoning"]
     assert message["content"].strip() == content.strip()
     deltas = [chunk["choices"][0]["delta"] for chunk in server.stream(CHAT, {**body, "stream": True})]
-    for name in ("reasoning_content", "content"):
+    for name in ("reasoning", "reasoning_content", "content"):
         assert "".join(delta.get(name, "") for delta in deltas) == message[name]
 
 
