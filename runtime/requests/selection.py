@@ -157,6 +157,14 @@ class TokenSelector:
         """What restricts the next token and takes it in: nothing while a structured answer still thinks."""
         return None if self._after_thinking and not self._thought else self._matcher
 
+    def _forbid_end(self, scores: np.ndarray) -> None:
+        """Set what would end the answer to -inf, unless a grammar leaves nothing else; scores (V,) f64."""
+        stops = list(self._stops)
+        ends = scores[stops]
+        scores[stops] = -np.inf
+        if self._guide is not None and np.isneginf(scores.max()):
+            scores[stops] = ends
+
     def _choose(self, logits: np.ndarray, params: SamplingParams, chances: list[float] | None = None) -> int:
         """The choice after the history, logits (V,) f32; `chances` gets its own."""
         forced = self.forced()
@@ -172,12 +180,12 @@ class TokenSelector:
         scores[self._mask_id] = -np.inf
         guide = self._guide
         thinking = guide is not self._matcher
-        if thinking or len(self._emitted) < params.min_tokens:
-            scores[list(self._stops)] = -np.inf
         if params.bad_words:
             scores[self._bad_words.banned(self._emitted)] = -np.inf
         if guide is not None:
             guide.restrict(scores)
+        if thinking or len(self._emitted) < params.min_tokens:
+            self._forbid_end(scores)
         position = self._start + len(self._emitted)
         if chances is None:
             return draw(scores, params, self._noise, position)

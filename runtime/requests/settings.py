@@ -256,9 +256,8 @@ def _grammar(
         warnings = ()
     else:
         return None, ()
-    for name in ("bad_words", "min_tokens", "stop_token_ids", "stop"):
-        if getattr(o, name):
-            raise RequestError(f"{name} could leave no way to follow the {kind}; use one of them")
+    if o.bad_words:
+        raise RequestError(f"bad_words could leave no way to follow the {kind}; use one of them")
     if o.thinking and text.end_think is None:
         raise RequestError(
             f"the {kind} would begin after the thoughts, whose end, {text.thoughts.close}, is no token of this "

@@ -134,7 +134,7 @@ def test_wrong_flags_are_refused(tiny_engine: Path, refused: Refused, flags: lis
         ),
         pytest.param(["--regex", r"[^\s\S]"], ["regex allows no answer; change it"], id="regex of nothing"),
         pytest.param(["--json-schema", "true", "--regex", "x"], ["both given; use one"], id="two guides"),
-        pytest.param(["--regex", "x", "--min-tokens", "2"], ["min_tokens could leave no way"], id="guide and minimum"),
+        pytest.param(["--regex", "x", "--bad-words", "x"], ["bad_words could leave no way"], id="guide and bad word"),
         pytest.param(["--regex", "x", "--mode", "diffusion"], ["regex depends", "left_to_right"], id="warm guide"),
         pytest.param(
             ["--presence-penalty", "1", "--mode", "diffusion"], ["presence_penalty depends"], id="penalty in diffusion"

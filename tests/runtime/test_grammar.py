@@ -338,3 +338,52 @@ def test_compiled_grammars_are_kept_up_to_a_number_of_bytes(engine: nemodiff.Loa
     huge = get("x" * 100_000)  # more than fits is made all the same
     assert get("x" * 100_000) is not huge
     assert cache.memory <= 8 << 20
+
+
+# --- ends of an answer that follows a grammar ---
+
+WAYS: list[dict[str, Any]] = [
+    *({"mode": mode} for mode in ("ar", "linear_spec", "quadratic_spec", "auto")),
+    {"mode": "diffusion", "policy": "left_to_right"},
+    {"temperature": 5.0, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_stop_text_ends_such_an_answer_as_any_other(engine: nemodiff.LoadedEngine, way: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"regex": "(ab, ){6}ab", "max_new_tokens": 60, **way}
+    whole = nemodiff.generate(engine, QUESTION, **options)
+    assert (whole.text, whole.stop_text) == ("ab, " * 6 + "ab", None)
+    cut = nemodiff.generate(engine, QUESTION, stop=["b, ab,", "\n"], **options)
+    assert (cut.text, cut.finish_reason, cut.stop_text) == ("a", "stop", "b, ab,")
+    assert nemodiff.generate(engine, QUESTION, stop=["c", "\n"], **options).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_stop_id_ends_such_an_answer_where_the_grammar_allows_it(
+    engine: nemodiff.LoadedEngine, way: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"regex": "(ab, ){6}ab", "max_new_tokens": 60, **way}
+    whole = nemodiff.generate(engine, QUESTION, **options)
+    (stop,) = {*whole.token_ids} & {*engine.text.encode_plain(",")}
+    cut = nemodiff.generate(engine, QUESTION, stop_token_ids=[stop], **options)
+    assert (cut.text, cut.token_ids[-1], cut.finish_reason) == ("ab", stop, "stop")
+    never = [token for token in engine.text.encode_plain("Zq") if token not in whole.token_ids]
+    assert never
+    assert nemodiff.generate(engine, QUESTION, stop_token_ids=never, **options).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_such_an_answer_goes_on_to_min_tokens_while_the_grammar_has_more(
+    engine: nemodiff.LoadedEngine, way: dict[str, Any]
+) -> None:
+    """Beyond the end of a grammar there is nothing to go on with, so there it ends."""
+    eos = engine.info.model.eos_ids[0]
+    ends = {"logit_bias": {eos: 100.0}, "max_new_tokens": 40, **way}  # as soon as it may
+    short = nemodiff.generate(engine, QUESTION, regex="a(b)*", **ends)
+    assert short.text == "a"
+    longer = nemodiff.generate(engine, QUESTION, regex="a(b)*", min_tokens=9, **ends)
+    assert set(longer.text[1:]) == {"b"}
+    assert longer.token_ids.index(eos) == 9
+    full = nemodiff.generate(engine, QUESTION, regex="abab", min_tokens=30, **ends)
+    assert (full.text, full.token_ids[-1], full.finish_reason) == ("abab", eos, "stop")

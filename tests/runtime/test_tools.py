@@ -604,7 +604,7 @@ UNFINISHED = {"type": "object", "properties": {"a": {"type": "string", "pattern"
             {"tools": [{"function": {"name": "f", "parameters": UNFINISHED, "strict": True}}]},
             "tools: the last backslash of .* in the parameters of 'f' has nothing after it; change it",
         ),
-        ({"tools": TOOLS, "tool_choice": "required", "stop": "x"}, "stop could leave no way to follow the tools"),
+        ({"tools": TOOLS, "tool_choice": "required", "bad_words": "x"}, "bad_words could leave no way to follow the"),
         ({"tools": TOOLS, "tool_choice": "required", "mode": "diffusion"}, "which policy threshold of diffusion may"),
         ({"tools": [{"function": {"name": "f", "parameters": ENDLESS, "strict": True}}]}, "'f' can never be called"),
         ({"chat_template_kwargs": "x"}, "chat_template_kwargs is not JSON"),
