@@ -77,16 +77,16 @@ class Card:
         """Forget the forwards so far, which have all ended."""
         self.forwards, self._ended, self._since, self._gap, self._beside = [], 0, None, 0.0, 0.0
 
-    def buffer(self, layout: Layout, there: Any = None) -> Buffer:
+    def buffer(self, layout: Layout, there: Any) -> Buffer:
         """One of its own, since what runs next shall not write over what has not been read."""
-        return self._cpu.buffer(layout)
+        return self._cpu.buffer(layout, self._cpu.bytes(layout.nbytes))
 
     def capture(self, work: Callable[[], None], pool: Any) -> Graph:
         """The work itself, done again by a replay, as eager work is."""
-        return Work(self, work)
+        return Work(work)
 
     def upload(self, buffer: Buffer) -> None:
-        """A forward begins, unless its graph has begun it."""
+        """A forward begins."""
         self.note()
         self._inputs = buffer
 
@@ -108,9 +108,7 @@ class Card:
 
     def advance(self, inputs: Any, results: Any, table: Any) -> None:
         """A forward that was begun ahead gets what the one before has given, wherever that lies."""
-        assert self._inputs is not None
-        if (self._inputs.arrays["source"] >= 0).any():  # else the work would only cool what the host runs next
-            plain.advance(inputs, self._results.view(results.dtype), table)
+        plain.advance(inputs, self._results.view(results.dtype), table)
 
     def mark(self) -> int:
         """The number of forwards so far."""
@@ -135,14 +133,12 @@ class Card:
 
 
 class Work(NamedTuple):
-    """A forward that a card can run again."""
+    """A forward's network that a card can run again."""
 
-    card: Card
     work: Callable[[], None]
 
     def replay(self) -> None:
         """See `device.Graph`."""
-        self.card.note()
         self.work()
 
 

@@ -30,7 +30,6 @@ class Card(TorchDevice):
         self._begun: Any = None  # where the last step begins
         self._steps = collections.deque[tuple[Any, Any]]()  # their marks, until they are known to have ended
         self._last = 0.0  # seconds of the last one that has
-        self._capturing = False
         self.spent = 0.0  # seconds on the device, of all steps so far
         if self.is_gpu:
             about = torch.cuda.get_device_properties(0)
@@ -50,32 +49,14 @@ class Card(TorchDevice):
         values = {"name": self.label, "sm": self.sm, "memory_bytes": self.total, "torch": self.torch.__version__}
         return {**values, "cuda": self.torch.version.cuda, "second_level_cache_bytes": self.cache_bytes}
 
-    # An engine's step begins with an upload and ends with a download; a captured one does so without calling these.
+    # An engine's step begins with an upload and ends with a download; another may begin before this one is waited for.
     def upload(self, buffer: Any) -> None:
-        if not self._capturing:
-            self.begin_step()
+        self._begun = self._mark()
         super().upload(buffer)
 
     def download(self, buffer: Any) -> None:
         super().download(buffer)
-        if not self._capturing:
-            self.end_step()
-
-    def begin_step(self) -> None:
-        """Mark where a step begins."""
-        self._begun = self._mark()
-
-    def end_step(self) -> None:
-        """Mark where it ends; another may have begun before this is waited for."""
         self._steps.append((self._begun, self._mark()))
-
-    def capture(self, work: Callable[[], None], pool: Any = None) -> Any:
-        self._capturing = True
-        try:
-            made = super().capture(work, pool)
-        finally:
-            self._capturing = False
-        return made if isinstance(made, str) else _Marked(self, made)
 
     def wait(self, mark: Any) -> None:
         super().wait(mark)
@@ -134,7 +115,7 @@ class Card(TorchDevice):
         with self.use(Path("benchmark")):
             everything()  # compiles
             self.synchronize()
-            made = TorchDevice.capture(self, everything)
+            made = self.capture(everything)
             if isinstance(made, str):
                 raise RuntimeError(f"the launches cannot be captured: {made}")
             made.replay()
@@ -176,16 +157,3 @@ class Card(TorchDevice):
             copy = 2 * nbytes / self.median(lambda: b.copy_(a))
             product = 2 * width**3 / self.median(lambda: torch.mm(x, x, out=y))
         return {"copy_bytes_per_second": copy, "matrix_operations_per_second": product}
-
-
-class _Marked:
-    """A graph whose replays are marked."""
-
-    def __init__(self, card: Card, graph: Any) -> None:
-        self._card = card
-        self._graph = graph
-
-    def replay(self) -> None:
-        self._card.begin_step()
-        self._graph.replay()
-        self._card.end_step()

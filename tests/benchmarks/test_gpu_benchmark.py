@@ -357,7 +357,7 @@ def test_what_failed_is_left_alone_by_a_process_that_goes_on() -> None:
 
 
 def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are played on the CPU: a captured step has no upload and no download that could mark it."""
+    """Graphs are played on the CPU."""
     card, models = importlib.import_module("gpu.card"), importlib.import_module("gpu.models")
     monkeypatch.setattr(TorchDevice, "capture", RecordingDevice.capture)
     there = card.Card("cpu")

@@ -58,7 +58,7 @@ from nemodiff.errors import EngineError
 from nemodiff.plugins.ops import split_linear
 from nemodiff.runtime import loading
 from nemodiff.runtime.editing.options import METHODS
-from nemodiff.runtime.engines.engine import Following, Pass, causal
+from nemodiff.runtime.engines.engine import Following, Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.device import TorchDevice
@@ -66,7 +66,6 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import (
     FREE,
     MOST_CAPTURED,
-    MOST_FED,
     FlatShape,
     flat_shape,
     graph_shapes,
@@ -305,11 +304,11 @@ def test_sizes_of_graphs() -> None:
     assert len([s for s in alone if not (s.logits or s.sampled)]) == 26
     assert len(alone) == 52
     assert [s.tokens for s in alone] == sorted((s.tokens for s in alone), reverse=True)
-    assert len(graph_shapes(2048 + 576, MOST_FED)) < 100  # however many rows
+    assert len(graph_shapes(2048 + 576)) < 75  # however many rows
     assert {s.embedded for s in graph_shapes(576, images=True)} == {False, True}
-    assert len(graph_shapes(800, 256)) == 82
-    assert len(graph_shapes(800, 256, images=True)) < 115
-    for shape in graph_shapes(2048 + 576, MOST_FED, images=True):
+    assert len(graph_shapes(800)) == 64
+    assert len(graph_shapes(800, images=True)) == 90
+    for shape in graph_shapes(2048 + 576, images=True):
         assert rounded_shape(shape) == shape
         assert shape.sampled or not shape.logits
         assert shape.predicted <= FREE or not shape.logits  # so logits take memory once
@@ -420,7 +419,7 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
 
 
 def test_a_pass_is_one_replay_and_one_wait(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the graphs nothing runs but copies of the page table's rows, and nothing is read but the results."""
+    """Beside graphs and Advance nothing runs but copies of the page table's rows; nothing is read but the results."""
     backend = torch_backend(small.ours)
     device = RecordingDevice()
     warm = TorchEngine(backend.folder, backend.info, device, graphs=True, ahead=True, pages=24)
@@ -429,6 +428,13 @@ def test_a_pass_is_one_replay_and_one_wait(small: Pair, monkeypatch: pytest.Monk
     for _ in range(2):  # the second time each shape is captured
         expected = nemodiff.generate(engine, PROMPT, **options).token_ids
     waits, operations = list[Any](), Operations()
+    advance = warm.model.advance
+
+    def unseen(*arguments: Any) -> None:
+        with torch._C._DisableTorchDispatch():
+            advance(*arguments)
+
+    monkeypatch.setattr(warm.model, "advance", unseen)
     monkeypatch.setattr(device, "wait", waits.append)
     replays = sum(graph.replays for graph in device.graphs)
     with operations:
@@ -457,19 +463,19 @@ def test_modes_share_a_forward(tiny: Pair) -> None:
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-def test_ar_runs_a_pass_ahead(small: Pair, graphs: bool) -> None:
+def test_ar_runs_a_pass_ahead(small: Pair, monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
     """The token stays where the device has it: rows of every length, others among them, EOS, limits, a cancel."""
     backend = torch_backend(small.ours)
     device = RecordingDevice()
     ahead = TorchEngine(backend.folder, backend.info, device, graphs=graphs, ahead=True, pages=40)
-    fed = list[FlatShape]()
-    of = ahead.steps.of
+    fed = list[tuple[int, int]]()
+    run = Step.run
 
-    def seen(shape: FlatShape) -> Step:
-        fed.extend([shape] if shape.fed else [])
-        return of(shape)
+    def seen(step: Step, turn: int, before: Step | None) -> None:
+        fed.extend([(step.shape.tokens, turn)] if before is not None else [])
+        run(step, turn, before)
 
-    ahead.steps.of = seen  # type: ignore[method-assign]
+    monkeypatch.setattr(Step, "run", seen)
     engine = small.with_backend(ahead)
     asked: list[tuple[Any, dict[str, Any]]] = [
         (prompt, {"mode": "ar", "max_new_tokens": 11 + 8 * n})
@@ -486,8 +492,8 @@ def test_ar_runs_a_pass_ahead(small: Pair, graphs: bool) -> None:
             assert (answer.token_ids, answer.nfe) == (expected.token_ids, expected.nfe)
         gone.cancel()
         gone.result(60)
-    assert {shape.fed for shape in fed} == {1, 2}
-    assert {shape.tokens for shape in fed} >= {1, 2}
+    assert {turn for _, turn in fed} == {0, 1}
+    assert {tokens for tokens, _ in fed} >= {1, 2}
     assert ahead.pages.free == 40
     assert ahead.eager_shapes == {}
 
@@ -562,17 +568,29 @@ def test_a_forward_between_two_takes_their_tokens(small: Pair) -> None:
     assert not backend.forwards.ahead  # a CPU would only compute in vain
 
 
-def test_a_forward_that_leaves_its_tokens_elsewhere_is_not_followed(small: Pair) -> None:
-    """One whose predictions are rounded up to more than the place has, from which the next one gets its ids."""
+@pytest.mark.parametrize("size", [40, 400, MOST_CAPTURED + 1])
+def test_a_forward_of_any_size_feeds_the_next_one(small: Pair, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """And is fed, with a graph and without, in the same buffers."""
     backend = torch_backend(small.ours)
-    ahead = TorchEngine(backend.folder, backend.info, RecordingDevice(), graphs=True, ahead=True, pages=40)
-    cache = ahead.open(1)
-    scored = PROMPT * 10
-    assert cache.reserve(0, 0, len(scored) + 1)
-    flight = cache.launch([causal("prefill", scored, 0, predict_all=True)], [0])
-    assert flight.shape.predicted > ahead.steps.most_fed
-    assert cache.follow(flight, [Following(causal("decode", [0], len(scored)), "token")], [0], [0]) is None
-    flight.finish()
+    mask = small.ours.info.model.mask_id
+    block = [PROMPT[0], *[mask] * (size - 1)]
+    draft, verify = bidirectional("draft", block, 0, 0.0), causal("verify", [0] * size, 0, predict_all=True)
+    theirs = small.theirs.backend.open(1)
+    (drafted,) = theirs.forward([draft])
+    (expected,) = theirs.forward([verify._replace(ids=drafted.next_ids)])
+    for make in (RecordingDevice, lambda: LaggingDevice(monkeypatch)):
+        device = make()
+        ahead = TorchEngine(backend.folder, backend.info, device, kernels=False, graphs=True, ahead=True, pages=40)
+        cache = ahead.open(1)
+        assert cache.reserve(0, 0, size)
+        for _ in range(3):  # eager, captured, replayed
+            flight = cache.launch([draft], [0])
+            followed = cache.follow(flight, [Following(verify, "next_ids")], [0], [0])
+            assert followed is not None
+            assert followed.step is flight.step
+            np.testing.assert_array_equal(flight.finish()[0].next_ids, drafted.next_ids)
+            np.testing.assert_array_equal(followed.finish()[0].token, expected.token)
+        assert ahead.steps.captured == (size <= MOST_CAPTURED and device.is_gpu is False)
 
 
 def test_a_forward_that_fails_is_its_own_caches_affair(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -839,7 +857,9 @@ def test_another_rank_keeps_no_logits_of_a_long_pass(small: Pair) -> None:
         engine.memory.show_table()
         step = engine.steps.of(flat_shape(passes))
         step.fill(passes, cache.rows)
-        step.repeat(SharedForward(step.shape, step._inputs.host.numpy().tobytes(), step._views, []))
+        side = step.sides[0]
+        forward = SharedForward(step.shape, 0, False, side.inputs.host.numpy().tobytes(), side.views, [])
+        step.repeat(forward, None)
     assert step.logits is None
 
 

@@ -41,8 +41,8 @@ def built(folder: Path, model: str, **options: Any) -> tuple[Path, EngineInfo]:
     return made, read_engine(made)
 
 
-def names(engine: TorchEngine, shape: FlatShape) -> list[str]:
-    return [name for name, _ in launches(engine, shape)]
+def names(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> list[str]:
+    return [name for name, _ in launches(engine, shape, fed=fed)]
 
 
 def test_nothing_is_launched_between_products_but_kernels(tmp_path: Path) -> None:
@@ -60,19 +60,19 @@ def test_what_runs_eagerly_launches_what_the_warm_up_has_compiled(tmp_path: Path
     """Scored prompts, and forwards too large for a graph."""
     engine = TorchEngine(*built(tmp_path, "early YaRN", **options), "cpu", kernels=True, pages=8)
     shapes = engine.steps.shapes
-    compiled = set[Any]().union(*(specialisations(engine, shape) for shape in shapes))
+    compiled = set[Any]().union(*(specialisations(engine, shape, fed=True) for shape in shapes))
     eager = [FlatShape(512, 512, logits=True), FlatShape(530, 300, logits=True), FlatShape(1500, 70)]
     eager += [FlatShape(2600, 260, sampled=True), FlatShape(2000, 3, logits=True)]
     for shape in map(rounded_shape, eager):
         assert shape not in shapes
-        assert specialisations(engine, shape) <= compiled, shape
+        assert specialisations(engine, shape, fed=True) <= compiled, shape
     assert not specialisations(engine, FlatShape(530, 300)) <= compiled  # unless it is rounded
 
 
 def test_a_pass_begun_ahead_takes_one_launch_more(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8, ahead=True)
     for shape in (AR, FlatShape(64, 64, sampled=True)):
-        assert names(engine, shape._replace(fed=1)) == ["Advance", *names(engine, shape)]
+        assert names(engine, shape, fed=True) == ["Advance", *names(engine, shape)]
 
 
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:

@@ -20,15 +20,16 @@ import torch
 from nemodiff.plugins.ops.paged_attention import PROGRAMS
 from nemodiff.runtime.engines.layout import Layout
 from nemodiff.runtime.engines.torch.device import Buffer, TorchDevice
+from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
 from nemodiff.runtime.engines.torch.stored import Pool
 
 
 class LaggingDevice(TorchDevice):
-    """A GPU for all that asks; its graphs are the steps' own work.
+    """A GPU for all that asks; its graphs are the steps' own network.
 
     Args:
-        monkeypatch: puts the work of steps and the copies of pages into the stream.
+        monkeypatch: puts what steps launch and the copies of pages into the stream.
         haste: how likely the stream goes on by itself when something is put into it.
     """
 
@@ -44,8 +45,9 @@ class LaggingDevice(TorchDevice):
         self._done = 0
         self._runs = False
         self._in_use = False
-        copy = Pool.copy
-        monkeypatch.setattr(Step, "_run", lambda step: self._put(step._work))
+        copy, advance = Pool.copy, TorchModel.advance
+        monkeypatch.setattr(Step, "_compute", lambda step, views: self._put(lambda: step._network(views)))
+        monkeypatch.setattr(TorchModel, "advance", lambda *arguments: self._put(lambda: advance(*arguments)))
         monkeypatch.setattr(Pool, "copy", lambda pool, *pages: self._put(lambda: copy(pool, *pages)))
 
     def _put(self, work: Callable[[], Any]) -> None:
@@ -76,7 +78,7 @@ class LaggingDevice(TorchDevice):
         source = torch.tensor(pages)
         self._put(lambda: table[row].copy_(source))
 
-    def buffer(self, layout: Layout, there: torch.Tensor | None = None) -> Buffer:
+    def buffer(self, layout: Layout, there: torch.Tensor) -> Buffer:
         self.is_gpu = False
         made = super().buffer(layout, there)
         self.is_gpu = True

@@ -32,7 +32,7 @@ class _Names(TorchDispatchMode):
         return result
 
 
-def specialisations(engine: TorchEngine, shape: FlatShape) -> set[Any]:
+def specialisations(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> set[Any]:
     """The kernels that a pass needs as Triton compiles them: by constants, types, alignment and kinds of numbers."""
     needed = set[Any]()
 
@@ -44,8 +44,8 @@ def specialisations(engine: TorchEngine, shape: FlatShape) -> set[Any]:
 
     step = Step(engine.steps, shape)
     with engine.device.use(engine.folder), mock.patch.object(Stage, "load", named):
-        step.fill([], [])
-        step.run()
+        step.fill([], [], [])
+        step.run(before=step if fed else None)
     return needed
 
 
@@ -56,7 +56,7 @@ def _kind(argument: Any) -> Any:
     return argument is None or argument == 1, argument is None or argument % 16 == 0
 
 
-def launches(engine: TorchEngine, shape: FlatShape) -> list[tuple[str, bool]]:
+def launches(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> list[tuple[str, bool]]:
     """What a pass launches, in order: stages and torch's operations by name, and whether each may begin early."""
     launched: list[Any] = []
 
@@ -68,9 +68,9 @@ def launches(engine: TorchEngine, shape: FlatShape) -> list[tuple[str, bool]]:
 
     step = Step(engine.steps, shape)
     with engine.device.use(engine.folder), mock.patch.object(Stage, "load", named):
-        step.fill([], [])
+        step.fill([], [], [])
         with _Names(launched):
-            step.run()
+            step.run(before=step if fed else None)
     return [each if isinstance(each, tuple) else (each, False) for each in launched]
 
 

@@ -191,10 +191,9 @@ class TorchDevice:
         made: Tensor = self._torch.zeros(count, dtype=self._torch.uint8, device=self.name)
         return made
 
-    def buffer(self, layout: Layout, there: Tensor | None = None) -> Buffer:
-        """Zeroed memory for some bindings; on the device, that of `there` if it is given, which they need not fill."""
+    def buffer(self, layout: Layout, there: Tensor) -> Buffer:
+        """Zeroed memory on the host for some bindings that lie at `there`, (nbytes,) u8, on the device."""
         torch = self._torch
-        there = self.bytes(layout.nbytes) if there is None else there[: layout.nbytes]
         host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=True) if self.is_gpu else there
         types: dict[type, Any] = {np.int32: torch.int32, np.float32: torch.float32}
         tensors = {}

@@ -1,7 +1,7 @@
 """The torch engine: `TorchModel` over pages of one memory, on the CPU or on a GPU.
 
-A forward is flat tokens of any rows. On a GPU it is one upload, the network and one download, captured as a CUDA graph
-for a number of tokens and of predictions, which are rounded up; the sizes of decoding are captured when the engine is
+A forward is flat tokens of any rows. On a GPU it is one upload, the network, captured as a CUDA graph for a number of
+tokens and of predictions, which are rounded up, and one download; the sizes of decoding are captured when the engine is
 loaded. The CPU has no graphs, so there a pass costs by its tokens, and attention ends where a row does.
 """
 
@@ -23,7 +23,7 @@ from ...images.image import Image
 from ..pages import Pages
 from .cache import MOST_TOKENS, TorchCache
 from .device import TorchDevice
-from .flat import FlatShape, fed_tokens, graph_shapes
+from .flat import FlatShape, graph_shapes
 from .forwards import Forwards
 from .memory import Memory, page_count, pass_bytes
 from .model import TorchModel
@@ -102,7 +102,8 @@ class TorchEngine:
                 self.memory.record()
             ahead = is_gpu if ahead is None else ahead
             graphs = is_gpu if graphs is None else graphs
-            self.steps = Steps(folder, self.device, self.model, self.memory, info, _graph_shapes(info, ahead), graphs)
+            shapes = graph_shapes(_most_decoded(info), images=info.model.vision is not None)
+            self.steps = Steps(folder, self.device, self.model, self.memory, info, shapes, graphs)
             self.forwards = Forwards(folder, self.steps, ahead, self.lock)
         self.pass_seconds: dict[int, float] = {}  # of a pass by its tokens, as the warm-up has met them
         self.samples = self.model.kernels and ranks is None  # drawing needs the whole vocabulary
@@ -176,9 +177,3 @@ def _most_decoded(info: EngineInfo) -> int:
     """Tokens of a forward where all rows decode: a chunk of a prompt with masks, beside a block of every other row."""
     blocks = min(MOST_TOKENS, (info.build.max_batch_size - 1) * info.build.block_length)
     return blocks + PREFILL_CHUNK + MAX_BLOCK
-
-
-def _graph_shapes(info: EngineInfo, ahead: bool) -> list[FlatShape]:
-    """The shapes of decoding."""
-    fed = fed_tokens(info) if ahead else 0
-    return graph_shapes(_most_decoded(info), fed, images=info.model.vision is not None)

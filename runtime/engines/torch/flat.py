@@ -19,7 +19,6 @@ from ..layout import Layout, layout
 from ..pages import Pages
 
 MOST_CAPTURED = 1024  # tokens of a graph
-MOST_FED = 512  # tokens of a forward that is begun ahead, and of one that it follows: 16 blocks of 32
 FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)
 
 
@@ -43,7 +42,6 @@ class FlatShape(NamedTuple):
     logits: bool = False  # whether a row wants its logits on the host
     sampled: bool = False  # whether a row is sampled on the device
     embedded: bool = False  # whether a token has another embedding than its id's
-    fed: int = 0  # 1 or 2, in turn, where the one before may feed it: while inputs of one are copied, one is filled
 
 
 # Letters: N tokens, R predictions. `row` is a row of the page table, `first` the number of its first token here;
@@ -55,8 +53,10 @@ _TOKENS = (
     Binding("row", "i32", ("N",)),
     Binding("first", "i32", ("N",)),
     Binding("visible", "i32", ("N", 3)),
+    # Only for a forward that is begun ahead: see `plugins/ops/advance.py`.
+    Binding("source", "i32", ("N",)),
+    Binding("verified", "i32", ("N", 3)),
 )
-_FED = (Binding("source", "i32", ("N",)), Binding("verified", "i32", ("N", 3)))  # see `plugins/ops/advance.py`
 _PREDICTIONS = (
     Binding("index", "i32", ("R",)),
     Binding("span", "i32", ("R", 2)),
@@ -80,12 +80,12 @@ def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
         bindings.append(Binding("adapter", "f32", ("N",)))
     if shape.embedded:  # as in `contract.inputs`
         bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
-    bindings += [*(_FED if shape.fed else ()), *_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
+    bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
     lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
     return layout(bindings, lengths), layout(_OUTPUTS, lengths)
 
 
-def flat_shape(passes: Sequence[Pass], fed: int = 0) -> FlatShape:
+def flat_shape(passes: Sequence[Pass]) -> FlatShape:
     """The exact shape of a forward."""
     return FlatShape(
         sum(p.ids.size for p in passes),
@@ -93,13 +93,7 @@ def flat_shape(passes: Sequence[Pass], fed: int = 0) -> FlatShape:
         logits=any(p.logits for p in passes),
         sampled=any(p.temperature for p in passes),
         embedded=any(p.embedded is not None for p in passes),
-        fed=fed,
     )
-
-
-def fed_tokens(info: EngineInfo) -> int:
-    """The largest size of forwards that are begun ahead: every row with a block, if that is not too much."""
-    return rounded_tokens(min(info.build.max_batch_size * info.build.block_length, MOST_FED))
 
 
 def rounded_tokens(count: int) -> int:
@@ -132,21 +126,19 @@ def rounded_shape(shape: FlatShape) -> FlatShape:
     return shape._replace(tokens=tokens, predicted=predicted, sampled=sampled, logits=logits)
 
 
-def graph_shapes(most_tokens: int, most_fed: int = 0, *, images: bool = False) -> list[FlatShape]:
+def graph_shapes(most_tokens: int, *, images: bool = False) -> list[FlatShape]:
     """What is captured, the largest first: later graphs fit into the memory of the first.
 
-    Forwards of every size, of greedy rows alone and of any rows, if the model sees `images` with embeddings too. Those
-    that predict all of up to `most_fed` tokens may be begun ahead. Others run eagerly: those of more than MOST_CAPTURED
-    tokens, which compute for longer than they are launched, and more logits than FREE, which take longer to the host.
+    Forwards of every size, of greedy rows alone and of any rows, if the model sees `images` with embeddings too. Others
+    run eagerly: those of more than MOST_CAPTURED tokens, which compute for longer than they are launched, and more
+    logits than FREE, which take longer to the host.
     """
     most = min(most_tokens, MOST_CAPTURED)
     shapes: dict[FlatShape, None] = {}
     for size in sorted({rounded_tokens(count) for count in range(1, most + 1)}, reverse=True):
         for predicted in _rounded_predictions(size):
             plain = FlatShape(size, predicted)
-            turns = (1, 2) if predicted == size <= most_fed else (0,)
-            wanted = [plain._replace(sampled=sampled, fed=fed) for sampled in (False, True) for fed in turns]
-            for shape in (*wanted, *([plain._replace(embedded=True)] if images else [])):
+            for shape in (plain, plain._replace(sampled=True), *([plain._replace(embedded=True)] if images else [])):
                 shapes[rounded_shape(shape)] = None
     return list(shapes)
 
@@ -157,9 +149,9 @@ def fill(
     rows: Sequence[int],
     pages: Pages,
     mask: int,
-    sources: Sequence[Source] = (),
+    sources: Sequence[Source] | None = None,
 ) -> None:
-    """Write the inputs of a forward; `sources` feed its passes, if anything does."""
+    """Write the inputs of a forward; `sources` feed its passes, if it is begun ahead."""
     if "embedding" in arrays:
         arrays["embedding"][:] = -1
     sizes, counts = tuple([p.ids.size for p in passes]), tuple([p.predicted.size for p in passes])
@@ -167,7 +159,7 @@ def fill(
     if passes:
         _fill_tokens(arrays, passes, rows, pages, places)
         _fill_predictions(arrays, passes, mask, places)
-    if "source" in arrays:
+    if sources is not None:
         arrays["source"][:] = -1
         arrays["verified"][:] = 0
         if sources:

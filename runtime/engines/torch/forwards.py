@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....errors import EngineError
 from ..engine import Following, Pass, Prediction, read_only
@@ -45,29 +45,23 @@ class Forwards:
         with self.lock:
             self.settle()
             with self.device.use(self.folder):
-                return self._launched(flat_shape(passes), passes, rows, ())
+                return self._launched(passes, rows)
 
     def follow(
         self, flight: TorchFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> TorchFlight | None:
         """See `engine.PagedCache.follow`."""
-        known = [following.pass_ for following in passes]
-        shape = flat_shape(known, fed=2 if flight.shape.fed == 1 else 1)
         with self.lock:
             if not self.ahead or self._flights[-1:] != [flight]:
                 return None
-            if max(flight.shape.predicted, shape.tokens) > self.steps.most_fed:
-                return None
             self.settle(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
-            sources = flight.sources(passes, fed)
+            feeding = Feeding(flight, flight.sources(passes, fed))
             with self.device.use(self.folder):
-                return self._launched(shape, known, rows, sources)
+                return self._launched([following.pass_ for following in passes], rows, feeding)
 
-    def _launched(
-        self, shape: FlatShape, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source]
-    ) -> TorchFlight:
-        step = self.steps.of(self.steps.rounded(shape))
-        flight = TorchFlight(self, step, passes, rows, sources)
+    def _launched(self, passes: Sequence[Pass], rows: Sequence[int], feeding: Feeding | None = None) -> TorchFlight:
+        step = self.steps.of(self.steps.rounded(flat_shape(passes)))
+        flight = TorchFlight(self, step, passes, rows, feeding)
         self._flights.append(flight)
         return flight
 
@@ -88,13 +82,14 @@ class Forwards:
 
         One may be under way when the next is heard of. Rank 0 uses no buffer of such a one, so neither does the next.
         """
-        before = None
+        mark = before = None
         while (forward := ranks.hear()) is not None:
             with self.device.use(self.folder):
                 self.memory.follow(forward.news)
-                self.steps.of(forward.shape).repeat(forward)
-                self.device.wait(before)
-                before = self.device.mark()
+                step = self.steps.of(forward.shape)
+                step.repeat(forward, before)
+                self.device.wait(mark)
+                mark, before = self.device.mark(), step
 
     def warm_up(self, shapes: Iterable[FlatShape]) -> dict[int, float]:
         """Compile and capture some shapes; returns the seconds of plain passes by their tokens."""
@@ -102,11 +97,11 @@ class Forwards:
         for shape in shapes:
             with self.lock, self.device.use(self.folder):
                 step = self.steps.of(shape)
-                step.fill([], [])
-                for _ in range(2):  # eager, then captured
-                    step.run()
+                step.fill([], [], [])
+                step.run(before=step if self.ahead else None)  # eager; what nothing feeds compiles all the same
+                step.run()  # captured
                 self.device.wait(self.device.mark())
-                if shape in (FlatShape(shape.tokens, shape.tokens, fed=fed) for fed in (0, 1)):
+                if shape == FlatShape(shape.tokens, shape.tokens):
                     began = time.perf_counter()
                     step.run()
                     self.device.wait(self.device.mark())
@@ -114,23 +109,31 @@ class Forwards:
         return seconds
 
 
+class Feeding(NamedTuple):
+    """A forward under way that another one follows, and what that takes from it."""
+
+    flight: TorchFlight
+    sources: list[Source]
+
+
 class TorchFlight:
     """A forward under way; on a GPU it runs while the host does something else, on a CPU when it is finished."""
 
     def __init__(
-        self, owner: Forwards, step: Step, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source]
+        self, owner: Forwards, step: Step, passes: Sequence[Pass], rows: Sequence[int], feeding: Feeding | None
     ) -> None:
         self.seconds = 0.0
-        self.shape = step.shape
+        self.step = step
+        self.turn: int = 0 if feeding is None else 1 - feeding.flight.turn
         self._owner = owner
-        self._step = step
+        self._before = None if feeding is None else feeding.flight.step
         self._passes = passes
         self._logits: dict[int, Tensor] = {}
         self._predictions: list[Prediction] | None = None
         self._failure: Exception | None = None
         self._start: Callable[[], Any] | None = self._started
         self._mark: Any = None
-        step.fill(passes, rows, sources)
+        step.fill(passes, rows, None if feeding is None else feeding.sources, self.turn)
         if owner.device.is_gpu:
             self._started()
 
@@ -139,7 +142,7 @@ class TorchFlight:
         counts = [p.predicted.size for p in self._passes]
         begins = list(itertools.accumulate(counts, initial=0))
         return [
-            Source(following.feed, begins[number], begins[number] + self._step.apart, counts[number])
+            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number])
             for following, number in zip(passes, fed, strict=True)
         ]
 
@@ -176,11 +179,11 @@ class TorchFlight:
 
     def _started(self) -> None:
         """Put everything into the stream."""
-        device, step = self._owner.device, self._step
+        device, step = self._owner.device, self.step
         self._start = None
         self._began = time.perf_counter()
         self._owner.memory.show_table()
-        step.run()
+        step.run(self.turn, self._before)
         begin = 0
         for number, p in enumerate(self._passes):
             end = begin + p.predicted.size
@@ -192,7 +195,7 @@ class TorchFlight:
 
     def _read(self) -> list[Prediction]:
         """Copies, since the next forward writes into the same buffers."""
-        arrays = self._step.outputs.arrays
+        arrays = self.step.sides[self.turn].outputs.arrays
         token, confidence, next_ids = (read_only(arrays[name].copy()) for name in ("token", "confidence", "next_ids"))
         predictions = []
         begin = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +14,7 @@ from ....contract import PAGE
 from ....engine_info import EngineInfo
 from ..engine import Pass
 from .device import Buffer, Graph, TorchDevice
-from .flat import FREE, FlatShape, Source, fed_tokens, fill, flat_layouts, rounded_shape
+from .flat import FREE, FlatShape, Source, fill, flat_layouts, rounded_shape
 from .kernel_cache import KernelCache
 from .memory import Change, Memory
 from .model import TorchModel
@@ -53,16 +54,12 @@ class Steps:
         self.memory = memory
         self.info = info
         self.shapes = shapes
-        self._wanted = frozenset(shapes)
         self.graphs = graphs
         self.kernels = KernelCache(folder) if model.kernels else None
         self.eager_shapes: dict[FlatShape, str] = {}  # shapes that cannot be captured, and why
         self.captured = 0  # graphs made so far
         # Of steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
         self._place: Tensor | None = None  # of logits, (FREE, V) f32
-        # The results of steps of so few predictions lie in one place, where the next one finds them.
-        self.most_fed = fed_tokens(info)
-        self.results = device.bytes(flat_layouts(FlatShape(1, self.most_fed), info)[1].nbytes)
         self.forget()
 
     def forget(self) -> None:
@@ -74,12 +71,8 @@ class Steps:
         return len(self._steps)
 
     def rounded(self, shape: FlatShape) -> FlatShape:
-        """The shape that runs a forward; where there are graphs, one that may be fed is captured for both."""
-        if not self.graphs:
-            return shape
-        shape = rounded_shape(shape)
-        feedable = shape._replace(fed=shape.fed or 1)
-        return feedable if feedable in self._wanted else shape
+        """The shape that runs a forward."""
+        return rounded_shape(shape) if self.graphs else shape
 
     def of(self, shape: FlatShape) -> Step:
         """The step of a shape."""
@@ -113,26 +106,43 @@ class SharedForward(NamedTuple):
     """A forward as rank 0 sends it to the others; `news` are changes of the memory since the one before."""
 
     shape: FlatShape
+    turn: int
+    fed: bool  # by the one before
     inputs: bytes
     views: list[View] | None
     news: list[Change]
 
 
+@dataclasses.dataclass
+class HostSide:
+    """What a forward is filled with on the host, and what it leaves there."""
+
+    inputs: Buffer
+    outputs: Buffer
+    views: list[View] | None = None  # for plain torch
+
+
 class Step:
-    """The buffers of a shape, and its graph."""
+    """The buffers of a shape, and its graph.
+
+    The device has them once and the host twice: while a forward is under way the next is filled in the other `turn`.
+    Of two that are under way none is filled, so what is written is never being copied.
+    """
 
     def __init__(self, owner: Steps, shape: FlatShape) -> None:
+        import torch
+
         self.shape = shape
         self._owner = owner
         inputs, outputs = flat_layouts(shape, owner.info)
-        self._inputs: Buffer = owner.device.buffer(inputs)
-        feeds = shape.predicted <= owner.most_fed
-        self.outputs: Buffer = owner.device.buffer(outputs, owner.results if feeds else None)
-        self.apart = outputs.places["next_ids"][0] // 4  # from a prediction's token to its next id
+        device = owner.device
+        there = device.bytes(inputs.nbytes), device.bytes(outputs.nbytes)
+        self.sides = [HostSide(device.buffer(inputs, there[0]), device.buffer(outputs, there[1])) for _ in range(2)]
+        self.results: Tensor = there[1].view(torch.int32)  # all that the last forward has given, on the device, (L,)
+        self.apart = outputs.places["next_ids"][0] // 4  # in it from a prediction's token to its next id
         self._place = owner.place(shape)
         self.logits = self._place if shape.logits else None  # (R, V) f32
         self._eager = not owner.graphs or shape not in owner.shapes
-        self._views: list[View] | None = None  # for plain torch
         self._graph: Graph | None = None
         self._runs = 0
 
@@ -141,81 +151,93 @@ class Step:
         """Whether it has a graph."""
         return self._graph is not None
 
-    def fill(self, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source] = ()) -> None:
+    def fill(
+        self, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source] | None = None, turn: int = 0
+    ) -> None:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
-        owner = self._owner
-        fill(self._inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
+        owner, side = self._owner, self.sides[turn]
+        fill(side.inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
         if owner.model.kernels or not self._eager:
             return
-        self._views = []
+        side.views = []
         at = 0
-        shifts = [source.size if source.feed == "accepted" else 0 for source in sources] or [0] * len(passes)
+        shifts = [source.size if source.feed == "accepted" else 0 for source in sources or ()] or [0] * len(passes)
         for p, row, shift in zip(passes, rows, shifts, strict=True):
             seen = max(int(p.visible[:, 0].max()) + shift, int(p.visible[:, 2].max()))
-            self._views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
+            side.views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
             at += p.ids.size
         if at < self.shape.tokens:  # those that fill up a rounded shape, which see a slot of the scratch page
-            self._views.append(View(at, self.shape.tokens, 0, 1))
+            side.views.append(View(at, self.shape.tokens, 0, 1))
 
-    def run(self) -> None:
-        """Put the work into the stream: eager when the shape first comes, which compiles kernels, then its graph."""
+    def run(self, turn: int = 0, before: Step | None = None) -> None:
+        """Put the work into the stream; `before` has what feeds it, if it is begun ahead."""
         owner = self._owner
         ranks = owner.model.ranks
         if ranks is None:
-            self._run()
+            self._run(turn, before)
             return
+        side = self.sides[turn]
         with ranks.watched():
-            ranks.tell(SharedForward(self.shape, self._inputs.host.numpy().tobytes(), self._views, owner.memory.news()))
-            self._run()
+            inputs = side.inputs.host.numpy().tobytes()
+            ranks.tell(SharedForward(self.shape, turn, before is not None, inputs, side.views, owner.memory.news()))
+            self._run(turn, before)
 
     def forget_logits(self) -> None:
         """They have been read, or never will be; many of them would hold much memory."""
         if self._place is None:
             self.logits = None
 
-    def repeat(self, forward: SharedForward) -> None:
-        """Run what rank 0 runs."""
-        self._inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
-        self._views = forward.views
-        self._run()
+    def repeat(self, forward: SharedForward, before: Step | None) -> None:
+        """Run what rank 0 runs; `before` is what has run before it."""
+        side = self.sides[forward.turn]
+        side.inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
+        side.views = forward.views
+        self._run(forward.turn, before if forward.fed else None)
         self.forget_logits()
 
-    def _run(self) -> None:
+    def _run(self, turn: int, before: Step | None) -> None:
+        """Upload, Advance where it is fed, network, download."""
+        owner, side = self._owner, self.sides[turn]
+        owner.device.upload(side.inputs)
+        if before is not None:
+            with self._compiling():
+                owner.model.advance(side.inputs.tensors, before.results, owner.memory.table)
+        self._compute(side.views)
+        owner.device.download(side.outputs)
+
+    def _compute(self, views: list[View] | None) -> None:
+        """The network: eager when the shape first comes, which compiles kernels, then its graph."""
         self._runs += 1
         if self._runs == 2 and not self._eager:
             self._capture()
         if self._graph is None:
-            self._work()
+            self._network(views)
         else:
             self._graph.replay()
 
     def _capture(self) -> None:
         owner = self._owner
-        captured = owner.device.capture(self._work, owner.pool)
+        captured = owner.device.capture(lambda: self._network(None), owner.pool)
         if isinstance(captured, str):
             owner.refused(self.shape, captured)
         else:
             self._graph = captured
             owner.captured += 1
 
-    def _work(self) -> None:
-        """All that a graph holds: upload, network, download."""
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Where kernels are launched that may have to be compiled."""
         kernels = self._owner.kernels
-        with contextlib.nullcontext() if kernels is None else kernels.use():
-            self._compute()
+        return contextlib.nullcontext() if kernels is None else kernels.use()
 
-    def _compute(self) -> None:
+    def _network(self, views: list[View] | None) -> None:
         import torch
 
         owner = self._owner
-        device = owner.device
         memory = owner.memory
-        device.upload(self._inputs)
-        inputs = self._inputs.tensors
-        if self.shape.fed:
-            owner.model.advance(inputs, owner.results.view(torch.int32), memory.table)
+        inputs, outputs = self.sides[0].inputs.tensors, self.sides[0].outputs.tensors  # the same of both
         place = self._place
         if self.shape.logits and place is None:
-            place = self.logits = device.zeros((self.shape.predicted, owner.info.model.vocab_size), torch.float32)
-        owner.model.forward(inputs, self.outputs.tensors, memory.pool, memory.table, self._views, place)
-        device.download(self.outputs)
+            shape = (self.shape.predicted, owner.info.model.vocab_size)
+            place = self.logits = owner.device.zeros(shape, torch.float32)
+        with self._compiling():
+            owner.model.forward(inputs, outputs, memory.pool, memory.table, views, place)
