@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag
 from ...errors import RequestError
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.spellings import resolve
-from .body_parts import Body, Message, ResponseFormat, StreamOptions, StructuredOutputs
+from .body_parts import Body, Many, Message, ResponseFormat, StreamOptions, StructuredOutputs
 from .option_fields import option_field, with_options
 from .template_fields import Templated
 
@@ -122,7 +122,7 @@ class Generating(Decoding):
 class Chat(Templated, Generating):
     """A conversation that waits for its next turn."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = option_field("max_new_tokens")
     logprobs: bool | None = Field(None, description="Report the log-probability of each token; not in mode diffusion.")
     top_logprobs: int | None = Field(
@@ -163,7 +163,7 @@ class Chat(Templated, Generating):
 class Watched(Chat):
     """A chat or completion that is answered by the events of every pass: `messages`, or `prompt` and `chat`."""
 
-    messages: list[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
+    messages: Many[Message] | None = Field(None, min_length=1)  # type: ignore[assignment]
     prompt: str | None = None
     chat: bool | None = option_field("chat")
 
@@ -193,9 +193,9 @@ class Completion(Generating):
 
     prompt: Annotated[
         Annotated[str, Tag("text")]
-        | Annotated[list[str], Tag("texts")]
-        | Annotated[list[Vocabulary], Tag("ids")]
-        | Annotated[list[list[Vocabulary]], Tag("lists")],
+        | Annotated[Many[str], Tag("texts")]
+        | Annotated[Many[Vocabulary], Tag("ids")]
+        | Annotated[Many[Many[Vocabulary]], Tag("lists")],
         Discriminator(_prompt_kind),
     ]
     logprobs: int | None = option_field("logprobs")
@@ -258,7 +258,7 @@ class Tokenize(Templated):
 
     model: str | None = None
     prompt: str | None = Field(None, description="Encode this text, without the chat template.")
-    messages: list[Message] | None = Field(
+    messages: Many[Message] | None = Field(
         None, min_length=1, description="Encode this conversation up to the start of the next answer."
     )
     add_special_tokens: bool | None = Field(
@@ -271,4 +271,4 @@ class Detokenize(Body):
     """Tokens that are to become text, in vLLM's spelling."""
 
     model: str | None = None
-    tokens: list[Vocabulary]
+    tokens: Many[Vocabulary]

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import difflib
 import functools
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
 from ...errors import RequestError
 from ...runtime.requests.spellings import choice_pattern
 
+
+class _FirstMistake(FailFast):
+    """Ends the reading of a list; a union takes only what has a hash."""
+
+    __hash__ = object.__hash__
+
+
+Value = TypeVar("Value")
+Many = Annotated[list[Value], _FirstMistake()]  # every list of a body: one mistake is told, and there may be a million
 # Fields of OpenAI's that change no answer here.
 _WITHOUT_EFFECT = (
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
@@ -137,7 +146,7 @@ class ThoughtPart(ConversationPart):
     """Thoughts of an earlier answer, or how to think in a system message, in Mistral's form."""
 
     type: Literal["thinking"]
-    thinking: Annotated[Annotated[str, Tag("text")] | Annotated[list[ThoughtText], Tag("parts")], TEXT_OR_PARTS]
+    thinking: Annotated[Annotated[str, Tag("text")] | Annotated[Many[ThoughtText], Tag("parts")], TEXT_OR_PARTS]
 
     def plain(self) -> dict[str, Any]:
         """As the runtime takes it."""
@@ -176,8 +185,8 @@ class Message(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[_Piece], Tag("parts")], TEXT_OR_PARTS]
-    tool_calls: list[Call] | None = None
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[_Piece], Tag("parts")], TEXT_OR_PARTS]
+    tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
@@ -260,7 +269,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1, description="Make the answer one of these texts.")
+    choice: Many[str] | None = Field(None, min_length=1, description="Make the answer one of these texts.")
 
     def pattern(self) -> str | None:
         """What the answer must match. Raises RequestError."""

@@ -114,7 +114,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
     if first["type"] == "value_error":
         return error_response(400, error_body(400, str(first["ctx"]["error"]), param))
     sent = request.headers.get("content-type")
-    if param is None and isinstance(first["input"], bytes | None) and not _is_json(sent):  # so it has not been parsed
+    if param is None and isinstance(first["input"], bytes | None) and not is_json(sent):  # so it has not been parsed
         got = "is missing" if sent is None else f"is {sent!r:.60}"
         remedy = "allowed: application/json; with curl: -H 'Content-Type: application/json'"
         return error_response(400, error_body(400, f"the header Content-Type {got}, {remedy}"))
@@ -149,9 +149,15 @@ def _place(location: Sequence[Any], body: Any, *, missing: bool) -> list[str]:
     return [*place, str(location[-1])] if named else place
 
 
-def _is_json(content_type: str | None) -> bool:
+def is_json(content_type: str | None) -> bool:
+    """Whether a body of this type is parsed."""
     kind = (content_type or "").partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def unreadable() -> HTTPException:
+    """The error of a body that is no JSON of any kind, as FastAPI raises it."""
+    return HTTPException(400, _UNREADABLE)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -69,26 +69,26 @@ class Handlers:
         """Answer a chat or a completion, whole or streamed. Raises NemodiffError."""
         if isinstance(body, Completion) and body.suffix:
             return await self.infill(request, Fim.of(body))
-        model, options = self._model_options(body)
-        options = with_seed(options | body.options())
+        model, implied = self._model_options(body)
+        group = self._request_group(request, body)
+        diffusing, answers = bool(body.diffusing), body.n or 1
+
+        def choices() -> list[tuple[Prompt, dict[str, Any]]]:
+            options = with_seed(implied | body.options())
+            prompts = self._prompts(body)
+            self.scheduler.check_count(len(prompts) * answers)  # before each has options of its own
+            return _choices(prompts, options, answers)
+
+        requests = await group.submit(choices, steps=diffusing)
         builder = ResponseBuilder(
             self.engine,
             "chat" if isinstance(body, Chat) else "completion",
             model,
-            logprobs="logprobs" in options or (isinstance(body, Completion) and body.logprobs is not None),
+            logprobs="logprobs" in requests[0][1] or (isinstance(body, Completion) and body.logprobs is not None),
             prompt_logprobs=body.prompt_logprobs is not None,
-            answers=body.n or 1,
+            answers=answers,
+            sequences=group.sequences,
         )
-        group = self._request_group(request, body)
-        diffusing = bool(body.diffusing)
-
-        def choices() -> list[tuple[Prompt, dict[str, Any]]]:
-            prompts = self._prompts(body)
-            self.scheduler.check_count(len(prompts) * builder.answers)  # before each has options of its own
-            return _choices(prompts, options, builder.answers)
-
-        requests = await group.submit(choices, steps=diffusing)
-        builder.sequences = group.sequences
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [
                 prompt if isinstance(prompt, str) else self.engine.text.decode(sequence.prompt)
@@ -106,14 +106,18 @@ class Handlers:
 
     async def answer(self, request: Request, body: Messages | Responses) -> Response:
         """Answer a request of another API, whole or streamed. Raises NemodiffError."""
-        model, options = self._model_options(body)
+        model, implied = self._model_options(body)
         # Such APIs have no limit that is too high: it is a bound, and clients send that of their own model.
         room = {"max_new_tokens": self.engine.info.build.max_seq_len, "fit": True}
-        options = self._enforceable(with_seed(room | options | body.options()))
+        group = self._request_group(request, body)
+
+        def only() -> list[tuple[Prompt, dict[str, Any]]]:
+            options = self._enforceable(with_seed(room | implied | body.options()))
+            return [(self._prompts(body)[0], options)]
+
+        ((_, options),) = await group.submit(only)
         codec = self.engine.text if "logprobs" in options else None
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
-        group = self._request_group(request, body)
-        await group.submit(lambda: [(self._prompts(body)[0], options)])
         if not body.stream:
             (finished,) = await group.finished(request.receive)
             return JSONResponse(writer.full(finished.generation))
@@ -123,13 +127,15 @@ class Handlers:
 
     async def count(self, body: Counted) -> dict[str, Any]:
         """The number of tokens of a conversation in Anthropic's words. Raises NemodiffError."""
-        _, options = self._model_options(body)
-        with body.own_words():
-            chosen = make_options(self._enforceable(options | body.options()))
-            ids, _ = await in_thread(
-                lambda: encode_with_images(self.engine, self._prompts(body)[0], chosen), self._pool(body)
-            )
-        return {"input_tokens": len(ids)}
+        _, implied = self._model_options(body)
+
+        def counted() -> int:
+            given = body.options()
+            with body.own_words():
+                options = make_options(self._enforceable(implied | given))
+                return len(encode_with_images(self.engine, self._prompts(body)[0], options)[0])
+
+        return {"input_tokens": await in_thread(counted, self._pool(body))}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options of another API without a budget of thinking that nothing could enforce."""
@@ -139,10 +145,9 @@ class Handlers:
 
     async def trace(self, request: Request, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
-        _, options = self._model_options(body)
-        options = with_seed(options | body.options())
+        _, implied = self._model_options(body)
         group = self._request_group(request, body)
-        await group.submit(lambda: [(self._prompts(body)[0], options)], steps=True)
+        await group.submit(lambda: [(self._prompts(body)[0], with_seed(implied | body.options()))], steps=True)
         lines = trace_lines(self.engine, group.events())
         return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
 from ...runtime.requests.option_types import Option
 from ...runtime.requests.options import OPTIONS
+from .body_parts import Many
 
 Model = TypeVar("Model", bound=BaseModel)
 # What a body means besides, by option; see runtime/requests/spellings.py.
@@ -46,8 +47,21 @@ def option_field(name: str) -> Any:
 
 
 def _type(option: Option) -> Any:
+    most = option.most
+    if most is None:
+        return _unbounded(option)
+
+    def counted(value: Any) -> Any:
+        """The values, if there are not too many: each of a million may be a mistake of its own."""
+        most.check(option.name, value)
+        return value
+
+    return Annotated[_unbounded(option), BeforeValidator(counted)]
+
+
+def _unbounded(option: Option) -> Any:
     if option.many:
-        return str | list[str] | None if option.one_type is str else list[int] | None
+        return str | Many[str] | None if option.one_type is str else Many[int] | None
     if option.type == Mapping[int, float]:
         return dict[str, float] | None
     if option.choices:

@@ -94,14 +94,14 @@ class RequestGroup:
 
         def submit_all() -> list[tuple[Prompt, dict[str, Any]]]:
             requests = read()
-            self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
+            with self._own_words():
+                self._handles = self._scheduler.submit_many(requests, steps=steps, listener=self._listen)
             if self._closed:  # in the meantime, so that `close` did not see these handles
                 self.close()
             return requests
 
         try:
-            with self._own_words():
-                return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
+            return await in_thread(submit_all, self._pool)  # encoding a long prompt takes time
         except BaseException as error:
             self.close()
             if isinstance(error, BusyError) and self._scheduler.closed:

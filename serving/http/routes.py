@@ -24,6 +24,7 @@ from .dialects.messages_body import Counted, Messages
 from .dialects.responses_body import Responses
 from .fim_body import Fim
 from .handlers import Handlers
+from .long_bodies import BodyRoute
 from .page_export import PAGE
 from .sse import MEDIA_TYPE
 
@@ -50,6 +51,7 @@ def create_routes(handlers: Handlers, draining: threading.Event) -> FastAPI:
     """The application that the middleware wraps; `draining` is set once the server is about to stop."""
     version = importlib.metadata.version("nemodiff")
     app = FastAPI(title="nemodiff", version=version, docs_url=None, redoc_url=None, responses=_ERRORS)
+    app.router.route_class = BodyRoute
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_exception_handler(NemodiffError, error_responses.on_nemodiff_error)
     app.add_exception_handler(RequestValidationError, error_responses.on_validation_error)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ...errors import RequestError
-from .body_parts import Body, Message, NamedTool
+from .body_parts import Body, Many, Message, NamedTool
 from .option_fields import option_field
 
 
@@ -16,7 +16,7 @@ class AllowedFunctions(Body):
     """The tools that may be called, by their names."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool]
+    tools: Many[NamedTool]
 
 
 class AllowedTools(Body):
@@ -64,7 +64,7 @@ class Templated(Body):
     """What a chat template makes a prompt of, beside the conversation."""
 
     thinking: bool | None = option_field("thinking")
-    tools: list[dict[str, Any]] | None = option_field("tools")
+    tools: Many[dict[str, Any]] | None = option_field("tools")
     tool_choice: ToolChoice | None = option_field("tool_choice")
     parallel_tool_calls: bool | None = option_field("parallel_tool_calls")
     chat_template_kwargs: dict[str, Any] | None = option_field("chat_template_kwargs")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
-from ..body_parts import TEXT_OR_PARTS, ConversationPart
+from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
 
 
 class TextBlock(ConversationPart):
@@ -16,7 +16,7 @@ class TextBlock(ConversationPart):
     text: str
 
 
-Texts = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextBlock], Tag("parts")], TEXT_OR_PARTS]
+Texts = Annotated[Annotated[str, Tag("text")] | Annotated[Many[TextBlock], Tag("parts")], TEXT_OR_PARTS]
 
 
 class ImageSource(ConversationPart):
@@ -83,7 +83,7 @@ class ToolResultBlock(ConversationPart):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Result], Tag("parts")], TEXT_OR_PARTS] = ""
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Result], Tag("parts")], TEXT_OR_PARTS] = ""
     is_error: bool = False
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from ....errors import RequestError
-from ..body_parts import TEXT_OR_PARTS, ConversationPart
+from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
 from ..template_fields import by_name
 from .dialect import DialectBody
 from .messages_blocks import Block, ImageBlock, TextBlock, Texts, ThinkingBlock, ToolResultBlock, ToolUseBlock
@@ -25,7 +25,7 @@ class Turn(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[list[Block], Tag("parts")], TEXT_OR_PARTS]
+    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Block], Tag("parts")], TEXT_OR_PARTS]
 
 
 class Tool(ConversationPart):
@@ -79,9 +79,9 @@ class OutputConfig(ConversationPart):
 class Counted(DialectBody):
     """A conversation whose tokens are counted."""
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: Many[Turn] = Field(min_length=1)
     system: Texts | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -142,7 +142,7 @@ class Messages(Counted):
     """A conversation that waits for its next turn, in Anthropic's words."""
 
     max_tokens: int = Field(ge=1, description="Stop after at most this many tokens, or where the engine is full.")
-    stop_sequences: list[str] | None = None
+    stop_sequences: Many[str] | None = None
 
     def options(self) -> dict[str, Any]:
         """See `DialectBody.options`."""

@@ -9,7 +9,7 @@ from pydantic import Field, Tag, model_validator
 
 from ....errors import RequestError
 from ....runtime.text.checks import check_json
-from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart
+from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart, Many
 from ..template_fields import CHOICE, by_name
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
@@ -55,7 +55,7 @@ class Reasoning(ConversationPart):
 class Responses(DialectBody):
     """A conversation that waits for its next turn, in the words of OpenAI's Responses API."""
 
-    input: Annotated[Annotated[str, Tag("text")] | Annotated[list[Item], Tag("parts")], TEXT_OR_PARTS]
+    input: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Item], Tag("parts")], TEXT_OR_PARTS]
     instructions: str | None = None
     max_output_tokens: int | None = Field(
         None, ge=1, description="Stop after at most this many tokens, or where the engine is full."
@@ -70,7 +70,7 @@ class Responses(DialectBody):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = Field(
+    include: Many[str] | None = Field(
         None, description=f"{_LOGPROBS} reports the log-probability of each token of the text, the rest has no effect."
     )
     top_logprobs: int | None = Field(None, description="Report those of this many likeliest tokens too; needs include.")

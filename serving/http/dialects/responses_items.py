@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..body_parts import TEXT_OR_PARTS, ConversationPart
+from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
 
 
 class TextPart(ConversationPart):
@@ -36,7 +36,7 @@ class ImagePart(ConversationPart):
 
 
 Part = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
-Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[Part], Tag("parts")], TEXT_OR_PARTS]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[Many[Part], Tag("parts")], TEXT_OR_PARTS]
 
 
 class MessageItem(ConversationPart):
@@ -69,8 +69,8 @@ class ReasoningItem(ConversationPart):
     """What the model thought; what is encrypted is another model's and left out."""
 
     type: Literal["reasoning"]
-    summary: list[TextPart] = Field(default_factory=list)
-    content: list[TextPart] | None = None
+    summary: Many[TextPart] = Field(default_factory=list)
+    content: Many[TextPart] | None = None
 
 
 def _kind(item: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, Tag
 
 from ....errors import RequestError
-from ..body_parts import Body, ConversationPart
+from ..body_parts import Body, ConversationPart, Many
 from ..template_fields import allowed
 
 _HostedKind = Literal[
@@ -32,7 +32,7 @@ class Namespace(ConversationPart):
     type: Literal["namespace"]
     name: str
     description: str | None = None
-    tools: list[Function]
+    tools: Many[Function]
 
 
 class Hosted(ConversationPart):
@@ -52,7 +52,7 @@ Tool = Annotated[
     Annotated[Function, Tag("function")] | Annotated[Namespace, Tag("namespace")] | Annotated[Hosted, Tag("hosted")],
     Discriminator(_kind),
 ]
-Tools = Annotated[list[Tool], Field(description="Offer these tools; those that a server would run are left out.")]
+Tools = Annotated[Many[Tool], Field(description="Offer these tools; those that a server would run are left out.")]
 
 
 class AllowedTool(ConversationPart):
@@ -68,7 +68,7 @@ class AllowedTools(Body):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[AllowedTool]
+    tools: Many[AllowedTool]
 
     def of(self, offered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of the offered functions. Raises RequestError."""

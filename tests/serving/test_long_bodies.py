@@ -1,0 +1,154 @@
+"""Bodies of very many parts: other requests go on meanwhile, and what is wrong is told as of a short one.
+
+Nothing is timed: what takes time must be in another thread than the event loop, and stop at the first problem.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from stand_ins.asgi import asked
+
+import nemodiff
+from nemodiff.runtime.scheduler.scheduler import Scheduler
+from nemodiff.serving.http.app import Limits, Server
+from nemodiff.serving.http.body import Chat, Completion, Detokenize, Tokenize, Watched
+from nemodiff.serving.http.body_parts import Body, ConversationPart
+from nemodiff.serving.http.dialects.messages_body import Counted, Messages
+from nemodiff.serving.http.dialects.responses_body import Responses
+from nemodiff.serving.http.fim_body import Fim
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER = {"role": "user", "content": "x"}
+PADDING = {"metadata": {"note": "x" * 100_000}}
+ROUTES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [USER]},
+    COMPLETIONS: {"prompt": "x"},
+    "/v1/messages": {"messages": [USER], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [USER]},
+    "/v1/responses": {"input": [USER], "max_output_tokens": 2},
+    "/tokenize": {"messages": [USER]},
+    "/events": {"messages": [USER], "max_tokens": 2},
+}
+
+
+@pytest.fixture
+def server(engine: nemodiff.LoadedEngine) -> Iterator[Server]:
+    with Scheduler(engine, rows=1) as scheduler:
+        served = Server(engine, scheduler, Limits(), "tiny", {"mode": "linear_spec", "max_new_tokens": 2})
+        yield served
+        served.close()
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_long_body_is_read_outside_of_the_event_loop(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Threads are told by what parsing, checking and choosing options call."""
+    seen: dict[str, set[int]] = {}
+
+    def watch(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            if name != "loads" or isinstance(arguments[0], bytes):  # a body, and no answer
+                seen.setdefault(name, set()).add(threading.get_ident())
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(json, "loads")
+    watch(Body, "_ignores")
+    watch(ConversationPart, "_ignores")
+    for kind in (Chat, Completion, Watched, Messages, Responses):
+        watch(kind, "options")
+    answers = []
+    for padding in ({}, PADDING):
+        seen.clear()
+        body = {**ROUTES[path], **padding}
+        if path == COMPLETIONS:
+            body["user"] = "me"
+        else:
+            body["messages" if "messages" in body else "input"] = [{**USER, "note": 1}]
+
+        async def ask(body: dict[str, Any] = body) -> tuple[int, list[Any]]:
+            seen["loop"] = {threading.get_ident()}
+            return await asked(server.app, path, body)
+
+        status, answer = asyncio.run(ask())
+        assert status == 200, answer
+        answers.append(answer[0].get("choices", answer[0].get("content", answer[0].get("tokens", True))))
+        loop = seen.pop("loop")
+        assert seen.keys() >= {"loads", "_ignores"}
+        assert not loop & seen.get("options", set())
+        if padding:
+            assert not any(loop & threads for threads in seen.values())
+    assert answers[0] == answers[1]
+
+
+WRONG: list[tuple[str, Any]] = [
+    (CHAT, {"messages": [{"role": "usr", "content": "x"}]}),
+    (CHAT, {"messages": [USER], "temperatur": 1}),
+    (CHAT, {"messages": [USER], "stop": ["x"] * 2000}),
+    (CHAT, {"messages": [USER], "top_p": 7}),
+    (CHAT, {"messages": [USER], "model": "other"}),
+    (CHAT, {}),
+    (COMPLETIONS, {"prompt": [1, "a"]}),
+    (COMPLETIONS, {"prompt": "x", "logit_bias": {str(i): 1 for i in range(2000)}}),
+    ("/v1/messages", {"messages": [USER]}),
+    ("/v1/responses", {"input": "x", "previous_response_id": "y"}),
+    ("/tokenize", {"messages": [USER], "prompt": "x"}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), WRONG)
+def test_what_is_wrong_is_told_of_a_long_body_as_of_a_short_one(server: Server, path: str, body: Any) -> None:
+    short, long = (asyncio.run(asked(server.app, path, {**body, **padding})) for padding in ({}, PADDING))
+    assert short == long
+    assert short[0] == (404 if "model" in body else 400)
+
+
+@pytest.mark.parametrize("text", [b"[1, 2", b'{"a": 1} x', b"[" * 5, b"\xff", b"", b"[1]", b'"x"', b"5"])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: str) -> None:
+    def ask(body: bytes) -> tuple[int, str]:
+        status, (answer,) = asyncio.run(asked(server.app, CHAT, body, content_type=kind))
+        return status, answer["error"]["message"]
+
+    short, long = ask(text), ask(text + b" " * 100_000)
+    assert short[0] == 400
+    assert short == long or (text == b"" and long[1].startswith("the body is not JSON")) or kind != "application/json"
+
+
+def lists(schema: Any) -> Iterator[Any]:
+    """The lists inside of a core schema."""
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if value.get("type") == "list":
+                yield value
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+
+
+@pytest.mark.parametrize("kind", [Chat, Completion, Watched, Tokenize, Detokenize, Fim, Messages, Counted, Responses])
+def test_a_list_is_read_up_to_its_first_mistake(kind: type[BaseModel]) -> None:
+    """Else a million mistakes are told of, of which one is answered."""
+    found = [*lists(kind.__pydantic_core_schema__)]
+    assert found
+    assert [one for one in found if not one.get("fail_fast")] == []
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "logit_bias"])
+def test_a_bounded_option_is_counted_before_its_values_are_read(name: str) -> None:
+    wrong: Any = {str(i): "x" for i in range(1025)} if name == "logit_bias" else [None] * 1025
+    with pytest.raises(nemodiff.RequestError, match=f"^{name} has 1025 values, allowed: at most 1024"):
+        Chat.model_validate({"messages": [USER], name: wrong})
