@@ -178,6 +178,9 @@ class Options:
         bool, Help("Refuse a JSON schema with an unknown format or uniqueItems instead of ignoring these.")
     ] = False
     regex: Annotated[str | None, Help("Make the whole answer match this pattern.", default="none")] = None
+    grammar: Annotated[
+        str | None, Help("Make the answer follow this grammar, in Lark's notation or llama.cpp's.", default="none")
+    ] = None
 
     policy: Annotated[PolicyName, Help("Choose by this rule which masked tokens a pass of mode diffusion commits.")] = (
         "threshold"

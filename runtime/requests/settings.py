@@ -10,7 +10,7 @@ from ...engine_info import EngineInfo
 from ...errors import ContextLengthError, RequestError
 from ..engines.engine import ABOVE_ALL
 from ..sampling.commit import Policy
-from ..sampling.grammar import Grammar
+from ..sampling.grammar import GUIDES, Grammar
 from ..sampling.grammar_cache import GRAMMARS
 from ..sampling.sampler import SamplingParams
 from ..tools.answer import PLAIN, AnswerFormat
@@ -224,7 +224,7 @@ def _check_diffusion(o: Options) -> None:
         )
     if o.policy == "left_to_right":
         return
-    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "bad_words", "json_schema", "regex"):
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "bad_words", *GUIDES):
         if getattr(o, name) != OPTIONS[name].default:
             raise RequestError(
                 f"{name} depends on the tokens before, which policy {o.policy} of diffusion may decide later; "
@@ -236,8 +236,9 @@ def _grammar(
     info: EngineInfo, text: TextCodec, o: Options, use: ToolUse | None
 ) -> tuple[Grammar | None, tuple[str, ...]]:
     """What the answer must follow, and what of that is ignored."""
-    if o.json_schema is not None and o.regex is not None:
-        raise RequestError("json_schema and regex are both given; use one of them")
+    guides = [name for name in GUIDES if getattr(o, name) is not None]
+    if len(guides) > 1:
+        raise RequestError(f"{guides[0]} and {guides[1]} are both given; use one of them")
     calls = None if use is None else use.grammar(text, o.json_schema)
     if calls is not None:
         kind = "tools"
@@ -250,9 +251,9 @@ def _grammar(
             )
         if o.strict_schema and warnings:
             raise RequestError(f"{warnings[0]}; change it or leave strict_schema out")
-    elif o.json_schema is not None or o.regex is not None:
-        kind = "regex" if o.json_schema is None else "json_schema"
-        source = o.regex or o.json_schema or ""
+    elif guides:
+        kind = guides[0]
+        source = getattr(o, kind)
         warnings = ()
     else:
         return None, ()

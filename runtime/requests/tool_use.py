@@ -94,8 +94,9 @@ def read_tool_use(text: TextCodec, o: Options) -> ToolUse | None:
         return None
     if not o.chat:
         raise RequestError("tools are shown by the chat template; leave --raw (chat=False) out")
-    if o.regex is not None:
-        raise RequestError("tools and regex are both given; use one of them")
+    for name in ("regex", "grammar"):
+        if getattr(o, name) is not None:
+            raise RequestError(f"tools and {name} are both given; use one of them")
     return ToolUse(find_form(text.template), tools, o.tool_choice, o.parallel_tool_calls and not named)
 
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import numpy as np
 
 from ...errors import RequestError
-from .grammar_trial import SECONDS, compiles_in_time
+from .grammar_trial import SECONDS, compiles_in_time, error_of
 from .json_schema import is_unfinished, read_schema
 
-MAX_SOURCE = 256 << 10  # bytes of a schema or pattern
+GUIDES = ("json_schema", "regex", "grammar")  # options that say what an answer follows
+MAX_SOURCE = 256 << 10  # bytes of a schema, pattern or grammar
 # What a compiled grammar is taken to need in memory. Measured: up to 1 MiB, and for a byte of source 14 to 260 bytes.
 _BASE = 1 << 20
 _PER_BYTE = 128
 
 # A model that finds no end fills JSON up with space, so there is one way to set it, that of Python's json.
 _JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TOKENS = re.compile(r"<\[[\d\s,^*-]*\]>")  # in the library's dialect of Lark
 _LONGEST_REASON = 150  # characters of a message of the library
 _MOST_WARNINGS = 10
 # How the library begins to refuse what it does not implement.
@@ -35,8 +38,9 @@ class Grammar:
         tokenizer: tokenizer.json as text.
         vocab: entries of the vocabulary.
         eos: ids that end an answer.
-        kind: json_schema, regex or tools.
-        source: the schema as JSON text, the pattern, or a grammar in llguidance's dialect of Lark.
+        kind: one of `GUIDES`, or tools.
+        source: the schema as JSON text, the pattern, or a grammar: of tools in llguidance's dialect of Lark, else in
+            that without special tokens or in llama.cpp's GBNF.
         strict: refuse what would be a warning.
 
     Raises:
@@ -62,6 +66,8 @@ class Grammar:
             self.warnings = [f"json_schema: {_reason(warning)}" for warning in self._first.get_grammar_warnings()]
             if not strict and self._first.get_error().startswith((_UNKNOWN_FORMAT, _UNIMPLEMENTED)):
                 self._ignore_annotations(library, schema)
+        elif kind == "grammar":
+            self._first = _compile_grammar(library, source)
         elif kind == "tools":
             self._first = _compile(library, source, kind)
             if not self._first.is_error():
@@ -172,11 +178,28 @@ def _compile_schema(library: Any, schema: dict[str, Any], options: Any = None) -
     return _compile(library, text, "json_schema")
 
 
-def _compile(library: Any, text: str, kind: str) -> Any:
+def _compile_grammar(library: Any, source: str) -> Any:
+    """A grammar that somebody wrote, of which nothing is known: it must have compiled elsewhere first."""
+    import llguidance
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if _TOKENS.search(source):  # of which one may be the mask
+        raise _refusal("grammar", "tokens by their ids are not supported")
+    try:
+        text = llguidance.LLMatcher.grammar_from_lark(any_to_lark(source))
+    except Exception as error:  # the converter's own, which it does not name, and RecursionError
+        raise _refusal("grammar", str(error)) from None
+    problem = error_of(text)
+    if problem:
+        raise _refusal("grammar", problem)
+    return _compile(library, text, "grammar", tried=problem is not None)
+
+
+def _compile(library: Any, text: str, kind: str, tried: bool | None = None) -> Any:
     """The library's matcher, whose limits bound the work of one token; it may be in error. Raises RequestError."""
     import llguidance
 
-    if not compiles_in_time(text):
+    if not (compiles_in_time(text) if tried is None else tried):
         raise RequestError(
             f"{kind} is too complex (compiling it takes over {SECONDS} s); use fewer patterns at once and a smaller "
             "multipleOf"

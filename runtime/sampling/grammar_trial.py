@@ -19,13 +19,17 @@ _TOKEN = re.compile(r"<\[\d+\]>")  # in llguidance's dialect of Lark
 
 def compiles_in_time(grammar: str) -> bool:
     """Whether a grammar with what can take long compiles within `SECONDS`; if in doubt, True."""
-    if not any(word in grammar for word in _COSTLY):
-        return True
+    return not any(word in grammar for word in _COSTLY) or error_of(_TOKEN.sub("/x/", grammar)) is not None
+
+
+def error_of(grammar: str) -> str | None:
+    """Why a grammar does not compile, for a tokenizer of bytes; empty if it does, None if it takes too long."""
     if not sys.executable:  # Python inside of another program
-        return True
+        return ""
     command = [sys.executable, "-P", str(Path(__file__)), str(SECONDS)]
-    trial = subprocess.run(command, input=_TOKEN.sub("/x/", grammar).encode(), capture_output=True, check=False)
-    return trial.returncode >= 0  # less if the system ended it, for its time or for its memory
+    trial = subprocess.run(command, input=grammar.encode(), capture_output=True, check=False)
+    # Less if the system ended it, for its time or for its memory.
+    return trial.stdout.decode() if trial.returncode >= 0 else None
 
 
 if __name__ == "__main__":
@@ -33,4 +37,6 @@ if __name__ == "__main__":
     import llguidance
 
     # Bytes instead of the real tokens, which take longer to read than most grammars.
-    llguidance.LLMatcher(llguidance.LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0)
+    library = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(library, sys.stdin.buffer.read().decode(), log_level=0)
+    sys.stdout.buffer.write(matcher.get_error().encode())

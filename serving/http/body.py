@@ -15,8 +15,9 @@ from pydantic import Discriminator, Field, Tag
 from ...errors import RequestError
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.spellings import resolve
-from .body_parts import Body, Many, Message, ResponseFormat, StreamOptions, StructuredOutputs
+from .body_parts import Body, Many, Message, StreamOptions
 from .option_fields import option_field, with_options
+from .structure import Structured
 from .template_fields import Templated
 
 MOST_CHOICES = 128  # answers to one request
@@ -55,7 +56,7 @@ class Decoding(Body):
 
 
 @with_options(*_GENERATING)
-class Generating(Decoding):
+class Generating(Structured, Decoding):
     """What an answer from left to right takes."""
 
     max_tokens: int | None = option_field("max_new_tokens")
@@ -65,12 +66,6 @@ class Generating(Decoding):
     prompt_logprobs: int | None = option_field("prompt_logprobs")
     ignore_eos: bool | None = Field(
         None, description="Generate max_tokens tokens even where the model would end before; needs max_tokens."
-    )
-    response_format: ResponseFormat | None = Field(
-        None, description="Make the answer text, JSON, or JSON after a schema, or make it match a pattern."
-    )
-    structured_outputs: StructuredOutputs | None = Field(
-        None, description="Make the answer follow a schema or a pattern, or one of some texts, in vLLM's spelling."
     )
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(
@@ -82,41 +77,14 @@ class Generating(Decoding):
 
     def spelled(self) -> dict[str, str]:
         """See `Decoding.spelled`."""
-        form = self.response_format
-        structure: dict[str, str] = {}
-        if form is not None and form.type != "text":
-            schema = "response_format.json_schema" if form.type == "json_schema" else "response_format"
-            structure = {"json_schema": schema, "regex": "response_format.regex"}
-        elif self.structured_outputs is not None:
-            pattern = "regex" if self.structured_outputs.choice is None else "choice"
-            structure = {"json_schema": "structured_outputs.json", "regex": f"structured_outputs.{pattern}"}
-        return {"max_new_tokens": "max_tokens", **structure}
+        return {"max_new_tokens": "max_tokens", **{guide.option: guide.field for guide in self.guides()}}
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
         chosen = self.model_dump(include={"max_tokens", "prompt_logprobs", *_DECODING, *_GENERATING}, exclude_none=True)
         if "max_tokens" in chosen:
             chosen["max_new_tokens"] = chosen.pop("max_tokens")
-        return resolve(chosen, ignore_eos=bool(self.ignore_eos)) | self._structure()
-
-    def _structure(self) -> dict[str, Any]:
-        """The schema or pattern that the answer follows, as an option. Raises RequestError."""
-        form = self.response_format
-        other = self.structured_outputs
-        if form is None or form.type == "text":
-            structure = {} if other is None else {"json_schema": other.json_, "regex": other.pattern()}
-            return {name: value for name, value in structure.items() if value is not None}
-        if other is not None:
-            raise RequestError("response_format and structured_outputs are both given; use one of them")
-        if form.type == "json_object":
-            return {"json_schema": {"type": "object"}}
-        if form.type == "regex":
-            if form.regex is None:
-                raise RequestError("response_format has no regex; give its pattern")
-            return {"regex": form.regex}
-        if form.json_schema is None:
-            raise RequestError("response_format has no json_schema; give one")
-        return {"json_schema": form.json_schema.schema_}
+        return resolve(chosen, ignore_eos=bool(self.ignore_eos)) | self.guide()
 
 
 class Chat(Templated, Generating):

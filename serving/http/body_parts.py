@@ -8,9 +8,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
-from ...errors import RequestError
-from ...runtime.requests.spellings import choice_pattern
-
 
 class _FirstMistake(FailFast):
     """Ends the reading of a list; a union takes only what has a hash."""
@@ -20,10 +17,10 @@ class _FirstMistake(FailFast):
 
 Value = TypeVar("Value")
 Many = Annotated[list[Value], _FirstMistake()]  # every list of a body: one mistake is told, and there may be a million
-# Fields of OpenAI's that change no answer here.
+# Fields of OpenAI's and vLLM's that change no answer here.
 _WITHOUT_EFFECT = (
-    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-    "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
+    "guided_decoding_backend", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key",
+    "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
 )  # fmt: skip
 # Fields of OpenAI's and vLLM's that are accepted at the values that ask for what is always done here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -245,36 +242,3 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = Field(
         False, description="Send the tokens so far in each chunk too, in vLLM's words."
     )
-
-
-class JsonSchema(Body):
-    """A named schema. `strict` changes nothing: answers follow the schema anyway, and clients set it unasked."""
-
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What an answer must be."""
-
-    type: Literal["text", "json_object", "json_schema", "regex"]
-    json_schema: JsonSchema | None = None
-    regex: str | None = Field(None, description="Make the whole answer match this pattern, with type regex.")
-
-
-class StructuredOutputs(Body):
-    """vLLM's way to say what an answer must be."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: Many[str] | None = Field(None, min_length=1, description="Make the answer one of these texts.")
-
-    def pattern(self) -> str | None:
-        """What the answer must match. Raises RequestError."""
-        if self.choice is None:
-            return self.regex
-        if self.regex is not None:
-            raise RequestError("structured_outputs has regex and choice; use one of them")
-        return choice_pattern(self.choice)

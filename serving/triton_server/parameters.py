@@ -102,10 +102,17 @@ INPUTS = (
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
 _ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
 _MEANINGLESS = ("skip_special_tokens", "spaces_between_special_tokens")
-_GUIDED = {"guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex"}
-_GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex"}  # TensorRT-LLM's types
+_GUIDED = {
+    "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex", "guided_grammar": "grammar",
+}  # fmt: skip
+# TensorRT-LLM's types
+_GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "grammar"}
 _STRUCTURES = ("structured_outputs", "guided_decoding")  # vLLM's objects
-_STRUCTURED = {"json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "guided_choice"}
+_STRUCTURED = {
+    "json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "guided_choice",
+    "grammar": "grammar",
+}  # fmt: skip
+_WITHOUT_EFFECT = ("disable_any_whitespace", "disable_fallback")  # in them: there is one way to set JSON, one library
 _ANY_OBJECT = '{"type": "object"}'
 
 _BY_NAME = {i.name: i for i in INPUTS}
@@ -298,7 +305,7 @@ def _spread(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _structure(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Of an object of vLLM's, whose clients spell out what they leave open."""
     for kind, guide in _object(name, value).items():
-        if guide is None or guide is False:
+        if guide is None or guide is False or kind in _WITHOUT_EFFECT:
             continue
         if kind not in _STRUCTURED:
             raise RequestError(f"{name} has {kind!r:.60}, allowed: {', '.join(_STRUCTURED)}; leave it out")

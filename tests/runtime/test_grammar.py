@@ -7,6 +7,7 @@ import decimal
 import enum
 import json
 import pathlib
+import re
 import uuid
 from typing import Any
 
@@ -387,3 +388,64 @@ def test_such_an_answer_goes_on_to_min_tokens_while_the_grammar_has_more(
     assert longer.token_ids.index(eos) == 9
     full = nemodiff.generate(engine, QUESTION, regex="abab", min_tokens=30, **ends)
     assert (full.text, full.token_ids[-1], full.finish_reason) == ("abab", eos, "stop")
+
+
+# --- grammars in Lark's or llama.cpp's notation ---
+
+LARK = 'start: item (", " item){2} "."?\nitem: WORD\nWORD: /[ab]{2}/\n'
+GBNF = 'root ::= item (", " item){2} "."?\nitem ::= [ab] [ab]\n'
+HOURS = 'start: %json {"type": "integer", "multipleOf": 99999999}\n'
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("grammar", [LARK, GBNF], ids=["lark", "gbnf"])
+def test_an_answer_follows_a_grammar(engine: nemodiff.LoadedEngine, way: dict[str, Any], grammar: str) -> None:
+    answer = nemodiff.generate(engine, QUESTION, grammar=grammar, max_new_tokens=40, **way)
+    assert re.fullmatch(r"[ab]{2}(, [ab]{2}){2}\.?", answer.text)
+    assert answer.finish_reason == "stop"
+
+
+def test_grammars_that_nest_are_followed(engine: nemodiff.LoadedEngine) -> None:
+    nested = compiled(engine, 'start: "(" start ")" | "x"', "grammar")
+    assert follows(engine, nested, "((x))")
+    assert not follows(engine, nested, "((x)")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("", "grammar is not understood"),
+        ("nonsense", "grammar is not understood"),
+        ("start: other", "grammar is not understood"),
+        ("start: /(/", "grammar is not understood"),
+        ('root ::= "a', "grammar is not understood"),
+        ("root ::= " + "(" * 5000, "grammar is not understood"),
+        ("start: " + "(" * 5000, "grammar is not understood"),
+        ("start: <|im_end|>", "grammar is not understood"),
+        *((f"start: <[{ids}]> /x/", "grammar is not understood (tokens by their ids") for ids in ("7", "1-4, 9", "*")),
+        ('{"grammars": [{"json_schema": {}}]}', "grammar is not understood"),
+        (HOURS, "grammar is too complex"),
+        (HOURS.replace("start: ", "start: <|im_end|> "), "grammar is"),
+        ("start: /[^\\s\\S]/", "grammar allows no answer"),
+        ("x" * (MAX_SOURCE + 1), f"grammar has {MAX_SOURCE + 1} bytes"),
+    ],
+)
+def test_a_wrong_grammar_is_refused_in_one_line(
+    engine: nemodiff.LoadedEngine, source: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_trial, "SECONDS", 1)
+    with pytest.raises(nemodiff.RequestError, match=f"^{re.escape(problem)}") as refused:
+        compiled(engine, source, "grammar")
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
+
+
+def test_one_guide_is_allowed(engine: nemodiff.LoadedEngine) -> None:
+    guides: dict[str, Any] = {"json_schema": {}, "regex": "a", "grammar": 'start: "a"'}
+    for left in guides:
+        two = {name: value for name, value in guides.items() if name != left}
+        first, second = two
+        with pytest.raises(nemodiff.RequestError, match=f"^{first} and {second} are both given; use one of them$"):
+            nemodiff.generate(engine, QUESTION, **two)
+    with pytest.raises(nemodiff.RequestError, match=r"^grammar depends on the tokens before, which policy"):
+        nemodiff.generate(engine, QUESTION, grammar=guides["grammar"], mode="diffusion")

@@ -596,6 +596,7 @@ UNFINISHED = {"type": "object", "properties": {"a": {"type": "string", "pattern"
         ({"tools": TOOLS, "tool_choice": "f"}, "tool_choice is 'f', allowed: auto, none, required, or"),
         ({"tools": TOOLS, "chat": False}, "tools are shown by the chat template"),
         ({"tools": TOOLS, "regex": "a"}, "tools and regex are both given"),
+        ({"tools": TOOLS, "grammar": 'start: "a"'}, "tools and grammar are both given"),
         ({"tools": TOOLS, "json_schema": "{"}, "json_schema is not JSON .Expecting property name"),
         ({"tools": TOOLS, "json_schema": "false"}, "json_schema is false, which no answer follows"),
         ({"tools": TOOLS, "json_schema": "5"}, "json_schema is 5, allowed: an object or true"),

@@ -327,6 +327,30 @@ def test_a_think_block_stands_at_the_beginning() -> None:
     assert ReasoningParser(TAGS, False).push("b <think>c</think>", final=True) == ("", "b <think>c</think>")
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/events"])
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"structured_outputs": {"json_object": True, "disable_fallback": True}}, r"\{.*"),
+        ({"structured_outputs": {"json_object": False, "regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"structured_outputs": {"grammar": 'root ::= ("a" | "b") "c"'}}, "[ab]c"),
+        ({"guided_grammar": 'start: ("a" | "b") "c"'}, "[ab]c"),
+        ({"guided_json": {"enum": [1, 2]}, "guided_decoding_backend": "xgrammar"}, "[12]"),
+        ({"guided_json": '{"enum": [1, 2]}', "guided_regex": None}, "[12]"),
+        ({"guided_regex": "[ab]{3}", "response_format": {"type": "text"}}, "[ab]{3}"),
+        ({"guided_choice": ["a.", "b|"]}, r"a\.|b\|"),
+    ],
+)
+def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields: dict[str, Any], pattern: str) -> None:
+    body = {**(chat() if path == CHAT else {"prompt": QUESTION}), "max_tokens": 20, **fields}
+    if path == "/events":
+        text = server.stream(path, body)[-1]["generation"]["text"]
+    else:
+        choice = server.ask(path, body)["choices"][0]
+        text = choice["message"]["content"] if path == CHAT else choice["text"]
+    assert re.fullmatch(pattern, text, re.DOTALL)
+
+
 # --- malformed requests ---
 
 
@@ -362,7 +386,20 @@ def test_a_think_block_stands_at_the_beginning() -> None:
         (CHAT, chat(structured_outputs={"choice": []}), "structured_outputs.choice: "),
         (CHAT, chat(structured_outputs={"choice": ["a", 5]}), "structured_outputs.choice.1: Input should be a valid s"),
         (CHAT, chat(structured_outputs={"choice": ["\ud800"]}), "structured_outputs.choice: not UTF-8"),
-        (CHAT, chat(structured_outputs={"choice": ["a"], "regex": "a"}), "regex and choice; use one of them"),
+        (
+            CHAT,
+            chat(structured_outputs={"choice": ["a"], "regex": "a"}),
+            "structured_outputs.regex and structured_outputs.choice are both given; use one of them",
+        ),
+        (CHAT, chat(structured_outputs={"json_object": True, "json": {}}), "structured_outputs.json are both given"),
+        (CHAT, chat(guided_json={}, guided_grammar="x"), "guided_json and guided_grammar are both given"),
+        (CHAT, chat(guided_choice=["a"], guided_regex="a"), "guided_regex and guided_choice are both given"),
+        (CHAT, chat(guided_regex="a", response_format={"type": "json_object"}), "response_format and guided_regex are"),
+        (CHAT, chat(guided_regex="a", structured_outputs={"regex": "a"}), "regex and guided_regex are both given"),
+        (CHAT, chat(structured_outputs={"structural_tag": "{}"}), "'structural_tag' is not supported"),
+        (CHAT, chat(structured_outputs={"whitespace_pattern": " "}), "'whitespace_pattern' is not supported"),
+        (CHAT, chat(guided_choice=[]), "guided_choice: "),
+        (CHAT, chat(guided_json=5), "guided_json"),
         (CHAT, chat(stop=["x"] * 1025), "stop has 1025 values, allowed: at most 1024 with 16384 characters"),
         ("/v1/completions", {"prompt": "x", "bad_words": ["x" * 16385]}, "bad_words has 16385 characters"),
         (CHAT, chat(seed=-(2**63) - 1), "seed is -9223372036854775809"),
@@ -460,6 +497,13 @@ UNHELD = {"type": "string", "not": {"const": "a"}}
         ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         (CHAT, {"structured_outputs": {"choice": ["a" * (300 << 10)]}}, "structured_outputs.choice"),
         (CHAT, {"structured_outputs": {"choice": ["a"]}, "mode": "diffusion"}, "structured_outputs.choice"),
+        (CHAT, {"structured_outputs": {"json_object": True}, "mode": "diffusion"}, "structured_outputs.json_object"),
+        (CHAT, {"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs.grammar"),
+        (CHAT, {"guided_json": UNHELD}, "guided_json"),
+        (CHAT, {"guided_json": "{"}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "guided_regex": "("}, "guided_regex"),
+        (CHAT, {"guided_choice": ["a"], "mode": "diffusion"}, "guided_choice"),
+        ("/events", {"guided_grammar": "start: other"}, "guided_grammar"),
         (CHAT, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
