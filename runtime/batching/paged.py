@@ -3,33 +3,47 @@
 A sequence begins when there are pages for its prompt, in order of arrival, and takes more as it grows. Where they run
 out, kept prefixes go first; then the youngest sequence gives its pages up and computes what it had again once there is
 room, by the same passes as a prompt. So the oldest always goes on. The next forward is started before anyone looks at
-the results of the last one; where every row's next pass is known but for what the engine gives, even before those are
-there. What it computes for a row that has ended meanwhile is dropped, and its K/V lie past what anyone sees.
+the results of the last one; where the next passes are known but for what the engine gives, even before those are there.
+What it computes for a row that has ended meanwhile or wants another pass is dropped; its K/V lie past what anyone sees.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...contract import PAGE, PREFILL_CHUNK
 from ...errors import EngineError, NemodiffError
-from ..engines.engine import Flight, Following, PagedCache, Pass, Prediction, causal
+from ..engines.engine import Feed, Flight, Following, PagedCache, Pass, Prediction, causal
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
 from .rows import Found, Rows
 from .slot import Counts, Forward, Slot, committed
 
+_FEW = 8  # a forward begun ahead may leave one of so many rows out
 
-class Running(NamedTuple):
-    """A forward under way; one that was started ahead does not know its ids."""
+
+class Work(NamedTuple):
+    """A row's pass in a forward. One that is fed by the forward before does not know its ids."""
+
+    slot: Slot
+    pass_: Pass
+    feed: Feed | None = None
+    before: int | None = None  # the number of the row's pass in the forward before, if that was under way then
+
+
+@dataclasses.dataclass
+class Running:
+    """A forward under way; `serves` tells which of its passes are those that the loops want."""
 
     flight: Flight
-    work: list[tuple[Slot, Pass]]
+    work: list[Work]
     ahead: bool = False
+    serves: Sequence[bool] = ()
 
 
 class PagedRows(Rows):
@@ -51,8 +65,9 @@ class PagedRows(Rows):
         self._pages = pages
         self._interrupted = interrupted
         self._free = list(range(rows - 1, -1, -1))
-        self._turn = 0  # where to begin, if not all that decode fit in a forward
+        self._turn = 0  # the arrival to begin with, if not all that decode fit in a forward
         self._running = collections.deque[Running]()
+        self._given: list[Prediction] = []  # by the last forward that has ended
 
     def add(self, slot: Slot) -> None:
         """Give a slot a row, which has no pages yet."""
@@ -86,20 +101,21 @@ class PagedRows(Rows):
             if self.slots:
                 self._wait(freed)
             return
-        flight, work, ahead = self._running.popleft()
-        predictions = flight.finish()
+        last = self._running.popleft()
+        flight, work = last.flight, last.work
+        self._given = flight.finish()
         began = time.perf_counter() - flight.seconds
         wanted = list[Pass]()
         slots = list[Slot]()
         served = list[Pass]()
         results = list[Prediction]()
-        for (slot, pass_), prediction in zip(work, predictions, strict=True):
+        for (slot, pass_, *_), serves, prediction in zip(work, last.serves, self._given, strict=True):
             if slot.ended:
-                wanted += [] if ahead else [pass_]
+                wanted += [] if last.ahead else [pass_]
+                continue
+            if not serves:
                 continue
             if slot.built is None:
-                if slot.next_pass.kind != pass_.kind:
-                    continue  # what came before has broken numbers, as a NaN that leaves a mask in a draft
                 slots.append(slot)
                 served.append(slot.next_pass)
                 results.append(_beginning(prediction, slot.next_pass.predicted.size))
@@ -110,7 +126,8 @@ class PagedRows(Rows):
             if slot.built == slot.sequence.length:
                 slot.built = None
         # One that was started ahead began when the host saw the end of the one before, which may have been long past.
-        self.count(wanted + served, None if ahead else flight.seconds, sum(p.ids.size for _, p in work))
+        computed = sum(each.pass_.ids.size for each in work)
+        self.count(wanted + served, None if last.ahead else flight.seconds, computed)
         yield Forward(slots, served, results, began, flight.seconds, len(work))
 
     def _wait(self, freed: int) -> None:
@@ -130,90 +147,136 @@ class PagedRows(Rows):
         """Let the rows that have ended go and start the next forward, and the one after it if it is known."""
         for slot in [slot for slot in self.slots if slot.ended]:
             self.leave(slot)
-        if not self._running:
+        if self._running:
+            self._judge(self._running[0])
+        else:
             work = self._scheduled()
             if not work:
                 return
-            flight = self._paged.launch([pass_ for _, pass_ in work], [slot.row for slot, _ in work])
-            self._running.append(Running(flight, work))
-        if len(self._running) == 1:
+            flight = self._paged.launch([each.pass_ for each in work], [each.slot.row for each in work])
+            self._running.append(Running(flight, work, serves=[True] * len(work)))
+            for each in work:
+                each.slot.left_out = False
+        if len(self._running) == 1 and self._paged.ahead:
             self._run_ahead(self._running[0])
 
-    def _run_ahead(self, last: Running) -> None:
-        """Start the forward after one whose rows' next passes are known but for its predictions, while that runs.
+    def _judge(self, running: Running) -> None:
+        """Find out which passes begun ahead serve, now that the one before has ended and the loops have gone on."""
+        running.serves = [
+            before is None or (not slot.ended and Following(pass_, feed).serves(self._given[before], slot.next_pass))
+            for slot, pass_, feed, before in running.work
+        ]
 
-        Rows that will have all their tokens then are left out; one that ends by what is predicted is computed in vain.
+    def _run_ahead(self, last: Running) -> None:
+        """Start the forward after one that runs: the passes of that which are known but for its predictions.
+
+        Others join the one after that. There may be few of them, and none twice in a row, as it would lose every other
+        turn. Rows that will have all their tokens are left out; one that ends by a prediction is computed in vain.
         """
-        if not set(self.slots) <= dict(last.work).keys():
-            return  # others have come
-        work, passes, fed = list[tuple[Slot, Pass]](), list[Following](), list[int]()
-        for number, (slot, pass_) in enumerate(last.work):
-            if slot.ended:
-                continue
-            sequence = slot.sequence
-            if sequence.follower is None or slot.next_pass.kind != pass_.kind:
-                return  # the row's next pass depends on more, or its last one is not the one that it wants
-            following = sequence.follower(sequence, slot.next_pass)
-            if following is None:
-                continue
-            following = following._replace(pass_=sequence.for_engine(following.pass_))
-            work.append((slot, following.pass_))
-            passes.append(following)
-            fed.append(number)
+        known, unknown = self._known(last)
+        if len(unknown) * _FEW > len(self.slots) or any(slot.left_out for slot in unknown):
+            return
+        work = self._chosen(known, last)
         if not work:
             return
-        for (slot, pass_), following, number in zip(work, passes, fed, strict=True):
-            most = last.work[number][1].ids.size if following.feed == "accepted" else 0
-            if not self._reserve(slot, pass_.write_at, pass_.write_at + pass_.ids.size + most, may_take=False):
-                return
-        flight = self._paged.follow(last.flight, passes, [slot.row for slot, _ in work], fed)
-        if flight is not None:
-            self._running.append(Running(flight, work, ahead=True))
+        fed = [each.before or 0 for each in work]
+        passes = [Following(each.pass_, each.feed) for each in work]
+        flight = self._paged.follow(last.flight, passes, [each.slot.row for each in work], fed)
+        if flight is None:
+            return
+        self._running.append(Running(flight, work, ahead=True))
+        for slot in unknown:
+            slot.left_out = True
+        for each in work:
+            each.slot.left_out = each.slot.left_out and each.before is None
 
-    def _scheduled(self) -> list[tuple[Slot, Pass]]:
-        """The passes of the next forward: all that decode, then prompts in order of arrival, each within its budget."""
-        decoding, others = list[Slot](), list[Slot]()  # the oldest first
+    def _known(self, last: Running) -> tuple[list[Slot | Work], list[Slot]]:
+        """Rows whose next pass is known while a forward runs, with what follows it; and those of which it is not."""
+        under_way = {each.slot: n for n, each in enumerate(last.work) if last.serves[n]}
+        known, unknown = list[Slot | Work](), list[Slot]()
         for slot in self.slots:
-            decodes = slot.pass_ is not None and slot.pass_.kind != "prefill" and slot.built is None
-            (decoding if decodes else others).append(slot)
-        for slot in decoding:
-            if slot.reach:  # else an older one has taken its pages just now
-                at = slot.next_pass.write_at
-                self._reserve(slot, at, at + slot.size, may_take=True)
-        prompts = self._prompts(others)
-        work = self._decoding([slot for slot in decoding if slot.reach])
-        return work + [(slot, pass_) for slot, pass_ in prompts if slot.reach]
+            if slot not in under_way:
+                known.append(slot)
+                continue
+            sequence = slot.sequence
+            if slot.built is not None or sequence.follower is None:
+                unknown.append(slot)
+                continue
+            following = sequence.follower(sequence, slot.next_pass)
+            if following is None:  # it will have ended
+                continue
+            try:
+                pass_ = sequence.for_engine(following.pass_)
+            except NemodiffError:  # an image that cannot be seen again, which the loop will be told
+                unknown.append(slot)
+                continue
+            known.append(Work(slot, pass_, following.feed, under_way[slot]))
+        return known, unknown
 
-    def _decoding(self, ready: list[Slot]) -> list[tuple[Slot, Pass]]:
+    def _scheduled(self) -> list[Work]:
+        """The passes of the next forward."""
+        return self._chosen(list(self.slots), None)
+
+    def _chosen(self, rows: list[Slot | Work], last: Running | None) -> list[Work]:
+        """Of rows, the oldest first, all that decode, then prompts in order of arrival, each within its budget.
+
+        Where another forward is under way none loses its pages; none is chosen where one that decodes gets no pages.
+        """
+        decoding, others = list[Work](), list[Slot | Work]()
+        for row in rows:
+            if isinstance(row, Work):
+                (others if row.pass_.kind == "prefill" else decoding).append(row)
+            elif row.decodes:
+                decoding.append(Work(row, row.next_pass))
+            else:
+                others.append(row)
+        for slot, pass_, feed, before in decoding:
+            if slot.reach:  # else an older one has taken its pages just now
+                end = pass_.write_at + pass_.ids.size
+                if last is not None and before is not None and feed == "accepted":
+                    end += last.work[before].pass_.ids.size
+                if not self._reserve(slot, pass_.write_at, end, may_take=last is None) and last is not None:
+                    return []
+        prompts = self._prompts(others, last)
+        work = self._decoding([each for each in decoding if each.slot.reach])
+        return work + [each for each in prompts if each.slot.reach]
+
+    def _decoding(self, ready: list[Work]) -> list[Work]:
         """The rows that decode, or in turn as many as fit in a forward."""
         room = self._paged.most_tokens
-        work: list[tuple[Slot, Pass]] = []
-        start = self._turn % len(ready) if ready else 0
-        for slot in ready[start:] + ready[:start]:
-            if work and slot.size > room:
-                self._turn = start + len(work)
+        work: list[Work] = []
+        start = next((n for n, each in enumerate(ready) if each.slot.arrival >= self._turn), 0)
+        for each in ready[start:] + ready[:start]:
+            size = each.pass_.ids.size
+            if work and size > room:
+                self._turn = each.slot.arrival
                 break
-            work.append((slot, slot.next_pass))
-            room -= slot.size
+            work.append(each)
+            room -= size
         return work
 
-    def _prompts(self, slots: list[Slot]) -> list[tuple[Slot, Pass]]:
+    def _prompts(self, rows: list[Slot | Work], last: Running | None) -> list[Work]:
         """Prompts, and rows that are computed again, for which there are pages, within the budget of tokens."""
         room = self._prefill_tokens
-        work: list[tuple[Slot, Pass]] = []
-        for slot in slots:
-            if slot.pass_ is None and not self.begin(slot, [other for other, _ in work]):
-                continue
-            begin = slot.sequence.length if slot.built is None else slot.built
-            end = max(len(slot.sequence.prompt), slot.next_pass.write_at + slot.size)
-            computed = slot.built != 0 and slot.sequence.nfe["prefill"] > 0
-            if not self._reserve(slot, begin, end, may_take=computed):
-                break
-            pass_ = self._prompt_pass(slot)
-            room -= pass_.ids.size
+        under_way = [] if last is None else [each.slot for each in last.work if each.pass_.kind == "prefill"]
+        work: list[Work] = []
+        for row in rows:
+            if isinstance(row, Work):
+                each = row  # whose prompt has its pages
+            else:
+                slot = row
+                if slot.pass_ is None and not self.begin(slot, [*under_way, *(other.slot for other in work)]):
+                    continue
+                begin = slot.sequence.length if slot.built is None else slot.built
+                end = max(len(slot.sequence.prompt), slot.next_pass.write_at + slot.size)
+                computed = slot.built != 0 and slot.sequence.nfe["prefill"] > 0
+                if not self._reserve(slot, begin, end, may_take=computed and last is None):
+                    break
+                each = Work(slot, self._prompt_pass(slot))
+            room -= each.pass_.ids.size
             if room < 0 and work:
                 break
-            work.append((slot, pass_))
+            work.append(each)
         return work
 
     def _prompt_pass(self, slot: Slot) -> Pass:

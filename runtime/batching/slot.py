@@ -54,6 +54,7 @@ class Slot:
     ended: bool = False
     failure: Exception | None = None  # of making a pass ready, told when what there is of it or the next has run
     built: int | None = None  # tokens computed again of a row whose pages were taken; None: it lacks none
+    left_out: bool = False  # of a forward begun ahead, and not in two in a row since
 
     @property
     def width(self) -> int:
@@ -65,6 +66,11 @@ class Slot:
     def runs(self) -> bool:
         """Whether it has begun and waits for no memory."""
         return self.pass_ is not None and self.built is None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it wants a pass that is no part of a prompt."""
+        return self.pass_ is not None and self.pass_.kind != "prefill" and self.built is None
 
     @property
     def next_pass(self) -> Pass:

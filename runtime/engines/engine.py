@@ -9,6 +9,8 @@ a rejected draft costs nothing to undo.
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -72,7 +74,7 @@ class Prediction(NamedTuple):
     logits: np.ndarray | None  # (R, V) f32, if the pass asked for them
 
 
-# What a pass takes from the one before it in its row. "token": its only id is the one that is predicted there.
+# What a pass takes from the one before it in its row. "token": its first id is the last one that is predicted there.
 # "next_ids": its ids are those. "accepted": it stands behind what that verify accepts, and begins with the last of it.
 Feed = Literal["token", "next_ids", "accepted"]
 
@@ -84,15 +86,18 @@ class Following(NamedTuple):
     """
 
     pass_: Pass
-    feed: Feed
+    feed: Feed | None  # None: it is known wholly
 
     def after(self, prediction: Prediction) -> Pass:
         """The pass that it is once the one before it has given its prediction; engines do the same on their device."""
         pass_, feed = self
-        if feed != "accepted":
-            return pass_._replace(ids=prediction.token[-1:] if feed == "token" else prediction.next_ids)
-        differs = prediction.token[:-1] != prediction.next_ids[1:]  # a verify's next ids are its ids
-        kept = int(differs.argmax()) if differs.any() else differs.size
+        if feed is None:
+            return pass_
+        if feed == "next_ids":
+            return pass_._replace(ids=prediction.next_ids)
+        if feed == "token":
+            return pass_._replace(ids=np.append(prediction.token[-1], pass_.ids[1:]))
+        kept = _kept(prediction)
         shift = np.int32(kept + 1)
         return pass_._replace(
             ids=np.append(prediction.token[kept], pass_.ids[1:]),
@@ -100,6 +105,32 @@ class Following(NamedTuple):
             write_at=pass_.write_at + kept + 1,
             visible=pass_.visible + shift * np.array([1, 0, 0], np.int32),
         )
+
+    def serves(self, prediction: Prediction, wanted: Pass) -> bool:
+        """Whether that pass gives what a loop wants; of a longer verify the beginning does."""
+        pass_, feed = self
+        ids, size, start = pass_.ids, wanted.ids.size, pass_.write_at
+        if wanted.kind != pass_.kind or size > ids.size or (size < ids.size and wanted.kind != "verify"):
+            return False
+        if feed == "next_ids":
+            return start == wanted.write_at and _same(prediction.next_ids[:size], wanted.ids)
+        at = 0 if feed is None else -1
+        if feed == "accepted":
+            at = _kept(prediction)
+            start += at + 1
+        begins = ids[0] if feed is None else prediction.token[at]
+        return bool(start == wanted.write_at and begins == wanted.ids[0] and _same(ids[1:size], wanted.ids[1:]))
+
+
+def _same(some: np.ndarray, others: np.ndarray) -> bool:
+    """Whether ids, all i32, are equal; a comparison of arrays takes longer."""
+    return some.tobytes() == others.tobytes()
+
+
+def _kept(verified: Prediction) -> int:
+    """How many drafted tokens a verify keeps; its next ids are its ids."""
+    said, held = verified.token[:-1].tolist(), verified.next_ids[1:].tolist()
+    return sum(itertools.takewhile(bool, map(operator.eq, said, held)))
 
 
 class Cache(Protocol):
@@ -151,6 +182,11 @@ class PagedCache(Cache, Protocol):
 
     most_tokens: int  # of a forward of several rows
 
+    @property
+    def ahead(self) -> bool:
+        """Whether it starts forwards ahead of others' results."""
+        ...
+
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> Flight:
         """Start a forward; `passes[i]` reads and writes row `rows[i]`, which has been reserved."""
         ...
@@ -158,9 +194,9 @@ class PagedCache(Cache, Protocol):
     def follow(
         self, flight: Flight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> Flight | None:
-        """Start a forward before anyone knows what `flight` gives: `passes[i]` follows its pass number `fed[i]`.
+        """Start a forward before anyone knows what `flight` gives: `passes[i]`, if it is fed, by its pass `fed[i]`.
 
-        None from an engine that cannot, where the forwards have too many tokens, and where another has come between.
+        None from an engine that cannot, and where another has come between.
         """
         ...
 

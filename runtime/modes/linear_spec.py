@@ -12,7 +12,8 @@ from .diffusion import denoise, over_block
 
 def linear_spec(sequence: Sequence) -> Loop:
     """Decode by draft and verify; the output is AR's, token for token."""
-    prediction = yield from prefill(sequence)
+    follows = sequence.planner is None and sequence.selector.as_predicted
+    prediction = yield from prefill(sequence, _first if follows else None)
     sequence.take(prediction, 0)
     while not sequence.finish:
         sequence.plan()
@@ -46,6 +47,16 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
         sequence.follower = _draft
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
     sequence.verify(prediction, block[1:], unseen)
+
+
+def _first(sequence: Sequence, prompt: Pass) -> Following | None:
+    """The first pass over the first block, which begins with the token that the prompt's last pass predicts."""
+    size = min(sequence.block_length, sequence.remaining - 1)
+    start = prompt.write_at + prompt.ids.size
+    block = [sequence.stand_in, *[sequence.model.mask_id] * (size - 1)]
+    if size > 1:
+        return Following(over_block(sequence, "draft", block, start), "token")
+    return Following(causal("verify", block, start, predict_all=True), "token") if size else None
 
 
 def _verify(sequence: Sequence, draft: Pass) -> Following:

@@ -128,6 +128,7 @@ class PagedToyEngine(ToyEngine):
         super().__init__(info)
         self.ahead = ahead
         self.followed = collections.Counter[str]()  # passes that were begun ahead, by kind
+        self.begun_ahead = 0  # forwards
         self.pages = Pages(pages, 400, 64)
         self.late = late
         self.pool = np.full((pages + 1, PAGE, 2), -1, np.int64)  # id and position by page and slot
@@ -153,6 +154,10 @@ class PagedToyCache(ToyCache):
         self._closed = False
         self.rows = rows
 
+    @property
+    def ahead(self) -> bool:
+        return self._engine.ahead
+
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> ToyFlight:
         assert not self._closed
         assert len(set(rows)) == len(rows)
@@ -173,6 +178,7 @@ class PagedToyCache(ToyCache):
         if not engine.ahead or engine.flight is not flight:
             return None
         known = flight.peek()
+        engine.begun_ahead += 1
         for following in passes:
             engine.followed[following.pass_.kind] += 1
         return self.launch([p.after(known[number]) for p, number in zip(passes, fed, strict=True)], rows)
@@ -201,7 +207,8 @@ class PagedToyCache(ToyCache):
         assert self.share(source, target, slots) == slots
 
     def free(self, row: int) -> None:
-        self._engine.settle()
+        if self._engine.late:
+            self._engine.settle()
         self._engine.pages.drop(self.rows[row])
 
     def set_spare(self, row: int) -> None:

@@ -33,6 +33,11 @@ class TorchCache:
         self._given_back = weakref.finalize(self, _give_back, self._lock, self._forwards, self._memory.pages, rows)
         self._given_back.atexit = False
 
+    @property
+    def ahead(self) -> bool:
+        """See `engine.PagedCache.ahead`."""
+        return self._forwards.ahead
+
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """See `engine.Cache.forward`. Raises EngineError where other rows have all the memory."""
         rows = range(first, first + len(passes))

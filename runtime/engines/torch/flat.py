@@ -28,7 +28,7 @@ _ALONE = PREFILL_CHUNK + MAX_BLOCK  # a chunk of a prompt with a block of masks,
 class Source(NamedTuple):
     """What feeds a pass: where the predictions of the one before it lie among the results of the forward before."""
 
-    feed: Feed
+    feed: Feed | None  # None: nothing does
     tokens: int  # where they begin
     next_ids: int
     size: int
@@ -231,13 +231,23 @@ def _fill_predictions(arrays: Mapping[str, np.ndarray], passes: Sequence[Pass], 
 def _fill_sources(arrays: Mapping[str, np.ndarray], sources: Sequence[Source], places: _Places) -> None:
     """Write where each token's id comes from, and what its place depends on."""
     moves = [(s.tokens, s.next_ids, s.size) if s.feed == "accepted" else (0, 0, 0) for s in sources]
-    begins = [s.next_ids if s.feed == "next_ids" else s.tokens for s in sources]
-    of_passes = np.array([(begin, *move) for begin, move in zip(begins, moves, strict=True)], np.int32)
-    of_tokens = of_passes.repeat(places.sizes, axis=0)  # (N, 4)
-    count = len(of_tokens)
-    is_mask = (of_tokens[:, 3] > 0) & (places.offset > 0)
-    arrays["source"][:count] = np.where(is_mask, -1, of_tokens[:, 0] + places.offset)
-    arrays["verified"][:count] = of_tokens[:, 1:]
+    of_passes = np.array([(*_fed_ids(s), *move) for s, move in zip(sources, moves, strict=True)], np.int32)
+    of_tokens = of_passes.repeat(places.sizes, axis=0)  # (N, 5)
+    count, (begin, fed) = len(of_tokens), of_tokens[:, :2].T
+    arrays["source"][:count] = np.where(places.offset < fed, begin + places.offset, -1)
+    arrays["verified"][:count] = of_tokens[:, 2:]
+
+
+def _fed_ids(source: Source) -> tuple[int, int]:
+    """Where the ids that a pass begins with lie among the results, and how many they are at most."""
+    match source.feed:
+        case "next_ids":
+            return source.next_ids, source.size
+        case "token":
+            return source.tokens + source.size - 1, 1
+        case "accepted":
+            return source.tokens, 1
+    return 0, 0
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:

@@ -138,7 +138,7 @@ class TorchFlight:
             self._started()
 
     def sources(self, passes: Sequence[Following], fed: Sequence[int]) -> list[Source]:
-        """Where passes that follow its passes of these numbers find what those give."""
+        """Where passes that its passes of these numbers feed find what those give."""
         counts = [p.predicted.size for p in self._passes]
         begins = list(itertools.accumulate(counts, initial=0))
         return [
