@@ -50,9 +50,7 @@ class AdmissionMiddleware:
             scope = {**scope, "method": "GET"}
         refusal = self._refusal(scope)
         if refusal is not None:
-            status, body = refusal
-            headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-            await error_response(status, body, headers)(scope, receive, send)
+            await error_response(*refusal)(scope, receive, send)
             return
         await self._app(scope, self._limiting_size(receive), send)
 
@@ -70,26 +68,29 @@ class AdmissionMiddleware:
 
         return limiting_receive
 
-    def _refusal(self, scope: Scope) -> tuple[int, dict[str, object]] | None:
-        """Why a request is not admitted, as a status and a body."""
+    def _refusal(self, scope: Scope) -> tuple[int, dict[str, object], dict[str, str]] | None:
+        """Why a request is not admitted, as a status, a body, and headers."""
         headers, path = Headers(scope=scope), str(scope["path"])
         host = headers.get("host", "")
         if not self._hosts.allows(host):
             message = f"the server does not go by the host {host!r:.60}; call it by its address, or start it with "
-            return 421, error_body(421, message + "--allowed-host NAME", path=path)
+            return 421, error_body(421, message + "--allowed-host NAME", path=path), {}
         if path.startswith(PROTECTED):
             if self._keys and not self._has_key(headers):
                 message = "no valid key; send the header Authorization: Bearer KEY"
-                return 401, error_body(401, message, code="invalid_api_key", path=path)
+                return 401, error_body(401, message, code="invalid_api_key", path=path), {"WWW-Authenticate": "Bearer"}
             if self._draining.is_set() and scope["method"] == "POST":
-                return status_and_body(DrainingError(), path)
+                return *status_and_body(DrainingError(), path), {}
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            return 413, error_body(413, self._too_large(), path=path)
+            return 413, error_body(413, self._too_large(), path=path), {}
+        if "transfer-encoding" in headers and "content-length" in headers:  # proxies may disagree
+            message = "the headers Content-Length and Transfer-Encoding are both sent; send one of them"
+            return 400, error_body(400, message, path=path), {"Connection": "close"}
         coding = headers.get("content-encoding") or "identity"
         if coding.lower() != "identity":
             message = f"the header Content-Encoding is {coding!r:.60}, allowed: identity; send the body uncompressed"
-            return 400, error_body(400, message, path=path)
+            return 400, error_body(400, message, path=path), {}
         return None
 
     def _has_key(self, headers: Headers) -> bool:

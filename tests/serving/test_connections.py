@@ -247,6 +247,7 @@ def test_a_target_in_absolute_form_is_its_path_on_its_host(server: Served, targe
         (b"NONSENSE\r\n", 400, "no HTTP/1.1 request"),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 100_000, 431, "send fewer or shorter headers"),
         (GET + b"Transfer-Encoding: gzip, chunked\r\n", 501, "allowed: chunked"),
+        (POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n", 400, "Transfer-Encoding are both sent"),
     ],
 )
 def test_what_cannot_be_read_says_why(server: Served, head: bytes, status: int, said: str) -> None:
