@@ -166,7 +166,10 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     status, path = error.status_code, request.url.path
     if status == 400 and error.detail == _UNREADABLE:
         return error_response(
-            400, error_body(400, "the body cannot be read; send a JSON object in UTF-8, nested less deeply")
+            400,
+            error_body(
+                400, "the body cannot be read; send a JSON object in UTF-8, nested less deeply, with shorter numbers"
+            ),
         )
     if status not in (404, 405):
         return error_response(status, error_body(status, str(error.detail), path=path), error.headers)

@@ -65,7 +65,7 @@ def _checked(body: bytes, validate: Callable[..., tuple[Any, list[Any]]]) -> Any
     except json.JSONDecodeError as error:
         problem = {"type": "json_invalid", "loc": ("body", error.pos), "input": {}, "ctx": {"error": error.msg}}
         raise RequestValidationError([problem]) from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, or a number of thousands of digits
         raise unreadable() from None
     checked, problems = validate(value, loc=("body",))
     if problems:

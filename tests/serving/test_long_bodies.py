@@ -114,7 +114,10 @@ def test_what_is_wrong_is_told_of_a_long_body_as_of_a_short_one(server: Server, 
     assert short[0] == (404 if "model" in body else 400)
 
 
-@pytest.mark.parametrize("text", [b"[1, 2", b'{"a": 1} x', b"[" * 5, b"\xff", b"", b"[1]", b'"x"', b"5"])
+NO_OBJECTS = [b"[1, 2", b'{"a": 1} x', b"[" * 5, b"\xff", b"", b"[1]", b'"x"', b"5", b"[" * 9000, b"9" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: f"{text[:8].decode(errors='replace')} {len(text)}")
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
 def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: str) -> None:
     def ask(body: bytes) -> tuple[int, str]:
@@ -124,6 +127,22 @@ def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: 
     short, long = ask(text), ask(text + b" " * 100_000)
     assert short[0] == 400
     assert short == long or (text == b"" and long[1].startswith("the body is not JSON")) or kind != "application/json"
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure(server: Server) -> None:
+    sent = list[dict[str, Any]]()
+    parts = [{"type": "http.request", "body": b"[", "more_body": True}, {"type": "http.disconnect"}]
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"100000")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": headers}
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop(0) if len(parts) > 1 else parts[0]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(server.app(scope, receive, send))
+    assert [message["status"] for message in sent if "status" in message] == [200]
 
 
 def lists(schema: Any) -> Iterator[Any]:

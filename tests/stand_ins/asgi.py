@@ -9,10 +9,12 @@ from typing import Any
 
 async def asked(app: Any, path: str, body: Any, **headers: str) -> tuple[int, list[Any]]:
     """The status, and the JSON objects of the answer: one, or those of a stream. A body in bytes is sent as it is."""
-    named = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    sent_body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    named = {"content-type": "application/json", "content-length": str(len(sent_body))}
+    named |= {name.replace("_", "-"): value for name, value in headers.items()}
     pairs = [(name.encode(), value.encode()) for name, value in named.items()]
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": pairs}
-    given = [{"type": "http.request", "body": body if isinstance(body, bytes) else json.dumps(body).encode()}]
+    given = [{"type": "http.request", "body": sent_body}]
     sent = list[dict[str, Any]]()
 
     async def receive() -> dict[str, Any]:
