@@ -70,7 +70,7 @@ class Handlers:
         if isinstance(body, Completion) and body.suffix:
             return await self.infill(request, Fim.of(body))
         model, implied = self._model_options(body)
-        group = self._request_group(request, body)
+        group = await self._request_group(request, body)
         diffusing, answers = bool(body.diffusing), body.n or 1
 
         def choices() -> list[tuple[Prompt, dict[str, Any]]]:
@@ -109,7 +109,7 @@ class Handlers:
         model, implied = self._model_options(body)
         # Such APIs have no limit that is too high: it is a bound, and clients send that of their own model.
         room = {"max_new_tokens": self.engine.info.build.max_seq_len, "fit": True}
-        group = self._request_group(request, body)
+        group = await self._request_group(request, body)
 
         def only() -> list[tuple[Prompt, dict[str, Any]]]:
             options = self._enforceable(with_seed(room | implied | body.options()))
@@ -135,7 +135,7 @@ class Handlers:
                 options = make_options(self._enforceable(implied | given))
                 return len(encode_with_images(self.engine, self._prompts(body)[0], options)[0])
 
-        return {"input_tokens": await in_thread(counted, self._pool(body))}
+        return {"input_tokens": await in_thread(counted, await self._pool(body))}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options of another API without a budget of thinking that nothing could enforce."""
@@ -146,7 +146,7 @@ class Handlers:
     async def trace(self, request: Request, body: Watched) -> Response:
         """Stream the events of one request as a trace. Raises NemodiffError."""
         _, implied = self._model_options(body)
-        group = self._request_group(request, body)
+        group = await self._request_group(request, body)
         await group.submit(lambda: [(self._prompts(body)[0], with_seed(implied | body.options()))], steps=True)
         lines = trace_lines(self.engine, group.events())
         return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
@@ -155,9 +155,11 @@ class Handlers:
         """The prompts with their images, which may have to be fetched. Raises RequestError."""
         return with_images(body.prompts(), self.image_pool is not None)
 
-    def _pool(self, body: Chat | Completion | DialectBody) -> concurrent.futures.Executor | None:
-        """The threads in which a request may wait for hosts of images, if it names some."""
-        return self.image_pool if self.image_pool is not None and image_urls(body.prompts()) else None
+    async def _pool(self, body: Chat | Completion | DialectBody) -> concurrent.futures.Executor | None:
+        """The threads in which a request may wait for hosts of images, if it names some. Raises RequestError."""
+        if self.image_pool is None:
+            return None
+        return self.image_pool if await in_thread(lambda: image_urls(body.prompts())) else None
 
     async def infill(self, request: Request, body: Fim) -> Response:
         """Fill the hole between a prefix and a suffix. Raises NemodiffError."""
@@ -238,7 +240,7 @@ class Handlers:
         self._mode(name)
         return describe(name, self.created, self.engine.info.build, self.scheduler.statistics.rows)
 
-    def _request_group(self, request: Request, body: Chat | Completion | DialectBody) -> RequestGroup:
+    async def _request_group(self, request: Request, body: Chat | Completion | DialectBody) -> RequestGroup:
         record = record_of(request)
 
         def observe(index: int, events: list[Event]) -> None:
@@ -248,7 +250,8 @@ class Handlers:
                 record.observe(index, events)
 
         tells_cut = not isinstance(body, Messages)  # which would take it for one that the model has ended
-        return RequestGroup(self.scheduler, observe, self.timeout, self._pool(body), body.own_words, tells_cut)
+        pool = await self._pool(body)
+        return RequestGroup(self.scheduler, observe, self.timeout, pool, body.own_words, tells_cut)
 
     def _model_options(self, body: Decoding) -> tuple[str, dict[str, Any]]:
         """The requested model's name, and the options that it implies. Raises ModelNotFoundError."""

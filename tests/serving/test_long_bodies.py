@@ -22,6 +22,7 @@ from nemodiff.serving.http.body import Chat, Completion, Detokenize, Tokenize, W
 from nemodiff.serving.http.body_parts import Body, ConversationPart
 from nemodiff.serving.http.dialects.messages_body import Counted, Messages
 from nemodiff.serving.http.dialects.responses_body import Responses
+from nemodiff.serving.http.dialects.responses_writer import ResponsesWriter
 from nemodiff.serving.http.fim_body import Fim
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -41,7 +42,8 @@ ROUTES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def server(engine: nemodiff.LoadedEngine) -> Iterator[Server]:
     with Scheduler(engine, rows=1) as scheduler:
-        served = Server(engine, scheduler, Limits(), "tiny", {"mode": "linear_spec", "max_new_tokens": 2})
+        limits = Limits(image_urls=True)
+        served = Server(engine, scheduler, limits, "tiny", {"mode": "linear_spec", "max_new_tokens": 2})
         yield served
         served.close()
 
@@ -68,6 +70,7 @@ def test_a_long_body_is_read_outside_of_the_event_loop(
     watch(ConversationPart, "_ignores")
     for kind in (Chat, Completion, Watched, Messages, Responses):
         watch(kind, "options")
+        watch(kind, "prompts")
     answers = []
     for padding in ({}, PADDING):
         seen.clear()
@@ -86,7 +89,7 @@ def test_a_long_body_is_read_outside_of_the_event_loop(
         answers.append(answer[0].get("choices", answer[0].get("content", answer[0].get("tokens", True))))
         loop = seen.pop("loop")
         assert seen.keys() >= {"loads", "_ignores"}
-        assert not loop & seen.get("options", set())
+        assert not loop & (seen.get("options", set()) | seen.get("prompts", set()))
         if padding:
             assert not any(loop & threads for threads in seen.values())
     assert answers[0] == answers[1]
@@ -143,6 +146,13 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure(server: Server) -> No
 
     asyncio.run(server.app(scope, receive, send))
     assert [message["status"] for message in sent if "status" in message] == [200]
+
+
+def test_what_a_response_repeats_is_not_the_input() -> None:
+    body = Responses.model_validate({"input": "x", "instructions": "Be brief."})
+    body.input = [object()]  # type: ignore[list-item]  # which nothing can be made of
+    response = ResponsesWriter("tiny", body=body)._response([], None)
+    assert response["instructions"] == "Be brief."
 
 
 def lists(schema: Any) -> Iterator[Any]:

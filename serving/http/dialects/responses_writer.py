@@ -75,7 +75,7 @@ class ResponsesWriter(Writer):
         cut = generation is not None and generation.finish_reason != "stop"
         status = "in_progress" if generation is None else "incomplete" if cut else "completed"
         warnings = [] if generation is None else [*generation.warnings, *self._left_out]
-        request = self.body.model_dump(by_alias=True, exclude_none=True)
+        request = self.body.model_dump(by_alias=True, exclude_none=True, exclude={"input"})
         return {
             "id": f"resp_{self.id}",
             "object": "response",
