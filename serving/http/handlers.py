@@ -221,13 +221,18 @@ class Handlers:
 
         return await in_thread(answered)
 
-    async def detokenize(self, body: Detokenize) -> dict[str, Any]:
+    async def detokenize(self, body: Detokenize) -> Response:
         """The text of tokens. Raises RequestError."""
         self._mode(self.name if body.model is None else body.model)
-        vocab = self.engine.info.model.vocab_size
-        if (wrong := max(body.tokens, default=0)) >= vocab:
-            raise RequestError(f"tokens holds token id {wrong}, allowed: 0 to {vocab - 1}")
-        return {"prompt": await asyncio.to_thread(self.engine.text.decode_all, body.tokens)}
+
+        def answered() -> Response:
+            vocab = self.engine.info.model.vocab_size
+            if (wrong := max(body.tokens, default=0)) >= vocab:
+                raise RequestError(f"tokens holds token id {wrong}, allowed: 0 to {vocab - 1}")
+            text = self.engine.text.decode_all(body.tokens)
+            return Response(orjson.dumps({"prompt": text}), media_type="application/json")
+
+        return await in_thread(answered)
 
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""

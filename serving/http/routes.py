@@ -105,7 +105,7 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
         return await handlers.tokenize(body)
 
     @app.post("/detokenize")
-    async def detokenize(body: Detokenize) -> dict[str, Any]:
+    async def detokenize(body: Detokenize) -> Response:
         """Decode tokens, special ones included."""
         return await handlers.detokenize(body)
 

@@ -17,6 +17,7 @@ from stand_ins.asgi import asked
 
 import nemodiff
 from nemodiff.runtime.scheduler.scheduler import Scheduler
+from nemodiff.serving.http import handlers
 from nemodiff.serving.http.app import Limits, Server
 from nemodiff.serving.http.body import Chat, Completion, Detokenize, Tokenize, Watched
 from nemodiff.serving.http.body_parts import Body, ConversationPart
@@ -130,6 +131,27 @@ def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: 
     short, long = ask(text), ask(text + b" " * 100_000)
     assert short[0] == 400
     assert short == long or (text == b"" and long[1].startswith("the body is not JSON")) or kind != "application/json"
+
+
+def test_a_text_of_many_tokens_is_made_outside_of_the_event_loop(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its check, the text itself and the answer's JSON."""
+    seen = set[int]()
+
+    def dumps(value: Any) -> bytes:
+        seen.add(threading.get_ident())
+        return json.dumps(value).encode()
+
+    monkeypatch.setattr(handlers.orjson, "dumps", dumps)
+
+    async def ask() -> int:
+        status, (answer,) = await asked(server.app, "/detokenize", {"tokens": [130, 131]})
+        assert (status, answer) == (200, {"prompt": server.scheduler._engine.text.decode_all([130, 131])})
+        return threading.get_ident()
+
+    assert asyncio.run(ask()) not in seen
+    assert seen
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_failure(server: Server) -> None:
