@@ -120,7 +120,7 @@ class Handlers:
         writer = MessagesWriter(model) if isinstance(body, Messages) else ResponsesWriter(model, body=body, codec=codec)
         if not body.stream:
             (finished,) = await group.finished(request.receive)
-            return JSONResponse(writer.full(finished.generation))
+            return await in_thread(lambda: JSONResponse(writer.full(finished.generation)))
         return EventStreamResponse(
             writer.events(group.events()), group.close, lambda: group.more, done=False, named=True
         )

@@ -6,8 +6,8 @@ import collections
 import dataclasses
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import orjson
 
@@ -19,8 +19,10 @@ from ...runtime.requests.sequence import Sequence as RunningSequence
 from ...runtime.tools.answer import Delta
 from ..logprobs import logprobs_by_id
 from .body_parts import StreamOptions
+from .threads import in_thread
 from .token_values import TokenValues
 
+Made = TypeVar("Made")
 Kind = Literal["chat", "completion"]
 _THOUGHTS = ("reasoning", "reasoning_content")  # newer clients of vLLM read the first, those of DeepSeek the second
 
@@ -91,9 +93,10 @@ class ResponseBuilder:
                 yield {**self._chunk(index, {"role": "assistant", "content": ""}), **so_far(index)}
         async for index, event in events:
             if index not in values and isinstance(event, Text | Finished):
-                values[index] = self._begin(index)  # now the prompt's are complete
+                values[index] = begun = await self._apart(self._begin, index)  # now the prompt's are complete
                 if echo := self._echo(index):
-                    yield {**self._chunk(index, {"content": echo}, values[index]), **so_far(index)}
+                    chunk = await self._apart(self._chunk, index, {"content": echo}, begun)
+                    yield {**chunk, **so_far(index)}
             if isinstance(event, Text):
                 emitted[index] += len(event.token_ids)
                 values[index].tell(event.token_ids, event.logprobs, event.confidences)
@@ -105,10 +108,16 @@ class ResponseBuilder:
             elif isinstance(event, Finished):
                 generations[index] = event.generation
                 emitted[index] = len(event.generation.token_ids)
-                yield {**self._last_chunk(index, event.generation, values[index]), **so_far(index)}
+                last = await self._apart(self._last_chunk, index, event.generation, values[index])
+                yield {**last, **so_far(index)}
         if with_usage:
             total = usage([generations[index] for index in sorted(generations)], self.answers)
             yield {**self._head(self._chunk_name), "choices": [], "usage": total}
+
+    async def _apart(self, make: Callable[..., Made], *arguments: Any) -> Made:
+        """What a function makes; where that tells of a whole prompt, which may take a second, in a thread."""
+        whole = self.prompt_logprobs or self.echoes
+        return await in_thread(lambda: make(*arguments)) if whole else make(*arguments)
 
     @property
     def _chunk_name(self) -> str:

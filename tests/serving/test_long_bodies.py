@@ -17,14 +17,17 @@ from stand_ins.asgi import asked
 
 import nemodiff
 from nemodiff.runtime.scheduler.scheduler import Scheduler
-from nemodiff.serving.http import handlers
+from nemodiff.runtime.text.codec import TokenOffsets
+from nemodiff.serving.http import handlers, responses
 from nemodiff.serving.http.app import Limits, Server
 from nemodiff.serving.http.body import Chat, Completion, Detokenize, Tokenize, Watched
 from nemodiff.serving.http.body_parts import Body, ConversationPart
 from nemodiff.serving.http.dialects.messages_body import Counted, Messages
+from nemodiff.serving.http.dialects.messages_writer import MessagesWriter
 from nemodiff.serving.http.dialects.responses_body import Responses
 from nemodiff.serving.http.dialects.responses_writer import ResponsesWriter
 from nemodiff.serving.http.fim_body import Fim
+from nemodiff.serving.http.token_values import TokenValues
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "x"}
@@ -131,6 +134,40 @@ def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: 
     short, long = ask(text), ask(text + b" " * 100_000)
     assert short[0] == 400
     assert short == long or (text == b"" and long[1].startswith("the body is not JSON")) or kind != "application/json"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "owner", "name"),
+    [
+        (CHAT, {"prompt_logprobs": 1}, responses, "logprobs_by_id"),
+        (CHAT, {"prompt_logprobs": 1, "stream": True}, responses, "logprobs_by_id"),
+        (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, responses, "logprobs_by_id"),
+        (COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, TokenValues, "echo"),
+        (COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, TokenOffsets, "push"),
+        ("/v1/messages", {}, MessagesWriter, "full"),
+        ("/v1/responses", {}, ResponsesWriter, "full"),
+    ],
+)
+def test_what_an_answer_tells_of_many_tokens_is_made_outside_of_the_event_loop(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any], owner: Any, name: str
+) -> None:
+    seen = list[int]()
+    real = getattr(owner, name)
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        seen.append(threading.get_ident())
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, watched)
+
+    async def ask() -> int:
+        status, answer = await asked(server.app, path, {**ROUTES[path], **fields})
+        assert status == 200, answer
+        return threading.get_ident()
+
+    loop = asyncio.run(ask())
+    assert seen
+    assert loop != seen[0]  # of an answer's own tokens, which come a few at a time, a stream tells on the loop
 
 
 def test_a_text_of_many_tokens_is_made_outside_of_the_event_loop(
