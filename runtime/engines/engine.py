@@ -75,7 +75,7 @@ class Prediction(NamedTuple):
 
 
 # What a pass takes from the one before it in its row. "token": its first id is the last one that is predicted there.
-# "next_ids": its ids are those. "accepted": it stands behind what that verify accepts, and begins with the last of it.
+# "next_ids": it begins with those. "accepted": it stands behind what that verify accepts, its last token first.
 Feed = Literal["token", "next_ids", "accepted"]
 
 
@@ -94,7 +94,7 @@ class Following(NamedTuple):
         if feed is None:
             return pass_
         if feed == "next_ids":
-            return pass_._replace(ids=prediction.next_ids)
+            return pass_._replace(ids=np.append(prediction.next_ids, pass_.ids[prediction.next_ids.size :]))
         if feed == "token":
             return pass_._replace(ids=np.append(prediction.token[-1], pass_.ids[1:]))
         kept = _kept(prediction)
@@ -112,19 +112,17 @@ class Following(NamedTuple):
         ids, size, start = pass_.ids, wanted.ids.size, pass_.write_at
         if wanted.kind != pass_.kind or size > ids.size or (size < ids.size and wanted.kind != "verify"):
             return False
+        fed = ids[:0]
         if feed == "next_ids":
-            return start == wanted.write_at and _same(prediction.next_ids[:size], wanted.ids)
-        at = 0 if feed is None else -1
-        if feed == "accepted":
-            at = _kept(prediction)
-            start += at + 1
-        begins = ids[0] if feed is None else prediction.token[at]
-        return bool(start == wanted.write_at and begins == wanted.ids[0] and _same(ids[1:size], wanted.ids[1:]))
-
-
-def _same(some: np.ndarray, others: np.ndarray) -> bool:
-    """Whether ids, all i32, are equal; a comparison of arrays takes longer."""
-    return some.tobytes() == others.tobytes()
+            fed = prediction.next_ids[:size]
+        elif feed == "token":
+            fed = prediction.token[-1:]
+        elif feed == "accepted":
+            kept = _kept(prediction)
+            start += kept + 1
+            fed = prediction.token[kept : kept + 1]
+        count = fed.size
+        return start == wanted.write_at and fed.tobytes() + ids[count:size].tobytes() == wanted.ids.tobytes()
 
 
 def _kept(verified: Prediction) -> int:

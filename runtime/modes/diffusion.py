@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Generator
 
 import numpy as np
 
 from ...errors import EngineError
-from ..engines.engine import Pass, PassKind, Prediction, bidirectional, causal, with_masks
+from ..engines.engine import Following, Pass, PassKind, Prediction, bidirectional, causal, with_masks
 from ..requests.outcome import Filling
 from ..requests.sequence import Sequence
 from ..sampling.softmax import entropies, probability
-from .ar import Loop, prefill
+from .ar import Follower, Loop, prefill
+
+_RECENT = 16  # passes by which the next ones are judged
+_ENOUGH = 2  # of them, if all have done the same
 
 
 def diffusion(sequence: Sequence) -> Loop:
@@ -24,7 +28,8 @@ def diffusion(sequence: Sequence) -> Loop:
     selector = sequence.selector
     mask = sequence.model.mask_id
     size = settings.block_length
-    prediction = yield from prefill(sequence)
+    pace = _Pace() if selector.as_predicted and settings.policy.by_engine else None
+    prediction = yield from prefill(sequence, None if pace is None else _first)
     merged = False  # whether the last pass has begun to denoise this block too
     while not _emit_seed(sequence, prediction):
         block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
@@ -46,12 +51,72 @@ def diffusion(sequence: Sequence) -> Loop:
                 return
             if decided == size:
                 break
-            block = yield from denoise(sequence, "denoise", block, begins=passes == 0, passes=passes)
+            left, begins = block.count(mask), passes == 0
+            if pace is not None:
+                sequence.follower = pace.guess(left, begins)
+            block = yield from denoise(sequence, "denoise", block, begins=begins, passes=passes)
+            if pace is not None:
+                pace.learn(left, block.count(mask), begins)
             passes += 1
-        commit = causal("commit", block, sequence.length, logits=sequence.needs_logits)
         merged = settings.merge_commit
-        prediction = yield with_masks(commit, size, mask) if merged else commit
+        sequence.follower = None if pace is None or merged else _first
+        prediction = yield _commit_pass(sequence, block, sequence.length)
         sequence.length += size
+
+
+class _Pace:
+    """How many masks the last passes of a request have decided: those that begin a block, and others."""
+
+    def __init__(self) -> None:
+        self._passes = {begins: collections.deque[tuple[int, int]](maxlen=_RECENT) for begins in (True, False)}
+
+    def learn(self, masks: int, left: int, begins: bool) -> None:
+        """Take note of a pass over so many masks, and of how many it has left."""
+        self._passes[begins].append((masks - left, left))
+
+    def guess(self, masks: int, begins: bool) -> Follower | None:
+        """What makes the pass after one over so many masks: it will leave some, or none, if passes go on like that."""
+        passes = self._passes[begins]
+        if masks == 1:
+            return _last
+        if passes and masks > max(decided for decided, _ in passes):
+            return _next
+        if len(passes) >= _ENOUGH and not any(left for _, left in passes):
+            return _last
+        return None
+
+
+def _commit_pass(sequence: Sequence, block: list[int], start: int) -> Pass:
+    """The pass over a finished block, with the next one's masks where they are merged."""
+    commit = causal("commit", block, start, logits=sequence.needs_logits)
+    settings = sequence.settings
+    return with_masks(commit, len(block), sequence.model.mask_id) if settings.merge_commit else commit
+
+
+def _first(sequence: Sequence, before: Pass) -> Following | None:
+    """A block's first pass, which begins with the token that the pass before the block predicts."""
+    if sequence.remaining == 1:
+        return None
+    start = before.write_at + before.ids.size
+    block = [sequence.stand_in, *[sequence.model.mask_id] * (sequence.settings.block_length - 1)]
+    if len(block) == 1:
+        return Following(_commit_pass(sequence, block, start), "token")
+    return Following(over_block(sequence, "denoise", block, start), "token")
+
+
+def _next(sequence: Sequence, before: Pass) -> Following:
+    """The next pass over a block in which masks will be left."""
+    ids = [sequence.stand_in] * before.ids.size
+    return Following(over_block(sequence, "denoise", ids, before.write_at), "next_ids")
+
+
+def _last(sequence: Sequence, before: Pass) -> Following | None:
+    """The pass after the one that decides a block's last mask."""
+    block = before.ids.tolist()
+    rest = block[block.index(sequence.model.mask_id) :]
+    if len(rest) >= sequence.remaining or not sequence.stops.isdisjoint(rest):
+        return None
+    return Following(_commit_pass(sequence, [sequence.stand_in] * len(block), before.write_at), "next_ids")
 
 
 def denoise(

@@ -31,10 +31,12 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import Feed, Following, Prediction, bidirectional, causal
+from nemodiff.runtime.engines.engine import Feed, Following, Prediction, bidirectional, causal, with_masks
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts
 from nemodiff.runtime.modes.ar import over_next
+from nemodiff.runtime.modes.diffusion import _first as diffusion_first
+from nemodiff.runtime.modes.diffusion import _last, _next
 from nemodiff.runtime.modes.linear_spec import _draft, _first, _verify
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
@@ -60,7 +62,7 @@ def toy(
 
 def told(request: Request) -> dict[str, Any]:
     """What a request has come to, times left out."""
-    names = ("tokens", "finish", "nfe", "accepted", "verified", "adapter_tokens")
+    names = ("tokens", "finish", "nfe", "accepted", "verified", "adapter_tokens", "confidences")
     return {name: getattr(request, name) for name in names}
 
 
@@ -154,9 +156,11 @@ def test_rows_of_all_modes_and_arrivals(
         *({"mode": "ar"} for _ in range(4)),
         {"mode": "ar", "prefill_chunk": 7},
         {"mode": "diffusion", "block_length": 5},
+        {"mode": "diffusion", "block_length": 8, "threshold": 0.6, "confidences": True},
+        {"mode": "diffusion", "block_length": 3, "threshold": 0.3, "merge_commit": True},
     ]
     for turn in range(8):
-        some = kinds if turn % 2 else [*kinds[:5], {"mode": "ar"}]  # all of which run ahead
+        some = kinds if turn % 2 else [*kinds[:5], *kinds[-3:], {"mode": "ar"}]  # all of which run ahead
         asked: list[Asked] = []
         for kind in choose.choices(some, k=5 + rows):
             prompt = TEXT[: choose.choice([0, 60, 100])] + TEXT[: choose.randint(1, 40)]
@@ -174,7 +178,8 @@ def test_rows_of_all_modes_and_arrivals(
                 assert one == other
         followed += engine.backend.followed  # type: ignore[attr-defined]
         assert engine.backend.pages.free == pages  # type: ignore[attr-defined]
-    assert min(followed[kind] for kind in ("decode", "draft", "verify")) > (9 if pages == 60 else 0)
+    kinds_ahead = ("prefill", "decode", "draft", "verify", "denoise", "commit")
+    assert min(followed[kind] for kind in kinds_ahead) > (9 if pages == 60 else 0)
 
 
 def test_a_row_may_leave_in_mid_flight(real: nemodiff.LoadedEngine) -> None:
@@ -220,6 +225,71 @@ def test_a_draft_of_broken_numbers_is_no_verify(real: nemodiff.LoadedEngine, mon
     assert got == before
     assert got["nfe"]["draft"] > got["nfe"]["verify"] > 0
     assert batch.counts.padding > 0
+
+
+# --- diffusion, whose passes are guessed
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8])
+@pytest.mark.parametrize("merge", [False, True])
+def test_diffusion_at_every_border(real: nemodiff.LoadedEngine, block: int, merge: bool) -> None:
+    """Limits, EOS, stop strings and thresholds: tokens, confidences and passes are those without running ahead."""
+    followed = collections.Counter[str]()
+    options = {"mode": "diffusion", "block_length": block, "merge_commit": merge, "confidences": True}
+    for limit in (1, 2, *range(max(1, block - 1), 2 * block + 3), 40):
+        asked: list[Asked] = [
+            (TEXT[n : n + 30], {**options, "threshold": threshold, "max_new_tokens": limit})
+            for n, threshold in enumerate((0.0, 0.3, 0.6, 1.5))
+        ]
+        ((text, _), *_) = asked
+        said = nemodiff.generate(toy(real, ahead=False), text, mode="diffusion", block_length=block).text
+        asked.append((text, {**asked[0][1], "stop": [said[3:5] or "x"]}))
+        before, _ = run(toy(real, ahead=False), asked, rows=2)
+        engine = toy(real, ahead=True)
+        assert run(engine, asked, rows=2)[0] == before
+        followed += engine.backend.followed  # type: ignore[attr-defined]
+    assert followed["denoise"] > 9 or block == 1
+    assert followed["commit"] > 9
+
+
+def counted_over(engine: nemodiff.LoadedEngine, options: dict[str, Any]) -> tuple[int, int, int]:
+    """Of one request after the other: their passes, those begun ahead that served, and those in vain."""
+    backend = engine.backend
+    assert isinstance(backend, PagedToyEngine)
+    passes = 0
+    for number in range(4):
+        ((result,), _) = run(engine, [(TEXT[number : number + 20], {"mode": "diffusion", **options})])
+        passes += sum(result["nfe"].values())
+    vain = backend.forwards - passes
+    return passes, backend.begun_ahead - vain, vain
+
+
+@pytest.mark.parametrize("block", [8, 16, 32])
+def test_few_passes_of_diffusion_are_begun_in_vain(
+    real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """By confidences that are drawn anew in each pass, by those of the benchmark's script, and where all is decided."""
+    monkeypatch.setattr(PagedToyCache, "most_tokens", 64)
+    for threshold in (0.0, 0.3, 0.6, 0.9):
+        engine = toy(real, ahead=True, pages=400, endless=True)
+        options = {"block_length": block, "threshold": threshold, "max_new_tokens": 300}
+        passes, served, vain = counted_over(engine, options)
+        assert vain <= 0.02 * passes
+        assert served > 0.65 * passes
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    script = importlib.import_module("gpu.script")
+
+    def scripted(cache: Any, slots: np.ndarray, p: Any) -> Prediction:
+        said: Prediction = script.ScriptedCache(cache, real.info.model.mask_id)._said(p)
+        next_ids = cache._commit(p.ids[p.predicted], said.token, said.confidence, p.threshold)
+        return said._replace(next_ids=next_ids)
+
+    monkeypatch.setattr(PagedToyCache, "_row", scripted)
+    passes, served, vain = counted_over(
+        toy(real, ahead=True, pages=400), {"block_length": block, "max_new_tokens": 300}
+    )
+    assert vain <= 0.02 * passes
+    assert served > 0.6 * passes
 
 
 # --- rows that join a forward begun ahead, and rows that it leaves out
@@ -378,6 +448,24 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
             bidirectional("draft", [303, *masks], 11, 0.0, adapter=True),
         ),
     ]
+    block = prepare(engine, TEXT[:40], Options(mode="diffusion", temperature=0.8, seed=3, block_length=4))
+    half = given._replace(next_ids=np.array([300, 301, mask, 7], np.int32))
+    denoise = [bidirectional("denoise", ids, 8, block.settings.threshold) for ids in ([300, *masks], half.next_ids)]
+    one_left = denoise[1]._replace(ids=np.array([300, 301, mask, 7], np.int32))
+    block.emit([300])
+    commit = causal("commit", [300, 301, 302, 7], 8)
+    merging = prepare(engine, TEXT[:40], Options(mode="diffusion", block_length=4, merge_commit=True))
+    merging.emit([300])
+    pairs += [
+        (_next(block, denoise[0]), half, denoise[1]),
+        (_last(block, one_left), given, commit),
+        (_last(merging, one_left), given, with_masks(commit, 4, mask)),
+        (
+            diffusion_first(block, commit),
+            given._replace(token=token[:1]),
+            bidirectional("denoise", [301, *masks], 12, block.settings.threshold),
+        ),
+    ]
     for following, prediction, known in pairs:
         assert following is not None
         made = following.after(prediction)
@@ -385,11 +473,11 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
             np.testing.assert_array_equal(getattr(made, name), getattr(known, name), name)
         assert following.serves(prediction, known)
         others = [
-            known._replace(kind="commit"),
+            known._replace(kind="prefill"),
             known._replace(write_at=known.write_at - 1),
             known._replace(ids=known.ids + np.int32(1)),
             known._replace(ids=np.append(known.ids, np.int32(5))),
-            *([known._replace(ids=known.ids[:-1])] if known.kind == "draft" else []),
+            *([known._replace(ids=known.ids[:-1])] if known.kind in ("draft", "denoise", "commit") else []),
         ]
         assert not any(following.serves(prediction, other) for other in others)
         if known.kind == "verify":  # the loop's own ends at a drafted EOS
@@ -399,7 +487,7 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
         drawn = []
         for pass_ in (following.pass_, known):
             arrays = inputs.views(np.zeros(inputs.nbytes, np.uint8))
-            fill(arrays, [request.for_engine(pass_)], [1], backend.pages, mask)
+            fill(arrays, [(block if known.kind == "denoise" else request).for_engine(pass_)], [1], backend.pages, mask)
             drawn.append(
                 {name: arrays[name].tolist() for name in ("temperature", "seed", "span", "index", "threshold")}
             )
@@ -476,7 +564,7 @@ def test_a_card_gives_what_onnx_runtime_gives(
     backend = torch_backend(engine)
     assert statistics.preempted > 0 or pages == 40
     followed = backend.followed  # type: ignore[attr-defined]
-    assert min(followed[kind] for kind in ("verify", "draft")) > (5 if pages == 40 else 0)
+    assert min(followed[kind] for kind in ("verify", "draft", "denoise")) > (5 if pages == 40 else 0)
     assert backend.pages.free == pages
     assert backend.eager_shapes == {}
 
@@ -495,7 +583,7 @@ def test_a_trained_model_gives_what_the_oracle_gives(
     loaded = {name: nemodiff.load(folder, device="cpu") for name, folder in folders.items()}  # which runs a pass
     engines = {name: ahead(engine) for name, engine in loaded.items()}
     setup = equality.Setup(engines["plain"], engines["adapted"], ReferenceModel.load(checkpoints["adapted"]))
-    modes = ("linear_spec", "linear_spec+adapter", "ar")
+    modes = ("linear_spec", "linear_spec+adapter", "ar", "diffusion")
     cases = [case for case in equality.grid((4, 16), (0.0, 0.95), (30,)) if case.mode in modes]
     cases += equality.grid((4,), (0.0,), (7,))
     assert [difference for _, difference in equality.compare_prompt(setup, QUESTIONS[0], cases) if difference] == []
@@ -544,10 +632,13 @@ def test_what_the_host_chooses_does_not_run_ahead(small: Pair, monkeypatch: pyte
     assert bool(followed["verify"]) == ("thinking_budget" in kind)  # whose draft has the end of thinking in it
 
 
-def test_samples_of_the_device_are_those_without(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "kind"), [("linear_spec", "draft"), ("diffusion", "denoise")])
+def test_samples_of_the_device_are_those_without(
+    small: Pair, monkeypatch: pytest.MonkeyPatch, mode: Any, kind: str
+) -> None:
     """By the kernels in Triton's interpreter, at every position's own noise."""
     answers = []
-    options = {**LINEAR, "block_length": 3, "temperature": 0.9, "seed": 4, "max_new_tokens": 9}
+    options = {"mode": mode, "block_length": 3, "temperature": 0.9, "seed": 4, "max_new_tokens": 9}
     for runs_ahead in (False, True):
         with monkeypatch.context() as context:
             device = LaggingDevice(context)
@@ -557,7 +648,7 @@ def test_samples_of_the_device_are_those_without(small: Pair, monkeypatch: pytes
             assert backend.samples
             counted(backend)
             answers.append(told_by(nemodiff.generate(small.with_backend(backend), PROMPT[:9], **options)))
-            assert bool(backend.followed["draft"]) == runs_ahead  # type: ignore[attr-defined]
+            assert bool(backend.followed[kind]) == runs_ahead  # type: ignore[attr-defined]
     assert answers[0] == answers[1]
 
 
