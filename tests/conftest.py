@@ -23,6 +23,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists()
 
 import hypothesis
 import hypothesis.configuration
+import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
@@ -64,6 +65,20 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="nemodiff-hypothesis-")
     config.add_cleanup(folder.cleanup)
     hypothesis.configuration.set_hypothesis_home_dir(folder.name)
+
+
+class OneThread(onnxruntime.SessionOptions):
+    """What ONNX Runtime takes where no number of threads is given: a second one would wait, spinning, most of the time.
+
+    With it an answer took twice the processor time. The commands and servers that tests start keep their own default.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intra_op_num_threads = 1
+
+
+onnxruntime.SessionOptions = OneThread
 
 
 @pytest.fixture(scope="session")

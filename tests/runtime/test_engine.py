@@ -203,6 +203,14 @@ def test_cache_grows_with_the_text_and_keeps_what_it_holds(engine: nemodiff.Load
 
 
 # What ONNX Runtime says of an array that is not where the pattern would have it.
+def test_a_second_thread_changes_no_token(tiny_engine: Path, engine: nemodiff.LoadedEngine) -> None:
+    """The engines of the other tests have one."""
+    two = nemodiff.load(tiny_engine, threads=2)
+    for mode in nemodiff.MODES:
+        answers = [nemodiff.generate(e, PROMPT, mode=mode, max_new_tokens=40).token_ids for e in (two, engine)]
+        assert answers[0] == answers[1], mode
+
+
 NO_PATTERN = "fall back to default allocation"
 
 
