@@ -67,6 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.configuration.set_hypothesis_home_dir(folder.name)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first: one that began last would be waited for beside an idle core."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 class OneThread(onnxruntime.SessionOptions):
     """What ONNX Runtime takes where no number of threads is given: a second one would wait, spinning, most of the time.
 

@@ -96,6 +96,7 @@ def test_a_killed_command_goes_on(
     check(output, tiny_engine)
 
 
+@pytest.mark.long
 def test_a_command_that_is_told_to_end_says_nothing_and_goes_on(
     tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

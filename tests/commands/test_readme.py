@@ -40,6 +40,7 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_shell_and_python_commands_run_in_order(clone: Path) -> None:
     commands = 0
     for language, block in BLOCKS:

@@ -205,6 +205,7 @@ OF_DTYPE = [op for op in FUSED if any(arg.dtype == "compute" for arg in op.args.
 
 
 @pytest.mark.trt
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "sms", "ops"), [("bf16", CARDS, FUSED), ("f16", (89,), OF_DTYPE), ("f32", (120,), OF_DTYPE)]
 )

@@ -276,6 +276,7 @@ def test_a_failure_is_told_in_the_assemblers_own_words() -> None:
 
 
 @pytest.mark.trt
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
 def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]) -> None:
     ops = (*OPS, SAMPLED)

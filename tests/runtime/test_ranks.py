@@ -33,6 +33,7 @@ pytest.importorskip("torch")
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("choices", "counts"),
     [({}, [2, 4]), ({"quantization": "fp8", "kv_cache_dtype": "int8"}, [2]), ({"quantization": "int4"}, [2])],
