@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,28 @@ TYPES = {
 MASK = 100
 ON_DEVICE = pytest.mark.torch if INTERPRETED else pytest.mark.gpu  # a test of kernels among others
 
+if INTERPRETED and importlib.util.find_spec("triton"):
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+
+    @functools.cache
+    def patch_once(function: Callable[..., Any]) -> Any:
+        """Triton patches its language for every launch and again for every call of a function from a kernel.
+
+        That was a third of the time of the interpreted tests. Here it is done once for each function, and not undone.
+        """
+        patch_language(function)
+        return interpreter._LangPatchScope()  # of nothing to undo
+
+    interpreter._patch_lang = patch_once
+
 
 @pytest.fixture
 def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Triton's interpreter multiply bf16 values; it keeps them as u16 and would multiply those."""
     if not INTERPRETED:
         return
-    from triton.runtime import interpreter
 
     product = interpreter.InterpreterBuilder.create_dot
 
