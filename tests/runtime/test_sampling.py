@@ -10,6 +10,7 @@ import equality
 import equality_sampled
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference_choice
@@ -59,7 +60,9 @@ def test_first_two_tokens_follow_the_distribution_of_the_model(setup: equality.S
     temperature = 1.0
     draws = 1500
     options = {"mode": mode, "temperature": temperature, "max_new_tokens": 2, "stop_token_ids": ()}
-    got = [tuple(nemodiff.generate(setup.plain, prompt, seed=seed, **options).token_ids) for seed in range(draws)]
+    with nemodiff.Scheduler(setup.plain, rows=8, waiting=draws) as scheduler:
+        handles = scheduler.submit_many([(prompt, {**options, "seed": seed}) for seed in range(draws)])
+        got = [tuple(handle.result(PATIENCE).token_ids) for handle in handles]
 
     def chances(ids: list[int]) -> np.ndarray:
         logits = setup.model.logits(ids[:-1], ids[-1:], False)[0].astype(np.float64) / temperature
