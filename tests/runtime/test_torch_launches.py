@@ -106,7 +106,7 @@ def test_every_kernel_but_the_first_begins_early_where_the_card_can(
 
 
 def test_own_products_leave_their_shares_to_the_next_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few tokens; an adapter takes the output of o, and more tokens, or few bits, another product."""
+    """Of few tokens; an adapter adds to the residual, and more tokens, or few bits, take another product."""
 
     def engine(folder: tuple[Path, EngineInfo], own: tuple[str, ...] | None = None) -> TorchEngine:
         return TorchEngine(*folder, "cpu", kernels=True, pages=8, pdl=True, own_products=own)
@@ -127,7 +127,7 @@ def test_own_products_leave_their_shares_to_the_next_kernel(tmp_path: Path, monk
     assert of_64.count("SplitLinear64") == 6
     assert names(engine(plain), FlatShape(128, 128)).count("linear") == 8
     adapted = names(engine(built(tmp_path / "adapted", "early YaRN")), AR)
-    assert adapted[4:12] == ["SplitLinear16", *added, "linear", "linear", "mul", "addmm_"]
+    assert adapted[4:12] == ["SplitLinear16", *added, "SplitLinear16", "linear", "mul", "addmm_"]
     quantized = names(engine(built(tmp_path / "quantized", "plain rotation", quantization="int8")), AR)
     assert not {name for name in quantized if name.startswith(("SplitLinear", "GatedLinear"))}
 

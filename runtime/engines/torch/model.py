@@ -133,12 +133,12 @@ class TorchModel:
                 merged = self._attend(q, keys, values, plan)  # (N, H D)
             else:
                 merged = plain.attend(q, keys, values, sights)
+            out = self.project.in_shares("o", merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
-                out = self.project(merged, layer.o)
-                out.addmm_(functional.linear(merged, a) * gate, b.t())  # a gate of 0 adds exactly 0
-            else:
-                out = self.project.in_shares("o", merged, layer.o)
+                # To the residual, as the output may be in shares; of a rank to its own part of the output.
+                to = total if self.ranks is None else out
+                to.addmm_(functional.linear(merged, a) * gate, b.t())  # a gate of 0 adds exactly 0
             x, total = self._added(self._summed(out), total, layer.post_norm)
             down = self.project.in_shares("down", self.project.gated(x, layer.gate_up), layer.down)
             x, total = self._added(self._summed(down), total, norm)
