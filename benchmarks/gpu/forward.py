@@ -16,7 +16,7 @@ from unittest import mock
 from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import EngineError
-from nemodiff.plugins.ops import split_linear
+from nemodiff.plugins.ops import linear
 from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.projections import OWN
 from nemodiff.runtime.loading import LoadedEngine
@@ -28,7 +28,7 @@ class Launched:
 
     own: tuple[str, ...] = ()  # projections that its kernels multiply
     off: str | None = None  # where kernels begin early, the way that does the same without
-    ahead: int = split_linear.AHEAD  # tiles of weights that are asked for early
+    ahead: int = linear.AHEAD  # bytes of weights that are asked for early
 
 
 # How the engine may run; each is set on the engine that is measured as "graphs". See `Passes.vary`.
@@ -43,7 +43,7 @@ LAUNCHED = {
     "own qkv, o, pdl": Launched(("qkv", "o"), "own qkv, o"),
     "own qkv, o": Launched(("qkv", "o")),
     "own products, pdl, nothing asked for": Launched(OWN, "own products", 0),
-    "own products, pdl, twice asked for": Launched(OWN, "own products", 2 * split_linear.AHEAD),
+    "own products, pdl, twice asked for": Launched(OWN, "own products", 2 * linear.AHEAD),
 }
 EARLY = tuple(LAUNCHED)
 OTHERS = ("eager", "without kernels", "one prediction", "with logits")
@@ -110,7 +110,7 @@ class Passes:
         cache = self.cache(rows, context)
         card.start_peak()
         passes = [self.pass_of(context, size, variant)] * rows
-        with mock.patch.object(split_linear, "AHEAD", LAUNCHED.get(variant, Launched()).ahead):
+        with mock.patch.object(linear, "AHEAD", LAUNCHED.get(variant, Launched()).ahead):
             for _ in range(WARM):
                 chosen = cache.forward(passes)
         device, wall = [], []

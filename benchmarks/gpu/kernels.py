@@ -18,7 +18,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins import FUSED, KV_BITS, OPS
 from nemodiff.plugins.op import Arg, Op, ceil_div, run, stage_op
-from nemodiff.plugins.ops import confidence_commit, low_bit_linear, paged_attention, split_linear
+from nemodiff.plugins.ops import confidence_commit, linear, paged_attention
 
 
 def reads_context(op: Op) -> bool:
@@ -48,25 +48,24 @@ def sizes(op: Op, model: ModelConfig, tokens: int, context: int) -> dict[str, in
         "K": model.hidden_size,
         "W": widths(op, model, paged_attention.items(letters, ceil_div)),
         "F": (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
-        **(low_bits(model) if "Linear" in op.name and op.name != "GatedLinear" else {}),
+        **({"F": 2 * model.intermediate_size} if op.name.startswith("SwiGLU") else {}),
+        **(product(op, model) if "Linear" in op.name else {}),
     }
 
 
 def widths(op: Op, model: ModelConfig, items: int) -> int:
-    """What W is in an op: a projection's outputs, its shares, or the plan's items."""
-    if op.name in ("SwiGLU", "GatedLinear"):
-        return 2 * model.intermediate_size
+    """What W is in an op: a projection's shares, or the plan's items."""
     if op.name.endswith("OfShares"):
-        return split_linear.MOST_SHARES
+        return linear.MOST_SHARES
     return items if op.name.startswith("PagedAttention") else 0
 
 
-def low_bits(model: ModelConfig) -> dict[str, int]:
-    """The sizes of a product with few bits, which is that of gate and up."""
-    outputs, inputs = gpu_products.projections(model)["gate_up"]
-    shares, counters = low_bit_linear.counters(outputs, inputs)
-    pairs = ceil_div(inputs, 2 * low_bit_linear.GROUP)
-    return {"F": outputs, "K": inputs, "W": shares, "C": counters, "P": pairs, "L": 2 * pairs, "Z": 0}
+def product(op: Op, model: ModelConfig) -> dict[str, int]:
+    """The sizes of a product, which is that of gate and up where SwiGLU ends it, and else of down."""
+    outputs, inputs = gpu_products.projections(model)["gate_up" if "Gated" in op.name else "down"]
+    pairs = ceil_div(inputs, 2 * linear.GROUP)
+    scales = 2 * pairs * outputs if op.name.startswith("Int4") else outputs
+    return {"F": outputs, "K": inputs, "P": pairs, "S": scales if op.name.startswith(("Int", "Fp8")) else 0, "Z": 0}
 
 
 def tensor(arg: Arg, shape: tuple[int, ...], lab: Lab, dtype: str, model: ModelConfig) -> Any:

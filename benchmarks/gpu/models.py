@@ -19,7 +19,7 @@ import safetensors
 from nemodiff.config import ModelConfig, parse_config
 from nemodiff.contract import ITEMSIZE, PAGE, QUANTIZATIONS, BuildConfig
 from nemodiff.engine_info import SCHEMA, EngineInfo, Manifest
-from nemodiff.plugins.ops.low_bit_linear import GROUP
+from nemodiff.plugins.ops.linear import GROUP
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.text.codec import TextCodec

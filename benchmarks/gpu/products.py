@@ -18,7 +18,7 @@ from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.config import ModelConfig
 from nemodiff.contract import ITEMSIZE
 from nemodiff.plugins.op import Arg, Op, run
-from nemodiff.plugins.ops import low_bit_linear, split_linear, token_quantise
+from nemodiff.plugins.ops import linear, token_quantise
 
 Product = Callable[[Any, Any], Any]  # x (N, in) and a matrix as `_matrix` makes it -> (N, out)
 MOST = 32  # tokens of a product that has always as many rows
@@ -64,7 +64,7 @@ def in_batches(lab: Lab) -> Product:
     def product(x: Any, matrix: Any) -> Any:
         out, size_in = matrix.shape
         parts = 1
-        while 2 * parts <= low_bit_linear.shares(out, size_in) and size_in % (2 * parts) == 0:
+        while 2 * parts <= linear.shares(out, size_in) and size_in % (2 * parts) == 0:
             parts *= 2
         a = x.view(len(x), parts, -1).transpose(0, 1)  # (parts, N, in / parts)
         b = matrix.view(out, parts, -1).permute(1, 2, 0)
@@ -83,9 +83,10 @@ def in_shares(lab: Lab, varied: Callable[[Op], Op] = lambda op: op) -> Product:
         def new(arg: Arg, shape: tuple[int, ...]) -> Any:
             return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-        tile = next(tile for tile in split_linear.TILES if len(x) <= tile)
-        op = split_linear.op(tile, split_linear.shares(*matrix.shape))
-        return run(varied(op), model, {"x": x, "weight": matrix}, new)[0].transpose(0, 1)
+        tile = next(tile for tile in linear.TILES if len(x) <= tile)
+        op = linear.split(None, tile, linear.shares(*matrix.shape))
+        nothing = {"scale": x.new_empty(0, dtype=torch.float32), "zero": x.new_empty(0, dtype=torch.uint8)}
+        return run(varied(op), model, {"x": x, "weight": matrix, **nothing}, new)[0].transpose(0, 1)
 
     return product
 

@@ -24,9 +24,9 @@ from gpu.kernels import measured as launch
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import first_line
 from nemodiff.plugins.op import Op
-from nemodiff.plugins.ops import confidence_commit, paged_attention, split_linear
+from nemodiff.plugins.ops import confidence_commit, linear, paged_attention
 
-Changes = dict[str, int]  # num_warps and num_stages are the stage's, "programs" are of each multiprocessor
+Changes = dict[str, int]  # num_warps, num_stages and inputs of a step are the stage's, programs of each multiprocessor
 
 ATTENTION: dict[str, Changes] = {
     "as it is": {},
@@ -55,14 +55,14 @@ SHARES: dict[str, Changes] = {
     "2 shares": {"MOST_SHARES": 2},
     "8 shares": {"MOST_SHARES": 8},
     "64 outputs": {"BLOCK_F": 64},
-    "64 outputs, 128 inputs": {"BLOCK_F": 64, "BLOCK_K": 128},
-    "128 outputs, 128 inputs, 3 stages": {"BLOCK_K": 128, "num_stages": 3},
+    "64 outputs, 128 inputs": {"BLOCK_F": 64, "inputs": 128},
+    "128 outputs, 128 inputs, 3 stages": {"inputs": 128, "num_stages": 3},
 }
 SCANS = ("ConfidenceCommitScan", "SampledCommitScan", "FlatSampledScan")
 _OWNERS: dict[str, tuple[ModuleType, ...]] = {
     **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "LARGE_M"), (paged_attention,)),
     "SHARE": (confidence_commit,),
-    **dict.fromkeys(("BLOCK_F", "BLOCK_K", "MOST_SHARES"), (split_linear,)),
+    **dict.fromkeys(("BLOCK_F", "MOST_SHARES"), (linear,)),
 }
 
 
@@ -76,9 +76,13 @@ def _one(lab: Lab, config: RunConfig, shape: str, kernel: str, variant: str, con
     changes = dict(variants(kernel)[variant])
     programs = changes.pop("programs", 2) * lab.card.programs // 2
     options = {name: changes.pop(name) for name in ("num_warps", "num_stages") if name in changes}
+    step = {"STEP": changes.pop("inputs")} if "inputs" in changes else {}
 
     def varied(op: Op) -> Op:
         first, *others = op.stages
+        constants = first.constants
+        if step:
+            first = dataclasses.replace(first, constants=lambda model: {**constants(model), **step})
         return dataclasses.replace(op, stages=(dataclasses.replace(first, **options), *others))
 
     model = gpu_models.work(shape, config.dtype).model

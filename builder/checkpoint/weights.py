@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ...errors import BuildError, CheckpointError
-from ...plugins.ops.low_bit_linear import quantise
+from ...plugins.ops.linear import quantise
 from ..graph.graph import Graph
 from ..graph.writer import Weight
 from .joined import JoinedTensor, Part

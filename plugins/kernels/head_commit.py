@@ -50,7 +50,7 @@ def _scan(
     real = m < positions
     token_place = tl.load(index + m, mask=real, other=0).to(tl.int64) * E
     inside = v < V
-    # The weights are the left side, as in `low_bit_linear.py`, so that both tiles take the same instructions.
+    # The weights are the left side, as in `linear.py`, so that both tiles take the same instructions.
     columns = tl.zeros([BLOCK_V, BLOCK_M], tl.float32)
     for start in range(0, E, BLOCK_E):
         has = start + e < E

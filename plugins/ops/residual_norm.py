@@ -3,7 +3,7 @@
     y, total = ResidualNorm(x, residual, weight)
 
 x, residual (N, E) compute, weight (E) compute -> total = x + residual and y = total / rms(total) * weight, both (N, E).
-x may come in the shares of `split_linear`, (W, N, E) f32.
+x may come in the shares of `linear`, (W, N, E) f32.
 
     y, total = EmbeddingNorm(ids, table, weight)
 

@@ -6,7 +6,7 @@ qkv (N, (H + 2 G) D) compute, the packed projection; cos, sin (N, D / 2) compute
 pass for all layers by `rotation`; slot (N) i32, page * PAGE plus the place in the page; k_pages and v_pages
 (A, G, PAGE, D) compute -> q (N, H, D), rotated and scaled by position. K, rotated, and V are written in place; a token
 whose slot lies in no page is not written. Pages may hold 8 bits, of `kv_cache.py`; then their scales k_scales and
-v_scales (A, G, PAGE) f32 are written as well. qkv may come in the shares of `split_linear`, (W, N, (H + 2 G) D) f32.
+v_scales (A, G, PAGE) f32 are written as well. qkv may come in the shares of `linear`, (W, N, (H + 2 G) D) f32.
 """
 
 from __future__ import annotations

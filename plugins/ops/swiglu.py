@@ -2,10 +2,13 @@
 
     y = SwiGLU(gate_up)
 
-gate_up (B, S, 2 F) compute, the gate's half first -> y = silu(gate) * up (B, S, F), rounded once, at the end.
+gate_up (N, F) compute, the gate's half first -> y = silu(gate) * up (N, F / 2), rounded once, at the end. gate_up may
+come in the shares of `linear`, (W, N, F) f32.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 
@@ -23,36 +26,41 @@ def reference(gate_up: np.ndarray) -> np.ndarray:
     return y.astype(gate_up.dtype)
 
 
-def _width(dims: Dims, ceil: Ceil) -> int:
-    half: int = dims["W"] // 2
+def _half(dims: Dims, ceil: Ceil) -> int:
+    half: int = dims["F"] // 2
     return half
 
 
-def _constants(model: ModelConfig) -> Constants:
-    return {"F": model.intermediate_size, "BLOCK": BLOCK}
+def _constants(model: ModelConfig, shares: int) -> Constants:
+    return {"F": model.intermediate_size, "BLOCK": BLOCK, "SHARES": shares}
 
 
 def _grid(dims: Dims, ceil: Ceil) -> Grid:
-    return dims["B"] * dims["S"], ceil(dims["W"] // 2, BLOCK), 1
+    return dims["N"], ceil(dims["F"] // 2, BLOCK), 1
 
 
-_OUTPUTS = (Arg("y", "compute", ("B", "S", _width)),)
+_OUTPUTS = (Arg("y", "compute", ("N", _half)),)
 
-OP = Op(
-    "SwiGLU",
-    inputs=(Arg("gate_up", "compute", ("B", "S", "W")),),
-    outputs=_OUTPUTS,
-    attributes=(),
-    stages=(
-        Stage(
-            "SwiGLU",
-            "swiglu.swiglu",
-            inputs=("gate_up",),
-            scalars=(),
-            outputs=_OUTPUTS,
-            constants=_constants,
-            grid=_grid,
-            follows=True,
+
+@functools.cache
+def op(shares: int = 0) -> Op:
+    """The op over a whole gate_up, or one in shares."""
+    name = "SwiGLUOfShares" if shares else "SwiGLU"
+    return Op(
+        name,
+        inputs=(Arg("gate_up", "f32", ("W", "N", "F")) if shares else Arg("gate_up", "compute", ("N", "F")),),
+        outputs=_OUTPUTS,
+        attributes=(),
+        stages=(
+            Stage(
+                name,
+                "swiglu.swiglu",
+                inputs=("gate_up",),
+                scalars=(),
+                outputs=_OUTPUTS,
+                constants=functools.partial(_constants, shares=shares),
+                grid=_grid,
+                follows=True,
+            ),
         ),
-    ),
-)
+    )

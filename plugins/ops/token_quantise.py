@@ -3,7 +3,7 @@
     values, scale = TokenQuantise(x)
 
 x (N, K) compute -> values (N, K) u8, the bits of e4m3 nearest to x / scale (ties to even), and scale (N) f32, the
-token's largest magnitude over 448; a token of zeros has the smallest scale. With weights of `low_bit_linear.quantise`
+token's largest magnitude over 448; a token of zeros has the smallest scale. With weights of `linear.quantise`
 the product is sum(values * weight) * scale * weight_scale, which `torch._scaled_mm` computes on cards with fp8. The
 kernel itself uses no fp8 arithmetic.
 """
@@ -14,14 +14,14 @@ import numpy as np
 
 from ...config import ModelConfig
 from ..op import Arg, Constants, Op, Stage
-from . import low_bit_linear
+from . import linear
 
 BLOCK = 2048  # numbers of a step
 
 
 def reference(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The specification in numpy; shapes as in the module's docstring."""
-    values, scale = low_bit_linear.quantise(x.astype(np.float32))
+    values, scale = linear.quantise(x.astype(np.float32))
     return values.view(np.uint8), scale
 
 

@@ -166,8 +166,8 @@ def test_norm(model: ModelConfig, dtype: str, size: int) -> None:
 @each_dtype
 @each_size
 def test_swiglu(model: ModelConfig, dtype: str, size: int) -> None:
-    case = {"gate_up": normal(10, dtype, 2, size, 2 * model.intermediate_size)}
-    (y,), _ = launch(swiglu.OP, model, dtype, case)
+    case = {"gate_up": normal(10, dtype, 2 * size, 2 * model.intermediate_size)}
+    (y,), _ = launch(swiglu.op(), model, dtype, case)
     check(y, swiglu.reference(**case), dtype)
 
 

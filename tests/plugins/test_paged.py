@@ -35,7 +35,7 @@ from nemodiff.plugins.op import Arg, ceil_div, run
 from nemodiff.plugins.ops import (
     head_commit,
     kv_cache,
-    low_bit_linear,
+    linear,
     paged_attention,
     rope_write,
     rotation,
@@ -487,7 +487,7 @@ def test_the_product_of_8_bits_by_8_bits_is_torch_s(tiny: ModelConfig) -> None:
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 64), (48, 64)))
     values, scale = launch(token_quantise.OP, tiny, x=x)
-    stored, weight_scale = low_bit_linear.quantise(weight)
+    stored, weight_scale = linear.quantise(weight)
     a = torch.from_numpy(values).to(DEVICE).view(torch.float8_e4m3fn)
     b = torch.from_numpy(stored.view(np.uint8)).to(DEVICE).view(torch.float8_e4m3fn).t()
     scales = torch.from_numpy(scale)[:, None].to(DEVICE), torch.from_numpy(weight_scale)[None].to(DEVICE)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal
+from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal, short_shares
 from stand_ins.low_bits import WAYS, dequantised
 
 import nemodiff
@@ -25,7 +25,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import CheckpointError
-from nemodiff.plugins.ops import low_bit_linear
+from nemodiff.plugins.ops import linear
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
@@ -39,7 +39,7 @@ def test_quantising_is_within_half_a_step(seed: int, exponent: float) -> None:
     with np.errstate(under="ignore"):
         weight = (normal(seed, 3, 32) / 4 * np.float64(10) ** exponent).astype(np.float32)
     weight[1, 3:] = 0
-    stored, scale = low_bit_linear.quantise(weight)
+    stored, scale = linear.quantise(weight)
     assert np.isfinite(stored.astype(np.float32)).all()
     assert (scale > 0).all()
     error = np.abs(stored.astype(np.float64) * scale[:, None] - weight)
@@ -50,7 +50,7 @@ def test_quantising_zeros_and_the_largest() -> None:
     weight = np.zeros((3, 16), np.float32)
     weight[1, 4] = -3e38
     weight[2] = 1e-45
-    stored, scale = low_bit_linear.quantise(weight)
+    stored, scale = linear.quantise(weight)
     np.testing.assert_array_equal(stored[0].astype(np.float32), 0)
     assert stored[1, 4] == -448
     assert np.isfinite(scale).all()
@@ -91,7 +91,7 @@ def test_a_build_stores_what_quantise_makes(checkpoint: Path, tmp_path: Path) ->
             assert stored[short].dtype == torch.bfloat16
             assert f"{short}_scale" not in stored
             continue
-        values, scale = low_bit_linear.quantise(tensor)
+        values, scale = linear.quantise(tensor)
         np.testing.assert_array_equal(stored[short].view(torch.uint8).numpy(), values.view(np.uint8))
         np.testing.assert_array_equal(stored[f"{short}_scale"].numpy(), scale)
     assert sum(name.endswith("_scale") for name in stored) == 2 * 7
@@ -104,8 +104,13 @@ def test_a_band_at_a_time_is_the_same_file(checkpoint: Path, tmp_path: Path, mon
 
 
 @ON_DEVICE
-def test_the_kernel_gives_the_same_tokens_in_the_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("short", [False, True], ids=["one share", "several shares"])
+def test_the_kernel_gives_the_same_tokens_in_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
     """Of a model without a query scale, which the kernels take as 1."""
+    if short:
+        short_shares(monkeypatch)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     sizes = {"num_hidden_layers": 1, "num_key_value_heads": 1}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", rope_parameters=rope, dtype="f32", **sizes)

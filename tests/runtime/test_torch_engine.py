@@ -29,6 +29,7 @@ from click.testing import CliRunner
 from conftest import Refused, output_of, resident
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import TINY_CHAT, write_checkpoint
+from stand_ins.kernel_launch import short_shares
 from stand_ins.lagging_device import LaggingDevice
 from stand_ins.torch_graphs import Operations, RecordingDevice
 from stand_ins.torch_pair import (
@@ -55,7 +56,6 @@ from nemodiff.cli import main
 from nemodiff.contract import MODES, PAGE, cache_slots
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
-from nemodiff.plugins.ops import split_linear
 from nemodiff.runtime import loading
 from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.engines.engine import Following, Pass, bidirectional, causal
@@ -199,8 +199,7 @@ def test_the_kernels_give_the_same_tokens_in_every_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: tuple[str, ...]
 ) -> None:
     """Greedy, and sampled from the logits that the head's kernel keeps; own products in several shares."""
-    monkeypatch.setattr(split_linear, "BLOCK_K", 16)
-    monkeypatch.setattr(split_linear, "LEAST_STEPS", 1)
+    short_shares(monkeypatch)
     checkpoint = write_checkpoint(
         tmp_path / "checkpoint", seed=5, num_hidden_layers=1, num_key_value_heads=1, dtype="f32"
     )

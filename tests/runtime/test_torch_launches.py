@@ -19,7 +19,7 @@ from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import FUSED
 from nemodiff.plugins.failure import refusal
 from nemodiff.plugins.op import Stage
-from nemodiff.plugins.ops import paged_attention
+from nemodiff.plugins.ops import linear, paged_attention
 from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.torch import launcher
 from nemodiff.runtime.engines.torch.device import TorchDevice
@@ -106,7 +106,7 @@ def test_every_kernel_but_the_first_begins_early_where_the_card_can(
 
 
 def test_own_products_leave_their_shares_to_the_next_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few tokens; an adapter adds to the residual, and more tokens, or few bits, take another product."""
+    """Of few tokens; an adapter adds to the residual, and more tokens take another product."""
 
     def engine(folder: tuple[Path, EngineInfo], own: tuple[str, ...] | None = None) -> TorchEngine:
         return TorchEngine(*folder, "cpu", kernels=True, pages=8, pdl=True, own_products=own)
@@ -128,8 +128,26 @@ def test_own_products_leave_their_shares_to_the_next_kernel(tmp_path: Path, monk
     assert names(engine(plain), FlatShape(128, 128)).count("linear") == 8
     adapted = names(engine(built(tmp_path / "adapted", "early YaRN")), AR)
     assert adapted[4:12] == ["SplitLinear16", *added, "SplitLinear16", "linear", "mul", "addmm_"]
-    quantized = names(engine(built(tmp_path / "quantized", "plain rotation", quantization="int8")), AR)
-    assert not {name for name in quantized if name.startswith(("SplitLinear", "GatedLinear"))}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_products_of_few_bits_leave_their_shares_to_the_next_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nine launches a layer; of many tokens a program sums all shares, and a gate_up too narrow for a card has some."""
+    engine = TorchEngine(*built(tmp_path, "plain rotation", quantization=kind), "cpu", kernels=True, pages=8)
+    split, gated, whole = (kind.capitalize() + name for name in ("SplitLinear", "GatedLinear", "Linear64"))
+    norm, head = "ResidualNormOfShares", ["FlatHeadScanInt816" if kind != "fp8" else CHOICE[0], *CHOICE[1:]]
+    attention = ["PagedRopeWriteOfShares", "PagedAttention", "AttentionMerge"]
+    layer = [f"{split}16", *attention, f"{split}16", norm, f"{gated}16", f"{split}16", norm]
+    assert names(engine, AR) == [*FIRST, *2 * layer, *head]
+    of_64 = [name.replace("16", "64") for name in layer]
+    assert names(engine, FlatShape(256, 64))[3 : 3 + len(layer)] == of_64
+    many = [whole, "PagedRopeWrite", *attention[1:], whole, "ResidualNorm", f"{gated}64", whole, "ResidualNorm"]
+    assert names(engine, FlatShape(512, 64))[3 : 3 + len(layer)] == many
+    monkeypatch.setattr(linear, "LEAST_STEPS", 1)
+    monkeypatch.setattr(linear, "BLOCK_K", 16)
+    assert names(engine, AR)[9:11] == [f"{split}16", "SwiGLUOfShares"]
 
 
 def test_own_products_must_be_projections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from nemodiff.config import ModelConfig
 from nemodiff.plugins.op import Arg, Op, run
-from nemodiff.plugins.ops import flat_commit, head_commit
+from nemodiff.plugins.ops import flat_commit, head_commit, linear
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -65,6 +65,15 @@ def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return product(self, widened(a), widened(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def short_shares(monkeypatch: pytest.MonkeyPatch, inputs: int = 16) -> None:
+    """Let products of a tiny model be summed in several shares; of 4 bits in shares of 64 inputs or more."""
+    monkeypatch.setattr(linear, "BLOCK_K", inputs)
+    monkeypatch.setattr(linear, "LEAST_STEPS", 1)
+    for bits, tiles in linear.STEPS.items():
+        for tile, steps in tiles.items():
+            monkeypatch.setitem(linear.STEPS[bits], tile, steps._replace(inputs=min(steps.inputs, inputs)))
 
 
 def of_f32(op: Op) -> Op:

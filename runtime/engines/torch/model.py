@@ -20,8 +20,8 @@ from . import plain
 from .device import TorchDevice
 from .head import Head
 from .launcher import Launcher
-from .projections import Projections
-from .quantized import check_by_8_bits
+from .projections import Projections, shares_of
+from .quantized import Matrix, check_by_8_bits
 from .stored import Pool, Stored
 from .weights import Share, WeightsFile
 
@@ -91,10 +91,7 @@ class TorchModel:
         """Run with the kernels from here on, or without, for comparison."""
         self.kernels = kernels
         self._launch = Launcher(self.config, self.dtype, pdl) if kernels else None
-        # What is summed over ranks comes whole.
-        self.project = Projections(
-            self.dtype, self._launch, frozenset(own) - (set() if self.ranks is None else {"o", "down"})
-        )
+        self.project = Projections(self.dtype, self._launch, frozenset(own))
         self.head = Head(self._head, self.config, self._first_id, self.project, self._launch, self.ranks)
 
     def forward(
@@ -133,14 +130,14 @@ class TorchModel:
                 merged = self._attend(q, keys, values, plan)  # (N, H D)
             else:
                 merged = plain.attend(q, keys, values, sights)
-            out = self.project.in_shares("o", merged, layer.o)
+            out = self._narrow("o", merged, layer.o)
             if layer.lora is not None and gate is not None:
                 a, b = layer.lora
                 # To the residual, as the output may be in shares; of a rank to its own part of the output.
                 to = total if self.ranks is None else out
                 to.addmm_(functional.linear(merged, a) * gate, b.t())  # a gate of 0 adds exactly 0
             x, total = self._added(self._summed(out), total, layer.post_norm)
-            down = self.project.in_shares("down", self.project.gated(x, layer.gate_up), layer.down)
+            down = self._narrow("down", self.project.gated(x, layer.gate_up), layer.down)
             x, total = self._added(self._summed(down), total, norm)
         self.head.choose(x, inputs, outputs, place)
 
@@ -159,6 +156,10 @@ class TorchModel:
 
         given = embeddings.to(self.dtype)[index.clamp(min=0).long()]
         return torch.where((index >= 0)[:, None], given, own)
+
+    def _narrow(self, name: str, x: Tensor, weight: Matrix) -> Tensor:
+        """The product of o or down (N, E), perhaps in shares; whole where it is summed over ranks."""
+        return self.project.in_shares(name, x, weight) if self.ranks is None else self.project(x, weight)
 
     def _summed(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
@@ -199,7 +200,7 @@ class TorchModel:
     def _added(self, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of a residual sum, and the sum; all (N, E) compute but weight (E,), and x in shares."""
         if self._launch is not None:
-            y, total = self._launch(residual_norm.op(_shares(x)), {"x": x, "residual": residual, "weight": weight})
+            y, total = self._launch(residual_norm.op(shares_of(x)), {"x": x, "residual": residual, "weight": weight})
             return y, total
         total = residual + x
         return self._normed(total, weight), total
@@ -210,7 +211,7 @@ class TorchModel:
 
         if self._launch is not None:
             inputs = {"qkv": qkv, "cos": turns.cos, "sin": turns.sin, "scale": turns.scale, "slot": slot}
-            op = rope_write.paged(self._kv_bits, _shares(qkv))
+            op = rope_write.paged(self._kv_bits, shares_of(qkv))
             (q,) = self._launch(op, inputs | _cached(keys, values))
             return q
         model = self.config
@@ -238,11 +239,6 @@ class TorchModel:
         arguments = {"q": q, **_cached(keys, values), **sight}
         (y,) = self._launch(paged_attention.op(self._kv_bits, self._programs), arguments)
         return y.flatten(1)
-
-
-def _shares(product: Tensor) -> int:
-    """In how many shares `Projections.in_shares` has multiplied, 0 if it gave the whole."""
-    return len(product) if product.ndim == 3 else 0
 
 
 def _cached(keys: Stored, values: Stored) -> dict[str, Tensor]:

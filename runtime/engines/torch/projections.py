@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
-from ....plugins.ops import low_bit_linear, split_linear, swiglu, token_quantise
+from ....contract import Quantization
+from ....plugins.op import Op
+from ....plugins.ops import linear, swiglu, token_quantise
 from .launcher import Launcher, tile
 from .quantized import CHUNK, Matrix, Quantized, by_8_bits, quantised
 
@@ -16,13 +19,21 @@ if TYPE_CHECKING:
 OWN = ("qkv", "o", "gate_up", "down")  # projections that the project's kernels can multiply in 16 bits
 
 
+class Taken(NamedTuple):
+    """A projection as the kernels of `linear` take it."""
+
+    kind: Quantization | None  # 16 bits without
+    tensors: Mapping[str, Tensor]
+    shares: int  # of its inputs
+
+
 @dataclasses.dataclass(frozen=True)
 class Projections:
     """How an engine multiplies, with kernels if it has a launcher."""
 
     dtype: torch.dtype  # compute
     launch: Launcher | None
-    own: frozenset[str] = frozenset()  # some of OWN: where tokens are few, by kernels; see `split_linear`
+    own: frozenset[str] = frozenset()  # some of OWN: by kernels in 16 bits too, where tokens are few
 
     def __call__(self, x: Tensor, weight: Matrix) -> Tensor:
         """x weight^T: (N, in) -> (N, out) compute."""
@@ -35,37 +46,56 @@ class Projections:
             return functional.linear(x, weight)
         if weight.kind == "fp8_dynamic":
             return self._by_8_bits(x, weight)
-        if self.launch is not None:
-            op = low_bit_linear.op(weight.kind, tile(low_bit_linear.TILES, len(x)))
-            return self.launch(op, {"x": x, **weight.tensors})[0]
-        values, scale = weight.tensors["values"], weight.tensors["scale"]
-        return (functional.linear(x, values).float() * scale).to(self.dtype)
+        if self.launch is None:
+            values, scale = weight.tensors["values"], weight.tensors["scale"]
+            return (functional.linear(x, values).float() * scale).to(self.dtype)
+        taken = _quantized(x, weight)
+        if len(x) > linear.SPLIT_TOKENS:
+            return self._run(linear.whole(weight.kind, taken.shares), x, taken)
+        return self.launch(linear.share_sum(taken.shares), {"part": self._split(x, taken)})[0]
 
     def in_shares(self, name: str, x: Tensor, weight: Matrix) -> Tensor:
-        """The same of qkv, o or down; or its shares (W, N, out) f32, for a kernel that adds them."""
-        if (launch := self._for(name, x, weight)) is None:
-            return self(x, weight)
-        assert not isinstance(weight, Quantized | tuple)
-        op = split_linear.op(tile(split_linear.TILES, len(x)), split_linear.shares(*weight.shape))
-        return launch(op, {"x": x, "weight": weight})[0]
+        """The same of a projection of OWN; or its shares (W, N, out) f32, for a kernel that adds them."""
+        taken = self._taken(name, x, weight)
+        return self(x, weight) if taken is None or len(x) > linear.SPLIT_TOKENS else self._split(x, taken)
 
     def gated(self, x: Tensor, weight: Matrix) -> Tensor:
         """silu(gate) * up of gate_up, (N, out / 2)."""
         from torch.nn import functional
 
-        if (launch := self._for("gate_up", x, weight)) is not None:
-            return launch(split_linear.gated(tile(split_linear.TILES, len(x))), {"x": x, "weight": weight})[0]
-        both = self(x, weight)
+        taken = self._taken("gate_up", x, weight)
+        if taken is not None and taken.shares == 1:
+            return self._run(linear.gated(taken.kind, tile(linear.TILES, len(x))), x, taken)
+        both = self.in_shares("gate_up", x, weight)
         if self.launch is not None:
-            return self.launch(swiglu.OP, {"gate_up": both[None]})[0][0]
+            return self.launch(swiglu.op(shares_of(both)), {"gate_up": both})[0]
         gate, up = both.chunk(2, -1)
         return functional.silu(gate) * up
 
-    def _for(self, name: str, x: Tensor, weight: Matrix) -> Launcher | None:
-        """What launches the kernels of `split_linear`, where they multiply these."""
-        few = name in self.own and len(x) <= split_linear.TILES[-1]
-        fits = not isinstance(weight, Quantized | tuple) and weight.shape[1] % split_linear.MULTIPLE == 0
-        return self.launch if few and fits else None
+    def _taken(self, name: str, x: Tensor, weight: Matrix) -> Taken | None:
+        """What the kernels of `linear` take, where they multiply these."""
+        if self.launch is None or isinstance(weight, tuple):
+            return None
+        if isinstance(weight, Quantized):
+            return None if weight.kind == "fp8_dynamic" else _quantized(x, weight)
+        import torch
+
+        outputs, inputs = weight.shape
+        if name not in self.own or len(x) > linear.TILES[-1] or inputs % linear.MULTIPLE:
+            return None
+        none = {
+            name: torch.empty(0, dtype=kind, device=x.device)
+            for name, kind in (("scale", torch.float32), ("zero", torch.uint8))
+        }
+        return Taken(None, {"weight": weight, **none}, linear.shares(outputs, inputs))
+
+    def _split(self, x: Tensor, taken: Taken) -> Tensor:
+        """Shares of a product, (W, N, out) f32."""
+        return self._run(linear.split(taken.kind, tile(linear.TILES, len(x)), taken.shares), x, taken)
+
+    def _run(self, op: Op, x: Tensor, taken: Taken) -> Tensor:
+        assert self.launch is not None
+        return self.launch(op, {"x": x, **taken.tensors})[0]
 
     def _by_8_bits(self, x: Tensor, weight: Quantized) -> Tensor:
         """The same of fp8_dynamic, which rounds every token to e4m3."""
@@ -81,3 +111,13 @@ class Projections:
         scale = torch.empty(room, dtype=torch.float32, device=x.device)
         self.launch(token_quantise.OP, {"x": x}, {"values": values, "scale": scale})
         return by_8_bits(values.view(torch.float8_e4m3fn), scale, weight, self.dtype)[: len(x)]
+
+
+def _quantized(x: Tensor, weight: Quantized) -> Taken:
+    """What the kernels take of few bits."""
+    return Taken(weight.kind, weight.tensors, linear.shares(weight.tensors["weight"].shape[-2], x.shape[1]))
+
+
+def shares_of(product: Tensor) -> int:
+    """In how many shares `Projections.in_shares` has multiplied, 0 if it gave the whole."""
+    return len(product) if product.ndim == 3 else 0

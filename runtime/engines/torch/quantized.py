@@ -1,4 +1,4 @@
-"""Projections in 8 or 4 bits: as the kernels take them (`plugins/ops/low_bit_linear.py`), or as plain torch does."""
+"""Projections in 8 or 4 bits: as the kernels take them (`plugins/ops/linear.py`), or as plain torch does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ....contract import Quantization
 from ....errors import EngineError, first_line
-from ....plugins.ops import low_bit_linear
-from ....plugins.ops.low_bit_linear import GROUP, LARGEST, MULTIPLE
+from ....plugins.ops import linear
+from ....plugins.ops.linear import GROUP, LARGEST, MULTIPLE
 
 if TYPE_CHECKING:
     import torch
@@ -111,11 +111,11 @@ def ready(part: Packed, kernels: bool, dtype: torch.dtype) -> Tensor | Quantized
     if kind == "fp8_dynamic":
         return Quantized(kind, {"values": numbers if kernels else numbers.to(dtype), "scale": scale})
     if kernels:
-        counters = torch.zeros(low_bit_linear.counters(*numbers.shape), dtype=torch.int32, device=numbers.device)
         if kind == "int4":
-            weight, scale, zero = low_bit_linear.arranged(numbers, scale, zero)
-            return Quantized(kind, {"weight": weight, "scale": scale, "zero": zero, "counters": counters})
-        return Quantized(kind, {"weight": numbers.view(torch.uint8), "scale": scale, "counters": counters})
+            weight, scale, zero = linear.arranged(numbers, scale, zero)
+            return Quantized(kind, {"weight": weight, "scale": scale, "zero": zero})
+        none = numbers.new_empty(0, dtype=torch.uint8)
+        return Quantized(kind, {"weight": numbers.view(torch.uint8), "scale": scale, "zero": none})
     if kind == "int4":
         middle = zero.float() if zero.shape[1] else torch.full_like(scale, 8.0)
         grouped = numbers.float().view(len(numbers), -1, GROUP)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ....config import ModelConfig
 from ....contract import BuildConfig, Quantization
 from ....errors import EngineError
-from ....plugins.ops.low_bit_linear import GROUP
+from ....plugins.ops.linear import GROUP
 from .quantized import Matrix, Packed, Quantized, joined, ready, unpacked
 
 if TYPE_CHECKING:
