@@ -69,5 +69,8 @@ def _checked(body: bytes, validate: Callable[..., tuple[Any, list[Any]]]) -> Any
         raise unreadable() from None
     checked, problems = validate(value, loc=("body",))
     if problems:
+        for problem in problems:
+            if isinstance(cause := problem.get("ctx", {}).get("error"), Exception):
+                cause.__traceback__ = None  # whose frames hold this one, and so the body, which holds the error
         raise RequestValidationError(problems, body=value)
     return checked

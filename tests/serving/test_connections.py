@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import resource
 import select
@@ -11,13 +12,15 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from conftest import Refused, eventually
 from stand_ins.http_server import Served, serving
 
-from nemodiff.serving.http.server import bind
+from nemodiff.serving.http.app import Limits, Reports, Server
+from nemodiff.serving.http.server import _DrainingServer, bind, serve
 
 MOST = 20  # connections
 PATIENCE = 1.0  # seconds that a client has
@@ -320,3 +323,20 @@ def test_who_does_not_read_is_left_when_the_drain_ends(tiny_engine: Path) -> Non
         assert served.process.wait(SLOWNESS) == 0
         assert served.process.stderr is not None
         assert served.process.stderr.read() == ""
+
+
+def test_the_collector_of_cycles_leaves_alone_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops every thread, for as long as it looks at all that there is."""
+    seen = list[tuple[int, int]]()
+    monkeypatch.setattr(_DrainingServer, "run", lambda *_: seen.append((gc.get_freeze_count(), gc.get_threshold()[0])))
+    before = gc.get_threshold()
+    idle = SimpleNamespace(app=None, limits=Limits(), reports=Reports(), close=lambda: None)
+    try:
+        with bind("127.0.0.1", 0) as listening:
+            serve(cast(Server, idle), listening, 0.0, lambda address: None)
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+    ((frozen, threshold),) = seen
+    assert frozen > 10_000
+    assert threshold > before[0]

@@ -6,8 +6,10 @@ Nothing is timed: what takes time must be in another thread than the event loop,
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,6 +124,24 @@ def test_what_is_wrong_is_told_of_a_long_body_as_of_a_short_one(server: Server, 
 
 
 NO_OBJECTS = [b"[1, 2", b'{"a": 1} x', b"[" * 5, b"\xff", b"", b"[1]", b'"x"', b"5", b"[" * 9000, b"9" * 5000]
+
+
+@pytest.mark.parametrize(("path", "body"), WRONG)
+def test_a_refused_body_is_not_kept(server: Server, path: str, body: Any) -> None:
+    """Nothing of it waits for the collector of cycles."""
+    large = json.dumps({**body, "metadata": {"note": "x" * 1_000_000}}).encode()
+    asyncio.run(asked(server.app, path, large))
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            asyncio.run(asked(server.app, path, large))
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert kept < 1_000_000
 
 
 @pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: f"{text[:8].decode(errors='replace')} {len(text)}")
