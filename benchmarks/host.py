@@ -77,9 +77,9 @@ class Card:
         """Forget the forwards so far, which have all ended."""
         self.forwards, self._ended, self._since, self._gap, self._beside = [], 0, None, 0.0, 0.0
 
-    def buffer(self, layout: Layout, there: Any) -> Buffer:
+    def buffer(self, layout: Layout, there: Any, host: Any) -> Buffer:
         """One of its own, since what runs next shall not write over what has not been read."""
-        return self._cpu.buffer(layout, self._cpu.bytes(layout.nbytes))
+        return self._cpu.buffer(layout, self._cpu.bytes(layout.nbytes), host)
 
     def capture(self, work: Callable[[], None], pool: Any) -> Graph:
         """The work itself, done again by a replay, as eager work is."""

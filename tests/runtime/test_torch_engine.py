@@ -530,6 +530,20 @@ def test_a_card_may_lag_behind(small: Pair, monkeypatch: pytest.MonkeyPatch, has
     assert lagging.pages.free == pages
 
 
+def test_shapes_share_what_the_host_has_for_a_turn(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as the largest needs; one that comes after smaller ones gets more, and those keep theirs."""
+    backend = torch_backend(small.ours)
+    lagging = TorchEngine(backend.folder, backend.info, LaggingDevice(monkeypatch), kernels=False, pages=7)
+    large, less, larger = (lagging.steps.of(FlatShape(size, size)) for size in (128, 8, 256))
+    for turn in (0, 1):
+        for use in ("inputs", "outputs"):
+            one, other, more = (getattr(step.sides[turn], use).host for step in (large, less, larger))
+            assert one.data_ptr() == other.data_ptr() != more.data_ptr()
+            assert len(other) < len(one) < len(more)
+            others = getattr(large.sides[1 - turn], use).host
+            assert others.data_ptr() != one.data_ptr()
+
+
 def test_caches_take_turns_with_the_buffers_of_a_card(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = torch_backend(small.ours)
     lagging = TorchEngine(backend.folder, backend.info, LaggingDevice(monkeypatch), kernels=False, pages=7)
@@ -601,7 +615,7 @@ def test_a_forward_that_fails_is_its_own_caches_affair(small: Pair, monkeypatch:
     expected = other.forward(prompt)[0].token
     run = Step.run
 
-    def fail(step: Step) -> None:
+    def fail(step: Step, *_: Any) -> None:
         monkeypatch.setattr(Step, "run", run)
         raise RuntimeError("gone")
 
@@ -625,7 +639,7 @@ def test_a_forward_that_another_thread_was_interrupted_in_says_so(small: Pair, m
     assert one.reserve(0, 0, len(PROMPT))
     flight = one.launch(prompt, [0])
     with monkeypatch.context() as context:
-        context.setattr(Step, "run", lambda step: signal.raise_signal(signal.SIGINT))
+        context.setattr(Step, "run", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             other.forward(prompt)
     for _ in range(2):

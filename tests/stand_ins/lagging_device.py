@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from nemodiff.plugins.ops.paged_attention import PROGRAMS
-from nemodiff.runtime.engines.layout import Layout
 from nemodiff.runtime.engines.torch.device import Buffer, TorchDevice
 from nemodiff.runtime.engines.torch.model import TorchModel
 from nemodiff.runtime.engines.torch.step import Step
@@ -78,12 +77,8 @@ class LaggingDevice(TorchDevice):
         source = torch.tensor(pages)
         self._put(lambda: table[row].copy_(source))
 
-    def buffer(self, layout: Layout, there: torch.Tensor) -> Buffer:
-        self.is_gpu = False
-        made = super().buffer(layout, there)
-        self.is_gpu = True
-        host = torch.zeros_like(made.there)
-        return Buffer(host, made.there, layout.views(host.numpy()), made.tensors)
+    def pinned(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.uint8)
 
     def upload(self, buffer: Buffer) -> None:
         self._put(lambda: buffer.there.copy_(buffer.host))

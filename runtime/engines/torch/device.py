@@ -191,10 +191,15 @@ class TorchDevice:
         made: Tensor = self._torch.zeros(count, dtype=self._torch.uint8, device=self.name)
         return made
 
-    def buffer(self, layout: Layout, there: Tensor) -> Buffer:
-        """Zeroed memory on the host for some bindings that lie at `there`, (nbytes,) u8, on the device."""
+    def pinned(self, count: int) -> Tensor:
+        """Zeroed memory of the host for copies to the device and from it, (count,) u8."""
+        made: Tensor = self._torch.zeros(count, dtype=self._torch.uint8, pin_memory=self.is_gpu)
+        return made
+
+    def buffer(self, layout: Layout, there: Tensor, host: Tensor) -> Buffer:
+        """Some bindings at `there` on the device and at `host` on the host; on the CPU they are at `there` alone."""
         torch = self._torch
-        host = torch.zeros(layout.nbytes, dtype=torch.uint8, pin_memory=True) if self.is_gpu else there
+        host = host[: layout.nbytes] if self.is_gpu else there
         types: dict[type, Any] = {np.int32: torch.int32, np.float32: torch.float32}
         tensors = {}
         for name, (at, dtype, shape) in layout.places.items():

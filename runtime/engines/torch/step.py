@@ -13,6 +13,7 @@ import numpy as np
 from ....contract import PAGE
 from ....engine_info import EngineInfo
 from ..engine import Pass
+from ..layout import Layout
 from .device import Buffer, Graph, TorchDevice
 from .flat import FREE, FlatShape, Source, fill, flat_layouts, rounded_shape
 from .kernel_cache import KernelCache
@@ -60,6 +61,8 @@ class Steps:
         self.captured = 0  # graphs made so far
         # Of steps of few predictions, for all of them: a reader's copy stands in the stream before the next.
         self._place: Tensor | None = None  # of logits, (FREE, V) f32
+        # Of all steps too, for each turn: what is filled, and what is read.
+        self._pinned: dict[tuple[int, str], Tensor] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -87,6 +90,13 @@ class Steps:
         self.eager_shapes[shape] = reason
         if not any(step.is_captured for step in self._steps.values()):
             self.pool = self.device.graph_pool()
+
+    def pinned(self, turn: int, use: str, nbytes: int) -> Tensor:
+        """Memory of the host that steps use in a turn; the largest comes first, or one before keeps its own."""
+        held = self._pinned.get((turn, use))
+        if held is None or len(held) < nbytes:
+            held = self._pinned[turn, use] = self.device.pinned(nbytes)
+        return held
 
     def place(self, shape: FlatShape) -> Tensor | None:
         """Where steps of a shape leave their logits, (R, V) f32, and where more are only drawn from, (FREE, V).
@@ -126,7 +136,8 @@ class Step:
     """The buffers of a shape, and its graph.
 
     The device has them once and the host twice: while a forward is under way the next is filled in the other `turn`.
-    Of two that are under way none is filled, so what is written is never being copied.
+    Of two that are under way none is filled, so what is written is never being copied, and all shapes can share what
+    the host has for a turn.
     """
 
     def __init__(self, owner: Steps, shape: FlatShape) -> None:
@@ -136,9 +147,13 @@ class Step:
         self._owner = owner
         inputs, outputs = flat_layouts(shape, owner.info)
         device = owner.device
-        there = device.bytes(inputs.nbytes), device.bytes(outputs.nbytes)
-        self.sides = [HostSide(device.buffer(inputs, there[0]), device.buffer(outputs, there[1])) for _ in range(2)]
-        self.results: Tensor = there[1].view(torch.int32)  # all that the last forward has given, on the device, (L,)
+        there = {"inputs": device.bytes(inputs.nbytes), "outputs": device.bytes(outputs.nbytes)}
+
+        def buffer(layout: Layout, turn: int, use: str) -> Buffer:
+            return device.buffer(layout, there[use], owner.pinned(turn, use, layout.nbytes))
+
+        self.sides = [HostSide(buffer(inputs, turn, "inputs"), buffer(outputs, turn, "outputs")) for turn in (0, 1)]
+        self.results: Tensor = there["outputs"].view(torch.int32)  # what the last forward has given, (L,) i32
         self.apart = outputs.places["next_ids"][0] // 4  # in it from a prediction's token to its next id
         self._place = owner.place(shape)
         self.logits = self._place if shape.logits else None  # (R, V) f32
