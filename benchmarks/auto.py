@@ -2,10 +2,10 @@
 
 On questions with one right answer, with the model's trained drafter and without, and on stories and loops, whose drafts
 fare worse. Tokens per second are counted three ways: by wall time, by processor time, and by the cost curve that all
-passes have taught, summed over the passes taken, which no other load changes. Settings take turns after a question of
-each task, so that what else the machine does falls on all, each time in another order: after long passes short ones
-take longer for a while. The best fixed setting of a round is the one that was best in all others: the best of seven in
-the same round is the luckiest too. Writes `results/auto.json` and `.md`.
+passes have taught, summed over the passes taken and the masks of the prefill, which no other load changes. Settings
+take turns after a question of each task, so that what else the machine does falls on all, each time in another order:
+after long passes short ones take longer for a while. The best fixed setting of a round is the one that was best in all
+others: the best of seven in the same round is the luckiest too. Writes `results/auto.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ EXACT = CostCurve((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (0.63, 0.75, 0.9, 1.1
 CLOCKS = ("curve", "cpu", "wall")
 OPEN_TIMES = 3  # as many stories and loops as questions of any other task, of which there are more
 PACKAGES = ("nemodiff", "onnxruntime", "numpy")
+Sizes = collections.Counter[int]  # passes by their tokens
 Rates = dict[tuple[str, str, str], list[float]]  # tokens per second of each round, by setting, task and clock
 
 
@@ -58,7 +59,7 @@ def exact() -> PassCosts:
 def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) -> tuple[Rates, dict[str, Any], int]:
     """Tokens per second, the passes used by setting, and how many answers differ from AR's."""
     rates: Rates = collections.defaultdict(list)
-    sizes: dict[tuple[str, str], list[tuple[int, list[int]]]] = collections.defaultdict(list)
+    sizes: dict[tuple[str, str], list[tuple[int, Sizes]]] = collections.defaultdict(list)
     used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     unlike = 0
     ar = {"mode": "ar", "max_new_tokens": questions.LONGEST}
@@ -69,7 +70,7 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
     parts = [numbers[at : at + len(tasks) - 1] for at in numbers[:: len(tasks) - 1]]
     for turn in range(rounds):
         spent = {(name_of(setting), task): [0.0] * 3 for setting in SETTINGS for task in tasks}
-        passes: dict[tuple[str, str], list[int]] = {way: [] for way in spent}
+        passes: dict[tuple[str, str], Sizes] = {way: collections.Counter() for way in spent}
         turns = ((part, setting) for part in parts for setting in order.sample(SETTINGS, len(SETTINGS)))
         for part, setting in turns:
             name = name_of(setting)
@@ -77,15 +78,16 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
                 question = drawn[number]
                 options = make_options({**setting, "max_new_tokens": questions.LONGEST})
                 sequence = prepare(engine, question.prompt(engine.text), options)
-                forwarded = []
+                forwarded: Sizes = collections.Counter()
                 cpu = time.process_time()
                 wall = time.perf_counter()
                 for _, pass_, _ in decode(engine.backend, [sequence], 1, costs=engine.cost):
-                    if pass_.kind != "prefill":
-                        forwarded.append(pass_.ids.size)
+                    forwarded[pass_.ids.size] += 1
+                    if pass_.kind == "prefill":  # its masks are quadratic_spec's first draft
+                        forwarded[int((pass_.ids != engine.info.model.mask_id).sum())] -= 1
                 took = (time.process_time() - cpu, time.perf_counter() - wall, len(sequence.tokens))
                 for task in (question.task, "all"):
-                    passes[name, task] += forwarded
+                    passes[name, task].update(forwarded)
                     spent[name, task] = [a + b for a, b in zip(spent[name, task], took, strict=True)]
                 used[name].update({k: n for k, n in sequence.nfe.items() if n and k != "prefill"})
                 unlike += sequence.tokens != plain[number]
@@ -96,7 +98,10 @@ def measure(engine: LoadedEngine, drawn: list[questions.Question], rounds: int) 
         print(f"round {turn + 1} of {rounds}", flush=True)
     curve = engine.cost.curve  # what all passes have taught: one measure for all settings
     for (name, task), rounds_of in sizes.items():
-        rates[name, task, "curve"] = [tokens / sum(map(curve.seconds, forwarded)) for tokens, forwarded in rounds_of]
+        rates[name, task, "curve"] = [
+            tokens / sum(count * curve.seconds(size) for size, count in forwarded.items())
+            for tokens, forwarded in rounds_of
+        ]
     return rates, {name: dict(counted) for name, counted in used.items()}, unlike
 
 
@@ -144,8 +149,8 @@ def table(engines: dict[str, Any], over_best: dict[str, Any], origin: dict[str, 
         "# Planned block length and mode",
         "",
         f"Tokens per second, greedy, {per_task} questions of every task, {many} stories, {many} loops. By the",
-        "cost curve (the passes after the prefill, each at its measured cost), and by processor and wall time, prefill",
-        "included. Wall and processor time hold what else the machine did.",
+        "cost curve (the masks of the prefill and the passes after it, at their measured costs), and by processor and",
+        "wall time, prefill included. Wall and processor time hold what else the machine did.",
     ]
     for name, results in engines.items():
         lines += ["", f"## {name}", "", "| way | curve | processor | wall |", "|---|---:|---:|---:|"]
