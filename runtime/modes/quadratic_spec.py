@@ -139,7 +139,7 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
         tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows, chances)
     length = sequence.before_stop(tokens)
     confidence = confidence or prediction.confidence[at + 1 : at + size].tolist()
-    draft = Draft(tokens[:length], confidence[:length])
+    draft = Draft(tokens[:length], confidence[:length], confidence[length] if length < len(tokens) else 0.0)
     sequence.outcome.draft = draft
     return draft
 
@@ -154,14 +154,15 @@ def _plan(sequence: Sequence, draft: Draft) -> _Layout:
     """All heads and groups, or those that promise the most tokens per second."""
     remaining, block = sequence.remaining, sequence.block_length
     most = min(1 + len(draft.tokens), remaining)
+    if sequence.planner is not None:
+        return _Layout(*sequence.planner.layout(draft.confidence, draft.end, remaining))
     drafting = range(1, min(most, remaining - 2) + 1 if block > 1 else 0)  # a group has two masks at least
     sizes = {accepted: min(block, remaining - accepted) for accepted in drafting}
     if sequence.cost is None:
         return _Layout(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
     cost, rows = sequence.cost, sequence.load.rows
-    planner = sequence.planner if rows > 1 else None
-    worth = _recent_worth(sequence) if planner is None else planner.worth
+    worth = _recent_worth(sequence)
     best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
     more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
     return _best(reached, sizes, worth, _FREE, most=more) if rows == 1 and cost.wants(more) else best

@@ -8,10 +8,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import operator
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from ...contract import MAX_BLOCK
+from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from .pass_costs import Load, PassCosts
 
 ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
@@ -22,8 +23,7 @@ _NEVER = 1e-3  # chance below which a position adds nothing
 _FORGET = 256.0  # verifies after which older ones count half
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
-_STAY = 16  # blocks of a plan at most before the next is made, and of quadratic_spec always: each of its passes
-# verifies the draft that the one before it has made
+_STAY = 8  # blocks of a plan at most before the next is made
 _DOUBT = 2048  # blocks after which a mode that none of them was of may be worth twice what it seems to be
 _TRY = 8  # blocks of it then; so trying what is not the best costs at most 8 / 2048 of the time
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
@@ -46,7 +46,7 @@ class _Standing:
     most: int  # times that each row takes it, unless it is for what it teaches alone
     left: int
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
-    worth: float  # tokens that a draft of quadratic_spec is expected to bring
+    drafts: list[tuple[int, float]]  # of quadratic_spec, by masks: the tokens that one brings, less its verify's price
     rows: int  # that decode side by side, as it was made
 
     def fits(self, rows: int) -> bool:
@@ -134,10 +134,7 @@ class AcceptanceStatistics:
     """What the drafts of all requests of an engine have brought, and by the modes to choose among what was planned."""
 
     def __init__(self) -> None:
-        self.of: dict[ExactMode, ModeStatistics] = {
-            "linear_spec": ModeStatistics(),
-            "quadratic_spec": ModeStatistics(),
-        }
+        self.of: dict[ExactMode, ModeStatistics] = {"linear_spec": ModeStatistics(), "quadratic_spec": ModeStatistics()}
         self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # the last one made
         self.idle: dict[tuple[ExactMode, ...], dict[ExactMode, int]] = {}  # blocks since the last of each mode
 
@@ -215,15 +212,15 @@ class DraftPlanner:
         self._load = _ALONE
         self._rows = 1  # that decode side by side, by the last plan
         self._taken = Plan("ar", 1)  # the last one
-        self._changed = False  # whether it was another than the one before
+        self._bare = 0  # passes of quadratic_spec since the last one with a group
         self._met: _Met | None = None  # what passes had cost before the last block of a plan
 
     def plan(self, load: Load = _ALONE) -> Plan:
         """What gives the most tokens per second, if the draft fares as those before it, and the other rows do the same.
 
         Many rows take one plan, so that what they cost together is known and, where rows are padded, they are alike.
-        Where passes of late do not tell what a block of twice or half the best length costs, it is that at times; and
-        where ar is the best, at times a short draft. A mode of drafts that has not been taken for long is tried.
+        Where passes of late do not tell what the next longer or shorter block of linear_spec costs, it is that at
+        times; where ar is the best, at times a short draft. A mode of drafts that has not been taken for long is tried.
         """
         self._load, self._rows = load, load.rows
         if self._met is not None:
@@ -233,12 +230,10 @@ class DraftPlanner:
             if standing is None or not standing.fits(self._rows):
                 standing = self._engine.standing[self._modes] = self._make(standing)
             self._standing = standing
-        standing, costs = self._standing, self._costs
-        standing.left -= 1
-        if not standing.left:
+        costs, self._taken = self._costs, self._standing.plan
+        self._standing.left -= 1
+        if not self._standing.left:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
-        self._changed = standing.plan != self._taken
-        self._taken = standing.plan
         return self._taken
 
     def _make(self, before: _Standing | None) -> _Standing:
@@ -246,21 +241,34 @@ class DraftPlanner:
         self._take_in()
         rates = self._rates()
         best = max(rates, key=rates.__getitem__)
-        doubt = _DOUBT * self._rows
-        plan = max(rates, key=lambda plan: rates[plan] * (1 + self._idle.get(plan.mode, 0) / doubt))
+        plan = max(rates, key=lambda plan: rates[plan] * (1 + self._idle.get(plan.mode, 0) / (_DOUBT * self._rows)))
         most = 1 if before is None else min(2 * before.most, _STAY)
-        left = self._rows * (_STAY if plan.mode == "quadratic_spec" else most)
+        left = self._rows * most
         if plan != best:
             left = self._rows * _TRY
         elif news := self._news(best):
             plan, left = news
         for mode in self._idle:
             self._idle[mode] = 0 if mode == plan.mode else self._idle[mode] + left
-        prices = [rates[best] * taken for taken in self._costs.share(self._rows).table[: MAX_BLOCK + 1]]
-        worth = 0.0
-        if plan.mode == "quadratic_spec":
-            worth = self._expected(plan.mode)[plan.size - 1] - 1
-        return _Standing(plan, most, left, prices, worth, self._rows)
+        return _Standing(plan, most, left, *self._prices(plan, rates[best]), self._rows)
+
+    def _prices(self, plan: Plan, rate: float) -> tuple[list[float], list[tuple[int, float]]]:
+        """What passes cost by their tokens, and what drafts are worth by their masks, both in tokens; see `_Standing`.
+
+        Passes of quadratic_spec that share a forward differ in size, so each of their tokens has the same price, unless
+        they are padded. No draft is worth more than what makes a pass of one token with that draft's masks pay.
+        """
+        prices = [rate * seconds for seconds in self._costs.share(self._rows).table]
+        if plan.mode != "quadratic_spec":
+            return prices, []
+        if self._rows > 1 and self._load.padded is None:
+            each = (prices[2 * plan.size] - prices[1]) / (2 * plan.size - 1)
+            prices = [prices[1] + each * (size - 1) for size in range(len(prices))]
+        expected = self._expected(plan.mode)
+        drafts = [(size, expected[size - 1] - 1 - (prices[size] - prices[1])) for size in BLOCKS]
+        rest = 1 - rate * self._costs.host.seconds(plan.mode, self._rows)
+        part = min([1.0, *(max(prices[size + 1] - rest, 0.0) / worth for size, worth in drafts if worth > 0)])
+        return prices, [(size, part * worth) for size, worth in drafts]
 
     def _take_in(self) -> None:
         """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
@@ -292,25 +300,21 @@ class DraftPlanner:
             due = min(self._idle.values()) >= _PROBE * self._rows
             due = due or (self._rows == 1 and self._costs.wants(_PROBE_BLOCK))
             return (Plan("linear_spec", _PROBE_BLOCK), 1) if due else None
-        at = BLOCKS.index(best.size)
-        for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]):
-            plan = Plan(best.mode, size)
-            if self._is_news(plan):
-                return plan, self._rows * (_STAY if plan.mode == "quadratic_spec" else 1)
+        if best.mode == "linear_spec":  # those of quadratic_spec are of many sizes
+            at = BLOCKS.index(best.size)
+            for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]):
+                if self._costs.wants(self._rows * size):
+                    return Plan(best.mode, size), self._rows
         return None
 
-    def _is_news(self, plan: Plan) -> bool:
-        if plan.mode == "quadratic_spec":  # what its passes cost they ask for themselves
-            return self._engine.of["quadratic_spec"].blocks[self._rows].count(plan.size) < _STAY
-        return self._costs.wants(self._rows * plan.size)
-
     def _rates(self) -> dict[Plan, float]:
-        """Tokens per second of every plan."""
+        """Tokens per second of every plan; the first draft of quadratic_spec's answer is to teach something."""
         rates = {Plan("ar", 1): 1 / self._seconds("ar", 1)} if "ar" in self._modes else {}
         for mode in self._idle:
             expected, factors = self._expected(mode), self._engine.of[mode].blocks[self._rows].factors()
             for size, factor in zip(BLOCKS, factors, strict=True):
-                rates[Plan(mode, size)] = expected[size - 1] / self._seconds(mode, size) * factor
+                if mode == "linear_spec" or size >= _PROBE_BLOCK:
+                    rates[Plan(mode, size)] = expected[size - 1] / self._seconds(mode, size) * factor
         return rates
 
     def _expected(self, mode: ExactMode) -> list[float]:
@@ -327,14 +331,8 @@ class DraftPlanner:
         whole = 2 * block if mode == "quadratic_spec" else block
         return draft + (verify or seconds[whole]) + self._costs.host.seconds(mode, self._rows)
 
-    @property
-    def worth(self) -> float:
-        """Tokens that a draft of the plan is expected to bring, of quadratic_spec."""
-        assert self._standing is not None
-        return self._standing.worth
-
     def worth_verifying(self, confidences: list[float]) -> int:
-        """How many tokens of a draft linear_spec's verify should look at, by their confidences.
+        """How many tokens of a draft a verify should look at, by their confidences.
 
         So many that looking at more would take longer than other passes need for the tokens that it promises.
         """
@@ -348,6 +346,35 @@ class DraftPlanner:
             if tokens - prices[number + 1] > best:
                 best, count = tokens - prices[number + 1], number
         return count
+
+    def layout(self, confidences: list[float], end: float, remaining: int) -> tuple[int, dict[int, int]]:
+        """The heads of quadratic_spec's pass over a draft, and its groups: masks by the number of heads accepted.
+
+        A group has the length whose draft is worth the most over the price of its masks, as often as it is the one that
+        is needed. `end` is the chance that the answer ends after the draft; `remaining` tokens are still wanted.
+        """
+        assert self._standing is not None
+        prices, drafts = self._standing.prices, self._standing.drafts
+        size = heads = 1 + self.worth_verifying(confidences[: remaining - 1])
+        reached = [1.0, *itertools.accumulate(confidences, operator.mul)]
+        chances = map(operator.sub, reached[:heads], [*reached[1:heads], reached[-1] * end])
+        groups = dict[int, int]()
+        for chance, accepted in sorted(zip(chances, range(1, heads + 1), strict=True), reverse=True):
+            most = min(remaining - accepted, PREFILL_CHUNK - size)
+            gain, masks = 0.0, 0
+            for group, worth in drafts:
+                more = chance * worth - (prices[size + group] - prices[size]) if group <= most else 0.0
+                if more > gain:
+                    gain, masks = more, group
+                elif masks:
+                    break
+            if masks:
+                groups[accepted] = masks
+                size += masks
+        self._bare = 0 if groups else self._bare + 1
+        if self._bare >= _PROBE and remaining - heads >= _PROBE_BLOCK:
+            self._bare, groups = 0, {heads: _PROBE_BLOCK}
+        return heads, dict(sorted(groups.items()))
 
     def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:
         """Take in the verify of a plan's draft that looked at a block of so many tokens, and emitted this many.
@@ -364,8 +391,7 @@ class DraftPlanner:
 
     def learn_quadratic(self, block: int, tokens: int, emitted: int) -> None:
         """Take in a pass of quadratic_spec of so many tokens, planned with this block, that emitted this many."""
-        if self._standing is not None and not self._changed:  # else the draft was still one of the plan before
-            self._learn_block("quadratic_spec", block, tokens, emitted)
+        self._learn_block("quadratic_spec", block, tokens, emitted)
 
     def _learn_block(self, mode: ExactMode, block: int, tokens: int, emitted: int) -> None:
         """Take in a block whose verify had so many tokens, which padding and rows of other sizes make dearer."""

@@ -28,6 +28,7 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     confidence: list[float]
+    end: float = 0.0  # the probability that it gave an EOS after them
 
 
 @dataclasses.dataclass(eq=False, slots=True)

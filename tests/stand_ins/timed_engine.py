@@ -64,6 +64,7 @@ class TimedCache:
     """See `nemodiff.runtime.engines.engine.PagedCache`."""
 
     most_tokens = 2048
+    ahead = False
 
     def __init__(self, engine: TimedEngine, rows: list[int] | None) -> None:
         self._engine = engine
