@@ -95,11 +95,9 @@ class Card:
         assert self._inputs is not None
         inputs, outputs = self._inputs.arrays, buffer.arrays
         ids, position = inputs["ids"][inputs["index"]], inputs["pos"][inputs["index"]]
-        is_mask = ids == self._mask
-        drafted, sure = script.guess(position)
-        outputs["token"][:] = np.where(is_mask, drafted, script.truth(position + 1))
-        outputs["confidence"][:] = np.where(is_mask, sure, 1)
-        outputs["next_ids"][:] = np.where(is_mask, drafted, ids)
+        told = script.said(ids, position, self._mask, inputs["threshold"], inputs["span"][:, 0])
+        for name, values in zip(("token", "confidence", "next_ids"), told, strict=True):
+            outputs[name][:] = values
         self._results = buffer.there
         rows = np.count_nonzero(np.unique(inputs["row"]))  # row 0 is that of padding
         self.forwards.append(Spent(self._gap, self._beside, rows))

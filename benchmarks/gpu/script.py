@@ -37,6 +37,25 @@ def guess(position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return drafted[position], sure[position]
 
 
+def said(
+    ids: np.ndarray, position: np.ndarray, mask: int, threshold: np.ndarray, begin: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is predicted at some tokens, by the commit rule: token (N,) i32, confidence (N,) f32 and next ids (N,) i32.
+
+    Masks are committed whose confidence reaches their threshold (N,), and the surest, the first of equals, of those
+    that have the same `begin` (N,).
+    """
+    drafted, sure = guess(position)
+    is_mask = ids == mask
+    token = np.where(is_mask, drafted, truth(position + 1))
+    commits = is_mask & (sure >= threshold)
+    undecided = is_mask & ~np.isin(begin, begin[commits])
+    for each in np.unique(begin[undecided]):
+        among = np.flatnonzero(undecided & (begin == each))
+        commits[among[sure[among].argmax()]] = True
+    return token, np.where(is_mask, sure, np.float32(1)), np.where(commits, token, ids)
+
+
 @functools.cache
 def _known() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The true token, the drafted one and its confidence at every position, worked out before anything is timed."""
@@ -112,12 +131,9 @@ class ScriptedCache:
         return [self._said(pass_) for pass_ in passes]
 
     def _said(self, pass_: Pass) -> Prediction:
-        ids, pos = pass_.ids[pass_.predicted], pass_.pos[pass_.predicted]
-        drafted, sure = guess(pos)
-        is_mask = ids == self._mask
-        token = np.where(is_mask, drafted, truth(pos + 1)).astype(np.int32)
-        confidence = np.where(is_mask, sure, 1).astype(np.float32)
-        return Prediction(token, confidence, np.where(is_mask, token, ids).astype(np.int32), None)
+        ids, position = pass_.ids[pass_.predicted], pass_.pos[pass_.predicted]
+        threshold, begin = np.full(ids.size, pass_.threshold, np.float32), np.zeros(ids.size, np.int32)
+        return Prediction(*said(ids, position, self._mask, threshold, begin), None)
 
 
 class ScriptedFlight:

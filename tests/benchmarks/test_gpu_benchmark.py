@@ -472,3 +472,22 @@ def test_the_script_gives_the_published_tokens_per_pass() -> None:
     correct = guessed == script.truth(position)
     for chance in (script.EASY, script.HARD):
         assert correct[sure == np.float32(chance)].mean() == pytest.approx(chance, abs=0.01)
+
+
+def test_the_script_commits_as_the_rule_does() -> None:
+    """What reaches the threshold, or the surest of a span; so mode diffusion has passes as by those confidences."""
+    card, models, script = (importlib.import_module(f"gpu.{name}") for name in ("card", "models", "script"))
+    modes = importlib.import_module("gpu.modes")
+    mask, begin = 9, np.array([0, 0, 0, 3, 3, 5], np.int32)
+    position = np.flatnonzero(script.guess(np.arange(1000))[1] == np.float32(script.HARD))[:6]
+    ids = np.array([7, mask, mask, mask, 7, 7], np.int32)
+    for threshold, committed in ((0.9, [1, 3]), (0.5, [1, 2, 3])):
+        token, _, next_ids = script.said(ids, position, mask, np.full(6, threshold, np.float32), begin)
+        assert np.flatnonzero(next_ids != ids).tolist() == committed
+        assert next_ids[committed].tolist() == token[committed].tolist()
+
+    engine = models.load("tiny", "f32", card.Card("cpu"))
+    object.__setattr__(engine, "backend", script.Scripted(engine.backend))
+    answer = generate(engine, modes.prompt_of(40), max_new_tokens=96, **modes.SETTINGS["diffusion"])
+    blocks = script.guess(np.arange(40, 40 + 96))[1].reshape(3, 32)[:, 1:]  # after each one's seed
+    assert answer.nfe["denoise"] == 3 + (blocks < np.float32(0.9)).sum()
