@@ -5,6 +5,7 @@ from typing import get_args
 from ..contract import KvBits
 from .ops import (
     advance,
+    arrange,
     block_attention,
     confidence_commit,
     flat_commit,
@@ -23,6 +24,7 @@ OPS = (block_attention.OP, confidence_commit.OP)  # the ops of the graph
 SAMPLED = confidence_commit.SAMPLED  # runs after a graph, over its logits
 FUSED = (  # the ops of the torch engine
     advance.OP,
+    arrange.OP,
     rotation.OP,
     residual_norm.EMBEDDING,
     residual_norm.op(),
@@ -48,6 +50,7 @@ __all__ = [
     "OPS",
     "SAMPLED",
     "advance",
+    "arrange",
     "block_attention",
     "confidence_commit",
     "flat_commit",
