@@ -108,6 +108,10 @@ class Card:
         """A forward that was begun ahead gets what the one before has given, wherever that lies."""
         plain.advance(inputs, self._results.view(results.dtype), table)
 
+    def arrange(self, inputs: Any, rows: int, results: Any, table: Any) -> None:
+        """Likewise where its passes are arranged."""
+        plain.arrange(inputs, inputs["known"][:rows], self._results.view(results.dtype), table, self._mask)
+
     def mark(self) -> int:
         """The number of forwards so far."""
         return len(self.forwards)
@@ -147,6 +151,7 @@ def engine_of(folder: Path) -> tuple[LoadedEngine, Card]:
     backend.steps.device = backend.forwards.device = card  # type: ignore[assignment]
     backend.model.forward = lambda *_: None  # type: ignore[method-assign]
     backend.model.advance = card.advance  # type: ignore[method-assign]
+    backend.model.arrange = card.arrange  # type: ignore[method-assign]
     engine = LoadedEngine(folder, backend, TextCodec(folder), 0.0)
     costs = engine.cost
     learn = costs.learn

@@ -143,6 +143,7 @@ class Batch:
             if slot.failure is not None:
                 raise slot.failure
             slot.pass_ = sequence.for_engine(slot.loop.send(prediction))
+            sequence.begun = None
         except (StopIteration, NemodiffError) as end:
             slot.ended = True
             sequence.ended = time.perf_counter()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ...contract import PAGE, PREFILL_CHUNK
 from ...errors import EngineError, NemodiffError
 from ..engines.engine import Feed, Flight, Following, PagedCache, Pass, Prediction, causal
+from ..engines.grouping import Arrangement
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
@@ -34,6 +35,12 @@ class Work(NamedTuple):
     pass_: Pass
     feed: Feed | None = None
     before: int | None = None  # the number of the row's pass in the forward before, if that was under way then
+    arranged: Arrangement | None = None
+
+    @property
+    def following(self) -> Following:
+        """The pass, as it follows the one before."""
+        return Following(self.pass_, self.feed, self.arranged)
 
 
 @dataclasses.dataclass
@@ -61,6 +68,7 @@ class PagedRows(Rows):
         interrupted: Callable[[], bool],
     ) -> None:
         super().__init__(cache, prefixes, prefill_tokens, counts, cost)
+        self.load.ahead = cache.ahead
         self._paged = cache
         self._pages = pages
         self._interrupted = interrupted
@@ -163,8 +171,9 @@ class PagedRows(Rows):
     def _judge(self, running: Running) -> None:
         """Find out which passes begun ahead serve, now that the one before has ended and the loops have gone on."""
         running.serves = [
-            before is None or (not slot.ended and Following(pass_, feed).serves(self._given[before], slot.next_pass))
-            for slot, pass_, feed, before in running.work
+            each.before is None
+            or (not each.slot.ended and each.following.serves(self._given[each.before], each.slot.next_pass))
+            for each in running.work
         ]
 
     def _run_ahead(self, last: Running) -> None:
@@ -180,7 +189,7 @@ class PagedRows(Rows):
         if not work:
             return
         fed = [each.before or 0 for each in work]
-        passes = [Following(each.pass_, each.feed) for each in work]
+        passes = [each.following for each in work]
         flight = self._paged.follow(last.flight, passes, [each.slot.row for each in work], fed)
         if flight is None:
             return
@@ -189,6 +198,7 @@ class PagedRows(Rows):
             slot.left_out = True
         for each in work:
             each.slot.left_out = each.slot.left_out and each.before is None
+            each.slot.sequence.begun = each.arranged
 
     def _known(self, last: Running) -> tuple[list[Slot | Work], list[Slot]]:
         """Rows whose next pass is known while a forward runs, with what follows it; and those of which it is not."""
@@ -210,7 +220,7 @@ class PagedRows(Rows):
             except NemodiffError:  # an image that cannot be seen again, which the loop will be told
                 unknown.append(slot)
                 continue
-            known.append(Work(slot, pass_, following.feed, under_way[slot]))
+            known.append(Work(slot, pass_, following.feed, under_way[slot], following.arranged))
         return known, unknown
 
     def _scheduled(self) -> list[Work]:
@@ -230,11 +240,13 @@ class PagedRows(Rows):
                 decoding.append(Work(row, row.next_pass))
             else:
                 others.append(row)
-        for slot, pass_, feed, before in decoding:
+        for slot, pass_, feed, before, arranged in decoding:
             if slot.reach:  # else an older one has taken its pages just now
                 end = pass_.write_at + pass_.ids.size
                 if last is not None and before is not None and feed == "accepted":
                     end += last.work[before].pass_.ids.size
+                elif arranged is not None:
+                    end += arranged.before.heads
                 if not self._reserve(slot, pass_.write_at, end, may_take=last is None) and last is not None:
                     return []
         prompts = self._prompts(others, last)

@@ -19,6 +19,7 @@ import numpy as np
 from ...contract import MAX_BLOCK
 from ...engine_info import EngineInfo
 from ..images.image import Image
+from .grouping import Arrangement
 from .pages import Pages
 
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
@@ -76,7 +77,8 @@ class Prediction(NamedTuple):
 
 # What a pass takes from the one before it in its row. "token": its first id is the last one that is predicted there.
 # "next_ids": it begins with those. "accepted": it stands behind what that verify accepts, its last token first.
-Feed = Literal["token", "next_ids", "accepted"]
+# "arranged": it stands there likewise, and all that it has follows from that.
+Feed = Literal["token", "next_ids", "accepted", "arranged"]
 
 
 class Following(NamedTuple):
@@ -87,16 +89,21 @@ class Following(NamedTuple):
 
     pass_: Pass
     feed: Feed | None  # None: it is known wholly
+    arranged: Arrangement | None = None  # with that feed
 
     def after(self, prediction: Prediction) -> Pass:
         """The pass that it is once the one before it has given its prediction; engines do the same on their device."""
-        pass_, feed = self
+        pass_, feed, arranged = self
         if feed is None:
             return pass_
         if feed == "next_ids":
             return pass_._replace(ids=np.append(prediction.next_ids, pass_.ids[prediction.next_ids.size :]))
         if feed == "token":
             return pass_._replace(ids=np.append(prediction.token[-1], pass_.ids[1:]))
+        if arranged is not None:
+            token, confidence, next_ids, _ = prediction
+            accepted, inputs = arranged.after(token, confidence, next_ids, pass_.write_at)
+            return pass_._replace(write_at=pass_.write_at + accepted, **inputs._asdict())
         kept = _kept(prediction)
         shift = np.int32(kept + 1)
         return pass_._replace(
@@ -108,7 +115,12 @@ class Following(NamedTuple):
 
     def serves(self, prediction: Prediction, wanted: Pass) -> bool:
         """Whether that pass gives what a loop wants; of a longer verify the beginning does."""
-        pass_, feed = self
+        pass_, feed, arranged = self
+        if arranged is not None:
+            one, other = (
+                (p.kind, p.write_at, p.ids.tobytes(), p.visible.tobytes()) for p in (self.after(prediction), wanted)
+            )
+            return one == other
         ids, size, start = pass_.ids, wanted.ids.size, pass_.write_at
         if wanted.kind != pass_.kind or size > ids.size or (size < ids.size and wanted.kind != "verify"):
             return False

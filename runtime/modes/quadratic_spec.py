@@ -12,12 +12,11 @@ import functools
 import itertools
 import operator
 from collections.abc import Generator
-from typing import NamedTuple
-
-import numpy as np
 
 from ...contract import PREFILL_CHUNK
-from ..engines.engine import Pass, Prediction, causal, every_token, with_masks
+from ...plugins.ops.arrange import MOST_STOPS
+from ..engines.engine import Following, Pass, Prediction, causal, every_token, with_masks
+from ..engines.grouping import Arrangement, Grouping, arranged
 from ..planning.cost import CostCurve
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
@@ -47,66 +46,32 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
 
     A group that is left out to save work costs a short next pass and never a wrong token.
     """
-    layout = _plan(sequence, draft)
-    heads = [sequence.tokens[-1], *draft.tokens][: layout.heads]
-    prediction = yield layout.make_pass(sequence, heads)
-    accepted = sequence.verify(prediction, heads[1:], draft.confidence[layout.heads - 1 :])
+    grouping = _planned(sequence, draft)
+    heads = [sequence.tokens[-1], *draft.tokens][: grouping.heads]
+    if (size := _size_ahead(sequence, draft, grouping)) is not None:
+        sequence.follower = functools.partial(_next, grouping, size)
+    prediction = yield _pass(sequence, grouping, heads)
+    accepted = sequence.verify(prediction, heads[1:], draft.confidence[grouping.heads - 1 :])
     if sequence.planner is not None:
-        sequence.planner.learn_quadratic(sequence.block_length, layout.tokens, accepted)
-    return Draft([], []) if sequence.finish else layout.next_draft(sequence, prediction, accepted)
-
-
-class _Inputs(NamedTuple):
-    """A layout's inputs of a pass at position 0."""
-
-    places: np.ndarray  # (S, 4) i32: `pos` and `visible`, all of which grow with the position
-    adapter: np.ndarray  # (S,) f32
-
-
-class _Layout(NamedTuple):
-    """A pass of `heads` tokens and, in order, the mask groups `{accepted: size}`."""
-
-    heads: int
-    groups: dict[int, int]
-
-    @property
-    def tokens(self) -> int:
-        return self.heads + sum(self.groups.values())
-
-    def make_pass(self, sequence: Sequence, heads: list[int]) -> Pass:
-        """The pass: a mask of group j sees the cache, heads 1..j and its own group."""
-        start, count = sequence.length, self.tokens
-        ids = np.array(heads + [sequence.model.mask_id] * (count - self.heads), np.int32)
-        inputs = _inputs(self.heads, tuple(self.groups.items()))
-        places = inputs.places + start
-        pos, visible = places[:, 0], places[:, 1:]
-        logits = not sequence.selector.plain
-        return Pass("verify", ids, pos, start, visible, every_token(count), 0.0, inputs.adapter, logits)
-
-    def next_draft(self, sequence: Sequence, prediction: Prediction, accepted: int) -> Draft:
-        """What the group of `accepted` proposes; nothing if that group was left out."""
-        at = self.heads
-        for number, size in self.groups.items():
-            if number == accepted:
-                return propose(sequence, prediction, at, size)
-            at += size
+        sequence.planner.learn_quadratic(sequence.block_length, grouping.tokens, accepted)
+    if sequence.finish:
         return Draft([], [])
+    place = grouping.places.get(accepted)
+    return Draft([], []) if place is None else propose(sequence, prediction, *place)
 
 
-@functools.lru_cache(maxsize=1024)
-def _inputs(heads: int, groups: tuple[tuple[int, int], ...]) -> _Inputs:
-    """The inputs of a layout's passes: the same layouts come again and again."""
-    count = heads + sum(size for _, size in groups)
-    places = np.zeros((count, 4), np.int32)
-    pos, visible = places[:, 0], places[:, 1:]
-    pos[:heads] = np.arange(heads)
-    visible[:heads, 0] = pos[:heads] + 1
-    at = heads
-    for accepted, size in groups:
-        pos[at : at + size] = np.arange(accepted, accepted + size)
-        visible[at : at + size] = (accepted, at, at + size)
-        at += size
-    return _Inputs(places, np.repeat(np.array([0, 1], np.float32), [heads, count - heads]))
+def _pass(sequence: Sequence, grouping: Grouping, heads: list[int]) -> Pass:
+    """The pass of a grouping at the sequence's length; it predicts after every token."""
+    start, logits = sequence.length, not sequence.selector.plain
+    ids, pos, visible, adapter = grouping.inputs(heads, start, sequence.model.mask_id)
+    return Pass("verify", ids, pos, start, visible, every_token(ids.size), 0.0, adapter, logits)
+
+
+def _next(before: Grouping, size: int, sequence: Sequence, verify: Pass) -> Following:
+    """The pass of `size` tokens after a verify; what they are follows from what it accepts and drafts."""
+    stops = tuple(sorted(sequence.stops))
+    arrangement = Arrangement(before, size, sequence.block_length, stops, sequence.model.mask_id)
+    return Following(_pass(sequence, Grouping(0, {}, size), []), "arranged", arrangement)
 
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
@@ -150,22 +115,46 @@ def _group_size(sequence: Sequence, emitted: int) -> int:
     return size if size > 1 else 0
 
 
-def _plan(sequence: Sequence, draft: Draft) -> _Layout:
+def _planned(sequence: Sequence, draft: Draft) -> Grouping:
+    """What the pass over a draft is to be, or what it is, if it has been begun."""
+    if sequence.begun is not None:
+        return arranged(draft.confidence, sequence.begun.size, sequence.block_length)
+    return _plan(sequence, draft)
+
+
+def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> int | None:
+    """Tokens of the pass after this one, if that is to be begun before it is known what this one gives."""
+    cost, load, selector = sequence.cost, sequence.load, sequence.selector
+    if not load.ahead or cost is None or sequence.planner is not None or sequence.block_length < 2:
+        return None
+    if not selector.as_predicted or selector.drawn or len(sequence.stops) > MOST_STOPS:
+        return None
+    if sequence.remaining <= grouping.heads:  # there may be none
+        return None
+    choice, curve = load.size_of(sequence.block_length), cost.share(load.rows)
+    if draft.tokens and choice.wants_draft():
+        planned = grouping if sequence.begun is None else _plan(sequence, draft)
+        choice.learn(draft.confidence, planned.heads, planned.groups, curve)
+    return choice.best(curve)
+
+
+def _plan(sequence: Sequence, draft: Draft) -> Grouping:
     """All heads and groups, or those that promise the most tokens per second."""
     remaining, block = sequence.remaining, sequence.block_length
     most = min(1 + len(draft.tokens), remaining)
     if sequence.planner is not None:
-        return _Layout(*sequence.planner.layout(draft.confidence, draft.end, remaining))
+        return Grouping(*sequence.planner.layout(draft.confidence, draft.end, remaining))
     drafting = range(1, min(most, remaining - 2) + 1 if block > 1 else 0)  # a group has two masks at least
     sizes = {accepted: min(block, remaining - accepted) for accepted in drafting}
     if sequence.cost is None:
-        return _Layout(most, sizes)
+        return Grouping(most, sizes)
     reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
     cost, rows = sequence.cost, sequence.load.rows
     worth = _recent_worth(sequence)
     best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
     more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
-    return _best(reached, sizes, worth, _FREE, most=more) if rows == 1 and cost.wants(more) else best
+    wanted = rows == 1 and sequence.begun is None and cost.wants(more)
+    return _best(reached, sizes, worth, _FREE, most=more) if wanted else best
 
 
 def _recent_worth(sequence: Sequence) -> float:
@@ -185,7 +174,7 @@ def _best(
     cost: CostCurve,
     host: float = 0.0,
     most: int = PREFILL_CHUNK,
-) -> _Layout:
+) -> Grouping:
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
@@ -226,4 +215,4 @@ def _best(
             best_rate = rate
         if heads < len(reached) and heads in sizes:
             bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
-    return _Layout(best_heads, {-number: sizes[-number] for _, number in best_groups})
+    return Grouping(best_heads, {-number: sizes[-number] for _, number in best_groups})

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .ahead_size import AheadSize
 from .cost import SIZES, CostCurve, without_noise
 
 _KEPT = 384  # passes
@@ -73,6 +74,12 @@ class Load:
         self.rows = 1
         # Tokens and rows of the forward that has ended last, if it was padded to its longest row.
         self.padded: tuple[int, int] | None = None
+        self.ahead = False  # whether passes may be begun before it is known what those before them give
+        self._sizes: dict[tuple[int, int], AheadSize] = {}
+
+    def size_of(self, block: int) -> AheadSize:
+        """What chooses sizes of passes of quadratic_spec, with groups of so many masks."""
+        return self._sizes.setdefault((self.rows, block), AheadSize(self.rows, block))
 
     def take(self, running: int) -> None:
         """Take in how many rows run now."""

@@ -264,3 +264,34 @@ def test_real_answers_stay_ars_while_the_load_changes(
         ]
         for text, handle in handles:
             assert handle.result(120).token_ids == alone[text]
+
+
+@pytest.mark.parametrize(
+    ("curve", "sure", "expected"),
+    [(H200, 1.0, 32), (H200, 0.5, 64), (FREE, 0.5, 128), (CostCurve((1, 512), (1.0, 512.0)), 0.5, None)],
+)
+def test_passes_begun_ahead_have_the_size_that_promises_most(
+    curve: CostCurve, sure: float, expected: int | None
+) -> None:
+    """A sure draft wants one group behind its 16 heads, an unsure one several; none where all tokens are paid for."""
+    choice = Load().size_of(16)
+    assert choice.best(curve) is None  # nothing is known
+    for _ in range(20):
+        choice.learn([sure] * 15, 1, {}, curve)
+    assert choice.best(curve) == expected
+
+
+@pytest.mark.parametrize(("rows", "least"), [(1, 0.97), (4, 0.9), (16, 0.9)])
+def test_passes_begun_ahead_bring_what_planned_ones_would(
+    engine: nemodiff.LoadedEngine, rows: int, least: float
+) -> None:
+    """Against passes for which the card does not wait; where it waits for 0.7 ms as one did, one row brings more."""
+    for block in (8, 16, 32):
+        options = {"mode": "quadratic_spec", "block_length": block}
+        tokens = 256 if rows < 16 else 96
+        free, ahead, waits = (
+            rate(timed(engine, H200, HARD, host=host, ahead=ahead), rows, options, tokens)
+            for host, ahead in ((0.0, False), (700.0 / rows, True), (700.0 / rows, False))
+        )
+        assert ahead > least * free
+        assert ahead > (1.07 if rows == 1 else 0.98) * waits

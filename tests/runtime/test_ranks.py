@@ -60,7 +60,8 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     """So rank 0, which waits until it is heard, runs a pass ahead."""
     engine = TorchEngine(tiny, read_engine(tiny), "cpu", pages=8)
     happened = list[str]()
-    forwards: list[SharedForward | None] = [SharedForward(FlatShape(n, n), 0, False, b"", None, []) for n in (1, 2, 3)]
+    shapes = [FlatShape(count, count) for count in (1, 2, 3)]
+    forwards: list[SharedForward | None] = [SharedForward(shape, 0, False, 0, b"", None, []) for shape in shapes]
     ranks = SimpleNamespace(hear=iter([*forwards, None]).__next__)
     monkeypatch.setattr(Step, "repeat", lambda step, forward, _: happened.append(f"start {forward.shape.tokens}"))
     monkeypatch.setattr(engine.device, "mark", lambda: next(e for e in reversed(happened) if e.startswith("start ")))

@@ -21,7 +21,7 @@ import pytest
 from oracle.reference import ReferenceModel
 from oracle.reference import linear_spec as oracle_linear_spec
 from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, write_checkpoint
-from stand_ins.lagging_device import LaggingDevice
+from stand_ins.lagging_device import DEVICES, LaggingDevice
 from stand_ins.torch_graphs import RecordingDevice
 from stand_ins.torch_pair import PROMPT, QUESTIONS, Asked, Pair, adapted, crowd, make_pair, torch_backend, without_times
 from stand_ins.toy_engine import PagedToyCache, PagedToyEngine
@@ -495,13 +495,6 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
 
 
 # --- over a card that lags behind, and over graphs
-
-DEVICES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
-    "lagging": LaggingDevice,
-    "hasty": lambda monkeypatch: LaggingDevice(monkeypatch, 0.5),
-    "graphs": lambda monkeypatch: RecordingDevice(),
-    "eager": lambda monkeypatch: "cpu",
-}
 
 
 @pytest.fixture(params=DEVICES)

@@ -41,8 +41,8 @@ def built(folder: Path, model: str, **options: Any) -> tuple[Path, EngineInfo]:
     return made, read_engine(made)
 
 
-def names(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> list[str]:
-    return [name for name, _ in launches(engine, shape, fed=fed)]
+def names(engine: TorchEngine, shape: FlatShape, **options: Any) -> list[str]:
+    return [name for name, _ in launches(engine, shape, **options)]
 
 
 def test_nothing_is_launched_between_products_but_kernels(tmp_path: Path) -> None:
@@ -73,6 +73,20 @@ def test_a_pass_begun_ahead_takes_one_launch_more(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8, ahead=True)
     for shape in (AR, FlatShape(64, 64, sampled=True)):
         assert names(engine, shape, fed=True) == ["Advance", *names(engine, shape)]
+    assert names(engine, shape, fed=True, arranged=3) == ["Advance", "Arrange", *names(engine, shape)]
+
+
+def test_the_warm_up_compiles_what_arranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over rows of no tokens, as many as there may be."""
+    engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=False, pages=8, ahead=True)
+    met = list[tuple[int, int, bool]]()
+
+    def arrange(inputs: Any, rows: int, *_: Any) -> None:
+        met.append((len(inputs["ids"]), rows, bool(inputs["known"].any())))
+
+    monkeypatch.setattr(engine.model, "arrange", arrange)
+    engine.forwards.warm_up([FlatShape(128, 128), FlatShape(64, 64), AR])  # the host's memory is the same
+    assert met == [(128, 16, False), (64, 8, False)]
 
 
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:

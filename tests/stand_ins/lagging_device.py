@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_ins.torch_graphs import RecordingDevice
 
 from nemodiff.plugins.ops.paged_attention import PROGRAMS
 from nemodiff.runtime.engines.torch.device import Buffer, TorchDevice
@@ -44,9 +45,10 @@ class LaggingDevice(TorchDevice):
         self._done = 0
         self._runs = False
         self._in_use = False
-        copy, advance = Pool.copy, TorchModel.advance
+        copy, advance, arrange = Pool.copy, TorchModel.advance, TorchModel.arrange
         monkeypatch.setattr(Step, "_compute", lambda step, views: self._put(lambda: step._network(views)))
         monkeypatch.setattr(TorchModel, "advance", lambda *arguments: self._put(lambda: advance(*arguments)))
+        monkeypatch.setattr(TorchModel, "arrange", lambda *arguments: self._put(lambda: arrange(*arguments)))
         monkeypatch.setattr(Pool, "copy", lambda pool, *pages: self._put(lambda: copy(pool, *pages)))
 
     def _put(self, work: Callable[[], Any]) -> None:
@@ -108,6 +110,15 @@ class LaggingDevice(TorchDevice):
 
     def graph_pool(self) -> None:
         return None
+
+
+# What may stand for a card: eager is a CPU, whose forwards run when they are waited for.
+DEVICES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
+    "lagging": LaggingDevice,
+    "hasty": lambda monkeypatch: LaggingDevice(monkeypatch, 0.5),
+    "graphs": lambda monkeypatch: RecordingDevice(),
+    "eager": lambda monkeypatch: "cpu",
+}
 
 
 def _nothing() -> None:

@@ -56,7 +56,7 @@ def _kind(argument: Any) -> Any:
     return argument is None or argument == 1, argument is None or argument % 16 == 0
 
 
-def launches(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> list[tuple[str, bool]]:
+def launches(engine: TorchEngine, shape: FlatShape, *, fed: bool = False, arranged: int = 0) -> list[tuple[str, bool]]:
     """What a pass launches, in order: stages and torch's operations by name, and whether each may begin early."""
     launched: list[Any] = []
 
@@ -69,6 +69,7 @@ def launches(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> lis
     step = Step(engine.steps, shape)
     with engine.device.use(engine.folder), mock.patch.object(Stage, "load", named):
         step.fill([], [], [])
+        step.sides[0].arranged = arranged
         with _Names(launched):
             step.run(before=step if fed else None)
     return [each if isinstance(each, tuple) else (each, False) for each in launched]

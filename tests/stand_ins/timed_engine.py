@@ -13,7 +13,7 @@ import numpy as np
 
 import nemodiff
 from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Pass, Prediction
+from nemodiff.runtime.engines.engine import Following, Pass, Prediction
 from nemodiff.runtime.engines.pages import Pages
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics
@@ -24,14 +24,20 @@ _POSITIONS = 2**15
 
 
 def timed(
-    engine: nemodiff.LoadedEngine, curve: CostCurve, hard: float, *, paged: bool = True, host: float = 0.0
+    engine: nemodiff.LoadedEngine,
+    curve: CostCurve,
+    hard: float,
+    *,
+    paged: bool = True,
+    host: float = 0.0,
+    ahead: bool = False,
 ) -> nemodiff.LoadedEngine:
     """The engine with its backend replaced, and plans that know the curve.
 
     hard: share of positions that are hard. paged: whether rows share forwards unpadded, or side by side and padded.
-    host: seconds that every pass of a row takes beside the forward.
+    host: seconds that every pass of a row takes beside the forward, unless it is begun `ahead`.
     """
-    backend = TimedEngine(engine.info, curve, hard, paged=paged, host=host)
+    backend = TimedEngine(engine.info, curve, hard, paged=paged, host=host, ahead=ahead)
     copy = dataclasses.replace(engine, backend=backend)
     vars(copy)["cost"] = PassCosts(curve, clock=backend.clock)
     vars(copy)["acceptance"] = AcceptanceStatistics()
@@ -43,8 +49,10 @@ class TimedEngine:
 
     samples = False
 
-    def __init__(self, info: EngineInfo, curve: CostCurve, hard: float, *, paged: bool, host: float) -> None:
-        self.info, self.curve, self.host = info, curve, host
+    def __init__(
+        self, info: EngineInfo, curve: CostCurve, hard: float, *, paged: bool, host: float, ahead: bool
+    ) -> None:
+        self.info, self.curve, self.host, self.ahead = info, curve, host, ahead
         self.pages: Any = Pages(4096, 400, 64) if paged else None
         self.now = 0.0
         self.decoding = 0.0  # seconds of forwards without a prompt, and of what the host takes for them
@@ -69,6 +77,7 @@ class TimedCache:
     def __init__(self, engine: TimedEngine, rows: list[int] | None) -> None:
         self._engine = engine
         self._rows = rows
+        self.ahead = engine.ahead
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         return self._run(passes, len(passes) * max(p.ids.size for p in passes)).finish()
@@ -76,13 +85,18 @@ class TimedCache:
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TimedFlight:
         return self._run(passes, sum(p.ids.size for p in passes))
 
-    def follow(self, *_: object) -> None:
-        return None
+    def follow(
+        self, flight: TimedFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
+    ) -> TimedFlight | None:
+        if not self.ahead:
+            return None
+        known = [p.after(flight.finish()[number]) for p, number in zip(passes, fed, strict=True)]
+        return self._run(known, sum(p.ids.size for p in known), host=0.0)
 
-    def _run(self, passes: Sequence[Pass], computed: int) -> TimedFlight:
+    def _run(self, passes: Sequence[Pass], computed: int, host: float | None = None) -> TimedFlight:
         engine = self._engine
         seconds = engine.curve.seconds(computed)
-        took = seconds + engine.host * len(passes)
+        took = seconds + (engine.host if host is None else host) * len(passes)
         engine.now += took
         if all(p.kind != "prefill" for p in passes):
             engine.decoding += took

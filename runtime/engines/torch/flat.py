@@ -14,7 +14,9 @@ import numpy as np
 
 from ....contract import MAX_BLOCK, PAGE, PREFILL_CHUNK, Binding
 from ....engine_info import EngineInfo
+from ....plugins.ops.arrange import SMALLEST, WIDTH, Known, packed
 from ..engine import Feed, Pass
+from ..grouping import Arrangement
 from ..layout import Layout, layout
 from ..pages import Pages
 
@@ -32,6 +34,14 @@ class Source(NamedTuple):
     tokens: int  # where they begin
     next_ids: int
     size: int
+    arranged: Arrangement | None = None  # with that feed
+
+    @property
+    def shift(self) -> int:
+        """How far the pass moves on at most."""
+        if self.arranged is not None:
+            return self.arranged.before.heads
+        return self.size if self.feed == "accepted" else 0
 
 
 class FlatShape(NamedTuple):
@@ -56,6 +66,7 @@ _TOKENS = (
     # Only for a forward that is begun ahead: see `plugins/ops/advance.py`.
     Binding("source", "i32", ("N",)),
     Binding("verified", "i32", ("N", 3)),
+    Binding("known", "i32", ("K", WIDTH)),  # see `plugins/ops/arrange.py`
 )
 _PREDICTIONS = (
     Binding("index", "i32", ("R",)),
@@ -81,7 +92,7 @@ def flat_layouts(shape: FlatShape, info: EngineInfo) -> tuple[Layout, Layout]:
     if shape.embedded:  # as in `contract.inputs`
         bindings += [Binding("embedding", "i32", ("N",)), Binding("embeddings", "f32", ("N", "E"))]
     bindings += [*_PREDICTIONS, *(_SAMPLING if shape.sampled or shape.logits else ())]
-    lengths = {"N": shape.tokens, "R": shape.predicted, "E": info.model.hidden_size}
+    lengths = {"N": shape.tokens, "K": shape.tokens // SMALLEST, "R": shape.predicted, "E": info.model.hidden_size}
     return layout(bindings, lengths), layout(_OUTPUTS, lengths)
 
 
@@ -164,6 +175,7 @@ def fill(
         arrays["verified"][:] = 0
         if sources:
             _fill_sources(arrays, sources, places)
+            _fill_known(arrays["known"], passes, rows, sources, places)
     _pad(arrays, places.first.size, places.start.size, mask)
 
 
@@ -248,6 +260,21 @@ def _fed_ids(source: Source) -> tuple[int, int]:
         case "accepted":
             return source.tokens, 1
     return 0, 0
+
+
+def _fill_known(
+    known: np.ndarray, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source], places: _Places
+) -> None:
+    """Write what passes that are arranged follow from."""
+    count = first = 0
+    for p, row, source in zip(passes, rows, sources, strict=True):
+        if source.arranged is not None:
+            before, size, block, stops, _ = source.arranged
+            begins = source.tokens, (source.tokens + source.next_ids) // 2, source.next_ids  # confidences lie between
+            fields = Known(first, size, block, row, p.write_at, before.heads, *begins)
+            known[count] = packed(fields, stops, before.places)
+            count += 1
+        first += p.ids.size
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:

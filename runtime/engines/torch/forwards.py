@@ -98,6 +98,9 @@ class Forwards:
             with self.lock, self.device.use(self.folder):
                 step = self.steps.of(shape)
                 step.fill([], [], [])
+                known = step.sides[0].inputs.arrays["known"]
+                known[:] = 0  # rows of no tokens
+                step.sides[0].arranged = len(known)
                 step.run(before=step if self.ahead else None)  # eager; what nothing feeds compiles all the same
                 step.run()  # captured
                 self.device.wait(self.device.mark())
@@ -142,7 +145,7 @@ class TorchFlight:
         counts = [p.predicted.size for p in self._passes]
         begins = list(itertools.accumulate(counts, initial=0))
         return [
-            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number])
+            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number], following.arranged)
             for following, number in zip(passes, fed, strict=True)
         ]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ....contract import PAGE
 from ....engine_folder import TENSORS_FILE
 from ....engine_info import EngineInfo
-from ....plugins.ops import advance, paged_attention, residual_norm, rope_write, rotation
+from ....plugins.ops import advance, arrange, paged_attention, residual_norm, rope_write, rotation
 from . import plain
 from .device import TorchDevice
 from .head import Head
@@ -149,6 +149,21 @@ class TorchModel:
         names = [arg.name for arg in advance.OP.inputs if arg.name in inputs]
         known = {name: inputs[name] for name in names}
         self._launch(advance.OP, {**known, "results": results, "page_table": table})
+
+    def arrange(self, inputs: Mapping[str, Tensor], rows: int, results: Tensor, table: Tensor) -> None:
+        """Likewise of so many rows' passes of quadratic_spec, which follow others of it."""
+        import torch
+
+        known = inputs["known"][:rows]
+        if self._launch is None:
+            plain.arrange(inputs, known, results, table, self.config.mask_id)
+            return
+        names = [arg.name for arg in arrange.OP.inputs if arg.name in inputs]
+        given = {name: inputs[name] for name in names} | {"known": known, "results": results, "page_table": table}
+        if "adapter" not in given:  # what the op writes nobody reads
+            ids = inputs["ids"]
+            given["adapter"] = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+        self._launch(arrange.OP, given)
 
     def _given(self, index: Tensor, embeddings: Tensor, own: Tensor) -> Tensor:
         """The tokens' own embeddings (N, E), or where `index` is not negative the given one of that number."""

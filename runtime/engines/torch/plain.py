@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from ....contract import MAX_BLOCK, PAGE
+from ....plugins.ops import arrange as arrangement
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -127,6 +130,18 @@ def commit(found: Best, ids: Tensor, inputs: Mapping[str, Tensor], outputs: Mapp
     outputs["token"].copy_(found.token)
     outputs["confidence"].copy_(confidence)
     outputs["next_ids"].copy_(torch.where(chosen & is_open, found.token, ids))
+
+
+def arrange(inputs: Mapping[str, Tensor], known: Tensor, results: Tensor, table: Tensor, mask: int) -> None:
+    """`plugins/ops/arrange.py`, by the host, which waits for what the device has."""
+    import torch
+
+    written = {name: inputs[name] for name in ("ids", "pos", "slot", "visible", "adapter") if name in inputs}
+    given = {**written, "known": known, "results": results, "page_table": table}
+    arrays = {"adapter": np.zeros(len(inputs["ids"]), np.float32)}
+    arrays |= {name: tensor.cpu().numpy() for name, tensor in given.items()}
+    for target, array in zip(written.values(), arrangement.reference(**arrays, mask=mask), strict=False):
+        target.copy_(torch.from_numpy(array))
 
 
 def advance(inputs: Mapping[str, Tensor], results: Tensor, table: Tensor) -> None:

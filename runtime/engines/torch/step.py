@@ -118,6 +118,7 @@ class SharedForward(NamedTuple):
     shape: FlatShape
     turn: int
     fed: bool  # by the one before
+    arranged: int
     inputs: bytes
     views: list[View] | None
     news: list[Change]
@@ -130,6 +131,7 @@ class HostSide:
     inputs: Buffer
     outputs: Buffer
     views: list[View] | None = None  # for plain torch
+    arranged: int = 0  # rows whose passes are arranged on the device
 
 
 class Step:
@@ -172,13 +174,14 @@ class Step:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner, side = self._owner, self.sides[turn]
         fill(side.inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
+        side.arranged = sum(source.arranged is not None for source in sources or ())
         if owner.model.kernels or not self._eager:
             return
         side.views = []
         at = 0
-        shifts = [source.size if source.feed == "accepted" else 0 for source in sources or ()] or [0] * len(passes)
+        shifts = [source.shift for source in sources or ()] or [0] * len(passes)
         for p, row, shift in zip(passes, rows, shifts, strict=True):
-            seen = max(int(p.visible[:, 0].max()) + shift, int(p.visible[:, 2].max()))
+            seen = shift + max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
             side.views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
             at += p.ids.size
         if at < self.shape.tokens:  # those that fill up a rounded shape, which see a slot of the scratch page
@@ -194,7 +197,8 @@ class Step:
         side = self.sides[turn]
         with ranks.watched():
             inputs = side.inputs.host.numpy().tobytes()
-            ranks.tell(SharedForward(self.shape, turn, before is not None, inputs, side.views, owner.memory.news()))
+            fed = before is not None
+            ranks.tell(SharedForward(self.shape, turn, fed, side.arranged, inputs, side.views, owner.memory.news()))
             self._run(turn, before)
 
     def forget_logits(self) -> None:
@@ -207,6 +211,7 @@ class Step:
         side = self.sides[forward.turn]
         side.inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
         side.views = forward.views
+        side.arranged = forward.arranged
         self._run(forward.turn, before if forward.fed else None)
         self.forget_logits()
 
@@ -217,6 +222,8 @@ class Step:
         if before is not None:
             with self._compiling():
                 owner.model.advance(side.inputs.tensors, before.results, owner.memory.table)
+                if side.arranged:
+                    owner.model.arrange(side.inputs.tensors, side.arranged, before.results, owner.memory.table)
         self._compute(side.views)
         owner.device.download(side.outputs)
 
