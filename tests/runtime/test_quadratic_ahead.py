@@ -19,7 +19,7 @@ from oracle.reference import ReferenceModel
 from oracle.reference import ar as oracle_ar
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.lagging_device import DEVICES, LaggingDevice
-from stand_ins.torch_pair import QUESTIONS, Asked, adapted
+from stand_ins.torch_pair import QUESTIONS, Asked, adapted, one_leaves
 from stand_ins.toy_engine import PagedToyCache, PagedToyEngine
 
 import nemodiff
@@ -327,19 +327,7 @@ def test_a_row_may_leave_in_mid_flight(real: nemodiff.LoadedEngine) -> None:
         asked: list[Asked] = [
             (TEXT[n : n + 50], {**QUADRATIC, "block_length": 8, "max_new_tokens": 60}) for n in range(3)
         ]
-        batch = Batch(engine.backend, 2, kept=1)
-        first, second, third = (prepare(engine, prompt, Options(**options)) for prompt, options in asked)
-        batch.add(first)
-        batch.add(second)
-        for _ in range(moment):
-            list(batch.step())
-        if len(batch) == 2:
-            batch.remove(first)
-        if len(batch) < 2:
-            batch.add(third)
-        while len(batch):
-            list(batch.step())
-        batch.close()
+        first, second, third = one_leaves(engine, asked, moment)
         expected = ars(real, asked)
         assert [second.tokens, third.tokens] == expected[1:]
         assert first.tokens == expected[0][: len(first.tokens)]

@@ -23,7 +23,18 @@ from oracle.reference import linear_spec as oracle_linear_spec
 from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, write_checkpoint
 from stand_ins.lagging_device import DEVICES, LaggingDevice
 from stand_ins.torch_graphs import RecordingDevice
-from stand_ins.torch_pair import PROMPT, QUESTIONS, Asked, Pair, adapted, crowd, make_pair, torch_backend, without_times
+from stand_ins.torch_pair import (
+    PROMPT,
+    QUESTIONS,
+    Asked,
+    Pair,
+    adapted,
+    crowd,
+    make_pair,
+    one_leaves,
+    torch_backend,
+    without_times,
+)
 from stand_ins.toy_engine import PagedToyCache, PagedToyEngine
 
 import nemodiff
@@ -187,19 +198,7 @@ def test_a_row_may_leave_in_mid_flight(real: nemodiff.LoadedEngine) -> None:
     for moment in range(1, 12):
         engine = toy(real, ahead=True, late=bool(moment % 2), pages=9)
         asked: list[Asked] = [(TEXT[n : n + 50], {**LINEAR, "block_length": 8, "max_new_tokens": 60}) for n in range(3)]
-        batch = Batch(engine.backend, 2, kept=1)
-        first, second, third = (prepare(engine, prompt, Options(**options)) for prompt, options in asked)
-        batch.add(first)
-        batch.add(second)
-        for _ in range(moment):
-            list(batch.step())
-        if len(batch) == 2:
-            batch.remove(first)
-        if len(batch) < 2:
-            batch.add(third)
-        while len(batch):
-            list(batch.step())
-        batch.close()
+        first, second, third = one_leaves(engine, asked, moment)
         before, _ = run(toy(real, ahead=False), asked, rows=2)
         assert [told(second), told(third)] == before[1:]
         assert first.tokens == before[0]["tokens"][: len(first.tokens)]

@@ -13,9 +13,13 @@ from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.runtime.requests.options import Options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.sequence import Sequence as Request
 from nemodiff.runtime.scheduler.statistics import Statistics
 
 Asked = tuple[list[int], dict[str, Any]]  # a prompt and its options
@@ -167,3 +171,21 @@ def crowd(
         for handle in left:
             handle.cancel()
         return answers, scheduler.statistics
+
+
+def one_leaves(engine: LoadedEngine, asked: Sequence[Asked], moment: int) -> list[Request]:
+    """Three requests over two rows, of which the first leaves after some steps, whatever is under way for it."""
+    batch = Batch(engine.backend, 2, kept=1)
+    first, second, third = requests = [prepare(engine, prompt, Options(**options)) for prompt, options in asked]
+    batch.add(first)
+    batch.add(second)
+    for _ in range(moment):
+        list(batch.step())
+    if len(batch) == 2:
+        batch.remove(first)
+    if len(batch) < 2:
+        batch.add(third)
+    while len(batch):
+        list(batch.step())
+    batch.close()
+    return requests
