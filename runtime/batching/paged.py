@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ...contract import PAGE, PREFILL_CHUNK
 from ...errors import EngineError, NemodiffError
-from ..engines.engine import Feed, Flight, Following, PagedCache, Pass, Prediction, causal
+from ..engines.engine import Flight, Following, PagedCache, Pass, Prediction, causal, most_shift
 from ..engines.grouping import Arrangement
 from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
@@ -32,15 +32,13 @@ class Work(NamedTuple):
     """A row's pass in a forward. One that is fed by the forward before does not know its ids."""
 
     slot: Slot
-    pass_: Pass
-    feed: Feed | None = None
+    following: Following
     before: int | None = None  # the number of the row's pass in the forward before, if that was under way then
-    arranged: Arrangement | None = None
 
     @property
-    def following(self) -> Following:
-        """The pass, as it follows the one before."""
-        return Following(self.pass_, self.feed, self.arranged)
+    def pass_(self) -> Pass:
+        """The pass, as far as it is known."""
+        return self.following.pass_
 
 
 @dataclasses.dataclass
@@ -117,7 +115,7 @@ class PagedRows(Rows):
         slots = list[Slot]()
         served = list[Pass]()
         results = list[Prediction]()
-        for (slot, pass_, *_), serves, prediction in zip(work, last.serves, self._given, strict=True):
+        for (slot, (pass_, _), _), serves, prediction in zip(work, last.serves, self._given, strict=True):
             if slot.ended:
                 wanted += [] if last.ahead else [pass_]
                 continue
@@ -198,7 +196,8 @@ class PagedRows(Rows):
             slot.left_out = True
         for each in work:
             each.slot.left_out = each.slot.left_out and each.before is None
-            each.slot.sequence.begun = each.arranged
+            feed = each.following.feed
+            each.slot.sequence.begun = feed if isinstance(feed, Arrangement) else None
 
     def _known(self, last: Running) -> tuple[list[Slot | Work], list[Slot]]:
         """Rows whose next pass is known while a forward runs, with what follows it; and those of which it is not."""
@@ -220,7 +219,7 @@ class PagedRows(Rows):
             except NemodiffError:  # an image that cannot be seen again, which the loop will be told
                 unknown.append(slot)
                 continue
-            known.append(Work(slot, pass_, following.feed, under_way[slot], following.arranged))
+            known.append(Work(slot, following._replace(pass_=pass_), under_way[slot]))
         return known, unknown
 
     def _scheduled(self) -> list[Work]:
@@ -237,16 +236,14 @@ class PagedRows(Rows):
             if isinstance(row, Work):
                 (others if row.pass_.kind == "prefill" else decoding).append(row)
             elif row.decodes:
-                decoding.append(Work(row, row.next_pass))
+                decoding.append(Work(row, Following(row.next_pass, None)))
             else:
                 others.append(row)
-        for slot, pass_, feed, before, arranged in decoding:
+        for slot, (pass_, feed), before in decoding:
             if slot.reach:  # else an older one has taken its pages just now
                 end = pass_.write_at + pass_.ids.size
-                if last is not None and before is not None and feed == "accepted":
-                    end += last.work[before].pass_.ids.size
-                elif arranged is not None:
-                    end += arranged.before.heads
+                if last is not None and before is not None:
+                    end += most_shift(feed, last.work[before].pass_.ids.size)
                 if not self._reserve(slot, pass_.write_at, end, may_take=last is None) and last is not None:
                     return []
         prompts = self._prompts(others, last)
@@ -284,7 +281,7 @@ class PagedRows(Rows):
                 computed = slot.built != 0 and slot.sequence.nfe["prefill"] > 0
                 if not self._reserve(slot, begin, end, may_take=computed and last is None):
                     break
-                each = Work(slot, self._prompt_pass(slot))
+                each = Work(slot, Following(self._prompt_pass(slot), None))
             room -= each.pass_.ids.size
             if room < 0 and work:
                 break

@@ -77,8 +77,8 @@ class Prediction(NamedTuple):
 
 # What a pass takes from the one before it in its row. "token": its first id is the last one that is predicted there.
 # "next_ids": it begins with those. "accepted": it stands behind what that verify accepts, its last token first.
-# "arranged": it stands there likewise, and all that it has follows from that.
-Feed = Literal["token", "next_ids", "accepted", "arranged"]
+# An arrangement: it stands there likewise, and all that it has follows from that.
+Feed = Literal["token", "next_ids", "accepted"] | Arrangement
 
 
 class Following(NamedTuple):
@@ -89,58 +89,65 @@ class Following(NamedTuple):
 
     pass_: Pass
     feed: Feed | None  # None: it is known wholly
-    arranged: Arrangement | None = None  # with that feed
 
     def after(self, prediction: Prediction) -> Pass:
         """The pass that it is once the one before it has given its prediction; engines do the same on their device."""
-        pass_, feed, arranged = self
-        if feed is None:
-            return pass_
-        if feed == "next_ids":
-            return pass_._replace(ids=np.append(prediction.next_ids, pass_.ids[prediction.next_ids.size :]))
-        if feed == "token":
-            return pass_._replace(ids=np.append(prediction.token[-1], pass_.ids[1:]))
-        if arranged is not None:
+        pass_, feed = self
+        if isinstance(feed, Arrangement):
             token, confidence, next_ids, _ = prediction
-            accepted, inputs = arranged.after(token, confidence, next_ids, pass_.write_at)
+            accepted = 1 + agreed(token[: feed.before.heads].tolist(), next_ids[1 : feed.before.heads].tolist())
+            inputs = feed.after(token, confidence, accepted, pass_.write_at + accepted)
             return pass_._replace(write_at=pass_.write_at + accepted, **inputs._asdict())
-        kept = _kept(prediction)
-        shift = np.int32(kept + 1)
+        begins, shift = self._begins(prediction)
+        pass_ = pass_._replace(ids=np.append(begins, pass_.ids[begins.size :]))
+        if not shift:
+            return pass_
         return pass_._replace(
-            ids=np.append(prediction.token[kept], pass_.ids[1:]),
-            pos=pass_.pos + shift,
-            write_at=pass_.write_at + kept + 1,
-            visible=pass_.visible + shift * np.array([1, 0, 0], np.int32),
+            pos=pass_.pos + np.int32(shift),
+            write_at=pass_.write_at + shift,
+            visible=pass_.visible + np.array([shift, 0, 0], np.int32),
         )
 
     def serves(self, prediction: Prediction, wanted: Pass) -> bool:
         """Whether that pass gives what a loop wants; of a longer verify the beginning does."""
-        pass_, feed, arranged = self
-        if arranged is not None:
+        pass_, feed = self
+        if isinstance(feed, Arrangement):
             one, other = (
                 (p.kind, p.write_at, p.ids.tobytes(), p.visible.tobytes()) for p in (self.after(prediction), wanted)
             )
             return one == other
-        ids, size, start = pass_.ids, wanted.ids.size, pass_.write_at
+        ids, size = pass_.ids, wanted.ids.size
         if wanted.kind != pass_.kind or size > ids.size or (size < ids.size and wanted.kind != "verify"):
             return False
-        fed = ids[:0]
-        if feed == "next_ids":
-            fed = prediction.next_ids[:size]
-        elif feed == "token":
-            fed = prediction.token[-1:]
-        elif feed == "accepted":
-            kept = _kept(prediction)
-            start += kept + 1
-            fed = prediction.token[kept : kept + 1]
-        count = fed.size
-        return start == wanted.write_at and fed.tobytes() + ids[count:size].tobytes() == wanted.ids.tobytes()
+        begins, shift = self._begins(prediction)
+        known = ids[begins.size : size]
+        return (
+            pass_.write_at + shift == wanted.write_at
+            and begins[:size].tobytes() + known.tobytes() == wanted.ids.tobytes()
+        )
+
+    def _begins(self, prediction: Prediction) -> tuple[np.ndarray, int]:
+        """The ids that the pass is fed to begin with, and how far it moves on; not of one that is arranged."""
+        if self.feed == "next_ids":
+            return prediction.next_ids, 0
+        if self.feed == "token":
+            return prediction.token[-1:], 0
+        if self.feed == "accepted":  # a verify's next ids are its ids
+            kept = agreed(prediction.token.tolist(), prediction.next_ids[1:].tolist())
+            return prediction.token[kept : kept + 1], kept + 1
+        return self.pass_.ids[:0], 0
 
 
-def _kept(verified: Prediction) -> int:
-    """How many drafted tokens a verify keeps; its next ids are its ids."""
-    said, held = verified.token[:-1].tolist(), verified.next_ids[1:].tolist()
-    return sum(itertools.takewhile(bool, map(operator.eq, said, held)))
+def agreed(said: list[int], drafted: list[int]) -> int:
+    """How many drafted tokens a verify keeps: those before the first that it does not say itself."""
+    return sum(itertools.takewhile(bool, map(operator.eq, said, drafted)))
+
+
+def most_shift(feed: Feed | None, size: int) -> int:
+    """How far a pass moves on at most behind one of `size` tokens that feeds it."""
+    if isinstance(feed, Arrangement):
+        return feed.before.heads
+    return size if feed == "accepted" else 0
 
 
 class Cache(Protocol):

@@ -94,15 +94,11 @@ class Arrangement(NamedTuple):
     stops: tuple[int, ...]  # ids that end the answer
     mask: int
 
-    def after(
-        self, token: np.ndarray, confidence: np.ndarray, next_ids: np.ndarray, start: int
-    ) -> tuple[int, PassInputs]:
-        """How many tokens the pass before it, at `start`, has had accepted, and the fields of the pass."""
-        differs = token[: self.before.heads - 1] != next_ids[1 : self.before.heads]  # which are its ids
-        accepted = 1 + (int(differs.argmax()) if differs.any() else differs.size)
+    def after(self, token: np.ndarray, confidence: np.ndarray, accepted: int, start: int) -> PassInputs:
+        """The fields of the pass at `start`, after what the one before has predicted, and had accepted of its heads."""
         begin, size = self.before.places.get(accepted, (0, 1))
         draft = token[begin + 1 : begin + size].tolist()
         length = next((at for at, drafted in enumerate(draft) if drafted in self.stops), len(draft))
         grouping = arranged(confidence[begin + 1 : begin + 1 + length].tolist(), self.size, self.block)
         heads = [int(token[accepted - 1]), *draft][: grouping.heads]
-        return accepted, grouping.inputs(heads, start + accepted, self.mask)
+        return grouping.inputs(heads, start, self.mask)

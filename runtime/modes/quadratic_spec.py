@@ -71,7 +71,7 @@ def _next(before: Grouping, size: int, sequence: Sequence, verify: Pass) -> Foll
     """The pass of `size` tokens after a verify; what they are follows from what it accepts and drafts."""
     stops = tuple(sorted(sequence.stops))
     arrangement = Arrangement(before, size, sequence.block_length, stops, sequence.model.mask_id)
-    return Following(_pass(sequence, Grouping(0, {}, size), []), "arranged", arrangement)
+    return Following(_pass(sequence, Grouping(0, {}, size), []), arrangement)
 
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:

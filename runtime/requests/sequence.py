@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 import time
 from collections.abc import Callable
 from typing import Literal
 
 from ...config import ModelConfig
-from ..engines.engine import PASS_KINDS, Following, Pass, PassKind, Prediction
+from ..engines.engine import PASS_KINDS, Following, Pass, PassKind, Prediction, agreed
 from ..engines.grouping import Arrangement
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
@@ -158,8 +156,7 @@ class Sequence:
         emitted = self.outcome.emitted
         if self.selector.as_predicted:
             said = prediction.token[: len(draft) + 1].tolist()
-            agreed = sum(itertools.takewhile(bool, map(operator.eq, said, draft)))
-            emitted += said[: self.emit(said[: agreed + 1])]
+            emitted += said[: self.emit(said[: agreed(said, draft) + 1])]
         else:
             for index, drafted in enumerate([*draft, None]):
                 if self.take(prediction, index) != drafted or self.finish:

@@ -26,6 +26,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.engine import Pass
+from nemodiff.runtime.engines.grouping import Arrangement
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
@@ -215,7 +216,7 @@ def on_device(
     def noted(flight: Any, passes: Any, *rest: Any) -> Any:
         flight = follow(flight, passes, *rest)
         if flight is not None:
-            begun.update(following.feed for following in passes)
+            begun.update("arranged" if isinstance(p.feed, Arrangement) else str(p.feed) for p in passes)
         return flight
 
     backend.forwards.follow = noted  # type: ignore[method-assign]

@@ -34,14 +34,6 @@ class Source(NamedTuple):
     tokens: int  # where they begin
     next_ids: int
     size: int
-    arranged: Arrangement | None = None  # with that feed
-
-    @property
-    def shift(self) -> int:
-        """How far the pass moves on at most."""
-        if self.arranged is not None:
-            return self.arranged.before.heads
-        return self.size if self.feed == "accepted" else 0
 
 
 class FlatShape(NamedTuple):
@@ -268,8 +260,8 @@ def _fill_known(
     """Write what passes that are arranged follow from."""
     count = first = 0
     for p, row, source in zip(passes, rows, sources, strict=True):
-        if source.arranged is not None:
-            before, size, block, stops, _ = source.arranged
+        if isinstance(source.feed, Arrangement):
+            before, size, block, stops, _ = source.feed
             begins = source.tokens, (source.tokens + source.next_ids) // 2, source.next_ids  # confidences lie between
             fields = Known(first, size, block, row, p.write_at, before.heads, *begins)
             known[count] = packed(fields, stops, before.places)

@@ -145,7 +145,7 @@ class TorchFlight:
         counts = [p.predicted.size for p in self._passes]
         begins = list(itertools.accumulate(counts, initial=0))
         return [
-            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number], following.arranged)
+            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number])
             for following, number in zip(passes, fed, strict=True)
         ]
 

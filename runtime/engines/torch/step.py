@@ -12,7 +12,8 @@ import numpy as np
 
 from ....contract import PAGE
 from ....engine_info import EngineInfo
-from ..engine import Pass
+from ..engine import Pass, most_shift
+from ..grouping import Arrangement
 from ..layout import Layout
 from .device import Buffer, Graph, TorchDevice
 from .flat import FREE, FlatShape, Source, fill, flat_layouts, rounded_shape
@@ -174,12 +175,12 @@ class Step:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner, side = self._owner, self.sides[turn]
         fill(side.inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
-        side.arranged = sum(source.arranged is not None for source in sources or ())
+        side.arranged = sum(isinstance(source.feed, Arrangement) for source in sources or ())
         if owner.model.kernels or not self._eager:
             return
         side.views = []
         at = 0
-        shifts = [source.shift for source in sources or ()] or [0] * len(passes)
+        shifts = [most_shift(source.feed, source.size) for source in sources or ()] or [0] * len(passes)
         for p, row, shift in zip(passes, rows, shifts, strict=True):
             seen = shift + max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
             side.views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
