@@ -6,6 +6,16 @@ import triton.language as tl
 
 
 @triton.jit
+def confirmed(results, token, drafted, count, LANES: tl.constexpr):
+    """How many drafted tokens a verify of `count` tokens confirms, whose tokens and next ids lie there in results."""
+    lane = tl.arange(0, LANES)
+    judged = lane < count - 1  # never the last lane
+    said = tl.load(results + token + lane, mask=judged, other=0)
+    held = tl.load(results + drafted + lane + 1, mask=judged, other=0)
+    return tl.min(tl.where(judged & (said == held), LANES, lane), 0)
+
+
+@triton.jit
 def advance(
     ids, pos, slot, visible, row, source, verified, results, page_table, M,
     PAGE: tl.constexpr, LANES: tl.constexpr,
@@ -14,11 +24,7 @@ def advance(
     n = tl.program_id(0)
     token, drafted = tl.load(verified + n * 3), tl.load(verified + n * 3 + 1)
     count = tl.load(verified + n * 3 + 2)
-    lane = tl.arange(0, LANES)
-    judged = lane < count - 1  # never the last lane
-    said = tl.load(results + token + lane, mask=judged, other=0)
-    held = tl.load(results + drafted + lane + 1, mask=judged, other=0)
-    kept = tl.min(tl.where(judged & (said == held), LANES, lane), 0)
+    kept = confirmed(results, token, drafted, count, LANES)
     where = tl.load(source + n)
     own = tl.load(ids + n)
     tl.store(ids + n, tl.load(results + where + kept, mask=where >= 0, other=own))

@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from .advance import confirmed
+
 
 @triton.jit
 def arrange(
@@ -18,10 +20,7 @@ def arrange(
     tokens, confidences, next_ids = tl.load(known + 6), tl.load(known + 7), tl.load(known + 8)
     lane = tl.arange(0, LANES)
 
-    judged = lane < before - 1  # never the last lane
-    said = tl.load(results + tokens + lane, mask=judged, other=0)
-    held = tl.load(results + next_ids + lane + 1, mask=judged, other=0)
-    kept = tl.min(tl.where(judged & (said == held), LANES, lane), 0)
+    kept = confirmed(results, tokens, next_ids, before, LANES)
     last = tl.load(results + tokens + kept)
     start = position + kept + 1
 

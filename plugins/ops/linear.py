@@ -35,7 +35,7 @@ import numpy as np
 
 from ...config import ModelConfig
 from ...contract import Quantization
-from ..op import Arg, Ceil, Constants, Dims, Op, Stage, ceil_div
+from ..op import Arg, Constants, Op, Stage, ceil_div
 from . import swiglu
 
 if TYPE_CHECKING:
@@ -164,11 +164,6 @@ def _constants(model: ModelConfig, kind: Quantization | None, tile: int, count: 
     return {**form, **sizes, "SHARES": count, "WHOLE": whole, "AHEAD": AHEAD}
 
 
-def _half(dims: Dims, ceil: Ceil) -> int:
-    half: int = dims["F"] // 2
-    return half
-
-
 def _weights(kind: Quantization | None) -> tuple[Arg, ...]:
     weight = (
         Arg("weight", "u8", ("P", "F", GROUP))
@@ -214,7 +209,7 @@ def whole(kind: Quantization, count: int) -> Op:
 @functools.cache
 def gated(kind: Quantization | None, tile: int) -> Op:
     """GatedLinear for weights of a kind and tiles of `tile` tokens, one of TILES."""
-    return _op("GatedLinear", "gated_linear", Arg("y", "compute", ("N", _half)), kind, tile, 1, True)
+    return _op("GatedLinear", "gated_linear", Arg("y", "compute", ("N", swiglu.half)), kind, tile, 1, True)
 
 
 @functools.cache

@@ -26,9 +26,10 @@ def reference(gate_up: np.ndarray) -> np.ndarray:
     return y.astype(gate_up.dtype)
 
 
-def _half(dims: Dims, ceil: Ceil) -> int:
-    half: int = dims["F"] // 2
-    return half
+def half(dims: Dims, ceil: Ceil) -> int:
+    """Outputs of a packed projection of F."""
+    outputs: int = dims["F"] // 2
+    return outputs
 
 
 def _constants(model: ModelConfig, shares: int) -> Constants:
@@ -39,7 +40,7 @@ def _grid(dims: Dims, ceil: Ceil) -> Grid:
     return dims["N"], ceil(dims["F"] // 2, BLOCK), 1
 
 
-_OUTPUTS = (Arg("y", "compute", ("N", _half)),)
+_OUTPUTS = (Arg("y", "compute", ("N", half)),)
 
 
 @functools.cache
