@@ -75,7 +75,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class OneThread(onnxruntime.SessionOptions):
     """What ONNX Runtime takes where no number of threads is given: a second one would wait, spinning, most of the time.
 
-    With it an answer took twice the processor time. The commands and servers that tests start keep their own default.
+    With it an answer took twice the processor time. Servers that tests start have one as well, but for one of them;
+    commands have those that they take by themselves.
     """
 
     def __init__(self) -> None:

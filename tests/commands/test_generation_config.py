@@ -93,7 +93,7 @@ def test_chat_takes_it(engine: Path) -> None:
 
 def test_the_server_takes_it_below_what_requests_say(engine: Path) -> None:
     loaded = nemodiff.load(engine, threads=1)
-    with serving(engine, "--mode", "ar", "--generation-config", "auto") as server:
+    with serving(engine, "--mode", "ar", "--generation-config", "auto", threads=None) as server:
         assert server.process.stderr is not None
         said = server.process.stderr.readline()
         assert said.endswith(

@@ -121,7 +121,7 @@ def test_lm_evals_client_of_the_server_gives_the_same(
     texts: list[Any] = [_Instance(question["answer"]) for question in questions[:4]]
     kwargs = {"until": ["9"], "max_gen_toks": 20}
     prompts: list[Any] = [_Instance(question["question"], kwargs) for question in questions[:4]]
-    with serving(tiny_engine, "--served-model-name", "tiny", "--threads", "1") as server:
+    with serving(tiny_engine, "--served-model-name", "tiny") as server:
         url = f"{server.url}/v1/completions"
         outside = LocalCompletionsAPI(url, tokenizer_backend="huggingface", model="tiny", tokenizer=str(tiny_engine))
         for ours, theirs in zip(inside.loglikelihood(pairs), outside.loglikelihood(pairs, True), strict=True):

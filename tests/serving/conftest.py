@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def server(xml_tool_engine: Path) -> Iterator[Served]:
     """tiny-chat with a template that shows tools, for each file of tests; some have a server of their own."""
-    with serving(xml_tool_engine, "--served-model-name", "tiny", "--threads", "1") as served:
+    with serving(xml_tool_engine, "--served-model-name", "tiny") as served:
         yield served
 
 

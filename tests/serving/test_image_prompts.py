@@ -44,7 +44,7 @@ def expected(seeing_engine: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def server(seeing_engine: Path) -> Iterator[Served]:
-    with serving(seeing_engine, "--threads", "1") as served:
+    with serving(seeing_engine) as served:
         yield served
 
 
@@ -159,7 +159,7 @@ def test_chat_refuses_what_is_no_image(server: Served, part: dict[str, Any], fra
 
 
 def test_a_server_that_fetches_does_not_call_its_own_network(seeing_engine: Path, web: str) -> None:
-    with serving(seeing_engine, "--threads", "1", "--allow-image-urls") as served:
+    with serving(seeing_engine, "--allow-image-urls") as served:
         part = {"type": "image_url", "image_url": {"url": f"{web}/a.png"}}
         status, _, body = served.send("/v1/chat/completions", chat(part))
     assert status == 400

@@ -29,7 +29,7 @@ TOOLS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def server(xml_tool_engine: Path) -> Iterator[Served]:
-    with serving(xml_tool_engine, "--served-model-name", "tiny", "--api-key", "key", "--threads", "1") as served:
+    with serving(xml_tool_engine, "--served-model-name", "tiny", "--api-key", "key") as served:
         yield served
 
 

@@ -554,7 +554,7 @@ def test_calls_and_warnings_stand_beside_the_text(page: Page, xml_tool_engine: P
 def test_a_picture_is_dropped_shown_and_folded(page: Page, tmp_path: Path) -> None:
     engine = Builder(write_vision_checkpoint(tmp_path / "checkpoint"), tmp_path / "seeing").run()
     data = base64.b64encode(as_bytes(picture(30, 20))).decode()
-    with serving(engine, "--threads", "1") as served:
+    with serving(engine) as served:
         page.goto(served.url + "/")
         for _ in range(2):
             page.evaluate(DROP, data)

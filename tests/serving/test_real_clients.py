@@ -22,7 +22,7 @@ TURNS = [QUESTION, {"role": "assistant", "content": "3, 4"}, {"role": "user", "c
 
 @pytest.fixture(scope="module")
 def server(tiny_engine: Path) -> Iterator[Served]:
-    with serving(tiny_engine, "--served-model-name", "some/tiny", "--threads", "1") as served:
+    with serving(tiny_engine, "--served-model-name", "some/tiny") as served:
         yield served
 
 

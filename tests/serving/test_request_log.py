@@ -35,7 +35,7 @@ def line(served: Served) -> str:
 
 @pytest.mark.parametrize("format", ["json", "text"])
 def test_a_line_per_request_with_the_client_s_id(tiny_engine: Path, format: str) -> None:
-    with serving(tiny_engine, "--log-format", format, "--threads", "1") as served:
+    with serving(tiny_engine, "--log-format", format) as served:
         status, headers, content = served.send("/v1/chat/completions", BODY, X_Request_Id="order-7")
         assert (status, headers["x-request-id"]) == (200, "order-7")
         first = line(served)
@@ -60,14 +60,14 @@ def test_a_line_per_request_with_the_client_s_id(tiny_engine: Path, format: str)
 
 
 def test_no_request_writes_a_line_of_its_own(tiny_engine: Path) -> None:
-    with serving(tiny_engine, "--log-format", "text", "--threads", "1") as served:
+    with serving(tiny_engine, "--log-format", "text") as served:
         served.send("/x%0aforged%20status=200%1b[31m", X_Request_Id="a status=200")
         said = line(served)
     assert r' request_id="a status=200" method=GET path="/x\nforged status=200\u001b[31m" status=404 ' in said
 
 
 def test_a_stream_that_ends_in_an_error_says_so(tiny_engine: Path) -> None:
-    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--timeout", "0.5") as served:
+    with serving(tiny_engine, "--log-format", "json", "--timeout", "0.5") as served:
         body = {**BODY, "max_tokens": 20_000, "mode": "ar", "stream": True, "ignore_eos": True}
         status, _, content = served.send("/v1/chat/completions", body)
         record = json.loads(line(served))
@@ -79,7 +79,7 @@ def test_a_stream_that_ends_in_an_error_says_so(tiny_engine: Path) -> None:
 
 @pytest.mark.parametrize("when", ["body", "answer"])
 def test_who_left_before_the_answer_began_is_a_499(tiny_engine: Path, when: str) -> None:
-    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--client-timeout", "1") as served:
+    with serving(tiny_engine, "--log-format", "json", "--client-timeout", "1") as served:
         before = served.metrics()
         line(served)
         with contextlib.closing(served.connect()) as connection:
@@ -101,7 +101,7 @@ def test_who_left_before_the_answer_began_is_a_499(tiny_engine: Path, when: str)
 
 
 def test_a_request_that_did_not_arrive_in_time_is_a_408_everywhere(tiny_engine: Path) -> None:
-    with serving(tiny_engine, "--log-format", "json", "--threads", "1", "--client-timeout", "0.5") as served:
+    with serving(tiny_engine, "--log-format", "json", "--client-timeout", "0.5") as served:
         connection = served.connect()
         connection.putrequest("POST", "/v1/chat/completions")
         connection.putheader("Content-Length", "100")
@@ -118,7 +118,7 @@ def test_every_line_is_json_where_lines_are(tmp_path: Path) -> None:
     sampling = tmp_path / "checkpoint" / "generation_config.json"
     sampling.write_text(json.dumps({**json.loads(sampling.read_text()), "do_sample": True, "temperature": 0.5}))
     engine = Builder(tmp_path / "checkpoint", tmp_path / "engine").run()
-    options = ("--log-format", "json", "--generation-config", "auto", "--threads", "1")
+    options = ("--log-format", "json", "--generation-config", "auto")
     with serving(engine, *options) as served:
         second = line(served)
         served.send("/health")
@@ -148,7 +148,7 @@ def test_what_other_packages_say_is_json_too(capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_signal_tells_what_the_server_does(tiny_engine: Path) -> None:
-    with serving(tiny_engine, "--threads", "1", "--rows", "1") as served:
+    with serving(tiny_engine, "--rows", "1") as served:
         connection = served.connect()
         body = {**BODY, "max_tokens": 20_000, "mode": "ar", "stream": True, "ignore_eos": True}
         headers = {"Content-Type": "application/json", "X-Request-Id": "long"}

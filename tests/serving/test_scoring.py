@@ -25,7 +25,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def server(tiny_engine: Path) -> Iterator[Served]:
-    with serving(tiny_engine, "--served-model-name", "tiny", "--threads", "1") as running:
+    with serving(tiny_engine, "--served-model-name", "tiny") as running:
         yield running
 
 

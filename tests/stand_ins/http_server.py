@@ -76,10 +76,19 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    engine: Path, *options: str, environment: dict[str, str] | None = None, warnings: str = "error"
+    engine: Path,
+    *options: str,
+    threads: int | None = 1,
+    environment: dict[str, str] | None = None,
+    warnings: str = "error",
 ) -> Iterator[Served]:
-    """Start `nemodiff serve` on a free port and stop it by its process at the end."""
-    command = [sys.executable, "-W", warnings, "-m", "nemodiff", "serve", str(engine), "--port", "0", *options]
+    """Start `nemodiff serve` on a free port and stop it by its process at the end.
+
+    threads: None for as many as it takes by itself, which spin where they wait (`conftest.OneThread`).
+    """
+    chosen = [] if threads is None else ["--threads", str(threads)]
+    words = ["nemodiff", "serve", str(engine), "--port", "0", *chosen, *options]
+    command = [sys.executable, "-W", warnings, "-m", *words]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **(environment or {})}
     )
