@@ -45,6 +45,15 @@ if INTERPRETED and importlib.util.find_spec("triton"):
         return interpreter._LangPatchScope()  # of nothing to undo
 
     interpreter._patch_lang = patch_once
+    type_in_table, types_by_name = interpreter._get_np_dtype, dict[str, Any]()
+
+    def type_once(kind: Any) -> Any:
+        """Triton looks numpy's type up in a table that it makes anew for every operation."""
+        if kind.name not in types_by_name:
+            types_by_name[kind.name] = type_in_table(kind)
+        return types_by_name[kind.name]
+
+    interpreter._get_np_dtype = type_once
 
 
 @pytest.fixture
