@@ -11,7 +11,8 @@ import nemodiff
 from nemodiff.errors import RequestError
 from nemodiff.runtime import generate
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, Plan, _Met
+from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner, Plan, _Met
+from nemodiff.runtime.planning.draft_statistics import BLOCKS
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests import prepare as request
 

@@ -16,7 +16,8 @@ import nemodiff
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.generate import decode
 from nemodiff.runtime.planning.cost import SIZES, CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, ExactMode, Plan
+from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner, ExactMode, Plan
+from nemodiff.runtime.planning.draft_statistics import BLOCKS
 from nemodiff.runtime.planning.pass_costs import Load, PassCosts
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.prepare import prepare

@@ -22,7 +22,8 @@ from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.modes.quadratic_spec import verify_and_draft
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.draft_statistics import BLOCKS
 from nemodiff.runtime.planning.kept_curve import cpu_name, read_curve, write_curve
 from nemodiff.runtime.planning.pass_costs import HostCosts, PassCosts
 from nemodiff.runtime.requests import prepare as request

@@ -10,7 +10,8 @@ from stand_ins.timed_engine import TimedEngine, timed
 import nemodiff
 from nemodiff.runtime.generate import decode
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.draft_planner import BLOCKS, AcceptanceStatistics, DraftPlanner, Plan
+from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner, Plan
+from nemodiff.runtime.planning.draft_statistics import BLOCKS
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.prepare import prepare
