@@ -33,4 +33,5 @@ def advance(
         page = tl.load(page_table + tl.load(row + n) * M + at // PAGE)
         tl.store(pos + n, at)
         tl.store(slot + n, page * PAGE + at % PAGE)
-        tl.store(visible + n * 3, tl.load(visible + n * 3) + kept + 1)
+        for column in tl.static_range(3):
+            tl.store(visible + n * 3 + column, tl.load(visible + n * 3 + column) + kept + 1)

@@ -5,10 +5,10 @@
 It changes ids, pos, slot (N) and visible (N, 3), all i32, which hold what the host knows. results (L) i32 is what the
 forward before has given. A token's id is results[source[n]], or its own where source[n] is negative. verified (N, 3)
 are where the tokens and the next ids of the verify lie that comes before a token's row, and how many: those of its
-draft that it confirms are kept, and the token after the last of them. Tokens of that row move behind these: pos and the
-prefix of visible (its first number) grow by as many, and slot becomes that of pos, by row (N) and page_table (B, M) as
-in `paged_attention`; and an id from results is taken as many places further as drafted tokens are kept. Where the
-number is 0 the row stands where it stands.
+draft that it confirms are kept, and the token after the last of them. Tokens of that row move behind these: pos and
+visible grow by as many, and slot becomes that of pos, by row (N) and page_table (B, M) as in `paged_attention`; and an
+id from results is taken as many places further as drafted tokens are kept. Where the number is 0 the row stands where
+it stands.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def reference(
             ids[n] = results[source[n] + kept]
         if count:
             pos[n] += kept + 1
-            visible[n, 0] += kept + 1
+            visible[n] += kept + 1
             slot[n] = page_table[row[n], pos[n] // PAGE] * PAGE + pos[n] % PAGE
     return ids, pos, slot, visible
 

@@ -133,7 +133,7 @@ class PagedRows(Rows):
                 slot.built = None
         # One that was started ahead began when the host saw the end of the one before, which may have been long past.
         computed = sum(each.pass_.ids.size for each in work)
-        self.count(wanted + served, None if last.ahead else flight.seconds, computed)
+        self.count(wanted + served, flight.seconds, computed, tells=not last.ahead)
         yield Forward(slots, served, results, began, flight.seconds, len(work))
 
     def _wait(self, freed: int) -> None:

@@ -105,7 +105,7 @@ class Following(NamedTuple):
         return pass_._replace(
             pos=pass_.pos + np.int32(shift),
             write_at=pass_.write_at + shift,
-            visible=pass_.visible + np.array([shift, 0, 0], np.int32),
+            visible=pass_.visible + np.int32(shift),
         )
 
     def serves(self, prediction: Prediction, wanted: Pass) -> bool:
@@ -117,9 +117,13 @@ class Following(NamedTuple):
             )
             return one == other
         ids, size = pass_.ids, wanted.ids.size
-        if wanted.kind != pass_.kind or size > ids.size or (size < ids.size and wanted.kind != "verify"):
+        if wanted.kind != pass_.kind or size > ids.size:
             return False
         begins, shift = self._begins(prediction)
+        if size < ids.size and (
+            wanted.kind != "verify" or (pass_.visible[:size] + np.int32(shift)).tobytes() != wanted.visible.tobytes()
+        ):
+            return False  # its tokens would see what is beyond them
         known = ids[begins.size : size]
         return (
             pass_.write_at + shift == wanted.write_at

@@ -13,6 +13,9 @@ from ..requests.sequence import Sequence
 
 Loop = Generator[Pass, Prediction, None]
 Follower = Callable[[Sequence, Pass], Following | None]
+# Of a loop that is about to yield a pass which leaves no draft, and emits so many tokens at most: what makes the one
+# after it, where that is known.
+Again = Callable[[Sequence, int], Follower | None]
 
 
 def prompt_parts(sequence: Sequence) -> Iterator[tuple[list[int], int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 
 from ..engines.engine import Following, Pass, Prediction, causal
 from ..requests.sequence import Sequence
-from .ar import Loop, prefill
+from .ar import Again, Follower, Loop, prefill
 from .diffusion import denoise, over_block
 
 
@@ -17,11 +18,11 @@ def linear_spec(sequence: Sequence) -> Loop:
     sequence.take(prediction, 0)
     while not sequence.finish:
         sequence.plan()
-        yield from draft_and_verify(sequence)
+        yield from draft_and_verify(sequence, draft_again)
 
 
-def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
-    """One block after the last emitted token.
+def draft_and_verify(sequence: Sequence, again: Again) -> Generator[Pass, Prediction, None]:
+    """One block after the last emitted token; `again` follows it.
 
     A rejection undoes nothing: the verify pass has written K/V for the whole block, the length advances by what was
     accepted, and the next pass writes over the rest.
@@ -42,9 +43,7 @@ def draft_and_verify(sequence: Sequence) -> Generator[Pass, Prediction, None]:
         unseen = sequence.outcome.confidence[1 : len(block)].tolist()
         worth = sequence.planner.worth_verifying(unseen)
         block, unseen = block[: worth + 1], unseen[worth:]
-    # However much of it is accepted, the next draft has the whole length then.
-    if fixed and selector.as_predicted and 1 < sequence.block_length <= sequence.remaining - size:
-        sequence.follower = _draft
+    sequence.follower = again(sequence, size)
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)
     sequence.verify(prediction, block[1:], unseen)
 
@@ -65,7 +64,14 @@ def _verify(sequence: Sequence, draft: Pass) -> Following:
     return Following(causal("verify", ids, draft.write_at, predict_all=True), "next_ids")
 
 
-def _draft(sequence: Sequence, verify: Pass) -> Following:
-    """The next block's first draft, which begins with the last token that the verify accepts."""
-    block = [sequence.stand_in, *[sequence.model.mask_id] * (sequence.block_length - 1)]
+def draft_again(sequence: Sequence, most: int) -> Follower | None:
+    """What makes the next block's first draft after a verify that emits `most` tokens at most, if it is a whole one."""
+    _, size = sequence.next_plan() or (None, 0)
+    known = sequence.selector.as_predicted and 1 < size <= sequence.remaining - most
+    return functools.partial(_draft, size) if known else None
+
+
+def _draft(size: int, sequence: Sequence, verify: Pass) -> Following:
+    """A draft of `size` tokens, which begins with the last token that the verify accepts."""
+    block = [sequence.stand_in, *[sequence.model.mask_id] * (size - 1)]
     return Following(over_block(sequence, "draft", block, verify.write_at), "accepted")

@@ -20,11 +20,10 @@ from ..engines.grouping import Arrangement, Grouping, arranged
 from ..planning.cost import CostCurve
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
-from .ar import Loop, prompt_parts
+from .ar import Again, Follower, Loop, prompt_parts
 
 _FREE = CostCurve((1, PREFILL_CHUNK), (1.0, 1.0))  # all passes cost the same
 _USUAL = 5.0  # tokens of a pass with a draft, before anything is known: of drafts kept with a chance of 0.8
-_RECENT = 16  # passes by whose tokens a draft's worth is known
 _UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
@@ -38,11 +37,11 @@ def quadratic_spec(sequence: Sequence) -> Loop:
     draft = propose(sequence, prediction, 1, group)
     while not sequence.finish:
         sequence.plan()
-        draft = yield from verify_and_draft(sequence, draft)
+        draft = yield from verify_and_draft(sequence, draft, group_again)
 
 
-def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Prediction, Draft]:
-    """One pass over a draft, which may be empty; returns the next draft.
+def verify_and_draft(sequence: Sequence, draft: Draft, again: Again) -> Generator[Pass, Prediction, Draft]:
+    """One pass over a draft, which may be empty; returns the next draft. `again` follows where there will be none.
 
     A group that is left out to save work costs a short next pass and never a wrong token.
     """
@@ -50,6 +49,8 @@ def verify_and_draft(sequence: Sequence, draft: Draft) -> Generator[Pass, Predic
     heads = [sequence.tokens[-1], *draft.tokens][: grouping.heads]
     if (size := _size_ahead(sequence, draft, grouping)) is not None:
         sequence.follower = functools.partial(_next, grouping, size)
+    elif not grouping.groups:
+        sequence.follower = again(sequence, grouping.heads)
     prediction = yield _pass(sequence, grouping, heads)
     accepted = sequence.verify(prediction, heads[1:], draft.confidence[grouping.heads - 1 :])
     if sequence.planner is not None:
@@ -65,6 +66,18 @@ def _pass(sequence: Sequence, grouping: Grouping, heads: list[int]) -> Pass:
     start, logits = sequence.length, not sequence.selector.plain
     ids, pos, visible, adapter = grouping.inputs(heads, start, sequence.model.mask_id)
     return Pass("verify", ids, pos, start, visible, every_token(ids.size), 0.0, adapter, logits)
+
+
+def group_again(sequence: Sequence, most: int) -> Follower | None:
+    """What makes the pass after one that has no groups and emits `most` tokens at most, if its group is whole."""
+    _, size = sequence.next_plan() or (None, 0)
+    return _without_draft if sequence.selector.as_predicted and 0 < size < sequence.remaining - most else None
+
+
+def _without_draft(sequence: Sequence, before: Pass) -> Following:
+    """The pass over the last token that is accepted, with a group or none."""
+    grouping = _plan(sequence, Draft([], []), sequence.remaining - 1, ahead=True)
+    return Following(_pass(sequence, grouping, [sequence.stand_in]), "accepted")
 
 
 def _next(before: Grouping, size: int, sequence: Sequence, verify: Pass) -> Following:
@@ -119,7 +132,7 @@ def _planned(sequence: Sequence, draft: Draft) -> Grouping:
     """What the pass over a draft is to be, or what it is, if it has been begun."""
     if sequence.begun is not None:
         return arranged(draft.confidence, sequence.begun.size, sequence.block_length)
-    return _plan(sequence, draft)
+    return _plan(sequence, draft, sequence.remaining)
 
 
 def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> int | None:
@@ -133,43 +146,37 @@ def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> int | N
         return None
     choice, curve = load.size_of(sequence.block_length), cost.share(load.rows)
     if draft.tokens and choice.wants_draft():
-        planned = grouping if sequence.begun is None else _plan(sequence, draft)
+        planned = grouping if sequence.begun is None else _plan(sequence, draft, sequence.remaining, ahead=True)
         choice.learn(draft.confidence, planned.heads, planned.groups, curve)
     return choice.best(curve)
 
 
-def _plan(sequence: Sequence, draft: Draft) -> Grouping:
-    """All heads and groups, or those that promise the most tokens per second."""
-    remaining, block = sequence.remaining, sequence.block_length
+def _plan(sequence: Sequence, draft: Draft, remaining: int, *, ahead: bool = False) -> Grouping:
+    """All heads and groups, or those that promise the most tokens per second where so many tokens are wanted.
+
+    `ahead`: it is only looked at, or is a guess.
+    """
+    block = sequence.block_length
     most = min(1 + len(draft.tokens), remaining)
     if sequence.planner is not None:
-        return Grouping(*sequence.planner.layout(draft.confidence, draft.end, remaining))
-    drafting = range(1, min(most, remaining - 2) + 1 if block > 1 else 0)  # a group has two masks at least
-    sizes = {accepted: min(block, remaining - accepted) for accepted in drafting}
+        return Grouping(*sequence.planner.layout(draft.confidence, draft.end, remaining, ahead=ahead))
+    last = min(most, remaining - 2) if block > 1 else 0  # a group has two masks at least
+    sizes = [block] * last if block <= remaining - last else [min(block, remaining - 1 - at) for at in range(last)]
     if sequence.cost is None:
-        return Grouping(most, sizes)
+        return Grouping(most, dict(enumerate(sizes, 1)))
     reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
     cost, rows = sequence.cost, sequence.load.rows
-    worth = _recent_worth(sequence)
+    worth = (sum(sequence.gained) + _USUAL) / (len(sequence.gained) + 1) - 1
     best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
-    more = min(max(2 * best.tokens, 1 + max(sizes.values(), default=0)), PREFILL_CHUNK)
-    wanted = rows == 1 and sequence.begun is None and cost.wants(more)
-    return _best(reached, sizes, worth, _FREE, most=more) if wanted else best
-
-
-def _recent_worth(sequence: Sequence) -> float:
-    """Tokens that a draft brings, by those of late.
-
-    Passes without a draft say nothing of what one is worth: counted in, they would make themselves more frequent.
-    """
-    passes = zip(reversed(sequence.accepted), reversed(sequence.verified), strict=True)
-    useful = [*itertools.islice((kept for kept, seen in passes if seen > 1), _RECENT), _USUAL]
-    return sum(useful) / len(useful) - 1
+    if rows > 1 or ahead:
+        return best
+    more = min(max(2 * best.tokens, 1 + max(sizes, default=0)), PREFILL_CHUNK)
+    return _best(reached, sizes, worth, _FREE, most=more) if cost.wants(more) else best
 
 
 def _best(
     reached: list[float],
-    sizes: dict[int, int],
+    sizes: list[int],
     worth: float,
     cost: CostCurve,
     host: float = 0.0,
@@ -177,9 +184,10 @@ def _best(
 ) -> Grouping:
     """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
 
-    `reached[j - 1]` is the chance that at least j heads are accepted. A group is worth its chance of being the one that
-    is needed times what a draft is `worth`, and the next pass, of one head without it, then has a draft to verify.
-    `host` is what a pass takes beside its forward. A layout has at most `most` tokens.
+    `reached[j - 1]` is the chance that at least j heads are accepted, `sizes[j - 1]` the masks of that group, if there
+    may be one. A group is worth its chance of being the one that is needed times what a draft is `worth`, and the next
+    pass, of one head without it, then has a draft to verify. `host` is what a pass takes beside its forward. A layout
+    has at most `most` tokens.
     """
     seconds = cost.table
     least = seconds[1] + 2 * host
@@ -198,11 +206,11 @@ def _best(
         rest = least  # of the time, what this pass does not take
         rate = tokens / (seconds[heads] + rest)
         ranked = earlier
-        if heads in sizes:
+        if heads <= len(sizes):
             ranked = earlier.copy()
             bisect.insort(ranked, (-chance_of_all, -heads))
         for chance, number in ranked:
-            group = sizes[-number]
+            group = sizes[-number - 1]
             size, tokens = size + group, tokens - chance * worth
             rest -= chance * (seconds[group] - seconds[1])
             if size > most or (longer := tokens / (seconds[size] + rest)) <= rate:
@@ -213,6 +221,6 @@ def _best(
             best_heads = heads
             best_groups = ranked[:taken]
             best_rate = rate
-        if heads < len(reached) and heads in sizes:
+        if heads < len(reached) and heads <= len(sizes):
             bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
-    return Grouping(best_heads, {-number: sizes[-number] for _, number in best_groups})
+    return Grouping(best_heads, {-number: sizes[-number - 1] for _, number in best_groups})

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from ...contract import PREFILL_CHUNK
+from ...contract import MAX_BLOCK, PREFILL_CHUNK
 from .draft_statistics import BLOCKS, ModeStatistics, PositionStatistics
 from .pass_costs import Load, PassCosts
 
@@ -110,6 +110,12 @@ class DraftPlanner:
         if not self._standing.left:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
         return self._taken
+
+    def next(self, load: Load) -> Plan | None:
+        """What all rows will be given next, unless a plan has to be made for some of them before."""
+        standing = self._standing
+        stands = standing is not None and standing.fits(load.rows) and standing.left >= load.rows
+        return standing.plan if standing is not None and stands else None
 
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""
@@ -222,11 +228,14 @@ class DraftPlanner:
                 best, count = tokens - prices[number + 1], number
         return count
 
-    def layout(self, confidences: list[float], end: float, remaining: int) -> tuple[int, dict[int, int]]:
+    def layout(
+        self, confidences: list[float], end: float, remaining: int, *, ahead: bool = False
+    ) -> tuple[int, dict[int, int]]:
         """The heads of quadratic_spec's pass over a draft, and its groups: masks by the number of heads accepted.
 
         A group has the length whose draft is worth the most over the price of its masks, as often as it is the one that
         is needed. `end` is the chance that the answer ends after the draft; `remaining` tokens are still wanted.
+        `ahead`: they are a guess.
         """
         assert self._standing is not None
         prices, drafts = self._standing.prices, self._standing.drafts
@@ -246,9 +255,13 @@ class DraftPlanner:
             if masks:
                 groups[accepted] = masks
                 size += masks
-        self._bare = 0 if groups else self._bare + 1
-        if self._bare >= _PROBE and remaining - heads >= _PROBE_BLOCK:
-            self._bare, groups = 0, {heads: _PROBE_BLOCK}
+            elif most >= MAX_BLOCK:
+                break  # for a group that is needed more rarely is worth less
+        bare = 0 if groups else self._bare + 1
+        if bare >= _PROBE and remaining - heads >= _PROBE_BLOCK:
+            bare, groups = 0, {heads: _PROBE_BLOCK}
+        if not ahead:
+            self._bare = bare
         return heads, dict(sorted(groups.items()))
 
     def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:

@@ -110,7 +110,7 @@ def test_a_good_draft_is_not_thrown_away_for_another() -> None:
     each_paid = CostCurve((1, 512), (2.0, 513.0))
     for sure in (0.97, 0.99):
         reached = [1.0, sure, sure**2, sure**3]
-        assert _best(reached, dict.fromkeys(range(1, 5), 4), 2.5, each_paid).heads == 4
+        assert _best(reached, [4] * 4, 2.5, each_paid).heads == 4
 
 
 def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:

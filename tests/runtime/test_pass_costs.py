@@ -20,7 +20,7 @@ from nemodiff.engine_info import EngineInfo
 from nemodiff.runtime import loading
 from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
-from nemodiff.runtime.modes.quadratic_spec import verify_and_draft
+from nemodiff.runtime.modes.quadratic_spec import group_again, verify_and_draft
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner
 from nemodiff.runtime.planning.draft_statistics import BLOCKS
@@ -228,7 +228,7 @@ def test_a_pass_that_is_tried_has_no_more_tokens_than_any(engine: nemodiff.Loade
     draft = Draft([200] * (block - 1), [0.95] * (block - 1))
     tokens = list[int]()
     for _ in range(40):
-        tokens.append(next(verify_and_draft(sequence, draft)).ids.size)
+        tokens.append(next(verify_and_draft(sequence, draft, group_again)).ids.size)
         costs.learn(tokens[-1], 1.0 if tokens[-1] <= 330 else 9.0)
     assert min(tokens) < max(tokens) <= PREFILL_CHUNK
 

@@ -42,13 +42,15 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import Feed, Following, Prediction, bidirectional, causal, with_masks
+from nemodiff.runtime.engines.engine import Feed, Following, Pass, Prediction, bidirectional, causal, with_masks
+from nemodiff.runtime.engines.grouping import Grouping
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts
 from nemodiff.runtime.modes.ar import over_next
 from nemodiff.runtime.modes.diffusion import _first as diffusion_first
 from nemodiff.runtime.modes.diffusion import _last, _next
 from nemodiff.runtime.modes.linear_spec import _draft, _first, _verify
+from nemodiff.runtime.modes.quadratic_spec import _without_draft
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence as Request
@@ -390,7 +392,7 @@ def guesses() -> Iterator[tuple[str, str, Callable[[Request, Any], Following]]]:
     yield (
         "_draft",
         "linear_spec",
-        lambda request, p: Following(
+        lambda size, request, p: Following(
             bidirectional("draft", [7, *[request.model.mask_id] * 7], p.write_at + p.ids.size, 0.0), None
         ),
     )
@@ -414,6 +416,11 @@ def test_a_wrong_guess_is_no_wrong_token(
 
 
 # --- what a following pass is
+
+
+def seen(p: Pass) -> np.ndarray:
+    """What is visible; an interval of none may be any."""
+    return np.where(p.visible[:, 1:2] == p.visible[:, 2:], p.visible * [1, 0, 0], p.visible)
 
 
 @pytest.mark.parametrize("mask", [0, 100])
@@ -442,7 +449,7 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
             causal("verify", [300, 301, 302, 7], 8, predict_all=True),
         ),
         (
-            _draft(request, causal("verify", [300, 301, 302, 7], 8, predict_all=True)),
+            _draft(4, request, causal("verify", [300, 301, 302, 7], 8, predict_all=True)),
             given,
             bidirectional("draft", [303, *masks], 11, 0.0, adapter=True),
         ),
@@ -465,11 +472,18 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
             bidirectional("denoise", [301, *masks], 12, block.settings.threshold),
         ),
     ]
+    grouped = prepare(engine, TEXT[:40], Options(mode="quadratic_spec", temperature=0.8, seed=3, block_length=4))
+    verify = causal("verify", [300, 301, 302, 7], 8, predict_all=True)
+    grouped.length = 8
+    group = Grouping(1, {1: 4}).inputs([303], 11, mask)
+    expected = Pass("verify", group.ids, group.pos, 11, group.visible, np.arange(5, dtype=np.int32), 0.0, group.adapter)
+    pairs.append((_without_draft(grouped, verify), given, expected))
     for following, prediction, known in pairs:
         assert following is not None
         made = following.after(prediction)
         for name in known._fields:
-            np.testing.assert_array_equal(getattr(made, name), getattr(known, name), name)
+            values = [getattr(p, name) if name != "visible" else seen(p) for p in (made, known)]
+            np.testing.assert_array_equal(*values, name)
         assert following.serves(prediction, known)
         others = [
             known._replace(kind="prefill"),
@@ -480,7 +494,8 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
         ]
         assert not any(following.serves(prediction, other) for other in others)
         if known.kind == "verify":  # the loop's own ends at a drafted EOS
-            assert following.serves(prediction, known._replace(ids=known.ids[:2]))
+            assert following.serves(prediction, known._replace(ids=known.ids[:2], visible=known.visible[:2]))
+            assert not following.serves(prediction, known._replace(ids=known.ids[:2], visible=known.visible[1:3]))
         size = known.ids.size
         inputs, _ = flat_layouts(FlatShape(size, size, sampled=True), info)
         drawn = []

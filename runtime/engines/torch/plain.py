@@ -158,6 +158,6 @@ def advance(inputs: Mapping[str, Tensor], results: Tensor, table: Tensor) -> Non
     moves = count[:, 0] > 0
     shift = torch.where(moves, kept + 1, 0)
     pos += shift
-    visible[:, 0] += shift
+    visible += shift[:, None]
     page = table[inputs["row"].long(), torch.where(moves, pos // PAGE, 0).long()]
     slot.copy_(torch.where(moves, page * PAGE + pos % PAGE, slot))
