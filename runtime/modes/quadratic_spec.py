@@ -48,7 +48,7 @@ def verify_and_draft(sequence: Sequence, draft: Draft, again: Again) -> Generato
     grouping = _planned(sequence, draft)
     heads = [sequence.tokens[-1], *draft.tokens][: grouping.heads]
     if (size := _size_ahead(sequence, draft, grouping)) is not None:
-        sequence.follower = functools.partial(_next, grouping, size)
+        sequence.follower = functools.partial(_next, grouping, *size)
     elif not grouping.groups:
         sequence.follower = again(sequence, grouping.heads)
     prediction = yield _pass(sequence, grouping, heads)
@@ -80,10 +80,10 @@ def _without_draft(sequence: Sequence, before: Pass) -> Following:
     return Following(_pass(sequence, grouping, [sequence.stand_in]), "accepted")
 
 
-def _next(before: Grouping, size: int, sequence: Sequence, verify: Pass) -> Following:
-    """The pass of `size` tokens after a verify; what they are follows from what it accepts and drafts."""
+def _next(before: Grouping, size: int, block: int, sequence: Sequence, verify: Pass) -> Following:
+    """The pass of `size` tokens, with groups of `block` masks, after a verify, from whose results the rest follows."""
     stops = tuple(sorted(sequence.stops))
-    arrangement = Arrangement(before, size, sequence.block_length, stops, sequence.model.mask_id)
+    arrangement = Arrangement(before, size, block, stops, sequence.model.mask_id)
     return Following(_pass(sequence, Grouping(0, {}, size), []), arrangement)
 
 
@@ -131,24 +131,26 @@ def _group_size(sequence: Sequence, emitted: int) -> int:
 def _planned(sequence: Sequence, draft: Draft) -> Grouping:
     """What the pass over a draft is to be, or what it is, if it has been begun."""
     if sequence.begun is not None:
-        return arranged(draft.confidence, sequence.begun.size, sequence.block_length)
+        return arranged(draft.confidence, sequence.begun.size, sequence.begun.block)
     return _plan(sequence, draft, sequence.remaining)
 
 
-def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> int | None:
-    """Tokens of the pass after this one, if that is to be begun before it is known what this one gives."""
+def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> tuple[int, int] | None:
+    """Tokens of the pass after this one, and masks of a group, if that is to be begun before this one's results."""
     cost, load, selector = sequence.cost, sequence.load, sequence.selector
-    if not load.ahead or cost is None or sequence.planner is not None or sequence.block_length < 2:
+    if not load.ahead or cost is None or not selector.as_predicted or selector.drawn:
         return None
-    if not selector.as_predicted or selector.drawn or len(sequence.stops) > MOST_STOPS:
+    mode, block = sequence.next_plan() or ("ar", 1)
+    if mode not in (None, "quadratic_spec") or block < 2 or len(sequence.stops) > MOST_STOPS:
         return None
     if sequence.remaining <= grouping.heads:  # there may be none
         return None
-    choice, curve = load.size_of(sequence.block_length), cost.share(load.rows)
+    choice, curve = load.size_of(block), cost.share(load.rows)
     if draft.tokens and choice.wants_draft():
         planned = grouping if sequence.begun is None else _plan(sequence, draft, sequence.remaining, ahead=True)
         choice.learn(draft.confidence, planned.heads, planned.groups, curve)
-    return choice.best(curve)
+    size = choice.best(curve)
+    return None if size is None else (size, block)
 
 
 def _plan(sequence: Sequence, draft: Draft, remaining: int, *, ahead: bool = False) -> Grouping:

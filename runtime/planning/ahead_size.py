@@ -46,7 +46,8 @@ class AheadSize:
             more, most = _promise(chances, *arrange.layout(chances, size, self._block), self._block)
             self._promised[size] = tokens + weight * (more - tokens), missed + weight * (most - missed)
         promise = _promise(chances, heads, groups, self._block)
-        without = cost.seconds(1 + self._block if groups else 1)
+        drafts = heads > 1 or groups  # where they are looked at they are made
+        without = cost.seconds(1 + self._block if drafts else 1)
         rate = _rate(*promise, cost.seconds(heads + sum(groups.values())), without)
         self._planned += weight * (rate - self._planned)
 

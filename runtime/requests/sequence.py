@@ -190,7 +190,9 @@ class Sequence:
         return mode
 
     def next_plan(self) -> tuple[ExactMode | None, int] | None:
-        """The mode and block length that `plan` will choose next, if that is known."""
+        """The mode and block length that `plan` will choose next, if that is known and passes are begun ahead."""
+        if not self.load.ahead:
+            return None
         return (None, self.block_length) if self.planner is None else self.planner.next(self.load)
 
     def close_after_eos(self, block: list[int]) -> list[int]:

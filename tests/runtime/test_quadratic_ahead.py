@@ -99,9 +99,10 @@ def as_key(p: Pass, count: int | None = None) -> tuple[Any, ...]:
     return p.kind, p.write_at, p.threshold, *(array[:count].tobytes() for array in arrays)
 
 
-def ars(real: nemodiff.LoadedEngine, asked: Sequence[Asked]) -> list[list[int]]:
-    """The tokens of mode ar."""
+def ars(real: nemodiff.LoadedEngine, asked: Sequence[Asked], said: dict[int, int] | None = None) -> list[list[int]]:
+    """The tokens of mode ar; `said` are those that are no hash."""
     engine, tokens = toy(real, ahead=False), list[list[int]]()
+    engine.backend.said = said or {}  # type: ignore[attr-defined]
     for prompt, options in asked:
         kept = {name: value for name, value in options.items() if name not in ("block_length", "groups")}
         tokens.append(nemodiff.generate(engine, prompt, **{**kept, "mode": "ar"}).token_ids)
@@ -122,6 +123,23 @@ def test_a_request_waits_at_its_ends_alone(real: nemodiff.LoadedEngine, ran: Any
     assert request.tokens == [200] * 200
     assert passes < 80
     assert passes - followed(engine) <= 3
+
+
+@pytest.mark.parametrize("options", [{"block_length": "auto"}, {"mode": "auto"}], ids=str)
+def test_passes_of_a_plan_that_stands(
+    real: nemodiff.LoadedEngine, ran: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """They are arranged on the device, and planned where a new plan is due."""
+    arranged, after = list[Arrangement](), Arrangement.after
+    monkeypatch.setattr(Arrangement, "after", lambda self, *given: arranged.append(self) or after(self, *given))
+    asked: list[Asked] = [(TEXT[n : n + 30], {**QUADRATIC, "max_new_tokens": 400, **options}) for n in range(4)]
+    engine = toy(real)
+    engine.backend.said = {at: 200 + at % 9 for at in range(500)}  # type: ignore[attr-defined]  # all drafts are right
+    requests = run(engine, asked, ran)
+    assert [request.tokens for request in requests] == ars(real, asked, engine.backend.said)  # type: ignore[attr-defined]
+    passes = sum(request.nfe["verify"] for request in requests)
+    assert passes > 40
+    assert len(arranged) > 0.2 * passes  # plans go by the clock
 
 
 @pytest.mark.parametrize("options", [{"block_length": 8}, {"block_length": "auto"}, {"mode": "auto"}], ids=str)
@@ -186,6 +204,8 @@ def test_rows_of_all_modes_and_arrivals(real: nemodiff.LoadedEngine, ran: Any, l
         {**QUADRATIC, "block_length": 6, "groups": "all"},
         *({"mode": "linear_spec", "block_length": 8} for _ in range(2)),
         *({"mode": "ar"} for _ in range(2)),
+        {**QUADRATIC, "block_length": "auto"},
+        {"mode": "auto"},
     ]
     for turn in range(8):
         some = kinds if turn % 2 else kinds[:5]
@@ -281,7 +301,6 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.8},
     {"thinking": True, "thinking_budget": 5},
     {"groups": "all", "block_length": 8},
-    {"block_length": "auto"},
 ]
 
 
