@@ -62,10 +62,10 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     shapes = [FlatShape(count, count) for count in (1, 2, 3)]
     forwards: list[SharedForward | None] = [SharedForward(shape, 0, False, 0, b"", None, []) for shape in shapes]
     ranks = SimpleNamespace(hear=iter([*forwards, None]).__next__)
-    monkeypatch.setattr(Step, "repeat", lambda step, forward, _: happened.append(f"start {forward.shape.tokens}"))
+    monkeypatch.setattr(Step, "mirror", lambda step, forward, _: happened.append(f"start {forward.shape.tokens}"))
     monkeypatch.setattr(engine.device, "mark", lambda: next(e for e in reversed(happened) if e.startswith("start ")))
     monkeypatch.setattr(engine.device, "wait", lambda mark: happened.append(f"end of {mark}"))
-    engine.forwards.obey(ranks)  # type: ignore[arg-type]
+    engine.forwards.mirror(ranks)  # type: ignore[arg-type]
     assert happened == ["start 1", "end of None", "start 2", "end of start 1", "start 3", "end of start 2"]
 
 
@@ -144,7 +144,7 @@ def fail(*arguments):
     print("not for rank 0")
     raise EngineError("no room on its card")
 
-rank._follow = fail
+rank._mirror = fail
 sys.argv = ["rank", {str(tiny)!r}, "cpu"]
 rank.main()
 """
@@ -216,7 +216,7 @@ def linger(freed):
     while True:
         time.sleep(0.01)
 
-def follow(folder, info, here):
+def mirror(folder, info, here):
     global kept
     summed = torch.ones(1)
     kept = weakref.ref(summed, linger)
@@ -228,7 +228,7 @@ def follow(folder, info, here):
 rank.read_engine = lambda folder: None
 rank.join = lambda *arguments: ranks.Ranks(pathlib.Path("engine"), 2, False, None)
 rank._end_with_input = lambda: None  # the sum fails first
-rank._follow = follow
+rank._mirror = mirror
 sys.argv = ["rank", "engine", "cpu"]
 rank.main()
 """

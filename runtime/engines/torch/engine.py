@@ -48,7 +48,7 @@ class TorchEngine:
         ahead: start passes before those that they follow have ended; default on a GPU, as a CPU gains nothing.
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
-        ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `follow`.
+        ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `mirror`.
         pdl: let kernels begin while those before them end, on cards that can (SM 90 and later); default where the
             environment variable NEMODIFF_PDL is 1. Tokens are the same with it and without.
         own_products: projections, of `projections.OWN`, that the project's kernels multiply in passes of up to 64
@@ -155,10 +155,10 @@ class TorchEngine:
         if self.steps.graphs:
             self.pass_seconds = self.forwards.warm_up(show(self.steps.shapes))
 
-    def follow(self) -> None:
+    def mirror(self) -> None:
         """Compute what rank 0 does until it ends; for the other ranks."""
         assert self.ranks is not None
-        self.forwards.obey(self.ranks)
+        self.forwards.mirror(self.ranks)
 
 
 def _own_products(wanted: Collection[str] | None) -> frozenset[str]:

@@ -77,7 +77,7 @@ class Forwards:
         """
         self._flights.remove(flight)
 
-    def obey(self, ranks: Ranks) -> None:
+    def mirror(self, ranks: Ranks) -> None:
         """Run the forwards of rank 0 until it ends.
 
         One may be under way when the next is heard of. Rank 0 uses no buffer of such a one, so neither does the next.
@@ -85,9 +85,9 @@ class Forwards:
         mark = before = None
         while (forward := ranks.hear()) is not None:
             with self.device.use(self.folder):
-                self.memory.follow(forward.news)
+                self.memory.mirror(forward.news)
                 step = self.steps.of(forward.shape)
-                step.repeat(forward, before)
+                step.mirror(forward, before)
                 self.device.wait(mark)
                 mark, before = self.device.mark(), step
 

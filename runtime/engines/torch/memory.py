@@ -73,7 +73,7 @@ class Memory:
         news, self._news = self._news, []
         return news
 
-    def follow(self, news: list[Change]) -> None:
+    def mirror(self, news: list[Change]) -> None:
         """Do what rank 0 has done."""
         for change in news:
             self._apply(change)

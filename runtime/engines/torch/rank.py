@@ -37,7 +37,7 @@ def open_engine(
     if ranks.rank:
         try:
             with ranks.watched():
-                _follow(folder, info, ranks)
+                _mirror(folder, info, ranks)
         finally:
             ranks.leave()
         sys.exit(0)
@@ -49,9 +49,9 @@ def open_engine(
         return TorchEngine(folder, info, ranks.device, threads, memory=memory, ranks=ranks)
 
 
-def _follow(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
+def _mirror(folder: Path, info: EngineInfo, ranks: Ranks) -> None:
     threads = ranks.hear()
-    TorchEngine(folder, info, ranks.device, threads, pages=1, ranks=ranks).follow()
+    TorchEngine(folder, info, ranks.device, threads, pages=1, ranks=ranks).mirror()
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
     try:
         ranks = join(folder, info, None, "cpu" if "cpu" in sys.argv[2:] else None)
         assert ranks is not None
-        _follow(folder, info, ranks)
+        _mirror(folder, info, ranks)
     except (EngineError, RuntimeError) as error:
         if isinstance(error, EngineError) and ranks is not None and ranks.lost is None:
             print(error, file=rank_0, flush=True)

@@ -207,7 +207,7 @@ class Step:
         if self._place is None:
             self.logits = None
 
-    def repeat(self, forward: SharedForward, before: Step | None) -> None:
+    def mirror(self, forward: SharedForward, before: Step | None) -> None:
         """Run what rank 0 runs; `before` is what has run before it."""
         side = self.sides[forward.turn]
         side.inputs.host.numpy()[:] = np.frombuffer(forward.inputs, np.uint8)
