@@ -54,7 +54,6 @@ class Batch:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rows = rows
-        self.counts = Counts()
         self.prefixes = None if kept is None else PrefixCache(rows, kept)
         cache: Any = backend.open(rows + (kept or 0))  # a PagedCache, if the engine has pages
         self._cache = cache
@@ -62,15 +61,18 @@ class Batch:
         self._pages = backend.pages
         self._adapts = backend.info.has_adapter
         if self._pages is None:
-            self._rows = NeighbouringRows(cache, self.prefixes, prefill_tokens, self.counts, cost)
+            self._rows = NeighbouringRows(cache, self.prefixes, prefill_tokens, cost)
         else:
-            self._rows = PagedRows(
-                cache, self.prefixes, prefill_tokens, self.counts, cost, rows, self._pages, interrupted
-            )
+            self._rows = PagedRows(cache, self.prefixes, prefill_tokens, cost, rows, self._pages, interrupted)
         self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._rows.slots)
+
+    @property
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        return self._rows.counts
 
     @property
     def reach(self) -> int:

@@ -23,7 +23,7 @@ from ..engines.pages import Pages
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
 from .rows import Found, Rows
-from .slot import Counts, Forward, Slot, committed
+from .slot import Forward, Slot, committed
 
 _FEW = 8  # a forward begun ahead may leave one of so many rows out
 
@@ -59,13 +59,12 @@ class PagedRows(Rows):
         cache: PagedCache,
         prefixes: PrefixCache | None,
         prefill_tokens: int,
-        counts: Counts,
         cost: PassCosts | None,
         rows: int,
         pages: Pages,
         interrupted: Callable[[], bool],
     ) -> None:
-        super().__init__(cache, prefixes, prefill_tokens, counts, cost)
+        super().__init__(cache, prefixes, prefill_tokens, cost)
         self.load.ahead = cache.ahead
         self._paged = cache
         self._pages = pages

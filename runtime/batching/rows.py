@@ -24,17 +24,10 @@ class Found(NamedTuple):
 class Rows:
     """What rows of both kinds of cache have in common; see `neighbours.py` and `paged.py`."""
 
-    def __init__(
-        self,
-        cache: Cache,
-        prefixes: PrefixCache | None,
-        prefill_tokens: int,
-        counts: Counts,
-        cost: PassCosts | None,
-    ) -> None:
+    def __init__(self, cache: Cache, prefixes: PrefixCache | None, prefill_tokens: int, cost: PassCosts | None) -> None:
         self.slots: list[Slot] = []
         self.reach = 0  # slots that a row has been grown to
-        self.counts = counts
+        self.counts = Counts()
         self.load = Load()
         self._cache = cache
         self._prefixes = prefixes
