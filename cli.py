@@ -26,6 +26,7 @@ from .commands.serve import serve
 from .commands.streams import settle_streams
 from .commands.trace import trace
 from .commands.triton import triton
+from .commands.tune import tune
 from .commands.verify import verify
 from .contract import MODES, QUANTIZATIONS
 from .runtime.sampling.policies import POLICIES
@@ -76,6 +77,7 @@ for command in (
     inspect,
     verify,
     bench,
+    tune,
     run,
     chat,
     batch,

@@ -30,6 +30,7 @@ TWIN_FILE = "nemodiff_export.json"  # marks an exported twin; no loader reads it
 TRITON_FILE = "nemodiff_triton.json"  # marks an exported Triton model
 TRITON_ENGINE = "1/engine"  # the engine in an exported Triton model
 VERIFY_FILE = "verify.json"  # what `nemodiff verify` found last; written after the build, so not in the manifest
+TUNED_FILE = "tuned.json"  # what `nemodiff tune` has chosen on cards; likewise a record
 COST_FILE = "cost_curves.json"  # what `nemodiff bench` has measured last; likewise a record
 GENERATION_FILE = "generation_config.json"
 PROPOSED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what of that file is sampling

@@ -17,6 +17,7 @@ from ..contract import DOMAIN, counted, dtype_line, kv_bytes_per_token, size_tex
 from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, VERIFY_FILE, VISION_ENGINE_FILE, read_record
 from ..engine_info import EngineInfo, read_engine
 from ..errors import EngineError
+from ..tuned import read_tuned
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 
 
@@ -68,6 +69,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "files": {name: entry["bytes"] for name, entry in manifest.files.items()},
         "graph": None if manifest.backend == "torch" else _graph(folder / MODEL_FILE),
         "verified": read_record(folder, VERIFY_FILE),
+        "tuned": [{"here": dict(one.here), "date": one.date, "choice": str(one.choice)} for one in read_tuned(folder)],
     }
 
 
@@ -207,6 +209,14 @@ def _verified_lines(record: dict[str, Any] | None) -> list[str]:
         return []
 
 
+def _tuned_lines(tuned: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"tuned        {one['choice']}: on {one['date']} for {', '.join(f'{k} {v}' for k, v in one['here'].items())}; "
+        "not used with another card or version"
+        for one in tuned
+    ]
+
+
 def lines(described: dict[str, Any]) -> list[str]:
     """The description for people."""
     engine = described["engine"]
@@ -238,4 +248,5 @@ def lines(described: dict[str, Any]) -> list[str]:
         f"files        {files}",
         f"built with   {', '.join(f'{name} {version}' for name, version in engine['versions'].items())}",
         *_verified_lines(described["verified"]),
+        *_tuned_lines(described["tuned"]),
     ]

@@ -39,7 +39,7 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
         info = engine.info
         threads = "" if engine.threads is None else f", {counted(engine.threads, 'thread')}"
         text += ["", f"{name}: {info.manifest.backend}, {info.build.dtype_text}, on {engine.processor}{threads}"]
-        text += _aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
+        text += aligned([_HEADS, *(_cells(one) for one in outcome.figures)])
         curve = zip(outcome.curve.sizes, outcome.curve.times, strict=True)
         text.append("ms of a pass by its tokens: " + ", ".join(f"{size}: {1e3 * t:.3g}" for size, t in curve))
     if len(outcomes) > 1:
@@ -48,7 +48,7 @@ def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Pl
         for own, other in zip(outcomes[0].figures, outcomes[1].figures, strict=True):
             ratio = ratios(own, other)
             rows.append((own.test, str(own.concurrency), f"{ratio.median:.2f} ({ratio.min:.2f}..{ratio.max:.2f})"))
-        text += _aligned([("test", "at a time", "ratio"), *rows])
+        text += aligned([("test", "at a time", "ratio"), *rows])
     return text
 
 
@@ -70,7 +70,7 @@ def _cells(one: Figures) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

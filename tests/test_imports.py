@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PRODUCT: list[set[str]] = [
     {"errors", "whole_file"},
     {"engine_folder", "fields"},
-    {"vision"},
+    {"tuned", "vision"},
     {"config"},
     {"contract", "tensorrt_info"},
     {"engine_info"},
@@ -68,7 +68,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"verify"},
         {"layers", "references"},
     ],
-    "measurement": [{"machine"}, {"round"}, {"figures"}, {"bench"}, {"plot", "table"}],
+    "measurement": [{"machine"}, {"round"}, {"figures"}, {"bench"}, {"plot", "table"}, {"tune"}],
     "serving": [{"logprobs", "metrics"}, {"http", "triton_server"}],
 }
 

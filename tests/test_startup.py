@@ -55,6 +55,7 @@ def imported(script: str, *words: str) -> set[str]:
         "serve",
         "trace view",
         "triton",
+        "tune",
         "verify",
         "doctor",
     ],

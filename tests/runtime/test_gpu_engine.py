@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import output_of
 from stand_ins import torch_ranks
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.torch_pair import CASES, MODELS, QUESTIONS, Pair, check_steps, torch_backend, without_times
@@ -29,7 +31,7 @@ from stand_ins.torch_pair import CASES, MODELS, QUESTIONS, Pair, check_steps, to
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
-from nemodiff.contract import Backend, cache_names
+from nemodiff.contract import Backend, Dtype, cache_names
 from nemodiff.engine_folder import COMPILED_FOLDER
 from nemodiff.errors import BuildError
 from nemodiff.plugins.tensorrt.api import MODULES, device_sm, load
@@ -39,6 +41,7 @@ from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
+from nemodiff.tuned import Choice
 
 SM = device_sm()
 NO_GPU = SM is None and not torch.cuda.is_available()
@@ -280,6 +283,25 @@ def test_own_products_give_the_tokens_of_the_cpu(tmp_path: Path, pdl: bool) -> N
         for question in QUESTIONS:
             expected, got = (nemodiff.generate(e, question, max_new_tokens=32, **case) for e in (theirs, ours))
             assert got.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_tune_chooses_for_this_card(tmp_path: Path, dtype: Dtype) -> None:
+    """What it keeps is what a later load takes; every choice was captured, and gave the tokens that it must."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} finds no GPU")
+    folder = Builder(TINY_CHAT, tmp_path / "engine", backend="torch", dtype=dtype).run()
+    tuned = json.loads(output_of("tune", str(folder), "--json"))
+    assert len(tuned["tried"]) > 1
+    assert all(0 < us < 1e6 for one in tuned["tried"] for us in one["us"])
+    loaded = nemodiff.load(folder, device="cuda")
+    assert torch_backend(loaded).choice == Choice(tuned["pdl"], frozenset(tuned["own_products"]))
+    assert torch_backend(loaded).eager_shapes == {}
+    off = TorchEngine(folder, loaded.info, torch_backend(loaded).device, pages=64, pdl=False, own_products=())
+    plain = dataclasses.replace(loaded, backend=off)
+    if dtype == "f32":
+        answers = [nemodiff.generate(e, QUESTIONS[0], max_new_tokens=32).token_ids for e in (loaded, plain)]
+        assert answers[0] == answers[1]
 
 
 def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:

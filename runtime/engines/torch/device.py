@@ -6,11 +6,14 @@ It knows nothing of models.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
+import importlib.metadata
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -150,6 +153,23 @@ class TorchDevice:
         return self.is_gpu and self._torch.cuda.get_device_capability(self.name)[0] >= 9
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What a measurement of kernels holds for: the card and the versions. Empty on a CPU."""
+        if not self.is_gpu:
+            return {}
+        import triton
+
+        version = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+        return {
+            "card": str(self._torch.cuda.get_device_name(self.name)),
+            "driver": f"CUDA {version.value // 1000}.{version.value % 1000 // 10}",
+            "torch": str(self._torch.__version__),
+            "triton": str(triton.__version__),
+            "nemodiff": importlib.metadata.version("nemodiff"),
+        }
+
+    @property
     def programs(self) -> int:
         """Programs of attention that fill the card, two for each multiprocessor."""
         if not self.is_gpu:
@@ -236,6 +256,21 @@ class TorchDevice:
         """Wait until everything in the stream before a mark is done."""
         if mark is not None:
             mark.synchronize()
+
+    def seconds(self, work: Callable[[], None], times: int) -> float:
+        """What some work takes here, the mean of so many times in a row; on a GPU by its own clock."""
+        if not self.is_gpu:
+            began = time.perf_counter()
+            for _ in range(times):
+                work()
+            return (time.perf_counter() - began) / times
+        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(self._stream)
+        for _ in range(times):
+            work()
+        end.record(self._stream)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / times
 
     def graph_pool(self) -> Any:
         """Memory that graphs share, since no two of them run at once; it is gone for good with the last of them."""

@@ -19,6 +19,7 @@ import numpy as np
 from ....contract import DEFAULT_GPU_MEMORY_UTILIZATION, MAX_BLOCK, PREFILL_CHUNK, counted
 from ....engine_info import EngineInfo
 from ....errors import EngineError, RequestError
+from ....tuned import Choice, read_tuned
 from ...images.image import Image
 from ..pages import Pages
 from .cache import MOST_TOKENS, TorchCache
@@ -49,10 +50,12 @@ class TorchEngine:
         memory: share of the GPU's memory that weights, passes and K/V may take together.
         pages: pages of K/V; None takes what `memory` allows.
         ranks: that hold the model together; this process serves requests if it is rank 0, else it calls `mirror`.
-        pdl: let kernels begin while those before them end, on cards that can (SM 90 and later); default where the
-            environment variable NEMODIFF_PDL is 1. Tokens are the same with it and without.
+        pdl: let kernels begin while those before them end, on cards that can (SM 90 and later). Tokens are the same
+            with it and without. None is what the environment variable NEMODIFF_PDL says, 1 or 0, or if it is not set
+            what `nemodiff tune` has chosen for this card and these versions, or else no.
         own_products: projections, of `projections.OWN`, that the project's kernels multiply in passes of up to 64
-            tokens; default those that the environment variable NEMODIFF_OWN_PRODUCTS lists, separated by commas.
+            tokens. None is likewise those that NEMODIFF_OWN_PRODUCTS lists, separated by commas, or those chosen, or
+            none.
 
     Raises:
         EngineError: torch is missing, or the weights do not belong to the description, or do not fit.
@@ -82,11 +85,9 @@ class TorchEngine:
         is_gpu = self.device.is_gpu
         self.ranks = ranks
         with_kernels = is_gpu if kernels is None else kernels
-        wanted = os.environ.get("NEMODIFF_PDL") == "1" if pdl is None else pdl
-        early = wanted and self.device.overlaps_launches
-        products = _own_products(own_products)
+        self.choice = self._chosen(pdl, own_products, with_kernels)
         with self.device.use(folder):
-            self.model = TorchModel(folder, info, self.device, with_kernels, ranks, early, products)
+            self.model = TorchModel(folder, info, self.device, with_kernels, ranks, *self.choice)
             own = dataclasses.replace(info, model=self.model.config)
             # Rank 0 alone looks at images; the others get what it sees as embeddings.
             seeing = info.model.vision is not None and (ranks is None or ranks.rank == 0)
@@ -150,6 +151,28 @@ class TorchEngine:
         with self.lock, self.device.use(self.folder):
             return self._vision.see(image)
 
+    def choose(self, choice: Choice) -> None:
+        """Run the kernels in another way from here on, and forget what was captured."""
+        self.choice = choice
+        self.model.vary(self.model.kernels, *choice)
+        self.steps.forget()
+
+    def _chosen(self, pdl: bool | None, own: Collection[str] | None, kernels: bool) -> Choice:
+        """By argument, else by environment, else as tuned here, which is of one card and not of ranks, else neither."""
+        variable, listed = (os.environ.get(f"NEMODIFF_{name}") for name in ("PDL", "OWN_PRODUCTS"))
+        pdl = variable == "1" if pdl is None and variable is not None else pdl
+        own = list(filter(None, listed.split(","))) if own is None and listed is not None else own
+        tuned = Choice()
+        if kernels and self.ranks is None and (pdl is None or own is None) and (kept := read_tuned(self.folder, OWN)):
+            tuned = next((one.choice for one in kept if one.here == self.device.identity), tuned)
+        names = tuned.own_products if own is None else frozenset(own)
+        if names - set(OWN):
+            raise RequestError(
+                f"NEMODIFF_OWN_PRODUCTS or own_products holds {min(names - set(OWN))!r}, allowed: {', '.join(OWN)}; "
+                "name some of them, separated by commas"
+            )
+        return Choice((tuned.pdl if pdl is None else pdl) and self.device.overlaps_launches, names)
+
     def warm_up(self, show: Callable[[list[FlatShape]], Iterable[FlatShape]] = iter) -> None:
         """Compile and capture the shapes of decoding, which `show` sees go by; nothing where there are no graphs."""
         if self.steps.graphs:
@@ -159,18 +182,6 @@ class TorchEngine:
         """Compute what rank 0 does until it ends; for the other ranks."""
         assert self.ranks is not None
         self.forwards.mirror(self.ranks)
-
-
-def _own_products(wanted: Collection[str] | None) -> frozenset[str]:
-    """The projections that are asked for, by default in the environment."""
-    variable = os.environ.get("NEMODIFF_OWN_PRODUCTS", "")
-    names = frozenset(filter(None, variable.split(",")) if wanted is None else wanted)
-    if names - set(OWN):
-        raise RequestError(
-            f"NEMODIFF_OWN_PRODUCTS or own_products holds {min(names - set(OWN))!r}, allowed: {', '.join(OWN)}; "
-            "name some of them, separated by commas"
-        )
-    return names
 
 
 def _most_decoded(info: EngineInfo) -> int:

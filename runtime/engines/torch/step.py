@@ -202,6 +202,10 @@ class Step:
             ranks.tell(SharedForward(self.shape, turn, fed, side.arranged, inputs, side.views, owner.memory.news()))
             self._run(turn, before)
 
+    def again(self) -> None:
+        """The network once more, over what was uploaded last."""
+        self._compute(self.sides[0].views)
+
     def forget_logits(self) -> None:
         """They have been read, or never will be; many of them would hold much memory."""
         if self._place is None:
