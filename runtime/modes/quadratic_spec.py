@@ -92,7 +92,8 @@ def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[P
 
     Returns the last prediction and the number of masks.
     """
-    group = _group_size(sequence, 0)
+    size = min(sequence.block_length, sequence.remaining)
+    group = size if size > 1 else 0  # else no draft is needed
     for part, start in prompt_parts(sequence):
         last = start + len(part) == len(sequence.prompt)
         pass_ = causal("prefill", part, start, logits=last and not sequence.selector.plain)
@@ -120,12 +121,6 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
     draft = Draft(tokens[:length], confidence[:length], confidence[length] if length < len(tokens) else 0.0)
     sequence.outcome.draft = draft
     return draft
-
-
-def _group_size(sequence: Sequence, emitted: int) -> int:
-    """Masks of a group that `emitted` more tokens come before; 0 where no draft is needed any more."""
-    size = min(sequence.block_length, sequence.remaining - emitted)
-    return size if size > 1 else 0
 
 
 def _planned(sequence: Sequence, draft: Draft) -> Grouping:
