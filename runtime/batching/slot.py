@@ -43,7 +43,7 @@ class Counts:
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """A row of the cache in use by a sequence."""
+    """A row of the cache in use by a sequence; the row's own slots, which `reach` counts, have a token's K/V each."""
 
     sequence: Sequence
     arrival: int

@@ -235,7 +235,11 @@ class PagedCache(Cache, Protocol):
 
 
 class Engine(Protocol):
-    """A loaded engine."""
+    """A loaded engine. It may be used from several threads, each with caches of its own.
+
+    It may also have `clock` (what its forwards are timed by), `pass_seconds` (what a warm-up has met, by tokens),
+    `lost` (why it will never run again) and `device.name`: `loading.py` and `planning/cost.py` look for them.
+    """
 
     info: EngineInfo
     samples: bool  # whether it draws tokens where a pass has a temperature; otherwise the host draws from the logits

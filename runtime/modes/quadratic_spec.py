@@ -179,12 +179,12 @@ def _best(
     host: float = 0.0,
     most: int = PREFILL_CHUNK,
 ) -> Grouping:
-    """The layout of highest expected tokens per second over this pass and the next; groups are added greedily.
+    """The grouping of highest expected tokens per second over this pass and the next; groups are added greedily.
 
     `reached[j - 1]` is the chance that at least j heads are accepted, `sizes[j - 1]` the masks of that group, if there
     may be one. A group is worth its chance of being the one that is needed times what a draft is `worth`, and the next
-    pass, of one head without it, then has a draft to verify. `host` is what a pass takes beside its forward. A layout
-    has at most `most` tokens.
+    pass, of one head without it, then has a draft to verify. `host` is what a pass takes beside its forward. It has
+    at most `most` tokens.
     """
     seconds = cost.table
     least = seconds[1] + 2 * host
