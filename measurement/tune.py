@@ -105,7 +105,7 @@ def tune(
         trial: what runs the passes in one way.
         flips: what may be chosen, "pdl" and own products.
         exact: every choice must give the same tokens; else those alone that differ in "pdl", which changes no number.
-        report: hears of every choice before it is tried.
+        report: hears of every choice before it is tried, and why one is left out: a card may refuse its kernels.
         turns: that count.
 
     Raises:
@@ -113,9 +113,15 @@ def tune(
     """
     tokens: dict[frozenset[str], tuple[Choice, list[list[int]]]] = {}
 
-    def ready(choice: Choice) -> Timed:
+    def ready(choice: Choice) -> Timed | None:
         report(str(choice))
-        made = trial(choice)
+        try:
+            made = trial(choice)
+        except EngineError as error:
+            if choice == Choice():
+                raise
+            report(f"goes on without that: {error}")
+            return None
         other, expected = tokens.setdefault(frozenset() if exact else choice.own_products, (choice, made.tokens))
         if made.tokens != expected:
             raise EngineError(
@@ -125,26 +131,33 @@ def tune(
         return made
 
     best = Choice()
-    trials = {best: ready(best)}
+    trials = _made({best: ready(best)})
     tried: list[Tried] = []
     seen = {best}
     while new := [choice for choice in _others(best, flips) if choice not in seen]:
         seen.update(new)
-        trials = {best: trials[best], **{choice: ready(choice) for choice in new}}
+        trials = {best: trials[best]} | _made({choice: ready(choice) for choice in new})
+        if len(trials) == 1:
+            break
         times = _in_turns(trials, turns)
         beside = [sum(turn) for turn in times[best]]
         if not tried:
             tried.append(Tried(best, _medians(times[best]), 0.0, 0.0, True))
-        compared = [_compared(choice, times[choice], beside) for choice in new]
+        compared = [_compared(choice, times[choice], beside) for choice in trials if choice != best]
         most = max(compared, key=lambda one: one.gain - one.spread)
         won = most.gain > most.spread
         tried += [dataclasses.replace(one, taken=won and one is most) for one in compared]
         if not won:
             break
         best = most.choice
-    if not tried:  # nothing can be chosen
+    if not tried:  # nothing else can be chosen
         tried.append(Tried(best, _medians(_in_turns(trials, turns)[best]), 0.0, 0.0, True))
     return Outcome(best, tried)
+
+
+def _made(trials: Mapping[Choice, Timed | None]) -> dict[Choice, Timed]:
+    """Those that a card runs."""
+    return {choice: trial for choice, trial in trials.items() if trial is not None}
 
 
 def _others(best: Choice, flips: Sequence[str]) -> list[Choice]:

@@ -102,6 +102,23 @@ def test_what_is_no_faster_or_only_by_chance_leaves_the_default() -> None:
     assert found(lambda c: 10.0 - 0.1 * c.pdl, flips=()).choice == Choice()  # there is nothing to choose
 
 
+def test_what_a_card_refuses_is_left_out() -> None:
+    def trial(choice: Choice) -> StandIn:
+        if choice.own_products & refused:
+            raise EngineError("GatedLinear16 in bf16 needs 9 bytes")
+        return StandIn(10.0 - choice.pdl - len(choice.own_products), [[1]], 0.0)
+
+    said = list[str]()
+    refused = {"gate_up"}
+    outcome = tune(trial, FLIPS, False, said.append, turns=2)
+    assert outcome.choice == Choice(True, frozenset({"qkv", "o", "down"}))
+    assert "goes on without that: GatedLinear16 in bf16 needs 9 bytes" in said
+    refused = set(OWN)
+    assert len(tune(trial, OWN, False, said.append, turns=2).tried) == 1
+    with pytest.raises(EngineError, match="needs 9 bytes"):
+        tune(lambda choice: trial(EVERY), FLIPS, False, said.append)  # the default must run
+
+
 def test_what_falls_on_all_alike_hides_no_gain() -> None:
     assert found(lambda c: 10.0 - 0.1 * c.pdl, noise=5.0).choice == Choice(pdl=True)
 
