@@ -872,7 +872,7 @@ def test_another_rank_keeps_no_logits_of_a_long_pass(small: Pair) -> None:
         step.fill(passes, cache.rows)
         side = step.sides[0]
         forward = SharedForward(step.shape, 0, False, 0, side.inputs.host.numpy().tobytes(), side.views, [])
-        step.repeat(forward, None)
+        step.mirror(forward, None)
     assert step.logits is None
 
 
