@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
 import pytest
 from stand_ins.http_server import Served, serving
 
 from nemodiff.runtime.tools.answer import ToolCall
 from nemodiff.serving.http.dialects.messages_writer import MessagesWriter
+
+if TYPE_CHECKING:
+    import anthropic
 
 ASKED: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 SCHEMA = {
@@ -35,6 +37,8 @@ def server(xml_tool_engine: Path) -> Iterator[Served]:
 
 @pytest.fixture
 def client(server: Served) -> Iterator[anthropic.Anthropic]:
+    import anthropic  # a second of processor time
+
     with anthropic.Anthropic(base_url=server.url, api_key="key", max_retries=0) as made:
         yield made
 
@@ -152,6 +156,8 @@ def test_an_answer_that_has_begun_is_continued(server: Served, client: anthropic
 
 def test_what_is_too_long_is_counted(client: anthropic.Anthropic) -> None:
     """A client counts to know how much it has to leave out."""
+    import anthropic
+
     talk: list[Any] = [{"role": "user", "content": "9 " * 40_000}]
     counted = client.messages.count_tokens(model="tiny", messages=talk).input_tokens
     with pytest.raises(anthropic.BadRequestError, match=rf"the prompt is too long: {counted} tokens > 32767"):
@@ -229,6 +235,8 @@ def test_models_are_listed_with_their_limits(client: anthropic.Anthropic) -> Non
 
 
 def test_an_error_has_the_form_that_the_client_knows(server: Served) -> None:
+    import anthropic
+
     stranger = anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0)
     with stranger, pytest.raises(anthropic.AuthenticationError) as refused:
         stranger.messages.create(model="tiny", max_tokens=1, messages=ASKED)
