@@ -78,7 +78,7 @@ class Scheduler:
             prompt: as in `generate`.
             steps: whether the events report every pass.
             listener: called in the worker's thread with events as they happen, or at last with the error of a request
-                that failed; it must be quick and raise nothing.
+                that failed; it must be quick, raise nothing, and wait for no other thread that uses the scheduler.
             options: fields of `Options`.
 
         Raises:

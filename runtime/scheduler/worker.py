@@ -26,6 +26,9 @@ _SMALL = 256  # slots per row that may stay allocated for nothing
 class Worker:
     """Decodes the requests that are added, until it is closed.
 
+    A forward runs without the lock, so that requests may come and go meanwhile. `_start`, `_drop_cancelled`, `_finish`,
+    `_rest` and `_give_back` are called with it, so a listener hears of an end while it is held.
+
     Args:
         engine: from `load`.
         rows: requests at a time.
@@ -41,7 +44,7 @@ class Worker:
         self._kept = kept
         self._prefill_tokens = prefill_tokens
         self._numbers = itertools.count()
-        self._changed = threading.Condition()  # over all below
+        self._changed = threading.Condition()  # with the lock of all below; it may be taken twice
         self._waiting: collections.deque[Handle] = collections.deque()
         self._running: dict[Sequence, Handle] = {}
         self._cancelled: list[Handle] = []
