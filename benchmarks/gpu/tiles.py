@@ -37,11 +37,12 @@ ATTENTION: dict[str, Changes] = {
     "shares of 4 pages": {"LEAST": 4},
     "small tiles up to 64 pages": {"SHORT": 64},
     "large shares of twice the pages": {"LARGE_PAGES": 2},
-    "large tiles of 64 slots": {"LARGE_N": 64},
-    "large tiles of 64 slots, 2 stages": {"LARGE_N": 64, "num_stages": 2},
-    "large tiles of 64 slots, shares of twice the pages": {"LARGE_N": 64, "LARGE_PAGES": 2},
-    "large tiles of 128 rows, 8 warps": {"LARGE_M": 128, "num_warps": 8},
-    "large tiles of 128 rows, 64 slots, 8 warps": {"LARGE_M": 128, "LARGE_N": 64, "num_warps": 8},
+    "large tiles of 32 slots": {"LARGE_N": 32, "GROUP_N": 32},
+    "large tiles of 64 slots": {"LARGE_N": 64, "GROUP_N": 64},
+    "large tiles of 64 slots, 2 stages": {"LARGE_N": 64, "GROUP_N": 64, "num_stages": 2},
+    "large tiles of 64 slots, shares of twice the pages": {"LARGE_N": 64, "GROUP_N": 64, "LARGE_PAGES": 2},
+    "large tiles of 128 rows, 32 slots, 8 warps": {"LARGE_M": 128, "LARGE_N": 32, "GROUP_N": 32, "num_warps": 8},
+    "large tiles of 128 rows, 64 slots, 8 warps": {"LARGE_M": 128, "LARGE_N": 64, "GROUP_N": 64, "num_warps": 8},
 }
 SCAN: dict[str, Changes] = {
     "as it is": {},
@@ -60,7 +61,7 @@ SHARES: dict[str, Changes] = {
 }
 SCANS = ("ConfidenceCommitScan", "SampledCommitScan", "FlatSampledScan")
 _OWNERS: dict[str, tuple[ModuleType, ...]] = {
-    **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "LARGE_M"), (paged_attention,)),
+    **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "GROUP_N", "LARGE_M"), (paged_attention,)),
     "SHARE": (confidence_commit,),
     **dict.fromkeys(("BLOCK_F", "MOST_SHARES"), (linear,)),
 }

@@ -24,6 +24,17 @@ from .dependent import follow
 from .kv_cache import to_numbers
 
 
+def warpgroups(_semantic=None):
+    """Whether four warps multiply together (wgmma), which takes K and V from shared memory, not from registers.
+
+    A function of the Triton compiler, which gives `_semantic`; its interpreter gives none.
+    """
+    return tl.constexpr(_semantic is not None and _semantic.builder.options.arch == "sm90")
+
+
+warpgroups.__triton_builtin__ = True
+
+
 @triton.jit
 def _sliced(
     of_query, of_key, real, used, gain, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -167,7 +178,7 @@ def _attend_item(
     q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    GROUP_N: tl.constexpr, MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
     """One program per item and key/value head."""
     # At once: another wait for memory would cost a share of a page's time.
@@ -195,10 +206,11 @@ def _attend_item(
             H, G, D, SCALE, PAGE, SMALL_M, SMALL_N, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
     else:
+        slots: tl.constexpr = GROUP_N if warpgroups() else LARGE_N
         _attend(
             q, k_pages, v_pages, k_scales, v_scales, table, visible, 0, part, stats, y,
             item, first, tokens, full, at, until,
-            H, G, D, SCALE, PAGE, LARGE_M, LARGE_N, BLOCK_D, SLICE, LARGE_M, CACHE,
+            H, G, D, SCALE, PAGE, LARGE_M, slots, BLOCK_D, SLICE, LARGE_M, CACHE,
         )  # fmt: skip
 
 
@@ -207,13 +219,13 @@ def attend(
     q, k_pages, v_pages, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    GROUP_N: tl.constexpr, MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """q (N, H, D), pages (A, G, PAGE, D) -> y (N, H, D)."""
     follow(PDL)
     _attend_item(
         q, k_pages, v_pages, k_pages, v_pages, page_table, visible, items, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, 0,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, GROUP_N, MOST_M, SLICE, BLOCK_D, 0,
     )  # fmt: skip
 
 
@@ -222,11 +234,12 @@ def attend_bits(
     q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr, PAGE: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, SMALL_N: tl.constexpr, LARGE_N: tl.constexpr,
-    MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr, PDL: tl.constexpr,
+    GROUP_N: tl.constexpr, MOST_M: tl.constexpr, SLICE: tl.constexpr, BLOCK_D: tl.constexpr, CACHE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The same over pages of 8 bits with scales (A, G, PAGE) f32."""
     follow(PDL)
     _attend_item(
         q, k_pages, v_pages, k_scales, v_scales, page_table, visible, items, M, part, stats, y,
-        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, MOST_M, SLICE, BLOCK_D, CACHE,
+        H, G, D, SCALE, PAGE, SMALL_M, LARGE_M, SMALL_N, LARGE_N, GROUP_N, MOST_M, SLICE, BLOCK_D, CACHE,
     )  # fmt: skip

@@ -31,6 +31,7 @@ PROGRAMS = 264  # that a pass is split into, if nobody says: two for each of an 
 SPLITS = 32  # at most so many shares of a tile
 SMALL_M, LARGE_M = 16, 64  # packed queries and heads of a tile
 SMALL_N, LARGE_N = 64, 32  # slots of a step over its pages
+GROUP_N = 64  # of a large tile on SM 90, whose registers and shared memory have room for them
 # In f32 so many rows of a tile and slots at a time: no tensor core multiplies it, and a thread holds all numbers that a
 # product of its rows and columns sums over, so heads come in slices.
 F32 = {"MOST_M": 16, "SMALL_N": 16, "SLICE": 32}
@@ -91,7 +92,9 @@ def _heads(model: ModelConfig) -> dict[str, int]:
 
 def _constants(model: ModelConfig, bits: KvBits | None) -> Constants:
     rows, heads = _tile_rows(model), _heads(model)
-    slots = {"PAGE": PAGE, "SMALL_N": SMALL_N, "LARGE_N": LARGE_N // 2 if bits else LARGE_N}  # 32 spilled on SM 120
+    large = LARGE_N // 2 if bits else LARGE_N  # 32 spilled on SM 120
+    group = large if bits or heads["BLOCK_D"] > 128 else GROUP_N  # only so many of 16 bits were tried
+    slots = {"PAGE": PAGE, "SMALL_N": SMALL_N, "LARGE_N": large, "GROUP_N": group}
     tile = {**rows, "MOST_M": rows["LARGE_M"], "SLICE": heads["BLOCK_D"]}
     code = {"CACHE": kv_cache.CODE[bits]} if bits else {}
     return {**heads, "SCALE": float(model.head_dim**-0.5), **slots, **tile, **code}

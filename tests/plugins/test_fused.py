@@ -224,7 +224,8 @@ def test_fused_kernels_compile_for_every_card(
     assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(FUSED) for sm in sms}
     for kernel in kernels:
         assert kernel.spill_bytes == 0, kernel
-        assert kernel.shared_bytes <= 99 * 1024, kernel
+        tile_of_sm_90 = kernel.stage == "PagedAttention" and kernel.sm == 90  # two programs of a multiprocessor
+        assert kernel.shared_bytes <= (113 if tile_of_sm_90 else 99) * 1024, kernel
     follows = {stage.name for _, stage in stages(FUSED) if stage.follows}
     for kernel in kernels:  # begins while the one before it ends, where a card can do that
         ptx = (tmp_path / kernel.file("ptx")).read_text()
