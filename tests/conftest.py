@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -23,7 +24,6 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists()
 
 import hypothesis
 import hypothesis.configuration
-import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
@@ -72,19 +72,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
-class OneThread(onnxruntime.SessionOptions):
-    """What ONNX Runtime takes where no number of threads is given: a second one would wait, spinning, most of the time.
+if importlib.util.find_spec("onnxruntime"):  # tests that need a GPU also run without it
+    import onnxruntime
 
-    With it an answer took twice the processor time. Servers that tests start have one as well, but for one of them;
-    commands have those that they take by themselves.
-    """
+    class OneThread(onnxruntime.SessionOptions):
+        """What ONNX Runtime takes where no number of threads is given: a second one would spin, mostly waiting.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.intra_op_num_threads = 1
+        With it an answer took twice the processor time. Servers that tests start have one as well, but for one of
+        them; commands have those that they take by themselves.
+        """
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
 
-onnxruntime.SessionOptions = OneThread
+    onnxruntime.SessionOptions = OneThread
 
 
 @pytest.fixture(scope="session")

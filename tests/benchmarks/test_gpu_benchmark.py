@@ -237,6 +237,20 @@ def test_check_gpu_runs_every_test_that_needs_one() -> None:
     assert set(re.findall(r"tests/\w+/\w+\.py", script)) == marked
 
 
+def test_check_gpu_needs_no_more_than_it_says() -> None:
+    """Its tests are found as on a card, where packages that the script does not ask for may be missing."""
+    root = FOLDER.parent
+    files = re.findall(r"tests/\w+/\w+\.py", (root / "scripts" / "check-gpu").read_text(encoding="utf-8"))
+    missing = ["onnxruntime", "llguidance", "huggingface_hub", "transformers", "tensorrt_rtx", "polygraphy"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import pytest; sys.exit(pytest.main())"
+    command = [sys.executable, "-c", code, "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    found = {line.split("::")[0] for line in result.stdout.splitlines() if "::" in line}
+    assert found == set(files)
+
+
 def test_cells_fail_by_themselves() -> None:
     gpu, plan = _program(), importlib.import_module("gpu.plan")
     card = argparse.Namespace(total=2**33, forget=lambda: None)

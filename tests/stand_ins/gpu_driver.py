@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import helper
 
@@ -237,6 +236,8 @@ class Engine:
     merge = 1
 
     def __init__(self, path: Path, profiles: list[dict[str, int]], driver: Driver, made: Made) -> None:
+        import onnxruntime
+
         self.profiles = profiles  # the most of each letter
         self.driver = driver
         self.made = made
@@ -301,6 +302,8 @@ class Context:
         return [name for name in self.engine.inputs if name not in self.shapes]
 
     def execute_async_v3(self, stream: int) -> bool:
+        import onnxruntime
+
         assert self.scratch >= 4096
         assert self.infer_shapes() == []
         assert self.profile is not None
