@@ -13,7 +13,7 @@ from common import checkout  # noqa: F401  # isort: skip
 from common import record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engines.engine import bidirectional
+from nemodiff.runtime.engines.passes import bidirectional
 from nemodiff.runtime.loading import load
 
 CONTEXTS = (30, 130, 300, 600, 1100, 2100, 4200)

@@ -23,7 +23,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.runtime.editing.infill import fill
 from nemodiff.runtime.editing.revise import revise
 from nemodiff.runtime.editing.row import Row
-from nemodiff.runtime.engines.engine import Pass, bidirectional, every_token
+from nemodiff.runtime.engines.passes import Pass, bidirectional, every_token
 from nemodiff.runtime.generate import generate, generate_many
 from nemodiff.runtime.loading import LoadedEngine, load
 

@@ -20,7 +20,7 @@ from common.questions import LONGEST
 
 from nemodiff.builder.build import Builder
 from nemodiff.contract import Backend, KvCacheDtype, kv_bytes_per_token
-from nemodiff.runtime.engines.engine import bidirectional
+from nemodiff.runtime.engines.passes import bidirectional
 from nemodiff.runtime.loading import LoadedEngine, load
 
 KINDS: dict[str, tuple[Backend, KvCacheDtype]] = {

@@ -33,7 +33,7 @@ from common.twin_gguf import LlamaCpp, quantize_gguf, write_gguf
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
 from nemodiff.engine_folder import WEIGHTS_FILE
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.generate import generate
 from nemodiff.runtime.loading import LoadedEngine, load
 

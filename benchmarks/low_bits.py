@@ -24,7 +24,7 @@ from common import compared, record
 from common.questions import LONGEST
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engines.engine import bidirectional
+from nemodiff.runtime.engines.passes import bidirectional
 from nemodiff.runtime.loading import LoadedEngine, load
 
 ENGINES: dict[str, dict[str, dict[str, Any]]] = {  # choices of the builds by backend and name

@@ -21,7 +21,7 @@ from common import record
 from nemodiff.builder.build import Builder
 from nemodiff.engine_folder import MANIFEST_FILE, MODEL_FILE
 from nemodiff.plugins.ops import block_attention
-from nemodiff.runtime.engines.engine import bidirectional
+from nemodiff.runtime.engines.passes import bidirectional
 from nemodiff.runtime.loading import load
 
 SIZES, WARMUP = (1, 32), 50

@@ -18,7 +18,7 @@ from typing import Any
 from common import questions, record
 
 from nemodiff.builder.build import Builder
-from nemodiff.runtime.engines.engine import Prediction
+from nemodiff.runtime.engines.passes import Prediction
 from nemodiff.runtime.generate import decode, prepare
 from nemodiff.runtime.loading import LoadedEngine, load
 from nemodiff.runtime.requests.options import make_options

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..contract import counted
 from ..errors import RequestError
-from ..runtime.engines.engine import PASS_KINDS, PassKind
+from ..runtime.engines.passes import PASS_KINDS, PassKind
 from ..runtime.events.events import answers
 from ..runtime.generate import sequence_events
 from ..runtime.loading import LoadedEngine

@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import NemodiffError
 from .batching.batch import Batch, kept_prefixes
 from .batching.slot import PassResult
-from .engines.engine import Engine, Pass, Prediction
+from .engines.engine import Engine
+from .engines.passes import Pass, Prediction
 from .events.events import BlockStarted, Event, Finished, Pieces, Started, Step, Text, answers
 from .events.reporter import Reporter
 from .loading import LoadedEngine, check_engine, check_rows

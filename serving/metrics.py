@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
-from ..runtime.engines.engine import PassKind
+from ..runtime.engines.passes import PassKind
 from ..runtime.events.events import Finished
 from ..runtime.scheduler.statistics import Statistics
 

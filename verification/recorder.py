@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from ..runtime.engines.engine import Cache, Engine, Pass, Prediction
+from ..runtime.engines.engine import Cache, Engine
+from ..runtime.engines.passes import Pass, Prediction
 
 SAMPLE = 256  # logits of a prediction that are compared, spread over the vocabulary
 

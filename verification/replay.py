@@ -9,7 +9,8 @@ import numpy as np
 
 from ..contract import PREFILL_CHUNK
 from ..errors import EngineError, RequestError, first_line
-from ..runtime.engines.engine import Engine, Pass, Prediction, ReadableCache, causal, every_token
+from ..runtime.engines.engine import Engine, ReadableCache
+from ..runtime.engines.passes import Pass, Prediction, causal, every_token
 from .hidden_states import named, watched
 from .network import Answer
 from .rounding import relative_noise

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..runtime.engines.engine import Pass
+from ..runtime.engines.passes import Pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from ..contract import counted
 from ..errors import CheckpointError, EngineError, RequestError, first_line
 from ..runtime.batching.batch import KEPT_PREFIXES
-from ..runtime.engines.engine import bidirectional, causal
+from ..runtime.engines.passes import bidirectional, causal
 from ..runtime.generate import decode
 from ..runtime.loading import LoadedEngine
 from ..runtime.requests.options import Options

@@ -13,7 +13,8 @@ from typing import Any
 
 from nemodiff.contract import MODES
 from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Cache, bidirectional, causal
+from nemodiff.runtime.engines.engine import Cache
+from nemodiff.runtime.engines.passes import bidirectional, causal
 from nemodiff.runtime.generate import decode
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.requests.options import make_options

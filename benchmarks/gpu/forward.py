@@ -17,7 +17,7 @@ from gpu import models as gpu_models
 from gpu.plan import Cell, Figures, Lab, RunConfig
 from nemodiff.errors import EngineError
 from nemodiff.plugins.ops import linear
-from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
+from nemodiff.runtime.engines.passes import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.projections import OWN
 from nemodiff.runtime.loading import LoadedEngine
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemodiff.runtime.engines.engine import Following, Pass, Prediction
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction
 
 POSITIONS = 2**17  # that a script is written for
 FIRST_ID, IDS = 200, 500  # of true tokens: no EOS, no mask

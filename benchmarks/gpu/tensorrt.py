@@ -19,7 +19,7 @@ from nemodiff.contract import ITEMSIZE, MODES
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import MODULES
-from nemodiff.runtime.engines.engine import bidirectional, causal
+from nemodiff.runtime.engines.passes import bidirectional, causal
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.generate import generate

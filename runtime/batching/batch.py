@@ -13,7 +13,8 @@ from typing import Any
 from ...contract import PREFILL_CHUNK
 from ...errors import NemodiffError
 from ..engines.drafter import adapted
-from ..engines.engine import Engine, Pass, Prediction
+from ..engines.engine import Engine
+from ..engines.passes import Pass, Prediction
 from ..planning.pass_costs import PassCosts
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from ...contract import PAGE, PREFILL_CHUNK
 from ...errors import EngineError, NemodiffError
-from ..engines.engine import Flight, Following, PagedCache, Pass, Prediction, causal, most_shift
+from ..engines.engine import Flight, PagedCache
 from ..engines.grouping import Arrangement
 from ..engines.pages import Pages
+from ..engines.passes import Following, Pass, Prediction, causal, most_shift
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
 from .rows import Found, Rows

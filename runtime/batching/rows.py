@@ -6,7 +6,8 @@ import time
 from typing import NamedTuple
 
 from ...errors import NemodiffError
-from ..engines.engine import Cache, Pass
+from ..engines.engine import Cache
+from ..engines.passes import Pass
 from ..modes import LOOPS
 from ..modes.scoring import loop_of
 from ..planning.pass_costs import Load, PassCosts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from ..engines.engine import Pass, Prediction
+from ..engines.passes import Pass, Prediction
 from ..modes.ar import Loop
 from ..requests.outcome import PassOutcome
 from ..requests.sequence import Sequence

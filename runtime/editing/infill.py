@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from ...contract import MAX_BLOCK
 from ...errors import RequestError
-from ..engines.engine import PassKind
+from ..engines.passes import PassKind
 from ..loading import LoadedEngine, check_engine
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
 from ..requests.prepare import Prompt, encode

@@ -13,7 +13,7 @@ import time
 
 from ...contract import counted
 from ...errors import RequestError
-from ..engines.engine import PassKind, causal
+from ..engines.passes import PassKind, causal
 from ..loading import LoadedEngine, check_engine
 from ..requests.option_types import Range
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options

@@ -6,7 +6,8 @@ from types import TracebackType
 
 from ...contract import PREFILL_CHUNK
 from ...errors import EngineError
-from ..engines.engine import PASS_KINDS, Engine, Pass, PassKind, Prediction, bidirectional, causal
+from ..engines.engine import Engine
+from ..engines.passes import PASS_KINDS, Pass, PassKind, Prediction, bidirectional, causal
 
 
 class Row:

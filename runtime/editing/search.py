@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...contract import PREFILL_CHUNK
-from ..engines.engine import Pass, causal
+from ..engines.passes import Pass, causal
 from ..sampling.softmax import log_softmax
 from .row import Row
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import EngineError
-from .engine import Engine, Pass, every_token
+from .engine import Engine
+from .passes import Pass, every_token
 
 
 def check_gate(engine: Engine, folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...contract import Binding, inputs, outputs
 from ...engine_info import EngineInfo
-from .engine import Pass
+from .passes import Pass
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT gets; Triton assumes 16
 _NUMPY: dict[str, type] = {"i32": np.int32, "f32": np.float32}

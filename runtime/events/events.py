@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ..engines.engine import PassKind
+from ..engines.passes import PassKind
 from ..requests.generation import Generation
 from ..requests.token_logprobs import TokenLogprobs
 from ..tools.answer import Delta

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 
-from ..engines.engine import Following, Pass, Prediction, causal
+from ..engines.passes import Following, Pass, Prediction, causal
 from ..requests.sequence import Sequence
 
 Loop = Generator[Pass, Prediction, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..engines.engine import Following, Pass, causal
+from ..engines.passes import Following, Pass, causal
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
 from .ar import Follower, Loop, over_last, prefill

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import numpy as np
 
 from ...errors import EngineError
-from ..engines.engine import Following, Pass, PassKind, Prediction, bidirectional, causal, with_masks
+from ..engines.passes import Following, Pass, PassKind, Prediction, bidirectional, causal, with_masks
 from ..requests.outcome import Filling
 from ..requests.sequence import Sequence
 from ..sampling.softmax import entropies, probability

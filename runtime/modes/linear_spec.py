@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator
 
-from ..engines.engine import Following, Pass, Prediction, causal
+from ..engines.passes import Following, Pass, Prediction, causal
 from ..requests.sequence import Sequence
 from .ar import Again, Follower, Loop, prefill
 from .diffusion import denoise, over_block

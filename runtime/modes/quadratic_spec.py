@@ -15,8 +15,8 @@ from collections.abc import Generator
 
 from ...contract import PREFILL_CHUNK
 from ...plugins.ops.arrange import MOST_STOPS
-from ..engines.engine import Following, Pass, Prediction, causal, every_token, with_masks
 from ..engines.grouping import Arrangement, Grouping, arranged
+from ..engines.passes import Following, Pass, Prediction, causal, every_token, with_masks
 from ..planning.cost import CostCurve
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence

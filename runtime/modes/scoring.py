@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from ..engines.engine import Pass, Prediction, causal
+from ..engines.passes import Pass, Prediction, causal
 from ..requests.sequence import Sequence
 from .ar import Loop, prefill
 

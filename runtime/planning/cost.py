@@ -16,7 +16,8 @@ import numpy as np
 
 from ...contract import PREFILL_CHUNK
 from ...errors import EngineError
-from ..engines.engine import Engine, causal
+from ..engines.engine import Engine
+from ..engines.passes import causal
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 _FIRST = (1, 32)  # measured before any other, however long they take: their ratio is what plans hang on

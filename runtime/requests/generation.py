@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..engines.engine import PassKind
+from ..engines.passes import PassKind
 from ..loading import LoadedEngine
 from ..tools.answer import ToolCall
 from .sequence import FinishReason, Sequence

@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from ..engines.engine import Pass, Prediction
+from ..engines.passes import Pass, Prediction
 from ..sampling.grammar import Matcher
 from ..sampling.noise import Noise
 from ..sampling.sampler import BadWords, SamplingParams, draw, penalise

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from ...config import ModelConfig
-from ..engines.engine import PASS_KINDS, Following, Pass, PassKind, Prediction, agreed
 from ..engines.grouping import Arrangement
+from ..engines.passes import PASS_KINDS, Following, Pass, PassKind, Prediction, agreed
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..planning.pass_costs import Load, PassCosts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...contract import MAX_BLOCK, PREFILL_CHUNK, counted
 from ...engine_info import EngineInfo
 from ...errors import ContextLengthError, RequestError
-from ..engines.engine import ABOVE_ALL
+from ..engines.passes import ABOVE_ALL
 from ..sampling.commit import Policy
 from ..sampling.grammar import GUIDES, Grammar
 from ..sampling.grammar_cache import GRAMMARS

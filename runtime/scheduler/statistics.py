@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..engines.engine import PASS_KINDS, PassKind
+from ..engines.passes import PASS_KINDS, PassKind
 from ..requests.sequence import Sequence
 
 End = Literal["finished", "cancelled", "failed"]

@@ -15,7 +15,8 @@ from typing import Any
 from ...engine_info import EngineInfo
 from ...errors import BusyError, RequestError
 from ...runtime.editing.infill import Filled, infill
-from ...runtime.engines.engine import PASS_KINDS, Cache, Engine, Pass, PassKind, Prediction
+from ...runtime.engines.engine import Cache, Engine
+from ...runtime.engines.passes import PASS_KINDS, Pass, PassKind, Prediction
 from ...runtime.loading import LoadedEngine
 from ..metrics import InfillStats
 from .request_group import DrainingError

@@ -23,7 +23,7 @@ import torch
 from stand_ins.scripts import load_script
 from stand_ins.torch_graphs import RecordingDevice
 
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.generate import generate
 

@@ -15,7 +15,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.graph import projection
 from nemodiff.errors import EngineError
-from nemodiff.runtime.engines.engine import Pass, causal
+from nemodiff.runtime.engines.passes import Pass, causal
 from nemodiff.runtime.loading import LoadedEngine
 
 IDS = [(7 * i + 200) % 800 for i in range(48)]

@@ -29,7 +29,7 @@ from nemodiff.builder.checkpoint.safetensors_file import PIECE, copy_tensors
 from nemodiff.builder.export import Exporter
 from nemodiff.builder.twin import twin_name
 from nemodiff.errors import BuildError, CheckpointError
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 
 YARN = json.loads((TINY_CHAT / "config.json").read_text())["rope_parameters"]
 LONG = {"rope_theta": 10000.0, "original_max_position_embeddings": 40, "llama_4_scaling_beta": 0.5}

@@ -22,7 +22,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.builder.checkpoint.low_bits import quantise_rows
 from nemodiff.builder.checkpoint.quantized import QuantizedTensor
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 
 FORMS: list[tuple[str, int, bool]] = [
     ("gptq", 32, False),

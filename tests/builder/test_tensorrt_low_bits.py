@@ -21,7 +21,7 @@ from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.contract import Quantization, cache_names
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 
 RTX = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra")
 

@@ -18,8 +18,8 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.config import ModelConfig, parse_config
 from nemodiff.contract import MEMORY_PATTERN, PREFILL_CHUNK, inputs, outputs
-from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime import forward
+from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional, causal
 
 PROMPT = [130 + (i * 7) % 200 for i in range(20)]
 

@@ -26,7 +26,7 @@ from nemodiff.builder.checkpoint.checkpoint import open_checkpoint
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import CheckpointError
 from nemodiff.plugins.ops import linear
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 
 pytestmark = pytest.mark.torch

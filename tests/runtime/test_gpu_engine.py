@@ -35,7 +35,7 @@ from nemodiff.contract import Backend, Dtype, cache_names
 from nemodiff.engine_folder import COMPILED_FOLDER
 from nemodiff.errors import BuildError
 from nemodiff.plugins.tensorrt.api import MODULES, device_sm, load
-from nemodiff.runtime.engines.engine import bidirectional, causal
+from nemodiff.runtime.engines.passes import bidirectional, causal
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.runtime.engines.torch import projections

@@ -21,8 +21,8 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.contract import PAGE
 from nemodiff.runtime.editing.options import METHODS
-from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
+from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.torch.cache import TorchCache
 from nemodiff.runtime.loading import LoadedEngine
 

@@ -27,7 +27,7 @@ from nemodiff.cli import main
 from nemodiff.runtime.editing.infill import LONGEST_FREE, parse_template
 from nemodiff.runtime.editing.options import METHODS
 from nemodiff.runtime.editing.row import Row
-from nemodiff.runtime.engines.engine import Pass, Prediction
+from nemodiff.runtime.engines.passes import Pass, Prediction
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fill-in" / "fill_in.py"
 DATA = load_make_data()

@@ -23,7 +23,7 @@ from nemodiff.cli import main
 from nemodiff.contract import MODES, Backend, KvCacheDtype
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.loading import LoadedEngine
 
 TORCH = pytest.mark.torch

@@ -26,8 +26,8 @@ from stand_ins.toy_engine import PagedToyEngine, toy
 import nemodiff
 from nemodiff.contract import MODES, PAGE
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import causal
 from nemodiff.runtime.engines.pages import Copy, Pages
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options

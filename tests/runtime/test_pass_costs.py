@@ -18,8 +18,8 @@ from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.engine_folder import CONFIG_FILE, COST_FILE, MANIFEST_FILE, engine_digest
 from nemodiff.engine_info import EngineInfo
 from nemodiff.runtime import loading
-from nemodiff.runtime.engines.engine import Pass, causal
 from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
+from nemodiff.runtime.engines.passes import Pass, causal
 from nemodiff.runtime.modes.quadratic_spec import group_again, verify_and_draft
 from nemodiff.runtime.planning.cost import SIZES, CostCurve, measure, without_noise
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner

@@ -25,8 +25,8 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import Pass
 from nemodiff.runtime.engines.grouping import Arrangement
+from nemodiff.runtime.engines.passes import Pass
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts

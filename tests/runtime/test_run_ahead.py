@@ -42,8 +42,8 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import Feed, Following, Pass, Prediction, bidirectional, causal, with_masks
 from nemodiff.runtime.engines.grouping import Grouping
+from nemodiff.runtime.engines.passes import Feed, Following, Pass, Prediction, bidirectional, causal, with_masks
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts
 from nemodiff.runtime.modes.ar import over_next

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import reference_choice
 
 import nemodiff
-from nemodiff.runtime.engines.engine import Prediction
+from nemodiff.runtime.engines.passes import Prediction
 from nemodiff.runtime.requests.selection import TokenSelector
 from nemodiff.runtime.requests.settings import Settings
 from nemodiff.runtime.sampling.noise import Noise, gumbel, philox

@@ -41,8 +41,8 @@ from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.op import Op
 from nemodiff.plugins.tensorrt.api import device_sm
-from nemodiff.runtime.engines.engine import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.layout import PassShape
+from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional, causal
 from nemodiff.runtime.engines.tensorrt import cache as tensorrt_cache
 from nemodiff.runtime.engines.tensorrt import engine as tensorrt_engine
 from nemodiff.runtime.engines.tensorrt.device import Device

@@ -58,7 +58,7 @@ from nemodiff.engine_info import read_engine
 from nemodiff.errors import EngineError
 from nemodiff.runtime import loading
 from nemodiff.runtime.editing.options import METHODS
-from nemodiff.runtime.engines.engine import Following, Pass, bidirectional, causal
+from nemodiff.runtime.engines.passes import Following, Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch import projections
 from nemodiff.runtime.engines.torch.cache import MOST_TOKENS
 from nemodiff.runtime.engines.torch.device import TorchDevice

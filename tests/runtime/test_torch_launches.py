@@ -20,7 +20,7 @@ from nemodiff.plugins import FUSED
 from nemodiff.plugins.failure import refusal
 from nemodiff.plugins.op import Stage
 from nemodiff.plugins.ops import linear, paged_attention
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.engines.torch import launcher
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine

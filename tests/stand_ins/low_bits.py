@@ -13,7 +13,7 @@ from stand_ins.checkpoints import load_make_data
 import nemodiff
 from nemodiff.builder.checkpoint.safetensors_file import read_tensors
 from nemodiff.engine_folder import TENSORS_FILE
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.loading import LoadedEngine
 
 # Options of requests, one for each mode.

@@ -13,8 +13,8 @@ import numpy as np
 
 import nemodiff
 from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Following, Pass, Prediction
 from nemodiff.runtime.engines.pages import Pages
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics
 from nemodiff.runtime.planning.pass_costs import PassCosts

@@ -14,7 +14,7 @@ from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.engine import Pass, bidirectional, causal
+from nemodiff.runtime.engines.passes import Pass, bidirectional, causal
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.loading import LoadedEngine
 from nemodiff.runtime.requests.options import Options

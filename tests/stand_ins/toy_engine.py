@@ -17,8 +17,8 @@ import numpy as np
 import nemodiff
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Following, Pass, Prediction, read_only
 from nemodiff.runtime.engines.pages import Pages
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction, read_only
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 START = 12  # positions that every token depends on

@@ -24,8 +24,9 @@ from nemodiff.builder.build import Builder
 from nemodiff.engine_info import read_engine
 from nemodiff.runtime.batching.neighbours import NeighbouringRows
 from nemodiff.runtime.batching.rows import Rows
-from nemodiff.runtime.engines.engine import Cache, Engine, Pass, Prediction, bidirectional
+from nemodiff.runtime.engines.engine import Cache, Engine
 from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
+from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional
 from nemodiff.runtime.requests.sequence import Sequence as Request
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network

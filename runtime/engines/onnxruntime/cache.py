@@ -10,8 +10,8 @@ import numpy as np
 
 from ....contract import cache_names, caches
 from ....engine_info import EngineInfo
-from ..engine import Pass, Prediction
 from ..layout import PassShape
+from ..passes import Pass, Prediction
 from .forward import NUMPY, Bindings, BoundRows, Forward
 from .memory import Memory
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ....contract import MEMORY_PATTERN, Binding, inputs, outputs
 from ....engine_info import EngineInfo
-from ..engine import Pass, Prediction, read_only
 from ..layout import PassShape
+from ..passes import Pass, Prediction, read_only
 
 NUMPY: dict[str, type] = {"i8": np.int8, "i32": np.int32, "f32": np.float32, "f16": np.float16}
 _PATTERNED = 7  # the first schema whose graph has the input MEMORY_PATTERN

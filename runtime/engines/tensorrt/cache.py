@@ -16,8 +16,9 @@ import numpy as np
 from ....contract import cache_names
 from ....errors import EngineError, RequestError
 from ....tensorrt_info import Profile
-from ..engine import NO_LOGITS, Pass, Prediction, read_only
+from ..engine import NO_LOGITS
 from ..layout import PassShape, layouts, rounded
+from ..passes import Pass, Prediction, read_only
 from .device import Pinned
 from .forward import Forward, Owner
 from .pieces import copied, joined, split

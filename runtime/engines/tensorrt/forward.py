@@ -18,8 +18,8 @@ from ....plugins.op import ceil_div
 from ....plugins.tensorrt.api import TensorRT
 from ....plugins.tensorrt.launch import Kernels, run, workspace_size
 from ....plugins.tensorrt.protocols import Context
-from ..engine import Pass, Prediction, read_only
 from ..layout import SAMPLING, PassShape, fill, layouts
+from ..passes import Pass, Prediction, read_only
 from .device import Device, Graph, Memory, Pinned
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ....errors import EngineError
-from ..engine import Pass, Prediction, read_only
+from ..passes import Pass, Prediction, read_only
 
 
 def split(p: Pass, longest: int, folder: Path) -> list[Pass]:

@@ -10,8 +10,9 @@ import numpy as np
 
 from ....contract import PAGE, cache_names
 from ....errors import EngineError
-from ..engine import Flight, Following, Pass, Prediction
+from ..engine import Flight
 from ..pages import Pages
+from ..passes import Following, Pass, Prediction
 from .forwards import Forwards, TorchFlight
 
 MOST_TOKENS = 2048  # of a forward's rows that decode; prompts come on top

@@ -15,10 +15,10 @@ import numpy as np
 from ....contract import MAX_BLOCK, PAGE, PREFILL_CHUNK, Binding
 from ....engine_info import EngineInfo
 from ....plugins.ops.arrange import SMALLEST, WIDTH, Known, packed
-from ..engine import Feed, Pass
 from ..grouping import Arrangement
 from ..layout import Layout, layout
 from ..pages import Pages
+from ..passes import Feed, Pass
 
 MOST_CAPTURED = 1024  # tokens of a graph
 FREE = 256  # up to so many tokens a pass takes the time of its weights, so padding costs nothing (docs/design.md)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....errors import EngineError
-from ..engine import Following, Pass, Prediction, read_only
+from ..passes import Following, Pass, Prediction, read_only
 from .flat import FlatShape, Source, flat_shape
 from .step import Step, Steps
 

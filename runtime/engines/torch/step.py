@@ -12,9 +12,9 @@ import numpy as np
 
 from ....contract import PAGE
 from ....engine_info import EngineInfo
-from ..engine import Pass, most_shift
 from ..grouping import Arrangement
 from ..layout import Layout
+from ..passes import Pass, most_shift
 from .device import Buffer, Graph, TorchDevice
 from .flat import FREE, FlatShape, Source, fill, flat_layouts, rounded_shape
 from .kernel_cache import KernelCache

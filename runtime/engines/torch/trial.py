@@ -6,7 +6,7 @@ import random
 
 from ....contract import PREFILL_CHUNK
 from ....tuned import Choice
-from ..engine import bidirectional, causal
+from ..passes import bidirectional, causal
 from .engine import TorchEngine
 from .flat import flat_shape
 from .projections import OWN
