@@ -50,7 +50,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def create_routes(handlers: Handlers, draining: threading.Event) -> FastAPI:
     """The application that the middleware wraps; `draining` is set once the server is about to stop."""
     version = importlib.metadata.version("nemodiff")
-    app = FastAPI(title="nemodiff", version=version, docs_url=None, redoc_url=None, responses=_ERRORS)
+    app = FastAPI(
+        title="nemodiff", version=version, docs_url=None, redoc_url=None, redirect_slashes=False, responses=_ERRORS
+    )
     app.router.route_class = BodyRoute
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_exception_handler(NemodiffError, error_responses.on_nemodiff_error)
