@@ -15,7 +15,7 @@ from pydantic import Discriminator, Field, Tag
 from ...errors import RequestError
 from ...runtime.requests.prepare import Prompt
 from ...runtime.requests.spellings import resolve
-from .body_parts import Body, Many, Message, StreamOptions
+from .body_parts import Body, Many, Message, RequestId, StreamOptions
 from .option_fields import option_field, with_options
 from .structure import Structured
 from .template_fields import Templated
@@ -71,6 +71,7 @@ class Generating(Structured, Decoding):
     stream_options: StreamOptions | None = Field(
         None, description="Send a last chunk with the usage, or with continuous_usage_stats every chunk."
     )
+    request_id: RequestId = None
     diffusing: bool | None = Field(
         None, description="Send blocks as they fill in too, outside of the text; needs stream."
     )

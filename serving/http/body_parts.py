@@ -17,6 +17,11 @@ class _FirstMistake(FailFast):
 
 Value = TypeVar("Value")
 Many = Annotated[list[Value], _FirstMistake()]  # every list of a body: one mistake is told, and there may be a million
+# What an answer's id ends with, which every chunk of a stream repeats.
+RequestId = Annotated[
+    str | None,
+    Field(pattern=r"^[!-~]{1,128}$", description="End the answer's id with this, in vLLM's words: 1 to 128 of ASCII."),
+]
 # Fields of OpenAI's and vLLM's that change no answer here.
 _WITHOUT_EFFECT = (
     "guided_decoding_backend", "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key",
@@ -26,6 +31,7 @@ _WITHOUT_EFFECT = (
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "best_of": (1,),
+    "detokenize": (True,),
     "function_call": ("auto", "none"),
     "include_reasoning": (True,),
     "length_penalty": (1,),

@@ -12,14 +12,16 @@ from ...runtime.editing.options import HELP, Method
 from ...runtime.requests.options import BLOCK_LENGTH
 from ...runtime.text.codec import TextCodec
 from .body import Completion, Decoding
-from .body_parts import StreamOptions
+from .body_parts import RequestId, StreamOptions
 from .option_fields import with_options
 
 # A filling is the likeliest of those that a search meets, so nothing is drawn; editors send these all the same.
 _DRAWING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
 )  # fmt: skip
-_SHARED = ("model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "threshold", *_DRAWING)
+_SHARED = (
+    "model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "request_id", "threshold", *_DRAWING,
+)  # fmt: skip
 _PLAIN: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "diffusing": False}  # what a hole has anyway
 
 
@@ -43,6 +45,7 @@ class Fim(Decoding):
     width: int | None = Field(None, description=f"{HELP['width']} Allowed: {BLOCK_LENGTH}.")
     stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
     stream_options: StreamOptions | None = None
+    request_id: RequestId = None
 
     @classmethod
     def of(cls, body: Completion) -> Fim:

@@ -88,6 +88,7 @@ class Handlers:
             prompt_logprobs=body.prompt_logprobs is not None,
             answers=answers,
             sequences=group.sequences,
+            id=body.request_id,
         )
         if isinstance(body, Completion) and body.echo:
             builder.echoes = [
@@ -186,7 +187,7 @@ class Handlers:
             cancelled.set()
             watch.cancel()
         usage = body.usage(filled, self.engine.text)
-        builder = ResponseBuilder(self.engine, "completion", model)
+        builder = ResponseBuilder(self.engine, "completion", model, id=body.request_id)
         response = builder.infill(body.cut(filled.holes[0]), usage, body.warnings(), stream=bool(body.stream))
         if not body.stream:
             return JSONResponse(response)

@@ -33,7 +33,7 @@ class ResponseBuilder:
 
     logprobs, prompt_logprobs: whether they are part of the answer. answers: to each prompt. sequences: the runtime's,
     one per answer; they are known once the request is submitted. echoes: the prompt's text per answer, where it is
-    repeated before it.
+    repeated before it. id: the client's, if it gives one.
     """
 
     engine: LoadedEngine
@@ -44,8 +44,11 @@ class ResponseBuilder:
     answers: int = 1
     sequences: Sequence[RunningSequence] = ()
     echoes: Sequence[str] = ()
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+    id: str | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = self.id or secrets.token_hex(12)
 
     def full(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The answer to a request that is not streamed, for orjson."""

@@ -33,6 +33,7 @@ def server(tiny_engine: Path) -> Iterator[Served]:
         {"tools": [], "tool_choice": "auto"},
         {"tools": None, "tool_choice": "none", "function_call": "auto", "functions": []},
         {"skip_special_tokens": True, "spaces_between_special_tokens": True, "add_generation_prompt": True},
+        {"detokenize": True},
         {"prediction": {"type": "content", "content": "3, 4"}, "prompt_cache_options": {"mode": "implicit"}},
         {"best_of": 1, "length_penalty": 1.0, "echo": False, "suffix": ""},
     ],
@@ -40,6 +41,25 @@ def server(tiny_engine: Path) -> Iterator[Served]:
 def test_fields_that_ask_for_what_is_done_anyway(server: Served, fields: dict[str, Any]) -> None:
     plain = server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4})["choices"]
     assert server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4, **fields})["choices"] == plain
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "fields"),
+    [
+        (CHAT, "chatcmpl", {"messages": [QUESTION]}),
+        ("/v1/completions", "cmpl", {"prompt": "Count"}),
+        ("/v1/completions", "cmpl", {"prompt": "Count", "suffix": "9"}),
+        ("/v1/fim/completions", "cmpl", {"prompt": "Count", "suffix": "9"}),
+    ],
+)
+def test_the_id_of_an_answer_may_be_chosen(server: Served, path: str, prefix: str, fields: dict[str, Any]) -> None:
+    body = {**fields, "max_tokens": 2, "request_id": "order-7"}
+    assert server.ask(path, body)["id"] == f"{prefix}-order-7"
+    assert {chunk["id"] for chunk in server.stream(path, {**body, "stream": True})} == {f"{prefix}-order-7"}
+    for wrong in ("", "x" * 129, "\ud800", "a\nb", 7):
+        status, _, content = server.send(path, {**body, "request_id": wrong})
+        assert status == 400
+        assert json.loads(content)["error"]["message"].startswith("request_id: ")
 
 
 @pytest.mark.parametrize("fields", [{"modalities": ["audio"]}, {"modalities": ["text", "audio"]}, {"functions": [{}]}])
