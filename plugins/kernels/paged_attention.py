@@ -94,33 +94,27 @@ def _attend(
     of_key = n[:, None] * D + d[None, :]
     of_value = n[:, None] * D + d[None, :]
     steps: tl.constexpr = PAGE // BLOCK_N
-    # A pipelined loop has what is under a condition last, so the copies of a later step leave before the products of
-    # this one. The condition always holds; only a loop with `num_stages` of its own is pipelined with the products so.
-    early: tl.constexpr = warpgroups() and BLOCK_M >= 64 and CACHE == 0 and BLOCK_D <= 128
-    stages: tl.constexpr = 3 if early else None
     whole = tl.minimum(until, full) * steps
     page = tl.load(table + at, mask=at * steps < whole, other=0)
-    for number in tl.range(at * steps, whole, num_stages=stages):
+    for number in range(at * steps, whole):
         row = (page.to(tl.int64) * G + kv_head) * PAGE + number % steps * BLOCK_N
         head = row * D
         page = tl.load(table + (number + 1) // steps, mask=number + 1 < whole, other=0)
         if SLICE >= BLOCK_D:
             keys = _whole(k_pages + head + of_key, in_head, D, BLOCK_D)
-            across = tl.trans(to_numbers(keys, kind, CACHE))
         values = _whole(v_pages + head + of_value, in_head, D, BLOCK_D)
-        if tokens > 0 if early else True:
-            if SLICE >= BLOCK_D:
-                scores = tl.dot(query, across, input_precision="ieee") * gain
-            else:
-                of_slot = k_pages + head + n * D
-                scores = _sliced(q + of_query, of_slot, real, n >= 0, gain, D, BLOCK_M, BLOCK_N, BLOCK_D, SLICE, CACHE)
-            gains = highest
-            if CACHE:
-                scores *= tl.load(k_scales + row + n)[None, :]
-                gains = tl.load(v_scales + row + n) * lift
-            highest, total, sum_v = weigh(
-                scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE, spread
-            )
+        if SLICE >= BLOCK_D:
+            scores = tl.dot(query, tl.trans(to_numbers(keys, kind, CACHE)), input_precision="ieee") * gain
+        else:
+            of_slot = k_pages + head + n * D
+            scores = _sliced(q + of_query, of_slot, real, n >= 0, gain, D, BLOCK_M, BLOCK_N, BLOCK_D, SLICE, CACHE)
+        gains = highest
+        if CACHE:
+            scores *= tl.load(k_scales + row + n)[None, :]
+            gains = tl.load(v_scales + row + n) * lift
+        highest, total, sum_v = weigh(
+            scores, highest, total, sum_v, to_numbers(values, kind, CACHE), gains, CACHE, spread
+        )
 
     # The prefixes' ends and the spans. What is left of the item is read where it is needed, as registers are short; it
     # has been in the first-level cache since its first fields were read.
