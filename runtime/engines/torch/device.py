@@ -283,7 +283,7 @@ class TorchDevice:
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"), _keeping():
+            with _keeping(), torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             return first_line(error)
