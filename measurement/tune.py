@@ -8,10 +8,11 @@ What gains most takes the best one's place, if it gains more than turns differ.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..engine_info import read_engine
 from ..errors import EngineError, RequestError
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from ..runtime.engines.torch.trial import Probes
 
 TURNS = 12  # that count, after one that does not
+NEAR_TIE = 0.01  # how far rounding in f32 may take two confidences apart, of the larger one, at most
 
 
 class Timed(Protocol):
     """Passes as one choice runs them (`runtime/engines/torch/trial.py`)."""
 
-    tokens: list[list[int]]
+    tokens: list[list[int]]  # of each pass
+    confidences: list[list[float]]  # of those
 
     def seconds(self) -> list[float]:
         """Of each pass, measured once."""
@@ -104,14 +107,15 @@ def tune(
     Args:
         trial: what runs the passes in one way.
         flips: what may be chosen, "pdl" and own products.
-        exact: every choice must give the same tokens; else those alone that differ in "pdl", which changes no number.
+        exact: every choice must give the same tokens but for near ties; else those alone that differ in "pdl", which
+            changes no number, so those decide a tie alike.
         report: hears of every choice before it is tried, and why one is left out: a card may refuse its kernels.
         turns: that count.
 
     Raises:
         EngineError: two choices give different tokens where they must not.
     """
-    tokens: dict[frozenset[str], tuple[Choice, list[list[int]]]] = {}
+    given: dict[frozenset[str], _Given] = {}  # by own products, the default's first
 
     def ready(choice: Choice) -> Timed | None:
         report(str(choice))
@@ -122,11 +126,16 @@ def tune(
                 raise
             report(f"goes on without that: {error}")
             return None
-        other, expected = tokens.setdefault(frozenset() if exact else choice.own_products, (choice, made.tokens))
-        if made.tokens != expected:
+        new = _Given(choice, made.tokens, made.confidences)
+        other = given.setdefault(choice.own_products, new)
+        same = new.tokens == other.tokens
+        if same and exact:
+            other = given[frozenset()]
+            same = _agree(new, other)
+        if not same:
             raise EngineError(
-                f"({choice}) and ({other}) give different tokens, which is a fault of a kernel; nothing is chosen, "
-                "report it with the output of: nemodiff doctor --json"
+                f"({choice}) and ({other.choice}) give different tokens, which is a fault of a kernel; nothing is "
+                "chosen, report it with the output of: nemodiff doctor --json"
             )
         return made
 
@@ -153,6 +162,29 @@ def tune(
     if not tried:  # nothing else can be chosen
         tried.append(Tried(best, _medians(_in_turns(trials, turns)[best]), 0.0, 0.0, True))
     return Outcome(best, tried)
+
+
+class _Given(NamedTuple):
+    """What a choice gives, without its graphs."""
+
+    choice: Choice
+    tokens: list[list[int]]
+    confidences: list[list[float]]
+
+
+def _agree(one: _Given, other: _Given) -> bool:
+    """Whether tokens are the same but for near ties: two of them, as likely as each other, that share what there is."""
+    pairs = zip(
+        itertools.chain(*one.tokens),
+        itertools.chain(*one.confidences),
+        itertools.chain(*other.tokens),
+        itertools.chain(*other.confidences),
+        strict=True,
+    )
+    return all(
+        a == b or (max(of_a, of_b) <= 0.5 * (1 + NEAR_TIE) and abs(of_a - of_b) <= NEAR_TIE * max(of_a, of_b))
+        for a, of_a, b, of_b in pairs
+    )
 
 
 def _made(trials: Mapping[Choice, Timed | None]) -> dict[Choice, Timed]:

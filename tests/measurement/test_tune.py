@@ -37,8 +37,9 @@ HERE = {"card": "NVIDIA H200", "driver": "CUDA 13.0", "torch": "2.13.0", "triton
 class StandIn:
     """A choice whose passes take what a rule says; `noise` is added in every second turn."""
 
-    def __init__(self, seconds: float, tokens: list[list[int]], noise: float) -> None:
+    def __init__(self, seconds: float, tokens: list[list[int]], noise: float, confidence: float = 0.9) -> None:
         self.tokens = tokens
+        self.confidences = [[confidence for _ in some] for some in tokens]
         self._seconds, self._noise, self._turn = seconds, noise, 0
 
     def seconds(self) -> list[float]:
@@ -132,6 +133,25 @@ def test_other_tokens_are_a_fault() -> None:
         found(lambda c: 1.0, lambda c: [[c.pdl]], exact=False)
 
 
+def test_a_near_tie_is_no_fault() -> None:
+    """In f32 own products may sum in another order; early launches change no number, so they decide no tie."""
+
+    def chosen(alone: tuple[int, float], own: tuple[int, float], early: int | None = None) -> Choice:
+        def trial(choice: Choice) -> StandIn:
+            token, confidence = own if choice.own_products else alone
+            return StandIn(1.0, [[7, early if choice.pdl and early is not None else token]], 0.0, confidence)
+
+        return tune(trial, FLIPS, True, lambda text: None, turns=2).choice
+
+    assert chosen((1, 0.31), (2, 0.3101)) == Choice()
+    assert chosen((1, 0.5001), (2, 0.5)) == Choice()
+    for alone, own in (((1, 0.31), (2, 0.36)), ((1, 0.9), (2, 0.9)), ((1, 0.31), (2, float("nan")))):
+        with pytest.raises(EngineError, match="give different tokens, which is a fault"):
+            chosen(alone, own)
+    with pytest.raises(EngineError, match=r"kernels begin early, own products none\) and .*different tokens"):
+        chosen((1, 0.31), (1, 0.31), early=2)
+
+
 def test_an_engine_takes_what_was_tuned_for_its_card(engine: Path, on_card: None, monkeypatch: Any) -> None:
     """An argument comes first, then the environment, then the record, then the default; each for itself."""
 
@@ -216,6 +236,8 @@ def test_passes_are_timed_over_one_prompt(engine: Path, on_card: None) -> None:
     trials = [probed.trial(choice) for choice in (Choice(), EVERY, Choice())]
     assert trials[0].tokens == trials[1].tokens == trials[2].tokens
     assert [len(tokens) for tokens in trials[0].tokens] == [1, 32]
+    assert [len(confidences) for confidences in trials[0].confidences] == [1, 32]
+    assert all(0 < confidence <= 1 for some in trials[0].confidences for confidence in some)
     assert all(seconds > 0 for trial in trials for seconds in trial.seconds())
     assert all(a is b.qkv for a, b in zip(weights, probed.engine.model.layers, strict=True))
 

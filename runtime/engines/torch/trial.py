@@ -54,7 +54,7 @@ class Probes:
 
     @property
     def exact(self) -> bool:
-        """Whether every choice must give the same tokens."""
+        """Whether every choice must give the same tokens, but for near ties."""
         return self.engine.info.build.dtype == "f32"
 
     def trial(self, choice: Choice) -> Trial:
@@ -70,11 +70,13 @@ class Trial:
         engine, cache = probes.engine, probes.cache
         engine.choose(choice)
         self.tokens: list[list[int]] = []  # of each pass
+        self.confidences: list[list[float]] = []
         self._steps = []
         for row, pass_ in enumerate(probes.passes, 1):
             for _ in range(3):  # eager, captured, replayed
                 (prediction,) = cache.forward([pass_], row)
             self.tokens.append(prediction.token.tolist())
+            self.confidences.append(prediction.confidence.tolist())
             self._steps.append(engine.steps.of(engine.steps.rounded(flat_shape([pass_]))))
 
     def seconds(self) -> list[float]:
