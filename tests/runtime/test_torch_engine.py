@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,7 +254,17 @@ def test_no_garbage_is_collected_in_a_capture(monkeypatch: pytest.MonkeyPatch, c
     device = TorchDevice(Path("engine"), "cpu")
     device.is_gpu, device._stream = True, None
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    collected = list[bool]()  # as a capture begins and as it ends
+
+    @contextlib.contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        collected.append(gc.isenabled())
+        try:
+            yield
+        finally:
+            collected.append(gc.isenabled())
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     freed = list[int]()
 
     class Event:
@@ -275,6 +285,7 @@ def test_no_garbage_is_collected_in_a_capture(monkeypatch: pytest.MonkeyPatch, c
     try:
         assert device.capture(work) == "operation not permitted when stream is capturing"
         assert gc.isenabled() == collects
+        assert collected == [False, False]
     finally:
         gc.enable()
         gc.collect()
