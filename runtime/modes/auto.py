@@ -42,7 +42,7 @@ def auto(sequence: Sequence) -> Loop:
 
 def _begin_again(sequence: Sequence, most: int) -> Follower | None:
     """What makes the first pass of the next plan, if that is known, after one that emits `most` tokens at most."""
-    mode, _ = sequence.next_plan() or (None, 0)
+    mode, _ = sequence.next_plan()
     if mode == "linear_spec":
         return draft_again(sequence, most)
     if mode == "quadratic_spec":

@@ -66,7 +66,7 @@ def _verify(sequence: Sequence, draft: Pass) -> Following:
 
 def draft_again(sequence: Sequence, most: int) -> Follower | None:
     """What makes the next block's first draft after a verify that emits `most` tokens at most, if it is a whole one."""
-    _, size = sequence.next_plan() or (None, 0)
+    _, size = sequence.next_plan()
     known = sequence.selector.as_predicted and 1 < size <= sequence.remaining - most
     return functools.partial(_draft, size) if known else None
 

@@ -70,7 +70,7 @@ def _pass(sequence: Sequence, grouping: Grouping, heads: list[int]) -> Pass:
 
 def group_again(sequence: Sequence, most: int) -> Follower | None:
     """What makes the pass after one that has no groups and emits `most` tokens at most, if its group is whole."""
-    _, size = sequence.next_plan() or (None, 0)
+    _, size = sequence.next_plan()
     return _without_draft if sequence.selector.as_predicted and 0 < size < sequence.remaining - most else None
 
 
@@ -135,7 +135,7 @@ def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> tuple[i
     cost, load, selector = sequence.cost, sequence.load, sequence.selector
     if not load.ahead or cost is None or not selector.as_predicted or selector.drawn:
         return None
-    mode, block = sequence.next_plan() or ("ar", 1)
+    mode, block = sequence.next_plan()
     if mode not in (None, "quadratic_spec") or block < 2 or len(sequence.stops) > MOST_STOPS:
         return None
     if sequence.remaining <= grouping.heads:  # there may be none

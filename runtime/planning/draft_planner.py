@@ -114,8 +114,9 @@ class DraftPlanner:
     def next(self, load: Load) -> Plan | None:
         """What all rows will be given next, unless a plan has to be made for some of them before."""
         standing = self._standing
-        stands = standing is not None and standing.fits(load.rows) and standing.left >= load.rows
-        return standing.plan if standing is not None and stands else None
+        if standing is None or not standing.fits(load.rows) or standing.left < load.rows:
+            return None
+        return standing.plan
 
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""

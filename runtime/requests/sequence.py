@@ -189,11 +189,11 @@ class Sequence:
         mode, self.block_length = self.planner.plan(self.load)
         return mode
 
-    def next_plan(self) -> tuple[ExactMode | None, int] | None:
-        """The mode and block length that `plan` will choose next, if that is known and passes are begun ahead."""
+    def next_plan(self) -> tuple[ExactMode | None, int]:
+        """The mode and block length that `plan` will choose next; 0 where nobody knows, or no pass is begun ahead."""
         if not self.load.ahead:
-            return None
-        return (None, self.block_length) if self.planner is None else self.planner.next(self.load)
+            return None, 0
+        return (None, self.block_length) if self.planner is None else self.planner.next(self.load) or (None, 0)
 
     def close_after_eos(self, block: list[int]) -> list[int]:
         """Turn every mask after the block's first EOS into that EOS, so that nothing after it is denoised."""
