@@ -27,6 +27,11 @@ class Choice(NamedTuple):
         return f"{begin}, own products {', '.join(sorted(self.own_products)) or 'none'}"
 
 
+def named(here: Mapping[str, str]) -> str:
+    """A card with its versions, for people."""
+    return ", ".join(f"{name} {value}" for name, value in here.items())
+
+
 class Tuned(NamedTuple):
     """A choice, what it holds for (`TorchDevice.identity`), and the day on which it was measured."""
 

@@ -17,7 +17,7 @@ from ..contract import DOMAIN, counted, dtype_line, kv_bytes_per_token, size_tex
 from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, VERIFY_FILE, VISION_ENGINE_FILE, read_record
 from ..engine_info import EngineInfo, read_engine
 from ..errors import EngineError
-from ..tuned import read_tuned
+from ..tuned import named, read_tuned
 from .checkpoint.carried_notes import regex_notes, sampling_notes
 
 
@@ -211,7 +211,7 @@ def _verified_lines(record: dict[str, Any] | None) -> list[str]:
 
 def _tuned_lines(tuned: list[dict[str, Any]]) -> list[str]:
     return [
-        f"tuned        {one['choice']}: on {one['date']} for {', '.join(f'{k} {v}' for k, v in one['here'].items())}; "
+        f"tuned        {one['choice']}: on {one['date']} for {named(one['here'])}; "
         "not used with another card or version"
         for one in tuned
     ]

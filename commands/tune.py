@@ -30,7 +30,7 @@ def tune(engine: Path, repetitions: int, device: str | None, as_json: bool) -> N
     versions of driver, torch, Triton and nemodiff. It may round 16-bit numbers otherwise than the default.
     """
     from ..measurement.tune import lines, open_probes, tune
-    from ..tuned import Tuned, read_tuned, write_tuned
+    from ..tuned import Tuned, named, read_tuned, write_tuned
 
     probes = open_probes(engine, device)
     here = probes.engine.device.identity
@@ -42,11 +42,9 @@ def tune(engine: Path, repetitions: int, device: str | None, as_json: bool) -> N
     write_tuned(engine, Tuned(outcome.choice, here, date), measured)
     for kept in read_tuned(engine):
         if kept.here != here:
-            held = ", ".join(f"{name} {value}" for name, value in kept.here.items())
-            click.echo(f"kept beside it and not used here: {kept.choice}, for {held}", err=True)
+            click.echo(f"kept beside it and not used here: {kept.choice}, for {named(kept.here)}", err=True)
     if as_json:
         chosen = {"pdl": outcome.choice.pdl, "own_products": sorted(outcome.choice.own_products)}
         click.echo(json.dumps({"here": here, "date": date, **chosen, **measured}, indent=2))
     else:
-        click.echo("\n".join([", ".join(f"{name} {value}" for name, value in here.items()), ""]))
-        click.echo("\n".join(lines(outcome, probes.names)))
+        click.echo("\n".join([named(here), "", *lines(outcome, probes.names)]))

@@ -23,7 +23,6 @@ from .table import aligned
 if TYPE_CHECKING:
     from ..runtime.engines.torch.trial import Probes
 
-TURNS = 12  # that count, after one that does not
 NEAR_TIE = 0.01  # how far rounding in f32 may take two confidences apart, of the larger one, at most
 
 
@@ -100,7 +99,7 @@ def tune(
     flips: Sequence[str],
     exact: bool,
     report: Callable[[str], None],
-    turns: int = TURNS,
+    turns: int,
 ) -> Outcome:
     """Find the fastest choice.
 
@@ -110,7 +109,7 @@ def tune(
         exact: every choice must give the same tokens but for near ties; else those alone that differ in "pdl", which
             changes no number, so those decide a tie alike.
         report: hears of every choice before it is tried, and why one is left out: a card may refuse its kernels.
-        turns: that count.
+        turns: that count, after one that does not.
 
     Raises:
         EngineError: two choices give different tokens where they must not.

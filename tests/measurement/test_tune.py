@@ -117,7 +117,7 @@ def test_what_a_card_refuses_is_left_out() -> None:
     refused = set(OWN)
     assert len(tune(trial, OWN, False, said.append, turns=2).tried) == 1
     with pytest.raises(EngineError, match="needs 9 bytes"):
-        tune(lambda choice: trial(EVERY), FLIPS, False, said.append)  # the default must run
+        tune(lambda choice: trial(EVERY), FLIPS, False, said.append, turns=2)  # the default must run
 
 
 def test_what_falls_on_all_alike_hides_no_gain() -> None:
