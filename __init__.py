@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from .runtime.scheduler.statistics import Statistics
     from .runtime.score import Score, score, score_many
     from .runtime.tools.answer import ToolCall
-
-    __version__: str
+    from .version import __version__
 
 # ONNX Runtime looks at this when it is imported, which nothing above does. With its telemetry on it keeps a device id
 # and a database in the user's cache folder and sends events to its vendor; =0 leaves it on.
@@ -71,6 +70,7 @@ _LAZY = {
     "runtime.scheduler.statistics": ("Statistics",),
     "runtime.score": ("Score", "score", "score_many"),
     "runtime.tools.answer": ("ToolCall",),
+    "version": ("__version__",),
 }
 _MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -119,15 +119,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    value: object
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value = version("nemodiff")
-    elif name in _MODULE_OF:
-        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    else:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    value: object = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -30,6 +30,7 @@ from .commands.tune import tune
 from .commands.verify import verify
 from .contract import MODES, QUANTIZATIONS
 from .runtime.sampling.policies import POLICIES
+from .version import __version__
 
 
 class _Group(click.Group):
@@ -63,7 +64,7 @@ def _normalize(token: str) -> str:
         "max_content_width": 100,
     },
 )
-@click.version_option(package_name="nemodiff")
+@click.version_option(__version__)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Build tri-mode language models into engines and decode with them in every mode."""

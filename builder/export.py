@@ -7,7 +7,6 @@ and values stay the checkpoint's. The folder is put in place in one step.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from ..contract import EXPORT_FORMATS, counted, size_text
 from ..engine_folder import CONFIG_FILE, GENERATION_FILE, TWIN_FILE
 from ..errors import BuildError
+from ..version import __version__
 from .checkpoint.carried_notes import regex_notes
 from .checkpoint.checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.folder import ADAPTER_FOLDER, CARRIED_NAMES, INDEX, WEIGHTS, copy_carried, read_json
@@ -155,7 +155,7 @@ class Exporter:
             "format": self.layout,
             "checkpoint": {"name": self.source.name, "revision": self.source.revision},
             "left_out": [ADAPTER_FOLDER] if self.checkpoint.adapter else [],
-            "versions": {"nemodiff": importlib.metadata.version("nemodiff")},
+            "versions": {"nemodiff": __version__},
             "files": {
                 path.relative_to(stage).as_posix(): {"bytes": path.stat().st_size}
                 for path in sorted(stage.rglob("*"))

@@ -9,11 +9,12 @@ from pathlib import Path
 from ..contract import Backend
 from ..engine_info import SCHEMA, Manifest
 from ..tensorrt_info import TensorRTInfo
+from ..version import __version__
 from .checkpoint.adapter import Adapter
 from .checkpoint.hub import Source
 from .files import sha256
 
-_VERSIONS = ("nemodiff", "onnx", "numpy", "ml_dtypes", "safetensors")
+_PACKAGES = ("onnx", "numpy", "ml_dtypes", "safetensors")
 FileEntry = dict[str, object]  # bytes and sha256
 
 
@@ -41,7 +42,7 @@ def make_manifest(
     tensorrt: TensorRTInfo | None,
 ) -> Manifest:
     """Describe an engine: where it comes from, what it was made with and what its folder holds."""
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
+    versions = {"nemodiff": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
     if tensorrt:
         versions[tensorrt.module] = tensorrt.version
     return Manifest(

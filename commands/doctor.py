@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from ..version import __version__
 from . import options
 from .answers import one_line
 
@@ -21,13 +22,12 @@ def doctor(as_json: bool) -> None:
     anything is wrong.
     """
     from ..doctor.diagnose import diagnose
-    from ..doctor.packages import version
 
     checks = diagnose(Path.cwd())
     wrong = any(check.state == "wrong" for check in checks)
     if as_json:
         values = {
-            "nemodiff": version("nemodiff"),
+            "nemodiff": __version__,
             "ok": not wrong,
             "checks": [dataclasses.asdict(check) for check in checks],
         }

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from ..errors import NemodiffError, RequestError, first_line
 from ..runtime.loading import LoadedEngine, check_rows
 from ..runtime.requests.generation import tokens_per_pass
+from ..version import __version__
 from .lm import EngineLM, Work
 
 OF_DIFFUSION = ("policy", "per_step", "entropy_bound", "block_steps", "merge_commit")
@@ -93,7 +94,7 @@ def evaluate(
         "num_fewshot": num_fewshot,
         "limit": limit,
         "options": options,
-        "versions": {name: importlib.metadata.version(name) for name in ("nemodiff", "lm_eval")},
+        "versions": {"nemodiff": __version__, "lm_eval": importlib.metadata.version("lm_eval")},
         "modes": results,
     }
 

@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="result file to write")
     options = parser.parse_args()
     started, question_list = time.time(), questions_of_the_demonstration(options.prompts)
-    packages = ["nemodiff", "numpy", "onnxruntime"]
+    packages = ["numpy", "onnxruntime"]
     with tempfile.TemporaryDirectory() as folder:
         if options.against == "reference":
             done = _run_grid(question_list, options.cases, options.processes, Path(folder))
@@ -228,7 +228,7 @@ def main() -> None:
     values = {
         "command": f"python tests/equality.py {' '.join(sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"nemodiff": nemodiff.__version__} | {name: importlib.metadata.version(name) for name in packages},
         "checkpoint": TINY_CHAT_2.name,
         "block_lengths": sorted({c.block_length for c, _ in done}),
         "thresholds": sorted({c.threshold for c, _ in done}),

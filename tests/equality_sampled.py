@@ -226,7 +226,8 @@ def main() -> None:
     values = {
         "command": f"python tests/equality_sampled.py {' '.join(sys.argv[1:])}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {n: importlib.metadata.version(n) for n in ("nemodiff", "numpy", "onnxruntime", "llguidance")},
+        "versions": {"nemodiff": nemodiff.__version__}
+        | {name: importlib.metadata.version(name) for name in ("numpy", "onnxruntime", "llguidance")},
         "checkpoint": TINY_CHAT_2.name,
         "compared": "ar and diffusion with the oracle, every other way with ar; token ids and finish reason, in "
         "diffusion passes by kind too",

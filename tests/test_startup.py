@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import output_of
+from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
 
@@ -89,7 +91,7 @@ def test_public_names_come_from_where_type_checkers_see_them() -> None:
     declared = {
         alias.name: node.module for node in blocks[0].body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert declared.keys() < set(nemodiff.__all__)
+    assert declared.keys() == set(nemodiff.__all__)
     for name, module in declared.items():
         assert getattr(nemodiff, name) is getattr(importlib.import_module(f"nemodiff.{module}"), name)
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
@@ -102,6 +104,20 @@ def test_the_version_and_what_answers_consist_of_are_public() -> None:
     for name, kind in {"tool_calls": "ToolCall", "logprobs": "TokenLogprobs", "acceptance": "Acceptance"}.items():
         assert kind in fields[name]
         assert hasattr(nemodiff, kind)
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(
+    tiny_engine: Path, tmp_path: Path, not_installed: None
+) -> None:
+    version = nemodiff.__version__
+    assert output_of("--version").endswith(f", version {version}\n")
+    for command, written in {
+        f"build {TINY_CHAT} -o {tmp_path}/engine": "engine/manifest.json",
+        f"export {TINY_CHAT} -o {tmp_path}/twin": "twin/nemodiff_export.json",
+        f"triton export {tiny_engine} --repo {tmp_path}/triton": "triton/nemodiff/nemodiff_triton.json",
+    }.items():
+        output_of(*command.split())
+        assert f'"nemodiff": "{version}"' in (tmp_path / written).read_text()
 
 
 def test_public_classes_and_functions_are_pickled_by_name() -> None:

@@ -5,7 +5,6 @@ FastAPI makes of one declaration of a field its check, its error message and its
 
 from __future__ import annotations
 
-import importlib.metadata
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from ...errors import NemodiffError
+from ...version import __version__
 from . import error_responses
 from .body import Chat, Completion, Detokenize, Tokenize, Watched
 from .dialects.messages_body import Counted, Messages
@@ -49,9 +49,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 def create_routes(handlers: Handlers, draining: threading.Event) -> FastAPI:
     """The application that the middleware wraps; `draining` is set once the server is about to stop."""
-    version = importlib.metadata.version("nemodiff")
     app = FastAPI(
-        title="nemodiff", version=version, docs_url=None, redoc_url=None, redirect_slashes=False, responses=_ERRORS
+        title="nemodiff", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, responses=_ERRORS
     )
     app.router.route_class = BodyRoute
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -60,7 +59,7 @@ def create_routes(handlers: Handlers, draining: threading.Event) -> FastAPI:
     app.add_exception_handler(HTTPException, error_responses.on_http_error)
     app.add_exception_handler(Exception, error_responses.on_unexpected_error)
     _add_generating_routes(app, handlers)
-    _add_operating_routes(app, handlers, draining, version)
+    _add_operating_routes(app, handlers, draining)
 
     # A mount at / would match every path, and so answer 404 where a route knows that the method is wrong.
     for file in PAGE.iterdir():
@@ -117,7 +116,7 @@ def _add_generating_routes(app: FastAPI, handlers: Handlers) -> None:
         return await handlers.trace(request, body)
 
 
-def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.Event, version: str) -> None:
+def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.Event) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List the model, and its names that choose a mode."""
@@ -148,7 +147,7 @@ def _add_operating_routes(app: FastAPI, handlers: Handlers, draining: threading.
     async def versions() -> dict[str, str]:
         """Give the version of nemodiff, and what the engine was built for."""
         engine = handlers.engine
-        return {"version": version, "engine": engine.folder.name, "backend": engine.info.manifest.backend}
+        return {"version": __version__, "engine": engine.folder.name, "backend": engine.info.manifest.backend}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:

@@ -6,7 +6,6 @@ server in whose Python nemodiff is installed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from ...runtime.loading import check_device, check_resources
 from ...runtime.requests.options import make_options
 from ...runtime.requests.settings import settle
 from ...runtime.text.codec import TextCodec
+from ...version import __version__
 from .outputs import OUTPUTS, Output
 from .parameters import INPUTS, Input, model_parameters, read
 
@@ -101,8 +101,7 @@ def export(
             copy_folder(engine, copied, stays)
         (copied.parent / "model.py").write_text(_MODEL, encoding="utf-8")
         (stage / "config.pbtxt").write_text(config(info, name, values, batched, gpus), encoding="utf-8")
-        version_name = importlib.metadata.version("nemodiff")
-        marker = {"files": sorted(EXPORTED.files), "nemodiff": version_name, "linked": link}
+        marker = {"files": sorted(EXPORTED.files), "nemodiff": __version__, "linked": link}
         (stage / TRITON_FILE).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return repository / name
 
@@ -127,9 +126,8 @@ def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
 
 def config(info: EngineInfo, name: str, parameters: Mapping[str, str], batched: bool, gpus: list[int]) -> str:
     """The text of `config.pbtxt`."""
-    version = importlib.metadata.version("nemodiff")
     lines = [
-        f"# Made by nemodiff {version} from an engine for {info.manifest.backend}.",
+        f"# Made by nemodiff {__version__} from an engine for {info.manifest.backend}.",
         "# On this machine: nemodiff triton run REPOSITORY. In Triton's container, nemodiff must be installed, in an",
         "# image of your own (examples/triton/Dockerfile in nemodiff's source); then:",
         "#   docker run --rm -p 8000:8000 -p 8001:8001 -p 8002:8002 -v REPOSITORY:/models IMAGE \\",

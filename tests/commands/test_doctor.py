@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
 
+import nemodiff
 from nemodiff.builder import resources
 from nemodiff.cli import main
 from nemodiff.doctor import diagnose as doctor
@@ -215,13 +216,13 @@ def test_what_is_declared_comes_from_pyproject_or_from_the_metadata(
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command_prints_lines_or_json_and_fails_if_anything_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, broken: bool
+    monkeypatch: pytest.MonkeyPatch, not_installed: None, broken: bool
 ) -> None:
     found = {**HEALTHY, **({"onnxruntime": {"error": "OSError: \x1b[1mno"}} if broken else {})}
     monkeypatch.setattr(doctor, "_probe", found.__getitem__)
     result = CliRunner().invoke(main, ["doctor", "--json"])
     value = json.loads(result.stdout)
-    assert (result.exit_code, value["ok"]) == (int(broken), not broken)
+    assert (result.exit_code, value["ok"], value["nemodiff"]) == (int(broken), not broken, nemodiff.__version__)
     assert {check["state"] for check in value["checks"]} <= {"ok", "missing", "wrong"}
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == int(broken)

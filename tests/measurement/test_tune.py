@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import triton
 from click.testing import CliRunner
 from conftest import Refused, output_of
 from stand_ins.torch_graphs import RecordingDevice
 from stand_ins.torch_pair import MODELS
 
+import nemodiff
 from nemodiff import whole_file
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
@@ -180,6 +185,24 @@ def test_an_engine_takes_what_was_tuned_for_its_card(engine: Path, on_card: None
     monkeypatch.delenv("NEMODIFF_PDL")
     monkeypatch.setattr(TorchDevice, "overlaps_launches", False)
     assert loaded(own_products=[]) == Choice()  # a card that cannot
+
+
+def test_a_card_is_known_by_its_name_and_versions(not_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(out: Any) -> None:
+        out._obj.value = 13020
+
+    here = TorchDevice(Path("engine"), "cpu")
+    assert here.identity == {}
+    here.is_gpu = True
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: "NVIDIA H200")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: mock.Mock(cuDriverGetVersion=version))
+    assert here.identity == {
+        "card": "NVIDIA H200",
+        "driver": "CUDA 13.2",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "nemodiff": nemodiff.__version__,
+    }
 
 
 @pytest.mark.parametrize("name", HERE)

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from ....errors import EngineError, RequestError, first_line
 from ....plugins.ops.paged_attention import PROGRAMS
+from ....version import __version__
 from ..layout import Layout
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ class TorchDevice:
             "driver": f"CUDA {version.value // 1000}.{version.value % 1000 // 10}",
             "torch": str(self._torch.__version__),
             "triton": str(triton.__version__),
-            "nemodiff": importlib.metadata.version("nemodiff"),
+            "nemodiff": __version__,
         }
 
     @property
