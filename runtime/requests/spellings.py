@@ -35,6 +35,12 @@ def resolve(options: dict[str, Any], *, ignore_eos: bool) -> dict[str, Any]:
     return chosen
 
 
+def check_best_of(best_of: object, n: object) -> None:
+    """Refuse to choose among more answers than are given; clients spell out that they do not. Raises RequestError."""
+    if best_of != n:
+        raise RequestError(f"best_of is {best_of!r:.60}, allowed: as many as n, the answers; leave it out")
+
+
 def choice_pattern(texts: Iterable[str]) -> str:
     """The pattern that these texts match and no others: what servers of other engines call a choice."""
     return "|".join(re.escape(text) for text in texts)

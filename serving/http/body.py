@@ -175,7 +175,6 @@ class Completion(Generating):
     suffix: str | None = Field(
         None, description="Fill the hole between the prompt and this text, as /v1/fim/completions does."
     )
-    best_of: Literal[1] | None = Field(None, description="Choose among this many answers; only 1 is allowed.")
     add_special_tokens: Literal[True] | None = Field(
         None,
         description="Begin a text as the tokenizer begins one; only true is allowed, token ids are taken as they are.",

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
+from ...runtime.requests.spellings import check_best_of
+
 
 class _FirstMistake(FailFast):
     """Ends the reading of a list; a union takes only what has a hash."""
@@ -30,7 +32,6 @@ _WITHOUT_EFFECT = (
 # Fields of OpenAI's and vLLM's that are accepted at the values that ask for what is always done here.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
-    "best_of": (1,),
     "detokenize": (True,),
     "function_call": ("auto", "none"),
     "include_reasoning": (True,),
@@ -65,7 +66,11 @@ class Body(BaseModel):
         for name, value in values.items():
             if name in names and value is not None:
                 accepted[name] = value
-            elif not (value is None or cls._ignores(name) or value in _NEUTRAL.get(name, _EMPTY)):
+            elif value is None or cls._ignores(name):
+                continue
+            elif name == "best_of":
+                check_best_of(value, 1 if values.get("n") is None else values["n"])
+            elif value not in _NEUTRAL.get(name, _EMPTY):
                 raise ValueError(f"{name!r:.60} is not supported{_remedy(name, names)}")
         return accepted
 

@@ -27,7 +27,8 @@ from .request_group import DrainingError, RequestTimeoutError
 
 RETRY_AFTER = 1  # seconds
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words for a body that is no JSON of any kind
-_FIELDS = {*OPTIONS, *(name for body in (Chat, Completion, Messages, Responses) for name in body.model_fields)}
+_BODIES = (Chat, Completion, Messages, Responses)
+_FIELDS = {*OPTIONS, "best_of", *(name for body in _BODIES for name in body.model_fields)}
 _PLAIN = dict.fromkeys(("dict_type", "model_attributes_type"), "Input should be an object")  # instead of pydantic's
 _ANTHROPIC = "/v1/messages"  # the paths whose clients know Anthropic's types
 _ANTHROPIC_TYPES = {

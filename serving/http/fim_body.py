@@ -22,7 +22,7 @@ _DRAWING = (
 _SHARED = (
     "model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "request_id", "threshold", *_DRAWING,
 )  # fmt: skip
-_PLAIN: dict[str, Any] = {"n": 1, "best_of": 1, "echo": False, "diffusing": False}  # what a hole has anyway
+_PLAIN: dict[str, Any] = {"n": 1, "echo": False, "diffusing": False}  # what a hole has anyway
 
 
 @with_options(*_DRAWING, "stop")

@@ -20,7 +20,7 @@ from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.requests.prepare import Prompt
-from ...runtime.requests.spellings import choice_pattern, left_open, resolve, with_seed
+from ...runtime.requests.spellings import check_best_of, choice_pattern, left_open, resolve, with_seed
 from ...runtime.text.checks import check_text
 from .values import convert
 
@@ -100,7 +100,7 @@ INPUTS = (
     Input("num_draft_tokens", "INT32"),
 )
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
-_ONLY = {"n": 1, "best_of": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
+_ONLY = {"n": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
 _MEANINGLESS = ("skip_special_tokens", "spaces_between_special_tokens")
 _GUIDED = {
     "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex", "guided_grammar": "grammar",
@@ -118,7 +118,7 @@ _ANY_OBJECT = '{"type": "object"}'
 _BY_NAME = {i.name: i for i in INPUTS}
 _LOGPROBS = ("return_log_probs", "return_logprobs", "return_cumulative_logprob")
 _FLAGS = ("stream", "exclude_input_in_output", "ignore_eos", *_LOGPROBS)
-_READ = (*_FLAGS, *_GUIDED, *_STRUCTURES)
+_READ = ("best_of", *_FLAGS, *_GUIDED, *_STRUCTURES)
 _INPUTS_ALONE = ("text_input", "image", "sampling_parameters")  # and no keys or defaults
 
 
@@ -257,11 +257,14 @@ def _without_passing(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, and the flags of `_READ`, from values by any of their names. Raises RequestError."""
+    """Options and flags, from values by any of their names. Raises RequestError."""
     chosen: dict[str, Any] = {}
     names: dict[str, str] = {}  # by which an option was given
     for name, value in _spread(values):
         if value is None or name in _MEANINGLESS:
+            continue
+        if name == "best_of":
+            check_best_of(convert(name, int, value), _ONLY["n"])
             continue
         declared = _BY_NAME.get(name)
         option = declared.option if declared else _GUIDED.get(name, name)

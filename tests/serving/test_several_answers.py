@@ -58,6 +58,32 @@ def test_answers_that_can_never_fit_take_no_memory(server: Served) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "same"),
+    [
+        (CHAT, {"messages": MESSAGES}, [(None, 1), (1, 1), (2, 2), (3, 3)]),
+        ("/v1/completions", {"prompt": ["Count", "Sort these"]}, [(None, 1), (2, 2)]),
+        ("/v1/completions", {"prompt": "Count", "suffix": "9"}, [(None, 1), (1, 1)]),
+        ("/v1/fim/completions", {"prompt": "Count", "suffix": "9"}, [(None, 1)]),
+        ("/v1/messages", {"messages": MESSAGES}, [(None, 1)]),
+    ],
+)
+def test_as_many_answers_as_are_given_may_be_chosen_among(
+    server: Served, path: str, body: dict[str, Any], same: list[tuple[int | None, int]]
+) -> None:
+    """Of a `best_of` over n the likeliest answers would have to be found."""
+    body = {**body, "max_tokens": 3}
+    for n, best_of in same:
+        plain, asked = (server.ask(path, {**body, "n": n, **chosen}) for chosen in ({}, {"best_of": best_of}))
+        part = "content" if path == "/v1/messages" else "choices"
+        assert asked[part] == plain[part]
+        for wrong in (best_of + 1, 0, 7.5, "1", {}):
+            status, _, content = server.send(path, {**body, "n": n, "best_of": wrong})
+            message = f"best_of is {wrong!r}, allowed: as many as n, the answers; leave it out"
+            error = json.loads(content)["error"]
+            assert (status, error["message"], error["param"]) == (400, message, "best_of")
+
+
+@pytest.mark.parametrize(
     ("body", "place", "message"),
     [
         ({"prompt": ["a", ""]}, "prompt.1", "prompt.1 is empty; "),

@@ -205,6 +205,7 @@ def test_sampling_without_a_seed_draws_one() -> None:
     [
         ({"ignore_eos": True}, "ignore_eos needs a limit; give max_tokens"),
         ({"n": 2}, "n is 2, allowed: 1"),
+        ({"best_of": "2"}, "best_of is 2, allowed: as many as n, the answers; leave it out"),
         ({"use_beam_search": True}, "use_beam_search is True, allowed: False"),
         ({"max_tokens": 5, "max_new_tokens": 6}, "max_tokens is 5 and max_new_tokens is 6; give one of them"),
         ({"guided_decoding_guide_type": "xml", "guided_decoding_guide": "<a/>"}, "json_schema, regex, ebnf_grammar"),
@@ -244,6 +245,7 @@ SCHEMA = '{"enum": [1]}'
         ({"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": SCHEMA}, {"json_schema": SCHEMA}),
         ({"guided_decoding_guide_type": "json"}, {"json_schema": '{"type": "object"}'}),
         ({"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+        ({"n": 1, "best_of": "1"}, {}),
         ({"structured_outputs": '{"json": {"enum": [1]}}'}, {"json_schema": {"enum": [1]}}),
         ({"structured_outputs": {"json": SCHEMA, "regex": None, "disable_fallback": False}}, {"json_schema": SCHEMA}),
         ({"structured_outputs": {"json": {}}}, {"json_schema": {}}),
