@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
 from typing import Any
 
 from ...errors import RequestError
 
+ANY_OBJECT = {"type": "object"}  # the schema of an answer that is to be JSON and no more is said
+# vLLM's words for what an answer must follow, and the option that each sets; then its older names of the same.
+STRUCTURES = {
+    "json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "regex", "grammar": "grammar",
+}  # fmt: skip
+GUIDED = {f"guided_{word}": word for word in STRUCTURES if word != "json_object"}
+# Words beside them that change nothing: there is one way to set JSON, and one library.
+STRUCTURES_WITHOUT_EFFECT = ("disable_any_whitespace", "disable_fallback")
 _OPEN = ("max_new_tokens", "seed")  # options that clients leave open by -1 too
 
 
@@ -41,9 +48,13 @@ def check_best_of(best_of: object, n: object) -> None:
         raise RequestError(f"best_of is {best_of!r:.60}, allowed: as many as n, the answers; leave it out")
 
 
-def choice_pattern(texts: Iterable[str]) -> str:
-    """The pattern that these texts match and no others: what servers of other engines call a choice."""
-    return "|".join(re.escape(text) for text in texts)
+def structure_value(word: str, value: Any) -> Any:
+    """What a word of `STRUCTURES` sets its option to; None for nothing. A choice is a list of texts."""
+    if word == "json_object":
+        return ANY_OBJECT if value else None
+    if word == "choice" and value is not None:
+        return "|".join(re.escape(text) for text in value)
+    return value
 
 
 def with_seed(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from ...errors import RequestError
-from ...runtime.requests.spellings import choice_pattern
+from ...runtime.requests.spellings import ANY_OBJECT, GUIDED, STRUCTURES, STRUCTURES_WITHOUT_EFFECT, structure_value
 from .body_parts import Body, Many
-
-_ANY_OBJECT = {"type": "object"}
-# By vLLM's words: the option that each sets.
-_OPTIONS = {"json": "json_schema", "regex": "regex", "choice": "regex", "grammar": "grammar"}
 
 
 class JsonSchema(Body):
@@ -44,11 +40,11 @@ class StructuredOutputs(Body):
 
     @classmethod
     def _ignores(cls, name: str) -> bool:
-        return name in ("disable_any_whitespace", "disable_fallback")  # there is one way to set JSON, and one library
+        return name in STRUCTURES_WITHOUT_EFFECT
 
 
 class Guide(NamedTuple):
-    """What an answer follows: the client's field, the option that it sets, and its value, a choice as its texts."""
+    """What an answer follows: the client's field, the option that it sets, and its value."""
 
     field: str
     option: str
@@ -83,24 +79,18 @@ class Structured(Body):
         guides = self.guides()
         if len(guides) > 1:
             raise RequestError(f"{guides[0].field} and {guides[1].field} are both given; use one of them")
-        return {
-            guide.option: choice_pattern(guide.value) if isinstance(guide.value, list) else guide.value
-            for guide in guides
-        }
+        return {guide.option: guide.value for guide in guides}
 
     def _guides(self) -> Iterator[Guide]:
         form, outputs = self.response_format, self.structured_outputs
         if form is not None and form.type == "json_object":
-            yield Guide("response_format", "json_schema", _ANY_OBJECT)
+            yield Guide("response_format", "json_schema", ANY_OBJECT)
         elif form is not None and form.type == "json_schema" and form.json_schema is not None:
             yield Guide("response_format.json_schema", "json_schema", form.json_schema.schema_)
         elif form is not None and form.type == "regex":
             yield Guide("response_format.regex", "regex", form.regex)
-        if outputs is not None:
-            if outputs.json_object:
-                yield Guide("structured_outputs.json_object", "json_schema", _ANY_OBJECT)
-            for word, option in _OPTIONS.items():
-                value = getattr(outputs, "json_" if word == "json" else word)
-                yield Guide(f"structured_outputs.{word}", option, value)
-        for word, option in _OPTIONS.items():
-            yield Guide(f"guided_{word}", option, getattr(self, f"guided_{word}"))
+        for word, option in STRUCTURES.items():
+            value = getattr(outputs, "json_" if word == "json" else word, None)
+            yield Guide(f"structured_outputs.{word}", option, structure_value(word, value))
+        for name, word in GUIDED.items():
+            yield Guide(name, STRUCTURES[word], structure_value(word, getattr(self, name)))

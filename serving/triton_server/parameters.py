@@ -20,7 +20,17 @@ from ...runtime.requests.generation_config import sampling_defaults
 from ...runtime.requests.option_types import alternatives
 from ...runtime.requests.options import OPTIONS
 from ...runtime.requests.prepare import Prompt
-from ...runtime.requests.spellings import check_best_of, choice_pattern, left_open, resolve, with_seed
+from ...runtime.requests.spellings import (
+    ANY_OBJECT,
+    GUIDED,
+    STRUCTURES,
+    STRUCTURES_WITHOUT_EFFECT,
+    check_best_of,
+    left_open,
+    resolve,
+    structure_value,
+    with_seed,
+)
 from ...runtime.text.checks import check_text
 from .values import convert
 
@@ -102,23 +112,14 @@ INPUTS = (
 # Keys of `sampling_parameters` alone, with the one supported value; every field of `Options` is a key too.
 _ONLY = {"n": 1, "use_beam_search": False, "include_stop_str_in_output": False, "detokenize": True}
 _MEANINGLESS = ("skip_special_tokens", "spaces_between_special_tokens")
-_GUIDED = {
-    "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "regex", "guided_grammar": "grammar",
-}  # fmt: skip
 # TensorRT-LLM's types
 _GUIDES = {"json": "json_schema", "json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "grammar"}
-_STRUCTURES = ("structured_outputs", "guided_decoding")  # vLLM's objects
-_STRUCTURED = {
-    "json": "json_schema", "json_object": "json_schema", "regex": "regex", "choice": "guided_choice",
-    "grammar": "grammar",
-}  # fmt: skip
-_WITHOUT_EFFECT = ("disable_any_whitespace", "disable_fallback")  # in them: there is one way to set JSON, one library
-_ANY_OBJECT = '{"type": "object"}'
+_STRUCTURED = ("structured_outputs", "guided_decoding")  # vLLM's objects, by words of `STRUCTURES`
 
 _BY_NAME = {i.name: i for i in INPUTS}
 _LOGPROBS = ("return_log_probs", "return_logprobs", "return_cumulative_logprob")
 _FLAGS = ("stream", "exclude_input_in_output", "ignore_eos", *_LOGPROBS)
-_READ = ("best_of", *_FLAGS, *_GUIDED, *_STRUCTURES)
+_READ = ("best_of", *_FLAGS, *GUIDED, *_STRUCTURED)
 _INPUTS_ALONE = ("text_input", "image", "sampling_parameters")  # and no keys or defaults
 
 
@@ -260,14 +261,13 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options and flags, from values by any of their names. Raises RequestError."""
     chosen: dict[str, Any] = {}
     names: dict[str, str] = {}  # by which an option was given
-    for name, value in _spread(values):
+    for name, option, value in _spread(values):
         if value is None or name in _MEANINGLESS:
             continue
         if name == "best_of":
             check_best_of(convert(name, int, value), _ONLY["n"])
             continue
         declared = _BY_NAME.get(name)
-        option = declared.option if declared else _GUIDED.get(name, name)
         only = declared.only if declared else _ONLY.get(name)
         if only is not None:
             if convert(name, type(only), value) != only:
@@ -293,55 +293,54 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _spread(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, with what the answer must be by the names of options. Raises RequestError."""
+def _spread(values: Mapping[str, Any]) -> Iterator[tuple[str, str | None, Any]]:
+    """Names, the option that each sets, and values, with each guide by itself. Raises RequestError."""
     for name, value in values.items():
-        if name in _STRUCTURES:
+        if name in _STRUCTURED:
             yield from _structure(name, value)
-        elif name == "guided_choice" and value is not None:
-            yield name, _choice(name, value)
+        elif name in GUIDED:
+            yield _structured(name, GUIDED[name], value)
         elif not name.startswith("guided_decoding_"):
-            yield name, value
+            yield name, _BY_NAME[name].option if name in _BY_NAME else name, value
     yield from _guide(values)
 
 
-def _structure(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _structure(name: str, value: Any) -> Iterator[tuple[str, str, Any]]:
     """Of an object of vLLM's, whose clients spell out what they leave open."""
-    for kind, guide in _object(name, value).items():
-        if guide is None or guide is False or kind in _WITHOUT_EFFECT:
+    for word, guide in _object(name, value).items():
+        if guide is None or guide is False or word in STRUCTURES_WITHOUT_EFFECT:
             continue
-        if kind not in _STRUCTURED:
-            raise RequestError(f"{name} has {kind!r:.60}, allowed: {', '.join(_STRUCTURED)}; leave it out")
-        if kind == "json_object":
-            guide = _ANY_OBJECT
-        elif kind == "choice":
-            guide = _choice(f"{name}.choice", guide)
-        yield _STRUCTURED[kind], guide
+        if word not in STRUCTURES:
+            raise RequestError(f"{name} has {word!r:.60}, allowed: {', '.join(STRUCTURES)}; leave it out")
+        yield _structured(f"{name}.{word}", word, guide)
 
 
-def _choice(name: str, value: Any) -> str:
-    """The pattern of an answer that is one of some texts, which may be JSON. Raises RequestError."""
-    texts = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            texts = json.loads(value)
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"{name} is {value!r:.60}, allowed: a list of one text or more; give the answers to allow")
-    return choice_pattern(texts)
+def _structured(name: str, word: str, value: Any) -> tuple[str, str, Any]:
+    """A guide by its word; the texts of a choice may be JSON. Raises RequestError."""
+    given = value
+    if word == "choice" and value is not None:
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                given = json.loads(value)
+        if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):
+            allowed = "allowed: a list of one text or more; give the answers to allow"
+            raise RequestError(f"{name} is {value!r:.60}, {allowed}")
+    return name, STRUCTURES[word], structure_value(word, given)
 
 
-def _guide(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _guide(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Of TensorRT-LLM's type and guide, which type json does without."""
     kind = values.get("guided_decoding_guide_type")
     guide = values.get("guided_decoding_guide")
     if not kind and not guide:
         return
     if kind == "json" and not guide:
-        guide = _ANY_OBJECT
+        yield "guided_decoding_guide_type", "json_schema", ANY_OBJECT
+        return
     if not isinstance(kind, str) or kind not in _GUIDES or not isinstance(guide, str):
         raise RequestError(
             f"guided_decoding_guide_type is {kind!r:.60} with {'no' if guide is None else 'a'} guide, allowed: "
             f"{', '.join(_GUIDES)}, with the guide in guided_decoding_guide"
         )
     check_text(guide, "guided_decoding_guide")
-    yield _GUIDES[kind], guide
+    yield "guided_decoding_guide", _GUIDES[kind], guide

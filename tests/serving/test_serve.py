@@ -391,7 +391,7 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
             chat(structured_outputs={"choice": ["a"], "regex": "a"}),
             "structured_outputs.regex and structured_outputs.choice are both given; use one of them",
         ),
-        (CHAT, chat(structured_outputs={"json_object": True, "json": {}}), "structured_outputs.json are both given"),
+        (CHAT, chat(structured_outputs={"json_object": True, "json": {}}), "structured_outputs.json_object are both"),
         (CHAT, chat(guided_json={}, guided_grammar="x"), "guided_json and guided_grammar are both given"),
         (CHAT, chat(guided_choice=["a"], guided_regex="a"), "guided_regex and guided_choice are both given"),
         (CHAT, chat(guided_regex="a", response_format={"type": "json_object"}), "response_format and guided_regex are"),

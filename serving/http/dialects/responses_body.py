@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag, model_validator
 
 from ....errors import RequestError
+from ....runtime.requests.spellings import ANY_OBJECT
 from ....runtime.text.checks import check_json
 from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart, Many
 from ..template_fields import CHOICE, by_name
@@ -150,7 +151,7 @@ class Responses(DialectBody):
             chosen |= {"thinking": effort != "none", "chat_template_kwargs": {"reasoning_effort": effort}}
         form = None if self.text is None else self.text.format
         if form is not None and form.type == "json_object":
-            chosen["json_schema"] = {"type": "object"}
+            chosen["json_schema"] = ANY_OBJECT
         elif form is not None and form.type == "json_schema":
             if form.schema_ is None:
                 raise RequestError("text.format has no schema; give one")
