@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ...contract import PREFILL_CHUNK
+from ...engine_info import EngineInfo
 from ...errors import NemodiffError, RequestError
 from ..batching.batch import kept_prefixes
 from ..events.events import Event
@@ -26,6 +27,18 @@ from .statistics import Statistics
 from .worker import Worker
 
 QUEUE = 64  # waiting requests, unless another number is given
+
+
+def check_limits(
+    info: EngineInfo, *, rows: object, waiting: object, prefill_tokens: object, max_logprobs: object
+) -> None:
+    """Refuse numbers that no `Scheduler` over such an engine takes. Raises RequestError."""
+    if rows is not None:
+        check_rows(info, rows)
+    numbers = (("waiting", waiting, 1), ("prefill_tokens", prefill_tokens, 1), ("max_logprobs", max_logprobs, 0))
+    for name, value, least in numbers:
+        if not isinstance(value, int) or value < least:
+            raise RequestError(f"{name} is {value!r}, allowed: {least} or more")
 
 
 class Scheduler:
@@ -55,11 +68,7 @@ class Scheduler:
     ) -> None:
         check_engine(engine)
         self._rows = engine.info.build.max_batch_size if rows is None else rows
-        check_rows(engine.info, self._rows)
-        numbers = (("waiting", waiting, 1), ("prefill_tokens", prefill_tokens, 1), ("max_logprobs", max_logprobs, 0))
-        for name, value, least in numbers:
-            if not isinstance(value, int) or value < least:
-                raise RequestError(f"{name} is {value!r}, allowed: {least} or more")
+        check_limits(engine.info, rows=rows, waiting=waiting, prefill_tokens=prefill_tokens, max_logprobs=max_logprobs)
         if self._rows > 1:
             engine.cost.curve  # noqa: B018  (measured before the first request, not in the middle of it)
         self._engine = engine

@@ -22,6 +22,7 @@ from ...errors import RequestError
 from ...runtime.loading import check_device, check_resources
 from ...runtime.requests.options import make_options
 from ...runtime.requests.settings import settle
+from ...runtime.scheduler.scheduler import check_limits
 from ...runtime.text.codec import TextCodec
 from ...version import __version__
 from .outputs import OUTPUTS, Output
@@ -109,13 +110,7 @@ def export(
 def _check(info: EngineInfo, engine: Path, values: dict[str, str]) -> None:
     """Refuse what the server would refuse when it loads the model, or at every request. Raises RequestError."""
     parsed = model_parameters(values)
-    limit = info.build.max_batch_size
-    if parsed.rows is not None and not 1 <= parsed.rows <= limit:
-        raise RequestError(f"rows is {parsed.rows}, allowed: 1 to {limit}; build with a larger --max-batch-size")
-    for name, least in (("waiting", 1), ("prefill_tokens", 1), ("max_logprobs", 0)):
-        value = getattr(parsed, name)
-        if value < least:
-            raise RequestError(f"{name} is {value}, allowed: {least} or more")
+    check_limits(info, **parsed.limits)
     check_resources(parsed.threads, parsed.gpu_memory_utilization)
     if not 0 <= parsed.stream_interval_ms < math.inf:
         raise RequestError(f"stream_interval_ms is {parsed.stream_interval_ms}, allowed: 0 or more")

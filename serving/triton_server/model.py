@@ -75,14 +75,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"] / self._parameters.engine
         engine = self.load(folder)
         self._defaults = self._parameters.defaults(folder)
-        self._scheduler = Scheduler(
-            engine,
-            rows=self._parameters.rows,
-            waiting=self._parameters.waiting,
-            prefix_reuse=self._parameters.prefix_reuse,
-            prefill_tokens=self._parameters.prefill_tokens,
-            max_logprobs=self._parameters.max_logprobs,
-        )
+        self._scheduler = Scheduler(engine, prefix_reuse=self._parameters.prefix_reuse, **self._parameters.limits)
         self._writer = ResponseWriter(self._pb, self._name, engine.text, batched)
         # The instance, since the instances of a model share its series and would overwrite each other's gauges.
         labels = {"model": self._name, "version": args["model_version"], "model_instance": args["model_instance_name"]}

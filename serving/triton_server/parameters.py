@@ -147,6 +147,11 @@ class ModelParameters:
     generation_config: str = "none"
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The scheduler's limits, of `check_limits`."""
+        return {name: getattr(self, name) for name in ("rows", "waiting", "prefill_tokens", "max_logprobs")}
+
     def defaults(self, folder: Path) -> Mapping[str, Any]:
         """The defaults of requests, for the engine in this folder. Raises RequestError."""
         if self.generation_config == "auto":

@@ -134,6 +134,18 @@ def test_wrong_exports_are_refused(
     refused(["triton", "export", str(tiny_engine), "--repo", str(tmp_path / "models"), *arguments], fragment)
 
 
+@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("waiting", 0), ("prefill_tokens", 0), ("max_logprobs", -1)])
+def test_a_limit_is_refused_as_by_the_scheduler(
+    engine: nemodiff.LoadedEngine, tmp_path: Path, name: str, value: int
+) -> None:
+    limits: dict[str, Any] = {name: value}
+    with pytest.raises(RequestError) as of_scheduler:
+        nemodiff.Scheduler(engine, **limits)
+    with pytest.raises(RequestError) as of_export:
+        export(engine.folder, tmp_path / "models", parameters={name: str(value)})
+    assert str(of_export.value) == f"--set: {of_scheduler.value}"
+
+
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_a_repository_where_a_file_stands_is_refused(
     tiny_engine: Path, tmp_path: Path, refused: Refused, below: str
