@@ -149,7 +149,7 @@ class Handlers:
         _, implied = self._model_options(body)
         group = await self._request_group(request, body)
         await group.submit(lambda: [(self._prompts(body)[0], with_seed(implied | body.options()))], steps=True)
-        lines = trace_lines(self.engine, group.events())
+        lines = trace_lines(self.engine, group.events(), body.request_id)
         return EventStreamResponse(lines, group.close, lambda: group.more, done=False)
 
     def _prompts(self, body: Chat | Completion | DialectBody) -> list[Prompt]:

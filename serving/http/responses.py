@@ -273,11 +273,13 @@ def _warnings(generations: Sequence[Generation]) -> dict[str, list[str]]:
     return {"warnings": list(warnings)} if warnings else {}
 
 
-async def trace_lines(engine: LoadedEngine, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
-    """The events of one request as the lines of a trace: the header, then every event."""
+async def trace_lines(
+    engine: LoadedEngine, events: AsyncIterator[tuple[int, Event]], request_id: str | None
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of one request as the lines of a trace: the header, with the client's id if it gives one, then all."""
     has_header = False
     async for _, event in events:
         if not has_header:
             has_header = True
-            yield header(engine, event)
+            yield header(engine, event) | ({} if request_id is None else {"request_id": request_id})
         yield as_dict(event)

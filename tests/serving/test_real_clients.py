@@ -43,6 +43,14 @@ def test_fields_that_ask_for_what_is_done_anyway(server: Served, fields: dict[st
     assert server.ask(CHAT, {"messages": [QUESTION], "max_tokens": 4, **fields})["choices"] == plain
 
 
+def test_a_trace_begins_with_the_id_that_was_chosen(server: Served) -> None:
+    body = {"messages": [QUESTION], "max_tokens": 2}
+    plain, named = server.stream("/events", body)[0], server.stream("/events", {**body, "request_id": "order-7"})[0]
+    assert named == {**plain, "at": named["at"], "unix": named["unix"], "request_id": "order-7"}
+    assert "request_id" not in plain
+    assert server.send("/events", {**body, "request_id": "a\nb"})[0] == 400
+
+
 @pytest.mark.parametrize(
     ("path", "prefix", "fields"),
     [
