@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import RequestError
 from ..sampling.endless_schema import is_endless
 from ..sampling.json_schema import read_schema, unfinished_pattern
-from ..text.checks import check_json
+from ..text.checks import check_json, check_parts
 from ..text.thoughts import BRACKETS
 from ..tools.answer import RAW, AnswerFormat
 from ..tools.definition import Tool, read_tools
@@ -112,6 +112,7 @@ def template_variables(o: Options) -> dict[str, Any]:
     """The chat template's own variables. Raises RequestError."""
     if o.chat_template_kwargs is None:
         return {}
+    check_parts(o.chat_template_kwargs, "chat_template_kwargs")
     try:
         variables = json.loads(o.chat_template_kwargs)
     except (ValueError, RecursionError) as error:

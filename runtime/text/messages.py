@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...errors import RequestError
-from .checks import check_json, check_text
+from .checks import check_json, check_parts, check_text
 
 Message = Mapping[str, Any]
 CALL_OPEN = "<tool_call>"
@@ -115,6 +115,7 @@ def _arguments(given: Any, name: str) -> dict[str, Any]:
     """
     value = given
     if isinstance(given, str):
+        check_parts(given, "tool_calls")
         try:
             value = json.loads(given, parse_constant=str) if given.strip() else {}  # models write NaN
         except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import RequestError
-from ..text.checks import check_json
+from ..text.checks import check_json, check_parts
 
 MOST_TOOLS = 512
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
@@ -107,6 +107,7 @@ class Tool:
 
 def read_tools(text: str) -> tuple[Tool, ...]:
     """The tools of a JSON list in OpenAI's form. Raises RequestError."""
+    check_parts(text, "tools")
     try:
         listed = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from ...runtime.text.checks import check_parts
 from .error_responses import is_json, unreadable
 from .threads import in_thread
 
@@ -61,6 +62,7 @@ class _Checked(Request):
 def _checked(body: bytes, validate: Callable[..., tuple[Any, list[Any]]]) -> Any:
     """What FastAPI makes of a body, with the errors that it would raise. Raises RequestError."""
     try:
+        check_parts(body, "the body")
         value = json.loads(body)
     except json.JSONDecodeError as error:
         problem = {"type": "json_invalid", "loc": ("body", error.pos), "input": {}, "ctx": {"error": error.msg}}

@@ -31,7 +31,7 @@ from ...runtime.requests.spellings import (
     structure_value,
     with_seed,
 )
-from ...runtime.text.checks import check_text
+from ...runtime.text.checks import check_parts, check_text
 from .values import convert
 
 Type = Literal["STRING", "BOOL", "INT32", "UINT32", "UINT64", "FP32"]
@@ -244,6 +244,8 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
     """A JSON object, which may be text; none is an empty one. Raises RequestError."""
     if not value:
         return {}
+    if isinstance(value, str):
+        check_parts(value, name)
     try:
         values = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -325,6 +327,7 @@ def _structured(name: str, word: str, value: Any) -> tuple[str, str, Any]:
     given = value
     if word == "choice" and value is not None:
         if isinstance(value, str):
+            check_parts(value, name)
             with contextlib.suppress(ValueError, RecursionError):
                 given = json.loads(value)
         if not isinstance(given, list) or not given or not all(isinstance(text, str) for text in given):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -124,6 +125,45 @@ def test_what_is_wrong_is_told_of_a_long_body_as_of_a_short_one(server: Server, 
 
 
 NO_OBJECTS = [b"[1, 2", b'{"a": 1} x', b"[" * 5, b"\xff", b"", b"[1]", b'"x"', b"5", b"[" * 9000, b"9" * 5000]
+
+
+TOO_MANY = {
+    "lists": b'{"messages": [' + b"[]," * 300_000,
+    "nested": b'{"metadata": ' + b"[" * 300_000,
+    "objects": b'{"prompt": [' + b'{"a":1},' * 300_000,
+    "with strings": b"[" + b'["[\\"[",{"{":"}"}],' * 150_000,
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("text", TOO_MANY)
+def test_too_many_lists_and_objects_are_never_read(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, text: str
+) -> None:
+    """Making them would hold every thread."""
+    real = json.loads
+    monkeypatch.setattr(json, "loads", lambda given: pytest.fail("read") if isinstance(given, bytes) else real(given))
+    status, (answer,) = asyncio.run(asked(server.app, path, TOO_MANY[text]))
+    assert status == 400
+    told = r"the body holds 30000\d lists and objects, allowed: at most 262144; send fewer"
+    assert re.fullmatch(told, answer["error"]["message"])
+
+
+LEGAL: dict[str, tuple[str, Any]] = {
+    "text of brackets": ("/tokenize", {"prompt": '[{"' * 400_000}),
+    "token ids": ("/detokenize", {"tokens": [130] * 600_000}),
+    "prompts of token ids": (COMPLETIONS, {"prompt": [[130] * 10_000] * 60}),
+    "texts": (COMPLETIONS, {"prompt": ['[{"a": [1, 2]}, {}],' * 1_500] * 60}),
+    "messages": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}] * 50_000}),
+}
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_what_a_request_may_need_is_read(server: Server, name: str) -> None:
+    path, body = LEGAL[name]
+    wrong = {} if path in ("/tokenize", "/detokenize") else {"temperature": -1}  # told once all else has been read
+    status, (answer,) = asyncio.run(asked(server.app, path, {**body, **wrong}))
+    assert (status, answer.get("error", {}).get("param")) == (400 if wrong else 200, next(iter(wrong), None))
 
 
 @pytest.mark.parametrize(("path", "body"), WRONG)

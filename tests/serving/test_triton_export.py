@@ -248,6 +248,8 @@ def test_sampling_without_a_seed_draws_one() -> None:
         ({"stop": [5]}, "stop is [5], allowed: text or a list of texts"),
         ({"block_length": "9" * 5000}, "allowed: an integer"),
         ({"image": "aGVsbG8="}, "unknown parameter 'image'"),
+        ({"structured_outputs": "[" * 300_000}, "structured_outputs holds 300000 lists and objects, allowed: at most"),
+        ({"guided_choice": "[" * 300_000}, "guided_choice holds 300000 lists and objects, allowed: at most 262144"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(sampling: dict[str, Any], fragment: str) -> None:
