@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -78,6 +79,8 @@ def verify(
     Every token of every pass is equal, a near tie that rounding may decide, or wrong. The result is printed and kept in
     the engine folder as verify.json; the exit code is 1 if anything is wrong.
     """
+    # Before numpy comes in: threads of its BLAS spin between the reference's products, which has threads of its own.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from tqdm import tqdm
 
     from ..runtime.loading import load

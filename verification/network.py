@@ -10,8 +10,11 @@ it. How far the two lie apart is what rounding does to this model on these token
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from .positions import attention_factor, inverse_frequencies, query_scale, rope_
 from .script import Script
 from .weights import Weights
 
-_HEAD_TOKENS = 64  # whose logits exist at once
+_HEAD_TOKENS = 16  # of a script, whose logits exist at once
 
 
 @dataclasses.dataclass
@@ -161,6 +164,7 @@ class Network:
         kv_bits: of its K and V.
         group_size: inputs of an int4 weight that share a scale.
         mlp_group_size: likewise in the MLPs.
+        threads: scripts computed at once; None has one per core.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class Network:
         kv_bits: str | None = None,
         group_size: int = GROUP_SIZE,
         mlp_group_size: int = GROUP_SIZE,
+        threads: int | None = None,
     ) -> None:
         self._weights = weights
         self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
@@ -180,6 +185,7 @@ class Network:
         kept = weights.kept(quantization)
         rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, *groups, kept)
         self._arithmetics = (exact, rounded)
+        self._threads = threads or os.cpu_count() or 1
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:
         """What is right, for each script; `columns` are ids whose logits are wanted of every token.
@@ -191,42 +197,41 @@ class Network:
         embed = self._weights.read("encoder.embed_tokens.weight")
         passes = [[_Pass(config, one, arithmetic, embed) for arithmetic in self._arithmetics] for one in tokens]
         del embed
-        for number in range(int(config["num_hidden_layers"])):
-            layer = self._weights.layer(number)
-            for lane, arithmetic in enumerate(self._arithmetics):
-                w = {}
-                for name, value in layer.items():
-                    w[name] = arithmetic.weight(value, _part(name))
-                for of_script in passes:
-                    if not states:
-                        of_script[lane].states = None
-                    of_script[lane].layer(number, w)
-        return [_joined(*found) for found in self._heads(passes, scripts, columns)]
+        with ThreadPoolExecutor(self._threads) as pool:
+            for number in range(int(config["num_hidden_layers"])):
+                layer = self._weights.layer(number)
+                for lane, arithmetic in enumerate(self._arithmetics):
+                    w = {}
+                    for name, value in layer.items():
+                        w[name] = arithmetic.weight(value, _part(name))
+                    for of_script in passes:
+                        if not states:
+                            of_script[lane].states = None
+                    of_lane = [of_script[lane] for of_script in passes]
+                    list(pool.map(_Pass.layer, of_lane, itertools.repeat(number), itertools.repeat(w)))
+            mask = int(config["mask_token_id"])
+            norm = self._weights.read("encoder.norm.weight")
+            head = self._weights.read("diffusion_head.weight")
+            prepared = [(a.weight(norm), a.weight(head, "head")) for a in self._arithmetics]
+            ids = [np.union1d(columns, sorted(script.wanted)).astype(np.int64) for script in scripts]
+            return list(pool.map(_answered, passes, ids, itertools.repeat(prepared), itertools.repeat(mask)))
 
-    def _heads(
-        self, passes: list[list[_Pass]], scripts: Sequence[Script], columns: np.ndarray
-    ) -> list[tuple[list[_Pass], list[Answer]]]:
-        mask = int(self._weights.config["mask_token_id"])
-        norm = self._weights.read("encoder.norm.weight")
-        head = self._weights.read("diffusion_head.weight")
-        done: list[tuple[list[_Pass], list[Answer]]] = []
-        prepared = [(a.weight(norm), a.weight(head, "head")) for a in self._arithmetics]
-        for of_script, script in zip(passes, scripts, strict=True):
-            ids = np.union1d(columns, sorted(script.wanted)).astype(np.int64)
-            pieces = []
-            for at in range(0, script.size, _HEAD_TOKENS):
-                places = slice(at, at + _HEAD_TOKENS)
-                exact, rounded = (
-                    pass_.logits(*weights, places) for pass_, weights in zip(of_script, prepared, strict=True)
-                )
-                noise = np.sqrt(np.square(rounded.astype(np.float64) - exact).mean(-1))
-                wanted = exact[:, ids].copy()
-                exact[:, mask] = -np.inf
-                best = exact.max(-1)
-                total = best + np.log(np.exp(exact - best[:, None]).sum(-1))
-                pieces.append(Answer(exact.argmax(-1), best, total, wanted, ids, noise, {}, {}))
-            done.append((of_script, pieces))
-        return done
+
+def _answered(
+    passes: list[_Pass], ids: np.ndarray, prepared: Sequence[tuple[np.ndarray, np.ndarray]], mask: int
+) -> Answer:
+    """What is right for a script after all layers; `prepared` holds norm and head of each arithmetic."""
+    pieces = []
+    for at in range(0, len(passes[0].x), _HEAD_TOKENS):
+        places = slice(at, at + _HEAD_TOKENS)
+        exact, rounded = (pass_.logits(*weights, places) for pass_, weights in zip(passes, prepared, strict=True))
+        noise = np.sqrt(np.square(rounded.astype(np.float64) - exact).mean(-1))
+        wanted = exact[:, ids].copy()
+        exact[:, mask] = -np.inf
+        best = exact.max(-1)
+        total = best + np.log(np.exp(exact - best[:, None]).sum(-1))
+        pieces.append(Answer(exact.argmax(-1), best, total, wanted, ids, noise, {}, {}))
+    return _joined(passes, pieces)
 
 
 def _joined(passes: list[_Pass], pieces: list[Answer]) -> Answer:

@@ -49,7 +49,7 @@ def open_reference(
     build = engine.info.build
     rounds_inputs = engine.info.manifest.backend == "onnxruntime"
     kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size, build.mlp_group_size
-    return Network(weights, *kinds), source.name
+    return Network(weights, *kinds, threads), source.name
 
 
 def other_weights(engine: EngineInfo, against: str, adapter: Path | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from click.testing import CliRunner, Result
 from conftest import Refused, output_of
 from safetensors.numpy import load_file, save_file
 from stand_ins import gpu_driver
-from stand_ins.checkpoints import write_adapter, write_checkpoint
+from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
 from stand_ins.planted import GRAPH
 from stand_ins.quantized_checkpoints import write as write_quantized
 
@@ -375,3 +376,31 @@ def test_the_network_rounds_to_the_grid_of_an_engine(quantization: str, most: fl
     # int4 has 16 values per group, int8 one step per output.
     stored = arithmetic.weight(weight, "projection")
     assert len(np.unique(stored[0, :32])) <= {"fp8": 32, "int8": 32, "int4": 17}[quantization]
+
+
+def test_threads_of_the_reference_change_no_bit(checkpoint: Path) -> None:
+    weights = Weights(checkpoint, checkpoint / "linear_spec_lora")
+    scripts = [Script(list(range(5, 5 + size))) for size in (40, 3, 17)]
+    one, many = (
+        Network(weights, "bf16", threads=threads).answer(scripts, np.arange(8), states=True) for threads in (1, 3)
+    )
+    for answers in zip(one, many, strict=True):
+        a, b = map(dataclasses.asdict, answers)
+        assert [len(a["token"]), len(a["states"]) > 10] == [len(b["logits"]), True]
+        for name in a:
+            np.testing.assert_equal(a[name], b[name])
+
+
+def test_the_reference_is_computed_without_threads_of_blas(tiny_engine: Path) -> None:
+    """They spin between small products, as many as the machine has cores."""
+    pytest.importorskip("threadpoolctl")
+    script = (
+        "import sys, threadpoolctl, nemodiff.cli; nemodiff.cli.main(sys.argv[1:], standalone_mode=False); "
+        "print([one['num_threads'] for one in threadpoolctl.threadpool_info() if one['user_api'] == 'blas'])"
+    )
+    words = ["verify", tiny_engine, "--against", TINY_CHAT, "-p", "x", "--max-new-tokens", "1", "--json"]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[1]"
