@@ -23,7 +23,7 @@ def main() -> None:
         from .cli import main as command
 
         try:
-            command()
+            command(obj=came)  # what one_line_errors is told of interrupts
         finally:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more would interrupt Python's own end with a traceback
     except KeyboardInterrupt:

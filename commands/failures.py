@@ -6,7 +6,7 @@ import contextlib
 import errno
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import click
 
@@ -19,11 +19,18 @@ _UNREAD = 128 + 13  # SIGPIPE
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turns every problem that a user can cause into click's line and exit code."""
+def one_line_errors(interrupts: Sequence[int] | None = None) -> Iterator[None]:
+    """Turns every problem that a user can cause into click's line and exit code.
+
+    `interrupts` are those that came, each a signal's number: a library that was interrupted while it was imported may
+    say that it failed, and is not missing then.
+    """
     try:
         yield
     except NemodiffError as error:
+        if interrupts and isinstance(error.__context__, ImportError):
+            _end_line()
+            raise click.exceptions.Exit(_INTERRUPTED) from None
         raise click.ClickException(one_line(str(error))) from None
     except OSError as error:
         abandon_streams()

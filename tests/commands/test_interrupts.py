@@ -32,8 +32,8 @@ class Interrupt(importlib.abc.MetaPathFinder):
             try:
                 signal.raise_signal(signal.SIGINT)
             except KeyboardInterrupt:
-                if name == "onnxruntime":
-                    raise ImportError("initialization failed") from None  # as it says then
+                if name in ("onnxruntime", "tensorrt_rtx"):
+                    raise ImportError("initialization failed") from None  # as they say then
                 raise
 
 sys.meta_path.insert(0, Interrupt())
@@ -78,6 +78,11 @@ def run_interrupted(at: str, words: Sequence[object], stdin: bytes = b"") -> tup
 )
 def test_an_interrupted_import(tiny_engine: Path, module: str) -> None:
     assert run_interrupted(module, ["run", tiny_engine, "-p", "x"]) == (b"", b"")
+
+
+def test_an_interrupted_import_is_no_missing_package(tmp_path: Path) -> None:
+    words = ["build", TINY_CHAT, "-o", tmp_path / "out", "--backend", "tensorrt-rtx"]
+    assert run_interrupted("tensorrt_rtx", words) == (b"", b"")
 
 
 def test_the_command_begins_where_it_can_be_interrupted() -> None:
