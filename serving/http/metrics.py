@@ -80,7 +80,10 @@ class ServerMetrics(Collector):
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """A scrape in the format that a client's Accept header asks for, and its Content-Type."""
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except TypeError:  # the library compares a version that is no number all the same
+            encode, content_type = choose_encoder("")
         return encode(self._registry), content_type
 
     def collect(self) -> Iterator[Family]:

@@ -65,6 +65,17 @@ def test_openmetrics_is_given_to_who_asks_for_it(engine: nemodiff.LoadedEngine) 
     assert text.endswith(b"# EOF\n")
 
 
+@pytest.mark.parametrize("kind", ["application/openmetrics-text", "text/plain"])
+@pytest.mark.parametrize("version", ["\xff", "x.1", "1.0.x"])
+def test_a_version_that_is_no_number_gets_the_plain_format(
+    engine: nemodiff.LoadedEngine, kind: str, version: str
+) -> None:
+    with nemodiff.Scheduler(engine, rows=1) as scheduler:
+        metrics = ServerMetrics(lambda: ServerStats(scheduler.statistics, {}))
+        _, content_type = metrics.render(f"{kind}; version={version}")
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+
+
 def test_the_triton_model_needs_no_prometheus_client() -> None:
     code = "import sys; sys.modules['prometheus_client'] = None; import nemodiff.serving.triton_server.metrics"
     subprocess.run([sys.executable, "-c", code], check=True)
