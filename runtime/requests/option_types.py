@@ -137,10 +137,12 @@ class Option:
             raise RequestError(f"{self.name} is {value!r:.60}, allowed: {self.allowed}") from None
         if self.range is not None and isinstance(checked, (int, float)):
             self.range.check(self.name, checked)
-        for text in checked if self.many else (checked,):
-            if isinstance(text, str):
-                check_text(text, self.name)
-            if text == "" and self.not_empty is not None:
+        for one in checked if self.many else (checked,):
+            if isinstance(one, int) and not -(2**63) <= one < 2**64:
+                raise RequestError(f"{self.name} is {value!r:.60}, allowed: numbers of 64 bits")
+            if isinstance(one, str):
+                check_text(one, self.name)
+            if one == "" and self.not_empty is not None:
                 raise RequestError(f"{self.not_empty.noun} is empty; give at least one character")
         return checked
 

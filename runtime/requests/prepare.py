@@ -194,7 +194,7 @@ def encode_with_images(
         ids = [i for i in prompt if isinstance(i, int)]
         wrong = next((i for i in ids if not 0 <= i < vocab), None)
         if wrong is not None:
-            raise RequestError(f"prompt holds token id {wrong}, allowed: 0 to {vocab - 1}")
+            raise RequestError(f"prompt holds token id {wrong!r:.60}, allowed: 0 to {vocab - 1}")
         mask = engine.info.model.mask_id
         if mask in ids:
             raise RequestError(

@@ -144,7 +144,7 @@ def _check_ids(info: EngineInfo, o: Options) -> None:
     for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", o.logit_bias or ())):
         for token in ids:
             if not 0 <= token < vocab:
-                raise RequestError(f"{name} holds token id {token}, allowed: 0 to {vocab - 1}")
+                raise RequestError(f"{name} holds token id {token!r:.60}, allowed: 0 to {vocab - 1}")
 
 
 def _check_thinking(text: TextCodec, o: Options) -> None:

@@ -63,7 +63,8 @@ class Fim(Decoding):
         longest = LONGEST_FREE if self.max_tokens in (None, -1) else self.max_tokens
         assert longest is not None
         if longest < 1:
-            raise RequestError(f"max_tokens is {longest}, allowed: 1 or more; leave it out for a length that fits")
+            allowed = "allowed: 1 or more; leave it out for a length that fits"
+            raise RequestError(f"max_tokens is {longest!r:.60}, {allowed}")
         longest = min(longest, LONGEST_FREE)
         length = longest if self.length is None and not self.suffix and self.method != "block" else self.length
         chosen = self.model_dump(include={"threshold", "block_length", "method", "width"}, exclude_none=True)

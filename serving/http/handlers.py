@@ -229,7 +229,7 @@ class Handlers:
         def answered() -> Response:
             vocab = self.engine.info.model.vocab_size
             if (wrong := max(body.tokens, default=0)) >= vocab:
-                raise RequestError(f"tokens holds token id {wrong}, allowed: 0 to {vocab - 1}")
+                raise RequestError(f"tokens holds token id {wrong!r:.60}, allowed: 0 to {vocab - 1}")
             text = self.engine.text.decode_all(body.tokens)
             return Response(orjson.dumps({"prompt": text}), media_type="application/json")
 

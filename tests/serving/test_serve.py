@@ -39,6 +39,7 @@ from nemodiff.serving.http.request_group import RequestGroup
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 PRESENT = ("nemodiff_requests_running", "nemodiff_requests_waiting", "nemodiff_fills_present")
+HUGE = int("9" * 4300)  # the longest that JSON is read with
 STREAMS = (CHAT, "/v1/completions", "/events")
 QUESTION = "Count from 3 to 9."
 LONG = {"prompt": "Once upon a time", "max_tokens": 20_000, "min_tokens": 20_000, "mode": "ar"}
@@ -402,6 +403,15 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
         (CHAT, chat(guided_json=5), "guided_json"),
         (CHAT, chat(stop=["x"] * 1025), "stop has 1025 values, allowed: at most 1024 with 16384 characters"),
         ("/v1/completions", {"prompt": "x", "bad_words": ["x" * 16385]}, "bad_words has 16385 characters"),
+        (CHAT, chat(max_tokens=HUGE), "max_tokens is 999"),
+        (CHAT, chat(min_tokens=HUGE), "min_tokens is 999"),
+        (CHAT, chat(block_steps=2**64), "block_steps is 18446744073709551616, allowed: numbers of 64 bits"),
+        (CHAT, chat(stop_token_ids=[HUGE]), "stop_token_ids is [999"),
+        (CHAT, chat(logit_bias={str(HUGE): 1}), "logit_bias holds token id 999"),
+        (CHAT, chat(logit_bias={"9" * 5000: 1}), "logit_bias is {'999"),
+        ("/v1/completions", {"prompt": [5, HUGE]}, "prompt holds token id 999"),
+        ("/v1/fim/completions", {"prompt": "a", "suffix": "b", "max_tokens": -HUGE}, "max_tokens is -999"),
+        ("/detokenize", {"tokens": [HUGE]}, "tokens holds token id 999"),
         (CHAT, chat(seed=-(2**63) - 1), "seed is -9223372036854775809"),
         (CHAT, chat(logit_bias={"x": 1}), "token ids"),
         (CHAT, chat(top_logprobs=2), "logprobs"),
