@@ -16,6 +16,22 @@ def system_reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def quoted(value: object, most: int = 60) -> str:
+    """The beginning of what Python writes for a value, and no more of it: a list may have a million parts."""
+    if isinstance(value, str):
+        return repr(value[:most])[:most]
+    if not isinstance(value, (list, dict)):
+        return repr(value)[:most]
+    text = "[" if isinstance(value, list) else "{"
+    for number, one in enumerate(value):
+        if len(text) >= most:
+            break
+        text += (", " if number else "") + quoted(one, most - len(text))
+        if isinstance(value, dict):
+            text += ": " + quoted(value[one], max(0, most - len(text)))
+    return (text + ("]" if isinstance(value, list) else "}"))[:most]
+
+
 class NemodiffError(Exception):
     """A problem the user can fix; `str(error)` is the one line shown to them. Command-line exit code: 1."""
 

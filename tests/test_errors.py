@@ -1,8 +1,12 @@
-"""What is told of an error that a library raises."""
+"""What is told of an error that a library raises, and of a value that is wrong."""
+
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nemodiff.errors import first_line
+from nemodiff.errors import first_line, quoted
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,44 @@ from nemodiff.errors import first_line
 )
 def test_an_error_is_told_by_its_first_line_or_its_kind(error: Exception, told: str) -> None:
     assert first_line(error) == told
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_characters="'")),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("ab\n\ud800\u4f60"), inner),
+)
+
+
+@given(JSON)
+def test_a_value_is_quoted_as_python_writes_it(value: Any) -> None:
+    assert quoted(value) == f"{value!r:.60}"
+
+
+class Counted(list[Any]):
+    """A list that is read value by value, and never written as a whole."""
+
+    read = 0
+
+    def __iter__(self) -> Any:
+        for one in super().__iter__():
+            self.read += 1
+            yield one
+
+    def __repr__(self) -> str:
+        raise AssertionError
+
+
+def test_no_more_of_a_value_is_written_than_is_quoted() -> None:
+    for one in (1, [], "", {}):
+        value = Counted([one] * 1000)
+        assert quoted(value) == f"{[one] * 1000!r:.60}"
+        assert value.read <= 60
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    assert quoted(deep) == "[" * 60
+    assert quoted({"a": deep}) == "{'a': " + "[" * 54
+    assert quoted("x" * 10**6) == "'" + "x" * 59
+    value = Counted([1])
+    assert quoted({"x" * 100: value}) == "{'" + "x" * 58
+    assert value.read <= 1

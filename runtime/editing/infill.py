@@ -19,7 +19,7 @@ from ...errors import RequestError
 from ..engines.passes import PassKind
 from ..loading import LoadedEngine, check_engine
 from ..requests.options import BLOCK_LENGTH, THRESHOLD, Options
-from ..requests.prepare import Prompt, encode
+from ..requests.prepare import FAR, Prompt, encode
 from ..text.checks import check_list, check_text
 from .options import DEFAULT_METHOD, DEFAULT_THRESHOLD, DEFAULT_WIDTH, METHODS
 from .row import Row
@@ -119,10 +119,7 @@ def fill(
     context = engine.text.encode("") if prompt is None else encode(engine, prompt, Options())
     need = len(context) + sum(len(p) if isinstance(p, list) else p or longest for p in parts)
     if need > limit:
-        raise RequestError(
-            f"prompt, text and holes have up to {need} tokens, the engine's max_seq_len is {limit}; shorten the text "
-            "or build with a larger --max-seq-len"
-        )
+        raise _too_long(f"prompt, text and holes have up to {need}", limit)
     if not context and not (isinstance(parts[0], list) and parts[0]):
         raise RequestError("nothing stands before the first hole in the template; give a prefix or a prompt")
     fillings: list[list[int]] = []
@@ -167,6 +164,9 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
     for part in template:
         if isinstance(part, str):
             check_text(part, "template")
+            most = engine.info.build.max_seq_len
+            if len(part) > FAR and (least := engine.text.fewest(part, rendered=False)) > most:
+                raise _too_long(f"the text has at least {least}", most)
             ids = engine.text.encode_plain(part)
             if ids and parts and isinstance(parts[-1], list):
                 parts[-1] += ids
@@ -184,6 +184,12 @@ def _parts(engine: LoadedEngine, template: Template, method: str) -> list[list[i
                 "a hole without a length needs method search and text after it; give its length in tokens"
             )
     return parts
+
+
+def _too_long(tokens: str, limit: int) -> RequestError:
+    return RequestError(
+        f"{tokens} tokens, the engine's max_seq_len is {limit}; shorten the text or build with a larger --max-seq-len"
+    )
 
 
 def _wrong_length(length: object) -> RequestError:

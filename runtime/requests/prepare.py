@@ -26,7 +26,7 @@ from .sequence import Sequence
 from .settings import Settings, check_prompt, settle
 from .tool_use import read_tool_use, template_variables
 
-_FAR = 300_000  # characters from which a prompt is encoded only if it may fit: it takes a tenth of a second and more
+FAR = 300_000  # characters from which a prompt is encoded only if it may fit: it takes a tenth of a second and more
 _LAST = 16  # tokens at the end of a prompt, among which is what opens thoughts
 _NO_THOUGHTS = "thinking is ignored, since the chat template has no place for thoughts"
 _BEGUN = "thinking is ignored, since the answer has begun"
@@ -224,7 +224,7 @@ def encode_with_images(
 
 def _check_far(engine: LoadedEngine, text: str, options: Options, *, rendered: bool) -> None:
     """Refuse a long text that cannot fit however few tokens it has. Raises ContextLengthError."""
-    if len(text) > _FAR:
+    if len(text) > FAR:
         check_prompt(engine.info, engine.text.fewest(text, rendered=rendered), options, at_least=True)
 
 

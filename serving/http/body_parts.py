@@ -42,6 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto", "none"),
 }
 _EMPTY: tuple[Any, ...] = ([], {}, "", "none", False)  # asks for nothing, whatever the other field
+_LONGEST = 64  # characters of a name that are compared with those of fields, none of which is as long
 _OLD_TOOLS = ("function_call", "functions")  # what tools were before they had that name
 # What a message may say beside its content, so that an answer without it would be wrong.
 _SAYING = ("audio", "function_call", "images", "tool_calls")
@@ -90,7 +91,7 @@ def _remedy(name: str, names: list[str]) -> str:
     """The end of the sentence that refuses a field, where `names` are known."""
     if name in _OLD_TOOLS:
         return "; give tools, tool_choice and tool_calls instead"
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name[:_LONGEST], names, 1)
     return f"; is {near[0]} meant?" if near else "; leave it out"
 
 

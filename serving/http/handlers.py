@@ -186,7 +186,7 @@ class Handlers:
         finally:
             cancelled.set()
             watch.cancel()
-        usage = body.usage(filled, self.engine.text)
+        usage = await in_thread(lambda: body.usage(filled, self.engine.text))
         builder = ResponseBuilder(self.engine, "completion", model, id=body.request_id)
         response = builder.infill(body.cut(filled.holes[0]), usage, body.warnings(), stream=bool(body.stream))
         if not body.stream:

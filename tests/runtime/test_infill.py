@@ -284,6 +284,14 @@ def test_wrong_requests_are_one_line(
     refused([arguments[0], str(tiny_engine), *arguments[1:]], fragment, code=code)
 
 
+def test_a_text_that_cannot_fit_is_not_encoded(engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(engine.text), "encode_plain", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(
+        nemodiff.RequestError, match=r"^the text has at least \d{5,} tokens, the engine's max_seq_len is"
+    ):
+        nemodiff.infill(engine, "a " * 1_000_000, "b")
+
+
 @pytest.mark.parametrize("template", [[1.5], ["a", True], ["a", "b"], []])
 def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, template: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"allowed: 1 to 64|no hole"):

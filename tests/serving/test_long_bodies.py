@@ -6,6 +6,7 @@ Nothing is timed: what takes time must be in another thread than the event loop,
 from __future__ import annotations
 
 import asyncio
+import difflib
 import gc
 import json
 import re
@@ -15,12 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from stand_ins.asgi import asked
+from starlette.requests import Request
 
 import nemodiff
 from nemodiff.runtime.scheduler.scheduler import Scheduler
-from nemodiff.runtime.text.codec import TokenOffsets
+from nemodiff.runtime.text.codec import TextCodec, TokenOffsets
 from nemodiff.serving.http import handlers, responses
 from nemodiff.serving.http.app import Limits, Server
 from nemodiff.serving.http.body import Chat, Completion, Detokenize, Tokenize, Watched
@@ -29,6 +32,7 @@ from nemodiff.serving.http.dialects.messages_body import Counted, Messages
 from nemodiff.serving.http.dialects.messages_writer import MessagesWriter
 from nemodiff.serving.http.dialects.responses_body import Responses
 from nemodiff.serving.http.dialects.responses_writer import ResponsesWriter
+from nemodiff.serving.http.error_responses import on_validation_error
 from nemodiff.serving.http.fim_body import Fim
 from nemodiff.serving.http.token_values import TokenValues
 
@@ -196,6 +200,36 @@ def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: 
     assert short == long or (text == b"" and long[1].startswith("the body is not JSON")) or kind != "application/json"
 
 
+class Unwritten(list[Any]):
+    def __repr__(self) -> str:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("place", [("body",), ("body", "stop")])
+def test_a_wrong_value_is_not_written_as_a_whole(place: tuple[str, ...]) -> None:
+    """Its millions of parts would be, on the event loop."""
+    values = Unwritten([1] * 100)
+    problem = {"type": "dict_type", "loc": place, "msg": "Input should be an object", "input": values}
+    request = Request({"type": "http", "path": CHAT, "headers": []})
+    told = asyncio.run(on_validation_error(request, RequestValidationError([problem], body={"stop": values})))
+    assert b" [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,;"[:-1] in told.body
+
+
+@pytest.mark.parametrize("name", ["temperatur" + "e" * 100_000, "e" * 100_000])
+def test_a_name_of_any_length_is_compared_with_others_quickly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = list[int]()
+    real = difflib.get_close_matches
+
+    def watched(word: str, *arguments: Any) -> list[str]:
+        lengths.append(len(word))
+        return real(word, *arguments)
+
+    monkeypatch.setattr(difflib, "get_close_matches", watched)
+    with pytest.raises(ValidationError, match="is not supported; leave it out"):
+        Chat.model_validate({"messages": [USER], name: 1})
+    assert lengths[0] < 100
+
+
 @pytest.mark.parametrize(
     ("path", "fields", "owner", "name"),
     [
@@ -204,6 +238,7 @@ def test_what_is_no_object_is_told_alike_too(server: Server, text: bytes, kind: 
         (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, responses, "logprobs_by_id"),
         (COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, TokenValues, "echo"),
         (COMPLETIONS, {"echo": True, "logprobs": 1, "stream": True}, TokenOffsets, "push"),
+        ("/v1/fim/completions", {"prompt": "x", "suffix": "y"}, TextCodec, "encode_plain"),
         ("/v1/messages", {}, MessagesWriter, "full"),
         ("/v1/responses", {}, ResponsesWriter, "full"),
     ],
@@ -221,13 +256,15 @@ def test_what_an_answer_tells_of_many_tokens_is_made_outside_of_the_event_loop(
     monkeypatch.setattr(owner, name, watched)
 
     async def ask() -> int:
-        status, answer = await asked(server.app, path, {**ROUTES[path], **fields})
+        status, answer = await asked(server.app, path, {**ROUTES.get(path, {}), **fields})
         assert status == 200, answer
         return threading.get_ident()
 
     loop = asyncio.run(ask())
     assert seen
-    assert loop != seen[0]  # of an answer's own tokens, which come a few at a time, a stream tells on the loop
+    assert loop not in (
+        seen if owner is TextCodec else seen[:1]
+    )  # of an answer's own tokens, which come a few at a time, a stream tells on the loop
 
 
 def test_a_text_of_many_tokens_is_made_outside_of_the_event_loop(
