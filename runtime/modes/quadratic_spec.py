@@ -156,7 +156,7 @@ def _plan(sequence: Sequence, draft: Draft, remaining: int, *, ahead: bool = Fal
     block = sequence.block_length
     most = min(1 + len(draft.tokens), remaining)
     if sequence.planner is not None:
-        return Grouping(*sequence.planner.layout(draft.confidence, draft.end, remaining, ahead=ahead))
+        return sequence.planner.grouping(draft.confidence, draft.end, remaining, ahead=ahead)
     last = min(most, remaining - 2) if block > 1 else 0  # a group has two masks at least
     sizes = [block] * last if block <= remaining - last else [min(block, remaining - 1 - at) for at in range(last)]
     if sequence.cost is None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
+from ..engines.grouping import Grouping
 from .draft_statistics import BLOCKS, ModeStatistics, PositionStatistics
 from .pass_costs import Load, PassCosts
 
@@ -229,10 +230,8 @@ class DraftPlanner:
                 best, count = tokens - prices[number + 1], number
         return count
 
-    def layout(
-        self, confidences: list[float], end: float, remaining: int, *, ahead: bool = False
-    ) -> tuple[int, dict[int, int]]:
-        """The heads of quadratic_spec's pass over a draft, and its groups: masks by the number of heads accepted.
+    def grouping(self, confidences: list[float], end: float, remaining: int, *, ahead: bool = False) -> Grouping:
+        """The heads and the groups of quadratic_spec's pass over a draft.
 
         A group has the length whose draft is worth the most over the price of its masks, as often as it is the one that
         is needed. `end` is the chance that the answer ends after the draft; `remaining` tokens are still wanted.
@@ -263,7 +262,7 @@ class DraftPlanner:
             bare, groups = 0, {heads: _PROBE_BLOCK}
         if not ahead:
             self._bare = bare
-        return heads, dict(sorted(groups.items()))
+        return Grouping(heads, dict(sorted(groups.items())))
 
     def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:
         """Take in the verify of a plan's draft that looked at a block of so many tokens, and emitted this many.

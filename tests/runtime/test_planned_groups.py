@@ -36,10 +36,12 @@ def fed(curve: CostCurve, emitted: int, size: int = 32) -> DraftPlanner:
 
 def test_a_group_is_the_longer_the_surer_it_is_needed() -> None:
     planner = fed(CPU, 10)
-    sizes = [planner.layout([chance], 1.0, 400)[1].get(1, 0) for chance in (0.05, 0.4, 0.7, 0.95)]  # 1: nothing is kept
+    sizes = [
+        planner.grouping([chance], 1.0, 400).groups.get(1, 0) for chance in (0.05, 0.4, 0.7, 0.95)
+    ]  # 1: nothing is kept
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1] == 0
-    heads, groups = planner.layout([0.99] * 3, 0.0, 400)
+    heads, groups, _ = planner.grouping([0.99] * 3, 0.0, 400)
     assert heads == 4
     assert max(groups) == 4
     assert set(groups.values()) <= set(BLOCKS)
@@ -47,26 +49,26 @@ def test_a_group_is_the_longer_the_surer_it_is_needed() -> None:
 
 def test_no_group_follows_the_end_of_an_answer() -> None:
     planner = fed(CPU, 10)
-    assert 6 in planner.layout([0.99] * 5, 0.0, 400)[1]
-    assert 6 not in planner.layout([0.99] * 5, 0.99, 400)[1]
-    heads, groups = planner.layout([0.99] * 5, 0.0, 4)
+    assert 6 in planner.grouping([0.99] * 5, 0.0, 400).groups
+    assert 6 not in planner.grouping([0.99] * 5, 0.99, 400).groups
+    heads, groups, _ = planner.grouping([0.99] * 5, 0.0, 4)
     assert heads == 4
     assert not groups  # the limit is an end too
-    assert all(accepted + masks <= 7 for accepted, masks in planner.layout([0.99] * 5, 0.0, 7)[1].items())
+    assert all(accepted + masks <= 7 for accepted, masks in planner.grouping([0.99] * 5, 0.0, 7).groups.items())
 
 
 def test_where_drafts_fare_badly_a_pass_has_one_token_and_seldom_a_short_group() -> None:
     planner = fed(CPU, 1)
-    passes = [planner.layout([], 0.0, 400) for _ in range(200)]
-    assert {heads for heads, _ in passes} == {1}
-    assert [groups for _, groups in passes if groups] == [{1: 4}] * 6  # one of 32 passes
+    passes = [planner.grouping([], 0.0, 400) for _ in range(200)]
+    assert {one.heads for one in passes} == {1}
+    assert [one.groups for one in passes if one.groups] == [{1: 4}] * 6  # one of 32 passes
 
 
 def test_a_pass_has_no_more_tokens_than_an_engine_takes() -> None:
     planner = fed(CostCurve((1, 512), (1.0, 1.0)), 2)
-    heads, groups = planner.layout([0.9] * 63, 0.0, 4000)
-    assert heads == 64
-    assert 400 < heads + sum(groups.values()) <= 512
+    grouping = planner.grouping([0.9] * 63, 0.0, 4000)
+    assert grouping.heads == 64
+    assert 400 < grouping.tokens <= 512
 
 
 def answer(engine: nemodiff.LoadedEngine, options: dict[str, Any], tokens: int) -> tuple[float, int]:
