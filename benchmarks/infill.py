@@ -70,7 +70,7 @@ def holes(engine: LoadedEngine, per_task: int) -> list[Hole]:
 
 def _before(engine: LoadedEngine, hole: Hole) -> list[int]:
     """The question and the answer up to the hole."""
-    question = engine.text.encode_chat([{"role": "user", "content": hole.question}])
+    question = engine.text.encode_rendered(engine.text.render_chat([{"role": "user", "content": hole.question}]))
     return question + engine.text.encode_plain(hole.prefix)
 
 

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oracle import reference
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, load_make_data, write_adapter
 
 import nemodiff
@@ -124,7 +125,7 @@ def grid(
 
 def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[tuple[Case, Difference | None]]:
     """Run one prompt through every case."""
-    prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
+    prompt = chat_ids(setup.plain.text, [{"role": "user", "content": question}])
     eos = setup.model.eos
     setup.model.clear()
     longest = reference.ar(setup.model, prompt, max(c.max_new_tokens for c in cases), eos)
@@ -176,7 +177,7 @@ def compare_with_transformers(
 
     model, case = transformers_oracle.load(TINY_CHAT_2), Case("ar", 1, 0.0, max(LIMITS))
     for question in question_list:
-        prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+        prompt = chat_ids(engine.text, [{"role": "user", "content": question}])
         expected = transformers_oracle.greedy(model, prompt, case.max_new_tokens, sorted(engine.info.model.eos_ids))
         got = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=case.max_new_tokens).token_ids
         yield case, None if got == expected else Difference(case, question, expected, got, math.nan)

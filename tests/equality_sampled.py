@@ -28,6 +28,7 @@ from typing import Any
 import equality
 from oracle import reference
 from oracle.reference_choice import Control, SamplingParams
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT_2
 
 import nemodiff
@@ -183,7 +184,7 @@ def diffusion_cases() -> list[tuple[str | None, str]]:
 
 def _prompt(setup: equality.Setup, question: str, request: Request) -> list[int]:
     message = {"role": "user", "content": question}
-    return setup.plain.text.encode_chat([message], thinking=bool(request.get("thinking")))
+    return chat_ids(setup.plain.text, [message], thinking=bool(request.get("thinking")))
 
 
 Done = list[tuple[str, str, Difference | None]]  # parameters, variant, difference

@@ -33,7 +33,7 @@ class Question:
 
     def prompt(self, codec: Any, thinking: bool = False) -> list[int]:
         """Its token ids; `codec` is an engine's `text`."""
-        ids: list[int] = codec.encode_chat(self.messages, thinking, self.tools)
+        ids: list[int] = codec.encode_rendered(codec.render_chat(self.messages, thinking, self.tools))
         return ids
 
 

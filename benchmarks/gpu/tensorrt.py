@@ -139,7 +139,7 @@ def measured(make: Make, folder: Path, texts: list[str], rounds: int, copied: in
     with_graphs = curve(engine, bandwidth, rounds, shapes)
     free, total = device.memory()  # the engine keeps what it has taken
     codec = TextCodec(folder)
-    prompts = [codec.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    prompts = [codec.encode_rendered(codec.render_chat([{"role": "user", "content": text}])) for text in texts]
     ends = modes(LoadedEngine(folder, engine, codec, 0.0), prompts, 128, rounds)
     eager_shapes = {str(key): reason for key, reason in engine.eager_shapes.items()}
     captured = engine.captured

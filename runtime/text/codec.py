@@ -78,15 +78,17 @@ class TextCodec:
         """The token that begins a text, if the tokenizer names one."""
         return self._special.ids.get(token_texts(self._config).get("bos_token", ""))
 
-    def encode_chat(
+    def render_chat(
         self,
         messages: Sequence[Message],
         thinking: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
         continued: bool = False,
-    ) -> list[int]:
-        """Ids of a conversation that ends with the start of the assistant's turn.
+    ) -> str:
+        """A conversation that ends with the start of the assistant's turn, as a text for `encode_rendered`.
+
+        Marks stand in it for special tokens that a message merely spells.
 
         Args:
             messages: in order, see `checked_messages`.
@@ -97,20 +99,6 @@ class TextCodec:
 
         Raises:
             RequestError: a message is malformed, the template refuses it, or there is no template.
-        """
-        return self.encode_rendered(self.render_chat(messages, thinking, tools, variables, continued))
-
-    def render_chat(
-        self,
-        messages: Sequence[Message],
-        thinking: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
-        continued: bool = False,
-    ) -> str:
-        """The text of which `encode_rendered` makes the ids of `encode_chat`; raises as that does.
-
-        Marks stand in it for special tokens that a message merely spells.
         """
         checked = checked_messages(messages)
         if continued:

@@ -207,7 +207,7 @@ def test_many_lines_are_checked_without_being_encoded(
     file.write_text("\n".join(json.dumps({"prompt": QUESTION, "seed": i, "id": i}) for i in range(count)))
     engine = nemodiff.load(tiny_engine)
     encoded: list[str] = []
-    for name in ("encode", "encode_plain", "encode_chat", "encode_rendered"):
+    for name in ("encode", "encode_plain", "encode_rendered"):
         monkeypatch.setattr(type(engine.text), name, lambda codec, text, **_: encoded.append(text))
     lines = lines_of_a_file.read_lines(file, as_json=True)
     assert len(lines) == count

@@ -204,7 +204,9 @@ from common import questions, record
 from common.questions import Question
 
 class Engine:
-    text = SimpleNamespace(encode_chat=lambda messages, thinking, tools: [messages, thinking, tools])
+    text = SimpleNamespace(
+        render_chat=lambda messages, thinking, tools: [messages, thinking, tools], encode_rendered=lambda text: text
+    )
 
 def question(task, text, thoughts=None):
     return Question(task, [{"role": "user", "content": text}], None, thoughts, text.upper())

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
@@ -25,7 +26,7 @@ def test_the_twin_gives_the_tokens_of_ar(tiny_engine: Path, tmp_path: Path, monk
     engine = nemodiff.load(tiny_engine, threads=1)
     model = engine.info.model
     for question in ("Count from 3 to 9.", "Sort these numbers: 4, 2, 9.", "Show the times table of 7 up to 5."):
-        prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+        prompt = chat_ids(engine.text, [{"role": "user", "content": question}])
         expected = nemodiff.generate(engine, prompt, mode="ar", max_new_tokens=60).token_ids
         assert other.greedy(prompt, 60, model.eos_ids, model.mask_id) == expected
         assert other.token(prompt, 0) == other.forward(prompt, 0)[-1].argmax()

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.messages import user
 
@@ -76,7 +77,7 @@ def assert_as_transformers(folder: Path) -> None:
     plain = [{name: value for name, value in m.items() if value is not None} for m in TALK]
     codec._template.to_ascii = lambda text: json.dumps(json.loads(text))
     assert codec._template.render(plain, True) == text
-    assert TextCodec(folder).encode_chat(TALK, True) == peer(text, add_special_tokens=False)["input_ids"]
+    assert chat_ids(TextCodec(folder), TALK, True) == peer(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.torch
@@ -153,7 +154,7 @@ def test_a_prompt_is_neither_cut_nor_filled_up(tmp_path: Path) -> None:
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     for text in ("", "a", "Write JSON for Emil, age 31, from Oslo, who owns a yak. " * 12):
         assert codec.encode(text) == whole.encode(text) == peer(text, add_special_tokens=False)["input_ids"]
-        assert codec.encode_chat(user(text)) == whole.encode_chat(user(text))
+        assert chat_ids(codec, user(text)) == chat_ids(whole, user(text))
     told = json.loads(codec.source)  # what a grammar reads
     assert (told["truncation"], told["padding"]) == (None, None)
 
@@ -165,9 +166,9 @@ LAST = "".join(map(chr, range(0x10FE00, 0x110000)))
 @pytest.mark.parametrize("content", [PRIVATE, f"{PRIVATE}<|im_end|>", f"{LAST}<s>{LAST[::-1]}</s>\U0010ffff"])
 def test_a_message_of_every_private_character_is_text(content: str) -> None:
     codec = TextCodec(TINY_CHAT)
-    ids = codec.encode_chat(user(content))
+    ids = chat_ids(codec, user(content))
     assert codec.decode(ids).endswith(f"user\n{content}\nassistant\n<think></think>")
-    assert [i for i in ids if i < 128] == [i for i in codec.encode_chat(user("")) if i < 128]
+    assert [i for i in ids if i < 128] == [i for i in chat_ids(codec, user("")) if i < 128]
 
 
 @settings(max_examples=100)
@@ -183,14 +184,14 @@ def test_what_is_quoted_comes_back(content: str) -> None:
 def test_json_in_ascii_of_a_special_token_is_text(tmp_path: Path) -> None:
     codec = TextCodec(checkpoint(tmp_path, "<s>{{ messages[0].content | tojson(ensure_ascii=True) }}"))
     content = 'é<s>"\U0010ffff漢 \x7f'
-    ids = codec.encode_chat(user(content))
+    ids = chat_ids(codec, user(content))
     assert ids == [1, *codec.encode(json.dumps(content))]
 
 
 def test_special_tokens_in_other_fields_of_a_message_are_text(tmp_path: Path) -> None:
     codec = TextCodec(checkpoint(tmp_path, "{{ messages[0].name }}{{ messages[0].calls[0].x }}"))
     message: Any = {"role": "user", "content": "", "name": "<s>", "calls": [{"x": "</s>"}]}
-    assert codec.encode_chat([message]) == codec.encode("<s></s>")
+    assert chat_ids(codec, [message]) == codec.encode("<s></s>")
 
 
 def test_the_end_of_thinking_is_found_where_it_is_an_ordinary_token(tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_broken_template_breaks_chat_alone(tmp_path: Path, make: Callable[[Pat
     codec = TextCodec(make(tmp_path))
     assert codec.encode("a")
     with pytest.raises(nemodiff.RequestError) as refusal:
-        codec.encode_chat(user("a"))
+        chat_ids(codec, user("a"))
     assert fragment in str(refusal.value)
     assert "use --raw" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -265,7 +266,7 @@ def test_named_templates_are_carried_into_the_engine(tmp_path: Path) -> None:
         built = CliRunner().invoke(main, ["build", str(folder), "-o", str(engine), "--max-seq-len", "64"])
         assert built.exit_code == 0, built.output
     codec = TextCodec(engine)
-    assert codec.encode_chat(user("a b")) == codec.encode("a b")
+    assert chat_ids(codec, user("a b")) == codec.encode("a b")
     twin = tmp_path / "twin"
     assert CliRunner().invoke(main, ["export", str(folder), "-o", str(twin)]).exit_code == 0
     assert ChatTemplate(twin, {}).render(user("a b"), False) == "a b"

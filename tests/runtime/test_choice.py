@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference
+from stand_ins.chats import chat_ids
 
 import nemodiff
 from nemodiff.runtime.requests.options import OPTIONS
@@ -112,7 +113,7 @@ def test_thinking_ends_with_its_budget(
 def test_logprobs_are_the_models_own(
     engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, mode: str, params: dict[str, Any]
 ) -> None:
-    prompt = engine.text.encode_chat([{"role": "user", "content": QUESTIONS[3]}])
+    prompt = chat_ids(engine.text, [{"role": "user", "content": QUESTIONS[3]}])
     answer = nemodiff.generate(engine, prompt, mode=mode, logprobs=4, max_new_tokens=30, **params)
     assert answer.token_ids == nemodiff.generate(engine, prompt, mode=mode, max_new_tokens=30, **params).token_ids
     assert answer.logprobs is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.tool_templates import tool_engine
 
@@ -33,7 +34,7 @@ def templated(folder: Path, source: str) -> TextCodec:
 @pytest.mark.parametrize("mode", MODES)
 def test_an_answer_goes_on_where_its_beginning_ends(engine: nemodiff.LoadedEngine, mode: str) -> None:
     options: dict[str, Any] = {"mode": mode, "block_length": 4, "max_new_tokens": 30}
-    prompt = engine.text.encode_chat([QUESTION]) + engine.text.encode_plain(BEGUN)
+    prompt = chat_ids(engine.text, [QUESTION]) + engine.text.encode_plain(BEGUN)
     meant = nemodiff.generate(engine, prompt, **options)
     got = nemodiff.generate(engine, asked(BEGUN), continue_final_message=True, **options)
     assert got.token_ids == meant.token_ids
@@ -53,8 +54,8 @@ def test_the_beginning_stands_as_it_is() -> None:
     before = codec.render_chat([QUESTION])
     for text in ("", " ", "3, ", "3,\n\n", "é漢"):
         assert codec.render_chat(asked(text), continued=True) == before + text
-    ids = codec.encode_chat(asked("3<|im_end|>"), continued=True)
-    assert ids == codec.encode_chat([QUESTION]) + codec.encode_plain("3<|im_end|>")
+    ids = chat_ids(codec, asked("3<|im_end|>"), continued=True)
+    assert ids == chat_ids(codec, [QUESTION]) + codec.encode_plain("3<|im_end|>")
 
 
 def test_a_template_decides_what_stands_before_the_beginning(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_a_template_decides_what_stands_before_the_beginning(tmp_path: Path) -> 
     assert codec.render_chat(asked(" 3, "), continued=True) == "user: Count from 3 to 9.!</s>assistant: 3, "
     silent = templated(tmp_path / "silent", "{{ messages[0].content }}")
     with pytest.raises(nemodiff.NemodiffError, match="does not show the last message"):
-        silent.encode_chat(asked("3"), continued=True)
+        chat_ids(silent, asked("3"), continued=True)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from conftest import Refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import load_make_data
 
 import nemodiff
@@ -100,7 +101,7 @@ def test_filling_equals_the_oracle(engine: nemodiff.LoadedEngine, oracle: refere
     method = "block" if seed % 2 else "search"
     template = [texts[0], sizes[0], " " + texts[1], sizes[1], " " + texts[2]]
     got = nemodiff.fill(engine, template, prompt=question, method=method, width=3)
-    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(texts[0])
+    before = chat_ids(engine.text, [{"role": "user", "content": question}]) + engine.text.encode_plain(texts[0])
     for i, size in enumerate(sizes):
         after = engine.text.encode_plain(" " + texts[i + 1])
         if method == "block":
@@ -119,7 +120,7 @@ def test_free_length_equals_the_oracle_that_scores_everything(
     at = answer.index(" ")
     prefix, suffix = answer[:at], answer[at + 9 :]
     got = nemodiff.infill(engine, prefix, suffix, prompt=question, width=2)
-    before = engine.text.encode_chat([{"role": "user", "content": question}]) + engine.text.encode_plain(prefix)
+    before = chat_ids(engine.text, [{"role": "user", "content": question}]) + engine.text.encode_plain(prefix)
     expected = oracle_search(oracle, before, range(1, LONGEST_FREE + 1), engine.text.encode_plain(suffix), 2)
     assert got.token_ids == [expected]
 
@@ -139,7 +140,7 @@ def test_a_filling_that_has_lost_is_not_read_to_the_texts_end(
     prefix, suffix = ANSWER[:3], ANSWER[7:]
     got = nemodiff.infill(engine, prefix, suffix, prompt=CODE, longest=6, width=4)
     after = engine.text.encode_plain(suffix)
-    before = engine.text.encode_chat([{"role": "user", "content": CODE}]) + engine.text.encode_plain(prefix)
+    before = chat_ids(engine.text, [{"role": "user", "content": CODE}]) + engine.text.encode_plain(prefix)
     assert got.token_ids == [oracle_search(oracle, before, range(1, 7), after, 4)]
     assert len(after) < read["verify"] < 6 * 4 * len(after) / 2
     assert read["decode"] < sum(4 * length for length in range(1, 7)) / 2
@@ -153,7 +154,7 @@ def test_revision_equals_the_oracle(engine: nemodiff.LoadedEngine, oracle: refer
     words[rng.randrange(len(words))] = "stone"
     text = " ".join(words)
     got = nemodiff.revise(engine, text, prompt=question)
-    before = engine.text.encode_chat([{"role": "user", "content": question}])
+    before = chat_ids(engine.text, [{"role": "user", "content": question}])
     ids = engine.text.encode_plain(text)
     assert got.token_ids == oracle_revise(oracle, before, ids, 0.05)
     assert got.changed == sum(a != b for a, b in zip(got.token_ids, ids, strict=True))

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import reference
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 
 import nemodiff
@@ -64,7 +65,7 @@ def test_quadratic_with_all_groups_equals_the_oracle(
     setup: equality.Setup, question: str, block: int, limit: int, adapter: bool, chunk: int
 ) -> None:
     engine = setup.adapted if adapter else setup.plain
-    prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+    prompt = chat_ids(engine.text, [{"role": "user", "content": question}])
     options = {"mode": "quadratic_spec", "groups": "all", "block_length": block, "max_new_tokens": limit}
     answer = nemodiff.generate(engine, prompt, prefill_chunk=chunk, **options)
     oracle = reference.quadratic_spec(setup.model, prompt, limit, block, setup.model.eos, adapter)
@@ -96,7 +97,7 @@ class Flat:
 def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
     setup: equality.Setup, question: str, block: int, limit: int, base: float
 ) -> None:
-    prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
+    prompt = chat_ids(setup.plain.text, [{"role": "user", "content": question}])
     options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
     sequence = request.prepare(setup.plain, prompt, options)
     sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
@@ -115,7 +116,7 @@ def test_a_good_draft_is_not_thrown_away_for_another() -> None:
 
 def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
     """With cheap tokens all likely groups are taken, with dear ones hardly any."""
-    prompt = setup.plain.text.encode_chat([{"role": "user", "content": QUESTIONS[0]}])
+    prompt = chat_ids(setup.plain.text, [{"role": "user", "content": QUESTIONS[0]}])
     means = []
     for base in (0.0, 10_000.0):
         options = nemodiff.Options(mode="quadratic_spec", block_length=16, max_new_tokens=40)
@@ -134,7 +135,7 @@ def test_ar_equals_transformers(setup: equality.Setup) -> None:
     model = transformers_oracle.load(TINY_CHAT)
     eos = sorted(setup.model.eos)
     for question in QUESTIONS[:12]:
-        prompt = setup.plain.text.encode_chat([{"role": "user", "content": question}])
+        prompt = chat_ids(setup.plain.text, [{"role": "user", "content": question}])
         expected = transformers_oracle.greedy(model, prompt, 64, eos)
         assert nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=64).token_ids == expected
 
@@ -229,7 +230,7 @@ def test_f16_engine_answers(tmp_path: Path) -> None:
     model = reference.ReferenceModel.load(TINY_CHAT)
     same = 0
     for question in QUESTIONS[:3]:
-        prompt = engine.text.encode_chat([{"role": "user", "content": question}])
+        prompt = chat_ids(engine.text, [{"role": "user", "content": question}])
         answer = nemodiff.generate(engine, prompt, mode="linear_spec", max_new_tokens=40)
         same += answer.token_ids == reference.ar(model, prompt, 40, model.eos).tokens
     assert same >= 2  # f16 may flip a near-tie, not more

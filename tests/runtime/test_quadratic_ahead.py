@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from oracle.reference import ReferenceModel
 from oracle.reference import ar as oracle_ar
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.lagging_device import DEVICES, LaggingDevice
 from stand_ins.torch_pair import QUESTIONS, Asked, adapted, one_leaves
@@ -270,7 +271,7 @@ def test_a_trained_model_gives_what_the_oracle_gives(
     model = ReferenceModel.load(TINY_CHAT)
     engine = on_device(folders[name], lambda: DEVICES[device](monkeypatch))
     options = {**QUADRATIC, "max_new_tokens": 40}
-    prompts = [engine.text.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS[:3]]
+    prompts = [chat_ids(engine.text, [{"role": "user", "content": question}]) for question in QUESTIONS[:3]]
     expected = [oracle_ar(model, prompt, 40, model.eos).tokens for prompt in prompts]
     begun = engine.backend.followed  # type: ignore[attr-defined]
     for block in (4, 16):

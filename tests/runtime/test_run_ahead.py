@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from oracle.reference import ReferenceModel
 from oracle.reference import linear_spec as oracle_linear_spec
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT, TINY_CHAT_2, write_checkpoint
 from stand_ins.lagging_device import DEVICES, LaggingDevice
 from stand_ins.torch_graphs import RecordingDevice
@@ -607,7 +608,7 @@ def test_the_demonstration_model_waits_at_its_ends_alone(
     engine = ahead(plain)
     model = ReferenceModel.load(TINY_CHAT_2)
     question = "Show the times table of 7 up to 9."
-    prompt = plain.text.encode_chat([{"role": "user", "content": question}])
+    prompt = chat_ids(plain.text, [{"role": "user", "content": question}])
     expected = oracle_linear_spec(model, prompt, 200, 16, 0.0, model.eos)
     got = nemodiff.generate(engine, question, mode="linear_spec", block_length=16, max_new_tokens=200)
     assert (got.token_ids, got.nfe, got.acceptance.lengths) == (expected.tokens, expected.nfe, expected.acceptance)

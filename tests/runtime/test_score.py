@@ -9,6 +9,7 @@ import equality
 import numpy as np
 import pytest
 from oracle import reference
+from stand_ins.chats import chat_ids
 
 import nemodiff
 from nemodiff.runtime.requests import token_logprobs
@@ -29,7 +30,7 @@ def expected(oracle: reference.ReferenceModel, ids: list[int]) -> np.ndarray:
 
 
 def prompt_of(engine: nemodiff.LoadedEngine, question: str) -> list[int]:
-    return engine.text.encode_chat([{"role": "user", "content": question}])
+    return chat_ids(engine.text, [{"role": "user", "content": question}])
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 from safetensors.numpy import load_file
+from stand_ins.chats import chat_ids
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -155,7 +156,7 @@ def test_conversations_are_written_as_the_template_renders_them(drawn: list[Any]
     kinds = set()
     for task, messages, tools, thinking, prompt, _ in drawn:
         assert codec.render_chat(messages[:-1], thinking, tools) == prompt
-        assert codec.encode_chat(messages[:-1], thinking, tools) == tokenizer.encode(prompt).ids
+        assert chat_ids(codec, messages[:-1], thinking, tools) == tokenizer.encode(prompt).ids
         kinds.add((task, bool(tools), thinking, len(messages)))
     assert len({task for task, *_ in kinds}) == 19  # seventeen, tools, and names
     assert {length for *_, length in kinds} >= {2, 3, 4, 5}
@@ -169,7 +170,7 @@ def test_tools_without_parameters_are_shown(parameters: Any) -> None:
         {"type": "function", "function": {"name": "f", "parameters": one}}
         for one in (parameters, {"type": "object", "properties": {}})
     )
-    assert codec.encode_chat(asked, tools=[tool]) == codec.encode_chat(asked, tools=[empty])
+    assert chat_ids(codec, asked, tools=[tool]) == chat_ids(codec, asked, tools=[empty])
 
 
 def test_every_answer_can_be_written_by_the_tokenizer(drawn: list[Any]) -> None:
@@ -227,7 +228,7 @@ def test_the_shipped_adapter_drafts_better_and_changes_no_answer(engine: nemodif
     asked = [json.loads(line) for line in ran(ASK, str(tmp_path), "2").splitlines()]
     lengths: dict[str, list[int]] = {"plain": [], "drafter": []}
     for _, messages, tools, *_ in asked:
-        prompt = engine.text.encode_chat(messages, False, tools)
+        prompt = chat_ids(engine.text, messages, False, tools)
         plain, drafted = (nemodiff.generate(e, prompt, max_new_tokens=128) for e in (engine, drafter))
         assert drafted.token_ids == plain.token_ids
         lengths["plain"] += plain.acceptance.lengths
@@ -247,7 +248,7 @@ def test_questions_are_asked_as_in_training(tmp_path: Path) -> None:
     assert len({task for task, *_ in told}) == 19
     for task, messages, tools, thoughts, answer in told:
         assert (len(messages) > 1 or bool(tools)) == (task in ("tools", "name"))
-        assert codec.encode_chat(messages, bool(thoughts), tools)
+        assert chat_ids(codec, messages, bool(thoughts), tools)
         assert len(codec.encode_plain(answer)) < 336
     asked = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(asked) == 40
@@ -262,7 +263,7 @@ def test_the_weights_answer_most_questions_and_drafts_change_no_token(
     engine: nemodiff.LoadedEngine, tmp_path: Path
 ) -> None:
     asked = [json.loads(line) for line in ran(ASK, str(tmp_path), "1").splitlines()]
-    prompts = [engine.text.encode_chat(messages, False, tools) for _, messages, tools, *_ in asked]
+    prompts = [chat_ids(engine.text, messages, False, tools) for _, messages, tools, *_ in asked]
     answers = {
         mode: list(nemodiff.generate_many(engine, prompts, mode=mode, max_new_tokens=336))
         for mode in ("ar", "linear_spec", "diffusion")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_ins.chats import chat_ids
 from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.tool_templates import CLOCK, TEMPLATES, TOOLS, WEATHER, tool_checkpoint, tool_engine
 from stand_ins.toy_engine import ToyEngine, toy
@@ -265,7 +266,7 @@ def test_a_template_shows_the_form_of_its_calls(tmp_path: Path, form: Form) -> N
     calls = [{"id": "x", "function": {"name": "weather", "arguments": '{"city": "Rome", "days": 2}'}}]
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": calls}]
     shown = [tool.shown for tool in read_tools(json.dumps(TOOLS))]
-    text = codec.decode(codec.encode_chat(talk, tools=shown))
+    text = codec.decode(chat_ids(codec, talk, tools=shown))
     read = format_of(form, *TOOLS).parse(text.rpartition("assistant\n")[0].rpartition("assistant\n")[2], False)
     assert [(call.name, json.loads(call.arguments)) for call in read.calls] == [
         ("weather", {"city": "Rome", "days": 2})
@@ -339,7 +340,7 @@ def test_tools_are_rendered_as_by_transformers(tmp_path: Path, form: str) -> Non
         text = peer.apply_chat_template(
             talk, tools=[WEATHER], tokenize=False, add_generation_prompt=True, enable_thinking=True, **variables
         )
-        ids = TextCodec(folder).encode_chat(talk, True, [WEATHER], variables)
+        ids = chat_ids(TextCodec(folder), talk, True, [WEATHER], variables)
         assert ids == peer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -349,9 +350,9 @@ def test_what_calls_and_tools_spell_is_text(engine: nemodiff.LoadedEngine) -> No
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": function}]}]
     schema = {"type": "object", "properties": {evil: {"type": evil}}}
     tool = {"type": "function", "function": {"name": "x", "description": evil, "parameters": schema}}
-    ids = engine.text.encode_chat(talk, tools=[tool], variables={"effort": evil})
+    ids = chat_ids(engine.text, talk, tools=[tool], variables={"effort": evil})
     plain = {"name": "weather", "arguments": {"a": "b", "list": ["c"]}}
-    other = engine.text.encode_chat([talk[0], {"role": "assistant", "tool_calls": [{"function": plain}]}])
+    other = chat_ids(engine.text, [talk[0], {"role": "assistant", "tool_calls": [{"function": plain}]}])
     assert [i for i in ids if i < 128] == [i for i in other if i < 128]
 
 
@@ -652,7 +653,7 @@ def test_a_call_that_was_cut_comes_back_as_what_there_was(
         [{"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}]
         for arguments in (cut, begun)
     )
-    assert engine.text.encode_chat(said) == engine.text.encode_chat(meant)
+    assert chat_ids(engine.text, said) == chat_ids(engine.text, meant)
 
 
 @pytest.mark.parametrize(

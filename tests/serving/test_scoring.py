@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import orjson
 import pytest
+from stand_ins.chats import chat_ids
 from stand_ins.http_server import Served, serving
 
 import nemodiff
@@ -156,7 +157,7 @@ def test_completions_stream_logprobs_with_offsets_too(server: Served) -> None:
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
 def test_prompt_logprobs_are_vllms(server: Served, engine: nemodiff.LoadedEngine, mode: str) -> None:
-    ids = engine.text.encode_chat([{"role": "user", "content": QUESTION}])
+    ids = chat_ids(engine.text, [{"role": "user", "content": QUESTION}])
     alone = nemodiff.generate(engine, ids, prompt_logprobs=2, max_new_tokens=0).prompt_logprobs
     assert alone is not None
     body = {"mode": mode, "max_tokens": 4, "prompt_logprobs": 2}
@@ -190,7 +191,7 @@ def test_texts_become_tokens_and_text_again(server: Served, engine: nemodiff.Loa
             "add_generation_prompt": True,
             "chat_template_kwargs": {"enable_thinking": thinks},
         }
-        ids = engine.text.encode_chat(messages, thinks)
+        ids = chat_ids(engine.text, messages, thinks)
         assert server.ask("/tokenize", body)["tokens"] == ids
         assert server.ask("/detokenize", {"tokens": ids})["prompt"] == engine.text.decode_all(ids)
     assert "<|im_start|>user\nCount" in engine.text.decode_all(ids)
