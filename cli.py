@@ -23,7 +23,7 @@ from .commands.failures import one_line_errors
 from .commands.inspect import inspect
 from .commands.run import run
 from .commands.serve import serve
-from .commands.streams import settle_streams
+from .commands.streams import set_up_streams
 from .commands.trace import trace
 from .commands.triton import triton
 from .commands.tune import tune
@@ -37,7 +37,7 @@ class _Group(click.Group):
     """Turns every problem that a user can cause into one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        settle_streams()  # before the first word is printed
+        set_up_streams()  # before the first word is printed
         return super().main(*args, **kwargs)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

@@ -12,7 +12,7 @@ import click
 from ..runtime.text.checks import check_text
 
 
-def settle_streams() -> None:
+def set_up_streams() -> None:
     """Read and write UTF-8, but in a terminal its own encoding, where what that lacks is escaped: `\\u4f60`.
 
     A terminal in plain ASCII is one whose locale says nothing; what it shows is UTF-8 nearly everywhere.

@@ -215,7 +215,7 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-def settle_logging(format: Format) -> None:
+def set_up_logging(format: Format) -> None:
     """Send the records, what the server itself says, and what other packages complain of, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -26,7 +26,7 @@ import uvicorn
 from ...errors import RequestError, system_reason
 from .app import Server
 from .connection import Connection, ConnectionConfig
-from .request_log import settle_logging
+from .request_log import set_up_logging
 from .state import loading_state, state_of, write_state
 
 # Seconds that an idle connection is kept. Proxies keep theirs for less, so none of them sends into a closed one.
@@ -114,7 +114,7 @@ def serve(server: Server, listening: socket.socket, drain: float, announce: Call
         timeout_graceful_shutdown=_SHUTDOWN,
     )
     if server.reports.log is not None:
-        settle_logging(server.reports.log)
+        set_up_logging(server.reports.log)
     process = _DrainingServer(config, server, drain, lambda: announce(address))
     _look_seldom_for_cycles()
     try:

@@ -138,8 +138,8 @@ def test_every_line_is_json_where_lines_are(tmp_path: Path) -> None:
 
 def test_what_other_packages_say_is_json_too(capfd: pytest.CaptureFixture[str]) -> None:
     program = (
-        "import logging, warnings; from nemodiff.serving.http.request_log import settle_logging; "
-        "settle_logging('json'); logging.getLogger('asyncio').error('two\\nlines'); warnings.warn('old')"
+        "import logging, warnings; from nemodiff.serving.http.request_log import set_up_logging; "
+        "set_up_logging('json'); logging.getLogger('asyncio').error('two\\nlines'); warnings.warn('old')"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     said, warned = map(json.loads, capfd.readouterr().err.splitlines())

@@ -140,7 +140,7 @@ class PagedToyEngine(ToyEngine):
         self.open_caches += 1
         return PagedToyCache(self, numbers)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         if self.flight is not None:
             self.flight.finish()
 
@@ -162,7 +162,7 @@ class PagedToyCache(ToyCache):
         assert not self._closed
         assert len(set(rows)) == len(rows)
         engine = self._engine
-        engine.settle()
+        engine.wait()
         engine.forwards += 1
         if engine.forwards in engine.fails_at:
             raise RuntimeError("the device has gone\nand more lines")
@@ -208,7 +208,7 @@ class PagedToyCache(ToyCache):
 
     def free(self, row: int) -> None:
         if self._engine.late:
-            self._engine.settle()
+            self._engine.wait()
         self._engine.pages.drop(self.rows[row])
 
     def set_spare(self, row: int) -> None:
@@ -216,7 +216,7 @@ class PagedToyCache(ToyCache):
 
     def close(self) -> None:
         super().close()
-        self._engine.settle()
+        self._engine.wait()
         self._engine.pages.close(self.rows)
 
     def run(self, number: int, p: Pass) -> Prediction:

@@ -93,7 +93,7 @@ class TorchCache:
         """
         with self._lock:
             if not self._device.is_gpu:
-                self._forwards.settle()
+                self._forwards.wait()
             self._memory.pages.drop(self.rows[row])
 
     def set_spare(self, row: int) -> None:
@@ -105,7 +105,7 @@ class TorchCache:
         """See `engine.ReadableCache.read`."""
         steps = self._forwards.steps
         with self._lock, self._device.use(self._folder):
-            self._forwards.settle()
+            self._forwards.wait()
             held = self._memory.read(self.rows[row], start, stop)
         if steps.model.ranks is not None:
             raise EngineError(f"{self._folder}: each rank has its own part of K/V; read them with --tp-size 1")
@@ -119,5 +119,5 @@ class TorchCache:
 
 def _give_back(lock: Any, forwards: Forwards, pages: Pages, rows: list[int]) -> None:
     with lock:
-        forwards.settle()
+        forwards.wait()
         pages.close(rows)

@@ -43,7 +43,7 @@ class Forwards:
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TorchFlight:
         """Start a forward over rows of the page table, after the one before has ended."""
         with self.lock:
-            self.settle()
+            self.wait()
             with self.device.use(self.folder):
                 return self._launched(passes, rows)
 
@@ -54,7 +54,7 @@ class Forwards:
         with self.lock:
             if not self.ahead or self._flights[-1:] != [flight]:
                 return None
-            self.settle(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
+            self.wait(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
             feeding = Feeding(flight, flight.sources(passes, fed))
             with self.device.use(self.folder):
                 return self._launched([following.pass_ for following in passes], rows, feeding)
@@ -65,7 +65,7 @@ class Forwards:
         self._flights.append(flight)
         return flight
 
-    def settle(self, but: int = 0) -> None:
+    def wait(self, but: int = 0) -> None:
         """Wait for the forwards under way, the oldest first, until no more than so many are left."""
         while len(self._flights) > but:
             self._flights[0].land()
@@ -73,7 +73,7 @@ class Forwards:
     def landing(self, flight: TorchFlight) -> None:
         """Take note that somebody waits for a forward; nobody else need.
 
-        In the midst of it Python may find that a cache is garbage, which settles what is under way in the same thread.
+        In the midst of it Python may find that a cache is garbage, which waits for all under way in the same thread.
         """
         self._flights.remove(flight)
 
