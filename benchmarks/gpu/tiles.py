@@ -50,6 +50,7 @@ SCAN: dict[str, Changes] = {
     "1024 entries, 1 warp": {"SHARE": 1024, "num_warps": 1},
     "1024 entries, 2 warps": {"SHARE": 1024, "num_warps": 2},
     "2048 entries, 2 warps": {"SHARE": 2048, "num_warps": 2},
+    "2048 entries, 4 warps": {"SHARE": 2048, "num_warps": 4},
 }
 SHARES: dict[str, Changes] = {
     "as it is": {},

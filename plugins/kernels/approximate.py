@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""exp and log by the card's own approximation, an instruction and a product, where Triton's take up to 20 instructions.
+"""exp, log and log2 by the card's own approximation, an instruction or two, where Triton's take up to 20.
 
 Subnormal numbers are 0, going in and coming out. Functions of the Triton compiler, which gives `_semantic`; its
-interpreter gives none and has its own exp and log.
+interpreter gives none and has its own.
 """
 
 import triton.language as tl
@@ -24,4 +24,12 @@ def log(x, _semantic=None):
     return tl.inline_asm_elementwise(asm, "=r,r", [x], tl.float32, True, 1, _semantic=_semantic)
 
 
-exp.__triton_builtin__ = log.__triton_builtin__ = True
+def log2(x, _semantic=None):
+    """log2 of positive x, as near as `log`."""
+    if _semantic is None:
+        return tl.log2(x)
+    asm = "lg2.approx.ftz.f32 $0, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,r", [x], tl.float32, True, 1, _semantic=_semantic)
+
+
+exp.__triton_builtin__ = log.__triton_builtin__ = log2.__triton_builtin__ = True

@@ -8,7 +8,7 @@ before the argmax, from the same Philox words as `runtime/sampling/noise.py`, wi
 import triton
 import triton.language as tl
 
-from .approximate import exp, log
+from .approximate import exp, log, log2
 
 
 @triton.jit
@@ -40,12 +40,12 @@ def philox(low, high, c0, c1, c2, c3):
 
 
 @triton.jit
-def noise(low, high, position, start, BLOCK: tl.constexpr):
-    """Gumbel noise of tokens start..start + BLOCK - 1 at a position, (BLOCK,) f32; `start` is a multiple of 4."""
+def _words(low, high, position, start, BLOCK: tl.constexpr):
+    """The words of tokens start..start + BLOCK - 1 at a position, (BLOCK,) u32; `start` is a multiple of 4."""
     counter = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(counter)
     w0, w1, w2, w3 = philox(low, high, counter, zero + position.to(tl.uint32), zero, zero)
-    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK]))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
 
 
 @triton.jit
@@ -69,22 +69,65 @@ def _hide(x, start, ids, MASK_ID: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sample(
-    logits, x, at, start, ids, low, high, position, temperature,
+    logits, x, at, start, low, high, position, temperature,
     V: tl.constexpr, MASK_ID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The highest of the scores that a sample goes by, its token, and that one's logit; V and 0 where one is NaN."""
-    score = x * (1.0 / temperature) + noise(low, high, position, start, BLOCK)
-    score = _hide(score, start, ids, MASK_ID, BLOCK)
-    top = tl.max(score, 0)
-    token = _least(score == top, ids, V)
-    value = tl.load(logits + at.to(tl.int64) * V + token, mask=token < V, other=0.0).to(tl.float32)
-    return top, token, tl.where(token == MASK_ID, -1e30, value)
+    """The highest of the scores that a sample goes by, its token, and that one's logit; of none of them if all are NaN.
+
+    No noise is above -ln(1 - u), and high noise is hardly below. So fours of tokens, whose words are drawn together,
+    are looked at in the order of what their scores cannot be above, until no other can have the highest: mostly one.
+    """
+    heat = 1.4426950408889634 / temperature
+    far = (~_words(low, high, position, start, BLOCK)).to(tl.float32)  # 2^32 (1 - u) - 0.5
+    most = _of_fours(x * heat - log2(far), BLOCK)  # log2 of what no score is above, over 2^32
+    highest = tl.max(most, 0)
+    top = float("-inf")
+    token = V
+    value = float("-inf")
+    possible = True
+    while possible:
+        four = _first(most, highest, start, V, BLOCK)
+        its_top, its_token, its_value = _best(logits, at, four, low, high, position, temperature, V, MASK_ID)
+        if (its_top > top) | ((its_top == top) & (its_token < token)):
+            top = its_top
+            token = its_token
+            value = its_value
+        most = tl.where(start + 4 * tl.arange(0, BLOCK // 4) == four, float("-inf"), most)
+        highest = tl.max(most, 0)
+        # Both sides are rounded, by less than is taken off here.
+        possible = highest > (top - 2e-6 * tl.abs(top)) * 1.4426950408889634 - 32.001
+    return top, token, value
 
 
 @triton.jit
-def _least(wins, ids, V: tl.constexpr):
-    """The least id that wins, V if none does."""
-    return tl.min(tl.where(wins, ids, V), 0)
+def _best(logits, at, four, low, high, position, temperature, V: tl.constexpr, MASK_ID: tl.constexpr):
+    """`sample` of the four tokens from `four` on."""
+    ids = four + tl.arange(0, 4)
+    x = read(logits, at, four, ids, V, MASK_ID, 4)
+    score = x * (1.0 / temperature) + gumbel(_words(low, high, position, four, 4))
+    score = _hide(score, four, ids, MASK_ID, 4)
+    top = tl.max(score, 0)
+    token = _least(score == top, ids, V)
+    return top, token, tl.max(tl.where(ids == token, x, float("-inf")), 0)
+
+
+@triton.jit
+def _of_fours(x, BLOCK: tl.constexpr):
+    """The highest of each four of x (BLOCK,), (BLOCK / 4,)."""
+    return tl.max(tl.reshape(x, [BLOCK // 4, 4]), 1)
+
+
+@triton.jit
+def _first(most, highest, start, V: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token of the first four whose number is the highest; of some four where that is NaN."""
+    four = _least(most == highest, tl.arange(0, BLOCK // 4), BLOCK // 4)
+    return tl.minimum(start + 4 * four, (V - 1) // 4 * 4)
+
+
+@triton.jit
+def _least(wins, ids, none: tl.constexpr):
+    """The least id that wins, `none` if none does."""
+    return tl.min(tl.where(wins, ids, none), 0)
 
 
 @triton.jit
@@ -101,17 +144,27 @@ def _scan(
     start = share * BLOCK
     ids = start + tl.arange(0, BLOCK)
     x = read(logits, at, start, ids, V, MASK_ID, BLOCK)
-    highest = tl.max(x, 0)
+    most = _of_fours(x, BLOCK)
+    highest = tl.max(most, 0)
     safe = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(exp(x - safe), 0)
     if temperature > 0:
-        top, token, value = sample(logits, x, at, start, ids, low, high, position, temperature, V, MASK_ID, BLOCK)
+        top, token, value = sample(logits, x, at, start, low, high, position, temperature, V, MASK_ID, BLOCK)
     else:
+        four = _first(most, highest, start, V, BLOCK)
+        those = four + tl.arange(0, 4)
+        token = _least(read(logits, at, four, those, V, MASK_ID, 4) == highest, those, V)
         top = highest
-        token = _least(x == highest, ids, V)
         value = highest
     if total != total:  # by a NaN, of which the first one counts, or by an infinity
-        broken = _least(x != x, ids, V)
+        broken = V
+        piece = start
+        while (broken == V) & (piece < tl.minimum(start + BLOCK, V)):  # read once more, so that none are kept for this
+            PIECE: tl.constexpr = BLOCK // 4
+            some = piece + tl.arange(0, PIECE)
+            y = read(logits, at, piece, some, V, MASK_ID, PIECE)
+            broken = _least(y != y, some, V)
+            piece += PIECE
         if broken < V:
             token = broken
             top = float("nan")

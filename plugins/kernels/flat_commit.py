@@ -32,7 +32,7 @@ def flat_sampled_scan(
     low, high = tl.load(seed + at * 2), tl.load(seed + at * 2 + 1)
     own = tl.load(index + at)
     where = tl.load(pos + own) + (tl.load(ids + own) != MASK_ID)
-    top, token, value = sample(logits, x, at, start, choices, low, high, where, heat, V, MASK_ID, BLOCK)
+    top, token, value = sample(logits, x, at, start, low, high, where, heat, V, MASK_ID, BLOCK)
     sound = before == before
     tl.store(part + place * 4 + 2, top, mask=sound)
     tl.store(part + place * 4 + 3, value, mask=sound)

@@ -28,6 +28,7 @@ from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
 SHARE = 2048  # vocabulary entries of a program, read at once; a multiple of 4, as noise comes in fours
 BLOCK_R = 32  # positions of a step of the commit rule
 SCAN_WARPS = 4  # of a scan, which loads 64 bytes a thread at once; with 8 reductions take more instructions of all
+SAMPLED_WARPS = 2  # of a scan that samples, which instructions bind: each warp reduces, and draws four words again
 WARPS = 8  # of the rule; fewer have too many registers for a step of it
 
 # -1e30 and not -inf: it is safe in TensorRT's f16 paths, and in exp(x - x), where -inf gives NaN.
@@ -240,7 +241,7 @@ SAMPLED = Op(
             outputs=_SCAN,
             constants=scan_constants,
             grid=_scan_grid,
-            num_warps=SCAN_WARPS,
+            num_warps=SAMPLED_WARPS,
         ),
         _COMMIT,
     ),

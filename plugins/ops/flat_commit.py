@@ -17,7 +17,7 @@ import numpy as np
 
 from ..op import Arg, Op, Stage
 from . import confidence_commit
-from .confidence_commit import SCAN_WARPS, WARPS, commit_constants, scan_constants, splits
+from .confidence_commit import SAMPLED_WARPS, WARPS, commit_constants, scan_constants, splits
 
 
 def reference(
@@ -56,7 +56,7 @@ SAMPLED = Op(
             outputs=(),
             constants=scan_constants,
             grid=lambda dims, ceil: (dims["R"], splits(dims, ceil), 1),
-            num_warps=SCAN_WARPS,
+            num_warps=SAMPLED_WARPS,
             follows=True,
         ),
     ),
