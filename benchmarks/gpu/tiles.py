@@ -22,6 +22,8 @@ from gpu import products as gpu_products
 from gpu.kernels import EVERY, sizes
 from gpu.kernels import measured as launch
 from gpu.plan import Cell, Figures, Lab, RunConfig
+from nemodiff.config import ModelConfig
+from nemodiff.contract import Quantization
 from nemodiff.errors import first_line
 from nemodiff.plugins.op import Op
 from nemodiff.plugins.ops import confidence_commit, linear, paged_attention
@@ -35,6 +37,8 @@ ATTENTION: dict[str, Changes] = {
     "4 stages": {"num_stages": 4},
     "shares of 2 pages": {"LEAST": 2},
     "shares of 4 pages": {"LEAST": 4},
+    "up to 16 shares of a tile": {"SPLITS": 16},
+    "up to 64 shares of a tile": {"SPLITS": 64},
     "small tiles up to 64 pages": {"SHORT": 64},
     "large shares of twice the pages": {"LARGE_PAGES": 2},
     "large tiles of 32 slots": {"LARGE_N": 32, "GROUP_N": 32},
@@ -60,9 +64,20 @@ SHARES: dict[str, Changes] = {
     "64 outputs, 128 inputs": {"BLOCK_F": 64, "inputs": 128},
     "128 outputs, 128 inputs, 3 stages": {"inputs": 128, "num_stages": 3},
 }
+FEW_BITS: dict[str, Changes] = {
+    "as it is": {},
+    "4 warps": {"num_warps": 4},
+    "3 stages": {"num_stages": 3},
+    "8 stages": {"num_stages": 8},
+    "2 shares": {"MOST_SHARES": 2},
+    "8 shares": {"MOST_SHARES": 8},
+    "64 outputs, 4 warps": {"BLOCK_F": 64, "num_warps": 4},
+}
+EIGHT_BITS = FEW_BITS | {"64 inputs": {"inputs": 64}, "128 inputs, 4 stages": {"inputs": 128, "num_stages": 4}}
+KINDS: dict[str, Quantization] = {f"{kind.capitalize()}SplitLinear": kind for kind in linear.KINDS if kind}
 SCANS = ("ConfidenceCommitScan", "SampledCommitScan", "FlatSampledScan")
 _OWNERS: dict[str, tuple[ModuleType, ...]] = {
-    **dict.fromkeys(("LEAST", "SHORT", "LARGE_PAGES", "LARGE_N", "GROUP_N", "LARGE_M"), (paged_attention,)),
+    **dict.fromkeys(("LEAST", "SPLITS", "SHORT", "LARGE_PAGES", "LARGE_N", "GROUP_N", "LARGE_M"), (paged_attention,)),
     "SHARE": (confidence_commit,),
     **dict.fromkeys(("BLOCK_F", "MOST_SHARES"), (linear,)),
 }
@@ -70,6 +85,8 @@ _OWNERS: dict[str, tuple[ModuleType, ...]] = {
 
 def variants(kernel: str) -> dict[str, Changes]:
     """Those of a kernel."""
+    if kernel in KINDS:
+        return FEW_BITS if KINDS[kernel] == "int4" else EIGHT_BITS
     return ATTENTION if kernel == "PagedAttention" else SCAN if kernel in SCANS else SHARES
 
 
@@ -92,12 +109,20 @@ def _one(lab: Lab, config: RunConfig, shape: str, kernel: str, variant: str, con
         for name, value in changes.items():
             for owner in _OWNERS[name]:
                 changed.enter_context(mock.patch.object(owner, name, value))
-        if kernel not in EVERY:
+        if kernel in gpu_products.NARROW:
             product = gpu_products.in_shares(lab, varied)
             matrix = gpu_products.projections(model)[kernel]
             return gpu_products.microseconds(lab, product, matrix, config.dtype, tokens)
-        op = varied(paged_attention.op(None, programs) if kernel == "PagedAttention" else EVERY[kernel])
+        op = varied(_op(model, kernel, tokens, programs))
         return float(launch(lab, op, model, config.dtype, sizes(op, model, tokens, context), programs)["us"])
+
+
+def _op(model: ModelConfig, kernel: str, tokens: int, programs: int) -> Op:
+    """A kernel as an engine has it, a product of few bits that of down."""
+    if kernel in KINDS:
+        tile = next(tile for tile in linear.TILES if tokens <= tile)
+        return linear.split(KINDS[kernel], tile, linear.shares(*gpu_products.projections(model)["down"]))
+    return paged_attention.op(None, programs) if kernel == "PagedAttention" else EVERY[kernel]
 
 
 def _compiled(config: RunConfig, shape: str, kernel: str, variant: str, tokens: int) -> None:
@@ -147,12 +172,12 @@ def _points(config: RunConfig) -> Iterator[tuple[str, int, int]]:
         yield "PagedAttention", context, size
     for kernel in SCANS:
         yield kernel, contexts[0], tokens[-1]
-    for kernel, size in itertools.product(gpu_products.NARROW, {tokens[0], tokens[-1]}):
+    for kernel, size in itertools.product((*gpu_products.NARROW, *KINDS), {tokens[0], tokens[-1]}):
         yield kernel, contexts[0], size
 
 
 def cells(config: RunConfig, shape: str) -> Iterator[Cell]:
-    """Attention in some contexts, scans of a block, and products in shares."""
+    """Attention in some contexts, scans of a block, and products in shares, also of few bits."""
     for kernel, context, tokens in _points(config):
 
         def measure(lab: Lab, kernel: str = kernel, context: int = context, tokens: int = tokens) -> Figures:

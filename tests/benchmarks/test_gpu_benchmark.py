@@ -125,6 +125,25 @@ def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     assert {c["skipped"] for n, c in again["cells"].items() if n.startswith("peers/")} == {"no time was left"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton interprets nothing")
+def test_every_tile(run: Run) -> None:
+    cells = run("--only", "tiles")["cells"]
+    tiles = importlib.import_module("gpu.tiles")
+    measured = {cell["kernel"]: cell for name, cell in cells.items() if name.startswith("tiles/")}
+    few_bits = ["Fp8SplitLinear", "Int8SplitLinear", "Int4SplitLinear"]
+    assert list(measured) == ["PagedAttention", *tiles.SCANS, "qkv", "o", "down", *few_bits]
+    for kernel, cell in measured.items():
+        assert cell["refused"] == {}
+        assert list(cell["variants"]) == list(tiles.variants(kernel))
+        assert all(us > 0 for us in cell["variants"].values())
+
+
+def test_the_tiles_of_a_size_take_a_minute(run: Run) -> None:
+    printed = run("--plan", "--only", "tiles", "--shapes", "8b")["printed"]
+    line = next(text for text in printed.splitlines() if text.split()[:2] == ["tiles", "8b"])
+    assert float(line.split()[-1]) <= 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
