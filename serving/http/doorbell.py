@@ -1,7 +1,9 @@
-"""Waking an event loop from another thread, for a sixth of what `call_soon_threadsafe` costs.
+"""Waking an event loop from another thread, for a sixth of what `call_soon_threadsafe` costs, and seldom.
 
 A small model's token takes a third of a millisecond, so what wakes the loop for each of them counts. asyncio's own way
-is a pair of sockets, which it reads twice, and a handle with a copied context for each call.
+is a pair of sockets, which it reads twice, and a handle with a copied context for each call. And whoever wakes a loop
+still holds the interpreter's lock, so the loop sleeps again until it is woken once more for that: both cost the thread
+that decodes a tenth of such a token. So a loop that is rung for again and again looks by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import weakref
 from collections.abc import Callable
 
+_SPACING = 0.002  # seconds between two looks; a loop that is rung for less often is woken each time
+
 
 class Doorbell:
     """Calls functions in a running event loop, which other threads ask for. One per loop: `doorbell` gives it."""
@@ -20,6 +24,8 @@ class Doorbell:
     def __init__(self) -> None:
         self._callbacks = collections.deque[Callable[[], object]]()
         self._rung = False  # and not answered yet
+        self._looks = False  # whether the loop is about to look by itself
+        self._answered = 0.0  # when it was woken last
         self._inside, self._outside = os.pipe()
         for end in (self._inside, self._outside):
             os.set_blocking(end, False)
@@ -29,10 +35,13 @@ class Doorbell:
         for end in (self._inside, self._outside):
             os.close(end)
 
-    def ring(self, callback: Callable[[], object]) -> None:
-        """Have the loop call a function soon, or never if it has been closed; any thread may."""
+    def ring(self, callback: Callable[[], object], *, at_once: bool = False) -> None:
+        """Have the loop call a function soon, or never if it has been closed; any thread may.
+
+        While the loop is rung for again and again, soon is within `_SPACING`, unless it has to be at once.
+        """
         self._callbacks.append(callback)
-        if not self._rung:
+        if not self._rung and (at_once or not self._looks):
             self._rung = True
             os.write(self._outside, b"\0")
 
@@ -40,6 +49,23 @@ class Doorbell:
         with contextlib.suppress(BlockingIOError):
             os.read(self._inside, 64)
         self._rung = False  # first, so that none is left that nobody rings for
+        self._call()
+        now = asyncio.get_running_loop().time()
+        if now < self._answered + _SPACING and not self._looks:
+            self._look_soon()
+        self._answered = now
+
+    def _look(self) -> None:
+        self._looks = False  # first, as above
+        if self._callbacks:
+            self._call()
+            self._look_soon()
+
+    def _look_soon(self) -> None:
+        self._looks = True
+        asyncio.get_running_loop().call_later(_SPACING, self._look)
+
+    def _call(self) -> None:
         while self._callbacks:
             self._callbacks.popleft()()
 

@@ -77,7 +77,7 @@ class RequestGroup:
         self._outcomes = collections.deque[tuple[int, list[Event] | NemodiffError]]()
         self._loop = asyncio.get_running_loop()
         self._woken = self._loop.create_future()
-        self._sleeps = False  # whether the next outcome has to wake the loop
+        self._sleeps = False  # whether the next outcome has to wake the loop; an end always does
         self.more = False  # whether what follows the event yielded last is here already
         self._handles = list[Handle]()
         self._closed = False
@@ -172,10 +172,11 @@ class RequestGroup:
         # Called here and not where events are read, because nobody reads them once the client has gone.
         if isinstance(outcome, list):
             self._observe(index, outcome)
+        ends = not isinstance(outcome, list) or isinstance(outcome[-1], Finished)
         self._outcomes.append((index, outcome))
-        if self._sleeps:  # waking the loop costs as much as all else here
+        if ends or self._sleeps:
             self._sleeps = False
-            self._bell.ring(self._wake)
+            self._bell.ring(self._wake, at_once=ends)
 
     def _wake(self) -> None:
         if not self._woken.done():

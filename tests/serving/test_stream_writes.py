@@ -8,12 +8,15 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nemodiff.errors import BusyError
-from nemodiff.serving.http.doorbell import doorbell
+from nemodiff.runtime.events.events import Event, Finished, Text
+from nemodiff.serving.http.doorbell import Doorbell, doorbell
+from nemodiff.serving.http.request_group import RequestGroup
 from nemodiff.serving.http.sse import EventStreamResponse
 
 
@@ -104,3 +107,106 @@ def test_a_closed_loop_can_be_rung_for() -> None:
     ring = asyncio.run(bell()).ring
     for _ in range(100_000):  # more than a pipe holds
         ring(lambda: None)
+
+
+@pytest.fixture
+def wakings(monkeypatch: pytest.MonkeyPatch) -> list[Doorbell]:
+    """The doorbell that has woken a loop, once for each time."""
+    answer = Doorbell._answer
+    answered: list[Doorbell] = []
+
+    def counted(bell: Doorbell) -> None:
+        answered.append(bell)
+        answer(bell)
+
+    monkeypatch.setattr(Doorbell, "_answer", counted)
+    return answered
+
+
+async def settle() -> None:
+    """Let the loop do all that it has to do soon."""
+    for _ in range(5):
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("spacing", "heard", "woken"), [(0.0, "abcd", 4), (30.0, "ab", 2)])
+def test_a_loop_that_is_rung_for_again_and_again_is_not_woken(
+    monkeypatch: pytest.MonkeyPatch, wakings: list[Doorbell], spacing: float, heard: str, woken: int
+) -> None:
+    async def ring() -> None:
+        called: list[str] = []
+        for name in "abcd":
+            doorbell().ring(lambda name=name: called.append(name))
+            await settle()
+        assert called == [*heard]
+        assert len(wakings) == woken
+        doorbell().ring(lambda: called.append("e"), at_once=True)
+        await settle()
+        assert called == [*"abcde"]
+
+    monkeypatch.setattr("nemodiff.serving.http.doorbell._SPACING", spacing)
+    asyncio.run(ring())
+
+
+def test_a_loop_looks_by_itself_until_nobody_has_rung(monkeypatch: pytest.MonkeyPatch, wakings: list[Doorbell]) -> None:
+    async def ring() -> None:
+        called: list[str] = []
+        for name in "abcd":
+            doorbell().ring(lambda name=name: called.append(name))
+            await settle()
+        while len(called) < 4:
+            await asyncio.sleep(0.01)
+        assert called == [*"abcd"]
+        assert len(wakings) == 2
+        await asyncio.sleep(1.5)
+        doorbell().ring(lambda: called.append("e"))
+        await settle()
+        assert called == [*"abcde"]
+        assert len(wakings) == 3
+
+    monkeypatch.setattr("nemodiff.serving.http.doorbell._SPACING", 0.6)
+    asyncio.run(asyncio.wait_for(ring(), 30))
+
+
+class Told:
+    """One request's group over a scheduler that tells what the test says."""
+
+    def __init__(self) -> None:
+        self.group = RequestGroup(self, lambda *_: None, 60)
+
+    def submit_many(self, requests: Any, *, steps: bool, listener: Any) -> list[Any]:
+        self._listener = listener
+        return [SimpleNamespace(done=True)]
+
+    async def tell(self, texts: str, *, end: bool = False) -> None:
+        """Tell of one text after the other, of the last together with the end."""
+        for text in texts:
+            events: list[Event] = [Text(0, 0.0, text, [], None, None, [])]
+            if end and text == texts[-1]:
+                generation: Any = SimpleNamespace(finish_reason="length")
+                events.append(Finished(0, 0.0, generation, None, None, None))
+            self._listener(0, events)
+            await settle()
+
+
+def test_the_end_of_a_quick_stream_is_read_at_once(monkeypatch: pytest.MonkeyPatch, wakings: list[Doorbell]) -> None:
+    async def stream() -> None:
+        told = Told()
+        read: list[str] = []
+
+        async def follow() -> None:
+            async for _, event in told.group.events():
+                read.append(event.text if isinstance(event, Text) else "end")
+
+        await told.group.submit(lambda: [("x", {})])
+        reading = asyncio.create_task(follow())
+        await settle()
+        await told.tell("abcd")
+        assert read == [*"ab"]
+        await told.tell("e", end=True)
+        await asyncio.wait_for(reading, 10)
+        assert read == [*"abcde", "end"]
+        assert len(wakings) == 3
+
+    monkeypatch.setattr("nemodiff.serving.http.doorbell._SPACING", 30.0)
+    asyncio.run(stream())
