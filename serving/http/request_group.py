@@ -78,6 +78,7 @@ class RequestGroup:
         self._loop = asyncio.get_running_loop()
         self._woken = self._loop.create_future()
         self._sleeps = False  # whether the next outcome has to wake the loop; an end always does
+        self._streams = True  # whether outcomes before an end are read
         self.more = False  # whether what follows the event yielded last is here already
         self._handles = list[Handle]()
         self._closed = False
@@ -132,6 +133,7 @@ class RequestGroup:
 
     async def finished(self, receive: Receive) -> list[Finished]:
         """Wait for all requests, in their order; a client that disconnects meanwhile cancels them."""
+        self._streams = False
         finished: dict[int, Finished] = {}
         watch = asyncio.create_task(on_disconnect(receive, self.close))
         try:
@@ -173,6 +175,8 @@ class RequestGroup:
         if isinstance(outcome, list):
             self._observe(index, outcome)
         ends = not isinstance(outcome, list) or isinstance(outcome[-1], Finished)
+        if not (ends or self._streams):
+            return
         self._outcomes.append((index, outcome))
         if ends or self._sleeps:
             self._sleeps = False

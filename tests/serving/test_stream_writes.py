@@ -210,3 +210,19 @@ def test_the_end_of_a_quick_stream_is_read_at_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("nemodiff.serving.http.doorbell._SPACING", 30.0)
     asyncio.run(stream())
+
+
+def test_an_answer_that_is_not_streamed_wakes_the_loop_at_its_end(wakings: list[Doorbell]) -> None:
+    async def whole() -> None:
+        told = Told()
+        await told.group.submit(lambda: [("x", {})])
+        receive: Any = asyncio.Event().wait
+        answer = asyncio.create_task(told.group.finished(receive))
+        await settle()
+        await told.tell("abcd")
+        assert not wakings
+        await told.tell("e", end=True)
+        assert [type(event) for event in await asyncio.wait_for(answer, 10)] == [Finished]
+        assert len(wakings) == 1
+
+    asyncio.run(whole())
