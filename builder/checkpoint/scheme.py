@@ -11,6 +11,8 @@ from ...contract import Quantization
 from ...errors import CheckpointError
 from .folder import MODELOPT_FILE, read_json
 
+_ONLY_8_BITS = ("int-quantized", "float-quantized")
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
@@ -56,13 +58,13 @@ def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme | None:
         "compressed-tensors": _compressed,
         "modelopt": _modelopt,
     }
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise refusal("quant_method", method, ", ".join(readers))
     scheme = readers[method](values, refusal)
     if scheme.kind is None:
         return scheme
-    if scheme.bits not in (4, 8) or (scheme.bits == 4) != (scheme.kind == "int4"):
-        raise refusal("bits", scheme.bits, "4 or 8")
+    if type(scheme.bits) is not int or scheme.bits != (4 if scheme.kind == "int4" else 8):
+        raise refusal("bits", scheme.bits, "8" if scheme.method in _ONLY_8_BITS else "4 or 8")
     if isinstance(scheme.group, bool) or not isinstance(scheme.group, int) or scheme.group < 0 or scheme.group % 32:
         raise refusal("group_size", scheme.group, "a multiple of 32, or -1")
     return scheme

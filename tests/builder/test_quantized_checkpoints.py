@@ -166,6 +166,9 @@ def test_torch_computes_with_the_numbers_it_keeps(form: str, group: int, tmp_pat
     np.testing.assert_allclose(logits(kept), logits(whole), rtol=1e-4, atol=1e-4)
 
 
+CHANNELS = {"type": "int", "symmetric": True, "strategy": "channel"}
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
@@ -180,12 +183,19 @@ def change_config(folder: Path, **changes: Any) -> None:
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ("gptq", {"bits": 3}, "bits is 3, allowed: 4 or 8"),
         ("gptq", {"bits": None}, "bits is None"),
+        ("gptq", {"bits": 4.0}, "bits is 4.0, allowed: 4 or 8"),
+        ("gptq", {"quant_method": ["gptq"]}, "quant_method is ['gptq'], allowed: gptq, awq"),
         ("gptq", {"group_size": 48}, "group_size is 48, allowed: a multiple of 32"),
         ("gptq", {"group_size": 64}, "allowed: "),
         ("awq", {"version": "gemv"}, "version is 'gemv', allowed: gemm"),
         ("awq", {"zero_point": False}, "zero_point is False"),
         ("pack", {"format": "marlin-24"}, "format is 'marlin-24 of type int'"),
         ("pack", {"config_groups": {}}, "config_groups is {}, allowed: one group"),
+        (
+            "int8",
+            {"config_groups": {"0": {"targets": ["Linear"], "weights": {**CHANNELS, "num_bits": 4}}}},
+            "bits is 4, allowed: 8",
+        ),
         ("pack", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8', allowed: null"),
         ("nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo is 'W4A8_AWQ', allowed: FP8"),
