@@ -30,7 +30,7 @@ FIELDS = ("RssAnon", "RssFile", "VmHWM")  # bytes after sampling
 RUN = """
 import json, sys, time
 from pathlib import Path
-from nemodiff.runtime.engines.engine import causal
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.loading import load
 
 def status():
@@ -44,9 +44,9 @@ cache, seconds = engine.backend.open(1), {}
 for size in (1, 8, 32):
     times = []
     for _ in range(4):
-        before = cache.seconds
+        began = time.perf_counter()
         cache.forward([causal("verify", [300] * size, 10, predict_all=True)])
-        times.append(cache.seconds - before)
+        times.append(time.perf_counter() - began)
     seconds[size] = round(min(times), 3)
 memory = status()
 print(json.dumps({

@@ -85,14 +85,15 @@ def race(entries: dict[str, Contender], prompts: list[list[int]], rounds: int, w
 def measure(checkpoint: Path, folder: Path, threads: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one thread count."""
     engine = load(folder, threads=threads)
+    session = timing.TimedSession(engine)
     second = load(folder.with_name("torch"), threads=threads, device="cpu") if arguments.torch else None
     prompts = [q.prompt(engine.text) for q in arguments.questions]
     rounds, warmup = arguments.rounds, arguments.warmup
     figures = {
         "threads": threads,
         "race": race(contenders(engine, second, checkpoint, threads), prompts, rounds, warmup),
-        "host": timing.host_share(engine, prompts, questions.LONGEST, rounds, warmup),
-        "cost_curve": timing.cost_curve(engine, 20 * rounds, warmup),
+        "host": timing.host_share(engine, session, prompts, questions.LONGEST, rounds, warmup),
+        "cost_curve": timing.cost_curve(engine, session, 20 * rounds, warmup),
         "first_token": timing.first_token(folder, threads, rounds),
     }
     show(figures)

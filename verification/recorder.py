@@ -41,7 +41,6 @@ class Recorder:
 
 class _RecordedCache:
     def __init__(self, recorder: Recorder, cache: Cache) -> None:
-        self.seconds = 0.0
         self._recorder = recorder
         self._cache = cache
 
@@ -50,7 +49,6 @@ class _RecordedCache:
         if recorder.info.build.gather_generation_logits:
             passes = [p._replace(logits=True) for p in passes]
         predictions = self._cache.forward(passes, first)
-        self.seconds = self._cache.seconds
         for p, got in zip(passes, predictions, strict=True):
             logits = None if got.logits is None else got.logits[:, recorder.columns].copy()
             result = (got.token.copy(), got.confidence.copy(), got.next_ids.copy(), logits)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from nemodiff.contract import MODES
-from nemodiff.engine_info import EngineInfo
-from nemodiff.runtime.engines.engine import Cache
 from nemodiff.runtime.engines.passes import bidirectional, causal
 from nemodiff.runtime.generate import decode
 from nemodiff.runtime.loading import LoadedEngine
@@ -39,25 +37,29 @@ print(json.dumps({name: end - start for name, start, end in zip(names, marks, ma
 """
 
 
-class Recorder:
-    """An engine whose caches are kept, so that their forward times can be read afterwards."""
+class TimedSession:
+    """ONNX Runtime's session of an engine, in its place, with the seconds that its runs have taken."""
 
     def __init__(self, engine: LoadedEngine) -> None:
-        self._backend = engine.backend
-        self.info: EngineInfo = engine.info
-        self.pages = engine.backend.pages
-        self.caches: list[Cache] = []
+        backend: Any = engine.backend
+        self.seconds = 0.0
+        self._session = backend.session
+        backend.session = self
 
-    def open(self, rows: int) -> Cache:
-        """See `engine.Engine.open`."""
-        self.caches.append(self._backend.open(rows))
-        return self.caches[-1]
+    def run_with_iobinding(self, binding: Any) -> None:
+        """See onnxruntime.InferenceSession."""
+        started = time.perf_counter()
+        self._session.run_with_iobinding(binding)
+        self.seconds += time.perf_counter() - started
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
 
 
 def host_share(
-    engine: LoadedEngine, prompts: list[list[int]], new_tokens: int, rounds: int, warmup: int
+    engine: LoadedEngine, session: TimedSession, prompts: list[list[int]], new_tokens: int, rounds: int, warmup: int
 ) -> dict[str, Any]:
-    """By mode, the share of the decode loop's wall time outside the engine's forward, after the prefill."""
+    """By mode, the share of the decode loop's wall time outside ONNX Runtime's call, after the prefill."""
     results: dict[str, Any] = {}
     for mode in MODES:
         options = make_options({"mode": mode, "max_new_tokens": new_tokens})
@@ -66,15 +68,13 @@ def host_share(
             wall = inside = 0.0
             passes = 0
             for ids in prompts:
-                recorder, sequence = Recorder(engine), prepare(engine, ids, options)
-                for _, pass_, _ in decode(recorder, [sequence], 1):
+                for _, pass_, _ in decode(engine.backend, [prepare(engine, ids, options)], 1):
                     if pass_.kind == "prefill":
-                        started, before = time.perf_counter(), recorder.caches[0].seconds
+                        started, before = time.perf_counter(), session.seconds
                     else:
                         passes += 1
                 wall += time.perf_counter() - started
-                # This clock stops at ONNX Runtime's call, so filling inputs and binding a new shape are the host's.
-                inside += recorder.caches[0].seconds - before
+                inside += session.seconds - before  # filling inputs and binding a new shape are the host's
             if turn >= warmup:
                 shares.append(1 - inside / wall)
                 host_us.append((wall - inside) / passes * 1e6)
@@ -85,7 +85,7 @@ def host_share(
     return results
 
 
-def cost_curve(engine: LoadedEngine, rounds: int, warmup: int) -> dict[int, dict[str, float]]:
+def cost_curve(engine: LoadedEngine, session: TimedSession, rounds: int, warmup: int) -> dict[int, dict[str, float]]:
     """Median milliseconds of a bidirectional pass that predicts all of its S tokens, after CONTEXT cached ones."""
     cache = engine.backend.open(1)
     vocab, mask = engine.info.model.vocab_size, engine.info.model.mask_id
@@ -95,10 +95,10 @@ def cost_curve(engine: LoadedEngine, rounds: int, warmup: int) -> dict[int, dict
         for size in SIZES:
             pass_ = bidirectional("denoise", [mask] * size, CONTEXT, 0.9)
             for repeat in range(3):  # the first after a change of shape finds cold caches and is dropped
-                before = cache.seconds
+                before = session.seconds
                 cache.forward([pass_])
                 if repeat and turn >= warmup:
-                    times[size].append((cache.seconds - before) * 1e3)
+                    times[size].append((session.seconds - before) * 1e3)
     one = statistics.median(times[1])
     return {
         size: {"ms": round(statistics.median(t), 4), "over_one_token": round(statistics.median(t) / one, 2)}

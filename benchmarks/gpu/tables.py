@@ -101,9 +101,9 @@ def tables(figures: Callable[..., list[Figures]]) -> Iterator[tuple[str, list[st
          f"{r['wall_us_without_graph']:.0f}", f"{r['first_seconds']:.1f}"]
         for r in figures("peers")
     ]  # fmt: skip
-    yield "TensorRT", ["backend", "rows", "context", "tokens", "us", "to ceiling", "eager over graph", "host gap us"], [
+    yield "TensorRT", ["backend", "rows", "context", "tokens", "us", "to ceiling", "eager over graph"], [
         [t["backend"], str(f["rows"]), str(f["context"]), str(f["tokens"]), f"{f['us']:.1f}",
-         f"{f['ratio_to_ceiling']:.2f}", f"{f['eager_over_graph']:.2f}", f"{f['host_gap_us']:.1f}"]
+         f"{f['ratio_to_ceiling']:.2f}", f"{f['eager_over_graph']:.2f}"]
         for t in figures("tensorrt")
         for f in t["forward"]
     ]  # fmt: skip

@@ -26,8 +26,6 @@ NO_LOGITS = (
 class Cache(Protocol):
     """K/V of some rows of one engine, with the buffers of its forwards."""
 
-    seconds: float  # spent inside the backend's forward since the cache was opened
-
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         """Run one forward; `passes[i]` reads and writes row `first + i`, no other row is touched."""
         ...

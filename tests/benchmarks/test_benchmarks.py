@@ -5,6 +5,7 @@ Nothing is timed here. A cut checkpoint is written and built for real; the full 
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
+from stand_ins.chats import chat_ids
 from stand_ins.scripts import load_script
 
 from nemodiff import generate, load
@@ -163,6 +165,28 @@ def test_kernels_fit_a_multiprocessor() -> None:
         assert 1 <= kernel["blocks_per_multiprocessor"] <= most[kernel["sm"]], kernel
         assert 0 < kernel["occupancy"] <= 1
         assert kernel["spill_bytes"] == 0
+
+
+def test_loads_and_passes_are_timed_in_a_process_of_their_own(
+    tiny_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    figures = importlib.import_module("build_memory").run(tiny_engine)
+    assert list(figures["seconds_of_a_pass_by_tokens"]) == ["1", "8", "32"]
+    assert 0 < figures["anonymous_bytes"] <= figures["peak_resident_bytes"]
+
+
+def test_the_host_has_a_share_of_every_mode(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    timing = importlib.import_module("common.timing")
+    engine = load(tiny_engine)
+    session = timing.TimedSession(engine)
+    prompt = chat_ids(engine.text, [{"role": "user", "content": "Count from 3 to 9."}])
+    shares = timing.host_share(engine, session, [prompt], 8, 1, 0)
+    assert all(0 < share["share"] < 1 for share in shares.values())
+    curve = timing.cost_curve(engine, session, 1, 0)
+    assert curve[1]["over_one_token"] == 1
+    assert all(one["ms"] > 0 for one in curve.values())
 
 
 def test_engines_take_turns_and_the_second_pass_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,10 +402,12 @@ def test_a_replay_is_timed_as_an_eager_step_is(monkeypatch: pytest.MonkeyPatch) 
     engine.steps.graphs = True
     cache, spent = engine.open(1), [0.0]
     for _ in range(4):
+        began = time.perf_counter()
         cache.forward([causal("decode", [5], 3)])
+        wall = time.perf_counter() - began
         spent.append(there.spent)
         assert there.step_seconds() == pytest.approx(spent[-1] - spent[-2])
-        assert 0 < there.step_seconds() <= cache.seconds
+        assert 0 < there.step_seconds() <= wall
     assert engine.captured == 1
     assert there.graphs[0].replays == 3
 

@@ -582,7 +582,6 @@ def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytes
         rate = f["bytes"] / f["us"] * 1e6
         assert f["ratio_to_ceiling"] == pytest.approx(rate / report["copy_ceiling_bytes_per_second"])
         assert f["eager_over_graph"] == pytest.approx(f["eager_us"] / f["us"])
-        assert f["host_gap_us"] > 0
     assert [engine.graphs for engine in made] == [True, False]
     assert report["graphs_captured"] == made[0].captured > 0 == made[1].captured
     assert report["shapes_not_captured"] == {}

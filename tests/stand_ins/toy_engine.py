@@ -51,7 +51,6 @@ class ToyCache:
     """See `nemodiff.runtime.engines.engine.Cache`."""
 
     def __init__(self, engine: ToyEngine, rows: int) -> None:
-        self.seconds = 0.0
         self._engine = engine
         self._closed = False
         self.written = np.full((rows, 4096, 2), -1, np.int64)  # id and position by row and slot
@@ -60,7 +59,6 @@ class ToyCache:
         assert not self._closed
         assert 0 <= first < first + len(passes) <= len(self.written)
         self._engine.forwards += 1
-        self.seconds += 1e-3 + 1e-4 * len(passes) * max(p.ids.size for p in passes)
         if self._engine.forwards in self._engine.fails_at:
             raise RuntimeError("the device has gone\nand more lines")
         return [self._row(self.written[first + i], p) for i, p in enumerate(passes)]
@@ -149,7 +147,6 @@ class PagedToyCache(ToyCache):
     most_tokens = 40
 
     def __init__(self, engine: PagedToyEngine, rows: list[int]) -> None:
-        self.seconds = 0.0
         self._engine: PagedToyEngine = engine
         self._closed = False
         self.rows = rows
@@ -187,7 +184,6 @@ class PagedToyCache(ToyCache):
         rows = range(first, first + len(passes))
         for row, p in zip(rows, passes, strict=True):
             assert self.reserve(row, p.write_at, p.write_at + p.ids.size)
-        self.seconds += 1e-3 + 1e-4 * sum(p.ids.size for p in passes)
         return self.launch(passes, rows).finish()
 
     def reserve(self, row: int, begin: int, end: int) -> bool:

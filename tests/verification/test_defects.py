@@ -154,7 +154,6 @@ class Passing:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
-        self.seconds = 0.0
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         return self.cache.forward(passes, first)  # type: ignore[no-any-return]

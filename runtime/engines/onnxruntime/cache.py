@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ class OnnxRuntimeCache:
     ) -> None:
         model = info.model
         self.rows = rows
-        self.seconds = 0.0
         self._bits = info.build.kv_bits
         kinds = {"compute": info.build.dtype}
         self.memory = Memory(
@@ -74,9 +72,7 @@ class OnnxRuntimeCache:
         bound = self._bound(PassShape(first, len(passes), tokens, predicted, logits, False, embedded))
         for row, p in enumerate(passes):
             bound.fill(row, p, self._pad_id)
-        started = time.perf_counter()
         self._session.run_with_iobinding(bound.binding)
-        self.seconds += time.perf_counter() - started
         return [bound.prediction(row, p) for row, p in enumerate(passes)]
 
     def move(self, source: int, target: int, slots: int) -> None:

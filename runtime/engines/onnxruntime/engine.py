@@ -63,7 +63,6 @@ class OnnxRuntimeEngine:
             for cache in self._closed:
                 if cache.rows == rows:
                     self._closed.remove(cache)
-                    cache.seconds = 0.0
                     return cache
         return OnnxRuntimeCache(self.session, self.info, self._bindings, rows, self.take_back)
 

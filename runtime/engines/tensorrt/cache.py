@@ -5,7 +5,6 @@ A pass longer than the engine's profiles runs in pieces, and more rows than a pr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -45,7 +44,6 @@ class TensorRTCache:
         info = engine.info
         device = engine.device
         self.rows = rows
-        self.seconds = 0.0
         self.capacity = engine.capacity
         self._engine = engine
         self._mask_id = info.model.mask_id
@@ -190,11 +188,9 @@ class TensorRTCache:
             forward.fill(row, p, self._mask_id)
             self._ends[shape.first + row] = p.write_at + p.ids.size
         with_logits = [row for row, p in enumerate(passes) if p.logits and p.predicted.size]
-        started = time.perf_counter()
         forward.enqueue()
         logits = self._read_logits(with_logits, passes, shape) if with_logits else {}
         self._engine.device.wait()
-        self.seconds += time.perf_counter() - started
         return [forward.prediction(row, p.predicted.size, logits.get(row)) for row, p in enumerate(passes)]
 
     def _read_logits(self, rows: list[int], passes: Sequence[Pass], shape: PassShape) -> dict[int, np.ndarray]:

@@ -117,7 +117,6 @@ class TensorRTEngine:
             if large_enough:
                 cache = min(large_enough, key=lambda cache: cache.rows)
                 self._closed.remove(cache)
-                cache.seconds = 0.0
                 return cache
             if self.device.memory()[0] < self.cache_bytes(rows):
                 self._closed.clear()

@@ -23,7 +23,6 @@ class TorchCache:
 
     def __init__(self, forwards: Forwards, rows: list[int]) -> None:
         self.rows = rows
-        self.seconds = 0.0
         self.most_tokens = MOST_TOKENS
         self._forwards = forwards
         self._device = forwards.device
@@ -51,10 +50,7 @@ class TorchCache:
                         f"{self._folder}: {end} slots of K/V are needed, of {pages.slots} {pages.free * PAGE} "
                         "are free; let other requests end first, or allow more by --gpu-memory-utilization"
                     )
-            flight = self.launch(passes, rows)
-            predictions = flight.finish()
-        self.seconds += flight.seconds
-        return predictions
+            return self.launch(passes, rows).finish()
 
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TorchFlight:
         """See `engine.PagedCache.launch`."""
