@@ -212,7 +212,7 @@ def _verified_lines(record: dict[str, Any] | None) -> list[str]:
 def _tuned_lines(tuned: list[dict[str, Any]]) -> list[str]:
     return [
         f"tuned        {one['choice']}: on {one['date']} for {named(one['here'])}; "
-        "not used with another card or version"
+        "not used with another card or version, or with --tp-size"
         for one in tuned
     ]
 

@@ -27,7 +27,8 @@ def tune(engine: Path, repetitions: int, device: str | None, as_json: bool) -> N
     """Time decode passes of ENGINE, a torch engine, on this GPU in every way to run its kernels.
 
     The fastest way is kept in the engine folder and used wherever the engine is loaded on such a card with the same
-    versions of driver, torch, Triton and nemodiff. It may round 16-bit numbers otherwise than the default.
+    versions of driver, torch, Triton and nemodiff, but not with --tp-size. It may round 16-bit numbers otherwise than
+    the default.
     """
     from ..measurement.tune import lines, open_probes, tune
     from ..tuned import Tuned, named, read_tuned, write_tuned

@@ -211,7 +211,7 @@ def test_another_card_or_version_is_not_used(engine: Path, on_card: None, name: 
     assert TorchEngine(engine, read_engine(engine), "cpu", kernels=True, pages=8).choice == Choice()
     shown = output_of("inspect", str(engine))
     assert f"{name} other" in shown
-    assert "; not used with another card or version" in shown
+    assert "; not used with another card or version, or with --tp-size" in shown
 
 
 def test_a_card_has_one_entry_and_leaves_those_of_others(engine: Path) -> None:
