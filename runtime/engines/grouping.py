@@ -12,7 +12,7 @@ from ...plugins.ops import arrange
 
 
 class PassInputs(NamedTuple):
-    """Fields of `engine.Pass`."""
+    """Fields of `passes.Pass`."""
 
     ids: np.ndarray
     pos: np.ndarray

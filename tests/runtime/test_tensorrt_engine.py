@@ -600,7 +600,7 @@ def test_tensorrt_rtx_has_what_the_engine_calls() -> None:
         "IExecutionContext": "set_optimization_profile_async set_device_memory set_input_shape set_tensor_address "
         "infer_shapes execute_async_v3 is_stream_capturable",
         "ICudaEngine": "create_execution_context create_runtime_config get_device_memory_size_for_profile_v2 "
-        "get_tensor_name get_tensor_shape get_aliased_input_tensor num_io_tensors num_optimization_profiles",
+        "get_tensor_name get_tensor_shape num_io_tensors num_optimization_profiles",
         "Runtime": "deserialize_cuda_engine engine_host_code_allowed",
         "OnnxParserRefitter": "refit_from_file",
         "Refitter": "refit_cuda_engine",
