@@ -164,7 +164,7 @@ class Network:
         kv_bits: of its K and V.
         group_size: inputs of an int4 weight that share a scale.
         mlp_group_size: likewise in the MLPs.
-        threads: scripts computed at once; None has one per core.
+        threads: scripts computed at once, in either arithmetic; None has one per core.
     """
 
     def __init__(
@@ -197,18 +197,18 @@ class Network:
         embed = self._weights.read("encoder.embed_tokens.weight")
         passes = [[_Pass(config, one, arithmetic, embed) for arithmetic in self._arithmetics] for one in tokens]
         del embed
+        every = list(itertools.chain.from_iterable(passes))
+        if not states:
+            for pass_ in every:
+                pass_.states = None
         with ThreadPoolExecutor(self._threads) as pool:
             for number in range(int(config["num_hidden_layers"])):
                 layer = self._weights.layer(number)
-                for lane, arithmetic in enumerate(self._arithmetics):
-                    w = {}
-                    for name, value in layer.items():
-                        w[name] = arithmetic.weight(value, _part(name))
-                    for of_script in passes:
-                        if not states:
-                            of_script[lane].states = None
-                    of_lane = [of_script[lane] for of_script in passes]
-                    list(pool.map(_Pass.layer, of_lane, itertools.repeat(number), itertools.repeat(w)))
+                weights = [
+                    {name: arithmetic.weight(value, _part(name)) for name, value in layer.items()}
+                    for arithmetic in self._arithmetics
+                ]
+                list(pool.map(_Pass.layer, every, itertools.repeat(number), itertools.cycle(weights)))
             mask = int(config["mask_token_id"])
             norm = self._weights.read("encoder.norm.weight")
             head = self._weights.read("diffusion_head.weight")
