@@ -10,10 +10,9 @@ from typing import Any
 from ...errors import RequestError
 
 MOST_NESTED = 100  # levels of a value of JSON; what walks it, templates and grammars among them, walks it recursively
-
-# Lists and objects of a value of JSON: more than any conversation has that fits in a context of as many tokens.
+# Lists and objects of a value of JSON, and names in objects: more than a conversation has that fits in as many tokens.
 MOST_PARTS = 1 << 18
-_NO_MARKS = bytes({*range(256)} - {*b'"[{'})
+_NO_MARKS = bytes({*range(256)} - {*b'"[{:'})
 
 
 def check_text(text: object, where: str) -> None:
@@ -36,22 +35,27 @@ def check_list(values: object, where: str, of: str) -> None:
 
 
 def check_parts(text: str | bytes, where: str) -> None:
-    """Refuse JSON of too many lists and objects before it is read, since making them holds every thread.
+    """Refuse JSON of too many lists, objects and names before it is read, since making them holds every thread.
 
     Raises RequestError, or ValueError for text of no encoding.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    if data.count(b"[") + data.count(b"{") <= MOST_PARTS:
+    if data.count(b"[") + data.count(b"{") <= MOST_PARTS and data.count(b":") <= MOST_PARTS:
         return  # even with those that stand in strings
     import numpy as np  # not for commands that check a text
 
     plain = data.decode(json.detect_encoding(data), "surrogatepass").encode("utf-8", "surrogatepass")
-    marks = plain.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
-    quotes = np.frombuffer(marks, np.uint8) == ord('"')
+    kept = plain.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
+    marks = np.frombuffer(kept, np.uint8)
+    quotes = marks == ord('"')
     outside = np.cumsum(quotes, dtype=np.uint8) % 2 == 0
-    count = np.count_nonzero(outside & ~quotes)
-    if count > MOST_PARTS:
-        raise RequestError(f"{where} holds {count} lists and objects, allowed: at most {MOST_PARTS}; send fewer")
+    names = np.count_nonzero(outside & (marks == ord(":")))
+    for count, what in (
+        (np.count_nonzero(outside & ~quotes) - names, "lists and objects"),
+        (names, "names in objects"),
+    ):
+        if count > MOST_PARTS:
+            raise RequestError(f"{where} holds {count} {what}, allowed: at most {MOST_PARTS}; send fewer")
 
 
 def check_json(value: Any, where: str) -> None:

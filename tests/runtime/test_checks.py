@@ -1,4 +1,4 @@
-"""JSON is refused by its number of lists and objects before it is read, and by nothing else that it holds."""
+"""JSON is refused by its number of lists, objects and names before it is read, and by nothing else that it holds."""
 
 from __future__ import annotations
 
@@ -25,17 +25,25 @@ def parts(value: Any) -> int:
     return 1 + sum(map(parts, value.values() if isinstance(value, dict) else value))
 
 
+def names(value: Any) -> int:
+    """How many names the objects of a value have."""
+    if isinstance(value, dict):
+        return len(value) + sum(map(names, value.values()))
+    return sum(map(names, value)) if isinstance(value, list) else 0
+
+
 @given(value=JSON, ascii=st.booleans(), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]))
-def test_lists_and_objects_are_counted_as_they_are_read(value: Any, ascii: bool, encoding: str) -> None:
+def test_parts_are_counted_as_they_are_read(value: Any, ascii: bool, encoding: str) -> None:
     text = json.dumps(value, ensure_ascii=ascii)
-    count = parts(value)
+    most = max(parts(value), names(value))
+    what = "lists and objects" if parts(value) == most else "names in objects"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "MOST_PARTS", count)
+        patch.setattr(checks, "MOST_PARTS", most)
         for given_text in (text, text.encode(encoding)):
             checks.check_parts(given_text, "the body")
-        patch.setattr(checks, "MOST_PARTS", count - 1)
+        patch.setattr(checks, "MOST_PARTS", most - 1)
         for given_text in (text, text.encode(encoding)):
-            with pytest.raises(nemodiff.RequestError, match=f"^the body holds {count} lists and objects, allowed: "):
+            with pytest.raises(nemodiff.RequestError, match=f"^the body holds {most} {what}, allowed: at most"):
                 checks.check_parts(given_text, "the body")
 
 
