@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import EngineError
+from .errors import EngineError, NemodiffError
 from .whole_file import whole
 
 ENGINE_FILE = "rank0.engine"  # of the TensorRT backends
@@ -54,12 +54,21 @@ IMAGE_TOKENS = ImageTokens()
 
 
 def engine_path(path: object) -> Path:
-    """What a user gives as an engine's folder. Raises EngineError where that is no path."""
+    """What a user gives as an engine's folder. Raises EngineError where that is no path, or one not of UTF-8."""
     if not isinstance(path, (str, os.PathLike)):
         raise EngineError(
             f"path is {path!r:.60}, allowed: the path of a folder made by: nemodiff build CHECKPOINT -o PATH"
         )
+    check_utf8(Path(path), EngineError)
     return Path(path)
+
+
+def check_utf8(path: Path, error: type[NemodiffError]) -> None:
+    """Refuse a path that is no text: a system allows it, what reads tokenizers and graphs does not. Raises `error`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise error(f"{path}: the path is not UTF-8; rename it, or choose a locale of UTF-8 if it is") from None
 
 
 def engine_digest(folder: Path) -> str:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...engine_folder import CONFIG_FILE
+from ...engine_folder import CONFIG_FILE, check_utf8
 from ...errors import CheckpointError, first_line
 from ..files import copy_folder
 from .folder import (
@@ -55,6 +55,7 @@ def resolve(checkpoint: str, *, headers_only: bool = False) -> Source:
     """
     folder = Path(checkpoint)
     if checkpoint and folder.exists():
+        check_utf8(folder, CheckpointError)
         _refuse_files(folder)
         return Source(folder, folder.resolve().name, None)
     match = _HUB_ID.fullmatch(checkpoint)

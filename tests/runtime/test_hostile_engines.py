@@ -7,6 +7,7 @@ engine and may have been edited in place.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,15 @@ def test_checkpoint_is_not_an_engine(checkpoint: Path, refused: Refused) -> None
     fragments = [f"{checkpoint}: not an engine, manifest.json is missing", "looks like a checkpoint, so build it first"]
     refused(["run", str(checkpoint), "-p", "x"], *fragments)
     refused(["chat", str(checkpoint)], *fragments)
+
+
+def test_a_path_that_is_not_utf8(engine: Path, checkpoint: Path, refused: Refused) -> None:
+    folder = engine.parent / os.fsdecode(b"caf\xe9")
+    shutil.copytree(engine, folder / "engine")
+    shutil.copytree(checkpoint, folder / "checkpoint")
+    refused(["run", str(folder / "engine"), "-p", "x"], "engine: the path is not UTF-8; rename it, or ")
+    build = ["build", str(folder / "checkpoint"), "-o", str(engine.parent / "new")]
+    refused(build, "checkpoint: the path is not UTF-8; rename it, or ")
 
 
 def test_file_is_not_an_engine(engine: Path, refused: Refused) -> None:
