@@ -57,7 +57,7 @@ def find_inputs(patterns: Iterable[str], output: Path) -> list[Path]:
         paths = [Path(name).resolve() for name in names if Path(name).is_file()]
         files = [path for path in paths if not path.is_relative_to(output)]
         if not files:
-            problem = "is in the output's folder" if paths else "is a folder" if names else "no such file"
+            problem = "is in the output's folder" if paths else "is no regular file" if names else "no such file"
             raise RequestError(f"{pattern}: {problem}; give files or patterns of JSON lines or Parquet")
         found.update(files)
     for path in found:

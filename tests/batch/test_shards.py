@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,15 @@ def test_parts_lie_as_the_inputs_do(tmp_path: Path) -> None:
     [
         ("none*", "no such file"),
         ("a.txt", "allowed: files that end in"),
-        ("out", "is a folder"),
+        ("out", "is no regular file"),
+        ("pipe", "is no regular file"),
         ("out/*", "is in the output's folder"),
     ],
 )
 def test_inputs_that_are_none(tmp_path: Path, name: str, problem: str) -> None:
     (tmp_path / "a.txt").write_text("")
     (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "out" / "a-00000.jsonl").write_text("{}")
     with pytest.raises(RequestError, match=problem):
         find_inputs([str(tmp_path / name)], tmp_path / "out")
