@@ -51,43 +51,33 @@ class Card(TorchDevice):
 
     # An engine's step begins with an upload and ends with a download; another may begin before this one is waited for.
     def upload(self, buffer: Any) -> None:
-        self._begun = self._mark()
+        self._begun = self.mark()
         super().upload(buffer)
 
     def download(self, buffer: Any) -> None:
         super().download(buffer)
-        self._steps.append((self._begun, self._mark()))
+        self._steps.append((self._begun, self.mark()))
 
     def wait(self, mark: Any) -> None:
         super().wait(mark)
         while self._steps and (not self.is_gpu or self._steps[0][1].query()):
-            self._last = self._between(*self._steps.popleft())
+            self._last = self.between(*self._steps.popleft())
             self.spent += self._last
 
     def step_seconds(self) -> float:
         """What the last step took on the device, once it is done."""
         return self._last
 
-    def _mark(self) -> Any:
-        if not self.is_gpu:
-            return time.perf_counter()
-        event = self.torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end)) / 1e3 if self.is_gpu else end - start
-
     def median(self, work: Callable[[], Any]) -> float:
         """Median seconds of some work, run until it is known; everything it starts is waited for."""
         times: list[float] = []
         with self.use(Path("benchmark")):
             for _ in self.rounds():
-                start = self._mark()
+                start = self.mark()
                 work()
-                end = self._mark()
+                end = self.mark()
                 self.synchronize()
-                times.append(self._between(start, end))
+                times.append(self.between(start, end))
         return statistics.median(times)
 
     def rounds(self) -> Iterator[int]:

@@ -131,9 +131,8 @@ class PagedRows(Rows):
             self.counts.rebuilt += pass_.ids.size
             if slot.built == slot.sequence.length:
                 slot.built = None
-        # One that was started ahead began when the host saw the end of the one before, which may have been long past.
         computed = sum(each.pass_.ids.size for each in work)
-        self.count(wanted + served, flight.seconds, computed, tells=not last.ahead)
+        self.count(wanted + served, flight.seconds, computed)
         yield Forward(slots, served, results, began, flight.seconds, len(work))
 
     def _wait(self, freed: int) -> None:

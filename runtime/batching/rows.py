@@ -73,13 +73,11 @@ class Rows:
         self._cache.move(found.row, row, found.length)
         return True
 
-    def count(
-        self, passes: list[Pass], seconds: float | None, computed: int | None = None, *, tells: bool = True
-    ) -> None:
+    def count(self, passes: list[Pass], seconds: float | None, computed: int | None = None) -> None:
         """Take note of a forward that has ended.
 
-        Its seconds are None where they are not known, and may not tell what it costs. `computed` are its tokens with
-        what was computed for nobody; None: all passes were padded to the longest.
+        Its seconds are None where they are not known. `computed` are its tokens with what was computed for nobody;
+        None: all passes were padded to the longest.
         """
         tokens = longest = 0
         prefills = False
@@ -98,7 +96,7 @@ class Rows:
         self.load.take(sum(slot.runs for slot in self.slots) if len(self.slots) > 1 else 1)
         if self._cost is None:
             return
-        if seconds is None or prefills or not tells:
+        if seconds is None or prefills:
             self._cost.pass_over(seconds or 0.0)
         else:
             self._cost.learn(computed, seconds)

@@ -47,11 +47,13 @@ from nemodiff.runtime.engines.grouping import Grouping
 from nemodiff.runtime.engines.passes import Feed, Following, Pass, Prediction, bidirectional, causal, with_masks
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts
+from nemodiff.runtime.generate import decode
 from nemodiff.runtime.modes.ar import over_next
 from nemodiff.runtime.modes.diffusion import _first as diffusion_first
 from nemodiff.runtime.modes.diffusion import _last, _next
 from nemodiff.runtime.modes.linear_spec import _draft, _first, _verify
 from nemodiff.runtime.modes.quadratic_spec import _without_draft
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence as Request
@@ -117,6 +119,20 @@ def test_a_request_of_linear_spec_waits_at_its_ends_alone(real: nemodiff.LoadedE
     assert gaps <= 2  # the draft of the last block, which is shorter
     assert set(backend.followed) == {"draft", "verify"}
     assert batch.counts.padding == 0
+
+
+def test_passes_that_are_begun_ahead_tell_what_they_cost(
+    real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = toy(real, ahead=True, endless=True)
+    assert isinstance(engine.backend, PagedToyEngine)
+    met, learn = list[int](), PassCosts.learn
+    monkeypatch.setattr(PassCosts, "learn", lambda self, size, s: met.append(size) or learn(self, size, s))
+    requests = [prepare(engine, TEXT[:40], Options(**LINEAR, block_length=8, max_new_tokens=80))]
+    for _ in decode(engine.backend, requests, 1, costs=engine.cost):
+        pass
+    assert met == [8] * 18 + [7] * 2
+    assert engine.backend.followed.total() > 17
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 5, 8, 32])

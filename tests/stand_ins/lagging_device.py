@@ -96,6 +96,9 @@ class LaggingDevice(TorchDevice):
     def mark(self) -> int:
         return len(self._stream)
 
+    def between(self, begin: int, end: int) -> float:
+        return 1e-3 * (end - begin)
+
     def wait(self, mark: int) -> None:
         with torch.inference_mode():
             while self._done < mark:

@@ -247,30 +247,28 @@ class TorchDevice:
     def mark(self) -> Any:
         """A point in the stream that can be waited for."""
         if not self.is_gpu:
-            return None
-        event = self._torch.cuda.Event()
+            return time.perf_counter()
+        event = self._torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
 
     def wait(self, mark: Any) -> None:
-        """Wait until everything in the stream before a mark is done."""
-        if mark is not None:
+        """Wait until everything in the stream before a mark is done, if there is one."""
+        if self.is_gpu and mark is not None:
             mark.synchronize()
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds from one mark to another, both of which have been waited for; on a GPU by its own clock."""
+        return float(begin.elapsed_time(end)) / 1e3 if self.is_gpu else end - begin
 
     def seconds(self, work: Callable[[], None], times: int) -> float:
         """What some work takes here, the mean of so many times in a row; on a GPU by its own clock."""
-        if not self.is_gpu:
-            began = time.perf_counter()
-            for _ in range(times):
-                work()
-            return (time.perf_counter() - began) / times
-        begin, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(self._stream)
+        begin = self.mark()
         for _ in range(times):
             work()
-        end.record(self._stream)
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3 / times
+        end = self.mark()
+        self.wait(end)
+        return self.between(begin, end) / times
 
     def graph_pool(self) -> Any:
         """Memory that graphs share, since no two of them run at once; it is gone for good with the last of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,7 +35,6 @@ class Forwards:
         self.device = steps.device
         self.memory = steps.memory
         self.lock: Any = lock
-        self.ended = 0.0  # when the last forward was seen to have ended
         self.ahead = ahead
         self._flights: list[TorchFlight] = []  # under way, in their order
 
@@ -105,10 +103,7 @@ class Forwards:
                 step.run()  # captured
                 self.device.wait(self.device.mark())
                 if shape == FlatShape(shape.tokens, shape.tokens):
-                    began = time.perf_counter()
-                    step.run()
-                    self.device.wait(self.device.mark())
-                    seconds[shape.tokens] = time.perf_counter() - began
+                    seconds[shape.tokens] = self.device.seconds(step.run, 1)
         return seconds
 
 
@@ -135,6 +130,7 @@ class TorchFlight:
         self._predictions: list[Prediction] | None = None
         self._failure: Exception | None = None
         self._start: Callable[[], Any] | None = self._started
+        self._began: Any = None  # a mark before everything, and one after it
         self._mark: Any = None
         step.fill(passes, rows, None if feeding is None else feeding.sources, self.turn)
         if owner.device.is_gpu:
@@ -170,9 +166,7 @@ class TorchFlight:
                     self._start()
             with owner.device.watched(owner.folder):
                 owner.device.wait(self._mark)
-            ended = time.perf_counter()
-            self.seconds = ended - max(self._began, owner.ended)  # the device was busy before
-            owner.ended = ended
+            self.seconds = owner.device.between(self._began, self._mark)
             self._predictions = self._read()
         except Exception as failure:
             self._failure = failure
@@ -184,7 +178,7 @@ class TorchFlight:
         """Put everything into the stream."""
         device, step = self._owner.device, self.step
         self._start = None
-        self._began = time.perf_counter()
+        self._began = device.mark()
         self._owner.memory.show_table()
         step.run(self.turn, self._before)
         begin = 0
