@@ -27,21 +27,22 @@ def draft_and_verify(sequence: Sequence, again: Again) -> Generator[Pass, Predic
     A rejection undoes nothing: the verify pass has written K/V for the whole block, the length advances by what was
     accepted, and the next pass writes over the rest.
     """
-    mask, selector = sequence.model.mask_id, sequence.selector
-    fixed = sequence.planner is None
+    mask, selector, planner = sequence.model.mask_id, sequence.selector, sequence.planner
+    # Where passes are begun ahead, a whole verify costs less than the wait for a shorter one.
+    whole = selector.plain and sequence.settings.policy.everything and (planner is None or sequence.load.ahead)
     size = min(sequence.block_length, sequence.remaining)
     block = [sequence.tokens[-1], *selector.with_end_of_thinking([mask] * (size - 1))]
     unseen: list[float] = []
     begins = True
     while mask in block:
-        if fixed and selector.plain and sequence.settings.policy.everything:
+        if whole:
             sequence.follower = _verify
         block = yield from denoise(sequence, "draft", block, begins=begins)
         begins = False
     block = block[: sequence.before_stop(block) + 1]  # nothing is emitted after an EOS, so nothing is looked at there
-    if sequence.planner is not None and sequence.outcome.confidence is not None:
+    if planner is not None and not whole and sequence.outcome.confidence is not None:
         unseen = sequence.outcome.confidence[1 : len(block)].tolist()
-        worth = sequence.planner.worth_verifying(unseen)
+        worth = planner.worth_verifying(unseen)
         block, unseen = block[: worth + 1], unseen[worth:]
     sequence.follower = again(sequence, size)
     prediction = yield causal("verify", block, sequence.length, predict_all=True, logits=not selector.plain)

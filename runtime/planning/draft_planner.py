@@ -21,6 +21,7 @@ _PROBE = 32  # passes of one token after which a short draft looks whether that 
 _PROBE_BLOCK = 4
 _STAY = 8  # blocks of a plan at most before the next is made
 _DOUBT = 2048  # blocks after which a mode that none of them was of may be worth twice what it seems to be
+_MET = 16  # verifies of a mode from which on it is known by its own
 _TRY = 8  # blocks of it then; so trying what is not the best costs at most 8 / 2048 of the time
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
 
@@ -53,8 +54,13 @@ class AcceptanceStatistics:
 
     def __init__(self) -> None:
         self.of: dict[ExactMode, ModeStatistics] = {"linear_spec": ModeStatistics(), "quadratic_spec": ModeStatistics()}
+        self.drafts = PositionStatistics()  # of both modes
         self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # the last one made
         self.idle: dict[tuple[ExactMode, ...], dict[ExactMode, int]] = {}  # blocks since the last of each mode
+
+    def drafts_of(self, mode: ExactMode) -> PositionStatistics:
+        """What is known of a mode's drafts: until it has met some, those of both, which fill the same masks."""
+        return self.of[mode] if self.of[mode].verifies >= _MET else self.drafts
 
 
 _NOTHING = PositionStatistics()  # of a request that has met no draft
@@ -108,7 +114,8 @@ class DraftPlanner:
             self._standing = standing
         costs, self._taken = self._costs, self._standing.plan
         self._standing.left -= 1
-        if not self._standing.left:
+        # Where passes are begun ahead, one of the last round is not: the plan after it has to be made first.
+        if self._standing.left == (self._rows if load.ahead else 0):
             self._met = _Met(costs.passes, costs.spent, costs.clock())
         return self._taken
 
@@ -156,11 +163,12 @@ class DraftPlanner:
     def _take_in(self) -> None:
         """Learn from what has been met: first what is to be expected of a block, and by that what each one was."""
         self._own.take_in()
+        self._engine.drafts.take_in()
         for mode, met in self._engine.of.items():
             met.take_in()
             blocks = met.blocks[self._rows]
             later, blocks.later = blocks.later, []
-            expected = met.expected(_NOTHING) if later else []
+            expected = self._engine.drafts_of(mode).expected(_NOTHING) if later else []
             for block, tokens, rows, emitted in later:
                 spent = self._seconds(mode, block, self._costs.curve.seconds(tokens) / rows)
                 blocks.add(block, emitted / expected[block - 1], spent / self._seconds(mode, block))
@@ -170,9 +178,10 @@ class DraftPlanner:
         costs, mode = self._costs, self._taken.mode
         self._met = None
         if costs.passes - before.passes == _PASSES[mode]:
-            seconds = costs.clock() - before.at - (costs.spent - before.spent)
+            seconds = costs.clock() - before.at
             if seconds > 0:  # else the request has changed threads, and each has a clock of its own
-                costs.host.learn(mode, seconds / self._rows, self._rows)
+                beside = max(seconds - (costs.spent - before.spent), 0.0)
+                costs.host.learn(mode, beside / self._rows, self._rows)
 
     def _news(self, best: Plan) -> tuple[Plan, int] | None:
         """What to take instead of the best plan for what it teaches, and how often, if anything.
@@ -202,7 +211,8 @@ class DraftPlanner:
 
     def _expected(self, mode: ExactMode) -> list[float]:
         """Tokens of a verify: this request's, or where the plan is for many rows those of all."""
-        return self._engine.of[mode].expected(self._own if self._rows == 1 else _NOTHING)
+        own = self._own if self._rows == 1 else _NOTHING
+        return self._engine.drafts_of(mode).expected(own)
 
     def _seconds(self, mode: ExactMode, block: int, verify: float | None = None) -> float:
         """Of a block with what the host takes, if its verify takes so long; None: as long as one of the whole block.
@@ -272,8 +282,8 @@ class DraftPlanner:
         """
         mode, block = self._taken
         verify = (max(looked_at, block) if ended else looked_at, emitted, unseen)
-        self._own.later.append(verify)
-        self._engine.of[mode].later.append(verify)
+        for statistics in (self._own, self._engine.of[mode], self._engine.drafts):
+            statistics.later.append(verify)
         if mode == "linear_spec":
             self._learn_block(mode, block, looked_at, emitted)
 

@@ -28,7 +28,7 @@ class PositionStatistics:
         # Verifies by how many drafted tokens they looked at, up to the first wrong one, and by how many they kept.
         self._looked_at = [0.0] * MAX_BLOCK
         self._kept = [0.0] * MAX_BLOCK
-        self._verifies = 0.0
+        self.verifies = 0.0
         self.later: list[tuple[int, int, Iterable[float]]] = []  # verifies met since `take_in`, as `add` takes them
 
     def take_in(self) -> None:
@@ -43,11 +43,11 @@ class PositionStatistics:
         `unseen` are the confidences of what the draft had beyond the block, if all of that was kept. It is left out for
         being unlikely, so without it a draft would seem better than it is.
         """
-        if self._verifies >= _FORGET:
+        if self.verifies >= _FORGET:
             self._looked_at = [0.5 * count for count in self._looked_at]
             self._kept = [0.5 * count for count in self._kept]
-            self._verifies *= 0.5
-        self._verifies += 1
+            self.verifies *= 0.5
+        self.verifies += 1
         self._looked_at[min(emitted, size - 1)] += 1
         self._kept[emitted - 1] += 1
         chance = 1.0
@@ -66,14 +66,6 @@ class PositionStatistics:
         """Those of them that kept it."""
         return _and_more(self._kept)
 
-
-class ModeStatistics(PositionStatistics):
-    """What the drafts of a mode have brought, those of all requests of an engine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = collections.defaultdict[int, BlockStatistics](BlockStatistics)  # by rows side by side
-
     def expected(self, own: PositionStatistics) -> list[float]:
         """Tokens that a verify of a block of 1, 2, .. `MAX_BLOCK` tokens emits on average.
 
@@ -91,6 +83,14 @@ class ModeStatistics(PositionStatistics):
                 break
             tokens.append(tokens[-1] + chance)
         return tokens + tokens[-1:] * (MAX_BLOCK - len(tokens))
+
+
+class ModeStatistics(PositionStatistics):
+    """What the drafts of a mode have brought, those of all requests of an engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = collections.defaultdict[int, BlockStatistics](BlockStatistics)  # by rows side by side
 
 
 class BlockStatistics:

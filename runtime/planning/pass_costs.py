@@ -33,7 +33,8 @@ _REFIT = 8  # passes after which the curve is made anew, or half of those that i
 _GAP = 6  # passes between two that are taken to learn what they cost, where that has never been known
 _GAP_OF_KNOWN = 256  # where it has
 _KNOWN = 3.0  # passes of about a size that make its cost known
-_HOST_KEPT = 12  # figures that one of what the host takes is made of
+_HOST_KEPT = 12  # figures that one of what the host takes is made of, and those that will do
+_HOST_FEW = 4
 
 
 class HostCosts:
@@ -45,23 +46,21 @@ class HostCosts:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int], collections.deque[float]] = {}
-        self._usual: dict[tuple[str, int], float] = {}
 
     def learn(self, way: str, seconds: float, rows: int = 1) -> None:
         """Take in what a block took each of so many rows."""
-        kept = self._kept.setdefault((way, rows), collections.deque(maxlen=_HOST_KEPT))
-        kept.append(seconds)
-        self._usual.setdefault((way, rows), seconds)
-        if len(kept) == _HOST_KEPT:  # the quicker third of them, for other work only adds
-            self._usual[way, rows] = sorted(kept)[_HOST_KEPT // 3]
-            kept.clear()
+        self._kept.setdefault((way, rows), collections.deque(maxlen=_HOST_KEPT)).append(seconds)
 
     def seconds(self, way: str, rows: int = 1) -> float:
-        """Of a block; what so many rows have not met yet takes the least that it or else any other way has taken."""
-        met = self._usual
-        if (way, rows) in met:
-            return met[way, rows]
-        return min([s for (of, _), s in met.items() if of == way] or met.values(), default=0.0)
+        """Of a block; what so many rows have hardly met takes the least that it or else any other way has taken.
+
+        Of figures the quicker third counts, for other work only adds.
+        """
+        kept = self._kept.get((way, rows), ())
+        if len(kept) >= _HOST_FEW:
+            return sorted(kept)[len(kept) // 3]
+        of_way = [min(kept) for (of, _), kept in self._kept.items() if of == way]
+        return min(of_way or map(min, self._kept.values()), default=0.0)
 
 
 class Load:

@@ -120,9 +120,21 @@ def modes_of(blocks: int, kept: dict[str, int]) -> list[str]:
     return taken
 
 
+def test_a_mode_is_expected_to_draft_as_the_other_does() -> None:
+    """Until it has been tried: both fill the same masks."""
+    planner = DraftPlanner(PassCosts(MIXED), AcceptanceStatistics(), ("linear_spec", "quadratic_spec"))
+    before = planner._expected("linear_spec")[15]
+    planner._taken = Plan("quadratic_spec", 16)
+    for _ in range(40):
+        planner.learn(16, 12)
+    planner._take_in()
+    assert before == pytest.approx(4.86, abs=0.01)
+    assert planner._expected("linear_spec")[15] == pytest.approx(12, abs=0.7)
+
+
 def test_the_other_mode_is_tried_and_has_an_acceptance_of_its_own() -> None:
-    """It is soon taken where its drafts are the better ones, and otherwise costs next to nothing."""
-    assert modes_of(3000, {"linear_spec": 12, "quadratic_spec": 4})[1000:].count("linear_spec") > 1000
+    """It is taken once it has been tried where its drafts are the better ones, and else costs next to nothing."""
+    assert modes_of(4000, {"linear_spec": 12, "quadratic_spec": 4})[2048:].count("linear_spec") > 1000
     tried = modes_of(6000, {"linear_spec": 2, "quadratic_spec": 4})[3000:].count("linear_spec")
     assert 0 < tried <= 3000 * 8 / 2048 + 8
 

@@ -160,7 +160,7 @@ def test_a_prompt_beside_it_is_no_time_of_the_host(engine: nemodiff.LoadedEngine
     sequences = [prepare(loaded, [200 + n] * 200, options) for n in range(40)]
     for _ in decode(loaded.backend, sequences, 8, costs=loaded.cost):
         pass
-    assert max(loaded.cost.host._usual.values(), default=0.0) < 1e-6
+    assert max(map(max, loaded.cost.host._kept.values()), default=0.0) < 1e-6
 
 
 def test_padding_counts_against_a_mode_whose_rows_differ() -> None:
@@ -205,9 +205,9 @@ def test_auto_follows_the_load(engine: nemodiff.LoadedEngine, curve: CostCurve, 
     ]
     rates = [rate(timed(engine, curve, HARD, paged=paged), rows, options, tokens) for options in fixed]
     planned = timed(engine, curve, HARD, paged=paged)
-    got = [rate(planned, rows, {"mode": "auto"}, tokens) for _ in range(3)]
+    got = [rate(planned, rows, {"mode": "auto"}, tokens) for _ in range(5)]
     assert got[0] > 0.85 * max(rates)  # while it learns
-    assert sum(got[1:]) / 2 > 0.95 * max(rates)
+    assert sum(got[1:]) / 4 > 0.95 * max(rates)  # in one of which the other mode may be tried
 
 
 @pytest.mark.parametrize("curve", [FREE, EACH_PAID, H200], ids=["free", "each paid", "H200"])

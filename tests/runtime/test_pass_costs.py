@@ -137,6 +137,16 @@ def test_interruptions_do_not_make_long_passes_dear() -> None:
     assert max(learned) / min(learned) < 1.35
 
 
+def test_a_single_figure_of_the_host_is_not_believed_where_others_are_less() -> None:
+    host = HostCosts()
+    host.learn("linear_spec", 1.0, 1)
+    for _ in range(3):
+        host.learn("linear_spec", 50.0, 8)
+        assert host.seconds("linear_spec", 8) == 1.0
+    host.learn("linear_spec", 50.0, 8)
+    assert host.seconds("linear_spec", 8) == 50.0
+
+
 def test_one_slow_turn_of_the_host_changes_nothing() -> None:
     """Before there are a dozen figures the first one stands, and later what the quicker ones of the last dozen say."""
     host = HostCosts()

@@ -135,6 +135,20 @@ def test_passes_that_are_begun_ahead_tell_what_they_cost(
     assert engine.backend.followed.total() > 17
 
 
+def test_a_planned_linear_spec_waits_where_a_plan_is_made_alone(real: nemodiff.LoadedEngine) -> None:
+    """Its verifies are of whole drafts, which are known before those are."""
+    engine = toy(real, ahead=True, endless=True)
+    backend = engine.backend
+    assert isinstance(backend, PagedToyEngine)
+    requests = [prepare(engine, TEXT[:40], Options(mode="linear_spec", block_length="auto", max_new_tokens=400))]
+    for _ in decode(backend, requests, 1, costs=engine.cost):
+        pass
+    nfe = requests[0].nfe
+    assert nfe["verify"] > 8
+    assert backend.followed["verify"] >= nfe["verify"] - 1
+    assert backend.followed["draft"] >= nfe["draft"] / 2
+
+
 @pytest.mark.parametrize("block", [1, 2, 4, 5, 8, 32])
 def test_limits_at_every_border(real: nemodiff.LoadedEngine, block: int) -> None:
     for limit in (1, 2, *range(block - 1, 2 * block + 3), 4 * block + 1, 70):
