@@ -3,7 +3,8 @@
 The torch engine runs as on a GPU, with graphs and forwards begun ahead, and its model is a script that takes no time of
 what is measured. *Gap* is CPU time from the end of a forward to the start of the next while none is under way: so long
 the card stands still. *Beside* is the rest, in which the next forward runs. Entering a device's context and launching,
-which CUDA adds, are not in it. Writes `results/host.json`.
+which CUDA adds, are not in it. *Tokens per second* are those of a card whose forwards take what `CURVE` says, with the
+host's CPU time between and beside them: what plans would bring there. Writes `results/host.json`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import operator
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,7 +39,7 @@ from nemodiff.runtime.text.codec import TextCodec
 ROWS = (1, 16, 64)
 PROMPT, NEW_TOKENS = 64, 512
 PAGES = 1024
-# Plans are made by these seconds, about those of an 8B shape on an H200 (results/gpu_h200.md).
+# What forwards take by their tokens, about as of an 8B shape on an H200 (results/gpu_h200.md).
 CURVE = CostCurve((1, 64, 256, 512), (0.0049, 0.006, 0.0087, 0.013))
 PACKAGES = ("nemodiff", "numpy", "torch")
 
@@ -50,8 +52,15 @@ class Spent(NamedTuple):
     rows: int
 
 
+class Run(NamedTuple):
+    """A round of requests: forwards in which all of them decode, and the tokens of all by the card's time."""
+
+    forwards: list[Spent]
+    tokens_per_second: float
+
+
 class Card:
-    """A GPU to the engine's forwards: a device of the CPU whose forwards take no time, and which notes when they run.
+    """A GPU to the engine's forwards: a device of the CPU that notes when they run, and adds their time to the host's.
 
     Args:
         cpu: what holds the buffers.
@@ -69,6 +78,8 @@ class Card:
         self._ended = 0  # forwards
         self._since: float | None = None  # when the host's time began; None while a forward is started
         self._gap = self._beside = 0.0
+        self._times = [(0.0, 0.0)]  # when forwards began and ended, by `now`; one that never was comes first
+        self._waited = 0.0  # seconds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cpu, name)
@@ -76,6 +87,11 @@ class Card:
     def restart(self) -> None:
         """Forget the forwards so far, which have all ended."""
         self.forwards, self._ended, self._since, self._gap, self._beside = [], 0, None, 0.0, 0.0
+        del self._times[1:]
+
+    def now(self) -> float:
+        """Seconds of this thread, and of its waits for forwards."""
+        return time.thread_time() + self._waited
 
     def buffer(self, layout: Layout, there: Any, host: Any) -> Buffer:
         """One of its own, since what runs next shall not write over what has not been read."""
@@ -101,6 +117,8 @@ class Card:
         self._results = buffer.there
         rows = np.count_nonzero(np.unique(inputs["row"]))  # row 0 is that of padding
         self.forwards.append(Spent(self._gap, self._beside, rows))
+        began = max(self.now(), self._times[-1][1])
+        self._times.append((began, began + CURVE.seconds(len(inputs["ids"]))))
         self._gap = self._beside = 0.0
         self._since = time.thread_time()
 
@@ -120,7 +138,12 @@ class Card:
         """So many forwards have ended."""
         self.note()
         self._ended = max(self._ended, mark)
+        self._waited += max(self._times[mark][1] - self.now(), 0.0)
         self._since = time.thread_time()
+
+    def between(self, begin: int, end: int) -> float:
+        """What the forwards from one number to another took."""
+        return self._times[end][1] - self._times[begin + 1][0]
 
     def note(self) -> None:
         """Add the host's time up to now to what it is, as the card begins a forward or has ended one."""
@@ -153,24 +176,22 @@ def engine_of(folder: Path) -> tuple[LoadedEngine, Card]:
     backend.model.advance = card.advance  # type: ignore[method-assign]
     backend.model.arrange = card.arrange  # type: ignore[method-assign]
     engine = LoadedEngine(folder, backend, TextCodec(folder), 0.0)
-    costs = engine.cost
-    learn = costs.learn
-    costs.begin(CURVE)
-    costs.learn = lambda size, seconds: learn(size, CURVE.seconds(size))  # type: ignore[method-assign]
+    engine.cost.clock = card.now
+    engine.cost.begin(CURVE)
     return engine, card
 
 
-def measured(engine: LoadedEngine, card: Card, way: str, rows: int, new_tokens: int) -> list[Spent]:
-    """The forwards of a run in which all rows decode: from the last first token to the first end."""
-    begun = dict[int, int]()  # forwards until a request has its first text
-    ended = list[int]()
+def measured(engine: LoadedEngine, card: Card, way: str, rows: int, new_tokens: int) -> Run:
+    """All rows decode from the last first token to the first end; tokens are counted from the first to the last."""
+    begun = dict[int, tuple[int, float]]()  # when a request has its first text: forwards so far, and the card's time
+    ended = list[tuple[int, float]]()
 
     def listen(number: int, outcome: Any) -> None:
         for event in outcome:
             if isinstance(event, Text):
-                begun.setdefault(number, len(card.forwards))
+                begun.setdefault(number, (len(card.forwards), card.now()))
             elif isinstance(event, Finished):
-                ended.append(len(card.forwards))
+                ended.append((len(card.forwards), card.now()))
 
     card.restart()
     options = [{"max_new_tokens": new_tokens, **WAYS[way][number % len(WAYS[way])]} for number in range(rows)]
@@ -178,13 +199,16 @@ def measured(engine: LoadedEngine, card: Card, way: str, rows: int, new_tokens: 
     with Scheduler(engine, rows=rows, prefix_reuse=False) as scheduler:
         for handle in scheduler.submit_many(requests, listener=listen):
             handle.result()
-    return card.forwards[max(begun.values()) : ended[0]]
+    seconds = ended[-1][1] - min(begun.values())[1]
+    return Run(card.forwards[max(begun.values())[0] : ended[0][0]], rows * new_tokens / seconds)
 
 
 def least(engine: LoadedEngine, card: Card, way: str, rows: int, rounds: int, new_tokens: int) -> dict[str, Any]:
-    """Microseconds of a forward, the least of several rounds: other work on the machine only adds."""
-    runs = [measured(engine, card, way, rows, new_tokens) for _ in range(rounds + 1)][1:]
-    result: dict[str, Any] = {"mode": way, "rows": rows}
+    """Microseconds of a forward, the least of several rounds: other work on the machine only adds. The median rate."""
+    rounds_of = [measured(engine, card, way, rows, new_tokens) for _ in range(rounds + 1)][1:]
+    rate = statistics.median(run.tokens_per_second for run in rounds_of)
+    runs = [run.forwards for run in rounds_of]
+    result: dict[str, Any] = {"mode": way, "rows": rows, "tokens_per_second": round(rate)}
     for name, pick in (("gap", operator.attrgetter("gap")), ("beside", operator.attrgetter("beside"))):
         sums = [(sum(map(pick, run)), len(run), sum(forward.rows for forward in run)) for run in runs]
         result[f"{name}_us"] = round(1e6 * min(seconds / forwards for seconds, forwards, _ in sums), 1)
@@ -195,12 +219,12 @@ def least(engine: LoadedEngine, card: Card, way: str, rows: int, rounds: int, ne
 def line(result: dict[str, Any]) -> str:
     """A result as a line of the table."""
     figures = (f"{result[name]:10.1f}" for name in ("gap_us", "gap_us_per_row", "beside_us", "beside_us_per_row"))
-    return f"{result['mode']:16}{result['rows']:5}{''.join(figures)}"
+    return f"{result['mode']:16}{result['rows']:5}{''.join(figures)}{result['tokens_per_second']:10}"
 
 
 def measure(work: Path, ways: list[str], rows: list[int], rounds: int, new_tokens: int) -> list[dict[str, Any]]:
     """All figures, shown as they come; the engine is built in `work`."""
-    print(f"{'us of a forward':16}{'rows':>5}{'gap':>10}{'per row':>10}{'beside':>10}{'per row':>10}")
+    print(f"{'us of a forward':16}{'rows':>5}{'gap':>10}{'per row':>10}{'beside':>10}{'per row':>10}{'tokens/s':>10}")
     builder = Builder(record.MODEL, work / "engine", backend="torch", dtype="f32", max_batch_size=max(rows))
     engine, card = engine_of(builder.run())
     results = []
