@@ -37,15 +37,16 @@ def check_list(values: object, where: str, of: str) -> None:
 def check_parts(text: str | bytes, where: str) -> None:
     """Refuse JSON of too many lists, objects and names before it is read, since making them holds every thread.
 
-    Raises RequestError, or ValueError for text of no encoding.
+    Raises RequestError, or ValueError for bytes in no encoding of JSON's.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if data.count(b"[") + data.count(b"{") <= MOST_PARTS and data.count(b":") <= MOST_PARTS:
         return  # even with those that stand in strings
     import numpy as np  # not for commands that check a text
 
-    plain = data.decode(json.detect_encoding(data), "surrogatepass").encode("utf-8", "surrogatepass")
-    kept = plain.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
+    if data is text:
+        data = data.decode(json.detect_encoding(data), "surrogatepass").encode("utf-8", "surrogatepass")
+    kept = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_MARKS)
     marks = np.frombuffer(kept, np.uint8)
     quotes = marks == ord('"')
     outside = np.cumsum(quotes, dtype=np.uint8) % 2 == 0

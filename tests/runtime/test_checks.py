@@ -47,7 +47,13 @@ def test_parts_are_counted_as_they_are_read(value: Any, ascii: bool, encoding: s
                 checks.check_parts(given_text, "the body")
 
 
-@pytest.mark.parametrize("text", ["[" * 1_000_000, "[],[" * 300_000, '{"a":{},' * 200_000 + "\\", '"[[[[', '"\\', ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 1_000_000, "[],[" * 300_000, '{"a":{},' * 200_000 + "\\", '"[[[[', '"\\', ""),
+        *("[\0" + "[" * 300_001, "\0[" + "[" * 300_001),  # which begin as UTF-16 does
+    ],
+)
 def test_what_is_no_json_is_counted_too(text: str) -> None:
     if text.count("[") + text.count("{") > checks.MOST_PARTS:
         with pytest.raises(nemodiff.RequestError, match=r"lists and objects, allowed: at most 262144; send fewer$"):
