@@ -215,10 +215,12 @@ def plain_biases(value: object) -> object:
         spelled = isinstance(key, str) and key.isascii() and key.isdigit()
         if not spelled and (isinstance(key, bool) or not isinstance(key, numbers.Integral)):
             raise RequestError(f"logit_bias holds {key!r:.60}, allowed: token ids")
+        token = int(key)
+        where = f"logit_bias of token id {token!r:.60}"
         if isinstance(bias, bool) or not isinstance(bias, numbers.Real):
-            raise RequestError(f"logit_bias of token id {key} is {bias!r:.60}, allowed: a number")
-        BIAS.check(f"logit_bias of token id {key}", float(bias))
-        biases[int(key)] = float(bias)
+            raise RequestError(f"{where} is {bias!r:.60}, allowed: a number")
+        BIAS.check(where, bias)  # before it is made a float, which not every integer fits
+        biases[token] = float(bias)
     return biases
 
 

@@ -374,6 +374,8 @@ def test_bytes_that_are_no_text_in_a_real_shell(tiny_engine: Path) -> None:
         pytest.param({"system": 5}, ["system is 5, allowed: text"], id="system is a number"),
         pytest.param({"logit_bias": [5]}, ["logit_bias is [5], allowed: an object"], id="bias is a list"),
         pytest.param({"logit_bias": {5: "x"}}, ["is 'x', allowed: a number"], id="bias holds text"),
+        pytest.param({"logit_bias": {5: 10**400}}, ["token id 5 is 1000", "allowed: -100 to 100"], id="bias too large"),
+        pytest.param({"logit_bias": {"9" * 900: 101}}, [f"id {'9' * 60} is 101"], id="bias of a long id"),
         pytest.param({"stop_token_ids": [1.5]}, ["stop_token_ids is [1.5], allowed: a list"], id="stop id is a float"),
         pytest.param({"json_schema": "[]"}, ["json_schema is [], allowed: an object"], id="schema is a list"),
         pytest.param({"json_schema": 5}, ["json_schema is 5, allowed: a JSON schema"], id="schema is a number"),
