@@ -213,7 +213,7 @@ def test_a_wrong_value_is_not_written_as_a_whole(place: tuple[str, ...]) -> None
     problem = {"type": "dict_type", "loc": place, "msg": "Input should be an object", "input": values}
     request = Request({"type": "http", "path": CHAT, "headers": []})
     told = asyncio.run(on_validation_error(request, RequestValidationError([problem], body={"stop": values})))
-    assert b" [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,;"[:-1] in told.body
+    assert f" {[1] * 100!r:.60}".encode() in told.body
 
 
 @pytest.mark.parametrize("name", ["temperatur" + "e" * 100_000, "e" * 100_000])
@@ -263,9 +263,8 @@ def test_what_an_answer_tells_of_many_tokens_is_made_outside_of_the_event_loop(
 
     loop = asyncio.run(ask())
     assert seen
-    assert loop not in (
-        seen if owner is TextCodec else seen[:1]
-    )  # of an answer's own tokens, which come a few at a time, a stream tells on the loop
+    # Of an answer's own tokens, which come a few at a time, a stream tells on the loop.
+    assert loop not in (seen if owner is TextCodec else seen[:1])
 
 
 def test_a_text_of_many_tokens_is_made_outside_of_the_event_loop(
