@@ -147,11 +147,13 @@ def fill(
 def parse_template(text: str) -> Template:
     """Text with `{hole}` and `{hole:12}` as a template; every other brace is text. Raises RequestError."""
     pieces = _HOLE.split(text)  # text, length or None, text, ..
-    lengths = [None if digits is None else int(digits) for digits in pieces[1::2]]
     template: list[str | int | None] = [pieces[0]]
-    for length, piece in zip(lengths, pieces[2::2], strict=True):
-        template += [length, piece]
-    if not lengths:
+    for digits, piece in zip(pieces[1::2], pieces[2::2], strict=True):
+        try:
+            template += [None if digits is None else int(digits), piece]
+        except ValueError:  # more digits than Python reads
+            raise _wrong_length(digits) from None
+    if len(pieces) == 1:
         raise RequestError("the template has no hole; write {hole} or {hole:12} where text is missing")
     return template
 

@@ -258,6 +258,7 @@ def test_a_choice_that_the_method_has_not_is_warned_of(tiny_engine: Path, flags:
         (["infill", "--prefix", "a"], "needs method search and text after it", 1),
         (["infill", "--prefix", "a", "--suffix", "b", "--method", "block"], "needs method search", 1),
         (["infill", "--template", "a{hole}{hole:2}"], "needs method search and text after it", 1),
+        (["infill", "--template", f"a{{hole:{'9' * 5000}}}"], "length of a hole is '9999", 1),
         (["infill", "--prefix", "", "--suffix", "b", "--length", "2"], "nothing stands before the first hole", 1),
         (["infill", "--prefix", "a", "--length", "2", "--width", "0"], "width is 0, allowed: 1 to 64", 1),
         (["infill", "--prefix", "a", "--length", "2", "--threshold", "-1"], "threshold is -1.0, allowed", 1),
