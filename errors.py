@@ -16,7 +16,7 @@ def system_reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def quoted(value: object, most: int = 60) -> str:
+def excerpt(value: object, most: int = 60) -> str:
     """The beginning of what Python writes for a value, and no more of it: a list may have a million parts."""
     if isinstance(value, str):
         return repr(value[:most])[:most]
@@ -26,9 +26,9 @@ def quoted(value: object, most: int = 60) -> str:
     for number, one in enumerate(value):
         if len(text) >= most:
             break
-        text += (", " if number else "") + quoted(one, most - len(text))
+        text += (", " if number else "") + excerpt(one, most - len(text))
         if isinstance(value, dict):
-            text += ": " + quoted(value[one], max(0, most - len(text)))
+            text += ": " + excerpt(value[one], max(0, most - len(text)))
     return (text + ("]" if isinstance(value, list) else "}"))[:most]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemodiff.errors import first_line, quoted
+from nemodiff.errors import excerpt, first_line
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ JSON = st.recursive(
 
 @given(JSON)
 def test_a_value_is_quoted_as_python_writes_it(value: Any) -> None:
-    assert quoted(value) == f"{value!r:.60}"
+    assert excerpt(value) == f"{value!r:.60}"
 
 
 class Counted(list[Any]):
@@ -51,14 +51,14 @@ class Counted(list[Any]):
 def test_no_more_of_a_value_is_written_than_is_quoted() -> None:
     for one in (1, [], "", {}):
         value = Counted([one] * 1000)
-        assert quoted(value) == f"{[one] * 1000!r:.60}"
+        assert excerpt(value) == f"{[one] * 1000!r:.60}"
         assert value.read <= 60
     deep: Any = 1
     for _ in range(100_000):
         deep = [deep]
-    assert quoted(deep) == "[" * 60
-    assert quoted({"a": deep}) == "{'a': " + "[" * 54
-    assert quoted("x" * 10**6) == "'" + "x" * 59
+    assert excerpt(deep) == "[" * 60
+    assert excerpt({"a": deep}) == "{'a': " + "[" * 54
+    assert excerpt("x" * 10**6) == "'" + "x" * 59
     value = Counted([1])
-    assert quoted({"x" * 100: value}) == "{'" + "x" * 58
+    assert excerpt({"x" * 100: value}) == "{'" + "x" * 58
     assert value.read <= 1

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...errors import BusyError, ContextLengthError, NemodiffError, RequestError, quoted
+from ...errors import BusyError, ContextLengthError, NemodiffError, RequestError, excerpt
 from ...runtime.requests.options import OPTIONS
 from .body import Chat, Completion
 from .dialects.messages_body import Messages
@@ -120,7 +120,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
         remedy = "allowed: application/json; with curl: -H 'Content-Type: application/json'"
         return error_response(400, error_body(400, f"the header Content-Type {got}, {remedy}"))
     if first["loc"] == ("body",):
-        state = "is missing" if first["type"] == "missing" else f"is {quoted(first['input'])}, allowed: a JSON object"
+        state = "is missing" if first["type"] == "missing" else f"is {excerpt(first['input'])}, allowed: a JSON object"
         return error_response(400, error_body(400, f"the body {state}; send an object"))
     return error_response(400, error_body(400, *_complaint(first, param)))
 
@@ -130,10 +130,10 @@ def _complaint(problem: Mapping[str, Any], param: str | None) -> tuple[str, str 
     subject, kind = "the body" if param is None else param, problem["type"]
     if kind == "union_tag_invalid":
         given, allowed = problem["input"]["type"], problem["ctx"]["expected_tags"]
-        return f"{subject}.type is {quoted(given)}, allowed: {allowed}; change it, or leave it out", f"{subject}.type"
+        return f"{subject}.type is {excerpt(given)}, allowed: {allowed}; change it, or leave it out", f"{subject}.type"
     if kind == "union_tag_not_found":
         return f"{subject}.type: Field required; change it", f"{subject}.type"
-    got = "" if kind == "missing" else f", got {quoted(problem['input'])}"
+    got = "" if kind == "missing" else f", got {excerpt(problem['input'])}"
     return f"{subject}: {_PLAIN.get(kind, problem['msg'])[:200]}{got}; change it", param
 
 
