@@ -992,18 +992,19 @@ def test_a_gpu_without_memory(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refus
     refused(["run", str(tiny.ours.folder), "-p", "x"], "too little memory (Tried to allocate 2.00 GiB); end what else")
 
 
+@pytest.mark.parametrize("asked", ["wait", "between"])  # the next forward may break it after the one waited for
 @pytest.mark.parametrize("answers", [False, True])
-def test_a_gpu_that_has_failed_is_lost(small: Pair, monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+def test_a_gpu_that_has_failed_is_lost(small: Pair, monkeypatch: pytest.MonkeyPatch, answers: bool, asked: str) -> None:
     """After an error that breaks the card for its process nothing will run again, which health checks are told."""
     backend = torch_backend(small.ours)
     device = RecordingDevice()
     engine = small.with_backend(TorchEngine(backend.folder, backend.info, device, pages=24))
     monkeypatch.setattr(device, "answers", lambda: answers)
 
-    def fail(mark: Any) -> None:
+    def fail(*marks: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
 
-    monkeypatch.setattr(device, "wait", fail)
+    monkeypatch.setattr(device, asked, fail)
     expected = (RuntimeError, "CUDA error") if answers else (EngineError, "cpu has failed .*was encountered.; start")
     with pytest.raises(expected[0], match=expected[1]):
         nemodiff.generate(engine, PROMPT)

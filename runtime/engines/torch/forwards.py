@@ -166,7 +166,7 @@ class TorchFlight:
                     self._start()
             with owner.device.watched(owner.folder):
                 owner.device.wait(self._mark)
-            self.seconds = owner.device.between(self._began, self._mark)
+                self.seconds = owner.device.between(self._began, self._mark)
             self._predictions = self._read()
         except Exception as failure:
             self._failure = failure
