@@ -49,7 +49,10 @@ class HostCosts:
 
     def learn(self, way: str, seconds: float, rows: int = 1) -> None:
         """Take in what a block took each of so many rows."""
-        self._kept.setdefault((way, rows), collections.deque(maxlen=_HOST_KEPT)).append(seconds)
+        first = collections.deque([seconds], maxlen=_HOST_KEPT)
+        kept = self._kept.setdefault((way, rows), first)  # never empty, for other threads may look
+        if kept is not first:
+            kept.append(seconds)
 
     def seconds(self, way: str, rows: int = 1) -> float:
         """Of a block; what so many rows have hardly met takes the least that it or else any other way has taken.
@@ -59,7 +62,7 @@ class HostCosts:
         kept = self._kept.get((way, rows), ())
         if len(kept) >= _HOST_FEW:
             return sorted(kept)[len(kept) // 3]
-        of_way = [min(kept) for (of, _), kept in self._kept.items() if of == way]
+        of_way = [min(kept) for (of, _), kept in list(self._kept.items()) if of == way]
         return min(of_way or map(min, self._kept.values()), default=0.0)
 
 

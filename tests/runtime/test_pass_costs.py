@@ -148,11 +148,34 @@ def test_a_single_figure_of_the_host_is_not_believed_where_others_are_less() -> 
 
 
 def test_one_slow_turn_of_the_host_changes_nothing() -> None:
-    """Before there are a dozen figures the first one stands, and later what the quicker ones of the last dozen say."""
+    """Of up to three figures the least counts, and later what the quicker ones of the last dozen say."""
     host = HostCosts()
     for turn in range(60):
         host.learn("ar", 50.0 if turn % 12 == 0 and turn else 1.0)
         assert host.seconds("ar") == 1.0
+
+
+def test_what_the_host_takes_is_asked_for_while_others_learn_it() -> None:
+    """Batches in threads of their own share the figures."""
+    host = HostCosts()
+
+    class Interrupted(dict[tuple[str, int], Any]):
+        def setdefault(self, key: tuple[str, int], default: Any = None) -> Any:
+            found = super().setdefault(key, default)
+            assert host.seconds("ar", 4) == 1.0  # by another thread
+            return found
+
+    class Way(str):
+        def __eq__(self, other: object) -> bool:
+            host._kept[str(self), len(host._kept)] = [2.0]  # type: ignore[assignment]
+            return str(self) == other
+
+        __hash__ = str.__hash__
+
+    host._kept = Interrupted()
+    host.learn("ar", 1.0)
+    host.learn("ar", 3.0, 2)
+    assert host.seconds(Way("ar"), 4) == 1.0
 
 
 def rate(planner: DraftPlanner, costs: PassCosts, real: Seconds, rng: np.random.Generator, chance: float) -> float:
