@@ -79,7 +79,8 @@ class Card:
         self._since: float | None = None  # when the host's time began; None while a forward is started
         self._gap = self._beside = 0.0
         self._times = [(0.0, 0.0)]  # when forwards began and ended, by `now`; one that never was comes first
-        self._waited = 0.0  # seconds
+        self._launched = 0.0  # when a forward was started, by this thread's time
+        self._waited = 0.0  # seconds, less those of the script
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cpu, name)
@@ -90,7 +91,7 @@ class Card:
         del self._times[1:]
 
     def now(self) -> float:
-        """Seconds of this thread, and of its waits for forwards."""
+        """Seconds of this thread without the script's, and of its waits for forwards."""
         return time.thread_time() + self._waited
 
     def buffer(self, layout: Layout, there: Any, host: Any) -> Buffer:
@@ -104,6 +105,7 @@ class Card:
     def upload(self, buffer: Buffer) -> None:
         """A forward begins."""
         self.note()
+        self._launched = time.thread_time()
         self._inputs = buffer
 
     def download(self, buffer: Buffer) -> None:
@@ -117,6 +119,7 @@ class Card:
         self._results = buffer.there
         rows = np.count_nonzero(np.unique(inputs["row"]))  # row 0 is that of padding
         self.forwards.append(Spent(self._gap, self._beside, rows))
+        self._waited -= time.thread_time() - self._launched
         began = max(self.now(), self._times[-1][1])
         self._times.append((began, began + CURVE.seconds(len(inputs["ids"]))))
         self._gap = self._beside = 0.0

@@ -333,6 +333,38 @@ def test_the_host_is_timed_beside_a_card_and_while_it_stands_still(tmp_path: Pat
             assert result[f"{name}_per_row"] == pytest.approx(result[name] / result["rows"], rel=0.3, abs=0.1)
 
 
+CLOCK = """
+import time
+from types import SimpleNamespace
+import numpy as np
+import host
+
+def said(ids, *_):
+    until = time.thread_time() + 0.05
+    while time.thread_time() < until:
+        pass
+    return ids, ids, ids
+
+host.script.said = said
+one = np.zeros(1, np.int32)
+inputs = {name: one for name in ("ids", "pos", "index", "threshold", "row")} | {"span": np.zeros((1, 2), np.int32)}
+outputs = {name: one.copy() for name in ("token", "confidence", "next_ids")}
+card = host.Card(None, 0)
+began = card.now()
+card.upload(SimpleNamespace(arrays=inputs))
+card.download(SimpleNamespace(arrays=outputs, there=None))
+print(card.now() - began)
+card.wait(card.mark())
+print(card.now() - began - card.between(0, 1))
+"""
+
+
+def test_the_script_takes_no_time_of_the_simulated_card() -> None:
+    command = [sys.executable, "-c", CLOCK]
+    shown = subprocess.run(command, cwd=FOLDER, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert all(0 <= float(seconds) < 0.01 for seconds in shown.split())
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_results_say_where_they_come_from(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
