@@ -7,24 +7,15 @@ lies contiguous in the cache and nothing is moved. See docs/semantics.md.
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
-import operator
 from collections.abc import Generator
 
-from ...contract import PREFILL_CHUNK
 from ...plugins.ops.arrange import MOST_STOPS
 from ..engines.grouping import Arrangement, Grouping, arranged
 from ..engines.passes import Following, Pass, Prediction, causal, every_token, with_masks
-from ..planning.cost import CostCurve
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
 from .ar import Again, Follower, Loop, prompt_parts
-
-_FREE = CostCurve((1, PREFILL_CHUNK), (1.0, 1.0))  # all passes cost the same
-_USUAL = 5.0  # tokens of a pass with a draft, before anything is known: of drafts kept with a chance of 0.8
-_UNLIKELY = 0.05  # heads that are reached more rarely than this are not worth a look
 
 
 def quadratic_spec(sequence: Sequence) -> Loop:
@@ -153,71 +144,8 @@ def _plan(sequence: Sequence, draft: Draft, remaining: int, *, ahead: bool = Fal
 
     `ahead`: it is only looked at, or is a guess.
     """
-    block = sequence.block_length
-    most = min(1 + len(draft.tokens), remaining)
     if sequence.planner is not None:
         return sequence.planner.grouping(draft.confidence, draft.end, remaining, ahead=ahead)
+    block, most = sequence.block_length, min(1 + len(draft.tokens), remaining)
     last = min(most, remaining - 2) if block > 1 else 0  # a group has two masks at least
-    sizes = [block] * last if block <= remaining - last else [min(block, remaining - 1 - at) for at in range(last)]
-    if sequence.cost is None:
-        return Grouping(most, dict(enumerate(sizes, 1)))
-    reached = [1.0, *itertools.accumulate(draft.confidence, operator.mul)][:most]
-    cost, rows = sequence.cost, sequence.load.rows
-    worth = (sum(sequence.gained) + _USUAL) / (len(sequence.gained) + 1) - 1
-    best = _best(reached, sizes, worth, cost.share(rows), cost.host.seconds("quadratic_spec", rows))
-    if rows > 1 or ahead:
-        return best
-    more = min(max(2 * best.tokens, 1 + max(sizes, default=0)), PREFILL_CHUNK)
-    return _best(reached, sizes, worth, _FREE, most=more) if cost.wants(more) else best
-
-
-def _best(
-    reached: list[float],
-    sizes: list[int],
-    worth: float,
-    cost: CostCurve,
-    host: float = 0.0,
-    most: int = PREFILL_CHUNK,
-) -> Grouping:
-    """The grouping of highest expected tokens per second over this pass and the next; groups are added greedily.
-
-    `reached[j - 1]` is the chance that at least j heads are accepted, `sizes[j - 1]` the masks of that group, if there
-    may be one. A group is worth its chance of being the one that is needed times what a draft is `worth`, and the next
-    pass, of one head without it, then has a draft to verify. `host` is what a pass takes beside its forward. It has
-    at most `most` tokens.
-    """
-    seconds = cost.table
-    least = seconds[1] + 2 * host
-    best_heads = 1
-    best_groups = list[tuple[float, int]]()
-    best_rate = 0.0
-    tokens_of_heads = 1.0
-    earlier: list[tuple[float, int]] = []  # chance and number, negative, of the groups before the last head, in order
-    for heads, chance_of_all in enumerate(reached, 1):
-        if chance_of_all < _UNLIKELY:
-            break
-        tokens_of_heads += chance_of_all
-        size = heads
-        tokens = tokens_of_heads
-        taken = 0
-        rest = least  # of the time, what this pass does not take
-        rate = tokens / (seconds[heads] + rest)
-        ranked = earlier
-        if heads <= len(sizes):
-            ranked = earlier.copy()
-            bisect.insort(ranked, (-chance_of_all, -heads))
-        for chance, number in ranked:
-            group = sizes[-number - 1]
-            size, tokens = size + group, tokens - chance * worth
-            rest -= chance * (seconds[group] - seconds[1])
-            if size > most or (longer := tokens / (seconds[size] + rest)) <= rate:
-                break
-            rate = longer
-            taken += 1
-        if rate > best_rate:
-            best_heads = heads
-            best_groups = ranked[:taken]
-            best_rate = rate
-        if heads < len(reached) and heads <= len(sizes):
-            bisect.insort(earlier, (reached[heads] - chance_of_all, -heads))
-    return Grouping(best_heads, {-number: sizes[-number - 1] for _, number in best_groups})
+    return Grouping(most, {at: min(block, remaining - at) for at in range(1, last + 1)})

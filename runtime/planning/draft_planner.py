@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
@@ -17,11 +17,12 @@ from .draft_statistics import BLOCKS, ModeStatistics, PositionStatistics
 from .pass_costs import Load, PassCosts
 
 ExactMode = Literal["ar", "linear_spec", "quadratic_spec"]
+Choices = tuple[tuple[ExactMode, ...], tuple[int, ...]]  # the modes and the lengths of blocks to choose among
 _PROBE = 32  # passes of one token after which a short draft looks whether that is still right
 _PROBE_BLOCK = 4
 _STAY = 8  # blocks of a plan at most before the next is made
-_DOUBT = 2048  # blocks after which a mode that none of them was of may be worth twice what it seems to be
 _MET = 16  # verifies of a mode from which on it is known by its own
+_DOUBT = 2048  # blocks after which a mode that none of them was of may be worth twice what it seems to be
 _TRY = 8  # blocks of it then; so trying what is not the best costs at most 8 / 2048 of the time
 _PASSES: dict[ExactMode, int] = {"ar": 1, "linear_spec": 2, "quadratic_spec": 1}  # of a plan that is taken once
 
@@ -55,14 +56,15 @@ class AcceptanceStatistics:
     def __init__(self) -> None:
         self.of: dict[ExactMode, ModeStatistics] = {"linear_spec": ModeStatistics(), "quadratic_spec": ModeStatistics()}
         self.drafts = PositionStatistics()  # of both modes
-        self.standing: dict[tuple[ExactMode, ...], _Standing] = {}  # the last one made
-        self.idle: dict[tuple[ExactMode, ...], dict[ExactMode, int]] = {}  # blocks since the last of each mode
+        self.standing: dict[Choices, _Standing] = {}  # the last one made
+        self.idle: dict[Choices, dict[ExactMode, int]] = {}  # blocks since the last of each mode
 
     def drafts_of(self, mode: ExactMode) -> PositionStatistics:
         """What is known of a mode's drafts: until it has met some, those of both, which fill the same masks."""
         return self.of[mode] if self.of[mode].verifies >= _MET else self.drafts
 
 
+_FREE = [0.0] * (PREFILL_CHUNK + 1)  # prices
 _NOTHING = PositionStatistics()  # of a request that has met no draft
 _ALONE = Load()
 
@@ -82,15 +84,26 @@ class DraftPlanner:
         costs: seconds of a pass by its tokens, and of what the host does for one.
         engine: the statistics of all requests of the engine, to which what this one meets is added.
         modes: the modes to choose among.
+        blocks: the lengths to choose among, in their order.
     """
 
-    def __init__(self, costs: PassCosts, engine: AcceptanceStatistics, modes: tuple[ExactMode, ...]) -> None:
+    def __init__(
+        self,
+        costs: PassCosts,
+        engine: AcceptanceStatistics,
+        modes: tuple[ExactMode, ...],
+        blocks: tuple[int, ...] = BLOCKS,
+    ) -> None:
         self._costs = costs
         self._engine = engine
         self._own = PositionStatistics()
         self._modes = modes
-        self._standing = engine.standing.get(modes)
-        self._idle = engine.idle.setdefault(modes, {mode: 0 for mode in modes if mode in engine.of})
+        self._blocks = blocks
+        self._lengths = (*(size for size in BLOCKS if size < blocks[-1]), blocks[-1])  # of groups
+        self._choices = modes, blocks
+        self._only = Plan(modes[0], blocks[0]) if len(modes) == len(blocks) == 1 else None
+        self._standing = engine.standing.get(self._choices)
+        self._idle = engine.idle.setdefault(self._choices, {mode: 0 for mode in modes if mode in engine.of})
         self._load = _ALONE
         self._rows = 1  # that decode side by side, by the last plan
         self._taken = Plan("ar", 1)  # the last one
@@ -108,9 +121,9 @@ class DraftPlanner:
         if self._met is not None:
             self._meter(self._met)
         if self._standing is None or not self._standing.fits(self._rows):
-            standing = self._engine.standing.get(self._modes)
+            standing = self._engine.standing.get(self._choices)
             if standing is None or not standing.fits(self._rows):
-                standing = self._engine.standing[self._modes] = self._make(standing)
+                standing = self._engine.standing[self._choices] = self._make(standing)
             self._standing = standing
         costs, self._taken = self._costs, self._standing.plan
         self._standing.left -= 1
@@ -121,6 +134,8 @@ class DraftPlanner:
 
     def next(self, load: Load) -> Plan | None:
         """What all rows will be given next, unless a plan has to be made for some of them before."""
+        if self._only is not None:
+            return self._only
         standing = self._standing
         if standing is None or not standing.fits(load.rows) or standing.left < load.rows:
             return None
@@ -155,7 +170,7 @@ class DraftPlanner:
             each = (prices[2 * plan.size] - prices[1]) / (2 * plan.size - 1)
             prices = [prices[1] + each * (size - 1) for size in range(len(prices))]
         expected = self._expected(plan.mode)
-        drafts = [(size, expected[size - 1] - 1 - (prices[size] - prices[1])) for size in BLOCKS]
+        drafts = [(size, expected[size - 1] - 1 - (prices[size] - prices[1])) for size in self._lengths]
         rest = 1 - rate * self._costs.host.seconds(plan.mode, self._rows)
         part = min([1.0, *(max(prices[size + 1] - rest, 0.0) / worth for size, worth in drafts if worth > 0)])
         return prices, [(size, part * worth) for size, worth in drafts]
@@ -203,9 +218,9 @@ class DraftPlanner:
         """Tokens per second of every plan; the first draft of quadratic_spec's answer is to teach something."""
         rates = {Plan("ar", 1): 1 / self._seconds("ar", 1)} if "ar" in self._modes else {}
         for mode in self._idle:
-            expected, factors = self._expected(mode), self._engine.of[mode].blocks[self._rows].factors()
-            for size, factor in zip(BLOCKS, factors, strict=True):
-                if mode == "linear_spec" or size >= _PROBE_BLOCK:
+            expected, factors = self._expected(mode), self._engine.of[mode].blocks[self._rows].factors(self._blocks)
+            for size, factor in zip(self._blocks, factors, strict=True):
+                if mode == "linear_spec" or size >= min(_PROBE_BLOCK, self._blocks[-1]):
                     rates[Plan(mode, size)] = expected[size - 1] / self._seconds(mode, size) * factor
         return rates
 
@@ -230,7 +245,9 @@ class DraftPlanner:
         So many that looking at more would take longer than other passes need for the tokens that it promises.
         """
         assert self._standing is not None
-        prices = self._standing.prices
+        return self._worth_verifying(confidences, self._standing.prices)
+
+    def _worth_verifying(self, confidences: list[float], prices: Sequence[float]) -> int:
         chance, tokens = 1.0, 1.0
         best, count = tokens - prices[1], 0
         for number, confidence in enumerate(confidences, 1):
@@ -245,16 +262,39 @@ class DraftPlanner:
 
         A group has the length whose draft is worth the most over the price of its masks, as often as it is the one that
         is needed. `end` is the chance that the answer ends after the draft; `remaining` tokens are still wanted.
-        `ahead`: they are a guess.
+        `ahead`: they are a guess. Where nothing is to be chosen, a pass of twice the tokens is taken at times.
         """
-        assert self._standing is not None
-        prices, drafts = self._standing.prices, self._standing.drafts
-        size = heads = 1 + self.worth_verifying(confidences[: remaining - 1])
+        standing = self._standing
+        assert standing is not None
+        best = self._grouping(confidences, end, remaining, standing.prices, standing.drafts)
+        if ahead:
+            return best
+        self._bare = 0 if best.groups else self._bare + 1
+        probe = min(_PROBE_BLOCK, self._lengths[-1])
+        if self._bare >= _PROBE and remaining - best.heads >= probe:
+            self._bare = 0
+            return Grouping(best.heads, {best.heads: probe})
+        more = min(max(2 * best.tokens, 1 + self._lengths[-1]), PREFILL_CHUNK)
+        if self._only is None or self._rows > 1 or not self._costs.wants(more):
+            return best
+        return self._grouping(confidences, end, remaining, _FREE, [(size, size) for size in self._lengths], more)
+
+    def _grouping(
+        self,
+        confidences: list[float],
+        end: float,
+        remaining: int,
+        prices: Sequence[float],
+        drafts: Sequence[tuple[int, float]],
+        limit: int = PREFILL_CHUNK,
+    ) -> Grouping:
+        """The grouping by these prices and what drafts are worth, as of `_Standing`, of at most so many tokens."""
+        size = heads = 1 + self._worth_verifying(confidences[: min(remaining, limit) - 1], prices)
         reached = [1.0, *itertools.accumulate(confidences, operator.mul)]
         chances = map(operator.sub, reached[:heads], [*reached[1:heads], reached[-1] * end])
         groups = dict[int, int]()
         for chance, accepted in sorted(zip(chances, range(1, heads + 1), strict=True), reverse=True):
-            most = min(remaining - accepted, PREFILL_CHUNK - size)
+            most = min(remaining - accepted, limit - size)
             gain, masks = 0.0, 0
             for group, worth in drafts:
                 more = chance * worth - (prices[size + group] - prices[size]) if group <= most else 0.0
@@ -267,11 +307,6 @@ class DraftPlanner:
                 size += masks
             elif most >= MAX_BLOCK:
                 break  # for a group that is needed more rarely is worth less
-        bare = 0 if groups else self._bare + 1
-        if bare >= _PROBE and remaining - heads >= _PROBE_BLOCK:
-            bare, groups = 0, {heads: _PROBE_BLOCK}
-        if not ahead:
-            self._bare = bare
         return Grouping(heads, dict(sorted(groups.items())))
 
     def learn(self, looked_at: int, emitted: int, *, ended: bool = False, unseen: Iterable[float] = ()) -> None:

@@ -14,6 +14,7 @@ _WEIGHT = 4.0  # verifies that a prior is worth
 _NEVER = 1e-3  # chance below which a position adds nothing
 _FORGET = 256.0  # verifies after which older ones count half
 _USUAL = 32.0  # blocks of any length that what was expected of them is worth
+_NO_BLOCKS = (0.0, 0.0, 0.0)
 _GROUPED = 256.0  # blocks of a length that what those of all lengths did is worth: with few, the texts differ
 
 
@@ -103,22 +104,22 @@ class BlockStatistics:
 
     def __init__(self) -> None:
         # By length: how many, and over those expected, the tokens that they emitted and the seconds that they took.
-        self._met = dict.fromkeys(BLOCKS, (0.0, 0.0, 0.0))
+        self._met = dict.fromkeys(BLOCKS, _NO_BLOCKS)
         # Not yet counted in: length, tokens and rows of the verify's forward, tokens emitted.
         self.later: list[tuple[int, int, int, int]] = []
 
     def count(self, block: int) -> float:
         """Of those of this length, of late."""
-        return self._met[block][0]
+        return self._met.get(block, _NO_BLOCKS)[0]
 
     def add(self, block: int, tokens: float, seconds: float) -> None:
         """One of this length gave and took these parts of what was expected."""
-        met = self._met[block]
+        met = self._met.get(block, _NO_BLOCKS)
         weight = 0.5 if met[0] >= _FORGET else 1.0
         self._met[block] = (weight * met[0] + 1, weight * met[1] + tokens, weight * met[2] + seconds)
 
-    def factors(self) -> list[float]:
-        """By which to multiply what is expected of each of `BLOCKS` in tokens per second.
+    def factors(self, lengths: Iterable[int] = BLOCKS) -> list[float]:
+        """By which to multiply what is expected of blocks of each length in tokens per second.
 
         A block of which little is known is taken to be as the others were.
         """
@@ -126,7 +127,7 @@ class BlockStatistics:
         usual_tokens, usual_seconds = ((met + _USUAL) / (passes + _USUAL) for met in (tokens, seconds))
         return [
             (tokens + _GROUPED * usual_tokens) / (seconds + _GROUPED * usual_seconds)
-            for _, tokens, seconds in self._met.values()
+            for _, tokens, seconds in (self._met.get(length, _NO_BLOCKS) for length in lengths)
         ]
 
 

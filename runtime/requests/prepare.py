@@ -16,6 +16,7 @@ from ..engines.engine import NO_LOGITS
 from ..images.sight import PromptImages
 from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
+from ..planning.draft_statistics import BLOCKS
 from ..text.checks import check_text
 from ..text.messages import Message
 from ..text.thoughts import BRACKETS, Thoughts
@@ -78,14 +79,16 @@ class _Checked:
         """One answer."""
         engine, thoughts = self.engine, self.thoughts
         settings = dataclasses.replace(self.settings, params=dataclasses.replace(self.settings.params, seed=seed))
+        budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
         planner = None
-        if settings.auto_block and settings.mode != "ar":
+        if settings.mode != "ar" and (settings.auto_block or (budgeted and settings.block_length > 1)):
             modes: dict[str, tuple[ExactMode, ...]] = {
                 "linear_spec": ("linear_spec",),
                 "quadratic_spec": ("quadratic_spec",),
                 AUTO: ("ar", "linear_spec", "quadratic_spec"),
             }
-            planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode])
+            blocks = BLOCKS if settings.auto_block else (settings.block_length,)
+            planner = DraftPlanner(engine.cost, engine.acceptance, modes[settings.mode], blocks)
         transcript = Transcript(
             engine.text,
             settings.stop,
@@ -93,7 +96,6 @@ class _Checked:
             thoughts=thoughts,
             opened=thoughts is not None and self.opened,
         )
-        budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
         cost = engine.cost if budgeted else None
         samples = engine.backend.samples
         sequence = Sequence(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -18,8 +17,6 @@ from .outcome import PassOutcome
 from .selection import TokenSelector
 from .settings import Settings
 from .token_logprobs import PromptScores
-
-_RECENT = 16  # verifies by whose tokens a draft's worth is known
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -62,9 +59,6 @@ class Sequence:
         self.nfe: dict[PassKind, int] = dict.fromkeys(PASS_KINDS, 0)
         self.accepted: list[int] = []  # tokens emitted by each verify
         self.verified: list[int] = []  # tokens that each verify looked at, the last emitted one included
-        # The last of `accepted` that a draft had its part in. Passes without one say nothing of what a draft is worth:
-        # counted in, they would make themselves more frequent.
-        self.gained = collections.deque[int](maxlen=_RECENT)
         self.outcome = PassOutcome()  # of the pass whose prediction the loop is looking at
         # Makes the pass after the one that the loop waits for, or None if that is sure to be the last. A loop sets it
         # for one pass, where it knows all of the next but what the engine gives.
@@ -174,8 +168,6 @@ class Sequence:
         self.length += accepted
         self.accepted.append(accepted)
         self.verified.append(len(draft) + 1)
-        if draft:
-            self.gained.append(accepted)
         if self.planner is not None and (draft or unseen):
             ended = self.finish is not None
             unseen = unseen if kept == len(draft) and not ended else []

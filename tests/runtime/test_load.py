@@ -126,16 +126,16 @@ def test_a_plan_is_made_anew_when_the_load_changes() -> None:
     planner = fed(EACH_PAID, EVERY, emitted=4)
     for _ in range(100):
         planner.plan(load_of(1))
-    made = planner._engine.standing[EVERY]
+    made = planner._engine.standing[EVERY, BLOCKS]
     others = [DraftPlanner(planner._costs, planner._engine, EVERY) for _ in range(15)]
     modes = [row.plan(load_of(16)).mode for row in (planner, *others)]
-    standing = planner._engine.standing[EVERY]
+    standing = planner._engine.standing[EVERY, BLOCKS]
     assert standing is not made
     assert standing.rows == 16
     assert len(set(modes)) == 1
     assert all(row._standing is standing for row in others)
     assert planner.plan(load_of(1)) is not None
-    assert planner._engine.standing[EVERY].rows == 1
+    assert planner._engine.standing[EVERY, BLOCKS].rows == 1
 
 
 def test_rows_that_wait_for_memory_are_no_load(engine: nemodiff.LoadedEngine) -> None:

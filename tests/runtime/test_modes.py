@@ -20,10 +20,11 @@ from stand_ins.checkpoints import TINY_CHAT
 import nemodiff
 from nemodiff.contract import PREFILL_CHUNK
 from nemodiff.runtime import generate
-from nemodiff.runtime.modes.quadratic_spec import _best
 from nemodiff.runtime.planning.cost import CostCurve
-from nemodiff.runtime.planning.pass_costs import HostCosts
+from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner
+from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests import prepare as request
+from nemodiff.runtime.requests.sequence import Sequence
 
 QUESTIONS = equality.questions(40)
 
@@ -73,18 +74,14 @@ def test_quadratic_with_all_groups_equals_the_oracle(
     assert (answer.nfe["verify"], answer.acceptance.lengths) == (oracle.nfe["verify"], oracle.acceptance)
 
 
-class Flat:
-    """Costs: a pass takes `base` and `slope` per token, the host nothing."""
-
-    def __init__(self, base: float, slope: float) -> None:
-        self.curve = CostCurve((1, 2), (base + slope, base + 2 * slope))
-        self.host = HostCosts()
-
-    def share(self, rows: int) -> CostCurve:
-        return self.curve
-
-    def wants(self, size: int) -> bool:
-        return False
+def budgeted(setup: equality.Setup, prompt: list[int], block: int, limit: int, base: float) -> Sequence:
+    """A request of quadratic_spec where a pass takes `base`, and 1 for each of its tokens."""
+    options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
+    sequence = request.prepare(setup.plain, prompt, options)
+    sequence.cost = PassCosts(CostCurve((1, 512), (base + 1.0, base + 512.0)))
+    if sequence.planner is not None:
+        sequence.planner = DraftPlanner(sequence.cost, AcceptanceStatistics(), ("quadratic_spec",), (block,))
+    return sequence
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,9 +95,7 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
     setup: equality.Setup, question: str, block: int, limit: int, base: float
 ) -> None:
     prompt = chat_ids(setup.plain.text, [{"role": "user", "content": question}])
-    options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
-    sequence = request.prepare(setup.plain, prompt, options)
-    sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
+    sequence = budgeted(setup, prompt, block, limit, base)
     sizes = [pass_.ids.size for _, pass_, _ in generate.decode(setup.plain.backend, [sequence], 1)]
     assert sequence.tokens == nemodiff.generate(setup.plain, prompt, mode="ar", max_new_tokens=limit).token_ids
     assert max(sizes[1:], default=0) <= PREFILL_CHUNK
@@ -108,10 +103,11 @@ def test_budgeted_quadratic_equals_ar_whatever_it_leaves_out(
 
 def test_a_good_draft_is_not_thrown_away_for_another() -> None:
     """What a draft is worth comes in a pass that verifies it, which takes longer than one of a single head."""
-    each_paid = CostCurve((1, 512), (2.0, 513.0))
+    each_paid = PassCosts(CostCurve((1, 512), (2.0, 513.0)))
+    planner = DraftPlanner(each_paid, AcceptanceStatistics(), ("quadratic_spec",), (4,))
+    planner.plan()
     for sure in (0.97, 0.99):
-        reached = [1.0, sure, sure**2, sure**3]
-        assert _best(reached, [4] * 4, 2.5, each_paid).heads == 4
+        assert planner.grouping([sure] * 3, 0.0, 100).heads == 4
 
 
 def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
@@ -119,9 +115,7 @@ def test_budget_follows_the_cost_of_a_token(setup: equality.Setup) -> None:
     prompt = chat_ids(setup.plain.text, [{"role": "user", "content": QUESTIONS[0]}])
     means = []
     for base in (0.0, 10_000.0):
-        options = nemodiff.Options(mode="quadratic_spec", block_length=16, max_new_tokens=40)
-        sequence = request.prepare(setup.plain, prompt, options)
-        sequence.cost = Flat(base, 1.0)  # type: ignore[assignment]
+        sequence = budgeted(setup, prompt, 16, 40, base)
         sizes = [pass_.ids.size for _, pass_, _ in generate.decode(setup.plain.backend, [sequence], 1)][1:]
         means.append(sum(sizes) / len(sizes))
     assert means[0] * 3 < means[1]

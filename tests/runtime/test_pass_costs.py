@@ -258,9 +258,11 @@ def test_a_pass_that_is_tried_has_no_more_tokens_than_any(engine: nemodiff.Loade
     sequence = request.prepare(engine, QUESTIONS[0], options)
     sequence.tokens = [200]
     costs = sequence.cost = PassCosts(CostCurve((1, 330, 512), (1.0, 1.0, 9.0)))
+    sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",), (block,))
     draft = Draft([200] * (block - 1), [0.95] * (block - 1))
     tokens = list[int]()
     for _ in range(40):
+        sequence.plan()
         tokens.append(next(verify_and_draft(sequence, draft, group_again)).ids.size)
         costs.learn(tokens[-1], 1.0 if tokens[-1] <= 330 else 9.0)
     assert min(tokens) < max(tokens) <= PREFILL_CHUNK

@@ -290,7 +290,7 @@ def test_the_kernels_arrange_what_plain_torch_does(folders: dict[str, Path], mon
     for kernels in (False, True):
         with monkeypatch.context() as context:
             engine = on_device(folders["adapted"], lambda: LaggingDevice(context), kernels=kernels)
-            answer = nemodiff.generate(engine, QUESTIONS[0], **QUADRATIC, block_length=4, max_new_tokens=4)
+            answer = nemodiff.generate(engine, QUESTIONS[0], **QUADRATIC, block_length=4, max_new_tokens=6)
             told.append((answer.token_ids, answer.nfe, answer.acceptance, answer.adapter_tokens))
             assert engine.backend.followed["arranged"] > 0  # type: ignore[attr-defined]
     assert told[0] == told[1]

@@ -503,7 +503,8 @@ def test_a_following_pass_is_what_the_loop_wants(real: nemodiff.LoadedEngine, ma
             bidirectional("denoise", [301, *masks], 12, block.settings.threshold),
         ),
     ]
-    grouped = prepare(engine, TEXT[:40], Options(mode="quadratic_spec", temperature=0.8, seed=3, block_length=4))
+    grouping: dict[str, Any] = {"mode": "quadratic_spec", "groups": "all", "block_length": 4}
+    grouped = prepare(engine, TEXT[:40], Options(**grouping, temperature=0.8, seed=3))
     verify = causal("verify", [300, 301, 302, 7], 8, predict_all=True)
     grouped.length = 8
     group = Grouping(1, {1: 4}).inputs([303], 11, mask)
