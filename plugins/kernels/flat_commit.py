@@ -21,11 +21,11 @@ def flat_sampled_scan(
     follow(PDL)
     at = tl.program_id(0)
     heat = tl.load(temperature + at)
-    if heat <= 0:
-        return
     share = tl.program_id(1)
     place = at.to(tl.int64) * SPLITS + share
     before = tl.load(part + place * 4 + 2)
+    if (heat <= 0) | (before != before):
+        return
     start = share * BLOCK
     choices = start + tl.arange(0, BLOCK)
     x = read(logits, at, start, choices, V, MASK_ID, BLOCK)
@@ -33,10 +33,9 @@ def flat_sampled_scan(
     own = tl.load(index + at)
     where = tl.load(pos + own) + (tl.load(ids + own) != MASK_ID)
     top, token, value = sample(logits, x, at, start, low, high, where, heat, V, MASK_ID, BLOCK)
-    sound = before == before
-    tl.store(part + place * 4 + 2, top, mask=sound)
-    tl.store(part + place * 4 + 3, value, mask=sound)
-    tl.store(best + place, token, mask=sound)
+    tl.store(part + place * 4 + 2, top)
+    tl.store(part + place * 4 + 3, value)
+    tl.store(best + place, token)
 
 
 @triton.jit
