@@ -70,7 +70,7 @@ class NeighbouringRows(Rows):
         """Whether a forward's cost is read: a system call, which only what plans by it takes in every pass."""
         if self._cost is None:
             return False
-        return self.counts.forwards % _SAMPLED == 0 or any(slot.sequence.plans for slot in slots)
+        return self.counts.forwards % _SAMPLED == 0 or any(slot.sequence.planner is not None for slot in slots)
 
     def go_on(self) -> None:
         """Nothing: the next forward is run when it is asked for."""

@@ -105,7 +105,7 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
     if prediction.logits is None or selector.plain:
         tokens = selector.with_end_of_thinking(prediction.token[at + 1 : at + size].tolist())
     else:
-        chances = confidence if sequence.cost is not None else None
+        chances = None if sequence.planner is None else confidence
         tokens = selector.propose(prediction, [sequence.model.mask_id] * len(rows), rows, chances)
     length = sequence.before_stop(tokens)
     confidence = confidence or prediction.confidence[at + 1 : at + size].tolist()
@@ -123,15 +123,15 @@ def _planned(sequence: Sequence, draft: Draft) -> Grouping:
 
 def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> tuple[int, int] | None:
     """Tokens of the pass after this one, and masks of a group, if that is to be begun before this one's results."""
-    cost, load, selector = sequence.cost, sequence.load, sequence.selector
-    if not load.ahead or cost is None or not selector.as_predicted or selector.drawn:
+    planner, load, selector = sequence.planner, sequence.load, sequence.selector
+    if not load.ahead or planner is None or not selector.as_predicted or selector.drawn:
         return None
     mode, block = sequence.next_plan()
     if mode not in (None, "quadratic_spec") or block < 2 or len(sequence.stops) > MOST_STOPS:
         return None
     if sequence.remaining <= grouping.heads:  # there may be none
         return None
-    choice, curve = load.size_of(block), cost.share(load.rows)
+    choice, curve = load.size_of(block), planner.costs.share(load.rows)
     if draft.tokens and choice.wants_draft():
         planned = grouping if sequence.begun is None else _plan(sequence, draft, sequence.remaining, ahead=True)
         choice.learn(draft.confidence, planned.heads, planned.groups, curve)

@@ -94,7 +94,7 @@ class DraftPlanner:
         modes: tuple[ExactMode, ...],
         blocks: tuple[int, ...] = BLOCKS,
     ) -> None:
-        self._costs = costs
+        self.costs = costs
         self._engine = engine
         self._own = PositionStatistics()
         self._modes = modes
@@ -125,7 +125,7 @@ class DraftPlanner:
             if standing is None or not standing.fits(self._rows):
                 standing = self._engine.standing[self._choices] = self._make(standing)
             self._standing = standing
-        costs, self._taken = self._costs, self._standing.plan
+        costs, self._taken = self.costs, self._standing.plan
         self._standing.left -= 1
         # Where passes are begun ahead, one of the last round is not: the plan after it has to be made first.
         if self._standing.left == (self._rows if load.ahead else 0):
@@ -163,7 +163,7 @@ class DraftPlanner:
         Passes of quadratic_spec that share a forward differ in size, so each of their tokens has the same price, unless
         they are padded. No draft is worth more than what makes a pass of one token with that draft's masks pay.
         """
-        prices = [rate * seconds for seconds in self._costs.share(self._rows).table]
+        prices = [rate * seconds for seconds in self.costs.share(self._rows).table]
         if plan.mode != "quadratic_spec":
             return prices, []
         if self._rows > 1 and self._load.padded is None:
@@ -171,7 +171,7 @@ class DraftPlanner:
             prices = [prices[1] + each * (size - 1) for size in range(len(prices))]
         expected = self._expected(plan.mode)
         drafts = [(size, expected[size - 1] - 1 - (prices[size] - prices[1])) for size in self._lengths]
-        rest = 1 - rate * self._costs.host.seconds(plan.mode, self._rows)
+        rest = 1 - rate * self.costs.host.seconds(plan.mode, self._rows)
         part = min([1.0, *(max(prices[size + 1] - rest, 0.0) / worth for size, worth in drafts if worth > 0)])
         return prices, [(size, part * worth) for size, worth in drafts]
 
@@ -185,12 +185,12 @@ class DraftPlanner:
             later, blocks.later = blocks.later, []
             expected = self._engine.drafts_of(mode).expected(_NOTHING) if later else []
             for block, tokens, rows, emitted in later:
-                spent = self._seconds(mode, block, self._costs.curve.seconds(tokens) / rows)
+                spent = self._seconds(mode, block, self.costs.curve.seconds(tokens) / rows)
                 blocks.add(block, emitted / expected[block - 1], spent / self._seconds(mode, block))
 
     def _meter(self, before: _Met) -> None:
         """Learn what the host took for the last block of a plan, if no other rows' forward came between."""
-        costs, mode = self._costs, self._taken.mode
+        costs, mode = self.costs, self._taken.mode
         self._met = None
         if costs.passes - before.passes == _PASSES[mode]:
             seconds = costs.clock() - before.at
@@ -205,12 +205,12 @@ class DraftPlanner:
         """
         if best.mode == "ar":
             due = min(self._idle.values()) >= _PROBE * self._rows
-            due = due or (self._rows == 1 and self._costs.wants(_PROBE_BLOCK))
+            due = due or (self._rows == 1 and self.costs.wants(_PROBE_BLOCK))
             return (Plan("linear_spec", _PROBE_BLOCK), 1) if due else None
         if best.mode == "linear_spec":  # those of quadratic_spec are of many sizes
             at = BLOCKS.index(best.size)
             for size in (*BLOCKS[at + 1 : at + 2], *BLOCKS[max(at - 1, 0) : at]):
-                if self._costs.wants(self._rows * size):
+                if self.costs.wants(self._rows * size):
                     return Plan(best.mode, size), self._rows
         return None
 
@@ -234,10 +234,10 @@ class DraftPlanner:
 
         That costs linear_spec two passes of it; quadratic_spec about one of as many heads, and one group.
         """
-        seconds = self._costs.share(self._rows).table
+        seconds = self.costs.share(self._rows).table
         draft = seconds[block] if mode == "linear_spec" else 0.0
         whole = 2 * block if mode == "quadratic_spec" else block
-        return draft + (verify or seconds[whole]) + self._costs.host.seconds(mode, self._rows)
+        return draft + (verify or seconds[whole]) + self.costs.host.seconds(mode, self._rows)
 
     def worth_verifying(self, confidences: list[float]) -> int:
         """How many tokens of a draft a verify should look at, by their confidences.
@@ -275,7 +275,7 @@ class DraftPlanner:
             self._bare = 0
             return Grouping(best.heads, {best.heads: probe})
         more = min(max(2 * best.tokens, 1 + self._lengths[-1]), PREFILL_CHUNK)
-        if self._only is None or self._rows > 1 or not self._costs.wants(more):
+        if self._only is None or self._rows > 1 or not self.costs.wants(more):
             return best
         return self._grouping(confidences, end, remaining, _FREE, [(size, size) for size in self._lengths], more)
 

@@ -108,10 +108,6 @@ class BlockStatistics:
         # Not yet counted in: length, tokens and rows of the verify's forward, tokens emitted.
         self.later: list[tuple[int, int, int, int]] = []
 
-    def count(self, block: int) -> float:
-        """Of those of this length, of late."""
-        return self._met.get(block, _NO_BLOCKS)[0]
-
     def add(self, block: int, tokens: float, seconds: float) -> None:
         """One of this length gave and took these parts of what was expected."""
         met = self._met.get(block, _NO_BLOCKS)

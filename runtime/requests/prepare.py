@@ -79,9 +79,9 @@ class _Checked:
         """One answer."""
         engine, thoughts = self.engine, self.thoughts
         settings = dataclasses.replace(self.settings, params=dataclasses.replace(self.settings.params, seed=seed))
-        budgeted = settings.mode in ("quadratic_spec", AUTO) and settings.groups == "auto"
+        grouped = settings.mode == "quadratic_spec" and settings.groups == "auto" and settings.block_length > 1
         planner = None
-        if settings.mode != "ar" and (settings.auto_block or (budgeted and settings.block_length > 1)):
+        if settings.mode != "ar" and (settings.auto_block or grouped):
             modes: dict[str, tuple[ExactMode, ...]] = {
                 "linear_spec": ("linear_spec",),
                 "quadratic_spec": ("quadratic_spec",),
@@ -96,10 +96,9 @@ class _Checked:
             thoughts=thoughts,
             opened=thoughts is not None and self.opened,
         )
-        cost = engine.cost if budgeted else None
         samples = engine.backend.samples
         sequence = Sequence(
-            engine.info.model, self.ids, settings, transcript, cost, planner, samples, self.opened, self.images
+            engine.info.model, self.ids, settings, transcript, planner, samples, self.opened, self.images
         )
         scored = settings.prompt_logprobs is not None
         if (sequence.needs_logits or scored) and not engine.info.build.gather_generation_logits:

@@ -11,7 +11,7 @@ from ..engines.grouping import Arrangement
 from ..engines.passes import PASS_KINDS, Following, Pass, PassKind, Prediction, agreed
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
-from ..planning.pass_costs import Load, PassCosts
+from ..planning.pass_costs import Load
 from ..text.transcript import Transcript
 from .outcome import PassOutcome
 from .selection import TokenSelector
@@ -33,7 +33,6 @@ class Sequence:
         prompt: list[int],
         settings: Settings,
         transcript: Transcript,
-        cost: PassCosts | None = None,
         planner: DraftPlanner | None = None,
         samples: bool = False,
         opened: bool = False,
@@ -47,9 +46,7 @@ class Sequence:
         self.keys = prompt if images is None else images.keys(prompt)
         self.settings = settings
         self.transcript = transcript
-        self.cost = cost  # None: a loop that could save work by it does not
-        self.planner = planner  # None: block length and mode are fixed
-        self.plans = cost is not None or planner is not None
+        self.planner = planner  # None: mode, block length and groups are fixed
         self.load = Load()  # that of its batch, once it is in one
         self.block_length = settings.block_length  # of the next block; planned anew if there is a planner
         self.tokens: list[int] = []

@@ -56,8 +56,7 @@ def test_every_plan_gives_ars_tokens(
         for of_mode, (size, emitted) in itertools.product(record.of.values(), met):
             of_mode.add(size, min(size, emitted))
         assert sequence.planner is not None
-        sequence.cost = PassCosts(curve)
-        sequence.planner = DraftPlanner(sequence.cost, record, sequence.planner._modes)
+        sequence.planner = DraftPlanner(PassCosts(curve), record, *sequence.planner._choices)
         sequences.append(sequence)
     for _ in generate.decode(engine.backend, sequences, rows):
         pass
@@ -153,7 +152,7 @@ def test_later_plans_stand_longer() -> None:
         for _ in range(times):
             assert planner.plan().size == 8
         made.append("next")
-        planner = DraftPlanner(planner._costs, planner._engine, ("linear_spec",))
+        planner = DraftPlanner(planner.costs, planner._engine, ("linear_spec",))
     assert [entry == "next" for entry in made] == [False, True] * 5
 
 
@@ -231,7 +230,7 @@ def test_planned_drafts_are_looked_at_in_part(engine: nemodiff.LoadedEngine) -> 
             engine, "Count from 1 to 40.", nemodiff.Options(block_length=block, max_new_tokens=60)
         )
         if sequence.planner is not None:
-            sequence.planner._costs = PassCosts(EACH_PAID)
+            sequence.planner.costs = PassCosts(EACH_PAID)
             sequence.planner._rates = lambda: {Plan("linear_spec", 16): 8 / 32}  # type: ignore[method-assign]
             sequence.planner._news = lambda best: None  # type: ignore[method-assign]
         for _ in generate.decode(engine.backend, [sequence], 1):
@@ -248,10 +247,8 @@ def test_what_a_grammar_leaves_alone_is_a_good_draft(engine: nemodiff.LoadedEngi
     options = nemodiff.Options(**choice, regex=pattern, max_new_tokens=60)  # type: ignore[arg-type]
     sequence = request.prepare(engine, QUESTIONS[0], options)
     costs = PassCosts(CostCurve((1, 64), (1.0, 4.0)))
-    if sequence.cost is not None:
-        sequence.cost = costs
     if sequence.planner is not None:
-        sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), sequence.planner._modes)
+        sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), *sequence.planner._choices)
     for _ in generate.decode(engine.backend, [sequence], 1):
         pass
     passes = sum(sequence.nfe.values()) - sequence.nfe["prefill"]
@@ -264,8 +261,8 @@ def test_what_the_host_takes_counts() -> None:
     assert planner.plan().mode == "quadratic_spec"
     planner = fed(32, 8, ("linear_spec", "quadratic_spec"), MIXED)
     for _ in range(24):
-        planner._costs.host.learn("linear_spec", 0.1)
-        planner._costs.host.learn("quadratic_spec", 9.0)
+        planner.costs.host.learn("linear_spec", 0.1)
+        planner.costs.host.learn("quadratic_spec", 9.0)
     assert planner.plan().mode == "linear_spec"
 
 

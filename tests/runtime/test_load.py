@@ -51,7 +51,7 @@ def fed(curve: CostCurve, modes: tuple[ExactMode, ...], emitted: int = 8) -> Dra
         for _ in range(40 if mode != "ar" else 0):
             planner.learn(32, emitted)
         planner._engine.of[mode].blocks.clear()
-    return DraftPlanner(planner._costs, planner._engine, modes)
+    return DraftPlanner(planner.costs, planner._engine, modes)
 
 
 def rates_of(planner: DraftPlanner, rows: int) -> dict[Plan, float]:
@@ -114,10 +114,10 @@ def test_where_each_token_is_paid_many_rows_take_ar() -> None:
 def test_what_the_host_takes_is_not_shared() -> None:
     planner = fed(EACH_PAID, EVERY, emitted=4)
     for mode in EVERY:
-        planner._costs.host.learn(mode, 30.0, 1)  # much of a row's time where 64 share a forward
+        planner.costs.host.learn(mode, 30.0, 1)  # much of a row's time where 64 share a forward
     assert best(planner, 64).mode != "ar"
     for mode in EVERY:
-        planner._costs.host.learn(mode, 0.001, 64)  # what such a forward's rows take is known for itself
+        planner.costs.host.learn(mode, 0.001, 64)  # what such a forward's rows take is known for itself
     assert best(planner, 64).mode == "ar"
 
 
@@ -127,7 +127,7 @@ def test_a_plan_is_made_anew_when_the_load_changes() -> None:
     for _ in range(100):
         planner.plan(load_of(1))
     made = planner._engine.standing[EVERY, BLOCKS]
-    others = [DraftPlanner(planner._costs, planner._engine, EVERY) for _ in range(15)]
+    others = [DraftPlanner(planner.costs, planner._engine, EVERY) for _ in range(15)]
     modes = [row.plan(load_of(16)).mode for row in (planner, *others)]
     standing = planner._engine.standing[EVERY, BLOCKS]
     assert standing is not made

@@ -78,9 +78,9 @@ def budgeted(setup: equality.Setup, prompt: list[int], block: int, limit: int, b
     """A request of quadratic_spec where a pass takes `base`, and 1 for each of its tokens."""
     options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=limit)
     sequence = request.prepare(setup.plain, prompt, options)
-    sequence.cost = PassCosts(CostCurve((1, 512), (base + 1.0, base + 512.0)))
     if sequence.planner is not None:
-        sequence.planner = DraftPlanner(sequence.cost, AcceptanceStatistics(), ("quadratic_spec",), (block,))
+        costs = PassCosts(CostCurve((1, 512), (base + 1.0, base + 512.0)))
+        sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",), (block,))
     return sequence
 
 

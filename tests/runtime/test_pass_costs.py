@@ -244,7 +244,11 @@ def test_drafts_are_not_given_up_for_passes_without_one(engine: nemodiff.LoadedE
     """A few passes of one head do not make drafts look worthless, or there would never be another."""
     options = nemodiff.Options(mode="quadratic_spec", block_length=8, max_new_tokens=60)
     sequence = request.prepare(engine, QUESTIONS[0], options)
-    sequence.cost = PassCosts(curve(TRUTHS["a GPU"], MISTAKES["right"]))
+    costs = PassCosts(curve(TRUTHS["a GPU"], MISTAKES["right"]))
+    sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",), (8,))
+    for _ in range(16):
+        sequence.plan()
+        sequence.planner.learn_quadratic(8, 1, 1)
     sequence.accepted, sequence.verified = [1] * 16, [1] * 16
     for _ in nemodiff.runtime.generate.decode(engine.backend, [sequence], 1):
         pass
@@ -257,7 +261,7 @@ def test_a_pass_that_is_tried_has_no_more_tokens_than_any(engine: nemodiff.Loade
     options = nemodiff.Options(mode="quadratic_spec", block_length=block, max_new_tokens=300)
     sequence = request.prepare(engine, QUESTIONS[0], options)
     sequence.tokens = [200]
-    costs = sequence.cost = PassCosts(CostCurve((1, 330, 512), (1.0, 1.0, 9.0)))
+    costs = PassCosts(CostCurve((1, 330, 512), (1.0, 1.0, 9.0)))
     sequence.planner = DraftPlanner(costs, AcceptanceStatistics(), ("quadratic_spec",), (block,))
     draft = Draft([200] * (block - 1), [0.95] * (block - 1))
     tokens = list[int]()
