@@ -19,7 +19,7 @@ from typing import Any
 import make_checkpoint
 from common import record
 
-from nemodiff.measurement.machine import memory
+from nemodiff.main_memory import of_process
 
 # Bytes of anonymous memory. The pages of the mapped checkpoint (RssFile) do not count: they are the page cache.
 GOAL = 2 * 2**30
@@ -71,7 +71,7 @@ def build(checkpoint: Path, engine: Path, dtype: str) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        status = memory(process.pid, FIELDS)
+        status = of_process(process.pid, FIELDS)
         samples += bool(status)
         for name, value in status.items():
             peaks[name] = max(peaks[name], value)

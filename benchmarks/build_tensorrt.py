@@ -27,7 +27,7 @@ from nemodiff.builder.checkpoint.weights import write_weights
 from nemodiff.builder.compilers.choices import targets
 from nemodiff.builder.compilers.compile import declared_shapes
 from nemodiff.builder.compilers.profiles import corners, shape
-from nemodiff.measurement.machine import memory
+from nemodiff.main_memory import of_process
 
 GOAL_MEMORY = 12 * 2**30  # anonymous bytes
 GOAL_TIME = 1.3  # times the bare build
@@ -70,7 +70,7 @@ def watch(command: list[str]) -> dict[str, Any]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peaks, samples = dict.fromkeys(FIELDS, 0), 0
     while process.poll() is None:
-        statuses = [memory(pid, FIELDS) for pid in _family(process.pid)]
+        statuses = [of_process(pid, FIELDS) for pid in _family(process.pid)]
         samples += 1
         for name in FIELDS:
             peaks[name] = max(peaks[name], sum(status.get(name, 0) for status in statuses))

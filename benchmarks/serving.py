@@ -28,9 +28,9 @@ from typing import Any
 from common import questions, record
 
 import nemodiff
+from nemodiff import main_memory
 from nemodiff.builder.build import Builder
 from nemodiff.contract import counted
-from nemodiff.measurement import machine
 
 BASE = "runtime"
 PACKAGES = ("nemodiff", "onnxruntime", "numpy", "fastapi", "uvicorn")
@@ -165,7 +165,7 @@ def soak(host: str, port: int, process: int, count: int) -> dict[str, Any]:
         connection.close()
 
     def memory() -> int:
-        return machine.memory(process, ["VmRSS"])["VmRSS"]
+        return main_memory.of_process(process, ["VmRSS"])["VmRSS"]
 
     def settled() -> dict[str, float]:
         while True:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
+from .. import main_memory
 from ..contract import (
     COMPILED,
     ITEMSIZE,
@@ -146,7 +146,7 @@ def make_plan(
     tensors = [*checkpoint.tensors.values(), *(adapter.tensors.values() if adapter else ())]
     per_token = kv_bytes_per_token(model, build)
     seeing = model.vision.parameters(model.hidden_size) if model.vision else 0
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = main_memory.total()
     compiled = backend in COMPILED
     split: dict[int, dict[int, int]] = {}
     if backend == "onnxruntime":

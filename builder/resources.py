@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from pathlib import Path
 
+from .. import main_memory
 from ..contract import Backend, Dtype, size_text
 from ..errors import BuildError
 
@@ -14,7 +14,6 @@ SLACK = 64 * 2**20  # bytes kept free beside the weights: model file, headers, t
 # Compiling takes this many times the weights' bytes and as many bytes on top (benchmarks/build_tensorrt.py).
 MEMORY_FACTOR = 1.6
 MEMORY_BASE = 2**29
-_CGROUP = Path("/sys/fs/cgroup")  # of the container that this runs in, in version 2
 
 
 def disk_free(path: Path) -> int:
@@ -28,23 +27,6 @@ def disk_free(path: Path) -> int:
 def memory_needed(weight_bytes: int) -> int:
     """An estimate of the anonymous bytes that compiling takes."""
     return int(MEMORY_FACTOR * weight_bytes) + MEMORY_BASE
-
-
-def memory_free() -> int | None:
-    """Bytes that the system could give, within the container's limit and page cache included; None where none says."""
-    frees = []
-    with contextlib.suppress(OSError, KeyError):
-        frees.append(int(_fields(Path("/proc/meminfo"))["MemAvailable:"]) * 1024)
-    with contextlib.suppress(OSError, KeyError, ValueError):  # a limit may be "max"
-        limit, used = (int((_CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
-        frees.append(max(0, limit - used + int(_fields(_CGROUP / "memory.stat")["inactive_file"])))
-    return min(frees, default=None)
-
-
-def _fields(path: Path) -> dict[str, str]:
-    """The first two words of every line."""
-    lines = map(str.split, path.read_text(encoding="ascii").splitlines())
-    return {words[0]: words[1] for words in lines if len(words) > 1}
 
 
 def check_build_disk(output: Path, weight_bytes: int, dtype: Dtype, compiled: bool) -> None:
@@ -63,7 +45,7 @@ def check_build_disk(output: Path, weight_bytes: int, dtype: Dtype, compiled: bo
 def check_compile_memory(backend: Backend, weight_bytes: int) -> None:
     """Refuse to compile an engine for which the memory is too small. Raises BuildError."""
     need = memory_needed(weight_bytes)
-    free = memory_free()
+    free = main_memory.free()
     if free is not None and free < need:
         raise BuildError(
             f"--backend {backend}: compiling needs about {size_text(need)} of memory, {size_text(free)} are free; "

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..builder.resources import disk_free, memory_free
+from .. import main_memory
+from ..builder.resources import disk_free
 from ..contract import counted, size_text
 from ..serving.triton_server.install import installed
 from .check import Check
@@ -122,7 +123,7 @@ def _machine(folder: Path) -> list[Check]:
     """Processor, memory and disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     checks = [Check("machine", "ok", f"{platform.system()} {platform.machine()}, {counted(cores or 1, 'processor')}")]
-    free = memory_free()
+    free = main_memory.free()
     if free is not None:
         enough = free >= _LITTLE_MEMORY
         checks.append(

@@ -6,10 +6,10 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import main_memory
 from ..runtime.planning.kept_curve import cpu_name
 
 
@@ -18,19 +18,9 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": main_memory.total(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def memory(pid: int, fields: Sequence[str]) -> dict[str, int]:
-    """Fields of a process's status in bytes, on Linux; empty once it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in fields}
 
 
 class PeakMemory:
@@ -50,4 +40,4 @@ class PeakMemory:
     def read(self) -> dict[str, int | None]:
         """Bytes; None where nobody can say."""
         gpu = int(self._torch.cuda.max_memory_allocated()) if self._on_gpu else None  # type: ignore[union-attr]
-        return {"process": memory(os.getpid(), ["VmHWM"]).get("VmHWM"), "gpu": gpu}
+        return {"process": main_memory.peak(), "gpu": gpu}

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Rooms from the lowest up; those of one set never import each other.
 PRODUCT: list[set[str]] = [
-    {"errors", "version", "whole_file"},
+    {"errors", "main_memory", "version", "whole_file"},
     {"engine_folder", "fields"},
     {"tuned", "vision"},
     {"config"},

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import sys
 import threading
 import time
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
+from ... import main_memory
 from .request_log import written_time
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def state_of(server: Server) -> dict[str, Any]:
             }
             for record in list(server.app.open)
         ],
-        "most_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "most_memory_bytes": main_memory.peak(),
         "threads": _threads(),
     }
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import Refused
 from stand_ins.checkpoints import TINY_CHAT
 
+from nemodiff import main_memory
 from nemodiff.builder import resources
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers import choices
@@ -81,7 +82,7 @@ def test_missing_package(
 def test_no_room(checkpoint: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["build", str(checkpoint), "-o", str(checkpoint.parent / "engine"), *RTX]
     with monkeypatch.context() as patch:
-        patch.setattr(resources, "memory_free", lambda: 2**20)
+        patch.setattr(main_memory, "free", lambda: 2**20)
         refused(arguments, "compiling needs about", "of memory, 1.0 MiB are free")
     with monkeypatch.context() as patch:
         patch.setattr(resources, "disk_free", lambda path: 2**20)

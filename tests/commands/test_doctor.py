@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 import nemodiff
-from nemodiff.builder import resources
+from nemodiff import main_memory
 from nemodiff.cli import main
 from nemodiff.doctor import diagnose as doctor
 from nemodiff.doctor import packages
@@ -150,17 +150,17 @@ def test_the_driver_is_asked_for_its_version_and_cards(monkeypatch: pytest.Monke
 
 def test_little_disk_and_little_memory_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "disk_free", lambda folder: 5 * 2**20)
-    monkeypatch.setattr(doctor, "memory_free", lambda: 5 * 2**20)
+    monkeypatch.setattr(main_memory, "free", lambda: 5 * 2**20)
     checks = diagnosed(monkeypatch, tmp_path)
     assert (checks["disk"].state, checks["memory"].state) == ("wrong", "wrong")
     assert "5.0 MiB free" in checks["disk"].found
 
 
 def test_memory_is_what_the_container_may_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    everything = resources.memory_free()
+    everything = main_memory.free()
     assert everything is not None
     assert everything > 2**28
-    monkeypatch.setattr(resources, "_CGROUP", tmp_path)
+    monkeypatch.setattr(main_memory, "_CGROUP", tmp_path)
     (tmp_path / "memory.current").write_text(f"{200 * 2**20}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {40 * 2**20}\n")
     (tmp_path / "memory.max").write_text(f"{256 * 2**20}\n")

@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from .... import main_memory
 from ....errors import EngineError, RequestError, first_line
 from ....plugins.ops.paged_attention import PROGRAMS
 from ....version import __version__
@@ -179,8 +179,8 @@ class TorchDevice:
     def memory(self) -> tuple[int, int]:
         """Bytes that can be allocated yet, on the card or in what torch holds, and all of them; of a CPU's RAM too."""
         if not self.is_gpu:
-            page = os.sysconf("SC_PAGE_SIZE")
-            return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+            total = main_memory.total()
+            return main_memory.free() or total, total
         cuda = self._torch.cuda
         held = cuda.memory_reserved(self.name) - cuda.memory_allocated(self.name)
         free, total = cuda.mem_get_info(self.name)
