@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import other_system
+
 PATIENCE = 120.0  # seconds until a server that does not answer, or end, is given up
 
 
@@ -81,14 +83,17 @@ def serving(
     threads: int | None = 1,
     environment: dict[str, str] | None = None,
     warnings: str = "error",
+    system: str | None = None,
 ) -> Iterator[Served]:
     """Start `nemodiff serve` on a free port and stop it by its process at the end.
 
     threads: None for as many as it takes by itself, which spin where they wait (`conftest.OneThread`).
+    system: another one, of `other_system`, as far as this one can stand for it.
     """
     chosen = [] if threads is None else ["--threads", str(threads)]
-    words = ["nemodiff", "serve", str(engine), "--port", "0", *chosen, *options]
-    command = [sys.executable, "-W", warnings, "-m", *words]
+    words = ["serve", str(engine), "--port", "0", *chosen, *options]
+    begun = ["-m", "nemodiff", *words] if system is None else [other_system.__file__, system, json.dumps(words)]
+    command = [sys.executable, "-W", warnings, *begun]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, **(environment or {})}
     )
