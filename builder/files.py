@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,7 @@ _SECTOR = 4096  # bytes; O_DIRECT writes whole ones, from addresses that are mul
 
 def forget(file: IO[bytes], offset: int, nbytes: int) -> None:
     """Let the system take back the memory that holds a part of a file, where it can and no map of it is left."""
-    if hasattr(os, "posix_fadvise"):
+    if sys.platform == "linux":
         os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 

@@ -7,6 +7,7 @@ layout, so NumPy 1 is installed beside it.
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def installed() -> bool:
 
 def install() -> Path:
     """Download what is missing, 290 MB on disk, and return the folder. Raises ServerError."""
-    if sys.platform != "linux" or sys.version_info >= (3, 13):
+    if platform.system() != "Linux" or sys.version_info >= (3, 13):
         raise ServerError(
             f"the bundled Triton server is for Linux and Python 3.11 or 3.12, this is Python "
             f"{sys.version_info.major}.{sys.version_info.minor} on {sys.platform}; use Triton's container"
