@@ -34,7 +34,9 @@ def diagnose(folder: Path) -> list[Check]:
         wanted, extras = declared()
         checks = [python_check(wanted), *package_checks(extras)]
         found = {name: probe.result() for name, probe in probes.items()}
-    return [*checks, *_libraries(found), *_gpus(found), _server(), *_machine(folder)]
+    # Elsewhere nemodiff knows no driver, no package that compiles for a card, and no server to install.
+    cards = [*_compilers(found), *_gpus(found), _server()] if platform.system() == "Linux" else []
+    return [*checks, *_libraries(found), *cards, *_machine(folder)]
 
 
 def _probe(name: str) -> dict[str, Any]:
@@ -54,16 +56,19 @@ def _probe(name: str) -> dict[str, Any]:
 
 
 def _libraries(found: dict[str, dict[str, Any]]) -> list[Check]:
-    """What builds and runs engines."""
-    runtime = found["onnxruntime"]
-    torch = found["torch"]
-    triton = found["triton"]
-    rtx = found["tensorrt_rtx"]
-    full = found["tensorrt"]
-    sms = ", ".join(map(str, rtx.get("sms", ())))
+    """What builds and runs engines anywhere."""
+    runtime, torch = found["onnxruntime"], found["torch"]
     return [
         _library("ONNX Runtime", runtime, f"{runtime.get('version')}, builds and runs on the CPU", "onnxruntime"),
         _library("torch", torch, _torch_text(torch), "'nemodiff[torch]'"),
+    ]
+
+
+def _compilers(found: dict[str, dict[str, Any]]) -> list[Check]:
+    """What compiles for NVIDIA's cards."""
+    triton, rtx, full = found["triton"], found["tensorrt_rtx"], found["tensorrt"]
+    sms = ", ".join(map(str, rtx.get("sms", ())))
+    return [
         _library("Triton", triton, f"{triton.get('version')}, ptxas {triton.get('ptxas')}", "'nemodiff[trt]'"),
         _library("TensorRT-RTX", rtx, f"{rtx.get('version')}, builds for SM {sms}", "'nemodiff[trt]'"),
         _library("TensorRT", full, f"{full.get('version')}, builds for the GPU at hand", "tensorrt-cu13"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,15 @@ def test_a_healthy_machine_says_what_it_builds_and_runs(monkeypatch: pytest.Monk
     assert "processor" in checks["machine"].found
     for check in checks.values():
         assert bool(check.remedy) == (check.state != "ok")
+
+
+def test_no_card_and_nothing_that_needs_one_is_looked_for_on_another_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    everywhere = set(diagnosed(monkeypatch, tmp_path))
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    absent = everywhere - set(diagnosed(monkeypatch, tmp_path))
+    assert absent == {"Triton", "TensorRT-RTX", "TensorRT", "NVIDIA driver", "GPU 0", "Triton server"}
 
 
 def test_a_card_that_nothing_here_can_use_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,6 +186,7 @@ def test_packages_are_held_against_what_is_declared() -> None:
         "torch": [Requirement("numpy<1"), Requirement("packaging>=1")],
         "trt": [Requirement("nowhere-to-be-found==3")],
         "serve": [Requirement("packaging>=1")],
+        "elsewhere": [],
         "test": [Requirement("nowhere-to-be-found")],
     }
     checks = {check.name: check for check in packages.package_checks(extras)}
