@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,4 +51,9 @@ def cpu_name() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
+    if sys.platform == "darwin":  # where platform.processor() is "arm"
+        with contextlib.suppress(OSError):
+            told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+            if name := told.stdout.strip():
+                return name
     return platform.processor() or platform.machine()

@@ -16,6 +16,7 @@ from stand_ins.http_server import serving
 
 import nemodiff
 
+ROOT = Path(__file__).parents[2]
 QUESTION = "Count from 3 to 9."
 
 
@@ -50,6 +51,20 @@ def test_an_engine_is_built_runs_and_is_served(engine: nemodiff.LoadedEngine, tm
         served.process.send_signal(signal.SIGUSR1)
         assert served.process.stderr is not None
         assert json.loads(served.process.stderr.readline())["state"]["most_memory_bytes"] > 0
+
+
+def test_a_mac_calls_its_processor_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = (
+        "from stand_ins.other_system import become; become('darwin');"
+        "from nemodiff.runtime.planning.kept_curve import cpu_name; print(cpu_name())"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=":")
+    assert subprocess.check_output([sys.executable, "-c", asked], text=True) == "arm\n"
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\n[ "$*" = "-n machdep.cpu.brand_string" ] && echo Apple M2\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert subprocess.check_output([sys.executable, "-c", asked], text=True) == "Apple M2\n"
 
 
 @pytest.mark.torch
