@@ -1,5 +1,5 @@
 # make demo: build tiny-chat-2 and answer one question in three modes.  make test: every check.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 
 .PHONY: demo test clean
@@ -15,6 +15,8 @@ clean:
 	rm -rf $(VENV) .cache build *.egg-info
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "'$(PYTHON)' is not Python 3.11 or newer; give one: make PYTHON=PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/demo: $(VENV)/bin/python pyproject.toml
