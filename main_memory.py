@@ -13,12 +13,18 @@ _CGROUP = Path("/sys/fs/cgroup")  # of the container that this runs in, in versi
 
 def total() -> int:
     """Bytes that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if sys.platform == "win32":
+        found, _ = _windows_memory()
+    else:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return found
 
 
 def free() -> int | None:
     """Bytes that the system could give, within the container's limit and page cache included; None where none says."""
     frees = []
+    if sys.platform == "win32":
+        frees.append(_windows_memory()[1])
     with contextlib.suppress(OSError, KeyError):
         frees.append(int(_fields(Path("/proc/meminfo"))["MemAvailable:"]) * 1024)
     with contextlib.suppress(OSError, KeyError, ValueError):  # a limit may be "max"
@@ -27,15 +33,21 @@ def free() -> int | None:
     return min(frees, default=None)
 
 
-def peak() -> int | None:
-    """The most bytes that this process has held, since a reset where the system has one; None where none says."""
+def peak() -> int:
+    """The most bytes that this process has held, since a reset where the system has one."""
     if status := of_process(os.getpid(), ["VmHWM"]):
         return status["VmHWM"]
-    with contextlib.suppress(ImportError):
+    if sys.platform == "win32":
+        import ctypes
+
+        counters = (ctypes.c_uint64 * 9)(72)  # PROCESS_MEMORY_COUNTERS: its length, the peak of the working set
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, 72)
+        most = counters[1]
+    else:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most
 
 
 def of_process(pid: int, fields: Sequence[str]) -> dict[str, int]:
@@ -45,6 +57,15 @@ def of_process(pid: int, fields: Sequence[str]) -> dict[str, int]:
     except OSError:
         return {}
     return {name: int(status[f"{name}:"]) * 1024 for name in fields if f"{name}:" in status}
+
+
+def _windows_memory() -> tuple[int, int]:
+    """Bytes that the machine has, and those that are free."""
+    import ctypes
+
+    status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its length, bytes in all, bytes that are free
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(status)  # type: ignore[attr-defined,unused-ignore]
+    return status[1], status[2]
 
 
 def _fields(path: Path) -> dict[str, str]:
