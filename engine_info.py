@@ -74,7 +74,7 @@ class EngineInfo:
         """Write config.json and manifest.json."""
         config = {"pretrained_config": self.pretrained, "build_config": dataclasses.asdict(self.build)}
         for name, values in ((CONFIG_FILE, config), (MANIFEST_FILE, dataclasses.asdict(self.manifest))):
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def read_engine(folder: Path) -> EngineInfo:

@@ -26,7 +26,7 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield stage
-            with stage.open("rb") as file:
+            with stage.open("r+b") as file:
                 os.fsync(file.fileno())
             stage.replace(path)
     finally:

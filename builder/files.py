@@ -66,8 +66,8 @@ class EngineFile:
         self.nbytes = 0
         self._file = os.fdopen(_open(path), "wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._filling = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._full = mmap.mmap(-1, BUFFER, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._filling = mmap.mmap(-1, BUFFER, access=mmap.ACCESS_COPY)
+        self._full = mmap.mmap(-1, BUFFER, access=mmap.ACCESS_COPY)
         self._filled = 0  # bytes of `_filling`
         self._pool = ThreadPoolExecutor(2)
         self._pending: list[Future[None]] = []  # hashing and writing `_full`

@@ -28,7 +28,7 @@ def folder_entries(folder: Path, digests: Mapping[str, str]) -> dict[str, FileEn
     entries = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            name = str(path.relative_to(folder))
+            name = path.relative_to(folder).as_posix()
             entries[name] = file_entry(path, digests.get(name))
     return entries
 
