@@ -127,7 +127,8 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
     reaper = subprocess.Popen(  # started first: from here on nothing can be left behind
         [sys.executable, "-I", "-S", str(swap.__file__), str(stage), str(place), kind.marker],
         stdin=subprocess.PIPE,
-        start_new_session=True,
+        start_new_session=True,  # so that no Ctrl-C reaches it; on Windows that is:
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
     try:
         try:
@@ -140,8 +141,10 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
             sync(path)
         ending.put(lambda: check_target(place, kind))
     except OSError as error:
+        in_use = sys.platform == "win32" and isinstance(error, PermissionError)
+        remedy = "end what uses it" if in_use else "free some space"
         raise BuildError(
-            f"{target}: writing failed ({error.strerror or error}); free some space or choose another {kind.option}"
+            f"{target}: writing failed ({error.strerror or error}); {remedy} or choose another {kind.option}"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # the child tries again

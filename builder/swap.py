@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -33,8 +32,11 @@ def is_mount(folder: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder's list of names written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file or a folder's list of names written to the disk; Windows has no such call for a folder."""
+    is_folder = path.is_dir()
+    if is_folder and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -74,6 +76,15 @@ class Swap:
             replaced.rename(self.target)
         for path in (self.stage, self._beside("leaving"), self._beside("left"), replaced):
             _remove(path)
+        for path in self._in_use_before():
+            _remove(path)
+
+    def _in_use_before(self) -> list[Path]:
+        """What earlier builds have replaced and could not remove: on Windows a file that is in use stays."""
+        begin = f".{self.target.name}.partial-"
+        names = [path.name for path in self.target.parent.iterdir()]
+        found = [self.target.with_name(name) for name in names if name.startswith(begin) and name.endswith("-replaced")]
+        return found if self.target.exists() else []  # asked last: until it is there, a build may have to put one back
 
     def _beside(self, state: str) -> Path:
         return self.stage.with_name(f"{self.stage.name}-{state}")
@@ -149,10 +160,13 @@ def _remove(path: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time exchange a folder's contents, where its file system has locks."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if sys.platform != "win32":  # which opens no folder
+            import fcntl
+
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 

@@ -18,6 +18,7 @@ from conftest import PATIENCE, answers, assert_one_line, eventually, snapshot
 import nemodiff
 from nemodiff.builder import staging
 from nemodiff.builder.build import Builder
+from nemodiff.builder.swap import Swap
 from nemodiff.errors import BuildError
 
 SLOW_BUILD = """
@@ -159,6 +160,16 @@ def test_failed_rename_keeps_the_old_engine(checkpoint: Path, failing: str, monk
         Builder(checkpoint, engine).run()
     assert siblings(engine) == {"checkpoint", "engine"}
     assert snapshot(engine) == before
+
+
+def test_what_was_in_use_when_it_was_replaced_goes_with_the_next_build(checkpoint: Path) -> None:
+    engine = checkpoint.parent / "engine"
+    left = checkpoint.parent / ".engine.partial-01234567-replaced"
+    left.mkdir()
+    Swap(checkpoint.parent / ".engine.partial-89abcdef", engine, "manifest.json").clean_up()
+    assert left.exists()  # it may be the only one
+    Builder(checkpoint, engine).run()
+    assert siblings(engine) == {"checkpoint", "engine"}
 
 
 def test_process_that_cleans_up_cannot_start(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
