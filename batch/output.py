@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import RequestError
 from ..whole_file import whole
@@ -16,6 +16,7 @@ from .shards import Shard
 
 JOB_FILE = "job.json"
 FAILED_FILE = "failed.jsonl"
+_LOCKED = 2**30  # the byte that is locked on Windows, where nobody can read one that is: far behind the end
 
 
 @contextlib.contextmanager
@@ -34,7 +35,7 @@ def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
         raise RequestError(f"{output}: holds files but no {JOB_FILE}; give an empty folder or one of the same job")
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError:
             raise RequestError(f"{output}: another process works on it; wait or give another folder") from None
         file.seek(0)
@@ -56,9 +57,24 @@ def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
             yield
         finally:
             if list(output.iterdir()) == [path]:  # nothing has come of it
-                path.unlink()
-                if made:
-                    output.rmdir()
+                file.truncate(0)
+                with contextlib.suppress(PermissionError):  # Windows removes no open file
+                    path.unlink()
+                    if made:
+                        output.rmdir()
+
+
+def _lock(file: IO[str]) -> None:
+    """Have an open file for this process alone until it is closed. Raises OSError where another one has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(_LOCKED)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def check_leftovers(output: Path, shards: list[Shard], suffix: str) -> None:
