@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,7 @@ def made_as(folder: Path) -> tuple[str, str | None] | None:
 
 def quoted(path: Path) -> str:
     """A path as a word of a command that somebody may copy."""
-    return shlex.quote(str(path))
+    return f'"{path}"' if sys.platform == "win32" else shlex.quote(str(path))
 
 
 def build_again(folder: Path) -> str:

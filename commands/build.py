@@ -178,7 +178,7 @@ def build(checkpoint: str, output: Path, dry_run: bool, as_json: bool, sm: str |
         builder.run(bar.update)
     where = "where such a GPU is" if builder.backend in COMPILED else "try"
     raw = "" if warning is None else " --raw"
-    click.echo(f"built        {output}; {where}: nemodiff run {quoted(output)} -p 'Hello'{raw}", err=True)
+    click.echo(f'built        {output}; {where}: nemodiff run {quoted(output)} -p "Hello"{raw}', err=True)
 
 
 def _template_warning(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from .streams import abandon_streams
 
 _INTERRUPTED = 128 + 2  # SIGINT
 _UNREAD = 128 + 13  # SIGPIPE
+_OUTPUT = "standard output"
 
 
 @contextlib.contextmanager
@@ -34,7 +35,8 @@ def one_line_errors(interrupts: Sequence[int] | None = None) -> Iterator[None]:
         raise click.ClickException(one_line(str(error))) from None
     except OSError as error:
         abandon_streams()
-        if error.errno == errno.EPIPE:
+        unread = error.errno == errno.EINVAL and _nameless(error) == _OUTPUT  # as Windows says it
+        if error.errno == errno.EPIPE or unread:
             raise click.exceptions.Exit(_UNREAD) from None
         text = f"{error.filename or _nameless(error)}: {error.strerror or error}; check the path and its disk"
         raise click.ClickException(one_line(text)) from None
@@ -49,7 +51,7 @@ def _nameless(error: OSError) -> str:
     """What an error is about that names no file."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if frames[-1].f_code is click.echo.__code__:
-        return "standard output"
+        return _OUTPUT
     return "the current folder" if error.errno == errno.ENOENT else "input/output"
 
 

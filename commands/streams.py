@@ -19,7 +19,8 @@ def set_up_streams() -> None:
     """
     _replace_closed()
     for number in range(3):
-        os.set_blocking(number, True)  # a program that shares one may have left it so that reading does not wait
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(number, True)  # a program that shares one may have left it so that reading does not wait
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=_encoding(stream, "utf-8"), errors="backslashreplace")

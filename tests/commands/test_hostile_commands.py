@@ -539,7 +539,7 @@ def test_every_line_of_a_file_is_checked_before_the_first_is_answered(
 def test_a_path_with_spaces_is_quoted_where_a_command_is_proposed(checkpoint: Path, tmp_path: Path) -> None:
     engine = tmp_path / "größe 1"
     built = CliRunner().invoke(main, ["build", str(checkpoint), "-o", str(engine)])
-    assert built.stderr.splitlines()[-1].endswith(f"; try: nemodiff run '{engine}' -p 'Hello'")
+    assert built.stderr.splitlines()[-1].endswith(f"; try: nemodiff run '{engine}' -p \"Hello\"")
     (engine / "manifest.json").write_text("{}")
     refusal = CliRunner().invoke(main, ["inspect", str(engine)]).stderr
     assert refusal.endswith(f"build it again: nemodiff build CHECKPOINT -o '{engine}'\n")

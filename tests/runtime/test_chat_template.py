@@ -247,7 +247,7 @@ def test_a_build_says_what_is_wrong_with_the_template(
     assert built.exit_code == 0, built.output
     warnings = [line for line in built.stderr.splitlines() if line.startswith("warning")]
     assert len(warnings) == (warning is not None)
-    assert built.stderr.endswith(" -p 'Hello'\n" if warning is None else " -p 'Hello' --raw\n")
+    assert built.stderr.endswith(' -p "Hello"\n' if warning is None else ' -p "Hello" --raw\n')
     if warning is not None:
         assert warning in warnings[0]
         raw = CliRunner().invoke(main, ["run", str(engine), "-p", "a", "--raw", "--max-new-tokens", "2"])
