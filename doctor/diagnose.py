@@ -46,6 +46,8 @@ def _probe(name: str) -> dict[str, Any]:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return {"error": f"does not answer within {_PATIENCE} seconds"}
+    if ended.returncode >= 2**31:  # an NTSTATUS of Windows
+        return {"error": f"crashes when it is imported ({ended.returncode:#x})"}
     if ended.returncode < 0:
         return {"error": f"crashes when it is imported ({signal.Signals(-ended.returncode).name})"}
     try:

@@ -81,7 +81,7 @@ class Outcome:
 
     figures: list[Figures]
     curve: CostCurve
-    load: float
+    load: float | None  # None on Windows, which knows none
 
 
 def tests(engine: LoadedEngine, plan: Plan) -> list[Test]:
@@ -128,7 +128,7 @@ def bench(
 
     `report` is told what is measured next. Raises RequestError.
     """
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     for engine in engines:
         check_engine(engine)
     if plan.input_lens is None:

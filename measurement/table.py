@@ -28,8 +28,9 @@ _HEADS = (
 def lines(engines: Sequence[LoadedEngine], outcomes: Sequence[Outcome], plan: Plan) -> list[str]:
     """The table of every engine, and for two the ratios of the first over the second."""
     here = machine()
+    load = "" if outcomes[0].load is None else f"load {outcomes[0].load:.2f} before"
     text = [
-        f"{here['cpu']}, {counted(here['cores'], 'core')}, load {outcomes[0].load:.2f} before; "
+        f"{', '.join(filter(None, (here['cpu'], counted(here['cores'], 'core'), load)))}; "
         f"{counted(len(plan.prompts), 'prompt')}, at "
         f"most {counted(plan.max_new_tokens, 'new token')}; medians of {counted(plan.rounds, 'round')} after "
         f"{plan.warmup} of warm-up"

@@ -60,8 +60,9 @@ def main() -> None:
     On its standard output, which rank 0 reads, is the error of its own that has ended it, and nothing else.
     It ends with its input, which rank 0 holds open; signals to all processes of a service are for rank 0 alone.
     """
-    for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(one, signal.SIG_IGN)
+    for one in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, one):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, one), signal.SIG_IGN)
     threading.Thread(target=_end_with_input, daemon=True).start()
     folder = Path(sys.argv[1])
     info = read_engine(folder)
