@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import os
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -26,13 +27,16 @@ class Doorbell:
         self._rung = False  # and not answered yet
         self._looks = False  # whether the loop is about to look by itself
         self._answered = 0.0  # when it was woken last
-        self._inside, self._outside = os.pipe()
-        for end in (self._inside, self._outside):
-            os.set_blocking(end, False)
-        asyncio.get_running_loop().add_reader(self._inside, self._answer)
+        self._loop = weakref.ref(asyncio.get_running_loop())  # which keeps this, and is not to be kept by it
+        self._pipe: tuple[int, ...] = ()  # its end in the loop, and the one outside
+        if sys.platform != "win32":  # whose loop reads no pipe, so that it is woken in asyncio's own way
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            asyncio.get_running_loop().add_reader(self._pipe[0], self._answer)
 
     def __del__(self) -> None:
-        for end in (self._inside, self._outside):
+        for end in self._pipe:
             os.close(end)
 
     def ring(self, callback: Callable[[], object], *, at_once: bool = False) -> None:
@@ -43,11 +47,19 @@ class Doorbell:
         self._callbacks.append(callback)
         if not self._rung and (at_once or not self._looks):
             self._rung = True
-            os.write(self._outside, b"\0")
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._pipe:
+            os.write(self._pipe[1], b"\0")
+        elif (loop := self._loop()) is not None:
+            with contextlib.suppress(RuntimeError):  # it has been closed
+                loop.call_soon_threadsafe(self._answer)
 
     def _answer(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._inside, 64)
+        if self._pipe:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._pipe[0], 64)
         self._rung = False  # first, so that none is left that nobody rings for
         self._call()
         now = asyncio.get_running_loop().time()

@@ -3,7 +3,8 @@
 The first SIGTERM or SIGINT begins the drain: new requests are refused, `/health/ready` answers 503, and what has begun
 may finish, from a body that is still coming to an answer that is still being read. A second signal ends the process at
 once. The port stays open while the server drains, because a load balancer could not ask for its health otherwise.
-SIGUSR1 writes what the server is doing to standard error. While the engine is loaded, SIGTERM ends the process.
+SIGUSR1 writes what the server is doing to standard error, but on Windows, which has no such signal. While the engine is
+loaded, SIGTERM ends the process.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import errno
 import gc
 import logging
 import os
-import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
@@ -48,7 +49,8 @@ def bind(host: str, port: int) -> socket.socket:
     # The protocol by its number, else asyncio does not know it and leaves small pieces waiting for acknowledgements.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform != "win32":  # where it would let two servers have one address
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
     except (OSError, TypeError) as error:  # a TypeError where a host's name has letters that no name may have
@@ -66,7 +68,9 @@ def signals_heard() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)  # an exception in the midst of importing torch would abort the process
 
-    handlers = {signal.SIGTERM: end, signal.SIGUSR1: lambda number, frame: write_state(loading_state())}
+    handlers: dict[int, Callable[[int, FrameType | None], None]] = {signal.SIGTERM: end}
+    if sys.platform != "win32":
+        handlers[signal.SIGUSR1] = lambda number, frame: write_state(loading_state())
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -81,19 +85,22 @@ def check_connections(most: int) -> None:
     Raises:
         RequestError: they cannot.
     """
-    needed = most + _BACKLOG + _FILES
-    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY or limit >= needed:
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
-    except (OSError, ValueError):
-        fitting = highest - _BACKLOG - _FILES
-        fewer = f"give --max-connections {fitting} or less, or " if fitting > 0 else ""
-        raise RequestError(
-            f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: "
-            f"ulimit -n {needed}"
-        ) from None
+    if sys.platform != "win32":  # which has no limit
+        import resource
+
+        needed = most + _BACKLOG + _FILES
+        limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit == resource.RLIM_INFINITY or limit >= needed:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, highest))
+        except (OSError, ValueError):
+            fitting = highest - _BACKLOG - _FILES
+            fewer = f"give --max-connections {fitting} or less, or " if fitting > 0 else ""
+            raise RequestError(
+                f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: "
+                f"ulimit -n {needed}"
+            ) from None
 
 
 def serve(server: Server, listening: socket.socket, drain: float, announce: Callable[[str], None]) -> None:
@@ -148,7 +155,8 @@ class _DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(self._on_loop_error)
-        self._loop.add_signal_handler(signal.SIGUSR1, self._write_state)
+        if sys.platform != "win32":
+            self._loop.add_signal_handler(signal.SIGUSR1, self._write_state)
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

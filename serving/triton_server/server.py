@@ -87,8 +87,9 @@ class TritonServer:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_PATIENCE)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # what hangs, and Python processes that it left
+            if sys.platform != "win32":  # for which there is no server
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)  # what hangs, and Python processes that it left
             code = self.process.wait()
         for segment in Path("/dev/shm").glob(f"{self.shared}*"):
             segment.unlink(missing_ok=True)
