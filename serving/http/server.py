@@ -97,8 +97,11 @@ def check_connections(most: int) -> None:
         except (OSError, ValueError):
             fitting = highest - _BACKLOG - _FILES
             fewer = f"give --max-connections {fitting} or less, or " if fitting > 0 else ""
+            allowed = f", allowed: {highest}"
+            if highest == resource.RLIM_INFINITY:  # macOS, which has another limit
+                allowed, fewer = ", which the system refuses", "give fewer, or "
             raise RequestError(
-                f"--max-connections {most} needs {needed} open files, allowed: {highest}; {fewer}raise the limit: "
+                f"--max-connections {most} needs {needed} open files{allowed}; {fewer}raise the limit: "
                 f"ulimit -n {needed}"
             ) from None
 
