@@ -35,6 +35,7 @@ SMS = (OLDEST_SM, 86, 89, 90, 100, 120)
 # 8.8, of CUDA 12.9: the first that knows SM 121. Left alone, Triton writes the newest version it knows for the newest
 # cards, and an older driver would refuse it.
 PTX_VERSION = 88
+YOUNGER = {110: 90}  # Jetson Thor, which has this number since CUDA 13
 _MOST_PROCESSES = 8
 _POINTER = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16", "i32": "*i32", "i8": "*i8", "u8": "*u8"}
 _USAGE = re.compile(r"(\d+) bytes spill stores.*Used (\d+) registers", re.DOTALL)
@@ -81,7 +82,7 @@ def compile_kernels(
 
 
 def ptx_version(sm: int) -> int:
-    """The PTX version for a compute capability, 88 for 8.8: `PTX_VERSION`, or the newest that the assembler knows.
+    """The PTX version for a compute capability, 88 for 8.8: what it asks for, or the newest that the assembler knows.
 
     Triton brings an assembler of its own, and from 3.6 on another for newer cards: 3.5 knows PTX up to 8.7, 3.6 up to
     8.7 and from SM 100 on 8.8, 3.9 up to 8.8 and from SM 90 on 9.4.
@@ -89,7 +90,7 @@ def ptx_version(sm: int) -> int:
     from triton.backends.nvidia import compiler
 
     newest: int = compiler.get_ptx_version_from_options(types.SimpleNamespace(ptx_version=None), sm)
-    return min(PTX_VERSION, newest)
+    return min(YOUNGER.get(sm, PTX_VERSION), newest)
 
 
 def stages(ops: Sequence[Op]) -> list[tuple[Op, Stage]]:

@@ -26,7 +26,7 @@ from nemodiff.contract import Dtype
 from nemodiff.plugins import OPS, SAMPLED
 from nemodiff.plugins.failure import failure
 from nemodiff.plugins.kernels import confidence_commit as commit_kernels
-from nemodiff.plugins.ops import block_attention, confidence_commit
+from nemodiff.plugins.ops import block_attention, confidence_commit, rotation
 from nemodiff.runtime.sampling.noise import Noise, philox
 from nemodiff.runtime.sampling.sampler import SamplingParams, draw
 
@@ -304,6 +304,15 @@ def test_ptx_is_of_a_version_that_the_assembler_knows(
     compiler = importlib.import_module("triton.backends.nvidia.compiler")
     monkeypatch.setattr(compiler, "get_ptx_version_from_options", lambda options, sm: newest)
     assert ptx_version(90) == expected
+
+
+@pytest.mark.trt
+def test_embedded_and_younger_cards_have_kernels(tiny: ModelConfig, tmp_path: Path) -> None:
+    """Jetson Orin, GB300, Jetson Thor and DGX Spark."""
+    sms = (87, 103, 110, 121)
+    kernels = compile_kernels(tiny, "bf16", sms, tmp_path, (rotation.OP,))
+    for sm, kernel in zip(sms, kernels, strict=True):
+        assert re.search(rf"\.target sm_{sm}a?\b", (tmp_path / kernel.file("ptx")).read_text())
 
 
 def test_a_failure_is_told_in_the_assemblers_own_words() -> None:
