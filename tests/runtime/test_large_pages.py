@@ -120,6 +120,20 @@ def test_a_system_without_them_is_left_alone(
     assert not library.calls
 
 
+def test_pages_of_half_a_gigabyte_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system's own are of 64 KB: one byte that is used would have its whole page filled."""
+    size = 2**29
+    with mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        held[:1] = b"x"
+        assert large_pages.places(size)
+        (tmp_path / "size").write_text(f"{size}\n")
+        monkeypatch.setattr(large_pages, "_SIZE", tmp_path / "size")
+        library = Asked()
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: library)
+        large_pages.gather()
+    assert not library.calls
+
+
 def test_engines_that_ask(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(large_pages, "gather", lambda: asked.append(1))

@@ -14,6 +14,9 @@ from pathlib import Path
 
 LEAST = 2**24  # bytes of weights; fewer stay in a processor's cache and gain nothing
 SECONDS = 2.0  # at most, of a load
+# Bytes of a large page, which is filled whole where anything lies in it. On arm64 it has 512 MB where the system's own
+# pages are of 64 KB, as on many servers.
+MOST = 2**25
 _COLLAPSE = 25  # MADV_COLLAPSE of Linux's mman.h: move what lies here into a large page now
 _MAPS = Path("/proc/self/maps")
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -40,6 +43,8 @@ def gather() -> None:
         size = int(_SIZE.read_text())
     except (OSError, ValueError):
         return  # not Linux, or without large pages
+    if size > MOST:
+        return
     import ctypes
 
     advise = ctypes.CDLL(None, use_errno=True).madvise
