@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,11 +47,14 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """What the processor calls itself; on arm64 Linux gives each kind of core two numbers in the place of a name."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if name := re.search(r"^model name\s*: (.+)", told, re.MULTILINE):
+            return name[1].strip()
+        numbers = [re.findall(rf"^CPU {field}\s*: (\w+)", told, re.MULTILINE) for field in ("implementer", "part")]
+        if kinds := sorted(map("/".join, set(zip(*numbers, strict=False)))):
+            return " ".join([platform.machine(), *kinds])
     if sys.platform == "darwin":  # where platform.processor() is "arm"
         with contextlib.suppress(OSError):
             told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)

@@ -315,6 +315,26 @@ def test_what_else_the_machine_does_is_no_cost(engine: nemodiff.LoadedEngine, mo
     assert max(seconds for _, seconds in engine.cost._met) < 0.2
 
 
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("processor : 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n", "AMD EPYC"),
+        ("CPU implementer\t: 0x41\nCPU part\t: 0xd4f\n\n" * 2, "aarch64 0x41/0xd4f"),
+        (
+            "CPU implementer\t: 0x41\nCPU part\t: 0xd87\n\nCPU implementer\t: 0x41\nCPU part\t: 0xd85\n\n",
+            "aarch64 0x41/0xd85 0x41/0xd87",
+        ),
+        ("processor\t: 0\n", "aarch64"),
+    ],
+)
+def test_a_processor_is_told_from_others(told: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On arm64 Linux has numbers alone: of who designed a core, and of which kind it is."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert cpu_name() == name
+
+
 def test_a_kept_curve_spares_the_measurement(
     tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
