@@ -14,6 +14,7 @@ from stand_ins.checkpoints import TINY_CHAT, write_adapter
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.graph import projection
+from nemodiff.contract import on_x86
 from nemodiff.errors import EngineError
 from nemodiff.runtime.engines.passes import Pass, causal
 from nemodiff.runtime.loading import LoadedEngine
@@ -31,6 +32,8 @@ def ops(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> LoadedEngine:
+    if not on_x86():
+        pytest.skip("ONNX Runtime has a kernel that sums in one order on x86 alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(projection, "CONVOLVED_BYTES", (0, 2**33))
         patch.setattr("platform.machine", lambda: "x86_64")
@@ -109,6 +112,6 @@ def test_the_others_have_none(
 def test_another_processor_refuses_it(engine: LoadedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernel for convolutions may sum a token's numbers in another order where a pass has one token."""
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    with pytest.raises(EngineError, match="made for processors of x86") as refusal:
+    with pytest.raises(EngineError, match="made for processors of x86, this one is of arm64; build") as refusal:
         nemodiff.load(engine.folder)
     assert "\n" not in str(refusal.value)

@@ -6,6 +6,7 @@ and reads a few integers.
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 import threading
@@ -115,7 +116,9 @@ def _open_session(path: Path, bindings: list[Binding], threads: int | None) -> A
             f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason}); {again}"
         ) from None
     if CONVOLVED in session.get_modelmeta().custom_metadata_map and not on_x86():
-        raise EngineError(f"{path}: its products are made for processors of x86, this one is no such; {again}")
+        raise EngineError(
+            f"{path}: its products are made for processors of x86, this one is of {platform.machine()}; {again}"
+        )
     expected = {binding.name for binding in bindings}
     declared = {item.name for item in session.get_inputs()}
     if declared != expected:
