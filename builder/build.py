@@ -213,7 +213,8 @@ class Builder:
         check_build_disk(self.output, self.weight_bytes, self.config.dtype, self._compiled)
         if self._compiled:
             check_compile_memory(self.backend, self.weight_bytes)
-        with ThreadPoolExecutor(1) as pool, staged(self.output) as stage, self.checkpoint.reading():
+        # The pool within the stage, so that a build that fails leaves nobody who writes to what is removed.
+        with staged(self.output) as stage, ThreadPoolExecutor(1) as pool, self.checkpoint.reading():
             # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
             # A compiled build hashes later: copying keeps two processors busy, compiling hardly more than one, and
             # compiling needs the memory.
