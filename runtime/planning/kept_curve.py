@@ -57,7 +57,7 @@ def cpu_name() -> str:
             return " ".join([platform.machine(), *kinds])
     if sys.platform == "darwin":  # where platform.processor() is "arm"
         with contextlib.suppress(OSError):
-            told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-            if name := told.stdout.strip():
-                return name
+            asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+            if told := asked.stdout.strip():
+                return told
     return platform.processor() or platform.machine()
