@@ -20,6 +20,9 @@ $(VENV)/bin/python:
 	  || { echo "'$(PYTHON)' is not Python 3.11 or newer; give one: make PYTHON=PATH" >&2; exit 1; }
 	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
+# A newer pip shows what setuptools says of every editable install: that folders may be taken for packages.
+$(VENV)/demo $(VENV)/dev: export PYTHONWARNINGS = ignore:::setuptools.command.editable_wheel
+
 $(VENV)/demo: $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
