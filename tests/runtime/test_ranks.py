@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, assert_one_line, eventually
+from conftest import PATIENCE, Refused, assert_one_line, eventually
 from stand_ins.http_server import Served, serving
 from stand_ins.torch_ranks import answers, answers_of_ranks, build
 
@@ -28,7 +28,7 @@ from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 # No end token is allowed, and the text comes as it is decided.
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
 
@@ -288,6 +288,12 @@ else:
     raise AssertionError
 """
     assert run_by_torchrun(tmp_path, program) == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_ranks_on_gpus_that_are_not_there(tiny: Path, refused: Refused) -> None:
+    words = ["run", str(tiny), "-p", "x", "--device", "cuda", "--tp-size", "2"]
+    refused(words, "--tp-size is 2, allowed on GPUs: up to 0, one for each; or give --device cpu")
 
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:

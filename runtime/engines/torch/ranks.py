@@ -249,11 +249,10 @@ def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | N
     if size == 1:
         return None
     _check(info.model, size, info.build.quantization)
-    gpu = device != "cpu" and torch.cuda.is_available()
-    if gpu and size > torch.cuda.device_count():
-        raise RequestError(
-            f"--tp-size is {size}, allowed: up to {torch.cuda.device_count()}, a GPU for each; or give --device cpu"
-        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpu = device != "cpu" and (device is not None or count > 0)
+    if gpu and size > count:
+        raise RequestError(f"--tp-size is {size}, allowed on GPUs: up to {count}, one for each; or give --device cpu")
     words = [sys.executable, "-m", "nemodiff.runtime.engines.torch.rank", str(folder), *([] if gpu else ["cpu"])]
     return Ranks(folder, size, gpu, None if world > 1 else words)
 
