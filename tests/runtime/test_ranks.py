@@ -296,6 +296,12 @@ def test_ranks_on_gpus_that_are_not_there(tiny: Path, refused: Refused) -> None:
     refused(words, "--tp-size is 2, allowed on GPUs: up to 0, one for each; or give --device cpu")
 
 
+def test_a_command_over_ranks_leaves_nothing_open(tiny: Path) -> None:
+    words = [sys.executable, "-W", "error", *command(tiny, "--tp-size", "2", "--max-new-tokens", "2")]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """The processes that rank 0 has started so far."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -225,6 +225,8 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
     def leave(self) -> None:
         """Say no more to the others. As Python ends, a thread of gloo that still frees a tensor aborts the process."""
