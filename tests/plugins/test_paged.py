@@ -18,6 +18,7 @@ from stand_ins.kernel_launch import (
     DEVICE,
     INTERPRETED,
     MASK,
+    SCALES_ROWS,
     TYPES,
     bf16_products,
     causal,
@@ -482,6 +483,7 @@ def test_tokens_are_quantised_to_the_nearest_e4m3(tiny: ModelConfig, width: int)
     np.testing.assert_array_equal(values, expected[0])
 
 
+@SCALES_ROWS
 def test_the_product_of_8_bits_by_8_bits_is_torch_s(tiny: ModelConfig) -> None:
     """`torch._scaled_mm` takes the values and scales as they are."""
     rng = np.random.default_rng(0)

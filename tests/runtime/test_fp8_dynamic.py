@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Refused
 from stand_ins.checkpoints import write_adapter, write_checkpoint
-from stand_ins.kernel_launch import DEVICE, INTERPRETED, ON_DEVICE
+from stand_ins.kernel_launch import DEVICE, INTERPRETED, ON_DEVICE, SCALES_ROWS
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -40,6 +40,7 @@ def test_plain_torch_rounds_as_the_kernel_does() -> None:
 
 
 @ON_DEVICE
+@SCALES_ROWS
 def test_a_token_has_the_same_bits_whatever_shares_its_pass() -> None:
     """Every product has CHUNK rows; by itself a library takes another kernel for a product of one row."""
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +56,7 @@ def test_a_token_has_the_same_bits_whatever_shares_its_pass() -> None:
 
 
 @ON_DEVICE
+@SCALES_ROWS
 def test_kernels_and_self_speculation_give_the_tokens_of_plain_ar(tmp_path: Path) -> None:
     dtype = "f32" if INTERPRETED else "bf16"  # all that a card gives of scales by row
     rope = {"rope_type": "default", "rope_theta": 10000.0}

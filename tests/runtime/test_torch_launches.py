@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand_ins.kernel_launch import SCALES_ROWS
 from stand_ins.launches import launches, specialisations
 from stand_ins.torch_pair import MODELS
 from triton.runtime.errors import OutOfResources, PTXASError
@@ -96,7 +97,13 @@ def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"quantization": "int8", "kv_cache_dtype": "int8"}, {"quantization": "fp8_dynamic"}], ids=str
+    "options",
+    [
+        {},
+        {"quantization": "int8", "kv_cache_dtype": "int8"},
+        pytest.param({"quantization": "fp8_dynamic"}, marks=SCALES_ROWS),
+    ],
+    ids=str,
 )
 def test_every_kernel_but_the_first_begins_early_where_the_card_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]

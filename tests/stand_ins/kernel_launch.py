@@ -30,6 +30,21 @@ TYPES = {
 MASK = 100
 ON_DEVICE = pytest.mark.torch if INTERPRETED else pytest.mark.gpu  # a test of kernels among others
 
+
+def _scales_rows() -> bool:
+    numbers, scale = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16)
+    try:
+        torch._scaled_mm(numbers, numbers.t(), scale[:, None], scale[None], out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+# A test of products of 8 bits by 8 bits: on a GPU torch must have them, on a CPU an older one has not.
+SCALES_ROWS = pytest.mark.skipif(
+    INTERPRETED and not _scales_rows(), reason=f"torch {torch.__version__} has no e4m3 with a scale per row on a CPU"
+)
+
 if INTERPRETED and importlib.util.find_spec("triton"):
     from triton.runtime import interpreter
 
