@@ -35,7 +35,7 @@ from nemodiff.builder.compilers.kernels import stages
 from nemodiff.builder.compilers.profiles import profiles
 from nemodiff.builder.graph import projection
 from nemodiff.builder.graph.graph import build_graph
-from nemodiff.contract import BACKEND_DTYPES, BuildConfig, cache_slots, size_text
+from nemodiff.contract import BACKEND_DTYPES, PAGE, BuildConfig, cache_slots, size_text
 from nemodiff.engine_info import EngineInfo, read_engine
 from nemodiff.errors import EngineError, RequestError
 from nemodiff.plugins import OPS, SAMPLED
@@ -107,26 +107,39 @@ def setup(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return make_setup(checkpoint, tmp_path_factory.mktemp("stand-in"), LENGTH, PROFILES, CAPACITY)
 
 
-@pytest.mark.parametrize(("max_seq_len", "max_input_len"), [(40, 40), (70, 70), (256, 64)])
 def test_requests_that_fill_a_short_engine_have_room_for_scratch(
-    checkpoint: Path, tmp_path: Path, max_seq_len: int, max_input_len: int
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last block, all groups of masks, the fillings of a hole and padding reach far past max_seq_len."""
-    build = BuildConfig("f32", max_seq_len, 4, 32, max_input_len)
+    """The last block, all groups of masks, the fillings of a hole and padding reach far past max_seq_len.
+
+    A search of 64 fillings of 8 tokens goes farthest, and at this length into a page of its own by one slot. A block is
+    longer than such an engine.
+    """
+    length = 10
+    build = BuildConfig("f32", length, 4, 32, length)
     some = profiles(open_checkpoint(checkpoint).model, build)
-    setup = make_setup(checkpoint, tmp_path, max_seq_len, some, cache_slots(build))
+    setup = make_setup(checkpoint, tmp_path, length, some, cache_slots(build))
     engine, _, _, _ = setup.load()
-    ways: list[dict[str, Any]] = [{"mode": mode, "block_length": 64} for mode in nemodiff.MODES]
+    ends = list[int]()
+    forward = tensorrt_cache.TensorRTCache.forward
+
+    def watched(cache: tensorrt_cache.TensorRTCache, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
+        ends.extend(p.write_at + p.ids.size for p in passes)
+        return forward(cache, passes, first)
+
+    monkeypatch.setattr(tensorrt_cache.TensorRTCache, "forward", watched)
+    ways: list[dict[str, Any]] = [{"mode": mode, "block_length": 64} for mode in ("ar", "linear_spec")]
     ways += [{"mode": "diffusion", "block_length": 64, "merge_commit": True}]
-    ways += [{"mode": "quadratic_spec", "groups": "all", "block_length": 22}]
-    prompts: list[Any] = [(PROMPT * 13)[: max_seq_len - count] for count in (3, 32, 36)]
+    ways += [{"mode": "quadratic_spec", "groups": groups, "block_length": 22} for groups in ("auto", "all")]
+    prompts: list[Any] = [PROMPT[: length - count] for count in (3, 9)]
     for way in ways:
-        options: dict[str, Any] = {**way, "max_new_tokens": 36, "fit": True, "logit_bias": {11: -100.0}, "rows": 3}
+        options: dict[str, Any] = {**way, "max_new_tokens": 9, "fit": True, "logit_bias": {11: -100.0}, "rows": 2}
         expected, got = (list(nemodiff.generate_many(e, prompts, **options)) for e in (setup.plain, engine))
         assert [g.token_ids for g in got] == [e.token_ids for e in expected]
-    parts = ["3", 4, "4"]
-    filled = [nemodiff.fill(e, parts, prompt=prompts[1][:-4], width=64) for e in (setup.plain, engine)]
+        assert [len(g.token_ids) for g in got] == [3, 9]
+    filled = [nemodiff.fill(e, [8], prompt=PROMPT[: length - 8], width=64) for e in (setup.plain, engine)]
     assert filled[0].token_ids == filled[1].token_ids
+    assert max(ends) == cache_slots(build) - PAGE + 1
 
 
 def test_scores_equal_the_onnxruntime_engine(setup: Setup) -> None:
