@@ -204,24 +204,30 @@ PRODUCT = re.compile(r"Linear\d+$")
 @pytest.mark.trt
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("dtype", "sms"),
+    ("dtype", "sms", "some"),
     [
-        ("bf16", (80, 90, 100)),
-        ("f16", (89,)),
-        ("f32", (120,)),
-        pytest.param("bf16", (89, 120), marks=pytest.mark.every_card),
+        ("bf16", (90,), ""),
+        ("bf16", (80,), r"^PagedAttention(Fp8)?$|^(Fp8|Int4)\w*Linear"),
+        ("bf16", (100,), r"^PagedAttention(Int8)?$|^FlatHead|^(Int8)?(Split|Gated)?Linear"),
+        ("f16", (89,), r"^((?!Int8).)*$"),
+        ("f32", (120,), r"^((?!Fp8).)*$"),
+        pytest.param("bf16", (80, 89, 100, 120), "", marks=pytest.mark.every_card),
     ],
+    ids=lambda value: None if isinstance(value, str) else f"sm{value[0]}",
 )
 def test_fused_kernels_compile_for_every_card(
-    tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]
+    tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...], some: str
 ) -> None:
-    """For each in one dtype, as a second takes as long again; in bf16 for all of them with `scripts/check-triton`.
+    """All for SM 90, in bf16, and for the others in one dtype what may differ there; in bf16 all with `check-triton`.
 
-    SM 86 compiles to what 89 does, but for a few registers (benchmarks/results/kernels.json).
+    SM 86 compiles to what 89 does, SM 80 too but for attention and numbers of e4m3, and what multiplies nothing to the
+    same everywhere but for a few registers (benchmarks/results/kernels.json). Where a card has e4m3 without int8, or
+    int8 without e4m3, they differ in how a number is read. On SM 100 weights of 4 bits take the fewest registers.
     """
     model = dataclasses.replace(released(tiny), hidden_size=4096, intermediate_size=14336)
-    kernels = compile_kernels(model, dtype, sms, tmp_path, FUSED)
-    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(FUSED) for sm in sms}
+    ops = [op for op in FUSED if re.search(some, op.name)]
+    kernels = compile_kernels(model, dtype, sms, tmp_path, ops)
+    assert {(k.stage, k.sm) for k in kernels} == {(stage.name, sm) for _, stage in stages(ops) for sm in sms}
     for kernel in kernels:
         assert kernel.spill_bytes == 0, kernel
         tile_of_sm_90 = kernel.stage == "PagedAttention" and kernel.sm == 90  # two programs of a multiprocessor
@@ -261,5 +267,5 @@ def check_products(kernels: tuple[Kernel, ...], folder: Path) -> None:
             # A token's bits are those of one kind of weight, in shares and whole.
             kind = re.sub(r"(Split)?Linear\d+$|\d+$", "", kernel.stage)
             taken.setdefault((kind, kernel.sm), set()).add(forms)
-    assert len(taken) >= 4
+    assert len(taken) >= 2
     assert all(len(forms) == 1 for forms in taken.values()), taken

@@ -325,7 +325,14 @@ def test_a_failure_is_told_in_the_assemblers_own_words() -> None:
 
 @pytest.mark.trt
 @pytest.mark.long
-@pytest.mark.parametrize(("dtype", "sms"), [("bf16", SMS), ("f16", (89,))])
+@pytest.mark.parametrize(
+    ("dtype", "sms"),
+    [
+        ("bf16", tuple(sm for sm in SMS if sm != 89)),  # which compiles to what 86 does
+        ("f16", (89,)),
+        pytest.param("bf16", (89,), marks=pytest.mark.every_card),
+    ],
+)
 def test_kernels_compile_for_every_card(tiny: ModelConfig, tmp_path: Path, dtype: Dtype, sms: tuple[int, ...]) -> None:
     ops = (*OPS, SAMPLED)
     kernels = compile_kernels(released(tiny), dtype, sms, tmp_path, ops)
