@@ -36,10 +36,11 @@ ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("choices", "ranks"),
-    [({}, 4), ({"quantization": "fp8", "kv_cache_dtype": "int8"}, 2), ({"quantization": "int4"}, 2)],
+    [({"quantization": "fp8", "kv_cache_dtype": "int8"}, 4), ({"quantization": "int4"}, 2)],
     ids=str,
 )
 def test_ranks_give_the_tokens_of_one(tmp_path: Path, choices: dict[str, Any], ranks: int) -> None:
+    """In every mode; `test_torchrun_starts_the_ranks` splits weights of full width."""
     engine = build(tmp_path, **choices)
     alone = answers(nemodiff.load(engine, threads=1, device="cpu"))
     shared = answers_of_ranks(engine, ranks)
@@ -69,7 +70,7 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     assert happened == ["start 1", "end of None", "start 2", "end of start 1", "start 3", "end of start 2"]
 
 
-def test_a_rank_waits_for_a_word_however_long_nothing_is_asked(tmp_path: Path) -> None:
+def test_a_rank_waits_for_a_word_however_long_nothing_is_asked() -> None:
     """A server that nobody uses overnight; only the sums of a forward have to come in time."""
     program = """
 import datetime, pathlib, time
@@ -83,10 +84,10 @@ else:
     print(here.hear())
 here.leave()
 """
-    assert run_by_torchrun(tmp_path, program) == "a word\n"
+    assert said_by_ranks(program) == ["", "a word\n"]
 
 
-def test_a_rank_of_torchrun_says_its_own_error(tmp_path: Path) -> None:
+def test_a_rank_of_torchrun_says_its_own_error() -> None:
     program = """
 import pathlib
 import torch
@@ -99,23 +100,41 @@ try:
             raise RuntimeError("a kernel is broken\\nand more lines")
         here.add(torch.ones(1))
 except EngineError as error:
-    print(str(error).partition(" (")[::2] if here.rank == 0 else error, flush=True)
+    print(error, flush=True)
 here.leave()
 """
-    broken, other = sorted(run_by_torchrun(tmp_path, program).splitlines(), reverse=True)
-    assert broken == "engine: rank 1 of 2 cannot go on (a kernel is broken); start all ranks again"
-    assert other.startswith("('engine: another of 2 ranks has ended', ")
+    other, broken = said_by_ranks(program)
+    assert broken == "engine: rank 1 of 2 cannot go on (a kernel is broken); start all ranks again\n"
+    assert other.startswith("engine: another of 2 ranks has ended (")
 
 
-def run_by_torchrun(folder: Path, program: str) -> str:
-    """What two ranks say that torchrun has started."""
-    script = folder / "program.py"
-    script.write_text(program)
-    started = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+@contextlib.contextmanager
+def two_ranks(*words: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Both ranks of a Python program, with what torchrun tells them; it would take as long to start as one of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *words],
+                    env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in "01"
+        ]
+
+
+def said_by_ranks(program: str) -> list[str]:
+    """What each of two ranks prints."""
+    with two_ranks("-c", program) as ranks:
+        told = [process.communicate(timeout=PATIENCE) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], told
+    return [printed for printed, _ in told]
 
 
 def command(engine: Path, *words: str) -> list[str]:
@@ -270,7 +289,7 @@ ranks.Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {other!r}])
     assert (ended.returncode, ended.stderr) == (3, "")
 
 
-def test_a_process_has_no_thread_of_gloo_once_it_has_left(tmp_path: Path) -> None:
+def test_a_process_has_no_thread_of_gloo_once_it_has_left() -> None:
     program = """
 import os, pathlib, time
 from nemodiff.runtime.engines.torch import ranks
@@ -287,7 +306,7 @@ for _ in range(1000):  # those that have been joined are listed a moment longer
 else:
     raise AssertionError
 """
-    assert run_by_torchrun(tmp_path, program) == ""
+    assert said_by_ranks(program) == ["", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -425,23 +444,7 @@ def test_torchrun_starts_the_ranks(tiny: Path) -> None:
 
 def test_a_rank_of_torchrun_ends_with_one_line_where_rank_0_dies(tiny: Path) -> None:
     """Its processes are started here one by one: torchrun would kill the other, too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    words = [sys.executable, *command(tiny, *ENDLESS)]
-    with contextlib.ExitStack() as stack:
-        rank_0, rank_1 = (
-            stack.enter_context(
-                subprocess.Popen(
-                    words,
-                    env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in "01"
-        )
+    with two_ranks(*command(tiny, *ENDLESS)) as (rank_0, rank_1):
         assert rank_0.stdout is not None
         assert rank_0.stdout.read(4) != ""  # it answers
         rank_0.kill()
