@@ -81,4 +81,5 @@ class Handle:
             if self._listener is not None:
                 with contextlib.suppress(Exception):  # nothing is left to be done about one, and other requests run
                     self._listener(outcome)
+        self._listener = None  # which may hold this handle, so that both would be garbage in a cycle
         self._events.put(None)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import gc
 import itertools
 import random
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -477,6 +479,25 @@ def test_what_is_no_request_is_refused(engine: nemodiff.LoadedEngine, request_: 
         ),
     ):
         scheduler.submit_many([([130], {"max_new_tokens": 1}), request_])
+
+
+def test_a_request_that_has_ended_lets_go_of_its_listener(engine: nemodiff.LoadedEngine) -> None:
+    class Asker:
+        handle: nemodiff.Handle
+
+        def hear(self, outcome: object) -> None:
+            pass
+
+    asker = Asker()
+    gone = weakref.ref(asker)
+    gc.disable()  # which would find the cycle of the two, some time
+    try:
+        with nemodiff.Scheduler(engine, rows=1) as scheduler:
+            asker.handle = scheduler.submit([130], mode="ar", max_new_tokens=5, listener=asker.hear)
+        del asker
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_listener_may_close_the_scheduler(engine: nemodiff.LoadedEngine) -> None:
