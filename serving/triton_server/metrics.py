@@ -58,6 +58,11 @@ class TritonMetrics:
                     self._series[key].increment(value - last)
                 self._last[key] = value
 
+    def close(self) -> None:
+        """Take all metrics off the server's port, while it can still be told to: later that is a segmentation fault."""
+        for owned in (self._histograms, self._series, self._families):  # a family after its metrics
+            owned.clear()
+
     def observe(self, finished: Finished) -> None:
         """Add a finished request to the histograms."""
         for metric in METRICS:

@@ -83,9 +83,10 @@ class Responder:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Answer what has been reported so far and end the thread."""
+        """Answer what has been reported so far, end the thread and take the metrics off the server's port."""
         self._woken.put(None)
         self._thread.join()
+        self._metrics.close()
 
     def add(self, sender: Any, request: TritonRequest) -> ActiveRequest:
         """Begin to follow a request; whoever submits it sets its handle."""
@@ -114,7 +115,6 @@ class Responder:
             try:
                 woken = self._woken.get(timeout=max(0.0, wake_at - time.perf_counter()))
                 if woken is None:
-                    self._attempt(self._update_metrics)  # so that the last requests are in the server's counters
                     return
                 self._answer(woken)
             except queue.Empty:

@@ -31,6 +31,8 @@ from stand_ins.triton_clients import GrpcStream, get, post, server_sent, tensor 
 from stand_ins.vision import as_bytes, picture  # noqa: E402
 
 import nemodiff  # noqa: E402
+from nemodiff.serving.triton_server import server as triton_server  # noqa: E402
+from nemodiff.serving.triton_server.executable import Executable, find_executable  # noqa: E402
 from nemodiff.serving.triton_server.export import export  # noqa: E402
 from nemodiff.serving.triton_server.install import installed  # noqa: E402
 from nemodiff.serving.triton_server.server import TritonServer, free_ports  # noqa: E402
@@ -73,8 +75,6 @@ class TritonPythonModel(Model):
         engine = super().load(folder)
         return dataclasses.replace(engine, backend=Backend(engine.backend))
 """
-
-
 @pytest.fixture(scope="module")
 def repository(tiny_engine: Path, seeing_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -542,6 +542,34 @@ def test_loading_again_and_again_leaves_nothing_behind(server: TritonServer) -> 
     last = [reload() for _ in range(4)][-1]
     assert last[0] <= first[0] + 4096  # KiB of the server's own memory
     assert last[1:] == first[1:]  # threads, shared memory, Python processes
+
+
+def test_the_process_of_an_unloaded_model_ends_by_itself(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = tmp_path / "codes"
+
+    def noting_its_end(models: Path, folder: Path) -> Executable:
+        found = find_executable(models, folder)
+        program = folder / "backends" / "python" / "triton_python_backend_stub"
+        real = program.resolve()
+        program.unlink()
+        # Without a word Triton tries whether the program has its libraries.
+        program.write_text(f'#!/bin/sh\n"{real}" "$@"\ncode=$?\n[ $# = 0 ] || echo $code >> "{codes}"\n')
+        program.chmod(0o755)
+        return found
+
+    monkeypatch.setattr(triton_server, "find_executable", noting_its_end)
+    with TritonServer(repository, arguments=ROUGH, log=tmp_path / "log") as server:
+        assert generate(server, "other", text_input=QUESTIONS[0])["num_output_tokens"] == 7
+        *_, last = server_sent(server.http, "other", {"text_input": QUESTIONS[1], "stream": True})
+        assert last["finish_reason"] == "length"
+        assert post(server.http, "/v2/models/other/generate", {"text_input": "x", "mode": "bogus"})[0] == 400
+        assert read_metrics(server, "other")
+        assert post(server.http, "/v2/repository/models/other/unload", {})[0] == 200
+        eventually(lambda: codes.exists() and codes.read_text() != "")
+        assert codes.read_text() == "0\n"  # 139 where it holds an object of the server's till the interpreter's end
+        assert read_metrics(server, "other") == {}
 
 
 @pytest.fixture
