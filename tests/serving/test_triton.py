@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,12 @@ class TritonPythonModel(Model):
         engine = super().load(folder)
         return dataclasses.replace(engine, backend=Backend(engine.backend))
 """
+TELLING = """import faulthandler, signal
+faulthandler.register(signal.SIGUSR1)  # the calls of its Python threads go into the server's log
+
+"""
+
+
 @pytest.fixture(scope="module")
 def repository(tiny_engine: Path, seeing_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
@@ -82,7 +89,8 @@ def repository(tiny_engine: Path, seeing_engine: Path, tmp_path_factory: pytest.
     export(tiny_engine, folder, parameters=one)
     export(seeing_engine, folder, name="seeing", parameters=one)
     other = {**one, "mode": "ar", "max_tokens": "7", "exclude_input_in_output": "false"}
-    export(tiny_engine, folder, name="other", parameters=other, link=True, batched=True)
+    code = export(tiny_engine, folder, name="other", parameters=other, link=True, batched=True) / "1" / "model.py"
+    code.write_text(TELLING + code.read_text())
     slow = export(tiny_engine, folder, name="slow", parameters={**one, "rows": "1", "waiting": "2"}, link=True)
     (slow / "1" / "model.py").write_text(SLOW)
     return folder
@@ -534,7 +542,10 @@ def test_loading_again_and_again_leaves_nothing_behind(server: TritonServer) -> 
         for action in ("unload", "load"):
             assert post(server.http, f"/v2/repository/models/other/{action}", {})[0] == 200
             if action == "unload":
-                eventually(lambda: not processes(server, "other"))
+                try:
+                    eventually(lambda: not processes(server, "other"))
+                except AssertionError:
+                    pytest.fail(f"the process of other does not end\n{doings(server, 'other')}")
         assert generate(server, "other", text_input=QUESTIONS[0])["num_output_tokens"] == 7
         return (*memory(pid), len(list(Path("/dev/shm").glob(f"{server.shared}*"))), len(processes(server, "")))
 
@@ -683,6 +694,24 @@ def processes(server: TritonServer, model: str) -> list[int]:
             if (len(words) > 1 and f"/{model}/1/model.py" in words[1]) or not model:
                 pids.append(child)
     return pids
+
+
+def doings(server: TritonServer, model: str) -> str:
+    """What the server and a model's processes do, thread by thread, and the end of the log."""
+    assert server.process is not None
+    pids = processes(server, model)
+    lines = []
+    for pid in (server.process.pid, *pids):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            state = [(thread / name).read_text().strip() for name in ("comm", "wchan", "syscall")]
+            lines.append(" ".join([str(pid), thread.name, *state]))
+        if shutil.which("gdb"):
+            command = ["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all backtrace 16"]
+            lines.append(subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE).stdout)
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(1)  # nobody says when it is written
+    return "\n".join([*lines, server.logged()[-8000:]])
 
 
 def memory(pid: int) -> tuple[int, int]:
