@@ -127,7 +127,6 @@ def compare_prompt(setup: Setup, question: str, cases: list[Case]) -> Iterator[t
     """Run one prompt through every case."""
     prompt = chat_ids(setup.plain.text, [{"role": "user", "content": question}])
     eos = setup.model.eos
-    setup.model.clear()
     longest = reference.ar(setup.model, prompt, max(c.max_new_tokens for c in cases), eos)
     for case in cases:
         adapter = case.mode.endswith("+adapter")

@@ -197,7 +197,6 @@ def _work(arguments: tuple[list[tuple[int, str]], Path]) -> Done:
     cases = diffusion_cases()
     done = Done()
     for count, (number, question) in enumerate(chunk, 1):
-        setup.model.clear()
         for turn in range(TURNS):
             name = names[(TURNS * number + turn) % len(names)]
             done += [(name, variant, d) for variant, d in compare_causal(setup, question, name, number, list(CAUSAL))]

@@ -159,8 +159,9 @@ def test_where_no_draft_is_worth_its_price(real: nemodiff.LoadedEngine, ran: Any
 @pytest.mark.parametrize("block", [2, 4, 5, 8, 32])
 def test_limits_at_every_border(real: nemodiff.LoadedEngine, ran: Any, block: int) -> None:
     begun = 0
-    for limit in (1, 2, *range(block - 1, 2 * block + 3), 4 * block + 1, 70):
-        options = {**QUADRATIC, "block_length": block, "max_new_tokens": max(1, limit)}
+    borders = {1, 2, *range(block - 1, block + 3), *range(2 * block - 1, 2 * block + 3), 4 * block + 1, 70}
+    for limit in borders - {0}:
+        options = {**QUADRATIC, "block_length": block, "max_new_tokens": limit}
         asked: list[Asked] = [(TEXT[n : n + 30], options) for n in (0, 9)]
         engine = toy(real)
         assert [request.tokens for request in run(engine, asked, ran, rows=2)] == ars(real, asked)
@@ -173,7 +174,7 @@ def test_an_end_within_a_draft(real: nemodiff.LoadedEngine, ran: Any) -> None:
     eos = real.info.model.eos_ids[0]
     reasons = collections.Counter[str]()
     begun = 0
-    for at in range(2, 30):
+    for at in range(2, 30, 3):  # at every place in a block of 7
         engine = toy(real)
         plain = toy(real, ahead=False)
         common = {**QUADRATIC, "block_length": 7, "max_new_tokens": 64}
@@ -262,13 +263,18 @@ def on_device(
     return engine
 
 
+@pytest.fixture(scope="module")
+def model() -> ReferenceModel:
+    """The oracle, which remembers its passes."""
+    return ReferenceModel.load(TINY_CHAT)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["plain", "adapted"])
 def test_a_trained_model_gives_what_the_oracle_gives(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, device: str, name: str
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, model: ReferenceModel, device: str, name: str
 ) -> None:
     """One request, and several whose rows have passes of one size."""
-    model = ReferenceModel.load(TINY_CHAT)
     engine = on_device(folders[name], lambda: DEVICES[device](monkeypatch))
     options = {**QUADRATIC, "max_new_tokens": 40}
     prompts = [chat_ids(engine.text, [{"role": "user", "content": question}]) for question in QUESTIONS[:3]]
