@@ -79,7 +79,7 @@ def test_twin_gives_the_tokens_of_mode_ar(twin: Path, tiny_engine: Path, tmp_pat
     transformers = pytest.importorskip("transformers")
     model, tokenizer = load(twin), transformers.AutoTokenizer.from_pretrained(twin)
     data, rng = load_make_data(), random.Random(5)
-    prompts = [data.example(rng)[1] for _ in range(20)]
+    prompts = [data.example(rng)[1] for _ in range(8)]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
     result = run("run", tiny_engine, "--mode", "ar", "--input-file", file, "--json", "--max-new-tokens", 48)

@@ -54,7 +54,7 @@ def test_the_commands_compare_the_demonstration_model(tmp_path: Path, name: str)
     assert sum(result["requests"].values()) >= 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     question=st.sampled_from(QUESTIONS),
     block=st.sampled_from([1, 2, 5, 8, 16, 22]),
