@@ -400,7 +400,7 @@ def _as_lists(p: Prediction) -> tuple[list[int], list[float]]:
     return p.token.tolist(), p.confidence.tolist()
 
 
-def test_memory_is_flat_over_hundreds_of_requests_and_given_back(setup: Setup) -> None:
+def test_memory_is_flat_over_many_requests_and_given_back(setup: Setup) -> None:
     driver = gpu_driver.Driver()
 
     def serve() -> list[Any]:
@@ -417,7 +417,7 @@ def test_memory_is_flat_over_hundreds_of_requests_and_given_back(setup: Setup) -
             return [driver.used, len(driver.device), len(driver.host), len(made.contexts), driver.graphs]
 
         before = held()
-        for number in range(300):
+        for number in range(60):
             assert ask(number) == expected[number % 15]
         assert held() == before
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
