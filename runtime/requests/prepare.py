@@ -40,7 +40,7 @@ def prepare(engine: LoadedEngine, prompt: Prompt, options: Options) -> Sequence:
 
 
 def prepare_all(engine: LoadedEngine, requests: Iterable[tuple[Prompt, Options]]) -> Iterator[Sequence]:
-    """`prepare` for several; those in a row that differ in their seeds alone are encoded and checked once.
+    """`prepare` for several; of those in a row that differ in their seeds alone, the prompt is read and scored once.
 
     A RequestError tells the place of its request.
     """
@@ -57,8 +57,10 @@ def prepare_all(engine: LoadedEngine, requests: Iterable[tuple[Prompt, Options]]
             error.place = place
             raise
         place += len(answers)
-        for _, options in answers:
-            yield checked.sequence(options.seed)
+        sequences = [checked.sequence(options.seed) for _, options in answers]
+        for sequence in sequences:
+            sequence.prompt_scores = sequences[0].prompt_scores
+            yield sequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,8 @@ def measure(logits: np.ndarray, tokens: Sequence[int], count: int, mask_id: int)
 class PromptScores:
     """The log-probabilities of a prompt's tokens, each after those before it, as its passes bring them.
 
+    Answers to one prompt share them: each has passes of its own, and the first to come somewhere measures it.
+
     Args:
         prompt: its ids.
         first: the first token to score, 1 or more: nothing stands before token 0.
@@ -72,5 +74,6 @@ class PromptScores:
 
     def take(self, start: int, logits: np.ndarray) -> None:
         """The predictions (n, V) f32 of the n tokens from `start`."""
-        following = self._prompt[start + 1 : start + 1 + len(logits)]
-        self.logprobs += measure(logits, following, self._count, self._mask_id)
+        new = self.begin + len(self.logprobs) - start  # those before are known, by another answer
+        following = self._prompt[start + 1 + new : start + 1 + len(logits)]
+        self.logprobs += measure(logits[new:], following, self._count, self._mask_id)

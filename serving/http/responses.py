@@ -49,6 +49,7 @@ class ResponseBuilder:
 
     def __post_init__(self) -> None:
         self.id = self.id or secrets.token_hex(12)
+        self._told = list[int](), list[orjson.Fragment]()  # a prompt, and what is told of its tokens
 
     def full(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The answer to a request that is not streamed, for orjson."""
@@ -207,9 +208,11 @@ class ResponseBuilder:
         if not self.prompt_logprobs or generation.prompt_logprobs is None:
             return {}
         prompt = self.sequences[index].prompt
-        told = logprobs_by_id(self.engine.text, prompt, generation.prompt_logprobs)
-        # One by one, since a token's objects take four times its text, and copied, since orjson's buffers do too.
-        return {"prompt_logprobs": [orjson.Fragment(memoryview(orjson.dumps(one)).tobytes()) for one in told]}
+        if self._told[0] is not prompt:  # else the answer before was to the same one, and the two share what is told
+            told = logprobs_by_id(self.engine.text, prompt, generation.prompt_logprobs)
+            # One by one, since a token's objects take four times its text, and copied, since orjson's buffers do too.
+            self._told = prompt, [orjson.Fragment(memoryview(orjson.dumps(one)).tobytes()) for one in told]
+        return {"prompt_logprobs": self._told[1]}
 
 
 def finish_reason(generation: Generation) -> str:

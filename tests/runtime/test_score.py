@@ -172,6 +172,21 @@ def test_a_cancelled_prompt_has_the_logprobs_that_it_got(engine: nemodiff.Loaded
             assert None not in answer.prompt_logprobs[1 : scored + 1]
 
 
+@pytest.mark.parametrize("rows", [1, 2])  # the second answer comes after the first, or beside it
+def test_answers_to_one_prompt_share_its_logprobs(engine: nemodiff.LoadedEngine, rows: int) -> None:
+    options = {"prompt_logprobs": 2, "max_new_tokens": 3, "temperature": 1.0}
+    prompt = [130 + i % 50 for i in range(90)]
+    alone = nemodiff.generate(engine, prompt, **options, prefill_chunk=32)
+    with nemodiff.Scheduler(engine, rows=rows) as scheduler:
+        requests = [(prompt, {**options, "seed": seed, "prefill_chunk": 32}) for seed in range(3)]
+        handles = scheduler.submit_many(requests)
+        told = [handle.result().prompt_logprobs or [] for handle in handles]
+    assert [[one and one.rank for one in each] for each in told] == [
+        [one and one.rank for one in alone.prompt_logprobs or []]
+    ] * 3
+    assert {tuple(map(id, each)) for each in told} == {tuple(map(id, told[0]))}
+
+
 def test_a_prompt_of_one_token_has_no_logprobs_but_an_end(engine: nemodiff.LoadedEngine) -> None:
     only = nemodiff.generate(engine, [150], prompt_logprobs=3, max_new_tokens=0)
     assert (only.prompt_logprobs, only.token_ids, only.nfe["prefill"]) == ([None], [], 1)

@@ -226,6 +226,20 @@ def test_what_is_told_of_a_long_prompt_takes_little_memory_until_it_is_sent(engi
     assert peak < 4 * len(content)
 
 
+def test_answers_to_one_prompt_share_what_is_told_of_it(engine: nemodiff.LoadedEngine) -> None:
+    options = {"prompt_logprobs": 2, "max_new_tokens": 1}
+    prompts = [[*range(200 + at, 240 + at)] for at in range(2)]
+    with nemodiff.Scheduler(engine) as scheduler:
+        handles = scheduler.submit_many([(prompt, options) for prompt in prompts for _ in range(2)])
+        generations = [handle.result() for handle in handles]
+    sequences = [handle.sequence for handle in handles]
+    builder = ResponseBuilder(engine, "completion", "tiny", prompt_logprobs=True, answers=2, sequences=sequences)
+    first, second, third, fourth = (one["prompt_logprobs"] for one in builder.full(generations)["choices"])
+    assert first is second
+    assert third is fourth
+    assert orjson.dumps(first) != orjson.dumps(third)
+
+
 OF_TEXT = "message.output_text.logprobs"
 TOO_MANY = "is 21, allowed: at most 20 on this server; ask for fewer, or raise max_logprobs"
 
