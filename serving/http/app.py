@@ -26,6 +26,8 @@ from .request_log import Format, Record, RequestLog, log_record
 from .routes import create_routes
 from .spans import Spans
 
+_TOKEN_THREADS = 2  # for all texts that are to become tokens and nothing else, however many are sent
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -89,9 +91,18 @@ class Server:
         self._image_pool = (
             concurrent.futures.ThreadPoolExecutor(THREADS, "nemodiff-images") if limits.image_urls else None
         )
+        self._token_pool = concurrent.futures.ThreadPoolExecutor(_TOKEN_THREADS, "nemodiff-tokens")
         metrics = ServerMetrics(self._stats)
         handlers = Handlers(
-            engine, scheduler, self.infill_queue, metrics, name, defaults, limits.timeout, self._image_pool
+            engine,
+            scheduler,
+            self.infill_queue,
+            metrics,
+            name,
+            defaults,
+            limits.timeout,
+            self._token_pool,
+            self._image_pool,
         )
         routes = create_routes(handlers, self.draining)
         answering: ASGIApp = AdmissionMiddleware(
@@ -114,8 +125,9 @@ class Server:
     def close(self) -> None:
         """Let go of the threads; to be called once, after the last request."""
         self.infill_queue.close()
-        if self._image_pool is not None:
-            self._image_pool.shutdown(cancel_futures=True)
+        for pool in (self._token_pool, self._image_pool):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
         if self._spans is not None:
             self._spans.close()
 

@@ -52,7 +52,9 @@ class Handlers:
     """One engine for the routes.
 
     name: the model's, for clients. defaults: options that a request does not give. timeout: seconds of one request.
-    image_pool: fetches images that a request names by http URL, None where that is not allowed.
+    token_pool: encodes and decodes where that is all that is asked for; else many long texts would take the loop's own
+    threads, which chats need. image_pool: fetches images that a request names by http URL, None where that is not
+    allowed.
     """
 
     engine: LoadedEngine
@@ -62,6 +64,7 @@ class Handlers:
     name: str
     defaults: dict[str, Any]
     timeout: float
+    token_pool: concurrent.futures.Executor
     image_pool: concurrent.futures.Executor | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -136,7 +139,7 @@ class Handlers:
                 options = make_options(self._enforceable(implied | given))
                 return len(encode_with_images(self.engine, self._prompts(body)[0], options)[0])
 
-        return {"input_tokens": await in_thread(counted, await self._pool(body))}
+        return {"input_tokens": await in_thread(counted, await self._pool(body) or self.token_pool)}
 
     def _enforceable(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options of another API without a budget of thinking that nothing could enforce."""
@@ -220,7 +223,7 @@ class Handlers:
             answer = {"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names}
             return Response(orjson.dumps(answer), media_type="application/json")
 
-        return await in_thread(answered)
+        return await in_thread(answered, self.token_pool)
 
     async def detokenize(self, body: Detokenize) -> Response:
         """The text of tokens. Raises RequestError."""
@@ -233,7 +236,7 @@ class Handlers:
             text = self.engine.text.decode_all(body.tokens)
             return Response(orjson.dumps({"prompt": text}), media_type="application/json")
 
-        return await in_thread(answered)
+        return await in_thread(answered, self.token_pool)
 
     def models(self) -> dict[str, Any]:
         """The list of models: the one there is, and its names that choose a mode."""

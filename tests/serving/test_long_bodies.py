@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from stand_ins.asgi import asked
@@ -337,3 +338,44 @@ def test_a_bounded_option_is_counted_before_its_values_are_read(name: str) -> No
     wrong: Any = {str(i): "x" for i in range(1025)} if name == "logit_bias" else [None] * 1025
     with pytest.raises(nemodiff.RequestError, match=f"^{name} has 1025 values, allowed: at most 1024"):
         Chat.model_validate({"messages": [USER], name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "slow"}),
+        ("/detokenize", {"tokens": [200]}),
+        ("/v1/messages/count_tokens", {"messages": [{**USER, "content": "slow"}]}),
+    ],
+)
+def test_many_texts_that_become_tokens_hold_up_no_chat(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    done = threading.Event()
+
+    def wait_for_some(name: str) -> None:
+        real = getattr(TextCodec, name)
+
+        def convert(codec: TextCodec, given: Any) -> Any:
+            if "slow" in given or given == [200]:
+                done.wait(PATIENCE)
+            return real(codec, given)
+
+        monkeypatch.setattr(TextCodec, name, convert)
+
+    for name in ("encode", "encode_rendered", "decode_all"):
+        wait_for_some(name)
+
+    async def ask() -> None:
+        slow = [asyncio.create_task(asked(server.app, path, body)) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        status, _ = await asyncio.wait_for(asked(server.app, CHAT, {"messages": [USER]}), PATIENCE / 2)
+        assert status == 200
+        assert not any(task.done() for task in slow)
+        done.set()
+        assert {status for status, _ in await asyncio.gather(*slow)} == {200}
+
+    try:
+        asyncio.run(ask())
+    finally:
+        done.set()
