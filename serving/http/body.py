@@ -146,6 +146,8 @@ class Watched(Chat):
         """See `Generating.options`. Raises RequestError."""
         if self.n not in (None, 1):
             raise RequestError(f"n is {self.n}, allowed: 1; send several requests to watch them side by side")
+        if self.stream is False:
+            raise RequestError("stream is false, allowed: true; events come as a stream alone, so leave it out")
         return super().options() | ({} if self.chat is None else {"chat": self.chat})
 
 

@@ -458,6 +458,7 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
         ("/events", {}, "messages or prompt"),
         ("/events", {**chat(), "prompt": "x"}, "messages or prompt"),
         ("/events", chat(n=2), "several requests"),
+        ("/events", chat(stream=False), "stream is false, allowed: true; events come as a stream alone"),
         (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content: Field required"),
         (CHAT, b"", "the body is missing; send an object"),
         (CHAT, b"{", "not JSON"),
