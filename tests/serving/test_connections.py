@@ -131,6 +131,18 @@ def test_a_kept_connection_may_be_idle_for_longer(server: Served) -> None:
         assert connection.getresponse().status == 200
 
 
+def test_who_closes_the_sending_side_alone_counts_as_gone(server: Served) -> None:
+    """Until something is sent one that has gone looks the same, and an answer may take minutes."""
+    body = json.dumps({"prompt": "x", "max_tokens": 20_000, "mode": "ar", "ignore_eos": True}).encode()
+    cancelled = 'nemodiff_requests_total{end="cancelled"}'
+    before = server.settled()[cancelled]
+    with connected(server, 1, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body) as (client,):
+        eventually(lambda: server.metrics()["nemodiff_requests_running"] == 1)
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b""
+        assert server.settled()[cancelled] == before + 1
+
+
 @pytest.mark.parametrize("sent", [b"", GET, POST + b"Content-Length: 100\r\n\r\n{"])
 def test_half_open_connections_keep_nobody_out(server: Served, sent: bytes) -> None:
     with connected(server, 4 * MOST, sent) as clients:
