@@ -82,6 +82,8 @@ class Generating(Structured, Decoding):
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
+        if self.diffusing and not self.stream:
+            raise RequestError("diffusing needs stream; set stream to true")
         chosen = self.model_dump(include={"max_tokens", "prompt_logprobs", *_DECODING, *_GENERATING}, exclude_none=True)
         if "max_tokens" in chosen:
             chosen["max_new_tokens"] = chosen.pop("max_tokens")

@@ -434,6 +434,7 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
         ("/v1/completions", {"prompt": [10**9]}, "token id 1000000000"),
         ("/v1/completions", {"prompt": [[5], [5, 100]]}, "token id 100, the mask"),
         (CHAT, chat(echo=True), "'echo' is not supported"),
+        (CHAT, chat(diffusing=True), "diffusing needs stream; set stream to true"),
         (CHAT, chat(skip_special_tokens=False), "'skip_special_tokens' is not supported; leave it out"),
         (CHAT, chat(add_generation_prompt=False), "allowed with continue_final_message: true; give both"),
         (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "both true; give one of them"),
