@@ -33,11 +33,14 @@ def prompt_of(engine: nemodiff.LoadedEngine, question: str) -> list[int]:
     return chat_ids(engine.text, [{"role": "user", "content": question}])
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_scores_are_the_models_own(engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, rows: int) -> None:
-    prompt = prompt_of(engine, "Count from 3 to 9.")
+@pytest.mark.parametrize(("rows", "chat"), [(1, True), (3, False)])
+def test_scores_are_the_models_own(
+    engine: nemodiff.LoadedEngine, oracle: reference.ReferenceModel, rows: int, chat: bool
+) -> None:
+    question = "Count from 3 to 9."
+    prompt = prompt_of(engine, question) if chat else engine.text.encode(question)
     continuations: list[Any] = [*ANSWERS, [11], [150, 11, 2]]
-    scores = nemodiff.score(engine, "Count from 3 to 9.", continuations, top=3, rows=rows)
+    scores = nemodiff.score(engine, question, continuations, chat=chat, top=3, rows=rows)
     for continuation, score in zip(continuations, scores, strict=True):
         ids = engine.text.encode_plain(continuation) if isinstance(continuation, str) else continuation
         assert score.token_ids == ids
