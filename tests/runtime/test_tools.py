@@ -439,9 +439,10 @@ def test_a_strict_tool_leaves_the_answer_free(engine: nemodiff.LoadedEngine) -> 
     assert held.text == plain.text
     grammar = prepare(engine, QUESTION, make_options({"tools": [strict, CLOCK]})).settings.grammar
     assert grammar is not None
-    for city, allowed in (("Rome", True), ("a city of many letters", False)):
+    told = [("weather", "city", "Rome", True), ("weather", "city", "a city of many letters", False)]
+    for name, key, value, allowed in (*told, ("clock", "of", "any thing", True)):  # which is held to nothing
         matcher = grammar.matcher()
-        call = f"\n<function=weather>\n<parameter=city>\n{city}\n</parameter>\n"
+        call = f"\n<function={name}>\n<parameter={key}>\n{value}\n</parameter>\n"
         opening = engine.text.special_tokens["<tool_call>"]
         for token in [*engine.text.encode_plain("Well, <function=weather>" + 30 * "x"), opening]:
             matcher.push(token)
