@@ -3,6 +3,7 @@
 import ast
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,16 @@ def test_run_prints_the_answer_and_nothing_else(tiny_engine: Path, mode: str) ->
 
 
 def test_json_has_the_promised_shape(tiny_engine: Path) -> None:
+    began = time.perf_counter()
     value = answers(run("run", tiny_engine, "-p", QUESTION, "--json", "--max-new-tokens", "20"))
+    whole = (time.perf_counter() - began) * 1e3
     assert list(value) == KEYS
     assert list(value["nfe"]) == ["prefill", "decode", "denoise", "draft", "verify", "commit"]
     assert list(value["acceptance"]) == ["mean", "lengths", "verified"]
-    assert list(value["timings_ms"]) == ["load", "queued", "prefill", "decode", "total"]
+    assert list(times := value["timings_ms"]) == ["load", "queued", "prefill", "decode", "total"]
+    assert min(times.values()) > 0
+    assert times["prefill"] + times["decode"] == pytest.approx(times["total"])
+    assert whole / 100 < times["load"] + times["queued"] + times["total"] < whole
     assert (value["finish_reason"], len(value["token_ids"]), value["mode"]) == ("length", 20, "linear_spec")
 
 

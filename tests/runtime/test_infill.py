@@ -10,6 +10,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,15 @@ def test_right_code_is_kept_and_wrong_code_repaired(engine: nemodiff.LoadedEngin
 
 
 def test_a_text_that_stands_alone(engine: nemodiff.LoadedEngine) -> None:
+    began = time.perf_counter()
     filled = nemodiff.infill(engine, "Sorted: 7, 10", " 84.", length=4)
     assert filled.text.startswith("Sorted: 7, 10")
     assert filled.text.endswith(" 84.")
-    assert len(nemodiff.revise(engine, "Sorted: 7, 10").token_ids) == len(engine.text.encode_plain("Sorted: 7, 10"))
+    revised = nemodiff.revise(engine, "Sorted: 7, 10")
+    assert len(revised.token_ids) == len(engine.text.encode_plain("Sorted: 7, 10"))
+    whole = (time.perf_counter() - began) * 1e3
+    assert min(filled.total_ms, revised.total_ms) > 0
+    assert whole / 100 < filled.total_ms + revised.total_ms < whole
 
 
 def test_template_syntax() -> None:

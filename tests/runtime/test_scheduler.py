@@ -279,6 +279,7 @@ def test_a_full_queue_refuses_with_one_line_and_recovers(engine: nemodiff.Loaded
             assert handle.result(PATIENCE).finish_reason in ("stop", "length")
         last = handles[-1].result(PATIENCE)
         assert (last.finish_reason, last.token_ids, last.text) == ("cancelled", [], "")
+        assert min(last.timings_ms.values()) >= 0 < last.timings_ms["queued"]
         assert scheduler.submit([150], max_new_tokens=3).result(PATIENCE).token_ids
     with pytest.raises(nemodiff.BusyError, match="closed"):
         scheduler.submit([1])
