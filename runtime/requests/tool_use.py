@@ -72,7 +72,7 @@ class ToolUse:
             callable_,
             text.special_tokens,
             required=required,
-            several=self.several and not named,
+            several=self.several,
             json_schema=None if json_schema is None else read_schema(json_schema),
             thoughts=text.thoughts if text.thoughts is BRACKETS else None,  # a model with brackets thinks unasked
         )

@@ -502,18 +502,20 @@ def test_a_strict_call_of_another_form_follows_its_schema(engines: Engines, form
 def test_several_calls_of_a_list_are_guaranteed(engines: Engines) -> None:
     for form in ("mistral_list_id", "llama"):
         engine = engines(form, True)
-        grammar = prepare(engine, QUESTION, make_options({"tools": TOOLS, "tool_choice": "required"})).settings.grammar
-        assert grammar is not None
         listed = {
             "llama": '{"name": "clock", "parameters": {}}; {"name": "clock", "parameters": {}}',
             "mistral_list_id": '[{"name": "clock", "arguments": {}, "id": "aaaaaaaaa"}, '
             '{"name": "clock", "arguments": {}, "id": "aaaaaaaab"}]',
         }[form]
-        matcher = grammar.matcher()
         opening = [engine.text.special_tokens["[TOOL_CALLS]"]] if form != "llama" else []
-        for token in [*opening, *engine.text.encode_plain(listed)]:
-            matcher.push(token)
-        assert not matcher._astray
+        for choice, parallel in (("required", True), ("required", False), ("clock", True)):
+            options = make_options({"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": parallel})
+            grammar = prepare(engine, QUESTION, options).settings.grammar
+            assert grammar is not None
+            matcher = grammar.matcher()
+            for token in [*opening, *engine.text.encode_plain(listed)]:
+                matcher.push(token)
+            assert bool(matcher._astray) is not (choice == "required" and parallel)
         calls = AnswerFormat(READERS[form]).parse("[TOOL_CALLS]" * len(opening) + listed, False).calls  # type: ignore[index]
         assert [call.name for call in calls] == ["clock", "clock"]
 
