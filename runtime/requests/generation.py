@@ -136,7 +136,7 @@ def finished_generation(engine: LoadedEngine, sequence: Sequence) -> Generation:
         content=answer.content,
         tool_calls=answer.calls,
         reasoning_tokens=_reasoning_tokens(sequence) if answer.reasoning else 0,
-        stop_text=_stop_text(sequence, text) if sequence.finish == "stop" else None,
+        stop_text=_stop_text(sequence, text),
         image_tokens=[] if sequence.images is None else sequence.images.tokens,
     )
 
