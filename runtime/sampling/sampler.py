@@ -112,7 +112,7 @@ def _floor(scores: np.ndarray, params: SamplingParams, best: float) -> float:
     if params.top_k and params.top_k < scores.size:
         floor = float(np.partition(scores, scores.size - params.top_k)[scores.size - params.top_k])
     if params.top_p < 1:
-        floor = max(floor, _nucleus(scores if floor == -math.inf else scores[scores >= floor], params.top_p, best))
+        floor = _nucleus(scores if floor == -math.inf else scores[scores >= floor], params.top_p, best)
     if params.min_p:
         floor = max(floor, best + math.log(params.min_p))
     return floor
