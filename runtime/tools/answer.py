@@ -23,7 +23,7 @@ class ToolCall:
     @property
     def whole(self) -> bool:
         """Whether its arguments come to their end."""
-        return ObjectScan().end(self.arguments, 0) is not None
+        return ObjectScan().end(self.arguments) is not None
 
 
 @dataclasses.dataclass(frozen=True)

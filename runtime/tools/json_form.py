@@ -34,7 +34,7 @@ class JsonReader(CallReader):
         if start == len(self.unread):
             self.failed = final
             return
-        end = self._scan.end(self.unread, start) if self.unread[start] == "{" else None
+        end = self._scan.end(self.unread) if self.unread[start] == "{" else None
         if end is None:
             self.failed = final or self.unread[start] != "{"
             return
@@ -54,7 +54,7 @@ class JsonReader(CallReader):
             return self._whole
         if self._scan.closed:
             return self._close(final)
-        end = self._scan.end(self.unread, 0)
+        end = self._scan.end(self.unread)
         new = self.unread if end is None else self.unread[:end]
         self.unread = self.unread[len(new) :]
         self._scan.read = 0
@@ -135,9 +135,9 @@ class ObjectScan:
         self.quoted = False
         self._escaped = False
 
-    def end(self, text: str, start: int) -> int | None:
-        """Where the object that begins at `start` ends, None while it does not."""
-        for at in range(max(start, self.read), len(text)):
+    def end(self, text: str) -> int | None:
+        """Where the object ends, before which there may be space; None while it does not."""
+        for at in range(self.read, len(text)):
             c = text[at]
             if self._escaped:
                 self._escaped = False

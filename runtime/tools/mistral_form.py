@@ -44,7 +44,7 @@ class MistralReader(CallReader):
         self.failed = final or not open_name
 
     def _arguments(self, final: bool) -> str:
-        end = self._scan.end(self.unread, 0)
+        end = self._scan.end(self.unread)
         new = self.unread if end is None else self.unread[:end]
         self.unread = self.unread[len(new) :]
         self._scan.read = 0

@@ -154,7 +154,7 @@ class XmlReader(CallReader):
     def _ends(self, mark: str, start: int, end: int, final: bool) -> bool | None:
         """Whether a mark in a value ends it; None while that cannot be said."""
         if not self._plain and self.unread.lstrip()[:1] in ("{", "["):
-            if self._scan.closed or self._scan.end(self.unread[:start], 0) is not None:
+            if self._scan.closed or self._scan.end(self.unread[:start]) is not None:
                 return True
             if self._scan.quoted and not self.unread[:start].endswith("\n"):  # JSON has no line ends in quotes
                 return False
