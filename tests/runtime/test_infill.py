@@ -300,6 +300,17 @@ def test_a_text_that_cannot_fit_is_not_encoded(engine: nemodiff.LoadedEngine, mo
         nemodiff.infill(engine, "a " * 1_000_000, "b")
 
 
+def test_prompt_text_and_holes_must_fit_together(engine: nemodiff.LoadedEngine) -> None:
+    limit = engine.info.build.max_seq_len
+    prompt = [130] * (limit + 1 - len(engine.text.encode_plain(ANSWER)))
+    with pytest.raises(nemodiff.RequestError, match=f"^prompt and text have {limit + 1} tokens, .* is {limit}; "):
+        nemodiff.revise(engine, ANSWER, prompt=prompt)
+    with pytest.raises(nemodiff.RequestError, match=f"^prompt, text and holes have up to {limit + 11} tokens, "):
+        nemodiff.fill(
+            engine, [3, ANSWER, None, ANSWER], prompt=prompt[len(engine.text.encode_plain(ANSWER)) :], longest=7
+        )
+
+
 @pytest.mark.parametrize("template", [[1.5], ["a", True], ["a", "b"], []])
 def test_wrong_templates_in_python(engine: nemodiff.LoadedEngine, template: Any) -> None:
     with pytest.raises(nemodiff.RequestError, match=r"allowed: 1 to 64|no hole"):
