@@ -38,8 +38,6 @@ class CallReader(abc.ABC):
         `final`: no more text will come.
         """
         self.unread += text
-        if self.failed or self.ended:
-            return ""
         if self.name is None:
             self._begin(final)
         return "" if self.name is None else self._arguments(final)
