@@ -47,7 +47,7 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Command."""
-        with one_line_errors(interrupts=ctx.obj):
+        with one_line_errors():
             return super().invoke(ctx)
 
 

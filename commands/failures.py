@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import click
 
@@ -14,24 +15,19 @@ from ..errors import NemodiffError
 from .answers import one_line
 from .streams import abandon_streams
 
-_INTERRUPTED = 128 + 2  # SIGINT
 _UNREAD = 128 + 13  # SIGPIPE
 _OUTPUT = "standard output"
 
 
 @contextlib.contextmanager
-def one_line_errors(interrupts: Sequence[int] | None = None) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turns every problem that a user can cause into click's line and exit code.
 
-    `interrupts` are those that came, each a signal's number: a library that was interrupted while it was imported may
-    say that it failed, and is not missing then.
+    A KeyboardInterrupt has the number of its signal, if it is of another than SIGINT (`__main__.py`).
     """
     try:
         yield
     except NemodiffError as error:
-        if interrupts and isinstance(error.__context__, ImportError):
-            _end_line()
-            raise click.exceptions.Exit(_INTERRUPTED) from None
         raise click.ClickException(one_line(str(error))) from None
     except OSError as error:
         abandon_streams()
@@ -42,9 +38,9 @@ def one_line_errors(interrupts: Sequence[int] | None = None) -> Iterator[None]:
         raise click.ClickException(one_line(text)) from None
     except MemoryError:
         raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _end_line()
-        raise click.exceptions.Exit(_INTERRUPTED) from None
+        raise click.exceptions.Exit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
 
 
 def _nameless(error: OSError) -> str:

@@ -1,4 +1,6 @@
-"""Ctrl-C ends every command without a word and with 130, whatever it is doing; a reader that has enough, with 141."""
+"""Ctrl-C ends every command without a word and with 130, SIGTERM with 143, SIGHUP with 129, whatever it is doing;
+a reader that has enough ends it with 141.
+"""
 
 from __future__ import annotations
 
@@ -20,49 +22,19 @@ from stand_ins.checkpoints import TINY_CHAT
 NEMODIFF = [sys.executable, "-m", "nemodiff"]
 ROOT = Path(__file__).parents[2]
 INTERRUPT = b"\x03"
-# Runs the command and interrupts it at the moment when a module is imported or a function is called.
-AT = """
-import importlib.abc, importlib, os, signal, sys
-
-module, _, place = os.environ["AT"].partition(":")
-
-class Interrupt(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == module and not place:
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                if name in ("onnxruntime", "tensorrt_rtx"):
-                    raise ImportError("initialization failed") from None  # as they say then
-                raise
-
-sys.meta_path.insert(0, Interrupt())
-if place:
-    *owners, name = place.split(".")
-    owner = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
-    called = getattr(owner, name)
-
-    def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGINT)
-        return called(*args, **kwargs)
-
-    setattr(owner, name, interrupted)
-from nemodiff.__main__ import main
-main()
-"""
 
 
-def run_interrupted(at: str, words: Sequence[object], stdin: bytes = b"") -> tuple[bytes, bytes]:
+def run_interrupted(
+    at: str, words: Sequence[object], stdin: bytes = b"", sign: signal.Signals = signal.SIGINT
+) -> tuple[bytes, bytes]:
     """What a command writes that is interrupted."""
-    command = [sys.executable, "-c", AT, *map(str, words)]
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, env={**os.environ, "AT": at}, timeout=120, check=False
-    )
+    command = [sys.executable, "-m", "stand_ins.interrupted", *map(str, words)]
+    path = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "PYTHONPATH": path, "AT": at, "SIGNAL": str(int(sign))}
+    done = subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120, check=False)
     for word in (b"Traceback", b"Error", b"Abort", b"Exception"):
         assert word not in done.stderr, done.stderr
-    assert done.returncode == 130, done.stderr
+    assert done.returncode == 128 + sign, done.stderr
     return done.stdout, done.stderr
 
 
@@ -106,12 +78,21 @@ WORKING = {
 }
 
 
-@pytest.mark.parametrize("name", WORKING)
-def test_an_interrupt_at_work_leaves_nothing_half_written(tiny_engine: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [
+        *((name, signal.SIGINT) for name in WORKING),
+        *((name, signal.SIGTERM) for name in ("build, writing", "export", "trace", "chat", "serve")),
+        *((name, signal.SIGHUP) for name in ("build", "load", "trace", "verify", "serve")),
+    ],
+)
+def test_an_interrupt_at_work_leaves_nothing_half_written(
+    tiny_engine: Path, tmp_path: Path, name: str, sign: signal.Signals
+) -> None:
     at, words = WORKING[name]
     places = {"ENGINE": tiny_engine, "OUT": tmp_path / "out"}
     before = snapshot(tmp_path), snapshot(tiny_engine)
-    out, _ = run_interrupted(at, [places.get(str(word), word) for word in words], stdin=b"Hi\n")
+    out, _ = run_interrupted(at, [places.get(str(word), word) for word in words], b"Hi\n", sign)
     assert out == b""
     assert (snapshot(tmp_path), snapshot(tiny_engine)) == before
 
