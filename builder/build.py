@@ -7,7 +7,8 @@ alone are written, and torch itself is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +56,7 @@ from .checkpoint.weights import write_weights
 from .checks import check_backend, check_config, choose_groups
 from .compilers.choices import Choices, require, targets
 from .compilers.graphs import compile_graphs
-from .compilers.kernels import OLDEST_SM, compile_kernels
+from .compilers.kernels import OLDEST_SM, compiling_kernels
 from .compilers.profiles import image_profiles, profiles
 from .graph.graph import Graph, build_graph
 from .graph.projection import convolves
@@ -213,8 +214,7 @@ class Builder:
         check_build_disk(self.output, self.weight_bytes, self.config.dtype, self._compiled)
         if self._compiled:
             check_compile_memory(self.backend, self.weight_bytes)
-        # The pool within the stage, so that a build that fails leaves nobody who writes to what is removed.
-        with staged(self.output) as stage, ThreadPoolExecutor(1) as pool, self.checkpoint.reading():
+        with staged(self.output) as stage, _reader() as pool, self.checkpoint.reading():
             # The checkpoint is hashed while its tensors are copied: later it would be read from the disk once more.
             # A compiled build hashes later: copying keeps two processors busy, compiling hardly more than one, and
             # compiling needs the memory.
@@ -222,18 +222,18 @@ class Builder:
             digests = self._write_model(stage, advance)
             info = None
             if self._compiled:
-                kernels = self._start_kernels(pool, stage, sms)
                 hashing = self._start_hashing(pool)
-                info, compiled = compile_graphs(
-                    stage,
-                    self.backend,
-                    self.choices,
-                    self.checkpoint.model,
-                    sms=sms,
-                    profiles=self.profiles,
-                    patches=self.patches,
-                    kernels=kernels,
-                )
+                with self._compiling_kernels(stage, sms) as kernels:
+                    info, compiled = compile_graphs(
+                        stage,
+                        self.backend,
+                        self.choices,
+                        self.checkpoint.model,
+                        sms=sms,
+                        profiles=self.profiles,
+                        patches=self.patches,
+                        kernels=kernels,
+                    )
                 if not self.choices.keeps_weights:
                     for name in digests:
                         (stage / name).unlink()
@@ -274,14 +274,26 @@ class Builder:
                 onnx.save(graph.proto, stage / model)
         return digests
 
-    def _start_kernels(self, pool: Executor, stage: Path, sms: tuple[int, ...]) -> Future[tuple[Kernel, ...]]:
-        """Compile the kernels of the plugins and of what samples after the engine."""
+    def _compiling_kernels(
+        self, stage: Path, sms: tuple[int, ...]
+    ) -> contextlib.AbstractContextManager[Callable[[], tuple[Kernel, ...]]]:
+        """Compile the kernels of the plugins and of what samples after the engine, beside it."""
         ops = list(OPS) if self.choices.plugins else []
         if self.config.gather_generation_logits:
             ops.append(SAMPLED)
         if not self.choices.plugins:
             sms = tuple(sm for sm in sms if sm >= OLDEST_SM)
-        return pool.submit(compile_kernels, self.checkpoint.model, self.config.dtype, sms, stage, ops)
+        return compiling_kernels(self.checkpoint.model, self.config.dtype, sms, stage, ops)
+
+
+@contextlib.contextmanager
+def _reader() -> Iterator[Executor]:
+    """A thread beside the build that only reads, so a build that fails does not wait for it."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _max_image_size(model: ModelConfig) -> int:

@@ -1,16 +1,66 @@
-"""How a compiling child process is started: it imports what this process would, wherever it stands."""
+"""A compiling child process: it imports what this process would, wherever it stands, and ends with it."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+JOB_FILE = "job.json"
+RESULT_FILE = "result.json"
+_OUTPUT_FILE = "output"
 
 
-def child_command(module: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of nemodiff."""
-    return [sys.executable, "-P", "-m", module, *arguments]  # -P: nothing comes from the folder it stands in
+@contextlib.contextmanager
+def child(module: str, work: Path, job: object, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module of nemodiff in an empty folder, which holds its job and gets its result and what it prints.
+
+    Leaving the block ends it with all that it has started. `variables` are added to its environment. What is temporary
+    to it lies in the folder too.
+    """
+    (work / JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(work), **variables}
+    with (work / _OUTPUT_FILE).open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(work)],  # -P: nothing comes from the folder it stands in
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def child_environment() -> dict[str, str]:
-    """This process's environment with its import path."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+def printed(work: Path) -> str:
+    """What a child has printed."""
+    return (work / _OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
+
+
+def end_with_parent() -> None:
+    """In a child: end, with all that it has started, once the parent has closed its end of standard input or died."""
+    threading.Thread(target=_end_with_input, daemon=True).start()
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)  # not sys.stdin: at exit Python cannot take a buffer's lock from this thread
+    if sys.platform != "win32":
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -1,16 +1,14 @@
 """The process that compiles: ONNX file in, TensorRT engine file out.
 
 Run as `python -m nemodiff.builder.compilers.compile FOLDER`, where FOLDER holds `job.json` (a `tensorrt.Job`) and gets
-`result.json`. Standard input is the parent's end of a pipe: when it closes, this process ends.
+`result.json`.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,25 +26,21 @@ from ...whole_file import whole
 from ..files import EngineFile
 from ..graph.stages import split
 from .checks import check_inputs, check_layers
+from .child import JOB_FILE, RESULT_FILE, end_with_parent
 from .profiles import Corners, shape
 from .tensorrt import Job
 
 
 def main(folder: Path) -> None:
     """Do the job in `folder`."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    end_with_parent()
+    values = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
     values |= {"sms": tuple(values["sms"]), "kernels": tuple(parse_kernel(k) for k in values["kernels"])}
     try:
         result = compile_job(Job(**values))
     except BuildError as error:
         result = {"error": str(error)}
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-
-
-def _die_with_parent() -> None:
-    os.read(0, 1)  # not sys.stdin: at exit Python cannot take a buffer's lock from this thread
-    os._exit(1)
+    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
 
 
 def compile_job(job: Job) -> dict[str, Any]:

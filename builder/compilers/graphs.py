@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 
 from ...config import ModelConfig
@@ -24,7 +24,7 @@ def compile_graphs(
     sms: tuple[int, ...],
     profiles: tuple[Profile, ...],
     patches: tuple[int, ...],
-    kernels: Future[tuple[Kernel, ...]],
+    kernels: Callable[[], tuple[Kernel, ...]],
 ) -> tuple[TensorRTInfo, dict[str, str]]:
     """Compile a stage's graphs beside them; what the manifest says, and each engine file's sha256. Raises BuildError.
 
@@ -37,7 +37,7 @@ def compile_graphs(
         profiles=tuple(map(corners, profiles)),
         attentions=model.num_layers,
         caches=2 * model.num_layers,
-        kernels=kernels.result() if choices.plugins else (),
+        kernels=kernels() if choices.plugins else (),
         model=stage / MODEL_FILE,
         engine=stage / ENGINE_FILE,
     )
@@ -67,7 +67,7 @@ def compile_graphs(
         layers=decoder.layers,
         flags=tuple(flag for flag in choices.flags() if flag not in ("--sm", "--plugins")),
         engine_bytes=decoder.bytes,
-        kernels=kernels.result(),
+        kernels=kernels(),
         vision=seeing,
     )
     return info, digests

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.failure import failure
 from ...plugins.op import Op, Stage
 from ...tensorrt_info import KERNELS_FOLDER, Kernel, parse_kernel
-from .child import child_command, child_environment
+from .child import JOB_FILE, RESULT_FILE, child, end_with_parent, printed
 
 OLDEST_SM = 80  # that Triton compiles for
 OLDEST_PDL_SM = 90  # that has programmatic dependent launch; a kernel made for it can be launched without, too
@@ -59,8 +60,21 @@ def compile_kernels(
     Raises:
         BuildError: Triton is missing or cannot compile for a capability.
     """
+    with compiling_kernels(model, dtype, sms, folder, ops) as records:
+        return records()
+
+
+@contextlib.contextmanager
+def compiling_kernels(
+    model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, ops: Sequence[Op]
+) -> Iterator[Callable[[], tuple[Kernel, ...]]]:
+    """Compile while the block does something else; what it gets waits for the records. Leaving it ends the compiling.
+
+    Arguments and errors are those of `compile_kernels`.
+    """
     if not ops or not sms:
-        return ()
+        yield tuple
+        return
     (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
     job = {
         "model": dataclasses.asdict(model),
@@ -69,16 +83,21 @@ def compile_kernels(
         "folder": str(folder.absolute()),
         "stages": [stage.name for _, stage in stages(ops)],
     }
-    with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as cache:
-        environment = child_environment() | {"TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
-        command = child_command("nemodiff.builder.compilers.kernels")
-        child = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
-    if child.returncode:
+    with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as name:
+        work = Path(name)
+        variables = {"TRITON_CACHE_DIR": str(work / "cache"), "TRITON_INTERPRET": "0"}
+        with child("nemodiff.builder.compilers.kernels", work, job, **variables) as process:
+            yield functools.cache(lambda: _records(process, work))
+
+
+def _records(process: subprocess.Popen[bytes], work: Path) -> tuple[Kernel, ...]:
+    if process.wait():
         raise BuildError(
-            f"the kernels cannot be compiled ({failure(child.stderr):.300}); install Triton with: "
+            f"the kernels cannot be compiled ({failure(printed(work)):.300}); install Triton with: "
             "pip install 'nemodiff[trt]', or build without --plugins and with --no-logits"
         )
-    return tuple(parse_kernel(record) for record in json.loads(child.stdout))
+    records = json.loads((work / RESULT_FILE).read_text(encoding="utf-8"))
+    return tuple(parse_kernel(record) for record in records)
 
 
 def ptx_version(sm: int) -> int:
@@ -165,16 +184,17 @@ class _Job:
         return dataclasses.asdict(_compile(op, stage, self.model, self.dtype, sm, self.folder))
 
 
-def _main() -> None:
-    """The child: a job on standard input, the records on standard output; a process for each core compiles."""
-    request: dict[str, Any] = json.load(sys.stdin)
+def _main(work: Path) -> None:
+    """The child: from a job to the records; a process for each core compiles."""
+    request = json.loads((work / JOB_FILE).read_text(encoding="utf-8"))
     model = ModelConfig(**{**request["model"], "rope": RopeConfig(**request["model"]["rope"])})
     job = _Job(model, request["dtype"], Path(request["folder"]))
     wanted = [(name, sm) for name in request["stages"] for sm in sorted(set(request["sms"]))]
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1, _MOST_PROCESSES)) as pool:
-        records = list(pool.map(job.record, [name for name, _ in wanted], [sm for _, sm in wanted]))
-    json.dump(records, sys.stdout)
+        records = pool.map(job.record, [name for name, _ in wanted], [sm for _, sm in wanted])
+        end_with_parent()  # a thread, so not before the pool has forked
+        (work / RESULT_FILE).write_text(json.dumps(list(records)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _main()
+    _main(Path(sys.argv[1]))

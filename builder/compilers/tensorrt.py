@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ...contract import Backend
 from ...errors import BuildError
 from ...plugins.tensorrt.api import library_folder
 from ...tensorrt_info import Kernel
-from .child import child_command, child_environment
+from .child import RESULT_FILE, child, printed
 from .choices import Choices
 from .profiles import Corners
 
@@ -95,30 +94,18 @@ def compile_engine(
 
 def _run(job: Job, work: Path) -> dict[str, Any]:
     """Run the child with a job and return its result. `work` is an empty folder."""
-    environment = child_environment()
-    if job.plugins:
-        environment |= library_folder(work)
-    (work / "job.json").write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-    output = work / "output"
-    command = child_command("nemodiff.builder.compilers.compile", str(work))
-    with output.open("wb") as stream:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stream, stderr=stream, env=environment)
-        try:
-            child.wait()
-        finally:  # an interrupt of this process ends the child too
-            child.kill()
-            child.wait()
-            assert child.stdin is not None
-            child.stdin.close()
-    if child.returncode:
-        ended = f"signal {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"{child.returncode}"
-        text = " ".join(output.read_text(encoding="utf-8", errors="replace").split())[-300:]
+    libraries = library_folder(work) if job.plugins else {}
+    with child("nemodiff.builder.compilers.compile", work, dataclasses.asdict(job), **libraries) as process:
+        code = process.wait()
+    if code:
+        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"{code}"
+        text = " ".join(printed(work).split())[-300:]
         last = f", having said {text!r}" if text else ""
         raise BuildError(
             f"--backend {job.backend}: the compiling process ended with {ended}{last}; close other programs if memory "
             "was short, else build with --backend alone"
         )
-    result: dict[str, Any] = json.loads((work / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads((work / RESULT_FILE).read_text(encoding="utf-8"))
     if "error" in result:
         raise BuildError(result["error"])
     return result

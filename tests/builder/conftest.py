@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,16 @@ from nemodiff.tensorrt_info import KERNELS_FOLDER, Kernel
 
 
 class CompiledOnce:
-    """`compile_kernels` with a memory."""
+    """`compiling_kernels` with a memory, and with nothing beside it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.made: dict[object, tuple[Path, tuple[Kernel, ...]]] = {}
 
+    @contextlib.contextmanager
     def __call__(
         self, model: ModelConfig, dtype: Dtype, sms: tuple[int, ...], folder: Path, ops: Sequence[Op]
-    ) -> tuple[Kernel, ...]:
+    ) -> Iterator[Callable[[], tuple[Kernel, ...]]]:
         key = (repr(model), dtype, sms, tuple(op.name for op in ops))
         if key not in self.made:
             kept = self.folder / str(len(self.made))
@@ -34,11 +36,11 @@ class CompiledOnce:
         kept, kernels = self.made[key]
         if kernels:
             shutil.copytree(kept / KERNELS_FOLDER, folder / KERNELS_FOLDER)
-        return kernels
+        yield lambda: kernels
 
 
 @pytest.fixture(scope="package", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compile_kernels", CompiledOnce(tmp_path_factory.mktemp("kernels")))
+        patch.setattr(build, "compiling_kernels", CompiledOnce(tmp_path_factory.mktemp("kernels")))
         yield

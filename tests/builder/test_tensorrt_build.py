@@ -50,6 +50,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the trt extra"),
 ]
 PLUGINS = Choices(plugins=True, sm=(89,))
+TRITON_PTXAS = Path(str(importlib.util.find_spec("triton").origin)).parent / "backends" / "nvidia" / "bin" / "ptxas"
 NO_DRIVER = pytest.mark.skipif(device_sm() is not None, reason="needs a machine without a GPU")
 
 
@@ -274,11 +275,11 @@ def test_a_child_that_dies_leaves_nothing(
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_build_takes_its_child_along(checkpoint: Path, sign: signal.Signals) -> None:
     code = """
-import sys
+import contextlib, sys
 from nemodiff.builder import build
 from nemodiff.builder.compilers import tensorrt
 from nemodiff.builder.compilers.choices import Choices
-build.compile_kernels = lambda *_: ()  # which the child would only have registered
+build.compiling_kernels = lambda *_: contextlib.nullcontext(tuple)  # which the child would only have registered
 tensorrt.CREATORS = "stand_ins.creators:wait"
 build.Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=Choices(plugins=True, sm=(89,))).run()
 """
@@ -296,6 +297,43 @@ build.Builder(sys.argv[1], sys.argv[2], backend="tensorrt-rtx", choices=Choices(
     process.wait(timeout=PATIENCE)
     eventually(lambda: not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text())
     eventually(lambda: {p.name for p in checkpoint.parent.iterdir()} == before | {"pid"})
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_an_ended_build_takes_the_compiling_of_kernels_along(checkpoint: Path, sign: signal.Signals) -> None:
+    """An assembler that never ends stands for many kernels: it is a child of a child of the child."""
+    folder = checkpoint.parent
+    began = folder / "pid"
+    script = folder / "ptxas"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) exec {TRITON_PTXAS} --version;; esac\n'
+        f"echo $$ > {began}.new && mv {began}.new {began} && exec sleep 600\n"
+    )
+    script.chmod(0o755)
+    (folder / "tmp").mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "TRITON_PTXAS_PATH": str(script),
+        "TMPDIR": str(folder / "tmp"),
+    }
+    before = {p.name for p in folder.iterdir()} | {"pid"}
+    command = [sys.executable, "-m", "nemodiff", "build", checkpoint, "-o", folder / "engine", "--max-seq-len", "128"]
+    process = subprocess.Popen(
+        [*map(str, command), "--backend", "tensorrt-rtx", "--plugins", "--sm", "89"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    eventually(began.exists)
+    process.send_signal(sign)
+    said = process.communicate(timeout=PATIENCE)[1].decode()
+    assert process.returncode == (-sign if sign == signal.SIGKILL else 128 + sign)
+    assert [line for line in said.splitlines() if "Traceback" in line or "Error" in line] == []
+    assembler = Path(f"/proc/{int(began.read_text())}/stat")
+    eventually(lambda: not assembler.exists() or " Z " in assembler.read_text())
+    eventually(lambda: {p.name for p in folder.iterdir()} == before)
+    if sign != signal.SIGKILL:
+        assert list((folder / "tmp").iterdir()) == []
 
 
 # The plan, inspect, and loading.
