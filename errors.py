@@ -32,6 +32,12 @@ def excerpt(value: object, most: int = 60) -> str:
     return (text + ("]" if isinstance(value, list) else "}"))[:most]
 
 
+def install(requirement: str, *flags: str) -> str:
+    """The command that installs a requirement, as any shell takes it: to cmd.exe single quotes are none."""
+    word = f'"{requirement}"' if set("[<>=!~; ") & set(requirement) else requirement
+    return " ".join(("pip install", *flags, word))
+
+
 class NemodiffError(Exception):
     """A problem the user can fix; `str(error)` is the one line shown to them. Command-line exit code: 1."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..errors import RequestError, system_reason
+from ..errors import RequestError, install, system_reason
 
 _PATIENCE = 10.0  # seconds
 
@@ -28,7 +28,7 @@ def connected(address: str | None) -> Iterator[Any]:
         import ray
         from ray.data import DataContext
     except ModuleNotFoundError as error:
-        raise RequestError(f"{error.name} is missing; install it: pip install 'nemodiff[ray]'") from None
+        raise RequestError(f"{error.name} is missing; install it: {install('nemodiff[ray]')}") from None
     begun = not ray.is_initialized()
     if begun:
         address = address or os.environ.get("RAY_ADDRESS")

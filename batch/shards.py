@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RequestError, first_line
+from ..errors import RequestError, first_line, install
 from ..runtime.text.files import plain
 from .lines import Line, given, labels, make_line, read_object
 
@@ -162,7 +162,7 @@ def _open_parquet(path: Path) -> Any:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError:
-        raise RequestError(f"{path}: needs pyarrow; install it: pip install 'nemodiff[ray]'") from None
+        raise RequestError(f"{path}: needs pyarrow; install it: {install('nemodiff[ray]')}") from None
     try:
         return parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:

@@ -1,6 +1,6 @@
 """Compare the CPU engine with llama.cpp at the same bits, on the same weights: the exported twin as GGUF.
 
-    pip install 'nemodiff[llama-cpp]'
+    pip install "nemodiff[llama-cpp]"
     python benchmarks/llamacpp.py
     python benchmarks/make_checkpoint.py m133 --size 133m
     python benchmarks/llamacpp.py --checkpoint m133 --name llamacpp_133m --questions 0

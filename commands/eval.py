@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..contract import MODES
+from ..errors import install
 from . import options
 
 # Of a request: what a task leaves to whoever evaluates. The rest is the task's to say.
@@ -65,7 +66,7 @@ def evaluate(
         from ..evaluation.evaluate import OF_DIFFUSION
         from ..evaluation.evaluate import evaluate as run
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[eval]'") from None
+        raise click.ClickException(f"{error.name} is missing; install it: {install('nemodiff[eval]')}") from None
     from ..evaluation.table import table
     from ..runtime.loading import load
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from ..contract import DEFAULT_MAX_LOGPROBS, MODES
-from ..errors import RequestError
+from ..errors import RequestError, install
 from . import options
 from .streams import TEXT
 
@@ -194,7 +194,7 @@ def serve(
         from ..serving.http.server import bind, check_connections, signals_heard
         from ..serving.http.server import serve as listen
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error.name} is missing; install it: pip install 'nemodiff[serve]'") from None
+        raise click.ClickException(f"{error.name} is missing; install it: {install('nemodiff[serve]')}") from None
     world = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and world != "1":
         raise RequestError(

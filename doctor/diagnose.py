@@ -16,6 +16,7 @@ from typing import Any
 from .. import main_memory
 from ..builder.resources import disk_free
 from ..contract import counted, size_text
+from ..errors import install
 from ..serving.triton_server.install import installed
 from .check import Check
 from .packages import declared, package_checks, python_check
@@ -71,17 +72,17 @@ def _compilers(found: dict[str, dict[str, Any]]) -> list[Check]:
     triton, rtx, full = found["triton"], found["tensorrt_rtx"], found["tensorrt"]
     sms = ", ".join(map(str, rtx.get("sms", ())))
     return [
-        _library("Triton", triton, f"{triton.get('version')}, ptxas {triton.get('ptxas')}", "'nemodiff[trt]'"),
-        _library("TensorRT-RTX", rtx, f"{rtx.get('version')}, builds for SM {sms}", "'nemodiff[trt]'"),
+        _library("Triton", triton, f"{triton.get('version')}, ptxas {triton.get('ptxas')}", "nemodiff[trt]"),
+        _library("TensorRT-RTX", rtx, f"{rtx.get('version')}, builds for SM {sms}", "nemodiff[trt]"),
         _library("TensorRT", full, f"{full.get('version')}, builds for the GPU at hand", "tensorrt-cu13"),
     ]
 
 
 def _library(name: str, found: dict[str, Any], text: str, package: str) -> Check:
     if found.get("missing"):
-        return Check(name, "missing", "not installed", f"pip install {package}")
+        return Check(name, "missing", "not installed", install(package))
     if "error" in found:
-        return Check(name, "wrong", str(found["error"]), f"pip install --force-reinstall {package}")
+        return Check(name, "wrong", str(found["error"]), install(package, "--force-reinstall"))
     return Check(name, "ok", text)
 
 
@@ -111,7 +112,7 @@ def _gpus(found: dict[str, dict[str, Any]]) -> list[Check]:
             checks.append(Check(f"GPU {number}", "ok", f"{text}, for {', '.join(runs)}"))
         else:
             cpu_only = "version" in found["torch"]
-            remedy = "install a torch with CUDA: pip install torch" if cpu_only else "pip install 'nemodiff[torch]'"
+            remedy = "install a torch with CUDA: pip install torch" if cpu_only else install("nemodiff[torch]")
             checks.append(Check(f"GPU {number}", "missing", f"{text}, and no library that uses it", remedy))
     return checks
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from ..errors import install
 from .check import Check, State
 
 _ROOT = Path(__file__).parents[1]
@@ -58,19 +59,17 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
         if extra in DEVELOPMENT or not requirements:  # the latter where markers leave it nothing on this system
             continue
         name = f"extra {extra}" if extra else "packages"
-        install = f"pip install 'nemodiff[{extra}]'" if extra else "pip install nemodiff"
+        ours = f"nemodiff[{extra}]" if extra else "nemodiff"
         versions = {one.name: version(one.name) for one in requirements}
         absent = [one.name for one in requirements if versions[one.name] is None]
         for one in requirements:
             here = versions[one.name]
             if here is not None and not one.specifier.contains(here, prereleases=True):
-                checks.append(
-                    Check(name, "wrong", f"{one.name} {here}, needed: {one.specifier}", f"pip install '{one}'")
-                )
+                checks.append(Check(name, "wrong", f"{one.name} {here}, needed: {one.specifier}", install(str(one))))
         if absent:
             state: State = "missing" if extra else "wrong"
             checks.append(
-                Check(name, state, f"without {', '.join(absent)}", f"{install} (in a checkout: {_local(extra)})")
+                Check(name, state, f"without {', '.join(absent)}", f"{install(ours)} (in a checkout: {_local(extra)})")
             )
         elif not any(check.name == name for check in checks):
             checks.append(Check(name, "ok", ", ".join(f"{name} {here}" for name, here in versions.items())))
@@ -84,7 +83,7 @@ def _needed_here(texts: list[str]) -> list[Requirement]:
 
 
 def _local(extra: str) -> str:
-    return f"pip install '.[{extra}]'" if extra else "pip install ."
+    return install(f".[{extra}]") if extra else "pip install ."
 
 
 def version(name: str) -> str | None:

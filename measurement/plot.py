@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, install
 from ..whole_file import whole
 from .bench import Outcome
 from .figures import Spread
@@ -16,7 +16,7 @@ from .figures import Spread
 def check_plot(path: Path) -> None:
     """Refuse a picture that could not be drawn, before anything is measured. Raises RequestError."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("--plot needs the package matplotlib; install it with: pip install 'nemodiff[plot]'")
+        raise RequestError(f"--plot needs the package matplotlib; install it with: {install('nemodiff[plot]')}")
     from matplotlib.backend_bases import FigureCanvasBase
 
     formats = sorted(FigureCanvasBase.get_supported_filetypes())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemodiff.errors import excerpt, first_line
+from nemodiff.errors import excerpt, first_line, install
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,9 @@ def test_no_more_of_a_value_is_written_than_is_quoted() -> None:
     value = Counted([1])
     assert excerpt({"x" * 100: value}) == "{'" + "x" * 58
     assert value.read <= 1
+
+
+def test_a_requirement_is_quoted_as_every_shell_takes_it() -> None:
+    assert install("tensorrt-cu13", "--force-reinstall") == "pip install --force-reinstall tensorrt-cu13"
+    assert install("nemodiff[trt]") == 'pip install "nemodiff[trt]"'
+    assert install("numpy<1") == 'pip install "numpy<1"'

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
+from ..errors import RequestError, install
 from ..runtime.engines.engine import Engine
 from ..whole_file import whole
 from .network import Network
@@ -39,7 +39,7 @@ def import_polygraphy() -> Any:
         import polygraphy.logger
     except ImportError:
         raise RequestError(
-            "--layers needs Polygraphy, which is not installed; install it with: pip install 'nemodiff[verify]'"
+            f"--layers needs Polygraphy, which is not installed; install it with: {install('nemodiff[verify]')}"
         ) from None
     polygraphy.logger.G_LOGGER.module_severity = polygraphy.logger.G_LOGGER.CRITICAL
     polygraphy.logger.G_LOGGER.colors = False  # it would print that it misses a package for them

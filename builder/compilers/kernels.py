@@ -23,7 +23,7 @@ from typing import Any
 
 from ...config import ModelConfig, RopeConfig
 from ...contract import Dtype
-from ...errors import BuildError
+from ...errors import BuildError, install
 from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.failure import failure
 from ...plugins.op import Op, Stage
@@ -94,7 +94,7 @@ def _records(process: subprocess.Popen[bytes], work: Path) -> tuple[Kernel, ...]
     if process.wait():
         raise BuildError(
             f"the kernels cannot be compiled ({failure(printed(work)):.300}); install Triton with: "
-            "pip install 'nemodiff[trt]', or build without --plugins and with --no-logits"
+            f"{install('nemodiff[trt]')}, or build without --plugins and with --no-logits"
         )
     records = json.loads((work / RESULT_FILE).read_text(encoding="utf-8"))
     return tuple(parse_kernel(record) for record in records)

@@ -1,6 +1,6 @@
 """nemodiff's HTTP server as replicas of a Ray Serve deployment.
 
-pip install 'nemodiff[serve]' 'ray[serve]'; ENGINE=/path/to/engine serve run ray_serve:app
+pip install "nemodiff[serve]" "ray[serve]"; ENGINE=/path/to/engine serve run ray_serve:app
 """
 
 import os

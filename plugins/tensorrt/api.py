@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...contract import Backend
-from ...errors import NemodiffError
+from ...errors import NemodiffError, install
 from .protocols import Builder, Network, Parser, Registry, Runtime
 
 MODULES: dict[Backend, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 INSTALL: dict[Backend, str] = {
-    "tensorrt-rtx": "pip install 'nemodiff[trt]' (on Linux)",
-    "tensorrt": "pip install tensorrt-cu13",
+    "tensorrt-rtx": f"{install('nemodiff[trt]')} (on Linux)",
+    "tensorrt": install("tensorrt-cu13"),
 }
 RTX_SMS = (80, 86, 89, 120, 121)  # of TensorRT-RTX 1.7 in bf16: 75 has none, and it knows no 90 and no 100
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ...errors import RequestError
+from ...errors import RequestError, install
 from .request_log import LEFT, Answer, Record
 
 _BLOCKS = 256  # spans of blocks of an answer; ar would have one per token
@@ -28,7 +28,7 @@ class Spans:
         try:
             from opentelemetry import propagate, trace
         except ModuleNotFoundError:
-            raise RequestError("--trace-spans needs OpenTelemetry; install it: pip install 'nemodiff[otel]'") from None
+            raise RequestError(f"--trace-spans needs OpenTelemetry; install it: {install('nemodiff[otel]')}") from None
         self._trace = trace
         self._propagate = propagate
         self._provider = _exporting() if provider is None else provider

@@ -196,8 +196,8 @@ def test_packages_are_held_against_what_is_declared() -> None:
         "extra trt": "missing",
         "extra serve": "ok",
     }
-    assert checks["extra torch"].remedy == "pip install 'numpy<1'"
-    assert "pip install 'nemodiff[trt]'" in checks["extra trt"].remedy
+    assert checks["extra torch"].remedy == 'pip install "numpy<1"'
+    assert 'pip install "nemodiff[trt]"' in checks["extra trt"].remedy
     assert packages.python_check(">=3.99").state == "wrong"
 
 

@@ -314,5 +314,5 @@ def test_a_folder_without_tasks_is_one_line(tiny_engine: Path, tmp_path: Path, r
 def test_without_the_extra_one_line_says_how_to_get_it(tiny_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nemodiff.evaluation.evaluate", None)
     result = CliRunner().invoke(main, ["eval", str(tiny_engine), "--tasks", "x"])
-    assert result.stderr.endswith("is missing; install it: pip install 'nemodiff[eval]'\n")
+    assert result.stderr.endswith('is missing; install it: pip install "nemodiff[eval]"\n')
     assert "--tasks NAME|FILE,..." in CliRunner().invoke(main, ["eval", "--help"]).output

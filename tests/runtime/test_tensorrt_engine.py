@@ -570,7 +570,7 @@ def test_load_takes_the_backend_of_the_manifest(
     if device_sm() is None:
         refused(["run", str(folder), "-p", "Hello"], "needs an NVIDIA driver", "--backend onnxruntime")
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    refused(["run", str(folder), "-p", "Hello"], "needs the package cuda-bindings", "pip install 'nemodiff[trt]'")
+    refused(["run", str(folder), "-p", "Hello"], "needs the package cuda-bindings", 'pip install "nemodiff[trt]"')
 
 
 def test_the_gpu_benchmark_reports_consistently(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,7 +305,7 @@ def test_slow_image_hosts_hold_up_no_other_prompt(seeing_engine: Path, monkeypat
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium; install it: scripts/debian-packages")
 def test_a_picture_is_dropped_on_the_page(server: Served, expected: dict[str, Any]) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'nemodiff[test]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install "nemodiff[test]"')
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(reduced_motion="reduce")

@@ -28,7 +28,7 @@ from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.serving.http.page_export import PAGE, html
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'nemodiff[test]'")
+playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install "nemodiff[test]"')
 expect = playwright.expect
 expect.set_options(timeout=PATIENCE * 1000)
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(engine: nemodiff.LoadedEngine) -> Iterator[tuple[str, nemodiff.Scheduler]]:
     """The address of `nemodiff serve`, and its scheduler."""
-    uvicorn = pytest.importorskip("uvicorn", reason="needs the serve extra: pip install 'nemodiff[serve]'")
+    uvicorn = pytest.importorskip("uvicorn", reason='needs the serve extra: pip install "nemodiff[serve]"')
     from nemodiff.serving.http.app import Limits, Server
 
     with nemodiff.Scheduler(engine, rows=4) as scheduler:

@@ -234,5 +234,5 @@ def test_spans_follow_one_another(tiny_engine: Path) -> None:
 
 def test_spans_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(RequestError, match=r"pip install 'nemodiff\[otel\]'"):
+    with pytest.raises(RequestError, match=r'pip install "nemodiff\[otel\]"'):
         Spans()

@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_is_refused(
     bare = Path(shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("linear_spec_lora")))
     refused(["verify", engine, "--save-outputs", "x.json"], "--save-outputs goes with --layers", code=2)
     monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
-    refused(["verify", engine, "--layers"], "--layers needs Polygraphy", "pip install 'nemodiff[verify]'")
+    refused(["verify", engine, "--layers"], "--layers needs Polygraphy", 'pip install "nemodiff[verify]"')
     refused(["verify", engine, "--max-new-tokens", "99999"], "max_new_tokens is 99999")
     # What is behind the line about what is verified.
     for against, word in ((larger, "num_layers is 3 and the engine's is 2"), (bare, "give --adapter")):

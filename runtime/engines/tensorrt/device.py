@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import EngineError, RequestError
+from ....errors import EngineError, RequestError, install
 from ....plugins.tensorrt.driver import call, status_name
 
 
@@ -62,7 +62,7 @@ class Device:
             except ImportError as error:
                 raise EngineError(
                     f"a TensorRT engine needs the package cuda-bindings, which cannot be imported ({error}); install "
-                    "it with: pip install 'nemodiff[trt]'"
+                    f"it with: {install('nemodiff[trt]')}"
                 ) from None
         self.driver = driver
         try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from .... import main_memory
-from ....errors import EngineError, RequestError, first_line
+from ....errors import EngineError, RequestError, first_line, install
 from ....plugins.ops.paged_attention import PROGRAMS
 from ....version import __version__
 from ..layout import Layout
@@ -57,7 +57,7 @@ def import_torch(folder: Path) -> Any:
         missing = isinstance(error, ModuleNotFoundError)
         problem = "is not installed" if missing else f"cannot be loaded ({error})"
         raise EngineError(
-            f"{folder}: needs torch, which {problem}; install it with: pip install 'nemodiff[torch]', or build with "
+            f"{folder}: needs torch, which {problem}; install it with: {install('nemodiff[torch]')}, or build with "
             "--backend onnxruntime"
         ) from None
     if not hasattr(torch, "OutOfMemoryError"):  # the youngest name that the engine uses
