@@ -14,11 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import DOMAIN, counted, dtype_line, kv_bytes_per_token, size_text
-from ..engine_folder import ENGINE_FILE, GENERATION_FILE, MODEL_FILE, VERIFY_FILE, VISION_ENGINE_FILE, read_record
+from ..engine_folder import (
+    ENGINE_FILE,
+    GENERATION_FILE,
+    MODEL_FILE,
+    VERIFY_FILE,
+    VISION_ENGINE_FILE,
+    build_again,
+    read_record,
+)
 from ..engine_info import EngineInfo, read_engine
 from ..errors import EngineError
 from ..tuned import named, read_tuned
 from .checkpoint.carried_notes import regex_notes, sampling_notes
+from .files import sha256
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file with its sha256 of the build. Raises EngineError.
+
+    Loading compares sizes alone: it reads no weight before it is needed, and a digest would read them all.
+    """
+    entries = read_engine(folder).manifest.files
+    changed = [name for name, entry in entries.items() if sha256(folder / name) != entry.get("sha256")]
+    if changed:
+        raise EngineError(
+            f"{folder}: {', '.join(changed)} not as built, by sha256; copy it whole again or {build_again(folder)}"
+        )
 
 
 def describe(folder: Path) -> dict[str, Any]:

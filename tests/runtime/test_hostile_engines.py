@@ -216,6 +216,17 @@ def test_inspect_refuses_what_is_no_engine(engine: Path, refused: Refused) -> No
     refused(["inspect", str(engine)], "not an engine, manifest.json is missing")
 
 
+def test_a_changed_byte_is_found_where_all_files_are_read(engine: Path, refused: Refused) -> None:
+    checked = CliRunner().invoke(main, ["inspect", str(engine), "--check"])
+    count = len(json.loads((engine / "manifest.json").read_text())["files"])
+    assert (checked.exit_code, checked.stderr) == (0, f"checked      {count} files, all as built\n")
+    weights = bytearray((engine / "model.onnx.data").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    write("model.onnx.data", bytes(weights), honest=False)(engine)
+    assert CliRunner().invoke(main, ["inspect", str(engine)]).exit_code == 0
+    refused(["inspect", str(engine), "--check"], f"{engine}: model.onnx.data not as built, by sha256; copy it whole")
+
+
 def test_checkpoint_is_not_an_engine(checkpoint: Path, refused: Refused) -> None:
     fragments = [f"{checkpoint}: not an engine, manifest.json is missing", "looks like a checkpoint, so build it first"]
     refused(["run", str(checkpoint), "-p", "x"], *fragments)
