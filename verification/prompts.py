@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runtime.loading import LoadedEngine
 from ..runtime.requests.options import Options
-from ..runtime.requests.prepare import encode
+from ..runtime.requests.prepare import encode, prepare
 
 # The last begins as the first does, whose row is kept by then, so that it is copied where prompts share a batch.
 QUESTIONS = (
@@ -19,10 +19,11 @@ LONG = "Continue the list: " + " ".join(f"item {i} costs {7 * i % 31} and weighs
 
 
 def token_ids(engine: LoadedEngine, prompts: tuple[str, ...], max_new_tokens: int, *, raw: bool) -> list[list[int]]:
-    """The prompts as ids, in the chat template unless `raw`; built-in ones where none are given.
+    """The prompts as ids, in the chat template unless `raw`. Raises RequestError.
 
-    What is too long for the engine loses its beginning. Raises RequestError.
+    Where none are given there are built-in ones, which lose their beginning if they are too long for the engine.
     """
+    if prompts:
+        return [prepare(engine, text, Options(chat=not raw, max_new_tokens=max_new_tokens)).prompt for text in prompts]
     room = max(1, engine.info.build.max_seq_len - max_new_tokens)
-    texts = prompts or (*QUESTIONS, LONG)
-    return [encode(engine, text, Options(chat=not raw))[-room:] for text in texts]
+    return [encode(engine, text, Options(chat=not raw))[-room:] for text in (*QUESTIONS, LONG)]

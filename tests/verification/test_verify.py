@@ -148,6 +148,7 @@ def test_what_cannot_be_compared_is_refused(
     monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
     refused(["verify", engine, "--layers"], "--layers needs Polygraphy", 'pip install "nemodiff[verify]"')
     refused(["verify", engine, "--max-new-tokens", "99999"], "max_new_tokens is 99999")
+    refused(["verify", engine, "-p", "x", "-p", "9 " * 40000], "the prompt is too long: ")
     # What is behind the line about what is verified.
     for against, word in ((larger, "num_layers is 3 and the engine's is 2"), (bare, "give --adapter")):
         result = run(engine, "--against", against)
