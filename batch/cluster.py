@@ -42,7 +42,7 @@ def connected(address: str | None) -> Iterator[Any]:
                 ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except SystemExit as error:  # by Ray's handler of SIGTERM, which takes its number for an exit code
             sys.exit(128 + signal.SIGTERM if error.code == signal.SIGTERM else error.code)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # of any kind, and of none where Ray's own processes begin too slowly
             raise RequestError(
                 f"{address or 'Ray'}: no cluster answers ({reason(error)}); give "
                 "--address HOST:PORT of its head, or none for this machine"

@@ -19,8 +19,10 @@ import pytest
 from conftest import Refused, assert_one_line, eventually
 
 import nemodiff
+from nemodiff.batch.cluster import connected
 from nemodiff.batch.parts import JOURNALS
 from nemodiff.engine_folder import engine_digest
+from nemodiff.errors import RequestError
 
 pytest.importorskip("ray")
 ROWS = 240
@@ -207,3 +209,13 @@ def test_a_cluster_that_is_not_there(
         assert ended.returncode == 1
         assert_one_line(ended.stderr, f"{address}: {why}", "give --address HOST:PORT")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ray_that_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", timed_out)
+    with pytest.raises(RequestError, match=r"^Ray: no cluster answers \(The current node timed out"), connected(None):
+        pass
