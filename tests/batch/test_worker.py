@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,10 @@ def test_a_part_appears_whole_or_not_at_all(output: Path, shard: Shard, monkeypa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        part.finish([])
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            part.finish([])
     assert list(output.iterdir()) == []
+    Part(output, dataclasses.replace(shard, part="some/where/prompts-00000"), ".jsonl").finish([])
+    assert (output / "some/where/prompts-00000.jsonl").is_file()

@@ -202,7 +202,6 @@ def test_cache_grows_with_the_text_and_keeps_what_it_holds(engine: nemodiff.Load
     np.testing.assert_allclose(got.confidence, expected.confidence, atol=1e-5)
 
 
-# What ONNX Runtime says of an array that is not where the pattern would have it.
 def test_a_second_thread_changes_no_token(tiny_engine: Path, engine: nemodiff.LoadedEngine) -> None:
     """The engines of the other tests have one."""
     two = nemodiff.load(tiny_engine, threads=2)
@@ -211,6 +210,7 @@ def test_a_second_thread_changes_no_token(tiny_engine: Path, engine: nemodiff.Lo
         assert answers[0] == answers[1], mode
 
 
+# What ONNX Runtime says of an array that is not where the pattern would have it.
 NO_PATTERN = "fall back to default allocation"
 
 
@@ -316,6 +316,8 @@ def test_logits_come_with_a_pass_that_asks_for_them(
     logits = cache.forward([causal("prefill", PROMPT, 0, logits=True)])[0].logits
     assert logits is not None
     np.testing.assert_allclose(logits[0], oracle.logits(PROMPT[:-1], PROMPT[-1:], False)[0], atol=2e-3)
+    together = engine.backend.open(2).forward([causal("prefill", PROMPT, 0, logits=asks) for asks in (True, False)])
+    assert [prediction.logits is None for prediction in together] == [False, True]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])

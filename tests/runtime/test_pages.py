@@ -100,19 +100,33 @@ def test_memory_that_is_short_changes_nothing() -> None:
     assert pages.reserve(b, PAGE, 3 * PAGE) is None  # a copy and a new page, where one is free
     assert pages.table[a].tolist() == pages.table[b].tolist()
     assert pages.free == 1
+    pages.drop(b)
+    pages.set_spare(a)
+    assert pages.reserve(a, 0, 4 * PAGE) is None  # a row is not emptied for itself
+    assert np.count_nonzero(pages.table[a]) == 2
 
 
 def test_spare_rows_go_first_the_oldest_before_the_others() -> None:
     pages, (a, b, c) = opened(4)
     for row in (a, b):
         pages.reserve(row, 0, PAGE)
+        before = pages.freed
         pages.set_spare(row)
+        assert pages.freed > before  # else who waits for pages would not look
     assert (pages.free, pages.spare) == (2, 2)
     pages.share(a, c, PAGE)  # a has been used after b
     assert pages.spare == 1
     assert pages.reserve(c, PAGE, 4 * PAGE) == []
     assert pages.table[b].tolist() == [0] * 8
     assert pages.share(b, a, PAGE) == 0
+
+
+def test_no_row_without_pages_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemodiff.runtime.engines.pages._PATIENCE", 0.01)
+    pages, (a, *_) = opened(1)
+    pages.reserve(a, 0, PAGE)
+    looks = itertools.count()
+    assert not pages.wait(pages.freed, lambda: next(looks) > 9)
 
 
 def test_spare_pages_may_be_counted_while_another_thread_closes_rows() -> None:
