@@ -108,6 +108,7 @@ def scramble(folder: Path) -> None:
             edit("manifest.json", schema=10), ["engine schema 10, this nemodiff reads up to 9"], id="newer schema"
         ),
         pytest.param(edit("manifest.json", schema=None), ["schema is None, allowed: 1 to 9"], id="no schema"),
+        pytest.param(edit("manifest.json", schema=0), ["schema is 0, allowed: 1 to 9"], id="schema 0"),
         pytest.param(edit("manifest.json", schema="1"), ["schema is '1', allowed"], id="schema is text"),
         pytest.param(edit("manifest.json", schema=True), ["schema is True, allowed"], id="schema is a bool"),
         pytest.param(
@@ -142,6 +143,19 @@ def scramble(folder: Path) -> None:
         pytest.param(build_config(surplus=1), ["are incomplete", "surplus"], id="unknown choice"),
         pytest.param(build_config(max_seq_len="many"), ["max_seq_len is 'many', allowed"], id="limit is text"),
         pytest.param(build_config(max_batch_size=0), ["max_batch_size is 0, allowed"], id="no rows"),
+        pytest.param(build_config(max_batch_size=4097), ["is 4097, allowed: 1 to 4096"], id="too many rows"),
+        pytest.param(build_config(max_input_len=True), ["max_input_len is True, allowed"], id="limit is a bool"),
+        pytest.param(build_config(max_image_size=28), ["is 28, allowed: 0, as the model sees"], id="images unseen"),
+        pytest.param(
+            build_config(quantization="fp8"), ["'fp8' on onnxruntime, allowed: int8, int4"], id="quantized otherwise"
+        ),
+        pytest.param(
+            build_config(quantization="int4", mlp_group_size=48), ["mlp_group_size is 48, allowed: 32, 64"], id="groups"
+        ),
+        pytest.param(build_config(kv_cache_dtype="fp8"), ["'fp8' on onnxruntime, allowed: auto, int8"], id="cache fp8"),
+        pytest.param(
+            build_config(dtype="bf16"), ["dtype is bf16 on onnxruntime, allowed: f32, f16"], id="no such sums"
+        ),
         pytest.param(build_config(block_length=65), ["block_length is 65, allowed"], id="block 65"),
         pytest.param(build_config(dtype="f64"), ["dtype is 'f64', allowed: f32, f16"], id="dtype"),
         pytest.param(
