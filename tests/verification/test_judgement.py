@@ -14,11 +14,15 @@ from nemodiff.verification.network import Answer
 from nemodiff.verification.recorder import RecordedPass
 from nemodiff.verification.rounding import LARGEST, NEAR_TIE, NEAR_TIE_UNSEEN
 from nemodiff.verification.script import Script, Slots
-from nemodiff.verification.verdict import Tally, Verdict, commit_error, judge
+from nemodiff.verification.verdict import Kind, Tally, Verdict, commit_error, is_near_tie, judge
 
 TEXT = [10, 11, 12, 13, 14, 15]
 MASK = 9
 BLOCK = bidirectional("draft", [14, MASK, MASK], 4, 0.0)  # after the first four tokens of the text
+
+GROUPS = BLOCK._replace(  # a head and two groups of one mask for the place behind it
+    pos=np.array([4, 5, 5], np.int32), visible=np.array([[5, 0, 0], [5, 5, 6], [5, 6, 7]], np.int32)
+)
 
 
 def seeing(token: int, *visible: int) -> Pass:
@@ -33,11 +37,13 @@ def seeing(token: int, *visible: int) -> Pass:
     [
         ([BLOCK], None),
         ([seeing(1, 2, 2, 7)], None),  # all of it as two intervals
+        ([GROUPS], None),
         ([causal("verify", TEXT[4:], 4), causal("decode", [16], 6)], None),
-        ([causal("decode", [16], 5)], "begins at slot 5, where slots up to 4"),
+        ([causal("decode", [14], 4), causal("decode", [16], 6)], "begins at slot 6, where slots up to 5"),
         ([BLOCK, causal("decode", [15], 5)], "reads slot 4, which holds K/V of a draft"),
-        ([BLOCK._replace(adapter=True), causal("decode", [15], 5)], "reads slot 4, which holds K/V of a draft"),
+        ([causal("decode", [14], 4)._replace(adapter=True), causal("decode", [15], 5)], "reads slot 4"),
         ([causal("verify", [14, 16], 4), causal("decode", [17], 6)], "reads slot 5"),
+        ([causal("verify", [16, 15], 4), causal("decode", [14], 4), causal("decode", [17], 6)], "reads slot 5"),
         ([seeing(0, 3, 0, 0)], "token 0 sees 3 of the 4 tokens before the pass"),
         ([seeing(0, 3, 4, 7)], "token 0 sees 3 of the 4 tokens before the pass"),
         ([seeing(2, 8, 0, 0)], "token 2 sees slots after the pass"),
@@ -47,10 +53,11 @@ def seeing(token: int, *visible: int) -> Pass:
         ([seeing(1, 6, 0, 0)], "tokens 0 and 1 do not see the same"),
     ],
 )
-def test_a_pass_sees_all_before_it_and_nothing_else(passes: list[Pass], wrong: str | None) -> None:
-    slots = Slots(Script(TEXT))
-    assert slots.add(causal("prefill", TEXT[:4], 0)) == (0, None)
-    *before, last = [slots.add(pass_)[1] for pass_ in passes]
+@pytest.mark.parametrize("offset", [0, 100])
+def test_a_pass_sees_all_before_it_and_nothing_else(passes: list[Pass], wrong: str | None, offset: int) -> None:
+    slots = Slots(Script(TEXT, offset))
+    moved = [p._replace(pos=p.pos + np.int32(offset)) for p in (causal("prefill", TEXT[:4], 0), *passes)]
+    *before, last = [slots.add(pass_)[1] for pass_ in moved]
     assert before == [None] * len(before)
     assert last is None if wrong is None else wrong in str(last)
 
@@ -87,6 +94,7 @@ def test_a_token_is_nearly_tied_as_far_as_rounding_may_move_its_logit() -> None:
         for share, expected in ((0.9, "near_tie"), (1.1, "wrong")):
             gap = share * edge * times
             assert kind(1, gap, off, -0.6 - gap) == expected, (off, share)
+            assert is_near_tie(-gap, 0.0, answer(gap), 0, off) == (expected == "near_tie")  # whichever is the better
 
 
 def test_logits_and_probabilities_may_be_off_as_far_as_rounding_takes_them() -> None:
@@ -120,10 +128,13 @@ def test_many_positions_together_may_be_off_by_less_than_one() -> None:
     assert [tally(1, 30.0).ok, tally(1, 35.0).ok] == [True, False]
     assert [tally(1000, 2.5).ok, tally(1000, 3.5).ok] == [True, False]
     assert (tally(1, math.nan).ok, tally(0, 0.0).ok) == (False, True)
-    for verdict in ("wrong", "strays"):
+    assert math.isfinite(tally(1, math.nan).largest)  # JSON has no other number
+    verdict: Kind
+    for verdict, fine in (("near_tie", True), ("wrong", False), ("strays", False)):
         made = tally(9, 0.1)
-        made.add(Verdict(verdict, 0.1))
-        assert (made.ok, made.positions, made.equal) == (False, 10, 9)
+        made.add(Verdict(verdict, 0.3))
+        assert (made.ok, made.positions, made.equal, made.near_ties) == (fine, 10, 9, fine)
+        assert made.largest == 0.3
 
 
 @pytest.mark.parametrize(

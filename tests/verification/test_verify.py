@@ -359,7 +359,9 @@ def test_a_script_tells_passes_of_the_text_from_blocks() -> None:
     assert (script.place(other), script.size) == (4, 6)
     both = np.array([[3, 0, 0]] * 2, np.int32)
     assert script.place(Block(1, np.array([6, 7], np.int32), ramp, both, gate)) == 6
-    assert (script.place(other), len(script.blocks)) == (4, 2)
+    assert script.place(Block(1, np.array([6, 7], np.int32), ramp, causal, np.array([0, 1], np.float32))) == 8
+    assert script.place(Block(1, np.array([6, 7], np.int32), ramp + 3, causal, gate)) == 10
+    assert (script.place(other), len(script.blocks)) == (4, 4)
 
 
 @pytest.mark.parametrize(("quantization", "most"), [("fp8", 0.04), ("int8", 0.01), ("int4", 0.12)])
