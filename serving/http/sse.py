@@ -60,7 +60,6 @@ class EventStreamResponse(StreamingResponse):
             await stream
         finally:
             watch.cancel()
-            stream.cancel()
             self._close()
 
     async def stream_response(self, send: Send) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,23 +170,23 @@ def test_a_loop_looks_by_itself_until_nobody_has_rung(monkeypatch: pytest.Monkey
 
 
 class Told:
-    """One request's group over a scheduler that tells what the test says."""
+    """A group of requests over a scheduler that tells what the test says."""
 
     def __init__(self) -> None:
         self.group = RequestGroup(self, lambda *_: None, 60)
 
-    def submit_many(self, requests: Any, *, steps: bool, listener: Any) -> list[Any]:
+    def submit_many(self, requests: list[Any], *, steps: bool, listener: Any) -> list[Any]:
         self._listener = listener
-        return [SimpleNamespace(done=True)]
+        return [SimpleNamespace(done=True) for _ in requests]
 
-    async def tell(self, texts: str, *, end: bool = False) -> None:
+    async def tell(self, texts: str, *, end: bool = False, of: int = 0) -> None:
         """Tell of one text after the other, of the last together with the end."""
         for text in texts:
-            events: list[Event] = [Text(0, 0.0, text, [], None, None, [])]
+            events: list[Event] = [Text(of, 0.0, text, [], None, None, [])]
             if end and text == texts[-1]:
                 generation: Any = SimpleNamespace(finish_reason="length")
-                events.append(Finished(0, 0.0, generation, None, None, None))
-            self._listener(0, events)
+                events.append(Finished(of, 0.0, generation, None, None, None))
+            self._listener(of, events)
             await settle()
 
 
@@ -193,10 +194,12 @@ def test_the_end_of_a_quick_stream_is_read_at_once(monkeypatch: pytest.MonkeyPat
     async def stream() -> None:
         told = Told()
         read: list[str] = []
+        more: list[bool] = []
 
         async def follow() -> None:
             async for _, event in told.group.events():
                 read.append(event.text if isinstance(event, Text) else "end")
+                more.append(told.group.more)
 
         await told.group.submit(lambda: [("x", {})])
         reading = asyncio.create_task(follow())
@@ -206,23 +209,30 @@ def test_the_end_of_a_quick_stream_is_read_at_once(monkeypatch: pytest.MonkeyPat
         await told.tell("e", end=True)
         await asyncio.wait_for(reading, 10)
         assert read == [*"abcde", "end"]
+        assert more == [False] * 2 + [True] * 4  # what came together is written together
         assert len(wakings) == 3
 
     monkeypatch.setattr("nemodiff.serving.http.doorbell._SPACING", 30.0)
     asyncio.run(stream())
 
 
-def test_an_answer_that_is_not_streamed_wakes_the_loop_at_its_end(wakings: list[Doorbell]) -> None:
+def test_answers_that_are_not_streamed_wake_the_loop_at_their_ends(wakings: list[Doorbell]) -> None:
     async def whole() -> None:
         told = Told()
-        await told.group.submit(lambda: [("x", {})])
+        await told.group.submit(lambda: [("x", {}), ("y", {})])
         receive: Any = asyncio.Event().wait
-        answer = asyncio.create_task(told.group.finished(receive))
+        answers = asyncio.create_task(told.group.finished(receive))
         await settle()
         await told.tell("abcd")
         assert not wakings
+        await told.tell("f", end=True, of=1)
         await told.tell("e", end=True)
-        assert [type(event) for event in await asyncio.wait_for(answer, 10)] == [Finished]
-        assert len(wakings) == 1
+        ended = await asyncio.wait_for(answers, 10)
+        assert [(type(event), event.request) for event in ended] == [(Finished, 0), (Finished, 1)]
+        assert len(wakings) == 2
+        group = weakref.ref(told.group)
+        del told, answers
+        gc.collect()
+        assert group() is None  # and is not kept until its time would be over
 
     asyncio.run(whole())
