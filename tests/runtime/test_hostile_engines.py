@@ -23,6 +23,7 @@ from stand_ins.checkpoints import TINY_CHAT
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.cli import main
+from nemodiff.engine_info import read_engine
 
 NEMODIFF = Path(sys.executable).with_name("nemodiff")
 Break = Callable[[Path], object]
@@ -276,6 +277,15 @@ def test_the_python_door_raises_the_same_line(engine: Path) -> None:
     (engine / "manifest.json").unlink()
     with pytest.raises(nemodiff.EngineError, match=r"not an engine, manifest\.json is missing"):
         nemodiff.load(engine)
+
+
+def test_the_description_of_the_first_schema_is_read(engine: Path) -> None:
+    later = ("max_input_len", "quantization", "max_image_size", "kv_cache_dtype", "group_size", "mlp_group_size")
+    expected = read_engine(engine).build
+    config = json.loads((engine / "config.json").read_text())
+    edit("config.json", build_config={k: v for k, v in config["build_config"].items() if k not in later})(engine)
+    edit("manifest.json", schema=1, tensorrt=None)(engine)
+    assert read_engine(engine).build == expected
 
 
 def test_the_copy_that_all_cases_break_is_good(engine: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 import random
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.builder.export import Exporter
 from nemodiff.contract import PAGE
+from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, CheckpointError, EngineError, RequestError
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.torch.engine import TorchEngine
@@ -66,6 +69,17 @@ def whole(image: Image) -> np.ndarray:
     return np.ascontiguousarray(
         cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.rows * merge * side, image.columns * merge * side)
     )
+
+
+@pytest.mark.parametrize("size", [0, 12, True])
+def test_the_largest_image_is_one_of_whole_tokens(engine: LoadedEngine, tmp_path: Path, size: int) -> None:
+    folder = Path(shutil.copytree(engine.folder, tmp_path / "engine", copy_function=os.link))
+    config = json.loads((folder / "config.json").read_text())
+    config["build_config"]["max_image_size"] = size
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match=f"max_image_size is {size}, allowed: a multiple of 8; "):
+        read_engine(folder)
 
 
 @pytest.mark.torch
