@@ -168,7 +168,10 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # dynamo's own
 def test_the_peers(run: Run) -> None:
+    compiled = importlib.import_module("torch._dynamo.utils").counters
+    compiled.clear()
     report = run("--only", "peers")
+    assert compiled["stats"]["unique_graphs"] == 1  # of each size; torch compiles no more than eight
     peers = [cell for name, cell in report["cells"].items() if name.startswith("peers/")]
     assert [(r["rows"], r["context"], r["peer"]) for r in peers] == [(1, 64, "plain torch, compiled")]
     assert peers[0]["device_us"] > 0
