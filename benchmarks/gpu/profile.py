@@ -23,7 +23,9 @@ def measured(lab: Lab, config: RunConfig, shape: str, way: str, context: int, si
     for _ in range(WARM):
         cache.forward([pass_])
     activities = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activities.CUDA if card.is_gpu else activities.CPU]) as profiler:
+    # torch 2.11 warns of events that it would drop between two cycles, though there is one.
+    kinds = [activities.CUDA if card.is_gpu else activities.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for _ in range(TURNS):
             cache.forward([pass_])
     spent: collections.Counter[str] = collections.Counter()
