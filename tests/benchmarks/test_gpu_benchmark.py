@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from stand_ins.kernel_launch import SCALES_ROWS
 from stand_ins.scripts import load_script
 from stand_ins.torch_graphs import RecordingDevice
 
@@ -60,6 +61,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton interprets nothing")
+@SCALES_ROWS
 def test_every_section_but_the_peers(run: Run, tmp_path: Path) -> None:
     report = run("--only", QUICK)
     cells = report["cells"]
