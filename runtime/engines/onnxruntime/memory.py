@@ -82,10 +82,9 @@ class Memory:
                 self._view(name, self._arrays[name])[row, :, : lengths[row]] = kept
             self._reach[row] = lengths[row]
 
-    def _view(self, name: str, array: np.ndarray, capacity: int | None = None) -> np.ndarray:
+    def _view(self, name: str, array: np.ndarray) -> np.ndarray:
         """An array's memory as that of a cache, (rows, G, T, its last axis)."""
-        slots = self.capacity if capacity is None else capacity
-        shape = (len(self._reach), self._heads, slots, self._widths[name])
+        shape = (len(self._reach), self._heads, self.capacity, self._widths[name])
         return array[: math.prod(shape)].reshape(shape)
 
     def _fit(self, slots: int) -> None:
@@ -100,17 +99,19 @@ class Memory:
             room *= 2
         # What is in use moves to where it lies under another T, perhaps within the same memory: a head up where T grows
         # and down where it shrinks, so no copy hits what is still to be read.
-        used = [(row, head, reach) for row, reach in enumerate(self._reach) if reach for head in range(self._heads)]
+        heads = range(self._heads)
+        used = [(row * len(heads) + head, reach) for row, reach in enumerate(self._reach) if reach for head in heads]
         if new > old:
             used.reverse()
         for name, array in self._arrays.items():
-            target = array
+            target, width = array, self._widths[name]
             if room > self.room:
-                target = np.zeros(len(self._reach) * self._heads * room * self._widths[name], array.dtype)
+                target = np.zeros(len(self._reach) * self._heads * room * width, array.dtype)
                 self._arrays[name] = target
-            moved, held = self._view(name, target, new), self._view(name, array)
-            for row, head, reach in used:
-                moved[row, head, :reach] = held[row, head, :reach]
+            for head, reach in used:
+                if head or target is not array:  # else it stays where it is
+                    begin, source, size = head * new * width, head * old * width, reach * width
+                    target[begin : begin + size] = array[source : source + size]
         self.capacity = new
         self.room = room
         self._least = new - max(STEP, new // _SLACK)
