@@ -175,14 +175,20 @@ class PassCosts:
 
     def wants(self, size: int) -> bool:
         """Whether a pass of `size` tokens should be taken for what it would teach; if so it is expected to follow."""
+        knot = _knot(size)
+        if not self._is_due(knot):  # nearly always, and what has not been counted yet makes no pass due
+            return False
         self.curve  # noqa: B018  (brings the evidence up to date)
         self._count()
-        knot = _knot(size)
-        gap = _GAP if self._ever[knot] < _KNOWN else _GAP_OF_KNOWN
-        if self._passes - self._probed < gap or self._evidence[knot] >= _KNOWN:
+        if not self._is_due(knot):
             return False
         self._probed = self._passes
         return True
+
+    def _is_due(self, knot: int) -> bool:
+        """Whether too little is known of passes about there, and the last one that was taken for that is long ago."""
+        gap = _GAP if self._ever[knot] < _KNOWN else _GAP_OF_KNOWN
+        return self._evidence[knot] < _KNOWN and self._passes - self._probed >= gap
 
     def _count(self) -> None:
         """Take the passes since the last time for evidence."""
