@@ -70,10 +70,9 @@ class OnnxRuntimeCache:
             embedded = embedded or p.embedded is not None
         self.memory.use(first, begins, ends, max(begins) + tokens)
         bound = self._bound(PassShape(first, len(passes), tokens, predicted, logits, False, embedded))
-        for row, p in enumerate(passes):
-            bound.fill(row, p, self._pad_id)
+        predictions = [bound.fill(row, p, self._pad_id) for row, p in enumerate(passes)]
         self._session.run_with_iobinding(bound.binding)
-        return [bound.prediction(row, p) for row, p in enumerate(passes)]
+        return predictions
 
     def move(self, source: int, target: int, slots: int) -> None:
         """See `engine.Cache.move`."""

@@ -67,6 +67,7 @@ class Forward:
         self._whole = [Prediction(*self._row(row, outputs_of_row)) for row in range(shape.rows)]
         # What a row's inputs hold, where the next pass often wants the same: a write costs more than a look.
         self._last_predicted: list[np.ndarray | None] = [None] * shape.rows
+        self._predictions = list(self._whole)  # of as many tokens as that
         self._threshold = [0.0] * shape.rows
 
     def _bind(self, bindings: list[Binding], bind_value: Any) -> None:
@@ -99,8 +100,11 @@ class Forward:
                 views.append(array[row] if array.ndim > 1 else array[row : row + 1])
         return views
 
-    def fill(self, row: int, p: Pass, pad_id: int) -> None:
-        """Write one row's inputs; padding tokens write past the pass and see their own slot only."""
+    def fill(self, row: int, p: Pass, pad_id: int) -> Prediction:
+        """Write one row's inputs, and return views of its results to be.
+
+        Padding tokens write past the pass and see their own slot only.
+        """
         ids, pos, visible, rows, write_at, threshold, adapter, embedding = self._inputs[row]
         size = p.ids.size
         if size == ids.size:
@@ -117,9 +121,11 @@ class Forward:
             visible[size:] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
         write_at[0] = p.write_at
         if p.predicted is not self._last_predicted[row]:
-            rows[: p.predicted.size] = p.predicted
-            rows[p.predicted.size :] = ids.size - 1
+            count = p.predicted.size
+            rows[:count] = p.predicted
+            rows[count:] = ids.size - 1
             self._last_predicted[row] = p.predicted
+            self._predictions[row] = self._cut(row, count)
         if p.threshold != self._threshold[row]:
             threshold[0] = p.threshold
             self._threshold[row] = p.threshold
@@ -132,12 +138,13 @@ class Forward:
                 places = row * ids.size + p.embedded
                 embedding[p.embedded] = places
                 self.arrays["embeddings"][places] = p.embeddings
+        prediction = self._predictions[row]
+        return prediction if p.logits or prediction.logits is None else prediction._replace(logits=None)
 
-    def prediction(self, row: int, p: Pass) -> Prediction:
-        """One row's results as views."""
+    def _cut(self, row: int, count: int) -> Prediction:
+        """Views of a row's first results."""
         whole = self._whole[row]
-        count = p.predicted.size
-        if count == whole.token.size and p.logits == (whole.logits is not None):
+        if count == whole.token.size:
             return whole
-        logits = whole.logits[:count] if p.logits and whole.logits is not None else None
+        logits = None if whole.logits is None else whole.logits[:count]
         return Prediction(whole.token[:count], whole.confidence[:count], whole.next_ids[:count], logits)
