@@ -119,16 +119,16 @@ class Batch:
         """
         self.counts.steps += 1
         for forward in self._rows.forwards():
-            served = list(zip(forward.slots, forward.passes, forward.predictions, strict=True))
-            ends = [self._advance(*one) for one in served]
+            slots, passes, predictions, began, seconds, rows = forward
+            ends = list(map(self._advance, slots, passes, predictions))
             failure: Exception | None = None
             try:
                 self._rows.go_on()
             except Exception as error:  # what has been computed is delivered all the same
                 failure = error
-            about = forward.began, forward.seconds, forward.rows
-            for (slot, pass_, prediction), end in zip(served, ends, strict=True):
-                yield PassResult(slot.sequence, pass_, prediction, slot.sequence.outcome, *about, end)
+            for slot, pass_, prediction, end in zip(slots, passes, predictions, ends, strict=True):
+                sequence = slot.sequence
+                yield PassResult(sequence, pass_, prediction, sequence.outcome, began, seconds, rows, end)
             if failure is not None:
                 raise failure
 
