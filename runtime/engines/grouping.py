@@ -43,25 +43,25 @@ class Grouping(NamedTuple):
 
     def inputs(self, heads: Sequence[int], start: int, mask: int) -> PassInputs:
         """What the pass at `start` has: a mask of group j sees the cache, heads 1..j and its own group."""
-        inputs = _inputs(self.heads, tuple(self.groups.items()), self.left)
+        inputs = _inputs(self.heads, tuple(self.groups.items()), self.left, mask)
         places = inputs.places + start
-        ids = np.full(len(places), mask, np.int32)
+        ids = inputs.ids.copy()
         ids[: self.heads] = heads
         if self.left:
             places[-self.left :, 1] = 0
-            ids[-self.left :] = int(mask == 0)
         return PassInputs(ids, places[:, 0], places[:, 1:], inputs.adapter)
 
 
 class _Inputs(NamedTuple):
     """A grouping's inputs of a pass at position 0."""
 
+    ids: np.ndarray  # (S,) i32; those of the heads are any
     places: np.ndarray  # (S, 4) i32: `pos` and `visible`, all of which grow with the position
     adapter: np.ndarray  # (S,) f32
 
 
 @functools.lru_cache(maxsize=1024)
-def _inputs(heads: int, groups: tuple[tuple[int, int], ...], left: int) -> _Inputs:
+def _inputs(heads: int, groups: tuple[tuple[int, int], ...], left: int, mask: int) -> _Inputs:
     """The inputs of a grouping's passes: the same ones come again and again."""
     masks = sum(size for _, size in groups)
     count = heads + masks + left
@@ -76,7 +76,9 @@ def _inputs(heads: int, groups: tuple[tuple[int, int], ...], left: int) -> _Inpu
         at += size
     pos[at:] = visible[at:, 1] = np.arange(at, count)
     visible[at:, 2] = pos[at:] + 1
-    return _Inputs(places, np.repeat(np.array([0, 1, 0], np.float32), [heads, masks, left]))
+    parts = [heads, masks, left]
+    ids = np.repeat(np.array([0, mask, int(mask == 0)], np.int32), parts)
+    return _Inputs(ids, places, np.repeat(np.array([0, 1, 0], np.float32), parts))
 
 
 def arranged(confidence: Iterable[float], size: int, block: int) -> Grouping:
