@@ -106,11 +106,11 @@ def run(engine: nemodiff.LoadedEngine, asked: Sequence[Asked], rows: int = 1) ->
 
 
 def test_a_request_of_linear_spec_waits_at_its_ends_alone(real: nemodiff.LoadedEngine) -> None:
-    """The last blocks may be shorter."""
+    """The last blocks may be shorter. A draft that is accepted whole moves the next one onto a page's first slot."""
     engine = toy(real, ahead=True, endless=True)  # all drafts are right
     backend = engine.backend
     assert isinstance(backend, PagedToyEngine)
-    asked: Asked = (TEXT[:40], {**LINEAR, "block_length": 8, "max_new_tokens": 200})
+    asked: Asked = (TEXT[:41], {**LINEAR, "block_length": 8, "max_new_tokens": 200})
     ((result,), batch) = run(engine, [asked])
     passes = result["nfe"]["draft"] + result["nfe"]["verify"]
     assert result["accepted"][:3] == [8, 8, 8]

@@ -217,9 +217,10 @@ class PagedToyCache(ToyCache):
 
     def run(self, number: int, p: Pass) -> Prediction:
         pages, pool = self._engine.pages, self._engine.pool
+        written = np.arange(p.write_at, p.write_at + p.ids.size)
+        assert pages.table[number, written // PAGE].all(), "a pass writes where its row has no page"
         slots = pool[pages.table[number]].reshape(-1, 2)
         prediction = self._row(slots, p)
-        written = np.arange(p.write_at, p.write_at + p.ids.size)
         pool.reshape(-1, 2)[pages.slots_of(number, written)] = slots[written]
         return prediction
 
