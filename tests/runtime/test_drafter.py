@@ -15,9 +15,11 @@ from conftest import Refused
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 from stand_ins.checkpoints import write_adapter, write_checkpoint
+from stand_ins.toy_engine import PagedToyEngine
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.runtime.engines.drafter import check_gate
 
 QUESTIONS = equality.questions(4)
 
@@ -94,6 +96,14 @@ def test_adapter_of_zeros_is_refused_at_load(checkpoint: Path, tmp_path: Path) -
     save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
     with pytest.raises(nemodiff.EngineError, match="changes nothing"):
         nemodiff.load(Builder(checkpoint, tmp_path / "engine").run())
+
+
+def test_the_probe_gives_its_memory_back(setup: equality.Setup) -> None:
+    """Else an engine with an adapter has a page less for as long as it lives."""
+    backend = PagedToyEngine(setup.adapted.info, 4)  # which has no gate
+    with pytest.raises(nemodiff.EngineError, match="changes nothing"):
+        check_gate(backend, setup.adapted.folder)
+    assert (backend.forwards, backend.open_caches, backend.pages.free) == (1, 0, 4)
 
 
 def test_adapter_from_elsewhere_makes_the_same_engine(checkpoint: Path, tmp_path: Path) -> None:
