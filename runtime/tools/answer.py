@@ -113,7 +113,7 @@ class AnswerParser:
 
     def _read_text(self, final: bool) -> list[Delta] | None:
         """Content before the next call; None where more text is needed."""
-        if self._closing and not self._skip_close(final):
+        if self._closing and not self._skip_close():
             return None
         if self._calls and not self._format.several:
             self._held = ""
@@ -163,10 +163,10 @@ class AnswerParser:
             return deltas
         return deltas or None
 
-    def _skip_close(self, final: bool) -> bool:
-        """Leave out what closes a call; False while it may yet come."""
+    def _skip_close(self) -> bool:
+        """Leave out what closes a call; False while that may yet come, and of an answer that was cut within it."""
         rest = self._held.lstrip()
-        if not final and len(rest) < len(self._closes) and self._closes.startswith(rest):
+        if len(rest) < len(self._closes) and self._closes.startswith(rest):
             return False
         self._held = rest.removeprefix(self._closes)
         self._closing = False

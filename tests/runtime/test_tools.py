@@ -166,6 +166,17 @@ def test_calls_are_read_at_every_split(form: Form, text: str, content: str, call
         assert joined(format_of(form, F), [text[:at], text[at:]]) == expected
 
 
+@pytest.mark.parametrize("written", [xml("f"), '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'])
+def test_an_answer_cut_within_a_closing_mark_shows_nothing_of_it(written: str) -> None:
+    form = format_of("xml" if "<function" in written else "json", F)
+    for left in range(len("\n</tool_call>") + 1):
+        text = "Look: " + written[: len(written) - left]
+        assert joined(form, [text]) == joined(form, list(text)) == ("", "Look:", [("f", "{}")])
+    for like in ("</tools>", "</tool_calls", "< /tool_call>", "</tool_cal."):
+        text = written.removesuffix("</tool_call>") + like
+        assert joined(form, [text]) == joined(form, list(text)) == ("", like, [("f", "{}")])
+
+
 PARTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<function=", "f", ">", "\n", "<parameter=", "text", "count", "</parameter>", "1",
      "<tool_call>\n<function=f>\n<parameter=text>\n", "<parameter=list>\n", "a>b",
