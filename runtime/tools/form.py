@@ -53,10 +53,10 @@ def find_form(template: ChatTemplate) -> Form:
         raise RequestError(f"tools are not for this engine: {error}") from None
     if _NAME not in shown:
         raise RequestError("tools are not for this engine: its chat template does not show them; ask without tools")
-    _, opened, call = turns.partition(CALL_OPEN)
-    if opened and f"{FUNCTION}{_NAME}>" in call and f"{PARAMETER}{_KEY}>" in call:
+    call = turns.partition(CALL_OPEN)[2]
+    if f"{FUNCTION}{_NAME}>" in call and f"{PARAMETER}{_KEY}>" in call:
         return "xml"
-    if opened and _is_json_call(call):
+    if _is_json_call(call):
         return "json"
     if opened_list := turns.partition(MISTRAL_CALL)[2]:
         mistral: tuple[tuple[Form, Form], ...] = (("mistral", "mistral_id"), ("mistral_list", "mistral_list_id"))

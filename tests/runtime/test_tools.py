@@ -76,6 +76,14 @@ def xml(name: str, **values: str) -> str:
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
+def with_calls(written: str) -> str:
+    """A template that shows tools, and writes the calls of a turn so, with their NAME and ARGUMENTS."""
+    for word, value in (("NAME", "call.function.name"), ("ARGUMENTS", "call.function.arguments | tojson")):
+        written = written.replace(word, "{{ " + value + " }}")
+    calls = "{% for call in m.tool_calls or [] %}" + written + "{% endfor %}"
+    return "{{ tools }}{% for m in messages %}{{ m.content }}" + calls + "{% endfor %}"
+
+
 WRITTEN = [
     ("xml", xml("f", text="a"), "", [("f", '{"text": "a"}')]),
     ("xml", "Look:\n" + xml("f") + "\n", "Look:", [("f", "{}")]),
@@ -284,6 +292,19 @@ def test_a_template_shows_the_form_of_its_calls(tmp_path: Path, form: Form) -> N
     ]
 
 
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_an_example_before_the_conversation_is_no_call(tmp_path: Path, form: Form) -> None:
+    example = '<tool_call>{"name": "example"}</tool_call>[TOOL_CALLS]example[ARGS]{}'
+    (tmp_path / "chat_template.jinja").write_text(example + TEMPLATES[form])
+    assert find_form(ChatTemplate(tmp_path, {})) == form
+
+
+def test_the_id_of_a_result_is_not_one_of_its_call(tmp_path: Path) -> None:
+    template = with_calls("[TOOL_CALLS]NAME[ARGS]ARGUMENTS").replace("m.content", "m.content + (m.tool_call_id or '')")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert find_form(ChatTemplate(tmp_path, {})) == "mistral"
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
@@ -294,6 +315,23 @@ def test_a_template_shows_the_form_of_its_calls(tmp_path: Path, form: Form) -> N
             "in a form that is unknown",
         ),
         ("{% if tools %}{{ raise_exception('none') }}{% endif %}{{ messages[0].content }}", "template refuses"),
+        *(
+            (with_calls(written), "in a form that is unknown")
+            for written in (
+                "<tool_call><function=NAME>ARGUMENTS</function></tool_call>",
+                "<tool_call>NAME<parameter=probe_key>probe value</parameter></tool_call>",
+                "<function=NAME><parameter=probe_key>probe value</parameter></function>",
+                '<tool_call>{"function": "NAME", "arguments": ARGUMENTS}</tool_call>',
+                '<tool_call>{"name": "NAME", "input": ARGUMENTS}</tool_call>',
+                '<tool_call>["NAME", ARGUMENTS]</tool_call>',
+                '{"name": "NAME", "arguments": ARGUMENTS}',
+                "[TOOL_CALLS]call[ARGS]ARGUMENTS",
+                "[TOOL_CALLS]NAME[ARGS]{}",
+                '[TOOL_CALLS]NAME[ARGS]{"probe_key": ',
+                '{"name": "NAME", "parameters": {}}',
+                '{"name": "NAME", "parameters": {"probe_key": ',
+            )
+        ),
     ],
 )
 def test_a_template_without_tools_is_told(tmp_path: Path, template: str | None, problem: str) -> None:
@@ -607,6 +645,9 @@ UNFINISHED = {"type": "object", "properties": {"a": {"type": "string", "pattern"
         ({"tools": [{"function": {"name": "f", "parameters": []}}]}, "the parameters of tool 'f' are"),
         ({"tools": [{"function": {"name": "f", "strict": 1}}]}, "strict of tool 'f' is 1"),
         ({"tools": [CLOCK, CLOCK]}, "tools holds 'clock' twice"),
+        ({"tools": '[{"name": "f", "parameters": {"default": NaN}}]'}, "tools holds nan, which is no number of JSON"),
+        ({"tools": '[{"name": "f", "description": "\\ud800"}]'}, "tools: not UTF-8 text at character 0"),
+        ({"tools": f'[{{"name": "f", "parameters": {"[" * 200}{"]" * 200}}}]'}, "tools is nested too deeply"),
         ({"tool_choice": "required"}, "tool_choice is 'required', but no tools are given"),
         ({"tools": TOOLS, "tool_choice": "f"}, "tool_choice is 'f', allowed: auto, none, required, or"),
         ({"tools": TOOLS, "chat": False}, "tools are shown by the chat template"),
