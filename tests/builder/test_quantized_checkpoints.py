@@ -250,6 +250,12 @@ def test_older_exports_of_modelopt_say_it_in_a_file_of_their_own(
         np.testing.assert_array_equal(tensor.rows(0, len(values)), values)
 
 
+def test_config_json_decides_beside_the_file_of_older_exports(tmp_path: Path) -> None:
+    write(tmp_path / "checkpoint", "nvfp4")
+    (tmp_path / "checkpoint" / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    assert any("(nvfp4, 4 bits" in note for note in open_checkpoint(tmp_path / "checkpoint").notes)
+
+
 def test_no_twin_of_a_quantized_checkpoint(tmp_path: Path, refused: Refused) -> None:
     write(tmp_path / "checkpoint", "awq")
     refused(["export", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "twin")], "its projections are quantized")

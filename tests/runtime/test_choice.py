@@ -6,6 +6,7 @@ model hides faults.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,9 @@ from oracle import reference
 from stand_ins.chats import chat_ids
 
 import nemodiff
-from nemodiff.runtime.requests.options import OPTIONS
+from nemodiff.runtime.requests.options import OPTIONS, Options, make_options
+from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.requests.settings import settle
 from nemodiff.runtime.sampling.commit import Policy
 from nemodiff.runtime.sampling.softmax import entropies, probability
 
@@ -296,6 +299,39 @@ def test_merged_commit_saves_a_pass_per_block(engine: nemodiff.LoadedEngine) -> 
     merged = nemodiff.generate(engine, QUESTIONS[6], merge_commit=True, **options)
     assert (plain.nfe["commit"], plain.nfe["denoise"]) == (7, 8)
     assert (merged.nfe["commit"], merged.nfe["denoise"]) == (7, 1)
+
+
+def test_no_entropy_at_all_is_a_bound_too(engine: nemodiff.LoadedEngine) -> None:
+    options = {"mode": "diffusion", "entropy_bound": 0}
+    policy = prepare(engine, "x", make_options({**options, "policy": "entropy"})).settings.policy
+    assert (policy.name, policy.entropy_bound) == ("entropy", 0)
+    with pytest.raises(nemodiff.RequestError, match="but policy is threshold; give entropy_bound"):
+        prepare(engine, "x", make_options(options))
+
+
+@pytest.mark.parametrize(
+    ("model", "built", "backend", "expected"),
+    [
+        (32, 32, "onnxruntime", {"linear_spec": 16, "quadratic_spec": 16, "diffusion": 32}),
+        (128, 64, "onnxruntime", {"linear_spec": 16, "quadratic_spec": 16, "diffusion": 64}),
+        (128, 32, "onnxruntime", {"linear_spec": 32, "quadratic_spec": 32, "diffusion": 32}),
+        (8, 8, "onnxruntime", {"linear_spec": 8, "quadratic_spec": 8, "diffusion": 8}),
+        (32, 32, "torch", {"linear_spec": 32, "quadratic_spec": 32, "diffusion": 32}),
+    ],
+)
+def test_a_block_that_nobody_chose_is_short_where_each_token_is_paid_for(
+    engine: nemodiff.LoadedEngine, model: int, built: int, backend: str, expected: dict[str, int]
+) -> None:
+    info = dataclasses.replace(
+        engine.info,
+        model=dataclasses.replace(engine.info.model, block_length=model),
+        build=dataclasses.replace(engine.info.build, block_length=built),
+        manifest=dataclasses.replace(engine.info.manifest, backend=backend),
+    )
+    for mode, block in expected.items():
+        assert settle(info, engine.text, 3, Options(mode=mode)).block_length == block
+    every = settle(info, engine.text, 3, Options(mode="quadratic_spec", groups="all"))
+    assert every.block_length == min(built, 16)
 
 
 @settings(max_examples=60)

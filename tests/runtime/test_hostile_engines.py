@@ -84,6 +84,16 @@ def cut(name: str) -> Break:
     )
 
 
+def barred(name: str) -> Break:
+    """Something in a file's place that the system does not read as one."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return apply
+
+
 def scramble(folder: Path) -> None:
     """Bytes of the right number that are no model."""
     write("model.onnx", b"\xff" * (folder / "model.onnx").stat().st_size, honest=False)(folder)
@@ -134,6 +144,7 @@ def scramble(folder: Path) -> None:
             edit("manifest.json", files={"model.onnx": {"bytes": float("inf")}}), ["are incomplete"], id="endless file"
         ),
         pytest.param(gone("config.json"), ["config.json: missing; build it again"], id="no config"),
+        pytest.param(barred("config.json"), ["config.json: cannot be read (", "mend that, or build it"], id="barred"),
         pytest.param(build_config(quantization=["int8"]), ["quantization is ['int8'], allowed"], id="quantized a list"),
         pytest.param(build_config(kv_cache_dtype={}), ["kv_cache_dtype is {}, allowed"], id="cache an object"),
         pytest.param(build_config(gather_generation_logits="no"), ["is 'no', allowed: true or"], id="logits are text"),

@@ -230,6 +230,14 @@ def test_a_part_of_a_character_is_named_by_its_bytes(codec: TextCodec) -> None:
     assert [codec.name(i) for i in [*codec.encode("a"), IM_END]] == ["a", "<|im_end|>"]
 
 
+def test_an_id_that_only_the_model_has_stands_for_nothing(codec: TextCodec) -> None:
+    """Models have more ids than their tokenizers, to fill a multiple of 64 or more."""
+    beyond = codec.tokenizer.get_vocab_size()
+    assert (codec.token_bytes(beyond), codec.name(beyond)) == (b"", "")
+    assert codec.pieces([beyond]) == ({beyond: ""}, {}, {})
+    assert codec.decode_whole([*codec.encode("é")[:1], beyond]) == ""
+
+
 def test_think_markers_are_shown_and_other_specials_are_not(codec: TextCodec) -> None:
     ids = [THINK, *codec.encode("hm"), END_THINK, 50, *codec.encode("so"), IM_END]
     assert codec.decode(ids) == "<think>hm</think>so"
