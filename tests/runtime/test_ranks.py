@@ -26,6 +26,7 @@ from nemodiff.engine_info import read_engine
 from nemodiff.errors import RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
+from nemodiff.runtime.engines.torch.ranks import join
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 
 torch = pytest.importorskip("torch")
@@ -313,6 +314,20 @@ else:
 def test_ranks_on_gpus_that_are_not_there(tiny: Path, refused: Refused) -> None:
     words = ["run", str(tiny), "-p", "x", "--device", "cuda", "--tp-size", "2"]
     refused(words, "--tp-size is 2, allowed on GPUs: up to 0, one for each; or give --device cpu")
+
+
+def test_a_rank_takes_the_gpu_of_its_number(tiny: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["run", str(tiny), "-p", "x", "--device", "cuda:1", "--tp-size", "2"]
+    refused(words, "--device is cuda:1, allowed with 2 ranks: cpu or cuda", "choose GPUs by CUDA_VISIBLE_DEVICES")
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    info = read_engine(tiny)
+    with pytest.raises(RequestError, match=r"--device is cuda:2, allowed with 2 ranks"):
+        join(tiny, info, None, 2)
+    with pytest.raises(RequestError, match="up to 0"):  # its own is not refused as another one
+        join(tiny, info, None, 1)
 
 
 def test_a_command_over_ranks_leaves_nothing_open(tiny: Path) -> None:

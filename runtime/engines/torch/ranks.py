@@ -239,7 +239,8 @@ def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | N
     """The ranks that this process shall be one of: torchrun's, or those that it starts; None for one alone.
 
     Raises:
-        RequestError: torchrun has started another number or set half of what it sets, or the model cannot be split so.
+        RequestError: torchrun has started another number or set half of what it sets, the model cannot be split so, or
+            the device is another GPU than this rank's.
         EngineError: the ranks cannot reach each other.
     """
     import torch
@@ -251,6 +252,12 @@ def join(folder: Path, info: EngineInfo, size: int | None, device: int | str | N
     if size == 1:
         return None
     _check(info.model, size, info.build.quantization)
+    own = int(os.environ["LOCAL_RANK"]) if world > 1 else 0
+    if device not in (None, "cpu", 0, own):
+        raise RequestError(
+            f"--device is cuda:{device}, allowed with {size} ranks: cpu or cuda, as each takes the GPU of its number; "
+            "choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpu = device != "cpu" and (device is not None or count > 0)
     if gpu and size > count:
