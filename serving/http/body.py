@@ -55,8 +55,23 @@ class Decoding(Body):
             raise type(error)(message) from None
 
 
+class Streamed(Decoding):
+    """What an answer takes that may come as a stream, in OpenAI's words."""
+
+    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = Field(
+        None, description="Send a last chunk with the usage, or with continuous_usage_stats every chunk; needs stream."
+    )
+    request_id: RequestId = None
+
+    def check_stream(self) -> None:
+        """Refuse options of a stream without one. Raises RequestError."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream; set stream to true, or leave it out")
+
+
 @with_options(*_GENERATING)
-class Generating(Structured, Decoding):
+class Generating(Structured, Streamed):
     """What an answer from left to right takes."""
 
     max_tokens: int | None = option_field("max_new_tokens")
@@ -67,11 +82,6 @@ class Generating(Structured, Decoding):
     ignore_eos: bool | None = Field(
         None, description="Generate max_tokens tokens even where the model would end before; needs max_tokens."
     )
-    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
-    stream_options: StreamOptions | None = Field(
-        None, description="Send a last chunk with the usage, or with continuous_usage_stats every chunk."
-    )
-    request_id: RequestId = None
     diffusing: bool | None = Field(
         None, description="Send blocks as they fill in too, outside of the text; needs stream."
     )
@@ -82,6 +92,7 @@ class Generating(Structured, Decoding):
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
+        self.check_stream()
         if self.diffusing and not self.stream:
             raise RequestError("diffusing needs stream; set stream to true")
         chosen = self.model_dump(include={"max_tokens", "prompt_logprobs", *_DECODING, *_GENERATING}, exclude_none=True)
@@ -150,6 +161,8 @@ class Watched(Chat):
             raise RequestError(f"n is {self.n}, allowed: 1; send several requests to watch them side by side")
         if self.stream is False:
             raise RequestError("stream is false, allowed: true; events come as a stream alone, so leave it out")
+        if self.stream_options is not None:
+            raise RequestError("stream_options is for chunks of text, and the last event has the usage; leave it out")
         return super().options() | ({} if self.chat is None else {"chat": self.chat})
 
 

@@ -11,8 +11,7 @@ from ...runtime.editing.infill import LONGEST_FREE, Filled
 from ...runtime.editing.options import HELP, Method
 from ...runtime.requests.options import BLOCK_LENGTH
 from ...runtime.text.codec import TextCodec
-from .body import Completion, Decoding
-from .body_parts import RequestId, StreamOptions
+from .body import Completion, Streamed
 from .option_fields import with_options
 
 # A filling is the likeliest of those that a search meets, so nothing is drawn; editors send these all the same.
@@ -26,7 +25,7 @@ _PLAIN: dict[str, Any] = {"n": 1, "echo": False, "diffusing": False}  # what a h
 
 
 @with_options(*_DRAWING, "stop")
-class Fim(Decoding):
+class Fim(Streamed):
     """A text with a hole."""
 
     block_length: int | None = Field(
@@ -44,8 +43,6 @@ class Fim(Decoding):
     method: Method | None = Field(None, description=HELP["method"])
     width: int | None = Field(None, description=f"{HELP['width']} Allowed: {BLOCK_LENGTH}.")
     stream: bool | None = Field(None, description="Send the filling as server-sent events, in one piece.")
-    stream_options: StreamOptions | None = None
-    request_id: RequestId = None
 
     @classmethod
     def of(cls, body: Completion) -> Fim:
@@ -60,6 +57,7 @@ class Fim(Decoding):
 
     def options(self) -> dict[str, Any]:
         """Arguments of `infill`. Raises RequestError."""
+        self.check_stream()
         longest = LONGEST_FREE if self.max_tokens in (None, -1) else self.max_tokens
         assert longest is not None
         if longest < 1:
