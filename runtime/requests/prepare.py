@@ -18,7 +18,7 @@ from ..loading import LoadedEngine
 from ..planning.draft_planner import DraftPlanner, ExactMode
 from ..planning.draft_statistics import BLOCKS
 from ..text.checks import check_text
-from ..text.messages import Message
+from ..text.messages import Message, check_texts
 from ..text.thoughts import BRACKETS, Thoughts
 from ..text.transcript import Transcript
 from .image_parts import place_images, plain_messages, read_images
@@ -233,6 +233,7 @@ def _check_far(engine: LoadedEngine, text: str, options: Options, *, rendered: b
 
 def conversation(messages: list[Message], system: str | None) -> list[Message]:
     """The messages with the system text that is given as an option before them. Raises RequestError."""
+    check_texts(messages)  # while they have the places that they were given at
     if system is None:
         return messages
     if messages and messages[0].get("role") == "system":

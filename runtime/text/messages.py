@@ -39,15 +39,22 @@ def checked_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
             plain.setdefault("content", "")
         else:
             plain.pop("tool_calls", None)
-        texts = _texts(plain.get("content"))
-        for text in texts or ():
-            check_text(text, "message")
-        if plain.get("role") not in _ROLES or texts is None:
+        if plain.get("role") not in _ROLES or not _is_content(plain.get("content")):
             raise RequestError(
                 f"message {dict(message)!r:.100} is malformed; allowed: role ({', '.join(_ROLES)}) and content as text"
             )
         checked.append(plain)
     return checked
+
+
+def check_texts(messages: Iterable[Message]) -> None:
+    """Refuse messages whose texts no tokenizer takes, by their places. Raises RequestError."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
+        for text in (part.get(kind) for part in parts if isinstance(part, Mapping) for kind in ("text", "thinking")):
+            if isinstance(text, str):
+                check_text(text, f"messages.{number}.content")
 
 
 def with_open_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,15 +74,15 @@ def with_open_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
-def _texts(content: Any) -> list[str] | None:
-    """The texts of a message's content: text, or parts of text and places of images; None if it is neither."""
+def _is_content(content: Any) -> bool:
+    """Whether it is text, or parts of text and places of images."""
     if isinstance(content, str):
-        return [content]
+        return True
     if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-        return None
+        return False
     kinds = {"image": None, "thinking": "thinking"}  # where the text of a part stands
     texts = [part.get(kind) for part in content if (kind := kinds.get(str(part.get("type")), "text")) is not None]
-    return [text for text in texts if isinstance(text, str)] if all(isinstance(t, str) for t in texts) else None
+    return all(isinstance(text, str) for text in texts)
 
 
 def with_short_ids(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

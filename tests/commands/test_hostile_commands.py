@@ -412,7 +412,11 @@ def test_wrong_options_in_python(
         pytest.param(b"Hello", "prompt is b'Hello', allowed: text", id="bytes"),
         pytest.param([True], "prompt is [True], allowed: text", id="bool"),
         pytest.param("a\ud800", "prompt: not UTF-8 text at character 1", id="surrogate"),
-        pytest.param([{"role": "user", "content": "\ud800"}], "message: not UTF-8 text", id="surrogate in a message"),
+        pytest.param(
+            [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "a\ud800"}]}],
+            "messages.1.content: not UTF-8 text at character 1",
+            id="surrogate in a message",
+        ),
         pytest.param([{"role": "user"}], "malformed; allowed: role", id="no content"),
         pytest.param([{"content": "x"}], "malformed; allowed: role", id="no role"),
         pytest.param([{"role": "robot", "content": "x" * 9000}], "message {'role': 'robot', 'content': 'x", id="long"),
