@@ -111,10 +111,18 @@ def _gpus(found: dict[str, dict[str, Any]]) -> list[Check]:
         if runs:
             checks.append(Check(f"GPU {number}", "ok", f"{text}, for {', '.join(runs)}"))
         else:
-            cpu_only = "version" in found["torch"]
-            remedy = "install a torch with CUDA: pip install torch" if cpu_only else install("nemodiff[torch]")
+            remedy = _torch_remedy(found["torch"], driver["cuda"])
             checks.append(Check(f"GPU {number}", "missing", f"{text}, and no library that uses it", remedy))
     return checks
+
+
+def _torch_remedy(torch: dict[str, Any], cuda: str) -> str:
+    """What lets torch use a card; one that is made for CUDA is never replaced by another."""
+    if "version" not in torch:
+        return install("nemodiff[torch]")
+    if torch.get("cuda"):
+        return f"update NVIDIA's driver, which is for CUDA {cuda}, to one for torch's CUDA {torch['cuda']}"
+    return f"install a torch with CUDA: {install('torch', '--force-reinstall')}"
 
 
 def _server() -> Check:

@@ -67,7 +67,13 @@ def test_a_card_that_nothing_here_can_use_is_named(monkeypatch: pytest.MonkeyPat
     h100 = {"version": None, "cuda": "13.0", "gpus": [{"name": "NVIDIA H100", "sm": 90, "bytes": 80 * 2**30}]}
     checks = diagnosed(monkeypatch, tmp_path, driver=h100, torch={"version": "2.13.0+cpu", "cuda": None, "gpus": []})
     assert (checks["GPU 0"].state, checks["torch"].state) == ("missing", "ok")
-    assert "pip install torch" in checks["GPU 0"].remedy
+    assert checks["GPU 0"].remedy == "install a torch with CUDA: pip install --force-reinstall torch"
+    blind = {"version": "2.11.0+cu130", "cuda": "13.0", "gpus": []}
+    checks = diagnosed(monkeypatch, tmp_path, driver=h100 | {"cuda": "12.4"}, torch=blind)
+    assert (checks["GPU 0"].state, checks["torch"].state) == ("missing", "ok")
+    assert checks["GPU 0"].remedy == "update NVIDIA's driver, which is for CUDA 12.4, to one for torch's CUDA 13.0"
+    checks = diagnosed(monkeypatch, tmp_path, driver=h100, torch={"missing": True})
+    assert checks["GPU 0"].remedy == 'pip install "nemodiff[torch]"'
     checks = diagnosed(monkeypatch, tmp_path, driver={"error": "cuInit fails with code 999"})
     assert (checks["NVIDIA driver"].state, checks["NVIDIA driver"].found) == ("wrong", "cuInit fails with code 999")
 
@@ -199,6 +205,23 @@ def test_packages_are_held_against_what_is_declared() -> None:
     assert checks["extra torch"].remedy == 'pip install "numpy<1"'
     assert 'pip install "nemodiff[trt]"' in checks["extra trt"].remedy
     assert packages.python_check(">=3.99").state == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("torch", "state", "remedy"),
+    [("2.11.0+cu130", "ok", ""), ("2.4.1", "wrong", 'pip install "torch>=2.5"')],
+)
+def test_a_torch_that_works_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, torch: str, state: str, remedy: str
+) -> None:
+    """Here another version may be pinned, for tests and benchmarks, which doctor does not ask for."""
+    _, extras = packages.declared()
+    versions = {"torch": torch, "transformers": "5.0"}
+    monkeypatch.setattr(packages, "version", versions.get)
+    (check,) = packages.package_checks({"torch": extras["torch"]})
+    assert (check.state, check.remedy) == (state, remedy)
+    needed = [one for name, wanted in extras.items() if name not in packages.DEVELOPMENT for one in wanted]
+    assert all(one.specifier.contains("2.11.0") for one in needed if one.name == "torch")
 
 
 def test_what_is_declared_comes_from_pyproject_or_from_the_metadata(
