@@ -150,6 +150,15 @@ def test_verify_looks_at_nothing_behind_a_drafted_end(setup: equality.Setup, sto
     assert len(looked_at[-1]) < 32
 
 
+def test_a_block_is_closed_behind_its_first_end(setup: equality.Setup) -> None:
+    """Its masks become that end, be it an EOS or a stop id; what has been committed there stays."""
+    mask, eos = setup.model.mask_id, max(setup.model.eos)
+    sequence = request.prepare(setup.plain, QUESTIONS[0], nemodiff.Options(stop_token_ids=[130]))
+    for end, other in ((eos, 130), (130, eos)):
+        block = [200, mask, end, 201, mask, other, mask]
+        assert sequence.close_after_eos(block) == [200, mask, end, 201, end, other, end]
+
+
 def test_a_random_adapter_changes_acceptance_only(setup: equality.Setup) -> None:
     means = []
     for question in QUESTIONS[:5]:
