@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def draw(path: Path, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
     _curves(curves, names, outcomes)
     for axes in (bars, curves):
         axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()  # drawing imports much, and an interrupted import would leave what is half-written
+    figure.savefig(picture, dpi=150, format=_format(path))
     with whole(path) as stage:
-        figure.savefig(stage, dpi=150, format=_format(path))
+        stage.write_bytes(picture.getvalue())
 
 
 def _format(path: Path) -> str:

@@ -78,6 +78,55 @@ WORKING = {
 }
 
 
+WATCHED = """
+import contextlib, sys
+from nemodiff import whole_file
+from nemodiff.builder import staging
+def watched(open_stage):
+    @contextlib.contextmanager
+    def watch(*arguments):
+        with open_stage(*arguments) as stage:
+            before = {*sys.modules}
+            yield stage
+            print("imported:", sorted({*sys.modules} - before))
+    return watch
+whole_file.whole, staging.staged = watched(whole_file.whole), watched(staging.staged)
+from nemodiff.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["build", TINY_CHAT, "-o", "OUT"],
+        [
+            "bench",
+            "ENGINE",
+            "--no-keep",
+            "--mode",
+            "ar",
+            "--repetitions",
+            "1",
+            "--max-new-tokens",
+            "2",
+            "--plot",
+            "OUT",
+        ],
+    ],
+    ids=["build", "bench"],
+)
+def test_nothing_is_imported_while_a_file_is_half_written(
+    tiny_engine: Path, tmp_path: Path, words: list[object]
+) -> None:
+    """An interrupt ends an import at once, so what is begun then would stay."""
+    pytest.importorskip("matplotlib")
+    places = {"ENGINE": tiny_engine, "OUT": tmp_path / "out.png"}
+    command = [sys.executable, "-c", WATCHED, *(str(places.get(str(word), word)) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("imported:")] == ["imported: []"]
+
+
 @pytest.mark.parametrize(
     ("name", "sign"),
     [
