@@ -155,10 +155,6 @@ def serve(repository: Path, host: str, ports: tuple[int, int, int], arguments: I
     if repository.is_dir() and not any(repository.glob("*/config.pbtxt")):
         raise ServerError(f"{repository} holds no model; write one into it: nemodiff triton export ENGINE --repo REPO")
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     with TritonServer(repository, host=host, ports=ports, arguments=arguments, patience=None) as server:
         assert server.process is not None
         try:
