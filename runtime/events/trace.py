@@ -1,7 +1,8 @@
 """Events written to a file as they happen, and read back as a summary.
 
 With the suffix `.json` the file is a timeline in the Trace Event Format, a track per request; with any other suffix it
-is JSON lines, the whole events as they are. Lines are written whole, so a killed run leaves a usable file.
+is JSON lines, the whole events as they are. Lines are written whole, so a killed run leaves a usable file, and so does
+a full disk, where the last line is cut.
 """
 
 from __future__ import annotations
@@ -113,7 +114,11 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The events of a file of JSON lines, its header left out, and their summary. Raises RequestError."""
     lines: list[str] = []
     try:
-        header, *events = (json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines())
+        whole, _, last = path.read_text(encoding="utf-8-sig").rpartition("\n")
+        values = [json.loads(line) for line in whole.splitlines()]
+        with contextlib.suppress(ValueError):  # nothing, or what a full disk has cut
+            values.append(json.loads(last))
+        header, *events = values
         right = header["event"] == "trace"
         if right and header["schema"] == SCHEMA:
             right = all(isinstance(event["event"], str) and type(event["request"]) is int for event in events)

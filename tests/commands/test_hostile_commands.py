@@ -549,15 +549,21 @@ def test_a_path_with_spaces_is_quoted_where_a_command_is_proposed(checkpoint: Pa
     assert refusal.endswith(f"build it again: nemodiff build CHECKPOINT -o '{engine}'\n")
 
 
-@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
-def test_a_full_disk_says_which_file(tiny_engine: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "room"), [("t.jsonl", 100), ("t.json", 100), ("t.jsonl", 2000)])
+def test_a_full_disk_says_which_file(tiny_engine: Path, tmp_path: Path, name: str, room: int) -> None:
+    """What fits of a trace in lines can be shown, as that of a killed run can."""
     small = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    small += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); from nemodiff.cli import main; main(sys.argv[1:])"
+    small += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
+    small += "from nemodiff.cli import main; main(sys.argv[1:])"
     trace = tmp_path / name
     command = [sys.executable, "-c", small, "run", str(tiny_engine), "-p", "x", "--trace", str(trace)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert_one_line(done.stderr, f"{trace}: File too large; check the path and its disk")
     assert done.returncode == 1
+    if room > 100:
+        shown = CliRunner().invoke(main, ["trace", "show", str(trace)])
+        assert (trace.stat().st_size, shown.exit_code) == (room, 0), shown.output
+        assert "request 0" in shown.stdout
 
 
 @pytest.mark.parametrize("flags", [["--system", "hi"], ["--thinking"], ["--chat-template-kwargs", '{"a": 1}']])
