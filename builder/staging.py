@@ -1,9 +1,9 @@
 """Puts a finished folder in place in one step, and leaves nothing behind when it is not finished.
 
 `staged(target)` yields a hidden folder beside the target, or inside it where the target is a mount point or its parent
-cannot be written; leaving the block puts it in place (`swap.py`), an exception removes it. A small child process holds
-the other end of a pipe and does the same when the builder dies, even from kill -9. Only a folder of the same `Kind` is
-ever replaced, and a link is followed.
+cannot be written; leaving the block puts it in place (`swap.py`), an exception removes it, with folders above that were
+made for it. A small child process holds the other end of a pipe and removes the hidden folder when the builder dies,
+even from kill -9. Only a folder of the same `Kind` is ever replaced, and a link is followed.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
     place = resolved(target)
     stage = _parent(place) / f".{place.name}.partial-{secrets.token_hex(4)}"
     ending = Swap(stage, place, kind.marker)
+    above = [folder for folder in stage.parents if not folder.exists()]
     reaper = subprocess.Popen(  # started first: from here on nothing can be left behind
         [sys.executable, "-I", "-S", str(swap.__file__), str(stage), str(place), kind.marker],
         stdin=subprocess.PIPE,
@@ -149,6 +150,9 @@ def staged(target: Path, kind: Kind = ENGINE) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # the child tries again
             ending.clean_up()
+        with contextlib.suppress(OSError):  # up to the first that is not empty
+            for folder in above:
+                folder.rmdir()
         assert reaper.stdin is not None
         reaper.stdin.close()
         reaper.wait()

@@ -87,16 +87,22 @@ main(["triton", "export", sys.argv[1], "--repo", sys.argv[2]])
 """
 
 
-def test_a_disk_that_fills_up_is_one_short_line(tiny_engine: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", "-c", SMALL_DISK, str(tiny_engine), str(tmp_path / "models")]
+@pytest.mark.parametrize("there", [False, True])
+def test_a_disk_that_fills_up_is_one_short_line(tiny_engine: Path, tmp_path: Path, there: bool) -> None:
+    """Nothing stays, and of the folders that lead to the export those that were there."""
+    (tmp_path / "all").mkdir()
+    models = tmp_path / "all" / "my" / "models"
+    if there:
+        models.parent.mkdir()
+    command = [sys.executable, "-W", "error", "-c", SMALL_DISK, str(tiny_engine), str(models)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    folder = tmp_path / "models" / "nemodiff"
+    folder = models / "nemodiff"
     assert_one_line(
         ended.stderr, f"{folder}: writing failed (File too large); free some space or choose another --repo"
     )
     assert len(ended.stderr) < 250 + len(str(folder))
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert list((tmp_path / "models").iterdir()) == []
+    assert list((tmp_path / "all").rglob("*")) == ([models.parent] if there else [])
 
 
 def test_a_full_disk_is_refused_before_a_byte_is_written(
