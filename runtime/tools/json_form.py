@@ -55,7 +55,7 @@ class JsonReader(CallReader):
         if self._scan.closed:
             return self._close(final)
         end = self._scan.end(self.unread)
-        new = self.unread if end is None else self.unread[:end]
+        new = self.unread[:end]
         self.unread = self.unread[len(new) :]
         self._scan.read = 0
         return new if end is None else new + self._close(final)

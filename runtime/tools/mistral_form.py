@@ -45,7 +45,7 @@ class MistralReader(CallReader):
 
     def _arguments(self, final: bool) -> str:
         end = self._scan.end(self.unread)
-        new = self.unread if end is None else self.unread[:end]
+        new = self.unread[:end]
         self.unread = self.unread[len(new) :]
         self._scan.read = 0
         self.ended = end is not None
