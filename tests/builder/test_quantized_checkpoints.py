@@ -169,6 +169,10 @@ def test_torch_computes_with_the_numbers_it_keeps(form: str, group: int, tmp_pat
 CHANNELS = {"type": "int", "symmetric": True, "strategy": "channel"}
 
 
+def one_group(**described: Any) -> dict[str, Any]:
+    return {"config_groups": {"0": {"targets": ["Linear"], "weights": CHANNELS, **described}}}
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= changes
@@ -190,11 +194,22 @@ def change_config(folder: Path, **changes: Any) -> None:
         ("awq", {"version": "gemv"}, "version is 'gemv', allowed: gemm"),
         ("awq", {"zero_point": False}, "zero_point is False"),
         ("pack", {"format": "marlin-24"}, "format is 'marlin-24 of type int'"),
+        ("fp8", {"format": "naive-quantized"}, "format is 'naive-quantized of type float'"),
+        ("fp8", {"format": "pack-quantized"}, "format is 'pack-quantized of type float'"),
+        ("fp8", {"format": "int-quantized"}, "format is 'int-quantized of type float'"),
+        ("int8", {"format": "float-quantized"}, "format is 'float-quantized of type int'"),
         ("pack", {"config_groups": {}}, "config_groups is {}, allowed: one group"),
+        ("int8", one_group(weights={**CHANNELS, "num_bits": 4}), "bits is 4, allowed: 8"),
+        ("pack", one_group(weights=None), "config_groups.weights is None, allowed: an object"),
+        ("pack", one_group(targets=["Embedding"]), "config_groups.targets is ['Embedding']"),
+        ("pack", one_group(input_activations={"dynamic": False}), "input_activations.dynamic is False, allowed: true"),
+        ("pack", one_group(weights={**CHANNELS, "actorder": "group"}), "actorder is 'group', allowed: null"),
+        ("pack", one_group(weights={**CHANNELS, "strategy": "block"}), "strategy is 'block', allowed: tensor"),
+        ("int8", one_group(weights={**CHANNELS, "symmetric": False}), "format is 'int-quantized of type int', allowed"),
         (
-            "int8",
-            {"config_groups": {"0": {"targets": ["Linear"], "weights": {**CHANNELS, "num_bits": 4}}}},
-            "bits is 4, allowed: 8",
+            "fp8",
+            one_group(weights={**CHANNELS, "type": "float", "symmetric": False}),
+            "format is 'float-quantized of type float', allowed",
         ),
         ("pack", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
         ("modelopt", {"kv_cache_quant_algo": "FP8"}, "kv_cache_quant_algo is 'FP8', allowed: null"),
