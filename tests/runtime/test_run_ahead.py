@@ -777,3 +777,18 @@ def test_sources_lie_where_the_forward_before_leaves_its_results(small: Pair) ->
     _, verified = flight.finish()
     np.testing.assert_array_equal(results[1:4], verified.token)
     np.testing.assert_array_equal(results[129:132], verified.next_ids)
+
+
+def test_plain_torch_looks_at_every_page_that_a_pass_may_move_to(small: Pair) -> None:
+    """The host says how many pages a row has, and knows no more than how far the pass moves at most."""
+    backend = TorchEngine(small.ours.folder, small.ours.info, RecordingDevice(), kernels=False, ahead=True, pages=40)
+    cache = backend.open(1)
+    for start, pages in ((PAGE - 6, 1), (PAGE - 5, 2)):
+        assert cache.reserve(0, 0, 2 * PAGE)
+        verify = causal("verify", [300, 301, 302], start, predict_all=True)
+        draft = Following(bidirectional("draft", [0, 5, 5], start, 0.0), "accepted")
+        flight = cache.follow(cache.launch([verify], [0]), [draft], [0], [0])
+        assert flight is not None
+        views = flight.step.sides[flight.turn].views
+        assert views is not None
+        assert views[0].pages == pages
