@@ -50,9 +50,12 @@ class Decoding(Body):
         try:
             yield
         except RequestError as error:
-            spelled = self.spelled()
-            message = re.sub(r"\w+", lambda word: spelled.get(word[0], word[0]), str(error))
-            raise type(error)(message) from None
+            raise type(error)(self.reworded(error)) from None
+
+    def reworded(self, error: RequestError) -> str:
+        """A refusal from inside, by the fields that the client sent."""
+        spelled = self.spelled()
+        return re.sub(r"\w+", lambda word: spelled.get(word[0], word[0]), str(error))
 
 
 class Streamed(Decoding):
@@ -211,17 +214,12 @@ class Completion(Generating):
             return [ids]
         return [item for item in self.prompt if not isinstance(item, int)]
 
-    @contextlib.contextmanager
-    def own_words(self) -> Iterator[None]:
-        """See `Decoding.own_words`; of several prompts the wrong one is named as the field that it is."""
-        with super().own_words():
-            try:
-                yield
-            except RequestError as error:
-                if error.place is None or _prompt_kind(self.prompt) not in ("texts", "lists"):
-                    raise
-                named = f"prompt.{error.place // (self.n or 1)}"
-                raise type(error)(re.sub(r"^(the )?prompt\b", named, str(error))) from None
+    def reworded(self, error: RequestError) -> str:
+        """See `Decoding.reworded`; of several prompts the wrong one is named as the field that it is."""
+        message = super().reworded(error)
+        if error.place is None or _prompt_kind(self.prompt) not in ("texts", "lists"):
+            return message
+        return re.sub(r"^(the )?prompt\b", f"prompt.{error.place // (self.n or 1)}", message)
 
     def options(self) -> dict[str, Any]:
         """See `Generating.options`. Raises RequestError."""

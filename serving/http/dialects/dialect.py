@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from ....errors import RequestError
@@ -41,14 +40,9 @@ class DialectBody(Decoding):
         """The conversation, the only prompt. Raises RequestError."""
         return [self.turns()]
 
-    @contextlib.contextmanager
-    def own_words(self) -> Iterator[None]:
-        """See `Decoding.own_words`; the runtime's messages have other places than the client's."""
-        with super().own_words():
-            try:
-                yield
-            except RequestError as error:
-                raise type(error)(re.sub(r"^messages\.\d+\.content\b", "a message", str(error))) from None
+    def reworded(self, error: RequestError) -> str:
+        """See `Decoding.reworded`; the runtime's messages have other places than the client's."""
+        return re.sub(r"^messages\.\d+\.content\b", "a message", super().reworded(error))
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
