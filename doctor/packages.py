@@ -83,7 +83,7 @@ def _needed_here(texts: list[str]) -> list[Requirement]:
 
 
 def _local(extra: str) -> str:
-    return install(f".[{extra}]") if extra else "pip install ."
+    return install(f".[{extra}]" if extra else ".")
 
 
 def version(name: str) -> str | None:
