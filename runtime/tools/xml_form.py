@@ -9,7 +9,7 @@ from typing import Any
 from ..text.messages import CALL_CLOSE
 from .definition import json_type
 from .json_form import ObjectScan
-from .reader import CallReader, may_begin
+from .reader import CallReader, may_begin, partial_end
 
 FUNCTION = "<function="
 PARAMETER = "<parameter="
@@ -21,7 +21,8 @@ _STEP = re.compile("<parameter=|</function>|</tool_call>")
 _KEY = re.compile("([^<>\n]*)>")
 _MARK = re.compile("</parameter>|(?<=\n)<parameter=|</function>|</tool_call>")  # what may end a value
 _LONGEST_MARK = 12
-_LAST = re.compile(r"(?:</function>\s*(?:</tool_call>\s*)?|</tool_call>\s*)\Z")  # an end without the value's own
+_BEGUN = "|".join(CALL_CLOSE[:n] for n in range(len(CALL_CLOSE), 0, -1))
+_LAST = re.compile(rf"(?:</function>\s*(?:(?:{_BEGUN})\s*)?|</tool_call>\s*)\Z")  # an end without the value's own
 _HELD = re.compile(r"(?:</function>\s*)?(?:</tool_call>\s*)?(?:<[/a-z_=]{0,11})?\Z")
 _PYTHON = {"True": True, "False": False, "None": None}
 _LONGEST_NAME = 1000
@@ -33,7 +34,7 @@ class XmlReader(CallReader):
     A value that can only be text comes as it grows, any other once it is complete. The line ends around a value belong
     to the tags. A value may spell a closing tag: inside of quotation marks of JSON, and in text where nothing follows
     that stands between values. One without its closing tag ends before an argument that is still missing, or with the
-    call.
+    call; of one that is cut within such a tag nothing of that is left.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -133,14 +134,14 @@ class XmlReader(CallReader):
                 self._doubtful = mark.start()
             self._looked = mark.end()
         if final:
-            last = _LAST.search(self.unread)
-            if last is None:
-                return len(self.unread), False
-            return last.start() if self._doubtful is None else self._doubtful, True
-        if not self._plain:  # which comes as a whole
+            if last := _LAST.search(self.unread):
+                return last.start() if self._doubtful is None else self._doubtful, True
+            begun = max(partial_end(self.unread, tag) for tag in (END_PARAMETER, END_FUNCTION, CALL_CLOSE))
+            open_at = len(self.unread) - begun
+        elif not self._plain:  # which comes as a whole
             self._looked = mark.start() if mark else max(self._looked, len(self.unread) - _LONGEST_MARK)
             return 0, False
-        if self._doubtful is not None:
+        elif self._doubtful is not None:
             open_at = self._doubtful
         elif mark is not None:
             open_at = mark.start()

@@ -185,6 +185,21 @@ def test_an_answer_cut_within_a_closing_mark_shows_nothing_of_it(written: str) -
         assert joined(form, [text]) == joined(form, list(text)) == ("", like, [("f", "{}")])
 
 
+def test_arguments_of_an_answer_that_was_cut_begin_those_of_the_whole_one() -> None:
+    form = format_of("xml", F)
+    written = xml("f", text="a <b> </c\n\n", count="12", other="x")
+    ((_, whole),) = joined(form, [written])[2]
+    for end in range(written.index("</c\n"), len(written) + 1):
+        text = written[:end]
+        ((_, begun),) = joined(form, [text])[2]
+        assert whole.startswith(begun), text
+        assert joined(form, list(text))[2] == [("f", begun)]
+    for tags in ("</parameter>", "</function>", "\n</function>\n</tool_call>"):
+        for left in range(1, len(tags)):
+            text = f"<tool_call>\n<function=f>\n<parameter=text>\na{tags[:-left]}"
+            assert joined(form, [text])[2][0][1].removesuffix('"}') == '{"text": "a', text
+
+
 PARTS = st.sampled_from(
     ["<tool_call>", "</tool_call>", "<function=", "f", ">", "\n", "<parameter=", "text", "count", "</parameter>", "1",
      "<tool_call>\n<function=f>\n<parameter=text>\n", "<parameter=list>\n", "a>b",
