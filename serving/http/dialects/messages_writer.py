@@ -89,7 +89,6 @@ class _Blocks:
             yield self._delta({"type": "signature_delta", "signature": ""})
         if self._open is not None:
             yield {"type": "content_block_stop", "index": self._count - 1}
-        self._open = None
 
     def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from self.close()
