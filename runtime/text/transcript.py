@@ -56,14 +56,17 @@ class Transcript:
         return self._cut is not None
 
     def push(self, ids: Sequence[int], final: bool) -> str:
-        """New text that is safe to show; all ids so far are given, and `final` releases what was held back."""
+        """New text that is safe to show; all ids so far are given, and `final` releases what was held back.
+
+        It is final where `reaches_stop` has said so.
+        """
         self._take(ids)
         if final:
             text = self.text(ids)
             safe, new = len(text), text[self._sent :]
             self.handed_out = len(ids)
         else:
-            safe = self._safe() if self._cut is None else self._cut
+            safe = self._safe()
             new = self._text[self._sent : safe]
         self._sent = max(self._sent, safe)
         while self.handed_out < len(self._ends) and self._ends[self.handed_out] <= self._sent:

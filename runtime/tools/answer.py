@@ -130,9 +130,6 @@ class AnswerParser:
         if not final:
             safe -= partial_end(self._held, self._opens)
             safe = len(self._held[:safe].rstrip())
-        elif self._trims and not self._held.strip():
-            safe = 0
-            self._held = ""
         if not safe:
             return None
         content, self._held = self._held[:safe], self._held[safe:]

@@ -419,6 +419,7 @@ def test_wrong_options_in_python(
         ),
         pytest.param([{"role": "user"}], "malformed; allowed: role", id="no content"),
         pytest.param([{"content": "x"}], "malformed; allowed: role", id="no role"),
+        pytest.param([{"role": "user", "content": 5}], "malformed; allowed: role", id="content"),
         pytest.param([{"role": "robot", "content": "x" * 9000}], "message {'role': 'robot', 'content': 'x", id="long"),
         pytest.param([{"role": "user", "content": "x", "a": DEEP}], "a message is nested too deeply; give", id="deep"),
     ],

@@ -98,6 +98,7 @@ def test_streamed_text_is_the_text_and_is_never_taken_back(codec: TextCodec, tex
     shown += transcript.push(used, final=True)
     cut = min([text.find(s) for s in stop if s in text], default=len(text))
     assert shown == transcript.text(used) == text[:cut]
+    assert transcript.handed_out == len(used)
 
 
 def test_a_stop_before_the_first_byte_of_a_character_is_seen_at_once(tmp_path: Path) -> None:
