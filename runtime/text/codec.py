@@ -210,9 +210,12 @@ class TextCodec:
         if not text.endswith("\ufffd"):
             return text
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(b"".join(map(self.token_bytes, self.visible(ids)[-_LONGEST_CHARACTER:])))
+        visible = self.visible(ids)
+        decoder.decode(b"".join(map(self.token_bytes, visible[-_LONGEST_CHARACTER:])))
         begun = len(decoder.getstate()[0])
-        return text[: len(text) - (min(begun, 1) if self._byte_level else begun)]
+        if not self._byte_level:  # each byte is a token, and one too few spoils whole characters that stand before it
+            return self.decode(visible[: len(visible) - begun])
+        return text[: len(text) - min(begun, 1)]
 
     def piece(self, token: int) -> str:
         """One token as text, for displays."""

@@ -165,7 +165,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Handle paths and methods that do not exist, and a body that is too large or cannot be read."""
     assert isinstance(error, HTTPException)
     status, path = error.status_code, request.url.path
-    if status == 400 and error.detail == _UNREADABLE:
+    if error.detail == _UNREADABLE:
         return error_response(
             400,
             error_body(

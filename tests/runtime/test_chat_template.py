@@ -188,6 +188,11 @@ def test_json_in_ascii_of_a_special_token_is_text(tmp_path: Path) -> None:
     assert ids == [1, *codec.encode(json.dumps(content))]
 
 
+def test_a_template_may_name_further_tokens_of_its_config(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "{{ image_token }}{{ bos_token }}", extra_special_tokens={"image_token": "<image>"})
+    assert TextCodec(folder)._template.render([], False) == "<image><s>"
+
+
 def test_special_tokens_in_other_fields_of_a_message_are_text(tmp_path: Path) -> None:
     codec = TextCodec(checkpoint(tmp_path, "{{ messages[0].name }}{{ messages[0].calls[0].x }}"))
     message: Any = {"role": "user", "content": "", "name": "<s>", "calls": [{"x": "</s>"}]}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins.chats import chat_ids
@@ -373,9 +374,15 @@ def test_a_long_text_is_encoded_as_a_short_one_is_and_lets_other_threads_run(eng
 
 
 @pytest.mark.parametrize("end", ["é", "日", "😀", "x\ufffd"])
-def test_a_text_that_ends_inside_of_a_character_ends_before_it(end: str) -> None:
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_a_text_that_ends_inside_of_a_character_ends_before_it(tmp_path: Path, byte_level: bool, end: str) -> None:
     """Where an answer is cancelled or has its number of tokens; what the model says of that kind itself stays."""
-    codec = TextCodec(TINY_CHAT)
+    if not byte_level:  # but with tokens of single bytes, as SentencePiece has them
+        vocab = {name: i for i, name in enumerate(["<unk>", "a", "x", *(f"<0x{byte:02X}>" for byte in range(256))])}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+        tokenizer.decoder = tokenizers.decoders.ByteFallback()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(TINY_CHAT if byte_level else tmp_path)
     ids = codec.encode_plain(f"a\ufffd{end}")
     whole = codec.encode_plain(f"a\ufffd{end[:-1]}")
     for cut in range(len(whole), len(ids) + 1):

@@ -119,6 +119,7 @@ WRITTEN = [
     ("json", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}, "id": 1}</tool_call>', "", [("f", '{"a": "</tool_call>"}')]),  # noqa: E501
     ("json", '<tool_call>\n{"name": "f"}\n</tool_call>', "", [("f", "{}")]),
     ("json", '<tool_call>\n{"name": "f", "arguments": {}\n</tool_call>', "", [("f", "{}")]),
+    ("json", '<tool_call>\n{"name": "f", "arguments": {}\n, "id', "", [("f", "{}")]),
     ("json", '<tool_call>\n{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
     ("json", "<tool_call>\nnothing</tool_call>", "<tool_call>\nnothing</tool_call>", []),
     ("json", '<tool_call>\n{"name": 5}\n</tool_call>', '<tool_call>\n{"name": 5}\n</tool_call>', []),
@@ -523,9 +524,13 @@ def test_strict_calls_of_mistral_begin_with_their_marks(engines: Engines, specia
     grammar = prepare(engine, QUESTION, make_options({"tools": [strict, CLOCK]})).settings.grammar
     assert grammar is not None
     marks = engine.text.special_tokens
-    for city, allowed in (("Rome", True), ("a city of many letters", False)):
+    for name, arguments, allowed in (
+        ("weather", '{"city": "Rome", "days": 2}', True),
+        ("weather", '{"city": "a city of many letters", "days": 2}', False),
+        ("clock", '{"of": "any thing"}', True),  # which is held to nothing
+    ):
         matcher = grammar.matcher()
-        said = ["Well, ", "[TOOL_CALLS]", "weather", "[ARGS]", f'{{"city": "{city}", "days": 2}}']
+        said = ["Well, ", "[TOOL_CALLS]", name, "[ARGS]", arguments]
         for text in said:
             for token in [marks[text]] if text in marks else engine.text.encode_plain(text):
                 matcher.push(token)

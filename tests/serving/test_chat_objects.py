@@ -25,7 +25,8 @@ from nemodiff.serving.http.body import Chat, Completion, Decoding
 from nemodiff.serving.http.body_parts import StreamOptions
 from nemodiff.serving.http.dialects.messages_body import Messages
 from nemodiff.serving.http.dialects.responses_body import Responses
-from nemodiff.serving.http.responses import ResponseBuilder
+from nemodiff.serving.http.handlers import _choices
+from nemodiff.serving.http.responses import ResponseBuilder, finish_reason
 
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
 PROMPT = [128, 129]
@@ -261,8 +262,8 @@ def test_a_chat_is_streamed_in_chunks(codec: TextCodec, continuous: bool) -> Non
 
 def test_completions_are_streamed_in_chunks(codec: TextCodec) -> None:
     ids = codec.encode("Hi")
-    answer = generation(codec, "Hi", token_ids=ids)
-    made = builder(codec, "completion", 2, answers=2, echoes=["P"] * 2)
+    answer = generation(codec, "Hi", token_ids=ids, prompt_logprobs=[None, *scored(PROMPT)[1:]])
+    made = builder(codec, "completion", 2, answers=2, echoes=["P"] * 2, prompt_logprobs=True)
     happened: list[tuple[int, Event]] = []
     for index in (1, 0):
         content = text(ids, [Delta("content", "Hi")])
@@ -271,9 +272,18 @@ def test_completions_are_streamed_in_chunks(codec: TextCodec) -> None:
 
     def chunk(index: int, said: str, reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "finish_reason": reason, "text": said, "logprobs": None}
-        return {**head("cmpl", "text_completion"), "choices": [choice]}
+        more = {"prompt_logprobs": of_prompt(codec)} if reason else {}
+        return {**head("cmpl", "text_completion"), "choices": [choice | more]}
 
     assert told == [chunk(i, *end) for i in (1, 0) for end in (("P",), ("Hi",), ("", "stop"))]
+
+
+def test_further_answers_have_further_seeds() -> None:
+    """Up to the largest, after which comes 0."""
+    last = 2**64 - 1
+    seeds = [(prompt, options["seed"]) for prompt, options in _choices(["a", "b"], {"seed": last}, 3)]
+    assert seeds == [(prompt, seed) for prompt in "ab" for seed in (last, 0, 1)]
+    assert _choices(["a"], {}, 2) == [("a", {})] * 2
 
 
 def test_a_filled_hole_is_a_completion_and_a_message(codec: TextCodec) -> None:
@@ -284,6 +294,24 @@ def test_a_filled_hole_is_a_completion_and_a_message(codec: TextCodec) -> None:
         expected = {**head("cmpl", "text_completion"), "choices": [choice], "usage": {"n": 1}}
         assert made.infill("b", {"n": 1}, [], stream=stream) == expected
         assert made.infill("b", {"n": 1}, ["w"], stream=stream) == expected | {"warnings": ["w"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason", "stop", "told"),
+    [
+        (["{}"], "stop", None, "tool_calls"),
+        (["{}", '{"a'], "stop", None, "tool_calls"),  # which the model has ended itself
+        (["{}", '{"a'], "stop", "x", "stop"),
+        (['{"a', "{}"], "stop", "x", "tool_calls"),
+        (["{}"], "length", None, "length"),
+        ([], "stop", "x", "stop"),
+    ],
+)
+def test_an_answer_ends_for_its_calls(
+    codec: TextCodec, arguments: list[str], reason: str, stop: str | None, told: str
+) -> None:
+    calls = [ToolCall("f", text) for text in arguments]
+    assert finish_reason(generation(codec, "", tool_calls=calls, finish_reason=reason, stop_text=stop)) == told
 
 
 @pytest.mark.parametrize(

@@ -435,6 +435,7 @@ def test_openai_s_fields_are_options() -> None:
     none = options(reasoning={"effort": "none"})
     assert (none["thinking"], none["chat_template_kwargs"]) == (False, {"reasoning_effort": "none"})
     assert options(tool_choice={"type": "function", "name": "clock", "namespace": "eu"})["tool_choice"] == "eu.clock"
+    assert options(text={"format": {"type": "json_object"}})["json_schema"] == {"type": "object"}
     include = ["message.output_text.logprobs", "reasoning.encrypted_content"]
     assert options(include=include)["logprobs"] == 0
     assert options(include=include, top_logprobs=3)["logprobs"] == 3

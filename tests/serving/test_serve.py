@@ -454,7 +454,7 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
         ),
         ("/tokenize", {}, "messages or prompt"),
         ("/tokenize", {"prompt": "\ud800"}, "prompt: not UTF-8"),
-        ("/detokenize", {"tokens": [891]}, "token id 891, allowed: 0 to 890"),
+        ("/detokenize", {"tokens": [5, 891]}, "token id 891, allowed: 0 to 890"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/v1/fim/completions", {"prompt": "x", "method": "block"}, "length"),
         ("/v1/fim/completions", {"prompt": "x", "suffix": "y", "length": 99}, "allowed: 1 to 64"),
