@@ -6,6 +6,7 @@ query sees, so a page that is shared, copied or given away wrongly changes an an
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import gc
@@ -21,13 +22,13 @@ import pytest
 from conftest import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_ins.toy_engine import PagedToyEngine, toy
+from stand_ins.toy_engine import PagedToyCache, PagedToyEngine, ToyFlight, toy
 
 import nemodiff
 from nemodiff.contract import MODES, PAGE
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.pages import Copy, Pages
-from nemodiff.runtime.engines.passes import causal
+from nemodiff.runtime.engines.passes import Pass, causal
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options
@@ -272,6 +273,30 @@ def test_the_youngest_gives_its_pages_up_and_goes_on_later(
         assert sequence.tokens == nemodiff.generate(dense, prompt, **options).token_ids
     batch.close()
     assert batch.counts.padding == 0
+
+
+def test_prompts_and_what_is_computed_again_keep_to_the_budget(
+    real: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = collections.Counter[int]()
+    launch = PagedToyCache.launch
+
+    def noted(cache: PagedToyCache, passes: list[Pass], rows: list[int]) -> ToyFlight:
+        sizes[sum(each.ids.size for each in passes if each.kind == "prefill")] += 1
+        return launch(cache, passes, rows)
+
+    monkeypatch.setattr(PagedToyCache, "launch", noted)
+    engine = paged(real, 7)
+    batch = Batch(engine.backend, 3, prefill_tokens=100)
+    for n in range(3):
+        prompt = [130 + n + i for i in range(60)]
+        batch.add(prepare(engine, prompt, Options("ar", 150, min_tokens=150, prefill_chunk=100)))
+    while len(batch):
+        list(batch.step())
+    batch.close()
+    assert batch.counts.preempted > 0
+    assert max(sizes) == 100
+    assert sizes[60] >= 3
 
 
 def test_ar_runs_a_pass_ahead_and_drops_what_comes_after_the_end(

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from stand_ins.toy_engine import toy
+from starlette.datastructures import Headers
 
 import nemodiff
-from nemodiff.serving.http.metrics import ServerMetrics
+from nemodiff.serving.http.metrics import Refusals, ServerMetrics
+from nemodiff.serving.http.request_log import LEFT, Record
 from nemodiff.serving.metrics import METRICS, ServerStats
 
 
@@ -55,6 +57,18 @@ def test_figures_add_up_with_the_statistics_and_the_answers(engine: nemodiff.Loa
     assert samples[name + "_bucket", "+Inf"] == len(lengths)
     assert samples["nemodiff_time_to_first_token_seconds_count",] == len(answers)
     assert 0 < samples["nemodiff_cache_usage_ratio",] < 1  # the kept prefixes
+
+
+def test_errors_of_what_needs_a_key_are_refusals() -> None:
+    refusals = Refusals()
+    before = dict(refusals.by_status)
+    for path, status in (
+        ("/v1/completions", 200), ("/v1/completions", 399), ("/v1/completions", LEFT), ("/health", 503), ("/", 404),
+        ("/v1/completions", 400), ("", 431), ("/v1/messages", 418),
+    ):  # fmt: skip
+        refusals(Record("1", "POST", path, Headers(), 0.0, status=status))
+    assert refusals.by_status == before | {400: 1, 431: 1, 418: 1}
+    assert set(before.values()) == {0}
 
 
 def test_openmetrics_is_given_to_who_asks_for_it(engine: nemodiff.LoadedEngine) -> None:

@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import eventually
+from stand_ins.checkpoints import TINY_CHAT
 from stand_ins.triton_backend import Request, TritonError, _Metric, module
 
 import nemodiff
+from nemodiff.runtime.events.events import Finished
+from nemodiff.runtime.requests.token_logprobs import TokenLogprobs
+from nemodiff.runtime.text.codec import TextCodec
 from nemodiff.serving.triton_server.model import TritonPythonModel
+from nemodiff.serving.triton_server.response_writer import ResponseWriter
 
 QUESTION = "Show the times table of 7 up to 5."
 
@@ -125,6 +130,83 @@ def test_log_probabilities_are_told_in_the_forms_of_both_backends(
         assert {int(id) for id in one} == {token, *(id for id, _ in expected.top)}
     (plain,) = ask(started(), max_tokens=5)
     assert not {"logprobs", "cumulative_logprob", "output_log_probs", "cum_log_probs"} & plain.keys()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_last_response_has_every_output(batched: bool) -> None:
+    codec = TextCodec(TINY_CHAT)
+    one = TokenLogprobs(-0.5, [(130, -0.25)], 2)
+    values: dict[str, Any] = {
+        "text": "a", "token_ids": [131], "prompt_tokens": 9, "reused_tokens": 4, "finish_reason": "stop", "mode": "ar",
+        "block_length": 32, "threshold": 0.9, "nfe": {"prefill": 1}, "decode_tpf": 2.0, "e2e_tpf": 1.0,
+        "acceptance": nemodiff.Acceptance(3.0, [3], [4]), "adapter_tokens": 0, "timings_ms": {},
+    }  # fmt: skip
+    asked = {
+        "logprobs": [one, one], "token_ids": [131, 132], "prompt_logprobs": [None, one], "warnings": ["v", "w"],
+        "image_tokens": [3, 4],
+    }  # fmt: skip
+    spelled = {"logprob": -0.5, "rank": 2}, {"130": {"logprob": -0.25, "rank": 1, "decoded_token": codec.piece(130)}}
+    always = {
+        "text_output": ["a"],
+        "finish_reason": ["stop"],
+        "num_input_tokens": [9],
+        "num_output_tokens": [1],
+        "num_reused_tokens": [4],
+        "nfe": ['{"prefill": 1}'],
+        "tokens_per_pass": [2.0],
+        "acceptance_length": [3.0],
+        "time_to_first_token_ms": [5.0],
+        "inter_token_latency_ms": [6.0],
+    }
+    for more, told in (
+        ({}, {}),
+        (
+            asked,
+            {
+                "num_output_tokens": [2],
+                "num_image_tokens": [7],
+                "output_log_probs": [-0.5, -0.5],
+                "cum_log_probs": [-1.0],
+                "cumulative_logprob": [-1.0],
+                "logprobs": [
+                    json.dumps(
+                        [
+                            {id: spelled[0] | {"decoded_token": codec.piece(int(id))}} | spelled[1]
+                            for id in ("131", "132")
+                        ]
+                    )
+                ],
+                "prompt_log_probs": [-0.5],
+                "warnings": ["v", "w"],
+            },
+        ),
+    ):
+        request = Request({})
+        writer = ResponseWriter(module(), "m", codec, batched)
+        writer.send_final(request, "a", Finished(0, 0.0, nemodiff.Generation(**(values | more)), 5.0, 6.0, 7.0))
+        (response,) = request.responses()
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors}
+        assert {name: array.reshape(-1).tolist() for name, array in arrays.items()} == always | told
+        assert {array.shape[:-1] for array in arrays.values()} == {(1,) if batched else ()}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status", "message"),
+    [
+        (nemodiff.RequestError("no"), TritonError.INVALID_ARG, 400, "no"),
+        (nemodiff.BusyError("later"), TritonError.UNAVAILABLE, 503, "later"),
+        (nemodiff.EngineError("gone"), TritonError.INTERNAL, 500, "gone"),
+        (ZeroDivisionError("secret"), TritonError.INTERNAL, 500, "the request failed inside the model; the server's"),
+    ],
+)
+def test_an_error_has_its_code_and_is_counted(error: Exception, kind: str, status: int, message: str) -> None:
+    request = Request({})
+    writer = ResponseWriter(module(), "m", TextCodec(TINY_CHAT), False)
+    writer.send_error(request, error)
+    (response,) = request.responses()
+    assert response.error is not None
+    assert (response.error.kind, writer.refused) == (kind, {400: 0, 500: 0, 503: 0} | {status: 1})
+    assert str(response.error).startswith(message)
 
 
 def test_what_is_refused_is_counted_by_its_reason(started: Callable[..., TritonPythonModel]) -> None:
