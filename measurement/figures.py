@@ -40,7 +40,7 @@ class Percentiles:
         if not seconds:
             return None
         ordered = sorted(1e3 * value for value in seconds)
-        p99 = ordered[min(len(ordered) - 1, round(0.99 * (len(ordered) - 1)))]
+        p99 = ordered[round(0.99 * (len(ordered) - 1))]
         return cls(statistics.fmean(ordered), statistics.median(ordered), p99, ordered[-1])
 
 

@@ -63,7 +63,12 @@ def test_figures_are_what_they_are_called() -> None:
     assert got.passes == {"prefill": 4, "draft": 8, "verify": 8}
     assert got.peak_memory_bytes == {"process": 9, "gpu": None}
     assert got.different_from_ar == 1
-    assert figures("pp3", 1, rounds, ar).throughput.rounds == [3.0, 1.5]
+    assert got.output_tokens == 10
+    prompt = figures("pp3", 1, rounds, ar)
+    assert (prompt.throughput.rounds, prompt.tokens_per_pass, prompt.different_from_ar) == ([3.0, 1.5], None, None)
+    alone = figures("ar", 1, [Round(2.0, [two, two], memory), Round(2.0, [one, two], memory)], None)
+    assert (alone.output_tokens, alone.different_from_ar) == (10, None)  # of the last round
+    assert Percentiles.of([n / 1e3 for n in range(300)]) == Percentiles(149.5, 149.5, 296.0, 299.0)
     slower = figures("linear_spec", 2, [Round(4.0, [one, two], memory), Round(4.0, [one, two], memory)], ar)
     assert ratios(got, slower).rounds == [2.0, 1.0]
 

@@ -283,6 +283,7 @@ def test_further_answers_have_further_seeds() -> None:
     last = 2**64 - 1
     seeds = [(prompt, options["seed"]) for prompt, options in _choices(["a", "b"], {"seed": last}, 3)]
     assert seeds == [(prompt, seed) for prompt in "ab" for seed in (last, 0, 1)]
+    assert _choices(["a"], {"seed": 2**63}, 2)[1] == ("a", {"seed": 2**63 + 1})
     assert _choices(["a"], {}, 2) == [("a", {})] * 2
 
 
