@@ -225,9 +225,10 @@ def test_a_model_is_described_by_each_of_its_names(server: Served) -> None:
 )
 def test_curl_without_a_content_type_is_told_the_header(server: Served, flags: list[str], got: str) -> None:
     body = json.dumps({"messages": [QUESTION], "max_tokens": 4})
-    command = ["curl", "-s", server.url + CHAT, "-d", body]
-    answer = subprocess.run([*command, *flags], capture_output=True, text=True, check=True).stdout
-    message = json.loads(answer)["error"]["message"]
+    command = ["curl", "-s", "-w", "%{stderr}%{http_code}", server.url + CHAT, "-d", body]
+    refused = subprocess.run([*command, *flags], capture_output=True, text=True, check=True)
+    assert refused.stderr == "400"
+    message = json.loads(refused.stdout)["error"]["message"]
     assert message.startswith(f"the header Content-Type {got}, allowed: application/json; ")
     remedy = message.partition("with curl: -H ")[2].strip("'")
     answer = subprocess.run([*command, "-H", remedy], capture_output=True, text=True, check=True).stdout
