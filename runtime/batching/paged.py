@@ -168,8 +168,7 @@ class PagedRows(Rows):
     def _judge(self, running: Running) -> None:
         """Find out which passes begun ahead serve, now that the one before has ended and the loops have gone on."""
         running.serves = [
-            each.before is None
-            or (not each.slot.ended and each.following.serves(self._given[each.before], each.slot.next_pass))
+            each.before is None or each.following.serves(self._given[each.before], each.slot.next_pass)
             for each in running.work
         ]
 
