@@ -44,7 +44,7 @@ def written(seed: int, most: int) -> dict[str, Any]:
         for number in rng.permutation(heads)[: rng.integers(4)].tolist() + ([agree] if rng.random() < 0.8 else []):
             groups[number + 1] = at, block
             at += block
-        stops = rng.choice([2, 7, 5, LOWEST + 1], rng.integers(1, 5), replace=False).tolist()
+        stops = [*range(2, 2 + rng.choice([0, 2, arrange.MOST_STOPS - 1])), LOWEST + int(rng.choice([1, 20]))]
         position = int(rng.integers(40 * PAGE - size - heads))
         fields = Known(first, size, block, row, position, heads, begin, apart + begin, 2 * apart + begin)
         known.append(packed(fields, stops, groups))
@@ -64,6 +64,7 @@ def written(seed: int, most: int) -> dict[str, Any]:
 NAMES = ("ids", "pos", "slot", "visible", "adapter")
 
 
+@example(0, 65)  # the last of as many stop ids as there may be
 @example(13, 65)  # one token is left
 @settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([5, 40, 64, 65, 300]))
