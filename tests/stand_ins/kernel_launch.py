@@ -74,6 +74,40 @@ if INTERPRETED and importlib.util.find_spec("triton"):
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
+    # What a kernel reads or writes beside its arguments is memory of something else, where the interpreter mostly finds
+    # something harmless. On a GPU it may be anything, or nobody's.
+    held = np.zeros((2, 0), np.uint64)  # where the arguments of the launch begin, in order, and where they end
+    arguments_of = interpreter.GridExecutor._init_args_hst
+    load, store = (getattr(interpreter.InterpreterBuilder, f"create_masked_{what}") for what in ("load", "store"))
+
+    def noted_arguments(self: Any, args: Any, named: Any) -> Any:
+        global held
+        given = arguments_of(self, args, named)
+        tensors = [t for t in (*given[0], *given[1].values()) if isinstance(t, torch.Tensor)]
+        places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
+        held = np.maximum.accumulate(np.array(places, np.uint64).reshape(-1, 2)).T
+        return given
+
+    def check_inside(pointers: Any, mask: Any) -> None:
+        at = pointers.data[mask.data]
+        begins, ends = held
+        argument = np.searchsorted(begins, at, "right") - 1
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        assert (argument >= 0).all(), "outside of all arguments"
+        assert (at + np.uint64(size) <= ends[argument]).all(), "outside of all arguments"
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check_inside(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check_inside(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    interpreter.GridExecutor._init_args_hst = noted_arguments
+    interpreter.InterpreterBuilder.create_masked_load = checked_load
+    interpreter.InterpreterBuilder.create_masked_store = checked_store
+
 
 @pytest.fixture
 def bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
