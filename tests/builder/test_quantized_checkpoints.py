@@ -190,7 +190,7 @@ def change_config(folder: Path, **changes: Any) -> None:
         ("gptq", {"bits": 4.0}, "bits is 4.0, allowed: 4 or 8"),
         ("gptq", {"quant_method": ["gptq"]}, "quant_method is ['gptq'], allowed: gptq, awq"),
         ("gptq", {"group_size": 48}, "group_size is 48, allowed: a multiple of 32"),
-        ("gptq", {"group_size": 64}, "allowed: "),
+        ("gptq", {"group_size": 128}, " inputs, allowed: multiples of the group of 128"),
         ("awq", {"version": "gemv"}, "version is 'gemv', allowed: gemm"),
         ("awq", {"zero_point": False}, "zero_point is False"),
         ("pack", {"format": "marlin-24"}, "format is 'marlin-24 of type int'"),
@@ -230,7 +230,17 @@ def test_refused_configs(form: str, changes: dict[str, Any], fragment: str, tmp_
         ("gptq", lambda t, p: t.update({f"{p}.scales": t[f"{p}.scales"][:1]}), "scales is float16 [1, 64]"),
         ("gptq", lambda t, p: t.update({f"{p}.extra": t[f"{p}.scales"]}), "extra is there"),
         ("gptq", lambda t, p: t.update({f"{p}.g_idx": t[f"{p}.g_idx"][::-1].copy()}), "g_idx reorders the inputs"),
+        (  # of one that is joined with another
+            "gptq",
+            lambda t, p: t.update({(name := f"{p}.g_idx".replace("down", "up")): t[name][::-1].copy()}),
+            "up_proj.g_idx reorders the inputs",
+        ),
         ("pack", lambda t, p: t.update({f"{p}.bias": t[f"{p}.weight_scale"]}), "bias is there"),
+        (
+            "pack",
+            lambda t, p: t.update({f"{p}.weight_scale": t[f"{p}.weight_scale"][:1, :1].copy()}),
+            "[1, 1], allowed",
+        ),
         ("fp8", lambda t, p: t.update({f"{p}.weight_scale": t[f"{p}.weight_scale"] * np.float32("nan")}), "nan"),
     ],
 )

@@ -121,6 +121,9 @@ def test_adapter_from_elsewhere_makes_the_same_engine(checkpoint: Path, tmp_path
 def test_chosen_adapter_takes_the_place_of_the_checkpoints_own(checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", dtype="f32")
     write_adapter(other, rank=2, alpha=6, strength=0.5)
+    (other / "linear_spec_lora" / "training_args.bin").write_bytes(
+        b"\x80\x04"
+    )  # trainers leave it, and it is no weight
     builder = Builder(checkpoint, tmp_path / "engine", adapter=other / "linear_spec_lora")
     assert (builder.plan().adapter_rank, builder.checkpoint.adapter.scale) == (2, 3.0)  # type: ignore[union-attr]
 
