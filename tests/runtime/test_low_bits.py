@@ -18,6 +18,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint import weights as weights_module
 from nemodiff.errors import CheckpointError
 from nemodiff.runtime.engines.onnxruntime import engine as engine_module
+from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.loading import LoadedEngine
 
 KINDS = ("int8", "int4")
@@ -57,6 +58,22 @@ def test_stored_weights_are_the_nearest(kind: str, dtype: str, tmp_path: Path, m
         over = np.abs(values - exact) / np.abs(step)
         assert over.max() <= (0.5001 if got.dtype == np.int8 else 1.25)  # int4 may end before its largest weights
         assert np.mean(over) < 0.26
+
+
+def test_a_tokens_inputs_are_rounded_to_127_steps(tmp_path: Path) -> None:
+    """Of its largest magnitude: the first layer's values are what the stored numbers make of such inputs."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype="f32", **WIDE)
+    engine = nemodiff.load(Builder(checkpoint, tmp_path / "engine", quantization="int8").run(), threads=1)
+    cache, ids = engine.backend.open(1), [300, 301, 302]
+    cache.forward([causal("prefill", ids, 0)])
+    got = cache.read(0, 0, len(ids))["v_cache_0"].swapaxes(0, 1).reshape(len(ids), -1)  # type: ignore[attr-defined]
+    arrays, qkv = stored(engine.folder), "layers.0.self_attn.qkv_proj.weight"
+    x = arrays["embed_tokens.weight"][ids]
+    x /= np.sqrt((x * x).mean(-1, keepdims=True) + engine.info.model.rms_norm_eps)
+    x *= arrays["layers.0.input_layernorm.weight"]
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    expected = (np.rint(x / step) * step @ arrays[qkv] * arrays[f"{qkv}_scale"])[:, -got.shape[1] :]
+    assert np.abs(got - expected).mean() < 1e-5 * np.abs(expected).mean()
 
 
 def test_a_token_has_the_same_bits_in_every_pass(engine: LoadedEngine) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import Refused
 from safetensors.numpy import load_file
 from stand_ins.checkpoints import TINY_CHAT, write_adapter, write_checkpoint
-from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, short_shares
+from stand_ins.kernel_launch import INTERPRETED, ON_DEVICE, normal, short_shares
 from stand_ins.low_bits import WAYS, dequantised
 
 import nemodiff
@@ -20,6 +21,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.contract import Quantization
 from nemodiff.errors import RequestError
 from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.projections import Projections
 
 pytestmark = pytest.mark.torch
 QUESTION = "Sort these numbers: 41, 7, 93."
@@ -98,6 +100,13 @@ def test_the_kernels_give_the_same_tokens_in_the_engine(
     asked = [(plain, mode), (ours, mode), (ours, "ar")]
     answers = [nemodiff.generate(e, [130, 137, 144], mode=m, **options).token_ids for e, m in asked]  # type: ignore[arg-type]
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_parts_in_different_bits_are_multiplied_apart() -> None:
+    """What a checkpoint has left whole stands beside few bits; no kernel takes the two together."""
+    x, *parts = (torch.from_numpy(normal(seed, rows, 32)) for seed, rows in enumerate((3, 5, 7)))
+    products = Projections(torch.float32, lambda op, *_: pytest.fail(op.name))
+    torch.testing.assert_close(products.in_shares("qkv", x, tuple(parts)), x @ torch.cat(parts).t())
 
 
 def test_ranks_that_would_cut_a_group(tmp_path: Path, refused: Refused) -> None:
