@@ -15,6 +15,7 @@ from nemodiff.config import ModelConfig
 from nemodiff.contract import MAX_BLOCK, PAGE
 from nemodiff.plugins.ops import arrange
 from nemodiff.plugins.ops.arrange import Known, layout, packed, reached
+from nemodiff.runtime.engines.grouping import Arrangement, Grouping
 
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
@@ -75,6 +76,28 @@ def test_the_kernel_does_what_the_reference_says(tiny: ModelConfig, seed: int, m
     _, kernel = launch_tensors(arrange.OP, tiny, **{name: array.copy() for name, array in given.items()})
     for name, wanted in zip(NAMES, expected, strict=True):
         np.testing.assert_array_equal(as_array(kernel[name]), wanted, name)
+
+
+def test_the_host_arranges_what_the_device_does() -> None:
+    """Where it does not, the pass is dropped and begun again: slower, with the same tokens."""
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        heads, block, size = int(rng.integers(1, 9)), int(rng.integers(2, 7)), int(rng.integers(arrange.SMALLEST, 40))
+        before = Grouping(heads, {int(n) + 1: block for n in rng.permutation(heads)[: rng.integers(5)]})
+        count, position = before.tokens, int(rng.integers(99))
+        token, stops = rng.integers(LOWEST, LOWEST + 9, count).astype(np.int32), (2, LOWEST + 1)
+        confidence = rng.choice(np.array([0.5, 0.9, 0.99, 1], np.float32), count)
+        accepted = int(rng.integers(heads)) + 1
+        next_ids = np.append(token[0], token[: accepted - 1])
+        next_ids = np.append(next_ids, np.full(count - accepted, LOWEST - 1)).astype(np.int32)
+        known = packed(Known(0, size, block, 0, position, heads, 0, count, 2 * count), stops, before.places)
+        ids, pos, _, visible, adapter = arrange.reference(
+            *(np.zeros((size, *more), np.int32) for more in ((), (), (), (3,), ())),
+            known[None], np.concatenate([token, confidence.view(np.int32), next_ids]), np.zeros((1, 9), np.int32), MASK,
+        )  # fmt: skip
+        got = Arrangement(before, size, block, stops, MASK).after(token, confidence, accepted, position + accepted)
+        for name, wanted in (("ids", ids), ("pos", pos), ("visible", visible), ("adapter", adapter)):
+            np.testing.assert_array_equal(getattr(got, name), wanted, name)
 
 
 def test_passes_of_all_kinds_are_met() -> None:

@@ -178,6 +178,7 @@ def test_head_of_a_best_mask_ties_minus_infinity_and_nan(tiny: ModelConfig, tile
     weight[MASK] = 9  # the best of all, never taken
     weight[[7, 900, 2999]] = 2  # equal bests in different tiles and splits
     check_head(tiny, x, weight, 2.0, tile)
+    check_head(tiny, x, -np.abs(weight), 0.5, tile)  # everything is below 0, so no 0 may stand behind the last tile
     x[0, 2] = np.nan
     check_head(tiny, x, weight, 0.5, tile, keep=True)
     weight[50] = -np.inf

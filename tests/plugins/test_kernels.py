@@ -128,11 +128,14 @@ def test_attention_of_random_intervals(tiny: ModelConfig, data: st.DataObject) -
     assert attend(tiny, visible, slots, (4, 2), 16, "f32", data.draw(st.integers(0, 99))) < 4e-6
 
 
-def test_attention_splits_a_long_cache_and_merges_it(tiny: ModelConfig) -> None:
-    """A split takes LEAST_TILES tiles or more: here one, several and all splits have work."""
+def test_attention_splits_a_long_cache_and_merges_it(tiny: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split takes LEAST_TILES tiles or more: here one, several and all splits have work; and three for two rows."""
     least = block_attention.LEAST_TILES * block_attention.BLOCK_N
     for length in (least - 1, 2 * least + 5, block_attention.SPLITS * least + 70):
         assert attend(tiny, causal(length - 1, 1), length, (2, 1), 16, "f32") < 2e-6
+    monkeypatch.setattr(block_attention, "PROGRAMS", 5)
+    rows = np.concatenate([causal(4 * least - 1, 1), causal(least, 1)])
+    assert attend(tiny, rows, 4 * least, (2, 1), 16, "f32") < 2e-6
 
 
 def test_attention_passes_on_a_visible_nan(tiny: ModelConfig) -> None:

@@ -185,8 +185,8 @@ def quadratic(start: int, heads: int, size: int) -> np.ndarray:
 NOBODY = np.zeros((0, 3), np.int32)
 LAYOUTS = {
     "one token": [chunk(0, 1)],
-    "a page's end": [chunk(63, 1), chunk(64, 1), chunk(62, 3)],
-    "decode": [chunk(700, 1)],
+    "a page's end": [NOBODY, chunk(63, 1), chunk(64, 1), chunk(62, 3)],  # nor any padding
+    "decode": [chunk(703, 1)],  # its last page is whole, and the last of the table
     "prefill": [chunk(0, 90)],
     "chunk": [chunk(190, 65)],
     "block": [block(90, 32)],
@@ -210,7 +210,7 @@ def test_attention_over_pages_sees_what_it_should(tiny: ModelConfig, name: str) 
 def test_attention_over_pages_packs_every_group_and_width(
     tiny: ModelConfig, heads: tuple[int, int], width: int
 ) -> None:
-    assert attend(tiny, Paged.of([chunk(100, 7), block(40, 5)], heads, width, "f32")) < 2e-6
+    assert attend(tiny, Paged.of([chunk(300, 7), block(40, 5)], heads, width, "f32")) < 2e-6
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -374,8 +374,8 @@ def test_rotation_writes_into_pages(
     model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=kv, head_dim=width)
     rng = np.random.default_rng(seed)
     pages = 3
-    slot = rng.permutation(np.arange(pages * PAGE))[:tokens].astype(np.int32)
-    slot[0] = rng.choice([-1, pages * PAGE, slot[0]])
+    slot = rng.permutation(np.arange(1, pages * PAGE))[:tokens].astype(np.int32)
+    slot[0] = rng.choice([-1, 0, pages * PAGE])
     angle = rng.standard_normal((tokens, width // 2), np.float32) * 50
     inputs: dict[str, Any] = {
         "qkv": rng.standard_normal((tokens, (count + 2 * kv) * width), np.float32),
@@ -407,8 +407,8 @@ def test_rotation_writes_into_pages_of_8_bits(
     count, kv = heads
     model = dataclasses.replace(tiny, num_heads=count, num_kv_heads=kv, head_dim=width)
     rng = np.random.default_rng(seed)
-    slot = rng.permutation(np.arange(3 * PAGE))[:tokens].astype(np.int32)
-    slot[0] = rng.choice([-1, 3 * PAGE, slot[0]])
+    slot = rng.permutation(np.arange(1, 3 * PAGE))[:tokens].astype(np.int32)
+    slot[0] = rng.choice([-1, 0, 3 * PAGE])
     angle = rng.standard_normal((tokens, width // 2), np.float32) * 50
     qkv = rng.standard_normal((tokens, (count + 2 * kv) * width), np.float32) * 10.0 ** rng.integers(-3, 3)
     qkv[-1, -width:] = 0

@@ -67,6 +67,9 @@ from nemodiff.runtime.engines.torch.flat import (
     FREE,
     MOST_CAPTURED,
     FlatShape,
+    Source,
+    fill,
+    flat_layouts,
     flat_shape,
     graph_shapes,
     rounded_shape,
@@ -300,6 +303,28 @@ def test_a_rounded_shape_without_a_graph_has_what_fills_it_up(tiny: Pair) -> Non
     assert got.token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("mask", [0, 5])
+def test_nothing_is_left_of_what_a_buffer_held(tiny: Pair, mask: int) -> None:
+    """Shapes share the memory of the host, so it may hold ids that no model has; padding is no mask and sees itself."""
+    backend = torch_backend(tiny.ours)
+    inputs, _ = flat_layouts(FlatShape(16, 8, sampled=True, embedded=True), backend.info)
+    passes = [causal("decode", [7], 0), bidirectional("denoise", [mask] * 3, 1, 0.5)]
+    sources = [Source(None, 0, 0, 0)] * len(passes)
+    filled = []
+    for before in (0, 0x7F):
+        arrays = inputs.views(np.full(inputs.nbytes, before, np.uint8))
+        fill(arrays, passes, [1, 2], backend.pages, mask, sources)
+        # Of these a forward reads what another one says.
+        filled.append({n: a.tolist() for n, a in arrays.items() if n not in ("known", "embeddings")})
+    assert filled[0] == filled[1]
+    padding = range(4, 16)
+    assert filled[0]["ids"] == [7, *[mask] * 3, *[int(mask == 0) for _ in padding]]
+    assert filled[0]["slot"][4:] == list(padding)
+    assert filled[0]["visible"][4:] == [[0, own, own + 1] for own in padding]
+    assert filled[0]["index"][4:] == [15] * 4
+    assert filled[0]["span"][4:] == [[own, own + 1] for own in range(4, 8)]
+
+
 def test_sizes_of_graphs() -> None:
     """Padding is free up to 256 tokens and at most a quarter beyond; a prompt's chunk with masks is not doubled."""
     assert [rounded_tokens(n) for n in (1, 2, 3, 31, 33, 256, 257, 544, 577, 1025)] == [
@@ -400,6 +425,7 @@ def test_nothing_is_captured_after_the_warm_up(small: Pair) -> None:
     warm.warm_up(show)
     graphs = len(device.graphs)
     assert graphs == warm.captured == len(seen) == len(warm.steps.shapes)
+    assert max(shape.tokens for shape in seen) == 640  # a chunk of a prompt with masks, and a block of the other row
     engine = small.with_backend(warm)
     assert engine.cost.curve.sizes == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # known by now
     prompts: list[Any] = [QUESTIONS[0], PROMPT * 13]
