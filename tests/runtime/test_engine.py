@@ -18,6 +18,7 @@ from nemodiff.builder.build import Builder
 from nemodiff.builder.graph.graph import build_graph
 from nemodiff.config import ModelConfig, parse_config
 from nemodiff.contract import MEMORY_PATTERN, PREFILL_CHUNK, inputs, outputs
+from nemodiff.runtime.engines.layout import PassShape, fill, layouts
 from nemodiff.runtime.engines.onnxruntime import forward
 from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional, causal
 
@@ -299,6 +300,24 @@ def test_a_forward_over_some_rows_leaves_the_others_alone(engine: nemodiff.Loade
     np.testing.assert_allclose(got, expected, atol=1e-6)
     cache.move(3, 0, lengths[3])
     np.testing.assert_allclose(cache.forward([causal("decode", [302], lengths[3])])[0].confidence, got[3], atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [0, 5])
+def test_padding_stands_behind_its_pass(engine: nemodiff.LoadedEngine, mask: int) -> None:
+    """Whatever its buffer held: each token sees its own slot, and none is a mask."""
+    small, _ = layouts(engine.info, PassShape(0, rows=1, tokens=4, predicted=4, sampled=True))
+    filled = []
+    for before in (0, 0x7F):
+        arrays = small.views(np.full(small.nbytes, before, np.uint8))
+        fill(arrays, 0, causal("verify", [7, mask], 5, predict_all=True), mask)
+        filled.append({name: array.tolist() for name, array in arrays.items()})
+    assert filled[0] == filled[1]
+    padding = int(mask == 0)
+    assert filled[0]["ids"] == [[7, mask, padding, padding]]
+    assert filled[0]["pos"] == [[5, 6, 7, 8]]
+    assert filled[0]["visible"] == [[[6, 0, 0], [7, 0, 0], [0, 7, 8], [0, 8, 9]]]
+    assert filled[0]["rows"] == [[0, 1, 3, 3]]
+    assert filled[0]["position"] == [[6, 6, 9, 9]]
 
 
 def test_predictions_are_read_only(engine: nemodiff.LoadedEngine) -> None:
