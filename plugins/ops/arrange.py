@@ -1,22 +1,23 @@
-"""Arrange: lays out the next pass of quadratic_spec on the device, before the host knows what the last gave; torch's.
+"""Arrange: lays out the next passes of quadratic_spec on the device, before the host knows what the last gave; torch's.
 
-    Arrange(ids, pos, slot, visible, adapter, known, results, page_table)
+    Arrange(ids, pos, slot, row, first, visible, adapter, known, results, page_table)
 
-It writes ids, pos, slot (N) i32, visible (N, 3) i32 and adapter (N) f32 of the tokens of some rows, for each of which
-known (K, WIDTH) i32 has a `Known`. results (L) i32 is what the forward before has given, confidences by their bits, and
-page_table (B, M) as in `paged_attention`.
+It writes ids, pos, slot, row, first (N) i32, visible (N, 3) i32 and adapter (N) f32 of the tokens of some rows, for
+each of which known (K, WIDTH) i32 has a `Known`. results (L) i32 is what the forward before has given, confidences by
+their bits, and page_table (B, M) as in `paged_attention`.
 
 That forward has verified a draft, whose confirmed tokens are emitted, and the one after the last of them. The group of
 masks that was there for their number holds the next draft, all but its first prediction, up to a token that ends the
-answer. The next pass has a size, and `layout` says what of the draft it looks at and which groups of masks follow; a
-token that is left over sees itself alone. Chances are fixed-point numbers, so that everybody gets the same layout.
+answer. What of a draft the next pass looks at and which groups of masks follow is `layouts`' to say, which shares a
+budget of tokens among all rows. These come one after the other, and last of the forward; tokens that are left over stay
+as they are, of a row of their own. Chances are fixed-point numbers, so that everybody gets the same layout.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,17 +27,23 @@ from ...contract import MAX_BLOCK, PAGE
 from ..op import Arg, Constants, Op, Stage
 
 BITS = 15  # of a chance; 2**BITS is 1, and a product of two fits in 32 bits
+RATE_BITS = 8  # of the tokens that it takes to bring one
+NEVER = 2**15  # such a rate of what is not worth any price
 MOST_STOPS = 8  # ids that end an answer
-SMALLEST = 8  # tokens of a pass
-LEAST = 2**BITS // 20  # heads that are reached more rarely than this are not worth a look
+MOST_LENGTHS = 8  # of groups
+SMALLEST = 4  # tokens of a pass, on average at least
+# A token's price is the chance at which a head is worth it. They go down by the root of two, from one that nothing is
+# worth but the first head.
+LEVELS = 16
+PRICES = tuple((46341, 2**BITS)[level % 2] >> level // 2 for level in range(LEVELS))
 
 
 class Known(NamedTuple):
-    """What the host knows of a row; ids that end the answer follow, and the groups of the pass before by number."""
+    """What the host knows of a row; lengths of groups follow, ids that end the answer, groups of the pass before."""
 
-    first: int  # of the row's tokens
-    size: int  # the number of them; 0 writes nothing
-    block: int  # masks of a group
+    first: int  # token of all rows here
+    budget: int  # tokens of all rows here, and at least one for each
+    most: int  # tokens of this one, at least `MAX_BLOCK`; 0 writes nothing
     row: int  # of the page table
     position: int  # of the first token of the pass before, which is also its slot
     heads: int  # of that pass
@@ -45,100 +52,184 @@ class Known(NamedTuple):
     next_ids: int  # and the next ids, which are the ids of heads
 
 
-STOPS = len(Known._fields)
+# Of groups: masks, and their rate, the tokens that it takes to bring one more than the length before, in 2**RATE_BITS.
+# Both rise.
+Lengths = tuple[tuple[int, int], ...]
+
+LENGTHS = len(Known._fields)
+STOPS = LENGTHS + 2 * MOST_LENGTHS
 GROUPS = STOPS + MOST_STOPS  # from here on, for each number from 1 on, its group's first prediction and size
 SIZES = 2 * MAX_BLOCK  # in one number, the prediction in multiples of this
 WIDTH = GROUPS + MAX_BLOCK
 
 
-def packed(known: Known, stops: Iterable[int], groups: dict[int, tuple[int, int]]) -> np.ndarray:
-    """A row of `known`, (WIDTH,) i32; groups are first prediction and size by the number of heads accepted."""
-    fields = np.zeros(WIDTH, np.int32)
-    fields[STOPS:GROUPS] = -1
-    ends = list(stops)
-    fields[:STOPS], fields[STOPS : STOPS + len(ends)] = known, ends
+def packed(known: Known, lengths: Lengths, stops: Sequence[int], groups: Mapping[int, tuple[int, int]]) -> list[int]:
+    """A row of `known`; groups are first prediction and size by the number of heads accepted."""
+    of_number = [0] * MAX_BLOCK
     for number, (begin, size) in groups.items():
-        fields[GROUPS + number - 1] = begin * SIZES + size
-    return fields
+        of_number[number - 1] = begin * SIZES + size
+    return [*known, *_full(lengths), *stops, *[-1] * (MOST_STOPS - len(stops)), *of_number]
+
+
+@functools.lru_cache(maxsize=256)
+def _full(lengths: Lengths) -> tuple[int, ...]:
+    """Masks and rates, with what fills them up."""
+    longest = lengths[-1][0] if lengths else 0
+    return tuple(itertools.chain(*lengths, *[(longest, NEVER)] * (MOST_LENGTHS - len(lengths))))
 
 
 def reached(confidence: Iterable[float]) -> list[int]:
     """The chances that at least 1, 2, ... heads of a draft with these confidences are accepted."""
-    chances = [int(min(chance, 1.0) * 2**BITS) if chance > 0 else 0 for chance in confidence]
-    return list(itertools.accumulate(chances, lambda before, chance: before * chance >> BITS, initial=2**BITS))
+    chance = 2**BITS
+    chances = [chance]
+    for each in confidence:
+        chance = chance * int(min(each, 1.0) * 2**BITS) >> BITS if each > 0 else 0
+        chances.append(chance)
+    return chances
 
 
-def layout(chances: Sequence[int], size: int, block: int) -> tuple[int, dict[int, int]]:
-    """The heads of a pass of `size` tokens, and its groups, size by number of heads accepted, in their order.
+class Layouts(NamedTuple):
+    """Of each row its heads, and the masks of its group for each number of heads accepted."""
 
-    `chances` are as of `reached`. Heads that are likely enough leave room for a group; the groups are of the numbers of
-    highest chance, the lower of equals first, and the last one may be shorter.
-    """
-    most = min(len(chances), max(1, size - block))
-    heads = 1
-    while heads < most and chances[heads] >= LEAST:
-        heads += 1
-    of_number = [*map(operator.sub, chances[: heads - 1], chances[1:heads]), chances[heads - 1]]
-    groups, left = dict[int, int](), size - heads
-    for at in sorted(range(heads), key=of_number.__getitem__, reverse=True):  # which keeps equals in their order
-        masks = min(block, left)
-        if masks < 2:  # the first is never drafted
-            break
-        groups[at + 1] = masks
-        left -= masks
-    return heads, groups
+    heads: np.ndarray  # (K,)
+    masks: np.ndarray  # (K, L): for 1, 2, ..; 0 where there is no group
+    chances: np.ndarray  # (K, L): that it is this number
+
+    def sizes(self, most: np.ndarray) -> np.ndarray:
+        """Tokens of each row, (K,), of so many at most."""
+        sizes: np.ndarray = np.minimum(self.heads + self.masks.sum(1), most)
+        return sizes
+
+    def cut(self, sizes: np.ndarray) -> Layouts:
+        """The same in so many tokens of each row: the groups of the lowest chances lose theirs, of equals the later."""
+        order = np.argsort(-self.chances, axis=1, kind="stable")
+        masks = np.take_along_axis(self.masks, order, axis=1)
+        room = (sizes - self.heads)[:, None] - masks.cumsum(1) + masks
+        masks = np.minimum(masks, room.clip(min=0))
+        masks = np.take_along_axis(masks, np.argsort(order, axis=1), axis=1)
+        return self._replace(heads=np.minimum(self.heads, sizes), masks=masks)
+
+
+class Drafts(NamedTuple):
+    """The drafts of some rows, and what may be made of them."""
+
+    reached: np.ndarray  # (K, L) i64: see the function
+    lengths: np.ndarray  # (K, MOST_LENGTHS, 2) i64
+    most: np.ndarray  # (K,) i64: tokens
+
+    @classmethod
+    def of(cls, chances: Sequence[Sequence[int]], lengths: Sequence[Lengths], most: Sequence[int]) -> Drafts:
+        """Those of rows with these chances, of different number."""
+        longest = max(map(len, chances))
+        filled = [[*each, *[0] * (longest - len(each))] for each in chances]
+        table = np.array([_full(each) for each in lengths], np.int64).reshape(-1, MOST_LENGTHS, 2)
+        return cls(np.array(filled, np.int64), table, np.array(most, np.int64))
+
+    def at(self, of_heads: np.ndarray, of_masks: np.ndarray) -> Layouts:
+        """What rows want where a head and a mask have these prices, (K,).
+
+        The first head, and those that are reached with a chance of the price. For each number of them the longest group
+        whose masks are worth their rate times the price, at the chance that it is that number.
+        """
+        head = self.reached >= of_heads[:, None]
+        head[:, 0] = True
+        chances = np.where(head, self.reached, 0)
+        chances[:, :-1] -= chances[:, 1:].copy()
+        worth = chances[:, :, None] << RATE_BITS >= (self.lengths[:, :, 1] * of_masks[:, None])[:, None]
+        masks = (worth * np.diff(self.lengths[:, :, 0], prepend=0)[:, None]).sum(2)
+        return Layouts(head.sum(1), masks, chances)
+
+    def layouts(self, budget: int) -> Layouts:
+        """Those of the lowest price at which all fit in so many tokens.
+
+        Of the next lower one as many of the first rows as there is room for; the one after them has no more heads than
+        before, and what masks are left.
+        """
+        low, high = 0, LEVELS  # at the first all fit, at the other perhaps not
+        sizes = np.minimum(self.most, 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            wanted = self._sizes(middle)
+            if wanted.sum() <= budget:
+                low, sizes = middle, wanted
+            else:
+                high = middle
+        high = min(high, LEVELS - 1)
+        more = (self._sizes(high) - sizes).clip(min=0)
+        left = budget - sizes.sum() - more.cumsum() + more  # to a row
+        of_heads, of_masks = (np.where(cheap, PRICES[high], PRICES[low]) for cheap in (more <= left, left >= 0))
+        layouts = self.at(of_heads, of_masks)
+        return layouts.cut(np.minimum(layouts.sizes(self.most), sizes + left.clip(min=0)))
+
+    def _sizes(self, level: int) -> np.ndarray:
+        """The tokens of rows at a price, (K,)."""
+        price = np.full(len(self.most), PRICES[level])
+        return self.at(price, price).sizes(self.most)
 
 
 def reference(
-    ids: np.ndarray, pos: np.ndarray, slot: np.ndarray, visible: np.ndarray, adapter: np.ndarray,
-    known: np.ndarray, results: np.ndarray, page_table: np.ndarray, mask: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """The specification in numpy: the first five afterwards; shapes as in the module's docstring."""
-    ids, pos, slot, visible, adapter = (array.copy() for array in (ids, pos, slot, visible, adapter))
+    ids: np.ndarray, pos: np.ndarray, slot: np.ndarray, row: np.ndarray, first: np.ndarray, visible: np.ndarray,
+    adapter: np.ndarray, known: np.ndarray, results: np.ndarray, page_table: np.ndarray, mask: int,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The specification in numpy: the first seven afterwards; shapes as in the module's docstring."""
+    ids, pos, slot, row, first, visible, adapter = (a.copy() for a in (ids, pos, slot, row, first, visible, adapter))
+    rows, tokens, chances = list[Known](), list[list[int]](), list[list[int]]()
     for fields in known:
-        row = Known(*fields[:STOPS].tolist())
-        if not row.size:
-            continue
-        stops = fields[STOPS:GROUPS]
+        of = Known(*fields[:LENGTHS].tolist())
         accepted = 1
-        while accepted < row.heads and results[row.token + accepted - 1] == results[row.next_ids + accepted]:
+        while accepted < of.heads and results[of.token + accepted - 1] == results[of.next_ids + accepted]:
             accepted += 1
         begin, masks = divmod(int(fields[GROUPS + accepted - 1]), SIZES)
         drafted = slice(begin + 1, begin + masks)
-        draft = results[row.token :][drafted]
+        draft = results[of.token :][drafted]
+        stops = fields[STOPS:GROUPS]
         ends = np.isin(draft, stops[stops >= 0])
         length = int(ends.argmax()) if ends.any() else len(draft)
-        confidence = results[row.confidence :][drafted][:length].view(np.float32)
-        heads, groups = layout(reached(confidence.tolist()), row.size, row.block)
-        start = row.position + accepted
-        at = slice(row.first, row.first + row.size)
-        own = np.arange(start, start + row.size)
-        ids[at], adapter[at], pos[at] = int(mask == 0), 0, own
-        visible[at] = np.stack([np.zeros_like(own), own, own + 1], axis=1)
-        slot[at] = page_table[row.row, own // PAGE] * PAGE + own % PAGE
-        ids[row.first : row.first + heads] = [results[row.token + accepted - 1], *draft[: heads - 1]]
-        visible[row.first : row.first + heads] = np.stack([own + 1, own * 0 + start, own * 0 + start], axis=1)[:heads]
-        begin = heads
-        for number, masks in groups.items():
-            at = slice(row.first + begin, row.first + begin + masks)
-            ids[at], adapter[at] = mask, 1
-            pos[at] = np.arange(start + number, start + number + masks)
-            visible[at] = start + number, start + begin, start + begin + masks
-            begin += masks
-    return ids, pos, slot, visible, adapter
+        confidence = results[of.confidence :][drafted][:length].view(np.float32)
+        rows.append(of._replace(position=of.position + accepted))
+        tokens.append([int(results[of.token + accepted - 1]), *draft.tolist()])
+        chances.append(reached(confidence.tolist()))
+    drafts = Drafts.of(chances, [()] * len(rows), [of.most for of in rows])
+    drafts = drafts._replace(lengths=known[:, LENGTHS:STOPS].reshape(-1, MOST_LENGTHS, 2).astype(np.int64))
+    layouts = drafts.layouts(rows[0].budget)
+    at = rows[0].first
+    for of, head_ids, heads, groups in zip(rows, tokens, layouts.heads.tolist(), layouts.masks.tolist(), strict=True):
+        start, begin = of.position, at
+        own = np.arange(start, start + heads + sum(groups))
+        here = slice(begin, begin + len(own))
+        row[here], first[here] = of.row, begin
+        slot[here] = page_table[of.row, own // PAGE] * PAGE + own % PAGE
+        here = slice(begin, begin + heads)
+        ids[here], adapter[here], pos[here] = head_ids[:heads], 0, own[:heads]
+        visible[here] = np.stack([own + 1, own * 0 + start, own * 0 + start], axis=1)[:heads]
+        at += heads
+        for number, masks in enumerate(groups, 1):
+            here = slice(at, at + masks)
+            ids[here], adapter[here] = mask, 1
+            pos[here] = np.arange(start + number, start + number + masks)
+            visible[here] = start + number, start + at - begin, start + at - begin + masks
+            at += masks
+    first[at:] = at
+    return ids, pos, slot, row, first, visible, adapter
 
 
 def _constants(model: ModelConfig) -> Constants:
-    sizes = {"PAGE": PAGE, "LANES": MAX_BLOCK, "BITS": BITS, "LEAST": LEAST, "MOST_STOPS": MOST_STOPS}
-    return {**sizes, "STOPS": STOPS, "GROUPS": GROUPS, "SIZES": SIZES, "WIDTH": WIDTH, "MASK_ID": model.mask_id}
+    places = {"LENGTHS": LENGTHS, "STOPS": STOPS, "GROUPS": GROUPS, "SIZES": SIZES, "WIDTH": WIDTH}
+    return {**places, "LANES": MAX_BLOCK, "BITS": BITS, "MOST_STOPS": MOST_STOPS}
 
+
+def _rule(model: ModelConfig) -> Constants:
+    rule = {"RATE_BITS": RATE_BITS, "MOST_LENGTHS": MOST_LENGTHS, "LEVELS": LEVELS, "DEAREST": PRICES[0], "ROWS": 8}
+    return {**_constants(model), **rule, "PAGE": PAGE, "MASK_ID": model.mask_id}
+
+
+_OF_TOKENS = ("ids", "pos", "slot", "row", "first")
+_WRITTEN = (*_OF_TOKENS, "visible", "adapter")
 
 OP = Op(
     "Arrange",
     inputs=(
-        Arg("ids", "i32", ("N",)),
-        Arg("pos", "i32", ("N",)),
-        Arg("slot", "i32", ("N",)),
+        *(Arg(name, "i32", ("N",)) for name in _OF_TOKENS),
         Arg("visible", "i32", ("N", 3)),
         Arg("adapter", "f32", ("N",)),
         Arg("known", "i32", ("K", WIDTH)),
@@ -149,12 +240,22 @@ OP = Op(
     attributes=(),
     stages=(
         Stage(
+            "Reach",
+            "arrange.reach",
+            inputs=("known", "results"),
+            scalars=(),
+            outputs=(Arg("reached", "i32", ("K", MAX_BLOCK)), Arg("accepted", "i32", ("K",))),
+            constants=_constants,
+            grid=lambda dims, ceil: (dims["K"], 1, 1),
+            num_warps=1,
+        ),
+        Stage(
             "Arrange",
             "arrange.arrange",
-            inputs=("ids", "pos", "slot", "visible", "adapter", "known", "results", "page_table"),
-            scalars=("M",),
+            inputs=(*_WRITTEN, "known", "results", "page_table", "reached", "accepted"),
+            scalars=("K", "M", "N"),
             outputs=(),
-            constants=_constants,
+            constants=_rule,
             grid=lambda dims, ceil: (dims["K"], 1, 1),
             num_warps=4,
         ),

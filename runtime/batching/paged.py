@@ -20,7 +20,7 @@ from ...errors import EngineError, NemodiffError
 from ..engines.engine import Flight, PagedCache
 from ..engines.grouping import Arrangement
 from ..engines.pages import Pages
-from ..engines.passes import Following, Pass, Prediction, causal, most_shift
+from ..engines.passes import Following, Pass, Prediction, causal, most_end
 from ..planning.pass_costs import PassCosts
 from .prefix_cache import PrefixCache
 from .rows import Found, Rows
@@ -110,6 +110,9 @@ class PagedRows(Rows):
         last = self._running.popleft()
         flight, work = last.flight, last.work
         self._given = flight.finish()
+        if self._running:
+            for each, arranged in zip(self._running[0].work, self._running[0].flight.arranged(), strict=True):
+                each.slot.sequence.begun = arranged and arranged.grouping
         began = time.perf_counter() - flight.seconds
         wanted = list[Pass]()
         slots = list[Slot]()
@@ -168,8 +171,8 @@ class PagedRows(Rows):
     def _judge(self, running: Running) -> None:
         """Find out which passes begun ahead serve, now that the one before has ended and the loops have gone on."""
         running.serves = [
-            each.before is None or each.following.serves(self._given[each.before], each.slot.next_pass)
-            for each in running.work
+            each.before is None or each.following.serves(self._given[each.before], each.slot.next_pass, arranged)
+            for each, arranged in zip(running.work, running.flight.arranged(), strict=True)
         ]
 
     def _run_ahead(self, last: Running) -> None:
@@ -184,6 +187,7 @@ class PagedRows(Rows):
         work = self._chosen(known, last)
         if not work:
             return
+        work.sort(key=lambda each: isinstance(each.following.feed, Arrangement))
         fed = [each.before or 0 for each in work]
         passes = [each.following for each in work]
         flight = self._paged.follow(last.flight, passes, [each.slot.row for each in work], fed)
@@ -194,8 +198,6 @@ class PagedRows(Rows):
             slot.left_out = True
         for each in work:
             each.slot.left_out = each.slot.left_out and each.before is None
-            feed = each.following.feed
-            each.slot.sequence.begun = feed if isinstance(feed, Arrangement) else None
 
     def _known(self, last: Running) -> tuple[list[Slot | Work], list[Slot]]:
         """Rows whose next pass is known while a forward runs, with what follows it; and those of which it is not."""
@@ -237,12 +239,13 @@ class PagedRows(Rows):
                 decoding.append(Work(row, Following(row.next_pass, None)))
             else:
                 others.append(row)
-        for slot, (pass_, feed), before in decoding:
+        for slot, following, before in decoding:
             if slot.reach:  # else an older one has taken its pages just now
-                end = pass_.write_at + pass_.ids.size
-                if last is not None and before is not None:
-                    end += most_shift(feed, last.work[before].pass_.ids.size)
-                if not self._reserve(slot, pass_.write_at, end, may_take=last is None) and last is not None:
+                size = slot.size
+                if last is not None and before is not None:  # what runs may be longer than what its loop wants
+                    size = max(size, last.work[before].pass_.ids.size)
+                begin, end = following.pass_.write_at, most_end(following, size)
+                if not self._reserve(slot, begin, end, may_take=last is None) and last is not None:
                     return []
         prompts = self._prompts(others, last)
         work = self._decoding([each for each in decoding if each.slot.reach])

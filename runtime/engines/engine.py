@@ -14,6 +14,7 @@ import numpy as np
 
 from ...engine_info import EngineInfo
 from ..images.image import Image
+from .grouping import Arranged
 from .pages import Pages
 from .passes import Following, Pass, Prediction
 
@@ -60,6 +61,10 @@ class Flight(Protocol):
         """Wait for it; its predictions last."""
         ...
 
+    def arranged(self) -> Sequence[Arranged | None]:
+        """What came of its passes that are arranged, once the forward that feeds them has ended."""
+        ...
+
 
 class PagedCache(Cache, Protocol):
     """A cache whose rows have pages of a memory that all caches of the engine share.
@@ -84,6 +89,7 @@ class PagedCache(Cache, Protocol):
     ) -> Flight | None:
         """Start a forward before anyone knows what `flight` gives: `passes[i]`, if it is fed, by its pass `fed[i]`.
 
+        Passes that are arranged come last; they share all tokens that the forward has beside the others'.
         None from an engine that cannot, and where another has come between.
         """
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +21,15 @@ class PassInputs(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """A pass of `heads` tokens, the mask groups `{accepted: size}` in their order, and tokens that are left over."""
+    """A pass of `heads` tokens and the mask groups `{accepted: size}` in their order."""
 
     heads: int
     groups: dict[int, int]
-    left: int = 0
 
     @property
     def tokens(self) -> int:
         """All of them."""
-        return self.heads + sum(self.groups.values()) + self.left
+        return self.heads + sum(self.groups.values())
 
     @property
     def places(self) -> dict[int, tuple[int, int]]:
@@ -43,12 +42,10 @@ class Grouping(NamedTuple):
 
     def inputs(self, heads: Sequence[int], start: int, mask: int) -> PassInputs:
         """What the pass at `start` has: a mask of group j sees the cache, heads 1..j and its own group."""
-        inputs = _inputs(self.heads, tuple(self.groups.items()), self.left, mask)
+        inputs = _inputs(self.heads, tuple(self.groups.items()), mask)
         places = inputs.places + start
         ids = inputs.ids.copy()
         ids[: self.heads] = heads
-        if self.left:
-            places[-self.left :, 1] = 0
         return PassInputs(ids, places[:, 0], places[:, 1:], inputs.adapter)
 
 
@@ -61,11 +58,10 @@ class _Inputs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _inputs(heads: int, groups: tuple[tuple[int, int], ...], left: int, mask: int) -> _Inputs:
+def _inputs(heads: int, groups: tuple[tuple[int, int], ...], mask: int) -> _Inputs:
     """The inputs of a grouping's passes: the same ones come again and again."""
     masks = sum(size for _, size in groups)
-    count = heads + masks + left
-    places = np.zeros((count, 4), np.int32)
+    places = np.zeros((heads + masks, 4), np.int32)
     pos, visible = places[:, 0], places[:, 1:]
     pos[:heads] = np.arange(heads)
     visible[:heads, 0] = pos[:heads] + 1
@@ -74,33 +70,40 @@ def _inputs(heads: int, groups: tuple[tuple[int, int], ...], left: int, mask: in
         pos[at : at + size] = np.arange(accepted, accepted + size)
         visible[at : at + size] = (accepted, at, at + size)
         at += size
-    pos[at:] = visible[at:, 1] = np.arange(at, count)
-    visible[at:, 2] = pos[at:] + 1
-    parts = [heads, masks, left]
-    ids = np.repeat(np.array([0, mask, int(mask == 0)], np.int32), parts)
-    return _Inputs(ids, places, np.repeat(np.array([0, 1, 0], np.float32), parts))
-
-
-def arranged(confidence: Iterable[float], size: int, block: int) -> Grouping:
-    """The grouping of `size` tokens that a device makes for a draft with these confidences."""
-    heads, groups = arrange.layout(arrange.reached(confidence), size, block)
-    return Grouping(heads, groups, size - heads - sum(groups.values()))
+    ids, adapter = (np.array([0, of_masks], kind) for of_masks, kind in ((mask, np.int32), (1, np.float32)))
+    return _Inputs(ids.repeat([heads, masks]), places, adapter.repeat([heads, masks]))
 
 
 class Arrangement(NamedTuple):
-    """A pass that is arranged as soon as the one before it has given its predictions."""
+    """How a pass is arranged as soon as the one before it has given its predictions."""
 
     before: Grouping
-    size: int  # tokens of the pass
-    block: int  # masks of a group
+    lengths: arrange.Lengths  # of groups
+    most: int  # tokens of the pass
     stops: tuple[int, ...]  # ids that end the answer
     mask: int
 
-    def after(self, token: np.ndarray, confidence: np.ndarray, accepted: int, start: int) -> PassInputs:
-        """The fields of the pass at `start`, after what the one before has predicted, and had accepted of its heads."""
+    def draft(self, token: np.ndarray, accepted: int) -> tuple[list[int], int]:
+        """The draft where so many heads were accepted, and where its first token lies among what is predicted."""
         begin, size = self.before.places.get(accepted, (0, 1))
         draft = token[begin + 1 : begin + size].tolist()
         length = next((at for at, drafted in enumerate(draft) if drafted in self.stops), len(draft))
-        grouping = arranged(confidence[begin + 1 : begin + 1 + length].tolist(), self.size, self.block)
-        heads = [int(token[accepted - 1]), *draft][: grouping.heads]
-        return grouping.inputs(heads, start, self.mask)
+        return draft[:length], begin + 1
+
+
+class Arranged(NamedTuple):
+    """What came of an arrangement."""
+
+    grouping: Grouping
+    accepted: int  # of the heads before
+    heads: list[int]
+
+
+def arranged(drafts: Sequence[tuple[Arrangement, Sequence[float]]], budget: int) -> list[Grouping]:
+    """What a device makes of drafts with these confidences, which share so many tokens."""
+    arrangements, confidences = zip(*drafts, strict=True)
+    chances = [arrange.reached(confidence) for confidence in confidences]
+    made = arrange.Drafts.of(chances, [each.lengths for each in arrangements], [each.most for each in arrangements])
+    layouts = made.layouts(budget)
+    groups = ({number: size for number, size in enumerate(row, 1) if size} for row in layouts.masks.tolist())
+    return list(map(Grouping, layouts.heads.tolist(), groups))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ...contract import MAX_BLOCK
-from .grouping import Arrangement
+from .grouping import Arranged, Arrangement, arranged
 
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
@@ -80,14 +80,17 @@ class Following(NamedTuple):
     pass_: Pass
     feed: Feed | None  # None: it is known wholly
 
-    def after(self, prediction: Prediction) -> Pass:
-        """The pass that it is once the one before it has given its prediction; engines do the same on their device."""
+    def after(self, prediction: Prediction, arranged: Arranged | None = None) -> Pass:
+        """The pass that it is once the one before it has given its prediction; engines do the same on their device.
+
+        `arranged` is what came of its arrangement, if it has one.
+        """
         pass_, feed = self
         if isinstance(feed, Arrangement):
-            token, confidence, next_ids, _ = prediction
-            accepted = 1 + agreed(token[: feed.before.heads].tolist(), next_ids[1 : feed.before.heads].tolist())
-            inputs = feed.after(token, confidence, accepted, pass_.write_at + accepted)
-            return pass_._replace(write_at=pass_.write_at + accepted, **inputs._asdict())
+            assert arranged is not None
+            start = pass_.write_at + arranged.accepted
+            inputs = arranged.grouping.inputs(arranged.heads, start, feed.mask)._asdict()
+            return pass_._replace(write_at=start, predicted=every_token(arranged.grouping.tokens), **inputs)
         begins, shift = self._begins(prediction)
         pass_ = pass_._replace(ids=np.append(begins, pass_.ids[begins.size :]))
         if not shift:
@@ -98,14 +101,15 @@ class Following(NamedTuple):
             visible=pass_.visible + np.int32(shift),
         )
 
-    def serves(self, prediction: Prediction, wanted: Pass) -> bool:
+    def serves(self, prediction: Prediction, wanted: Pass, arranged: Arranged | None = None) -> bool:
         """Whether that pass gives what a loop wants; of a longer verify the beginning does."""
         pass_, feed = self
-        if isinstance(feed, Arrangement):
-            one, other = (
-                (p.kind, p.write_at, p.ids.tobytes(), p.visible.tobytes()) for p in (self.after(prediction), wanted)
-            )
-            return one == other
+        if isinstance(feed, Arrangement):  # its loop wants that grouping, or no verify there
+            assert arranged is not None
+            grouping, accepted, heads = arranged
+            at, size = wanted.write_at, wanted.ids.size
+            here = (wanted.kind, at, size) == (pass_.kind, pass_.write_at + accepted, grouping.tokens)
+            return here and wanted.ids[: grouping.heads].tolist() == heads
         ids, size = pass_.ids, wanted.ids.size
         if wanted.kind != pass_.kind or size > ids.size:
             return False
@@ -137,11 +141,30 @@ def agreed(said: list[int], drafted: list[int]) -> int:
     return sum(itertools.takewhile(bool, map(operator.eq, said, drafted)))
 
 
-def most_shift(feed: Feed | None, size: int) -> int:
-    """How far a pass moves on at most behind one of `size` tokens that feeds it."""
+def arrange(passes: Sequence[Following], predictions: Sequence[Prediction], budget: int) -> list[Arranged | None]:
+    """What a device makes of those passes that are arranged, each fed by a prediction, in so many tokens."""
+    found = list[tuple[int, list[int]]]()  # heads accepted; the last token and the draft
+    drafts = list[tuple[Arrangement, list[float]]]()
+    for (_, feed), (token, confidence, next_ids, _) in zip(passes, predictions, strict=True):
+        if isinstance(feed, Arrangement):
+            heads = feed.before.heads
+            accepted = 1 + agreed(token[:heads].tolist(), next_ids[1:heads].tolist())
+            draft, begin = feed.draft(token, accepted)
+            found.append((accepted, [int(token[accepted - 1]), *draft]))
+            drafts.append((feed, confidence[begin : begin + len(draft)].tolist()))
+    if not drafts:
+        return [None] * len(passes)
+    groupings = arranged(drafts, budget)
+    made = (Arranged(each, accepted, ids[: each.heads]) for each, (accepted, ids) in zip(groupings, found, strict=True))
+    return [next(made) if isinstance(following.feed, Arrangement) else None for following in passes]
+
+
+def most_end(following: Following, before: int) -> int:
+    """The slot after the last one that a pass writes to at most, behind one of so many tokens that feeds it."""
+    pass_, feed = following
     if isinstance(feed, Arrangement):
-        return feed.before.heads
-    return size if feed == "accepted" else 0
+        return pass_.write_at + feed.before.heads + feed.most
+    return int(pass_.write_at + pass_.ids.size + (before if feed == "accepted" else 0))
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

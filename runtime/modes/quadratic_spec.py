@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator
 
+import numpy as np
+
 from ...plugins.ops.arrange import MOST_STOPS
-from ..engines.grouping import Arrangement, Grouping, arranged
+from ..engines.grouping import Arrangement, Grouping
 from ..engines.passes import Following, Pass, Prediction, causal, every_token, with_masks
+from ..planning.ahead_size import most_tokens
 from ..requests.outcome import Draft
 from ..requests.sequence import Sequence
 from .ar import Again, Follower, Loop, prompt_parts
@@ -38,10 +41,10 @@ def verify_and_draft(sequence: Sequence, draft: Draft, again: Again) -> Generato
     """
     grouping = _planned(sequence, draft)
     heads = [sequence.tokens[-1], *draft.tokens][: grouping.heads]
-    if (size := _size_ahead(sequence, draft, grouping)) is not None:
-        sequence.follower = functools.partial(_next, grouping, *size)
-    elif not grouping.groups:
+    if not grouping.groups:
         sequence.follower = again(sequence, grouping.heads)
+    elif (ahead := _ahead(sequence, draft, grouping)) is not None:
+        sequence.follower = functools.partial(_next, *ahead)
     prediction = yield _pass(sequence, grouping, heads)
     accepted = sequence.verify(prediction, heads[1:], draft.confidence[grouping.heads - 1 :])
     if sequence.planner is not None:
@@ -71,11 +74,10 @@ def _without_draft(sequence: Sequence, before: Pass) -> Following:
     return Following(_pass(sequence, grouping, [sequence.stand_in]), "accepted")
 
 
-def _next(before: Grouping, size: int, block: int, sequence: Sequence, verify: Pass) -> Following:
-    """The pass of `size` tokens, with groups of `block` masks, after a verify, from whose results the rest follows."""
-    stops = tuple(sorted(sequence.stops))
-    arrangement = Arrangement(before, size, block, stops, sequence.model.mask_id)
-    return Following(_pass(sequence, Grouping(0, {}, size), []), arrangement)
+def _next(size: int, arrangement: Arrangement, sequence: Sequence, verify: Pass) -> Following:
+    """The pass after a verify, about of so many tokens, which follows from that one's results."""
+    ids = np.full(size, sequence.stand_in, np.int32)
+    return Following(verify._replace(ids=ids, predicted=every_token(size)), arrangement)
 
 
 def prefill_and_draft(sequence: Sequence) -> Generator[Pass, Prediction, tuple[Prediction, int]]:
@@ -116,27 +118,27 @@ def propose(sequence: Sequence, prediction: Prediction, at: int, size: int) -> D
 
 def _planned(sequence: Sequence, draft: Draft) -> Grouping:
     """What the pass over a draft is to be, or what it is, if it has been begun."""
-    if sequence.begun is not None:
-        return arranged(draft.confidence, sequence.begun.size, sequence.begun.block)
-    return _plan(sequence, draft, sequence.remaining)
+    return sequence.begun or _plan(sequence, draft, sequence.remaining)
 
 
-def _size_ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> tuple[int, int] | None:
-    """Tokens of the pass after this one, and masks of a group, if that is to be begun before this one's results."""
-    planner, load, selector = sequence.planner, sequence.load, sequence.selector
-    if not load.ahead or planner is None or not selector.as_predicted or selector.drawn:
+def _ahead(sequence: Sequence, draft: Draft, grouping: Grouping) -> tuple[int, Arrangement] | None:
+    """About how many tokens the pass after this one has, and what it follows from, if it may be begun before that."""
+    planner, selector = sequence.planner, sequence.selector
+    if not sequence.load.ahead or planner is None or not selector.as_predicted or selector.drawn:
         return None
     mode, block = sequence.next_plan()
     if mode not in (None, "quadratic_spec") or block < 2 or len(sequence.stops) > MOST_STOPS:
         return None
     if sequence.remaining <= grouping.heads:  # there may be none
         return None
-    choice, curve = load.size_of(block), planner.costs.share(load.rows)
+    choice = sequence.load.size_of(block)
     if draft.tokens and choice.wants_draft():
-        planned = grouping if sequence.begun is None else _plan(sequence, draft, sequence.remaining, ahead=True)
-        choice.learn(draft.confidence, planned.heads, planned.groups, curve)
-    size = choice.best(curve)
-    return None if size is None else (size, block)
+        choice.learn(draft.confidence, planner.lengths)
+    size = choice.best(planner.costs.curve)
+    if size is None:
+        return None
+    stops = tuple(sorted(sequence.stops))
+    return size, Arrangement(grouping, planner.lengths, most_tokens(size), stops, sequence.model.mask_id)
 
 
 def _plan(sequence: Sequence, draft: Draft, remaining: int, *, ahead: bool = False) -> Grouping:

@@ -6,12 +6,14 @@ A wrong guess costs time alone: the modes that are chosen among all emit AR's to
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from ...contract import MAX_BLOCK, PREFILL_CHUNK
+from ...plugins.ops import arrange
 from ..engines.grouping import Grouping
 from .draft_statistics import BLOCKS, ModeStatistics, PositionStatistics
 from .pass_costs import Load, PassCosts
@@ -44,6 +46,19 @@ class _Standing:
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
     drafts: list[tuple[int, float]]  # of quadratic_spec, by masks: the tokens that one brings, less its verify's price
     rows: int  # that decode side by side, as it was made
+
+    @functools.cached_property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """The lengths of groups that some price is worth, with what one more token costs there: see `arrange.py`."""
+        found, masks, worth = list[tuple[int, int]](), 0, 0.0
+        while longer := [(size, more - worth) for size, more in self.drafts if size > masks and more > worth]:
+            size, more = max(longer, key=lambda each: each[1] / (each[0] - masks))
+            rate = round((size - masks) / more * 2**arrange.RATE_BITS)
+            if rate >= arrange.NEVER:
+                break
+            found.append((size, max(rate, 2**arrange.RATE_BITS)))
+            masks, worth = size, worth + more
+        return tuple(found)
 
     def fits(self, rows: int) -> bool:
         """Whether it may be taken once more."""
@@ -238,6 +253,12 @@ class DraftPlanner:
         draft = seconds[block] if mode == "linear_spec" else 0.0
         whole = 2 * block if mode == "quadratic_spec" else block
         return draft + (verify or seconds[whole]) + self.costs.host.seconds(mode, self._rows)
+
+    @property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """Of groups, each with the tokens that it takes to bring one more than the next shorter: see there."""
+        assert self._standing is not None
+        return self._standing.lengths
 
     def worth_verifying(self, confidences: list[float]) -> int:
         """How many tokens of a draft a verify should look at, by their confidences.

@@ -81,7 +81,9 @@ class Load:
 
     def size_of(self, block: int) -> AheadSize:
         """What chooses sizes of passes of quadratic_spec, with groups of so many masks."""
-        return self._sizes.setdefault((self.rows, block), AheadSize(self.rows, block))
+        if (size := self._sizes.get((self.rows, block))) is None:
+            size = self._sizes[self.rows, block] = AheadSize(self.rows, block)
+        return size
 
     def take(self, running: int) -> None:
         """Take in how many rows run now."""

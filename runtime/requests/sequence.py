@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from ...config import ModelConfig
-from ..engines.grouping import Arrangement
+from ..engines.grouping import Grouping
 from ..engines.passes import PASS_KINDS, Following, Pass, PassKind, Prediction, agreed
 from ..images.sight import PromptImages
 from ..planning.draft_planner import DraftPlanner, ExactMode
@@ -60,8 +60,8 @@ class Sequence:
         # Makes the pass after the one that the loop waits for, or None if that is sure to be the last. A loop sets it
         # for one pass, where it knows all of the next but what the engine gives.
         self.follower: Callable[[Sequence, Pass], Following | None] | None = None
-        # Of the pass after the one that the loop waits for, if that has been begun and is one of quadratic_spec.
-        self.begun: Arrangement | None = None
+        # The pass after the one that the loop waits for, if that has been begun and was arranged on the device.
+        self.begun: Grouping | None = None
         self.adapter_tokens = 0  # forwarded with the drafter adapter's gate open
         self.submitted = time.perf_counter()
         self.started = self.submitted

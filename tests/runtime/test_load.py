@@ -14,7 +14,9 @@ from stand_ins.toy_engine import PagedToyEngine, toy
 
 import nemodiff
 from nemodiff.runtime.batching.batch import Batch
+from nemodiff.runtime.engines.torch.flat import graph_shapes
 from nemodiff.runtime.generate import decode
+from nemodiff.runtime.planning.ahead_size import FORWARDS
 from nemodiff.runtime.planning.cost import SIZES, CostCurve
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics, DraftPlanner, ExactMode, Plan
 from nemodiff.runtime.planning.draft_statistics import BLOCKS
@@ -268,18 +270,35 @@ def test_real_answers_stay_ars_while_the_load_changes(
 
 
 @pytest.mark.parametrize(
-    ("curve", "sure", "expected"),
-    [(H200, 1.0, 32), (H200, 0.5, 64), (FREE, 0.5, 128), (CostCurve((1, 512), (1.0, 512.0)), 0.5, None)],
+    ("curve", "sure", "rows", "expected"),
+    [
+        (H200, 1.0, 1, 32),
+        (H200, 0.5, 1, 64),
+        (FREE, 0.5, 1, 128),
+        (CostCurve((1, 512), (1.0, 512.0)), 0.5, 1, 8),
+        (H200, 1.0, 16, 32),
+        (H200, 0.9, 16, 24),
+        (H200, 0.5, 64, 4),
+    ],
 )
 def test_passes_begun_ahead_have_the_size_that_promises_most(
-    curve: CostCurve, sure: float, expected: int | None
+    curve: CostCurve, sure: float, rows: int, expected: int
 ) -> None:
-    """A sure draft wants one group behind its 16 heads, an unsure one several; none where all tokens are paid for."""
-    choice = Load().size_of(16)
+    """A sure draft wants one group behind its 16 heads, an unsure one several; the least where tokens are paid for."""
+    choice = load_of(rows).size_of(16)
     assert choice.best(curve) is None  # nothing is known
     for _ in range(20):
-        choice.learn([sure] * 15, 1, {}, curve)
+        choice.learn([sure] * 15, ((8, 256), (16, 300)))
     assert choice.best(curve) == expected
+
+
+def test_sizes_are_those_of_graphs() -> None:
+    """So all rows together have what a forward computes anyway."""
+    assert set(FORWARDS) == {shape.tokens for shape in graph_shapes(2048) if shape.tokens >= 8}
+    assert load_of(512).size_of(16).best(H200) is None
+    many = load_of(512).size_of(16)
+    many.learn([0.9] * 15, ((8, 256),))
+    assert many.best(H200) is None  # no graph has as many tokens as that many passes
 
 
 @pytest.mark.parametrize(("rows", "least"), [(1, 0.97), (4, 0.9), (16, 0.9)])

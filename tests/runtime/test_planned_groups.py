@@ -41,7 +41,7 @@ def test_a_group_is_the_longer_the_surer_it_is_needed() -> None:
     ]  # 1: nothing is kept
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1] == 0
-    heads, groups, _ = planner.grouping([0.99] * 3, 0.0, 400)
+    heads, groups = planner.grouping([0.99] * 3, 0.0, 400)
     assert heads == 4
     assert max(groups) == 4
     assert set(groups.values()) <= set(BLOCKS)
@@ -51,7 +51,7 @@ def test_no_group_follows_the_end_of_an_answer() -> None:
     planner = fed(CPU, 10)
     assert 6 in planner.grouping([0.99] * 5, 0.0, 400).groups
     assert 6 not in planner.grouping([0.99] * 5, 0.99, 400).groups
-    heads, groups, _ = planner.grouping([0.99] * 5, 0.0, 4)
+    heads, groups = planner.grouping([0.99] * 5, 0.0, 4)
     assert heads == 4
     assert not groups  # the limit is an end too
     assert all(accepted + masks <= 7 for accepted, masks in planner.grouping([0.99] * 5, 0.0, 7).groups.items())

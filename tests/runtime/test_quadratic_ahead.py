@@ -131,8 +131,8 @@ def test_passes_of_a_plan_that_stands(
     real: nemodiff.LoadedEngine, ran: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """They are arranged on the device, and planned where a new plan is due."""
-    arranged, after = list[Arrangement](), Arrangement.after
-    monkeypatch.setattr(Arrangement, "after", lambda self, *given: arranged.append(self) or after(self, *given))
+    arranged, draft = list[Arrangement](), Arrangement.draft
+    monkeypatch.setattr(Arrangement, "draft", lambda self, *given: arranged.append(self) or draft(self, *given))
     asked: list[Asked] = [(TEXT[n : n + 30], {**QUADRATIC, "max_new_tokens": 400, **options}) for n in range(4)]
     engine = toy(real)
     engine.backend.said = {at: 200 + at % 9 for at in range(500)}  # type: ignore[attr-defined]  # all drafts are right

@@ -181,6 +181,17 @@ def test_an_end_within_a_draft(real: nemodiff.LoadedEngine) -> None:
     assert followed > 99
 
 
+def test_an_end_near_the_end_of_a_page(real: nemodiff.LoadedEngine) -> None:
+    """The verify begun ahead goes on behind it, and so does the draft that follows; its row has a page there."""
+    eos = real.info.model.eos_ids[0]
+    for begin, end in itertools.product((36, 40, 44), (1, 2, 5, 9, 15)):
+        engine = toy(real, ahead=True)
+        assert isinstance(engine.backend, PagedToyEngine)
+        engine.backend.said = {**dict.fromkeys(range(500), 200), begin + end: eos}  # all drafts are right
+        (result,), _ = run(engine, [(TEXT[:begin], {**LINEAR, "block_length": 16, "max_new_tokens": 64})], rows=1)
+        assert result["tokens"] == [200] * end + [eos]
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("pages", "rows"), [(10, 4), (60, 4), (60, 17)])
 def test_rows_of_all_modes_and_arrivals(

@@ -74,7 +74,7 @@ def test_a_pass_begun_ahead_takes_one_launch_more(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8, ahead=True)
     for shape in (AR, FlatShape(64, 64, sampled=True)):
         assert names(engine, shape, fed=True) == ["Advance", *names(engine, shape)]
-    assert names(engine, shape, fed=True, arranged=3) == ["Advance", "Arrange", *names(engine, shape)]
+    assert names(engine, shape, fed=True, arranged=3) == ["Advance", "Reach", "Arrange", *names(engine, shape)]
 
 
 def test_the_warm_up_compiles_what_arranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +87,7 @@ def test_the_warm_up_compiles_what_arranges(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(engine.model, "arrange", arrange)
     engine.forwards.warm_up([FlatShape(128, 128), FlatShape(64, 64), AR])  # the host's memory is the same
-    assert met == [(128, 16, False), (64, 8, False)]
+    assert met == [(128, 32, False), (64, 16, False)]
 
 
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:

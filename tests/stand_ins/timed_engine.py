@@ -13,8 +13,10 @@ import numpy as np
 
 import nemodiff
 from nemodiff.engine_info import EngineInfo
+from nemodiff.runtime.engines.grouping import Arranged, Arrangement
 from nemodiff.runtime.engines.pages import Pages
-from nemodiff.runtime.engines.passes import Following, Pass, Prediction
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction, arrange
+from nemodiff.runtime.engines.torch.flat import rounded_tokens
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.draft_planner import AcceptanceStatistics
 from nemodiff.runtime.planning.pass_costs import PassCosts
@@ -83,15 +85,22 @@ class TimedCache:
         return self._run(passes, len(passes) * max(p.ids.size for p in passes)).finish()
 
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TimedFlight:
-        return self._run(passes, sum(p.ids.size for p in passes))
+        tokens = sum(p.ids.size for p in passes)
+        return self._run(passes, rounded_tokens(tokens) if self.ahead else tokens)
 
     def follow(
         self, flight: TimedFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
     ) -> TimedFlight | None:
         if not self.ahead:
             return None
-        known = [p.after(flight.finish()[number]) for p, number in zip(passes, fed, strict=True)]
-        return self._run(known, sum(p.ids.size for p in known), host=0.0)
+        feeding = [flight.finish()[number] for number in fed]
+        fixed = sum(p.pass_.ids.size for p in passes if not isinstance(p.feed, Arrangement))
+        tokens = rounded_tokens(sum(p.pass_.ids.size for p in passes))
+        made = arrange(passes, feeding, tokens - fixed)
+        known = [p.after(*given) for p, *given in zip(passes, feeding, made, strict=True)]
+        running = self._run(known, tokens, host=0.0)
+        running.made = made
+        return running
 
     def _run(self, passes: Sequence[Pass], computed: int, host: float | None = None) -> TimedFlight:
         engine = self._engine
@@ -132,7 +141,11 @@ class TimedFlight:
 
     def __init__(self, seconds: float, predictions: list[Prediction]) -> None:
         self.seconds = seconds
+        self.made = list[Arranged | None]()
         self._predictions = predictions
 
     def finish(self) -> list[Prediction]:
         return self._predictions
+
+    def arranged(self) -> list[Arranged | None]:
+        return self.made

@@ -17,8 +17,9 @@ import numpy as np
 import nemodiff
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import EngineInfo
+from nemodiff.runtime.engines.grouping import Arranged, Arrangement
 from nemodiff.runtime.engines.pages import Pages
-from nemodiff.runtime.engines.passes import Following, Pass, Prediction, read_only
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction, arrange, read_only
 
 _STEPS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 START = 12  # positions that every token depends on
@@ -174,11 +175,15 @@ class PagedToyCache(ToyCache):
         engine = self._engine
         if not engine.ahead or engine.flight is not flight:
             return None
-        known = flight.peek()
+        known = [flight.peek()[number] for number in fed]
         engine.begun_ahead += 1
         for following in passes:
             engine.followed[following.pass_.kind] += 1
-        return self.launch([p.after(known[number]) for p, number in zip(passes, fed, strict=True)], rows)
+        budget = sum(p.pass_.ids.size for p in passes if isinstance(p.feed, Arrangement))
+        made = arrange(passes, known, budget)
+        following = self.launch([p.after(*given) for p, *given in zip(passes, known, made, strict=True)], rows)
+        following.made = made
+        return following
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         rows = range(first, first + len(passes))
@@ -230,7 +235,11 @@ class ToyFlight:
         self._cache = cache
         self._work = list(zip(rows, passes, strict=True))
         self._predictions: list[Prediction] | None = None
+        self.made = list[Arranged | None]()
         self.seconds = 1e-3
+
+    def arranged(self) -> list[Arranged | None]:
+        return self.made
 
     def run(self) -> None:
         self._predictions = [self._cache.run(number, p) for number, p in self._work]

@@ -146,6 +146,11 @@ def graph_shapes(most_tokens: int, *, images: bool = False) -> list[FlatShape]:
     return list(shapes)
 
 
+def is_arranged(source: Source) -> bool:
+    """Whether the device arranges a pass."""
+    return isinstance(source.feed, Arrangement)
+
+
 def fill(
     arrays: Mapping[str, np.ndarray],
     passes: Sequence[Pass],
@@ -154,21 +159,37 @@ def fill(
     mask: int,
     sources: Sequence[Source] | None = None,
 ) -> None:
-    """Write the inputs of a forward; `sources` feed its passes, if it is begun ahead."""
+    """Write the inputs of a forward; `sources` feed its passes, if it is begun ahead.
+
+    Passes that are arranged come last, and have all tokens and predictions that the others leave.
+    """
     if "embedding" in arrays:
         arrays["embedding"][:] = -1
-    sizes, counts = tuple([p.ids.size for p in passes]), tuple([p.predicted.size for p in passes])
-    places = _places(sizes, counts)
-    if passes:
-        _fill_tokens(arrays, passes, rows, pages, places)
-        _fill_predictions(arrays, passes, mask, places)
-    if sources is not None:
-        arrays["source"][:] = -1
-        arrays["verified"][:] = 0
-        if sources:
-            _fill_sources(arrays, sources, places)
-            _fill_known(arrays["known"], passes, rows, sources, places)
-    _pad(arrays, places.first.size, places.start.size, mask)
+    fixed = len(passes) - sum(map(is_arranged, sources or ()))
+    others = passes[:fixed]
+    places = _places(tuple([p.ids.size for p in others]), tuple([p.predicted.size for p in others]))
+    if fixed:
+        _fill_tokens(arrays, others, rows[:fixed], pages, places)
+        _fill_predictions(arrays, others, mask, places)
+    tokens, predictions = places.first.size, places.start.size
+    _pad(arrays, tokens, predictions, mask)
+    if sources is None:
+        return
+    arrays["source"][:] = -1
+    arrays["verified"][:] = 0
+    if fixed:
+        _fill_sources(arrays, sources[:fixed], places)
+    if fixed < len(passes):
+        budget = room(FlatShape(len(arrays["ids"]), len(arrays["index"])), passes, sources)
+        arrays["index"][predictions : predictions + budget] = np.arange(tokens, tokens + budget)
+        work = zip(passes[fixed:], rows[fixed:], sources[fixed:], strict=True)
+        arrays["known"][: len(passes) - fixed] = [_known(tokens, budget, *each) for each in work]
+
+
+def room(shape: FlatShape, passes: Sequence[Pass], sources: Sequence[Source]) -> int:
+    """The tokens that passes have together which are arranged, all of them predicted."""
+    fixed = [p for p, source in zip(passes, sources, strict=True) if not is_arranged(source)]
+    return min(shape.tokens - sum(p.ids.size for p in fixed), shape.predicted - sum(p.predicted.size for p in fixed))
 
 
 class _Places(NamedTuple):
@@ -254,19 +275,12 @@ def _fed_ids(source: Source) -> tuple[int, int]:
     return 0, 0
 
 
-def _fill_known(
-    known: np.ndarray, passes: Sequence[Pass], rows: Sequence[int], sources: Sequence[Source], places: _Places
-) -> None:
-    """Write what passes that are arranged follow from."""
-    count = first = 0
-    for p, row, source in zip(passes, rows, sources, strict=True):
-        if isinstance(source.feed, Arrangement):
-            before, size, block, stops, _ = source.feed
-            begins = source.tokens, (source.tokens + source.next_ids) // 2, source.next_ids  # confidences lie between
-            fields = Known(first, size, block, row, p.write_at, before.heads, *begins)
-            known[count] = packed(fields, stops, before.places)
-            count += 1
-        first += p.ids.size
+def _known(first: int, budget: int, p: Pass, row: int, source: Source) -> list[int]:
+    """What a pass follows from that is arranged, as `plugins/ops/arrange.py` has it."""
+    assert isinstance(source.feed, Arrangement)
+    before, lengths, most, stops, _ = source.feed
+    results = source.tokens, (source.tokens + source.next_ids) // 2, source.next_ids  # confidences lie between
+    return packed(Known(first, budget, most, row, p.write_at, before.heads, *results), lengths, stops, before.places)
 
 
 def _pad(arrays: Mapping[str, np.ndarray], at: int, begin: int, mask: int) -> None:

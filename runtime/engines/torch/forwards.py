@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....errors import EngineError
-from ..passes import Following, Pass, Prediction, read_only
-from .flat import FlatShape, Source, flat_shape
+from ..grouping import Arranged
+from ..passes import Following, Pass, Prediction, arrange, read_only
+from .flat import FlatShape, Source, flat_shape, is_arranged, room
 from .step import Step, Steps
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Forwards:
             if not self.ahead or self._flights[-1:] != [flight]:
                 return None
             self.wait(1 if self.device.is_gpu else 0)  # on a CPU a forward runs when it is waited for
-            feeding = Feeding(flight, flight.sources(passes, fed))
+            feeding = Feeding(flight, passes, fed, flight.sources(passes, fed))
             with self.device.use(self.folder):
                 return self._launched([following.pass_ for following in passes], rows, feeding)
 
@@ -108,9 +109,11 @@ class Forwards:
 
 
 class Feeding(NamedTuple):
-    """A forward under way that another one follows, and what that takes from it."""
+    """A forward under way that another one follows: by what its passes are fed, and where they find that."""
 
     flight: TorchFlight
+    passes: Sequence[Following]
+    fed: Sequence[int]
     sources: list[Source]
 
 
@@ -129,6 +132,8 @@ class TorchFlight:
         self._logits: dict[int, Tensor] = {}
         self._predictions: list[Prediction] | None = None
         self._failure: Exception | None = None
+        self._feeding = feeding
+        self._arranged: list[Arranged | None] = [None] * len(passes)
         self._start: Callable[[], Any] | None = self._started
         self._began: Any = None  # a mark before everything, and one after it
         self._mark: Any = None
@@ -138,12 +143,28 @@ class TorchFlight:
 
     def sources(self, passes: Sequence[Following], fed: Sequence[int]) -> list[Source]:
         """Where passes that its passes of these numbers feed find what those give."""
-        counts = [p.predicted.size for p in self._passes]
-        begins = list(itertools.accumulate(counts, initial=0))
+        places = self._places()
         return [
-            Source(following.feed, begins[number], begins[number] + self.step.apart, counts[number])
-            for following, number in zip(passes, fed, strict=True)
+            Source(following.feed, begin, begin + self.step.apart, end - begin)
+            for following, (begin, end) in zip(passes, (places[number] for number in fed), strict=True)
         ]
+
+    def arranged(self) -> list[Arranged | None]:
+        """See `engine.Flight`."""
+        feeding = self._feeding
+        if feeding is not None:
+            if any(map(is_arranged, feeding.sources)):
+                given = feeding.flight.finish()
+                budget = room(self.step.shape, self._passes, feeding.sources)
+                self._arranged = arrange(feeding.passes, [given[number] for number in feeding.fed], budget)
+            self._feeding = None  # nor those before it
+        return self._arranged
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where each pass's predictions begin and end."""
+        made = zip(self._passes, self.arranged(), strict=True)
+        counts = [p.predicted.size if each is None else each.grouping.tokens for p, each in made]
+        return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
     def finish(self) -> list[Prediction]:
         """See `engine.Flight`."""
@@ -182,7 +203,7 @@ class TorchFlight:
         self._owner.memory.show_table()
         step.run(self.turn, self._before)
         begin = 0
-        for number, p in enumerate(self._passes):
+        for number, p in enumerate(self._passes):  # none that is arranged has logits, and those come last
             end = begin + p.predicted.size
             if p.logits and step.logits is not None:
                 self._logits[number] = device.fetch(step.logits[begin:end])
@@ -195,10 +216,7 @@ class TorchFlight:
         arrays = self.step.sides[self.turn].outputs.arrays
         token, confidence, next_ids = (read_only(arrays[name].copy()) for name in ("token", "confidence", "next_ids"))
         predictions = []
-        begin = 0
-        for number, p in enumerate(self._passes):
-            end = begin + p.predicted.size
+        for number, (begin, end) in enumerate(self._places()):
             logits = read_only(self._logits[number].numpy()) if number in self._logits else None
             predictions.append(Prediction(token[begin:end], confidence[begin:end], next_ids[begin:end], logits))
-            begin = end
         return predictions

@@ -12,11 +12,10 @@ import numpy as np
 
 from ....contract import PAGE
 from ....engine_info import EngineInfo
-from ..grouping import Arrangement
 from ..layout import Layout
-from ..passes import Pass, most_shift
+from ..passes import Pass
 from .device import Buffer, Graph, TorchDevice
-from .flat import FREE, FlatShape, Source, fill, flat_layouts, rounded_shape
+from .flat import FREE, FlatShape, Source, fill, flat_layouts, is_arranged, rounded_shape
 from .kernel_cache import KernelCache
 from .memory import Change, Memory
 from .model import TorchModel
@@ -175,12 +174,13 @@ class Step:
         """Write a forward's inputs on the host; a captured forward knows nothing else of the passes."""
         owner, side = self._owner, self.sides[turn]
         fill(side.inputs.arrays, passes, rows, owner.memory.pages, owner.model.config.mask_id, sources)
-        side.arranged = sum(isinstance(source.feed, Arrangement) for source in sources or ())
-        if owner.model.kernels or not self._eager:
+        side.arranged = sum(map(is_arranged, sources or ()))
+        side.views = None
+        if owner.model.kernels or not self._eager or side.arranged:  # whose rows lie nobody knows where
             return
         side.views = []
         at = 0
-        shifts = [most_shift(source.feed, source.size) for source in sources or ()] or [0] * len(passes)
+        shifts = [source.size if source.feed == "accepted" else 0 for source in sources or ()] or [0] * len(passes)
         for p, row, shift in zip(passes, rows, shifts, strict=True):
             seen = shift + max(int(p.visible[:, 0].max()), int(p.visible[:, 2].max()))
             side.views.append(View(at, at + p.ids.size, row, -(-seen // PAGE)))
