@@ -46,6 +46,7 @@ class _Standing:
     prices: list[float]  # of a pass by its tokens: the tokens that the best plan promises in its seconds
     drafts: list[tuple[int, float]]  # of quadratic_spec, by masks: the tokens that one brings, less its verify's price
     rows: int  # that decode side by side, as it was made
+    then: _Standing | None = None  # the one after it, once that is asked for
 
     @functools.cached_property
     def lengths(self) -> tuple[tuple[int, int], ...]:
@@ -138,23 +139,30 @@ class DraftPlanner:
         if self._standing is None or not self._standing.fits(self._rows):
             standing = self._engine.standing.get(self._choices)
             if standing is None or not standing.fits(self._rows):
-                standing = self._engine.standing[self._choices] = self._make(standing)
+                standing = self._engine.standing[self._choices] = self._after(standing)
             self._standing = standing
         costs, self._taken = self.costs, self._standing.plan
         self._standing.left -= 1
-        # Where passes are begun ahead, one of the last round is not: the plan after it has to be made first.
-        if self._standing.left == (self._rows if load.ahead else 0):
+        if self._standing.left == 0:
             self._met = _Met(costs.passes, costs.spent, costs.clock())
         return self._taken
 
     def next(self, load: Load) -> Plan | None:
-        """What all rows will be given next, unless a plan has to be made for some of them before."""
+        """What this one will be given next, if all rows are given as many blocks, and no others come or go."""
         if self._only is not None:
             return self._only
         standing = self._standing
-        if standing is None or not standing.fits(load.rows) or standing.left < load.rows:
+        if standing is None or standing.rows != load.rows:
             return None
+        if standing.left < load.rows:  # so many have a last turn
+            standing.then = standing = self._after(standing)
         return standing.plan
+
+    def _after(self, before: _Standing | None) -> _Standing:
+        """The plan after another one."""
+        if before is not None and before.then is not None and before.then.fits(self._rows):
+            return before.then
+        return self._make(before)
 
     def _make(self, before: _Standing | None) -> _Standing:
         """A plan, which stands twice as long as the one before it: the first ones know little."""

@@ -103,6 +103,26 @@ def test_where_tokens_are_free_the_load_changes_nothing(modes: tuple[ExactMode, 
         assert beside == pytest.approx({plan: rows * rate for plan, rate in alone.items()})
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_the_next_plan_is_made_before_it_is_due(rows: int) -> None:
+    """Rows that go on side by side know it at every pass, whatever is learned meanwhile, and so may begin the next."""
+    first, rng = fed(H200, EVERY, emitted=4), random.Random(rows)
+    planners = [DraftPlanner(first.costs, first._engine, EVERY) for _ in range(rows)]
+    load, known, met = load_of(rows), list[Plan | None](), set[Plan]()
+    for turn in range(60):
+        taken = [planner.plan(load) for planner in planners]
+        assert not turn or taken == known
+        for planner, plan in zip(planners, taken, strict=True):
+            if plan.mode != "ar":
+                planner.learn(plan.size, rng.randint(1, plan.size))
+            planner.learn_quadratic(plan.size, plan.size, 1) if plan.mode == "quadratic_spec" else None
+        known = [planner.next(load) for planner in planners]
+        assert len(set(known)) == 1
+        met |= {*taken}
+    assert len(met) > 1
+    assert planners[0].next(load_of(2 * rows)) is None
+
+
 def test_where_each_token_is_paid_many_rows_take_ar() -> None:
     """One row pays 40 for a pass and 1 a token; of 64 rows each pays less than 1 and 1."""
     planner = fed(EACH_PAID, EVERY, emitted=4)
