@@ -321,17 +321,17 @@ def test_sizes_are_those_of_graphs() -> None:
     assert many.best(H200) is None  # no graph has as many tokens as that many passes
 
 
-@pytest.mark.parametrize(("rows", "least"), [(1, 0.97), (4, 0.9), (16, 0.9)])
+@pytest.mark.parametrize(("rows", "least", "more"), [(1, 0.97, 1.07), (4, 0.97, 1.05), (16, 0.93, 1.0)])
 def test_passes_begun_ahead_bring_what_planned_ones_would(
-    engine: nemodiff.LoadedEngine, rows: int, least: float
+    engine: nemodiff.LoadedEngine, rows: int, least: float, more: float
 ) -> None:
-    """Against passes for which the card does not wait; where it waits for 0.7 ms as one did, one row brings more."""
+    """Against passes for which the card does not wait; where it waits for 0.7 ms as one did, they bring more."""
     for block in (8, 16, 32):
         options = {"mode": "quadratic_spec", "block_length": block}
         tokens = 256 if rows < 16 else 96
         free, ahead, waits = (
-            rate(timed(engine, H200, HARD, host=host, ahead=ahead), rows, options, tokens)
+            rate(timed(engine, H200, HARD, host=host, ahead=ahead, graphs=True), rows, options, tokens)
             for host, ahead in ((0.0, False), (700.0 / rows, True), (700.0 / rows, False))
         )
         assert ahead > least * free
-        assert ahead > (1.07 if rows == 1 else 0.98) * waits
+        assert ahead > more * waits

@@ -33,13 +33,15 @@ def timed(
     paged: bool = True,
     host: float = 0.0,
     ahead: bool = False,
+    graphs: bool = False,
 ) -> nemodiff.LoadedEngine:
     """The engine with its backend replaced, and plans that know the curve.
 
     hard: share of positions that are hard. paged: whether rows share forwards unpadded, or side by side and padded.
-    host: seconds that every pass of a row takes beside the forward, unless it is begun `ahead`.
+    host: seconds that every pass of a row takes beside the forward, unless it is begun `ahead`. graphs: a forward has as
+    many tokens as graphs have.
     """
-    backend = TimedEngine(engine.info, curve, hard, paged=paged, host=host, ahead=ahead)
+    backend = TimedEngine(engine.info, curve, hard, paged=paged, host=host, ahead=ahead, graphs=graphs)
     copy = dataclasses.replace(engine, backend=backend)
     vars(copy)["cost"] = PassCosts(curve, clock=backend.clock)
     vars(copy)["acceptance"] = AcceptanceStatistics()
@@ -52,9 +54,17 @@ class TimedEngine:
     samples = False
 
     def __init__(
-        self, info: EngineInfo, curve: CostCurve, hard: float, *, paged: bool, host: float, ahead: bool
+        self,
+        info: EngineInfo,
+        curve: CostCurve,
+        hard: float,
+        *,
+        paged: bool,
+        host: float,
+        ahead: bool,
+        graphs: bool,
     ) -> None:
-        self.info, self.curve, self.host, self.ahead = info, curve, host, ahead
+        self.info, self.curve, self.host, self.ahead, self.graphs = info, curve, host, ahead, graphs
         self.pages: Any = Pages(4096, 400, 64) if paged else None
         self.now = 0.0
         self.decoding = 0.0  # seconds of forwards without a prompt, and of what the host takes for them
@@ -85,8 +95,7 @@ class TimedCache:
         return self._run(passes, len(passes) * max(p.ids.size for p in passes)).finish()
 
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> TimedFlight:
-        tokens = sum(p.ids.size for p in passes)
-        return self._run(passes, rounded_tokens(tokens) if self.ahead else tokens)
+        return self._run(passes, self._tokens(passes))
 
     def follow(
         self, flight: TimedFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
@@ -95,12 +104,16 @@ class TimedCache:
             return None
         feeding = [flight.finish()[number] for number in fed]
         fixed = sum(p.pass_.ids.size for p in passes if not isinstance(p.feed, Arrangement))
-        tokens = rounded_tokens(sum(p.pass_.ids.size for p in passes))
+        tokens = self._tokens([p.pass_ for p in passes])
         made = arrange(passes, feeding, tokens - fixed)
         known = [p.after(*given) for p, *given in zip(passes, feeding, made, strict=True)]
         running = self._run(known, tokens, host=0.0)
         running.made = made
         return running
+
+    def _tokens(self, passes: Sequence[Pass]) -> int:
+        tokens = sum(p.ids.size for p in passes)
+        return rounded_tokens(tokens) if self._engine.graphs else tokens
 
     def _run(self, passes: Sequence[Pass], computed: int, host: float | None = None) -> TimedFlight:
         engine = self._engine
