@@ -38,8 +38,8 @@ def timed(
     """The engine with its backend replaced, and plans that know the curve.
 
     hard: share of positions that are hard. paged: whether rows share forwards unpadded, or side by side and padded.
-    host: seconds that every pass of a row takes beside the forward, unless it is begun `ahead`. graphs: a forward has as
-    many tokens as graphs have.
+    host: seconds that every pass of a row takes beside the forward, unless it is begun `ahead`. graphs: a forward has
+    as many tokens as graphs have.
     """
     backend = TimedEngine(engine.info, curve, hard, paged=paged, host=host, ahead=ahead, graphs=graphs)
     copy = dataclasses.replace(engine, backend=backend)
