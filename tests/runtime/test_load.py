@@ -312,6 +312,14 @@ def test_passes_begun_ahead_have_the_size_that_promises_most(
     assert choice.best(curve) == expected
 
 
+def test_sizes_follow_the_drafts_of_late() -> None:
+    choice = load_of(16).size_of(16)
+    for sure, expected in ((1.0, 32), (0.9, 24)):
+        for _ in range(80):
+            choice.learn([sure] * 15, ((8, 256), (16, 300)))
+        assert choice.best(H200) == expected
+
+
 def test_sizes_are_those_of_graphs() -> None:
     """So all rows together have what a forward computes anyway."""
     assert set(FORWARDS) == {shape.tokens for shape in graph_shapes(2048) if shape.tokens >= 8}

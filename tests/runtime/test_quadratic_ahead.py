@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import random
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from stand_ins.toy_engine import PagedToyCache, PagedToyEngine
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.plugins.ops import arrange
 from nemodiff.runtime.batching.batch import Batch
-from nemodiff.runtime.engines.grouping import Arrangement
-from nemodiff.runtime.engines.passes import Pass
+from nemodiff.runtime.engines.grouping import Arranged, Arrangement, Grouping
+from nemodiff.runtime.engines.pages import Pages
+from nemodiff.runtime.engines.passes import Following, Pass, causal, most_end
 from nemodiff.runtime.engines.torch.engine import TorchEngine
+from nemodiff.runtime.engines.torch.flat import FlatShape, Source, fill, flat_layouts, room
 from nemodiff.runtime.planning.cost import CostCurve
 from nemodiff.runtime.planning.pass_costs import PassCosts
 from nemodiff.runtime.requests.options import Options
@@ -195,6 +199,49 @@ def test_an_end_within_a_draft(real: nemodiff.LoadedEngine, ran: Any) -> None:
     assert begun > 99
 
 
+def test_what_was_begun_is_used_if_it_is_what_the_loop_wants() -> None:
+    arrangement = Arrangement(Grouping(3, {2: 4}), (), 100, (), 0)
+    following = Following(causal("verify", [1] * 9, 60), arrangement)
+    made = Arranged(Grouping(2, {1: 3}), 2, [7, 8])
+    prediction: Any = None  # that has been looked at
+    wanted = following.after(prediction, made)
+    assert (wanted.write_at, wanted.ids.tolist(), wanted.pos.tolist()) == (62, [7, 8, 0, 0, 0], [62, 63, 63, 64, 65])
+    assert following.serves(prediction, wanted, made)
+    others = [
+        wanted._replace(ids=np.array([7, 9, 0, 0, 0], np.int32)),
+        wanted._replace(ids=wanted.ids[:4]),
+        wanted._replace(write_at=61),
+        wanted._replace(kind="draft"),
+    ]
+    assert not any(following.serves(prediction, other, made) for other in others)
+
+
+def test_memory_for_the_longest_way() -> None:
+    """All heads of the pass before may be accepted, and the next have as many tokens as it may."""
+    verify, before = causal("verify", [1] * 9, 60), Grouping(5, {5: 4})
+    arrangement = Arrangement(before, (), 100, (), 0)
+    assert most_end(Following(verify, arrangement), 9) == 60 + 5 + 100
+    assert [most_end(Following(verify, feed), 7) for feed in (None, "token", "accepted")] == [69, 69, 69 + 7]
+
+
+def test_a_forward_shares_out_what_it_has_beside_others(real: nemodiff.LoadedEngine) -> None:
+    """Of tokens and of predictions, of which a prompt has few."""
+    pages, mask = Pages(20, 4, 20), real.info.model.mask_id
+    (row, other) = pages.open(2) or ()
+    assert pages.reserve(row, 0, 512) is not None
+    prompt, placeholder = causal("prefill", [7] * 512, 0), causal("verify", [7] * 140, 40, predict_all=True)
+    before = Grouping(1, {1: 8})
+    sources = [Source(None, 0, 0, 0), Source(Arrangement(before, ((8, 256),), 256, (), mask), 0, 600, 9)]
+    for shape, expected in ((FlatShape(768, 256), 255), (FlatShape(640, 256), 128)):
+        assert room(shape, [prompt, placeholder], sources) == expected
+        inputs, _ = flat_layouts(shape, real.info)
+        arrays = inputs.views(np.zeros(inputs.nbytes, np.uint8))
+        fill(arrays, [prompt, placeholder], [row, other], pages, mask, sources)
+        known = arrange.Known(*arrays["known"][0, : arrange.LENGTHS].tolist())
+        assert (known.first, known.budget, known.row, known.position) == (512, expected, other, 40)
+        assert arrays["index"].tolist() == [511, *range(512, 512 + expected), *[shape.tokens - 1] * (255 - expected)]
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("pages", [12, 60])
 def test_rows_of_all_modes_and_arrivals(real: nemodiff.LoadedEngine, ran: Any, late: bool, pages: int) -> None:
@@ -300,6 +347,23 @@ def test_the_kernels_arrange_what_plain_torch_does(folders: dict[str, Path], mon
             told.append((answer.token_ids, answer.nfe, answer.acceptance, answer.adapter_tokens))
             assert engine.backend.followed["arranged"] > 0  # type: ignore[attr-defined]
     assert told[0] == told[1]
+
+
+def test_a_forward_does_not_keep_those_before_it(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = on_device(folders["plain"], lambda: LaggingDevice(monkeypatch))
+    forwards: Any = engine.backend.forwards  # type: ignore[attr-defined]
+    flights, follow, most = weakref.WeakSet[Any](), forwards.follow, list[int]()
+
+    def noted(*given: Any) -> Any:
+        flight = follow(*given)
+        flights.add(flight)
+        most.append(len(flights))
+        return flight
+
+    monkeypatch.setattr(forwards, "follow", noted)
+    nemodiff.generate(engine, QUESTIONS[0], **QUADRATIC, block_length=4, max_new_tokens=40)
+    assert len(most) > 9
+    assert max(most) <= 3
 
 
 KINDS: list[dict[str, Any]] = [
