@@ -86,6 +86,27 @@ def test_the_kernels_do_what_the_reference_says(tiny: ModelConfig, seed: int, bu
         np.testing.assert_array_equal(as_array(kernel[name]), wanted, name)
 
 
+@pytest.mark.parametrize("budget", [110, 115, 163])
+def test_the_kernels_at_borders(tiny: ModelConfig, budget: int) -> None:
+    """More rows than are looked at at once; one exactly fits; equal chances are cut; nothing is left to a row."""
+    apart, at, known = 400, 0, list[list[int]]()
+    results = np.full((3, apart), LOWEST, np.int32)
+    for row, confidence in enumerate([[1.0] * (MAX_BLOCK - 1), *[[0.5]] * 7, [0.9, 0.5, 0.5], [0.8]]):
+        masks = 1 + len(confidence)
+        results[1, at + 2 : at + 1 + masks] = np.array(confidence, np.float32).view(np.int32)
+        fields = Known(0, budget, 256, row, 10, 1, at, apart + at, 2 * apart + at)
+        known.append(packed(fields, ((4, 300), (8, 500)), (2,), {1: (1, masks)}))
+        at += 1 + masks
+    given = {name: np.zeros(budget, np.int32) for name in NAMES[:5]}
+    given |= {"visible": np.zeros((budget, 3), np.int32), "adapter": np.zeros(budget, np.float32)}
+    given |= {"known": np.array(known, np.int32), "results": results.ravel()}
+    given["page_table"] = np.arange(9 * len(known), dtype=np.int32).reshape(-1, 9)
+    expected = arrange.reference(**given, mask=MASK)
+    _, kernel = launch_tensors(arrange.OP, tiny, **{name: array.copy() for name, array in given.items()})
+    for name, wanted in zip(NAMES, expected, strict=True):
+        np.testing.assert_array_equal(as_array(kernel[name]), wanted, name)
+
+
 def test_the_host_arranges_what_the_device_does() -> None:
     """Where it does not, the pass is dropped and begun again: slower, with the same tokens."""
     for seed in range(30):
