@@ -10,8 +10,8 @@ from .advance import confirmed
 @triton.jit
 def reach(
     known, results, reached, accepted,
-    LENGTHS: tl.constexpr, STOPS: tl.constexpr, GROUPS: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
-    LANES: tl.constexpr, BITS: tl.constexpr, MOST_STOPS: tl.constexpr,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr,
+    STOPS: tl.constexpr, MOST_STOPS: tl.constexpr,
 ):  # fmt: skip
     """Write the chances that more than `lane` heads are accepted, reached (K, LANES); and accepted (K,)."""
     row = tl.program_id(0)
@@ -80,10 +80,9 @@ def _wanted(
 @triton.jit
 def arrange(
     ids, pos, slot, row, first, visible, adapter, known, results, page_table, reached, accepted, K, M, N,
-    LENGTHS: tl.constexpr, STOPS: tl.constexpr, GROUPS: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr,
-    LANES: tl.constexpr, BITS: tl.constexpr, MOST_STOPS: tl.constexpr, RATE_BITS: tl.constexpr,
-    MOST_LENGTHS: tl.constexpr, LEVELS: tl.constexpr, DEAREST: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr,
-    MASK_ID: tl.constexpr,
+    GROUPS: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr,
+    LENGTHS: tl.constexpr, MOST_LENGTHS: tl.constexpr, RATE_BITS: tl.constexpr, LEVELS: tl.constexpr,
+    DEAREST: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, MASK_ID: tl.constexpr,
 ):  # fmt: skip
     """Write ids, pos, slot, row, first, adapter (N,) and visible (N, 3) of a row; all programs find the same price."""
     own = tl.program_id(0)

@@ -8,7 +8,7 @@ their bits, and page_table (B, M) as in `paged_attention`.
 
 That forward has verified a draft, whose confirmed tokens are emitted, and the one after the last of them. The group of
 masks that was there for their number holds the next draft, all but its first prediction, up to a token that ends the
-answer. What of a draft the next pass looks at and which groups of masks follow is `layouts`' to say, which shares a
+answer. What of a draft the next pass looks at and which groups follow is up to `Drafts.layouts`, which shares a
 budget of tokens among all rows. These come one after the other, and last of the forward; tokens that are left over stay
 as they are, of a row of their own. Chances are fixed-point numbers, so that everybody gets the same layout.
 """
@@ -189,9 +189,8 @@ def reference(
         rows.append(of._replace(position=of.position + accepted))
         tokens.append([int(results[of.token + accepted - 1]), *draft.tolist()])
         chances.append(reached(confidence.tolist()))
-    drafts = Drafts.of(chances, [()] * len(rows), [of.most for of in rows])
-    drafts = drafts._replace(lengths=known[:, LENGTHS:STOPS].reshape(-1, MOST_LENGTHS, 2).astype(np.int64))
-    layouts = drafts.layouts(rows[0].budget)
+    lengths = [tuple(map(tuple, pairs)) for pairs in known[:, LENGTHS:STOPS].reshape(-1, MOST_LENGTHS, 2).tolist()]
+    layouts = Drafts.of(chances, lengths, [of.most for of in rows]).layouts(rows[0].budget)
     at = rows[0].first
     for of, head_ids, heads, groups in zip(rows, tokens, layouts.heads.tolist(), layouts.masks.tolist(), strict=True):
         start, begin = of.position, at
@@ -214,17 +213,21 @@ def reference(
 
 
 def _constants(model: ModelConfig) -> Constants:
-    places = {"LENGTHS": LENGTHS, "STOPS": STOPS, "GROUPS": GROUPS, "SIZES": SIZES, "WIDTH": WIDTH}
-    return {**places, "LANES": MAX_BLOCK, "BITS": BITS, "MOST_STOPS": MOST_STOPS}
+    return {"GROUPS": GROUPS, "SIZES": SIZES, "WIDTH": WIDTH, "LANES": MAX_BLOCK, "BITS": BITS}
 
 
-def _rule(model: ModelConfig) -> Constants:
-    rule = {"RATE_BITS": RATE_BITS, "MOST_LENGTHS": MOST_LENGTHS, "LEVELS": LEVELS, "DEAREST": PRICES[0], "ROWS": 8}
-    return {**_constants(model), **rule, "PAGE": PAGE, "MASK_ID": model.mask_id}
+def _of_reach(model: ModelConfig) -> Constants:
+    return {**_constants(model), "STOPS": STOPS, "MOST_STOPS": MOST_STOPS}
+
+
+def _of_arrange(model: ModelConfig) -> Constants:
+    lengths = {"LENGTHS": LENGTHS, "MOST_LENGTHS": MOST_LENGTHS, "RATE_BITS": RATE_BITS}
+    prices = {"LEVELS": LEVELS, "DEAREST": PRICES[0], "ROWS": 8}
+    return {**_constants(model), **lengths, **prices, "PAGE": PAGE, "MASK_ID": model.mask_id}
 
 
 _OF_TOKENS = ("ids", "pos", "slot", "row", "first")
-_WRITTEN = (*_OF_TOKENS, "visible", "adapter")
+WRITTEN = (*_OF_TOKENS, "visible", "adapter")
 
 OP = Op(
     "Arrange",
@@ -245,17 +248,17 @@ OP = Op(
             inputs=("known", "results"),
             scalars=(),
             outputs=(Arg("reached", "i32", ("K", MAX_BLOCK)), Arg("accepted", "i32", ("K",))),
-            constants=_constants,
+            constants=_of_reach,
             grid=lambda dims, ceil: (dims["K"], 1, 1),
             num_warps=1,
         ),
         Stage(
             "Arrange",
             "arrange.arrange",
-            inputs=(*_WRITTEN, "known", "results", "page_table", "reached", "accepted"),
+            inputs=(*WRITTEN, "known", "results", "page_table", "reached", "accepted"),
             scalars=("K", "M", "N"),
             outputs=(),
-            constants=_rule,
+            constants=_of_arrange,
             grid=lambda dims, ceil: (dims["K"], 1, 1),
             num_warps=4,
         ),

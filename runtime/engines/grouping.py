@@ -99,7 +99,7 @@ class Arranged(NamedTuple):
     heads: list[int]
 
 
-def arranged(drafts: Sequence[tuple[Arrangement, Sequence[float]]], budget: int) -> list[Grouping]:
+def groupings(drafts: Sequence[tuple[Arrangement, Sequence[float]]], budget: int) -> list[Grouping]:
     """What a device makes of drafts with these confidences, which share so many tokens."""
     arrangements, confidences = zip(*drafts, strict=True)
     chances = [arrange.reached(confidence) for confidence in confidences]

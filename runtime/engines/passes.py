@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ...contract import MAX_BLOCK
-from .grouping import Arranged, Arrangement, arranged
+from .grouping import Arranged, Arrangement, groupings
 
 PassKind = Literal["prefill", "decode", "denoise", "draft", "verify", "commit"]
 PASS_KINDS: tuple[PassKind, ...] = ("prefill", "decode", "denoise", "draft", "verify", "commit")
@@ -154,8 +154,8 @@ def arrange(passes: Sequence[Following], predictions: Sequence[Prediction], budg
             drafts.append((feed, confidence[begin : begin + len(draft)].tolist()))
     if not drafts:
         return [None] * len(passes)
-    groupings = arranged(drafts, budget)
-    made = (Arranged(each, accepted, ids[: each.heads]) for each, (accepted, ids) in zip(groupings, found, strict=True))
+    both = zip(groupings(drafts, budget), found, strict=True)
+    made = (Arranged(each, accepted, ids[: each.heads]) for each, (accepted, ids) in both)
     return [next(made) if isinstance(following.feed, Arrangement) else None for following in passes]
 
 

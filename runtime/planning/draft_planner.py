@@ -49,7 +49,7 @@ class _Standing:
     then: _Standing | None = None  # the one after it, once that is asked for
 
     @functools.cached_property
-    def lengths(self) -> tuple[tuple[int, int], ...]:
+    def lengths(self) -> arrange.Lengths:
         """The lengths of groups that some price is worth, with what one more token costs there: see `arrange.py`."""
         found, masks, worth = list[tuple[int, int]](), 0, 0.0
         while longer := [(size, more - worth) for size, more in self.drafts if size > masks and more > worth]:
@@ -263,7 +263,7 @@ class DraftPlanner:
         return draft + (verify or seconds[whole]) + self.costs.host.seconds(mode, self._rows)
 
     @property
-    def lengths(self) -> tuple[tuple[int, int], ...]:
+    def lengths(self) -> arrange.Lengths:
         """Of groups, each with the tokens that it takes to bring one more than the next shorter: see there."""
         assert self._standing is not None
         return self._standing.lengths

@@ -136,8 +136,7 @@ def arrange(inputs: Mapping[str, Tensor], known: Tensor, results: Tensor, table:
     """`plugins/ops/arrange.py`, by the host, which waits for what the device has."""
     import torch
 
-    names = ("ids", "pos", "slot", "row", "first", "visible", "adapter")
-    written = {name: inputs[name] for name in names if name in inputs}
+    written = {name: inputs[name] for name in arrangement.WRITTEN if name in inputs}
     given = {**written, "known": known, "results": results, "page_table": table}
     arrays = {"adapter": np.zeros(len(inputs["ids"]), np.float32)}
     arrays |= {name: tensor.cpu().numpy() for name, tensor in given.items()}
