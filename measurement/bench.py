@@ -144,7 +144,8 @@ def bench(
             raise RequestError(f"{name}: {error}") from None
     for engine, name in zip(engines, names(engines), strict=True):
         report(f"cost curve of {name}")
-        engine.cost.begin(measure(engine.backend, _CURVE_SECONDS))
+        if curve := measure(engine.backend, _CURVE_SECONDS):
+            engine.cost.begin(curve)
     results: list[list[Figures]] = [[] for _ in engines]
     exact: dict[tuple[int, int], Round] = {}  # by engine and concurrency
     for number, test in enumerate(planned[0]):

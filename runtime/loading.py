@@ -48,7 +48,7 @@ class LoadedEngine:
         """Seconds of a forward by its tokens, learned from those that run.
 
         It begins with the curve that `nemodiff bench` has left in the folder, with what a warm-up has met, or with one
-        that is measured at the first use; where other requests have all the memory then, with a guess.
+        that is measured at the first use; with a guess where that takes too long or other requests have all the memory.
         """
         return PassCosts(self._first_curve, clock_of(self.backend))
 
@@ -57,7 +57,7 @@ class LoadedEngine:
         if curve := kept or met(getattr(self.backend, "pass_seconds", {})):
             return curve
         try:
-            return measure(self.backend)
+            return measure(self.backend) or GUESS
         except EngineError:  # if there is more wrong, the next forward will say so
             return GUESS
 

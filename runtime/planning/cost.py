@@ -23,7 +23,7 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 _FIRST = (1, 32)  # measured before any other, however long they take: their ratio is what plans hang on
 _TURNS, _LONG_TURNS = 20, 3  # of those up to the longer of these, which plans compare, and of longer ones
 _SHORT = 0.5  # of the time for all of it
-_LIMIT = 1.0  # seconds for all of it; sizes for which there is no time left lie between or beyond the others
+_LIMIT = 0.05  # seconds, which an answer waits for; sizes for which no time is left lie between or beyond the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +83,10 @@ def clock_of(engine: Engine) -> Callable[[], float]:
     return clock
 
 
-def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve:
+def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve | None:
     """Time forwards of every size in turns, the least of each, until the time for it is used up.
 
+    None if one token alone takes longer than that: then forwards that answer something have to tell what they cost.
     Long ones come last: they throw the weights out of the processor's caches, and a forward of one token takes up to
     three times as long after one, and a dozen forwards to get over it.
     """
@@ -104,6 +105,8 @@ def measure(engine: Engine, limit: float = _LIMIT) -> CostCurve:
                 before = clock()
                 cache.forward([pass_])
                 least[size] = min(clock() - before, least.get(size, float("inf")))
+                if least[size] > limit and len(least) == 1:
+                    return None
     except EngineError:  # other requests have the memory that longer passes need
         if len(least) < 2:
             raise
