@@ -1,8 +1,12 @@
-"""`nemodiff batch` on real Ray: a killed command goes on, a lost machine costs nothing, wrong folders are refused."""
+"""`nemodiff batch`: a killed command goes on, a lost machine costs nothing, wrong folders are refused.
+
+On real Ray, but for how many workers there are, what each gets and what becomes of its results.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,16 +17,22 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import conftest
 import pytest
 from conftest import Refused, assert_one_line, eventually
 
 import nemodiff
+from nemodiff.batch import job as jobs
 from nemodiff.batch.cluster import connected
+from nemodiff.batch.job import Job, Totals, run_job
 from nemodiff.batch.parts import JOURNALS
+from nemodiff.batch.worker import Work
 from nemodiff.engine_folder import engine_digest
-from nemodiff.errors import RequestError
+from nemodiff.engine_info import read_engine
+from nemodiff.errors import EngineError, RequestError
 
 pytest.importorskip("ray")
 ROWS = 240
@@ -219,3 +229,135 @@ def test_a_ray_that_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.init", timed_out)
     with pytest.raises(RequestError, match=r"^Ray: no cluster answers \(The current node timed out"), connected(None):
         pass
+
+
+class Pretended:
+    """Ray with some machines: one worker here answers all shards, the last one first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *cpus: float, gpus: int = 0) -> None:
+        self.cpus = cpus
+        self.gpus = gpus
+        self.given: dict[str, Any] = {}  # to the workers
+        self.dead: list[dict[str, Any]] = []
+        self._rows: list[dict[str, Any]] = []
+        names = {"from_items": self._from_items, "ActorPoolStrategy": lambda **choices: choices}
+        monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace(**names))
+        monkeypatch.setattr(jobs, "connected", lambda address: contextlib.nullcontext(self))
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": float(self.gpus)} if self.gpus else {}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        machines = [{"Alive": True, "Resources": {"CPU": count} if count else {}} for count in self.cpus]
+        return [*machines, {"Alive": False, "Resources": {"CPU": 1.0}}]
+
+    def _from_items(self, items: list[dict[str, Any]], **_: int) -> Pretended:
+        self._rows = items
+        return self
+
+    def map(self, kind: Any, *, fn_constructor_args: tuple[Any, ...], **given: Any) -> Pretended:
+        self.given = given
+        worker = kind(*fn_constructor_args)
+        self._rows = [worker(row) for row in reversed(self._rows)]
+        return self
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        yield from self._rows
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "chosen", "workers", "share"),
+    [
+        ((8.0, 4.0, 0), 0, {}, 2, {"num_cpus": 4}),
+        ((8.0, 4.0), 0, {"workers": 1}, 1, {"num_cpus": 4}),
+        ((8.0, 4.0), 0, {"workers": 3}, 3, {"num_cpus": 2}),
+        ((2.0,), 0, {"workers": 9}, 5, {"num_cpus": 1}),  # there are 5 shards
+        ((2.0,), 0, {"workers": 4}, 4, {"num_cpus": 1}),
+        ((8.0, 4.0), 0, {"threads": 8}, 2, {"num_cpus": 8}),
+        ((8.0, 4.0), 3, {"backend": "torch"}, 3, {"num_gpus": 1}),
+        ((0,), 1, {"backend": "torch", "threads": 2}, 1, {"num_gpus": 1}),
+        ((8.0,), 0, {"backend": "torch", "device": "cuda"}, 1, {"num_gpus": 1}),
+        ((8.0,), 3, {"backend": "torch", "device": "cpu"}, 1, {"num_cpus": 8}),
+        ((8.0,), 3, {}, 1, {"num_cpus": 8}),
+    ],
+)
+def test_workers_share_what_the_machines_have(
+    tiny_engine: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: tuple[float, ...],
+    gpus: int,
+    chosen: dict[str, Any],
+    workers: int,
+    share: dict[str, int],
+) -> None:
+    """One for each GPU or machine; where they have no GPU, the CPUs of the least machine are shared."""
+    pretended = Pretended(monkeypatch, *cpus, gpus=gpus)
+    info = read_engine(tiny_engine)
+    manifest = dataclasses.replace(info.manifest, backend=chosen.pop("backend", info.manifest.backend))
+    monkeypatch.setattr(jobs, "read_engine", lambda engine: dataclasses.replace(info, manifest=manifest))
+    told = list[Work]()
+
+    def worker(work: Work) -> Any:
+        told.append(work)
+        nothing = {"rows": 0, "answered": 0, "kept": 0, "tokens": 0, "failed": [], "count": 0}
+        return lambda row: {"done": json.dumps({**nothing, "part": row["part"]})}
+
+    monkeypatch.setattr(jobs, "Worker", worker)
+    job = Job(tiny_engine, (str(prompts),), tmp_path / "out", {"mode": "ar"}, 48, **chosen)
+    assert run_job(job, lambda done, rows: None).workers == workers
+    pool = {"min_size": 1, "max_size": workers, "initial_size": workers, "max_tasks_in_flight_per_actor": 2}
+    assert pretended.given == {"compute": pool, **share}
+    threads = share.get("num_cpus", chosen.get("threads"))
+    assert told == [Work(tiny_engine, tmp_path / "out", ".jsonl", {"mode": "ar"}, None, threads, job.device)]
+
+
+def test_a_cluster_without_cpus_is_not_waited_for(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, 0)
+    with pytest.raises(RequestError, match="the cluster has no CPUs for workers; start a machine of it with some"):
+        run_job(Job(tiny_engine, (str(prompts),), tmp_path / "out", {}, 48), lambda done, rows: None)
+
+
+def test_rows_that_fail_are_told_and_a_job_counts_what_it_does(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, 1.0)
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    told = list[tuple[int, int]]()
+    job = Job(tiny_engine, (str(file),), output, {"mode": "ar", "max_new_tokens": 3}, 2, threads=1)
+
+    def run(*rows: str) -> Totals:
+        told.clear()
+        file.write_text("\n".join(rows))
+        return run_job(job, lambda done, rows: told.append((done, rows)))
+
+    rows = ['{"prompt": "Hi"}', "no", "", '{"prompt": "Ho"}', '{"id": 3, "prompt": 1}']
+    assert run(*rows) == Totals(rows=4, answered=2, kept=0, failed=2, tokens=6, workers=1)
+    assert told == [(0, 5), (1, 5), (3, 5), (5, 5)]
+    first, last = map(json.loads, (output / "failed.jsonl").read_text().splitlines())
+    assert (first["error"]["line"], first["error"]["input"]) == (2, str(file))
+    assert (last["error"]["line"], last["id"]) == (5, 3)
+    assert run(*rows) == Totals(rows=4, answered=0, kept=2, failed=2, tokens=0, workers=1)
+    assert run(rows[0], "", "", *rows[3:4] * 2) == Totals(rows=3, answered=1, kept=2, failed=0, tokens=3, workers=1)
+    assert {path.name for path in output.iterdir()} == {"job.json", *(f"prompts-0000{n}.jsonl" for n in range(3))}
+    with pytest.raises(RequestError, match=r"prompts-00001\.jsonl: holds answers to rows that the input no longer has"):
+        run(rows[0])
+
+
+def test_a_worker_that_fails_is_one_line(
+    tiny_engine: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, 1.0)
+
+    class ActorError(Exception):
+        cause = ValueError("a trace\n  of Ray\n\nits reason\n\n")
+
+    def worker(work: Work) -> Any:
+        raise ActorError("words around it") from None
+
+    monkeypatch.setattr(jobs, "Worker", worker)
+    with pytest.raises(EngineError, match=r"^a worker failed \(its reason\); run the same command again"):
+        run_job(Job(tiny_engine, (str(prompts),), tmp_path / "out", {}, 48), lambda done, rows: None)
