@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -232,23 +233,124 @@ def test_what_a_task_says_of_generation_becomes_options() -> None:
         _options({"num_beams": 4})
 
 
-def test_a_mode_that_is_named_twice_is_measured_once(
+def test_what_each_mode_is_given_and_what_comes_of_it(
     engine: nemodiff.LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A mode that is named twice is measured once, and only one of diffusion is given what is diffusion's alone."""
     import lm_eval.evaluator
 
     from nemodiff.evaluation import evaluate as evaluation
 
-    measured: list[str] = []
+    given: list[Any] = []
+    answer = nemodiff.generate(engine, "Count from 3 to 9.", mode="diffusion", max_new_tokens=8)
 
-    def found(lm: Any, tasks: None, **choices: Any) -> dict[str, Any]:
-        measured.append(lm.options["mode"])
-        return {"n-samples": {}, "results": {}}
+    def found(lm: Any, tasks: str, **choices: Any) -> dict[str, Any]:
+        given.append((tasks, lm.options, choices))
+        if len(given) == 1:  # in the other mode nothing is generated
+            for _ in range(2):
+                lm.work.setdefault("task", evaluation.Work()).add(answer)
+        values = {"alias": "task", "acc,none": 1, "acc_stderr,none": "N/A", "f1,strict": 0.5, "sample_len": 12}
+        samples = {"task": {"original": 12, "effective": 5}}
+        return {"n-samples": samples, "results": {"task": values, "group": {"acc,none": 1}}}
 
-    monkeypatch.setattr(evaluation, "_load", lambda tasks, num_fewshot: None)
+    monkeypatch.setattr(evaluation, "_load", lambda tasks, num_fewshot: f"{tasks} {num_fewshot}")
     monkeypatch.setattr(lm_eval.evaluator, "evaluate", found)
-    assert list(evaluation.evaluate(engine, ["x"], ["diffusion", "ar", "diffusion"])["modes"]) == measured
-    assert measured == ["diffusion", "ar"]
+    options = {"threshold": 0.5, "per_step": 2}
+    modes = ["diffusion", "ar", "diffusion"]
+    told = evaluation.evaluate(engine, ["x"], modes, limit=5, num_fewshot=1, chat=True, options=options)
+    choices = {"limit": 5, "apply_chat_template": True, "log_samples": False, "bootstrap_iters": 100}
+    assert given == [
+        ("['x'] 1", {"threshold": 0.5, "per_step": 2, "mode": "diffusion"}, choices),
+        ("['x'] 1", {"threshold": 0.5, "mode": "ar"}, choices),
+    ]
+    head = ("engine", "backend", "chat", "num_fewshot", "limit", "options")
+    assert [told[name] for name in head] == ["tiny-chat", "onnxruntime", True, 1, 5, options]
+    scored = {"metrics": {"acc": 1.0, "f1,strict": 0.5}, "samples": 5}
+    passes = sum(answer.nfe.values())
+    generated = {
+        "tokens": 16,
+        "nfe": {kind: 2 * count for kind, count in answer.nfe.items()},
+        "tokens_per_pass": 8 / (passes - answer.nfe["prefill"]),
+        "tokens_per_pass_with_prefill": 8 / passes,
+        "seconds": pytest.approx(2 * answer.timings_ms["total"] / 1e3),
+    }
+    group = {"metrics": {"acc": 1.0}, "samples": None}
+    assert list(told["modes"]) == ["diffusion", "ar"]
+    assert told["modes"]["diffusion"]["tasks"] == {"task": {**scored, **generated}, "group": group}
+    assert told["modes"]["ar"]["tasks"] == {"task": scored, "group": group}
+
+
+class _Task:
+    """What is asked of lm-eval's."""
+
+    def __init__(self, examples: int | None) -> None:
+        self.examples = examples
+        self.seed: int | None = None
+
+    def get_config(self, name: str) -> int | None:
+        assert name == "num_fewshot"
+        return self.examples
+
+    def set_config(self, key: str, value: int) -> None:
+        assert key == "num_fewshot"
+        self.examples = value
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        self.seed = seed
+
+
+class _Manager:
+    """lm-eval's tasks, of which there are three."""
+
+    all_tasks = ("arc_easy", "gsm8k", "winogrande")
+
+    def __init__(self, **_: object) -> None: ...
+
+    def load(self, specs: list[Any]) -> dict[str, dict[str, Any]]:
+        given = dict(zip(self.all_tasks, (None, 0, 2), strict=True))
+        tasks = {str(spec): spec if isinstance(spec, _Task) else _Task(given[spec]) for spec in specs}
+        return {"groups": {}, "tasks": tasks}
+
+
+def test_examples_before_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as asked for or as the task says, but none where it says that there are none."""
+    from nemodiff.evaluation import evaluate as evaluation
+
+    monkeypatch.setattr(evaluation, "TaskManager", _Manager)
+    for asked, expected in ((None, [0, 0, 2]), (3, [3, 0, 3]), (0, [0, 0, 0])):
+        tasks = evaluation._load(_Manager.all_tasks, asked)["tasks"].values()
+        assert [(task.examples, task.seed) for task in tasks] == [(count, 1234) for count in expected]
+
+
+def test_a_task_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemodiff.evaluation import evaluate as evaluation
+
+    monkeypatch.setattr(evaluation, "TaskManager", _Manager)
+    with pytest.raises(nemodiff.RequestError, match=r"'gsm8' is no task of lm-eval and no file; is gsm8k meant\?"):
+        evaluation._load(["arc_easy", "gsm8"], None)
+    with pytest.raises(nemodiff.RequestError, match="'x' is no task of lm-eval and no file; list them: lm-eval ls"):
+        evaluation._load(["x"], None)
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["begun by a token", "without such a token"])
+def test_only_a_prompt_begins_as_the_tokenizer_says(tmp_path: Path, begun: bool) -> None:
+    """A text that is scored from its first token on comes after what begins texts, or ends them."""
+    from nemodiff.evaluation.lm import EngineLM
+
+    checkpoint = Path(shutil.copytree(TINY_CHAT, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": True, "bos_token": config["bos_token"] if begun else None}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = nemodiff.load(Builder(checkpoint, tmp_path / "engine").run(), threads=1)
+    lm = EngineLM(loaded, rows=1)
+    end = loaded.info.model.eos_ids[0]
+    ids = loaded.text.encode_plain("Count")
+    assert lm.tok_encode("Count") == ([BOS] if begun else []) + ids
+    assert lm.tok_encode("Count", add_special_tokens=False) == ids
+    assert (lm.prefix_token_id, lm.eot_token_id) == (BOS if begun else end, end)
+    texts: list[Any] = [_Instance("Count")]
+    alone = nemodiff.score(loaded, [BOS if begun else end], [ids])[0].logprob
+    assert lm.loglikelihood_rolling(texts) == pytest.approx([alone], abs=1e-4)
 
 
 @pytest.mark.parametrize(
