@@ -180,9 +180,6 @@ def test_folders_of_others_are_refused(tiny_engine: Path, prompts: Path, tmp_pat
     (tmp_path / "out" / "notes.txt").unlink()
     (tmp_path / "out" / "job.json").write_text(json.dumps({"engine": "another"}))
     refused(words, "holds answers of another job, whose engine is", "give another folder")
-    said = {"engine": engine_digest(tiny_engine), "inputs": [str(prompts)], "rows_per_part": 1000, "format": "jsonl"}
-    (tmp_path / "out" / "job.json").write_text(json.dumps({**said, "chat": True, "of_another_version": 1}))
-    refused(words, "holds answers of another job, whose ", "give another folder")
 
 
 def test_what_no_row_could_get_is_refused_at_once(
@@ -265,6 +262,19 @@ class Pretended:
         yield from self._rows
 
 
+def idle_workers(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
+    """What workers are told that answer nothing."""
+    told = list[Work]()
+
+    def worker(work: Work) -> Any:
+        told.append(work)
+        nothing = {"rows": 0, "answered": 0, "kept": 0, "tokens": 0, "failed": [], "count": 0}
+        return lambda row: {"done": json.dumps({**nothing, "part": row["part"]})}
+
+    monkeypatch.setattr(jobs, "Worker", worker)
+    return told
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "chosen", "workers", "share"),
     [
@@ -297,20 +307,36 @@ def test_workers_share_what_the_machines_have(
     info = read_engine(tiny_engine)
     manifest = dataclasses.replace(info.manifest, backend=chosen.pop("backend", info.manifest.backend))
     monkeypatch.setattr(jobs, "read_engine", lambda engine: dataclasses.replace(info, manifest=manifest))
-    told = list[Work]()
-
-    def worker(work: Work) -> Any:
-        told.append(work)
-        nothing = {"rows": 0, "answered": 0, "kept": 0, "tokens": 0, "failed": [], "count": 0}
-        return lambda row: {"done": json.dumps({**nothing, "part": row["part"]})}
-
-    monkeypatch.setattr(jobs, "Worker", worker)
+    told = idle_workers(monkeypatch)
     job = Job(tiny_engine, (str(prompts),), tmp_path / "out", {"mode": "ar"}, 48, **chosen)
     assert run_job(job, lambda done, rows: None).workers == workers
     pool = {"min_size": 1, "max_size": workers, "initial_size": workers, "max_tasks_in_flight_per_actor": 2}
     assert pretended.given == {"compute": pool, **share}
     threads = share.get("num_cpus", chosen.get("threads"))
     assert told == [Work(tiny_engine, tmp_path / "out", ".jsonl", {"mode": "ar"}, None, threads, job.device)]
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "suffix"),
+    [
+        ("a.jsonl", None, ".jsonl"),
+        ("a.parquet", None, ".parquet"),
+        ("a.jsonl", "parquet", ".parquet"),
+        ("a.parquet", "jsonl", ".jsonl"),
+    ],
+)
+def test_answers_are_written_as_asked_or_as_the_input_is(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str | None, suffix: str
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    Pretended(monkeypatch, 1.0)
+    told = idle_workers(monkeypatch)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi"}')
+    parquet.write_table(pyarrow.table({"prompt": ["Hi"]}), tmp_path / "a.parquet")
+    run_job(Job(tiny_engine, (str(tmp_path / name),), tmp_path / "out", {}, 1, format=format), lambda *_: None)
+    assert [work.suffix for work in told] == [suffix]
 
 
 def test_a_cluster_without_cpus_is_not_waited_for(
@@ -337,6 +363,8 @@ def test_rows_that_fail_are_told_and_a_job_counts_what_it_does(
     rows = ['{"prompt": "Hi"}', "no", "", '{"prompt": "Ho"}', '{"id": 3, "prompt": 1}']
     assert run(*rows) == Totals(rows=4, answered=2, kept=0, failed=2, tokens=6, workers=1)
     assert told == [(0, 5), (1, 5), (3, 5), (5, 5)]
+    said = {"engine": engine_digest(tiny_engine), "inputs": [str(file)], "rows_per_part": 2, "format": "jsonl"}
+    assert json.loads((output / "job.json").read_text()) == {**said, **job.flags}
     first, last = map(json.loads, (output / "failed.jsonl").read_text().splitlines())
     assert (first["error"]["line"], first["error"]["input"]) == (2, str(file))
     assert (last["error"]["line"], last["id"]) == (5, 3)
@@ -345,6 +373,9 @@ def test_rows_that_fail_are_told_and_a_job_counts_what_it_does(
     assert {path.name for path in output.iterdir()} == {"job.json", *(f"prompts-0000{n}.jsonl" for n in range(3))}
     with pytest.raises(RequestError, match=r"prompts-00001\.jsonl: holds answers to rows that the input no longer has"):
         run(rows[0])
+    (output / "job.json").write_text(json.dumps({**said, **job.flags, "of_another_version": 1}))
+    with pytest.raises(RequestError, match="answers of another job, whose of_another_version is 1, now null; give"):
+        run(*rows)
 
 
 def test_a_worker_that_fails_is_one_line(

@@ -30,6 +30,7 @@ from nemodiff.measurement.tune import Outcome, tune
 from nemodiff.runtime.engines.torch.device import TorchDevice
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.projections import OWN
+from nemodiff.runtime.engines.torch.step import Step
 from nemodiff.runtime.engines.torch.trial import Probes, Trial
 from nemodiff.tuned import Choice, Tuned, read_tuned, write_tuned
 
@@ -249,9 +250,17 @@ def probes(folder: Path) -> Probes:
     return Probes(TorchEngine(folder, read_engine(folder), "cpu", pages=16, pdl=False, own_products=()))
 
 
-def test_passes_are_timed_over_one_prompt(engine: Path, on_card: None) -> None:
+def test_passes_are_timed_over_one_prompt(engine: Path, on_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU without kernels, where all choices are the same network."""
     probed = probes(engine)
+    filled: list[Any] = []
+    fill = Step.fill
+
+    def noted(step: Step, *given: Any) -> None:
+        filled.append(given)
+        fill(step, *given)
+
+    monkeypatch.setattr(Step, "fill", noted)
     assert probed.names == ["1 at 256", "32 at 256"]
     assert probed.flips == FLIPS
     assert probed.exact
@@ -261,7 +270,12 @@ def test_passes_are_timed_over_one_prompt(engine: Path, on_card: None) -> None:
     assert [len(tokens) for tokens in trials[0].tokens] == [1, 32]
     assert [len(confidences) for confidences in trials[0].confidences] == [1, 32]
     assert all(0 < confidence <= 1 for some in trials[0].confidences for confidence in some)
-    assert all(seconds > 0 for trial in trials for seconds in trial.seconds())
+    filled.clear()
+    for trial, own in zip(trials, (set(), set(OWN), set()), strict=True):
+        assert all(seconds > 0 for seconds in trial.seconds())
+        assert probed.engine.model.project.own == own  # nothing is captured here
+    assert filled == [([one], [row]) for one, row in zip(probed.passes, probed.cache.rows[1:], strict=True)] * 3
+    assert {one.write_at + len(one.ids) for one in probed.passes} == {256}
     assert all(a is b.qkv for a, b in zip(weights, probed.engine.model.layers, strict=True))
 
 
