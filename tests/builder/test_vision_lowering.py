@@ -11,9 +11,11 @@ from stand_ins.vision import write_vision_checkpoint
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
+from nemodiff.builder.compilers.profiles import image_corners
 from nemodiff.builder.inspect import describe
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
+from nemodiff.vision import VisionConfig
 
 pytestmark = [
     pytest.mark.trt,
@@ -55,3 +57,10 @@ def test_an_image_that_no_tensor_could_hold_is_refused(tmp_path: Path) -> None:
     assert "160000 patches" in str(caught.value)
     assert small(checkpoint, max_image_size=856).patches == (1024, 214**2)
     assert small(checkpoint, max_image_size=64).patches == (256,)
+
+
+def test_profiles_are_of_whole_tokens(tmp_path: Path) -> None:
+    checkpoint = write_vision_checkpoint(tmp_path / "checkpoint", spatial_merge_size=3)
+    assert [small(checkpoint, max_image_size=size).patches for size in (120, 132)] == [(900,), (1017, 1089)]
+    vision = VisionConfig(24, 2, 40, 2, 12, 4, 64, "silu", 10000.0, 3)
+    assert image_corners(vision, 900) == ({"N": 9}, {"N": 900}, {"N": 900})

@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from safetensors.numpy import load_file, save_file
 from stand_ins.messages import asked
-from stand_ins.vision import VISION, as_bytes, picture, write_vision_checkpoint
+from stand_ins.vision import FLAT, VISION, as_bytes, picture, write_vision_checkpoint
 
 import nemodiff
 from nemodiff.builder.build import Builder
@@ -29,6 +29,7 @@ from nemodiff.builder.export import Exporter
 from nemodiff.contract import PAGE
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError, CheckpointError, EngineError, RequestError
+from nemodiff.fields import Fields
 from nemodiff.runtime.batching.batch import Batch
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
@@ -41,6 +42,7 @@ from nemodiff.runtime.requests import image_parts
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import prepare
 from nemodiff.runtime.requests.sequence import Sequence
+from nemodiff.vision import VisionConfig, parse_vision
 
 MODES = ("ar", "diffusion", "linear_spec", "quadratic_spec")
 SIZES = [(30, 20), (8, 8), (1, 1), (64, 24), (100, 37)]  # the last is scaled down
@@ -62,9 +64,9 @@ def seen(engine: LoadedEngine, source: Any) -> Image:
     return make_image(decode(source), vision, engine.info.build.max_image_size)
 
 
-def whole(image: Image) -> np.ndarray:
+def whole(image: Image, merge: int = 2) -> np.ndarray:
     """The normalized pixels that an image was cut from, (3, height, width)."""
-    side, merge = 4, 2
+    side = 4
     cut = image.patches.reshape(image.rows, image.columns, merge, merge, 3, side, side)
     return np.ascontiguousarray(
         cut.transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, image.rows * merge * side, image.columns * merge * side)
@@ -83,20 +85,19 @@ def test_the_largest_image_is_one_of_whole_tokens(engine: LoadedEngine, tmp_path
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("act", ["silu", "gelu"])
-def test_features_are_those_of_transformers(tmp_path: Path, act: str) -> None:
+@pytest.mark.parametrize(("act", "merge"), [("silu", 2), ("gelu", 3)])
+def test_features_are_those_of_transformers(tmp_path: Path, act: str, merge: int) -> None:
     from oracle import vision_oracle
 
-    vision = {"hidden_act": act}
-    folder = write_vision_checkpoint(tmp_path / "checkpoint")
-    config = json.loads((folder / "config.json").read_text())
-    config["vision_config"] |= vision
-    (folder / "config.json").write_text(json.dumps(config))
+    vision = VISION | {"hidden_act": act}
+    folder = write_vision_checkpoint(tmp_path / "checkpoint", vision_config=vision, spatial_merge_size=merge)
     engine = nemodiff.load(Builder(folder, tmp_path / "engine").run())
+    torch_engine = nemodiff.load(Builder(folder, tmp_path / "torch", backend="torch", dtype="f32").run(), device="cpu")
     images = [seen(engine, picture(*size, seed)) for seed, size in enumerate(SIZES)]
-    expected = vision_oracle.features(folder, [whole(image) for image in images])
+    expected = vision_oracle.features(folder, [whole(image, merge) for image in images])
     for image, one in zip(images, expected, strict=True):
-        np.testing.assert_allclose(engine.backend.see(image), one, rtol=2e-4, atol=2e-5)
+        for backend in (engine.backend, torch_engine.backend):
+            np.testing.assert_allclose(backend.see(image), one, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.torch
@@ -139,8 +140,6 @@ def test_pixels_are_normalized_and_patches_in_order(engine: LoadedEngine) -> Non
     ],
 )
 def test_the_grid_of_the_released_sizes(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    from nemodiff.vision import VisionConfig
-
     released = VisionConfig(1024, 24, 4096, 16, 64, 14, 1540, "silu", 10000.0, 2)
     assert released.default_max_image_size == 1400
     assert released.grid(*size, 1400) == grid
@@ -627,6 +626,17 @@ def test_f16_sees_nearly_the_same(checkpoint: Path, engine: LoadedEngine, tmp_pa
         ({"vision_config": VISION | {"rope_parameters": {"rope_theta": 5.0}}}, "allowed: the 10000 of rope_theta"),
         ({"vision_config": VISION | {"rope_parameters": {"factor": 4.0}}}, "factor is 4.0"),
         ({"vision_config": VISION | {"rope_parameters": {"type": "yarn"}}}, "rope_type is 'yarn'"),
+        ({"vision_config": VISION | {"rope_parameters": 5}}, "rope_parameters is 5, allowed: an object"),
+        (
+            {"vision_config": VISION | {"num_attention_heads": 3}},
+            "head_dim is 12, allowed: hidden_size / num_attention",
+        ),
+        (
+            {"vision_config": VISION | {"num_attention_heads": 4, "head_dim": 6}},
+            "head_dim is 6, allowed: a multiple of 4",
+        ),
+        ({"vision_config": VISION | {"image_size": 7}}, "image_size is 7, allowed: 8 (one token) or more"),
+        ({"vision_config": VISION | {"window": 8}}, "window is 8, allowed: no such field of a Pixtral tower"),
         ({"architectures": ["NemotronLabsDiffusionModel"]}, "model_type"),
     ],
 )
@@ -637,6 +647,28 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path, changes: di
     with pytest.raises(CheckpointError) as caught:
         Builder(folder, tmp_path / "engine")
     assert fragment in str(caught.value)
+
+
+def test_what_a_config_leaves_out_or_spells_otherwise() -> None:
+    def parsed(**changes: Any) -> VisionConfig:
+        return parse_vision(Fields("config.json", FLAT | {"vision_config": VISION | changes}))
+
+    plain = parsed()
+    own = {
+        name: VISION[name] for name in VISION if name not in ("head_dim", "rope_theta", "model_type", "num_channels")
+    }
+    given = {name: {"vision_config": own | {"model_type": "pixtral"} | more} for name, more in {
+        "nothing": {"_name_or_path": "x"},
+        "as transformers": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"}},
+        "older": {"rope_scaling": {"type": "default", "factor": None}, "rope_theta": None},
+    }.items()}  # fmt: skip
+    for name, changes in given.items():
+        assert parse_vision(Fields("config.json", FLAT | changes)) == plain, name
+    assert parsed(rope_theta=None, rope_parameters={"rope_theta": 5.0}).rope_theta == 5.0
+    assert parsed(rope_theta=5.0, rope_parameters={"rope_theta": 5.0}).rope_theta == 5.0
+    sizes = {size: parsed(image_size=size).default_max_image_size for size in (8, 15, 64, 1407, 1408, 9999)}
+    assert sizes == {8: 8, 15: 8, 64: 64, 1407: 1400, 1408: 1400, 9999: 1400}
+    assert parsed(patch_size=1000, image_size=2000).default_max_image_size == 2000  # a token at least
 
 
 def test_tensors_and_tokens_that_are_missing_are_named(tmp_path: Path) -> None:

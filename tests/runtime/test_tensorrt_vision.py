@@ -24,6 +24,7 @@ from nemodiff.errors import EngineError
 from nemodiff.plugins.tensorrt.api import RTX_SMS, device_sm
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
+from nemodiff.runtime.engines.tensorrt.vision import _layouts
 from nemodiff.runtime.images.decode import decode
 from nemodiff.runtime.images.image import make_image
 from nemodiff.runtime.loading import LoadedEngine
@@ -80,6 +81,15 @@ def test_it_sees_what_onnxruntime_does(setup: Setup) -> None:
     assert driver.used == used
     with pytest.raises(EngineError, match="an image of 324 patches, allowed: up to 256; build it again"):
         backend.see(make_image(decode(picture(72, 72)), vision, 72))
+
+
+def test_an_image_has_an_embedding_for_each_of_its_tokens(setup: Setup) -> None:
+    """Nine patches to a token: of four, as elsewhere here, a product is a sum."""
+    vision = setup.info.model.vision
+    assert vision is not None
+    model = dataclasses.replace(setup.info.model, vision=dataclasses.replace(vision, merge=3))
+    _, outputs = _layouts(dataclasses.replace(setup.info, model=model), 36)
+    assert outputs.places["features"][2] == (4, model.hidden_size)
 
 
 @pytest.mark.parametrize("mode", nemodiff.MODES)
