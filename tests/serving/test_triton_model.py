@@ -261,6 +261,30 @@ def test_a_model_that_goes_cancels_what_runs_and_the_next_one_begins_with_its_ow
     assert series("requests_running", "played_0_0") == 0
 
 
+def test_a_client_that_has_gone_is_noticed_and_none_asked_after_its_end(
+    started: Callable[..., TritonPythonModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Request] = []
+    monkeypatch.setattr(Request, "is_cancelled", lambda one: looked.append(one) or one.cancelled)
+    model = started(rows="1")
+    long = {"text_input": QUESTION, "mode": "ar", "max_tokens": 20_000, "min_tokens": 20_000}
+    gone, queued = (Request({**long, "stream": stream}) for stream in (True, False))
+    model.execute([gone, queued])
+    for one in (queued, gone):
+        one.cancelled = True
+        error = one.responses()[-1].error
+        assert error is not None
+        assert error.kind == TritonError.CANCELLED
+    ask(model, max_tokens=3)
+    looked.clear()
+    last = Request(long)
+    model.execute([last])
+    eventually(lambda: len(looked) > 1)
+    last.cancelled = True
+    last.responses()
+    assert set(looked) == {last}
+
+
 def test_what_the_server_refuses_ends_no_other_request(
     started: Callable[..., TritonPythonModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
