@@ -240,6 +240,17 @@ def test_a_broken_record_is_one_line(engine: Path, on_card: None, refused: Refus
     assert len(read_tuned(engine)) == 1
 
 
+def test_every_field_of_an_entry_has_its_type(engine: Path) -> None:
+    write_tuned(engine, Tuned(EVERY, HERE, "2026-11-29"), {})
+    record = json.loads((engine / TUNED_FILE).read_text())
+    wrong = {"pdl": 1, "own_products": "qkv", "date": 20261129, "here": {"card": 1}}
+    for change in (*({name: value} for name, value in wrong.items()), {"own_products": [1]}):
+        choices = [record["choices"][0] | change]
+        (engine / TUNED_FILE).write_text(json.dumps({**record, "choices": choices}))
+        with pytest.raises(EngineError, match="not a record of nemodiff tune"):
+            read_tuned(engine)
+
+
 def test_products_that_are_none_break_a_record(engine: Path, on_card: None) -> None:
     write_tuned(engine, Tuned(Choice(False, frozenset({"up"})), HERE, "2026-11-29"), {})
     with pytest.raises(EngineError, match="not a record of nemodiff tune"):

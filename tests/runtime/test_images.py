@@ -444,6 +444,7 @@ def test_a_jpeg_may_have_many_scans_and_what_looks_like_them() -> None:
     plain = as_bytes(Pillow.new("L", (6, 6), 77), "JPEG", progressive=True, comment=scans)
     assert scans in plain  # as thumbnails are in a picture's head
     decode(plain + scans)  # and a film behind it
+    decode(as_bytes(picture(6, 6)) + b"\xff\xda\0\2" * 200)  # or behind what is no JPEG
 
 
 @pytest.mark.parametrize(("name", "data"), hostile(), ids=[name for name, _ in hostile()])

@@ -24,6 +24,7 @@ import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import RequestError
+from nemodiff.runtime.engines.torch import rank, ranks
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
 from nemodiff.runtime.engines.torch.ranks import join
@@ -491,6 +492,99 @@ def test_half_of_what_torchrun_sets_is_refused(
 def test_numbers_that_do_not_fit(tiny: Path, size: int) -> None:
     with pytest.raises(RequestError, match="allowed: 1"):
         nemodiff.load(tiny, device="cpu", tp_size=size)
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "device", "gpus", "found"),
+    [
+        (0, None, None, 2, None),
+        (0, 1, 0, 2, None),
+        (0, 2, None, 0, (2, False)),
+        (0, 2, None, 2, (2, True)),
+        (0, 2, "cpu", 2, (2, False)),
+        (0, 2, 0, 2, (2, True)),
+        (0, 2, None, 1, "up to 1, one for each; or give --device cpu"),
+        (0, 2, 1, 2, "--device is cuda:1, allowed with 2 ranks"),
+        (1, 2, None, 0, (2, False)),
+        (2, None, None, 0, (2, False)),
+        (2, 2, 1, 2, (2, True)),
+        (2, 4, None, 0, "--tp-size is 4 and torchrun has started 2 ranks; leave --tp-size out"),
+    ],
+)
+def test_ranks_are_those_of_torchrun_or_are_started_here(
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    size: int | None,
+    device: int | str | None,
+    gpus: int,
+    found: tuple[int, bool] | str | None,
+) -> None:
+    """world: of torchrun, for its rank 1; 0 without it."""
+    if world:
+        place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "localhost"}
+        for name, value in {**place, "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(ranks, "Ranks", lambda *arguments: arguments)
+    info = read_engine(tiny)
+    if isinstance(found, str):
+        with pytest.raises(RequestError, match=found):
+            join(tiny, info, size, device)
+        return
+    made: Any = join(tiny, info, size, device)
+    if found is None:
+        assert made is None
+        return
+    command = [sys.executable, "-m", "nemodiff.runtime.engines.torch.rank", str(tiny), *([] if found[1] else ["cpu"])]
+    assert made == (tiny, *found, None if world > 1 else command)
+
+
+@pytest.mark.parametrize(("gpu", "threads", "told"), [(False, None, 3), (False, 5, 5), (True, None, None)])
+def test_rank_0_and_the_others_open_their_parts(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, threads: int | None, told: int | None
+) -> None:
+    """Ranks on CPUs share those of the machine."""
+    happened: list[Any] = []
+
+    class Played:
+        size, device = 2, "the device"
+
+        def __init__(self, rank: int) -> None:
+            self.rank, self.gpu = rank, gpu
+            self.watched = contextlib.nullcontext
+            self.tell = lambda word: happened.append(f"tell {word}")
+            self.hear = lambda: "what is told"
+            self.leave = lambda: happened.append("leave")
+            self.close = lambda: None
+
+    def made(*arguments: Any, **choices: Any) -> Any:
+        happened.append((arguments, choices))
+        return SimpleNamespace(mirror=lambda: happened.append("mirror"))
+
+    folder, info, joined = Path("engine"), read_engine, list[Any]()
+    monkeypatch.setattr(rank, "TorchEngine", made)
+    monkeypatch.setattr(rank.os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(rank.atexit, "register", happened.append)
+    for number in (0, 1):
+        played: Any = Played(number)
+        monkeypatch.setattr(rank, "join", lambda *arguments, here=played: joined.append(arguments) or here)
+        with pytest.raises(SystemExit) if number else contextlib.nullcontext() as ended:
+            rank.open_engine(folder, info, 0, threads, memory=0.5, tp_size=2)  # type: ignore[arg-type]
+        if number:
+            assert happened == [
+                ((folder, info, "the device", "what is told"), {"pages": 1, "ranks": played}),
+                "mirror",
+                "leave",
+            ]
+            assert ended is not None
+            assert ended.value.code == 0
+        else:
+            opened = ((folder, info, "the device", told), {"memory": 0.5, "ranks": played})
+            assert happened == [f"tell {told}", played.close, opened]
+        happened.clear()
+    assert joined == [(folder, info, 2, 0)] * 2
 
 
 def test_other_backends_have_one_rank(tiny_engine: Path) -> None:
