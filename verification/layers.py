@@ -20,7 +20,7 @@ from ..whole_file import whole
 from .network import Network
 from .replay import replay
 from .rounding import STATE, UNIT
-from .script import Block, Script
+from .script import Script
 from .shown_graph import ShownGraph
 from .verify import Reference
 
@@ -29,6 +29,7 @@ _KEYS = "k_proj, its rotation, or the cache write of layer {}"
 _VALUES = "v_proj or the cache write of layer {}"
 _STATE = "what enters layer {0}: its input norm, or attention or MLP before it"
 _END = "attention or MLP of the last layer, the last norm, or the head"
+_NUMBER = "script"  # the only input of a runner: a script by its place
 
 
 def import_polygraphy() -> Any:
@@ -81,14 +82,11 @@ def compare_layers(
         def get_input_metadata_impl(self) -> Any:
             from polygraphy.common import TensorMetadata
 
-            metadata = TensorMetadata()
-            for name, (dtype, shape) in _INPUTS.items():
-                metadata.add(name, dtype=np.dtype(dtype), shape=shape)
-            return metadata
+            return TensorMetadata().add(_NUMBER, dtype=np.dtype(np.int64), shape=(1,))
 
         def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             started = time.perf_counter()
-            values: dict[str, np.ndarray] = self._compute(_from_arrays(feed_dict))
+            values: dict[str, np.ndarray] = self._compute(scripts[int(feed_dict[_NUMBER][0])])
             self.inference_time = time.perf_counter() - started
             return {name: np.ascontiguousarray(value) for name, value in values.items()}
 
@@ -108,7 +106,7 @@ def compare_layers(
     runners = [Runner("reference", right), Runner("engine", given)]
     if engine.info.manifest.backend == "onnxruntime" and isinstance(reference, Network):
         runners.append(Runner("graph", lambda script: ShownGraph(folder, engine.info, noise).run(script)))
-    feeds = [_arrays(script) for script in scripts]
+    feeds = [{_NUMBER: np.array([number])} for number in range(len(scripts))]
     results = comparator.Comparator.run(runners, data_loader=feeds)
     deviations: dict[str, float] = {}
     for other in range(1, len(runners)):
@@ -156,45 +154,6 @@ def blame(layers: Sequence[Mapping[str, Any]]) -> str | None:
     number = first.rpartition("_")[2]
     keys, values = (f"{kind}_cache_{number}" in strays for kind in "kv")
     return (_STATE if keys and values else _KEYS if keys else _VALUES).format(number)
-
-
-# A script as arrays: M blocks of at most S tokens, ids of -1 after a block's end.
-_INPUTS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
-    "tokens": (np.int32, (None,)),
-    "offset": (np.int32, (1,)),
-    "prefix": (np.int32, (None,)),
-    "ids": (np.int32, (None, None)),
-    "pos": (np.int32, (None, None)),
-    "visible": (np.int32, (None, None, 3)),
-    "gate": (np.float32, (None, None)),
-}
-
-
-def _arrays(script: Script) -> dict[str, np.ndarray]:
-    count = len(script.blocks)
-    size = max((block.ids.size for block in script.blocks), default=0)
-    arrays = {
-        "tokens": script.tokens,
-        "offset": np.array([script.offset], np.int32),
-        "prefix": np.array([block.prefix for block in script.blocks], np.int32),
-        "ids": np.full((count, size), -1, np.int32),
-        "pos": np.zeros((count, size), np.int32),
-        "visible": np.zeros((count, size, 3), np.int32),
-        "gate": np.zeros((count, size), np.float32),
-    }
-    for number, block in enumerate(script.blocks):
-        for name in ("ids", "pos", "visible", "gate"):
-            arrays[name][number, : block.ids.size] = getattr(block, name)
-    return arrays
-
-
-def _from_arrays(arrays: Mapping[str, np.ndarray]) -> Script:
-    script = Script(arrays["tokens"].tolist(), int(arrays["offset"][0]))
-    for number, prefix in enumerate(arrays["prefix"].tolist()):
-        size = int((arrays["ids"][number] >= 0).sum())
-        ids, pos, visible, gate = (arrays[name][number, :size] for name in ("ids", "pos", "visible", "gate"))
-        script.place(Block(prefix, ids, pos, visible, gate))
-    return script
 
 
 def _of(logits: np.ndarray, ids: np.ndarray, columns: np.ndarray) -> np.ndarray:
