@@ -52,7 +52,7 @@ def check_layers(network: Network, proto: onnx.ModelProto, job: Job) -> dict[str
             ops = plugins if kinds.get(node.name) == _PLUGIN else natives
             ops[node.op_type] += 1
     _check_lowering(job, plugins, natives, counts[_PLUGIN])
-    attentions = 0 if job.plugins else job.attentions
+    attentions = 0 if job.choices.plugins else job.attentions
     for kind, count in (("ATTENTION_INPUT", attentions), ("KV_CACHE_UPDATE", job.caches)):
         if counts[kind] != count:
             raise BuildError(
@@ -67,10 +67,10 @@ def _check_lowering(
     job: Job, plugins: collections.Counter[str], natives: collections.Counter[str], plugin_layers: int
 ) -> None:
     """Refuse a network in which an op took the other way than the one the job asks for."""
-    strays = natives if job.plugins else plugins
+    strays = natives if job.choices.plugins else plugins
     if not strays and plugin_layers == plugins.total():
         return
-    if job.plugins:
+    if job.choices.plugins:
         change, remedy = "became native layers, asked for: plugin", "leave out --plugins"
     else:
         change, remedy = "became a plugin, asked for: native layers", "add --plugins"

@@ -1,19 +1,23 @@
-"""A compiling child process: it imports what this process would, wherever it stands, and ends with it."""
+"""A compiling child process: it imports what this process would, wherever it stands, and ends with it.
+
+What the two say to each other lies in a folder of theirs, pickled.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-JOB_FILE = "job.json"
-RESULT_FILE = "result.json"
+_JOB_FILE = "job"
+_RESULT_FILE = "result"
 _OUTPUT_FILE = "output"
 
 
@@ -24,7 +28,7 @@ def child(module: str, work: Path, job: object, **variables: str) -> Iterator[su
     Leaving the block ends it with all that it has started. `variables` are added to its environment. What is temporary
     to it lies in the folder too.
     """
-    (work / JOB_FILE).write_text(json.dumps(job), encoding="utf-8")
+    (work / _JOB_FILE).write_bytes(pickle.dumps(job))
     path = os.pathsep.join(map(os.path.abspath, sys.path))
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(work), **variables}
     with (work / _OUTPUT_FILE).open("wb") as output:
@@ -47,6 +51,21 @@ def child(module: str, work: Path, job: object, **variables: str) -> Iterator[su
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
+
+
+def read_job(work: Path) -> Any:
+    """In a child: what it has to do."""
+    return pickle.loads((work / _JOB_FILE).read_bytes())
+
+
+def write_result(work: Path, result: object) -> None:
+    """In a child: what it has made."""
+    (work / _RESULT_FILE).write_bytes(pickle.dumps(result))
+
+
+def read_result(work: Path) -> Any:
+    """What a child has made."""
+    return pickle.loads((work / _RESULT_FILE).read_bytes())
 
 
 def printed(work: Path) -> str:

@@ -1,13 +1,11 @@
 """The process that compiles: ONNX file in, TensorRT engine file out.
 
-Run as `python -m nemodiff.builder.compilers.compile FOLDER`, where FOLDER holds `job.json` (a `tensorrt.Job`) and gets
-`result.json`.
+Run as `python -m nemodiff.builder.compilers.compile FOLDER`, where FOLDER holds a `tensorrt.Job` and gets the result.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,35 +19,33 @@ from ...plugins import OPS
 from ...plugins.tensorrt.api import TensorRT, load
 from ...plugins.tensorrt.launch import Kernels
 from ...plugins.tensorrt.protocols import Builder, Config, Network
-from ...tensorrt_info import parse_kernel
 from ...whole_file import whole
 from ..files import EngineFile
 from ..graph.stages import split
 from .checks import check_inputs, check_layers
-from .child import JOB_FILE, RESULT_FILE, end_with_parent
+from .child import end_with_parent, read_job, write_result
 from .profiles import Corners, shape
-from .tensorrt import Job
+from .tensorrt import Compiled, Job
 
 
 def main(folder: Path) -> None:
     """Do the job in `folder`."""
     end_with_parent()
-    values = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-    values |= {"sms": tuple(values["sms"]), "kernels": tuple(parse_kernel(k) for k in values["kernels"])}
+    result: Compiled | BuildError
     try:
-        result = compile_job(Job(**values))
+        result = compile_job(read_job(folder))
     except BuildError as error:
-        result = {"error": str(error)}
-    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+        result = error
+    write_result(folder, result)
 
 
-def compile_job(job: Job) -> dict[str, Any]:
+def compile_job(job: Job) -> Compiled:
     """Parse, check, build; the facts for the manifest. Raises BuildError."""
-    api = load(job.backend, BuildError)
+    api, choices = load(job.backend, BuildError), job.choices
     proto = onnx.load(job.model, load_external_data=False)
-    if job.plugins:
+    if choices.plugins:
         quick = job.backend == "tensorrt"
-        kernels = Kernels(Path(job.engine).parent, job.kernels, job.sms[0]) if quick else None
+        kernels = Kernels(job.engine.parent, job.kernels, job.sms[0]) if quick else None
         _import_function(job.creators)(api, kernels)
         if quick:
             proto = split(proto, OPS)
@@ -59,7 +55,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     check_inputs(network)
     layers = check_layers(network, proto, job)
     config = _configure(api, builder, network, proto, job)
-    out = EngineFile(Path(job.engine))
+    out = EngineFile(job.engine)
     done = builder.build_serialized_network_to_stream(network, config, api.stream_writer(out.write))
     try:
         digest = out.close()
@@ -69,18 +65,12 @@ def compile_job(job: Job) -> dict[str, Any]:
             "--output"
         ) from None
     if not done or not out.nbytes:
-        remedy = "report it with this line" if job.workspace is None else "use a larger --workspace or leave it out"
+        remedy = "report it with this line" if choices.workspace is None else "use a larger --workspace or leave it out"
         raise BuildError(f"--backend {job.backend}: building failed ({_reason(api)}); {remedy}")
-    if job.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
-        with whole(Path(job.timing_cache)) as stage:
+    if choices.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
+        with whole(choices.timing_cache) as stage:
             stage.write_bytes(bytes(cache.serialize()))
-    return {
-        "module": api.module.__name__,
-        "version": api.version,
-        "layers": layers,
-        "bytes": out.nbytes,
-        "sha256": digest,
-    }
+    return Compiled(api.module.__name__, api.version, layers, out.nbytes, digest)
 
 
 def _import_function(name: str) -> Any:
@@ -93,10 +83,10 @@ def _import_function(name: str) -> Any:
 
 
 def _parse(api: TensorRT, network: Network, proto: onnx.ModelProto, job: Job) -> None:
-    if not job.plugins:  # a body parsed once per layer warns about its names, an inlined one has unique names
+    if not job.choices.plugins:  # a body parsed once per layer warns about its names, an inlined one has unique names
         proto = onnx.inliner.inline_local_functions(proto)
     parser = api.parser(network)
-    if not parser.parse(proto.SerializeToString(), job.model):
+    if not parser.parse(proto.SerializeToString(), str(job.model)):
         reason = _reason(api)
         if parser.num_errors:
             first = parser.get_error(0)
@@ -107,27 +97,26 @@ def _parse(api: TensorRT, network: Network, proto: onnx.ModelProto, job: Job) ->
 def _configure(api: TensorRT, builder: Builder, network: Network, proto: onnx.ModelProto, job: Job) -> Config:
     """The builder's configuration. Raises BuildError."""
     config = builder.create_builder_config()
-    enum = api.module
+    enum, choices = api.module, job.choices
     declared = declared_shapes(proto)
     for profile in job.profiles:
         _add_profile(builder, network, config, declared, profile)
     if job.backend == "tensorrt-rtx":  # the full TensorRT builds for the GPU at hand
         _set_targets(api, config, job.sms)
     config.profiling_verbosity = enum.ProfilingVerbosity.DETAILED
-    if job.plugins:
+    if choices.plugins:
         config.set_preview_feature(enum.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if job.opt_level is not None:
-        config.builder_optimization_level = job.opt_level
-    if job.workspace is not None:
-        config.set_memory_pool_limit(enum.MemoryPoolType.WORKSPACE, job.workspace * 2**20)
-    if job.strip_weights:
+    if choices.opt_level is not None:
+        config.builder_optimization_level = choices.opt_level
+    if choices.workspace is not None:
+        config.set_memory_pool_limit(enum.MemoryPoolType.WORKSPACE, choices.workspace * 2**20)
+    if choices.strip_weights:
         config.set_flag(enum.BuilderFlag.STRIP_PLAN)
-    if job.refit:
+    if choices.refit:
         config.set_flag(enum.BuilderFlag.REFIT)
-    if job.version_compatible:
+    if choices.version_compatible:
         config.set_flag(enum.BuilderFlag.VERSION_COMPATIBLE)
-    if job.timing_cache is not None:
-        path = Path(job.timing_cache)
+    if (path := choices.timing_cache) is not None:
         cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
         if not config.set_timing_cache(cache, False):
             raise BuildError(f"{path}: not a timing cache of this TensorRT and GPU; remove it or name another file")

@@ -12,7 +12,7 @@ from ...engine_folder import ENGINE_FILE, MODEL_FILE, VISION_ENGINE_FILE, VISION
 from ...tensorrt_info import Kernel, Profile, TensorRTInfo, VisionEngine
 from .choices import Choices
 from .profiles import corners, image_corners
-from .tensorrt import compile_engine
+from .tensorrt import Job, compile_engine
 
 
 def compile_graphs(
@@ -31,30 +31,34 @@ def compile_graphs(
     `patches` are of the tower's profiles, none for a model that sees no images.
     """
     decoder = compile_engine(
-        backend,
-        choices,
-        sms=sms,
-        profiles=tuple(map(corners, profiles)),
-        attentions=model.num_layers,
-        caches=2 * model.num_layers,
-        kernels=kernels() if choices.plugins else (),
-        model=stage / MODEL_FILE,
-        engine=stage / ENGINE_FILE,
+        Job(
+            backend,
+            choices,
+            stage / MODEL_FILE,
+            stage / ENGINE_FILE,
+            sms,
+            tuple(map(corners, profiles)),
+            attentions=model.num_layers,
+            caches=2 * model.num_layers,
+            kernels=kernels() if choices.plugins else (),
+        )
     )
     digests = {ENGINE_FILE: decoder.sha256}
     seeing = None
     if model.vision is not None:
         vision = model.vision
         tower = compile_engine(
-            backend,
-            dataclasses.replace(choices, plugins=False),  # the kernels have the decoder's heads as constants
-            sms=sms,
-            profiles=tuple(image_corners(vision, most) for most in patches),
-            attentions=vision.num_layers,
-            caches=0,
-            kernels=(),
-            model=stage / VISION_MODEL_FILE,
-            engine=stage / VISION_ENGINE_FILE,
+            Job(
+                backend,
+                dataclasses.replace(choices, plugins=False),  # the kernels have the decoder's heads as constants
+                stage / VISION_MODEL_FILE,
+                stage / VISION_ENGINE_FILE,
+                sms,
+                tuple(image_corners(vision, most) for most in patches),
+                attentions=vision.num_layers,
+                caches=0,
+                kernels=(),
+            )
         )
         digests[VISION_ENGINE_FILE] = tower.sha256
         seeing = VisionEngine(patches, tower.layers, tower.bytes)

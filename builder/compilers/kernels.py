@@ -6,10 +6,8 @@ It compiles in a child process, because a process that has imported Triton in in
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
-import json
 import os
 import re
 import subprocess
@@ -19,16 +17,15 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from ...config import ModelConfig, RopeConfig
+from ...config import ModelConfig
 from ...contract import Dtype
 from ...errors import BuildError, install
 from ...plugins import FUSED, OPS, SAMPLED
 from ...plugins.failure import failure
 from ...plugins.op import Op, Stage
-from ...tensorrt_info import KERNELS_FOLDER, Kernel, parse_kernel
-from .child import JOB_FILE, RESULT_FILE, child, end_with_parent, printed
+from ...tensorrt_info import KERNELS_FOLDER, Kernel
+from .child import child, end_with_parent, printed, read_job, read_result, write_result
 
 OLDEST_SM = 80  # that Triton compiles for
 OLDEST_PDL_SM = 90  # that has programmatic dependent launch; a kernel made for it can be launched without, too
@@ -76,13 +73,8 @@ def compiling_kernels(
         yield tuple
         return
     (folder / KERNELS_FOLDER).mkdir(exist_ok=True)
-    job = {
-        "model": dataclasses.asdict(model),
-        "dtype": dtype,
-        "sms": sms,
-        "folder": str(folder.absolute()),
-        "stages": [stage.name for _, stage in stages(ops)],
-    }
+    wanted = [(stage.name, sm) for _, stage in stages(ops) for sm in sorted(set(sms))]
+    job = (model, dtype, folder.absolute(), wanted)
     with tempfile.TemporaryDirectory(prefix="nemodiff-kernels-") as name:
         work = Path(name)
         variables = {"TRITON_CACHE_DIR": str(work / "cache"), "TRITON_INTERPRET": "0"}
@@ -96,8 +88,8 @@ def _records(process: subprocess.Popen[bytes], work: Path) -> tuple[Kernel, ...]
             f"the kernels cannot be compiled ({failure(printed(work)):.300}); install Triton with: "
             f"{install('nemodiff[trt]')}, or build without --plugins and with --no-logits"
         )
-    records = json.loads((work / RESULT_FILE).read_text(encoding="utf-8"))
-    return tuple(parse_kernel(record) for record in records)
+    records: tuple[Kernel, ...] = read_result(work)
+    return records
 
 
 def ptx_version(sm: int) -> int:
@@ -170,30 +162,20 @@ def _compile(op: Op, stage: Stage, model: ModelConfig, dtype: Dtype, sm: int, fo
     return kernel
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What one process compiles at a time."""
-
-    model: ModelConfig
-    dtype: Dtype
-    folder: Path
-
-    def record(self, name: str, sm: int) -> dict[str, Any]:
-        """Compile a stage for a compute capability."""
-        op, stage = next(pair for pair in stages((*OPS, SAMPLED, *FUSED)) if pair[1].name == name)
-        return dataclasses.asdict(_compile(op, stage, self.model, self.dtype, sm, self.folder))
+def _record(model: ModelConfig, dtype: Dtype, folder: Path, name: str, sm: int) -> Kernel:
+    """Compile the stage of this name for a compute capability."""
+    op, stage = next(pair for pair in stages((*OPS, SAMPLED, *FUSED)) if pair[1].name == name)
+    return _compile(op, stage, model, dtype, sm, folder)
 
 
 def _main(work: Path) -> None:
     """The child: from a job to the records; a process for each core compiles."""
-    request = json.loads((work / JOB_FILE).read_text(encoding="utf-8"))
-    model = ModelConfig(**{**request["model"], "rope": RopeConfig(**request["model"]["rope"])})
-    job = _Job(model, request["dtype"], Path(request["folder"]))
-    wanted = [(name, sm) for name in request["stages"] for sm in sorted(set(request["sms"]))]
+    model, dtype, folder, wanted = read_job(work)
+    record = functools.partial(_record, model, dtype, folder)
     with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1, _MOST_PROCESSES)) as pool:
-        records = pool.map(job.record, [name for name, _ in wanted], [sm for _, sm in wanted])
+        records = pool.map(record, *zip(*wanted, strict=True))
         end_with_parent()  # a thread, so not before the pool has forked
-        (work / RESULT_FILE).write_text(json.dumps(list(records)), encoding="utf-8")
+        write_result(work, tuple(records))
 
 
 if __name__ == "__main__":

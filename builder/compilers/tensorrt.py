@@ -7,17 +7,15 @@ TensorRT ends its process on some errors, so it never runs in the one that owns 
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from ...contract import Backend
 from ...errors import BuildError
 from ...plugins.tensorrt.api import library_folder
 from ...tensorrt_info import Kernel
-from .child import RESULT_FILE, child, printed
+from .child import child, printed, read_result
 from .choices import Choices
 from .profiles import Corners
 
@@ -26,24 +24,18 @@ CREATORS = "nemodiff.plugins.tensorrt.register:register"  # called with the faca
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything the child needs to know."""
+    """Everything the child needs to know; the files of `kernels` lie beside `engine`."""
 
     backend: Backend
-    model: str  # path of the ONNX file, its weights beside it
-    engine: str  # path to write
+    choices: Choices
+    model: Path  # the ONNX file, its weights beside it
+    engine: Path  # to write
     sms: tuple[int, ...]
     profiles: tuple[Corners, ...]
     attentions: int
     caches: int  # that are updated in place
-    creators: str
     kernels: tuple[Kernel, ...]
-    plugins: bool
-    timing_cache: str | None
-    workspace: int | None
-    opt_level: int | None
-    strip_weights: bool
-    refit: bool
-    version_compatible: bool
+    creators: str = dataclasses.field(default_factory=lambda: CREATORS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,55 +49,22 @@ class Compiled:
     sha256: str
 
 
-def compile_engine(
-    backend: Backend,
-    choices: Choices,
-    *,
-    sms: tuple[int, ...],
-    profiles: tuple[Corners, ...],
-    attentions: int,
-    caches: int,
-    kernels: tuple[Kernel, ...],
-    model: Path,
-    engine: Path,
-) -> Compiled:
-    """Compile `model` into `engine` in a child process; the files of `kernels` lie beside it. Raises BuildError."""
-    job = Job(
-        backend=backend,
-        model=str(model),
-        engine=str(engine),
-        sms=sms,
-        profiles=profiles,
-        attentions=attentions,
-        caches=caches,
-        creators=CREATORS,
-        kernels=kernels,
-        plugins=choices.plugins,
-        timing_cache=str(choices.timing_cache.absolute()) if choices.timing_cache else None,
-        workspace=choices.workspace,
-        opt_level=choices.opt_level,
-        strip_weights=choices.strip_weights,
-        refit=choices.refit,
-        version_compatible=choices.version_compatible,
-    )
+def compile_engine(job: Job) -> Compiled:
+    """Do a job in a child process. Raises BuildError."""
     with tempfile.TemporaryDirectory(prefix="nemodiff-compile-") as name:
-        return Compiled(**_run(job, Path(name)))
-
-
-def _run(job: Job, work: Path) -> dict[str, Any]:
-    """Run the child with a job and return its result. `work` is an empty folder."""
-    libraries = library_folder(work) if job.plugins else {}
-    with child("nemodiff.builder.compilers.compile", work, dataclasses.asdict(job), **libraries) as process:
-        code = process.wait()
-    if code:
-        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"{code}"
-        text = " ".join(printed(work).split())[-300:]
-        last = f", having said {text!r}" if text else ""
-        raise BuildError(
-            f"--backend {job.backend}: the compiling process ended with {ended}{last}; close other programs if memory "
-            "was short, else build with --backend alone"
-        )
-    result: dict[str, Any] = json.loads((work / RESULT_FILE).read_text(encoding="utf-8"))
-    if "error" in result:
-        raise BuildError(result["error"])
+        work = Path(name)
+        libraries = library_folder(work) if job.choices.plugins else {}
+        with child("nemodiff.builder.compilers.compile", work, job, **libraries) as process:
+            code = process.wait()
+        if code:
+            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"{code}"
+            text = " ".join(printed(work).split())[-300:]
+            last = f", having said {text!r}" if text else ""
+            raise BuildError(
+                f"--backend {job.backend}: the compiling process ended with {ended}{last}; close other programs if "
+                "memory was short, else build with --backend alone"
+            )
+        result: Compiled | BuildError = read_result(work)
+    if isinstance(result, BuildError):
+        raise result
     return result

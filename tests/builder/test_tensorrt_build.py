@@ -224,11 +224,12 @@ def test_a_plugin_that_nobody_asked_for_is_refused(checkpoint: Path) -> None:
     onnx.save(builder.graph.proto, path)
     (checkpoint.parent / "model.onnx.data").write_bytes(bytes(builder.graph.weight_bytes))
     values: dict[str, Any] = dict.fromkeys(f.name for f in Job.__dataclass_fields__.values())
-    values |= {"backend": "tensorrt-rtx", "model": str(path), "attentions": 2, "caches": 4, "plugins": False}
+    values |= {"backend": "tensorrt-rtx", "choices": Choices(), "attentions": 2, "caches": 4}
     code = f"""
 import onnx
 from nemodiff.plugins.tensorrt.register import register
 from nemodiff.builder.compilers.checks import check_layers
+from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.plugins.tensorrt.api import load
 from nemodiff.errors import BuildError
