@@ -10,9 +10,8 @@ import concurrent.futures
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
-from ...engine_info import EngineInfo
 from ...errors import BusyError, RequestError
 from ...runtime.editing.infill import Filled, infill
 from ...runtime.engines.engine import Cache, Engine
@@ -81,7 +80,7 @@ class InfillQueue:
             if cancelled.is_set() or self.closed:
                 raise CancelledError
 
-        engine = dataclasses.replace(self._engine, backend=_CheckingEngine(self._engine.backend, check))
+        engine = dataclasses.replace(self._engine, backend=cast(Engine, _Checking(self._engine.backend, check)))
         check()
         return without_stop_iteration(lambda: infill(engine, prefix, suffix, **options))
 
@@ -102,35 +101,20 @@ class InfillQueue:
                 self._ends["failed"] += 1
 
 
-class _CheckingEngine:
-    """An engine whose caches check before each pass; a search has no other way to be stopped between two passes."""
+class _Checking:
+    """An engine, or one of its caches, that checks before each pass: a search has no other way to be stopped."""
 
-    def __init__(self, engine: Engine, check: Callable[[], None]) -> None:
-        self._engine = engine
+    def __init__(self, checked: Any, check: Callable[[], None]) -> None:
+        self._checked = checked
         self._check = check
-        self.samples = engine.samples
-        self.pages = engine.pages
-        self.info: EngineInfo = engine.info
 
     def open(self, rows: int) -> Cache:
-        return _CheckingCache(self._engine.open(rows), self._check)
-
-
-class _CheckingCache:
-    def __init__(self, cache: Cache, check: Callable[[], None]) -> None:
-        self._cache = cache
-        self._check = check
-        self.seconds = 0.0
+        return cast(Cache, _Checking(self._checked.open(rows), self._check))
 
     def forward(self, passes: Sequence[Pass], first: int = 0) -> list[Prediction]:
         self._check()
-        return self._cache.forward(passes, first)
+        predictions: list[Prediction] = self._checked.forward(passes, first)
+        return predictions
 
-    def move(self, source: int, target: int, slots: int) -> None:
-        self._cache.move(source, target, slots)
-
-    def free(self, row: int) -> None:
-        self._cache.free(row)
-
-    def close(self) -> None:
-        self._cache.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checked, name)
