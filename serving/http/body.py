@@ -23,16 +23,17 @@ from .template_fields import Templated
 MOST_CHOICES = 128  # answers to one request
 Vocabulary = Annotated[int, Field(ge=0)]
 
-# Options of a request that are fields by their own names.
-_DECODING = ("mode", "threshold", "groups")
-_GENERATING = (
-    "block_length", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "logit_bias", "bad_words", "stop", "stop_token_ids", "min_tokens", "policy",
-    "per_step", "entropy_bound", "block_steps", "merge_commit", "confidences", "prefill_chunk", "strict_schema",
+# Options of a request that are fields by their own names, here and in the dialects.
+DRAWING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
+)  # fmt: skip
+GENERATING = (
+    "block_length", *DRAWING, "logit_bias", "bad_words", "stop_token_ids", "min_tokens", "policy", "per_step",
+    "entropy_bound", "block_steps", "merge_commit", "strict_schema",
 )  # fmt: skip
 
 
-@with_options(*_DECODING)
+@with_options("mode", "threshold", "groups")
 class Decoding(Body):
     """What every generating route takes."""
 
@@ -73,7 +74,7 @@ class Streamed(Decoding):
             raise RequestError("stream_options needs stream; set stream to true, or leave it out")
 
 
-@with_options(*_GENERATING)
+@with_options(*GENERATING, "stop", "confidences", "prefill_chunk")
 class Generating(Structured, Streamed):
     """What an answer from left to right takes."""
 
@@ -98,12 +99,13 @@ class Generating(Structured, Streamed):
         self.check_stream()
         if self.diffusing and not self.stream:
             raise RequestError("diffusing needs stream; set stream to true")
-        chosen = self.model_dump(include={"max_tokens", "prompt_logprobs", *_DECODING, *_GENERATING}, exclude_none=True)
+        chosen = self.given("max_tokens", "prompt_logprobs")
         if "max_tokens" in chosen:
             chosen["max_new_tokens"] = chosen.pop("max_tokens")
         return resolve(chosen, ignore_eos=bool(self.ignore_eos)) | self.guide()
 
 
+@with_options("thinking_budget", "stop_in_thinking")
 class Chat(Templated, Generating):
     """A conversation that waits for its next turn."""
 
@@ -113,8 +115,6 @@ class Chat(Templated, Generating):
     top_logprobs: int | None = Field(
         None, description="Report the log-probabilities of this many likeliest tokens too; needs logprobs."
     )
-    thinking_budget: int | None = option_field("thinking_budget")
-    stop_in_thinking: bool | None = option_field("stop_in_thinking")
 
     def prompts(self) -> list[Prompt]:
         """The conversation."""
@@ -138,10 +138,6 @@ class Chat(Templated, Generating):
             raise RequestError("top_logprobs needs logprobs; set logprobs to true")
         if self.logprobs:
             chosen["logprobs"] = self.top_logprobs or 0
-        if self.thinking_budget is not None:
-            chosen["thinking_budget"] = self.thinking_budget
-        if self.stop_in_thinking is not None:
-            chosen["stop_in_thinking"] = self.stop_in_thinking
         return chosen | self.template_options(self.messages)
 
 

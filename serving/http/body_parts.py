@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, FailFast, Field, Tag, model_validator
 
@@ -56,6 +56,11 @@ class Body(BaseModel):
     """Strict about types, and about names: a misspelt option that is silently ignored costs its user hours."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    own_options: ClassVar[tuple[str, ...]] = ()  # those of a request that are fields by their own names
+
+    def given(self, *further: str) -> dict[str, Any]:
+        """What is given of the options by their own names, and of further fields."""
+        return self.model_dump(include={*self.own_options, *further}, exclude_none=True)
 
     @model_validator(mode="before")
     @classmethod

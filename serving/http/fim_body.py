@@ -11,20 +11,16 @@ from ...runtime.editing.infill import LONGEST_FREE, Filled
 from ...runtime.editing.options import HELP, Method
 from ...runtime.requests.options import BLOCK_LENGTH
 from ...runtime.text.codec import TextCodec
-from .body import Completion, Streamed
+from .body import DRAWING, Completion, Streamed
 from .option_fields import with_options
 
-# A filling is the likeliest of those that a search meets, so nothing is drawn; editors send these all the same.
-_DRAWING = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-)  # fmt: skip
 _SHARED = (
-    "model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "request_id", "threshold", *_DRAWING,
+    "model", "prompt", "suffix", "max_tokens", "stop", "stream", "stream_options", "request_id", "threshold", *DRAWING,
 )  # fmt: skip
 _PLAIN: dict[str, Any] = {"n": 1, "echo": False, "diffusing": False}  # what a hole has anyway
 
 
-@with_options(*_DRAWING, "stop")
+@with_options(*DRAWING, "stop")
 class Fim(Streamed):
     """A text with a hole."""
 
@@ -87,6 +83,6 @@ class Fim(Streamed):
         }
 
     def warnings(self) -> list[str]:
-        """Sentences about what has no effect."""
-        given = [name for name in _DRAWING if getattr(self, name) is not None]
+        """Sentences about what has no effect; editors send it all the same."""
+        given = [name for name in DRAWING if getattr(self, name) is not None]
         return [f"without effect, as a filling is not drawn: {', '.join(given)}"] if given else []

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, create_model
+from pydantic import BeforeValidator, Field, create_model
 
 from ...runtime.requests.option_types import Option
 from ...runtime.requests.options import OPTIONS
-from .body_parts import Many
+from .body_parts import Body, Many
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=Body)
 # What a body means besides, by option; see runtime/requests/spellings.py.
 _NOTES = {
     "max_new_tokens": "-1 leaves it open too.",
@@ -26,7 +26,11 @@ def with_options(*names: str) -> Callable[[type[Model]], type[Model]]:
     fields: dict[str, Any] = {name: (_type(OPTIONS[name]), option_field(name)) for name in names}
 
     def extend(body: type[Model]) -> type[Model]:
-        return create_model(body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields)
+        extended = create_model(
+            body.__name__, __base__=body, __module__=body.__module__, __doc__=body.__doc__, **fields
+        )
+        extended.own_options = (*body.own_options, *names)
+        return extended
 
     return extend
 

@@ -15,20 +15,13 @@ from ....runtime.events.events import Event
 from ....runtime.requests.generation import Generation
 from ....runtime.requests.prepare import Prompt
 from ....runtime.requests.spellings import resolve
-from ..body import Decoding
+from ..body import GENERATING, Decoding
 from ..option_fields import with_options
 
-# Options that every such body takes by their own names, beside those that its API has.
-OPTIONS = (
-    "block_length", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "policy", "per_step", "entropy_bound", "block_steps", "merge_commit", "strict_schema",
-    "thinking_budget", "stop_in_thinking", "logit_bias", "bad_words", "min_tokens", "stop_token_ids",
-)  # fmt: skip
 
-
-@with_options(*OPTIONS)
+@with_options(*GENERATING, "thinking_budget", "stop_in_thinking")
 class DialectBody(Decoding):
-    """A request of another API."""
+    """A request of another API, with options by their own names beside what that has."""
 
     stream: bool | None = None
 
@@ -46,8 +39,7 @@ class DialectBody(Decoding):
 
     def options(self) -> dict[str, Any]:
         """Options of the runtime, those that were given. Raises RequestError."""
-        given = self.model_dump(include={"mode", "threshold", "groups", *OPTIONS}, exclude_none=True)
-        return resolve(given, ignore_eos=False)
+        return resolve(self.given(), ignore_eos=False)
 
 
 @dataclasses.dataclass
