@@ -46,10 +46,11 @@ _LONGEST = 64  # characters of a name that are compared with those of fields, no
 _OLD_TOOLS = ("function_call", "functions")  # what tools were before they had that name
 # What a message may say beside its content, so that an answer without it would be wrong.
 _SAYING = ("audio", "function_call", "images", "tool_calls")
-
-
 # The kind is settled first, so that a refusal is about the part that is wrong.
-TEXT_OR_PARTS = Discriminator(lambda content: "parts" if isinstance(content, list) else "text")
+TextOr = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Many[Value], Tag("parts")],
+    Discriminator(lambda content: "parts" if isinstance(content, list) else "text"),
+]
 
 
 class Body(BaseModel):
@@ -160,7 +161,7 @@ class ThoughtPart(ConversationPart):
     """Thoughts of an earlier answer, or how to think in a system message, in Mistral's form."""
 
     type: Literal["thinking"]
-    thinking: Annotated[Annotated[str, Tag("text")] | Annotated[Many[ThoughtText], Tag("parts")], TEXT_OR_PARTS]
+    thinking: TextOr[ThoughtText]
 
     def plain(self) -> dict[str, Any]:
         """As the runtime takes it."""
@@ -199,7 +200,7 @@ class Message(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[_Piece], Tag("parts")], TEXT_OR_PARTS]
+    content: TextOr[_Piece]
     tool_calls: Many[Call] | None = None
     tool_call_id: str | None = None
     name: str | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
-from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
+from ..body_parts import ConversationPart, TextOr
 
 
 class TextBlock(ConversationPart):
@@ -14,9 +14,6 @@ class TextBlock(ConversationPart):
 
     type: Literal["text"]
     text: str
-
-
-Texts = Annotated[Annotated[str, Tag("text")] | Annotated[Many[TextBlock], Tag("parts")], TEXT_OR_PARTS]
 
 
 class ImageSource(ConversationPart):
@@ -83,7 +80,7 @@ class ToolResultBlock(ConversationPart):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Result], Tag("parts")], TEXT_OR_PARTS] = ""
+    content: TextOr[Result] = ""
     is_error: bool = False
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import Field
 
 from ....errors import RequestError
-from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
+from ..body_parts import ConversationPart, Many, TextOr
 from ..template_fields import by_name
 from .dialect import DialectBody
-from .messages_blocks import Block, ImageBlock, TextBlock, Texts, ThinkingBlock, ToolResultBlock, ToolUseBlock
+from .messages_blocks import Block, ImageBlock, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock
 
 # Fields that change no answer here; Claude Code sends several of them.
 _WITHOUT_EFFECT = (
@@ -25,7 +25,7 @@ class Turn(ConversationPart):
     """A turn of a conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Block], Tag("parts")], TEXT_OR_PARTS]
+    content: TextOr[Block]
 
 
 class Tool(ConversationPart):
@@ -80,7 +80,7 @@ class Counted(DialectBody):
     """A conversation whose tokens are counted."""
 
     messages: Many[Turn] = Field(min_length=1)
-    system: Texts | None = None
+    system: TextOr[TextBlock] | None = None
     tools: Many[Tool] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None

@@ -10,7 +10,7 @@ from pydantic import Field, Tag, model_validator
 from ....errors import RequestError
 from ....runtime.requests.spellings import ANY_OBJECT
 from ....runtime.text.checks import check_json
-from ..body_parts import TEXT_OR_PARTS, Body, ConversationPart, Many
+from ..body_parts import Body, ConversationPart, Many, TextOr
 from ..template_fields import CHOICE, by_name
 from .dialect import DialectBody
 from .responses_items import CallItem, ImagePart, Item, ReasoningItem, ResultItem
@@ -56,7 +56,7 @@ class Reasoning(ConversationPart):
 class Responses(DialectBody):
     """A conversation that waits for its next turn, in the words of OpenAI's Responses API."""
 
-    input: Annotated[Annotated[str, Tag("text")] | Annotated[Many[Item], Tag("parts")], TEXT_OR_PARTS]
+    input: TextOr[Item]
     instructions: str | None = None
     max_output_tokens: int | None = Field(
         None, ge=1, description="Stop after at most this many tokens, or where the engine is full."

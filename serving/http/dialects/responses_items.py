@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..body_parts import TEXT_OR_PARTS, ConversationPart, Many
+from ..body_parts import ConversationPart, Many, TextOr
 
 
 class TextPart(ConversationPart):
@@ -36,7 +36,6 @@ class ImagePart(ConversationPart):
 
 
 Part = Annotated[TextPart | RefusalPart | ImagePart, Field(discriminator="type")]
-Content = Annotated[Annotated[str, Tag("text")] | Annotated[Many[Part], Tag("parts")], TEXT_OR_PARTS]
 
 
 class MessageItem(ConversationPart):
@@ -44,7 +43,7 @@ class MessageItem(ConversationPart):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    content: TextOr[Part]
 
 
 class CallItem(ConversationPart):
@@ -62,7 +61,7 @@ class ResultItem(ConversationPart):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: Content
+    output: TextOr[Part]
 
 
 class ReasoningItem(ConversationPart):
