@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,34 +15,27 @@ from ..errors import RequestError, install
 from . import options
 from .streams import TEXT
 
-_NAME = re.compile(r"\*|(\*\.)?[^\s/*]+")
-_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
+
+def _each(form: str, refusal: str, shown: int = 60) -> Callable[..., tuple[str, ...]]:
+    """Checks every value of an option that may be repeated; of a refused one so many characters are shown."""
+
+    def check(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not re.fullmatch(form, value, re.DOTALL):
+                raise click.BadParameter(f"{repr(value)[:shown]} {refusal}")
+        return values
+
+    return check
 
 
-def _check_keys(ctx: click.Context, param: click.Parameter, keys: tuple[str, ...]) -> tuple[str, ...]:
-    for key in keys:
-        if not key or key != key.strip():
-            raise click.BadParameter(
-                f"{key!r:.20} is empty or has space around it, which no client can send; give another key, or none"
-            )
-    return keys
-
-
-def _check_names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise click.BadParameter(f"{name!r:.60} is no name of a host, allowed: NAME, *.NAME or *")
-    return names
-
-
-def _check_origins(ctx: click.Context, param: click.Parameter, origins: tuple[str, ...]) -> tuple[str, ...]:
-    for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise click.BadParameter(
-                f"{origin!r:.60} is no origin, allowed: http://HOST or https://HOST, with a port if any and nothing "
-                "after it, or *"
-            )
-    return origins
+_check_keys = _each(
+    r"\S(.*\S)?", "is empty or has space around it, which no client can send; give another key, or none", shown=20
+)
+_check_names = _each(r"\*|(\*\.)?[^\s/*]+", "is no name of a host, allowed: NAME, *.NAME or *")
+_check_origins = _each(
+    r"\*|https?://[^/\s]+",
+    "is no origin, allowed: http://HOST or https://HOST, with a port if any and nothing after it, or *",
+)
 
 
 @click.command()
