@@ -19,3 +19,8 @@ class Check:
     state: State
     found: str
     remedy: str = ""
+
+
+def judged(name: str, fine: bool, found: str, remedy: str) -> Check:
+    """A line that is ok or wrong; `remedy` is for the latter."""
+    return Check(name, "ok", found) if fine else Check(name, "wrong", found, remedy)

@@ -18,7 +18,7 @@ from ..builder.resources import disk_free
 from ..contract import counted, size_text
 from ..errors import install
 from ..serving.triton_server.install import installed
-from .check import Check
+from .check import Check, judged
 from .packages import declared, package_checks, python_check
 from .probe import PROBES
 
@@ -87,7 +87,7 @@ def _library(name: str, found: dict[str, Any], text: str, package: str) -> Check
 
 
 def _torch_text(torch: dict[str, Any]) -> str:
-    where = f"{', '.join(torch['gpus'])}" if torch.get("gpus") else "the CPU"
+    where = ", ".join(torch["gpus"]) if torch.get("gpus") else "the CPU"
     return f"{torch.get('version')}, CUDA {torch.get('cuda') or 'none'}, runs on {where}"
 
 
@@ -141,17 +141,8 @@ def _machine(folder: Path) -> list[Check]:
     checks = [Check("machine", "ok", f"{platform.system()} {platform.machine()}, {counted(cores or 1, 'processor')}")]
     free = main_memory.free()
     if free is not None:
-        enough = free >= _LITTLE_MEMORY
-        checks.append(
-            Check(
-                "memory",
-                "ok" if enough else "wrong",
-                f"{size_text(free)} free",
-                "" if enough else "close other programs; see what fits: nemodiff build CHECKPOINT -o ENGINE --dry-run",
-            )
-        )
+        remedy = "close other programs; see what fits: nemodiff build CHECKPOINT -o ENGINE --dry-run"
+        checks.append(judged("memory", free >= _LITTLE_MEMORY, f"{size_text(free)} free", remedy))
     space = disk_free(folder)
-    enough = space >= _LITTLE_DISK
-    remedy = "" if enough else f"free some space, or build into another folder than {folder}"
-    checks.append(Check("disk", "ok" if enough else "wrong", f"{size_text(space)} free in {folder}", remedy))
-    return checks
+    remedy = f"free some space, or build into another folder than {folder}"
+    return [*checks, judged("disk", space >= _LITTLE_DISK, f"{size_text(space)} free in {folder}", remedy)]

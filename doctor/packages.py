@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from ..errors import install
-from .check import Check, State
+from .check import Check, State, judged
 
 _ROOT = Path(__file__).parents[1]
 DEVELOPMENT = ("test", "dev")  # extras that running needs none of
@@ -44,12 +44,7 @@ def python_check(wanted: str) -> Check:
     """The interpreter."""
     here = platform.python_version()
     fits = SpecifierSet(wanted).contains(here, prereleases=True)
-    return Check(
-        "Python",
-        "ok" if fits else "wrong",
-        f"{here} ({sys.executable})",
-        "" if fits else f"make an environment with Python {wanted}",
-    )
+    return judged("Python", fits, f"{here} ({sys.executable})", f"make an environment with Python {wanted}")
 
 
 def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
