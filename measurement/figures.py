@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from .round import Round
 
@@ -105,11 +104,6 @@ def ratios(own: Figures, other: Figures) -> Spread:
     """The throughput of one engine over that of the other, round by round."""
     pairs = zip(own.throughput.rounds, other.throughput.rounds, strict=True)
     return Spread.of([mine / theirs for mine, theirs in pairs])
-
-
-def as_json(figures: Figures) -> dict[str, Any]:
-    """As one JSON object."""
-    return dataclasses.asdict(figures)
 
 
 def _most(values: Sequence[int | None]) -> int | None:
