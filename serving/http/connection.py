@@ -7,7 +7,6 @@ and where there are too many connections, the one that has waited longest for it
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from typing import Any, cast
 
@@ -146,8 +145,7 @@ class Connection(H11Protocol):
 
     def _refuse(self, status: int, message: str) -> None:
         """Answer without the application unless an answer has begun, and close."""
-        body = json.dumps(error_body(status, message)).encode()
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        refusal = error_response(status, error_body(status, message), {"Connection": "close"})
         if self.conn.our_state in _OPEN:
             if self.conn.our_state is h11.IDLE:  # no request has been read
                 since = self.loop.time() if self._asking_since is None else self._asking_since
@@ -155,7 +153,8 @@ class Connection(H11Protocol):
             else:
                 self.cycle.disconnected = True  # what the application sends from now on comes too late
                 self.cycle.scope["state"]["instead"] = status
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            head = h11.Response(status_code=status, headers=refusal.raw_headers)
+            for event in (head, h11.Data(data=bytes(refusal.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
