@@ -81,11 +81,11 @@ def read_engine(folder: Path) -> EngineInfo:
     """Read and check an engine folder's description. Raises EngineError with the command that fixes it."""
     again = build_again(folder)
     _check_is_engine(folder, again)
-    manifest = _read_object(folder / MANIFEST_FILE, again)
+    manifest = read_object(folder / MANIFEST_FILE, again)
     _check_schema(folder, manifest.get("schema"), again)
     _check_manifest(manifest, folder / MANIFEST_FILE, again)
-    config = _read_object(folder / CONFIG_FILE, again)
-    generation = _read_object(folder / GENERATION_FILE, again) if (folder / GENERATION_FILE).is_file() else None
+    config = read_object(folder / CONFIG_FILE, again)
+    generation = read_object(folder / GENERATION_FILE, again) if (folder / GENERATION_FILE).is_file() else None
     try:
         choices = config["build_config"]
         if "group_size" in choices:
@@ -107,7 +107,7 @@ def read_engine(folder: Path) -> EngineInfo:
             raise EngineError(f"{folder / MANIFEST_FILE}: lists no {name}, which the engine needs; {again}")
     _check_sizes(folder, sizes, again)
     if (folder / TOKENIZER_CONFIG_FILE).is_file():
-        _read_object(folder / TOKENIZER_CONFIG_FILE, again)
+        read_object(folder / TOKENIZER_CONFIG_FILE, again)
     return info
 
 
@@ -220,7 +220,8 @@ def _check_images(info: EngineInfo, path: Path, again: str) -> None:
         raise EngineError(f"{path.parent / MANIFEST_FILE}: tensorrt has {has}; {again}")
 
 
-def _read_object(path: Path, again: str) -> dict[str, Any]:
+def read_object(path: Path, again: str) -> dict[str, Any]:
+    """A JSON object of an engine folder; `again` is what to do about one that cannot be read. Raises EngineError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -63,6 +63,13 @@ def test_what_is_no_path_proposes_nothing(path: Any) -> None:
         nemodiff.sampling_defaults(path)
 
 
+@pytest.mark.parametrize("text", ["[]", "7", "{", "[" * 100_000])
+def test_a_file_that_is_no_object_is_refused(tmp_path: Path, refused: Refused, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    words = ["run", str(tmp_path), "-p", "x", "--generation-config", "auto"]
+    refused(words, "generation_config.json: ", "JSON", "build it again: nemodiff build")
+
+
 def test_run_takes_it_where_the_user_chose_nothing(engine: Path, tmp_path: Path) -> None:
     loaded = nemodiff.load(engine, threads=1)
 
