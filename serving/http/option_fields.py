@@ -9,9 +9,10 @@ from pydantic import BeforeValidator, Field, create_model
 
 from ...runtime.requests.option_types import Option
 from ...runtime.requests.options import OPTIONS
-from .body_parts import Body, Many
+from .body_parts import Body, Many, TextOr
 
 Model = TypeVar("Model", bound=Body)
+_Texts = TextOr[str]
 # What a body means besides, by option; see runtime/requests/spellings.py.
 _NOTES = {
     "max_new_tokens": "-1 leaves it open too.",
@@ -65,7 +66,7 @@ def _type(option: Option) -> Any:
 
 def _unbounded(option: Option) -> Any:
     if option.many:
-        return str | Many[str] | None if option.one_type is str else Many[int] | None
+        return _Texts | None if option.one_type is str else Many[int] | None
     if option.type == Mapping[int, float]:
         return dict[str, float] | None
     if option.choices:

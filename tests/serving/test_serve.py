@@ -375,7 +375,9 @@ def test_answers_follow_what_vllms_fields_say(server: Served, path: str, fields:
         ("/v1/completions", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens: Input should be True"),
         (CHAT, chat(n=0), "n:"),
         (CHAT, chat(stop=[""]), "a stop string is empty"),
-        (CHAT, chat(stop=[None]), "stop: Input should be a valid string, got [None]"),
+        (CHAT, chat(stop=[None]), "stop.0: Input should be a valid string, got None"),
+        (CHAT, chat(stop=["a", 5]), "stop.1: Input should be a valid string, got 5"),
+        (CHAT, chat(bad_words=7), "bad_words: Input should be a valid string, got 7"),
         (CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages.0.content: Input should be a valid string"),
         (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content.0.text: "),
         (
