@@ -96,22 +96,22 @@ def build_graph(
         packed=packed,
         dequantized=capacity is not None,
         convolved=convolved,
-        pairs=capacity is None and quantization == "int4",
+        quantization=quantization,
         group_size=group_size,
         mlp_group_size=mlp_group_size,
+        kept=kept,
     )
-    w.kept = kept
     embed = w.weight("embed_tokens.weight", "encoder.embed_tokens.weight", (model.vocab_size, model.hidden_size), False)
     x = w.node("Gather", [embed, "ids"], "embed_tokens", axis=0)
     if model.vision:
         x = add_embeddings(w, x)
-    add_shared(w, model, bool(adapter_rank), quantization, kv_bits)
+    add_shared(w, model, bool(adapter_rank), kv_bits)
     if w.flattened:
         x = w.flat(x, model.hidden_size, "embeddings.flat")
     for layer in range(model.num_layers):
-        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, quantization, kv_bits)
-        x = add_mlp(w, model, layer, x, quantization)
-    add_head(w, model, x, quantization)
+        x = add_attention(w, model, layer, x, adapter_rank, adapter_scale, kv_bits)
+        x = add_mlp(w, model, layer, x)
+    add_head(w, model, x)
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
     if kv_bits:
         attention = block_attention.int8_function(heads)

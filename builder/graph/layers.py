@@ -6,18 +6,15 @@ import numpy as np
 from onnx import TensorProto
 
 from ...config import ModelConfig
-from ...contract import KvBits, Quantization, cache_names
+from ...contract import KvBits, cache_names
 from ...plugins.ops.kv_cache import LARGEST
 from .projection import add_zero, dequantized, int4, int8
 from .writer import GraphWriter, Source
 
 
-def _project(
-    w: GraphWriter, kind: Quantization | None, x: str, name: str, source: Source, sizes: tuple[int, int], group: int
-) -> str:
-    """Multiply by a projection of a layer (inputs, outputs) in the bits of its kind; `group` is int4's."""
-    if not w.keeps(source):
-        kind = None
+def _project(w: GraphWriter, x: str, name: str, source: Source, sizes: tuple[int, int], group: int) -> str:
+    """Multiply by a projection of a layer (inputs, outputs) in the engine's bits; `group` is int4's."""
+    kind = w.quantization if w.keeps(source) else None
     if kind and w.dequantized:
         return dequantized(w, kind, x, name, source, *sizes, group)
     if kind == "int8":
@@ -27,9 +24,7 @@ def _project(
     return w.linear(x, name, source, *sizes)
 
 
-def add_shared(
-    w: GraphWriter, model: ModelConfig, adapter: bool, kind: Quantization | None, kv_bits: KvBits | None
-) -> None:
+def add_shared(w: GraphWriter, model: ModelConfig, adapter: bool, kv_bits: KvBits | None) -> None:
     """What all layers read: rotation, query scale, cache slots, reshape targets, the adapter's gate."""
     rope = model.rope
     w.constant("axis.last", np.array([2], np.int64))
@@ -62,10 +57,10 @@ def add_shared(
     pos = w.node("Cast", ["pos"], "rope.pos", to=TensorProto.FLOAT)
     # cos and sin are computed from `pos` inside the graph, so no table bounds the sequence length.
     w.node("Unsqueeze", [pos, "axis.last"], "rope.pos3")  # (B, S, 1) f32
-    if kind and not w.dequantized:
+    if w.quantization and not w.dequantized:
         w.constant("int8.step", np.float32(1 / 127))
         w.constant("int8.zero", np.uint8(128))
-    if kind == "int8" and not w.dequantized:
+    if w.quantization == "int8" and not w.dequantized:
         add_zero(w, "rope.pos3", "tokens.zero")
     w.constant("rope.inv_freq", rope.inv_freq(model.head_dim)[None, None])  # (1, 1, D/2) f32
     angle = w.node("Mul", ["rope.pos3", "rope.inv_freq"], "rope.angle")
@@ -121,7 +116,6 @@ def add_attention(
     x: str,
     rank: int,
     scale: float,
-    kind: Quantization | None,
     kv_bits: KvBits | None,
 ) -> str:
     """x + o_proj(attention(norm(x))), and the gated drafter branch on o_proj."""
@@ -137,11 +131,11 @@ def add_attention(
     heads: dict[str, str] = {}
     if w.packs(outputs):
         name, sizes = f"{attn}.qkv_proj", (model.hidden_size, q_size + 2 * kv_size)
-        turned = _heads(w, _project(w, kind, normed, name, outputs, sizes, w.group_size), "shape.qkv")
+        turned = _heads(w, _project(w, normed, name, outputs, sizes, w.group_size), "shape.qkv")
         heads = dict(zip("qkv", w.split(turned, list(names.values()), "heads.qkv", 1), strict=True))
     else:
         for (part, name), (tensor, size) in zip(names.items(), outputs.items(), strict=True):
-            flat = _project(w, kind, normed, name, tensor, (model.hidden_size, size), w.group_size)
+            flat = _project(w, normed, name, tensor, (model.hidden_size, size), w.group_size)
             heads[part] = _heads(w, flat, "shape.q" if part == "q" else "shape.kv")
     for part in "qk":
         of = "q_" if part == "q" and model.rope.llama_4_scaling_beta else ""
@@ -161,7 +155,7 @@ def add_attention(
     else:
         merged = w.node("Reshape", [merged, "shape.merged"], f"{attn}.merged")
     sizes = q_size, model.hidden_size
-    out = _project(w, kind, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, w.group_size)
+    out = _project(w, merged, f"{attn}.o_proj", f"{source}.self_attn.o_proj.weight", sizes, w.group_size)
     if rank:
         lora = f"{attn}.o_proj.lora"
         key = f"base_model.model.{source}.self_attn.o_proj"
@@ -196,7 +190,7 @@ def _heads(w: GraphWriter, flat: str, shape: str) -> str:
     return w.node("Transpose", [split], f"{flat}.heads", perm=[0, 2, 1, 3])
 
 
-def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quantization | None) -> str:
+def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str) -> str:
     """x + down(silu(gate(norm(x))) * up(norm(x)))."""
     at, source = f"layers.{layer}", f"encoder.layers.{layer}"
     hidden, inner = model.hidden_size, model.intermediate_size
@@ -208,20 +202,20 @@ def add_mlp(w: GraphWriter, model: ModelConfig, layer: int, x: str, kind: Quanti
     gate, up = (f"{at}.mlp.{part}_proj" for part in ("gate", "up"))
     outputs = {f"{source}.mlp.{part}_proj.weight": inner for part in ("gate", "up")}
     if w.packs(outputs):
-        both = _project(w, kind, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), group)
+        both = _project(w, normed, f"{at}.mlp.gate_up_proj", outputs, (hidden, 2 * inner), group)
         w.split(both, [gate, up], "inputs.gate_up", -1)
     else:
         for name, tensor in zip((gate, up), outputs, strict=True):
-            _project(w, kind, normed, name, tensor, sizes, group)
+            _project(w, normed, name, tensor, sizes, group)
     silu = w.node("Mul", [gate, w.node("Sigmoid", [gate], f"{at}.mlp.sigmoid")], f"{at}.mlp.silu")
     gated = w.node("Mul", [silu, up], f"{at}.mlp.gated")
-    down = _project(w, kind, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], group)
+    down = _project(w, gated, f"{at}.mlp.down_proj", f"{source}.mlp.down_proj.weight", sizes[::-1], group)
     if w.paired_mlps:
         down = w.real(down)
     return w.node("Add", [x, down], f"{at}.mlp.residual")
 
 
-def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | None) -> None:
+def add_head(w: GraphWriter, model: ModelConfig, x: str) -> None:
     """Final norm and head on the picked rows only, then the commit rule."""
     rows = w.node("Cast", ["rows"], "rows.index", to=TensorProto.INT64)
     rows = w.node("Unsqueeze", [rows, "axis.last"], "rows.3d")
@@ -232,9 +226,9 @@ def add_head(w: GraphWriter, model: ModelConfig, x: str, kind: Quantization | No
     normed = w.norm(picked, "norm", "encoder.norm.weight", model.hidden_size, model.rms_norm_eps)
     sizes = model.hidden_size, model.vocab_size
     # In 4 bits it would decide other tokens, and int8 reads its half as quickly.
-    if kind and w.dequantized:
+    if w.quantization and w.dequantized:
         head = dequantized(w, "int8", normed, "diffusion_head", "diffusion_head.weight", *sizes)
-    elif kind:
+    elif w.quantization:
         zero = add_zero(w, rows, "rows.zero")
         head = int8(w, normed, zero, "diffusion_head", "diffusion_head.weight", *sizes)
     else:

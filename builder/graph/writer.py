@@ -70,16 +70,19 @@ class GraphWriter:
         packed: bool = False,
         dequantized: bool = False,
         convolved: bool = False,
-        pairs: bool = False,
+        quantization: Quantization | None = None,
         group_size: int = GROUP_SIZE,
         mlp_group_size: int = GROUP_SIZE,
+        kept: Mapping[str, bool] | None = None,
     ) -> None:
         self.dtype = _NUMPY_TYPE[dtype]
         self.packed = packed  # whether projections of one input become one product
         self.dequantized = dequantized  # whether products of few bits are of the dtype's numbers, for TensorRT
         self.convolved = convolved  # whether a product is a convolution with a kernel of 1 over the tokens
+        self.quantization = quantization  # of the layers' projections
         # Whether products have an even number of tokens, the last one of zeros if need be, and whether those of MLPs
-        # alone have; `pairs` says that wide groups need it.
+        # alone have: wide groups need it on ONNX Runtime.
+        pairs = quantization == "int4" and not dequantized
         self.paired = pairs and group_size > GROUP_SIZE
         self.paired_mlps = pairs and mlp_group_size > GROUP_SIZE >= group_size
         # Whether tokens are as `flat` makes them, outside attention.
@@ -91,7 +94,7 @@ class GraphWriter:
         self.initializers: list[onnx.TensorProto] = []
         self.weights: list[Weight] = []
         self.quantized: set[str] = set()  # tensors that the graph has in 8 bits as well
-        self.kept: Mapping[str, bool] | None = None  # see `build_graph`
+        self.kept = kept  # see `build_graph`
         self._flat: set[str] = set()  # constants of `flat`
         self._end = 0  # of the last weight, in bytes of the external data file
 
