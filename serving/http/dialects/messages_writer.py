@@ -30,16 +30,14 @@ class MessagesWriter(Writer):
             content.append({"type": "text", "text": generation.content})
         for call in generation.tool_calls:
             content.append({**_tool_use(call.name), "input": _object(call.arguments)})
-        return self._message(content) | _end(generation) | {"usage": _usage(generation)}
+        return self._message(content) | _end(generation) | {"usage": _usage(generation, len(generation.token_ids))}
 
     async def events(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[dict[str, Any]]:
         """See `Writer.events`."""
         blocks = _Blocks()
         async for _, event in events:
             if isinstance(event, Started):
-                usage = {"input_tokens": event.prompt_tokens - event.reused_tokens, "output_tokens": 0}
-                cached = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": event.reused_tokens}
-                yield {"type": "message_start", "message": {**self._message([]), "usage": {**usage, **cached}}}
+                yield {"type": "message_start", "message": {**self._message([]), "usage": _usage(event, 0)}}
             elif isinstance(event, Text):
                 for part in event.parts:
                     for item in blocks.take(part):
@@ -48,7 +46,8 @@ class MessagesWriter(Writer):
                 for item in blocks.close():
                     yield item
                 generation = event.generation
-                yield {"type": "message_delta", "delta": _end(generation), "usage": _usage(generation)}
+                usage = _usage(generation, len(generation.token_ids))
+                yield {"type": "message_delta", "delta": _end(generation), "usage": usage}
                 yield {"type": "message_stop"}
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,10 +120,10 @@ def _end(generation: Generation) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": None}
 
 
-def _usage(generation: Generation) -> dict[str, Any]:
+def _usage(answer: Started | Generation, emitted: int) -> dict[str, Any]:
     return {
-        "input_tokens": generation.prompt_tokens - generation.reused_tokens,
+        "input_tokens": answer.prompt_tokens - answer.reused_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": generation.reused_tokens,
-        "output_tokens": len(generation.token_ids),
+        "cache_read_input_tokens": answer.reused_tokens,
+        "output_tokens": emitted,
     }
