@@ -104,12 +104,11 @@ class QuantizedTensor:
         per_word = 32 // bits
         if self.scheme.symmetric:
             return None
+        first, last = start // per_word, -(-stop // per_word)
         if method == "pack-quantized":
-            first, last = start // per_word, -(-stop // per_word)
             words = self.parts["weight_zero_point"].array()[first:last]  # (out / 8, groups)
             rows = _unpacked(np.ascontiguousarray(words.T), bits).T[start - first * per_word :]
             return _signed(rows[: stop - start], bits)
-        first, last = start // per_word, -(-stop // per_word)
         words = self.parts["qzeros"].array()[:, first:last]  # (groups, out / 8)
         rows = (_awq(words) if method == "awq" else _unpacked(words, bits)).T[start - first * per_word :]
         rows = rows[: stop - start]
@@ -171,7 +170,7 @@ def _signed(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 def assemble(tensors: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor | QuantizedTensor]:
     """A checkpoint's tensors with the parts of each projection as one, `NAME.weight`. Raises CheckpointError."""
-    names = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{_SCALE[scheme.method]}")}
+    names = {name.rpartition(".")[0] for name in tensors if name.endswith(f".{_PARTS[scheme.method][0]}")}
     whole: dict[str, Tensor | QuantizedTensor] = {}
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
@@ -190,23 +189,15 @@ def assemble(tensors: dict[str, Tensor], scheme: Scheme) -> dict[str, Tensor | Q
     return whole
 
 
-_SCALE = {
-    "gptq": "scales",
-    "awq": "scales",
-    "pack-quantized": "weight_scale",
-    "int-quantized": "weight_scale",
-    "float-quantized": "weight_scale",
-    "modelopt": "weight_scale",
-    "nvfp4": "weight_scale_2",
-}
-_NUMBERS = {
-    "gptq": ("qweight", _WORD),
-    "awq": ("qweight", _WORD),
-    "pack-quantized": ("weight_packed", _WORD),
-    "int-quantized": ("weight", np.dtype(np.int8)),
-    "float-quantized": ("weight", _E4M3),
-    "modelopt": ("weight", _E4M3),
-    "nvfp4": ("weight", np.dtype(np.uint8)),
+# Of each method: the part by which a projection is known, and the part that holds its numbers, with their dtype.
+_PARTS = {
+    "gptq": ("scales", "qweight", _WORD),
+    "awq": ("scales", "qweight", _WORD),
+    "pack-quantized": ("weight_scale", "weight_packed", _WORD),
+    "int-quantized": ("weight_scale", "weight", np.dtype(np.int8)),
+    "float-quantized": ("weight_scale", "weight", _E4M3),
+    "modelopt": ("weight_scale", "weight", _E4M3),
+    "nvfp4": ("weight_scale_2", "weight", np.dtype(np.uint8)),
 }
 
 
@@ -221,7 +212,7 @@ def _joined(name: str, parts: dict[str, Tensor], scheme: Scheme) -> QuantizedTen
             "download the checkpoint again"
         )
 
-    main, dtype = _NUMBERS[method]
+    _, main, dtype = _PARTS[method]
     if main not in parts:
         raise refusal(main, "missing", "a tensor")
     if parts[main].dtype != dtype or len(parts[main].shape) != 2:
