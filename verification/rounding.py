@@ -7,8 +7,9 @@ embedding, last norm and head are four more. Logits have the relative error of t
 
     noise = 4 sqrt(u1^2 + u2^2 + 2 E 2^-48) sqrt(8 layers + 4) std(logits)
 
-The 4 is for what the estimate leaves out: layers may amplify the errors of those before them. A weight, or K and V,
-on a coarser grid adds its own relative error to the u of its engine. docs/verify.md says what this was held against.
+The 4 is for what the estimate leaves out: layers may amplify the errors of those before them, up to about 5 times in
+twelve layers of random weights. A weight, or K and V, on a coarser grid adds its own relative error to the u of its
+engine. docs/verify.md says what this was held against.
 """
 
 from __future__ import annotations
