@@ -13,15 +13,15 @@ from ...runtime.text.codec import TextCodec, TokenOffsets
 
 def chat_logprobs(codec: TextCodec, tokens: Values[int], logprobs: Values[TokenLogprobs]) -> dict[str, Any]:
     """Of tokens of a chat's answer."""
+    content = [_chat_token(codec, token, one) for token, one in zip(tokens, logprobs, strict=True)]
+    return {"content": content, "refusal": None}
 
+
+def _chat_token(codec: TextCodec, token: int, one: TokenLogprobs) -> dict[str, Any]:
     def described(token: int, logprob: float) -> dict[str, Any]:
         return {"token": codec.name(token), "logprob": logprob, "bytes": list(codec.token_bytes(token))}
 
-    content = []
-    for token, one in zip(tokens, logprobs, strict=True):
-        top = [described(*candidate) for candidate in one.top]
-        content.append({**described(token, one.logprob), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+    return {**described(token, one.logprob), "top_logprobs": [described(*candidate) for candidate in one.top]}
 
 
 class ContentTokens:
@@ -42,18 +42,16 @@ class ContentTokens:
     def take(self, text: str) -> list[dict[str, Any]]:
         """The log-probabilities of the tokens that begin in the next thoughts or content, told before."""
         wanted = self._rest_after(text.encode())
-        taken = list[tuple[int, TokenLogprobs]]()
+        taken = list[dict[str, Any]]()
         while wanted and self._pending:
             token, one = self._pending.popleft()
             raw = self._codec.token_bytes(token)
             for piece, target in ((raw, wanted), (raw.lstrip(), wanted.lstrip())):  # space at a part's ends may be gone
                 if piece and target and (target.startswith(piece) or piece.startswith(target)):
-                    taken.append((token, one))
+                    taken.append(_chat_token(self._codec, token, one))
                     wanted, self._open = target[len(piece) :], piece[len(target) :]
                     break
-        tokens, logprobs = [token for token, _ in taken], [one for _, one in taken]
-        content: list[dict[str, Any]] = chat_logprobs(self._codec, tokens, logprobs)["content"]
-        return content
+        return taken
 
     def _rest_after(self, text: bytes) -> bytes:
         """The text without what of it is the last token's."""
