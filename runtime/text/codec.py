@@ -54,10 +54,10 @@ class TextCodec:
         self._byte_level = "ByteLevel" in (one.get("type") for one in [decoder, *decoder.get("decoders", [])])
         config = folder / TOKENIZER_CONFIG_FILE
         self._config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        self._template = ChatTemplate(folder, self._config)
-        self._special = SpecialTokens(self.tokenizer.get_added_tokens_decoder(), self._template.source)
-        self._template.to_ascii = self._special.to_ascii
-        self.thoughts = thoughts_of(self._template.source)
+        self.template = ChatTemplate(folder, self._config)  # which may be missing or broken
+        self._special = SpecialTokens(self.tokenizer.get_added_tokens_decoder(), self.template.source)
+        self.template.to_ascii = self._special.to_ascii
+        self.thoughts = thoughts_of(self.template.source)
         self._markers = (self.thoughts.open, self.thoughts.close)
         self.end_think: int | None = self.tokenizer.token_to_id(self.thoughts.close)  # special or not
         shown = (*self._markers, *CALL_MARKS)  # special tokens that are part of an answer's text
@@ -103,13 +103,13 @@ class TextCodec:
         checked = checked_messages(messages)
         if continued:
             checked = with_open_end(checked)
-        if MISTRAL_CALL in self._template.source:
+        if MISTRAL_CALL in self.template.source:
             checked = with_short_ids(checked)
         try:
             quoted = [self._quoted_message(message) for message in checked]
         except RecursionError:
             raise RequestError("a message is nested too deeply; give flatter values in it") from None
-        prompt = self._template.render(
+        prompt = self.template.render(
             quoted, thinking, self._quote(tools), self._quote(variables), answer=not continued
         )
         if continued:
@@ -173,11 +173,6 @@ class TextCodec:
         return ids
 
     @property
-    def template(self) -> ChatTemplate:
-        """The folder's chat template, which may be missing or broken."""
-        return self._template
-
-    @property
     def special_tokens(self) -> Mapping[str, int]:
         """Ids of the special tokens by their text."""
         return self._special.ids
@@ -187,7 +182,7 @@ class TextCodec:
         # An assistant's earlier turn keeps its think markers and nothing else: whoever sends it may have made it up.
         if message["role"] == "assistant" and isinstance(message["content"], str):
             quoted["content"] = self._quote(message["content"], self._markers)
-            if quoted.get("reasoning_content") and self._template.takes_thoughts:
+            if quoted.get("reasoning_content") and self.template.takes_thoughts:
                 said = [{"type": "text", "text": quoted["content"]}] if quoted["content"] else []
                 quoted["content"] = [{"type": "thinking", "thinking": quoted.pop("reasoning_content")}, *said]
         return quoted
@@ -229,10 +224,6 @@ class TextCodec:
         except UnicodeDecodeError:
             return "bytes:" + raw.decode("utf-8", "backslashreplace")
         return self.piece(token)
-
-    def offsets(self, ids: Sequence[int]) -> list[int]:
-        """Where each token begins in the text of all, in characters; inside of a character, where that begins."""
-        return TokenOffsets(self).push(ids)
 
     def pieces(self, ids: Iterable[int]) -> tuple[dict[int, str], dict[int, str], dict[int, str]]:
         """What each id stands for: text, or bytes (hexadecimal) that are no whole character, or a special token.
@@ -292,7 +283,7 @@ def _up_to_open_end(prompt: str) -> str:
 
 
 class TokenOffsets:
-    """Where tokens begin in the text of all, as `TextCodec.offsets`, as they come."""
+    """Where tokens begin in the text of all, as they come, in characters; inside of a character, where that begins."""
 
     def __init__(self, codec: TextCodec) -> None:
         from tokenizers.decoders import DecodeStream

@@ -75,8 +75,8 @@ def assert_as_transformers(folder: Path) -> None:
     asked: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": True}
     text = peer.apply_chat_template(TALK, tokenize=False, **asked)
     plain = [{name: value for name, value in m.items() if value is not None} for m in TALK]
-    codec._template.to_ascii = lambda text: json.dumps(json.loads(text))
-    assert codec._template.render(plain, True) == text
+    codec.template.to_ascii = lambda text: json.dumps(json.loads(text))
+    assert codec.template.render(plain, True) == text
     assert chat_ids(TextCodec(folder), TALK, True) == peer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -190,7 +190,7 @@ def test_json_in_ascii_of_a_special_token_is_text(tmp_path: Path) -> None:
 
 def test_a_template_may_name_further_tokens_of_its_config(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "{{ image_token }}{{ bos_token }}", extra_special_tokens={"image_token": "<image>"})
-    assert TextCodec(folder)._template.render([], False) == "<image><s>"
+    assert TextCodec(folder).template.render([], False) == "<image><s>"
 
 
 def test_special_tokens_in_other_fields_of_a_message_are_text(tmp_path: Path) -> None:

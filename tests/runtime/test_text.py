@@ -20,7 +20,7 @@ import nemodiff
 from nemodiff.errors import ContextLengthError
 from nemodiff.runtime.requests.options import Options
 from nemodiff.runtime.requests.prepare import encode
-from nemodiff.runtime.text.codec import TextCodec
+from nemodiff.runtime.text.codec import TextCodec, TokenOffsets
 from nemodiff.runtime.text.stop_strings import StopStrings
 from nemodiff.runtime.text.transcript import Transcript
 
@@ -215,7 +215,7 @@ def test_what_every_token_is_held_against_is_limited(engine: nemodiff.LoadedEngi
 def test_offsets_are_counted_in_the_text(codec: TextCodec) -> None:
     text = "a漢é \n🦜🎨b"
     ids = [*codec.encode(text), IM_END]
-    offsets = codec.offsets([THINK, *ids])
+    offsets = TokenOffsets(codec).push([THINK, *ids])
     assert offsets[:2] == [0, len("<think>")]
     assert offsets[-1] == len("<think>" + text)
     said = b""

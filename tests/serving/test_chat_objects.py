@@ -19,7 +19,7 @@ from nemodiff.runtime.engines.passes import PassKind
 from nemodiff.runtime.events.events import Event, Finished, Step, Text
 from nemodiff.runtime.requests.generation import Acceptance, Generation
 from nemodiff.runtime.requests.token_logprobs import TokenLogprobs
-from nemodiff.runtime.text.codec import TextCodec
+from nemodiff.runtime.text.codec import TextCodec, TokenOffsets
 from nemodiff.runtime.tools.answer import Delta, ToolCall
 from nemodiff.serving.http.body import Chat, Completion, Decoding
 from nemodiff.serving.http.body_parts import StreamOptions
@@ -187,7 +187,7 @@ def test_answers_are_those_of_a_completion(codec: TextCodec) -> None:
                     {name(PROMPT[0]): -0.25, name(PROMPT[1]): -1.5},
                     *({name(tokens[0]): -0.25} | {name(i): -0.5 - n} for n, i in enumerate(tokens)),
                 ],
-                "text_offset": [min(at, len(echo + "Hi 3")) for at in codec.offsets([*PROMPT, *tokens])],
+                "text_offset": [min(at, len(echo + "Hi 3")) for at in TokenOffsets(codec).push([*PROMPT, *tokens])],
             },
             "prompt_logprobs": of_prompt(codec),
         }

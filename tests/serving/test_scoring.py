@@ -17,6 +17,7 @@ from stand_ins.http_server import Served, serving
 import nemodiff
 from nemodiff.runtime.requests.options import make_options
 from nemodiff.runtime.requests.prepare import prepare
+from nemodiff.runtime.text.codec import TokenOffsets
 from nemodiff.serving.http.responses import ResponseBuilder
 
 QUESTION = "Count from 3 to 9."
@@ -64,7 +65,7 @@ def test_echo_with_logprobs_and_no_new_tokens_scores_a_text(
     assert max(map(len, logprobs["top_logprobs"][1:])) == 3  # where the token is not among the likeliest
     of_each = zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
     assert logprobs["token_logprobs"][1:] == [top[name] for name, top in of_each]
-    assert logprobs["text_offset"] == engine.text.offsets(ids)
+    assert logprobs["text_offset"] == TokenOffsets(engine.text).push(ids)
     assert answer["usage"]["completion_tokens"] == 0
     assert answer["usage"]["prompt_tokens"] == len(ids)
     assert sum(answer["usage"]["nfe"].values()) == 1

@@ -31,6 +31,7 @@ from stand_ins.http_server import Served, serving
 
 import nemodiff
 from nemodiff.runtime.scheduler.scheduler import Scheduler
+from nemodiff.runtime.text.codec import TokenOffsets
 from nemodiff.runtime.text.reasoning import ReasoningParser
 from nemodiff.runtime.text.thoughts import TAGS
 from nemodiff.serving.http.infill_queue import InfillQueue
@@ -147,7 +148,7 @@ def test_logprobs_of_parts_of_characters_have_their_bytes(client: openai.OpenAI,
     for token, offset in zip(flat.logprobs.tokens, flat.logprobs.text_offset, strict=True):
         rest = said[offset:]
         assert rest.startswith(token) or token.startswith("bytes:") or (token, rest) == ("<|im_end|>", "")
-    assert flat.logprobs.text_offset == engine.text.offsets([*engine.text.encode(said), 11])
+    assert flat.logprobs.text_offset == TokenOffsets(engine.text).push([*engine.text.encode(said), 11])
 
 
 @pytest.mark.parametrize("mode", ["ar", "linear_spec"])
