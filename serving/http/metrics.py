@@ -24,34 +24,6 @@ from .request_log import LEFT, Record
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
-class Histograms:
-    """Distributions over finished requests; any thread may add to them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts = {m.name: [0] * (len(m.buckets) + 1) for m in METRICS if m.observe is not None}
-        self._sums = dict.fromkeys(self._counts, 0.0)
-
-    def observe(self, finished: Finished) -> None:
-        """Add one finished request."""
-        with self._lock:
-            for metric in METRICS:
-                if metric.observe is None:
-                    continue
-                for value in metric.observe(finished):
-                    self._counts[metric.name][bisect.bisect_left(metric.buckets, value)] += 1
-                    self._sums[metric.name] += value
-
-    def family(self, metric: Metric) -> HistogramMetricFamily:
-        """The distribution of one metric, with cumulative counts."""
-        with self._lock:
-            counts = list(self._counts[metric.name])
-            total = self._sums[metric.name]
-        bounds = [*map(str, metric.buckets), "+Inf"]
-        buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
-        return HistogramMetricFamily(metric.name, metric.help, buckets, total)
-
-
 class Refusals:
     """Requests to protected paths, or refused unread, that were answered with an error; a sink of `RequestLog`."""
 
@@ -70,13 +42,21 @@ class ServerMetrics(Collector):
 
     def __init__(self, stats: Callable[[], ServerStats]) -> None:
         self._stats = stats
-        self._histograms = Histograms()
+        self._lock = threading.Lock()  # of the histograms, to which any thread may add
+        self._counts = {m.name: [0] * (len(m.buckets) + 1) for m in METRICS if m.observe is not None}
+        self._sums = dict.fromkeys(self._counts, 0.0)
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def observe(self, finished: Finished) -> None:
         """Add one finished request to the histograms."""
-        self._histograms.observe(finished)
+        with self._lock:
+            for metric in METRICS:
+                if metric.observe is None:
+                    continue
+                for value in metric.observe(finished):
+                    self._counts[metric.name][bisect.bisect_left(metric.buckets, value)] += 1
+                    self._sums[metric.name] += value
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """A scrape in the format that a client's Accept header asks for, and its Content-Type."""
@@ -92,9 +72,17 @@ class ServerMetrics(Collector):
         metrics = METRICS if stats.infill is None else (*METRICS, *INFILL_METRICS)
         for metric in metrics:
             if metric.read is None:
-                yield self._histograms.family(metric)
+                yield self._histogram(metric)
             else:
                 yield _family(metric, metric.read(stats))
+
+    def _histogram(self, metric: Metric) -> HistogramMetricFamily:
+        """The distribution of one metric, with cumulative counts."""
+        with self._lock:
+            counts, total = list(self._counts[metric.name]), self._sums[metric.name]
+        bounds = [*map(str, metric.buckets), "+Inf"]
+        buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
+        return HistogramMetricFamily(metric.name, metric.help, buckets, total)
 
 
 def _family(metric: Metric, values: Values) -> CounterMetricFamily | GaugeMetricFamily:
