@@ -13,6 +13,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from nemodiff.batch import shards
 from nemodiff.batch.lines import read_lines
 from nemodiff.batch.shards import Row, cut, find_inputs, read
 from nemodiff.errors import RequestError
@@ -26,13 +27,15 @@ def rows_of(path: Path, size: int) -> list[Row]:
     return [row for shard in cut([path], size) for row in read(shard)]
 
 
-@hypothesis.given(rows=ROWS, size=st.integers(1, 5), end=st.sampled_from(["", "\n", "\r\n"]))
+@hypothesis.given(rows=ROWS, size=st.integers(1, 5), end=st.sampled_from(["", "\n", "\r\n"]), at_once=st.integers(1, 9))
 def test_shards_hold_what_the_whole_file_does(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[str], size: int, end: str
+    tmp_path_factory: pytest.TempPathFactory, rows: list[str], size: int, end: str, at_once: int
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "prompts.jsonl"
     path.write_bytes(("\ufeff" + ("\r\n" if end == "\r\n" else "\n").join(rows) + end).encode())
-    got = [read(shard) for shard in cut([path], size)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_READ", at_once)
+        got = [read(shard) for shard in cut([path], size)]
     whole = read_lines(path, as_json=True) if set(rows) - {" "} else []  # a file of none is refused
     assert [row.line for part in got for row in part] == whole
     assert all(len({row.key for row in part}) == len(part) <= size for part in got)

@@ -215,6 +215,9 @@ def test_long_texts_are_scored_in_windows_and_long_prompts_cut(tmp_path: Path) -
     first, second = lm.generate_until(twice)
     assert first != second
     assert lm.generate_until(twice) == [first, second]
+    (most,) = lm.generate_until([_Instance(text, {"until": [], "max_gen_toks": 31})])  # type: ignore[list-item]
+    assert most == nemodiff.generate(short, ids[-1:], mode="ar", max_new_tokens=31).text
+    assert lm.work.keys() == {"task"}
     with pytest.raises(nemodiff.RequestError, match=r"asks for 32 tokens, allowed: .* 32; lower max_gen_toks"):
         lm.generate_until([_Instance(text, {"until": [], "max_gen_toks": 32})])  # type: ignore[list-item]
 

@@ -46,7 +46,8 @@ def test_a_folder_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRITON_HOME", str(tmp_path / "home"))
     folder = tmp_path / "engine"
     kept = KernelCache(folder)._entry("A")
-    group = {name: kept.put(f"of {name}", name) for name in ("k.json", "k.cubin")}
+    group = {name: kept.put(content, name) for name, content in (("k.json", "text"), ("k.cubin", b"code"))}
+    assert [Path(path).read_bytes() for path in group.values()] == [b"text", b"code"]
     kept.put_group("k.json", group)
     (folder / COMPILED_FOLDER).rename(tmp_path / "held")
     (folder / COMPILED_FOLDER).write_text("in the way, for root too")

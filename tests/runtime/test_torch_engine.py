@@ -818,14 +818,22 @@ def test_memory_for_pages(tiny: Pair) -> None:
     info = tiny.ours.info
     device = RecordingDevice()
     rows = 2 * info.build.max_batch_size * (cache_slots(info.build) // PAGE)
+    least = 1024 // PAGE
     for free, total, is_gpu, expected in (
         (2**40, 2**41, False, rows),
         (1000 * page_bytes(info), 2**35, False, 500),
-        (2**34, 2**34, True, (int(0.5 * 2**34) - 2**20) // page_bytes(info)),
+        (2 * least * page_bytes(info), 2**35, False, least),
+        (3 * 2**29, 2**31, True, (2**29 - 2**20) // page_bytes(info)),
+        (2**34, 2**34, True, rows),
     ):
         device.memory = lambda free=free, total=total: (free, total)  # type: ignore[method-assign]
         device.is_gpu = is_gpu
-        assert page_count(device, Path("engine"), info, 2**20, 0.5) == min(rows, expected)
+        assert page_count(device, Path("engine"), info, 2**20, 0.5) == expected
+    device.is_gpu = False
+    device.memory = lambda: (2 * least * page_bytes(info) - 2, 2**35)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=r"has .* for K/V beside the weights, needs .* for 1024 tokens"):
+        page_count(device, Path("engine"), info, 2**20, 0.5)
+    device.is_gpu = True
     device.memory = lambda: (2**20, 2**34)  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=r"cpu has 0 B for K/V beside the weights, needs .* raise --gpu-memory"):
         page_count(device, Path("engine"), info, 2**20, 0.5)
