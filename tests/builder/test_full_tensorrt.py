@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import onnx
 import pytest
 
 from nemodiff.builder.build import Builder
-from nemodiff.builder.compilers import choices, tensorrt
+from nemodiff.builder.compilers import choices, compile, tensorrt
 from nemodiff.builder.compilers.choices import Choices
+from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.graph.stages import split
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
@@ -99,3 +105,75 @@ def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
     for node in graph.node:  # still in order
         assert set(node.input) <= made, node.name
         made |= set(node.output)
+
+
+JOB = Job(
+    backend="tensorrt", model="model.onnx", engine="engine", sms=(90,), profiles=(), attentions=0, caches=0,
+    creators="", kernels=(), plugins=False, timing_cache=None, workspace=None, opt_level=None, strip_weights=False,
+    refit=False, version_compatible=False,
+)  # fmt: skip
+EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
+
+
+def test_what_is_chosen_reaches_tensorrt(tmp_path: Path) -> None:
+    api = mock.Mock()
+
+    def configured(takes_cache: bool = True, **chosen: Any) -> mock.Mock:
+        builder = mock.Mock()
+        builder.create_builder_config.return_value.set_timing_cache.return_value = takes_cache
+        made = compile._configure(api, builder, mock.Mock(num_inputs=0), EMPTY, dataclasses.replace(JOB, **chosen))
+        assert made is builder.create_builder_config.return_value
+        return made
+
+    plain = configured()
+    assert plain.method_calls == []
+    assert isinstance(plain.builder_optimization_level, mock.Mock)  # not set
+    flags = api.module.BuilderFlag
+    for name, flag in (("strip_weights", "STRIP_PLAN"), ("refit", "REFIT"), ("version_compatible",) * 2):
+        assert configured(**{name: True}).method_calls == [mock.call.set_flag(getattr(flags, flag.upper()))]
+    assert configured(opt_level=0).builder_optimization_level == 0
+    space = api.module.MemoryPoolType.WORKSPACE
+    assert configured(workspace=3).method_calls == [mock.call.set_memory_pool_limit(space, 3 * 2**20)]
+    aliased = api.module.PreviewFeature.ALIASED_PLUGIN_IO_10_03
+    assert configured(plugins=True).method_calls == [mock.call.set_preview_feature(aliased, True)]
+    cache = tmp_path / "timing"
+    configured(timing_cache=str(cache)).create_timing_cache.assert_called_once_with(b"")
+    cache.write_bytes(b"kept")
+    configured(timing_cache=str(cache)).create_timing_cache.assert_called_once_with(b"kept")
+    with pytest.raises(BuildError, match=r"timing: not a timing cache of this TensorRT and GPU; remove it or name"):
+        configured(False, timing_cache=str(cache))
+
+
+def test_a_graph_that_cannot_be_parsed_is_one_line() -> None:
+    error = mock.Mock(node_name=lambda: "n", desc=lambda: "no\n  such op")
+    for count, logged, told in (
+        (1, "x", "node 'n': no such op"),
+        (0, "x" * 500, "x" * 400),
+        (0, "", "no reason given"),
+    ):
+        parser = mock.Mock(parse=lambda *_: False, num_errors=count, get_error=lambda at: [error][at])
+        api: Any = mock.Mock(parser=lambda network, parser=parser: parser, errors=lambda logged=logged: logged)
+        with pytest.raises(BuildError) as caught:
+            compile._parse(api, mock.Mock(), EMPTY, JOB)
+        assert str(caught.value) == f"model.onnx: TensorRT cannot parse it ({told}); report it with this line"
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "told"),
+    [
+        (-9, "", "signal SIGKILL"),
+        (3, "no\n memory\n", "3, having said 'no memory'"),
+        (1, "x" * 400, "1, .*'x{300}'"),
+    ],
+)
+def test_a_process_that_does_not_end_well_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str, told: str
+) -> None:
+    @contextlib.contextmanager
+    def child(*_: Any, **__: Any) -> Iterator[mock.Mock]:
+        yield mock.Mock(wait=lambda: code)
+
+    monkeypatch.setattr(tensorrt, "child", child)
+    monkeypatch.setattr(tensorrt, "printed", lambda work: said)
+    with pytest.raises(BuildError, match=f"^--backend tensorrt: the compiling process ended with {told}; close other"):
+        tensorrt._run(JOB, tmp_path)

@@ -264,7 +264,7 @@ def test_an_error_has_the_form_that_the_client_knows(server: Served) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x', allowed: auto, none, any"),
         ({"tool_choice": {"type": "any"}}, "tool_choice is 'any', but no tools are given"),
         (
-            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
+            {"messages": [*ASKED, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
             "the last message calls tools; give their results",
         ),
         ({"mcp_servers": [{"url": "x"}]}, "'mcp_servers' is not supported"),
