@@ -177,3 +177,16 @@ def test_a_process_that_does_not_end_well_is_one_line(
     monkeypatch.setattr(tensorrt, "printed", lambda work: said)
     with pytest.raises(BuildError, match=f"^--backend tensorrt: the compiling process ended with {told}; close other"):
         tensorrt._run(JOB, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"), [("this", "The Zen of Python"), ("of_nowhere", "No module named of_nowhere")]
+)
+def test_what_a_child_prints_stays_in_its_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], module: str, said: str
+) -> None:
+    with tensorrt.child(module, tmp_path, {"a": 1}) as process:
+        process.wait(60)
+    assert said in tensorrt.printed(tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "job.json").read_text() == '{"a": 1}'

@@ -1029,6 +1029,34 @@ def test_a_gpu_without_memory(tiny: Pair, monkeypatch: pytest.MonkeyPatch, refus
     refused(["run", str(tiny.ours.folder), "-p", "x"], "too little memory (Tried to allocate 2.00 GiB); end what else")
 
 
+def test_what_a_card_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = TorchDevice(Path("engine"), "cpu")
+    device.is_gpu, device.name = True, "cuda:1"
+
+    def said(name: str, value: Any) -> None:
+        monkeypatch.setattr(torch.cuda, name, lambda card: {"cuda:1": value}[card])
+
+    said("memory_reserved", 1000)
+    said("memory_allocated", 400)
+    said("mem_get_info", (50, 7000))
+    assert device.memory() == (650, 7000)
+    said("synchronize", None)
+    assert device.answers()
+
+    def broken(card: str) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert not device.answers()
+    waited, happened = list[Any](), list[str]()
+    begin, end = (SimpleNamespace(synchronize=lambda at=at: waited.append(at)) for at in range(2))
+    begin.elapsed_time = lambda other: {id(end): 6000.0}[id(other)]
+    monkeypatch.setattr(device, "mark", iter([begin, end]).__next__)
+    assert device.seconds(lambda: happened.append("work"), 4) == 1.5
+    assert (waited, len(happened)) == ([1], 4)
+    device.wait(None)
+
+
 @pytest.mark.parametrize("asked", ["wait", "between"])  # the next forward may break it after the one waited for
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_gpu_that_has_failed_is_lost(small: Pair, monkeypatch: pytest.MonkeyPatch, answers: bool, asked: str) -> None:
