@@ -279,6 +279,7 @@ def test_what_each_mode_is_given_and_what_comes_of_it(
     }
     group = {"metrics": {"acc": 1.0}, "samples": None}
     assert list(told["modes"]) == ["diffusion", "ar"]
+    assert all(0 < mode["seconds"] < 60 for mode in told["modes"].values())
     assert told["modes"]["diffusion"]["tasks"] == {"task": {**scored, **generated}, "group": group}
     assert told["modes"]["ar"]["tasks"] == {"task": scored, "group": group}
 

@@ -83,6 +83,20 @@ def test_it_sees_what_onnxruntime_does(setup: Setup) -> None:
         backend.see(make_image(decode(picture(72, 72)), vision, 72))
 
 
+@pytest.mark.parametrize("refuses", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
+def test_an_image_that_the_tower_refuses_is_one_line(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    _, backend, _, _ = setup.load()
+    vision = setup.info.model.vision
+    assert vision is not None
+    monkeypatch.setattr(gpu_driver.Context, refuses, lambda *_: False)
+    with pytest.raises(
+        EngineError, match=r"vision\.engine: an image of 4 patches failed \(.*\); load the engine again"
+    ):
+        backend.see(make_image(decode(picture(8, 8)), vision, 64))
+
+
 def test_an_image_has_an_embedding_for_each_of_its_tokens(setup: Setup) -> None:
     """Nine patches to a token: of four, as elsewhere here, a product is a sum."""
     vision = setup.info.model.vision

@@ -615,7 +615,14 @@ def test_the_commands_of_the_readme(server: Served) -> None:
 
 
 def test_other_paths_and_methods_are_refused_as_json(server: Served) -> None:
-    wrong = [("/v1/nothing", "GET", 404), (f"{CHAT}/", "POST", 404), (CHAT, "GET", 405), ("/metrics", "DELETE", 405)]
+    wrong = [
+        ("/docs", "GET", 404),
+        ("/redoc", "GET", 404),
+        ("/v1/nothing", "GET", 404),
+        (f"{CHAT}/", "POST", 404),
+        (CHAT, "GET", 405),
+        ("/metrics", "DELETE", 405),
+    ]
     for path, method, status in wrong:
         got, _, content = server.send(path, method=method)
         assert got == status
