@@ -48,9 +48,10 @@ def claimed(output: Path, said: Mapping[str, Any]) -> Iterator[None]:
             file.write(json.dumps(said, indent=2) + "\n")
             file.flush()
         elif before != said:
-            name = next(name for name in {**said, **before} if before.get(name) != said.get(name))
+            theirs = before if isinstance(before, dict) else {}  # of whatever else writes such a file
+            name = next(name for name in {**said, **theirs} if theirs.get(name) != said.get(name))
             raise RequestError(
-                f"{output}: holds answers of another job, whose {name} is {_short(before.get(name))}, now "
+                f"{output}: holds answers of another job, whose {name} is {_short(theirs.get(name))}, now "
                 f"{_short(said.get(name))}; give another folder, or the same command to go on"
             )
         try:
