@@ -159,6 +159,40 @@ def test_a_graph_that_cannot_be_parsed_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("done", "nbytes", "workspace", "told"),
+    [
+        (True, 5, None, None),
+        (False, 5, None, "report it with this line"),
+        (True, 0, None, "report it with this line"),
+        (False, 0, 64, "use a larger --workspace or leave it out"),
+    ],
+)
+def test_an_engine_that_is_not_whole_is_none(
+    monkeypatch: pytest.MonkeyPatch, done: bool, nbytes: int, workspace: int | None, told: str | None
+) -> None:
+    api = mock.Mock(errors=lambda: "why", module=compile)
+    api.builder.return_value.build_serialized_network_to_stream.return_value = done
+    written = mock.Mock(nbytes=nbytes, close=lambda: "digest")
+    stand_ins = {
+        "load": api,
+        "check_inputs": None,
+        "check_layers": {},
+        "EngineFile": written,
+        "_configure": mock.Mock(),
+    }
+    for name, made in {**stand_ins, "_parse": None}.items():
+        monkeypatch.setattr(compile, name, lambda *_, made=made: made)
+    monkeypatch.setattr(onnx, "load", lambda *_, **__: EMPTY)
+    job = dataclasses.replace(JOB, workspace=workspace)
+    if told is None:
+        result = compile.compile_job(job)
+        assert [result[name] for name in ("layers", "bytes", "sha256")] == [{}, 5, "digest"]
+        return
+    with pytest.raises(BuildError, match=rf"^--backend tensorrt: building failed \(why\); {told}$"):
+        compile.compile_job(job)
+
+
+@pytest.mark.parametrize(
     ("code", "said", "told"),
     [
         (-9, "", "signal SIGKILL"),

@@ -85,6 +85,14 @@ def test_the_largest_image_is_one_of_whole_tokens(engine: LoadedEngine, tmp_path
 
 
 @pytest.mark.torch
+def test_pixels_are_normalized_as_for_clip() -> None:
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    for ours, theirs in ((MEAN, OPENAI_CLIP_MEAN), (STD, OPENAI_CLIP_STD)):
+        np.testing.assert_array_equal(ours, np.array(theirs, np.float32))
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize(("act", "merge"), [("silu", 2), ("gelu", 3)])
 def test_features_are_those_of_transformers(tmp_path: Path, act: str, merge: int) -> None:
     from oracle import vision_oracle
