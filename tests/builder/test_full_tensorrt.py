@@ -16,6 +16,7 @@ import pytest
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers import choices, compile, tensorrt
+from nemodiff.builder.compilers.child import read_job
 from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.compilers.tensorrt import Job
 from nemodiff.builder.graph.stages import split
@@ -107,11 +108,7 @@ def test_a_chain_joins_what_its_node_joined(checkpoint: Path) -> None:
         made |= set(node.output)
 
 
-JOB = Job(
-    backend="tensorrt", model="model.onnx", engine="engine", sms=(90,), profiles=(), attentions=0, caches=0,
-    creators="", kernels=(), plugins=False, timing_cache=None, workspace=None, opt_level=None, strip_weights=False,
-    refit=False, version_compatible=False,
-)  # fmt: skip
+JOB = Job("tensorrt", Choices(), Path("model.onnx"), Path("engine"), (90,), (), 0, 0, ())
 EMPTY = onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], []))
 
 
@@ -121,7 +118,8 @@ def test_what_is_chosen_reaches_tensorrt(tmp_path: Path) -> None:
     def configured(takes_cache: bool = True, **chosen: Any) -> mock.Mock:
         builder = mock.Mock()
         builder.create_builder_config.return_value.set_timing_cache.return_value = takes_cache
-        made = compile._configure(api, builder, mock.Mock(num_inputs=0), EMPTY, dataclasses.replace(JOB, **chosen))
+        job = dataclasses.replace(JOB, choices=Choices(**chosen))
+        made = compile._configure(api, builder, mock.Mock(num_inputs=0), EMPTY, job)
         assert made is builder.create_builder_config.return_value
         return made
 
@@ -137,11 +135,11 @@ def test_what_is_chosen_reaches_tensorrt(tmp_path: Path) -> None:
     aliased = api.module.PreviewFeature.ALIASED_PLUGIN_IO_10_03
     assert configured(plugins=True).method_calls == [mock.call.set_preview_feature(aliased, True)]
     cache = tmp_path / "timing"
-    configured(timing_cache=str(cache)).create_timing_cache.assert_called_once_with(b"")
+    configured(timing_cache=cache).create_timing_cache.assert_called_once_with(b"")
     cache.write_bytes(b"kept")
-    configured(timing_cache=str(cache)).create_timing_cache.assert_called_once_with(b"kept")
+    configured(timing_cache=cache).create_timing_cache.assert_called_once_with(b"kept")
     with pytest.raises(BuildError, match=r"timing: not a timing cache of this TensorRT and GPU; remove it or name"):
-        configured(False, timing_cache=str(cache))
+        configured(False, timing_cache=cache)
 
 
 def test_a_graph_that_cannot_be_parsed_is_one_line() -> None:
@@ -183,10 +181,10 @@ def test_an_engine_that_is_not_whole_is_none(
     for name, made in {**stand_ins, "_parse": None}.items():
         monkeypatch.setattr(compile, name, lambda *_, made=made: made)
     monkeypatch.setattr(onnx, "load", lambda *_, **__: EMPTY)
-    job = dataclasses.replace(JOB, workspace=workspace)
+    job = dataclasses.replace(JOB, choices=Choices(workspace=workspace))
     if told is None:
         result = compile.compile_job(job)
-        assert [result[name] for name in ("layers", "bytes", "sha256")] == [{}, 5, "digest"]
+        assert (result.layers, result.bytes, result.sha256) == ({}, 5, "digest")
         return
     with pytest.raises(BuildError, match=rf"^--backend tensorrt: building failed \(why\); {told}$"):
         compile.compile_job(job)
@@ -201,7 +199,7 @@ def test_an_engine_that_is_not_whole_is_none(
     ],
 )
 def test_a_process_that_does_not_end_well_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str, told: str
+    monkeypatch: pytest.MonkeyPatch, code: int, said: str, told: str
 ) -> None:
     @contextlib.contextmanager
     def child(*_: Any, **__: Any) -> Iterator[mock.Mock]:
@@ -210,7 +208,7 @@ def test_a_process_that_does_not_end_well_is_one_line(
     monkeypatch.setattr(tensorrt, "child", child)
     monkeypatch.setattr(tensorrt, "printed", lambda work: said)
     with pytest.raises(BuildError, match=f"^--backend tensorrt: the compiling process ended with {told}; close other"):
-        tensorrt._run(JOB, tmp_path)
+        tensorrt.compile_engine(JOB)
 
 
 @pytest.mark.parametrize(
@@ -223,4 +221,4 @@ def test_what_a_child_prints_stays_in_its_folder(
         process.wait(60)
     assert said in tensorrt.printed(tmp_path)
     assert capfd.readouterr() == ("", "")
-    assert (tmp_path / "job.json").read_text() == '{"a": 1}'
+    assert read_job(tmp_path) == {"a": 1}
