@@ -77,7 +77,7 @@ def _wanted(
     return tl.minimum(heads + tl.sum(masks, 1), most), heads, masks, chance
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # any number of rows may come, and a request waits for what is compiled
 def arrange(
     ids, pos, slot, row, first, visible, adapter, known, results, page_table, reached, accepted, K, M, N,
     GROUPS: tl.constexpr, SIZES: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr,

@@ -90,6 +90,15 @@ def test_the_warm_up_compiles_what_arranges(tmp_path: Path, monkeypatch: pytest.
     assert met == [(128, 32, False), (64, 16, False)]
 
 
+def test_any_number_of_rows_is_arranged_by_the_same_kernels(tmp_path: Path) -> None:
+    """Which the warm-up has compiled over as many as there may be."""
+    engine = TorchEngine(*built(tmp_path, "plain rotation"), "cpu", kernels=True, pages=8, ahead=True)
+    shape = FlatShape(128, 128)
+    compiled = specialisations(engine, shape, fed=True, arranged=32)
+    for rows in (1, 2, 16, 31):
+        assert specialisations(engine, shape, fed=True, arranged=rows) == compiled, rows
+
+
 def test_an_adapter_takes_three_launches_a_layer(tmp_path: Path) -> None:
     engine = TorchEngine(*built(tmp_path, "early YaRN"), "cpu", kernels=True, pages=8)
     layer = [*HEADS, "linear", "mul", "addmm_", *REST]

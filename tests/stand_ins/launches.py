@@ -32,19 +32,26 @@ class _Names(TorchDispatchMode):
         return result
 
 
-def specialisations(engine: TorchEngine, shape: FlatShape, *, fed: bool = False) -> set[Any]:
+def specialisations(engine: TorchEngine, shape: FlatShape, *, fed: bool = False, arranged: int = 0) -> set[Any]:
     """The kernels that a pass needs as Triton compiles them: by constants, types, alignment and kinds of numbers."""
     needed = set[Any]()
+    load = Stage.load
 
     def named(stage: Stage) -> Any:
+        kernel = load(stage)
+        any_number = kernel.kwargs["do_not_specialize"] or ()
+
         def launch(*args: Any, **options: Any) -> None:
-            needed.add((stage.name, *map(_kind, args), *sorted(options.items())))
+            named = zip(kernel.arg_names, args, strict=False)  # the others are constants
+            kinds = [None if name in any_number else _kind(arg) for name, arg in named]
+            needed.add((stage.name, *kinds, *sorted(options.items())))
 
         return _Kernel(launch)
 
     step = Step(engine.steps, shape)
     with engine.device.use(engine.folder), mock.patch.object(Stage, "load", named):
         step.fill([], [], [])
+        step.sides[0].arranged = arranged
         step.run(before=step if fed else None)
     return needed
 
