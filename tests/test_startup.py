@@ -81,6 +81,12 @@ def test_inspect_reads_a_graph_and_no_more(tiny_engine: Path) -> None:
     assert not any(name.startswith("nemodiff.runtime.requests") for name in modules)
 
 
+def test_an_answer_needs_no_graph_of_the_builder(tiny_engine: Path) -> None:
+    modules = imported(COMMAND, "run", str(tiny_engine), "-p", "x", "--max-new-tokens", "1")
+    assert "onnxruntime" in modules
+    assert modules & {"onnx", "torch"} == set()
+
+
 def test_the_package_alone_is_quick_and_has_every_public_name() -> None:
     assert imported(FRESH) & (HEAVY | {"pydantic"}) == set()
 

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnx.parser
 
 from ...config import ModelConfig
 from ...contract import Dtype
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage
+
+if TYPE_CHECKING:
+    import onnx
 
 SPLITS = 16  # at most so many shares of the cache
 PROGRAMS = 256  # enough to keep a card busy: two for each of an H100's 132 multiprocessors
@@ -101,6 +102,8 @@ Int8BlockAttention <scale, plugin_namespace> (q, k, k_scale, v, v_scale, visible
 
 def int8_function(heads: tuple[int, int, int]) -> onnx.FunctionProto:
     """Int8BlockAttention as an ONNX local function, for H, G and D heads."""
+    import onnx.parser
+
     mask = BODY[BODY.index("prefix_end") : BODY.index("mask_q =")]
     return onnx.parser.parse_function(_with_sizes(_INT8.replace("@MASK", mask), heads))
 
@@ -115,6 +118,8 @@ def function(hidden: float = -math.inf, heads: tuple[int, int, int] | None = Non
 
     It adds `hidden` to the score of a hidden slot. With `heads`, which are H, G and D, it is for those alone.
     """
+    import onnx.parser  # here, since a running engine needs none of it
+
     body = BODY.replace("-inf", str(hidden))
     if heads is not None and heads[0] > heads[1]:
         body = body.replace(_ALL, _with_sizes(_GROUPED, heads))

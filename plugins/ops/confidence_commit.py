@@ -16,14 +16,15 @@ and has no function body: on a CPU the host samples. `flat_commit.py` has both f
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-import onnx.parser
 
 from ...config import ModelConfig
 from ..op import Arg, Ceil, Constants, Dims, Grid, Op, Stage, ceil_div
+
+if TYPE_CHECKING:
+    import onnx
 
 SHARE = 2048  # vocabulary entries of a program, read at once; a multiple of 4, as noise comes in fours
 BLOCK_R = 32  # positions of a step of the commit rule
@@ -124,6 +125,8 @@ _CHOSEN_WRITTEN = """
 
 def function(vocab: int | None = None) -> onnx.FunctionProto:
     """The op as an ONNX local function of standard opset-24 ops; with `vocab`, V, it is for that size alone."""
+    import onnx.parser  # here, since a running engine needs none of it
+
     best, chosen = _BEST, _CHOSEN
     if vocab is not None:  # a V without divisors is one share, which is right and no quicker
         width = next(size for size in range(math.isqrt(vocab), vocab + 1) if vocab % size == 0)
