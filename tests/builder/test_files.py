@@ -18,6 +18,7 @@ from stand_ins.checkpoints import TINY_CHAT
 from nemodiff.builder import files
 from nemodiff.builder.build import Builder
 from nemodiff.builder.checkpoint.weights import write_weights
+from nemodiff.builder.compilers.choices import Choices
 from nemodiff.builder.files import EngineFile, sha256
 from nemodiff.contract import Backend
 
@@ -88,7 +89,8 @@ def test_a_compiled_build_forgets_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, forgets: bool
 ) -> None:
     forgotten = watch(monkeypatch)
-    builder = Builder(TINY_CHAT, tmp_path / "engine", backend=backend)
+    choices = Choices(sm=(89,)) if forgets else Choices()
+    builder = Builder(TINY_CHAT, tmp_path / "engine", backend=backend, choices=choices)
     builder.run()
     if forgets:  # each tensor as it is written, each file as it is hashed
         assert len(forgotten) >= len(builder.graph.weights) + len(builder.checkpoint.files)

@@ -76,13 +76,14 @@ def edit(folder: Path, name: str, **values: Any) -> None:
     (folder / name).write_text(json.dumps(content | values))
 
 
-@pytest.mark.parametrize("plugins", [False, True], ids=["native", "plugin"])
-def test_tiny_chat_is_built_for_every_target(tmp_path: Path, plugins: bool) -> None:
-    flags = Choices(sm=RTX_SMS, plugins=plugins)
+@pytest.mark.parametrize(("sms", "plugins"), [(RTX_SMS, False), ((80, 121), True)], ids=["native", "plugin"])
+def test_tiny_chat_is_built_for_every_target(tmp_path: Path, sms: tuple[int, ...], plugins: bool) -> None:
+    """As plugins for two: `test_kernels_compile_for_every_card` has their kernels for the others."""
+    flags = Choices(sm=sms, plugins=plugins)
     folder = Builder(TINY_CHAT, tmp_path / "engine", backend="tensorrt-rtx", choices=flags).run()
     about = read_engine(folder).manifest.tensorrt
     assert about is not None
-    assert about.sms == RTX_SMS
+    assert about.sms == sms
     ops = {"BlockAttention": 6, "ConfidenceCommit": 1}
     common = {"KV_CACHE_UPDATE": 12, "ROTARY_EMBEDDING": 12}
     if plugins:
@@ -92,7 +93,7 @@ def test_tiny_chat_is_built_for_every_target(tmp_path: Path, plugins: bool) -> N
     data = (folder / "rank0.engine").read_bytes()
     assert len(data) == about.engine_bytes
     assert (b"ConfidenceCommit" in data) == plugins
-    for sm in RTX_SMS:
+    for sm in sms:
         kernels = Kernels(folder, about.kernels, sm)
         for op in (*(OPS if plugins else ()), SAMPLED):
             assert kernels.fit(op, read_engine(folder).model, "bf16")
