@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import json
@@ -10,29 +11,42 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import PATIENCE, Refused, assert_one_line, eventually
 from stand_ins.http_server import Served, serving
-from stand_ins.torch_ranks import answers, answers_of_ranks, build
+from stand_ins.torch_ranks import answers, build
 
 import nemodiff
 from nemodiff.builder.build import Builder
 from nemodiff.engine_info import read_engine
-from nemodiff.errors import RequestError
+from nemodiff.errors import EngineError, RequestError
 from nemodiff.runtime.engines.torch import rank, ranks
 from nemodiff.runtime.engines.torch.engine import TorchEngine
 from nemodiff.runtime.engines.torch.flat import FlatShape
-from nemodiff.runtime.engines.torch.ranks import join
+from nemodiff.runtime.engines.torch.ranks import Ranks, join
 from nemodiff.runtime.engines.torch.step import SharedForward, Step
 
 torch = pytest.importorskip("torch")
 # No end token is allowed, and the text comes as it is decided.
 ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--logit-bias", "2=-100")
+
+
+@contextlib.contextmanager
+def over_ranks(engine: Path, ranks: int) -> Iterator[nemodiff.LoadedEngine]:
+    """An engine whose rank 0 is this process, which has imported torch already; that takes a rank longest."""
+    with mock.patch.dict(os.environ):
+        loaded = nemodiff.load(engine, threads=1, device="cpu", tp_size=ranks)
+        assert isinstance(loaded.backend, TorchEngine)
+        assert loaded.backend.ranks is not None
+        atexit.unregister(loaded.backend.ranks.close)
+        with contextlib.closing(loaded.backend.ranks):
+            yield loaded
 
 
 @pytest.mark.long
@@ -45,7 +59,10 @@ def test_ranks_give_the_tokens_of_one(tmp_path: Path, choices: dict[str, Any], r
     """In every mode; `test_torchrun_starts_the_ranks` splits weights of full width."""
     engine = build(tmp_path, **choices)
     alone = answers(nemodiff.load(engine, threads=1, device="cpu"))
-    shared = answers_of_ranks(engine, ranks)
+    with over_ranks(engine, ranks) as split:
+        assert isinstance(split.backend, TorchEngine)
+        split.backend.forwards.ahead = True  # as on GPUs
+        shared = answers(split)
     for name in ("alone", "together", "sampled"):
         assert shared[name] == alone[name], name
     assert shared["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-4)
@@ -72,19 +89,29 @@ def test_a_rank_starts_a_forward_while_the_one_before_runs(tiny: Path, monkeypat
     assert happened == ["start 1", "end of None", "start 2", "end of start 1", "start 3", "end of start 2"]
 
 
-def test_a_rank_waits_for_a_word_however_long_nothing_is_asked() -> None:
+def test_a_rank_waits_for_a_word_however_long_and_leaves_no_thread_of_gloo() -> None:
     """A server that nobody uses overnight; only the sums of a forward have to come in time."""
     program = """
-import datetime, pathlib, time
+import datetime, os, pathlib, time
+import torch
 from nemodiff.runtime.engines.torch import ranks
 ranks._PATIENCE = datetime.timedelta(seconds=1)
+before = os.listdir("/proc/self/task")
 here = ranks.Ranks(pathlib.Path("engine"), 2, False, None)
 if here.rank == 0:
     time.sleep(2.5)
     here.tell("a word")
 else:
     print(here.hear())
+here.agree(3)
+here.add(torch.ones(1))
 here.leave()
+for _ in range(1000):  # those that have been joined are listed a moment longer
+    if os.listdir("/proc/self/task") == before:
+        break
+    time.sleep(0.01)
+else:
+    raise AssertionError
 """
     assert said_by_ranks(program) == ["", "a word\n"]
 
@@ -155,7 +182,7 @@ def test_a_rank_that_dies_ends_all_with_one_line(tiny: Path) -> None:
     assert_one_line(said, "rank 1 of 2 has ended (exit code -9)", "start all ranks again")
 
 
-def test_a_rank_that_fails_alone_says_why(tiny: Path) -> None:
+def test_a_rank_that_fails_alone_says_why(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     failing = f"""
 import sys
 from nemodiff.errors import EngineError
@@ -169,61 +196,54 @@ rank._mirror = fail
 sys.argv = ["rank", {str(tiny)!r}, "cpu"]
 rank.main()
 """
-    program = f"""
-import pathlib, sys
-from nemodiff.errors import EngineError
-from nemodiff.runtime.engines.torch.ranks import Ranks
-try:
-    ranks = Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {failing!r}])
-    with ranks.watched():
-        ranks.tell("a word")
-        ranks.agree(1)
-        ranks.add(__import__("torch").ones(1))
-except EngineError as error:
-    print(error)
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
-    assert ended.stdout == "engine: rank 1 of 2 has ended (no room on its card); start all ranks again\n", ended.stderr
-    assert "not for rank 0" in ended.stderr
+    with mock.patch.dict(os.environ):
+        ranks = Ranks(Path("engine"), 2, False, [sys.executable, "-c", failing])
+
+    def together() -> None:
+        with ranks.watched():
+            ranks.tell("a word")
+            ranks.agree(1)
+            ranks.add(torch.ones(1))
+
+    with contextlib.closing(ranks), pytest.raises(EngineError) as failed:
+        together()
+    assert str(failed.value) == "engine: rank 1 of 2 has ended (no room on its card); start all ranks again"
+    assert "not for rank 0" in capfd.readouterr().err
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+
+def interrupted(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
     ("stops", "said"),
-    [
-        (
-            'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nmore lines")',
-            "CUDA out of memory. Tried to allocate 2.00 GiB.",
-        ),
-        ("signal.raise_signal(signal.SIGINT)", "KeyboardInterrupt"),
-    ],
+    [(out_of_memory, "CUDA out of memory. Tried to allocate 2.00 GiB."), (interrupted, "KeyboardInterrupt")],
     ids=["memory", "Ctrl-C"],
 )
-def test_what_stops_rank_0_is_said_of_it_and_of_every_request_after_it(tiny: Path, stops: str, said: str) -> None:
+def test_what_stops_rank_0_is_said_of_it_and_of_every_request_after_it(
+    tiny: Path,
+    stops: Callable[..., None],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """The others wait in a sum for its part, and would add the next pass's to it."""
-    program = f"""
-import nemodiff, signal, torch
-from nemodiff.runtime.engines.torch import ranks
-
-class Stopping(ranks.Ranks):
-    def add(self, x):
-        {stops}
-
-ranks._END = 0.5
-engine = nemodiff.load({str(tiny)!r}, device="cpu", threads=1, tp_size=2)
-engine.backend.ranks.__class__ = Stopping
-for _ in range(2):
-    try:
-        nemodiff.generate(engine, "x")
-    except (nemodiff.EngineError, KeyboardInterrupt) as error:
-        last = error
-    engine.backend.ranks.__class__ = ranks.Ranks
-print(last)
-print(engine.lost)
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    monkeypatch.setattr(ranks, "_END", 0.5)
     why = f"rank 0 of 2 cannot go on ({said})"
-    assert ended.stdout == f"{tiny}: {why}; start all ranks again\n{why}\n", ended.stderr
-    assert ended.stderr == ""
+    with over_ranks(tiny, 2) as engine:
+        with monkeypatch.context() as stopping:
+            stopping.setattr(Ranks, "add", stops)
+            with pytest.raises((EngineError, KeyboardInterrupt)):
+                nemodiff.generate(engine, "x")
+        with pytest.raises(EngineError) as refused:
+            nemodiff.generate(engine, "x")
+        assert str(refused.value) == f"{tiny}: {why}; start all ranks again"
+        assert engine.lost == why
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_rank_ends_in_silence_while_a_thread_of_gloo_frees_a_tensor() -> None:
@@ -289,26 +309,6 @@ ranks.Ranks(pathlib.Path("engine"), 2, False, [sys.executable, "-c", {other!r}])
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stderr) == (3, "")
-
-
-def test_a_process_has_no_thread_of_gloo_once_it_has_left() -> None:
-    program = """
-import os, pathlib, time
-from nemodiff.runtime.engines.torch import ranks
-import torch
-before = os.listdir("/proc/self/task")
-here = ranks.Ranks(pathlib.Path("engine"), 2, False, None)
-here.agree(3)
-here.add(torch.ones(1))
-here.leave()
-for _ in range(1000):  # those that have been joined are listed a moment longer
-    if os.listdir("/proc/self/task") == before:
-        break
-    time.sleep(0.01)
-else:
-    raise AssertionError
-"""
-    assert said_by_ranks(program) == ["", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
