@@ -196,12 +196,11 @@ def test_what_no_row_could_get_is_refused_at_once(
 
 
 def test_more_threads_than_a_machine_has_are_not_waited_for(
-    tiny_engine: Path, prompts: Path, tmp_path: Path, environment: dict[str, str]
+    tiny_engine: Path, prompts: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = command(tiny_engine, prompts, tmp_path / "out", "--threads", "1000")
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert_one_line(done.stderr, "--threads is 1000, allowed: 1 to ", "give fewer, or leave it out")
-    assert (done.returncode, (tmp_path / "out").exists()) == (1, False)
+    Pretended(monkeypatch, 2.0, 4.0)
+    words = ["batch", str(tiny_engine), "--input", str(prompts), "--output", str(tmp_path / "out"), "--threads", "5"]
+    refused(words, "--threads is 5, allowed: 1 to 4", "the largest machine", "give fewer, or leave it out")
 
 
 def test_a_cluster_that_is_not_there(
