@@ -158,8 +158,8 @@ def both(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pyt
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_mode(both: Both, case: dict[str, Any]) -> None:
-    for question in QUESTIONS:
-        both.check(lambda engine, q=question: without_times(nemodiff.generate(engine, q, max_new_tokens=32, **case)))
+    for question in QUESTIONS[:2]:
+        both.check(lambda engine, q=question: without_times(nemodiff.generate(engine, q, max_new_tokens=24, **case)))
 
 
 def test_rows_of_different_length(both: Both) -> None:

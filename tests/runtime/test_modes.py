@@ -29,7 +29,7 @@ from nemodiff.runtime.requests.sequence import Sequence
 QUESTIONS = equality.questions(40)
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(6))
 def test_sample_of_the_grid_equals_the_oracles(setup: equality.Setup, number: int) -> None:
     cases = random.Random(number).sample(equality.grid(), 14)
     done = list(equality.compare_prompt(setup, QUESTIONS[number], cases))

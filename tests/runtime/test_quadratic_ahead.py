@@ -323,9 +323,9 @@ def test_a_trained_model_gives_what_the_oracle_gives(
 ) -> None:
     """One request, and several whose rows have passes of one size."""
     engine = on_device(folders[name], lambda: DEVICES[device](monkeypatch))
-    options = {**QUADRATIC, "max_new_tokens": 40}
+    options = {**QUADRATIC, "max_new_tokens": 24}
     prompts = [chat_ids(engine.text, [{"role": "user", "content": question}]) for question in QUESTIONS[:3]]
-    expected = [oracle_ar(model, prompt, 40, model.eos).tokens for prompt in prompts]
+    expected = [oracle_ar(model, prompt, 24, model.eos).tokens for prompt in prompts]
     begun = engine.backend.followed  # type: ignore[attr-defined]
     for block in (4, 16):
         answer = nemodiff.generate(engine, prompts[0], **options, block_length=block)

@@ -653,7 +653,7 @@ def test_the_description_says_what_the_routes_do(server: Served) -> None:
             cases |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
         @hypothesis.settings(
-            max_examples=30, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
+            max_examples=12, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
         )
         @hypothesis.given(case=cases)
         def check(case: schemathesis.Case) -> None:
