@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..contract import GROUP_SIZE
-from .arithmetic import STORED, Arithmetic, Part
+from .arithmetic import Arithmetic, Part
 from .positions import attention_factor, inverse_frequencies, query_scale, rope_parameters
 from .script import Script
 from .weights import Weights
@@ -158,33 +157,15 @@ class Network:
 
     Args:
         weights: the checkpoint's tensors.
-        dtype: of the engine that is judged; the reference is f64 for f32, and f32 for 16 bits or fewer.
-        quantization: of its projections.
-        rounds_inputs: whether the inputs of projections in int8 and int4 are in 8 bits too.
-        kv_bits: of its K and V.
-        group_size: inputs of an int4 weight that share a scale.
-        mlp_group_size: likewise in the MLPs.
+        judged: how the engine that is judged computes; the reference is f64 for f32, and f32 for 16 bits or fewer.
         threads: scripts computed at once, in either arithmetic; None has one per core.
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        dtype: str,
-        quantization: str | None = None,
-        rounds_inputs: bool = True,
-        kv_bits: str | None = None,
-        group_size: int = GROUP_SIZE,
-        mlp_group_size: int = GROUP_SIZE,
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, weights: Weights, judged: Arithmetic, threads: int | None = None) -> None:
         self._weights = weights
-        self.precision = "f64" if dtype == "f32" and quantization is None else "f32"
+        self.precision = "f64" if judged.stored is np.float32 and judged.quantization is None else "f32"
         exact = Arithmetic(np.float64 if self.precision == "f64" else np.float32)
-        groups = group_size, mlp_group_size
-        kept = weights.kept(quantization)
-        rounded = Arithmetic(np.float32, STORED[dtype], quantization, rounds_inputs, kv_bits, *groups, kept)
-        self._arithmetics = (exact, rounded)
+        self._arithmetics = (exact, dataclasses.replace(judged, kept=weights.kept(judged.quantization)))
         self._threads = threads or os.cpu_count() or 1
 
     def answer(self, scripts: Sequence[Script], columns: np.ndarray, *, states: bool = False) -> list[Answer]:

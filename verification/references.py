@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..builder.checkpoint.folder import ADAPTER_FOLDER
 from ..builder.checkpoint.hub import resolve
 from ..builder.manifest import file_entry
@@ -14,6 +16,7 @@ from ..engine_folder import is_engine
 from ..engine_info import EngineInfo, read_engine
 from ..errors import CheckpointError, RequestError
 from ..runtime.loading import LoadedEngine, load
+from .arithmetic import STORED, Arithmetic
 from .network import Network
 from .replay import EngineReference
 from .verify import Reference
@@ -47,9 +50,16 @@ def open_reference(
             raise CheckpointError(f"{adapter}: no such folder, and the engine has a drafter adapter; give --adapter")
         weights = Weights(source.folder, adapter)
     build = engine.info.build
-    rounds_inputs = engine.info.manifest.backend == "onnxruntime"
-    kinds = build.dtype, build.quantization, rounds_inputs, build.kv_bits, build.group_size, build.mlp_group_size
-    return Network(weights, *kinds, threads), source.name
+    judged = Arithmetic(
+        np.float32,
+        STORED[build.dtype],
+        build.quantization,
+        rounds_inputs=engine.info.manifest.backend == "onnxruntime",
+        kv_bits=build.kv_bits,
+        group_size=build.group_size,
+        mlp_group_size=build.mlp_group_size,
+    )
+    return Network(weights, judged, threads), source.name
 
 
 def other_weights(engine: EngineInfo, against: str, adapter: Path | None) -> str | None:

@@ -28,6 +28,7 @@ from nemodiff.runtime.engines.engine import Cache, Engine
 from nemodiff.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from nemodiff.runtime.engines.passes import Pass, Prediction, bidirectional
 from nemodiff.runtime.requests.sequence import Sequence as Request
+from nemodiff.verification.arithmetic import STORED, Arithmetic
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
 from nemodiff.verification.prompts import QUESTIONS, token_ids
@@ -54,7 +55,8 @@ def network(
     checkpoint: Path, dtype: str = "f32", quantization: str | None = None, kv_bits: str | None = None
 ) -> Network:
     adapter = checkpoint / "linear_spec_lora"
-    return Network(Weights(checkpoint, adapter if adapter.is_dir() else None), dtype, quantization, kv_bits=kv_bits)
+    judged = Arithmetic(np.float32, STORED[dtype], quantization, kv_bits=kv_bits)
+    return Network(Weights(checkpoint, adapter if adapter.is_dir() else None), judged)
 
 
 @pytest.fixture(scope="module")

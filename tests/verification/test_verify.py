@@ -36,7 +36,7 @@ from nemodiff.runtime.engines.onnxruntime.cache import OnnxRuntimeCache
 from nemodiff.runtime.engines.tensorrt.device import Device
 from nemodiff.runtime.engines.tensorrt.engine import TensorRTEngine
 from nemodiff.tensorrt_info import Profile, TensorRTInfo
-from nemodiff.verification.arithmetic import Arithmetic
+from nemodiff.verification.arithmetic import STORED, Arithmetic
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
 from nemodiff.verification.recorder import columns
@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network(checkpoint: Path) -> Network:
-    return Network(Weights(checkpoint, checkpoint / "linear_spec_lora"), "f32")
+    return Network(Weights(checkpoint, checkpoint / "linear_spec_lora"), Arithmetic(np.float32, STORED["f32"]))
 
 
 def run(*arguments: object) -> Result:
@@ -384,9 +384,8 @@ def test_the_network_rounds_to_the_grid_of_an_engine(quantization: str, most: fl
 def test_threads_of_the_reference_change_no_bit(checkpoint: Path) -> None:
     weights = Weights(checkpoint, checkpoint / "linear_spec_lora")
     scripts = [Script(list(range(5, 5 + size))) for size in (40, 3, 17)]
-    one, many = (
-        Network(weights, "bf16", threads=threads).answer(scripts, np.arange(8), states=True) for threads in (1, 3)
-    )
+    judged = Arithmetic(np.float32, STORED["bf16"])
+    one, many = (Network(weights, judged, threads).answer(scripts, np.arange(8), states=True) for threads in (1, 3))
     for answers in zip(one, many, strict=True):
         a, b = map(dataclasses.asdict, answers)
         assert [len(a["token"]), len(a["states"]) > 10] == [len(b["logits"]), True]

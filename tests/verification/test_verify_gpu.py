@@ -6,12 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stand_ins.torch_pair import MODELS
 
 import nemodiff
 from nemodiff.builder.build import Builder
+from nemodiff.verification.arithmetic import STORED, Arithmetic
 from nemodiff.verification.layers import blame, compare_layers
 from nemodiff.verification.network import Network
 from nemodiff.verification.prompts import token_ids
@@ -41,7 +43,8 @@ def test_a_gpu_engine_is_right_in_every_pass(tmp_path: Path, dtype: Any, choices
     engine = nemodiff.load(builder.run(), device="cuda")
     build = engine.info.build
     weights = Weights(checkpoint, checkpoint / "linear_spec_lora")
-    reference = Network(weights, dtype, build.quantization, kv_bits=build.kv_bits)
+    judged = Arithmetic(np.float32, STORED[dtype], build.quantization, kv_bits=build.kv_bits)
+    reference = Network(weights, judged)
     report, scripts = verify(engine, token_ids(engine, (), 32, raw=False), reference, max_new_tokens=32)
     assert report.ok, report.lines()
     sample = columns(engine.info.model.vocab_size)
