@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 
-from ..config import ModelConfig
 from ..contract import (
     BACKEND_DTYPES,
     COMPILED,
@@ -132,6 +131,7 @@ class Builder:
             raise BuildError(f"--fix-mistral-regex: {tokenizer} does not have the wrong pattern; leave the flag out")
         model = self.checkpoint.model
         length = min(DEFAULT_MAX_SEQ_LEN, model.max_position) if max_seq_len is None else max_seq_len
+        largest = model.vision.default_max_image_size if model.vision else 0
         packed = [t for t in self.checkpoint.tensors.values() if isinstance(t, QuantizedTensor)]
         # TensorRT has no zero points.
         exact = [t for t in packed if t.kind and t.exact and (t.scheme.symmetric or not self._compiled)]
@@ -149,7 +149,7 @@ class Builder:
             max_input_len=min(PREFILL_CHUNK, length) if max_input_len is None else max_input_len,
             gather_generation_logits=logits,
             quantization=quantization,
-            max_image_size=_max_image_size(model) if max_image_size is None else max_image_size,
+            max_image_size=largest if max_image_size is None else max_image_size,
             kv_cache_dtype=kv_cache_dtype,
             group_size=groups[0],
             mlp_group_size=groups[1],
@@ -294,7 +294,3 @@ def _reader() -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _max_image_size(model: ModelConfig) -> int:
-    return model.vision.default_max_image_size if model.vision else 0

@@ -39,7 +39,8 @@ def one_line_errors() -> Iterator[None]:
     except MemoryError:
         raise click.ClickException("out of memory; see what would fit: nemodiff build --dry-run") from None
     except KeyboardInterrupt as interrupt:
-        _end_line()
+        if sys.stderr.isatty():
+            click.echo(err=True)  # leaves the line on which the interrupt was typed
         raise click.exceptions.Exit(128 + (*interrupt.args, signal.SIGINT)[0]) from None
 
 
@@ -49,9 +50,3 @@ def _nameless(error: OSError) -> str:
     if frames[-1].f_code is click.echo.__code__:
         return _OUTPUT
     return "the current folder" if error.errno == errno.ENOENT else "input/output"
-
-
-def _end_line() -> None:
-    """Leave the line of a terminal on which the interrupt was typed."""
-    if sys.stderr.isatty():
-        click.echo(err=True)

@@ -54,7 +54,7 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
         if extra in DEVELOPMENT or not requirements:  # the latter where markers leave it nothing on this system
             continue
         name = f"extra {extra}" if extra else "packages"
-        ours = f"nemodiff[{extra}]" if extra else "nemodiff"
+        ours, local = (f"nemodiff[{extra}]", f".[{extra}]") if extra else ("nemodiff", ".")
         versions = {one.name: version(one.name) for one in requirements}
         absent = [one.name for one in requirements if versions[one.name] is None]
         for one in requirements:
@@ -64,7 +64,7 @@ def package_checks(extras: dict[str, list[Requirement]]) -> list[Check]:
         if absent:
             state: State = "missing" if extra else "wrong"
             checks.append(
-                Check(name, state, f"without {', '.join(absent)}", f"{install(ours)} (in a checkout: {_local(extra)})")
+                Check(name, state, f"without {', '.join(absent)}", f"{install(ours)} (in a checkout: {install(local)})")
             )
         elif not any(check.name == name for check in checks):
             checks.append(Check(name, "ok", ", ".join(f"{name} {here}" for name, here in versions.items())))
@@ -75,10 +75,6 @@ def _needed_here(texts: list[str]) -> list[Requirement]:
     """The requirements whose marker, if they have one, names this machine."""
     requirements = map(Requirement, texts)
     return [one for one in requirements if one.marker is None or one.marker.evaluate()]
-
-
-def _local(extra: str) -> str:
-    return install(f".[{extra}]" if extra else ".")
 
 
 def version(name: str) -> str | None:

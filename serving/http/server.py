@@ -159,7 +159,7 @@ class _DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(self._on_loop_error)
         if sys.platform != "win32":
-            self._loop.add_signal_handler(signal.SIGUSR1, self._write_state)
+            self._loop.add_signal_handler(signal.SIGUSR1, lambda: write_state(state_of(self._server)))
         self._announce()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -167,9 +167,6 @@ class _DrainingServer(uvicorn.Server):
             os._exit(128 + sig)  # the engine's threads may be in the middle of a pass, and cannot be waited for
         self._server.draining.set()
         self._loop.call_soon_threadsafe(self._start_drain)
-
-    def _write_state(self) -> None:
-        write_state(state_of(self._server))
 
     def _start_drain(self) -> None:
         self._drain_task = self._loop.create_task(self._finish_requests())
