@@ -149,7 +149,7 @@ def test_a_graph_that_cannot_be_parsed_is_one_line() -> None:
         (0, "x" * 500, "x" * 400),
         (0, "", "no reason given"),
     ):
-        parser = mock.Mock(parse=lambda *_: False, num_errors=count, get_error=lambda at: [error][at])
+        parser = mock.Mock(parse=lambda *_: False, num_errors=count, get_error=lambda at: [error, None][at])
         api: Any = mock.Mock(parser=lambda network, parser=parser: parser, errors=lambda logged=logged: logged)
         with pytest.raises(BuildError) as caught:
             compile._parse(api, mock.Mock(), EMPTY, JOB)

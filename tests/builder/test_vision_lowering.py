@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from stand_ins.vision import write_vision_checkpoint
 
 from nemodiff.builder.build import Builder
 from nemodiff.builder.compilers.choices import Choices
-from nemodiff.builder.compilers.profiles import image_corners
+from nemodiff.builder.compilers.profiles import image_corners, image_profiles
 from nemodiff.builder.inspect import describe
+from nemodiff.contract import BuildConfig
 from nemodiff.engine_info import read_engine
 from nemodiff.errors import BuildError
 from nemodiff.vision import VisionConfig
@@ -63,4 +65,6 @@ def test_profiles_are_of_whole_tokens(tmp_path: Path) -> None:
     checkpoint = write_vision_checkpoint(tmp_path / "checkpoint", spatial_merge_size=3)
     assert [small(checkpoint, max_image_size=size).patches for size in (120, 132)] == [(900,), (1017, 1089)]
     vision = VisionConfig(24, 2, 40, 2, 12, 4, 64, "silu", 10000.0, 3)
+    wide = dataclasses.replace(vision, merge=33)  # a token has more than the small profile's
+    assert image_profiles(wide, BuildConfig("bf16", 256, 1, 32, max_image_size=132)) == (1089,)
     assert image_corners(vision, 900) == ({"N": 9}, {"N": 900}, {"N": 900})

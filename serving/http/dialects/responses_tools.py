@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag
 
-from ....errors import RequestError
 from ..body_parts import Body, ConversationPart, Many
 from ..template_fields import allowed
 
@@ -88,16 +87,14 @@ def joined(namespace: str | None, name: str) -> str:
 
 
 def plain(tools: Sequence[Function | Namespace | Hosted]) -> list[dict[str, Any]]:
-    """The functions in OpenAI's older form. Raises RequestError where two would have the same name."""
+    """The functions in OpenAI's older form."""
     listed = []
-    seen = set[str]()
     for namespace, tool in _functions(tools):
-        name = joined(namespace, tool.name)
-        if name in seen:
-            raise RequestError(f"tools holds {name!r:.80} twice; give each name once")
-        seen.add(name)
         values = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
-        function = {"name": name, **{key: value for key, value in values.items() if value is not None}}
+        function = {
+            "name": joined(namespace, tool.name),
+            **{key: value for key, value in values.items() if value is not None},
+        }
         listed.append({"type": "function", "function": function})
     return listed
 
