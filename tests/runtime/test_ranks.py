@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -585,6 +586,13 @@ def test_rank_0_and_the_others_open_their_parts(
             assert happened == [f"tell {told}", played.close, opened]
         happened.clear()
     assert joined == [(folder, info, 2, 0)] * 2
+
+
+def test_weights_in_full_width_are_split_at_any_number(tiny: Path) -> None:
+    odd = dataclasses.replace(read_engine(tiny).model, intermediate_size=6)
+    ranks._check(odd, 2, None)
+    with pytest.raises(RequestError, match=r"one that splits the .* inputs of an int4 projection into multiples of 32"):
+        ranks._check(odd, 2, "int4")
 
 
 def test_other_backends_have_one_rank(tiny_engine: Path) -> None:
