@@ -586,6 +586,22 @@ def test_rank_0_and_the_others_open_their_parts(
             assert happened == [f"tell {told}", played.close, opened]
         happened.clear()
     assert joined == [(folder, info, 2, 0)] * 2
+    monkeypatch.setattr(rank, "join", lambda *_: None)
+    rank.open_engine(folder, info, 0, threads, memory=0.5)  # type: ignore[arg-type]
+    assert happened == [((folder, info, 0, threads), {"memory": 0.5})]
+
+
+def test_a_rank_that_has_said_why_it_ended_is_told_first() -> None:
+    def ended(said: bytes) -> Any:
+        return SimpleNamespace(poll=lambda: 9, returncode=9, stdout=SimpleNamespace(read=lambda: said))
+
+    here = object.__new__(ranks.Ranks)
+    here.size, here._ends = 4, {}
+    here._started = [ended(b""), ended(b"no room\n"), ended(b"no card\n")]
+    assert here._ended() == "rank 2 of 4 has ended (no room)"
+    here._ends = {}
+    here._started = [SimpleNamespace(poll=lambda: None), ended(b"")]  # type: ignore[list-item]
+    assert here._ended() == "rank 2 of 4 has ended (exit code 9)"
 
 
 def test_weights_in_full_width_are_split_at_any_number(tiny: Path) -> None:
