@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import datetime
 import http.client
 import json
 import os
@@ -39,10 +40,18 @@ ENDLESS = ("--max-new-tokens", "9000", "--stream", "--logit-bias", "1=-100", "--
 
 
 @contextlib.contextmanager
-def over_ranks(engine: Path, ranks: int) -> Iterator[nemodiff.LoadedEngine]:
+def as_rank_0() -> Iterator[None]:
+    """This process may become rank 0, and waits for others no longer than a test does."""
+    soon = datetime.timedelta(seconds=PATIENCE)
+    with mock.patch.dict(os.environ), mock.patch.multiple(ranks, _PATIENCE=soon, _SILENCE=soon):
+        yield
+
+
+@contextlib.contextmanager
+def over_ranks(engine: Path, size: int) -> Iterator[nemodiff.LoadedEngine]:
     """An engine whose rank 0 is this process, which has imported torch already; that takes a rank longest."""
-    with mock.patch.dict(os.environ):
-        loaded = nemodiff.load(engine, threads=1, device="cpu", tp_size=ranks)
+    with as_rank_0():
+        loaded = nemodiff.load(engine, threads=1, device="cpu", tp_size=size)
         assert isinstance(loaded.backend, TorchEngine)
         assert loaded.backend.ranks is not None
         atexit.unregister(loaded.backend.ranks.close)
@@ -197,16 +206,16 @@ rank._mirror = fail
 sys.argv = ["rank", {str(tiny)!r}, "cpu"]
 rank.main()
 """
-    with mock.patch.dict(os.environ):
-        ranks = Ranks(Path("engine"), 2, False, [sys.executable, "-c", failing])
+    with as_rank_0():
+        here = Ranks(Path("engine"), 2, False, [sys.executable, "-c", failing])
 
     def together() -> None:
-        with ranks.watched():
-            ranks.tell("a word")
-            ranks.agree(1)
-            ranks.add(torch.ones(1))
+        with here.watched():
+            here.tell("a word")
+            here.agree(1)
+            here.add(torch.ones(1))
 
-    with contextlib.closing(ranks), pytest.raises(EngineError) as failed:
+    with contextlib.closing(here), pytest.raises(EngineError) as failed:
         together()
     assert str(failed.value) == "engine: rank 1 of 2 has ended (no room on its card); start all ranks again"
     assert "not for rank 0" in capfd.readouterr().err
