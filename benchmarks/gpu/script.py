@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nemodiff.runtime.engines.passes import Following, Pass, Prediction
+from nemodiff.runtime.engines.grouping import Arranged
+from nemodiff.runtime.engines.passes import Following, Pass, Prediction, arrange
 
 POSITIONS = 2**17  # that a script is written for
 FIRST_ID, IDS = 200, 500  # of true tokens: no EOS, no mask
@@ -103,7 +104,7 @@ class ScriptedCache:
 
     def launch(self, passes: Sequence[Pass], rows: Sequence[int]) -> ScriptedFlight:
         """See `engine.PagedCache.launch`."""
-        return ScriptedFlight(self, self._cache.launch(passes, rows), passes)
+        return ScriptedFlight(self, self._cache.launch(passes, rows), passes, [None] * len(passes))
 
     def follow(
         self, flight: ScriptedFlight, passes: Sequence[Following], rows: Sequence[int], fed: Sequence[int]
@@ -116,8 +117,10 @@ class ScriptedCache:
         if followed is None:
             return None
         said = flight.said()
-        known = [following.after(said[number]) for following, number in zip(passes, fed, strict=True)]
-        return ScriptedFlight(self, followed, known)
+        feeding = [said[number] for number in fed]
+        arranged = arrange(passes, feeding, followed.room)
+        known = [each.after(*given) for each, *given in zip(passes, feeding, arranged, strict=True)]
+        return ScriptedFlight(self, followed, known, arranged)
 
     def replaced(self, passes: Sequence[Pass], predictions: list[Prediction]) -> list[Prediction]:
         """What the script says instead of some predictions."""
@@ -139,15 +142,22 @@ class ScriptedCache:
 class ScriptedFlight:
     """A forward under way."""
 
-    def __init__(self, cache: ScriptedCache, flight: Any, passes: Sequence[Pass]) -> None:
+    def __init__(
+        self, cache: ScriptedCache, flight: Any, passes: Sequence[Pass], arranged: Sequence[Arranged | None]
+    ) -> None:
         self._cache = cache
         self.flight = flight
         self._passes = passes
+        self._arranged = arranged
 
     @property
     def seconds(self) -> float:
         """See `engine.Flight`."""
         return float(self.flight.seconds)
+
+    def arranged(self) -> Sequence[Arranged | None]:
+        """See `engine.Flight`; by what the script says, in as many tokens as the engine has for them."""
+        return self._arranged
 
     def said(self) -> list[Prediction]:
         """What the script says to its passes."""

@@ -6,6 +6,7 @@ Times mean nothing here; tests only check that they are present.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -25,9 +26,10 @@ from stand_ins.kernel_launch import SCALES_ROWS
 from stand_ins.scripts import load_script
 from stand_ins.torch_graphs import RecordingDevice
 
+from nemodiff.contract import BuildConfig
 from nemodiff.runtime.engines.passes import causal
 from nemodiff.runtime.engines.torch.device import TorchDevice
-from nemodiff.runtime.generate import generate
+from nemodiff.runtime.generate import generate, generate_many
 
 pytestmark = pytest.mark.torch
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -513,6 +515,28 @@ def test_the_script_gives_the_published_tokens_per_pass() -> None:
     correct = guessed == script.truth(position)
     for chance in (script.EASY, script.HARD):
         assert correct[sure == np.float32(chance)].mean() == pytest.approx(chance, abs=0.01)
+
+
+def test_the_script_says_the_same_to_passes_that_begin_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all do on a card, those of rows that share a forward's tokens among them."""
+    card, models, script = (importlib.import_module(f"gpu.{name}") for name in ("card", "models", "script"))
+    modes = importlib.import_module("gpu.modes")
+
+    def short(*args: Any, **options: Any) -> BuildConfig:  # plain torch attends all that an arranged row may hold
+        return dataclasses.replace(BuildConfig(*args, **options), max_seq_len=256)
+
+    monkeypatch.setattr(models, "BuildConfig", short)
+    engine = models.load("tiny", "f32", card.Card("cpu"))
+    prompts = [modes.prompt_of(count) for count in (40, 70)]
+    object.__setattr__(engine, "backend", script.Scripted(held := engine.backend))
+    for name, options in modes.SETTINGS.items():
+        if "temperature" in options:
+            continue
+        said = []
+        for held.forwards.ahead in (False, True):
+            answers = generate_many(engine, prompts, rows=2, max_new_tokens=60, **options)
+            said.append([answer.token_ids for answer in answers])
+        assert said[0] == said[1], name
 
 
 def test_the_script_commits_as_the_rule_does() -> None:

@@ -134,6 +134,7 @@ class TorchFlight:
         self._failure: Exception | None = None
         self._feeding = feeding
         self._arranged: list[Arranged | None] = [None] * len(passes)
+        self.room = 0 if feeding is None else room(step.shape, passes, feeding.sources)  # tokens of arranged passes
         self._start: Callable[[], Any] | None = self._started
         self._began: Any = None  # a mark before everything, and one after it
         self._mark: Any = None
@@ -155,8 +156,7 @@ class TorchFlight:
         if feeding is not None:
             if any(map(is_arranged, feeding.sources)):
                 given = feeding.flight.finish()
-                budget = room(self.step.shape, self._passes, feeding.sources)
-                self._arranged = arrange(feeding.passes, [given[number] for number in feeding.fed], budget)
+                self._arranged = arrange(feeding.passes, [given[number] for number in feeding.fed], self.room)
             self._feeding = None  # nor those before it
         return self._arranged
 
