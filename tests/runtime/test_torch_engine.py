@@ -814,6 +814,21 @@ def test_attention_of_a_token_alone_has_the_bits_of_a_pass_of_many(dtype: torch.
         assert torch.equal(many, alone)
 
 
+def test_a_gpu_may_lay_attention_out_otherwise(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries before heads, as one of torch's kernels does whose choice is torch's own."""
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*args: Any, **options: Any) -> torch.Tensor:
+        return usual(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    verify = causal("verify", list(range(130, 150)), 0, predict_all=True)
+    with contextlib.closing(torch_backend(tiny.ours).open(1)) as cache:
+        before = cache.forward([verify])[0].token.copy()
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+        after = cache.forward([verify])[0].token
+        np.testing.assert_array_equal(after, before)
+
+
 def test_memory_for_pages(tiny: Pair) -> None:
     """What a share of a GPU leaves beside weights and passes, or half of a CPU's free memory; at most what is used."""
     info = tiny.ours.info

@@ -92,7 +92,7 @@ def attend(q: Tensor, keys: Stored, values: Stored, seen: Sequence[Sight]) -> Te
             queries, mask = queries.repeat(2, 1, 1), mask.repeat(2, 1)
         packed = queries.transpose(0, 1).reshape(1, groups, -1, width)  # (1, G, H / G * n, D)
         y = functional.scaled_dot_product_attention(packed, k, v, mask.repeat(heads // groups, 1), scale=width**-0.5)
-        parts.append(y.view(heads, len(queries), width).transpose(0, 1)[: end - begin].flatten(1))
+        parts.append(y.reshape(heads, len(queries), width).transpose(0, 1)[: end - begin].flatten(1))
     return torch.cat(parts)
 
 
