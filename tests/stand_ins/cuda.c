@@ -321,7 +321,9 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t, unsigned) 
   ((Event *)event)->seconds = now.tv_sec + 1e-9 * now.tv_nsec;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return cudaEventRecordWithFlags(event, stream, 0);
+}
 cudaError_t cudaEventQuery(cudaEvent_t) { SAFE return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { SAFE return cudaSuccess; }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
@@ -366,7 +368,10 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit) { *value = MIB; return CUDA_SUCCE
 CUresult cuCtxSetLimit(CUlimit, size_t) DONE
 CUresult cuCtxSynchronize(void) { return (CUresult)cudaDeviceSynchronize(); }
 CUresult cuStreamGetCtx(CUstream, CUcontext *context) { return cuCtxGetCurrent(context); }
-CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)(device + 1UL); return 0; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = (CUcontext)(device + 1UL);
+  return CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRelease(CUdevice) DONE
 CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned *flags, int *active) { *flags = 0, *active = 1; return 0; }
 CUresult cuGetErrorString(CUresult, const char **text) { *text = "an error of the stand-in"; return CUDA_SUCCESS; }
